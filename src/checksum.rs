@@ -1,0 +1,135 @@
+//! Page hashes and the database checksum that is their sum.
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::error::Error;
+use crate::page::PageNo;
+
+/// The key of every page hash. It is published: the hash guards against accidents and divergence, not
+/// against somebody who can write the file.
+const PAGE_KEY: [u8; 32] = *b"replite page hash, version 1 ...";
+const _: () = assert!(PAGE_KEY.len() == 32);
+
+/// The sum modulo 2^128 of the hashes of a database's pages.
+///
+/// A page's hash is the first 16 bytes, little endian, of BLAKE3 keyed with a published constant over the
+/// page number (`u32`, little endian) and the page's bytes. A sum can be kept up to date from the old and the
+/// new image of each changed page, and, unlike an exclusive-or of linear checksums, equal changes on two pages
+/// do not cancel.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
+pub struct Checksum(u128);
+
+impl Checksum {
+    /// The checksum of a database without pages.
+    pub const EMPTY: Checksum = Checksum(0);
+
+    /// From its number.
+    pub const fn from_u128(value: u128) -> Checksum {
+        Checksum(value)
+    }
+
+    /// As a number.
+    pub const fn as_u128(self) -> u128 {
+        self.0
+    }
+
+    /// With one page more.
+    #[must_use]
+    pub fn with(self, page: PageHash) -> Checksum {
+        Checksum(self.0.wrapping_add(page.0))
+    }
+
+    /// With one page less.
+    #[must_use]
+    pub fn without(self, page: PageHash) -> Checksum {
+        Checksum(self.0.wrapping_sub(page.0))
+    }
+}
+
+impl fmt::Display for Checksum {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:032x}", self.0)
+    }
+}
+
+impl fmt::Debug for Checksum {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for Checksum {
+    type Err = Error;
+
+    fn from_str(text: &str) -> Result<Checksum, Error> {
+        let bad = || Error::InvalidText { what: "checksum", text: text.chars().take(64).collect() };
+        if text.len() != 32 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
+            return Err(bad());
+        }
+        u128::from_str_radix(text, 16).map(Checksum).map_err(|_| bad())
+    }
+}
+
+/// The hash of one page at its number.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct PageHash(u128);
+
+impl PageHash {
+    /// Hashes a page at its number.
+    pub(crate) fn of(number: PageNo, page: &[u8]) -> PageHash {
+        let mut hasher = blake3::Hasher::new_keyed(&PAGE_KEY);
+        hasher.update(&number.get().to_le_bytes());
+        hasher.update(page);
+        PageHash::cut(&hasher.finalize())
+    }
+
+    /// Hashes a page that stands behind its number, `number u32 LE || page`, in one contiguous buffer.
+    pub(crate) fn of_numbered(number_and_page: &[u8]) -> PageHash {
+        PageHash::cut(&blake3::keyed_hash(&PAGE_KEY, number_and_page))
+    }
+
+    pub(crate) fn from_bytes(bytes: [u8; 16]) -> PageHash {
+        PageHash(u128::from_le_bytes(bytes))
+    }
+
+    pub(crate) fn to_bytes(self) -> [u8; 16] {
+        self.0.to_le_bytes()
+    }
+
+    fn cut(hash: &blake3::Hash) -> PageHash {
+        let mut low = [0; 16];
+        low.copy_from_slice(&hash.as_bytes()[..16]);
+        PageHash(u128::from_le_bytes(low))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn equal_changes_on_two_pages_do_not_cancel() {
+        let (one, two) = (PageNo::new(1).unwrap(), PageNo::new(2).unwrap());
+        let (before, mut after) = ([7u8; 512], [7u8; 512]);
+        after[100] ^= 0x20;
+        let sum = |a: &[u8], b: &[u8]| Checksum::EMPTY.with(PageHash::of(one, a)).with(PageHash::of(two, b));
+        assert_ne!(sum(&before, &before), sum(&after, &after));
+        assert_ne!(sum(&before, &after), sum(&after, &before));
+    }
+
+    #[test]
+    fn both_ways_to_hash_agree_and_text_round_trips() {
+        let page = [3u8; 1024];
+        let mut joined = 9u32.to_le_bytes().to_vec();
+        joined.extend_from_slice(&page);
+        let hash = PageHash::of(PageNo::new(9).unwrap(), &page);
+        assert_eq!(hash, PageHash::of_numbered(&joined));
+        assert_eq!(hash, PageHash::from_bytes(hash.to_bytes()));
+        let sum = Checksum::EMPTY.with(hash);
+        assert_eq!(sum.to_string().parse::<Checksum>().unwrap(), sum);
+        assert_eq!(sum.without(hash), Checksum::EMPTY);
+        assert!("xyz".parse::<Checksum>().is_err());
+        assert!("+0000000000000000000000000000001".parse::<Checksum>().is_err());
+    }
+}

@@ -1,0 +1,315 @@
+//! The crate's one [`Error`], sorted by who must act.
+
+use std::io;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use crate::status::PeerInfo;
+use crate::txid::Txid;
+
+/// What the crate's functions return.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Who can do something about an [`Error`].
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum Blame {
+    /// The code that called, or the configuration.
+    Caller,
+    /// The node at the other end of a connection.
+    Peer,
+    /// The bytes on the disk.
+    Disk,
+    /// The operating system, the file system, the network.
+    Outside,
+    /// This crate: please report it.
+    Replite,
+}
+
+/// Anything that can go wrong. [`Error::blame`] says who must act.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    // ---- the caller
+    /// The configuration contradicts itself or lacks something.
+    #[error("configuration: {0}")]
+    Config(String),
+    /// A text is not of the form that it should have.
+    #[error("not a valid {what}: {text:?}")]
+    InvalidText {
+        /// What the text should have been.
+        what: &'static str,
+        /// The text, cut short.
+        text: String,
+    },
+    /// The database can't be served. Nothing was changed.
+    #[error("{}: {reason}", path.display())]
+    Unsupported {
+        /// The database file.
+        path: PathBuf,
+        /// Why.
+        reason: Unsupported,
+    },
+    /// Another `Db` of this process, or another process, has the database open as a node already.
+    #[error("{} is open as a node already, in {holder}", path.display())]
+    AlreadyOpen {
+        /// The database file.
+        path: PathBuf,
+        /// Who holds it.
+        holder: &'static str,
+    },
+    /// `write`, or the writer guard, was asked for by code that already runs inside of it.
+    #[error("a write inside a write: use the transaction that the closure was given")]
+    Reentrant,
+    /// A call that blocks was made on a thread that runs async tasks.
+    #[error("a blocking call on an async worker thread: use the async form or `spawn_blocking`")]
+    BlockingInAsync,
+    /// This node is not the primary, so it can't commit.
+    #[error("not the primary{}", primary.as_ref().map_or(String::new(), |p| format!(" (it is {})", p.addresses.app)))]
+    NotPrimary {
+        /// What is known of the primary.
+        primary: Option<Box<PeerInfo>>,
+    },
+    /// The database was shut down, or is shutting down.
+    #[error("the database is shut down")]
+    ShutDown,
+    /// The replica has no state yet: it waits for its primary or is being filled.
+    #[error("no state to read yet: {0}")]
+    NoState(String),
+    /// Every pooled connection stayed in use for as long as the limit allows.
+    #[error("all {limit} read connections stayed in use for {waited:?}")]
+    PoolExhausted {
+        /// How many connections there are.
+        limit: usize,
+        /// How long was waited.
+        waited: Duration,
+    },
+    /// Something did not happen in time.
+    #[error("timed out after {after:?}: {what}")]
+    Timeout {
+        /// What was waited for.
+        what: String,
+        /// For how long.
+        after: Duration,
+    },
+    /// A queue with a limit is full.
+    #[error("too many {what}: the limit is {limit}")]
+    TooMany {
+        /// What there are too many of.
+        what: &'static str,
+        /// The limit.
+        limit: usize,
+    },
+    /// The transaction is not in this history and never will be: it was committed on a branch that was lost.
+    #[error("transaction {txid} is not in this history: its branch was lost")]
+    Lost {
+        /// The transaction.
+        txid: Txid,
+    },
+    /// The closure panicked; its transaction was rolled back.
+    #[error("the closure panicked: {0}")]
+    Panicked(String),
+    /// SQLite refused: mostly the caller's SQL.
+    #[error("sqlite: {0}")]
+    Sqlite(#[from] rusqlite::Error),
+
+    // ---- the peer
+    /// The other node can't be talked to, or sent something wrong.
+    #[error("peer {peer}: {problem}")]
+    Peer {
+        /// Its address, or its node id.
+        peer: String,
+        /// What is wrong.
+        problem: PeerProblem,
+    },
+
+    // ---- the bytes on the disk
+    /// A file's bytes are not what was written.
+    #[error("{} is corrupt at byte {offset}: {what}", path.display())]
+    Corrupt {
+        /// The file.
+        path: PathBuf,
+        /// Where.
+        offset: u64,
+        /// What is wrong there.
+        what: String,
+    },
+    /// A file was written by a newer version. It was left as it is.
+    #[error("{} has format version {found}; this version reads up to {supported}", path.display())]
+    Newer {
+        /// The file.
+        path: PathBuf,
+        /// Its format's version.
+        found: u32,
+        /// The newest version that can be read.
+        supported: u32,
+    },
+    /// The database file is no committed state: its WAL is gone while its pages were being copied back.
+    #[error("{} is damaged: {what}", path.display())]
+    Damaged {
+        /// The database file.
+        path: PathBuf,
+        /// What is known.
+        what: String,
+    },
+    /// A transaction's pages don't lead to the position that its record states.
+    #[error("position mismatch: expected {expected}, found {found}")]
+    Mismatch {
+        /// What the record says.
+        expected: String,
+        /// What the pages say.
+        found: String,
+    },
+
+    // ---- outside
+    /// The operating system failed a call.
+    #[error("{op} {}: {source}", path.display())]
+    Io {
+        /// What was being done.
+        op: &'static str,
+        /// To which file or address.
+        path: PathBuf,
+        /// The system's answer.
+        source: io::Error,
+    },
+
+    // ---- us
+    /// Replication of this database has stopped because something that must hold did not.
+    #[error("replication stopped: {0}")]
+    Stopped(String),
+}
+
+/// Why a database can't be served.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Unsupported {
+    /// The linked SQLite has a WAL race that newer ones don't have.
+    #[error("SQLite {found} is linked; {needed} or newer is needed")]
+    SqliteTooOld {
+        /// The linked version.
+        found: String,
+        /// The oldest that serves.
+        needed: &'static str,
+    },
+    /// Not a file: `:memory:`, an empty name or a URI.
+    #[error("an in-memory or URI database has no WAL file to replicate")]
+    NotAFile,
+    /// The bytes are not a SQLite database, or it is encrypted.
+    #[error("the file is not a SQLite database")]
+    NotADatabase,
+    /// The directory can't be written.
+    #[error("the directory can't be written: {0}")]
+    ReadOnlyDirectory(String),
+    /// The VFS has no shared memory for the wal-index, or not in the version needed.
+    #[error("the file system or VFS has no shared memory")]
+    NoSharedMemory,
+    /// The file system is a network or FUSE one.
+    #[error("{0} is a network or user-space file system, where SQLite's locks can't be trusted")]
+    NetworkFileSystem(String),
+    /// The journal mode could not be turned to WAL.
+    #[error("the journal mode stays {0:?}; it must be WAL")]
+    NotWal(String),
+}
+
+/// What is wrong with a peer.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PeerProblem {
+    /// It could not be reached, or the connection broke.
+    #[error("connection failed: {0}")]
+    Connection(String),
+    /// It does not speak HTTP/2.
+    #[error(
+        "it does not speak HTTP/2: enable HTTP/2 (axum's `http2` feature) there, and in every proxy between"
+    )]
+    NotHttp2,
+    /// Something else than replite answered.
+    #[error("not a replite endpoint: status {status}, content type {content_type:?}, begins {begins:?}")]
+    NotReplite {
+        /// The HTTP status.
+        status: u16,
+        /// The content type.
+        content_type: String,
+        /// The first bytes of the body.
+        begins: String,
+    },
+    /// The secret was not proved: the peers' secrets differ.
+    #[error("it did not prove the cluster's secret")]
+    Secret,
+    /// It speaks another version of the protocol.
+    #[error("it speaks protocol version {theirs}; this node speaks {ours}")]
+    Version {
+        /// Its version.
+        theirs: u32,
+        /// Ours.
+        ours: u32,
+    },
+    /// It belongs to another cluster.
+    #[error("it belongs to cluster {0:?}")]
+    Cluster(String),
+    /// It does not serve this database.
+    #[error("it does not serve database {0:?}")]
+    Database(String),
+    /// It stands in an epoch that was superseded.
+    #[error("it sent epoch {theirs}, but {ours} is known")]
+    OldEpoch {
+        /// Its epoch.
+        theirs: String,
+        /// The newer one.
+        ours: String,
+    },
+    /// It is not the primary.
+    #[error("it is not the primary")]
+    NotPrimary,
+    /// It sent bytes that make no sense.
+    #[error("bad bytes: {0}")]
+    Garbled(String),
+    /// It was silent for too long.
+    #[error("nothing was heard for {0:?}")]
+    Silent(Duration),
+    /// It ended the stream with a reason.
+    #[error("it ended the stream: {0}")]
+    Goodbye(String),
+}
+
+impl Error {
+    /// Who must act.
+    pub fn blame(&self) -> Blame {
+        match self {
+            Error::Config(_)
+            | Error::InvalidText { .. }
+            | Error::Unsupported { .. }
+            | Error::AlreadyOpen { .. }
+            | Error::Reentrant
+            | Error::BlockingInAsync
+            | Error::NotPrimary { .. }
+            | Error::ShutDown
+            | Error::NoState(_)
+            | Error::PoolExhausted { .. }
+            | Error::Timeout { .. }
+            | Error::TooMany { .. }
+            | Error::Lost { .. }
+            | Error::Panicked(_)
+            | Error::Sqlite(_) => Blame::Caller,
+            Error::Peer { .. } => Blame::Peer,
+            Error::Corrupt { .. } | Error::Newer { .. } | Error::Damaged { .. } | Error::Mismatch { .. } => {
+                Blame::Disk
+            }
+            Error::Io { .. } => Blame::Outside,
+            Error::Stopped(_) => Blame::Replite,
+        }
+    }
+
+    pub(crate) fn io(op: &'static str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> Error {
+        let path = path.as_ref().to_path_buf();
+        move |source| Error::Io { op, path, source }
+    }
+
+    pub(crate) fn peer(peer: impl Into<String>, problem: PeerProblem) -> Error {
+        Error::Peer { peer: peer.into(), problem }
+    }
+
+    pub(crate) fn garbled(peer: impl Into<String>, what: impl Into<String>) -> Error {
+        Error::peer(peer, PeerProblem::Garbled(what.into()))
+    }
+}

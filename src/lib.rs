@@ -1,0 +1,23 @@
+//! SQLite replicas inside the application.
+#![allow(dead_code, unused_imports, missing_docs, unreachable_pub)]
+
+mod applied;
+mod checksum;
+mod engine;
+mod error;
+mod log;
+mod node;
+mod page;
+mod secret;
+mod session;
+mod status;
+mod txid;
+mod wire;
+
+pub use checksum::Checksum;
+pub use engine::Durability;
+pub use error::{Blame, Error, PeerProblem, Result, Unsupported};
+pub use page::{PageNo, PageSize};
+pub use secret::Secret;
+pub use status::{Addresses, Event, Health, Lag, PeerInfo, ReplicaStatus, Role, RoleState, Status};
+pub use txid::{Epoch, Position, Txid};

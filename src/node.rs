@@ -1,0 +1,95 @@
+//! What every part of a running node shares: identity, keys, role, position, events, shutdown.
+
+use std::sync::{Arc, Mutex};
+
+use tokio::sync::{broadcast, watch};
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::applied::Applied;
+use crate::secret::Keyring;
+use crate::status::{Addresses, Event, Lag, PeerInfo, Role, RoleState};
+use crate::txid::Epoch;
+
+/// Events that a slow receiver may be behind before it misses some.
+const EVENTS_BEHIND_MAX: usize = 256;
+
+/// A running node, as its parts see it.
+#[derive(Debug)]
+pub(crate) struct Node {
+    /// The stable id and the addresses of this node.
+    pub(crate) me: PeerInfo,
+    pub(crate) cluster: String,
+    /// The database's name in the cluster.
+    pub(crate) database: String,
+    pub(crate) keys: Keyring,
+    pub(crate) applied: Arc<Applied>,
+    /// The role; doors look here to decide whether to forward.
+    pub(crate) roles: watch::Sender<RoleState>,
+    /// On a replica, how far behind.
+    pub(crate) lag: Mutex<Option<Lag>>,
+    /// The last problem, while it lasts.
+    pub(crate) problem: Mutex<Option<String>>,
+    pub(crate) events: broadcast::Sender<Event>,
+    /// Cancelled when the node stops: every task ends.
+    pub(crate) stop: CancellationToken,
+}
+
+impl Node {
+    pub(crate) fn new(
+        me: PeerInfo,
+        cluster: String,
+        database: String,
+        keys: Keyring,
+        role: Role,
+    ) -> Arc<Node> {
+        let state = RoleState { role, epoch: Epoch::new(0, 0), primary: None };
+        Arc::new(Node {
+            me,
+            cluster,
+            database,
+            keys,
+            applied: Applied::new(),
+            roles: watch::Sender::new(state),
+            lag: Mutex::new(None),
+            problem: Mutex::new(None),
+            events: broadcast::Sender::new(EVENTS_BEHIND_MAX),
+            stop: CancellationToken::new(),
+        })
+    }
+
+    /// Says an event to whoever listens.
+    pub(crate) fn tell(&self, event: Event) {
+        let _ = self.events.send(event);
+    }
+
+    /// Changes what is known of role and primary; silent when nothing changed.
+    pub(crate) fn set_role(&self, state: RoleState) {
+        let changed = self.roles.send_if_modified(|now| {
+            let changed = *now != state;
+            now.clone_from(&state);
+            changed
+        });
+        if changed {
+            self.tell(Event::Role(state));
+        }
+    }
+
+    /// The first eight hex digits that tell this database's tokens and cookies from those of others.
+    pub(crate) fn database_tag(&self) -> String {
+        let mut hasher = blake3::Hasher::new_derive_key("replite 2026 v1 database tag");
+        for part in [&self.cluster, &self.database] {
+            hasher.update(&(part.len() as u64).to_le_bytes());
+            hasher.update(part.as_bytes());
+        }
+        hasher.finalize().to_hex()[..8].to_string()
+    }
+
+    pub(crate) fn set_problem(&self, problem: Option<String>) {
+        *self.problem.lock().unwrap_or_else(|e| e.into_inner()) = problem;
+    }
+
+    pub(crate) fn set_lag(&self, lag: Option<Lag>) {
+        *self.lag.lock().unwrap_or_else(|e| e.into_inner()) = lag;
+    }
+}

@@ -1,0 +1,176 @@
+//! Plain data that says how a node stands: roles, peers, health, events.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::time::SystemTime;
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+use crate::txid::{Epoch, Position};
+
+/// What a node does at the moment.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+#[non_exhaustive]
+pub enum Role {
+    /// It commits.
+    Primary,
+    /// It follows a primary.
+    Replica,
+    /// It has stopped, or replication has failed.
+    Stopped,
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Role::Primary => "primary",
+            Role::Replica => "replica",
+            Role::Stopped => "stopped",
+        })
+    }
+}
+
+/// Where a node can be reached.
+#[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+pub struct Addresses {
+    /// The URL of the replication endpoint, such as `http://10.0.0.1:8081/_replite`.
+    pub replication: String,
+    /// The URL of the application, to which requests are forwarded, such as `http://10.0.0.1:8081`.
+    pub app: String,
+    /// The URL under which clients reach this very node, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub public: Option<String>,
+    /// A small bounded map, such as a machine id or a region.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub labels: BTreeMap<String, String>,
+}
+
+/// What is known of another node.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct PeerInfo {
+    /// Its stable id.
+    pub node: Uuid,
+    /// A random id, new at each of its starts.
+    pub incarnation: Uuid,
+    /// Where it can be reached.
+    pub addresses: Addresses,
+}
+
+/// A node's role, and the primary as far as it is known.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct RoleState {
+    /// What this node does.
+    pub role: Role,
+    /// The newest epoch that this node knows.
+    pub epoch: Epoch,
+    /// The primary (this node itself, when it is the primary), once it is known and reachable.
+    pub primary: Option<PeerInfo>,
+}
+
+/// How a node stands, for people and dashboards.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct Status {
+    /// The node's stable id.
+    pub node: Uuid,
+    /// A random id, new at each start.
+    pub incarnation: Uuid,
+    /// The database's name in the cluster.
+    pub database: String,
+    /// What the node does.
+    pub role: Role,
+    /// The newest epoch that it knows.
+    pub epoch: Epoch,
+    /// The state that it has, if it has one.
+    pub position: Option<Position>,
+    /// The primary, if known.
+    pub primary: Option<PeerInfo>,
+    /// On a replica: how far it is behind.
+    pub lag: Option<Lag>,
+    /// On a primary: the replicas that are connected.
+    pub replicas: Vec<ReplicaStatus>,
+    /// The WAL's length in frames, and how many of them are copied back into the database file.
+    pub wal_frames: u32,
+    /// See `wal_frames`.
+    pub backfilled_frames: u32,
+    /// The retained log's size in bytes.
+    pub log_bytes: u64,
+    /// The last problem, while it lasts.
+    pub problem: Option<String>,
+}
+
+/// How far a replica is behind its primary.
+#[derive(Clone, Copy, PartialEq, Debug, Serialize)]
+pub struct Lag {
+    /// Transactions that the primary has and this node does not, as of the last word from it.
+    pub transactions: u64,
+    /// Milliseconds since this node last had everything that the primary was known to have.
+    pub millis: u64,
+    /// Whether the stream stands.
+    pub connected: bool,
+}
+
+/// A replica as its primary sees it.
+#[derive(Clone, Debug, Serialize)]
+#[non_exhaustive]
+pub struct ReplicaStatus {
+    /// Who it is.
+    pub peer: PeerInfo,
+    /// The last position that it acknowledged as applied.
+    pub applied: Option<Position>,
+    /// The last position that it acknowledged as fsynced.
+    pub synced: Option<Position>,
+    /// Since when it is connected, in milliseconds since 1970.
+    pub since_ms: u64,
+}
+
+/// Whether a node can do its work.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[non_exhaustive]
+pub struct Health {
+    /// The process and its threads run.
+    pub live: bool,
+    /// Reads are answered from a state that is recent enough.
+    pub can_read: bool,
+    /// Writes can be carried out here or by the primary.
+    pub can_write: bool,
+    /// Why not, in words.
+    pub reasons: Vec<String>,
+}
+
+/// Something worth telling an operator. All of them are logged, too.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Event {
+    /// The role, or what is known of the primary, changed.
+    Role(RoleState),
+    /// A replica connected (on the primary).
+    ReplicaJoined(PeerInfo),
+    /// A replica's connection ended (on the primary).
+    ReplicaLeft(PeerInfo),
+    /// The stream from the primary stands (on a replica).
+    Connected(PeerInfo),
+    /// The stream from the primary ended (on a replica).
+    Disconnected(String),
+    /// A snapshot begins, and why.
+    SnapshotStarted(String),
+    /// A snapshot was taken over.
+    SnapshotFinished(Position),
+    /// The log lost its past: replicas behind this position need a snapshot.
+    LogGap(Position),
+    /// Local history that the primary does not have was put aside before it was replaced.
+    Kept(std::path::PathBuf),
+    /// The WAL can't be restarted because readers stay in it; its length in frames.
+    WalGrows(u32),
+    /// Replication of this database has stopped.
+    Stopped(String),
+    /// Events were missed because this receiver was too slow.
+    Missed(u64),
+}
+
+/// Milliseconds since 1970, for display only.
+pub(crate) fn unix_millis() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
+}

@@ -1,0 +1,388 @@
+//! The words for a place in the history: [`Epoch`], [`Txid`], [`Position`], [`EpochHistory`].
+
+use std::fmt;
+use std::str::FromStr;
+
+use crate::checksum::Checksum;
+use crate::error::Error;
+
+/// One term of one primary: a number that grows at every change and restart of the primary, and a random
+/// branch id that tells apart two histories which claim the same number.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Epoch {
+    number: u64,
+    branch: u64,
+}
+
+impl Epoch {
+    /// Bytes of the stored form: number, then branch, both little endian.
+    pub(crate) const BYTES: usize = 16;
+
+    /// An epoch from its number and branch id.
+    pub const fn new(number: u64, branch: u64) -> Epoch {
+        Epoch { number, branch }
+    }
+
+    /// The number; also the fencing token.
+    pub const fn number(self) -> u64 {
+        self.number
+    }
+
+    /// The random branch id.
+    pub const fn branch(self) -> u64 {
+        self.branch
+    }
+
+    pub(crate) fn to_bytes(self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        bytes[..8].copy_from_slice(&self.number.to_le_bytes());
+        bytes[8..].copy_from_slice(&self.branch.to_le_bytes());
+        bytes
+    }
+
+    pub(crate) fn from_bytes(bytes: &[u8; Self::BYTES]) -> Epoch {
+        Epoch { number: le_u64(&bytes[..8]), branch: le_u64(&bytes[8..]) }
+    }
+}
+
+/// A committed transaction: its epoch and its number in the history together, so that a wait for it can't
+/// succeed on another history. The text form is three fields of 16 hex digits, joined by `-`.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Txid {
+    epoch: Epoch,
+    number: u64,
+}
+
+impl Txid {
+    /// A transaction id from its epoch and its number.
+    pub const fn new(epoch: Epoch, number: u64) -> Txid {
+        Txid { epoch, number }
+    }
+
+    /// The epoch in which the transaction was committed.
+    pub const fn epoch(self) -> Epoch {
+        self.epoch
+    }
+
+    /// The transaction's number; one more for each transaction of the history.
+    pub const fn number(self) -> u64 {
+        self.number
+    }
+}
+
+/// A state of the database, named exactly: the last transaction in it and the checksum of all its pages.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Position {
+    txid: Txid,
+    checksum: Checksum,
+}
+
+impl Position {
+    /// Bytes of the stored form: epoch, number (little endian), checksum (little endian).
+    pub(crate) const BYTES: usize = 40;
+
+    /// A position from its parts.
+    pub const fn new(txid: Txid, checksum: Checksum) -> Position {
+        Position { txid, checksum }
+    }
+
+    /// The last transaction of the state.
+    pub const fn txid(self) -> Txid {
+        self.txid
+    }
+
+    /// The epoch of the last transaction of the state.
+    pub const fn epoch(self) -> Epoch {
+        self.txid.epoch
+    }
+
+    /// The number of the last transaction of the state.
+    pub const fn number(self) -> u64 {
+        self.txid.number
+    }
+
+    /// The checksum of the state.
+    pub const fn checksum(self) -> Checksum {
+        self.checksum
+    }
+
+    pub(crate) fn to_bytes(self) -> [u8; Self::BYTES] {
+        let mut bytes = [0; Self::BYTES];
+        bytes[..16].copy_from_slice(&self.txid.epoch.to_bytes());
+        bytes[16..24].copy_from_slice(&self.txid.number.to_le_bytes());
+        bytes[24..].copy_from_slice(&self.checksum.as_u128().to_le_bytes());
+        bytes
+    }
+
+    pub(crate) fn from_bytes(bytes: &[u8; Self::BYTES]) -> Position {
+        let mut epoch = [0; Epoch::BYTES];
+        epoch.copy_from_slice(&bytes[..16]);
+        let mut checksum = [0; 16];
+        checksum.copy_from_slice(&bytes[24..]);
+        Position {
+            txid: Txid { epoch: Epoch::from_bytes(&epoch), number: le_u64(&bytes[16..24]) },
+            checksum: Checksum::from_u128(u128::from_le_bytes(checksum)),
+        }
+    }
+}
+
+fn le_u64(bytes: &[u8]) -> u64 {
+    let mut eight = [0; 8];
+    eight.copy_from_slice(bytes);
+    u64::from_le_bytes(eight)
+}
+
+macro_rules! text_form {
+    ($type:ty, $what:literal, $fields:literal) => {
+        impl fmt::Debug for $type {
+            fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                fmt::Display::fmt(self, f)
+            }
+        }
+
+        impl serde::Serialize for $type {
+            fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+                serializer.collect_str(self)
+            }
+        }
+
+        impl<'de> serde::Deserialize<'de> for $type {
+            fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+                let text = <std::borrow::Cow<'de, str>>::deserialize(deserializer)?;
+                text.parse().map_err(serde::de::Error::custom)
+            }
+        }
+
+        impl FromStr for $type {
+            type Err = Error;
+
+            fn from_str(text: &str) -> Result<Self, Error> {
+                let bad = || Error::InvalidText { what: $what, text: text.chars().take(128).collect() };
+                let fields: [&str; $fields] =
+                    text.split('-').collect::<Vec<_>>().try_into().map_err(|_| bad())?;
+                Self::from_fields(fields).ok_or_else(bad)
+            }
+        }
+    };
+}
+
+text_form!(Epoch, "epoch", 2);
+text_form!(Txid, "transaction id", 3);
+text_form!(Position, "position", 4);
+
+/// Sixteen hex digits, neither more nor fewer, and no sign.
+fn hex_u64(text: &str) -> Option<u64> {
+    let digits = text.len() == 16 && text.bytes().all(|b| b.is_ascii_hexdigit());
+    digits.then(|| u64::from_str_radix(text, 16).ok()).flatten()
+}
+
+impl Epoch {
+    fn from_fields([number, branch]: [&str; 2]) -> Option<Epoch> {
+        Some(Epoch { number: hex_u64(number)?, branch: hex_u64(branch)? })
+    }
+}
+
+impl Txid {
+    fn from_fields([epoch, branch, number]: [&str; 3]) -> Option<Txid> {
+        Some(Txid { epoch: Epoch::from_fields([epoch, branch])?, number: hex_u64(number)? })
+    }
+}
+
+impl Position {
+    fn from_fields([epoch, branch, number, checksum]: [&str; 4]) -> Option<Position> {
+        let txid = Txid::from_fields([epoch, branch, number])?;
+        Some(Position { txid, checksum: checksum.parse().ok()? })
+    }
+}
+
+impl fmt::Display for Epoch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:016x}-{:016x}", self.number, self.branch)
+    }
+}
+
+impl fmt::Display for Txid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{:016x}", self.epoch, self.number)
+    }
+}
+
+impl fmt::Display for Position {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}-{}", self.txid, self.checksum)
+    }
+}
+
+/// Where an epoch begins in the history.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct EpochStart {
+    pub(crate) epoch: Epoch,
+    /// The number of the first transaction that belongs to the epoch, committed yet or not.
+    pub(crate) first: u64,
+    /// The checksum of the state before that transaction.
+    pub(crate) before: Checksum,
+}
+
+/// What became of a transaction in a history.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Place {
+    /// The history has, or may come to have, this transaction: only its number decides.
+    OnHistory,
+    /// An epoch that this history does not know yet and that is newer than its own.
+    Ahead,
+    /// Another branch: this history will never have the transaction.
+    Lost,
+}
+
+/// The epochs of a database's history, oldest first. Numbers and first transactions never fall.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(crate) struct EpochHistory {
+    starts: Vec<EpochStart>,
+}
+
+impl EpochHistory {
+    /// The most epochs that a node remembers; older ones are forgotten. One is added at each start of a primary.
+    pub(crate) const MAX: usize = 4096;
+    /// Bytes of one stored entry: epoch, first transaction, checksum before it.
+    pub(crate) const ENTRY_BYTES: usize = 40;
+
+    /// Adds the newest epoch.
+    ///
+    /// # Panics
+    /// When the epoch is not newer than the last one: that would be two histories in one.
+    pub(crate) fn push(&mut self, start: EpochStart) {
+        if let Some(last) = self.last() {
+            assert!(
+                start.epoch.number > last.epoch.number && start.first >= last.first,
+                "epoch {start:?} does not follow {last:?}"
+            );
+        }
+        if self.starts.len() == Self::MAX {
+            self.starts.remove(0);
+        }
+        self.starts.push(start);
+    }
+
+    pub(crate) fn last(&self) -> Option<&EpochStart> {
+        self.starts.last()
+    }
+
+    /// The newest epoch, or the one of number 0 when there is none yet.
+    pub(crate) fn epoch(&self) -> Epoch {
+        self.last().map_or(Epoch::new(0, 0), |s| s.epoch)
+    }
+
+    pub(crate) fn is_empty(&self) -> bool {
+        self.starts.is_empty()
+    }
+
+    /// The epoch of the transaction with this number.
+    pub(crate) fn epoch_of(&self, number: u64) -> Option<Epoch> {
+        self.starts.iter().rev().find(|s| s.first <= number).or(self.starts.first()).map(|s| s.epoch)
+    }
+
+    /// Where a transaction stands in this history.
+    pub(crate) fn place(&self, txid: Txid) -> Place {
+        let Some(at) = self.starts.iter().rposition(|s| s.epoch == txid.epoch) else {
+            return if txid.epoch.number > self.epoch().number { Place::Ahead } else { Place::Lost };
+        };
+        // The state that the oldest epoch began with counts as its own.
+        let oldest = at == 0 && txid.number + 1 == self.starts[0].first;
+        let begun = txid.number >= self.starts[at].first || oldest;
+        let ended = self.starts.get(at + 1).is_some_and(|next| txid.number >= next.first);
+        if begun && !ended { Place::OnHistory } else { Place::Lost }
+    }
+
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let mut bytes = Vec::with_capacity(4 + self.starts.len() * Self::ENTRY_BYTES);
+        bytes.extend_from_slice(&(self.starts.len() as u32).to_le_bytes());
+        for start in &self.starts {
+            bytes.extend_from_slice(&start.epoch.to_bytes());
+            bytes.extend_from_slice(&start.first.to_le_bytes());
+            bytes.extend_from_slice(&start.before.as_u128().to_le_bytes());
+        }
+        bytes
+    }
+
+    /// Reads what [`EpochHistory::encode`] wrote, or says in a word what is wrong with it.
+    pub(crate) fn decode(bytes: &[u8]) -> Result<EpochHistory, &'static str> {
+        let (count, entries) = bytes.split_at_checked(4).ok_or("epoch history too short")?;
+        let count = u32::from_le_bytes([count[0], count[1], count[2], count[3]]) as usize;
+        if count > Self::MAX {
+            return Err("epoch history too long");
+        }
+        if entries.len() != count * Self::ENTRY_BYTES {
+            return Err("epoch history of the wrong length");
+        }
+        let mut history = EpochHistory::default();
+        for entry in entries.chunks_exact(Self::ENTRY_BYTES) {
+            let mut fixed = [0; Position::BYTES];
+            fixed.copy_from_slice(entry);
+            // An entry has the layout of a position.
+            let p = Position::from_bytes(&fixed);
+            let start = EpochStart { epoch: p.epoch(), first: p.number(), before: p.checksum() };
+            if history.last().is_some_and(|l| start.epoch.number <= l.epoch.number || start.first < l.first) {
+                return Err("epoch history out of order");
+            }
+            history.starts.push(start);
+        }
+        Ok(history)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn history(starts: &[(u64, u64, u64)]) -> EpochHistory {
+        let mut h = EpochHistory::default();
+        for &(number, branch, first) in starts {
+            h.push(EpochStart { epoch: Epoch::new(number, branch), first, before: Checksum::EMPTY });
+        }
+        h
+    }
+
+    #[test]
+    fn text_forms_round_trip_and_refuse_anything_else() {
+        let txid = Txid::new(Epoch::new(3, 0xfeed), 77);
+        assert_eq!(txid.to_string(), "0000000000000003-000000000000feed-000000000000004d");
+        assert_eq!(txid.to_string().parse::<Txid>().unwrap(), txid);
+        let position = Position::new(txid, Checksum::from_u128(5));
+        assert_eq!(position.to_string().parse::<Position>().unwrap(), position);
+        assert_eq!(Position::from_bytes(&position.to_bytes()), position);
+        for bad in ["", "-", "3-feed-4d", "0000000000000003-000000000000feed-+00000000000004d"] {
+            assert!(bad.parse::<Txid>().is_err(), "{bad}");
+        }
+        assert!(txid.to_string().parse::<Position>().is_err());
+    }
+
+    #[test]
+    fn a_transaction_of_another_branch_is_lost() {
+        let h = history(&[(1, 10, 1), (2, 20, 5), (4, 40, 9)]);
+        let place = |n, b, t| h.place(Txid::new(Epoch::new(n, b), t));
+        assert_eq!(place(1, 10, 0), Place::OnHistory);
+        assert_eq!(place(1, 10, 4), Place::OnHistory);
+        assert_eq!(place(1, 10, 5), Place::Lost, "epoch 2 began before it");
+        assert_eq!(place(2, 20, 4), Place::Lost, "belongs to epoch 1");
+        assert_eq!(place(2, 21, 6), Place::Lost, "another branch under the same number");
+        assert_eq!(place(3, 30, 9), Place::Lost, "an epoch that this history passed over");
+        assert_eq!(place(4, 40, 1000), Place::OnHistory);
+        assert_eq!(place(5, 50, 10), Place::Ahead);
+        assert_eq!(h.epoch_of(4), Some(Epoch::new(1, 10)));
+        assert_eq!(h.epoch_of(5), Some(Epoch::new(2, 20)));
+    }
+
+    #[test]
+    fn an_epoch_history_survives_its_encoding_and_refuses_garbage() {
+        let h = history(&[(1, 10, 1), (2, 20, 5)]);
+        let bytes = h.encode();
+        assert_eq!(EpochHistory::decode(&bytes).unwrap(), h);
+        assert!(EpochHistory::decode(&bytes[..bytes.len() - 1]).is_err());
+        assert!(EpochHistory::decode(&[0xff; 4]).is_err());
+        assert!(EpochHistory::decode(&[]).is_err());
+        let mut swapped = bytes.clone();
+        swapped[4..44].copy_from_slice(&bytes[44..84]);
+        swapped[44..84].copy_from_slice(&bytes[4..44]);
+        assert!(EpochHistory::decode(&swapped).is_err());
+    }
+}
