@@ -1,29 +1,58 @@
-//! One database file.
+//! One database file: capture and apply, checkpoints, snapshots; owns the position.
+//!
+//! [`Engine`] is a primary's open file, [`Follower`] a replica's, there or yet to come.
+
+mod anchor;
+mod append;
+mod apply;
+mod base;
+mod capture;
+mod capture_loop;
+mod checkpoint;
+mod checkpointer;
+mod follower;
+mod open;
+mod receive;
+mod sync;
+mod wal_file;
+
+use std::fs;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
-use bytes::Bytes;
-use tokio::sync::watch;
+use bytes::{Bytes, BytesMut};
 
-use crate::error::Result;
+use crate::engine::base::{Base, lock};
+use crate::engine::capture::Capture;
+use crate::engine::capture_loop::{CaptureLoop, Command, Waker, open_epoch};
+use crate::engine::checkpointer::Checkpointer;
+use crate::engine::sync::Syncer;
+use crate::error::{Error, Result};
 use crate::log::{Log, LogOptions};
 use crate::node::Node;
 use crate::page::{PageNo, PageSize};
-use crate::txid::{EpochHistory, Position, Txid};
-use crate::wire::Unit;
+use crate::sqlite::{Handle, Lock, Slot};
+use crate::txid::{Position, Txid};
+use crate::wal::Salts;
+
+pub(crate) use crate::engine::follower::{Follower, Standing};
 
 /// When a commit is acknowledged.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub enum Durability {
-    /// After an fsync that is shared by all commits that wait for one. Nothing is shipped before it is synced.
+    /// After an fsync that is shared by all commits that wait for one. Nothing is shipped to a replica before it
+    /// is on the primary's disk, so that no replica is ever ahead of it.
     #[default]
     Synced,
-    /// Without waiting for an fsync, like SQLite's `synchronous = NORMAL`.
+    /// Without waiting for an fsync, like SQLite's `synchronous = NORMAL`: a power cut can take the commits since
+    /// the last checkpoint, and replicas can then be ahead of the primary. A killed process loses nothing.
     Unsynced,
 }
 
+/// What one database file needs to know.
 #[derive(Clone, Debug)]
 pub(crate) struct EngineOptions {
     pub(crate) path: PathBuf,
@@ -37,20 +66,40 @@ pub(crate) struct EngineOptions {
     pub(crate) poll_max: Duration,
 }
 
-/// A primary's open database: capture, checkpoints, snapshots.
-pub(crate) struct Engine {}
+/// A primary's open database.
+#[derive(Debug)]
+pub(crate) struct Engine {
+    base: Arc<Base>,
+    syncer: Arc<Syncer>,
+    waker: Arc<Waker>,
+    commands: mpsc::SyncSender<Command>,
+    /// Reads the file for snapshots.
+    second: Arc<Mutex<Handle>>,
+    /// Where our own writer's last commit ended, so that the next one need not wait for capture.
+    last: Mutex<Option<Mark>>,
+    threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// A commit's place in the WAL and its number.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Mark {
+    salts: Salts,
+    frame: u32,
+    number: u64,
+}
 
 /// What the writer knew when its transaction held the write lock.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Begun {}
+pub(crate) struct Begun(Mark);
 
 /// A run of pages for a snapshot.
+#[derive(Debug)]
 pub(crate) struct Piece {
     pub(crate) first: PageNo,
-    /// A committed state that is not older than any byte of the piece's pages that a log record after
-    /// the snapshot's first piece does not replace.
+    /// The state when the piece was read. A page may be newer than that, never older; the log records up to the
+    /// position of the last piece make it exact.
     pub(crate) position: Position,
-    /// The database's size in pages at that state. `first` beyond it: the piece is empty and the last.
+    /// The database's size in pages at that state. With `first` beyond it the piece is empty: the last one.
     pub(crate) pages: u32,
     pub(crate) data: Bytes,
 }
@@ -63,88 +112,188 @@ pub(crate) struct WalFigures {
 }
 
 impl Engine {
-    /// Opens (and creates) the database as the primary, recovers the position, opens a new epoch,
-    /// sets `node.applied`, starts the threads. Blocks.
-    pub(crate) fn open(_options: EngineOptions, _node: Arc<Node>) -> Result<Engine> {
-        unimplemented!()
+    /// Opens (and creates) the database as the primary, finds the position, opens a new epoch and starts the
+    /// threads. Blocks.
+    pub(crate) fn open(options: EngineOptions, node: Arc<Node>) -> Result<Engine> {
+        make_side(&options)?;
+        let mut opened = open::open(options.clone(), node.clone(), true)?;
+        let mut tip = opened.base.tip();
+        let mut history = std::mem::take(&mut opened.history);
+        if !opened.exact {
+            // A database that is new to us, or that somebody else changed: that is a transaction of the new epoch.
+            let known = opened.highest_epoch > 0 || opened.base.log.tip().is_some();
+            let number = if known { opened.highest + 1 } else { 0 };
+            let before = Position::new(
+                Txid::new(tip.position.epoch(), number.saturating_sub(1)),
+                tip.position.checksum(),
+            );
+            open_epoch(&mut history, opened.highest_epoch, before)?;
+            let position = Position::new(Txid::new(history.epoch(), number), tip.position.checksum());
+            if known {
+                tracing::warn!(%position, "the database was changed by somebody else; its state becomes history");
+            }
+            tip.position = position;
+            opened.base.set_tip(tip);
+            anchor::write_epochs(&options.side, &history)?;
+        }
+        opened.history = history;
+        opened.begin_if_empty()?;
+        let mut opened = opened.redo()?;
+        let tip = opened.base.tip();
+        if opened.exact {
+            opened.history = open::truncate_history(&opened.history, tip.position);
+            open_epoch(&mut opened.history, opened.highest_epoch, tip.position)?;
+            anchor::write_epochs(&options.side, &opened.history)?;
+        }
+        opened.base.wal.sync()?;
+        opened.anchor()?;
+        opened.handle.unlock(Slot::WRITE, Lock::Exclusive)?;
+        node.applied.replace(opened.history.clone(), Some(tip.position));
+        tracing::info!(position = %tip.position, epoch = %opened.history.epoch(), "serving as the primary");
+        Engine::start(opened)
     }
+
+    fn start(opened: open::Opened) -> Result<Engine> {
+        let base = opened.base;
+        let tip = base.tip();
+        let second = Arc::new(Mutex::new(reader(&base)?));
+        let syncer = Arc::new(Syncer::new(base.clone(), tip.position.number()));
+        let waker = Arc::new(Waker::default());
+        let (commands, receiver) = mpsc::sync_channel(4);
+        let capture_loop = CaptureLoop {
+            base: base.clone(),
+            capture: Capture::new(base.clone(), opened.handle, tip, Arc::new(opened.history)),
+            syncer: syncer.clone(),
+            waker: waker.clone(),
+            commands: receiver,
+            second: second.clone(),
+            restart_after: Instant::now(),
+            restart_pause: Duration::from_millis(50),
+            warned_frames: 0,
+        };
+        let checkpointer = Checkpointer { base: base.clone(), handle: reader(&base)?, replica: None };
+        let capture = std::thread::Builder::new()
+            .name("replite-capture".into())
+            .spawn(move || capture_loop.run())
+            .map_err(Error::io("spawn", "replite-capture"))?;
+        let threads = Mutex::new(vec![capture, checkpointer.spawn()?]);
+        Ok(Engine { base, syncer, waker, commands, second, last: Mutex::new(None), threads })
+    }
+
     /// Call after BEGIN IMMEDIATE, on the thread whose connection holds the write lock.
     pub(crate) fn begun(&self) -> Result<Begun> {
-        unimplemented!()
+        self.base.check()?;
+        let header =
+            self.base.header().ok_or_else(|| Error::Stopped("the wal-index header is torn".into()))?;
+        let here = |mark: &Mark| mark.salts == header.salts && mark.frame == header.max_frame;
+        if let Some(mark) = lock(&self.last).filter(here) {
+            return Ok(Begun(mark));
+        }
+        // Somebody else committed, or the WAL was restarted: capture knows, or will in a moment.
+        self.waker.wake();
+        let tip = self.base.wait_tip(header.salts, header.max_frame)?;
+        Ok(Begun(Mark { salts: tip.salts, frame: tip.frame, number: tip.position.number() }))
     }
+
     /// Call after COMMIT; `frame` is what the WAL hook said during it, if it was called. `None`: nothing written.
-    pub(crate) fn committed(&self, _begun: Begun, _frame: Option<u32>) -> Result<Option<Txid>> {
-        unimplemented!()
+    pub(crate) fn committed(&self, begun: Begun, frame: Option<u32>) -> Result<Option<Txid>> {
+        let Begun(before) = begun;
+        if let Some(frame) = frame
+            && (frame != before.frame + 1 || self.base.index.page_of(frame) != 1)
+        {
+            let number = before.number + 1;
+            *lock(&self.last) = Some(Mark { salts: before.salts, frame, number });
+            self.waker.wake();
+            let epoch = self.base.node.applied.history().epoch_of(number);
+            return Ok(epoch.map(|epoch| Txid::new(epoch, number)));
+        }
+        // No hook was called (nothing was written, or the app replaced our hook), or the commit may be one that
+        // does not count: what capture makes of it decides.
+        let end = match (frame, self.base.header()) {
+            (Some(frame), _) => frame,
+            (None, Some(h)) if h.salts == before.salts && h.max_frame == before.frame => return Ok(None),
+            (None, Some(h)) if h.salts == before.salts => h.max_frame,
+            (None, _) => before.frame + 1,
+        };
+        self.waker.wake();
+        let tip = self.base.wait_tip(before.salts, end)?;
+        Ok((tip.position.number() > before.number).then(|| tip.position.txid()))
     }
+
     /// Blocks until the transaction is on the disk; callers share one fsync.
-    pub(crate) fn sync(&self, _txid: Txid) -> Result<()> {
-        unimplemented!()
+    pub(crate) fn sync(&self, txid: Txid) -> Result<()> {
+        self.syncer.sync(txid.number())
     }
-    /// Opens a new epoch with a number above `above`, because a peer with a higher one was heard.
-    pub(crate) fn raise_epoch(&self, _above: u64) -> Result<()> {
-        unimplemented!()
+
+    /// Opens a new epoch with a number above `above`, because a peer with a higher one was heard. Blocks.
+    pub(crate) fn raise_epoch(&self, above: u64) -> Result<()> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        self.commands.send(Command::RaiseEpoch(above, reply)).map_err(|_| Error::ShutDown)?;
+        self.waker.wake();
+        answer.recv().map_err(|_| Error::ShutDown)?
     }
+
     pub(crate) fn log(&self) -> &Arc<Log> {
-        unimplemented!()
+        &self.base.log
     }
+
     pub(crate) fn page_size(&self) -> PageSize {
-        unimplemented!()
+        self.base.page_size
     }
+
     /// Reads up to `max_bytes` (at least one page) of pages from `first` on. Blocks.
-    pub(crate) fn read_piece(&self, _first: PageNo, _max_bytes: usize) -> Result<Piece> {
-        unimplemented!()
+    pub(crate) fn read_piece(&self, first: PageNo, max_bytes: usize) -> Result<Piece> {
+        self.base.check()?;
+        let size = self.base.page_size.bytes();
+        let mut handle = lock(&self.second);
+        // No restart of the WAL between looking a frame up and reading it.
+        let _generation = self.base.generation.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let tip = self.base.tip();
+        let left = tip.pages.saturating_sub(first.get() - 1) as usize;
+        let count = (max_bytes / size).max(1).min(left);
+        let mut data = BytesMut::zeroed(count * size);
+        if count > 0 {
+            self.base.read_run(&mut handle, first, tip.frame, &mut data)?;
+        }
+        Ok(Piece { first, position: tip.position, pages: tip.pages, data: data.freeze() })
     }
+
     pub(crate) fn wal(&self) -> WalFigures {
-        unimplemented!()
+        self.base.figures()
     }
-    /// Stops and joins the threads; all further calls fail with `ShutDown`. Idempotent. Blocks.
+
+    /// Stops and joins the threads; all further calls fail with `ShutDown`. Blocks.
     pub(crate) fn close(&self) {
-        unimplemented!()
+        stop_threads(&self.base, &self.threads, &self.waker);
     }
 }
 
-/// A replica's database, there or yet to come, and the thread that applies to it.
-pub(crate) struct Follower {}
-
-/// Where a replica stands, for its hello.
-#[derive(Clone, Debug)]
-pub(crate) struct Standing {
-    pub(crate) position: Option<Position>,
-    pub(crate) history: Arc<EpochHistory>,
-    /// A snapshot that was begun: the position of its first piece, and the first page that is missing.
-    pub(crate) resume: Option<(Position, PageNo)>,
-    pub(crate) page_size: Option<PageSize>,
-}
-
-impl Follower {
-    /// Opens what is there, starts the apply thread, sets `node.applied` when there is a state. Blocks.
-    pub(crate) fn open(_options: EngineOptions, _node: Arc<Node>) -> Result<Follower> {
-        unimplemented!()
-    }
-    /// True once the database file can be opened and read; may fall back to false.
-    pub(crate) fn readable(&self) -> watch::Receiver<bool> {
-        unimplemented!()
-    }
-    /// Forgets what an earlier stream left unfinished and says where the replica stands.
-    pub(crate) async fn standing(&self) -> Result<Standing> {
-        unimplemented!()
-    }
-    /// Hands over data units (EPOCHS, TXN_*, PAGE, SNAP_*) in order; waits while the bounded queue is full.
-    /// An error of the apply thread comes back from this or a later call; the stream must then be ended.
-    pub(crate) async fn feed(&self, _units: Vec<Unit>) -> Result<()> {
-        unimplemented!()
-    }
-    /// The newest position that is fsynced; the thread syncs by itself a short time after it applied.
-    pub(crate) fn synced(&self) -> watch::Receiver<Option<Position>> {
-        unimplemented!()
-    }
-    pub(crate) fn wal(&self) -> WalFigures {
-        unimplemented!()
-    }
-    pub(crate) fn log_bytes(&self) -> u64 {
-        unimplemented!()
-    }
-    pub(crate) fn close(&self) {
-        unimplemented!()
+impl Drop for Engine {
+    fn drop(&mut self) {
+        self.close();
     }
 }
+
+fn stop_threads(base: &Base, threads: &Mutex<Vec<JoinHandle<()>>>, waker: &Waker) {
+    base.stop.store(true, std::sync::atomic::Ordering::Release);
+    waker.wake();
+    for thread in std::mem::take(&mut *lock(threads)) {
+        thread.thread().unpark();
+        // A panic of the thread was reported by its own means.
+        let _ = thread.join();
+    }
+}
+
+/// A further connection to an open database.
+fn reader(base: &Base) -> Result<Handle> {
+    let handle = Handle::open(base.path(), false)?;
+    handle.connection().query_row("SELECT count(*) FROM sqlite_schema", [], |r| r.get::<_, i64>(0))?;
+    Ok(handle)
+}
+
+fn make_side(options: &EngineOptions) -> Result<()> {
+    fs::create_dir_all(&options.side).map_err(Error::io("create", &options.side))
+}
+
+#[cfg(test)]
+mod tests;

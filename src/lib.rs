@@ -10,8 +10,10 @@ mod node;
 mod page;
 mod secret;
 mod session;
+mod sqlite;
 mod status;
 mod txid;
+mod wal;
 mod wire;
 
 pub use checksum::Checksum;

@@ -23,6 +23,7 @@ pub(crate) struct LogOptions {
 }
 
 /// Byte addresses in the log ("LSN") grow for ever, across segments and restarts.
+#[derive(Debug)]
 pub(crate) struct Log {}
 
 /// What `Log::find` says.
@@ -99,6 +100,7 @@ impl Log {
     }
 }
 
+#[derive(Debug)]
 pub(crate) struct Pin {}
 
 impl Pin {

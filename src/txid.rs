@@ -276,6 +276,10 @@ impl EpochHistory {
         self.starts.is_empty()
     }
 
+    pub(crate) fn iter(&self) -> impl Iterator<Item = &EpochStart> {
+        self.starts.iter()
+    }
+
     /// The epoch of the transaction with this number.
     pub(crate) fn epoch_of(&self, number: u64) -> Option<Epoch> {
         self.starts.iter().rev().find(|s| s.first <= number).or(self.starts.first()).map(|s| s.epoch)

@@ -1,0 +1,301 @@
+//! Anchors: which position a frame of the WAL stands for, kept beside the database.
+//!
+//! `<side>/anchors` has two slots of 256 bytes, at 0 and 4096, written in turn, so that a torn write leaves the
+//! other. `<side>/epochs` holds the epoch history and is replaced by rename.
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use crate::engine::wal_file::{read_exact_at, sync_directory, write_all_at};
+use crate::error::{Error, Result};
+use crate::txid::{EpochHistory, Position};
+use crate::wal::{Salts, WalSum, le_u32};
+
+const MAGIC: [u8; 8] = *b"repanchr";
+const EPOCHS_MAGIC: [u8; 8] = *b"repepoch";
+const VERSION: u32 = 1;
+const SLOT_BYTES: usize = 256;
+/// The slots lie in different sectors and pages of any disk.
+const SLOT_OFFSETS: [u64; 2] = [0, 4096];
+const CHECK_AT: usize = SLOT_BYTES - 16;
+/// Largest epochs file that is read: a full history and its frame.
+const EPOCHS_MAX_BYTES: u64 = (EpochHistory::MAX * EpochHistory::ENTRY_BYTES + 64) as u64;
+
+/// What was known of the database file alone when an anchor was written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum FileState {
+    /// The file alone, without the WAL, is the state at `position`, and nobody has written to it since
+    /// `modified` (nanoseconds since 1970).
+    AtRest { position: Position, modified: i64 },
+    /// Frames up to the anchor are being copied into it: it is no committed state.
+    Backfilling,
+}
+
+/// The position that a frame of the WAL stands for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Anchor {
+    /// Counts the WAL generations that this node began; never reused, so that salts are not either.
+    pub(crate) generation: u64,
+    pub(crate) salts: Salts,
+    /// A commit frame of that generation; zero: only what `file` says counts.
+    pub(crate) frame: u32,
+    pub(crate) sum: WalSum,
+    pub(crate) position: Position,
+    /// The database's size in pages.
+    pub(crate) pages: u32,
+    pub(crate) file: FileState,
+}
+
+impl Anchor {
+    fn encode(&self, sequence: u64) -> [u8; SLOT_BYTES] {
+        let mut b = [0; SLOT_BYTES];
+        b[0..8].copy_from_slice(&MAGIC);
+        b[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        b[12..16].copy_from_slice(&self.frame.to_le_bytes());
+        b[16..24].copy_from_slice(&sequence.to_le_bytes());
+        b[24..32].copy_from_slice(&self.generation.to_le_bytes());
+        b[32..40].copy_from_slice(&self.salts.0);
+        b[40..44].copy_from_slice(&self.sum.0.to_le_bytes());
+        b[44..48].copy_from_slice(&self.sum.1.to_le_bytes());
+        b[48..88].copy_from_slice(&self.position.to_bytes());
+        b[88..92].copy_from_slice(&self.pages.to_le_bytes());
+        match self.file {
+            FileState::AtRest { position, modified } => {
+                b[92..96].copy_from_slice(&0u32.to_le_bytes());
+                b[96..104].copy_from_slice(&modified.to_le_bytes());
+                b[104..144].copy_from_slice(&position.to_bytes());
+            }
+            FileState::Backfilling => b[92..96].copy_from_slice(&1u32.to_le_bytes()),
+        }
+        let check = blake3::hash(&b[..CHECK_AT]);
+        b[CHECK_AT..].copy_from_slice(&check.as_bytes()[..16]);
+        b
+    }
+
+    fn decode(b: &[u8; SLOT_BYTES]) -> Result<Option<(u64, Anchor)>, u32> {
+        if b[0..8] != MAGIC || blake3::hash(&b[..CHECK_AT]).as_bytes()[..16] != b[CHECK_AT..] {
+            return Ok(None);
+        }
+        let version = le_u32(&b[8..12]);
+        if version > VERSION {
+            return Err(version);
+        }
+        let long =
+            |at: usize| u64::from(le_u32(&b[at..at + 4])) | u64::from(le_u32(&b[at + 4..at + 8])) << 32;
+        let position = |at: usize| {
+            let mut bytes = [0; Position::BYTES];
+            bytes.copy_from_slice(&b[at..at + Position::BYTES]);
+            Position::from_bytes(&bytes)
+        };
+        let mut salts = [0; 8];
+        salts.copy_from_slice(&b[32..40]);
+        let file = match le_u32(&b[92..96]) {
+            0 => FileState::AtRest { position: position(104), modified: long(96) as i64 },
+            _ => FileState::Backfilling,
+        };
+        let anchor = Anchor {
+            generation: long(24),
+            salts: Salts(salts),
+            frame: le_u32(&b[12..16]),
+            sum: WalSum(le_u32(&b[40..44]), le_u32(&b[44..48])),
+            position: position(48),
+            pages: le_u32(&b[88..92]),
+            file,
+        };
+        Ok(Some((long(16), anchor)))
+    }
+}
+
+/// The two anchors and the epoch history of a database.
+#[derive(Debug)]
+pub(crate) struct Anchors {
+    file: File,
+    path: PathBuf,
+    sequence: u64,
+    slots: [Option<(u64, Anchor)>; 2],
+}
+
+impl Anchors {
+    /// Opens the file, or makes an empty one.
+    pub(crate) fn open(side: &Path) -> Result<Anchors> {
+        let path = side.join("anchors");
+        let created = !path.exists();
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(&path)
+            .map_err(Error::io("open", &path))?;
+        if created {
+            sync_directory(side)?;
+        }
+        let mut slots = [None; 2];
+        for (slot, offset) in slots.iter_mut().zip(SLOT_OFFSETS) {
+            let mut bytes = [0; SLOT_BYTES];
+            // A file that is too short has no such slot yet.
+            if read_exact_at(&file, &mut bytes, offset).is_ok() {
+                *slot = Anchor::decode(&bytes).map_err(|found| Error::Newer {
+                    path: path.clone(),
+                    found,
+                    supported: VERSION,
+                })?;
+            }
+        }
+        let sequence = slots.iter().flatten().map(|(s, _)| *s).max().unwrap_or(0);
+        Ok(Anchors { file, path, sequence, slots })
+    }
+
+    /// The anchors that are there, newest first.
+    pub(crate) fn newest_first(&self) -> Vec<Anchor> {
+        let mut all: Vec<_> = self.slots.iter().flatten().copied().collect();
+        all.sort_by_key(|(sequence, _)| std::cmp::Reverse(*sequence));
+        all.into_iter().map(|(_, anchor)| anchor).collect()
+    }
+
+    /// The highest generation that was ever used.
+    pub(crate) fn generation(&self) -> u64 {
+        self.slots.iter().flatten().map(|(_, a)| a.generation).max().unwrap_or(0)
+    }
+
+    /// Writes an anchor over the older one; durable on return when `durable`.
+    pub(crate) fn write(&mut self, anchor: Anchor, durable: bool) -> Result<()> {
+        let older = match (&self.slots[0], &self.slots[1]) {
+            (None, _) => 0,
+            (_, None) => 1,
+            (Some((a, _)), Some((b, _))) => usize::from(a > b),
+        };
+        self.sequence += 1;
+        let bytes = anchor.encode(self.sequence);
+        write_all_at(&self.file, &bytes, SLOT_OFFSETS[older]).map_err(Error::io("write", &self.path))?;
+        if durable {
+            self.file.sync_data().map_err(Error::io("fsync", &self.path))?;
+        }
+        self.slots[older] = Some((self.sequence, anchor));
+        Ok(())
+    }
+}
+
+/// When the database file was last modified, in nanoseconds since 1970. By `stat`, which opens nothing.
+pub(crate) fn modified(path: &Path) -> Result<i64> {
+    let time = fs::metadata(path).and_then(|m| m.modified()).map_err(Error::io("stat", path))?;
+    Ok(time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as i64))
+}
+
+/// Reads the epoch history; empty when there is none.
+pub(crate) fn read_epochs(side: &Path) -> Result<EpochHistory> {
+    let path = side.join("epochs");
+    let mut bytes = Vec::new();
+    match File::open(&path) {
+        Ok(file) => file.take(EPOCHS_MAX_BYTES).read_to_end(&mut bytes).map_err(Error::io("read", &path))?,
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(EpochHistory::default()),
+        Err(e) => return Err(Error::io("open", &path)(e)),
+    };
+    let corrupt = |what: &str| Error::Corrupt { path: path.clone(), offset: 0, what: what.into() };
+    let (body, check) = bytes.split_last_chunk::<16>().ok_or_else(|| corrupt("too short"))?;
+    if blake3::hash(body).as_bytes()[..16] != *check || body.len() < 12 || body[..8] != EPOCHS_MAGIC {
+        return Err(corrupt("its checksum does not match"));
+    }
+    let version = le_u32(&body[8..12]);
+    if version > VERSION {
+        return Err(Error::Newer { path, found: version, supported: VERSION });
+    }
+    EpochHistory::decode(&body[12..]).map_err(corrupt)
+}
+
+/// Replaces the epoch history, durably.
+pub(crate) fn write_epochs(side: &Path, history: &EpochHistory) -> Result<()> {
+    let mut bytes = EPOCHS_MAGIC.to_vec();
+    bytes.extend_from_slice(&VERSION.to_le_bytes());
+    bytes.extend_from_slice(&history.encode());
+    let check = blake3::hash(&bytes);
+    bytes.extend_from_slice(&check.as_bytes()[..16]);
+    replace_file(side, "epochs", &bytes)
+}
+
+/// Replaces a small file by rename, durably.
+pub(crate) fn replace_file(side: &Path, name: &str, bytes: &[u8]) -> Result<()> {
+    let (path, new) = (side.join(name), side.join(format!("{name}.new")));
+    let mut file = File::create(&new).map_err(Error::io("create", &new))?;
+    file.write_all(bytes).map_err(Error::io("write", &new))?;
+    file.sync_all().map_err(Error::io("fsync", &new))?;
+    fs::rename(&new, &path).map_err(Error::io("rename", &path))?;
+    sync_directory(side)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checksum::Checksum;
+    use crate::txid::{Epoch, EpochStart, Txid};
+
+    fn anchor(frame: u32) -> Anchor {
+        let position = Position::new(Txid::new(Epoch::new(2, 9), 77), Checksum::from_u128(5));
+        Anchor {
+            generation: 3,
+            salts: Salts([1, 2, 3, 4, 5, 6, 7, 8]),
+            frame,
+            sum: WalSum(10, 11),
+            position,
+            pages: 12,
+            file: FileState::AtRest { position, modified: -5 },
+        }
+    }
+
+    #[test]
+    fn a_torn_slot_leaves_the_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut anchors = Anchors::open(dir.path()).unwrap();
+        assert!(anchors.newest_first().is_empty());
+        for frame in 1..=3 {
+            anchors.write(anchor(frame), true).unwrap();
+        }
+        let again = Anchors::open(dir.path()).unwrap();
+        assert_eq!(again.newest_first(), vec![anchor(3), anchor(2)]);
+        // Frame 3 went over frame 1, into the first slot.
+        for at in 0..SLOT_BYTES {
+            let path = dir.path().join("anchors");
+            let whole = fs::read(&path).unwrap();
+            let mut torn = whole.clone();
+            torn[at] ^= 0x40;
+            fs::write(&path, &torn).unwrap();
+            assert_eq!(Anchors::open(dir.path()).unwrap().newest_first(), vec![anchor(2)], "byte {at}");
+            fs::write(&path, &whole[..at]).unwrap();
+            assert!(Anchors::open(dir.path()).unwrap().newest_first().is_empty());
+            fs::write(&path, &whole).unwrap();
+        }
+    }
+
+    #[test]
+    fn a_newer_file_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut bytes = anchor(1).encode(1);
+        bytes[8] = 2;
+        let check = blake3::hash(&bytes[..CHECK_AT]);
+        bytes[CHECK_AT..].copy_from_slice(&check.as_bytes()[..16]);
+        fs::write(dir.path().join("anchors"), bytes).unwrap();
+        assert!(matches!(Anchors::open(dir.path()), Err(Error::Newer { found: 2, .. })));
+    }
+
+    #[test]
+    fn the_epoch_history_survives_and_every_flipped_byte_is_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(read_epochs(dir.path()).unwrap().is_empty());
+        let mut history = EpochHistory::default();
+        history.push(EpochStart { epoch: Epoch::new(1, 2), first: 3, before: Checksum::EMPTY });
+        write_epochs(dir.path(), &history).unwrap();
+        assert_eq!(read_epochs(dir.path()).unwrap(), history);
+        let path = dir.path().join("epochs");
+        let whole = fs::read(&path).unwrap();
+        for at in 0..whole.len() {
+            let mut flipped = whole.clone();
+            flipped[at] ^= 1;
+            fs::write(&path, &flipped).unwrap();
+            assert!(matches!(read_epochs(dir.path()), Err(Error::Corrupt { .. })), "byte {at}");
+            fs::write(&path, &whole[..at]).unwrap();
+            assert!(read_epochs(dir.path()).is_err(), "cut at {at}");
+        }
+    }
+}

@@ -1,0 +1,518 @@
+//! The replica's owner thread: it verifies and applies what the stream brings.
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use bytes::{Bytes, BytesMut};
+use tokio::sync::mpsc;
+
+use crate::engine::EngineOptions;
+use crate::engine::anchor::{self, Anchor, Anchors, FileState, modified};
+use crate::engine::append::Appender;
+use crate::engine::base::lock;
+use crate::engine::capture_loop::{append_or_gap, warn_if_long};
+use crate::engine::checkpoint::{DRAIN_MAX, Restart, restart};
+use crate::engine::checkpointer::{Checkpointer, Replica};
+use crate::engine::follower::{Command, Shared, Standing};
+use crate::engine::open::{self, Opened};
+use crate::engine::receive::{self, Incoming, Ready};
+use crate::engine::wal_file::{WalFile, sync_directory};
+use crate::engine::{make_side, reader};
+use crate::error::{Error, Result, Unsupported};
+use crate::log::Log;
+use crate::node::Node;
+use crate::page::PageNo;
+use crate::status::{Event, unix_millis};
+use crate::txid::{EpochHistory, Place};
+use crate::wal::{Salts, WalSum};
+use crate::wire::{HEADER_BYTES, Message, Unit};
+
+/// Pause after a failed restart of the WAL, doubled each time.
+const RESTART_PAUSE: Duration = Duration::from_millis(50);
+const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
+
+pub(super) struct Apply {
+    options: EngineOptions,
+    node: Arc<Node>,
+    shared: Arc<Shared>,
+    commands: mpsc::WeakSender<Command>,
+    live: Option<Appender>,
+    checkpointer: Option<JoinHandle<()>>,
+    incoming: Option<Incoming>,
+    history: EpochHistory,
+    /// A history that this node's state is not in; it becomes ours with the snapshot that follows.
+    next_history: Option<EpochHistory>,
+    /// Raw units of records, on their way to the log.
+    log_buffer: BytesMut,
+    /// Bytes of `log_buffer` that are whole records.
+    whole: usize,
+    failed: bool,
+    restart_after: Instant,
+    restart_pause: Duration,
+    warned_frames: u32,
+}
+
+impl Apply {
+    pub(super) fn open(
+        options: EngineOptions,
+        node: Arc<Node>,
+        shared: Arc<Shared>,
+        commands: mpsc::WeakSender<Command>,
+    ) -> Result<Apply> {
+        let mut apply = Apply {
+            options,
+            node,
+            shared,
+            commands,
+            live: None,
+            checkpointer: None,
+            incoming: None,
+            history: EpochHistory::default(),
+            next_history: None,
+            log_buffer: BytesMut::new(),
+            whole: 0,
+            failed: false,
+            restart_after: Instant::now(),
+            restart_pause: RESTART_PAUSE,
+            warned_frames: 0,
+        };
+        if apply.options.path.exists() {
+            apply.open_existing()?;
+        }
+        Ok(apply)
+    }
+
+    fn open_existing(&mut self) -> Result<()> {
+        match open::open(self.options.clone(), self.node.clone(), false) {
+            Ok(opened) if opened.exact => self.go_live(opened),
+            Ok(opened) => {
+                // Not a state of the cluster: never read from, and put aside when a snapshot takes its place.
+                drop(opened);
+                self.say_unknown();
+                Ok(())
+            }
+            Err(Error::Unsupported { reason: Unsupported::NotWal(_), .. }) => {
+                self.say_unknown();
+                Ok(())
+            }
+            Err(error) => Err(error),
+        }
+    }
+
+    fn say_unknown(&self) {
+        let text =
+            "the database here is no state of the cluster; it is kept aside when a snapshot replaces it";
+        tracing::warn!(path = %self.options.path.display(), text);
+        self.node.set_problem(Some(text.into()));
+    }
+
+    fn go_live(&mut self, mut opened: Opened) -> Result<()> {
+        opened.begin_if_empty()?;
+        let opened = opened.redo()?;
+        opened.anchor()?;
+        let base = opened.base.clone();
+        self.history = opened.history;
+        let position = base.tip().position;
+        let commands = self.commands.clone();
+        let ready = move || {
+            if let Some(commands) = commands.upgrade() {
+                // When the queue is full, the thread looks by itself after the next batch.
+                let _ = commands.try_send(Command::Restart);
+            }
+        };
+        let replica = Replica { synced: self.shared.synced.clone(), ready: Box::new(ready) };
+        let checkpointer =
+            Checkpointer { base: base.clone(), handle: reader(&base)?, replica: Some(replica) };
+        self.live = Some(Appender::new(base.clone(), opened.handle)?);
+        self.checkpointer = Some(checkpointer.spawn()?);
+        *lock(&self.shared.base) = Some(base);
+        self.node.applied.replace(self.history.clone(), Some(position));
+        self.shared.readable.send_replace(true);
+        tracing::info!(%position, "the replica's state is open");
+        Ok(())
+    }
+
+    pub(super) fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+        while let Some(command) = commands.blocking_recv() {
+            if self.stopping() {
+                break;
+            }
+            match command {
+                Command::Units(units) => self.session(|apply| apply.units(units)),
+                Command::Standing(reply) => {
+                    let _ = reply.send(self.standing());
+                }
+                Command::Restart => {
+                    if let Err(error) = self.maybe_restart() {
+                        tracing::warn!(%error, "the WAL could not be restarted");
+                    }
+                }
+                Command::Stop => break,
+            }
+        }
+        self.stop();
+    }
+
+    fn stopping(&self) -> bool {
+        self.live.as_ref().is_some_and(|l| l.base.stopping())
+    }
+
+    fn stop(&mut self) {
+        self.abort();
+        if let Some(live) = self.live.take() {
+            live.base.stop.store(true, std::sync::atomic::Ordering::Release);
+            if let Some(thread) = self.checkpointer.take() {
+                thread.thread().unpark();
+                let _ = thread.join();
+            }
+            let rest = live.base.log.sync().and_then(|()| live.base.wal.sync()).and_then(|()| {
+                let file = live.base.file_state().unwrap_or(FileState::Backfilling);
+                live.base.write_anchor(&live.base.tip(), file, true)
+            });
+            if let Err(error) = rest {
+                tracing::warn!(%error, "the last anchor was not written; the next start reads the WAL instead");
+            }
+        }
+        self.node.applied.close();
+    }
+
+    /// Runs a step of a stream; a failure ends that stream and is told to whoever feeds it.
+    fn session(&mut self, step: impl FnOnce(&mut Apply) -> Result<()>) {
+        if self.failed {
+            return;
+        }
+        if let Err(error) = step(self) {
+            self.failed = true;
+            self.abort();
+            *lock(&self.shared.failure) = Some(error);
+        }
+    }
+
+    fn abort(&mut self) {
+        self.log_buffer.clear();
+        self.whole = 0;
+        if let Some(live) = &mut self.live {
+            live.abort();
+            if let Err(error) = live.base.log.abort() {
+                tracing::warn!(%error, "the log's unfinished record could not be taken back");
+            }
+        }
+        self.incoming = None;
+    }
+
+    fn standing(&mut self) -> Standing {
+        self.abort();
+        self.failed = false;
+        *lock(&self.shared.failure) = None;
+        self.next_history = None;
+        Standing {
+            position: self.live.as_ref().map(Appender::position),
+            history: Arc::new(self.history.clone()),
+            resume: receive::progress(&self.options.side).map(|p| (p.first, p.next)),
+            page_size: self.live.as_ref().map(|l| l.base.page_size),
+        }
+    }
+
+    fn units(&mut self, units: Vec<Unit>) -> Result<()> {
+        for unit in &units {
+            let message = unit.decode().map_err(|e| Error::garbled("the primary", e.to_string()))?;
+            match message {
+                Message::Epochs(history) => self.epochs(history)?,
+                Message::SnapBegin(begin) => {
+                    self.node.tell(Event::SnapshotStarted(if begin.diverged {
+                        "this node's state is not in the primary's history".into()
+                    } else {
+                        "the primary's log does not reach back to this node's state".into()
+                    }));
+                    tracing::info!(first = %begin.first, from = %begin.from, diverged = begin.diverged, "a snapshot begins");
+                    self.incoming = Some(Incoming::begin(&self.options.side, begin)?);
+                }
+                Message::SnapPiece { first, pages, .. } => self.incoming()?.piece(first, pages)?,
+                Message::SnapEnd(end) => {
+                    if self.incoming()?.end(end)? {
+                        self.adopt()?;
+                    }
+                }
+                Message::TxnBegin(begin) => match (&mut self.incoming, &mut self.live) {
+                    (Some(incoming), _) => incoming.txn_begin(begin)?,
+                    (None, Some(live)) => {
+                        live.begin(begin, &self.history)?;
+                        self.log_buffer.extend_from_slice(&unit.raw);
+                    }
+                    (None, None) => return Err(no_state()),
+                },
+                Message::Page { number, hash, page } => match (&mut self.incoming, &mut self.live) {
+                    (Some(incoming), _) => incoming.page(number, hash, page)?,
+                    (None, Some(live)) => {
+                        live.page(number, hash, &unit.raw, HEADER_BYTES + 4)?;
+                        self.log_buffer.extend_from_slice(&unit.raw);
+                    }
+                    (None, None) => return Err(no_state()),
+                },
+                Message::TxnEnd(end) => match (&mut self.incoming, &mut self.live) {
+                    (Some(incoming), _) => {
+                        if incoming.txn_end(end)? {
+                            self.adopt()?;
+                        }
+                    }
+                    (None, Some(live)) => {
+                        live.end(end)?;
+                        self.log_buffer.extend_from_slice(&unit.raw);
+                        self.whole = self.log_buffer.len();
+                    }
+                    (None, None) => return Err(no_state()),
+                },
+                _ => return Err(Error::garbled("the primary", "a unit that does not belong into a stream")),
+            }
+        }
+        self.publish()
+    }
+
+    fn incoming(&mut self) -> Result<&mut Incoming> {
+        self.incoming.as_mut().ok_or_else(|| Error::garbled("the primary", "a piece of no snapshot"))
+    }
+
+    /// The log gets the records first, then readers see them.
+    fn publish(&mut self) -> Result<()> {
+        let Some(live) = &mut self.live else { return Ok(()) };
+        if self.whole > 0 {
+            let records = self.log_buffer.split_to(self.whole).freeze();
+            self.whole = 0;
+            append_or_gap(&live.base, records, Some(live.position()));
+        }
+        if !self.log_buffer.is_empty() {
+            append_or_gap(&live.base, self.log_buffer.split().freeze(), None);
+        }
+        live.publish()?;
+        let position = live.base.tip().position;
+        if self.node.applied.position() != Some(position) {
+            self.node.applied.advance(position);
+        }
+        self.maybe_restart()
+    }
+
+    fn epochs(&mut self, history: EpochHistory) -> Result<()> {
+        let ours = match &self.live {
+            Some(live) => history.place(live.position().txid()) == Place::OnHistory,
+            None => false,
+        };
+        if !ours {
+            self.next_history = Some(history);
+        } else if history != self.history {
+            anchor::write_epochs(&self.options.side, &history)?;
+            self.history = history.clone();
+            self.node.applied.replace(history, self.live.as_ref().map(|l| l.base.tip().position));
+        }
+        Ok(())
+    }
+
+    /// The snapshot is exact: it becomes this node's state.
+    fn adopt(&mut self) -> Result<()> {
+        let Some(incoming) = self.incoming.take() else { return Ok(()) };
+        let ready = incoming.finish()?;
+        let position = ready.position;
+        let history = self.next_history.take().unwrap_or_else(|| self.history.clone());
+        if history.place(position.txid()) != Place::OnHistory {
+            return Err(Error::garbled("the primary", "a snapshot that is not in its own history"));
+        }
+        if self.live.is_some() {
+            self.replace_live(&ready, history)?
+        } else {
+            self.move_in(&ready, history)?
+        }
+        receive::discard(&self.options.side)?;
+        tracing::info!(%position, "the snapshot is taken over");
+        self.node.set_problem(None);
+        self.node.tell(Event::SnapshotFinished(position));
+        Ok(())
+    }
+
+    /// Where nothing is open: the file takes the database's place.
+    fn move_in(&mut self, ready: &Ready, history: EpochHistory) -> Result<()> {
+        let (path, side) = (&self.options.path, &self.options.side);
+        make_side(&self.options)?;
+        self.put_aside()?;
+        anchor::write_epochs(side, &history)?;
+        Log::open(&side.join("log"), self.options.log)?.reset(ready.position)?;
+        let from = ready.directory.join("pages");
+        let file = FileState::AtRest { position: ready.position, modified: modified(&from)? };
+        let mut anchors = Anchors::open(side)?;
+        let anchor = Anchor {
+            generation: anchors.generation(),
+            salts: Salts::default(),
+            frame: 0,
+            sum: WalSum::default(),
+            position: ready.position,
+            pages: ready.pages,
+            file,
+        };
+        // Before the rename: a file at the database's place always has its anchor.
+        anchors.write(anchor, true)?;
+        drop(anchors);
+        fs::rename(&from, path).map_err(Error::io("rename", path))?;
+        sync_parent(path)?;
+        let opened = open::open(self.options.clone(), self.node.clone(), false)?;
+        if !opened.exact || opened.base.tip().position != ready.position {
+            return Err(Error::Mismatch {
+                expected: ready.position.to_string(),
+                found: opened.base.tip().position.to_string(),
+            });
+        }
+        self.go_live(opened)
+    }
+
+    /// Keeps a database that is no state of the cluster.
+    fn put_aside(&self) -> Result<()> {
+        let path = &self.options.path;
+        if !path.exists() {
+            return Ok(());
+        }
+        let kept = self.options.side.join("lost").join(format!("database-{}", unix_millis()));
+        fs::create_dir_all(&kept).map_err(Error::io("create", &kept))?;
+        // The WAL first: a database without its WAL would look whole.
+        let wal = WalFile::path_of(path);
+        for from in [&wal, path] {
+            if let (true, Some(name)) = (from.exists(), from.file_name()) {
+                fs::rename(from, kept.join(name)).map_err(Error::io("rename", from))?;
+            }
+        }
+        let mut shm = path.as_os_str().to_owned();
+        shm.push("-shm");
+        match fs::remove_file(&shm) {
+            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", &shm)(e)),
+            _ => {}
+        }
+        sync_directory(&kept)?;
+        sync_parent(path)?;
+        tracing::warn!(kept = %kept.display(), "the database that was here is put aside");
+        self.node.tell(Event::Kept(kept));
+        Ok(())
+    }
+
+    /// Where readers are: the pages that differ become one transaction.
+    fn replace_live(&mut self, ready: &Ready, history: EpochHistory) -> Result<()> {
+        let Some(mut live) = self.live.take() else { return Ok(()) };
+        let result = self.replace_pages(&mut live, ready, &history);
+        if result.is_err() {
+            live.abort();
+        }
+        self.live = Some(live);
+        result?;
+        self.history = history.clone();
+        self.node.applied.replace(history, Some(ready.position));
+        Ok(())
+    }
+
+    fn replace_pages(&self, live: &mut Appender, ready: &Ready, history: &EpochHistory) -> Result<()> {
+        if live.base.page_size != ready.page_size {
+            return Err(Error::Stopped(format!(
+                "the primary's page size is now {:?}, this replica's {:?}: stop the node, move its database away and start it again",
+                ready.page_size, live.base.page_size
+            )));
+        }
+        if ready.diverged {
+            self.keep_copy(live)?;
+        }
+        anchor::write_epochs(&self.options.side, history)?;
+        live.base.log.reset(ready.position)?;
+        let base = live.base.clone();
+        let mut differing = Differing::new(live.base.tip().pages, ready);
+        let file = base.file_state().unwrap_or(FileState::Backfilling);
+        live.replace(&mut |live| differing.next(live), ready.position, ready.pages, &mut |tip| {
+            base.wal.sync()?;
+            base.write_anchor(tip, file, true)
+        })
+    }
+
+    /// Copies the state that is about to be replaced, as a plain database.
+    fn keep_copy(&self, live: &Appender) -> Result<()> {
+        let lost = self.options.side.join("lost");
+        fs::create_dir_all(&lost).map_err(Error::io("create", &lost))?;
+        let name = lost.join(format!("{}.db", live.position()));
+        if name.exists() {
+            return Ok(());
+        }
+        let new = name.with_extension("new");
+        let source = reader(&live.base)?;
+        let mut target = rusqlite::Connection::open(&new)?;
+        rusqlite::backup::Backup::new(source.connection(), &mut target)?.step(-1)?;
+        target.close().map_err(|(_, e)| e)?;
+        fs::File::open(&new).and_then(|f| f.sync_all()).map_err(Error::io("fsync", &new))?;
+        fs::rename(&new, &name).map_err(Error::io("rename", &name))?;
+        sync_directory(&lost)?;
+        tracing::error!(kept = %name.display(), "this node's state is off the history; a copy is kept");
+        self.node.tell(Event::Kept(name));
+        Ok(())
+    }
+
+    fn maybe_restart(&mut self) -> Result<()> {
+        let Some(live) = &mut self.live else { return Ok(()) };
+        if live.base.wal_bytes() <= self.options.wal_limit_bytes
+            || Instant::now() < self.restart_after
+            || live.in_transaction()
+        {
+            return Ok(());
+        }
+        match restart(&live.base.clone(), &mut live.handle, DRAIN_MAX)? {
+            Restart::Done(tip) => {
+                live.resume(tip);
+                self.restart_pause = RESTART_PAUSE;
+                self.warned_frames = 0;
+            }
+            Restart::NotYet => {}
+            Restart::Readers => {
+                self.restart_after = Instant::now() + self.restart_pause;
+                self.restart_pause = (self.restart_pause * 2).min(RESTART_PAUSE_MAX);
+                warn_if_long(&live.base, &mut self.warned_frames);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The pages that are not the same here and in a snapshot, one after the other.
+struct Differing<'a> {
+    ready: &'a Ready,
+    /// Our pages.
+    pages: u32,
+    next: u32,
+    ours: Vec<u8>,
+}
+
+impl Differing<'_> {
+    fn new(pages: u32, ready: &Ready) -> Differing<'_> {
+        Differing { ready, pages, next: 1, ours: vec![0; ready.page_size.bytes()] }
+    }
+
+    fn next(&mut self, live: &mut Appender) -> Result<Option<(PageNo, Bytes)>> {
+        while let Some(number) = PageNo::new(self.next).filter(|n| n.get() <= self.ready.pages) {
+            self.next += 1;
+            if number.is_lock_page(self.ready.page_size) {
+                continue;
+            }
+            let mut theirs = BytesMut::zeroed(self.ours.len());
+            self.ready.read(number, &mut theirs)?;
+            if number.get() <= self.pages {
+                live.read_current(number, &mut self.ours)?;
+            }
+            if number.get() > self.pages || self.ours[..] != theirs[..] {
+                return Ok(Some((number, theirs.freeze())));
+            }
+        }
+        Ok(None)
+    }
+}
+
+fn no_state() -> Error {
+    Error::garbled("the primary", "a transaction before the snapshot that it needs")
+}
+
+fn sync_parent(path: &Path) -> Result<()> {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => sync_directory(parent),
+        _ => sync_directory(Path::new(".")),
+    }
+}

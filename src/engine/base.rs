@@ -1,0 +1,311 @@
+//! What the threads of one open database share: the wal-index, the WAL, the tip, and how a page is read as of a frame.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::time::{Duration, Instant};
+
+use crate::checksum::{Checksum, PageHash};
+use crate::engine::anchor::{Anchor, Anchors, FileState};
+use crate::engine::wal_file::WalFile;
+use crate::engine::{EngineOptions, WalFigures};
+use crate::error::{Error, Result};
+use crate::log::Log;
+use crate::node::Node;
+use crate::page::{PageNo, PageSize};
+use crate::sqlite::{Handle, WalIndex};
+use crate::status::Event;
+use crate::txid::Position;
+use crate::wal::{FRAME_HEADER_BYTES, IndexHeader, Salts, WalSum, frame_bytes, frame_offset, region_of};
+
+/// Commit boundaries that are remembered within a generation, so that a backfill that readers hold back can still
+/// stop at a known position.
+const BOUNDARIES_MAX: usize = 1024;
+/// Bytes that are read from the database file at a time when all of it is hashed.
+const HASH_CHUNK_BYTES: usize = 1 << 20;
+/// Longest wait for the capture thread to reach a commit that is in the WAL already.
+const CAPTURE_WAIT: Duration = Duration::from_secs(30);
+
+/// The last commit that this node has taken in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Tip {
+    pub(super) salts: Salts,
+    pub(super) frame: u32,
+    pub(super) sum: WalSum,
+    pub(super) position: Position,
+    pub(super) pages: u32,
+}
+
+/// State that is common to a primary and a replica with an open file.
+#[derive(Debug)]
+pub(super) struct Base {
+    pub(super) options: EngineOptions,
+    pub(super) node: Arc<Node>,
+    pub(super) page_size: PageSize,
+    pub(super) index: WalIndex,
+    pub(super) wal: WalFile,
+    pub(super) log: Arc<Log>,
+    tip: Mutex<Tip>,
+    tip_moved: Condvar,
+    boundaries: Mutex<Vec<Tip>>,
+    pub(super) anchors: Mutex<Anchors>,
+    /// Read-held while a page is looked up and read; write-held while the WAL is restarted.
+    pub(super) generation: RwLock<()>,
+    /// Held by whoever copies frames into the database file.
+    pub(super) backfill: Mutex<()>,
+    pub(super) stop: AtomicBool,
+    /// The log could not be written and waits for a whole transaction to begin again behind.
+    pub(super) log_broken: Mutex<bool>,
+    failed: Mutex<Option<String>>,
+}
+
+impl Base {
+    #[expect(clippy::too_many_arguments, reason = "the parts of one struct, made in one place")]
+    pub(super) fn new(
+        options: EngineOptions,
+        node: Arc<Node>,
+        page_size: PageSize,
+        index: WalIndex,
+        wal: WalFile,
+        log: Arc<Log>,
+        anchors: Anchors,
+        tip: Tip,
+    ) -> Arc<Base> {
+        Arc::new(Base {
+            options,
+            node,
+            page_size,
+            index,
+            wal,
+            log,
+            tip: Mutex::new(tip),
+            tip_moved: Condvar::new(),
+            boundaries: Mutex::new(vec![tip]),
+            anchors: Mutex::new(anchors),
+            generation: RwLock::new(()),
+            backfill: Mutex::new(()),
+            stop: AtomicBool::new(false),
+            log_broken: Mutex::new(false),
+            failed: Mutex::new(None),
+        })
+    }
+
+    pub(super) fn tip(&self) -> Tip {
+        *lock(&self.tip)
+    }
+
+    /// Moves the tip; waiters in this crate and outside are woken by the caller through `node.applied`.
+    pub(super) fn set_tip(&self, tip: Tip) {
+        let before = std::mem::replace(&mut *lock(&self.tip), tip);
+        let mut boundaries = lock(&self.boundaries);
+        if before.salts != tip.salts {
+            boundaries.clear();
+        }
+        if boundaries.len() == BOUNDARIES_MAX {
+            // Every second one suffices: a backfill only stops a little earlier.
+            let mut keep = false;
+            boundaries.retain(|_| {
+                keep = !keep;
+                keep
+            });
+        }
+        boundaries.push(tip);
+        drop(boundaries);
+        self.tip_moved.notify_all();
+    }
+
+    /// The newest known commit boundary at or before `frame`.
+    pub(super) fn boundary(&self, frame: u32) -> Option<Tip> {
+        lock(&self.boundaries).iter().rev().find(|t| t.frame <= frame).copied()
+    }
+
+    /// Waits until the tip has reached the frame, or the WAL was restarted (then it had).
+    pub(super) fn wait_tip(&self, salts: Salts, frame: u32) -> Result<Tip> {
+        let end = Instant::now() + CAPTURE_WAIT;
+        let mut tip = lock(&self.tip);
+        loop {
+            self.check()?;
+            if tip.salts != salts || tip.frame >= frame {
+                return Ok(*tip);
+            }
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Error::Timeout {
+                    what: format!("capture of frame {frame}"),
+                    after: CAPTURE_WAIT,
+                });
+            }
+            // Short waits, so that a failure or a stop is seen too.
+            let wait = left.min(Duration::from_millis(50));
+            tip = self.tip_moved.wait_timeout(tip, wait).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Fails when the engine has stopped, and says why.
+    pub(super) fn check(&self) -> Result<()> {
+        if let Some(why) = &*lock(&self.failed) {
+            return Err(Error::Stopped(why.clone()));
+        }
+        if self.stopping() { Err(Error::ShutDown) } else { Ok(()) }
+    }
+
+    pub(super) fn stopping(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
+    /// Stops replication of this database for good, loudly.
+    pub(super) fn fail(&self, error: &Error) {
+        if matches!(error, Error::ShutDown) {
+            return;
+        }
+        let why = error.to_string();
+        tracing::error!(database = %self.options.path.display(), error = %why, "replication stopped");
+        *lock(&self.failed) = Some(why.clone());
+        self.node.set_problem(Some(why.clone()));
+        self.node.tell(Event::Stopped(why));
+        self.tip_moved.notify_all();
+    }
+
+    /// The header, read again for a while if somebody is writing it just now.
+    pub(super) fn header(&self) -> Option<IndexHeader> {
+        for _ in 0..1000 {
+            if let Some(header) = self.index.header() {
+                return Some(header);
+            }
+            std::hint::spin_loop();
+        }
+        None
+    }
+
+    /// Reads a page as of a frame: from the WAL, or from the file when the WAL up to that frame does not have it.
+    pub(super) fn read_page(
+        &self,
+        handle: &mut Handle,
+        page: PageNo,
+        frame: u32,
+        buffer: &mut [u8],
+    ) -> Result<()> {
+        match self.index.lookup(page.get(), 1, frame) {
+            Some(found) => self.read_frame(found, buffer),
+            None => handle.read(buffer, page.offset(self.page_size)),
+        }
+    }
+
+    pub(super) fn read_frame(&self, frame: u32, buffer: &mut [u8]) -> Result<()> {
+        self.wal.read(buffer, frame_offset(frame, self.page_size) + FRAME_HEADER_BYTES as u64)
+    }
+
+    /// Reads a run of pages as of a frame. The lock page reads as zeros.
+    pub(super) fn read_run(
+        &self,
+        handle: &mut Handle,
+        first: PageNo,
+        frame: u32,
+        buffer: &mut [u8],
+    ) -> Result<()> {
+        handle.read(buffer, first.offset(self.page_size))?;
+        for (number, page) in (first.get()..).zip(buffer.chunks_exact_mut(self.page_size.bytes())) {
+            if let Some(found) = self.index.lookup(number, 1, frame) {
+                self.read_frame(found, page)?;
+            }
+            if PageNo::new(number).is_some_and(|n| n.is_lock_page(self.page_size)) {
+                page.fill(0);
+            }
+        }
+        Ok(())
+    }
+
+    /// Hashes the whole database as of a frame.
+    pub(super) fn hash_all(&self, handle: &mut Handle, frame: u32, pages: u32) -> Result<Checksum> {
+        let mut sum = Checksum::EMPTY;
+        let size = self.page_size.bytes();
+        let mut buffer = vec![0; HASH_CHUNK_BYTES.max(size)];
+        let mut next = 1;
+        while next <= pages {
+            let count = ((pages - next + 1) as usize).min(buffer.len() / size);
+            let Some(first) = PageNo::new(next) else { break };
+            self.read_run(handle, first, frame, &mut buffer[..count * size])?;
+            for (number, page) in (next..).zip(buffer[..count * size].chunks_exact(size)) {
+                if let Some(number) = PageNo::new(number).filter(|n| !n.is_lock_page(self.page_size)) {
+                    sum = sum.with(PageHash::of(number, page));
+                }
+            }
+            next += count as u32;
+        }
+        Ok(sum)
+    }
+
+    /// Maps the index up to the region of a frame.
+    pub(super) fn map_to(&self, handle: &mut Handle, frame: u32) -> Result<()> {
+        if frame == 0 { Ok(()) } else { self.index.ensure(handle, region_of(frame), true) }
+    }
+
+    /// What the newest anchor says of the database file.
+    pub(super) fn file_state(&self) -> Option<FileState> {
+        lock(&self.anchors).newest_first().first().map(|a| a.file)
+    }
+
+    /// Writes an anchor for a commit boundary of the generation that is current.
+    pub(super) fn write_anchor(&self, tip: &Tip, file: FileState, durable: bool) -> Result<()> {
+        let mut anchors = lock(&self.anchors);
+        let anchor = Anchor {
+            generation: anchors.generation(),
+            salts: tip.salts,
+            frame: tip.frame,
+            sum: tip.sum,
+            position: tip.position,
+            pages: tip.pages,
+            file,
+        };
+        anchors.write(anchor, durable)
+    }
+
+    /// The length of the WAL's part that counts.
+    pub(super) fn wal_bytes(&self) -> u64 {
+        u64::from(self.tip().frame) * frame_bytes(self.page_size) as u64
+    }
+
+    pub(super) fn figures(&self) -> WalFigures {
+        WalFigures { frames: self.tip().frame, backfilled: self.index.backfilled() }
+    }
+
+    pub(super) fn path(&self) -> &PathBuf {
+        &self.options.path
+    }
+}
+
+/// Locks a mutex; a thread that panicked while it held it left plain data behind.
+pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Page hashes that were computed lately, so that a hot page's old image is not read and hashed again.
+/// Direct-mapped and bounded; an entry is the hash of the page as of the last commit.
+#[derive(Debug)]
+pub(super) struct HashCache {
+    entries: Vec<Option<(u32, PageHash)>>,
+}
+
+impl HashCache {
+    /// Entries, each of 32 bytes: half a mebibyte a database.
+    const ENTRIES: usize = 16_384;
+
+    pub(super) fn new() -> HashCache {
+        HashCache { entries: vec![None; Self::ENTRIES] }
+    }
+
+    pub(super) fn get(&self, page: PageNo) -> Option<PageHash> {
+        match self.entries[page.get() as usize % Self::ENTRIES] {
+            Some((number, hash)) if number == page.get() => Some(hash),
+            _ => None,
+        }
+    }
+
+    pub(super) fn set(&mut self, page: PageNo, hash: PageHash) {
+        self.entries[page.get() as usize % Self::ENTRIES] = Some((page.get(), hash));
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.entries.fill(None);
+    }
+}

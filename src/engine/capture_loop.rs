@@ -1,0 +1,342 @@
+//! The primary's owner thread: it watches the wal-index, captures commits, restarts the WAL, changes epochs.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, OnceLock, mpsc};
+use std::thread::Thread;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use crate::engine::Durability;
+use crate::engine::anchor::{self, FileState};
+use crate::engine::base::{Base, lock};
+use crate::engine::capture::{Capture, Sink};
+use crate::engine::checkpoint::{self, DRAIN_MAX, Restart, append_identity, restart, try_for};
+use crate::engine::sync::Syncer;
+use crate::error::{Error, Result};
+use crate::sqlite::{Handle, Lock, Slot};
+use crate::status::Event;
+use crate::txid::{Epoch, EpochStart, Position};
+
+/// After the last commit the thread keeps looking for this long before it sleeps: a wake-up costs more.
+const SPIN: Duration = Duration::from_micros(30);
+/// First sleep when nothing happens; doubled up to the option's `poll_max`.
+const SLEEP_MIN: Duration = Duration::from_millis(1);
+/// How long the write lock is tried for when the WAL is to be restarted.
+const WRITE_WAIT: Duration = Duration::from_millis(20);
+/// Pause after a failed restart, doubled each time.
+const RESTART_PAUSE: Duration = Duration::from_millis(50);
+const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// A header that stays torn for so long, with the write lock free, was left by a writer that died.
+const TORN_AFTER: Duration = Duration::from_millis(20);
+
+/// Wakes the capture thread; free when it is awake.
+#[derive(Debug, Default)]
+pub(super) struct Waker {
+    thread: OnceLock<Thread>,
+    asleep: AtomicBool,
+}
+
+impl Waker {
+    pub(super) fn wake(&self) {
+        if self.asleep.swap(false, Ordering::AcqRel)
+            && let Some(thread) = self.thread.get()
+        {
+            thread.unpark();
+        }
+    }
+
+    fn sleep(&self, limit: Duration, again: impl Fn() -> bool) {
+        self.asleep.store(true, Ordering::SeqCst);
+        // Whoever committed before the store did not wake us.
+        if !again() {
+            std::thread::park_timeout(limit);
+        }
+        self.asleep.store(false, Ordering::Release);
+    }
+}
+
+/// A request to the thread.
+pub(super) enum Command {
+    /// Open an epoch with a number above this one.
+    RaiseEpoch(u64, mpsc::SyncSender<Result<()>>),
+}
+
+pub(super) struct CaptureLoop {
+    pub(super) base: Arc<Base>,
+    pub(super) capture: Capture,
+    pub(super) syncer: Arc<Syncer>,
+    pub(super) waker: Arc<Waker>,
+    pub(super) commands: mpsc::Receiver<Command>,
+    /// A second connection, whose read slot keeps others from restarting the WAL while CKPT is let go.
+    pub(super) second: Arc<Mutex<Handle>>,
+    pub(super) restart_after: Instant,
+    pub(super) restart_pause: Duration,
+    pub(super) warned_frames: u32,
+}
+
+impl CaptureLoop {
+    pub(super) fn run(mut self) {
+        let _ = self.waker.thread.set(std::thread::current());
+        let result = self.watch();
+        if let Err(error) = result {
+            self.base.fail(&error);
+        }
+        self.base.node.applied.close();
+    }
+
+    fn watch(&mut self) -> Result<()> {
+        let (mut active, mut sleep) = (Instant::now(), SLEEP_MIN);
+        let mut torn: Option<Instant> = None;
+        while !self.base.stopping() {
+            while let Ok(command) = self.commands.try_recv() {
+                self.obey(command)?;
+            }
+            if self.base.index.glance().0 != self.capture.tip.frame {
+                if let Some(header) = self.base.header() {
+                    self.capture(&header)?;
+                    (active, sleep, torn) = (Instant::now(), SLEEP_MIN, None);
+                } else if torn.get_or_insert_with(Instant::now).elapsed() > TORN_AFTER {
+                    self.mend_header()?;
+                }
+            }
+            self.maybe_restart()?;
+            if active.elapsed() < SPIN {
+                std::hint::spin_loop();
+                continue;
+            }
+            let (index, frame) = (&self.base.index, self.capture.tip.frame);
+            self.waker.sleep(sleep, || index.glance().0 != frame || self.base.stopping());
+            sleep = (sleep * 2).min(self.base.options.poll_max);
+        }
+        // What is committed is handed on, so that the next start finds log and anchor at the end.
+        if let Some(header) = self.base.header() {
+            self.capture(&header)?;
+        }
+        self.rest()
+    }
+
+    fn capture(&mut self, header: &crate::wal::IndexHeader) -> Result<()> {
+        let mut sink = ToLog { base: &self.base, syncer: &self.syncer };
+        self.capture.advance(header, &mut sink)
+    }
+
+    /// Leaves everything so that the next start needs no replay.
+    fn rest(&mut self) -> Result<()> {
+        self.base.wal.sync()?;
+        self.base.log.sync()?;
+        let file = match self.base.file_state() {
+            Some(state @ FileState::AtRest { .. }) => state,
+            _ => FileState::Backfilling,
+        };
+        self.base.write_anchor(&self.capture.tip, file, true)
+    }
+
+    fn obey(&mut self, command: Command) -> Result<()> {
+        match command {
+            Command::RaiseEpoch(above, reply) => {
+                let result = self.raise_epoch(above);
+                let failed = matches!(&result, Err(Error::Stopped(_)));
+                let copy = if let Err(e) = &result { Err(Error::Stopped(e.to_string())) } else { Ok(()) };
+                // The asker may have gone; the epoch is open all the same.
+                let _ = reply.send(result);
+                if failed { copy } else { Ok(()) }
+            }
+        }
+    }
+
+    fn raise_epoch(&mut self, above: u64) -> Result<()> {
+        if self.capture.history.epoch().number() > above {
+            return Ok(());
+        }
+        // No commit may be under way: its writer would name it by the old epoch.
+        if !try_for(&mut self.capture.handle, Slot::WRITE, Lock::Exclusive, Duration::from_secs(5))? {
+            return Err(Error::Timeout { what: "the write lock".into(), after: Duration::from_secs(5) });
+        }
+        let result = self.settled().and_then(|()| {
+            let mut history = (*self.capture.history).clone();
+            open_epoch(&mut history, above, self.capture.tip.position)?;
+            anchor::write_epochs(&self.base.options.side, &history)?;
+            self.base.node.applied.replace(history.clone(), Some(self.capture.tip.position));
+            self.capture.history = Arc::new(history);
+            Ok(())
+        });
+        self.capture.handle.unlock(Slot::WRITE, Lock::Exclusive)?;
+        result
+    }
+
+    /// Captures to the very end. WRITE is held.
+    fn settled(&mut self) -> Result<()> {
+        let header =
+            self.base.header().ok_or_else(|| Error::Stopped("the wal-index header is torn".into()))?;
+        self.capture(&header)
+    }
+
+    fn maybe_restart(&mut self) -> Result<()> {
+        if self.base.wal_bytes() <= self.base.options.wal_limit_bytes || Instant::now() < self.restart_after {
+            return Ok(());
+        }
+        let rest = self.capture.tip.frame.saturating_sub(self.base.index.backfilled());
+        if rest > checkpoint::REST_MAX_FRAMES {
+            return Ok(());
+        }
+        let done = self.restart();
+        match done {
+            Ok(true) => {
+                self.restart_pause = RESTART_PAUSE;
+                self.warned_frames = 0;
+                return Ok(());
+            }
+            Ok(false) => {}
+            // Full or failing disk: the WAL grows meanwhile, and nothing is lost.
+            Err(error @ Error::Io { .. }) => {
+                tracing::warn!(%error, "the WAL could not be restarted");
+                self.base.node.set_problem(Some(error.to_string()));
+            }
+            Err(error) => return Err(error),
+        }
+        self.restart_after = Instant::now() + self.restart_pause;
+        self.restart_pause = (self.restart_pause * 2).min(RESTART_PAUSE_MAX);
+        warn_if_long(&self.base, &mut self.warned_frames);
+        Ok(())
+    }
+
+    fn restart(&mut self) -> Result<bool> {
+        if !try_for(&mut self.capture.handle, Slot::WRITE, Lock::Exclusive, WRITE_WAIT)? {
+            return Ok(false);
+        }
+        let result = self.restart_locked();
+        self.capture.handle.unlock(Slot::WRITE, Lock::Exclusive)?;
+        result
+    }
+
+    fn restart_locked(&mut self) -> Result<bool> {
+        self.settled()?;
+        let done = match restart(&self.base, &mut self.capture.handle, DRAIN_MAX) {
+            Ok(Restart::Done(tip)) => {
+                self.capture.tip = tip;
+                self.syncer.synced(tip.position.number());
+                return Ok(true);
+            }
+            Ok(_) => Ok(false),
+            Err(error) => Err(error),
+        };
+        // Whatever happened: WRITE is not given back while everything counts as backfilled.
+        if self.base.index.backfilled() >= self.capture.tip.frame {
+            self.capture.tip = append_identity(&self.base, &mut self.capture.handle)?;
+        }
+        done
+    }
+
+    /// A foreign writer died inside of its header write. Recovery needs CKPT, which we hold for life: it is let go
+    /// while a read slot of ours keeps everybody from restarting the WAL.
+    fn mend_header(&mut self) -> Result<()> {
+        if !self.capture.handle.try_lock(Slot::WRITE, Lock::Exclusive)? {
+            return Ok(()); // Somebody writes: the header may be about to be whole.
+        }
+        let torn = self.base.header().is_none();
+        self.capture.handle.unlock(Slot::WRITE, Lock::Exclusive)?;
+        if !torn {
+            return Ok(());
+        }
+        tracing::warn!("a writer died while it published its commit; SQLite recovers the wal-index");
+        let second = self.second.clone();
+        let mut second = lock(&second);
+        let mut slot = None;
+        for mark in 1..5 {
+            if second.try_lock(Slot::read(mark), Lock::Shared)? {
+                slot = Some(Slot::read(mark));
+                break;
+            }
+        }
+        let Some(slot) = slot else { return Ok(()) };
+        self.capture.handle.unlock(Slot::CHECKPOINT, Lock::Exclusive)?;
+        let read =
+            self.capture
+                .handle
+                .connection()
+                .query_row("SELECT count(*) FROM sqlite_schema", [], |r| r.get::<_, i64>(0));
+        let held =
+            try_for(&mut self.capture.handle, Slot::CHECKPOINT, Lock::Exclusive, Duration::from_secs(5))?;
+        second.unlock(slot, Lock::Shared)?;
+        read?;
+        if held {
+            Ok(())
+        } else {
+            Err(Error::Stopped("the checkpoint lock was taken by another process".into()))
+        }
+    }
+}
+
+/// Adds an epoch with a number above `above` and all known ones.
+pub(super) fn open_epoch(
+    history: &mut crate::txid::EpochHistory,
+    above: u64,
+    position: Position,
+) -> Result<()> {
+    let mut branch = [0; 8];
+    getrandom::fill(&mut branch).map_err(|e| Error::Stopped(format!("no random numbers: {e}")))?;
+    let number = history.epoch().number().max(above).saturating_add(1);
+    history.push(EpochStart {
+        epoch: Epoch::new(number, u64::from_le_bytes(branch)),
+        first: position.number() + 1,
+        before: position.checksum(),
+    });
+    Ok(())
+}
+
+/// Says it once for each doubling when readers keep the WAL from being restarted.
+pub(super) fn warn_if_long(base: &Base, warned: &mut u32) {
+    let frames = base.tip().frame;
+    if base.wal_bytes() > base.options.wal_limit_bytes.saturating_mul(4) && frames / 2 > *warned {
+        *warned = frames;
+        tracing::warn!(frames, "readers stay in the WAL, so that it grows beyond its limit");
+        base.node.tell(Event::WalGrows(frames));
+    }
+}
+
+/// Hands records to the log, after they are on the disk in the WAL.
+struct ToLog<'a> {
+    base: &'a Arc<Base>,
+    syncer: &'a Syncer,
+}
+
+impl Sink for ToLog<'_> {
+    fn committed(&mut self, number: u64) -> Result<()> {
+        match self.base.options.durability {
+            Durability::Synced => self.syncer.sync(number),
+            Durability::Unsynced => Ok(()),
+        }
+    }
+
+    fn records(&mut self, units: Bytes, after: Option<Position>) -> Result<()> {
+        append_or_gap(self.base, units, after);
+        if let Some(after) = after {
+            self.base.node.applied.advance(after);
+        }
+        Ok(())
+    }
+}
+
+/// Appends to the log. A log that can't be written never stops a commit: it loses its past instead, and says so.
+pub(super) fn append_or_gap(base: &Base, units: Bytes, after: Option<Position>) {
+    let mut broken = lock(&base.log_broken);
+    if !*broken {
+        match base.log.append(units, after) {
+            Ok(()) => return,
+            Err(error) => {
+                tracing::error!(%error, "the log can't be written: replicas that are behind will need a snapshot");
+                base.node.set_problem(Some(format!("the log can't be written: {error}")));
+                *broken = true;
+            }
+        }
+    }
+    // It begins again behind a whole transaction, as soon as the disk allows.
+    if let Some(after) = after
+        && base.log.reset(after).is_ok()
+    {
+        *broken = false;
+        base.node.set_problem(None);
+        base.node.tell(Event::LogGap(after));
+    }
+}

@@ -1,0 +1,277 @@
+//! Copying frames back into the database file, and beginning the WAL anew.
+//!
+//! Everybody else's checkpoints are refused while we hold the CKPT lock; these are ours.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::engine::anchor::{Anchor, FileState, modified};
+use crate::engine::base::{Base, Tip, lock};
+use crate::error::{Error, Result};
+use crate::page::PageNo;
+use crate::sqlite::{Handle, Lock, Slot};
+use crate::wal::{
+    FRAME_HEADER_BYTES, IndexHeader, READ_MARK_UNUSED, Salts, frame_bytes, frame_offset, push_frame,
+    wal_header,
+};
+
+/// Frames that may be left to copy while the write lock is held.
+pub(super) const REST_MAX_FRAMES: u32 = 256;
+/// Frames are read from the WAL in runs of about this size.
+const RUN_BYTES: usize = 256 * 1024;
+/// Longest that new writers wait while readers drain from the WAL.
+pub(super) const DRAIN_MAX: Duration = Duration::from_millis(30);
+/// Pause between tries of a lock that is held for microseconds by others.
+pub(super) const LOCK_STEP: Duration = Duration::from_micros(30);
+
+/// Copies what readers allow, without stopping anybody. Returns the frame that the file now stands at.
+pub(super) fn backfill_some(
+    base: &Arc<Base>,
+    handle: &mut Handle,
+    may_complete: bool,
+) -> Result<Option<u32>> {
+    let _one = lock(&base.backfill);
+    let done = base.index.backfilled();
+    let tip = base.tip();
+    base.map_to(handle, tip.frame)?;
+    let safe = safe_frame(base, handle, tip.frame)?;
+    let Some(target) = base.boundary(safe).filter(|t| t.salts == tip.salts && t.frame > done) else {
+        return Ok(None);
+    };
+    if !try_for(handle, Slot::READ0, Lock::Exclusive, DRAIN_MAX)? {
+        return Ok(None);
+    }
+    let result = copy(base, handle, &target, done);
+    handle.unlock(Slot::READ0, Lock::Exclusive)?;
+    result?;
+    // A writer that sees everything backfilled may restart the WAL by itself. Only who holds the write
+    // lock for life may say "everything".
+    let full = base.header().is_none_or(|h| h.max_frame <= target.frame);
+    let visible = if full && !may_complete { target.frame - 1 } else { target.frame };
+    base.index.set_backfilled(visible);
+    rest(base, &target)?;
+    Ok(Some(visible))
+}
+
+/// Notes that the file alone is the state at `target`.
+fn rest(base: &Base, target: &Tip) -> Result<()> {
+    let file = FileState::AtRest { position: target.position, modified: modified(base.path())? };
+    base.write_anchor(target, file, false)
+}
+
+/// Copies the newest image of each page in `done+1 ..= target` and fsyncs. READ0 is held, exclusive.
+fn copy(base: &Base, handle: &mut Handle, target: &Tip, done: u32) -> Result<()> {
+    // What is copied must be on the disk in the WAL first, and in the log: after this, the file can't
+    // go back to the state that the log's tip may need.
+    base.wal.sync()?;
+    if let Err(error) = base.log.sync() {
+        tracing::warn!(%error, "the log can't be synced before a backfill");
+    }
+    base.write_anchor(target, FileState::Backfilling, true)?;
+    base.index.set_attempted(target.frame);
+    let frame = frame_bytes(base.page_size);
+    let mut run = vec![0; (RUN_BYTES / frame).max(1) * frame];
+    let mut next = done + 1;
+    while next <= target.frame {
+        let count = ((target.frame - next + 1) as usize).min(run.len() / frame);
+        base.wal.read(&mut run[..count * frame], frame_offset(next, base.page_size))?;
+        for (at, bytes) in (next..).zip(run[..count * frame].chunks_exact(frame)) {
+            let page = base.index.page_of(at);
+            if page > target.pages || base.index.lookup(page, at, target.frame) != Some(at) {
+                continue;
+            }
+            if let Some(page) = PageNo::new(page) {
+                handle.write(&bytes[FRAME_HEADER_BYTES..], page.offset(base.page_size))?;
+            }
+        }
+        next += count as u32;
+        if base.stopping() {
+            return Err(Error::ShutDown);
+        }
+    }
+    handle.sync()
+}
+
+/// The last frame that no reader needs to stay out of the file.
+fn safe_frame(base: &Base, handle: &mut Handle, max: u32) -> Result<u32> {
+    let mut safe = max;
+    for mark in 1..5 {
+        let frame = base.index.read_mark(mark);
+        if frame >= safe {
+            continue;
+        }
+        if handle.try_lock(Slot::read(mark), Lock::Exclusive)? {
+            base.index.set_read_mark(mark, if mark == 1 { safe } else { READ_MARK_UNUSED });
+            handle.unlock(Slot::read(mark), Lock::Exclusive)?;
+        } else {
+            safe = frame;
+        }
+    }
+    Ok(safe)
+}
+
+/// Tries a lock again and again, in short steps, for a bounded time.
+pub(super) fn try_for(handle: &mut Handle, slot: Slot, lock: Lock, limit: Duration) -> Result<bool> {
+    let end = Instant::now() + limit;
+    loop {
+        if handle.try_lock(slot, lock)? {
+            return Ok(true);
+        }
+        if Instant::now() >= end {
+            return Ok(false);
+        }
+        std::thread::sleep(LOCK_STEP);
+    }
+}
+
+/// What came of trying to restart the WAL.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Restart {
+    /// A new generation began; the tip is its first frame.
+    Done(Tip),
+    /// Too much is left to copy, or somebody else copies.
+    NotYet,
+    /// Everything is copied, but readers stayed in the WAL.
+    Readers,
+}
+
+/// Begins the WAL anew. The caller holds CKPT and WRITE, and the tip is the header's end.
+pub(super) fn restart(base: &Arc<Base>, handle: &mut Handle, drain: Duration) -> Result<Restart> {
+    let Ok(_one) = base.backfill.try_lock() else { return Ok(Restart::NotYet) };
+    let tip = base.tip();
+    if tip.frame.saturating_sub(base.index.backfilled()) > REST_MAX_FRAMES {
+        return Ok(Restart::NotYet);
+    }
+    if !complete(base, handle, &tip)? {
+        return Ok(Restart::Readers);
+    }
+    if !lock_marks(handle, drain)? {
+        return Ok(Restart::Readers);
+    }
+    let begun = {
+        let _nobody_reads_frames = base.generation.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        begin_generation(base, handle, &tip)
+    };
+    for mark in 1..5 {
+        handle.unlock(Slot::read(mark), Lock::Exclusive)?;
+    }
+    begun.map(Restart::Done)
+}
+
+/// Copies the rest and says that all is copied; false while a reader is in the way.
+fn complete(base: &Arc<Base>, handle: &mut Handle, tip: &Tip) -> Result<bool> {
+    let done = base.index.backfilled();
+    if done >= tip.frame {
+        return Ok(true);
+    }
+    if safe_frame(base, handle, tip.frame)? < tip.frame
+        || !try_for(handle, Slot::READ0, Lock::Exclusive, DRAIN_MAX)?
+    {
+        return Ok(false);
+    }
+    let copied = copy(base, handle, tip, done).and_then(|()| {
+        let bytes = u64::from(tip.pages) * u64::from(base.page_size.get());
+        if handle.size()? > bytes {
+            handle.truncate(bytes)?;
+            handle.sync()?;
+        }
+        Ok(())
+    });
+    handle.unlock(Slot::READ0, Lock::Exclusive)?;
+    copied?;
+    base.index.set_backfilled(tip.frame);
+    rest(base, tip)?;
+    Ok(true)
+}
+
+/// Takes READ1..4, or none of them.
+fn lock_marks(handle: &mut Handle, limit: Duration) -> Result<bool> {
+    let end = Instant::now() + limit;
+    for mark in 1..5 {
+        let left = end.saturating_duration_since(Instant::now());
+        if !try_for(handle, Slot::read(mark), Lock::Exclusive, left)? {
+            for held in 1..mark {
+                handle.unlock(Slot::read(held), Lock::Exclusive)?;
+            }
+            return Ok(false);
+        }
+    }
+    Ok(true)
+}
+
+/// Writes the header and the identity frame of a new generation over the WAL's begin, and publishes it. The file
+/// alone holds the tip's state and is synced; CKPT and WRITE are held, and nobody reads from the WAL.
+pub(super) fn begin_generation(base: &Arc<Base>, handle: &mut Handle, tip: &Tip) -> Result<Tip> {
+    let mut page = vec![0; base.page_size.bytes()];
+    handle.read(&mut page, 0)?;
+    let generation = lock(&base.anchors).generation() + 1;
+    let salts = salts_of(tip, generation)?;
+    let (header, sum) = wal_header(base.page_size, generation as u32, salts);
+    let mut bytes = header.to_vec();
+    let big_endian = cfg!(target_endian = "big");
+    let sum = push_frame(&mut bytes, PageNo::FIRST, tip.pages, salts, &page, sum, big_endian);
+    let file = FileState::AtRest { position: tip.position, modified: modified(base.path())? };
+    let new = Tip { salts, frame: 1, sum, ..*tip };
+    let anchor = Anchor { generation, salts, frame: 1, sum, position: tip.position, pages: tip.pages, file };
+    // Before the first byte of the new generation: whoever finds that generation finds its meaning.
+    lock(&base.anchors).write(anchor, true)?;
+    base.index.set_backfilled(0);
+    base.index.set_attempted(0);
+    let change = base.header().map_or(0, |h| h.change);
+    let mut index = index_header(base, &new, change.wrapping_add(1), big_endian);
+    index.max_frame = 0;
+    base.index.publish(&index);
+    base.index.set_read_mark(1, 0);
+    for mark in 2..5 {
+        base.index.set_read_mark(mark, READ_MARK_UNUSED);
+    }
+    let long = base.wal.bytes()? > base.options.wal_limit_bytes.saturating_mul(2);
+    base.wal.write(&bytes, 0)?;
+    base.wal.sync()?;
+    if long {
+        // What a long reader or a large transaction made of it is given back to the file system.
+        base.wal.truncate(bytes.len() as u64)?;
+    }
+    base.index.append(1, 1);
+    base.index.publish(&index_header(base, &new, change.wrapping_add(2), big_endian));
+    base.set_tip(new);
+    Ok(new)
+}
+
+/// Rewrites page 1 as it is, so that the WAL has a frame that is not backfilled and nobody else restarts it.
+/// WRITE is held and the tip is the header's end.
+pub(super) fn append_identity(base: &Arc<Base>, handle: &mut Handle) -> Result<Tip> {
+    let tip = base.tip();
+    let header = base.header().ok_or_else(|| Error::Stopped("the wal-index header is torn".into()))?;
+    let mut page = vec![0; base.page_size.bytes()];
+    base.read_page(handle, PageNo::FIRST, tip.frame, &mut page)?;
+    let frame = tip.frame + 1;
+    base.map_to(handle, frame)?;
+    let mut bytes = Vec::new();
+    let sum = push_frame(&mut bytes, PageNo::FIRST, tip.pages, tip.salts, &page, tip.sum, header.big_endian);
+    base.wal.write(&bytes, frame_offset(frame, base.page_size))?;
+    base.index.clean_above(tip.frame);
+    base.index.append(frame, 1);
+    let new = Tip { frame, sum, ..tip };
+    base.index.publish(&index_header(base, &new, header.change.wrapping_add(1), header.big_endian));
+    base.set_tip(new);
+    Ok(new)
+}
+
+/// The index header that makes a tip the end of the WAL.
+pub(super) fn index_header(base: &Base, tip: &Tip, change: u32, big_endian: bool) -> IndexHeader {
+    IndexHeader::of(base.page_size, change, big_endian, tip.frame, tip.pages, tip.sum, tip.salts)
+}
+
+/// Salts that no other generation of this database, nor of another branch of it, has had.
+fn salts_of(tip: &Tip, generation: u64) -> Result<Salts> {
+    let mut random = [0; 16];
+    getrandom::fill(&mut random).map_err(|e| Error::Stopped(format!("no random numbers: {e}")))?;
+    let mut hasher = blake3::Hasher::new_derive_key("replite 2026 v1 wal salts");
+    hasher.update(&tip.position.to_bytes());
+    hasher.update(&generation.to_le_bytes());
+    hasher.update(&random);
+    let mut salts = [0; 8];
+    salts.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
+    Ok(Salts(salts))
+}

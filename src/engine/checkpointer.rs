@@ -1,0 +1,93 @@
+//! The thread that copies frames back into the database file, and on a replica syncs what was applied.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+
+use crate::engine::base::Base;
+use crate::engine::checkpoint::backfill_some;
+use crate::error::{Error, Result};
+use crate::sqlite::Handle;
+use crate::txid::Position;
+use crate::wal::frame_bytes;
+
+/// How often the thread looks.
+const LOOK: Duration = Duration::from_millis(50);
+/// Pause after a failure.
+const PAUSE: Duration = Duration::from_secs(1);
+/// The fewest frames that are worth a backfill.
+const FRAMES_MIN: u32 = 64;
+
+pub(super) struct Checkpointer {
+    pub(super) base: Arc<Base>,
+    pub(super) handle: Handle,
+    /// On a replica, whose write lock is held for life.
+    pub(super) replica: Option<Replica>,
+}
+
+pub(super) struct Replica {
+    pub(super) synced: watch::Sender<Option<Position>>,
+    /// Tells the apply thread that the WAL may be ready for a restart.
+    pub(super) ready: Box<dyn Fn() + Send>,
+}
+
+impl Checkpointer {
+    pub(super) fn spawn(self) -> Result<JoinHandle<()>> {
+        std::thread::Builder::new()
+            .name("replite-ckpt".into())
+            .spawn(move || self.run())
+            .map_err(Error::io("spawn", "replite-ckpt"))
+    }
+
+    fn run(mut self) {
+        let mut pause = Instant::now();
+        let mut failing = false;
+        while !self.base.stopping() {
+            if Instant::now() >= pause {
+                match self.look() {
+                    Ok(()) if failing => {
+                        failing = false;
+                        self.base.node.set_problem(None);
+                    }
+                    Ok(()) | Err(Error::ShutDown) => {}
+                    Err(error) => {
+                        // The WAL grows meanwhile; nothing is lost, and the copy is made again from its begin.
+                        if !failing {
+                            tracing::warn!(%error, "a checkpoint failed and is tried again");
+                            self.base.node.set_problem(Some(error.to_string()));
+                        }
+                        failing = true;
+                        pause = Instant::now() + PAUSE;
+                    }
+                }
+            }
+            std::thread::park_timeout(LOOK);
+        }
+    }
+
+    fn look(&mut self) -> Result<()> {
+        if let Some(replica) = &self.replica {
+            let position = Some(self.base.tip().position);
+            if *replica.synced.borrow() != position {
+                // The log first: a record that the WAL has and the log lacks would not be vouched for.
+                self.base.log.sync()?;
+                self.base.wal.sync()?;
+                replica.synced.send_replace(position);
+            }
+        }
+        let frames = self.base.tip().frame;
+        let limit = self.base.options.wal_limit_bytes / frame_bytes(self.base.page_size) as u64;
+        let worth = ((limit / 4).min(u64::from(u32::MAX)) as u32).max(FRAMES_MIN);
+        let behind = frames.saturating_sub(self.base.index.backfilled());
+        let long = u64::from(frames) > limit;
+        if behind > worth || (long && behind > FRAMES_MIN) {
+            backfill_some(&self.base, &mut self.handle, self.replica.is_some())?;
+        }
+        if long && let Some(replica) = &self.replica {
+            (replica.ready)();
+        }
+        Ok(())
+    }
+}

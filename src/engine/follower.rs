@@ -1,0 +1,125 @@
+//! A replica's database, there or yet to come, and the thread that owns it.
+
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::engine::apply::Apply;
+use crate::engine::base::{Base, lock};
+use crate::engine::{EngineOptions, WalFigures, make_side};
+use crate::error::{Error, Result};
+use crate::node::Node;
+use crate::page::{PageNo, PageSize};
+use crate::txid::{EpochHistory, Position};
+use crate::wire::Unit;
+
+/// Batches that may wait for the apply thread; the stream reads on only when one is taken.
+const QUEUE_MAX: usize = 8;
+
+/// A replica's database and its apply thread.
+#[derive(Debug)]
+pub(crate) struct Follower {
+    commands: mpsc::Sender<Command>,
+    shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What the apply thread tells the outside.
+#[derive(Debug)]
+pub(super) struct Shared {
+    pub(super) base: Mutex<Option<Arc<Base>>>,
+    pub(super) readable: watch::Sender<bool>,
+    pub(super) synced: watch::Sender<Option<Position>>,
+    /// Why the current stream can't go on.
+    pub(super) failure: Mutex<Option<Error>>,
+}
+
+pub(super) enum Command {
+    Units(Vec<Unit>),
+    Standing(oneshot::Sender<Standing>),
+    /// The WAL may be ready to be restarted.
+    Restart,
+    Stop,
+}
+
+/// Where a replica stands, for its hello.
+#[derive(Clone, Debug)]
+pub(crate) struct Standing {
+    pub(crate) position: Option<Position>,
+    pub(crate) history: Arc<EpochHistory>,
+    /// A snapshot that was begun: the position of its first piece, and the first page that is missing.
+    pub(crate) resume: Option<(Position, PageNo)>,
+    pub(crate) page_size: Option<PageSize>,
+}
+
+impl Follower {
+    /// Opens what is there and starts the apply thread. Blocks.
+    pub(crate) fn open(options: EngineOptions, node: Arc<Node>) -> Result<Follower> {
+        make_side(&options)?;
+        let (commands, receiver) = mpsc::channel(QUEUE_MAX);
+        let shared = Arc::new(Shared {
+            base: Mutex::new(None),
+            readable: watch::Sender::new(false),
+            synced: watch::Sender::new(None),
+            failure: Mutex::new(None),
+        });
+        let apply = Apply::open(options, node, shared.clone(), commands.downgrade())?;
+        let thread = std::thread::Builder::new()
+            .name("replite-apply".into())
+            .spawn(move || apply.run(receiver))
+            .map_err(Error::io("spawn", "replite-apply"))?;
+        Ok(Follower { commands, shared, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// True once the database file can be opened and read.
+    pub(crate) fn readable(&self) -> watch::Receiver<bool> {
+        self.shared.readable.subscribe()
+    }
+
+    /// Forgets what an earlier stream left unfinished and says where the replica stands.
+    pub(crate) async fn standing(&self) -> Result<Standing> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(Command::Standing(reply)).await.map_err(|_| Error::ShutDown)?;
+        answer.await.map_err(|_| Error::ShutDown)
+    }
+
+    /// Hands over data units in order; waits while the bounded queue is full. An error of the apply thread comes
+    /// back from this or a later call; the stream must then be ended.
+    pub(crate) async fn feed(&self, units: Vec<Unit>) -> Result<()> {
+        if let Some(error) = lock(&self.shared.failure).take() {
+            return Err(error);
+        }
+        self.commands.send(Command::Units(units)).await.map_err(|_| Error::ShutDown)
+    }
+
+    /// The newest position that is fsynced.
+    pub(crate) fn synced(&self) -> watch::Receiver<Option<Position>> {
+        self.shared.synced.subscribe()
+    }
+
+    pub(crate) fn wal(&self) -> WalFigures {
+        lock(&self.shared.base).as_ref().map_or(WalFigures::default(), |b| b.figures())
+    }
+
+    pub(crate) fn log_bytes(&self) -> u64 {
+        lock(&self.shared.base).as_ref().map_or(0, |b| b.log.bytes())
+    }
+
+    /// Stops and joins the threads. Blocks.
+    pub(crate) fn close(&self) {
+        let Some(thread) = lock(&self.thread).take() else { return };
+        if let Some(base) = &*lock(&self.shared.base) {
+            base.stop.store(true, std::sync::atomic::Ordering::Release);
+        }
+        // Where the queue is full, the flag above ends the thread.
+        let _ = self.commands.try_send(Command::Stop);
+        let _ = thread.join();
+    }
+}
+
+impl Drop for Follower {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

@@ -1,0 +1,92 @@
+//! The `-wal` file, read, written and synced by position.
+//!
+//! SQLite puts no lock on this file, so that, unlike the database and the `-shm`, it may have descriptors of ours.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+
+/// The WAL file of an open database. It is neither renamed nor deleted while a connection of ours is open.
+#[derive(Debug)]
+pub(crate) struct WalFile {
+    file: File,
+    path: PathBuf,
+}
+
+impl WalFile {
+    /// The path of a database's WAL.
+    pub(crate) fn path_of(database: &Path) -> PathBuf {
+        let mut name = database.as_os_str().to_owned();
+        name.push("-wal");
+        name.into()
+    }
+
+    pub(crate) fn open(database: &Path) -> Result<WalFile> {
+        let path = WalFile::path_of(database);
+        let file = OpenOptions::new().read(true).write(true).open(&path).map_err(Error::io("open", &path))?;
+        Ok(WalFile { file, path })
+    }
+
+    pub(crate) fn read(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        read_exact_at(&self.file, buffer, offset).map_err(Error::io("read", &self.path))
+    }
+
+    pub(crate) fn write(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        write_all_at(&self.file, bytes, offset).map_err(Error::io("write", &self.path))
+    }
+
+    pub(crate) fn sync(&self) -> Result<()> {
+        self.file.sync_data().map_err(Error::io("fsync", &self.path))
+    }
+
+    pub(crate) fn bytes(&self) -> Result<u64> {
+        Ok(self.file.metadata().map_err(Error::io("stat", &self.path))?.len())
+    }
+
+    pub(crate) fn truncate(&self, bytes: u64) -> Result<()> {
+        self.file.set_len(bytes).map_err(Error::io("truncate", &self.path))
+    }
+}
+
+#[cfg(unix)]
+pub(super) fn read_exact_at(file: &File, buffer: &mut [u8], offset: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, buffer, offset)
+}
+
+#[cfg(unix)]
+pub(super) fn write_all_at(file: &File, bytes: &[u8], offset: u64) -> io::Result<()> {
+    std::os::unix::fs::FileExt::write_all_at(file, bytes, offset)
+}
+
+#[cfg(windows)]
+pub(super) fn read_exact_at(file: &File, mut buffer: &mut [u8], mut offset: u64) -> io::Result<()> {
+    while !buffer.is_empty() {
+        let read = std::os::windows::fs::FileExt::seek_read(file, buffer, offset)?;
+        if read == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+        buffer = &mut buffer[read..];
+        offset += read as u64;
+    }
+    Ok(())
+}
+
+#[cfg(windows)]
+pub(super) fn write_all_at(file: &File, mut bytes: &[u8], mut offset: u64) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let written = std::os::windows::fs::FileExt::seek_write(file, bytes, offset)?;
+        bytes = &bytes[written..];
+        offset += written as u64;
+    }
+    Ok(())
+}
+
+/// Makes created, renamed and removed names of a directory durable.
+pub(crate) fn sync_directory(path: &Path) -> Result<()> {
+    if cfg!(unix) {
+        File::open(path).and_then(|d| d.sync_all()).map_err(Error::io("fsync", path))?;
+    }
+    Ok(())
+}

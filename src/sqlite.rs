@@ -1,0 +1,12 @@
+//! SQLite as the outside world: dedicated connections, their files, and the shared wal-index.
+//!
+//! All unsafe code of the crate is in the two modules below.
+
+pub(crate) mod ffi;
+pub(crate) mod shm;
+
+pub(crate) use ffi::{Handle, Lock, Slot};
+pub(crate) use shm::WalIndex;
+
+/// The oldest SQLite without the WAL-reset race.
+pub(crate) const OLDEST: (i32, &str) = (3_051_003, "3.51.3");

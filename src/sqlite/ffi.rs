@@ -1,0 +1,234 @@
+//! A dedicated connection's database file, by the methods of SQLite's own `sqlite3_file`.
+//!
+//! Going through that handle, and not through a descriptor of our own, keeps us in the lock domain of every
+//! other connection; and no descriptor of the database is ever closed beside SQLite, which would drop the
+//! process's POSIX locks.
+
+use std::ffi::{c_int, c_void};
+use std::path::{Path, PathBuf};
+use std::ptr::NonNull;
+use std::{io, ptr};
+
+use rusqlite::config::DbConfig;
+use rusqlite::{Connection, OpenFlags, ffi};
+
+use crate::error::{Error, Result, Unsupported};
+use crate::wal::REGION_BYTES;
+
+/// One of the eight locks of the wal-index.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Slot(u8);
+
+impl Slot {
+    /// Held by the one connection that writes.
+    pub(crate) const WRITE: Slot = Slot(0);
+    /// Held by the one connection that checkpoints.
+    pub(crate) const CHECKPOINT: Slot = Slot(1);
+    /// The readers that use no frame of the WAL.
+    pub(crate) const READ0: Slot = Slot(3);
+
+    /// The lock of read mark `mark`, 0 to 4.
+    pub(crate) fn read(mark: usize) -> Slot {
+        assert!(mark < 5, "SQLite has five read marks, not {mark}");
+        Slot(3 + mark as u8)
+    }
+}
+
+/// How a lock is held.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Lock {
+    Shared,
+    Exclusive,
+}
+
+/// A connection of our own and its file's methods. Used by one thread at a time.
+#[derive(Debug)]
+pub(crate) struct Handle {
+    file: NonNull<ffi::sqlite3_file>,
+    path: PathBuf,
+    /// Locks of the wal-index that are held. While a sibling connection is open, closing releases none of them.
+    held: Vec<(Slot, Lock)>,
+    /// Keeps `file` alive.
+    connection: Connection,
+}
+
+impl Drop for Handle {
+    fn drop(&mut self) {
+        for (slot, lock) in std::mem::take(&mut self.held) {
+            // Nothing can be done about a failure here; the process's end releases them.
+            let _ = self.shm_lock(slot, ffi::SQLITE_SHM_UNLOCK | lock.flag());
+        }
+    }
+}
+
+// SAFETY: `file` belongs to `connection`, which is Send; nothing of either is bound to a thread, and `&mut self`
+// on every method that reads, writes or locks keeps two threads from using them at once.
+unsafe impl Send for Handle {}
+
+impl Handle {
+    /// Opens a connection, and reads once so that SQLite recovers the WAL and maps the wal-index.
+    pub(crate) fn open(path: &Path, create: bool) -> Result<Handle> {
+        let mut flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        if create {
+            flags |= OpenFlags::SQLITE_OPEN_CREATE;
+        }
+        let connection = Connection::open_with_flags(path, flags)?;
+        connection.busy_timeout(std::time::Duration::from_secs(5))?;
+        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+        let unsupported = |reason| Error::Unsupported { path: path.to_path_buf(), reason };
+        let file = main_file(&connection).ok_or_else(|| unsupported(Unsupported::NoSharedMemory))?;
+        let handle = Handle { file, path: path.to_path_buf(), held: Vec::new(), connection };
+        // SAFETY: `file` is open, so that its methods are set, and they are constant.
+        let methods = unsafe { &*(*handle.file.as_ptr()).pMethods };
+        if methods.iVersion < 2 || methods.xShmMap.is_none() || methods.xShmLock.is_none() {
+            return Err(unsupported(Unsupported::NoSharedMemory));
+        }
+        Ok(handle)
+    }
+
+    /// The connection itself, for SQL.
+    pub(crate) fn connection(&self) -> &Connection {
+        &self.connection
+    }
+
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    fn methods(&self) -> &ffi::sqlite3_io_methods {
+        // SAFETY: `file` stays open as long as `connection`, and the methods of an open file are set and constant.
+        unsafe { &*(*self.file.as_ptr()).pMethods }
+    }
+
+    fn check(&self, op: &'static str, code: c_int) -> Result<()> {
+        if code == ffi::SQLITE_OK {
+            return Ok(());
+        }
+        let source = match code & 0xff {
+            ffi::SQLITE_FULL => io::Error::from(io::ErrorKind::StorageFull),
+            _ => io::Error::other(format!("SQLite's VFS answers {code}")),
+        };
+        Err(Error::Io { op, path: self.path.clone(), source })
+    }
+
+    fn missing(&self, op: &'static str) -> Error {
+        Error::Io { op, path: self.path.clone(), source: io::ErrorKind::Unsupported.into() }
+    }
+
+    /// Fills `buffer` from the database file; bytes beyond its end read as zero.
+    pub(crate) fn read(&mut self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        let method = self.methods().xRead.ok_or_else(|| self.missing("read"))?;
+        let (data, length) = (buffer.as_mut_ptr().cast::<c_void>(), buffer.len() as c_int);
+        // SAFETY: `data` has room for `length` bytes, and `file` is open.
+        let code = unsafe { method(self.file.as_ptr(), data, length, offset as i64) };
+        // A short read has filled the rest with zeros.
+        if code == ffi::SQLITE_IOERR_SHORT_READ { Ok(()) } else { self.check("read", code) }
+    }
+
+    /// Writes to the database file. The caller holds the checkpoint lock and READ0, exclusive.
+    pub(crate) fn write(&mut self, bytes: &[u8], offset: u64) -> Result<()> {
+        // unixWrite masks the length to 17 bits.
+        assert!(bytes.len() < 128 * 1024, "a write of {} bytes would be cut", bytes.len());
+        let method = self.methods().xWrite.ok_or_else(|| self.missing("write"))?;
+        let (data, length) = (bytes.as_ptr().cast::<c_void>(), bytes.len() as c_int);
+        // SAFETY: `data` holds `length` bytes, and `file` is open.
+        let code = unsafe { method(self.file.as_ptr(), data, length, offset as i64) };
+        self.check("write", code)
+    }
+
+    /// fsyncs the database file.
+    pub(crate) fn sync(&mut self) -> Result<()> {
+        let method = self.methods().xSync.ok_or_else(|| self.missing("fsync"))?;
+        // SAFETY: `file` is open.
+        let code = unsafe { method(self.file.as_ptr(), ffi::SQLITE_SYNC_NORMAL) };
+        self.check("fsync", code)
+    }
+
+    /// Cuts the database file.
+    pub(crate) fn truncate(&mut self, bytes: u64) -> Result<()> {
+        let method = self.methods().xTruncate.ok_or_else(|| self.missing("truncate"))?;
+        // SAFETY: `file` is open.
+        let code = unsafe { method(self.file.as_ptr(), bytes as i64) };
+        self.check("truncate", code)
+    }
+
+    /// The database file's length in bytes.
+    pub(crate) fn size(&mut self) -> Result<u64> {
+        let method = self.methods().xFileSize.ok_or_else(|| self.missing("stat"))?;
+        let mut size = 0;
+        // SAFETY: `size` outlives the call, and `file` is open.
+        let code = unsafe { method(self.file.as_ptr(), &mut size) };
+        self.check("stat", code)?;
+        Ok(size.max(0) as u64)
+    }
+
+    /// Tries a lock of the wal-index; false when somebody else holds it.
+    pub(crate) fn try_lock(&mut self, slot: Slot, lock: Lock) -> Result<bool> {
+        let code = self.shm_lock(slot, ffi::SQLITE_SHM_LOCK | lock.flag())?;
+        if code & 0xff == ffi::SQLITE_BUSY {
+            return Ok(false);
+        }
+        self.check("lock", code)?;
+        self.held.push((slot, lock));
+        Ok(true)
+    }
+
+    /// Gives a lock back.
+    pub(crate) fn unlock(&mut self, slot: Slot, lock: Lock) -> Result<()> {
+        let code = self.shm_lock(slot, ffi::SQLITE_SHM_UNLOCK | lock.flag())?;
+        self.held.retain(|held| *held != (slot, lock));
+        self.check("unlock", code)
+    }
+
+    fn shm_lock(&mut self, slot: Slot, flags: c_int) -> Result<c_int> {
+        let method = self.methods().xShmLock.ok_or_else(|| self.missing("lock"))?;
+        // SAFETY: the wal-index is mapped by this connection (it has read), and `file` is open.
+        Ok(unsafe { method(self.file.as_ptr(), c_int::from(slot.0), 1, flags) })
+    }
+
+    /// Maps a region of the wal-index. Nothing when it does not exist and is not to be made.
+    pub(super) fn map(&mut self, region: usize, extend: bool) -> Result<Option<NonNull<u8>>> {
+        let method = self.methods().xShmMap.ok_or_else(|| self.missing("map"))?;
+        let mut pointer: *mut c_void = ptr::null_mut();
+        // SAFETY: `pointer` outlives the call, and `file` is open. SQLite unmaps the region when the last
+        // connection of the process to this database closes, not before.
+        let code = unsafe {
+            method(
+                self.file.as_ptr(),
+                region as c_int,
+                REGION_BYTES as c_int,
+                c_int::from(extend),
+                (&raw mut pointer).cast(),
+            )
+        };
+        self.check("map", code)?;
+        Ok(NonNull::new(pointer.cast::<u8>()))
+    }
+}
+
+impl Lock {
+    fn flag(self) -> c_int {
+        match self {
+            Lock::Shared => ffi::SQLITE_SHM_SHARED,
+            Lock::Exclusive => ffi::SQLITE_SHM_EXCLUSIVE,
+        }
+    }
+}
+
+/// The `sqlite3_file` of a connection's main database.
+fn main_file(connection: &Connection) -> Option<NonNull<ffi::sqlite3_file>> {
+    let mut file: *mut ffi::sqlite3_file = ptr::null_mut();
+    // SAFETY: the connection is open, the name is a C string, and FILE_POINTER writes one pointer.
+    let code = unsafe {
+        ffi::sqlite3_file_control(
+            connection.handle(),
+            c"main".as_ptr(),
+            ffi::SQLITE_FCNTL_FILE_POINTER,
+            (&raw mut file).cast(),
+        )
+    };
+    let file = NonNull::new(file).filter(|_| code == ffi::SQLITE_OK)?;
+    // SAFETY: SQLite gave the pointer for a connection that is open; an unopened file has no methods.
+    let open = unsafe { !(*file.as_ptr()).pMethods.is_null() };
+    open.then_some(file)
+}
