@@ -21,7 +21,7 @@ const QUEUE_MAX: usize = 8;
 #[derive(Debug)]
 pub(crate) struct Follower {
     commands: mpsc::Sender<Command>,
-    shared: Arc<Shared>,
+    pub(super) shared: Arc<Shared>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 

@@ -1,1 +1,456 @@
+//! The engine against plain SQLite: whatever is done to a primary's file, by any connection, a follower that is fed
+//! from its log has the same pages.
 
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use bytes::BytesMut;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use rusqlite::Connection;
+use uuid::Uuid;
+
+use super::*;
+use crate::log::Found;
+use crate::secret::Keyring;
+use crate::status::{Addresses, PeerInfo, Role};
+use crate::wire::{self, Decoder, Message, SnapBegin, SnapEnd};
+
+struct Home {
+    dir: tempfile::TempDir,
+}
+
+impl Home {
+    fn new() -> Home {
+        Home { dir: tempfile::tempdir().unwrap() }
+    }
+
+    fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn options(&self, name: &str) -> EngineOptions {
+        let path = self.path(name);
+        let mut side = path.clone().into_os_string();
+        side.push("-replite");
+        EngineOptions {
+            path,
+            side: side.into(),
+            durability: Durability::Synced,
+            wal_limit_bytes: 64 * 1024,
+            log: LogOptions {
+                segment_bytes: 256 * 1024,
+                keep_bytes: 64 << 20,
+                keep_age: Duration::from_secs(3600),
+                pinned_bytes: 64 << 20,
+                tail_bytes: 64 * 1024,
+            },
+            poll_max: Duration::from_millis(10),
+        }
+    }
+
+    fn primary(&self, name: &str) -> Engine {
+        Engine::open(self.options(name), node()).unwrap()
+    }
+
+    fn follower(&self, name: &str) -> Follower {
+        Follower::open(self.options(name), node()).unwrap()
+    }
+}
+
+fn node() -> Arc<Node> {
+    let me = PeerInfo {
+        node: Uuid::now_v7(),
+        incarnation: Uuid::new_v4(),
+        addresses: Addresses::default(),
+    };
+    Node::new(me, "test".into(), "db".into(), Keyring::new(&[]).unwrap(), Role::Primary)
+}
+
+fn until(what: &str, mut done: impl FnMut() -> bool) {
+    let end = Instant::now() + Duration::from_secs(60);
+    while !done() {
+        assert!(Instant::now() < end, "timed out: {what}");
+        std::thread::yield_now();
+    }
+}
+
+/// Waits until the engine has taken in everything that was committed, and says the position.
+fn settled(engine: &Engine) -> Position {
+    until("capture", || {
+        engine.base.check().unwrap();
+        engine.base.header().is_some_and(|h| h.max_frame == engine.base.tip().frame)
+            && engine.base.node.applied.position() == Some(engine.base.tip().position)
+    });
+    engine.base.tip().position
+}
+
+fn applied(follower: &Follower) -> Option<Position> {
+    lock(&follower.shared.base).as_ref().map(|b| b.tip().position)
+}
+
+fn send(follower: &Follower, units: BytesMut) -> Result<()> {
+    let mut decoder = Decoder::default();
+    decoder.push(units.freeze());
+    let mut all = Vec::new();
+    while let Some(unit) = decoder.next().unwrap() {
+        all.push(unit);
+    }
+    tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
+        follower.feed(all).await?;
+        Ok(())
+    })
+}
+
+fn standing(follower: &Follower) -> Standing {
+    tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(follower.standing()).unwrap()
+}
+
+/// Does what the stream does: continues from the log where that is possible, else sends a snapshot.
+fn feed(engine: &Engine, follower: &Follower, pieces_between: &mut dyn FnMut()) -> Result<()> {
+    let standing = standing(follower);
+    let mut out = BytesMut::new();
+    wire::encode(&Message::Epochs((*engine.base.node.applied.history()).clone()), &mut out);
+    let found = standing.position.map(|p| (p, engine.log().find(p.number()).unwrap()));
+    let mut lsn = match found {
+        Some((position, Found::At { lsn, before })) if position == before => lsn,
+        _ => {
+            let first = engine.base.tip().position;
+            let Found::At { lsn, .. } = engine.log().find(first.number()).unwrap() else { panic!() };
+            let begin = SnapBegin {
+                first,
+                from: PageNo::FIRST,
+                page_size: engine.page_size(),
+                diverged: standing.position.is_some(),
+            };
+            wire::encode(&Message::SnapBegin(begin), &mut out);
+            let mut next = PageNo::FIRST;
+            loop {
+                let piece = engine.read_piece(next, 16 * 1024).unwrap();
+                if piece.data.is_empty() {
+                    until("capture", || engine.base.tip().position.number() >= piece.position.number());
+                    wire::encode(&Message::SnapEnd(SnapEnd { exact_at: piece.position }), &mut out);
+                    break;
+                }
+                let (first, position, pages) = (piece.first, piece.position, &piece.data[..]);
+                wire::encode(&Message::SnapPiece { first, position, pages }, &mut out);
+                let count = (piece.data.len() / engine.page_size().bytes()) as u32;
+                next = PageNo::new(next.get() + count).unwrap();
+                pieces_between();
+            }
+            lsn
+        }
+    };
+    send(follower, std::mem::take(&mut out))?;
+    loop {
+        let bytes = engine.log().read_disk(lsn, 100_000).unwrap();
+        if bytes.is_empty() {
+            return Ok(());
+        }
+        lsn += bytes.len() as u64;
+        // Units may be cut anywhere: the decoder of this whole call puts them together.
+        out.extend_from_slice(&bytes);
+        let whole = whole_units(&out);
+        send(follower, out.split_to(whole))?;
+    }
+}
+
+fn whole_units(bytes: &[u8]) -> usize {
+    let mut at = 0;
+    while at + wire::HEADER_BYTES <= bytes.len() {
+        let length = crate::wal::le_u32(&bytes[at..]) as usize + wire::HEADER_BYTES;
+        if at + length > bytes.len() {
+            break;
+        }
+        at += length;
+    }
+    at
+}
+
+fn catch_up(engine: &Engine, follower: &Follower) {
+    feed(engine, follower, &mut || {}).unwrap();
+    let goal = settled(engine);
+    until("apply", || {
+        if let Some(error) = lock(&follower.shared.failure).take() {
+            panic!("apply failed: {error}");
+        }
+        if applied(follower).is_some_and(|p| p.number() < goal.number()) {
+            feed(engine, follower, &mut || {}).unwrap();
+        }
+        applied(follower) == Some(goal)
+    });
+}
+
+fn image(path: &Path) -> Vec<u8> {
+    let mut connection = Connection::open(path).unwrap();
+    connection.busy_timeout(Duration::from_secs(5)).unwrap();
+    let ok: String = connection.query_row("PRAGMA integrity_check", [], |r| r.get(0)).unwrap();
+    assert_eq!(ok, "ok");
+    connection.serialize("main").unwrap().to_vec()
+}
+
+fn assert_same(one: &Path, other: &Path) {
+    let (a, b) = (image(one), image(other));
+    assert_eq!(a.len(), b.len(), "sizes differ");
+    if let Some(at) = a.iter().zip(&b).position(|(x, y)| x != y) {
+        panic!("the databases differ at byte {at} of {}", a.len());
+    }
+}
+
+/// Something random, done by a plain connection.
+fn mutate(connection: &Connection, rng: &mut StdRng) {
+    let run = |sql: &str| connection.execute_batch(sql).unwrap();
+    match rng.random_range(0..100) {
+        0..60 => {
+            let size = rng.random_range(1..600);
+            connection
+                .execute("INSERT INTO t(k, v) VALUES (?1, randomblob(?2))", (rng.random_range(0..500), size))
+                .unwrap();
+        }
+        60..70 => run("UPDATE t SET v = randomblob(length(v)) WHERE id % 7 = 3"),
+        70..78 => run("DELETE FROM t WHERE id % 5 = 1"),
+        78..82 => {
+            connection
+                .execute("INSERT INTO t(k, v) VALUES (1, zeroblob(?1))", [rng.random_range(1..300_000)])
+                .unwrap();
+        }
+        82..86 => {
+            let n = rng.random_range(0..1000);
+            run(&format!("CREATE TABLE IF NOT EXISTS x{n}(a, b); INSERT INTO x{n} VALUES (1, 2); CREATE INDEX IF NOT EXISTS i{n} ON x{n}(a)"));
+        }
+        86..89 => {
+            let table: Option<String> = connection
+                .query_row("SELECT name FROM sqlite_schema WHERE name LIKE 'x%' LIMIT 1", [], |r| r.get(0))
+                .ok();
+            if let Some(table) = table {
+                run(&format!("DROP TABLE {table}"));
+            }
+        }
+        89..92 => run("BEGIN; SAVEPOINT a; DELETE FROM t WHERE id % 3 = 0; ROLLBACK TO a; INSERT INTO t(k, v) VALUES (9, 'x'); COMMIT"),
+        92..94 => run("BEGIN; DELETE FROM t; ROLLBACK"),
+        94..96 => run("UPDATE t SET k = k"),
+        96..98 => run("PRAGMA incremental_vacuum(5)"),
+        _ => run("VACUUM"),
+    }
+}
+
+fn open_plain(path: &Path) -> Connection {
+    let connection = Connection::open(path).unwrap();
+    connection.busy_timeout(Duration::from_secs(10)).unwrap();
+    connection
+}
+
+#[test]
+fn random_sql_of_a_foreign_connection_arrives_page_by_page_at_every_page_size() {
+    for (round, size) in [512, 1024, 2048, 4096, 8192, 16_384, 32_768, 65_536].into_iter().enumerate() {
+        let home = Home::new();
+        let mut rng = StdRng::seed_from_u64(round as u64);
+        let plain = open_plain(&home.path("p.db"));
+        plain
+            .execute_batch(&format!(
+                "PRAGMA page_size = {size}; PRAGMA auto_vacuum = {}; CREATE TABLE t(id INTEGER PRIMARY KEY, k, v); CREATE INDEX tk ON t(k)",
+                round % 3
+            ))
+            .unwrap();
+        let engine = home.primary("p.db");
+        assert_eq!(engine.page_size().get(), size);
+        let follower = home.follower("r.db");
+        for step in 0..150 {
+            mutate(&plain, &mut rng);
+            if step % 10 == 0 {
+                catch_up(&engine, &follower);
+            }
+            if step % 50 == 49 {
+                catch_up(&engine, &follower);
+                assert_same(&home.path("p.db"), &home.path("r.db"));
+            }
+        }
+        catch_up(&engine, &follower);
+        assert_same(&home.path("p.db"), &home.path("r.db"));
+        let sum = {
+            let mut handle = lock(&engine.second);
+            let tip = engine.base.tip();
+            engine.base.hash_all(&mut handle, tip.frame, tip.pages).unwrap()
+        };
+        assert_eq!(sum, settled(&engine).checksum(), "the kept checksum is that of all pages");
+    }
+}
+
+#[test]
+fn a_snapshot_is_exact_although_the_primary_writes_all_the_time() {
+    let home = Home::new();
+    let plain = open_plain(&home.path("p.db"));
+    plain
+        .execute_batch(
+            "CREATE TABLE t(id INTEGER PRIMARY KEY, k, v);
+             WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < 3000)
+             INSERT INTO t(k, v) SELECT i, randomblob(300) FROM n",
+        )
+        .unwrap();
+    let engine = home.primary("p.db");
+    let follower = home.follower("r.db");
+    let mut rng = StdRng::seed_from_u64(7);
+    feed(&engine, &follower, &mut || mutate(&plain, &mut rng)).unwrap();
+    catch_up(&engine, &follower);
+    assert_same(&home.path("p.db"), &home.path("r.db"));
+}
+
+#[test]
+fn both_sides_reopen_at_their_exact_position_without_starting_over() {
+    let home = Home::new();
+    let mut rng = StdRng::seed_from_u64(11);
+    let plain = open_plain(&home.path("p.db"));
+    plain.execute_batch("CREATE TABLE t(id INTEGER PRIMARY KEY, k, v)").unwrap();
+    let mut last = None;
+    for round in 0..12 {
+        let engine = home.primary("p.db");
+        let now = settled(&engine);
+        if let Some(last) = last {
+            assert_eq!(now, last, "round {round}");
+        }
+        let follower = home.follower("r.db");
+        if round > 0 {
+            assert_eq!(applied(&follower), Some(now), "round {round}: the replica kept its state");
+        }
+        for _ in 0..20 {
+            mutate(&plain, &mut rng);
+        }
+        catch_up(&engine, &follower);
+        last = Some(settled(&engine));
+        assert_same(&home.path("p.db"), &home.path("r.db"));
+    }
+}
+
+#[test]
+fn commits_made_while_no_engine_ran_become_history() {
+    let home = Home::new();
+    let mut rng = StdRng::seed_from_u64(13);
+    let plain = open_plain(&home.path("p.db"));
+    plain.execute_batch("CREATE TABLE t(id INTEGER PRIMARY KEY, k, v)").unwrap();
+    let mut last = 0;
+    for round in 0..6 {
+        let engine = home.primary("p.db");
+        let follower = home.follower("r.db");
+        assert!(settled(&engine).number() >= last);
+        catch_up(&engine, &follower);
+        assert_same(&home.path("p.db"), &home.path("r.db"));
+        last = settled(&engine).number();
+        drop((engine, follower));
+        for _ in 0..10 {
+            mutate(&plain, &mut rng);
+        }
+        if round % 2 == 1 {
+            // The last to close copies the WAL back and deletes it: the position can then not be known.
+            plain.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)").unwrap();
+        }
+    }
+}
+
+#[test]
+fn the_wal_stays_bounded_beside_readers_that_never_pause() {
+    let home = Home::new();
+    let plain = open_plain(&home.path("p.db"));
+    plain.execute_batch("CREATE TABLE t(id INTEGER PRIMARY KEY, k, v)").unwrap();
+    let engine = home.primary("p.db");
+    let follower = home.follower("r.db");
+    catch_up(&engine, &follower);
+    let stop = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for name in ["p.db", "r.db"] {
+            for _ in 0..3 {
+                let (path, stop) = (home.path(name), &stop);
+                scope.spawn(move || {
+                    let reader = Connection::open(path).unwrap();
+                    while !stop.load(Ordering::Relaxed) {
+                        // Equal in every committed state, and never busy.
+                        let (n, k): (i64, i64) = reader
+                            .query_row("SELECT count(*), coalesce(sum(k), 0) FROM t", [], |r| {
+                                Ok((r.get(0)?, r.get(1)?))
+                            })
+                            .unwrap();
+                        assert_eq!(k, 0, "{n} rows");
+                    }
+                });
+            }
+        }
+        let mut generations = std::collections::HashSet::new();
+        for i in 0..400 {
+            plain
+                .execute_batch(&format!(
+                    "BEGIN; INSERT INTO t(k, v) VALUES ({i}, randomblob(900)); INSERT INTO t(k, v) VALUES (-{i}, 1); COMMIT"
+                ))
+                .unwrap();
+            if i % 10 == 0 {
+                catch_up(&engine, &follower);
+                generations.insert(engine.base.tip().salts.0);
+            }
+        }
+        until("restarts on both sides", || {
+            plain.execute_batch("INSERT INTO t(k, v) VALUES (0, randomblob(3000))").unwrap();
+            catch_up(&engine, &follower);
+            let limit = 8 * 64 * 1024;
+            let short = |base: &Base| base.wal_bytes() < limit;
+            generations.insert(engine.base.tip().salts.0);
+            generations.len() > 2 && short(&engine.base) && lock(&follower.shared.base).as_ref().is_some_and(|b| short(b))
+        });
+        stop.store(true, Ordering::Relaxed);
+    });
+    assert_same(&home.path("p.db"), &home.path("r.db"));
+}
+
+#[test]
+fn a_replicas_file_refuses_every_foreign_write() {
+    let home = Home::new();
+    let plain = open_plain(&home.path("p.db"));
+    plain.execute_batch("CREATE TABLE t(id INTEGER PRIMARY KEY, k, v); INSERT INTO t(k) VALUES (1)").unwrap();
+    let engine = home.primary("p.db");
+    let follower = home.follower("r.db");
+    catch_up(&engine, &follower);
+    let foreign = Connection::open(home.path("r.db")).unwrap();
+    foreign.busy_timeout(Duration::ZERO).unwrap();
+    for sql in ["INSERT INTO t(k) VALUES (2)", "VACUUM", "CREATE TABLE u(a)", "PRAGMA user_version = 7"] {
+        let error = foreign.execute_batch(sql).unwrap_err();
+        assert_eq!(error.sqlite_error_code(), Some(rusqlite::ErrorCode::DatabaseBusy), "{sql}");
+    }
+    let (busy, _, _): (i64, i64, i64) = foreign
+        .query_row("PRAGMA wal_checkpoint(TRUNCATE)", [], |r| Ok((r.get(0)?, r.get(1)?, r.get(2)?)))
+        .unwrap();
+    assert_eq!(busy, 1, "a checkpoint is refused");
+    let rows: i64 = foreign.query_row("SELECT count(*) FROM t", [], |r| r.get(0)).unwrap();
+    assert_eq!(rows, 1);
+}
+
+#[test]
+fn a_transaction_that_does_not_lead_to_its_position_is_refused_and_nothing_of_it_is_seen() {
+    let home = Home::new();
+    let plain = open_plain(&home.path("p.db"));
+    plain.execute_batch("CREATE TABLE t(id INTEGER PRIMARY KEY, k, v); INSERT INTO t(k) VALUES (1)").unwrap();
+    let engine = home.primary("p.db");
+    let follower = home.follower("r.db");
+    catch_up(&engine, &follower);
+    let before = applied(&follower).unwrap();
+    let next = Txid::new(before.epoch(), before.number() + 1);
+    let mut out = BytesMut::new();
+    let epoch = engine.base.node.applied.history().epoch_of(next.number()).unwrap();
+    let begin = wire::TxnBegin { before, epoch, page_size: engine.page_size() };
+    wire::encode(&Message::TxnBegin(begin), &mut out);
+    let page = vec![1; engine.page_size().bytes()];
+    let number = PageNo::new(2).unwrap();
+    wire::encode_page(number, crate::checksum::PageHash::of(number, &page), &page, &mut out);
+    let after = Position::new(Txid::new(epoch, next.number()), before.checksum());
+    let pages = engine.base.tip().pages;
+    wire::encode(&Message::TxnEnd(wire::TxnEnd { after, pages, changed: 1, unix_micros: 0 }), &mut out);
+    send(&follower, out).unwrap();
+    let error = std::cell::RefCell::new(None);
+    until("the refusal", || {
+        *error.borrow_mut() = lock(&follower.shared.failure).take();
+        error.borrow().is_some()
+    });
+    assert!(matches!(error.into_inner(), Some(Error::Mismatch { .. })));
+    assert_eq!(applied(&follower), Some(before));
+    plain.execute_batch("INSERT INTO t(k) VALUES (2)").unwrap();
+    catch_up(&engine, &follower);
+    assert_same(&home.path("p.db"), &home.path("r.db"));
+}
