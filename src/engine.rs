@@ -199,7 +199,7 @@ impl Engine {
     pub(crate) fn committed(&self, begun: Begun, frame: Option<u32>) -> Result<Option<Txid>> {
         let Begun(before) = begun;
         if let Some(frame) = frame
-            && (frame != before.frame + 1 || self.base.index.page_of(frame) != 1)
+            && (frame != before.frame + 1 || self.base.index.page_of(frame) > 1)
         {
             let number = before.number + 1;
             *lock(&self.last) = Some(Mark { salts: before.salts, frame, number });

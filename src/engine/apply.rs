@@ -3,6 +3,7 @@
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -137,7 +138,7 @@ impl Apply {
 
     pub(super) fn run(mut self, mut commands: mpsc::Receiver<Command>) {
         while let Some(command) = commands.blocking_recv() {
-            if self.stopping() {
+            if self.shared.stop.load(Ordering::Acquire) {
                 break;
             }
             match command {
@@ -156,14 +157,10 @@ impl Apply {
         self.stop();
     }
 
-    fn stopping(&self) -> bool {
-        self.live.as_ref().is_some_and(|l| l.base.stopping())
-    }
-
     fn stop(&mut self) {
         self.abort();
         if let Some(live) = self.live.take() {
-            live.base.stop.store(true, std::sync::atomic::Ordering::Release);
+            live.base.stop.store(true, Ordering::Release);
             if let Some(thread) = self.checkpointer.take() {
                 thread.thread().unpark();
                 let _ = thread.join();

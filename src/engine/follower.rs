@@ -1,7 +1,9 @@
 //! A replica's database, there or yet to come, and the thread that owns it.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use tokio::sync::{mpsc, oneshot, watch};
 
@@ -16,6 +18,9 @@ use crate::wire::Unit;
 
 /// Batches that may wait for the apply thread; the stream reads on only when one is taken.
 const QUEUE_MAX: usize = 8;
+
+/// Pause between looks at a full queue while the thread is to end.
+const QUEUE_FULL_STEP: Duration = Duration::from_millis(1);
 
 /// A replica's database and its apply thread.
 #[derive(Debug)]
@@ -33,6 +38,7 @@ pub(super) struct Shared {
     pub(super) synced: watch::Sender<Option<Position>>,
     /// Why the current stream can't go on.
     pub(super) failure: Mutex<Option<Error>>,
+    pub(super) stop: AtomicBool,
 }
 
 pub(super) enum Command {
@@ -63,6 +69,7 @@ impl Follower {
             readable: watch::Sender::new(false),
             synced: watch::Sender::new(None),
             failure: Mutex::new(None),
+            stop: AtomicBool::new(false),
         });
         let apply = Apply::open(options, node, shared.clone(), commands.downgrade())?;
         let thread = std::thread::Builder::new()
@@ -109,11 +116,12 @@ impl Follower {
     /// Stops and joins the threads. Blocks.
     pub(crate) fn close(&self) {
         let Some(thread) = lock(&self.thread).take() else { return };
-        if let Some(base) = &*lock(&self.shared.base) {
-            base.stop.store(true, std::sync::atomic::Ordering::Release);
+        self.shared.stop.store(true, Ordering::Release);
+        // In a full queue the thread sees the flag; in an empty one only a command wakes it.
+        while let Err(mpsc::error::TrySendError::Full(_)) = self.commands.try_send(Command::Stop) {
+            std::thread::sleep(QUEUE_FULL_STEP);
         }
-        // Where the queue is full, the flag above ends the thread.
-        let _ = self.commands.try_send(Command::Stop);
+        // A panic of the thread was reported by its own means.
         let _ = thread.join();
     }
 }

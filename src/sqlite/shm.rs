@@ -163,9 +163,12 @@ impl WalIndex {
         fence(Ordering::SeqCst);
     }
 
-    /// The page of a frame, as the index has it.
+    /// The page of a frame, as the index has it; zero when its region is not mapped here yet.
     pub(crate) fn page_of(&self, frame: u32) -> u32 {
-        self.region(region_of(frame)).word(page_number_offset(frame)).load(Ordering::Relaxed)
+        let regions = self.regions.read().unwrap_or_else(PoisonError::into_inner);
+        regions
+            .get(region_of(frame))
+            .map_or(0, |region| region.word(page_number_offset(frame)).load(Ordering::Relaxed))
     }
 
     /// The newest frame in `min..=max` that holds the page.
