@@ -238,8 +238,8 @@ fn missing_and_damaged_segments_leave_the_newest_run() {
         }
     };
     let latest = names.len() - 1;
-    for i in 0..latest {
-        let whole = fs::read(dir.path().join(&names[i])).unwrap();
+    for (i, name) in names[..latest].iter().enumerate() {
+        let whole = fs::read(dir.path().join(name)).unwrap();
         let flipped = |at: usize| {
             let mut bad = whole.clone();
             bad[at] ^= 4;
@@ -254,11 +254,11 @@ fn missing_and_damaged_segments_leave_the_newest_run() {
         for damage in damages {
             let copy = copy_of(&dir);
             match damage {
-                None => fs::remove_file(copy.path().join(&names[i])).unwrap(),
-                Some(bytes) => fs::write(copy.path().join(&names[i]), bytes).unwrap(),
+                None => fs::remove_file(copy.path().join(name)).unwrap(),
+                Some(bytes) => fs::write(copy.path().join(name), bytes).unwrap(),
             }
             assert_records(&open(&copy), first_of(i + 1), 40);
-            assert!(!files_of(&copy).iter().any(|f| f.ends_with(&names[i])));
+            assert!(!files_of(&copy).iter().any(|f| f.ends_with(name)));
         }
     }
     // All gone but a torn one: nothing is left, nothing fails.
