@@ -1,18 +1,95 @@
-//! The units that streams and logs are made of.
+//! The units that streams and logs are made of: bytes, nothing else.
+//!
+//! All numbers are little endian. A unit is a header of 24 bytes and a payload:
+//!
+//! | offset | bytes | what |
+//! |---|---|---|
+//! | 0 | 4 | length of the payload, at most [`PAYLOAD_MAX_BYTES`] |
+//! | 4 | 1 | kind |
+//! | 5 | 1 | flags; bit 0: who does not know the kind may skip the unit; all else 0 |
+//! | 6 | 2 | version, 1 |
+//! | 8 | 16 | hash |
+//! | 24 | length | payload |
+//!
+//! The hash of a PAGE unit is the page's hash ([`PageHash::of_numbered`] of the payload), so that one hash serves
+//! framing and database checksum. Its header is covered by other means: the kind picks the hash's key, any
+//! flag is refused, and the length is part of what is hashed. The hash of every other unit is the first 16 bytes
+//! of BLAKE3, keyed with a published constant, over bytes 0 to 7 of the header and the payload.
+//!
+//! Payloads. `position` is 40 bytes (epoch number 8, epoch branch 8, transaction number 8, checksum 16), `epoch`
+//! its first 16. `optional position` is a byte 0, or a byte 1 and a position. `peer` is a length (2 bytes, at most
+//! [`PEER_MAX_BYTES`]) and a JSON object. Nothing may follow the last field.
+//!
+//! | kind | name | fields |
+//! |---|---|---|
+//! | 1 | TXN_BEGIN | position before, epoch, page size (4) |
+//! | 2 | PAGE | page number (4), the page |
+//! | 3 | TXN_END | position after, pages in the database (4), page units in the record (4), microseconds since 1970 (8) |
+//! | 4 | HELLO | proof (32), optional position, a byte 0 or a byte 1 and what a snapshot is resumed with: position, page number (4); peer; epoch history |
+//! | 5 | WELCOME | epoch, plan (1), position, page size (4), peer |
+//! | 6 | EPOCHS | epoch history: count (4), then per epoch: epoch, first transaction (8), checksum before it (16) |
+//! | 7 | HEARTBEAT | position, microseconds since 1970 (8) |
+//! | 8 | ACK | optional position applied, optional position synced |
+//! | 9 | SNAP_BEGIN | position of the first piece, first page (4), page size (4), diverged (1: 0 or 1) |
+//! | 10 | SNAP_PIECE | first page (4), position, pages |
+//! | 11 | SNAP_END | position at which the snapshot is exact |
+//! | 12 | GOODBYE | reason: UTF-8, at most [`REASON_MAX_BYTES`] |
+//! | 13 | SEGMENT | address of the segment's first record byte (8), position before its first record |
 use bytes::{Bytes, BytesMut};
 
 use crate::checksum::PageHash;
-use crate::error::Result;
 use crate::page::{PageNo, PageSize};
 use crate::status::PeerInfo;
 use crate::txid::{Epoch, EpochHistory, Position};
 
-/// Largest payload of a unit.
+mod decoder;
+mod encode;
+mod fields;
+#[cfg(test)]
+mod tests;
+
+pub(crate) use decoder::{Decoder, Header};
+pub(crate) use encode::{encode, encode_page, peer_fits};
+
+/// Largest payload of a unit: a snapshot piece of a megabyte and its fields, or sixteen times the largest page.
 pub(crate) const PAYLOAD_MAX_BYTES: usize = 1024 * 1024 + 64 * 1024;
 /// Bytes of a unit's header.
 pub(crate) const HEADER_BYTES: usize = 24;
+/// The version of the units, one for all kinds.
 pub(crate) const VERSION: u16 = 1;
+/// Bytes of a page unit besides the page: the header and the page number.
+pub(crate) const PAGE_UNIT_OVERHEAD_BYTES: usize = HEADER_BYTES + 4;
+/// The most that the pages of one snapshot piece may come to.
+pub(crate) const PIECE_MAX_BYTES: usize = 1024 * 1024;
+/// Longest JSON of a peer: room for four URLs and a few dozen labels.
+pub(crate) const PEER_MAX_BYTES: usize = 4096;
+/// Longest reason of a goodbye: some sentences.
+pub(crate) const REASON_MAX_BYTES: usize = 1024;
+/// Where the proof of a HELLO ends in its payload; the proof covers the payload from here on.
+pub(crate) const HELLO_PROOF_BYTES: usize = 32;
 
+/// The key of every hash but those of pages. It is published: the hash guards against accidents.
+const UNIT_KEY: [u8; 32] = *b"replite unit hash, version 1 ...";
+/// Header flag: who does not know the kind passes the unit over.
+const MAY_SKIP: u8 = 1;
+/// Bytes of a snapshot piece before its pages: page number and position.
+const PIECE_FIELDS_BYTES: usize = 4 + Position::BYTES;
+
+const _: () = assert!(4 + PageSize::MAX_BYTES as usize <= PAYLOAD_MAX_BYTES);
+const _: () = assert!(PIECE_FIELDS_BYTES + PIECE_MAX_BYTES <= PAYLOAD_MAX_BYTES);
+// The longest HELLO fits: two optional fields, a peer and a full history.
+const _: () = assert!(
+    HELLO_PROOF_BYTES
+        + 2 * (1 + Position::BYTES)
+        + 4
+        + 2
+        + PEER_MAX_BYTES
+        + 4
+        + EpochHistory::MAX * EpochHistory::ENTRY_BYTES
+        <= PAYLOAD_MAX_BYTES
+);
+
+/// What a unit is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[repr(u8)]
 pub(crate) enum Kind {
@@ -31,6 +108,19 @@ pub(crate) enum Kind {
     Segment = 13,
 }
 
+impl Kind {
+    fn from_u8(kind: u8) -> Option<Kind> {
+        use Kind::*;
+        const ALL: [Kind; 13] = [
+            TxnBegin, Page, TxnEnd, Hello, Welcome, Epochs, Heartbeat, Ack, SnapBegin, SnapPiece, SnapEnd,
+            Goodbye, Segment,
+        ];
+        let kind = ALL.get(usize::from(kind).checked_sub(1)?).copied();
+        debug_assert!(kind.is_none_or(|k| ALL[k as usize - 1] == k), "the list is not in order");
+        kind
+    }
+}
+
 /// One unit as it came: framing checked, hash not yet.
 #[derive(Clone, Debug)]
 pub(crate) struct Unit {
@@ -44,12 +134,17 @@ impl Unit {
     pub(crate) fn payload(&self) -> &[u8] {
         &self.raw[HEADER_BYTES..]
     }
-    /// Checks the hash and reads the fields.
+
+    /// Checks the hash and reads the fields. The hash of a [`Message::Page`] is the one that was verified.
+    ///
+    /// # Errors
+    /// [`WireError::Hash`] before any field is looked at; then [`WireError::Fields`].
     pub(crate) fn decode(&self) -> Result<Message<'_>, WireError> {
-        unimplemented!()
+        fields::decode(self.kind, self.hash, &self.raw)
     }
 }
 
+/// What is wrong with bytes that should be units.
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 pub(crate) enum WireError {
     #[error("a unit of {0} bytes; the limit is {PAYLOAD_MAX_BYTES}")]
@@ -171,28 +266,4 @@ pub(crate) struct Goodbye {
 pub(crate) struct Segment {
     pub(crate) start: u64,
     pub(crate) before: Position,
-}
-
-/// Encodes a unit behind `out`.
-pub(crate) fn encode(_message: &Message<'_>, _out: &mut BytesMut) {
-    unimplemented!()
-}
-
-/// Encodes a page unit whose hash is known already.
-pub(crate) fn encode_page(_number: PageNo, _hash: PageHash, _page: &[u8], _out: &mut BytesMut) {
-    unimplemented!()
-}
-
-/// Cuts a stream of bytes into units. Never allocates for what a header claims, only for what has arrived.
-#[derive(Debug, Default)]
-pub(crate) struct Decoder {}
-
-impl Decoder {
-    pub(crate) fn push(&mut self, _bytes: Bytes) {
-        unimplemented!()
-    }
-    /// The next whole unit, if it has arrived. Unknown kinds with the may-skip flag are passed over.
-    pub(crate) fn next(&mut self) -> Result<Option<Unit>, WireError> {
-        unimplemented!()
-    }
 }

@@ -1,0 +1,182 @@
+//! Units to bytes.
+use bytes::{BufMut, BytesMut};
+
+use super::fields::hash_of;
+use super::{
+    HEADER_BYTES, Hello, Kind, Message, PAYLOAD_MAX_BYTES, PEER_MAX_BYTES, REASON_MAX_BYTES, SnapBegin,
+    VERSION, Welcome,
+};
+use crate::checksum::PageHash;
+use crate::page::PageNo;
+use crate::status::{Addresses, PeerInfo};
+use crate::txid::Position;
+
+/// Encodes a unit behind `out`.
+///
+/// # Panics
+/// When a page or a snapshot piece is larger than a unit may be: the caller chooses their size.
+pub(crate) fn encode(message: &Message<'_>, out: &mut BytesMut) {
+    if let Message::Page { number, hash, page } = *message {
+        return encode_page(number, hash, page, out);
+    }
+    let at = out.len();
+    out.put_bytes(0, HEADER_BYTES);
+    let kind = put_fields(message, out);
+    let payload = out.len() - at - HEADER_BYTES;
+    assert!(payload <= PAYLOAD_MAX_BYTES, "a {kind:?} unit of {payload} bytes");
+    let unit = &mut out[at..];
+    unit[..8].copy_from_slice(&head(kind, payload));
+    let hash = hash_of(unit);
+    unit[8..HEADER_BYTES].copy_from_slice(&hash);
+}
+
+/// Encodes a page unit whose hash is known already.
+///
+/// # Panics
+/// When the page is larger than a unit may be.
+pub(crate) fn encode_page(number: PageNo, hash: PageHash, page: &[u8], out: &mut BytesMut) {
+    let payload = 4 + page.len();
+    assert!(payload <= PAYLOAD_MAX_BYTES, "a page of {} bytes", page.len());
+    out.reserve(HEADER_BYTES + payload);
+    out.put_slice(&head(Kind::Page, payload));
+    out.put_slice(&hash.to_bytes());
+    out.put_u32_le(number.get());
+    out.put_slice(page);
+}
+
+/// Whether a peer can be told to others in full. If not, its labels, and then its addresses, are left out.
+pub(crate) fn peer_fits(peer: &PeerInfo) -> bool {
+    json(peer).is_some()
+}
+
+fn head(kind: Kind, payload: usize) -> [u8; 8] {
+    let [l0, l1, l2, l3] = (payload as u32).to_le_bytes();
+    let [v0, v1] = VERSION.to_le_bytes();
+    [l0, l1, l2, l3, kind as u8, 0, v0, v1]
+}
+
+fn put_fields(message: &Message<'_>, out: &mut BytesMut) -> Kind {
+    match message {
+        // Encoded apart, by `encode_page`: its hash is another one.
+        Message::Page { number, page, .. } => {
+            out.put_u32_le(number.get());
+            out.put_slice(page);
+            Kind::Page
+        }
+        Message::TxnBegin(m) => {
+            out.put_slice(&m.before.to_bytes());
+            out.put_slice(&m.epoch.to_bytes());
+            out.put_u32_le(m.page_size.get());
+            Kind::TxnBegin
+        }
+        Message::TxnEnd(m) => {
+            out.put_slice(&m.after.to_bytes());
+            out.put_u32_le(m.pages);
+            out.put_u32_le(m.changed);
+            out.put_u64_le(m.unix_micros);
+            Kind::TxnEnd
+        }
+        Message::Hello(m) => put_hello(m, out),
+        Message::Welcome(m) => put_welcome(m, out),
+        Message::Epochs(history) => {
+            out.put_slice(&history.encode());
+            Kind::Epochs
+        }
+        Message::Heartbeat(m) => {
+            out.put_slice(&m.position.to_bytes());
+            out.put_u64_le(m.unix_micros);
+            Kind::Heartbeat
+        }
+        Message::Ack(m) => {
+            put_optional(m.applied, out);
+            put_optional(m.synced, out);
+            Kind::Ack
+        }
+        Message::SnapBegin(m) => put_snap_begin(m, out),
+        Message::SnapPiece { first, position, pages } => {
+            out.reserve(4 + Position::BYTES + pages.len());
+            out.put_u32_le(first.get());
+            out.put_slice(&position.to_bytes());
+            out.put_slice(pages);
+            Kind::SnapPiece
+        }
+        Message::SnapEnd(m) => {
+            out.put_slice(&m.exact_at.to_bytes());
+            Kind::SnapEnd
+        }
+        Message::Goodbye(m) => {
+            let cut = cut_at(&m.reason, REASON_MAX_BYTES);
+            out.put_slice(&m.reason.as_bytes()[..cut]);
+            Kind::Goodbye
+        }
+        Message::Segment(m) => {
+            out.put_u64_le(m.start);
+            out.put_slice(&m.before.to_bytes());
+            Kind::Segment
+        }
+    }
+}
+
+fn put_hello(m: &Hello, out: &mut BytesMut) -> Kind {
+    out.put_slice(&m.proof);
+    put_optional(m.position, out);
+    match m.resume {
+        None => out.put_u8(0),
+        Some((position, page)) => {
+            out.put_u8(1);
+            out.put_slice(&position.to_bytes());
+            out.put_u32_le(page.get());
+        }
+    }
+    put_peer(&m.peer, out);
+    out.put_slice(&m.history.encode());
+    Kind::Hello
+}
+
+fn put_welcome(m: &Welcome, out: &mut BytesMut) -> Kind {
+    out.put_slice(&m.epoch.to_bytes());
+    out.put_u8(m.plan as u8);
+    out.put_slice(&m.position.to_bytes());
+    out.put_u32_le(m.page_size.get());
+    put_peer(&m.peer, out);
+    Kind::Welcome
+}
+
+fn put_snap_begin(m: &SnapBegin, out: &mut BytesMut) -> Kind {
+    out.put_slice(&m.first.to_bytes());
+    out.put_u32_le(m.from.get());
+    out.put_u32_le(m.page_size.get());
+    out.put_u8(u8::from(m.diverged));
+    Kind::SnapBegin
+}
+
+fn put_optional(position: Option<Position>, out: &mut BytesMut) {
+    match position {
+        None => out.put_u8(0),
+        Some(position) => {
+            out.put_u8(1);
+            out.put_slice(&position.to_bytes());
+        }
+    }
+}
+
+/// A peer whose description is too long is told with less of it: the stream matters more than a label.
+fn put_peer(peer: &PeerInfo, out: &mut BytesMut) {
+    let shorter = || {
+        let addresses = Addresses { labels: Default::default(), ..peer.addresses.clone() };
+        json(&PeerInfo { addresses, ..peer.clone() })
+    };
+    let bare = || json(&PeerInfo { addresses: Addresses::default(), ..peer.clone() });
+    let json = json(peer).or_else(shorter).or_else(bare).unwrap_or_default();
+    out.put_u16_le(json.len() as u16);
+    out.put_slice(&json);
+}
+
+fn json(peer: &PeerInfo) -> Option<Vec<u8>> {
+    serde_json::to_vec(peer).ok().filter(|json| json.len() <= PEER_MAX_BYTES)
+}
+
+/// The last place at or before `most` where the text can be cut.
+fn cut_at(text: &str, most: usize) -> usize {
+    (0..=most.min(text.len())).rev().find(|&i| text.is_char_boundary(i)).unwrap_or(0)
+}

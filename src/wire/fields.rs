@@ -1,0 +1,193 @@
+//! A unit's hash, and its fields out of verified bytes.
+use super::{
+    Ack, Goodbye, HEADER_BYTES, HELLO_PROOF_BYTES, Heartbeat, Hello, Kind, Message, PEER_MAX_BYTES, Plan,
+    REASON_MAX_BYTES, Segment, SnapBegin, SnapEnd, TxnBegin, TxnEnd, UNIT_KEY, Welcome, WireError,
+};
+use crate::checksum::PageHash;
+use crate::page::{PageNo, PageSize};
+use crate::status::PeerInfo;
+use crate::txid::{Epoch, EpochHistory, Position};
+
+/// The hash of a unit that is no page, from its header and payload; what stands in the hash's place is left out.
+pub(super) fn hash_of(unit: &[u8]) -> [u8; 16] {
+    let mut hasher = blake3::Hasher::new_keyed(&UNIT_KEY);
+    hasher.update(&unit[..8]);
+    hasher.update(&unit[HEADER_BYTES..]);
+    let mut hash = [0; 16];
+    hash.copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+    hash
+}
+
+/// Checks the hash of header and payload.
+pub(super) fn verify(kind: Option<Kind>, hash: [u8; 16], unit: &[u8]) -> Result<(), WireError> {
+    let found = match kind {
+        Some(Kind::Page) => PageHash::of_numbered(&unit[HEADER_BYTES..]).to_bytes(),
+        _ => hash_of(unit),
+    };
+    if found == hash { Ok(()) } else { Err(WireError::Hash) }
+}
+
+/// The message in header and payload, after the hash was found to hold.
+pub(super) fn decode(kind: Kind, hash: [u8; 16], unit: &[u8]) -> Result<Message<'_>, WireError> {
+    verify(Some(kind), hash, unit)?;
+    let mut f = Fields(&unit[HEADER_BYTES..]);
+    let message = match kind {
+        Kind::TxnBegin => Message::TxnBegin(TxnBegin {
+            before: f.position()?,
+            epoch: f.epoch()?,
+            page_size: f.page_size()?,
+        }),
+        Kind::Page => {
+            let number = f.page_no()?;
+            let page = f.rest();
+            u32::try_from(page.len())
+                .ok()
+                .and_then(|bytes| PageSize::new(bytes).ok())
+                .ok_or(WireError::Fields("a page of no valid size"))?;
+            Message::Page { number, hash: PageHash::from_bytes(hash), page }
+        }
+        Kind::TxnEnd => Message::TxnEnd(TxnEnd {
+            after: f.position()?,
+            pages: f.u32()?,
+            changed: f.u32()?,
+            unix_micros: f.u64()?,
+        }),
+        Kind::Hello => Message::Hello(f.hello()?),
+        Kind::Welcome => Message::Welcome(f.welcome()?),
+        Kind::Epochs => Message::Epochs(f.history()?),
+        Kind::Heartbeat => Message::Heartbeat(Heartbeat { position: f.position()?, unix_micros: f.u64()? }),
+        Kind::Ack => Message::Ack(Ack {
+            applied: f.optional(Fields::position)?,
+            synced: f.optional(Fields::position)?,
+        }),
+        Kind::SnapBegin => Message::SnapBegin(SnapBegin {
+            first: f.position()?,
+            from: f.page_no()?,
+            page_size: f.page_size()?,
+            diverged: f.flag()?,
+        }),
+        Kind::SnapPiece => {
+            let (first, position, pages) = (f.page_no()?, f.position()?, f.rest());
+            // The page size is known to who read SNAP_BEGIN; here only that no page can be cut in two.
+            if pages.len() % PageSize::MIN_BYTES as usize != 0 {
+                return Err(WireError::Fields("a snapshot piece of no whole pages"));
+            }
+            Message::SnapPiece { first, position, pages }
+        }
+        Kind::SnapEnd => Message::SnapEnd(SnapEnd { exact_at: f.position()? }),
+        Kind::Goodbye => Message::Goodbye(f.goodbye()?),
+        Kind::Segment => Message::Segment(Segment { start: f.u64()?, before: f.position()? }),
+    };
+    if f.0.is_empty() { Ok(message) } else { Err(WireError::Fields("bytes after a unit's last field")) }
+}
+
+/// What is left of a payload.
+struct Fields<'a>(&'a [u8]);
+
+impl<'a> Fields<'a> {
+    fn array<const N: usize>(&mut self) -> Result<&'a [u8; N], WireError> {
+        let (taken, rest) =
+            self.0.split_first_chunk().ok_or(WireError::Fields("a unit that is too short"))?;
+        self.0 = rest;
+        Ok(taken)
+    }
+
+    fn bytes(&mut self, count: usize) -> Result<&'a [u8], WireError> {
+        let (taken, rest) =
+            self.0.split_at_checked(count).ok_or(WireError::Fields("a unit that is too short"))?;
+        self.0 = rest;
+        Ok(taken)
+    }
+
+    fn rest(&mut self) -> &'a [u8] {
+        std::mem::take(&mut self.0)
+    }
+
+    fn flag(&mut self) -> Result<bool, WireError> {
+        match self.array()? {
+            [0] => Ok(false),
+            [1] => Ok(true),
+            _ => Err(WireError::Fields("a flag that is neither 0 nor 1")),
+        }
+    }
+
+    fn optional<T>(
+        &mut self,
+        read: impl FnOnce(&mut Self) -> Result<T, WireError>,
+    ) -> Result<Option<T>, WireError> {
+        self.flag()?.then(|| read(self)).transpose()
+    }
+
+    fn u32(&mut self) -> Result<u32, WireError> {
+        Ok(u32::from_le_bytes(*self.array()?))
+    }
+
+    fn u64(&mut self) -> Result<u64, WireError> {
+        Ok(u64::from_le_bytes(*self.array()?))
+    }
+
+    fn position(&mut self) -> Result<Position, WireError> {
+        Ok(Position::from_bytes(self.array()?))
+    }
+
+    fn epoch(&mut self) -> Result<Epoch, WireError> {
+        Ok(Epoch::from_bytes(self.array()?))
+    }
+
+    fn page_no(&mut self) -> Result<PageNo, WireError> {
+        PageNo::new(self.u32()?).ok_or(WireError::Fields("page number 0"))
+    }
+
+    fn page_size(&mut self) -> Result<PageSize, WireError> {
+        PageSize::new(self.u32()?).map_err(|_| WireError::Fields("a page size that SQLite does not have"))
+    }
+
+    fn history(&mut self) -> Result<EpochHistory, WireError> {
+        EpochHistory::decode(self.rest()).map_err(WireError::Fields)
+    }
+
+    fn peer(&mut self) -> Result<PeerInfo, WireError> {
+        let length = usize::from(u16::from_le_bytes(*self.array()?));
+        if length > PEER_MAX_BYTES {
+            return Err(WireError::Fields("a peer's description that is too long"));
+        }
+        serde_json::from_slice(self.bytes(length)?)
+            .map_err(|_| WireError::Fields("a peer that is no such JSON"))
+    }
+
+    fn hello(&mut self) -> Result<Hello, WireError> {
+        Ok(Hello {
+            proof: *self.array::<HELLO_PROOF_BYTES>()?,
+            position: self.optional(Fields::position)?,
+            resume: self.optional(|f| Ok((f.position()?, f.page_no()?)))?,
+            peer: self.peer()?,
+            history: self.history()?,
+        })
+    }
+
+    fn welcome(&mut self) -> Result<Welcome, WireError> {
+        Ok(Welcome {
+            epoch: self.epoch()?,
+            plan: match self.array()? {
+                [1] => Plan::Log,
+                [2] => Plan::Snapshot,
+                [3] => Plan::Diverged,
+                [4] => Plan::Resume,
+                _ => return Err(WireError::Fields("an unknown plan")),
+            },
+            position: self.position()?,
+            page_size: self.page_size()?,
+            peer: self.peer()?,
+        })
+    }
+
+    fn goodbye(&mut self) -> Result<Goodbye, WireError> {
+        let reason = self.rest();
+        if reason.len() > REASON_MAX_BYTES {
+            return Err(WireError::Fields("a goodbye that is too long"));
+        }
+        let reason =
+            std::str::from_utf8(reason).map_err(|_| WireError::Fields("a goodbye that is no text"))?;
+        Ok(Goodbye { reason: reason.to_owned() })
+    }
+}

@@ -1,0 +1,366 @@
+use std::collections::BTreeMap;
+
+use proptest::prelude::*;
+use uuid::Uuid;
+
+use super::*;
+use crate::checksum::Checksum;
+use crate::status::Addresses;
+use crate::txid::{EpochStart, Txid};
+
+fn position(n: u64) -> Position {
+    Position::new(Txid::new(Epoch::new(3, 0xabcd), n), Checksum::from_u128(u128::from(n) << 70 | 5))
+}
+
+fn size() -> PageSize {
+    PageSize::new(512).unwrap()
+}
+
+fn page_no(n: u32) -> PageNo {
+    PageNo::new(n).unwrap()
+}
+
+fn peer() -> PeerInfo {
+    PeerInfo {
+        node: Uuid::from_u128(7),
+        incarnation: Uuid::from_u128(8),
+        addresses: Addresses {
+            replication: "http://10.0.0.1:8081/_replite".into(),
+            app: "http://10.0.0.1:8081".into(),
+            public: None,
+            labels: BTreeMap::from([("region".into(), "ams".into())]),
+        },
+    }
+}
+
+fn history() -> EpochHistory {
+    let mut history = EpochHistory::default();
+    for n in 1..4 {
+        history.push(EpochStart { epoch: Epoch::new(n, n * 9), first: n * 10, before: Checksum::EMPTY });
+    }
+    history
+}
+
+fn page_of(number: PageNo, page: &[u8]) -> Message<'_> {
+    Message::Page { number, hash: PageHash::of(number, page), page }
+}
+
+static PAGES: [u8; 1024] = [0x5a; 1024];
+
+/// Every kind, with and without its optional fields.
+fn every_kind() -> Vec<Message<'static>> {
+    let hello = |position, resume| {
+        Message::Hello(Hello { proof: [9; 32], peer: peer(), position, history: history(), resume })
+    };
+    let welcome = |plan| {
+        let (epoch, position) = (Epoch::new(3, 4), position(5));
+        Message::Welcome(Welcome { peer: peer(), epoch, plan, position, page_size: size() })
+    };
+    vec![
+        Message::TxnBegin(TxnBegin { before: position(1), epoch: Epoch::new(4, 4), page_size: size() }),
+        page_of(page_no(77), &PAGES[..512]),
+        Message::TxnEnd(TxnEnd { after: position(2), pages: 10, changed: 3, unix_micros: 1 << 50 }),
+        hello(None, None),
+        hello(Some(position(4)), Some((position(3), page_no(9)))),
+        welcome(Plan::Log),
+        welcome(Plan::Snapshot),
+        welcome(Plan::Diverged),
+        welcome(Plan::Resume),
+        Message::Epochs(history()),
+        Message::Heartbeat(Heartbeat { position: position(6), unix_micros: 12 }),
+        Message::Ack(Ack { applied: None, synced: None }),
+        Message::Ack(Ack { applied: Some(position(8)), synced: Some(position(7)) }),
+        Message::SnapBegin(SnapBegin {
+            first: position(1),
+            from: page_no(2),
+            page_size: size(),
+            diverged: true,
+        }),
+        Message::SnapPiece { first: page_no(2), position: position(9), pages: &PAGES },
+        Message::SnapEnd(SnapEnd { exact_at: position(11) }),
+        Message::Goodbye(Goodbye { reason: "bis bald, schöne Welt".into() }),
+        Message::Segment(Segment { start: 1 << 40, before: position(0) }),
+    ]
+}
+
+fn encoded(message: &Message<'_>) -> Bytes {
+    let mut out = BytesMut::new();
+    encode(message, &mut out);
+    out.freeze()
+}
+
+/// A unit of any bytes with a hash that holds.
+fn sealed(kind: u8, flags: u8, payload: &[u8]) -> Bytes {
+    let mut raw = (payload.len() as u32).to_le_bytes().to_vec();
+    raw.extend_from_slice(&[kind, flags, 1, 0]);
+    raw.extend_from_slice(&[0; 16]);
+    raw.extend_from_slice(payload);
+    let hash = if kind == 2 { PageHash::of_numbered(payload).to_bytes() } else { fields::hash_of(&raw) };
+    raw[8..24].copy_from_slice(&hash);
+    raw.into()
+}
+
+fn first(bytes: impl Into<Bytes>) -> Result<Option<Unit>, WireError> {
+    let mut decoder = Decoder::default();
+    decoder.push(bytes.into());
+    decoder.next()
+}
+
+fn fields_error(raw: Bytes) -> bool {
+    let unit = first(raw).unwrap().unwrap();
+    matches!(unit.decode(), Err(WireError::Fields(_)))
+}
+
+#[test]
+fn every_kind_round_trips_and_stays_a_slice_of_its_chunk() {
+    let messages = every_kind();
+    let mut out = BytesMut::new();
+    for message in &messages {
+        encode(message, &mut out);
+    }
+    let whole = out.freeze();
+    let mut decoder = Decoder::default();
+    decoder.push(whole.clone());
+    for message in &messages {
+        let unit = decoder.next().unwrap().unwrap();
+        assert_eq!(&unit.decode().unwrap(), message);
+        assert!(whole.as_ptr_range().contains(&unit.raw.as_ptr()), "{:?} was copied", unit.kind);
+    }
+    assert!(decoder.next().unwrap().is_none());
+    assert_eq!(decoder.buffered(), 0);
+}
+
+#[test]
+fn any_cut_in_two_gives_the_same_units_and_no_cut_gives_a_unit_early() {
+    for message in every_kind() {
+        let raw = encoded(&message);
+        for cut in 0..raw.len() {
+            let mut decoder = Decoder::default();
+            decoder.push(raw.slice(..cut));
+            assert!(decoder.next().unwrap().is_none(), "{message:?} cut at {cut}");
+            assert_eq!(decoder.buffered(), cut);
+            decoder.push(raw.slice(cut..));
+            assert_eq!(decoder.next().unwrap().unwrap().decode().unwrap(), message);
+        }
+    }
+}
+
+#[test]
+fn a_flipped_bit_is_an_error_or_a_wait_never_another_message() {
+    for message in every_kind() {
+        let raw = encoded(&message);
+        for bit in 0..raw.len() * 8 {
+            let mut bad = raw.to_vec();
+            bad[bit / 8] ^= 1 << (bit % 8);
+            match first(bad) {
+                // A length that grew: the rest is waited for.
+                Ok(None) => assert!(bit < 32, "bit {bit} of {message:?} swallowed the unit"),
+                Ok(Some(unit)) => assert!(unit.decode().is_err(), "bit {bit} of {message:?}"),
+                Err(_) => {}
+            }
+        }
+    }
+}
+
+#[test]
+fn lengths_versions_and_kinds_outside_the_bounds_are_refused() {
+    let header = |length: u32, kind: u8, flags: u8, version: u16| {
+        let mut raw = length.to_le_bytes().to_vec();
+        raw.extend_from_slice(&[kind, flags]);
+        raw.extend_from_slice(&version.to_le_bytes());
+        raw.extend_from_slice(&[0; 16]);
+        raw
+    };
+    let most = PAYLOAD_MAX_BYTES as u32;
+    assert!(first(header(most, 10, 0, 1)).unwrap().is_none());
+    assert_eq!(first(header(most + 1, 10, 0, 1)).unwrap_err(), WireError::TooLarge(PAYLOAD_MAX_BYTES + 1));
+    assert_eq!(first(header(u32::MAX, 10, 0, 1)).unwrap_err(), WireError::TooLarge(u32::MAX as usize));
+    for version in [0, 2, 256, u16::MAX] {
+        assert_eq!(first(header(8, 8, 0, version)).unwrap_err(), WireError::Version(version));
+    }
+    for kind in [0, 14, 255] {
+        assert_eq!(first(header(8, kind, 0, 1)).unwrap_err(), WireError::UnknownKind(kind));
+        assert_eq!(first(header(8, kind, 2, 1)).unwrap_err(), WireError::UnknownKind(kind));
+    }
+    assert!(first(header(8, 2, 1, 1)).is_err());
+    // What failed stays failed, whatever else arrives.
+    let mut decoder = Decoder::default();
+    decoder.push(header(most + 1, 10, 0, 1).into());
+    assert!(decoder.next().is_err());
+    decoder.push(encoded(&every_kind()[0]));
+    assert!(decoder.next().is_err());
+}
+
+#[test]
+fn a_length_that_is_claimed_is_not_allocated() {
+    let mut decoder = Decoder::default();
+    let mut raw = (PAYLOAD_MAX_BYTES as u32).to_le_bytes().to_vec();
+    raw.extend_from_slice(&[10, 0, 1, 0]);
+    raw.extend_from_slice(&[0; 20]);
+    decoder.push(raw.into());
+    assert!(decoder.next().unwrap().is_none());
+    assert!(decoder.partial.capacity() < 1024, "{}", decoder.partial.capacity());
+}
+
+#[test]
+fn the_largest_unit_passes() {
+    let pages = vec![1; PIECE_MAX_BYTES];
+    let message = Message::SnapPiece { first: PageNo::FIRST, position: position(1), pages: &pages };
+    let unit = first(encoded(&message)).unwrap().unwrap();
+    assert_eq!(unit.decode().unwrap(), message);
+    let full = PAYLOAD_MAX_BYTES - PIECE_FIELDS_BYTES;
+    let unit =
+        first(sealed(10, 0, &[[1, 0, 0, 0].as_slice(), &vec![0; full + 40]].concat())).unwrap().unwrap();
+    assert_eq!(unit.payload().len(), PAYLOAD_MAX_BYTES);
+    assert!(unit.decode().is_err(), "{full} is no whole number of pages");
+}
+
+#[test]
+fn pages_of_every_valid_size_pass_and_of_others_do_not() {
+    for shift in 9..=16 {
+        let page = vec![shift; 1 << shift];
+        let message = page_of(page_no(u32::MAX), &page);
+        assert_eq!(first(encoded(&message)).unwrap().unwrap().decode().unwrap(), message);
+    }
+    for length in [0, 1, 256, 511, 513, 4095, 65_535, 65_537, 131_072] {
+        assert!(fields_error(encoded(&page_of(page_no(1), &vec![0; length]))), "{length}");
+    }
+    assert!(fields_error(sealed(2, 0, &[0; 516])), "page number 0");
+    assert!(fields_error(sealed(2, 0, &[0; 3])), "no page number");
+}
+
+#[test]
+fn fields_outside_their_bounds_are_refused_behind_a_good_hash() {
+    for message in every_kind() {
+        let raw = encoded(&message);
+        let payload = &raw[HEADER_BYTES..];
+        // One byte less or more than the fields need; texts and pages have lengths of their own.
+        if !matches!(message, Message::Goodbye(_)) {
+            assert!(fields_error(sealed(raw[4], 0, &payload[..payload.len() - 1])), "{message:?} short");
+            assert!(fields_error(sealed(raw[4], 0, &[payload, &[0]].concat())), "{message:?} long");
+        }
+    }
+    let ack = [2; 1];
+    assert!(fields_error(sealed(8, 0, &ack)), "a flag of 2");
+    for (kind, at, value) in [(1u8, 56, 1000u32), (9, 44, 0), (9, 40, 0), (5, 57, 3), (10, 0, 0)] {
+        let message = every_kind().into_iter().find(|m| encoded(m)[4] == kind).unwrap();
+        let mut payload = encoded(&message)[HEADER_BYTES..].to_vec();
+        payload[at..at + 4].copy_from_slice(&value.to_le_bytes());
+        assert!(fields_error(sealed(kind, 0, &payload)), "kind {kind} at {at}");
+    }
+    let welcome = encoded(&every_kind()[5]);
+    for plan in [0, 5, 255] {
+        let mut payload = welcome[HEADER_BYTES..].to_vec();
+        payload[16] = plan;
+        assert!(fields_error(sealed(5, 0, &payload)), "plan {plan}");
+    }
+    assert!(!fields_error(sealed(12, 0, &[b'x'; REASON_MAX_BYTES])));
+    assert!(fields_error(sealed(12, 0, &[b'x'; REASON_MAX_BYTES + 1])));
+    assert!(fields_error(sealed(12, 0, &[0xff, 0xfe])), "not UTF-8");
+}
+
+#[test]
+fn texts_that_are_too_long_are_told_in_short() {
+    let reason = "ß".repeat(REASON_MAX_BYTES);
+    let unit = first(encoded(&Message::Goodbye(Goodbye { reason }))).unwrap().unwrap();
+    let Message::Goodbye(told) = unit.decode().unwrap() else { panic!() };
+    assert_eq!(told.reason, "ß".repeat(REASON_MAX_BYTES / 2));
+
+    let told = |peer: PeerInfo| {
+        let hello = Hello { proof: [0; 32], peer, position: None, history: history(), resume: None };
+        let unit = first(encoded(&Message::Hello(hello))).unwrap().unwrap();
+        let Message::Hello(told) = unit.decode().unwrap() else { panic!() };
+        told.peer
+    };
+    // The longest description that passes, and one byte more.
+    let mut long = peer();
+    let spare = PEER_MAX_BYTES - serde_json::to_vec(&long).unwrap().len();
+    long.addresses.labels.insert("region".into(), "x".repeat("ams".len() + spare));
+    assert!(peer_fits(&long));
+    assert_eq!(told(long.clone()), long);
+    long.addresses.labels.insert("region".into(), "x".repeat("ams".len() + spare + 1));
+    assert!(!peer_fits(&long));
+    assert_eq!(told(long.clone()).addresses, Addresses { labels: BTreeMap::new(), ..peer().addresses });
+    long.addresses.app = "x".repeat(PEER_MAX_BYTES);
+    assert_eq!(told(long.clone()), PeerInfo { addresses: Addresses::default(), ..peer() });
+}
+
+#[test]
+fn unknown_kinds_are_skipped_when_they_may_be_and_their_hash_holds() {
+    let (skip, ack) = (sealed(200, 1, b"from the future"), encoded(&every_kind()[11]));
+    let mut decoder = Decoder::default();
+    for bytes in [&skip, &skip, &ack] {
+        decoder.push(bytes.clone());
+    }
+    assert_eq!(decoder.next().unwrap().unwrap().kind, Kind::Ack);
+    let mut bad = skip.to_vec();
+    bad[30] ^= 1;
+    assert_eq!(first(bad).unwrap_err(), WireError::Hash);
+}
+
+fn drain(chunks: impl Iterator<Item = Bytes>) -> (Vec<Bytes>, Option<WireError>) {
+    let (mut decoder, mut units) = (Decoder::default(), Vec::new());
+    for chunk in chunks {
+        decoder.push(chunk);
+        loop {
+            match decoder.next() {
+                Ok(Some(unit)) => {
+                    // Must not panic, whatever comes of it.
+                    let _ = unit.decode();
+                    units.push(unit.raw);
+                }
+                Ok(None) => break,
+                Err(error) => return (units, Some(error)),
+            }
+        }
+    }
+    (units, None)
+}
+
+fn chunked(bytes: Bytes, sizes: Vec<usize>) -> impl Iterator<Item = Bytes> {
+    let mut rest = bytes;
+    let mut sizes = sizes.into_iter().cycle();
+    std::iter::from_fn(move || {
+        (!rest.is_empty()).then(|| rest.split_to(sizes.next().unwrap_or(1).clamp(1, rest.len())))
+    })
+}
+
+proptest! {
+    #[test]
+    fn chunking_changes_nothing(
+        order in prop::collection::vec(0usize..18, 1..12),
+        sizes in prop::collection::vec(1usize..600, 1..8),
+        damage in prop::option::of((any::<prop::sample::Index>(), 1u8..)),
+    ) {
+        let messages = every_kind();
+        let mut out = BytesMut::new();
+        for i in order {
+            encode(&messages[i], &mut out);
+        }
+        if let Some((at, xor)) = damage {
+            let at = at.index(out.len());
+            out[at] ^= xor;
+        }
+        let bytes = out.freeze();
+        let (whole, whole_error) = drain(std::iter::once(bytes.clone()));
+        let (parts, parts_error) = drain(chunked(bytes, sizes));
+        prop_assert_eq!(whole, parts);
+        prop_assert_eq!(whole_error, parts_error);
+    }
+
+    #[test]
+    fn any_bytes_in_any_chunks_never_panic(
+        kind in any::<u8>(),
+        length in 0u32..300,
+        noise in prop::collection::vec(any::<u8>(), 0..400),
+        sizes in prop::collection::vec(1usize..60, 1..8),
+    ) {
+        drain(chunked(noise.clone().into(), sizes.clone()));
+        let mut raw = length.to_le_bytes().to_vec();
+        raw.extend_from_slice(&[kind, 0, 1, 0]);
+        raw.extend_from_slice(&noise);
+        drain(chunked(raw.into(), sizes));
+        // Behind a good hash, so that the fields are reached.
+        drain(chunked(sealed(kind % 14, 0, &noise), vec![1000]));
+    }
+}
