@@ -10,7 +10,7 @@ use uuid::Uuid;
 
 use crate::error::{Error, PeerProblem, Result};
 use crate::secret::{Keyring, PROOF_BYTES, Purpose};
-use crate::wire::{self, HEADER_BYTES, Hello, Message};
+use crate::wire::{self, HEADER_BYTES, HELLO_PROOF_BYTES, Hello, Message};
 
 /// The version of the stream's protocol.
 pub(crate) const VERSION: u32 = 1;
@@ -20,6 +20,7 @@ pub(crate) const STREAM_PATH: &str = "/v1/stream";
 pub(crate) const CONTENT_TYPE: &str = "application/vnd.replite.stream";
 /// Bytes of a nonce.
 const NONCE_BYTES: usize = 32;
+const _: () = assert!(HELLO_PROOF_BYTES == PROOF_BYTES);
 
 const H_VERSION: HeaderName = HeaderName::from_static("replite-version");
 const H_CLUSTER: HeaderName = HeaderName::from_static("replite-cluster");
@@ -159,20 +160,26 @@ pub(crate) fn seal_hello(hello: &mut Hello, knock: &Knock, answer: &Nonce, keys:
     hello.proof = keys.prove(Purpose::Hello, &[&knock.nonce, answer, &rest]);
 }
 
-/// Whether a hello belongs to this knock and proves that its sender saw our nonce.
-pub(crate) fn hello_holds(hello: &Hello, knock: &Knock, answer: &Nonce, keys: &Keyring) -> bool {
-    let rest = hello_rest(hello);
-    keys.verify(Purpose::Hello, &[&knock.nonce, answer, &rest], &hello.proof)
+/// Whether a hello belongs to this knock and proves that its sender saw our nonce. `payload` is the hello's
+/// unit's: the proof is over the bytes that came, not over what we would have sent.
+pub(crate) fn hello_holds(
+    hello: &Hello,
+    payload: &[u8],
+    knock: &Knock,
+    answer: &Nonce,
+    keys: &Keyring,
+) -> bool {
+    let rest = payload.get(HELLO_PROOF_BYTES..).unwrap_or_default();
+    keys.verify(Purpose::Hello, &[&knock.nonce, answer, rest], &hello.proof)
         && hello.peer.node == knock.node
         && hello.peer.incarnation == knock.incarnation
 }
 
-/// What a hello's proof covers: its payload, encoded with a proof of zeros.
+/// What a hello's proof covers: its payload behind the proof.
 fn hello_rest(hello: &Hello) -> Vec<u8> {
-    let blank = Hello { proof: [0; PROOF_BYTES], ..hello.clone() };
     let mut bytes = BytesMut::new();
-    wire::encode(&Message::Hello(blank), &mut bytes);
-    bytes.split_off(HEADER_BYTES).to_vec()
+    wire::encode(&Message::Hello(hello.clone()), &mut bytes);
+    bytes.split_off(HEADER_BYTES + HELLO_PROOF_BYTES).to_vec()
 }
 
 /// Why a primary refuses a peer that did prove the secret.

@@ -222,7 +222,7 @@ async fn hello(node: &Node, guest: &Guest, units: &mut Units) -> Result<Hello> {
     let Message::Hello(hello) = message else {
         return Err(Error::garbled(peer, "a hello that is none"));
     };
-    if !handshake::hello_holds(&hello, &guest.knock, &guest.nonce, &node.keys) {
+    if !handshake::hello_holds(&hello, unit.payload(), &guest.knock, &guest.nonce, &node.keys) {
         return Err(Error::peer(peer, PeerProblem::Secret));
     }
     Ok(hello)

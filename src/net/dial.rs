@@ -63,10 +63,7 @@ pub(crate) async fn open(
     let opened = open_on(io, to, path, headers, tracker).await;
     match opened {
         // A server without HTTP/2 mostly hangs up on our preface without a word: ask in its own language.
-        Err(PeerProblem::Connection(why)) if !why.starts_with("no answer") && speaks_http1(to).await => {
-            tracing::debug!(peer = %to, why, "the peer speaks HTTP/1");
-            Err(PeerProblem::NotHttp2)
-        }
+        Err(PeerProblem::Connection(_)) if speaks_http1(to).await => Err(PeerProblem::NotHttp2),
         opened => opened,
     }
 }
