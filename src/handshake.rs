@@ -222,8 +222,7 @@ impl Refusal {
             Refusal::Busy => "busy".into(),
             Refusal::Stopping => "stopping".into(),
         };
-        headers
-            .insert(H_REFUSED, text(&word).unwrap_or_else(|_| HeaderValue::from_static("unspeakable")));
+        headers.insert(H_REFUSED, text(&word).unwrap_or_else(|_| HeaderValue::from_static("unspeakable")));
         if let Refusal::NotPrimary(Some(url)) = self
             && let Ok(url) = text(url)
         {

@@ -1,6 +1,8 @@
 //! Serves this node's history to followers: catch up from the log or by a snapshot, then every commit.
 
 mod boundary;
+#[cfg(test)]
+pub(crate) mod fake;
 mod outlet;
 mod plan;
 mod pump;
@@ -12,18 +14,19 @@ use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use bytes::BytesMut;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use bytes::{Bytes, BytesMut};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
 
 use crate::engine::{Engine, Piece};
 use crate::error::{Error, PeerProblem, Result};
 use crate::handshake::{self, Knock, Nonce};
-use crate::log::Log;
+use crate::log::{Found, Pin};
 use crate::net::Incoming;
 use crate::node::Node;
 use crate::page::{PageNo, PageSize};
 use crate::status::{Event, PeerInfo, ReplicaStatus};
-use crate::wire::{self, Decoder, Goodbye, Hello, Kind, Message, Unit};
+use crate::txid::Position;
+use crate::wire::{self, Decoder, Goodbye, Hello, Kind, Message, Unit, WireError};
 
 pub(crate) use outlet::{Inlet, Outlet, queue};
 pub(crate) use registry::Conflict;
@@ -44,21 +47,30 @@ const ACK_TIMEOUT: Duration = Duration::from_secs(15);
 /// Longest wait until a last word is handed to the connection.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What a stream needs of the database that it serves.
+/// What a stream needs of the database that it serves: see [`Engine`] and [`Log`](crate::log::Log).
 pub(crate) trait Supply: Send + Sync + 'static {
-    fn log(&self) -> &Arc<Log>;
     fn page_size(&self) -> PageSize;
-    /// See [`Engine::read_piece`]. Blocks.
+    /// Blocks.
     fn read_piece(&self, first: PageNo, max_bytes: usize) -> Result<Piece>;
-    /// See [`Engine::raise_epoch`]. Blocks.
+    /// Blocks.
     fn raise_epoch(&self, above: u64) -> Result<()>;
+    fn tip(&self) -> Option<Position>;
+    fn end(&self) -> u64;
+    /// Blocks.
+    fn find(&self, number: u64) -> Result<Found>;
+    fn read_memory(&self, lsn: u64, max: usize) -> Option<Bytes>;
+    /// Blocks.
+    fn read_disk(&self, lsn: u64, max: usize) -> Result<Bytes>;
+    fn watch(&self) -> watch::Receiver<u64>;
+    fn pin(&self, lsn: u64) -> Box<dyn Hold>;
+}
+
+/// Keeps the log from an address on, until it is dropped.
+pub(crate) trait Hold: Send + Sync {
+    fn advance(&self, lsn: u64);
 }
 
 impl Supply for Engine {
-    fn log(&self) -> &Arc<Log> {
-        Engine::log(self)
-    }
-
     fn page_size(&self) -> PageSize {
         Engine::page_size(self)
     }
@@ -69,6 +81,40 @@ impl Supply for Engine {
 
     fn raise_epoch(&self, above: u64) -> Result<()> {
         Engine::raise_epoch(self, above)
+    }
+
+    fn tip(&self) -> Option<Position> {
+        self.log().tip()
+    }
+
+    fn end(&self) -> u64 {
+        self.log().end()
+    }
+
+    fn find(&self, number: u64) -> Result<Found> {
+        self.log().find(number)
+    }
+
+    fn read_memory(&self, lsn: u64, max: usize) -> Option<Bytes> {
+        self.log().read_memory(lsn, max)
+    }
+
+    fn read_disk(&self, lsn: u64, max: usize) -> Result<Bytes> {
+        self.log().read_disk(lsn, max)
+    }
+
+    fn watch(&self) -> watch::Receiver<u64> {
+        self.log().watch()
+    }
+
+    fn pin(&self, lsn: u64) -> Box<dyn Hold> {
+        Box::new(self.log().pin(lsn))
+    }
+}
+
+impl Hold for Pin {
+    fn advance(&self, lsn: u64) {
+        Pin::advance(self, lsn);
     }
 }
 
@@ -208,8 +254,8 @@ async fn farewell(outlet: Outlet, reason: String) {
 
 async fn hello(node: &Node, guest: &Guest, units: &mut Units) -> Result<Hello> {
     let peer = guest.knock.node.to_string();
-    let unit = match tokio::time::timeout(HELLO_TIMEOUT, units.next(&peer)).await {
-        Ok(unit) => unit?,
+    let unit = match tokio::time::timeout(HELLO_TIMEOUT, units.next()).await {
+        Ok(unit) => unit.map_err(|e| Error::garbled(&peer, e.to_string()))?,
         Err(_) => return Err(Error::peer(peer, PeerProblem::Silent(HELLO_TIMEOUT))),
     };
     let Some(unit) = unit else {
@@ -232,10 +278,10 @@ async fn hello(node: &Node, guest: &Guest, units: &mut Units) -> Result<Hello> {
 async fn acks(units: &mut Units, seat: &Seat) -> End {
     let peer = seat.node().to_string();
     loop {
-        let unit = match tokio::time::timeout(ACK_TIMEOUT, units.next(&peer)).await {
+        let unit = match tokio::time::timeout(ACK_TIMEOUT, units.next()).await {
             Ok(Ok(Some(unit))) => unit,
             Ok(Ok(None)) => return End::Left,
-            Ok(Err(error)) => return End::Failed(error),
+            Ok(Err(error)) => return garbled(&peer, error.to_string()),
             Err(_) => return End::Said(format!("no acknowledgement for {ACK_TIMEOUT:?}")),
         };
         match unit.decode() {
@@ -266,12 +312,10 @@ struct Units {
 
 impl Units {
     /// The next unit; `None` when the body ended, or broke off, as connections do.
-    async fn next(&mut self, peer: &str) -> Result<Option<Unit>> {
+    async fn next(&mut self) -> Result<Option<Unit>, WireError> {
         loop {
-            match self.decoder.next() {
-                Ok(Some(unit)) => return Ok(Some(unit)),
-                Ok(None) => {}
-                Err(error) => return Err(Error::garbled(peer, error.to_string())),
+            if let Some(unit) = self.decoder.next()? {
+                return Ok(Some(unit));
             }
             match self.upstream.next().await {
                 Some(Ok(bytes)) => self.decoder.push(bytes),

@@ -127,8 +127,7 @@ where
         })
     });
     let builder = builder(tracker);
-    let mut connection =
-        pin!(builder.serve_connection(TokioIo::new(io), TowerToHyperService::new(service)));
+    let mut connection = pin!(builder.serve_connection(TokioIo::new(io), TowerToHyperService::new(service)));
     let idle = async {
         loop {
             tokio::time::sleep(IDLE_TIMEOUT).await;

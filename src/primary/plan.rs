@@ -137,17 +137,15 @@ mod tests {
     fn find(number: u64) -> Result<Found> {
         Ok(match number {
             0..20 => Found::Behind,
-            20..=100 => Found::At {
-                lsn: number * 10,
-                before: at(if number < 50 { OLD } else { NOW }, number),
-            },
+            20..=100 => {
+                Found::At { lsn: number * 10, before: at(if number < 50 { OLD } else { NOW }, number) }
+            }
             _ => Found::Beyond,
         })
     }
 
     fn decide(position: Option<Position>, resume: Option<(Position, PageNo)>, h: EpochHistory) -> Decision {
-        let peer =
-            PeerInfo { node: Uuid::nil(), incarnation: Uuid::nil(), addresses: Addresses::default() };
+        let peer = PeerInfo { node: Uuid::nil(), incarnation: Uuid::nil(), addresses: Addresses::default() };
         let hello = Hello { proof: [0; 32], peer, position, history: h, resume };
         plan(&ours(), at(NOW, 100), find, &hello).unwrap()
     }

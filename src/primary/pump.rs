@@ -11,9 +11,9 @@ use tokio_util::task::AbortOnDropHandle;
 use super::boundary::Boundary;
 use super::outlet::{Closed, Outlet};
 use super::plan::{Decision, plan};
-use super::{Supply, blocking};
+use super::{Hold, Supply, blocking};
 use crate::error::{Error, Result};
-use crate::log::{Found, Log, Pin};
+use crate::log::Found;
 use crate::node::Node;
 use crate::page::PageNo;
 use crate::txid::{EpochHistory, Position};
@@ -104,11 +104,11 @@ impl Pump {
         tracing::debug!(node = %hello.peer.node, ?decision, "a replica's plan");
         match decision {
             Decision::Log { lsn } => {
-                let pin = self.supply.log().pin(lsn);
+                let pin = self.supply.pin(lsn);
                 self.log(lsn, pin).await
             }
             Decision::Resume { first, from, lsn, diverged } => {
-                let pin = self.supply.log().pin(lsn);
+                let pin = self.supply.pin(lsn);
                 self.snapshot(Some(first), from, diverged).await?;
                 self.log(lsn, pin).await
             }
@@ -131,7 +131,7 @@ impl Pump {
             let decided = blocking(move || {
                 let history = node.applied.history();
                 let tip = node.applied.position().ok_or_else(|| Error::NoState("no position yet".into()))?;
-                let decision = plan(&history, tip, |number| supply.log().find(number), &hello)?;
+                let decision = plan(&history, tip, |number| supply.find(number), &hello)?;
                 if let Decision::Raise { above } = decision {
                     tracing::warn!(above, node = %hello.peer.node, "a replica knows a newer epoch");
                     supply.raise_epoch(above)?;
@@ -147,8 +147,8 @@ impl Pump {
     }
 
     /// The log from `lsn` on, for ever.
-    async fn log(&mut self, mut lsn: u64, pin: Pin) -> Result<std::convert::Infallible, End> {
-        let log = self.supply.log().clone();
+    async fn log(&mut self, mut lsn: u64, pin: Box<dyn Hold>) -> Result<std::convert::Infallible, End> {
+        let log = self.supply.clone();
         let mut end = log.watch();
         loop {
             // Seen before reading: an end that moves after the read wakes the wait below.
@@ -197,7 +197,8 @@ impl Pump {
                 None => {
                     let at = *first.insert(resumed.unwrap_or(go.position));
                     let page_size = self.supply.page_size();
-                    self.say(&[Message::SnapBegin(SnapBegin { first: at, from, page_size, diverged })]).await?;
+                    self.say(&[Message::SnapBegin(SnapBegin { first: at, from, page_size, diverged })])
+                        .await?;
                     at
                 }
             };
@@ -212,8 +213,8 @@ impl Pump {
         }
     }
 
-    async fn pin_tip(&self) -> Result<Pin, End> {
-        let log = self.supply.log().clone();
+    async fn pin_tip(&self) -> Result<Box<dyn Hold>, End> {
+        let log = self.supply.clone();
         let pin = blocking(move || {
             let tip = log.tip().ok_or_else(|| Error::NoState("the log has no position yet".into()))?;
             match log.find(tip.number())? {
@@ -226,7 +227,7 @@ impl Pump {
 
     /// Where the log goes on after a position that was just captured.
     async fn after(&self, position: Position) -> Result<u64, End> {
-        let log = self.supply.log().clone();
+        let log = self.supply.clone();
         let mut end = log.watch();
         let deadline = Instant::now() + LOG_LAG_MAX;
         loop {
@@ -281,7 +282,7 @@ impl Pump {
 const FELL_BEHIND: &str = "fell behind the log";
 
 /// The log's bytes at `lsn`; empty at the end.
-async fn read(log: &Arc<Log>, lsn: u64) -> Result<Bytes, End> {
+async fn read(log: &Arc<dyn Supply>, lsn: u64) -> Result<Bytes, End> {
     if let Some(bytes) = log.read_memory(lsn, READ_MAX_BYTES) {
         return Ok(bytes);
     }
@@ -308,10 +309,7 @@ struct Go {
 }
 
 /// Reads and hashes ahead of the sender; ends when the handle is dropped.
-fn read_ahead(
-    supply: Arc<dyn Supply>,
-    from: PageNo,
-) -> (mpsc::Receiver<Result<Go>>, AbortOnDropHandle<()>) {
+fn read_ahead(supply: Arc<dyn Supply>, from: PageNo) -> (mpsc::Receiver<Result<Go>>, AbortOnDropHandle<()>) {
     let (sender, receiver) = mpsc::channel(GOES_AHEAD);
     let task = tokio::spawn(async move {
         let mut from = from;
@@ -344,8 +342,7 @@ fn read_go(supply: &dyn Supply, from: PageNo) -> Result<(Go, PageNo)> {
         let position = *position.get_or_insert(piece.position);
         let read = (piece.data.len() / page_bytes) as u32;
         if read > 0 {
-            let message =
-                Message::SnapPiece { first: next, position: piece.position, pages: &piece.data };
+            let message = Message::SnapPiece { first: next, position: piece.position, pages: &piece.data };
             wire::encode(&message, &mut bytes);
         }
         let after = PageNo::new(next.get().saturating_add(read)).unwrap_or(next);

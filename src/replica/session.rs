@@ -118,8 +118,7 @@ impl<'a, F: Feed> Session<'a, F> {
         let standing = self.feed.standing().await?;
         self.epoch = Some(standing.history.epoch());
         self.hello(&standing, &knock, &answer, &mut request).await?;
-        let mut units =
-            Units { body, decoder: Decoder::default(), primary: self.primary };
+        let mut units = Units { body, decoder: Decoder::default(), primary: self.primary };
         let welcome = self.welcome(&mut units, &answer, standing.history.epoch()).await?;
         self.lagging.connected(welcome.position);
         self.follows(welcome.epoch, welcome.peer.clone());
