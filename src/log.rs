@@ -1,13 +1,57 @@
 //! The retained transaction records of a node.
-use std::path::Path;
-use std::sync::Arc;
-use std::time::Duration;
+//!
+//! The log is a directory of append-only segments. A segment is a file named `<start>.log`, `start` being 16 hex
+//! digits. It begins with one SEGMENT unit ([`crate::wire`]; 80 bytes) that repeats `start` and states the
+//! position before the segment's first record; the rest is records, byte for byte as they are streamed:
+//!
+//! ```text
+//! 0000000000000000.log   SEGMENT | TXN_BEGIN PAGE* TXN_END | TXN_BEGIN PAGE* TXN_END | ...
+//! 0000000004000a10.log   SEGMENT | TXN_BEGIN ...
+//! ```
+//!
+//! **Addresses.** A log address ("LSN") counts record bytes only: a byte at `offset` of a segment's file has the
+//! address `start + offset - 80`, so that a reader that crosses into the next segment sees records and nothing else.
+//! A segment ends between two records. Within one opening of the log an address never stands for two different
+//! bytes: when bytes are taken back ([`Log::abort`], [`Log::cut_after`], [`Log::reset`]) the log goes on in a new
+//! segment one address *beyond* the old end, and whoever reads at an address that was taken back gets an error.
+//! A reader that stands exactly where the kept bytes end may go on by [`Log::step_over`].
+//!
+//! **Continuity.** A SEGMENT unit names the address at which the segment before it ends, or says that it follows
+//! none (after a reset). A segment before that one whose file ends earlier, or is missing, is a gap.
+//!
+//! **Opening.** The last segment is read and every hash in it verified; what follows its last complete record is cut
+//! off. The one before it is verified, too, because it may not have been fsynced: a segment is, at the
+//! latest, when the second one after it begins. Older ones are trusted for their heads and lengths; whoever
+//! receives their units verifies them anyway. At a gap, everything before it is dropped. A segment whose
+//! head was written by a newer version is an error, and nothing is changed.
+//!
+//! **Crash points.** A torn append, a torn head of a new segment, an aborted record: cut at open. A removal that did
+//! not reach the disk: the segment is back; if it no longer fits the ones after it, it is dropped again.
+use std::collections::VecDeque;
+use std::fmt;
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, SystemTime};
 
 use bytes::Bytes;
 use tokio::sync::watch;
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::txid::Position;
+
+mod files;
+mod read;
+mod recover;
+mod scan;
+mod state;
+mod tail;
+#[cfg(test)]
+mod tests;
+
+use state::State;
+use tail::Tail;
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LogOptions {
@@ -23,13 +67,20 @@ pub(crate) struct LogOptions {
 }
 
 /// Byte addresses in the log ("LSN") grow for ever, across segments and restarts.
-pub(crate) struct Log {}
+pub(crate) struct Log {
+    dir: PathBuf,
+    options: LogOptions,
+    /// Locked before `tail`. Held while bytes are written, never during an fsync of what was appended.
+    state: Mutex<State>,
+    tail: Mutex<Tail>,
+    end: watch::Sender<u64>,
+}
 
 /// What `Log::find` says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Found {
     /// The record that follows the transaction with the asked number begins at `lsn`, and states `before`.
-    /// Also for the tip: then `lsn` is the end.
+    /// Also for the tip: then `lsn` is the end of the last complete record.
     At { lsn: u64, before: Position },
     /// Older than the log reaches.
     Behind,
@@ -39,70 +90,226 @@ pub(crate) enum Found {
 
 impl Log {
     /// Opens the log in `dir` (created when missing) and cuts off a torn or unfinished tail.
-    pub(crate) fn open(_dir: &Path, _options: LogOptions) -> Result<Arc<Log>> {
-        unimplemented!()
+    ///
+    /// # Errors
+    /// [`Error::Newer`], with all files left as they are; [`Error::Io`]. Corrupt bytes are no error: they
+    /// are cut off or dropped, and a log line says so.
+    pub(crate) fn open(dir: &Path, options: LogOptions) -> Result<Arc<Log>> {
+        let mut state = recover::recover(dir)?;
+        let gone = state.retain(&options, SystemTime::now());
+        files::remove(&gone);
+        Ok(Arc::new(Log {
+            dir: dir.to_path_buf(),
+            options,
+            end: watch::Sender::new(state.end),
+            tail: Mutex::new(Tail::new(options.tail_bytes)),
+            state: Mutex::new(state),
+        }))
     }
+
     /// The position after the last complete record; `None` while the log is empty and was never `reset`.
     pub(crate) fn tip(&self) -> Option<Position> {
-        unimplemented!()
+        self.lock().tip
     }
+
     /// The position before the oldest record.
     pub(crate) fn start(&self) -> Option<Position> {
-        unimplemented!()
+        let state = self.lock();
+        state.segments.front().map(|s| s.before).or(state.tip)
     }
+
     /// The end: everything before it may be read (it may end in the middle of a record).
     pub(crate) fn end(&self) -> u64 {
-        unimplemented!()
+        *self.end.borrow()
     }
+
+    /// Bytes of all segment files.
     pub(crate) fn bytes(&self) -> u64 {
-        unimplemented!()
+        self.lock().bytes()
     }
-    /// Appends whole units. `after` is the position after them when they end a record.
+
+    /// Appends whole units: a part of one record, or the rest of one and whole records after it. `after` is the
+    /// position after them when they end a record.
     /// On an error the log is as before the call; the caller then declares a gap by `reset`.
-    pub(crate) fn append(&self, _units: Bytes, _after: Option<Position>) -> Result<()> {
-        unimplemented!()
+    ///
+    /// # Errors
+    /// [`Error::Io`], such as for a full disk; [`Error::Stopped`] when the log was never `reset`.
+    pub(crate) fn append(&self, units: Bytes, after: Option<Position>) -> Result<()> {
+        if units.is_empty() {
+            return Ok(());
+        }
+        let mut state = self.lock();
+        let lsn = state.end;
+        let begun = state.append(&self.dir, &self.options, &units, after)?;
+        self.lock_tail().push(lsn, units);
+        // Under the lock, so that the end never seems to fall.
+        self.end.send_replace(state.end);
+        let gone = if begun { state.retain(&self.options, SystemTime::now()) } else { Vec::new() };
+        drop(state);
+        files::remove(&gone);
+        Ok(())
     }
+
     /// Takes back what was appended since the last complete record.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the file can't be cut; the bytes are taken back nevertheless.
     pub(crate) fn abort(&self) -> Result<()> {
-        unimplemented!()
+        let mut state = self.lock();
+        if state.complete == state.end && !state.sealed {
+            return Ok(());
+        }
+        let Some(tip) = state.tip else { return Ok(()) };
+        let lsn = state.complete;
+        let (gone, done) = state.take_back(&self.dir, lsn, tip);
+        self.moved(&state);
+        drop(state);
+        files::remove(&gone);
+        done
     }
+
     /// Drops all records; the next one must follow `at`.
-    pub(crate) fn reset(&self, _at: Position) -> Result<()> {
-        unimplemented!()
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the new segment can't be written. The records are dropped nevertheless, and the next
+    /// append tries again.
+    pub(crate) fn reset(&self, at: Position) -> Result<()> {
+        let mut state = self.lock();
+        let gone = state.forget(Some(at));
+        self.moved(&state);
+        let begun = state.begin_segment(&self.dir).or_else(|_| {
+            // The old segments may be what fills the disk.
+            files::remove(&gone);
+            state.begin_segment(&self.dir)
+        });
+        // Before the old segments are gone, so that a crash leaves the old log or the new one.
+        let synced = begun.and_then(|()| state.sync_head(&self.dir));
+        drop(state);
+        files::remove(&gone);
+        synced
     }
-    /// Drops the complete records after the one that ended at `number` (crash recovery only).
-    pub(crate) fn cut_after(&self, _number: u64) -> Result<()> {
-        unimplemented!()
+
+    /// Drops the complete records after the one that ended at `number` (crash recovery only), and what is
+    /// unfinished. When `number` is older than the log reaches, nothing is left, and `tip` is `None`.
+    ///
+    /// # Errors
+    /// Those of [`Log::find`]; [`Error::Io`] when a file can't be cut.
+    pub(crate) fn cut_after(&self, number: u64) -> Result<()> {
+        self.abort()?;
+        let found = self.find(number)?;
+        let mut state = self.lock();
+        let (gone, done) = match found {
+            Found::Beyond => return Ok(()),
+            Found::At { lsn, .. } if lsn == state.end => return Ok(()),
+            Found::At { lsn, before } => state.take_back(&self.dir, lsn, before),
+            Found::Behind => (state.forget(None), Ok(())),
+        };
+        self.moved(&state);
+        drop(state);
+        files::remove(&gone);
+        done
     }
-    /// fsyncs what was appended.
+
+    /// Drops the oldest segment, whoever needs it, to make room on a full disk. False when only the current one
+    /// is left.
+    pub(crate) fn drop_oldest(&self) -> bool {
+        let mut state = self.lock();
+        let gone = if state.segments.len() > 1 { state.segments.pop_front() } else { None };
+        state.dir_dirty |= gone.is_some();
+        drop(state);
+        files::remove(gone.as_ref().map(|s| s.path.clone()).as_slice());
+        gone.is_some()
+    }
+
+    /// fsyncs what was appended. Appends go on meanwhile.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; what was appended since the last success may then be lost, so the caller resets.
     pub(crate) fn sync(&self) -> Result<()> {
-        unimplemented!()
+        let (files, dir) = {
+            let mut state = self.lock();
+            (state.unsynced(), std::mem::take(&mut state.dir_dirty))
+        };
+        let mut synced =
+            files.iter().try_for_each(|(f, path)| f.sync_data().map_err(Error::io("fsync", path)));
+        if dir {
+            synced = synced.and_then(|()| files::sync_dir(&self.dir));
+        }
+        if synced.is_err() {
+            self.lock().dir_dirty |= dir;
+            return synced;
+        }
+        let mut state = self.lock();
+        state.rotated.retain(|(file, _)| !files.iter().any(|(synced, _)| Arc::ptr_eq(file, synced)));
+        let gone = state.retain(&self.options, SystemTime::now());
+        drop(state);
+        files::remove(&gone);
+        Ok(())
     }
-    pub(crate) fn find(&self, _number: u64) -> Result<Found> {
-        unimplemented!()
-    }
-    /// The bytes at `lsn`, at most `max`, from memory; `None` when they must be read from disk or `lsn` is the end.
-    pub(crate) fn read_memory(&self, _lsn: u64, _max: usize) -> Option<Bytes> {
-        unimplemented!()
-    }
-    /// The same from disk; empty at the end. Blocks. Error when the bytes were dropped.
-    pub(crate) fn read_disk(&self, _lsn: u64, _max: usize) -> Result<Bytes> {
-        unimplemented!()
-    }
+
     /// The end, to wait for more.
     pub(crate) fn watch(&self) -> watch::Receiver<u64> {
-        unimplemented!()
+        self.end.subscribe()
     }
+
     /// Keeps what is at and after `lsn` (up to `pinned_bytes`) until the pin is dropped or moved on.
-    pub(crate) fn pin(self: &Arc<Self>, _lsn: u64) -> Pin {
-        unimplemented!()
+    pub(crate) fn pin(self: &Arc<Self>, lsn: u64) -> Pin {
+        let mut state = self.lock();
+        state.next_pin += 1;
+        let id = state.next_pin;
+        state.pins.insert(id, lsn);
+        Pin { log: self.clone(), id }
+    }
+
+    /// Tells readers that the end moved otherwise than by an append.
+    fn moved(&self, state: &State) {
+        self.lock_tail().clear();
+        self.end.send_replace(state.end);
+    }
+
+    fn retain(&self, change: impl FnOnce(&mut State)) {
+        let mut state = self.lock();
+        change(&mut state);
+        let gone = state.retain(&self.options, SystemTime::now());
+        drop(state);
+        files::remove(&gone);
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    fn lock_tail(&self) -> MutexGuard<'_, Tail> {
+        self.tail.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 
-pub(crate) struct Pin {}
+impl fmt::Debug for Log {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Log").field("dir", &self.dir).field("end", &self.end()).finish_non_exhaustive()
+    }
+}
+
+/// Keeps a part of the log for a reader; see [`Log::pin`].
+#[derive(Debug)]
+pub(crate) struct Pin {
+    log: Arc<Log>,
+    id: u64,
+}
 
 impl Pin {
-    pub(crate) fn advance(&self, _lsn: u64) {
-        unimplemented!()
+    /// Gives free what is before `lsn`.
+    pub(crate) fn advance(&self, lsn: u64) {
+        self.log.retain(|state| {
+            state.pins.insert(self.id, lsn);
+        });
+    }
+}
+
+impl Drop for Pin {
+    fn drop(&mut self) {
+        self.log.retain(|state| {
+            state.pins.remove(&self.id);
+        });
     }
 }

@@ -34,7 +34,10 @@
 //! | 10 | SNAP_PIECE | first page (4), position, pages |
 //! | 11 | SNAP_END | position at which the snapshot is exact |
 //! | 12 | GOODBYE | reason: UTF-8, at most [`REASON_MAX_BYTES`] |
-//! | 13 | SEGMENT | address of the segment's first record byte (8), position before its first record |
+//! | 13 | SEGMENT | address of the segment's first record byte (8), position before its first record, address where the segment before it ends (8; all ones: it follows none) |
+//!
+//! The header's layout and the hash of SEGMENT never change with the version, so that every version can tell a
+//! newer segment from a damaged one.
 use bytes::{Bytes, BytesMut};
 
 use crate::checksum::PageHash;
@@ -74,6 +77,11 @@ const UNIT_KEY: [u8; 32] = *b"replite unit hash, version 1 ...";
 const MAY_SKIP: u8 = 1;
 /// Bytes of a snapshot piece before its pages: page number and position.
 const PIECE_FIELDS_BYTES: usize = 4 + Position::BYTES;
+
+/// Bytes of a SEGMENT unit, with its header.
+pub(crate) const SEGMENT_BYTES: usize = HEADER_BYTES + 8 + Position::BYTES + 8;
+/// What a segment that follows none says in place of an address.
+const FOLLOWS_NONE: u64 = u64::MAX;
 
 const _: () = assert!(4 + PageSize::MAX_BYTES as usize <= PAYLOAD_MAX_BYTES);
 const _: () = assert!(PIECE_FIELDS_BYTES + PIECE_MAX_BYTES <= PAYLOAD_MAX_BYTES);
@@ -133,6 +141,13 @@ pub(crate) struct Unit {
 impl Unit {
     pub(crate) fn payload(&self) -> &[u8] {
         &self.raw[HEADER_BYTES..]
+    }
+
+    /// The version of a SEGMENT unit whose hash holds and that a newer version wrote.
+    pub(crate) fn newer_segment(raw: &[u8; SEGMENT_BYTES]) -> Option<u16> {
+        let version = u16::from_le_bytes([raw[6], raw[7]]);
+        let holds = raw[8..HEADER_BYTES] == fields::hash_of(raw);
+        (version > VERSION && raw[4] == Kind::Segment as u8 && holds).then_some(version)
     }
 
     /// Checks the hash and reads the fields. The hash of a [`Message::Page`] is the one that was verified.
@@ -264,6 +279,10 @@ pub(crate) struct Goodbye {
 /// The head of a log segment.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Segment {
+    /// The address of the first record byte.
     pub(crate) start: u64,
+    /// The position before the first record.
     pub(crate) before: Position,
+    /// Where the segment that this one continues ends; `None` when the log begins anew here.
+    pub(crate) follows: Option<u64>,
 }

@@ -3,8 +3,8 @@ use bytes::{BufMut, BytesMut};
 
 use super::fields::hash_of;
 use super::{
-    HEADER_BYTES, Hello, Kind, Message, PAYLOAD_MAX_BYTES, PEER_MAX_BYTES, REASON_MAX_BYTES, SnapBegin,
-    VERSION, Welcome,
+    FOLLOWS_NONE, HEADER_BYTES, Hello, Kind, Message, PAYLOAD_MAX_BYTES, PEER_MAX_BYTES, REASON_MAX_BYTES,
+    SnapBegin, VERSION, Welcome,
 };
 use crate::checksum::PageHash;
 use crate::page::PageNo;
@@ -112,6 +112,7 @@ fn put_fields(message: &Message<'_>, out: &mut BytesMut) -> Kind {
         Message::Segment(m) => {
             out.put_u64_le(m.start);
             out.put_slice(&m.before.to_bytes());
+            out.put_u64_le(m.follows.unwrap_or(FOLLOWS_NONE));
             Kind::Segment
         }
     }

@@ -1,7 +1,8 @@
 //! A unit's hash, and its fields out of verified bytes.
 use super::{
-    Ack, Goodbye, HEADER_BYTES, HELLO_PROOF_BYTES, Heartbeat, Hello, Kind, Message, PEER_MAX_BYTES, Plan,
-    REASON_MAX_BYTES, Segment, SnapBegin, SnapEnd, TxnBegin, TxnEnd, UNIT_KEY, Welcome, WireError,
+    Ack, FOLLOWS_NONE, Goodbye, HEADER_BYTES, HELLO_PROOF_BYTES, Heartbeat, Hello, Kind, Message,
+    PEER_MAX_BYTES, Plan, REASON_MAX_BYTES, Segment, SnapBegin, SnapEnd, TxnBegin, TxnEnd, UNIT_KEY, Welcome,
+    WireError,
 };
 use crate::checksum::PageHash;
 use crate::page::{PageNo, PageSize};
@@ -76,7 +77,11 @@ pub(super) fn decode(kind: Kind, hash: [u8; 16], unit: &[u8]) -> Result<Message<
         }
         Kind::SnapEnd => Message::SnapEnd(SnapEnd { exact_at: f.position()? }),
         Kind::Goodbye => Message::Goodbye(f.goodbye()?),
-        Kind::Segment => Message::Segment(Segment { start: f.u64()?, before: f.position()? }),
+        Kind::Segment => Message::Segment(Segment {
+            start: f.u64()?,
+            before: f.position()?,
+            follows: Some(f.u64()?).filter(|&end| end != FOLLOWS_NONE),
+        }),
     };
     if f.0.is_empty() { Ok(message) } else { Err(WireError::Fields("bytes after a unit's last field")) }
 }

@@ -79,7 +79,8 @@ fn every_kind() -> Vec<Message<'static>> {
         Message::SnapPiece { first: page_no(2), position: position(9), pages: &PAGES },
         Message::SnapEnd(SnapEnd { exact_at: position(11) }),
         Message::Goodbye(Goodbye { reason: "bis bald, schöne Welt".into() }),
-        Message::Segment(Segment { start: 1 << 40, before: position(0) }),
+        Message::Segment(Segment { start: 1 << 40, before: position(0), follows: None }),
+        Message::Segment(Segment { start: 1 << 40, before: position(0), follows: Some(77) }),
     ]
 }
 
@@ -328,7 +329,7 @@ fn chunked(bytes: Bytes, sizes: Vec<usize>) -> impl Iterator<Item = Bytes> {
 proptest! {
     #[test]
     fn chunking_changes_nothing(
-        order in prop::collection::vec(0usize..18, 1..12),
+        order in prop::collection::vec(0usize..19, 1..12),
         sizes in prop::collection::vec(1usize..600, 1..8),
         damage in prop::option::of((any::<prop::sample::Index>(), 1u8..)),
     ) {

@@ -1,0 +1,178 @@
+//! Walking through a segment's records: all bytes verified, or from header to header.
+use std::fs::File;
+use std::ops::ControlFlow;
+use std::path::Path;
+
+use bytes::{Bytes, BytesMut};
+
+use super::files;
+use crate::error::{Error, Result};
+use crate::txid::{Epoch, Position};
+use crate::wire::{Decoder, HEADER_BYTES, Header, Kind, Message, SEGMENT_BYTES, Segment, Unit};
+
+/// Bytes of a segment's file before its first record.
+pub(super) const HEAD_BYTES: u64 = SEGMENT_BYTES as u64;
+/// Bytes between two entries of a segment's index: what a search reads at most, besides one record.
+const INDEX_EVERY_BYTES: u64 = 256 * 1024;
+/// Bytes read at one time while all is verified.
+const SCAN_READ_BYTES: usize = 256 * 1024;
+/// Bytes read at one time while hopping: the end of one record, the beginning of the next, and its first header.
+const HOP_READ_BYTES: usize = 256;
+/// Bytes of a TXN_BEGIN unit, the only one that hopping reads in full.
+const TXN_BEGIN_BYTES: usize = HEADER_BYTES + Position::BYTES + Epoch::BYTES + 4;
+const _: () = assert!(TXN_BEGIN_BYTES <= HOP_READ_BYTES);
+
+/// Some of the record boundaries of a segment: transaction number before, and address.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Index(Vec<(u64, u64)>);
+
+impl Index {
+    /// Notes a boundary if the last one noted is far enough away.
+    pub(super) fn note(&mut self, number: u64, lsn: u64) {
+        if self.0.last().is_none_or(|&(_, last)| lsn >= last + INDEX_EVERY_BYTES) {
+            self.0.push((number, lsn));
+        }
+    }
+
+    /// The last noted boundary at or before the one after transaction `number`.
+    pub(super) fn before(&self, number: u64) -> Option<u64> {
+        let after = self.0.partition_point(|&(n, _)| n <= number);
+        Some(self.0.get(after.checked_sub(1)?)?.1)
+    }
+
+    pub(super) fn cut(&mut self, lsn: u64) {
+        self.0.retain(|&(_, at)| at < lsn);
+    }
+}
+
+/// What a segment was found to hold.
+#[derive(Debug)]
+pub(super) struct Scan {
+    /// The address after the last complete record.
+    pub(super) end: u64,
+    /// The position after it.
+    pub(super) tip: Position,
+    pub(super) index: Index,
+    /// Why the scan ended before the end of the file, if bytes are there that make no sense.
+    pub(super) problem: Option<String>,
+}
+
+/// Verifies a segment's records up to the file offset `until`.
+pub(super) fn scan(file: &File, path: &Path, head: Segment, until: u64) -> Result<Scan> {
+    let mut walk = Walk {
+        found: Scan { end: head.start, tip: head.before, index: Index::default(), problem: None },
+        open: None,
+    };
+    let mut decoder = Decoder::default();
+    let mut offset = HEAD_BYTES;
+    while offset < until {
+        let wanted = usize::try_from(until - offset).unwrap_or(usize::MAX).min(SCAN_READ_BYTES);
+        let mut buffer = BytesMut::zeroed(wanted);
+        let got = files::read_at(file, &mut buffer, offset).map_err(Error::io("read", path))?;
+        if got == 0 {
+            break;
+        }
+        buffer.truncate(got);
+        offset += got as u64;
+        decoder.push(buffer.freeze());
+        loop {
+            let unit = match decoder.next() {
+                Ok(Some(unit)) => unit,
+                Ok(None) => break,
+                Err(error) => return Ok(walk.stopped(error.to_string())),
+            };
+            let end = head.start + (offset - HEAD_BYTES) - decoder.buffered() as u64;
+            if let Err(problem) = walk.step(&unit, end) {
+                return Ok(walk.stopped(problem));
+            }
+        }
+    }
+    Ok(walk.found)
+}
+
+/// The state of a scan.
+struct Walk {
+    found: Scan,
+    /// Within a record: its page units so far.
+    open: Option<u32>,
+}
+
+impl Walk {
+    fn stopped(mut self, problem: String) -> Scan {
+        self.found.problem = Some(problem);
+        self.found
+    }
+
+    fn step(&mut self, unit: &Unit, end: u64) -> Result<(), String> {
+        let message = unit.decode().map_err(|e| e.to_string())?;
+        match (message, self.open) {
+            (Message::TxnBegin(begin), None) => {
+                if begin.before != self.found.tip {
+                    return Err(format!("a record after {} follows {}", begin.before, self.found.tip));
+                }
+                self.open = Some(0);
+            }
+            (Message::Page { .. }, Some(pages)) => self.open = Some(pages.saturating_add(1)),
+            (Message::TxnEnd(txn_end), Some(pages)) => {
+                if txn_end.changed != pages || txn_end.after.number() <= self.found.tip.number() {
+                    return Err("a record whose end does not fit its pages".to_owned());
+                }
+                self.found.index.note(self.found.tip.number(), self.found.end);
+                self.found.tip = txn_end.after;
+                self.found.end = end;
+                self.open = None;
+            }
+            _ => return Err(format!("a {:?} unit where none may be", unit.kind)),
+        }
+        Ok(())
+    }
+}
+
+/// A part of a segment's file, from one record boundary to another.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Stretch {
+    /// The address of the segment's first record byte.
+    pub(super) segment: u64,
+    pub(super) from: u64,
+    pub(super) until: u64,
+}
+
+/// Visits the beginning of each record, reading little more than headers.
+pub(super) fn hop(
+    file: &File,
+    path: &Path,
+    stretch: Stretch,
+    mut visit: impl FnMut(u64, Position) -> ControlFlow<()>,
+) -> Result<()> {
+    let offset_of = |lsn: u64| HEAD_BYTES + lsn - stretch.segment;
+    let corrupt =
+        |lsn, what: String| Error::Corrupt { path: path.to_path_buf(), offset: offset_of(lsn), what };
+    let mut window = [0; HOP_READ_BYTES];
+    // The address of the window's first byte, and how many are in it.
+    let (mut base, mut filled) = (stretch.from, 0);
+    let mut lsn = stretch.from;
+    while lsn < stretch.until {
+        let wanted = (stretch.until - lsn).min(TXN_BEGIN_BYTES as u64);
+        if lsn + wanted > base + filled as u64 {
+            let most = (stretch.until - lsn).min(HOP_READ_BYTES as u64) as usize;
+            filled =
+                files::read_at(file, &mut window[..most], offset_of(lsn)).map_err(Error::io("read", path))?;
+            base = lsn;
+        }
+        let here = &window[(lsn - base) as usize..filled];
+        let head = here.first_chunk::<HEADER_BYTES>().ok_or_else(|| corrupt(lsn, "too short".into()))?;
+        let header = Header::parse(head).map_err(|e| corrupt(lsn, e.to_string()))?;
+        if let Some(kind @ Kind::TxnBegin) = header.kind {
+            let raw = here.get(..header.unit_bytes).ok_or_else(|| corrupt(lsn, "a cut record".into()))?;
+            let unit = Unit { kind, hash: header.hash, raw: Bytes::copy_from_slice(raw) };
+            let Message::TxnBegin(begin) = unit.decode().map_err(|e| corrupt(lsn, e.to_string()))? else {
+                return Err(corrupt(lsn, "no record begins here".into()));
+            };
+            if visit(lsn, begin.before).is_break() {
+                return Ok(());
+            }
+        }
+        lsn += header.unit_bytes as u64;
+    }
+    Ok(())
+}

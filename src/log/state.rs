@@ -1,0 +1,221 @@
+//! What the log's mutex guards: segments, the end, pins.
+use std::collections::{BTreeMap, VecDeque};
+use std::fs::File;
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use bytes::BytesMut;
+
+use super::scan::{HEAD_BYTES, Index};
+use super::{LogOptions, files};
+use crate::error::{Error, Result};
+use crate::txid::Position;
+use crate::wire::{self, Message, Segment};
+
+/// Rotated segments that may stay without an fsync; `recover` verifies as many before the last one.
+const ROTATED_UNSYNCED_MAX: usize = 1;
+
+/// One segment's file.
+#[derive(Debug)]
+pub(super) struct Seg {
+    pub(super) path: PathBuf,
+    pub(super) start: u64,
+    pub(super) end: u64,
+    /// The position before its first record.
+    pub(super) before: Position,
+    /// When its newest record was appended.
+    pub(super) newest: SystemTime,
+    /// `None` until somebody searches in it: a segment of an earlier opening.
+    pub(super) index: Option<Index>,
+}
+
+impl Seg {
+    fn cut(&mut self, lsn: u64) {
+        self.end = self.end.min(lsn);
+        if let Some(index) = &mut self.index {
+            index.cut(lsn);
+        }
+    }
+}
+
+/// Cuts a segment's file where the segment ends. Should this fail, the next segment's head still says where.
+fn truncate(segment: &Seg) -> Result<(Arc<File>, PathBuf)> {
+    let file = files::open_to_write(&segment.path)?;
+    let length = HEAD_BYTES + segment.end - segment.start;
+    file.set_len(length).map_err(Error::io("truncate", &segment.path))?;
+    Ok((Arc::new(file), segment.path.clone()))
+}
+
+#[derive(Debug, Default)]
+pub(super) struct State {
+    /// Oldest first. Empty only when the log is.
+    pub(super) segments: VecDeque<Seg>,
+    /// The last segment's file; `None`: the next append begins a new one. `Some` within a record.
+    pub(super) file: Option<Arc<File>>,
+    pub(super) end: u64,
+    /// The address after the last complete record.
+    pub(super) complete: u64,
+    pub(super) tip: Option<Position>,
+    /// The last segment's file has bytes beyond `end` that could not be cut off.
+    pub(super) sealed: bool,
+    /// By id, the address from which on a reader needs the log.
+    pub(super) pins: BTreeMap<u64, u64>,
+    pub(super) next_pin: u64,
+    /// Segments before the last one that were not fsynced yet.
+    pub(super) rotated: Vec<(Arc<File>, PathBuf)>,
+    /// Files were created or removed since the directory was fsynced.
+    pub(super) dir_dirty: bool,
+}
+
+impl State {
+    pub(super) fn bytes(&self) -> u64 {
+        self.segments.iter().map(|s| HEAD_BYTES + s.end - s.start).sum()
+    }
+
+    /// Appends, in a new segment where one is due. Says whether one was begun.
+    pub(super) fn append(
+        &mut self,
+        dir: &Path,
+        options: &LogOptions,
+        units: &[u8],
+        after: Option<Position>,
+    ) -> Result<bool> {
+        if self.tip.is_none() {
+            return Err(Error::Stopped("an append to a log that has no position".to_owned()));
+        }
+        let full = self.segments.back().is_none_or(|s| s.end - s.start >= options.segment_bytes.max(1));
+        let begun = self.complete == self.end && (full || self.file.is_none());
+        if begun {
+            self.begin_segment(dir)?;
+        }
+        let (Some(segment), Some(file)) = (self.segments.back_mut(), &self.file) else {
+            return Err(Error::Stopped("a log without a segment to append to".to_owned()));
+        };
+        if self.sealed {
+            let source = io::Error::other("an earlier write failed and could not be taken back");
+            return Err(Error::Io { op: "append to", path: segment.path.clone(), source });
+        }
+        let offset = HEAD_BYTES + segment.end - segment.start;
+        if let Err(source) = files::write_all_at(file, units, offset) {
+            // What was written of it must not stand behind the end: a later, shorter append would leave its rest.
+            self.sealed = file.set_len(offset).is_err();
+            return Err(Error::Io { op: "append to", path: segment.path.clone(), source });
+        }
+        if self.complete == self.end
+            && let (Some(index), Some(tip)) = (&mut segment.index, self.tip)
+        {
+            index.note(tip.number(), self.end);
+        }
+        segment.newest = SystemTime::now();
+        segment.end += units.len() as u64;
+        self.end = segment.end;
+        if after.is_some() {
+            (self.complete, self.tip) = (self.end, after);
+        }
+        Ok(begun)
+    }
+
+    /// Begins the segment that the next record goes to. On an error nothing has changed.
+    pub(super) fn begin_segment(&mut self, dir: &Path) -> Result<()> {
+        let Some(before) = self.tip else { return Ok(()) };
+        // The one before is fsynced by now as a rule: `sync` had a whole segment's time for it.
+        while self.rotated.len() >= ROTATED_UNSYNCED_MAX {
+            let (file, path) = &self.rotated[0];
+            file.sync_data().map_err(Error::io("fsync", path))?;
+            self.rotated.remove(0);
+        }
+        let start = self.end;
+        let path = files::path(dir, start);
+        let file = files::create(&path)?;
+        let mut head = BytesMut::new();
+        let follows = self.segments.back().map(|s| s.end);
+        wire::encode(&Message::Segment(Segment { start, before, follows }), &mut head);
+        if let Err(source) = files::write_all_at(&file, &head, 0) {
+            files::remove(std::slice::from_ref(&path));
+            return Err(Error::Io { op: "write", path, source });
+        }
+        if let (Some(file), Some(last)) = (self.file.take(), self.segments.back()) {
+            self.rotated.push((file, last.path.clone()));
+        }
+        self.file = Some(Arc::new(file));
+        let (newest, index) = (SystemTime::now(), Some(Index::default()));
+        self.segments.push_back(Seg { path, start, end: start, before, newest, index });
+        self.dir_dirty = true;
+        Ok(())
+    }
+
+    /// Makes the head of a new segment durable.
+    pub(super) fn sync_head(&mut self, dir: &Path) -> Result<()> {
+        if let (Some(file), Some(last)) = (&self.file, self.segments.back()) {
+            file.sync_data().map_err(Error::io("fsync", &last.path))?;
+        }
+        files::sync_dir(dir)
+    }
+
+    /// Takes back what is at and after `lsn`, a record boundary at which the position was `tip`. The log goes on
+    /// in a new segment beyond its old end. Returns the files to remove, whatever else failed.
+    pub(super) fn take_back(&mut self, dir: &Path, lsn: u64, tip: Position) -> (Vec<PathBuf>, Result<()>) {
+        let kept = self.segments.partition_point(|s| s.start < lsn);
+        // Newest first, so that a crash leaves no gap.
+        let mut gone: Vec<_> = self.segments.drain(kept..).map(|s| s.path).collect();
+        gone.reverse();
+        self.rotated.retain(|(_, path)| !gone.contains(path));
+        self.dir_dirty |= !gone.is_empty();
+        self.file = None;
+        self.end += 1;
+        (self.complete, self.tip) = (self.end, Some(tip));
+        let sealed = std::mem::take(&mut self.sealed);
+        let done = match self.segments.back_mut() {
+            Some(last) if last.end > lsn || sealed => {
+                last.cut(lsn);
+                truncate(last).map(|cut| self.rotated.push(cut))
+            }
+            Some(_) => Ok(()),
+            // Without any head the position would be forgotten with the files that go now.
+            None => self.begin_segment(dir),
+        };
+        (gone, done)
+    }
+
+    /// Forgets all records. Returns the files to remove.
+    pub(super) fn forget(&mut self, tip: Option<Position>) -> Vec<PathBuf> {
+        let gone: Vec<_> = self.segments.drain(..).map(|s| s.path).collect();
+        self.end += u64::from(!gone.is_empty() || self.end > 0);
+        (self.complete, self.tip) = (self.end, tip);
+        self.file = None;
+        self.sealed = false;
+        self.rotated.clear();
+        self.dir_dirty = true;
+        gone
+    }
+
+    /// All files that hold bytes which may not be on the disk, oldest first.
+    pub(super) fn unsynced(&self) -> Vec<(Arc<File>, PathBuf)> {
+        let current = self.file.iter().zip(self.segments.back()).map(|(f, s)| (f.clone(), s.path.clone()));
+        self.rotated.iter().cloned().chain(current).collect()
+    }
+
+    /// Forgets the oldest segments that are no longer to be kept; never the last one. Returns the files to remove.
+    pub(super) fn retain(&mut self, options: &LogOptions, now: SystemTime) -> Vec<PathBuf> {
+        if self.segments.len() < 2 {
+            return Vec::new();
+        }
+        let mut bytes = self.bytes();
+        let pinned = self.pins.values().min().copied();
+        let mut gone = Vec::new();
+        while self.segments.len() > 1 {
+            let oldest = &self.segments[0];
+            let old = now.duration_since(oldest.newest).is_ok_and(|age| age > options.keep_age);
+            let needed = pinned.is_some_and(|lsn| lsn < oldest.end) && bytes <= options.pinned_bytes;
+            if needed || !(old || bytes > options.keep_bytes) {
+                break;
+            }
+            bytes -= HEAD_BYTES + oldest.end - oldest.start;
+            gone.extend(self.segments.pop_front().map(|s| s.path));
+        }
+        self.dir_dirty |= !gone.is_empty();
+        gone
+    }
+}
