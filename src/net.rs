@@ -6,7 +6,6 @@ mod url;
 
 use std::future::Future;
 use std::io;
-use std::pin::Pin;
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
@@ -90,6 +89,3 @@ fn chain(error: &dyn std::error::Error) -> String {
     }
     text
 }
-
-/// Boxed, so that callers name it.
-pub(crate) type BoxFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;

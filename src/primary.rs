@@ -61,6 +61,8 @@ pub(crate) trait Supply: Send + Sync + 'static {
     fn read_memory(&self, lsn: u64, max: usize) -> Option<Bytes>;
     /// Blocks.
     fn read_disk(&self, lsn: u64, max: usize) -> Result<Bytes>;
+    /// Where a reader that stands between two records goes on after a record was taken back there.
+    fn step_over(&self, lsn: u64) -> u64;
     fn watch(&self) -> watch::Receiver<u64>;
     fn pin(&self, lsn: u64) -> Box<dyn Hold>;
 }
@@ -101,6 +103,10 @@ impl Supply for Engine {
 
     fn read_disk(&self, lsn: u64, max: usize) -> Result<Bytes> {
         self.log().read_disk(lsn, max)
+    }
+
+    fn step_over(&self, lsn: u64) -> u64 {
+        self.log().step_over(lsn)
     }
 
     fn watch(&self) -> watch::Receiver<u64> {

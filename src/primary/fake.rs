@@ -167,9 +167,14 @@ impl Supply for Fake {
     fn read_disk(&self, lsn: u64, max: usize) -> Result<Bytes> {
         self.disk_reads.fetch_add(1, Ordering::SeqCst);
         if lsn < self.dropped.load(Ordering::SeqCst) {
-            return Err(Error::Stopped("dropped".into()));
+            let gone = std::io::ErrorKind::NotFound.into();
+            return Err(Error::Io { op: "read", path: "log".into(), source: gone });
         }
         Ok(self.lock().bytes[lsn as usize..].iter().copied().take(max).collect())
+    }
+
+    fn step_over(&self, lsn: u64) -> u64 {
+        lsn
     }
 
     fn watch(&self) -> watch::Receiver<u64> {

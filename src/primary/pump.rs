@@ -1,5 +1,6 @@
 //! Sends a follower what it lacks, and from then on the log as it grows.
 
+use std::io;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
@@ -153,7 +154,18 @@ impl Pump {
         loop {
             // Seen before reading: an end that moves after the read wakes the wait below.
             end.borrow_and_update();
-            let bytes = read(&log, lsn).await?;
+            let bytes = match read(&log, lsn).await? {
+                Read::Bytes(bytes) => bytes,
+                Read::Gone => {
+                    // A record that was taken back before any of it was sent is nothing to this replica.
+                    let on = log.step_over(lsn);
+                    if on == lsn || !self.boundary.is_clean() {
+                        return Err(End::Said(FELL_BEHIND.into()));
+                    }
+                    lsn = on;
+                    continue;
+                }
+            };
             // After reading: what was read may belong to an epoch that was opened in between.
             self.tell_epochs().await?;
             if bytes.is_empty() {
@@ -279,23 +291,27 @@ impl Pump {
 }
 
 /// Said to a replica whose next records were dropped.
-const FELL_BEHIND: &str = "fell behind the log";
+pub(super) const FELL_BEHIND: &str = "fell behind the log";
 
-/// The log's bytes at `lsn`; empty at the end.
-async fn read(log: &Arc<dyn Supply>, lsn: u64) -> Result<Bytes, End> {
+enum Read {
+    /// Empty at the end.
+    Bytes(Bytes),
+    /// Dropped, or taken back.
+    Gone,
+}
+
+/// The log's bytes at `lsn`.
+async fn read(log: &Arc<dyn Supply>, lsn: u64) -> Result<Read> {
     if let Some(bytes) = log.read_memory(lsn, READ_MAX_BYTES) {
-        return Ok(bytes);
+        return Ok(Read::Bytes(bytes));
     }
     if log.end() <= lsn {
-        return Ok(Bytes::new());
+        return Ok(Read::Bytes(Bytes::new()));
     }
     let log = log.clone();
     match blocking(move || log.read_disk(lsn, READ_MAX_BYTES)).await {
-        Ok(bytes) => Ok(bytes),
-        Err(error) => {
-            tracing::info!(%error, lsn, "a replica fell behind the log");
-            Err(End::Said(FELL_BEHIND.into()))
-        }
+        Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(Read::Gone),
+        read => read.map(Read::Bytes),
     }
 }
 

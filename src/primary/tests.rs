@@ -7,14 +7,53 @@ use http_body_util::channel::{Channel, Sender};
 
 use super::fake::{Fake, SECRET, at, history, node};
 use super::*;
+use crate::log::{Log, LogOptions};
 use crate::status::Role;
 use crate::txid::EpochHistory;
 use crate::wire::{Ack, Plan};
 
+/// A supply over a real log.
+struct OverLog(Arc<Log>);
+
+impl Supply for OverLog {
+    fn page_size(&self) -> PageSize {
+        PageSize::new(512).unwrap()
+    }
+    fn read_piece(&self, first: PageNo, _max_bytes: usize) -> Result<Piece> {
+        Ok(Piece { first, position: self.0.tip().unwrap(), pages: 0, data: Bytes::new() })
+    }
+    fn raise_epoch(&self, _above: u64) -> Result<()> {
+        Err(Error::ShutDown)
+    }
+    fn tip(&self) -> Option<Position> {
+        self.0.tip()
+    }
+    fn end(&self) -> u64 {
+        self.0.end()
+    }
+    fn find(&self, number: u64) -> Result<Found> {
+        self.0.find(number)
+    }
+    fn read_memory(&self, lsn: u64, max: usize) -> Option<Bytes> {
+        self.0.read_memory(lsn, max)
+    }
+    fn read_disk(&self, lsn: u64, max: usize) -> Result<Bytes> {
+        self.0.read_disk(lsn, max)
+    }
+    fn step_over(&self, lsn: u64) -> u64 {
+        self.0.step_over(lsn)
+    }
+    fn watch(&self) -> watch::Receiver<u64> {
+        self.0.watch()
+    }
+    fn pin(&self, lsn: u64) -> Box<dyn Hold> {
+        Box::new(self.0.pin(lsn))
+    }
+}
+
 /// A primary that serves one follower, and the follower's two ends.
 struct Stream {
     node: Arc<Node>,
-    fake: Arc<Fake>,
     source: Arc<Source>,
     up: Sender<Bytes, io::Error>,
     down: Inlet,
@@ -39,7 +78,7 @@ impl Stream {
 
     /// Joins; the follower has id 2.
     async fn join(
-        (node, fake, source): (Arc<Node>, Arc<Fake>, Arc<Source>),
+        (node, supply, source): (Arc<Node>, Arc<impl Supply>, Arc<Source>),
         position: Option<Position>,
         history: EpochHistory,
         resume: Option<(Position, PageNo)>,
@@ -58,10 +97,10 @@ impl Stream {
         let (mut up, body) = Channel::new(4);
         let (outlet, down) = queue();
         let place = source.place().unwrap();
-        let guest = Guest { knock, nonce: [4; 32], place, supply: fake.clone() };
+        let guest = Guest { knock, nonce: [4; 32], place, supply };
         let task = tokio::spawn(serve(source.clone(), guest, Incoming::new(body), outlet));
         up.send_data(encoded(&Message::Hello(hello))).await.unwrap();
-        Stream { node, fake, source, up, down, decoder: Decoder::default(), task }
+        Stream { node, source, up, down, decoder: Decoder::default(), task }
     }
 
     async fn next(&mut self) -> Option<Unit> {
@@ -138,16 +177,84 @@ async fn the_log_follows_from_memory_and_disk_with_heartbeats_between() {
     assert_eq!(stream.kind().await, Kind::TxnBegin);
 }
 
+#[tokio::test]
+async fn a_real_log_is_followed_from_disk_over_segments_and_over_what_was_taken_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = LogOptions {
+        segment_bytes: 20_000,
+        keep_bytes: 1 << 30,
+        keep_age: Duration::from_secs(3600),
+        pinned_bytes: 1 << 30,
+        tail_bytes: 10_000,
+    };
+    let log = Log::open(dir.path(), options).unwrap();
+    log.reset(at(1, 0)).unwrap();
+    let record = |number: u64| {
+        let epoch = crate::txid::Epoch::new(1, 1);
+        let page_size = PageSize::new(512).unwrap();
+        let begin = wire::TxnBegin { before: at(1, number - 1), epoch, page_size };
+        let end = wire::TxnEnd { after: at(1, number), pages: 1, changed: 0, unix_micros: 0 };
+        [encoded(&Message::TxnBegin(begin)), encoded(&Message::TxnEnd(end))]
+    };
+    for number in 1..=1000 {
+        log.append(record(number).concat().into(), Some(at(1, number))).unwrap();
+    }
+    let node = super::fake::node(1, &SECRET, Role::Primary);
+    node.applied.replace(history(&[(1, 1)]), Some(at(1, 1000)));
+    let source = Source::new(node.clone());
+    let primary = (node, Arc::new(OverLog(log.clone())), source);
+    let mut stream = Stream::join(primary, Some(at(1, 3)), history(&[(1, 1)]), None).await;
+    assert_eq!(stream.plan().await, Plan::Log);
+    let mut number = 3;
+    while number < 1001 {
+        let unit = stream.next().await.unwrap();
+        match unit.decode().unwrap() {
+            Message::TxnBegin(begin) => assert_eq!(begin.before, at(1, number)),
+            Message::TxnEnd(end) => number = end.after.number(),
+            Message::Heartbeat(_) => {}
+            other => panic!("{other:?}"),
+        }
+        if number == 1000 {
+            // The stream stands at the end, or comes to it, and the next record is begun twice. Whichever
+            // part of the first try it sent, it must not send the second one behind it.
+            number = 1001;
+            log.append(record(1001)[0].clone(), None).unwrap();
+            log.abort().unwrap();
+            log.append(record(1001).concat().into(), Some(at(1, 1001))).unwrap();
+        }
+    }
+    let mut begun = 0;
+    loop {
+        let Some(unit) = stream.next().await else { panic!("ended without a word") };
+        match unit.decode().unwrap() {
+            Message::TxnBegin(begin) => {
+                assert_eq!(begin.before, at(1, 1000));
+                begun += 1;
+            }
+            Message::TxnEnd(end) => {
+                assert_eq!((end.after, begun), (at(1, 1001), 1));
+                break;
+            }
+            Message::Goodbye(goodbye) => {
+                assert_eq!((&*goodbye.reason, begun), (pump::FELL_BEHIND, 1));
+                break;
+            }
+            _ => {}
+        }
+    }
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_snapshot_is_followed_by_the_records_after_its_first_piece() {
     let primary = Stream::start(6000);
-    primary.1.commit(1);
+    let fake = primary.1.clone();
+    fake.commit(1);
     let mut stream = Stream::join(primary, None, EpochHistory::default(), None).await;
     assert_eq!(stream.plan().await, Plan::Snapshot);
     let unit = stream.next().await.unwrap();
     let Message::SnapBegin(begin) = unit.decode().unwrap() else { panic!("{unit:?}") };
     assert_eq!((begin.first, begin.from, begin.diverged), (at(1, 1), PageNo::FIRST, false));
-    stream.fake.commit(3);
+    fake.commit(3);
     let mut pages = 0;
     let exact_at = loop {
         let unit = stream.next().await.unwrap();

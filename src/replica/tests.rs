@@ -542,3 +542,28 @@ async fn the_listener_outlives_strangers_and_garbage() {
     }
     stop(&primary.node, &primary.tracker).await;
 }
+
+#[tokio::test]
+async fn the_mounted_endpoint_of_an_axum_server_serves() {
+    let primary = node(1, &SECRET, Role::Primary);
+    let source = Source::new(primary.clone());
+    source.set(Some(Fake::new(primary.clone(), 10)));
+    let streams = TaskTracker::new();
+    let service = ReplicationService::new(primary.clone(), source, streams.clone(), Door::Mounted);
+    let app = axum::Router::new().nest_service("/_replite", service);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let to = endpoint(&listener);
+    let stopped = primary.stop.clone();
+    let server = tokio::spawn(async move {
+        axum::serve(listener, app).with_graceful_shutdown(stopped.cancelled_owned()).await
+    });
+    let replica = node(2, &SECRET, Role::Replica);
+    let feed = FakeFeed::new(&replica, EpochHistory::default(), None);
+    let tracker = TaskTracker::new();
+    spawn(replica.clone(), feed, to, &tracker);
+    reaches(&replica, at(1, 0)).await;
+    // A graceful shutdown is not held up by the stream.
+    stop(&primary, &streams).await;
+    server.await.unwrap().unwrap();
+    stop(&replica, &tracker).await;
+}
