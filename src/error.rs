@@ -261,6 +261,14 @@ pub enum PeerProblem {
     /// It is not the primary.
     #[error("it is not the primary")]
     NotPrimary,
+    /// Another running process has this node's id: a data directory was copied, or is used twice.
+    #[error(
+        "another live process uses this node's id: stop it, or delete the node id beside the copied database"
+    )]
+    DuplicateNode,
+    /// It refused for a reason of its own, such as too many streams.
+    #[error("it refused: {0}")]
+    Refused(String),
     /// It sent bytes that make no sense.
     #[error("bad bytes: {0}")]
     Garbled(String),

@@ -1,0 +1,91 @@
+//! Dial and listen: the only place where sockets are opened.
+
+mod dial;
+mod listen;
+mod url;
+
+use std::future::Future;
+use std::io;
+use std::time::Duration;
+
+use bytes::{Buf, Bytes};
+use http_body::Body;
+use http_body_util::BodyExt;
+use http_body_util::combinators::UnsyncBoxBody;
+use tokio_util::task::TaskTracker;
+
+pub(crate) use dial::{Opened, open, open_on};
+pub(crate) use listen::Listener;
+pub(crate) use url::Endpoint;
+
+/// HTTP/2 flow control of one stream, in bytes: what may be under way in one direction. 8 MiB keep a link of
+/// 1 GB/s with 8 ms of delay busy.
+pub(crate) const STREAM_WINDOW_BYTES: u32 = 8 * 1024 * 1024;
+/// The same for a connection.
+pub(crate) const CONNECTION_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
+/// Largest HTTP/2 frame, in bytes: fewer frames cost less on a snapshot.
+pub(crate) const FRAME_MAX_BYTES: u32 = 1024 * 1024;
+/// How often an HTTP/2 ping is sent.
+pub(crate) const PING_INTERVAL: Duration = Duration::from_secs(5);
+/// A connection whose pings stay unanswered for this long is dead.
+pub(crate) const PING_TIMEOUT: Duration = Duration::from_secs(10);
+
+const _: () = assert!(CONNECTION_WINDOW_BYTES >= STREAM_WINDOW_BYTES);
+
+/// A body's bytes, as they arrive.
+pub(crate) struct Incoming(UnsyncBoxBody<Bytes, io::Error>);
+
+impl Incoming {
+    pub(crate) fn new<B>(body: B) -> Incoming
+    where
+        B: Body + Send + 'static,
+    {
+        let body = body.map_frame(|frame| frame.map_data(|mut d| d.copy_to_bytes(d.remaining())));
+        Incoming(body.map_err(|_| io::Error::other("the body broke off")).boxed_unsync())
+    }
+
+    /// The next bytes; `None` at the end of the body.
+    ///
+    /// # Cancel safety
+    /// Nothing is lost when the future is dropped.
+    pub(crate) async fn next(&mut self) -> Option<io::Result<Bytes>> {
+        loop {
+            match self.0.frame().await? {
+                Ok(frame) => {
+                    if let Ok(bytes) = frame.into_data()
+                        && !bytes.is_empty()
+                    {
+                        return Some(Ok(bytes));
+                    }
+                }
+                Err(error) => return Some(Err(error)),
+            }
+        }
+    }
+}
+
+/// Runs hyper's tasks where shutdown waits for them.
+#[derive(Clone, Debug)]
+pub(crate) struct Tracked(pub(crate) TaskTracker);
+
+impl<F> hyper::rt::Executor<F> for Tracked
+where
+    F: Future + Send + 'static,
+    F::Output: Send + 'static,
+{
+    fn execute(&self, future: F) {
+        self.0.spawn(future);
+    }
+}
+
+/// An error with all its sources in one line: hyper's own texts alone say little.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(inner) = source {
+        text.push_str(": ");
+        text.push_str(&inner.to_string());
+        source = inner.source();
+    }
+    text
+}

@@ -1,0 +1,345 @@
+//! Serves this node's history to followers: catch up from the log or by a snapshot, then every commit.
+
+mod boundary;
+#[cfg(test)]
+pub(crate) mod fake;
+mod outlet;
+mod plan;
+mod pump;
+mod registry;
+#[cfg(test)]
+mod tests;
+
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+
+use crate::engine::{Engine, Piece};
+use crate::error::{Error, PeerProblem, Result};
+use crate::handshake::{self, Knock, Nonce};
+use crate::log::{Found, Pin};
+use crate::net::Incoming;
+use crate::node::Node;
+use crate::page::{PageNo, PageSize};
+use crate::status::{Event, PeerInfo, ReplicaStatus};
+use crate::txid::Position;
+use crate::wire::{self, Decoder, Goodbye, Hello, Kind, Message, Unit, WireError};
+
+pub(crate) use outlet::{Inlet, Outlet, queue};
+pub(crate) use registry::Conflict;
+
+use outlet::Closed;
+use pump::{End, Pump};
+use registry::{Registry, Seat};
+
+/// Replicas that are served at one time, a database.
+pub(crate) const STREAMS_MAX: usize = 64;
+/// Peers at one time that knocked and have not said hello. A cap of their own, so that recorded knocks
+/// can't take the places of the replicas.
+pub(crate) const HANDSHAKES_MAX: usize = 32;
+/// Longest wait for a hello after a knock.
+const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
+/// A replica that has not acknowledged for this long is gone; it acknowledges each second.
+const ACK_TIMEOUT: Duration = Duration::from_secs(15);
+/// Longest wait until a last word is handed to the connection.
+const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// What a stream needs of the database that it serves: see [`Engine`] and [`Log`](crate::log::Log).
+pub(crate) trait Supply: Send + Sync + 'static {
+    fn page_size(&self) -> PageSize;
+    /// Blocks.
+    fn read_piece(&self, first: PageNo, max_bytes: usize) -> Result<Piece>;
+    /// Blocks.
+    fn raise_epoch(&self, above: u64) -> Result<()>;
+    fn tip(&self) -> Option<Position>;
+    fn end(&self) -> u64;
+    /// Blocks.
+    fn find(&self, number: u64) -> Result<Found>;
+    fn read_memory(&self, lsn: u64, max: usize) -> Option<Bytes>;
+    /// Blocks.
+    fn read_disk(&self, lsn: u64, max: usize) -> Result<Bytes>;
+    /// Where a reader that stands between two records goes on after a record was taken back there.
+    fn step_over(&self, lsn: u64) -> u64;
+    fn watch(&self) -> watch::Receiver<u64>;
+    fn pin(&self, lsn: u64) -> Box<dyn Hold>;
+}
+
+/// Keeps the log from an address on, until it is dropped.
+pub(crate) trait Hold: Send + Sync {
+    fn advance(&self, lsn: u64);
+}
+
+impl Supply for Engine {
+    fn page_size(&self) -> PageSize {
+        Engine::page_size(self)
+    }
+
+    fn read_piece(&self, first: PageNo, max_bytes: usize) -> Result<Piece> {
+        Engine::read_piece(self, first, max_bytes)
+    }
+
+    fn raise_epoch(&self, above: u64) -> Result<()> {
+        Engine::raise_epoch(self, above)
+    }
+
+    fn tip(&self) -> Option<Position> {
+        self.log().tip()
+    }
+
+    fn end(&self) -> u64 {
+        self.log().end()
+    }
+
+    fn find(&self, number: u64) -> Result<Found> {
+        self.log().find(number)
+    }
+
+    fn read_memory(&self, lsn: u64, max: usize) -> Option<Bytes> {
+        self.log().read_memory(lsn, max)
+    }
+
+    fn read_disk(&self, lsn: u64, max: usize) -> Result<Bytes> {
+        self.log().read_disk(lsn, max)
+    }
+
+    fn step_over(&self, lsn: u64) -> u64 {
+        self.log().step_over(lsn)
+    }
+
+    fn watch(&self) -> watch::Receiver<u64> {
+        self.log().watch()
+    }
+
+    fn pin(&self, lsn: u64) -> Box<dyn Hold> {
+        Box::new(self.log().pin(lsn))
+    }
+}
+
+impl Hold for Pin {
+    fn advance(&self, lsn: u64) {
+        Pin::advance(self, lsn);
+    }
+}
+
+/// What there is to serve on this node, if it is the primary, and who is being served.
+pub(crate) struct Source {
+    node: Arc<Node>,
+    supply: Mutex<Option<Arc<dyn Supply>>>,
+    registry: Registry,
+    streams: Arc<Semaphore>,
+    handshakes: Arc<Semaphore>,
+}
+
+impl Source {
+    /// A source that has nothing yet.
+    pub(crate) fn new(node: Arc<Node>) -> Arc<Source> {
+        Arc::new(Source {
+            node,
+            supply: Mutex::new(None),
+            registry: Registry::default(),
+            streams: Arc::new(Semaphore::new(STREAMS_MAX)),
+            handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
+        })
+    }
+
+    /// From now on this node is the primary with this database, or (`None`) it is not the primary.
+    /// Streams that are under way keep what they had; they end with the node or with their engine.
+    pub(crate) fn set(&self, supply: Option<Arc<dyn Supply>>) {
+        *self.lock() = supply;
+    }
+
+    pub(crate) fn supply(&self) -> Option<Arc<dyn Supply>> {
+        self.lock().clone()
+    }
+
+    /// The replicas that are connected.
+    pub(crate) fn replicas(&self) -> Vec<ReplicaStatus> {
+        self.registry.list()
+    }
+
+    /// Whether another live process serves under this node id.
+    pub(crate) fn conflict(&self, knock: &Knock) -> Option<Conflict> {
+        if knock.node == self.node.me.node {
+            return Some(Conflict);
+        }
+        self.registry.conflict(knock.node, knock.incarnation)
+    }
+
+    /// A place for a handshake, if there is one, and if there is room for one more replica.
+    pub(crate) fn place(&self) -> Option<OwnedSemaphorePermit> {
+        if self.streams.available_permits() == 0 {
+            return None;
+        }
+        self.handshakes.clone().try_acquire_owned().ok()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Option<Arc<dyn Supply>>> {
+        self.supply.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// A peer whose knock was answered.
+pub(crate) struct Guest {
+    pub(crate) knock: Knock,
+    /// The nonce that it was answered with.
+    pub(crate) nonce: Nonce,
+    pub(crate) place: OwnedSemaphorePermit,
+    pub(crate) supply: Arc<dyn Supply>,
+}
+
+/// Serves one follower until it leaves, lags, lies or the node stops.
+pub(crate) async fn serve(source: Arc<Source>, guest: Guest, upstream: Incoming, outlet: Outlet) {
+    let node = source.node.clone();
+    let mut units = Units { upstream, decoder: Decoder::default() };
+    let hello = tokio::select! {
+        hello = hello(&node, &guest, &mut units) => hello,
+        () = node.stop.cancelled() => Err(Error::ShutDown),
+    };
+    let hello = match hello {
+        Ok(hello) => hello,
+        Err(error) => {
+            tracing::warn!(node = %guest.knock.node, %error, "refused a peer");
+            // Nothing was proved by a fresh nonce, so nothing is said: the stream breaks off.
+            return;
+        }
+    };
+    let Guest { place, supply, .. } = guest;
+    let peer = hello.peer.clone();
+    let Ok(_stream) = source.streams.clone().try_acquire_owned() else {
+        return farewell(outlet, "too many replicas".into()).await;
+    };
+    drop(place);
+    let seat = match source.registry.join(&peer) {
+        Ok(seat) => seat,
+        Err(Conflict) => {
+            tracing::warn!(node = %peer.node, "refused a second process with this node id");
+            return farewell(outlet, "duplicate node id".into()).await;
+        }
+    };
+    tracing::info!(node = %peer.node, url = %peer.addresses.replication, "a replica joined");
+    node.tell(Event::ReplicaJoined(peer.clone()));
+
+    let mut pump = Pump::new(node.clone(), supply, outlet);
+    let end = tokio::select! {
+        end = pump.run(&hello) => end,
+        end = acks(&mut units, &seat) => end,
+        () = node.stop.cancelled() => End::Said("shutting down".into()),
+        () = seat.replaced() => End::Said("a newer stream of this node took over".into()),
+    };
+    left(&node, &peer, &end);
+    drop(seat);
+    if let (End::Said(reason), Some(outlet)) = (end, pump.outlet_between_units()) {
+        farewell(outlet, reason).await;
+    }
+}
+
+fn left(node: &Node, peer: &PeerInfo, end: &End) {
+    match end {
+        End::Left => tracing::info!(node = %peer.node, "a replica left"),
+        End::Said(reason) => tracing::info!(node = %peer.node, reason, "a replica's stream was ended"),
+        End::Failed(error) => tracing::warn!(node = %peer.node, %error, "a replica's stream failed"),
+    }
+    node.tell(Event::ReplicaLeft(peer.clone()));
+}
+
+/// The last word, and a clean end; a peer that takes nothing any more gets a broken stream instead.
+async fn farewell(outlet: Outlet, reason: String) {
+    let last = async {
+        let mut bytes = BytesMut::new();
+        wire::encode(&Message::Goodbye(Goodbye { reason }), &mut bytes);
+        outlet.send(bytes.freeze()).await?;
+        outlet.finish().await
+    };
+    if !matches!(tokio::time::timeout(GOODBYE_TIMEOUT, last).await, Ok(Ok(()))) {
+        tracing::debug!("a peer did not take the last word");
+    }
+}
+
+async fn hello(node: &Node, guest: &Guest, units: &mut Units) -> Result<Hello> {
+    let peer = guest.knock.node.to_string();
+    let unit = match tokio::time::timeout(HELLO_TIMEOUT, units.next()).await {
+        Ok(unit) => unit.map_err(|e| Error::garbled(&peer, e.to_string()))?,
+        Err(_) => return Err(Error::peer(peer, PeerProblem::Silent(HELLO_TIMEOUT))),
+    };
+    let Some(unit) = unit else {
+        return Err(Error::peer(peer, PeerProblem::Connection("ended before its hello".into())));
+    };
+    if unit.kind != Kind::Hello {
+        return Err(Error::garbled(peer, format!("{:?} in place of a hello", unit.kind)));
+    }
+    let message = unit.decode().map_err(|e| Error::garbled(&peer, e.to_string()))?;
+    let Message::Hello(hello) = message else {
+        return Err(Error::garbled(peer, "a hello that is none"));
+    };
+    if !handshake::hello_holds(&hello, unit.payload(), &guest.knock, &guest.nonce, &node.keys) {
+        return Err(Error::peer(peer, PeerProblem::Secret));
+    }
+    Ok(hello)
+}
+
+/// Reads acknowledgements until the replica leaves, is silent for too long or sends something else.
+async fn acks(units: &mut Units, seat: &Seat) -> End {
+    let peer = seat.node().to_string();
+    loop {
+        let unit = match tokio::time::timeout(ACK_TIMEOUT, units.next()).await {
+            Ok(Ok(Some(unit))) => unit,
+            Ok(Ok(None)) => return End::Left,
+            Ok(Err(error)) => return garbled(&peer, error.to_string()),
+            Err(_) => return End::Said(format!("no acknowledgement for {ACK_TIMEOUT:?}")),
+        };
+        match unit.decode() {
+            Ok(Message::Ack(ack)) => seat.heard(ack),
+            Ok(Message::Goodbye(_)) => return End::Left,
+            Ok(_) => return garbled(&peer, format!("{:?} in place of an acknowledgement", unit.kind)),
+            Err(error) => return garbled(&peer, error.to_string()),
+        }
+    }
+}
+
+fn garbled(peer: &str, what: String) -> End {
+    tracing::warn!(node = peer, what, "a replica sent garbage");
+    End::Said(format!("bad bytes: {what}"))
+}
+
+impl From<Closed> for End {
+    fn from(_: Closed) -> End {
+        End::Left
+    }
+}
+
+/// The units of a request's body.
+struct Units {
+    upstream: Incoming,
+    decoder: Decoder,
+}
+
+impl Units {
+    /// The next unit; `None` when the body ended, or broke off, as connections do.
+    async fn next(&mut self) -> Result<Option<Unit>, WireError> {
+        loop {
+            if let Some(unit) = self.decoder.next()? {
+                return Ok(Some(unit));
+            }
+            match self.upstream.next().await {
+                Some(Ok(bytes)) => self.decoder.push(bytes),
+                Some(Err(_)) | None => return Ok(None),
+            }
+        }
+    }
+}
+
+/// Runs what blocks where it may.
+async fn blocking<T: Send + 'static>(run: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    match tokio::task::spawn_blocking(run).await {
+        Ok(result) => result,
+        Err(error) => Err(Error::Stopped(format!("a blocking task: {error}"))),
+    }
+}
+
+/// The error of a body that ended without a clean end.
+fn broken() -> io::Error {
+    io::Error::new(io::ErrorKind::ConnectionReset, "the stream was broken off")
+}

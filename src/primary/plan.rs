@@ -1,0 +1,210 @@
+//! What a replica needs, decided from what it says and what the log has.
+
+use crate::error::Result;
+use crate::log::Found;
+use crate::page::PageNo;
+use crate::txid::{EpochHistory, Place, Position};
+use crate::wire::{self, Hello};
+
+/// Highest epoch number that is believed; above it somebody lies, or a counter would soon overflow.
+const EPOCH_NUMBER_MAX: u64 = 1 << 62;
+
+/// What to do for a replica.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Decision {
+    /// Send the log's bytes from here on.
+    Log { lsn: u64 },
+    /// Send a snapshot. `diverged`: the replica has a state that is not in our history.
+    Snapshot { diverged: bool },
+    /// Go on with a snapshot at page `from`, then send the log's bytes from `lsn` on.
+    Resume { first: Position, from: PageNo, lsn: u64, diverged: bool },
+    /// The replica knows an epoch that ours does not exceed: open one above it and decide again.
+    Raise { above: u64 },
+    /// The replica's epochs are out of all bounds.
+    Absurd,
+}
+
+impl Decision {
+    /// What the welcome says of it.
+    pub(crate) fn announced(self) -> Option<wire::Plan> {
+        match self {
+            Decision::Log { .. } => Some(wire::Plan::Log),
+            Decision::Snapshot { diverged: false } => Some(wire::Plan::Snapshot),
+            Decision::Snapshot { diverged: true } => Some(wire::Plan::Diverged),
+            Decision::Resume { .. } => Some(wire::Plan::Resume),
+            Decision::Raise { .. } | Decision::Absurd => None,
+        }
+    }
+}
+
+/// Decides. `find` asks the log for the record after a transaction's number.
+///
+/// # Errors
+/// Those of `find`.
+pub(crate) fn plan(
+    history: &EpochHistory,
+    tip: Position,
+    mut find: impl FnMut(u64) -> Result<Found>,
+    hello: &Hello,
+) -> Result<Decision> {
+    let (ours, theirs) = (history.epoch(), hello.history.epoch());
+    if theirs.number() > EPOCH_NUMBER_MAX {
+        return Ok(Decision::Absurd);
+    }
+    // The same number on another branch: two primaries claimed it. A replica would not tell us from the other.
+    if theirs.number() > ours.number() || (theirs.number() == ours.number() && theirs != ours) {
+        return Ok(Decision::Raise { above: theirs.number() });
+    }
+    let standing = match hello.position {
+        None => Standing::Behind,
+        Some(position) => stands(history, tip, &mut find, position)?,
+    };
+    let diverged = match standing {
+        Standing::Continues { lsn } => return Ok(Decision::Log { lsn }),
+        Standing::Behind => false,
+        Standing::Off => true,
+    };
+    if let Some((first, from)) = hello.resume
+        && let Standing::Continues { lsn } = stands(history, tip, &mut find, first)?
+    {
+        return Ok(Decision::Resume { first, from, lsn, diverged });
+    }
+    Ok(Decision::Snapshot { diverged })
+}
+
+/// How a position stands to our history and log.
+enum Standing {
+    /// It is ours, and the log goes on from it.
+    Continues { lsn: u64 },
+    /// Nothing says that it is not ours, but the log does not reach back to it.
+    Behind,
+    /// It is not a state of our history.
+    Off,
+}
+
+fn stands(
+    history: &EpochHistory,
+    tip: Position,
+    find: &mut impl FnMut(u64) -> Result<Found>,
+    position: Position,
+) -> Result<Standing> {
+    let off = history.place(position.txid()) != Place::OnHistory
+        || position.number() > tip.number()
+        || (position.number() == tip.number() && position != tip);
+    if off {
+        return Ok(Standing::Off);
+    }
+    Ok(match find(position.number())? {
+        Found::At { lsn, before } if before == position => Standing::Continues { lsn },
+        Found::At { .. } => Standing::Off,
+        Found::Behind | Found::Beyond => Standing::Behind,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checksum::Checksum;
+    use crate::status::{Addresses, PeerInfo};
+    use crate::txid::{Epoch, EpochStart, Txid};
+    use uuid::Uuid;
+
+    const OLD: Epoch = Epoch::new(1, 10);
+    const NOW: Epoch = Epoch::new(3, 30);
+
+    fn history(epochs: &[(Epoch, u64)]) -> EpochHistory {
+        let mut history = EpochHistory::default();
+        for &(epoch, first) in epochs {
+            history.push(EpochStart { epoch, first, before: Checksum::EMPTY });
+        }
+        history
+    }
+
+    fn ours() -> EpochHistory {
+        history(&[(OLD, 1), (NOW, 50)])
+    }
+
+    /// The state after a transaction; its checksum is made from its number.
+    fn at(epoch: Epoch, number: u64) -> Position {
+        Position::new(Txid::new(epoch, number), Checksum::from_u128(u128::from(number) * 7))
+    }
+
+    fn other(position: Position) -> Position {
+        Position::new(position.txid(), Checksum::from_u128(1))
+    }
+
+    /// A log from 20 to the tip, 100; each record is ten bytes long.
+    fn find(number: u64) -> Result<Found> {
+        Ok(match number {
+            0..20 => Found::Behind,
+            20..=100 => {
+                Found::At { lsn: number * 10, before: at(if number < 50 { OLD } else { NOW }, number) }
+            }
+            _ => Found::Beyond,
+        })
+    }
+
+    fn decide(position: Option<Position>, resume: Option<(Position, PageNo)>, h: EpochHistory) -> Decision {
+        let peer = PeerInfo { node: Uuid::nil(), incarnation: Uuid::nil(), addresses: Addresses::default() };
+        let hello = Hello { proof: [0; 32], peer, position, history: h, resume };
+        plan(&ours(), at(NOW, 100), find, &hello).unwrap()
+    }
+
+    #[test]
+    fn the_log_continues_what_is_in_it_and_matches() {
+        let log = |lsn| Decision::Log { lsn };
+        assert_eq!(decide(Some(at(NOW, 100)), None, ours()), log(1000), "at the tip");
+        assert_eq!(decide(Some(at(NOW, 70)), None, ours()), log(700));
+        assert_eq!(decide(Some(at(OLD, 20)), None, ours()), log(200), "its oldest state");
+        assert_eq!(decide(Some(at(OLD, 49)), None, history(&[(OLD, 1)])), log(490), "misses an epoch");
+    }
+
+    #[test]
+    fn the_empty_and_the_late_get_a_snapshot() {
+        let snapshot = Decision::Snapshot { diverged: false };
+        assert_eq!(decide(None, None, EpochHistory::default()), snapshot);
+        assert_eq!(decide(Some(at(OLD, 19)), None, ours()), snapshot, "behind the log");
+        assert_eq!(decide(Some(at(OLD, 0)), None, ours()), snapshot, "before the first transaction");
+    }
+
+    #[test]
+    fn what_is_not_in_our_history_has_diverged() {
+        let diverged = Decision::Snapshot { diverged: true };
+        assert_eq!(decide(Some(other(at(NOW, 100))), None, ours()), diverged, "tip, other checksum");
+        assert_eq!(decide(Some(other(at(NOW, 70))), None, ours()), diverged, "within, other checksum");
+        assert_eq!(decide(Some(at(NOW, 101)), None, ours()), diverged, "ahead of us");
+        assert_eq!(decide(Some(at(OLD, 50)), None, ours()), diverged, "past the end of its epoch");
+        let branch = Epoch::new(2, 99);
+        assert_eq!(
+            decide(Some(at(branch, 60)), None, history(&[(OLD, 1), (branch, 50)])),
+            diverged,
+            "another branch"
+        );
+    }
+
+    #[test]
+    fn a_higher_or_doubly_claimed_epoch_is_exceeded_first() {
+        for number in [4, EPOCH_NUMBER_MAX] {
+            let theirs = history(&[(OLD, 1), (Epoch::new(number, 1), 60)]);
+            assert_eq!(decide(Some(at(OLD, 30)), None, theirs), Decision::Raise { above: number });
+        }
+        let twin = history(&[(OLD, 1), (Epoch::new(3, 31), 60)]);
+        assert_eq!(decide(None, None, twin), Decision::Raise { above: 3 });
+        let absurd = history(&[(Epoch::new(u64::MAX, 1), 60)]);
+        assert_eq!(decide(None, None, absurd), Decision::Absurd, "would overflow the counter");
+    }
+
+    #[test]
+    fn a_snapshot_is_resumed_while_the_log_has_its_first_position() {
+        let page = PageNo::new(500).unwrap();
+        let resume = |p| Some((p, page));
+        let resumed = |diverged| Decision::Resume { first: at(OLD, 30), from: page, lsn: 300, diverged };
+        assert_eq!(decide(None, resume(at(OLD, 30)), ours()), resumed(false));
+        assert_eq!(decide(Some(other(at(NOW, 70))), resume(at(OLD, 30)), ours()), resumed(true));
+        let anew = Decision::Snapshot { diverged: false };
+        assert_eq!(decide(None, resume(at(OLD, 19)), ours()), anew, "the log dropped it");
+        assert_eq!(decide(None, resume(other(at(OLD, 30))), ours()), anew, "of another history");
+        let log = decide(Some(at(NOW, 70)), resume(at(OLD, 30)), ours());
+        assert_eq!(log, Decision::Log { lsn: 700 }, "the log needs no snapshot");
+    }
+}

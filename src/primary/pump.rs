@@ -1,0 +1,377 @@
+//! Sends a follower what it lacks, and from then on the log as it grows.
+
+use std::io;
+use std::sync::Arc;
+use std::time::{Duration, SystemTime};
+
+use bytes::{Bytes, BytesMut};
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tokio_util::task::AbortOnDropHandle;
+
+use super::boundary::Boundary;
+use super::outlet::{Closed, Outlet};
+use super::plan::{Decision, plan};
+use super::{Hold, Supply, blocking};
+use crate::error::{Error, Result};
+use crate::log::Found;
+use crate::node::Node;
+use crate::page::PageNo;
+use crate::txid::{EpochHistory, Position};
+use crate::wire::{self, Heartbeat, Hello, Message, SnapBegin, SnapEnd, Welcome};
+
+/// Bytes of the log that are read at once.
+const READ_MAX_BYTES: usize = 1024 * 1024;
+/// Bytes of one snapshot piece. Small, because the checkpointer waits while one is read.
+const PIECE_BYTES: usize = 256 * 1024;
+/// Pieces that are read and hashed in one go on a blocking thread.
+const PIECES_AT_ONCE: usize = 4;
+/// Such goes that wait to be sent: reading, hashing and sending overlap.
+const GOES_AHEAD: usize = 2;
+/// How often the position is said. A replica takes ten seconds of silence for a dead primary.
+const BEAT: Duration = Duration::from_secs(1);
+/// Longest wait until the log has what the first snapshot piece was read at.
+const LOG_LAG_MAX: Duration = Duration::from_secs(10);
+/// How often a peer's epoch is exceeded before its hello is given up.
+const RAISES_MAX: usize = 3;
+
+const _: () = assert!(PIECE_BYTES + 1024 <= wire::PAYLOAD_MAX_BYTES);
+
+/// How a stream ended.
+#[derive(Debug)]
+pub(super) enum End {
+    /// The replica left, or its connection broke.
+    Left,
+    /// We end it, and say why.
+    Said(String),
+    /// Something failed.
+    Failed(Error),
+}
+
+impl From<Error> for End {
+    fn from(error: Error) -> End {
+        End::Failed(error)
+    }
+}
+
+/// One follower's stream.
+pub(super) struct Pump {
+    node: Arc<Node>,
+    supply: Arc<dyn Supply>,
+    outlet: Outlet,
+    boundary: Boundary,
+    /// The history that the replica was told last.
+    told: Arc<EpochHistory>,
+    last_beat: Instant,
+}
+
+impl Pump {
+    pub(super) fn new(node: Arc<Node>, supply: Arc<dyn Supply>, outlet: Outlet) -> Pump {
+        let boundary = Boundary::default();
+        Pump { node, supply, outlet, boundary, told: Arc::default(), last_beat: Instant::now() }
+    }
+
+    /// The way out, when a last unit may be put on it.
+    pub(super) fn outlet_between_units(self) -> Option<Outlet> {
+        self.boundary.is_clean().then_some(self.outlet)
+    }
+
+    /// Serves until something ends it.
+    pub(super) async fn run(&mut self, hello: &Hello) -> End {
+        match self.serve(hello).await {
+            Ok(never) => match never {},
+            Err(End::Failed(error)) => {
+                tracing::warn!(node = %hello.peer.node, %error, "can't serve a replica");
+                End::Said(error.to_string())
+            }
+            Err(end) => end,
+        }
+    }
+
+    async fn serve(&mut self, hello: &Hello) -> Result<std::convert::Infallible, End> {
+        let (decision, tip) = self.decide(hello).await?;
+        let Some(announced) = decision.announced() else {
+            return Err(End::Said("the replica's epochs can't be exceeded".into()));
+        };
+        self.told = self.node.applied.history();
+        let welcome = Welcome {
+            peer: self.node.me.clone(),
+            epoch: self.told.epoch(),
+            plan: announced,
+            position: tip,
+            page_size: self.supply.page_size(),
+        };
+        self.say(&[Message::Welcome(welcome), Message::Epochs((*self.told).clone())]).await?;
+        tracing::debug!(node = %hello.peer.node, ?decision, "a replica's plan");
+        match decision {
+            Decision::Log { lsn } => {
+                let pin = self.supply.pin(lsn);
+                self.log(lsn, pin).await
+            }
+            Decision::Resume { first, from, lsn, diverged } => {
+                let pin = self.supply.pin(lsn);
+                self.snapshot(Some(first), from, diverged).await?;
+                self.log(lsn, pin).await
+            }
+            Decision::Snapshot { diverged } => {
+                // Before the first piece is read, so that the records after it are still there at the end.
+                let pin = self.pin_tip().await?;
+                let first = self.snapshot(None, PageNo::FIRST, diverged).await?;
+                let lsn = self.after(first).await?;
+                self.log(lsn, pin).await
+            }
+            Decision::Raise { .. } | Decision::Absurd => Err(End::Left),
+        }
+    }
+
+    /// Decides, after our epoch was raised above the replica's where that is needed.
+    async fn decide(&self, hello: &Hello) -> Result<(Decision, Position), End> {
+        let hello = Arc::new(hello.clone());
+        for _ in 0..RAISES_MAX {
+            let (node, supply, hello) = (self.node.clone(), self.supply.clone(), hello.clone());
+            let decided = blocking(move || {
+                let history = node.applied.history();
+                let tip = node.applied.position().ok_or_else(|| Error::NoState("no position yet".into()))?;
+                let decision = plan(&history, tip, |number| supply.find(number), &hello)?;
+                if let Decision::Raise { above } = decision {
+                    tracing::warn!(above, node = %hello.peer.node, "a replica knows a newer epoch");
+                    supply.raise_epoch(above)?;
+                }
+                Ok((decision, tip))
+            });
+            match decided.await? {
+                (Decision::Raise { .. }, _) => {}
+                decided => return Ok(decided),
+            }
+        }
+        Err(End::Said("the replica's epochs can't be exceeded".into()))
+    }
+
+    /// The log from `lsn` on, for ever.
+    async fn log(&mut self, mut lsn: u64, pin: Box<dyn Hold>) -> Result<std::convert::Infallible, End> {
+        let log = self.supply.clone();
+        let mut end = log.watch();
+        loop {
+            // Seen before reading: an end that moves after the read wakes the wait below.
+            end.borrow_and_update();
+            let bytes = match read(&log, lsn).await? {
+                Read::Bytes(bytes) => bytes,
+                Read::Gone => {
+                    // A record that was taken back before any of it was sent is nothing to this replica.
+                    let on = log.step_over(lsn);
+                    if on == lsn || !self.boundary.is_clean() {
+                        return Err(End::Said(FELL_BEHIND.into()));
+                    }
+                    lsn = on;
+                    continue;
+                }
+            };
+            // After reading: what was read may belong to an epoch that was opened in between.
+            self.tell_epochs().await?;
+            if bytes.is_empty() {
+                if log.end() < lsn {
+                    return Err(End::Said("the log was taken back".into()));
+                }
+                tokio::select! {
+                    changed = end.changed() => changed.map_err(|_| Error::ShutDown)?,
+                    () = tokio::time::sleep_until(self.last_beat + BEAT) => self.beat().await?,
+                }
+                continue;
+            }
+            let n = self.boundary.cut(&bytes);
+            self.outlet.send(bytes.slice(..n)).await?;
+            lsn += n as u64;
+            pin.advance(lsn);
+            self.beat_if_due().await?;
+        }
+    }
+
+    /// All pages from `from` on, and the position of the first of them.
+    async fn snapshot(
+        &mut self,
+        resumed: Option<Position>,
+        from: PageNo,
+        diverged: bool,
+    ) -> Result<Position, End> {
+        let (mut goes, _reader) = read_ahead(self.supply.clone(), from);
+        let mut first = None;
+        loop {
+            let go = tokio::select! {
+                go = goes.recv() => go.ok_or_else(|| Error::Stopped("the snapshot's reader".into()))??,
+                () = tokio::time::sleep_until(self.last_beat + BEAT) => {
+                    self.beat().await?;
+                    continue;
+                }
+            };
+            self.tell_epochs().await?;
+            let first = match first {
+                Some(first) => first,
+                None => {
+                    let at = *first.insert(resumed.unwrap_or(go.position));
+                    let page_size = self.supply.page_size();
+                    self.say(&[Message::SnapBegin(SnapBegin { first: at, from, page_size, diverged })])
+                        .await?;
+                    at
+                }
+            };
+            if !go.bytes.is_empty() {
+                self.outlet.send(go.bytes).await?;
+            }
+            if let Some(exact_at) = go.exact_at {
+                self.say(&[Message::SnapEnd(SnapEnd { exact_at })]).await?;
+                return Ok(first);
+            }
+            self.beat_if_due().await?;
+        }
+    }
+
+    async fn pin_tip(&self) -> Result<Box<dyn Hold>, End> {
+        let log = self.supply.clone();
+        let pin = blocking(move || {
+            let tip = log.tip().ok_or_else(|| Error::NoState("the log has no position yet".into()))?;
+            match log.find(tip.number())? {
+                Found::At { lsn, .. } => Ok(log.pin(lsn)),
+                found => Err(Error::Stopped(format!("the log does not find its tip: {found:?}"))),
+            }
+        });
+        Ok(pin.await?)
+    }
+
+    /// Where the log goes on after a position that was just captured.
+    async fn after(&self, position: Position) -> Result<u64, End> {
+        let log = self.supply.clone();
+        let mut end = log.watch();
+        let deadline = Instant::now() + LOG_LAG_MAX;
+        loop {
+            end.borrow_and_update();
+            let (log, number) = (log.clone(), position.number());
+            match blocking(move || log.find(number)).await? {
+                Found::At { lsn, before } if before == position => return Ok(lsn),
+                Found::At { .. } | Found::Behind => return Err(End::Said(FELL_BEHIND.into())),
+                Found::Beyond => {}
+            }
+            match tokio::time::timeout_at(deadline, end.changed()).await {
+                Ok(changed) => changed.map_err(|_| Error::ShutDown)?,
+                Err(_) => return Err(End::Said("the log does not follow the database".into())),
+            }
+        }
+    }
+
+    async fn tell_epochs(&mut self) -> Result<(), End> {
+        let history = self.node.applied.history();
+        if Arc::ptr_eq(&history, &self.told) || !self.boundary.is_clean() {
+            return Ok(());
+        }
+        self.told = history;
+        self.say(&[Message::Epochs((*self.told).clone())]).await?;
+        Ok(())
+    }
+
+    async fn beat_if_due(&mut self) -> Result<(), Closed> {
+        if self.last_beat.elapsed() >= BEAT { self.beat().await } else { Ok(()) }
+    }
+
+    async fn beat(&mut self) -> Result<(), Closed> {
+        self.last_beat = Instant::now();
+        match self.node.applied.position() {
+            Some(position) if self.boundary.is_clean() => {
+                self.say(&[Message::Heartbeat(Heartbeat { position, unix_micros: unix_micros() })]).await
+            }
+            _ => Ok(()),
+        }
+    }
+
+    async fn say(&self, messages: &[Message<'_>]) -> Result<(), Closed> {
+        let mut bytes = BytesMut::new();
+        for message in messages {
+            wire::encode(message, &mut bytes);
+        }
+        self.outlet.send(bytes.freeze()).await
+    }
+}
+
+/// Said to a replica whose next records were dropped.
+pub(super) const FELL_BEHIND: &str = "fell behind the log";
+
+enum Read {
+    /// Empty at the end.
+    Bytes(Bytes),
+    /// Dropped, or taken back.
+    Gone,
+}
+
+/// The log's bytes at `lsn`.
+async fn read(log: &Arc<dyn Supply>, lsn: u64) -> Result<Read> {
+    if let Some(bytes) = log.read_memory(lsn, READ_MAX_BYTES) {
+        return Ok(Read::Bytes(bytes));
+    }
+    if log.end() <= lsn {
+        return Ok(Read::Bytes(Bytes::new()));
+    }
+    let log = log.clone();
+    match blocking(move || log.read_disk(lsn, READ_MAX_BYTES)).await {
+        Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(Read::Gone),
+        read => read.map(Read::Bytes),
+    }
+}
+
+/// Some pieces, encoded.
+struct Go {
+    bytes: Bytes,
+    /// The position of the first piece in it.
+    position: Position,
+    /// Said with the last piece: its position.
+    exact_at: Option<Position>,
+}
+
+/// Reads and hashes ahead of the sender; ends when the handle is dropped.
+fn read_ahead(supply: Arc<dyn Supply>, from: PageNo) -> (mpsc::Receiver<Result<Go>>, AbortOnDropHandle<()>) {
+    let (sender, receiver) = mpsc::channel(GOES_AHEAD);
+    let task = tokio::spawn(async move {
+        let mut from = from;
+        // A place first: what is read must not be held while the sender waits.
+        while let Ok(place) = sender.reserve().await {
+            let supply = supply.clone();
+            match blocking(move || read_go(&*supply, from)).await {
+                Ok((go, next)) => {
+                    let last = go.exact_at.is_some();
+                    place.send(Ok(go));
+                    if last {
+                        return;
+                    }
+                    from = next;
+                }
+                Err(error) => return place.send(Err(error)),
+            }
+        }
+    });
+    (receiver, AbortOnDropHandle::new(task))
+}
+
+fn read_go(supply: &dyn Supply, from: PageNo) -> Result<(Go, PageNo)> {
+    let page_bytes = supply.page_size().bytes();
+    let mut bytes = BytesMut::with_capacity(PIECES_AT_ONCE * (PIECE_BYTES + 1024));
+    let mut next = from;
+    let mut position = None;
+    for _ in 0..PIECES_AT_ONCE {
+        let piece = supply.read_piece(next, PIECE_BYTES)?;
+        let position = *position.get_or_insert(piece.position);
+        let read = (piece.data.len() / page_bytes) as u32;
+        if read > 0 {
+            let message = Message::SnapPiece { first: next, position: piece.position, pages: &piece.data };
+            wire::encode(&message, &mut bytes);
+        }
+        let after = PageNo::new(next.get().saturating_add(read)).unwrap_or(next);
+        if read == 0 || after.get() > piece.pages {
+            let exact_at = Some(piece.position);
+            return Ok((Go { bytes: bytes.freeze(), position, exact_at }, after));
+        }
+        next = after;
+    }
+    let position = position.ok_or_else(|| Error::Stopped("a snapshot without pieces".into()))?;
+    Ok((Go { bytes: bytes.freeze(), position, exact_at: None }, next))
+}
+
+fn unix_micros() -> u64 {
+    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_micros() as u64)
+}

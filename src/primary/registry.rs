@@ -1,0 +1,157 @@
+//! The replicas that are connected.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::Duration;
+
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
+
+use crate::status::{PeerInfo, ReplicaStatus, unix_millis};
+use crate::wire::Ack;
+
+/// A replica that acknowledged within this time is alive: another process with its id is a mistake. After it,
+/// the other process is taken for the same node, started again after its host had vanished.
+const ALIVE: Duration = Duration::from_secs(3);
+
+/// Another live process uses the node id.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Conflict;
+
+#[derive(Debug, Default, Clone)]
+pub(crate) struct Registry {
+    seats: Arc<Mutex<Seats>>,
+}
+
+#[derive(Debug, Default)]
+struct Seats {
+    by_node: HashMap<Uuid, Entry>,
+    serial: u64,
+}
+
+#[derive(Debug)]
+struct Entry {
+    serial: u64,
+    status: ReplicaStatus,
+    heard: Instant,
+    replaced: CancellationToken,
+}
+
+/// A replica's place; it is free again when this is dropped.
+#[derive(Debug)]
+pub(crate) struct Seat {
+    registry: Registry,
+    node: Uuid,
+    serial: u64,
+    replaced: CancellationToken,
+}
+
+impl Registry {
+    /// Whether another live process is connected under this node id.
+    pub(crate) fn conflict(&self, node: Uuid, incarnation: Uuid) -> Option<Conflict> {
+        conflict(&self.lock(), node, incarnation)
+    }
+
+    /// Takes a seat. Of two streams of one process the newest wins: the older one is a connection that broke
+    /// without our knowing. Of two processes with one id the one that is there and alive wins.
+    pub(crate) fn join(&self, peer: &PeerInfo) -> Result<Seat, Conflict> {
+        let mut seats = self.lock();
+        if let Some(conflict) = conflict(&seats, peer.node, peer.incarnation) {
+            return Err(conflict);
+        }
+        seats.serial += 1;
+        let serial = seats.serial;
+        let replaced = CancellationToken::new();
+        let status =
+            ReplicaStatus { peer: peer.clone(), applied: None, synced: None, since_ms: unix_millis() };
+        let entry = Entry { serial, status, heard: Instant::now(), replaced: replaced.clone() };
+        if let Some(older) = seats.by_node.insert(peer.node, entry) {
+            older.replaced.cancel();
+        }
+        drop(seats);
+        Ok(Seat { registry: self.clone(), node: peer.node, serial, replaced })
+    }
+
+    pub(crate) fn list(&self) -> Vec<ReplicaStatus> {
+        let mut list: Vec<_> = self.lock().by_node.values().map(|e| e.status.clone()).collect();
+        list.sort_by_key(|status| status.peer.node);
+        list
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Seats> {
+        self.seats.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+fn conflict(seats: &Seats, node: Uuid, incarnation: Uuid) -> Option<Conflict> {
+    let entry = seats.by_node.get(&node)?;
+    let other = entry.status.peer.incarnation != incarnation;
+    (other && entry.heard.elapsed() < ALIVE).then_some(Conflict)
+}
+
+impl Seat {
+    pub(crate) fn node(&self) -> Uuid {
+        self.node
+    }
+
+    /// Notes an acknowledgement.
+    pub(crate) fn heard(&self, ack: Ack) {
+        let mut seats = self.registry.lock();
+        if let Some(entry) = seats.by_node.get_mut(&self.node)
+            && entry.serial == self.serial
+        {
+            entry.status.applied = ack.applied;
+            entry.status.synced = ack.synced;
+            entry.heard = Instant::now();
+        }
+    }
+
+    /// Returns when a newer stream of the same node took the seat.
+    pub(crate) async fn replaced(&self) {
+        self.replaced.cancelled().await;
+    }
+}
+
+impl Drop for Seat {
+    fn drop(&mut self) {
+        let mut seats = self.registry.lock();
+        if seats.by_node.get(&self.node).is_some_and(|e| e.serial == self.serial) {
+            seats.by_node.remove(&self.node);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::status::Addresses;
+
+    fn peer(node: u128, incarnation: u128) -> PeerInfo {
+        PeerInfo {
+            node: Uuid::from_u128(node),
+            incarnation: Uuid::from_u128(incarnation),
+            addresses: Addresses::default(),
+        }
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn the_newest_stream_of_a_process_and_the_older_of_two_live_processes_win() {
+        let registry = Registry::default();
+        let first = registry.join(&peer(1, 1)).unwrap();
+        let second = registry.join(&peer(1, 1)).unwrap();
+        first.replaced().await;
+        drop(first);
+        assert_eq!(registry.list().len(), 1, "the older seat does not take the newer one away");
+        assert_eq!(registry.join(&peer(1, 2)).unwrap_err(), Conflict);
+        tokio::time::advance(ALIVE - Duration::from_millis(1)).await;
+        second.heard(Ack { applied: None, synced: None });
+        tokio::time::advance(ALIVE - Duration::from_millis(1)).await;
+        assert_eq!(registry.conflict(Uuid::from_u128(1), Uuid::from_u128(2)), Some(Conflict));
+        tokio::time::advance(Duration::from_millis(1)).await;
+        let third = registry.join(&peer(1, 2)).unwrap();
+        second.replaced().await;
+        drop((second, third));
+        assert!(registry.list().is_empty());
+    }
+}

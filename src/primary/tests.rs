@@ -1,0 +1,425 @@
+//! A stream's own rules, with the clock in our hands and no socket.
+
+use std::sync::atomic::Ordering;
+
+use bytes::Bytes;
+use http_body_util::channel::{Channel, Sender};
+
+use super::fake::{Fake, SECRET, at, history, node};
+use super::*;
+use crate::log::{Log, LogOptions};
+use crate::status::Role;
+use crate::txid::EpochHistory;
+use crate::wire::{Ack, Plan};
+
+/// A supply over a real log.
+struct OverLog(Arc<Log>);
+
+impl Supply for OverLog {
+    fn page_size(&self) -> PageSize {
+        PageSize::new(512).unwrap()
+    }
+    fn read_piece(&self, first: PageNo, _max_bytes: usize) -> Result<Piece> {
+        Ok(Piece { first, position: self.0.tip().unwrap(), pages: 0, data: Bytes::new() })
+    }
+    fn raise_epoch(&self, _above: u64) -> Result<()> {
+        Err(Error::ShutDown)
+    }
+    fn tip(&self) -> Option<Position> {
+        self.0.tip()
+    }
+    fn end(&self) -> u64 {
+        self.0.end()
+    }
+    fn find(&self, number: u64) -> Result<Found> {
+        self.0.find(number)
+    }
+    fn read_memory(&self, lsn: u64, max: usize) -> Option<Bytes> {
+        self.0.read_memory(lsn, max)
+    }
+    fn read_disk(&self, lsn: u64, max: usize) -> Result<Bytes> {
+        self.0.read_disk(lsn, max)
+    }
+    fn step_over(&self, lsn: u64) -> u64 {
+        self.0.step_over(lsn)
+    }
+    fn watch(&self) -> watch::Receiver<u64> {
+        self.0.watch()
+    }
+    fn pin(&self, lsn: u64) -> Box<dyn Hold> {
+        Box::new(self.0.pin(lsn))
+    }
+}
+
+/// A primary that serves one follower, and the follower's two ends.
+struct Stream {
+    node: Arc<Node>,
+    source: Arc<Source>,
+    up: Sender<Bytes, io::Error>,
+    down: Inlet,
+    decoder: Decoder,
+    task: tokio::task::JoinHandle<()>,
+}
+
+fn encoded(message: &Message<'_>) -> Bytes {
+    let mut bytes = BytesMut::new();
+    wire::encode(message, &mut bytes);
+    bytes.freeze()
+}
+
+impl Stream {
+    fn start(pages: u32) -> (Arc<Node>, Arc<Fake>, Arc<Source>) {
+        let node = node(1, &SECRET, Role::Primary);
+        let fake = Fake::new(node.clone(), pages);
+        let source = Source::new(node.clone());
+        source.set(Some(fake.clone()));
+        (node, fake, source)
+    }
+
+    /// Joins; the follower has id 2.
+    async fn join(
+        (node, supply, source): (Arc<Node>, Arc<impl Supply>, Arc<Source>),
+        position: Option<Position>,
+        history: EpochHistory,
+        resume: Option<(Position, PageNo)>,
+    ) -> Stream {
+        let follower = super::fake::node(2, &SECRET, Role::Replica);
+        let knock = Knock {
+            version: 1,
+            cluster: "test".into(),
+            database: "app".into(),
+            node: follower.me.node,
+            incarnation: follower.me.incarnation,
+            nonce: [3; 32],
+        };
+        let mut hello = Hello { proof: [0; 32], peer: follower.me.clone(), position, history, resume };
+        handshake::seal_hello(&mut hello, &knock, &[4; 32], &follower.keys);
+        let (mut up, body) = Channel::new(4);
+        let (outlet, down) = queue();
+        let place = source.place().unwrap();
+        let guest = Guest { knock, nonce: [4; 32], place, supply };
+        let task = tokio::spawn(serve(source.clone(), guest, Incoming::new(body), outlet));
+        up.send_data(encoded(&Message::Hello(hello))).await.unwrap();
+        Stream { node, source, up, down, decoder: Decoder::default(), task }
+    }
+
+    async fn next(&mut self) -> Option<Unit> {
+        loop {
+            if let Some(unit) = self.decoder.next().unwrap() {
+                return Some(unit);
+            }
+            let bytes = std::future::poll_fn(|cx| self.down.poll_next(cx)).await?;
+            self.decoder.push(bytes.ok()?);
+        }
+    }
+
+    async fn plan(&mut self) -> Plan {
+        let unit = self.next().await.unwrap();
+        let Message::Welcome(welcome) = unit.decode().unwrap() else { panic!("{unit:?}") };
+        let unit = self.next().await.unwrap();
+        let Message::Epochs(history) = unit.decode().unwrap() else { panic!("{unit:?}") };
+        assert_eq!(welcome.epoch, history.epoch());
+        welcome.plan
+    }
+
+    /// The next unit that is no heartbeat.
+    async fn kind(&mut self) -> Kind {
+        loop {
+            let kind = self.next().await.unwrap().kind;
+            if kind != Kind::Heartbeat {
+                return kind;
+            }
+        }
+    }
+
+    /// Everything up to the goodbye, which is the last.
+    async fn goodbye(&mut self) -> String {
+        while let Some(unit) = self.next().await {
+            if let Message::Goodbye(goodbye) = unit.decode().unwrap() {
+                assert!(self.next().await.is_none());
+                return goodbye.reason;
+            }
+        }
+        panic!("no goodbye");
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_log_follows_from_memory_and_disk_with_heartbeats_between() {
+    let primary = Stream::start(10);
+    let fake = primary.1.clone();
+    // More than one read holds, so that reads end within units.
+    let records = 3000;
+    for _ in 0..records {
+        fake.commit(2);
+    }
+    fake.on_disk.store(fake.end(), Ordering::SeqCst);
+    let mut stream = Stream::join(primary, Some(at(1, 0)), history(&[(1, 1)]), None).await;
+    assert_eq!(stream.plan().await, Plan::Log);
+    for _ in 0..records {
+        for kind in [Kind::TxnBegin, Kind::Page, Kind::Page, Kind::TxnEnd] {
+            assert_eq!(stream.kind().await, kind);
+        }
+    }
+    assert!(fake.disk_reads.load(Ordering::SeqCst) >= 2);
+    let before = fake.disk_reads.load(Ordering::SeqCst);
+    let unit = stream.next().await.unwrap();
+    let Message::Heartbeat(beat) = unit.decode().unwrap() else { panic!("{unit:?}") };
+    assert_eq!(beat.position, at(1, records));
+    fake.commit(1);
+    assert_eq!(stream.kind().await, Kind::TxnBegin);
+    assert_eq!(fake.disk_reads.load(Ordering::SeqCst), before, "new records come from memory");
+    assert_eq!(stream.kind().await, Kind::Page);
+    assert_eq!(stream.kind().await, Kind::TxnEnd);
+    fake.raise_epoch(1).unwrap();
+    fake.commit(0);
+    assert_eq!(stream.kind().await, Kind::Epochs, "before the first record of the epoch");
+    assert_eq!(stream.kind().await, Kind::TxnBegin);
+}
+
+#[tokio::test]
+async fn a_real_log_is_followed_from_disk_over_segments_and_over_what_was_taken_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let options = LogOptions {
+        segment_bytes: 20_000,
+        keep_bytes: 1 << 30,
+        keep_age: Duration::from_secs(3600),
+        pinned_bytes: 1 << 30,
+        tail_bytes: 10_000,
+    };
+    let log = Log::open(dir.path(), options).unwrap();
+    log.reset(at(1, 0)).unwrap();
+    let record = |number: u64| {
+        let epoch = crate::txid::Epoch::new(1, 1);
+        let page_size = PageSize::new(512).unwrap();
+        let begin = wire::TxnBegin { before: at(1, number - 1), epoch, page_size };
+        let end = wire::TxnEnd { after: at(1, number), pages: 1, changed: 0, unix_micros: 0 };
+        [encoded(&Message::TxnBegin(begin)), encoded(&Message::TxnEnd(end))]
+    };
+    for number in 1..=1000 {
+        log.append(record(number).concat().into(), Some(at(1, number))).unwrap();
+    }
+    let node = super::fake::node(1, &SECRET, Role::Primary);
+    node.applied.replace(history(&[(1, 1)]), Some(at(1, 1000)));
+    let source = Source::new(node.clone());
+    let primary = (node, Arc::new(OverLog(log.clone())), source);
+    let mut stream = Stream::join(primary, Some(at(1, 3)), history(&[(1, 1)]), None).await;
+    assert_eq!(stream.plan().await, Plan::Log);
+    let mut number = 3;
+    while number < 1001 {
+        let unit = stream.next().await.unwrap();
+        match unit.decode().unwrap() {
+            Message::TxnBegin(begin) => assert_eq!(begin.before, at(1, number)),
+            Message::TxnEnd(end) => number = end.after.number(),
+            Message::Heartbeat(_) => {}
+            other => panic!("{other:?}"),
+        }
+        if number == 1000 {
+            // The stream stands at the end, or comes to it, and the next record is begun twice. Whichever
+            // part of the first try it sent, it must not send the second one behind it.
+            number = 1001;
+            log.append(record(1001)[0].clone(), None).unwrap();
+            log.abort().unwrap();
+            log.append(record(1001).concat().into(), Some(at(1, 1001))).unwrap();
+        }
+    }
+    let mut begun = 0;
+    loop {
+        let Some(unit) = stream.next().await else { panic!("ended without a word") };
+        match unit.decode().unwrap() {
+            Message::TxnBegin(begin) => {
+                assert_eq!(begin.before, at(1, 1000));
+                begun += 1;
+            }
+            Message::TxnEnd(end) => {
+                assert_eq!((end.after, begun), (at(1, 1001), 1));
+                break;
+            }
+            Message::Goodbye(goodbye) => {
+                assert_eq!((&*goodbye.reason, begun), (pump::FELL_BEHIND, 1));
+                break;
+            }
+            _ => {}
+        }
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_snapshot_is_followed_by_the_records_after_its_first_piece() {
+    let primary = Stream::start(6000);
+    let fake = primary.1.clone();
+    fake.commit(1);
+    let mut stream = Stream::join(primary, None, EpochHistory::default(), None).await;
+    assert_eq!(stream.plan().await, Plan::Snapshot);
+    let unit = stream.next().await.unwrap();
+    let Message::SnapBegin(begin) = unit.decode().unwrap() else { panic!("{unit:?}") };
+    assert_eq!((begin.first, begin.from, begin.diverged), (at(1, 1), PageNo::FIRST, false));
+    fake.commit(3);
+    let mut pages = 0;
+    let exact_at = loop {
+        let unit = stream.next().await.unwrap();
+        match unit.decode().unwrap() {
+            Message::SnapPiece { first, pages: data, .. } => {
+                assert_eq!(first.get(), pages + 1);
+                pages += data.len() as u32 / 512;
+            }
+            Message::SnapEnd(end) => break end.exact_at,
+            Message::Heartbeat(_) => {}
+            other => panic!("{other:?}"),
+        }
+    };
+    assert_eq!(pages, 6000);
+    assert!(exact_at.number() >= 1);
+    let unit = stream.next().await.unwrap();
+    let Message::TxnBegin(begin) = unit.decode().unwrap() else { panic!("{unit:?}") };
+    assert_eq!(begin.before, at(1, 1), "the log goes on from the first piece");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_snapshot_is_resumed_and_an_empty_database_has_an_empty_one() {
+    let primary = Stream::start(2000);
+    primary.1.commit(1);
+    primary.1.commit(1);
+    let from = PageNo::new(1990).unwrap();
+    let mut stream = Stream::join(primary, None, history(&[(1, 1)]), Some((at(1, 1), from))).await;
+    assert_eq!(stream.plan().await, Plan::Resume);
+    let unit = stream.next().await.unwrap();
+    let Message::SnapBegin(begin) = unit.decode().unwrap() else { panic!("{unit:?}") };
+    assert_eq!((begin.first, begin.from), (at(1, 1), from));
+    for kind in [Kind::SnapPiece, Kind::SnapEnd, Kind::TxnBegin] {
+        assert_eq!(stream.kind().await, kind);
+    }
+    let mut stream = Stream::join(Stream::start(0), None, EpochHistory::default(), None).await;
+    assert_eq!(stream.plan().await, Plan::Snapshot);
+    assert_eq!(stream.kind().await, Kind::SnapBegin);
+    assert_eq!(stream.kind().await, Kind::SnapEnd);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replica_from_a_newer_epoch_raises_ours_before_its_plan() {
+    let primary = Stream::start(1);
+    primary.1.commit(1);
+    let mut stream = Stream::join(primary, Some(at(1, 1)), history(&[(1, 1), (7, 2)]), None).await;
+    assert_eq!(stream.plan().await, Plan::Log);
+    assert_eq!(stream.node.applied.history().epoch().number(), 8);
+    let mut absurd = EpochHistory::default();
+    let (epoch, before) = (crate::txid::Epoch::new(u64::MAX, 1), crate::checksum::Checksum::EMPTY);
+    absurd.push(crate::txid::EpochStart { epoch, first: 1, before });
+    let mut stream = Stream::join(Stream::start(1), None, absurd, None).await;
+    assert!(stream.goodbye().await.contains("can't be exceeded"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_slow_replica_costs_no_memory_and_is_told_when_its_records_are_gone() {
+    let primary = Stream::start(1);
+    let fake = primary.1.clone();
+    let mut stream = Stream::join(primary, Some(at(1, 0)), history(&[(1, 1)]), None).await;
+    assert_eq!(stream.plan().await, Plan::Log);
+    for _ in 0..300 {
+        fake.commit(60);
+    }
+    // Nobody reads: the stream's task stops at its bound, well before the log's end.
+    for _ in 0..1000 {
+        tokio::task::yield_now().await;
+    }
+    let at_most = 4 * 1024 * 1024;
+    assert!(fake.end() > at_most * 2);
+    fake.on_disk.store(fake.end(), Ordering::SeqCst);
+    fake.dropped.store(fake.end(), Ordering::SeqCst);
+    let reason = stream.goodbye().await;
+    assert_eq!(reason, "fell behind the log");
+    stream.task.await.unwrap();
+    assert!(stream.source.replicas().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn acknowledgements_are_shown_and_their_absence_ends_the_stream() {
+    let mut stream = Stream::join(Stream::start(1), Some(at(1, 0)), history(&[(1, 1)]), None).await;
+    assert_eq!(stream.plan().await, Plan::Log);
+    let mut events = stream.node.events.subscribe();
+    for _ in 0..3 {
+        tokio::time::sleep(ACK_TIMEOUT - Duration::from_secs(1)).await;
+        let ack = Ack { applied: Some(at(1, 9)), synced: Some(at(1, 8)) };
+        stream.up.send_data(encoded(&Message::Ack(ack))).await.unwrap();
+    }
+    while stream.source.replicas()[0].applied.is_none() {
+        tokio::task::yield_now().await;
+    }
+    assert_eq!(stream.source.replicas()[0].synced, Some(at(1, 8)));
+    assert_eq!(stream.goodbye().await, format!("no acknowledgement for {ACK_TIMEOUT:?}"));
+    assert!(matches!(events.recv().await.unwrap(), Event::ReplicaLeft(peer) if peer.node.as_u128() == 2));
+}
+
+#[tokio::test(start_paused = true)]
+async fn garbage_from_a_replica_ends_its_stream_with_a_reason() {
+    let ack = encoded(&Message::Ack(Ack { applied: Some(at(1, 1)), synced: None }));
+    let mut flipped = ack.to_vec();
+    flipped[30] ^= 1;
+    let mut huge = ack.to_vec();
+    huge[..4].copy_from_slice(&u32::MAX.to_le_bytes());
+    let beat = wire::Heartbeat { position: at(1, 1), unix_micros: 0 };
+    let wrong = encoded(&Message::Heartbeat(beat)).to_vec();
+    for (bytes, word) in [(flipped, "hash"), (huge, "limit"), (wrong, "Heartbeat")] {
+        let mut stream = Stream::join(Stream::start(1), Some(at(1, 0)), history(&[(1, 1)]), None).await;
+        assert_eq!(stream.plan().await, Plan::Log);
+        stream.up.send_data(bytes.into()).await.unwrap();
+        let reason = stream.goodbye().await;
+        assert!(reason.contains("bad bytes") && reason.contains(word), "{reason}");
+    }
+    let mut stream = Stream::join(Stream::start(1), Some(at(1, 0)), history(&[(1, 1)]), None).await;
+    assert_eq!(stream.plan().await, Plan::Log);
+    stream.up.send_data(ack.slice(..ack.len() - 1)).await.unwrap();
+    drop(stream.up);
+    stream.task.await.unwrap();
+    assert!(stream.source.replicas().is_empty(), "half a unit and an end");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_peer_without_a_good_hello_gets_not_one_byte() {
+    let other = super::fake::node(2, &[9; 16], Role::Replica);
+    for garbage in [None, Some(Bytes::from_static(&[0xff; 64])), Some(Bytes::new())] {
+        let (_, fake, source) = Stream::start(1);
+        let knock = Knock {
+            version: 1,
+            cluster: "test".into(),
+            database: "app".into(),
+            node: other.me.node,
+            incarnation: other.me.incarnation,
+            nonce: [3; 32],
+        };
+        let (peer, history) = (other.me.clone(), EpochHistory::default());
+        let mut hello = Hello { proof: [0; 32], peer, position: None, history, resume: None };
+        // The nonce of an exchange that was recorded, and another secret.
+        handshake::seal_hello(&mut hello, &knock, &[5; 32], &source.node.keys);
+        let sealed = encoded(&Message::Hello(hello));
+        let (mut up, body) = Channel::<_, io::Error>::new(4);
+        let (outlet, mut down) = queue();
+        let place = source.place().unwrap();
+        let guest = Guest { knock, nonce: [4; 32], place, supply: fake };
+        let task = tokio::spawn(serve(source.clone(), guest, Incoming::new(body), outlet));
+        up.send_data(garbage.unwrap_or(sealed)).await.unwrap();
+        // With nothing sent, the wait for a hello ends by itself; `up` stays open.
+        task.await.unwrap();
+        let said = std::future::poll_fn(|cx| down.poll_next(cx)).await;
+        assert!(matches!(said, Some(Err(_))), "{said:?}");
+        assert_eq!(source.handshakes.available_permits(), HANDSHAKES_MAX);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_node_s_stop_ends_streams_with_a_word() {
+    let mut stream = Stream::join(Stream::start(1), Some(at(1, 0)), history(&[(1, 1)]), None).await;
+    assert_eq!(stream.plan().await, Plan::Log);
+    stream.node.stop.cancel();
+    assert_eq!(stream.goodbye().await, "shutting down");
+    stream.task.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn places_for_handshakes_are_bounded() {
+    let (_, _, source) = Stream::start(1);
+    let places: Vec<_> = (0..HANDSHAKES_MAX).map(|_| source.place().unwrap()).collect();
+    assert!(source.place().is_none());
+    drop(places);
+    assert!(source.place().is_some());
+}

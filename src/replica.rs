@@ -1,0 +1,134 @@
+//! Follows a primary: connect, verify, hand over what comes, acknowledge, back off.
+
+mod backoff;
+mod lag;
+mod session;
+#[cfg(test)]
+mod tests;
+
+use std::future::Future;
+use std::sync::Arc;
+
+use tokio::sync::watch;
+use tokio_util::task::TaskTracker;
+
+use crate::engine::{Follower, Standing};
+use crate::error::{Error, Result};
+use crate::net::Endpoint;
+use crate::node::Node;
+use crate::status::{Event, Role, RoleState};
+use crate::txid::{Epoch, Position};
+use crate::wire::Unit;
+
+use backoff::Backoff;
+use lag::Lagging;
+use session::Session;
+
+/// What takes over the primary's history on this node.
+pub(crate) trait Feed: Send + Sync + 'static {
+    /// See [`Follower::standing`].
+    fn standing(&self) -> impl Future<Output = Result<Standing>> + Send;
+    /// See [`Follower::feed`].
+    fn feed(&self, units: Vec<Unit>) -> impl Future<Output = Result<()>> + Send;
+    /// See [`Follower::synced`].
+    fn synced(&self) -> watch::Receiver<Option<Position>>;
+}
+
+impl Feed for Follower {
+    async fn standing(&self) -> Result<Standing> {
+        Follower::standing(self).await
+    }
+
+    async fn feed(&self, units: Vec<Unit>) -> Result<()> {
+        Follower::feed(self, units).await
+    }
+
+    fn synced(&self) -> watch::Receiver<Option<Position>> {
+        Follower::synced(self)
+    }
+}
+
+/// Starts to follow the primary at `primary`, until the node stops. All tasks are the tracker's.
+pub(crate) fn spawn<F: Feed>(node: Arc<Node>, feed: Arc<F>, primary: Endpoint, tracker: &TaskTracker) {
+    let task = follow(node, feed, primary, tracker.clone());
+    tracker.spawn(task);
+}
+
+async fn follow<F: Feed>(node: Arc<Node>, feed: Arc<F>, primary: Endpoint, tracker: TaskTracker) {
+    let lagging = Lagging::new();
+    let streams = async {
+        let mut backoff = Backoff::default();
+        let mut reporter = Reporter::new(node.clone(), primary.clone());
+        without_primary(&node, node.applied.history().epoch());
+        loop {
+            let mut session = Session::new(&node, &*feed, &primary, &tracker, &lagging);
+            let error = session.run(&mut reporter).await;
+            if session.was_fruitful() {
+                backoff.reset();
+            }
+            let epoch = session.epoch().unwrap_or_else(|| node.roles.borrow().epoch);
+            // The connection is closed before anybody is told that the primary is away.
+            drop(session);
+            lagging.disconnected();
+            lagging.publish(&node);
+            without_primary(&node, epoch);
+            reporter.ended(&error);
+            tokio::time::sleep(backoff.next()).await;
+        }
+    };
+    tokio::select! {
+        () = streams => {}
+        () = lagging.keep_published(&node) => {}
+        () = node.stop.cancelled() => {}
+    }
+}
+
+fn without_primary(node: &Node, epoch: Epoch) {
+    let epoch = epoch.max(node.roles.borrow().epoch);
+    node.set_role(RoleState { role: Role::Replica, epoch, primary: None });
+}
+
+/// Says each problem once, however often it is met in a row.
+struct Reporter {
+    node: Arc<Node>,
+    primary: Endpoint,
+    said: Option<String>,
+    connected: bool,
+}
+
+impl Reporter {
+    fn new(node: Arc<Node>, primary: Endpoint) -> Reporter {
+        Reporter { node, primary, said: None, connected: false }
+    }
+
+    fn connected(&mut self, peer: &crate::status::PeerInfo, plan: crate::wire::Plan) {
+        self.connected = true;
+        tracing::info!(primary = %self.primary, node = %peer.node, ?plan, "following the primary");
+        self.node.tell(Event::Connected(peer.clone()));
+    }
+
+    /// The stream does its work: what was wrong is over.
+    fn healthy(&mut self) {
+        if self.said.take().is_some() {
+            self.node.set_problem(None);
+        }
+    }
+
+    fn ended(&mut self, error: &Error) {
+        let problem = error.to_string();
+        if std::mem::take(&mut self.connected) {
+            self.node.tell(Event::Disconnected(problem.clone()));
+        }
+        if self.said.as_ref() == Some(&problem) {
+            tracing::debug!(primary = %self.primary, problem, "still");
+            return;
+        }
+        if matches!(error, Error::ShutDown) {
+            tracing::debug!(primary = %self.primary, "the follower is shut down");
+        } else {
+            tracing::warn!(primary = %self.primary, problem, "can't follow the primary; trying again");
+        }
+        self.node.set_problem(Some(problem.clone()));
+        self.said = Some(problem);
+    }
+}

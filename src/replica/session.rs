@@ -1,0 +1,407 @@
+//! One stream from the primary, from the knock to its end.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http::StatusCode;
+use http_body_util::channel::Sender;
+use tokio::time::Instant;
+use tokio_util::task::TaskTracker;
+
+use super::lag::Lagging;
+use super::{Feed, Reporter};
+use crate::engine::Standing;
+use crate::error::{Error, PeerProblem, Result};
+use crate::handshake::{self, Answer, Knock, Refusal};
+use crate::net::{self, Endpoint, Incoming, Opened};
+use crate::node::Node;
+use crate::status::{PeerInfo, Role, RoleState};
+use crate::txid::{Epoch, EpochHistory};
+use crate::wire::{self, Ack, Decoder, Hello, Kind, Message, Unit, Welcome};
+
+/// A primary that said nothing for this long is gone; it says its position each second.
+const SILENCE_MAX: Duration = Duration::from_secs(10);
+/// Acknowledgements of what is applied come at most this often; those of what is synced at once.
+const ACK_PAUSE: Duration = Duration::from_millis(100);
+/// An acknowledgement comes at least this often, also as a sign of life.
+const ACK_EVERY: Duration = Duration::from_secs(1);
+/// Bytes that are handed over at once.
+const BATCH_MAX_BYTES: usize = 1024 * 1024;
+/// Bytes of a foreign answer that are shown.
+const BEGINS_MAX_BYTES: usize = 200;
+/// Longest wait for them.
+const BEGINS_TIMEOUT: Duration = Duration::from_secs(1);
+
+/// One try to follow.
+pub(super) struct Session<'a, F> {
+    node: &'a Arc<Node>,
+    feed: &'a F,
+    primary: &'a Endpoint,
+    tracker: &'a TaskTracker,
+    lagging: &'a Lagging,
+    /// The newest epoch that this node knows.
+    epoch: Option<Epoch>,
+    peer: Option<PeerInfo>,
+    /// Whether the stream delivered something.
+    delivered: AtomicBool,
+    /// Whether it ended because what it delivered could not be taken over.
+    choked: AtomicBool,
+}
+
+impl<'a, F: Feed> Session<'a, F> {
+    pub(super) fn new(
+        node: &'a Arc<Node>,
+        feed: &'a F,
+        primary: &'a Endpoint,
+        tracker: &'a TaskTracker,
+        lagging: &'a Lagging,
+    ) -> Session<'a, F> {
+        Session {
+            node,
+            feed,
+            primary,
+            tracker,
+            lagging,
+            epoch: None,
+            peer: None,
+            delivered: AtomicBool::new(false),
+            choked: AtomicBool::new(false),
+        }
+    }
+
+    /// Follows until something ends it, and says what.
+    pub(super) async fn run(&mut self, reporter: &mut Reporter) -> Error {
+        let result = async {
+            let knock = Knock {
+                version: handshake::VERSION,
+                cluster: self.node.cluster.clone(),
+                database: self.node.database.clone(),
+                node: self.node.me.node,
+                incarnation: self.node.me.incarnation,
+                nonce: handshake::nonce()?,
+            };
+            let headers = knock.headers(&self.node.keys)?;
+            let opened = net::open(self.primary, handshake::STREAM_PATH, headers, self.tracker).await;
+            self.stream(opened.map_err(|p| self.blame(p))?, knock, reporter).await
+        };
+        match result.await {
+            Ok(never) => match never {},
+            Err(error) => error,
+        }
+    }
+
+    /// Whether the stream was good for something: then the next try need not wait.
+    pub(super) fn was_fruitful(&self) -> bool {
+        self.delivered.load(Ordering::Relaxed) && !self.choked.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn epoch(&self) -> Option<Epoch> {
+        self.epoch
+    }
+
+    /// Everything after the head of the response has come.
+    pub(super) async fn stream(
+        &mut self,
+        opened: Opened,
+        knock: Knock,
+        reporter: &mut Reporter,
+    ) -> Result<Infallible> {
+        let Opened { status, headers, mut body, mut request, guard: _guard } = opened;
+        let answer = match self.read_head(status, &headers, &knock) {
+            Ok(answer) => answer,
+            Err(Some(problem)) => return Err(self.blame(problem)),
+            Err(None) => return Err(self.blame(foreign(status, &headers, &mut body).await)),
+        };
+        let standing = self.feed.standing().await?;
+        self.epoch = Some(standing.history.epoch());
+        self.hello(&standing, &knock, &answer, &mut request).await?;
+        let mut units = Units { body, decoder: Decoder::default(), primary: self.primary };
+        let welcome = self.welcome(&mut units, &answer, standing.history.epoch()).await?;
+        self.lagging.connected(welcome.position);
+        self.follows(welcome.epoch, welcome.peer.clone());
+        reporter.connected(&welcome.peer, welcome.plan);
+        let acks = acknowledge(self.node, self.feed, request);
+        tokio::select! {
+            ended = self.receive(&mut units, reporter) => ended,
+            () = acks => Err(self.blame(PeerProblem::Connection("it takes no acknowledgements".into()))),
+        }
+    }
+
+    /// The answer; `None` when this is no word of ours.
+    fn read_head(
+        &self,
+        status: StatusCode,
+        headers: &http::HeaderMap,
+        knock: &Knock,
+    ) -> Result<Answer, Option<PeerProblem>> {
+        if status == StatusCode::OK {
+            return Answer::read(headers, knock, &self.node.keys).ok_or(None)?.map_err(Some);
+        }
+        Err(Refusal::read(headers, &self.node.database))
+    }
+
+    async fn hello(
+        &self,
+        standing: &Standing,
+        knock: &Knock,
+        answer: &Answer,
+        request: &mut Sender<Bytes, Infallible>,
+    ) -> Result<()> {
+        let mut hello = Hello {
+            proof: [0; 32],
+            peer: self.node.me.clone(),
+            position: standing.position,
+            history: (*standing.history).clone(),
+            resume: standing.resume,
+        };
+        handshake::seal_hello(&mut hello, knock, &answer.nonce, &self.node.keys);
+        let sent = request.send_data(encoded(&Message::Hello(hello))).await;
+        sent.map_err(|_| self.blame(PeerProblem::Connection("it hung up before the hello".into())))
+    }
+
+    async fn welcome(&self, units: &mut Units<'_>, answer: &Answer, ours: Epoch) -> Result<Welcome> {
+        let unit = units.next().await?;
+        let welcome = match unit.decode().map_err(|e| self.garbled(e.to_string()))? {
+            Message::Welcome(welcome) => welcome,
+            Message::Goodbye(goodbye) => return Err(self.goodbye(goodbye.reason)),
+            _ => return Err(self.garbled(format!("{:?} in place of a welcome", unit.kind))),
+        };
+        if welcome.peer.node != answer.node || welcome.peer.incarnation != answer.incarnation {
+            return Err(self.garbled("a welcome from another node than the answer".into()));
+        }
+        self.check_epoch(welcome.epoch, ours)?;
+        Ok(welcome)
+    }
+
+    /// Nothing of a superseded primary is ever applied. Nor of a second one with the same epoch number: ours
+    /// would have exceeded it after our hello.
+    fn check_epoch(&self, theirs: Epoch, ours: Epoch) -> Result<()> {
+        if theirs.number() < ours.number() || (theirs.number() == ours.number() && theirs != ours) {
+            let problem = PeerProblem::OldEpoch { theirs: theirs.to_string(), ours: ours.to_string() };
+            return Err(self.blame(problem));
+        }
+        Ok(())
+    }
+
+    fn follows(&mut self, epoch: Epoch, peer: PeerInfo) {
+        self.epoch = Some(epoch);
+        self.peer = Some(peer.clone());
+        self.node.set_role(RoleState { role: Role::Replica, epoch, primary: Some(peer) });
+    }
+
+    async fn receive(&mut self, units: &mut Units<'_>, reporter: &mut Reporter) -> Result<Infallible> {
+        loop {
+            // All that has arrived goes over at once: applying many transactions together costs less.
+            let first = units.next().await?;
+            let mut batch = Vec::new();
+            let mut end = self.sort(first, &mut batch);
+            let mut bytes = 0;
+            while end.is_ok() && bytes < BATCH_MAX_BYTES {
+                match units.now().await {
+                    Ok(Some(unit)) => {
+                        bytes += unit.raw.len();
+                        end = self.sort(unit, &mut batch);
+                    }
+                    Ok(None) => break,
+                    Err(error) => end = Err(error),
+                }
+            }
+            self.hand_over(batch).await?;
+            // What came before the bad unit was good and is taken over first.
+            end?;
+            if self.delivered.load(Ordering::Relaxed) {
+                reporter.healthy();
+            }
+        }
+    }
+
+    /// Deals with what concerns the stream; data goes into the batch.
+    fn sort(&mut self, unit: Unit, batch: &mut Vec<Unit>) -> Result<()> {
+        match unit.kind {
+            Kind::TxnBegin | Kind::Page | Kind::TxnEnd => {}
+            Kind::SnapBegin | Kind::SnapPiece | Kind::SnapEnd => {}
+            Kind::Epochs => self.epochs(&unit)?,
+            Kind::Heartbeat => {
+                let Message::Heartbeat(beat) = self.decode(&unit)? else {
+                    return Err(self.garbled("a heartbeat that is none".into()));
+                };
+                self.lagging.heard(beat.position);
+                self.delivered.store(true, Ordering::Relaxed);
+                return Ok(());
+            }
+            Kind::Goodbye => {
+                let Message::Goodbye(goodbye) = self.decode(&unit)? else {
+                    return Err(self.garbled("a goodbye that is none".into()));
+                };
+                return Err(self.goodbye(goodbye.reason));
+            }
+            Kind::Hello | Kind::Welcome | Kind::Ack | Kind::Segment => {
+                return Err(self.garbled(format!("an unexpected {:?}", unit.kind)));
+            }
+        }
+        batch.push(unit);
+        Ok(())
+    }
+
+    fn epochs(&mut self, unit: &Unit) -> Result<()> {
+        let Message::Epochs(history) = self.decode(unit)? else {
+            return Err(self.garbled("epochs that are none".into()));
+        };
+        let history: EpochHistory = history;
+        let (theirs, ours) = (history.epoch(), self.epoch.unwrap_or_else(|| history.epoch()));
+        self.check_epoch(theirs, ours)?;
+        if let Some(peer) = self.peer.clone() {
+            self.follows(theirs, peer);
+        }
+        Ok(())
+    }
+
+    async fn hand_over(&self, batch: Vec<Unit>) -> Result<()> {
+        let Some(last) = batch.iter().rposition(|u| u.kind == Kind::TxnEnd) else {
+            return self.take(batch).await;
+        };
+        // Its hash is looked at here, too: a bad one is the follower's to refuse.
+        if let Ok(Message::TxnEnd(end)) = batch[last].decode() {
+            self.lagging.heard(end.after);
+        }
+        self.take(batch).await
+    }
+
+    async fn take(&self, batch: Vec<Unit>) -> Result<()> {
+        if batch.is_empty() {
+            return Ok(());
+        }
+        let data = batch.iter().any(|u| u.kind != Kind::Epochs);
+        let fed = self.feed.feed(batch).await;
+        match &fed {
+            Ok(()) if data => self.delivered.store(true, Ordering::Relaxed),
+            Ok(()) => {}
+            // Else a primary whose bytes we can't take would be asked for them again and again at once.
+            Err(_) => self.choked.store(true, Ordering::Relaxed),
+        }
+        fed
+    }
+
+    fn decode<'u>(&self, unit: &'u Unit) -> Result<Message<'u>> {
+        unit.decode().map_err(|e| self.garbled(e.to_string()))
+    }
+
+    fn blame(&self, problem: PeerProblem) -> Error {
+        Error::peer(self.primary.to_string(), problem)
+    }
+
+    fn garbled(&self, what: String) -> Error {
+        self.blame(PeerProblem::Garbled(what))
+    }
+
+    fn goodbye(&self, reason: String) -> Error {
+        self.blame(PeerProblem::Goodbye(reason))
+    }
+}
+
+/// Says what was applied and synced; returns when the connection takes nothing any more.
+async fn acknowledge<F: Feed>(node: &Node, feed: &F, mut request: Sender<Bytes, Infallible>) {
+    let mut synced = feed.synced();
+    let mut said: Option<(Ack, Instant)> = None;
+    let mut synced_moves = true;
+    loop {
+        let ack = Ack { applied: node.applied.position(), synced: *synced.borrow_and_update() };
+        let due = said.is_none_or(|(last, at)| last != ack || at.elapsed() >= ACK_EVERY);
+        if due {
+            if request.send_data(encoded(&Message::Ack(ack))).await.is_err() {
+                return;
+            }
+            said = Some((ack, Instant::now()));
+        }
+        tokio::select! {
+            moved = synced.changed(), if synced_moves => synced_moves = moved.is_ok(),
+            () = tokio::time::sleep(ACK_PAUSE) => {}
+        }
+    }
+}
+
+fn encoded(message: &Message<'_>) -> Bytes {
+    let mut bytes = BytesMut::new();
+    wire::encode(message, &mut bytes);
+    bytes.freeze()
+}
+
+/// What an answer that is not ours is taken for.
+async fn foreign(status: StatusCode, headers: &http::HeaderMap, body: &mut Incoming) -> PeerProblem {
+    let mut begins = Vec::new();
+    let read = async {
+        while begins.len() < BEGINS_MAX_BYTES {
+            let Some(Ok(bytes)) = body.next().await else { break };
+            begins.extend(bytes.iter().take(BEGINS_MAX_BYTES - begins.len()));
+        }
+    };
+    // What has come by then is shown.
+    let _ = tokio::time::timeout(BEGINS_TIMEOUT, read).await;
+    let content_type = headers.get(http::header::CONTENT_TYPE);
+    if status == StatusCode::NOT_FOUND && content_type.is_none() && begins.is_empty() {
+        // This is how we answer strangers.
+        return PeerProblem::Secret;
+    }
+    let shown = |bytes: &[u8]| String::from_utf8_lossy(bytes).chars().take(BEGINS_MAX_BYTES).collect();
+    PeerProblem::NotReplite {
+        status: status.as_u16(),
+        content_type: content_type.map_or(String::new(), |t| shown(t.as_bytes())),
+        begins: shown(&begins),
+    }
+}
+
+/// The units of a response's body.
+struct Units<'a> {
+    body: Incoming,
+    decoder: Decoder,
+    primary: &'a Endpoint,
+}
+
+impl Units<'_> {
+    /// The next unit; an error at the end, after silence and for garbage.
+    async fn next(&mut self) -> Result<Unit> {
+        loop {
+            if let Some(unit) = self.cut()? {
+                return Ok(unit);
+            }
+            match tokio::time::timeout(SILENCE_MAX, self.body.next()).await {
+                Ok(bytes) => self.push(bytes)?,
+                Err(_) => return Err(self.blame(PeerProblem::Silent(SILENCE_MAX))),
+            }
+        }
+    }
+
+    /// The next unit if it has arrived already.
+    async fn now(&mut self) -> Result<Option<Unit>> {
+        loop {
+            if let Some(unit) = self.cut()? {
+                return Ok(Some(unit));
+            }
+            tokio::select! {
+                biased;
+                bytes = self.body.next() => self.push(bytes)?,
+                () = std::future::ready(()) => return Ok(None),
+            }
+        }
+    }
+
+    fn cut(&mut self) -> Result<Option<Unit>> {
+        self.decoder.next().map_err(|e| self.blame(PeerProblem::Garbled(e.to_string())))
+    }
+
+    fn push(&mut self, bytes: Option<std::io::Result<Bytes>>) -> Result<()> {
+        match bytes {
+            Some(Ok(bytes)) => self.decoder.push(bytes),
+            Some(Err(_)) => return Err(self.blame(PeerProblem::Connection("the stream broke off".into()))),
+            None => return Err(self.blame(PeerProblem::Connection("the stream ended".into()))),
+        }
+        Ok(())
+    }
+
+    fn blame(&self, problem: PeerProblem) -> Error {
+        Error::peer(self.primary.to_string(), problem)
+    }
+}

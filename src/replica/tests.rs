@@ -1,0 +1,569 @@
+//! A replica against peers of every kind, most of them wrong.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::sync::Mutex;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, Request, Response};
+use http_body_util::channel::{Channel, Sender};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full};
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpListener;
+use tokio_util::sync::CancellationToken;
+
+use super::*;
+use crate::error::PeerProblem;
+use crate::handshake::{self, Answer, Knock, Refusal};
+use crate::net::{self, Listener};
+use crate::primary::Source;
+use crate::primary::fake::{Fake, SECRET, at, history, keys, node};
+use crate::server::{Door, ReplicationService};
+use crate::txid::EpochHistory;
+use crate::wire::{self, Goodbye, Heartbeat, Kind, Message, Plan, TxnBegin, TxnEnd, Welcome};
+
+/// Takes over positions and nothing else.
+struct FakeFeed {
+    node: Arc<Node>,
+    standing: Mutex<Standing>,
+    kinds: Mutex<Vec<Kind>>,
+    /// Errors to give, one a call.
+    fail: Mutex<VecDeque<Error>>,
+    synced: watch::Sender<Option<Position>>,
+}
+
+impl FakeFeed {
+    fn new(node: &Arc<Node>, epochs: EpochHistory, position: Option<Position>) -> Arc<FakeFeed> {
+        node.applied.replace(epochs.clone(), position);
+        let standing = Standing { position, history: Arc::new(epochs), resume: None, page_size: None };
+        Arc::new(FakeFeed {
+            node: node.clone(),
+            standing: Mutex::new(standing),
+            kinds: Mutex::default(),
+            fail: Mutex::default(),
+            synced: watch::Sender::new(position),
+        })
+    }
+
+    fn fed(&self) -> Vec<Kind> {
+        self.kinds.lock().unwrap().clone()
+    }
+}
+
+impl Feed for FakeFeed {
+    async fn standing(&self) -> Result<Standing> {
+        Ok(self.standing.lock().unwrap().clone())
+    }
+
+    async fn feed(&self, units: Vec<Unit>) -> Result<()> {
+        if let Some(error) = self.fail.lock().unwrap().pop_front() {
+            return Err(error);
+        }
+        for unit in units {
+            self.kinds.lock().unwrap().push(unit.kind);
+            let mut standing = self.standing.lock().unwrap();
+            match unit.decode().map_err(|e| Error::garbled("primary", e.to_string()))? {
+                Message::Epochs(epochs) => {
+                    standing.history = Arc::new(epochs.clone());
+                    self.node.applied.replace(epochs, standing.position);
+                }
+                Message::TxnEnd(wire::TxnEnd { after: at, .. })
+                | Message::SnapEnd(wire::SnapEnd { exact_at: at }) => {
+                    standing.position = Some(at);
+                    self.node.applied.advance(at);
+                    self.synced.send_replace(Some(at));
+                }
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn synced(&self) -> watch::Receiver<Option<Position>> {
+        self.synced.subscribe()
+    }
+}
+
+/// One try of a replica with this history against a peer on loopback.
+struct Try {
+    node: Arc<Node>,
+    feed: Arc<FakeFeed>,
+    tracker: TaskTracker,
+}
+
+impl Try {
+    fn new() -> Try {
+        let node = node(2, &SECRET, Role::Replica);
+        let feed = FakeFeed::new(&node, history(&[(1, 1), (3, 1)]), Some(at(1, 0)));
+        Try { node, feed, tracker: TaskTracker::new() }
+    }
+
+    /// How the try ended.
+    async fn against(&self, primary: &Endpoint) -> PeerProblem {
+        let lagging = Lagging::new();
+        let mut session = Session::new(&self.node, &*self.feed, primary, &self.tracker, &lagging);
+        let mut reporter = Reporter::new(self.node.clone(), primary.clone());
+        let error = session.run(&mut reporter).await;
+        drop(session);
+        self.tracker.close();
+        self.tracker.wait().await;
+        let Error::Peer { problem, .. } = error else { panic!("{error:?}") };
+        problem
+    }
+}
+
+fn endpoint(listener: &TcpListener) -> Endpoint {
+    Endpoint::parse(&format!("http://{}", listener.local_addr().unwrap())).unwrap()
+}
+
+type Reply = Response<UnsyncBoxBody<Bytes, std::io::Error>>;
+
+fn reply(status: u16, content_type: Option<&str>, body: &'static str) -> Reply {
+    let body = Full::new(Bytes::from_static(body.as_bytes())).map_err(|e| match e {}).boxed_unsync();
+    let mut response = Response::builder().status(status);
+    if let Some(content_type) = content_type {
+        response = response.header("content-type", content_type);
+    }
+    response.body(body).unwrap()
+}
+
+async fn serve_h2<I, R>(io: I, respond: R)
+where
+    I: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    R: Fn(HeaderMap) -> Reply + Clone + Send + 'static,
+{
+    let service = hyper::service::service_fn(move |request: Request<hyper::body::Incoming>| {
+        let respond = respond.clone();
+        async move {
+            let (head, body) = request.into_parts();
+            // Held until the test is over: the peer must see no end that we did not mean.
+            tokio::spawn(async move {
+                let _ = body.collect().await;
+            });
+            Ok::<_, Infallible>(respond(head.headers))
+        }
+    });
+    let builder = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
+    let _ = builder.serve_connection(TokioIo::new(io), service).await;
+}
+
+/// Answers each connection's request by a function of its head.
+async fn answering(respond: impl Fn(HeaderMap) -> Reply + Clone + Send + 'static) -> Endpoint {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let to = endpoint(&listener);
+    tokio::spawn(async move {
+        while let Ok((io, _)) = listener.accept().await {
+            tokio::spawn(serve_h2(io, respond.clone()));
+        }
+    });
+    to
+}
+
+/// A proper answer whose body is sent by the caller.
+fn streaming(headers: &HeaderMap) -> (Reply, Sender<Bytes, std::io::Error>) {
+    let knock = Knock::read(headers, &keys(&SECRET)).unwrap();
+    let primary = node(1, &SECRET, Role::Primary);
+    let answer = Answer { node: primary.me.node, incarnation: primary.me.incarnation, nonce: [8; 32] };
+    let (sender, body) = Channel::new(16);
+    let mut response = Response::new(body.boxed_unsync());
+    *response.headers_mut() = answer.headers(&knock, &keys(&SECRET)).unwrap();
+    (response, sender)
+}
+
+/// A primary that says these bytes and then ends the stream.
+async fn saying(bytes: Bytes) -> Endpoint {
+    answering(move |headers| {
+        let (response, mut sender) = streaming(&headers);
+        sender.try_send(http_body::Frame::data(bytes.clone())).unwrap();
+        response
+    })
+    .await
+}
+
+fn encoded(messages: &[Message<'_>]) -> Bytes {
+    let mut bytes = BytesMut::new();
+    for message in messages {
+        wire::encode(message, &mut bytes);
+    }
+    bytes.freeze()
+}
+
+fn welcome(epoch: u64) -> Message<'static> {
+    let peer = node(1, &SECRET, Role::Primary).me.clone();
+    let epoch = Epoch::new(epoch, epoch);
+    let page_size = crate::page::PageSize::new(512).unwrap();
+    Message::Welcome(Welcome { peer, epoch, plan: Plan::Log, position: at(1, 1), page_size })
+}
+
+fn transaction() -> [Message<'static>; 2] {
+    let page_size = crate::page::PageSize::new(512).unwrap();
+    [
+        Message::TxnBegin(TxnBegin { before: at(1, 0), epoch: Epoch::new(3, 3), page_size }),
+        Message::TxnEnd(TxnEnd { after: at(3, 1), pages: 1, changed: 0, unix_micros: 0 }),
+    ]
+}
+
+#[tokio::test]
+async fn what_is_no_replite_is_told_by_what_it_said() {
+    for (status, content_type, body) in [
+        (200, Some("text/html"), "<html>welcome to nginx"),
+        (401, Some("text/plain"), "who are you"),
+        (302, None, ""),
+        (404, Some("text/html"), "<html>not here"),
+    ] {
+        let to = answering(move |_| reply(status, content_type, body)).await;
+        let problem = Try::new().against(&to).await;
+        let PeerProblem::NotReplite { status: s, content_type: c, begins } = problem else {
+            panic!("{problem:?}")
+        };
+        assert_eq!((s, &*c, &*begins), (status, content_type.unwrap_or(""), body));
+    }
+}
+
+#[tokio::test]
+async fn a_bare_404_and_a_false_proof_mean_another_secret() {
+    let to = answering(|_| reply(404, None, "")).await;
+    assert!(matches!(Try::new().against(&to).await, PeerProblem::Secret));
+    // An answer to another knock, as somebody would send who recorded one.
+    let to = answering(|headers| {
+        let mut knock = Knock::read(&headers, &keys(&SECRET)).unwrap();
+        knock.nonce = [0; 32];
+        let answer = Answer { node: knock.node, incarnation: knock.incarnation, nonce: [8; 32] };
+        let mut response = reply(200, None, "");
+        *response.headers_mut() = answer.headers(&knock, &keys(&SECRET)).unwrap();
+        response
+    })
+    .await;
+    assert!(matches!(Try::new().against(&to).await, PeerProblem::Secret));
+}
+
+#[tokio::test]
+async fn refusals_are_typed() {
+    let to = answering(|_| {
+        let mut response = reply(409, None, "");
+        *response.headers_mut() = Refusal::Cluster("blue".into()).headers();
+        response
+    })
+    .await;
+    assert!(matches!(Try::new().against(&to).await, PeerProblem::Cluster(name) if name == "blue"));
+}
+
+#[tokio::test]
+async fn peers_without_http2_are_recognised() {
+    // hyper without HTTP/2: it hangs up on our preface.
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let to = endpoint(&listener);
+    tokio::spawn(async move {
+        while let Ok((io, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let service =
+                    hyper::service::service_fn(|_| async { Ok::<_, Infallible>(reply(200, None, "")) });
+                let builder = hyper::server::conn::http1::Builder::new();
+                let _ = builder.serve_connection(TokioIo::new(io), service).await;
+            });
+        }
+    });
+    assert!(matches!(Try::new().against(&to).await, PeerProblem::NotHttp2));
+    // Others answer in HTTP/1.
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let to = endpoint(&listener);
+    tokio::spawn(async move {
+        while let Ok((mut io, _)) = listener.accept().await {
+            let _ = io.read(&mut [0; 64]).await;
+            let _ = io.write_all(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n").await;
+        }
+    });
+    assert!(matches!(Try::new().against(&to).await, PeerProblem::NotHttp2));
+}
+
+#[tokio::test]
+async fn nobody_and_those_who_hang_up_are_connection_problems() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let to = endpoint(&listener);
+    drop(listener);
+    assert!(matches!(Try::new().against(&to).await, PeerProblem::Connection(_)));
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let to = endpoint(&listener);
+    tokio::spawn(async move { while listener.accept().await.is_ok() {} });
+    assert!(matches!(Try::new().against(&to).await, PeerProblem::Connection(_)));
+}
+
+#[tokio::test]
+async fn a_superseded_primary_is_never_applied() {
+    for bytes in [
+        encoded(&[welcome(1), Message::Epochs(history(&[(1, 1)])), transaction()[0].clone()]),
+        encoded(&[welcome(3), Message::Epochs(history(&[(1, 1)])), transaction()[0].clone()]),
+    ] {
+        let run = Try::new();
+        let problem = run.against(&saying(bytes).await).await;
+        assert!(matches!(problem, PeerProblem::OldEpoch { .. }), "{problem:?}");
+        assert_eq!(run.feed.fed(), []);
+    }
+}
+
+#[tokio::test]
+async fn garbage_from_a_primary_is_typed_and_what_came_before_it_is_kept() {
+    let good = encoded(&transaction());
+    let beat = encoded(&[Message::Heartbeat(Heartbeat { position: at(3, 1), unix_micros: 0 })]);
+    let mut flipped = beat.to_vec();
+    flipped[40] ^= 0x10;
+    let mut huge = beat.to_vec();
+    huge[..4].copy_from_slice(&u32::MAX.to_le_bytes());
+    let mut unknown = beat.to_vec();
+    unknown[4] = 200;
+    let ack = encoded(&[Message::Ack(wire::Ack { applied: None, synced: None })]).to_vec();
+    for (bad, word) in [(flipped, "hash"), (huge, "limit"), (unknown, "unknown"), (ack, "unexpected Ack")] {
+        let bytes = [encoded(&[welcome(3)]), good.clone(), bad.into()].concat();
+        let run = Try::new();
+        let problem = run.against(&saying(bytes.into()).await).await;
+        assert!(matches!(&problem, PeerProblem::Garbled(w) if w.contains(word)), "{problem:?}");
+        assert_eq!(run.feed.fed(), [Kind::TxnBegin, Kind::TxnEnd]);
+    }
+    let cut = [encoded(&[welcome(3)]), good.slice(..good.len() - 1)].concat();
+    let run = Try::new();
+    let problem = run.against(&saying(cut.into()).await).await;
+    assert!(matches!(problem, PeerProblem::Connection(_)), "{problem:?}");
+    assert_eq!(run.feed.fed(), [Kind::TxnBegin]);
+    for bytes in [beat, Bytes::from_static(&[0; 100])] {
+        let problem = Try::new().against(&saying(bytes).await).await;
+        assert!(matches!(problem, PeerProblem::Garbled(_)), "in place of a welcome: {problem:?}");
+    }
+    let bye = encoded(&[welcome(3), Message::Goodbye(Goodbye { reason: "because".into() })]);
+    let problem = Try::new().against(&saying(bye).await).await;
+    assert!(matches!(problem, PeerProblem::Goodbye(why) if why == "because"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_silent_primary_is_given_up() {
+    let run = Try::new();
+    let (ours, theirs) = tokio::io::duplex(64 * 1024);
+    let kept = Arc::new(Mutex::new(Vec::new()));
+    let senders = kept.clone();
+    tokio::spawn(serve_h2(theirs, move |headers| {
+        let (response, mut sender) = streaming(&headers);
+        sender.try_send(http_body::Frame::data(encoded(&[welcome(3)]))).unwrap();
+        senders.lock().unwrap().push(sender);
+        response
+    }));
+    let to = Endpoint::parse("http://primary:1").unwrap();
+    let knock = Knock {
+        version: 1,
+        cluster: run.node.cluster.clone(),
+        database: run.node.database.clone(),
+        node: run.node.me.node,
+        incarnation: run.node.me.incarnation,
+        nonce: [3; 32],
+    };
+    let headers = knock.headers(&keys(&SECRET)).unwrap();
+    let opened = net::open_on(ours, &to, handshake::STREAM_PATH, headers, &run.tracker).await.unwrap();
+    let lagging = Lagging::new();
+    let mut session = Session::new(&run.node, &*run.feed, &to, &run.tracker, &lagging);
+    let mut reporter = Reporter::new(run.node.clone(), to.clone());
+    let began = tokio::time::Instant::now();
+    let error = session.stream(opened, knock, &mut reporter).await.unwrap_err();
+    assert!(matches!(error, Error::Peer { problem: PeerProblem::Silent(_), .. }), "{error}");
+    assert_eq!(began.elapsed().as_secs(), 10);
+    assert!(!session.was_fruitful());
+}
+
+/// A real primary on loopback.
+struct Primary {
+    node: Arc<Node>,
+    fake: Arc<Fake>,
+    source: Arc<Source>,
+    tracker: TaskTracker,
+    to: Endpoint,
+}
+
+impl Primary {
+    async fn start(secret: &[u8]) -> Primary {
+        let node = node(1, secret, Role::Primary);
+        let fake = Fake::new(node.clone(), 3000);
+        let source = Source::new(node.clone());
+        source.set(Some(fake.clone()));
+        let tracker = TaskTracker::new();
+        let service = ReplicationService::new(node.clone(), source.clone(), tracker.clone(), Door::Own);
+        let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), true).await.unwrap();
+        let to = Endpoint::parse(&format!("http://{}", listener.address())).unwrap();
+        tracker.spawn(listener.serve(service, tracker.clone(), node.stop.clone()));
+        Primary { node, fake, source, tracker, to }
+    }
+}
+
+async fn reaches(node: &Node, position: Position) {
+    let mut watch = node.applied.watch();
+    watch.wait_for(|at| *at == Some(position)).await.unwrap();
+}
+
+async fn stop(node: &Node, tracker: &TaskTracker) {
+    node.stop.cancel();
+    tracker.close();
+    tokio::time::timeout(Duration::from_secs(5), tracker.wait()).await.expect("a task stays");
+}
+
+#[tokio::test]
+async fn a_replica_is_filled_follows_is_seen_and_comes_back() {
+    let primary = Primary::start(&SECRET).await;
+    for _ in 0..5 {
+        primary.fake.commit(2);
+    }
+    let replica = node(2, &SECRET, Role::Replica);
+    let feed = FakeFeed::new(&replica, EpochHistory::default(), None);
+    let tracker = TaskTracker::new();
+    spawn(replica.clone(), feed.clone(), primary.to.clone(), &tracker);
+    reaches(&replica, at(1, 5)).await;
+    let kinds = feed.fed();
+    assert_eq!(kinds[..2], [Kind::Epochs, Kind::SnapBegin]);
+    assert_eq!(kinds[kinds.len() - 1], Kind::SnapEnd);
+    let state = replica.roles.borrow().clone();
+    assert_eq!((state.role, state.epoch), (Role::Replica, Epoch::new(1, 1)));
+    assert_eq!(state.primary.unwrap().node, primary.node.me.node);
+
+    primary.fake.commit(2);
+    reaches(&replica, at(1, 6)).await;
+    primary.fake.commit(2000);
+    reaches(&replica, at(1, 7)).await;
+    // Acknowledged by itself, within a second.
+    while primary.source.replicas().first().and_then(|r| r.synced) != Some(at(1, 7)) {
+        tokio::task::yield_now().await;
+    }
+    while replica.lag.lock().unwrap().is_none_or(|lag| !lag.connected || lag.transactions > 0) {
+        tokio::task::yield_now().await;
+    }
+
+    // Its next standing is where it was: only the log comes.
+    feed.kinds.lock().unwrap().clear();
+    feed.fail.lock().unwrap().push_back(Error::Stopped("disk full".into()));
+    let mut events = replica.events.subscribe();
+    primary.fake.commit(1);
+    reaches(&replica, at(1, 8)).await;
+    assert!(!feed.fed().contains(&Kind::SnapBegin));
+    let mut said = Vec::new();
+    while let Ok(event) = events.try_recv() {
+        said.push(format!("{event:?}"));
+    }
+    assert!(said.iter().any(|e| e.contains("Disconnected") && e.contains("disk full")), "{said:?}");
+    assert!(said.iter().any(|e| e.starts_with("Connected")), "{said:?}");
+
+    stop(&replica, &tracker).await;
+    while !primary.source.replicas().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    stop(&primary.node, &primary.tracker).await;
+}
+
+#[tokio::test]
+async fn a_replica_waits_for_its_primary_and_says_a_problem_once() {
+    let primary = Primary::start(&[7; 16]).await;
+    let replica = node(2, &SECRET, Role::Replica);
+    let feed = FakeFeed::new(&replica, EpochHistory::default(), None);
+    let tracker = TaskTracker::new();
+    let mut events = replica.events.subscribe();
+    spawn(replica.clone(), feed.clone(), primary.to.clone(), &tracker);
+    while replica.problem.lock().unwrap().is_none() {
+        tokio::task::yield_now().await;
+    }
+    assert!(replica.problem.lock().unwrap().as_ref().unwrap().contains("secret"));
+    let (old, new) = (crate::secret::Secret::new([7; 16]), crate::secret::Secret::new(SECRET));
+    primary.node.keys.rotate(&[new.unwrap(), old.unwrap()]).unwrap();
+    let position = primary.node.applied.position().unwrap();
+    reaches(&replica, position).await;
+    while replica.problem.lock().unwrap().is_some() {
+        tokio::task::yield_now().await;
+    }
+    assert!(
+        !std::iter::from_fn(|| events.try_recv().ok())
+            .any(|e| matches!(e, crate::status::Event::Disconnected(_)))
+    );
+
+    // The primary stops: the stream ends with a word, and the role says that it is away.
+    stop(&primary.node, &primary.tracker).await;
+    replica.roles.subscribe().wait_for(|s| s.primary.is_none()).await.unwrap();
+    while replica.problem.lock().unwrap().is_none() {
+        tokio::task::yield_now().await;
+    }
+    stop(&replica, &tracker).await;
+}
+
+#[tokio::test]
+async fn two_processes_with_one_id_do_not_push_each_other_out() {
+    let primary = Primary::start(&SECRET).await;
+    let replica = node(2, &SECRET, Role::Replica);
+    let feed = FakeFeed::new(&replica, EpochHistory::default(), None);
+    let tracker = TaskTracker::new();
+    spawn(replica.clone(), feed, primary.to.clone(), &tracker);
+    while primary.source.replicas().is_empty() {
+        tokio::task::yield_now().await;
+    }
+    let copied = Try::new();
+    let mut me = copied.node.me.clone();
+    me.incarnation = uuid::Uuid::from_u128(77);
+    let node = Node::new(me, "test".into(), "app".into(), keys(&SECRET), Role::Replica);
+    let copied = Try { node, ..copied };
+    assert!(matches!(copied.against(&primary.to).await, PeerProblem::DuplicateNode));
+    assert_eq!(primary.source.replicas().len(), 1);
+    stop(&replica, &tracker).await;
+    stop(&primary.node, &primary.tracker).await;
+}
+
+#[tokio::test]
+async fn the_listener_outlives_strangers_and_garbage() {
+    let primary = Primary::start(&SECRET).await;
+    let address = (primary.to.host.clone(), primary.to.port);
+    for bytes in [
+        &b"GET / HTTP/1.1\r\nhost: a\r\n\r\n"[..],
+        b"\x16\x03\x01\x02\x00",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\xff\xff\xff\xff\xff\xff\xff\xff\xff",
+        b"",
+    ] {
+        let mut io = tokio::net::TcpStream::connect(address.clone()).await.unwrap();
+        io.write_all(bytes).await.unwrap();
+        io.shutdown().await.unwrap();
+        let mut answer = Vec::new();
+        let _ = io.read_to_end(&mut answer).await;
+        if bytes.starts_with(b"GET") {
+            assert!(answer.starts_with(b"HTTP/1.1 404"), "{}", String::from_utf8_lossy(&answer));
+        }
+    }
+    let run = Try::new();
+    let token = CancellationToken::new();
+    let joined = async {
+        while primary.source.replicas().is_empty() {
+            tokio::task::yield_now().await;
+        }
+        token.cancel();
+    };
+    tokio::select! {
+        problem = run.against(&primary.to) => panic!("{problem:?}"),
+        () = joined => {}
+    }
+    stop(&primary.node, &primary.tracker).await;
+}
+
+#[tokio::test]
+async fn the_mounted_endpoint_of_an_axum_server_serves() {
+    let primary = node(1, &SECRET, Role::Primary);
+    let source = Source::new(primary.clone());
+    source.set(Some(Fake::new(primary.clone(), 10)));
+    let streams = TaskTracker::new();
+    let service = ReplicationService::new(primary.clone(), source, streams.clone(), Door::Mounted);
+    let app = axum::Router::new().nest_service("/_replite", service);
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let to = endpoint(&listener);
+    let stopped = primary.stop.clone();
+    let server = tokio::spawn(async move {
+        axum::serve(listener, app).with_graceful_shutdown(stopped.cancelled_owned()).await
+    });
+    let replica = node(2, &SECRET, Role::Replica);
+    let feed = FakeFeed::new(&replica, EpochHistory::default(), None);
+    let tracker = TaskTracker::new();
+    spawn(replica.clone(), feed, to, &tracker);
+    reaches(&replica, at(1, 0)).await;
+    // A graceful shutdown is not held up by the stream.
+    stop(&primary, &streams).await;
+    server.await.unwrap().unwrap();
+    stop(&replica, &tracker).await;
+}

@@ -1,0 +1,179 @@
+//! The replication endpoint as a tower service.
+
+mod body;
+#[cfg(test)]
+mod tests;
+
+use std::convert::Infallible;
+use std::fmt;
+use std::future::{Ready, ready};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Poll};
+
+use bytes::Buf;
+use http::{Method, Request, Response, StatusCode, Version};
+use http_body::Body;
+use tokio_util::task::TaskTracker;
+use tower::Service;
+
+use crate::handshake::{self, Answer, Knock, Refusal, STREAM_PATH};
+use crate::net::Incoming;
+use crate::node::Node;
+use crate::primary::{self, Guest, Outlet, Source};
+
+pub use body::ReplicationBody;
+
+/// Through which door requests come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Door {
+    /// The node's own listener; without a secret it is bound to a loopback address.
+    Own,
+    /// The application's server. Behind a reverse proxy every peer is a loopback one, so without a secret
+    /// nobody is served here.
+    Mounted,
+}
+
+/// Serves the replication stream to this database's replicas. Mount it in the application's server, such as
+/// by axum's `nest_service("/_replite", db.service())`; the server must speak HTTP/2.
+///
+/// Who does not prove the cluster's secret gets an empty 404 for every path and method.
+#[derive(Clone)]
+pub struct ReplicationService {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    node: Arc<Node>,
+    source: Arc<Source>,
+    tracker: TaskTracker,
+    door: Door,
+    warned: AtomicBool,
+}
+
+impl ReplicationService {
+    /// A service for one door. Streams run as tasks of the tracker.
+    pub(crate) fn new(
+        node: Arc<Node>,
+        source: Arc<Source>,
+        tracker: TaskTracker,
+        door: Door,
+    ) -> ReplicationService {
+        let shared = Shared { node, source, tracker, door, warned: AtomicBool::new(false) };
+        ReplicationService { shared: Arc::new(shared) }
+    }
+
+    fn answer<B>(&self, request: Request<B>) -> Response<ReplicationBody>
+    where
+        B: Body + Send + 'static,
+    {
+        let Shared { node, door, .. } = &*self.shared;
+        if node.keys.is_open() && *door == Door::Mounted {
+            if !self.shared.warned.swap(true, Ordering::Relaxed) {
+                tracing::warn!("the mounted replication endpoint serves nobody: no secret is configured");
+            }
+            return not_found();
+        }
+        let Some(knock) = Knock::read(request.headers(), &node.keys) else {
+            return not_found();
+        };
+        match self.admit(&request, knock) {
+            Ok((guest, response)) => {
+                let (outlet, response) = response;
+                let upstream = Incoming::new(request.into_body());
+                self.shared.tracker.spawn(primary::serve(
+                    self.shared.source.clone(),
+                    guest,
+                    upstream,
+                    outlet,
+                ));
+                response
+            }
+            Err(refusal) => {
+                tracing::debug!(?refusal, "refused a stream");
+                let mut response = Response::new(ReplicationBody::empty());
+                *response.status_mut() = refusal.status();
+                *response.headers_mut() = refusal.headers();
+                response
+            }
+        }
+    }
+
+    /// What is looked at after the secret was proved.
+    fn admit<B>(
+        &self,
+        request: &Request<B>,
+        knock: Knock,
+    ) -> Result<(Guest, (Outlet, Response<ReplicationBody>)), Refusal> {
+        let Shared { node, source, .. } = &*self.shared;
+        if !request.uri().path().ends_with(STREAM_PATH) || request.method() != Method::POST {
+            return Err(Refusal::Path);
+        }
+        if knock.version != handshake::VERSION {
+            return Err(Refusal::Version);
+        }
+        if knock.cluster != node.cluster {
+            return Err(Refusal::Cluster(node.cluster.clone()));
+        }
+        if knock.database != node.database {
+            return Err(Refusal::Database);
+        }
+        if request.version() < Version::HTTP_2 {
+            return Err(Refusal::Http2);
+        }
+        if node.stop.is_cancelled() {
+            return Err(Refusal::Stopping);
+        }
+        let Some(supply) = source.supply() else {
+            let primary = node.roles.borrow().primary.as_ref().map(|p| p.addresses.replication.clone());
+            return Err(Refusal::NotPrimary(primary));
+        };
+        if source.conflict(&knock).is_some() {
+            tracing::warn!(node = %knock.node, "refused a second process with this node id");
+            return Err(Refusal::DuplicateNode);
+        }
+        let place = source.place().ok_or(Refusal::Busy)?;
+        let unable = |error| {
+            tracing::warn!(%error, "can't answer a knock");
+            Refusal::Busy
+        };
+        let nonce = handshake::nonce().map_err(unable)?;
+        let answer = Answer { node: node.me.node, incarnation: node.me.incarnation, nonce };
+        let headers = answer.headers(&knock, &node.keys).map_err(unable)?;
+        let (outlet, body) = ReplicationBody::stream();
+        let mut response = Response::new(body);
+        *response.headers_mut() = headers;
+        Ok((Guest { knock, nonce, place, supply }, (outlet, response)))
+    }
+}
+
+impl fmt::Debug for ReplicationService {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ReplicationService").field("door", &self.shared.door).finish_non_exhaustive()
+    }
+}
+
+impl<B> Service<Request<B>> for ReplicationService
+where
+    B: Body + Send + 'static,
+    B::Data: Buf,
+{
+    type Response = Response<ReplicationBody>;
+    type Error = Infallible;
+    type Future = Ready<Result<Self::Response, Infallible>>;
+
+    fn poll_ready(&mut self, _cx: &mut Context<'_>) -> Poll<Result<(), Infallible>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        ready(Ok(self.answer(request)))
+    }
+}
+
+/// All that a stranger ever sees.
+fn not_found() -> Response<ReplicationBody> {
+    let mut response = Response::new(ReplicationBody::empty());
+    *response.status_mut() = StatusCode::NOT_FOUND;
+    response
+}

@@ -1,0 +1,138 @@
+//! The door itself: who is let in, and what the others see.
+
+use std::pin::Pin;
+
+use bytes::Bytes;
+use http::HeaderMap;
+use http_body::Frame;
+use http_body_util::BodyExt;
+use tower::ServiceExt;
+use uuid::Uuid;
+
+use super::*;
+use crate::primary::fake::{Fake, SECRET, keys, node};
+use crate::status::Role;
+
+/// A body that must not be touched.
+struct Untouched;
+
+impl Body for Untouched {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        _cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        panic!("the body was read")
+    }
+}
+
+fn knock() -> Knock {
+    Knock {
+        version: 1,
+        cluster: "test".into(),
+        database: "app".into(),
+        node: Uuid::from_u128(2),
+        incarnation: Uuid::from_u128(1002),
+        nonce: [3; 32],
+    }
+}
+
+fn service(secret: &[u8], door: Door) -> (ReplicationService, Arc<Source>, Arc<Node>) {
+    let node = node(1, secret, Role::Primary);
+    let source = Source::new(node.clone());
+    source.set(Some(Fake::new(node.clone(), 1)));
+    (ReplicationService::new(node.clone(), source.clone(), TaskTracker::new(), door), source, node)
+}
+
+fn request<B>(headers: HeaderMap, body: B) -> Request<B> {
+    let mut request = Request::new(body);
+    *request.method_mut() = Method::POST;
+    *request.uri_mut() = "/_replite/v1/stream".parse().unwrap();
+    *request.version_mut() = Version::HTTP_2;
+    *request.headers_mut() = headers;
+    request
+}
+
+async fn assert_bare_404(service: &ReplicationService, request: Request<Untouched>) {
+    let response = service.clone().oneshot(request).await.unwrap();
+    assert_eq!(response.status(), StatusCode::NOT_FOUND);
+    assert!(response.headers().is_empty());
+    assert!(response.into_body().collect().await.unwrap().to_bytes().is_empty());
+}
+
+async fn refused(service: &ReplicationService, request: Request<Untouched>) -> (u16, String) {
+    let response = service.clone().oneshot(request).await.unwrap();
+    let word = response.headers()["replite-refused"].to_str().unwrap().to_owned();
+    (response.status().as_u16(), word)
+}
+
+#[tokio::test]
+async fn strangers_get_a_bare_404_for_every_path_and_method() {
+    let (service, ..) = service(&SECRET, Door::Mounted);
+    let wrong = knock().headers(&keys(&[2; 16])).unwrap();
+    for headers in [HeaderMap::new(), wrong] {
+        for path in ["/", "/v1/stream", "/_replite/v1/stream", "/v2/stream", "/a?b=c"] {
+            for method in [Method::GET, Method::POST, Method::HEAD, Method::OPTIONS, Method::CONNECT] {
+                let mut request = request(headers.clone(), Untouched);
+                *request.uri_mut() = path.parse().unwrap();
+                *request.method_mut() = method;
+                assert_bare_404(&service, request).await;
+            }
+        }
+    }
+}
+
+#[tokio::test]
+async fn who_proved_the_secret_learns_why_he_is_refused() {
+    let (service, source, node) = service(&SECRET, Door::Mounted);
+    let ask = |knock: Knock| request(knock.headers(&keys(&SECRET)).unwrap(), Untouched);
+    let is = |status, word: &str| (status, word.to_owned());
+    assert_eq!(refused(&service, ask(Knock { version: 2, ..knock() })).await, is(409, "version=1"));
+    let other = Knock { cluster: "other".into(), ..knock() };
+    assert_eq!(refused(&service, ask(other)).await, is(409, "cluster=test"));
+    let other = Knock { database: "other".into(), ..knock() };
+    assert_eq!(refused(&service, ask(other)).await, is(404, "database"));
+    let mut http1 = ask(knock());
+    *http1.version_mut() = Version::HTTP_11;
+    assert_eq!(refused(&service, http1).await, is(426, "http2"));
+    let mut get = ask(knock());
+    *get.method_mut() = Method::GET;
+    assert_eq!(refused(&service, get).await, is(404, "path"));
+    let copied = Knock { node: node.me.node, ..knock() };
+    assert_eq!(refused(&service, ask(copied)).await, is(409, "duplicate-node"));
+    source.set(None);
+    assert_eq!(refused(&service, ask(knock())).await, is(421, "not-primary"));
+    node.stop.cancel();
+    assert_eq!(refused(&service, ask(knock())).await, is(503, "stopping"));
+}
+
+#[tokio::test]
+async fn without_a_secret_only_the_own_listener_answers() {
+    let ask = |headers| request(headers, Untouched);
+    let (mounted, ..) = service(&[], Door::Mounted);
+    assert_bare_404(&mounted, ask(knock().headers(&keys(&[])).unwrap())).await;
+    let (own, ..) = service(&[], Door::Own);
+    let body = http_body_util::Empty::<Bytes>::new();
+    let answered = own.oneshot(request(knock().headers(&keys(&[])).unwrap(), body)).await.unwrap();
+    assert_eq!(answered.status(), StatusCode::OK);
+    let answer = Answer::read(answered.headers(), &knock(), &keys(&[])).unwrap().unwrap();
+    assert_eq!(answer.node, Uuid::from_u128(1));
+    assert_eq!(answered.headers()["cache-control"], "no-store, no-transform");
+    assert_eq!(answered.headers()["content-type"], handshake::CONTENT_TYPE);
+}
+
+#[test]
+fn the_service_is_what_routers_ask_for() {
+    fn mountable<S>(_: &S)
+    where
+        S: Service<Request<axum::body::Body>, Error = Infallible> + Clone + Send + Sync + 'static,
+        S::Response: axum::response::IntoResponse,
+        S::Future: Send + 'static,
+    {
+    }
+    let (service, ..) = service(&SECRET, Door::Mounted);
+    mountable(&service);
+    let _: axum::Router = axum::Router::new().nest_service("/_replite", service);
+}
