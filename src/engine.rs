@@ -37,6 +37,7 @@ use crate::sqlite::{Handle, Lock, Slot};
 use crate::txid::{Position, Txid};
 use crate::wal::Salts;
 
+pub(crate) use crate::engine::anchor::replace_file;
 pub(crate) use crate::engine::follower::{Follower, Standing};
 
 /// When a commit is acknowledged.
@@ -171,7 +172,7 @@ impl Engine {
             restart_pause: Duration::from_millis(50),
             warned_frames: 0,
         };
-        let checkpointer = Checkpointer { base: base.clone(), handle: reader(&base)?, replica: None };
+        let checkpointer = Checkpointer { base: base.clone(), handle: reader(&base)?, replica: None, log_synced: Instant::now() };
         let capture = std::thread::Builder::new()
             .name("replite-capture".into())
             .spawn(move || capture_loop.run())
@@ -218,6 +219,15 @@ impl Engine {
         self.waker.wake();
         let tip = self.base.wait_tip(before.salts, end)?;
         Ok((tip.position.number() > before.number).then(|| tip.position.txid()))
+    }
+
+    /// The last transaction that is committed, captured to its end. Blocks for as long as capture takes.
+    pub(crate) fn captured(&self) -> Result<Txid> {
+        self.base.check()?;
+        let header =
+            self.base.header().ok_or_else(|| Error::Stopped("the wal-index header is torn".into()))?;
+        self.waker.wake();
+        Ok(self.base.wait_tip(header.salts, header.max_frame)?.position.txid())
     }
 
     /// Blocks until the transaction is on the disk; callers share one fsync.

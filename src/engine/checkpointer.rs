@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-use crate::engine::base::Base;
+use crate::engine::base::{Base, lock};
 use crate::engine::checkpoint::backfill_some;
 use crate::error::{Error, Result};
 use crate::sqlite::Handle;
@@ -17,6 +17,8 @@ use crate::wal::frame_bytes;
 const LOOK: Duration = Duration::from_millis(50);
 /// Pause after a failure.
 const PAUSE: Duration = Duration::from_secs(1);
+/// How often the log is fsynced when nothing else asks for it.
+const LOG_SYNC: Duration = Duration::from_secs(1);
 /// The fewest frames that are worth a backfill.
 const FRAMES_MIN: u32 = 64;
 
@@ -25,6 +27,7 @@ pub(super) struct Checkpointer {
     pub(super) handle: Handle,
     /// On a replica, whose write lock is held for life.
     pub(super) replica: Option<Replica>,
+    pub(super) log_synced: Instant,
 }
 
 pub(super) struct Replica {
@@ -68,6 +71,11 @@ impl Checkpointer {
     }
 
     fn look(&mut self) -> Result<()> {
+        if self.log_synced.elapsed() > LOG_SYNC && !*lock(&self.base.log_broken) {
+            // Here, so that no append ever has to do it.
+            self.log_synced = Instant::now();
+            self.base.log.sync()?;
+        }
         if let Some(replica) = &self.replica {
             let position = Some(self.base.tip().position);
             if *replica.synced.borrow() != position {

@@ -1,0 +1,394 @@
+//! What a node is told before it opens its database.
+
+use std::fmt;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rusqlite::Connection;
+
+use crate::engine::{Durability, EngineOptions};
+use crate::error::{Error, Result};
+use crate::lease::Fixed;
+use crate::log::LogOptions;
+use crate::net::Endpoint;
+use crate::secret::Secret;
+use crate::status::Addresses;
+
+/// Longest name of a cluster or a database, in bytes: it travels in a header.
+const NAME_MAX_BYTES: usize = 64;
+/// Labels of a node, and the bytes of each key and value: they travel in every hello.
+const LABELS_MAX: usize = 16;
+const LABEL_MAX_BYTES: usize = 64;
+/// The shortest WAL that is worth restarting, in bytes.
+const WAL_LIMIT_MIN_BYTES: u64 = 64 * 1024;
+
+/// Which connection a function of [`Config::on_connect`] is given.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum ConnectionKind {
+    /// The one that writes.
+    Writer,
+    /// One of those that read.
+    Reader,
+}
+
+type OnConnect = Arc<dyn Fn(&Connection, ConnectionKind) -> rusqlite::Result<()> + Send + Sync>;
+type Migrate = Arc<dyn Fn(&mut Connection) -> rusqlite::Result<()> + Send + Sync>;
+
+/// How a node is set up; given to [`Db::open`](crate::Db::open), which checks it.
+///
+/// ```
+/// use replite::{Config, Secret, lease};
+///
+/// # fn main() -> Result<(), replite::Error> {
+/// let config = Config::new("data/app.db")
+///     .advertise("http://10.0.0.2:8080")
+///     .lease(lease::Fixed::replica_of("http://10.0.0.1:8080"))
+///     .secret(Secret::new("sixteen bytes or more, and random")?);
+/// # let _ = config;
+/// # Ok(())
+/// # }
+/// ```
+#[derive(Clone)]
+pub struct Config {
+    pub(super) path: PathBuf,
+    pub(super) cluster: String,
+    pub(super) database: Option<String>,
+    pub(super) addresses: Addresses,
+    pub(super) lease: Fixed,
+    pub(super) secrets: Vec<Secret>,
+    pub(super) listen: Option<SocketAddr>,
+    pub(super) durability: Durability,
+    pub(super) wal_limit_bytes: u64,
+    pub(super) log_bytes: u64,
+    pub(super) log_age: Duration,
+    pub(super) on_connect: Option<OnConnect>,
+    pub(super) migrate: Option<Migrate>,
+    pub(super) read_connections: usize,
+    pub(super) read_timeout: Duration,
+    pub(super) wait_timeout: Duration,
+    pub(super) write_queue: usize,
+    pub(super) statement_cache: usize,
+    pub(super) allow_network_filesystem: bool,
+    pub(super) grace: Duration,
+}
+
+impl fmt::Debug for Config {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Config")
+            .field("path", &self.path)
+            .field("cluster", &self.cluster)
+            .field("database", &self.database)
+            .field("addresses", &self.addresses)
+            .field("lease", &self.lease)
+            .field("listen", &self.listen)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Config {
+    /// A primary of its own, for the database file at `path`. It is created when it does not exist.
+    pub fn new(path: impl Into<PathBuf>) -> Config {
+        Config {
+            path: path.into(),
+            cluster: "default".into(),
+            database: None,
+            addresses: Addresses::default(),
+            lease: Fixed::primary(),
+            secrets: Vec::new(),
+            listen: None,
+            durability: Durability::default(),
+            wal_limit_bytes: 16 << 20,
+            log_bytes: 1 << 30,
+            log_age: Duration::from_secs(24 * 3600),
+            on_connect: None,
+            migrate: None,
+            read_connections: 16,
+            read_timeout: Duration::from_secs(5),
+            wait_timeout: Duration::from_secs(5),
+            write_queue: 1024,
+            statement_cache: 64,
+            allow_network_filesystem: false,
+            grace: Duration::from_secs(60),
+        }
+    }
+
+    /// The cluster's name; nodes of another cluster are refused. `default` if not set.
+    #[must_use]
+    pub fn cluster(mut self, name: impl Into<String>) -> Config {
+        self.cluster = name.into();
+        self
+    }
+
+    /// The database's name in the cluster. The file's name without its extension if not set.
+    #[must_use]
+    pub fn database(mut self, name: impl Into<String>) -> Config {
+        self.database = Some(name.into());
+        self
+    }
+
+    /// The URL under which other nodes reach this one's application, such as `http://10.0.0.1:8080`. Its replication
+    /// endpoint is then taken to be mounted there, at `/_replite`, unless [`Config::listen`] gives it a port of its own.
+    #[must_use]
+    pub fn advertise(mut self, url: impl Into<String>) -> Config {
+        self.addresses.app = url.into();
+        self
+    }
+
+    /// All addresses of this node, where they differ more than [`Config::advertise`] allows for.
+    #[must_use]
+    pub fn addresses(mut self, addresses: Addresses) -> Config {
+        self.addresses = addresses;
+        self
+    }
+
+    /// Who is the primary. This node, if not set.
+    #[must_use]
+    pub fn lease(mut self, lease: Fixed) -> Config {
+        self.lease = lease;
+        self
+    }
+
+    /// The cluster's secret. Without one, replication works between processes of one machine only, over
+    /// [`Config::listen`] on a loopback address.
+    #[must_use]
+    pub fn secret(self, secret: Secret) -> Config {
+        self.secrets([secret])
+    }
+
+    /// Several secrets that are valid at once, the newest first; see [`Db::rotate_secrets`](crate::Db::rotate_secrets).
+    #[must_use]
+    pub fn secrets(mut self, secrets: impl IntoIterator<Item = Secret>) -> Config {
+        self.secrets = secrets.into_iter().collect();
+        self
+    }
+
+    /// Serves the replication endpoint on a listener of its own; best on an address that the public can't reach.
+    #[must_use]
+    pub fn listen(mut self, address: SocketAddr) -> Config {
+        self.listen = Some(address);
+        self
+    }
+
+    /// When a commit is acknowledged.
+    #[must_use]
+    pub fn durability(mut self, durability: Durability) -> Config {
+        self.durability = durability;
+        self
+    }
+
+    /// The WAL's length in bytes at which it is begun anew. 16 MiB if not set.
+    #[must_use]
+    pub fn wal_limit(mut self, bytes: u64) -> Config {
+        self.wal_limit_bytes = bytes;
+        self
+    }
+
+    /// How much of the past is kept for replicas that were away: up to so many bytes, and for so long. 1 GiB and
+    /// a day if not set. A replica that was away for longer is filled by a snapshot.
+    #[must_use]
+    pub fn log_retention(mut self, bytes: u64, age: Duration) -> Config {
+        (self.log_bytes, self.log_age) = (bytes, age);
+        self
+    }
+
+    /// Runs on every connection before it is used: functions, collations, extensions, pragmas.
+    #[must_use]
+    pub fn on_connect(
+        mut self,
+        run: impl Fn(&Connection, ConnectionKind) -> rusqlite::Result<()> + Send + Sync + 'static,
+    ) -> Config {
+        self.on_connect = Some(Arc::new(run));
+        self
+    }
+
+    /// Runs on the writer connection of the primary, before [`Db::open`](crate::Db::open) returns: schema migrations.
+    #[must_use]
+    pub fn migrate(
+        mut self,
+        run: impl Fn(&mut Connection) -> rusqlite::Result<()> + Send + Sync + 'static,
+    ) -> Config {
+        self.migrate = Some(Arc::new(run));
+        self
+    }
+
+    /// The most connections that read at one time. 16 if not set.
+    #[must_use]
+    pub fn read_connections(mut self, most: usize) -> Config {
+        self.read_connections = most;
+        self
+    }
+
+    /// How long a read waits for a free connection. 5 seconds if not set.
+    #[must_use]
+    pub fn read_timeout(mut self, limit: Duration) -> Config {
+        self.read_timeout = limit;
+        self
+    }
+
+    /// How long [`Db::wait_for`](crate::Db::wait_for) waits. 5 seconds if not set.
+    #[must_use]
+    pub fn wait_timeout(mut self, limit: Duration) -> Config {
+        self.wait_timeout = limit;
+        self
+    }
+
+    /// How many writes may wait for the writer; further callers wait to be queued. 1024 if not set.
+    #[must_use]
+    pub fn write_queue(mut self, most: usize) -> Config {
+        self.write_queue = most;
+        self
+    }
+
+    /// Prepared statements that each connection keeps. 64 if not set.
+    #[must_use]
+    pub fn statement_cache(mut self, most: usize) -> Config {
+        self.statement_cache = most;
+        self
+    }
+
+    /// Opens a database on a network or user-space file system all the same. Only for file systems whose POSIX locks
+    /// and shared memory are known to work between all processes that use the file.
+    #[must_use]
+    pub fn allow_network_filesystem(mut self, allow: bool) -> Config {
+        self.allow_network_filesystem = allow;
+        self
+    }
+
+    /// How long a replica stays fit to read, in [`Db::health`](crate::Db::health), after it lost its primary. A minute
+    /// if not set.
+    #[must_use]
+    pub fn grace(mut self, grace: Duration) -> Config {
+        self.grace = grace;
+        self
+    }
+
+    pub(super) fn database_name(&self) -> Result<String> {
+        let name = match &self.database {
+            Some(name) => name.clone(),
+            None => self.path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default(),
+        };
+        check_name("database", &name)?;
+        Ok(name)
+    }
+
+    /// Checks everything that can be checked without touching a file. The primary's endpoint, on a replica.
+    pub(super) fn check(&self) -> Result<Option<Endpoint>> {
+        check_name("cluster", &self.cluster)?;
+        self.database_name()?;
+        let bounds = [
+            ("read_connections", self.read_connections, 1, 1024),
+            ("write_queue", self.write_queue, 1, 1 << 20),
+            ("statement_cache", self.statement_cache, 0, 4096),
+        ];
+        for (what, value, least, most) in bounds {
+            if !(least..=most).contains(&value) {
+                return Err(Error::Config(format!("{what} is {value}; {least} to {most} are possible")));
+            }
+        }
+        if self.wal_limit_bytes < WAL_LIMIT_MIN_BYTES {
+            return Err(Error::Config(format!("wal_limit is below {WAL_LIMIT_MIN_BYTES} bytes")));
+        }
+        let labels = &self.addresses.labels;
+        if labels.len() > LABELS_MAX
+            || labels.iter().any(|(k, v)| k.len() > LABEL_MAX_BYTES || v.len() > LABEL_MAX_BYTES)
+        {
+            return Err(Error::Config(format!(
+                "at most {LABELS_MAX} labels of at most {LABEL_MAX_BYTES} bytes are possible"
+            )));
+        }
+        for url in [&self.addresses.app, &self.addresses.replication] {
+            if !url.is_empty() {
+                Endpoint::parse(url)?;
+            }
+        }
+        if let Some(listen) = self.listen
+            && self.secrets.is_empty()
+            && !listen.ip().is_loopback()
+        {
+            return Err(Error::Config(format!("without a secret the listener must be on loopback, not {listen}")));
+        }
+        self.lease.primary_url().map(Endpoint::parse).transpose()
+    }
+
+    /// The addresses to advertise, the missing ones filled in.
+    pub(super) fn advertised(&self, listening: Option<SocketAddr>) -> Addresses {
+        let mut addresses = self.addresses.clone();
+        addresses.app = addresses.app.trim_end_matches('/').to_string();
+        if addresses.replication.is_empty() {
+            addresses.replication = match listening {
+                Some(address) => format!("http://{address}/_replite"),
+                None if addresses.app.is_empty() => String::new(),
+                None => format!("{}/_replite", addresses.app),
+            };
+        }
+        addresses
+    }
+
+    pub(super) fn engine_options(&self, path: PathBuf, side: PathBuf) -> EngineOptions {
+        let segment_bytes = (self.log_bytes / 8).clamp(1 << 20, 64 << 20);
+        EngineOptions {
+            path,
+            side,
+            durability: self.durability,
+            wal_limit_bytes: self.wal_limit_bytes,
+            log: LogOptions {
+                segment_bytes,
+                keep_bytes: self.log_bytes,
+                keep_age: self.log_age,
+                pinned_bytes: self.log_bytes.saturating_mul(4),
+                tail_bytes: 8 << 20,
+            },
+            poll_max: Duration::from_millis(20),
+        }
+    }
+}
+
+fn check_name(what: &str, name: &str) -> Result<()> {
+    let plain = |c: char| c.is_ascii_alphanumeric() || "-_.".contains(c);
+    if name.is_empty() || name.len() > NAME_MAX_BYTES || !name.chars().all(plain) {
+        return Err(Error::Config(format!(
+            "the {what}'s name {name:?} is not 1 to {NAME_MAX_BYTES} letters, digits, '-', '_' or '.'"
+        )));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn refused(config: Config) -> bool {
+        matches!(config.check(), Err(Error::Config(_)))
+    }
+
+    #[test]
+    fn contradictions_are_refused_before_anything_is_touched() {
+        assert!(Config::new("a.db").check().unwrap().is_none());
+        assert!(refused(Config::new("a.db").cluster("")));
+        assert!(refused(Config::new("a.db").database("two words")));
+        assert!(refused(Config::new("a.db").database("x".repeat(65))));
+        assert!(refused(Config::new("a.db").read_connections(0)));
+        assert!(refused(Config::new("a.db").wal_limit(1)));
+        assert!(refused(Config::new("a.db").listen("0.0.0.0:1".parse().unwrap())));
+        assert!(Config::new("a.db").listen("[::1]:1".parse().unwrap()).check().is_ok());
+        assert!(Config::new("a.db").lease(Fixed::replica_of("ftp://x")).check().is_err());
+        assert!(Config::new("a.db").lease(Fixed::replica_of("http://x:1")).check().unwrap().is_some());
+    }
+
+    #[test]
+    fn a_secret_never_shows() {
+        let config = Config::new("a.db").secret(Secret::new("correct horse battery staple").unwrap());
+        assert!(!format!("{config:?}").contains("horse"));
+    }
+
+    #[test]
+    fn the_replication_address_follows_from_the_others() {
+        let config = Config::new("a.db").advertise("http://10.0.0.1:80/");
+        assert_eq!(config.advertised(None).replication, "http://10.0.0.1:80/_replite");
+        let own = config.advertised(Some("127.0.0.1:9".parse().unwrap()));
+        assert_eq!((own.app.as_str(), own.replication.as_str()), ("http://10.0.0.1:80", "http://127.0.0.1:9/_replite"));
+    }
+}

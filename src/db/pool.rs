@@ -1,0 +1,270 @@
+//! The connections that read.
+
+use std::fmt;
+use std::ops::Deref;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use rusqlite::config::DbConfig;
+use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
+use rusqlite::{Connection, OpenFlags};
+
+use crate::error::{Error, Result};
+
+/// How long SQLite itself waits where a reader can be in somebody's way: for microseconds, while a WAL is restarted.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+type Prepare = Box<dyn Fn(&Connection) -> rusqlite::Result<()> + Send + Sync>;
+
+/// A bounded set of read-only connections.
+pub(super) struct Pool {
+    path: PathBuf,
+    most: usize,
+    patience: Duration,
+    statements: usize,
+    prepare: Prepare,
+    state: Mutex<State>,
+    returned: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    idle: Vec<Reader>,
+    open: usize,
+    waiting: usize,
+    closed: bool,
+}
+
+struct Reader {
+    connection: Connection,
+    /// Set when a statement was prepared that may have changed how the connection behaves.
+    changed: Arc<AtomicBool>,
+}
+
+impl fmt::Debug for Pool {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pool").field("path", &self.path).field("most", &self.most).finish_non_exhaustive()
+    }
+}
+
+impl Pool {
+    pub(super) fn new(
+        path: PathBuf,
+        most: usize,
+        patience: Duration,
+        statements: usize,
+        prepare: Prepare,
+    ) -> Pool {
+        let state = Mutex::default();
+        Pool { path, most, patience, statements, prepare, state, returned: Condvar::new() }
+    }
+
+    /// A connection for the caller alone, until the lease is dropped. A nested call gets another one.
+    pub(super) fn lease(&self) -> Result<Lease<'_>> {
+        let mut state = self.lock();
+        let mut end = None;
+        loop {
+            if state.closed {
+                return Err(Error::ShutDown);
+            }
+            if let Some(reader) = state.idle.pop() {
+                return Ok(Lease { pool: self, reader: Some(reader) });
+            }
+            if state.open < self.most {
+                state.open += 1;
+                drop(state);
+                let opened = self.open();
+                if opened.is_err() {
+                    self.gone();
+                }
+                return Ok(Lease { pool: self, reader: Some(opened?) });
+            }
+            let end = *end.get_or_insert_with(|| Instant::now() + self.patience);
+            let left = end.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(Error::PoolExhausted { limit: self.most, waited: self.patience });
+            }
+            state.waiting += 1;
+            state = self.returned.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state.waiting -= 1;
+        }
+    }
+
+    fn open(&self) -> Result<Reader> {
+        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(&self.path, flags)?;
+        connection.busy_timeout(BUSY_TIMEOUT)?;
+        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+        connection.set_prepared_statement_cache_capacity(self.statements);
+        (self.prepare)(&connection)?;
+        let changed = Arc::new(AtomicBool::new(false));
+        let flag = changed.clone();
+        connection.authorizer(Some(move |context: AuthContext<'_>| {
+            if changes_connection(context.action) {
+                flag.store(true, Ordering::Relaxed);
+            }
+            Authorization::Allow
+        }))?;
+        Ok(Reader { connection, changed })
+    }
+
+    /// A connection is no more; whoever waits may open one.
+    fn gone(&self) {
+        self.lock().open -= 1;
+        self.returned.notify_one();
+    }
+
+    /// Closes the idle connections; those in use close when they come back.
+    pub(super) fn close(&self) {
+        let mut state = self.lock();
+        state.closed = true;
+        let idle = std::mem::take(&mut state.idle);
+        state.open -= idle.len();
+        drop(state);
+        drop(idle);
+        self.returned.notify_all();
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Pragmas with an argument that only tell something.
+const TELLING: [&str; 9] = [
+    "table_info",
+    "table_xinfo",
+    "table_list",
+    "index_info",
+    "index_xinfo",
+    "index_list",
+    "foreign_key_list",
+    "foreign_key_check",
+    "integrity_check",
+];
+
+fn changes_connection(action: AuthAction<'_>) -> bool {
+    match action {
+        AuthAction::Pragma { pragma_name, pragma_value: Some(_) } => {
+            !TELLING.iter().any(|t| pragma_name.eq_ignore_ascii_case(t))
+        }
+        AuthAction::Attach { .. } | AuthAction::Detach { .. } => true,
+        _ => false,
+    }
+}
+
+/// A connection on loan.
+pub(super) struct Lease<'a> {
+    pool: &'a Pool,
+    /// There until dropped.
+    reader: Option<Reader>,
+}
+
+impl Deref for Lease<'_> {
+    type Target = Connection;
+
+    fn deref(&self) -> &Connection {
+        match &self.reader {
+            Some(reader) => &reader.connection,
+            None => unreachable!("the reader is taken only when the lease is dropped"),
+        }
+    }
+}
+
+impl Drop for Lease<'_> {
+    fn drop(&mut self) {
+        let Some(reader) = self.reader.take() else { return };
+        let clean = !std::thread::panicking() || reader.connection.is_autocommit();
+        let rolled_back =
+            reader.connection.is_autocommit() || reader.connection.execute_batch("ROLLBACK").is_ok();
+        if !clean || !rolled_back || reader.changed.load(Ordering::Relaxed) {
+            drop(reader);
+            return self.pool.gone();
+        }
+        let mut state = self.pool.lock();
+        if state.closed {
+            state.open -= 1;
+            return;
+        }
+        state.idle.push(reader);
+        let waiting = state.waiting > 0;
+        drop(state);
+        if waiting {
+            self.pool.returned.notify_one();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pool(dir: &tempfile::TempDir, most: usize, patience: Duration) -> Pool {
+        let path = dir.path().join("a.db");
+        Connection::open(&path)
+            .unwrap()
+            .execute_batch("CREATE TABLE IF NOT EXISTS t(a); INSERT INTO t VALUES (1)")
+            .unwrap();
+        Pool::new(path, most, patience, 16, Box::new(|_| Ok(())))
+    }
+
+    fn identity(lease: &Lease<'_>) -> usize {
+        std::ptr::from_ref::<Connection>(lease) as usize + lease.reader.as_ref().map_or(0, |r| Arc::as_ptr(&r.changed) as usize)
+    }
+
+    #[test]
+    fn a_nested_read_has_its_own_connection_and_exhaustion_is_told() {
+        let dir = tempfile::tempdir().unwrap();
+        let pool = pool(&dir, 2, Duration::from_millis(20));
+        let (one, two) = (pool.lease().unwrap(), pool.lease().unwrap());
+        assert_ne!(identity(&one), identity(&two));
+        assert!(matches!(pool.lease(), Err(Error::PoolExhausted { limit: 2, .. })));
+        drop(one);
+        pool.lease().unwrap();
+    }
+
+    #[test]
+    fn a_waiter_gets_the_connection_that_comes_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let pool = pool(&dir, 1, Duration::from_secs(60));
+        let lease = pool.lease().unwrap();
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| pool.lease().map(drop));
+            while pool.lock().waiting == 0 {
+                std::thread::yield_now();
+            }
+            drop(lease);
+            waiter.join().unwrap().unwrap();
+        });
+    }
+
+    #[test]
+    fn a_connection_comes_back_rolled_back_and_a_changed_one_not_at_all() {
+        let dir = tempfile::tempdir().unwrap();
+        let pool = pool(&dir, 1, Duration::from_secs(1));
+        let lease = pool.lease().unwrap();
+        lease.execute_batch("BEGIN; SELECT * FROM t").unwrap();
+        drop(lease);
+        assert!(pool.lease().unwrap().is_autocommit());
+        pool.lease().unwrap().query_row("PRAGMA table_info(t)", [], |_| Ok(())).unwrap();
+        assert_eq!(pool.lock().idle.len(), 1, "a pragma that only tells something");
+        pool.lease().unwrap().execute_batch("PRAGMA case_sensitive_like = 1").unwrap();
+        assert_eq!((pool.lock().idle.len(), pool.lock().open), (0, 0));
+        let like: bool = pool.lease().unwrap().query_row("SELECT 'a' LIKE 'A'", [], |r| r.get(0)).unwrap();
+        assert!(like, "a fresh connection");
+    }
+
+    #[test]
+    fn readers_cannot_write_and_a_closed_pool_says_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let pool = pool(&dir, 1, Duration::from_secs(1));
+        assert!(pool.lease().unwrap().execute_batch("INSERT INTO t VALUES (2)").is_err());
+        let lease = pool.lease().unwrap();
+        pool.close();
+        drop(lease);
+        assert_eq!(pool.lock().open, 0);
+        assert!(matches!(pool.lease(), Err(Error::ShutDown)));
+    }
+}

@@ -1,0 +1,206 @@
+//! What can't be served is refused before anything is changed.
+
+use std::collections::HashSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{LazyLock, Mutex, PoisonError};
+
+use rusqlite::{Connection, OpenFlags};
+
+use crate::error::{Error, Result, Unsupported};
+use crate::sqlite::OLDEST;
+
+/// A database file that is open in this process: its directory's device and inode, and its name.
+type Place = (u64, u64, std::ffi::OsString);
+
+static OPEN: LazyLock<Mutex<HashSet<Place>>> = LazyLock::new(Mutex::default);
+
+/// Holds a database's place in this process until it is dropped. A second `Db` on the same file would share its POSIX locks.
+#[derive(Debug)]
+pub(super) struct Claim(Place);
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        OPEN.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.0);
+    }
+}
+
+/// Checks the place and the file; gives the path without symbolic links and the claim on it.
+pub(super) fn claim(path: &Path, allow_network: bool) -> Result<(PathBuf, Claim)> {
+    let no = |reason| Error::Unsupported { path: path.to_path_buf(), reason };
+    if rusqlite::version_number() < OLDEST.0 {
+        let found = rusqlite::version().to_string();
+        return Err(no(Unsupported::SqliteTooOld { found, needed: OLDEST.1 }));
+    }
+    let text = path.to_string_lossy();
+    if text.is_empty() || text.starts_with(":memory:") || text.starts_with("file:") {
+        return Err(no(Unsupported::NotAFile));
+    }
+    let path = resolve(path)?;
+    let no = |reason| Error::Unsupported { path: path.clone(), reason };
+    let directory = path.parent().map(Path::to_path_buf).ok_or_else(|| no(Unsupported::NotAFile))?;
+    if !allow_network && let Some(name) = network_file_system(&directory)? {
+        return Err(no(Unsupported::NetworkFileSystem(name)));
+    }
+    writable(&directory).map_err(|e| no(Unsupported::ReadOnlyDirectory(e.to_string())))?;
+    match fs::metadata(&path) {
+        Ok(meta) if !meta.is_file() => return Err(no(Unsupported::NotAFile)),
+        Ok(meta) if meta.permissions().readonly() => {
+            return Err(no(Unsupported::ReadOnlyDirectory("the file itself is read-only".into())));
+        }
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("stat", &path)(e)),
+        _ => {}
+    }
+    // Before anything opens the file: closing a second opening would drop the first one's locks.
+    let claim = enter(&path, &directory)?;
+    if path.exists() {
+        is_database(&path)?;
+    }
+    Ok((path, claim))
+}
+
+/// The absolute path, symbolic links followed: SQLite puts the WAL beside the file itself.
+fn resolve(path: &Path) -> Result<PathBuf> {
+    match fs::canonicalize(path) {
+        Ok(path) => Ok(path),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let name = path.file_name().ok_or_else(|| Error::Unsupported {
+                path: path.to_path_buf(),
+                reason: Unsupported::NotAFile,
+            })?;
+            Ok(fs::canonicalize(parent).map_err(Error::io("open directory", parent))?.join(name))
+        }
+        Err(e) => Err(Error::io("resolve", path)(e)),
+    }
+}
+
+fn enter(path: &Path, directory: &Path) -> Result<Claim> {
+    let name = path.file_name().unwrap_or_default().to_owned();
+    #[cfg(unix)]
+    let place = {
+        use std::os::unix::fs::MetadataExt;
+        // The file's own inode when there is one (hard links), else its directory's and its name.
+        match fs::metadata(path) {
+            Ok(meta) => (meta.dev(), meta.ino(), std::ffi::OsString::new()),
+            Err(_) => {
+                let meta = fs::metadata(directory).map_err(Error::io("stat", directory))?;
+                (meta.dev(), meta.ino(), name)
+            }
+        }
+    };
+    #[cfg(not(unix))]
+    let place = (0, 0, directory.join(name).into_os_string());
+    if OPEN.lock().unwrap_or_else(PoisonError::into_inner).insert(place.clone()) {
+        Ok(Claim(place))
+    } else {
+        Err(Error::AlreadyOpen { path: path.to_path_buf(), holder: "this process" })
+    }
+}
+
+/// Tries the directory with a file of our own.
+fn writable(directory: &Path) -> std::io::Result<()> {
+    let probe = directory.join(format!(".replite-{}", uuid::Uuid::new_v4()));
+    fs::File::create_new(&probe)?;
+    fs::remove_file(&probe)
+}
+
+/// Lets SQLite look at the file, without changing it.
+fn is_database(path: &Path) -> Result<()> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags)?;
+    connection.busy_timeout(std::time::Duration::from_secs(5))?;
+    // Closing this connection must not copy a WAL back and delete it: its commits are counted from there.
+    connection.set_db_config(rusqlite::config::DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+    match connection.query_row("SELECT count(*) FROM sqlite_schema", [], |r| r.get::<_, i64>(0)) {
+        Ok(_) => Ok(()),
+        Err(e) if e.sqlite_error_code() == Some(rusqlite::ErrorCode::NotADatabase) => {
+            Err(Error::Unsupported { path: path.to_path_buf(), reason: Unsupported::NotADatabase })
+        }
+        Err(e) => Err(e.into()),
+    }
+}
+
+/// The name of the file system, if it is one that SQLite's locks can't be trusted on.
+#[cfg(target_os = "linux")]
+fn network_file_system(directory: &Path) -> Result<Option<String>> {
+    let stat = rustix::fs::statfs(directory)
+        .map_err(|e| Error::io("statfs", directory)(std::io::Error::from_raw_os_error(e.raw_os_error())))?;
+    Ok(network_name(stat.f_type as u64 & 0xffff_ffff).map(str::to_string))
+}
+
+#[cfg(not(target_os = "linux"))]
+fn network_file_system(_directory: &Path) -> Result<Option<String>> {
+    Ok(None)
+}
+
+/// Magic numbers of `statfs(2)`.
+#[cfg(target_os = "linux")]
+fn network_name(magic: u64) -> Option<&'static str> {
+    Some(match magic {
+        0x6969 => "NFS",
+        0xff53_4d42 | 0xfe53_4d42 | 0x517b => "SMB",
+        0x6573_5546 => "FUSE",
+        0x0102_1997 => "9P",
+        0x00c3_6400 => "Ceph",
+        0x5346_414f => "AFS",
+        0x0116_1970 => "GFS2",
+        0x7461_636f => "OCFS2",
+        0x0bd0_0bd0 => "Lustre",
+        0x564c => "NCP",
+        0x7375_7245 => "Coda",
+        _ => return None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn network_file_systems_are_told_from_local_ones() {
+        assert_eq!(network_name(0x6969), Some("NFS"));
+        assert_eq!(network_name(0x6573_5546), Some("FUSE"));
+        for local in [0xef53, 0x5846_5342, 0x9123_683e, 0x0102_1994, 0x2fc1_2fc1, 0x794c_7630] {
+            assert_eq!(network_name(local), None, "{local:x}");
+        }
+    }
+
+    #[test]
+    fn one_file_is_claimed_once_also_through_a_link() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.db");
+        Connection::open(&path).unwrap().execute_batch("CREATE TABLE t(a)").unwrap();
+        let (_, claim) = claim(&path, true).unwrap();
+        #[cfg(unix)]
+        {
+            let link = dir.path().join("b.db");
+            std::os::unix::fs::symlink(&path, &link).unwrap();
+            assert!(matches!(super::claim(&link, true), Err(Error::AlreadyOpen { .. })));
+            let hard = dir.path().join("c.db");
+            fs::hard_link(&path, &hard).unwrap();
+            assert!(matches!(super::claim(&hard, true), Err(Error::AlreadyOpen { .. })));
+        }
+        drop(claim);
+        super::claim(&path, true).unwrap();
+    }
+
+    #[test]
+    fn what_is_no_database_is_refused_and_left_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.db");
+        fs::write(&path, vec![b'x'; 8192]).unwrap();
+        let refused = |p: &Path| match claim(p, true) {
+            Err(Error::Unsupported { reason, .. }) => reason,
+            other => panic!("{other:?}"),
+        };
+        assert_eq!(refused(&path), Unsupported::NotADatabase);
+        assert_eq!(fs::read(&path).unwrap(), vec![b'x'; 8192]);
+        assert_eq!(refused(Path::new(":memory:")), Unsupported::NotAFile);
+        assert_eq!(refused(Path::new("")), Unsupported::NotAFile);
+        assert_eq!(refused(Path::new("file:a.db?mode=ro")), Unsupported::NotAFile);
+        assert_eq!(refused(dir.path()), Unsupported::NotAFile);
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing was left behind");
+    }
+}

@@ -1,0 +1,29 @@
+//! Who is the primary.
+
+/// The primary is fixed by configuration: it never changes while the nodes run.
+///
+/// A node that is configured as the primary is it from its first start on; there must be exactly one. Should two
+/// be started by mistake, their histories differ by their epochs' branch ids, and a replica that meets both
+/// follows the higher epoch and keeps a copy of what it had.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Fixed {
+    primary: Option<String>,
+}
+
+impl Fixed {
+    /// This node is the primary.
+    pub fn primary() -> Fixed {
+        Fixed { primary: None }
+    }
+
+    /// This node follows the primary whose replication endpoint has this URL, such as `http://10.0.0.1:8081`;
+    /// without a path `/_replite` is meant.
+    pub fn replica_of(url: impl Into<String>) -> Fixed {
+        Fixed { primary: Some(url.into()) }
+    }
+
+    /// The URL of the primary; none on the primary.
+    pub(crate) fn primary_url(&self) -> Option<&str> {
+        self.primary.as_deref()
+    }
+}
