@@ -53,6 +53,9 @@ mod tests;
 use state::State;
 use tail::Tail;
 
+/// Files of dropped segments that may wait for the next sync to be removed.
+const GARBAGE_MAX: usize = 2;
+
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LogOptions {
     pub(crate) segment_bytes: u64,
@@ -96,8 +99,8 @@ impl Log {
     /// are cut off or dropped, and a log line says so.
     pub(crate) fn open(dir: &Path, options: LogOptions) -> Result<Arc<Log>> {
         let mut state = recover::recover(dir)?;
-        let gone = state.retain(&options, SystemTime::now());
-        files::remove(&gone);
+        state.retain(&options, SystemTime::now());
+        files::remove(&std::mem::take(&mut state.garbage));
         Ok(Arc::new(Log {
             dir: dir.to_path_buf(),
             options,
@@ -144,7 +147,12 @@ impl Log {
         self.lock_tail().push(lsn, units);
         // Under the lock, so that the end never seems to fall.
         self.end.send_replace(state.end);
-        let gone = if begun { state.retain(&self.options, SystemTime::now()) } else { Vec::new() };
+        if begun {
+            state.retain(&self.options, SystemTime::now());
+        }
+        // A removal takes milliseconds, which a commit should not wait for; but the disk is finite.
+        let full = state.garbage.len() > GARBAGE_MAX;
+        let gone = if full { std::mem::take(&mut state.garbage) } else { Vec::new() };
         drop(state);
         files::remove(&gone);
         Ok(())
@@ -214,14 +222,17 @@ impl Log {
     /// is left.
     pub(crate) fn drop_oldest(&self) -> bool {
         let mut state = self.lock();
-        let gone = if state.segments.len() > 1 { state.segments.pop_front() } else { None };
-        state.dir_dirty |= gone.is_some();
+        let mut gone = std::mem::take(&mut state.garbage);
+        if state.segments.len() > 1 {
+            gone.extend(state.segments.pop_front().map(|s| s.path));
+        }
+        state.dir_dirty |= !gone.is_empty();
         drop(state);
-        files::remove(gone.as_ref().map(|s| s.path.clone()).as_slice());
-        gone.is_some()
+        files::remove(&gone);
+        !gone.is_empty()
     }
 
-    /// fsyncs what was appended. Appends go on meanwhile.
+    /// fsyncs what was appended, and removes the files of segments that were dropped. Appends go on meanwhile.
     ///
     /// # Errors
     /// [`Error::Io`]; what was appended since the last success may then be lost, so the caller resets.
@@ -241,7 +252,8 @@ impl Log {
         }
         let mut state = self.lock();
         state.rotated.retain(|(file, _)| !files.iter().any(|(synced, _)| Arc::ptr_eq(file, synced)));
-        let gone = state.retain(&self.options, SystemTime::now());
+        state.retain(&self.options, SystemTime::now());
+        let gone = std::mem::take(&mut state.garbage);
         drop(state);
         files::remove(&gone);
         Ok(())
@@ -270,9 +282,7 @@ impl Log {
     fn retain(&self, change: impl FnOnce(&mut State)) {
         let mut state = self.lock();
         change(&mut state);
-        let gone = state.retain(&self.options, SystemTime::now());
-        drop(state);
-        files::remove(&gone);
+        state.retain(&self.options, SystemTime::now());
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

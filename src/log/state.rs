@@ -65,6 +65,8 @@ pub(super) struct State {
     pub(super) next_pin: u64,
     /// Segments before the last one that were not fsynced yet.
     pub(super) rotated: Vec<(Arc<File>, PathBuf)>,
+    /// Files of segments that were dropped and are still to be removed.
+    pub(super) garbage: Vec<PathBuf>,
     /// Files were created or removed since the directory was fsynced.
     pub(super) dir_dirty: bool,
 }
@@ -197,14 +199,13 @@ impl State {
         self.rotated.iter().cloned().chain(current).collect()
     }
 
-    /// Forgets the oldest segments that are no longer to be kept; never the last one. Returns the files to remove.
-    pub(super) fn retain(&mut self, options: &LogOptions, now: SystemTime) -> Vec<PathBuf> {
+    /// Forgets the oldest segments that are no longer to be kept; never the last one.
+    pub(super) fn retain(&mut self, options: &LogOptions, now: SystemTime) {
         if self.segments.len() < 2 {
-            return Vec::new();
+            return;
         }
         let mut bytes = self.bytes();
         let pinned = self.pins.values().min().copied();
-        let mut gone = Vec::new();
         while self.segments.len() > 1 {
             let oldest = &self.segments[0];
             let old = now.duration_since(oldest.newest).is_ok_and(|age| age > options.keep_age);
@@ -213,9 +214,8 @@ impl State {
                 break;
             }
             bytes -= HEAD_BYTES + oldest.end - oldest.start;
-            gone.extend(self.segments.pop_front().map(|s| s.path));
+            self.garbage.extend(self.segments.pop_front().map(|s| s.path));
+            self.dir_dirty = true;
         }
-        self.dir_dirty |= !gone.is_empty();
-        gone
     }
 }

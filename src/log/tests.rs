@@ -409,6 +409,8 @@ fn the_oldest_segments_go_by_size_by_age_and_not_while_pinned() {
     assert!(log.bytes() <= 12_000 + 5_000, "{}", log.bytes());
     assert_eq!(log.find(0).unwrap(), Found::Behind);
     assert!(log.read_disk(0, 1).is_err());
+    assert!(files_of(&dir).len() <= log.lock().segments.len() + GARBAGE_MAX, "{:?}", files_of(&dir));
+    log.sync().unwrap();
     let on_disk = files_of(&dir).iter().map(|f| fs::metadata(f).unwrap().len()).sum::<u64>();
     assert_eq!(on_disk, log.bytes());
 
@@ -451,6 +453,7 @@ fn the_oldest_segments_go_by_size_by_age_and_not_while_pinned() {
         n += 1;
         put(&log, n + 1, 1);
     }
+    log.sync().unwrap();
     let count = files_of(&dir).len();
     assert!(log.drop_oldest());
     assert_eq!(files_of(&dir).len(), count - 1);
