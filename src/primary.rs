@@ -231,7 +231,12 @@ pub(crate) async fn serve(source: Arc<Source>, guest: Guest, upstream: Incoming,
     };
     left(&node, &peer, &end);
     drop(seat);
-    if let (End::Said(reason), Some(outlet)) = (end, pump.outlet_between_units()) {
+    let reason = match end {
+        End::Left => return,
+        End::Said(reason) => reason,
+        End::Failed(error) => error.to_string(),
+    };
+    if let Some(outlet) = pump.outlet_between_units() {
         farewell(outlet, reason).await;
     }
 }
@@ -287,21 +292,19 @@ async fn acks(units: &mut Units, seat: &Seat) -> End {
         let unit = match tokio::time::timeout(ACK_TIMEOUT, units.next()).await {
             Ok(Ok(Some(unit))) => unit,
             Ok(Ok(None)) => return End::Left,
-            Ok(Err(error)) => return garbled(&peer, error.to_string()),
+            Ok(Err(error)) => return End::Failed(Error::garbled(peer, error.to_string())),
             Err(_) => return End::Said(format!("no acknowledgement for {ACK_TIMEOUT:?}")),
         };
         match unit.decode() {
             Ok(Message::Ack(ack)) => seat.heard(ack),
             Ok(Message::Goodbye(_)) => return End::Left,
-            Ok(_) => return garbled(&peer, format!("{:?} in place of an acknowledgement", unit.kind)),
-            Err(error) => return garbled(&peer, error.to_string()),
+            Ok(_) => {
+                let what = format!("{:?} in place of an acknowledgement", unit.kind);
+                return End::Failed(Error::garbled(peer, what));
+            }
+            Err(error) => return End::Failed(Error::garbled(peer, error.to_string())),
         }
     }
-}
-
-fn garbled(peer: &str, what: String) -> End {
-    tracing::warn!(node = peer, what, "a replica sent garbage");
-    End::Said(format!("bad bytes: {what}"))
 }
 
 impl From<Closed> for End {

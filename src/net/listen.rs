@@ -196,4 +196,25 @@ mod tests {
         let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), false).await.unwrap();
         assert_ne!(listener.address().port(), 0);
     }
+
+    #[tokio::test(start_paused = true)]
+    async fn who_connects_and_asks_nothing_is_hung_up_on() {
+        use tokio::io::{AsyncReadExt, AsyncWriteExt};
+        let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), true).await.unwrap();
+        let address = listener.address();
+        let (tracker, stop) = (TaskTracker::new(), CancellationToken::new());
+        let service = tower::service_fn(|_| async {
+            Ok::<_, std::convert::Infallible>(Response::new(http_body_util::Empty::<Bytes>::new()))
+        });
+        tracker.spawn(listener.serve(service, tracker.clone(), stop.clone()));
+        for bytes in [&b""[..], b"P", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", b"GET / HTTP/1.1\r\nhost:"] {
+            let mut io = TcpStream::connect(address).await.unwrap();
+            io.write_all(bytes).await.unwrap();
+            // Ends at all, by an end or a reset: the clock runs ahead while nothing happens.
+            let _ = io.read_to_end(&mut Vec::new()).await;
+        }
+        stop.cancel();
+        tracker.close();
+        tracker.wait().await;
+    }
 }

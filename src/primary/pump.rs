@@ -80,10 +80,6 @@ impl Pump {
     pub(super) async fn run(&mut self, hello: &Hello) -> End {
         match self.serve(hello).await {
             Ok(never) => match never {},
-            Err(End::Failed(error)) => {
-                tracing::warn!(node = %hello.peer.node, %error, "can't serve a replica");
-                End::Said(error.to_string())
-            }
             Err(end) => end,
         }
     }
