@@ -172,7 +172,12 @@ impl Engine {
             restart_pause: Duration::from_millis(50),
             warned_frames: 0,
         };
-        let checkpointer = Checkpointer { base: base.clone(), handle: reader(&base)?, replica: None, log_synced: Instant::now() };
+        let checkpointer = Checkpointer {
+            base: base.clone(),
+            handle: reader(&base)?,
+            replica: None,
+            log_synced: Instant::now(),
+        };
         let capture = std::thread::Builder::new()
             .name("replite-capture".into())
             .spawn(move || capture_loop.run())

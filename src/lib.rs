@@ -3,9 +3,11 @@
 
 mod applied;
 mod checksum;
+mod db;
 mod engine;
 mod error;
 mod handshake;
+pub mod lease;
 mod log;
 mod net;
 mod node;
@@ -22,9 +24,11 @@ mod wal;
 mod wire;
 
 pub use checksum::Checksum;
+pub use db::{Commit, Config, ConnectionKind, Db, Events, WriterGuard};
 pub use engine::Durability;
 pub use error::{Blame, Error, PeerProblem, Result, Unsupported};
 pub use page::{PageNo, PageSize};
+pub use rusqlite;
 pub use secret::Secret;
 pub use server::{ReplicationBody, ReplicationService};
 pub use status::{Addresses, Event, Health, Lag, PeerInfo, ReplicaStatus, Role, RoleState, Status};

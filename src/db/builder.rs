@@ -308,7 +308,9 @@ impl Config {
             && self.secrets.is_empty()
             && !listen.ip().is_loopback()
         {
-            return Err(Error::Config(format!("without a secret the listener must be on loopback, not {listen}")));
+            return Err(Error::Config(format!(
+                "without a secret the listener must be on loopback, not {listen}"
+            )));
         }
         self.lease.primary_url().map(Endpoint::parse).transpose()
     }
@@ -389,6 +391,9 @@ mod tests {
         let config = Config::new("a.db").advertise("http://10.0.0.1:80/");
         assert_eq!(config.advertised(None).replication, "http://10.0.0.1:80/_replite");
         let own = config.advertised(Some("127.0.0.1:9".parse().unwrap()));
-        assert_eq!((own.app.as_str(), own.replication.as_str()), ("http://10.0.0.1:80", "http://127.0.0.1:9/_replite"));
+        assert_eq!(
+            (own.app.as_str(), own.replication.as_str()),
+            ("http://10.0.0.1:80", "http://127.0.0.1:9/_replite")
+        );
     }
 }

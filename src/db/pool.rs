@@ -94,7 +94,7 @@ impl Pool {
 
     fn open(&self) -> Result<Reader> {
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let connection = Connection::open_with_flags(&self.path, flags)?;
+        let mut connection = Connection::open_with_flags(&self.path, flags)?;
         connection.busy_timeout(BUSY_TIMEOUT)?;
         connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
         connection.set_prepared_statement_cache_capacity(self.statements);
@@ -211,7 +211,8 @@ mod tests {
     }
 
     fn identity(lease: &Lease<'_>) -> usize {
-        std::ptr::from_ref::<Connection>(lease) as usize + lease.reader.as_ref().map_or(0, |r| Arc::as_ptr(&r.changed) as usize)
+        std::ptr::from_ref::<Connection>(lease) as usize
+            + lease.reader.as_ref().map_or(0, |r| Arc::as_ptr(&r.changed) as usize)
     }
 
     #[test]

@@ -144,7 +144,8 @@ impl Writer {
             Ok(())
         }))?;
         let connection = Mutex::new(Some(connection));
-        let shared = Arc::new(Shared { engine, durability, connection, frame, unsynced: AtomicUsize::new(0) });
+        let shared =
+            Arc::new(Shared { engine, durability, connection, frame, unsynced: AtomicUsize::new(0) });
         let (jobs, receiver) = queue::channel(depth);
         let (to_sync, unsynced) = mpsc::sync_channel(UNSYNCED_MAX);
         let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {

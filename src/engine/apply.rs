@@ -125,8 +125,12 @@ impl Apply {
             }
         };
         let replica = Replica { synced: self.shared.synced.clone(), ready: Box::new(ready) };
-        let checkpointer =
-            Checkpointer { base: base.clone(), handle: reader(&base)?, replica: Some(replica), log_synced: Instant::now() };
+        let checkpointer = Checkpointer {
+            base: base.clone(),
+            handle: reader(&base)?,
+            replica: Some(replica),
+            log_synced: Instant::now(),
+        };
         self.live = Some(Appender::new(base.clone(), opened.handle)?);
         self.checkpointer = Some(checkpointer.spawn()?);
         *lock(&self.shared.base) = Some(base);

@@ -158,6 +158,7 @@ impl CaptureLoop {
             open_epoch(&mut history, above, self.capture.tip.position)?;
             anchor::write_epochs(&self.base.options.side, &history)?;
             self.base.node.applied.replace(history.clone(), Some(self.capture.tip.position));
+            self.base.node.roles.send_modify(|state| state.epoch = history.epoch());
             self.capture.history = Arc::new(history);
             Ok(())
         });

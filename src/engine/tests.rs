@@ -61,11 +61,7 @@ impl Home {
 }
 
 fn node() -> Arc<Node> {
-    let me = PeerInfo {
-        node: Uuid::now_v7(),
-        incarnation: Uuid::new_v4(),
-        addresses: Addresses::default(),
-    };
+    let me = PeerInfo { node: Uuid::now_v7(), incarnation: Uuid::new_v4(), addresses: Addresses::default() };
     Node::new(me, "test".into(), "db".into(), Keyring::new(&[]).unwrap(), Role::Primary)
 }
 
@@ -218,7 +214,9 @@ fn mutate(connection: &Connection, rng: &mut StdRng) {
         }
         82..86 => {
             let n = rng.random_range(0..1000);
-            run(&format!("CREATE TABLE IF NOT EXISTS x{n}(a, b); INSERT INTO x{n} VALUES (1, 2); CREATE INDEX IF NOT EXISTS i{n} ON x{n}(a)"));
+            run(&format!(
+                "CREATE TABLE IF NOT EXISTS x{n}(a, b); INSERT INTO x{n} VALUES (1, 2); CREATE INDEX IF NOT EXISTS i{n} ON x{n}(a)"
+            ));
         }
         86..89 => {
             let table: Option<String> = connection
@@ -228,7 +226,9 @@ fn mutate(connection: &Connection, rng: &mut StdRng) {
                 run(&format!("DROP TABLE {table}"));
             }
         }
-        89..92 => run("BEGIN; SAVEPOINT a; DELETE FROM t WHERE id % 3 = 0; ROLLBACK TO a; INSERT INTO t(k, v) VALUES (9, 'x'); COMMIT"),
+        89..92 => run(
+            "BEGIN; SAVEPOINT a; DELETE FROM t WHERE id % 3 = 0; ROLLBACK TO a; INSERT INTO t(k, v) VALUES (9, 'x'); COMMIT",
+        ),
         92..94 => run("BEGIN; DELETE FROM t; ROLLBACK"),
         94..96 => run("UPDATE t SET k = k"),
         96..98 => run("PRAGMA incremental_vacuum(5)"),
@@ -393,7 +393,9 @@ fn the_wal_stays_bounded_beside_readers_that_never_pause() {
             let limit = 8 * 64 * 1024;
             let short = |base: &Base| base.wal_bytes() < limit;
             generations.insert(engine.base.tip().salts.0);
-            generations.len() > 2 && short(&engine.base) && lock(&follower.shared.base).as_ref().is_some_and(|b| short(b))
+            generations.len() > 2
+                && short(&engine.base)
+                && lock(&follower.shared.base).as_ref().is_some_and(|b| short(b))
         });
         stop.store(true, Ordering::Relaxed);
     });

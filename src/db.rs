@@ -1,0 +1,592 @@
+//! The handle that an application holds.
+
+mod builder;
+mod identity;
+mod pool;
+mod refuse;
+mod standing;
+mod writer;
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use rusqlite::backup::Backup;
+use rusqlite::{Connection, Transaction};
+use tokio::sync::{broadcast, watch};
+use tokio_util::task::TaskTracker;
+use uuid::Uuid;
+
+use crate::engine::{Engine, Follower};
+use crate::error::{Error, Result};
+use crate::net::{Endpoint, Listener};
+use crate::node::Node;
+use crate::primary::Source;
+use crate::secret::{Keyring, Secret};
+use crate::server::{Door, ReplicationService};
+use crate::session;
+use crate::status::{Event, PeerInfo, Role, RoleState};
+use crate::txid::{Position, Txid};
+
+pub use builder::{Config, ConnectionKind};
+pub use writer::{Commit, WriterGuard};
+
+use pool::Pool;
+use writer::Writer;
+
+/// How long a shutdown waits for streams and requests before it goes on without them.
+const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+
+/// A replicated SQLite database: one node's handle. Clones share it.
+///
+/// Dropping the last clone stops every thread and task of it; [`Db::shutdown`] does the same and waits.
+#[derive(Clone, Debug)]
+pub struct Db {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    node: Arc<Node>,
+    path: PathBuf,
+    pool: Pool,
+    side: Side,
+    source: Arc<Source>,
+    tracker: TaskTracker,
+    wait_timeout: Duration,
+    grace: Duration,
+    opened: Instant,
+    draining: AtomicBool,
+    closed: AtomicBool,
+    claim: Mutex<Option<refuse::Claim>>,
+}
+
+/// What the role is made of.
+enum Side {
+    Primary { engine: Arc<Engine>, writer: Writer },
+    Replica { follower: Arc<Follower>, readable: watch::Receiver<bool> },
+}
+
+impl fmt::Debug for Inner {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Db").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+impl Db {
+    /// Opens the database as a node: the primary's is created when it does not exist, a replica's is filled from its
+    /// primary. A replica opens before its primary is up, and waits for it in the background.
+    ///
+    /// Tasks are spawned on the runtime that this runs in; it needs tokio's time and net drivers.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), replite::Error> {
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// use replite::{Config, Db};
+    ///
+    /// let db = Db::open(Config::new(dir.path().join("app.db")).migrate(|conn| {
+    ///     conn.execute_batch("CREATE TABLE IF NOT EXISTS visits (at TEXT)")
+    /// }))
+    /// .await?;
+    /// let commit = db.write(|tx| Ok::<_, replite::Error>(tx.execute("INSERT INTO visits VALUES ('now')", [])?)).await?;
+    /// assert_eq!(commit.value, 1);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the configuration contradicts itself, [`Error::Unsupported`] when the database can't be served,
+    /// [`Error::AlreadyOpen`] when it is open as a node already, [`Error::Corrupt`], [`Error::Newer`] and [`Error::Damaged`] when files are not
+    /// what they should be, [`Error::Io`] and [`Error::Sqlite`] when the system or SQLite fails.
+    ///
+    /// # Cancel safety
+    /// Dropping the future leaves no thread behind, but the opening itself may still run to its end.
+    pub async fn open(config: Config) -> Result<Db> {
+        let primary = config.check()?;
+        let keys = Keyring::new(&config.secrets)?;
+        let listener = match config.listen {
+            Some(address) => Some(Listener::bind(address, !keys.is_open()).await?),
+            None => None,
+        };
+        let addresses = config.advertised(listener.as_ref().map(Listener::address));
+        let follows = primary.is_some();
+        let parts = tokio::task::spawn_blocking(move || Parts::open(config, keys, addresses, follows))
+            .await
+            .map_err(|e| Error::Stopped(format!("opening ended: {e}")))??;
+        Ok(parts.start(primary, listener))
+    }
+
+    /// Runs `f` in a transaction (`BEGIN IMMEDIATE`) on the writer's thread; commits when it returns `Ok`, rolls back
+    /// when it returns `Err` or panics. With [`Durability::Synced`](crate::Durability::Synced) it returns after the
+    /// commit is on the disk; commits that wait at the same time share one fsync.
+    ///
+    /// # Errors
+    /// What `f` returned, or one of our own through `E: From<Error>`: [`Error::NotPrimary`] on a replica, [`Error::Panicked`],
+    /// [`Error::Reentrant`] inside of another write, [`Error::Sqlite`] when BEGIN or COMMIT fail, [`Error::ShutDown`].
+    ///
+    /// # Cancel safety
+    /// Dropped before the writer has begun with it, the closure never runs. Dropped after that, it runs and commits.
+    pub async fn write<T, E, F>(&self, f: F) -> Result<Commit<T>, E>
+    where
+        F: FnOnce(&mut Transaction<'_>) -> Result<T, E> + Send + 'static,
+        T: Send + 'static,
+        E: From<Error> + Send + 'static,
+    {
+        let commit = self.writer_side()?.write(f).await?;
+        Ok(seen(commit))
+    }
+
+    /// [`Db::write`] on the caller's thread, which may block. The fastest way to write from a thread.
+    ///
+    /// # Errors
+    /// As for [`Db::write`], and [`Error::BlockingInAsync`] on a thread that runs async tasks.
+    pub fn write_blocking<T, E, F>(&self, f: F) -> Result<Commit<T>, E>
+    where
+        F: FnOnce(&mut Transaction<'_>) -> Result<T, E>,
+        E: From<Error>,
+    {
+        let commit = self.writer_side()?.write_blocking(f)?;
+        Ok(seen(commit))
+    }
+
+    /// The full writer connection, for what a closure can't do: `VACUUM`, pragmas, a migration tool. All other writes
+    /// wait until the guard is dropped. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::NotPrimary`] on a replica, [`Error::BlockingInAsync`] on a thread that runs async tasks, [`Error::Reentrant`] inside of
+    /// a write, [`Error::ShutDown`].
+    pub fn writer(&self) -> Result<WriterGuard<'_>> {
+        self.writer_side()?.guard()
+    }
+
+    fn writer_side(&self) -> Result<&Writer> {
+        match &self.inner.side {
+            _ if self.inner.closed.load(Ordering::Acquire) => Err(Error::ShutDown),
+            Side::Primary { writer, .. } => Ok(writer),
+            Side::Replica { .. } => {
+                session::primary_needed();
+                let primary = self.inner.node.roles.borrow().primary.clone();
+                Err(Error::NotPrimary { primary: primary.map(Box::new) })
+            }
+        }
+    }
+
+    /// Runs `f` with a read-only connection of the pool, on the caller's thread: for short reads of hot rows, which take
+    /// microseconds. It blocks for as long as `f` does; longer ones belong into [`Db::read_async`].
+    ///
+    /// Each statement sees the newest committed state; `conn.unchecked_transaction()` holds one state for several.
+    ///
+    /// # Errors
+    /// What `f` returned, or one of our own: [`Error::NoState`] on a replica that has not been filled yet, [`Error::PoolExhausted`],
+    /// [`Error::ShutDown`].
+    pub fn read<T, E, F>(&self, f: F) -> Result<T, E>
+    where
+        F: FnOnce(&Connection) -> Result<T, E>,
+        E: From<Error>,
+    {
+        self.inner.readable()?;
+        let lease = self.inner.pool.lease()?;
+        f(&lease)
+    }
+
+    /// [`Db::read`] on a thread where blocking is allowed.
+    ///
+    /// # Errors
+    /// As for [`Db::read`], and [`Error::Panicked`].
+    ///
+    /// # Cancel safety
+    /// Dropped, the read still runs to its end, and its result is lost.
+    pub async fn read_async<T, E, F>(&self, f: F) -> Result<T, E>
+    where
+        F: FnOnce(&Connection) -> Result<T, E> + Send + 'static,
+        T: Send + 'static,
+        E: From<Error> + Send + 'static,
+    {
+        let db = self.clone();
+        match tokio::task::spawn_blocking(move || db.read(f)).await {
+            Ok(result) => result,
+            Err(error) if error.is_panic() => Err(Error::Panicked("in read_async".into()).into()),
+            Err(_) => Err(Error::ShutDown.into()),
+        }
+    }
+
+    /// Returns once this node has the transaction: what was committed in it is then seen by every read here.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`] after [`Config::wait_timeout`], [`Error::Lost`] when the transaction is on a branch that is not in this
+    /// history, [`Error::TooMany`] when too many wait, [`Error::ShutDown`].
+    ///
+    /// # Cancel safety
+    /// Nothing happens but the waiting.
+    pub async fn wait_for(&self, txid: Txid) -> Result<()> {
+        self.wait_for_timeout(txid, self.inner.wait_timeout).await
+    }
+
+    /// [`Db::wait_for`] with a limit of its own.
+    ///
+    /// # Errors
+    /// As for [`Db::wait_for`].
+    ///
+    /// # Cancel safety
+    /// Nothing happens but the waiting.
+    pub async fn wait_for_timeout(&self, txid: Txid, limit: Duration) -> Result<()> {
+        self.inner.node.applied.wait_for(txid, limit).await
+    }
+
+    /// Waits until `done` says so of this node's state; it is asked again after each change. For a replica that
+    /// needs the schema of a newer version before it can work:
+    ///
+    /// ```no_run
+    /// # async fn example(db: replite::Db) -> Result<(), replite::Error> {
+    /// db.wait_until(|conn| conn.table_exists(None, "orders")).await?;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As for [`Db::read_async`], and what `done` returned.
+    ///
+    /// # Cancel safety
+    /// Nothing happens but the waiting.
+    pub async fn wait_until<F>(&self, done: F) -> Result<()>
+    where
+        F: Fn(&Connection) -> rusqlite::Result<bool> + Send + Sync + 'static,
+    {
+        let done = Arc::new(done);
+        let mut positions = self.watch();
+        self.ready().await?;
+        loop {
+            positions.mark_unchanged();
+            let ask = done.clone();
+            if self.read_async(move |conn| ask(conn).map_err(Error::from)).await? {
+                return Ok(());
+            }
+            tokio::select! {
+                changed = positions.changed() => changed.map_err(|_| Error::ShutDown)?,
+                () = self.inner.node.stop.cancelled() => return Err(Error::ShutDown),
+            }
+        }
+    }
+
+    /// The state that this node has; none on a replica that was not filled yet.
+    pub fn position(&self) -> Option<Position> {
+        self.inner.node.applied.position()
+    }
+
+    /// What this node does at the moment.
+    pub fn role(&self) -> Role {
+        self.inner.node.roles.borrow().role
+    }
+
+    /// The role and the primary, to watch.
+    pub fn roles(&self) -> watch::Receiver<RoleState> {
+        self.inner.node.roles.subscribe()
+    }
+
+    /// The position, to watch: it changes with each transaction that is committed or applied here, whoever made it. For caches to
+    /// invalidate and live pages; SQLite's update hooks don't fire for what a replica applies.
+    pub fn watch(&self) -> watch::Receiver<Option<Position>> {
+        self.inner.node.applied.watch()
+    }
+
+    /// What happens on this node, from now on. A receiver that is more than 256 events behind misses some, and is told how many.
+    pub fn events(&self) -> Events {
+        Events { receiver: self.inner.node.events.subscribe() }
+    }
+
+    /// This node's id, incarnation and addresses.
+    pub fn node(&self) -> &PeerInfo {
+        &self.inner.node.me
+    }
+
+    /// The id that stays the same over restarts.
+    pub fn node_id(&self) -> Uuid {
+        self.inner.node.me.node
+    }
+
+    /// The database file.
+    pub fn path(&self) -> &Path {
+        &self.inner.path
+    }
+
+    /// Returns once this node can be read: at once on a primary, on a replica when it has a state.
+    ///
+    /// # Errors
+    /// [`Error::ShutDown`].
+    ///
+    /// # Cancel safety
+    /// Nothing happens but the waiting.
+    pub async fn ready(&self) -> Result<()> {
+        let Side::Replica { readable, .. } = &self.inner.side else { return Ok(()) };
+        let mut readable = readable.clone();
+        tokio::select! {
+            ready = readable.wait_for(|readable| *readable) => ready.map(drop).map_err(|_| Error::ShutDown),
+            () = self.inner.node.stop.cancelled() => Err(Error::ShutDown),
+        }
+    }
+
+    /// Copies a committed state into a new plain SQLite file, while everything goes on. The position that is
+    /// returned is in that state; later transactions may be, too. The file appears at `path` only when it is complete.
+    ///
+    /// # Errors
+    /// As for [`Db::read_async`], and [`Error::Io`] when the file can't be written.
+    ///
+    /// # Cancel safety
+    /// Dropped, the copy still runs to its end.
+    pub async fn snapshot_to(&self, path: impl AsRef<Path>) -> Result<Position> {
+        let (db, path) = (self.clone(), path.as_ref().to_path_buf());
+        tokio::task::spawn_blocking(move || db.snapshot(&path))
+            .await
+            .map_err(|e| Error::Stopped(format!("the snapshot ended: {e}")))?
+    }
+
+    fn snapshot(&self, path: &Path) -> Result<Position> {
+        self.inner.readable()?;
+        let position = self.position().ok_or_else(|| Error::NoState("no position yet".into()))?;
+        let mut new = path.as_os_str().to_owned();
+        new.push(format!(".new-{}", Uuid::new_v4()));
+        let new = PathBuf::from(new);
+        let copied = self.read(|conn| {
+            let mut target = Connection::open(&new)?;
+            // One step: all of one state.
+            Backup::new(conn, &mut target)?.step(-1)?;
+            // A plain file of its own, without a WAL beside it.
+            target.pragma_update(None, "journal_mode", "DELETE")?;
+            target.close().map_err(|(_, e)| Error::from(e))
+        });
+        let placed = copied.and_then(|()| {
+            std::fs::File::open(&new).and_then(|f| f.sync_all()).map_err(Error::io("fsync", &new))?;
+            std::fs::rename(&new, path).map_err(Error::io("rename", path))
+        });
+        if placed.is_err() {
+            // The error that is returned says more than this one could.
+            let _ = std::fs::remove_file(&new);
+        }
+        placed.map(|()| position)
+    }
+
+    /// Replaces the cluster's secrets while everything runs, the newest first. A node proves with the first and accepts all:
+    /// give every node `[old, new]`, then every node `[new, old]`, then `[new]`.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when there are too many, or when the node had no secret and is to have one, or the reverse.
+    pub fn rotate_secrets(&self, secrets: &[Secret]) -> Result<()> {
+        self.inner.node.keys.rotate(secrets)
+    }
+
+    /// The replication endpoint, to be mounted at `/_replite` of the application's own server, which must speak HTTP/2. It needs
+    /// a secret: behind a reverse proxy everybody comes from a loopback address. An own listener
+    /// ([`Config::listen`]) that the public can't reach is the better choice.
+    pub fn service(&self) -> ReplicationService {
+        self.inner.service(Door::Mounted)
+    }
+
+    /// For `with_graceful_shutdown`: readiness is taken off, and our long streams are ended, so that the server's
+    /// connections can end.
+    ///
+    /// # Cancel safety
+    /// What was begun goes on.
+    pub async fn drain(&self) {
+        self.inner.draining.store(true, Ordering::Release);
+        self.inner.node.stop.cancel();
+    }
+
+    /// Stops every thread and task of this database, and waits for their end. What was acknowledged is kept; further calls
+    /// fail with [`Error::ShutDown`]. Can be called more than once.
+    ///
+    /// # Cancel safety
+    /// Dropped, it still goes on to its end.
+    pub async fn shutdown(&self) {
+        self.drain().await;
+        self.inner.tracker.close();
+        if tokio::time::timeout(DRAIN_LIMIT, self.inner.tracker.wait()).await.is_err() {
+            tracing::warn!("some streams did not end in time");
+        }
+        let inner = self.inner.clone();
+        // An error here means that the runtime is going away, and with it whoever waits for us.
+        let _ = tokio::task::spawn_blocking(move || inner.close()).await;
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Node> {
+        &self.inner.node
+    }
+}
+
+/// Tells the request's session of a commit.
+fn seen<T>(commit: Commit<T>) -> Commit<T> {
+    if let Some(txid) = commit.txid {
+        session::committed(txid);
+    }
+    commit
+}
+
+impl Inner {
+    /// Fails while there is nothing to read.
+    fn readable(&self) -> Result<()> {
+        match &self.side {
+            Side::Replica { readable, .. } if !*readable.borrow() => {
+                let problem = self.node.problem.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                Err(Error::NoState(problem.unwrap_or_else(|| "the replica is not filled yet".into())))
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn service(&self, door: Door) -> ReplicationService {
+        ReplicationService::new(self.node.clone(), self.source.clone(), self.tracker.clone(), door)
+    }
+
+    /// Ends everything that is ours. Blocks for as long as the last fsyncs take.
+    fn close(&self) {
+        if self.closed.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        self.node.stop.cancel();
+        self.tracker.close();
+        self.source.set(None);
+        self.pool.close();
+        match &self.side {
+            Side::Primary { engine, writer } => {
+                writer.close();
+                engine.close();
+            }
+            Side::Replica { follower, .. } => follower.close(),
+        }
+        self.node.applied.close();
+        self.node.roles.send_modify(|state| state.role = Role::Stopped);
+        drop(self.claim.lock().unwrap_or_else(PoisonError::into_inner).take());
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+/// What was opened, before any task runs.
+struct Parts {
+    inner: Inner,
+}
+
+impl Parts {
+    /// Everything of opening that blocks.
+    fn open(
+        config: Config,
+        keys: Keyring,
+        addresses: crate::status::Addresses,
+        follows: bool,
+    ) -> Result<Parts> {
+        let database = config.database_name()?;
+        let (path, claim) = refuse::claim(&config.path, config.allow_network_filesystem)?;
+        let mut side = path.clone().into_os_string();
+        side.push("-replite");
+        let side = PathBuf::from(side);
+        std::fs::create_dir_all(&side).map_err(Error::io("create", &side))?;
+        let me = PeerInfo {
+            node: identity::node_id(&side, &config.cluster, &database)?,
+            incarnation: Uuid::new_v4(),
+            addresses,
+        };
+        let role = if follows { Role::Replica } else { Role::Primary };
+        let node = Node::new(me, config.cluster.clone(), database, keys, role);
+        let options = config.engine_options(path.clone(), side);
+        let source = Source::new(node.clone());
+        let on_connect = config.on_connect.clone();
+        let prepare = move |conn: &Connection| match &on_connect {
+            Some(run) => run(conn, ConnectionKind::Reader),
+            None => Ok(()),
+        };
+        let pool = Pool::new(
+            path.clone(),
+            config.read_connections,
+            config.read_timeout,
+            config.statement_cache,
+            Box::new(prepare),
+        );
+        let side = if follows {
+            let follower = Arc::new(Follower::open(options, node.clone())?);
+            Side::Replica { readable: follower.readable(), follower }
+        } else {
+            let engine = Arc::new(Engine::open(options, node.clone())?);
+            let writer = open_writer(&config, &path, &engine)?;
+            node.roles.send_modify(|state| {
+                state.epoch = node.applied.history().epoch();
+                state.primary = Some(node.me.clone());
+            });
+            source.set(Some(engine.clone()));
+            Side::Primary { engine, writer }
+        };
+        let inner = Inner {
+            node,
+            path,
+            pool,
+            side,
+            source,
+            tracker: TaskTracker::new(),
+            wait_timeout: config.wait_timeout,
+            grace: config.grace,
+            opened: Instant::now(),
+            draining: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+            claim: Mutex::new(Some(claim)),
+        };
+        Ok(Parts { inner })
+    }
+
+    /// Starts the tasks, on the runtime of the caller.
+    fn start(self, primary: Option<Endpoint>, listener: Option<Listener>) -> Db {
+        let Parts { inner } = self;
+        if let Some(listener) = listener {
+            let service = inner.service(Door::Own);
+            inner.tracker.spawn(listener.serve(service, inner.tracker.clone(), inner.node.stop.clone()));
+        }
+        if let (Side::Replica { follower, .. }, Some(primary)) = (&inner.side, primary) {
+            crate::replica::spawn(inner.node.clone(), follower.clone(), primary, &inner.tracker);
+        }
+        Db { inner: Arc::new(inner) }
+    }
+}
+
+/// Opens the writer connection and runs the migrations on it.
+fn open_writer(config: &Config, path: &Path, engine: &Arc<Engine>) -> Result<Writer> {
+    let (on_connect, migrate) = (config.on_connect.clone(), config.migrate.clone());
+    Writer::open(
+        path,
+        engine.clone(),
+        config.durability,
+        config.write_queue,
+        config.statement_cache,
+        move |conn| {
+            if let Some(run) = on_connect {
+                run(conn, ConnectionKind::Writer)?;
+            }
+            if let Some(run) = migrate {
+                run(conn)?;
+            }
+            Ok(())
+        },
+    )
+}
+
+/// The events of a node; see [`Db::events`].
+#[derive(Debug)]
+pub struct Events {
+    receiver: broadcast::Receiver<Event>,
+}
+
+impl Events {
+    /// The next event; none after the database was shut down and dropped.
+    ///
+    /// # Cancel safety
+    /// No event is lost by dropping the future.
+    pub async fn next(&mut self) -> Option<Event> {
+        match self.receiver.recv().await {
+            Ok(event) => Some(event),
+            Err(broadcast::error::RecvError::Lagged(missed)) => Some(Event::Missed(missed)),
+            Err(broadcast::error::RecvError::Closed) => None,
+        }
+    }
+}

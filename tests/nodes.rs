@@ -1,0 +1,117 @@
+//! A primary and its replicas in one process, over real sockets.
+
+use std::path::Path;
+use std::time::Duration;
+
+use replite::{Addresses, Config, Db, Error, Role, Secret, lease};
+
+const LIMIT: Duration = Duration::from_secs(30);
+
+fn secret() -> Secret {
+    Secret::new("a secret for tests only").unwrap()
+}
+
+async fn primary(dir: &Path) -> Db {
+    let config = Config::new(dir.join("p.db"))
+        .database("app")
+        .secret(secret())
+        .listen("127.0.0.1:0".parse().unwrap())
+        .migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS t(id INTEGER PRIMARY KEY, v)"));
+    Db::open(config).await.unwrap()
+}
+
+async fn replica(dir: &Path, name: &str, of: &Db) -> Db {
+    let Addresses { replication, .. } = &of.node().addresses;
+    let config = Config::new(dir.join(name))
+        .database("app")
+        .secret(secret())
+        .lease(lease::Fixed::replica_of(replication));
+    Db::open(config).await.unwrap()
+}
+
+async fn insert(db: &Db, value: i64) -> replite::Txid {
+    let commit = db
+        .write(move |tx| Ok::<_, Error>(tx.execute("INSERT INTO t(v) VALUES (?1)", [value])?))
+        .await
+        .unwrap();
+    commit.txid.unwrap()
+}
+
+fn count(db: &Db) -> i64 {
+    db.read(|conn| Ok::<_, Error>(conn.query_row("SELECT count(*) FROM t", [], |r| r.get(0))?)).unwrap()
+}
+
+async fn within<F: Future>(what: &str, future: F) -> F::Output {
+    tokio::time::timeout(LIMIT, future).await.unwrap_or_else(|_| panic!("timed out: {what}"))
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_on_the_primary_is_read_on_every_replica_after_a_wait() {
+    let dir = tempfile::tempdir().unwrap();
+    let p = primary(dir.path()).await;
+    for i in 0..10 {
+        insert(&p, i).await;
+    }
+    let (a, b) = (replica(dir.path(), "a.db", &p).await, replica(dir.path(), "b.db", &p).await);
+    within("ready", async {
+        a.ready().await.unwrap();
+        b.ready().await.unwrap();
+    })
+    .await;
+    assert_eq!((p.role(), a.role()), (Role::Primary, Role::Replica));
+    for i in 10..200 {
+        let txid = insert(&p, i).await;
+        for r in [&a, &b] {
+            r.wait_for_timeout(txid, LIMIT).await.unwrap();
+            assert_eq!(count(r), i + 1);
+        }
+    }
+    assert_eq!(a.position(), p.position());
+    let refused = a.write(|tx| Ok::<_, Error>(tx.execute("INSERT INTO t(v) VALUES (0)", [])?)).await;
+    let Err(Error::NotPrimary { primary: Some(known) }) = refused else { panic!("{refused:?}") };
+    assert_eq!(known.node, p.node_id());
+    assert_eq!(p.status().replicas.len(), 2);
+    within("shutdown", async {
+        for db in [a, b, p] {
+            db.shutdown().await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_opens_before_its_primary_and_survives_its_restarts() {
+    let dir = tempfile::tempdir().unwrap();
+    let p = primary(dir.path()).await;
+    let url = p.node().addresses.replication.clone();
+    let port: u16 = url.split(':').nth(2).unwrap().split('/').next().unwrap().parse().unwrap();
+    p.shutdown().await;
+    drop(p);
+    let config = Config::new(dir.path().join("r.db"))
+        .database("app")
+        .secret(secret())
+        .lease(lease::Fixed::replica_of(&url));
+    let r = Db::open(config).await.unwrap();
+    assert!(matches!(
+        r.read(|conn| Ok::<_, Error>(conn.query_row("SELECT 1", [], |_| Ok(()))?)),
+        Err(Error::NoState(_))
+    ));
+    let mut rows = 0;
+    for _ in 0..3 {
+        let config = Config::new(dir.path().join("p.db"))
+            .database("app")
+            .secret(secret())
+            .listen(format!("127.0.0.1:{port}").parse().unwrap());
+        let p = Db::open(config).await.unwrap();
+        for i in 0..20 {
+            insert(&p, i).await;
+            rows += 1;
+        }
+        let txid = p.position().unwrap().txid();
+        within("ready", r.ready()).await.unwrap();
+        r.wait_for_timeout(txid, LIMIT).await.unwrap();
+        assert_eq!(count(&r), rows);
+        p.shutdown().await;
+    }
+    r.shutdown().await;
+}
