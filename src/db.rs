@@ -24,10 +24,12 @@ use crate::error::{Error, Result};
 use crate::net::{Endpoint, Listener};
 use crate::node::Node;
 use crate::primary::Source;
+use crate::proxy::ReplayLayer;
 use crate::secret::{Keyring, Secret};
 use crate::server::{Door, ReplicationService};
 use crate::session;
 use crate::status::{Event, PeerInfo, Role, RoleState};
+use crate::token::Token;
 use crate::txid::{Position, Txid};
 
 pub use builder::{Config, ConnectionKind};
@@ -383,6 +385,23 @@ impl Db {
         self.inner.service(Door::Mounted)
     }
 
+    /// The layer that lets every node take every request: those that may change something go to the primary, and clients
+    /// read their own writes on every node. See [`ReplayLayer`].
+    pub fn replay_layer(&self) -> ReplayLayer {
+        ReplayLayer::new(self.inner.node.clone())
+    }
+
+    /// A token for a transaction: what a client carries to read its own write on another node. The layer sets and
+    /// reads them by itself; this is for other ways of carrying them.
+    pub fn token(&self, txid: Txid) -> Token {
+        Token::sign(&self.inner.node, txid)
+    }
+
+    /// The transaction of a token's text; none when it is not one of this database, or its proof does not hold.
+    pub fn verify_token(&self, text: &str) -> Option<Txid> {
+        Token::verify(&self.inner.node, text)
+    }
+
     /// For `with_graceful_shutdown`: readiness is taken off, and our long streams are ended, so that the server's
     /// connections can end.
     ///
@@ -407,10 +426,6 @@ impl Db {
         let inner = self.inner.clone();
         // An error here means that the runtime is going away, and with it whoever waits for us.
         let _ = tokio::task::spawn_blocking(move || inner.close()).await;
-    }
-
-    pub(crate) fn shared(&self) -> &Arc<Node> {
-        &self.inner.node
     }
 }
 

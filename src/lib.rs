@@ -2,6 +2,8 @@
 #![allow(dead_code, unused_imports, missing_docs, unreachable_pub)]
 
 mod applied;
+#[cfg(feature = "axum")]
+mod axum;
 mod checksum;
 mod db;
 mod engine;
@@ -13,12 +15,14 @@ mod net;
 mod node;
 mod page;
 mod primary;
+mod proxy;
 mod replica;
 mod secret;
 mod server;
 mod session;
 mod sqlite;
 mod status;
+mod token;
 mod txid;
 mod wal;
 mod wire;
@@ -28,8 +32,14 @@ pub use db::{Commit, Config, ConnectionKind, Db, Events, WriterGuard};
 pub use engine::Durability;
 pub use error::{Blame, Error, PeerProblem, Result, Unsupported};
 pub use page::{PageNo, PageSize};
+pub use proxy::{
+    Failure, Outcome, Reason, ReplayLayer, ReplayRequestBody, ReplayResponseBody, ReplayService,
+    ResponseFuture, Route, SameSite, SessionTokens, Upgrades,
+};
 pub use rusqlite;
 pub use secret::Secret;
 pub use server::{ReplicationBody, ReplicationService};
+pub use session::Session;
 pub use status::{Addresses, Event, Health, Lag, PeerInfo, ReplicaStatus, Role, RoleState, Status};
+pub use token::Token;
 pub use txid::{Epoch, Position, Txid};

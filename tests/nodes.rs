@@ -115,3 +115,72 @@ async fn a_replica_opens_before_its_primary_and_survives_its_restarts() {
     }
     r.shutdown().await;
 }
+
+/// Sends one request to a server on loopback and returns status, headers and body.
+async fn send(
+    address: std::net::SocketAddr,
+    method: &str,
+    path: &str,
+    token: Option<&str>,
+) -> (u16, http::HeaderMap, String) {
+    let client: hyper_util::client::legacy::Client<_, String> =
+        hyper_util::client::legacy::Client::builder(hyper_util::rt::TokioExecutor::new()).build_http();
+    let mut request = http::Request::builder().method(method).uri(format!("http://{address}{path}"));
+    if let Some(token) = token {
+        request = request.header("replite-token", token);
+    }
+    let response = client.request(request.body(String::new()).unwrap()).await.unwrap();
+    let (head, body) = response.into_parts();
+    let body = http_body_util::BodyExt::collect(body).await.unwrap().to_bytes();
+    (head.status.as_u16(), head.headers, String::from_utf8(body.to_vec()).unwrap())
+}
+
+/// An axum app over a node: `POST /` adds a row, `GET /` counts them.
+fn app(db: &Db) -> axum::Router {
+    use axum::routing::get;
+    let (reads, writes) = (db.clone(), db.clone());
+    axum::Router::new()
+        .route(
+            "/",
+            get(move || async move { count(&reads).to_string() })
+                .post(move || async move { insert(&writes, 1).await.number().to_string() }),
+        )
+        .layer(db.replay_layer())
+        .nest_service("/_replite", db.service())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_instance_takes_every_request_and_clients_read_their_own_writes() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut nodes = Vec::new();
+    let mut first = None;
+    for name in ["p.db", "a.db", "b.db"] {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let url = format!("http://{address}");
+        let config = Config::new(dir.path().join(name)).database("app").secret(secret()).advertise(&url);
+        let config = match &first {
+            None => config.migrate(|c| c.execute_batch("CREATE TABLE t(id INTEGER PRIMARY KEY, v)")),
+            Some(primary) => config.lease(lease::Fixed::replica_of(primary)),
+        };
+        first.get_or_insert(url);
+        let db = Db::open(config).await.unwrap();
+        tokio::spawn(axum::serve(listener, app(&db)).into_future());
+        nodes.push((db, address));
+    }
+    for (db, _) in &nodes {
+        within("ready", db.ready()).await.unwrap();
+    }
+    for i in 1..=60 {
+        let (_, address) = &nodes[i % 3];
+        let (status, headers, number) = send(*address, "POST", "/", None).await;
+        assert_eq!(status, 200, "{number}");
+        let token = headers["replite-token"].to_str().unwrap();
+        for (_, other) in &nodes {
+            assert_eq!(send(*other, "GET", "/", Some(token)).await.2, i.to_string());
+        }
+    }
+    for (db, _) in nodes {
+        within("shutdown", db.shutdown()).await;
+    }
+}
