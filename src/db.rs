@@ -272,7 +272,8 @@ impl Db {
         }
     }
 
-    /// The state that this node has; none on a replica that was not filled yet.
+    /// The state that this node has; none on a replica that was not filled yet. On the primary it follows a commit
+    /// that was just acknowledged within moments; `wait_for` waits for that.
     pub fn position(&self) -> Option<Position> {
         self.inner.node.applied.position()
     }

@@ -103,13 +103,13 @@ async fn a_replica_opens_before_its_primary_and_survives_its_restarts() {
             .secret(secret())
             .listen(format!("127.0.0.1:{port}").parse().unwrap());
         let p = Db::open(config).await.unwrap();
+        let mut txid = None;
         for i in 0..20 {
-            insert(&p, i).await;
+            txid = Some(insert(&p, i).await);
             rows += 1;
         }
-        let txid = p.position().unwrap().txid();
         within("ready", r.ready()).await.unwrap();
-        r.wait_for_timeout(txid, LIMIT).await.unwrap();
+        r.wait_for_timeout(txid.unwrap(), LIMIT).await.unwrap();
         assert_eq!(count(&r), rows);
         p.shutdown().await;
     }
