@@ -19,12 +19,15 @@ pub(crate) struct Applied {
     watch: watch::Sender<Option<Position>>,
 }
 
+/// What a waiter waits for, and how it is told.
+type Waiter = (Txid, oneshot::Sender<Result<()>>);
+
 #[derive(Debug)]
 struct Inner {
     position: Option<Position>,
     history: Arc<EpochHistory>,
     /// By number and a serial that keeps two waiters for one number apart.
-    waiters: BTreeMap<(u64, u64), (Txid, oneshot::Sender<Result<()>>)>,
+    waiters: BTreeMap<(u64, u64), Waiter>,
     serial: u64,
     closed: bool,
 }

@@ -37,13 +37,13 @@ impl Checksum {
 
     /// With one page more.
     #[must_use]
-    pub fn with(self, page: PageHash) -> Checksum {
+    pub(crate) fn with(self, page: PageHash) -> Checksum {
         Checksum(self.0.wrapping_add(page.0))
     }
 
     /// With one page less.
     #[must_use]
-    pub fn without(self, page: PageHash) -> Checksum {
+    pub(crate) fn without(self, page: PageHash) -> Checksum {
         Checksum(self.0.wrapping_sub(page.0))
     }
 }

@@ -96,7 +96,6 @@ pub(crate) struct Begun(Mark);
 /// A run of pages for a snapshot.
 #[derive(Debug)]
 pub(crate) struct Piece {
-    pub(crate) first: PageNo,
     /// The state when the piece was read. A page may be newer than that, never older; the log records up to the
     /// position of the last piece make it exact.
     pub(crate) position: Position,
@@ -270,7 +269,7 @@ impl Engine {
         if count > 0 {
             self.base.read_run(&mut handle, first, tip.frame, &mut data)?;
         }
-        Ok(Piece { first, position: tip.position, pages: tip.pages, data: data.freeze() })
+        Ok(Piece { position: tip.position, pages: tip.pages, data: data.freeze() })
     }
 
     pub(crate) fn wal(&self) -> WalFigures {

@@ -1,5 +1,4 @@
 //! SQLite replicas inside the application.
-#![allow(dead_code, unused_imports, missing_docs, unreachable_pub)]
 
 mod applied;
 #[cfg(feature = "axum")]

@@ -12,7 +12,7 @@
 //! **Addresses.** A log address ("LSN") counts record bytes only: a byte at `offset` of a segment's file has the
 //! address `start + offset - 80`, so that a reader that crosses into the next segment sees records and nothing else.
 //! A segment ends between two records. Within one opening of the log an address never stands for two different
-//! bytes: when bytes are taken back ([`Log::abort`], [`Log::cut_after`], [`Log::reset`]) the log goes on in a new
+//! bytes: when bytes are taken back ([`Log::abort`], [`Log::reset`]) the log goes on in a new
 //! segment one address *beyond* the old end, and whoever reads at an address that was taken back gets an error.
 //! A reader that stands exactly where the kept bytes end may go on by [`Log::step_over`].
 //!
@@ -27,10 +27,7 @@
 //!
 //! **Crash points.** A torn append, a torn head of a new segment, an aborted record: cut at open. A removal that did
 //! not reach the disk: the segment is back; if it no longer fits the ones after it, it is dropped again.
-use std::collections::VecDeque;
 use std::fmt;
-use std::fs::File;
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, SystemTime};
@@ -195,27 +192,6 @@ impl Log {
         drop(state);
         files::remove(&gone);
         synced
-    }
-
-    /// Drops the complete records after the one that ended at `number` (crash recovery only), and what is
-    /// unfinished. When `number` is older than the log reaches, nothing is left, and `tip` is `None`.
-    ///
-    /// # Errors
-    /// Those of [`Log::find`]; [`Error::Io`] when a file can't be cut.
-    pub(crate) fn cut_after(&self, number: u64) -> Result<()> {
-        self.abort()?;
-        let found = self.find(number)?;
-        let mut state = self.lock();
-        let (gone, done) = match found {
-            Found::Beyond => return Ok(()),
-            Found::At { lsn, .. } if lsn == state.end => return Ok(()),
-            Found::At { lsn, before } => state.take_back(&self.dir, lsn, before),
-            Found::Behind => (state.forget(None), Ok(())),
-        };
-        self.moved(&state);
-        drop(state);
-        files::remove(&gone);
-        done
     }
 
     /// Drops the oldest segment, whoever needs it, to make room on a full disk. False when only the current one

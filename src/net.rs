@@ -14,7 +14,9 @@ use http_body_util::BodyExt;
 use http_body_util::combinators::UnsyncBoxBody;
 use tokio_util::task::TaskTracker;
 
-pub(crate) use dial::{Opened, open, open_on};
+#[cfg(test)]
+pub(crate) use dial::open_on;
+pub(crate) use dial::{Opened, open};
 pub(crate) use listen::Listener;
 pub(crate) use url::Endpoint;
 

@@ -4,11 +4,10 @@ use std::sync::{Arc, Mutex};
 
 use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
 use crate::applied::Applied;
 use crate::secret::Keyring;
-use crate::status::{Addresses, Event, Lag, PeerInfo, Role, RoleState};
+use crate::status::{Event, Lag, PeerInfo, Role, RoleState};
 use crate::txid::Epoch;
 
 /// Events that a slow receiver may be behind before it misses some.

@@ -12,9 +12,9 @@ pub(crate) const PROOF_BYTES: usize = 32;
 /// Bytes of a proof where 32 would be too long to carry, such as in a cookie.
 pub(crate) const SHORT_PROOF_BYTES: usize = 16;
 /// The fewest bytes of a secret: 128 bits, if they are random.
-pub const SECRET_MIN_BYTES: usize = 16;
+pub(crate) const SECRET_MIN_BYTES: usize = 16;
 /// The most secrets that are valid at one time.
-pub const SECRETS_MAX: usize = 8;
+pub(crate) const SECRETS_MAX: usize = 8;
 
 /// A shared secret of a cluster. It never travels and never appears in `Debug` output.
 #[derive(Clone)]
@@ -24,7 +24,7 @@ impl Secret {
     /// A secret from its bytes; use at least 16 random ones.
     ///
     /// # Errors
-    /// [`Error::Config`] when it is shorter than [`SECRET_MIN_BYTES`].
+    /// [`Error::Config`] when it is shorter than 16 bytes.
     pub fn new(bytes: impl AsRef<[u8]>) -> Result<Secret, Error> {
         let bytes = bytes.as_ref();
         if bytes.len() < SECRET_MIN_BYTES {
@@ -176,7 +176,7 @@ mod tests {
     fn a_proof_holds_for_its_purpose_parts_and_secret_only() {
         let (old, new) = (Secret::new([1; 16]).unwrap(), Secret::new([2; 16]).unwrap());
         let ring = Keyring::new(&[new.clone(), old.clone()]).unwrap();
-        let proof = Keyring::new(&[old.clone()]).unwrap().prove(Purpose::Token, &[b"ab", b"c"]);
+        let proof = Keyring::new(std::slice::from_ref(&old)).unwrap().prove(Purpose::Token, &[b"ab", b"c"]);
         assert!(ring.verify(Purpose::Token, &[b"ab", b"c"], &proof), "an old secret still verifies");
         assert!(!ring.verify(Purpose::Token, &[b"a", b"bc"], &proof));
         assert!(!ring.verify(Purpose::Hop, &[b"ab", b"c"], &proof));

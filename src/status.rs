@@ -95,6 +95,8 @@ pub struct Status {
     pub wal_frames: u32,
     /// See `wal_frames`.
     pub backfilled_frames: u32,
+    /// The state before the oldest transaction in the retained log: a replica that is behind it needs a snapshot.
+    pub log_start: Option<Position>,
     /// The retained log's size in bytes.
     pub log_bytes: u64,
     /// The last problem, while it lasts.

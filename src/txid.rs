@@ -272,10 +272,6 @@ impl EpochHistory {
         self.last().map_or(Epoch::new(0, 0), |s| s.epoch)
     }
 
-    pub(crate) fn is_empty(&self) -> bool {
-        self.starts.is_empty()
-    }
-
     pub(crate) fn iter(&self) -> impl Iterator<Item = &EpochStart> {
         self.starts.iter()
     }

@@ -95,19 +95,6 @@ pub(crate) fn wal_header(size: PageSize, sequence: u32, salts: Salts) -> ([u8; W
     (header, sum)
 }
 
-/// The salts in a WAL file's header, if the header is sound.
-pub(crate) fn wal_header_salts(header: &[u8; WAL_HEADER_BYTES]) -> Option<Salts> {
-    let magic = be_u32(&header[0..4]);
-    if magic & !1 != MAGIC {
-        return None;
-    }
-    let sum = WalSum::default().over(&header[..24], magic & 1 == 1);
-    let stored = WalSum(be_u32(&header[24..28]), be_u32(&header[28..32]));
-    let mut salts = [0; 8];
-    salts.copy_from_slice(&header[16..24]);
-    (sum == stored).then_some(Salts(salts))
-}
-
 /// The header of one frame.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct FrameHeader {
@@ -294,7 +281,5 @@ mod tests {
             flipped[bit / 8] ^= 1 << (bit % 8);
             assert_eq!(IndexHeader::parse(&flipped), None, "bit {bit}");
         }
-        let (wal, _) = wal_header(PageSize::new(4096).unwrap(), 3, Salts([5; 8]));
-        assert_eq!(wal_header_salts(&wal), Some(Salts([5; 8])));
     }
 }

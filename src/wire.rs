@@ -38,7 +38,7 @@
 //!
 //! The header's layout and the hash of SEGMENT never change with the version, so that every version can tell a
 //! newer segment from a damaged one.
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 
 use crate::checksum::PageHash;
 use crate::page::{PageNo, PageSize};
@@ -60,8 +60,6 @@ pub(crate) const PAYLOAD_MAX_BYTES: usize = 1024 * 1024 + 64 * 1024;
 pub(crate) const HEADER_BYTES: usize = 24;
 /// The version of the units, one for all kinds.
 pub(crate) const VERSION: u16 = 1;
-/// Bytes of a page unit besides the page: the header and the page number.
-pub(crate) const PAGE_UNIT_OVERHEAD_BYTES: usize = HEADER_BYTES + 4;
 /// The most that the pages of one snapshot piece may come to.
 pub(crate) const PIECE_MAX_BYTES: usize = 1024 * 1024;
 /// Longest JSON of a peer: room for four URLs and a few dozen labels.

@@ -14,7 +14,8 @@ use crate::lease::Fixed;
 use crate::log::LogOptions;
 use crate::net::Endpoint;
 use crate::secret::Secret;
-use crate::status::Addresses;
+use crate::status::{Addresses, PeerInfo};
+use crate::wire::peer_fits;
 
 /// Longest name of a cluster or a database, in bytes: it travels in a header.
 const NAME_MAX_BYTES: usize = 64;
@@ -298,6 +299,14 @@ impl Config {
             return Err(Error::Config(format!(
                 "at most {LABELS_MAX} labels of at most {LABEL_MAX_BYTES} bytes are possible"
             )));
+        }
+        let told = PeerInfo {
+            node: uuid::Uuid::nil(),
+            incarnation: uuid::Uuid::nil(),
+            addresses: self.advertised(self.listen),
+        };
+        if !peer_fits(&told) {
+            return Err(Error::Config("addresses and labels are too long to be told to other nodes".into()));
         }
         for url in [&self.addresses.app, &self.addresses.replication] {
             if !url.is_empty() {

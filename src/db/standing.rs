@@ -12,9 +12,9 @@ impl Db {
         let inner = &self.inner;
         let node = &inner.node;
         let roles = node.roles.borrow().clone();
-        let (wal, log_bytes) = match &inner.side {
-            Side::Primary { engine, .. } => (engine.wal(), engine.log().bytes()),
-            Side::Replica { follower, .. } => (follower.wal(), follower.log_bytes()),
+        let (wal, log) = match &inner.side {
+            Side::Primary { engine, .. } => (engine.wal(), Some(engine.log().clone())),
+            Side::Replica { follower, .. } => (follower.wal(), follower.log()),
         };
         Status {
             node: node.me.node,
@@ -28,7 +28,8 @@ impl Db {
             replicas: inner.source.replicas(),
             wal_frames: wal.frames,
             backfilled_frames: wal.backfilled,
-            log_bytes,
+            log_start: log.as_ref().and_then(|log| log.start()),
+            log_bytes: log.map_or(0, |log| log.bytes()),
             problem: node.problem.lock().unwrap_or_else(PoisonError::into_inner).clone(),
         }
     }

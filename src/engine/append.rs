@@ -39,6 +39,9 @@ pub(super) struct Appender {
     page: Vec<u8>,
 }
 
+/// A page and its number.
+pub(super) type NumberedPage = (PageNo, Bytes);
+
 /// The transaction that is coming in.
 #[derive(Debug)]
 struct Txn {
@@ -246,7 +249,7 @@ impl Appender {
     /// commit frame will be, before that frame is written.
     pub(super) fn replace(
         &mut self,
-        next: &mut dyn FnMut(&mut Appender) -> Result<Option<(PageNo, Bytes)>>,
+        next: &mut dyn FnMut(&mut Appender) -> Result<Option<NumberedPage>>,
         position: Position,
         size: u32,
         before_commit: &mut dyn FnMut(&Tip) -> Result<()>,

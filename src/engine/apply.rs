@@ -213,7 +213,6 @@ impl Apply {
             position: self.live.as_ref().map(Appender::position),
             history: Arc::new(self.history.clone()),
             resume: receive::progress(&self.options.side).map(|p| (p.first, p.next)),
-            page_size: self.live.as_ref().map(|l| l.base.page_size),
         }
     }
 

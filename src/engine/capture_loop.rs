@@ -323,7 +323,12 @@ impl Sink for ToLog<'_> {
 pub(super) fn append_or_gap(base: &Base, units: Bytes, after: Option<Position>) {
     let mut broken = lock(&base.log_broken);
     if !*broken {
-        match base.log.append(units, after) {
+        let mut appended = base.log.append(units.clone(), after);
+        // A full disk costs the oldest records first.
+        while appended.is_err() && base.log.drop_oldest() {
+            appended = base.log.append(units.clone(), after);
+        }
+        match appended {
             Ok(()) => return,
             Err(error) => {
                 tracing::error!(%error, "the log can't be written: replicas that are behind will need a snapshot");

@@ -11,8 +11,9 @@ use crate::engine::apply::Apply;
 use crate::engine::base::{Base, lock};
 use crate::engine::{EngineOptions, WalFigures, make_side};
 use crate::error::{Error, Result};
+use crate::log::Log;
 use crate::node::Node;
-use crate::page::{PageNo, PageSize};
+use crate::page::PageNo;
 use crate::txid::{EpochHistory, Position};
 use crate::wire::Unit;
 
@@ -56,7 +57,6 @@ pub(crate) struct Standing {
     pub(crate) history: Arc<EpochHistory>,
     /// A snapshot that was begun: the position of its first piece, and the first page that is missing.
     pub(crate) resume: Option<(Position, PageNo)>,
-    pub(crate) page_size: Option<PageSize>,
 }
 
 impl Follower {
@@ -109,8 +109,9 @@ impl Follower {
         lock(&self.shared.base).as_ref().map_or(WalFigures::default(), |b| b.figures())
     }
 
-    pub(crate) fn log_bytes(&self) -> u64 {
-        lock(&self.shared.base).as_ref().map_or(0, |b| b.log.bytes())
+    /// The replica's log, once it has a state.
+    pub(crate) fn log(&self) -> Option<Arc<Log>> {
+        lock(&self.shared.base).as_ref().map(|b| b.log.clone())
     }
 
     /// Stops and joins the threads. Blocks.

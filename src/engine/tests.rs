@@ -130,7 +130,7 @@ fn feed(engine: &Engine, follower: &Follower, pieces_between: &mut dyn FnMut()) 
                     wire::encode(&Message::SnapEnd(SnapEnd { exact_at: piece.position }), &mut out);
                     break;
                 }
-                let (first, position, pages) = (piece.first, piece.position, &piece.data[..]);
+                let (first, position, pages) = (next, piece.position, &piece.data[..]);
                 wire::encode(&Message::SnapPiece { first, position, pages }, &mut out);
                 let count = (piece.data.len() / engine.page_size().bytes()) as u32;
                 next = PageNo::new(next.get() + count).unwrap();

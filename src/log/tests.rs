@@ -381,27 +381,6 @@ fn a_reset_declares_a_gap() {
 }
 
 #[test]
-fn cutting_after_each_transaction_leaves_those_before() {
-    let dir = tempfile::tempdir().unwrap();
-    drop(filled(&dir, 20, OPTIONS));
-    for n in 0..=21 {
-        let copy = copy_of(&dir);
-        let log = open(&copy);
-        let old_end = log.end();
-        log.cut_after(n).unwrap();
-        assert_records(&open(&copy_of(&copy)), 1, n.min(20));
-        assert_records(&log, 1, n.min(20));
-        assert!(n >= 20 || log.end() > old_end);
-        drop(log);
-        assert_eq!(open(&copy).tip(), Some(position(n.min(20) + 1)));
-    }
-    let log = open(&dir);
-    log.reset(position(50)).unwrap();
-    log.cut_after(49).unwrap();
-    assert_eq!(log.tip(), None);
-}
-
-#[test]
 fn the_oldest_segments_go_by_size_by_age_and_not_while_pinned() {
     let dir = tempfile::tempdir().unwrap();
     let sized = LogOptions { keep_bytes: 12_000, pinned_bytes: 20_000, ..OPTIONS };

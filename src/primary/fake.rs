@@ -128,7 +128,7 @@ impl Supply for Fake {
         let left = (self.pages + 1).saturating_sub(first.get()) as usize;
         let data = vec![5; left.min(max_bytes / 512) * 512].into();
         let position = self.tip().unwrap();
-        Ok(Piece { first, position, pages: self.pages, data })
+        Ok(Piece { position, pages: self.pages, data })
     }
 
     fn raise_epoch(&self, above: u64) -> Result<()> {

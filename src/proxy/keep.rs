@@ -260,7 +260,7 @@ impl State {
 mod tests {
     use super::*;
     use crate::proxy::body::ReplayRequestBody;
-    use http_body_util::{Full, StreamBody};
+    use http_body_util::Full;
     use std::convert::Infallible;
 
     fn budget() -> Budget {

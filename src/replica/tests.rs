@@ -38,7 +38,7 @@ struct FakeFeed {
 impl FakeFeed {
     fn new(node: &Arc<Node>, epochs: EpochHistory, position: Option<Position>) -> Arc<FakeFeed> {
         node.applied.replace(epochs.clone(), position);
-        let standing = Standing { position, history: Arc::new(epochs), resume: None, page_size: None };
+        let standing = Standing { position, history: Arc::new(epochs), resume: None };
         Arc::new(FakeFeed {
             node: node.clone(),
             standing: Mutex::new(standing),

@@ -1,3 +1,4 @@
+use bytes::BytesMut;
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
