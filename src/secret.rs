@@ -9,6 +9,8 @@ use crate::error::Error;
 
 /// Bytes of a proof.
 pub(crate) const PROOF_BYTES: usize = 32;
+/// Bytes of a proof where 32 would be too long to carry, such as in a cookie.
+pub(crate) const SHORT_PROOF_BYTES: usize = 16;
 /// The fewest bytes of a secret: 128 bits, if they are random.
 pub const SECRET_MIN_BYTES: usize = 16;
 /// The most secrets that are valid at one time.
@@ -113,6 +115,26 @@ impl Keyring {
     pub(crate) fn verify(&self, purpose: Purpose, parts: &[&[u8]], proof: &[u8]) -> bool {
         let keys = self.current();
         keys.iter().any(|k| bool::from(keyed(&k[purpose as usize], parts).as_slice().ct_eq(proof)))
+    }
+
+    /// The first bytes of a proof.
+    pub(crate) fn prove_short(&self, purpose: Purpose, parts: &[&[u8]]) -> [u8; SHORT_PROOF_BYTES] {
+        let mut short = [0; SHORT_PROOF_BYTES];
+        short.copy_from_slice(&self.prove(purpose, parts)[..SHORT_PROOF_BYTES]);
+        short
+    }
+
+    /// Whether the bytes are the first ones of a proof that was made with a secret that is valid now.
+    pub(crate) fn verify_short(
+        &self,
+        purpose: Purpose,
+        parts: &[&[u8]],
+        proof: &[u8; SHORT_PROOF_BYTES],
+    ) -> bool {
+        let keys = self.current();
+        keys.iter().any(|k| {
+            bool::from(keyed(&k[purpose as usize], parts)[..SHORT_PROOF_BYTES].ct_eq(proof.as_slice()))
+        })
     }
 
     fn current(&self) -> Arc<[Keys]> {

@@ -1,0 +1,35 @@
+//! The replay layer: a tower middleware that lets every node take every request.
+//!
+//! Requests that may change something go to the primary; all others run here, and again on the primary when their
+//! handler turned out to need it. Responses that committed carry a token, and a request with a token is answered
+//! from a state that has that transaction.
+//!
+//! The way of a request: `service` plans it, `future` drives the plan, `prepare` waits and holds, `forward` sends
+//! to the primary over `dial`, and `reply` sets tokens on what a local handler answered.
+
+mod body;
+mod dial;
+mod failure;
+mod forward;
+mod future;
+pub(crate) mod headers;
+mod hop;
+mod keep;
+mod layer;
+mod prepare;
+mod reply;
+mod route;
+mod service;
+#[cfg(test)]
+mod tests;
+
+pub use body::{ReplayRequestBody, ReplayResponseBody};
+pub(crate) use failure::RETRY_AFTER_SECONDS;
+pub use failure::{Failure, Outcome, Reason};
+pub use future::ResponseFuture;
+pub use layer::{ReplayLayer, SameSite, SessionTokens, Upgrades};
+pub use route::Route;
+pub use service::ReplayService;
+
+/// What bodies may fail with.
+pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;

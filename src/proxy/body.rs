@@ -1,0 +1,237 @@
+//! The bodies of the layer: requests on their way to the handler, responses on their way to the client.
+
+use std::pin::Pin;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http_body::{Body, Frame, SizeHint};
+use http_body_util::Full;
+use hyper::body::Incoming;
+use pin_project_lite::pin_project;
+use tokio::time::{Instant, Sleep};
+
+use crate::proxy::BoxError;
+use crate::proxy::keep::Keep;
+
+pin_project! {
+    /// A request's body as the wrapped service gets it: the one that came in, which the layer may be able to take
+    /// back for the primary.
+    pub struct ReplayRequestBody<B> {
+        #[pin]
+        kind: RequestKind<B>,
+    }
+}
+
+pin_project! {
+    #[project = RequestProj]
+    enum RequestKind<B> {
+        Plain { #[pin] body: B },
+        Kept { keep: Keep },
+    }
+}
+
+impl<B> ReplayRequestBody<B> {
+    /// The body as it came.
+    pub(super) fn plain(body: B) -> Self {
+        ReplayRequestBody { kind: RequestKind::Plain { body } }
+    }
+
+    /// A body that can be taken back.
+    pub(super) fn kept(keep: Keep) -> Self {
+        ReplayRequestBody { kind: RequestKind::Kept { keep } }
+    }
+}
+
+impl<B> Body for ReplayRequestBody<B>
+where
+    B: Body<Data = Bytes>,
+    B::Error: Into<BoxError>,
+{
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        match self.project().kind.project() {
+            RequestProj::Plain { body } => body.poll_frame(cx).map_err(Into::into),
+            RequestProj::Kept { keep } => keep.poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.kind {
+            RequestKind::Plain { body } => body.is_end_stream(),
+            RequestKind::Kept { keep } => keep.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.kind {
+            RequestKind::Plain { body } => body.size_hint(),
+            RequestKind::Kept { keep } => keep.size_hint(),
+        }
+    }
+}
+
+impl<B> std::fmt::Debug for ReplayRequestBody<B> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ReplayRequestBody(..)")
+    }
+}
+
+pin_project! {
+    /// A response's body: the wrapped service's own, the primary's, or a few words of the layer.
+    pub struct ReplayResponseBody<RB> {
+        #[pin]
+        kind: ResponseKind<RB>,
+    }
+}
+
+pin_project! {
+    #[project = ResponseProj]
+    enum ResponseKind<RB> {
+        Local { #[pin] body: RB },
+        Answer { #[pin] answer: Answer },
+    }
+}
+
+impl<RB> ReplayResponseBody<RB> {
+    pub(super) fn local(body: RB) -> Self {
+        ReplayResponseBody { kind: ResponseKind::Local { body } }
+    }
+
+    pub(super) fn answer(answer: Answer) -> Self {
+        ReplayResponseBody { kind: ResponseKind::Answer { answer } }
+    }
+}
+
+impl<RB> Body for ReplayResponseBody<RB>
+where
+    RB: Body<Data = Bytes>,
+    RB::Error: Into<BoxError>,
+{
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        match self.project().kind.project() {
+            ResponseProj::Local { body } => body.poll_frame(cx).map_err(Into::into),
+            ResponseProj::Answer { answer } => answer.poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match &self.kind {
+            ResponseKind::Local { body } => body.is_end_stream(),
+            ResponseKind::Answer { answer } => answer.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match &self.kind {
+            ResponseKind::Local { body } => body.size_hint(),
+            ResponseKind::Answer { answer } => answer.size_hint(),
+        }
+    }
+}
+
+impl<RB> std::fmt::Debug for ReplayResponseBody<RB> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("ReplayResponseBody(..)")
+    }
+}
+
+/// The body of a response that the wrapped service did not make.
+pub(super) enum Answer {
+    /// The primary's.
+    Primary(Patient<Incoming>),
+    /// The layer's own.
+    Own(Full<Bytes>),
+}
+
+impl Body for Answer {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        match self.get_mut() {
+            Answer::Primary(body) => Pin::new(body).poll_frame(cx),
+            Answer::Own(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            Answer::Primary(body) => body.is_end_stream(),
+            Answer::Own(body) => body.is_end_stream(),
+        }
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Answer::Primary(body) => body.size_hint(),
+            Answer::Own(body) => body.size_hint(),
+        }
+    }
+}
+
+/// A body that fails when nothing comes for too long.
+pub(super) struct Patient<B> {
+    body: B,
+    /// None: any pause is fine, as in an event stream.
+    idle: Option<Duration>,
+    /// Set while the body has nothing to give.
+    since: Option<Instant>,
+    sleep: Option<Pin<Box<Sleep>>>,
+}
+
+impl<B> Patient<B> {
+    pub(super) fn new(body: B, idle: Option<Duration>) -> Patient<B> {
+        Patient { body, idle, since: None, sleep: None }
+    }
+}
+
+impl<B> Body for Patient<B>
+where
+    B: Body<Data = Bytes> + Unpin,
+    B::Error: Into<BoxError>,
+{
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let this = &mut *self;
+        if let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) {
+            this.since = None;
+            return Poll::Ready(frame.map(|f| f.map_err(Into::into)));
+        }
+        let Some(idle) = this.idle else { return Poll::Pending };
+        let due = *this.since.get_or_insert_with(Instant::now) + idle;
+        let sleep = this.sleep.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due)));
+        if sleep.deadline() != due {
+            sleep.as_mut().reset(due);
+        }
+        ready!(sleep.as_mut().poll(cx));
+        Poll::Ready(Some(Err(format!("nothing came for {idle:?}").into())))
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}

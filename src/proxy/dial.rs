@@ -1,0 +1,160 @@
+//! One request to one node over HTTP/1.1, and what is known when it fails.
+
+use std::error::Error as _;
+use std::future::Future;
+use std::io;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use http::{Request, Response, Uri};
+use hyper::body::Incoming;
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use tokio::net::TcpStream;
+use tokio_util::sync::CancellationToken;
+use tower::Service;
+
+use crate::proxy::BoxError;
+use crate::proxy::body::{Patient, ReplayRequestBody};
+use crate::proxy::keep::Keep;
+
+/// How long an unused connection is kept: less than any server or proxy on the way is likely to allow, because a
+/// request that meets a closing connection has an unknown outcome.
+const POOL_IDLE_SECONDS: u64 = 15;
+/// Unused connections that are kept to one node.
+const POOL_IDLE_MAX: usize = 64;
+/// TCP probes an idle connection after so many seconds, so that a dead machine is noticed.
+const KEEPALIVE_SECONDS: u64 = 15;
+
+/// A body on its way to the primary.
+pub(super) type Outgoing = Patient<ReplayRequestBody<http_body_util::Empty<bytes::Bytes>>>;
+
+/// Why there is no response.
+#[derive(Debug)]
+pub(super) enum SendError {
+    /// There was no connection, and it is no use to try another.
+    Unreachable(BoxError),
+    /// The connection closed before the request was put on it.
+    NotSent(BoxError),
+    /// The client stopped sending.
+    SlowClient,
+    /// Nothing came back in time.
+    NoAnswer,
+    /// The connection broke; the request may have been carried out.
+    Broken(BoxError),
+}
+
+/// The connections to other nodes.
+#[derive(Clone, Debug)]
+pub(super) struct Dialer {
+    client: Client<Connector, Outgoing>,
+}
+
+impl Dialer {
+    pub(super) fn new(connect: Duration, stop: CancellationToken) -> Dialer {
+        let mut http = HttpConnector::new();
+        http.set_nodelay(true);
+        http.set_keepalive(Some(Duration::from_secs(KEEPALIVE_SECONDS)));
+        http.set_connect_timeout(Some(connect));
+        let client = Client::builder(Spawn { stop })
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(Duration::from_secs(POOL_IDLE_SECONDS))
+            .pool_max_idle_per_host(POOL_IDLE_MAX)
+            // What may be sent again is decided by `forward`, which knows the method.
+            .retry_canceled_requests(false)
+            .set_host(false)
+            .build(Connector { http, limit: connect });
+        Dialer { client }
+    }
+
+    /// Sends a request and waits for the response's head. The body is not touched before a connection stands.
+    ///
+    /// # Cancel safety
+    /// Dropping the future closes the connection that the request is on.
+    pub(super) async fn send(
+        &self,
+        head: Request<()>,
+        body: &Keep,
+        idle: Duration,
+        answer: Duration,
+    ) -> Result<Response<Incoming>, SendError> {
+        let outgoing = Patient::new(ReplayRequestBody::kept(body.clone()), Some(idle));
+        let response = self.client.request(head.map(|()| outgoing));
+        tokio::pin!(response);
+        loop {
+            let due = body.deadline(idle, answer);
+            tokio::select! {
+                biased;
+                got = &mut response => return got.map_err(|e| sort(e, body, idle)),
+                () = tokio::time::sleep_until(due) => {}
+            }
+            if body.deadline(idle, answer) <= tokio::time::Instant::now() {
+                return Err(if body.starving() { SendError::SlowClient } else { SendError::NoAnswer });
+            }
+        }
+    }
+}
+
+fn sort(error: hyper_util::client::legacy::Error, body: &Keep, idle: Duration) -> SendError {
+    if error.is_connect() {
+        return SendError::Unreachable(error.into());
+    }
+    let source = error.source().and_then(|s| s.downcast_ref::<hyper::Error>());
+    // So hyper calls a request that it hands back unwritten.
+    if source.is_some_and(hyper::Error::is_canceled) {
+        return SendError::NotSent(error.into());
+    }
+    if body.starving() && body.deadline(idle, idle) <= tokio::time::Instant::now() {
+        return SendError::SlowClient;
+    }
+    SendError::Broken(error.into())
+}
+
+/// Opens TCP connections within a limit that covers the look-up of names, too.
+#[derive(Clone, Debug)]
+struct Connector {
+    http: HttpConnector,
+    limit: Duration,
+}
+
+impl Service<Uri> for Connector {
+    type Response = TokioIo<TcpStream>;
+    type Error = BoxError;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, BoxError>> + Send>>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        self.http.poll_ready(cx).map_err(Into::into)
+    }
+
+    fn call(&mut self, uri: Uri) -> Self::Future {
+        let connecting = self.http.call(uri);
+        let limit = self.limit;
+        Box::pin(async move {
+            match tokio::time::timeout(limit, connecting).await {
+                Ok(connected) => connected.map_err(Into::into),
+                Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut).into()),
+            }
+        })
+    }
+}
+
+/// Runs the connections' tasks until the node stops, so that none outlives it.
+#[derive(Clone, Debug)]
+struct Spawn {
+    stop: CancellationToken,
+}
+
+impl<F> hyper::rt::Executor<F> for Spawn
+where
+    F: Future + Send + 'static,
+    F::Output: Send,
+{
+    fn execute(&self, future: F) {
+        let stop = self.stop.clone();
+        TokioExecutor::new().execute(async move {
+            stop.run_until_cancelled_owned(future).await;
+        });
+    }
+}

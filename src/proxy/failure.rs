@@ -1,0 +1,128 @@
+//! What the layer answers when it could not get a request done, and what is known of the outcome.
+
+use bytes::Bytes;
+use http::header::{CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER};
+use http::{HeaderValue, Response, StatusCode};
+
+use crate::proxy::headers::OUTCOME;
+
+/// After how many seconds a client is asked to try again.
+pub(crate) const RETRY_AFTER_SECONDS: &str = "1";
+
+/// What is known about a request that failed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Outcome {
+    /// No handler ran with effect: sending the request again is safe.
+    NotExecuted,
+    /// A handler may have run, wholly or in part.
+    Unknown,
+}
+
+impl Outcome {
+    /// The value of the `replite-outcome` header.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Outcome::NotExecuted => "not-executed",
+            Outcome::Unknown => "unknown",
+        }
+    }
+}
+
+/// Why the layer answered in place of the app.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum Reason {
+    /// No primary appeared within the hold limit.
+    NoPrimary,
+    /// As many requests as may be are held already.
+    TooManyHeld,
+    /// The primary could not be reached.
+    Unreachable,
+    /// The handler needed the primary, but the request's body was too large to be kept for it.
+    BodyTooLarge,
+    /// This node did not reach the transaction of the request's token in time, and there was no primary to ask.
+    NotApplied,
+    /// The request came back to the node that sent it, or nodes disagree on who the primary is.
+    Loop,
+    /// An upgrade request, which the configuration refuses on a replica.
+    Upgrade,
+    /// `CONNECT`, which is not forwarded.
+    Method,
+    /// The client stopped sending the request's body.
+    SlowClient,
+    /// The primary did not answer in time.
+    NoAnswer,
+    /// The connection to the primary broke before it answered.
+    Broken,
+    /// The node that was asked to by another node is not the primary.
+    Misdirected,
+}
+
+/// A request that the layer could not get done. It becomes a response.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub struct Failure {
+    /// Why.
+    pub reason: Reason,
+    /// What is known of the outcome.
+    pub outcome: Outcome,
+    /// The status that the response has.
+    pub status: StatusCode,
+}
+
+impl Failure {
+    pub(super) fn new(reason: Reason) -> Failure {
+        let (status, outcome) = match reason {
+            Reason::NoPrimary
+            | Reason::TooManyHeld
+            | Reason::Unreachable
+            | Reason::BodyTooLarge
+            | Reason::NotApplied
+            | Reason::Upgrade => (StatusCode::SERVICE_UNAVAILABLE, Outcome::NotExecuted),
+            Reason::Loop => (StatusCode::LOOP_DETECTED, Outcome::NotExecuted),
+            Reason::Method => (StatusCode::METHOD_NOT_ALLOWED, Outcome::NotExecuted),
+            Reason::Misdirected => (StatusCode::MISDIRECTED_REQUEST, Outcome::NotExecuted),
+            // The primary's handler saw the beginning of the body and may have acted on it.
+            Reason::SlowClient => (StatusCode::REQUEST_TIMEOUT, Outcome::Unknown),
+            Reason::NoAnswer | Reason::Broken => (StatusCode::GATEWAY_TIMEOUT, Outcome::Unknown),
+        };
+        Failure { reason, outcome, status }
+    }
+
+    fn words(&self) -> &'static str {
+        match self.reason {
+            Reason::NoPrimary => "there is no primary at the moment",
+            Reason::TooManyHeld => "too many requests wait for a primary",
+            Reason::Unreachable => "the primary can't be reached",
+            Reason::BodyTooLarge => "the request needs the primary, but its body was too large to be kept",
+            Reason::NotApplied => "this node is behind, and there is no primary to ask",
+            Reason::Loop => "the request came back, or the nodes disagree on the primary",
+            Reason::Upgrade => "upgrades are served by the primary only",
+            Reason::Method => "the method can't be served",
+            Reason::SlowClient => "the request's body stopped",
+            Reason::NoAnswer => "the primary did not answer in time",
+            Reason::Broken => "the connection to the primary broke",
+            Reason::Misdirected => "this node is not the primary",
+        }
+    }
+
+    /// The response that is sent when the configuration has no other.
+    pub fn response(&self) -> Response<Bytes> {
+        let mut response = Response::new(Bytes::from(format!("{}\n", self.words())));
+        *response.status_mut() = self.status;
+        let headers = response.headers_mut();
+        headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/plain; charset=utf-8"));
+        headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
+        self.complete(response)
+    }
+
+    /// Sets what makes the outcome readable for clients, also on a response of the app's own making.
+    pub(super) fn complete(&self, mut response: Response<Bytes>) -> Response<Bytes> {
+        let headers = response.headers_mut();
+        headers.insert(OUTCOME, HeaderValue::from_static(self.outcome.as_str()));
+        if self.status == StatusCode::SERVICE_UNAVAILABLE && !headers.contains_key(RETRY_AFTER) {
+            headers.insert(RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER_SECONDS));
+        }
+        response
+    }
+}

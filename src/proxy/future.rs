@@ -1,0 +1,200 @@
+//! The future of a request: drives its plan, without a box where the request simply runs here.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+
+use bytes::Bytes;
+use http::request::Parts;
+use http::{Request, Response};
+use http_body_util::Empty;
+use pin_project_lite::pin_project;
+use tokio::task::futures::TaskLocalFuture;
+use tower::Service;
+
+use crate::proxy::body::{Answer, ReplayRequestBody, ReplayResponseBody};
+use crate::proxy::failure::Reason;
+use crate::proxy::keep::Keep;
+use crate::proxy::layer::Shared;
+use crate::proxy::prepare::{Head, Need, Verdict, failure, prepare};
+use crate::proxy::reply::set_token;
+use crate::session::Session;
+
+pin_project! {
+    /// The future of [`ReplayService`](crate::ReplayService).
+    ///
+    /// Dropping it before it is done drops the handler's future, or closes the connection to the primary.
+    pub struct ResponseFuture<S, B>
+    where
+        S: Service<Request<ReplayRequestBody<B>>>,
+    {
+        shared: Arc<Shared>,
+        #[pin]
+        state: State<S, B>,
+    }
+}
+
+type Preparing = Pin<Box<dyn Future<Output = Verdict> + Send>>;
+
+pin_project! {
+    #[project = StateProj]
+    enum State<S, B>
+    where
+        S: Service<Request<ReplayRequestBody<B>>>,
+    {
+        Untouched { #[pin] future: S::Future },
+        Local { #[pin] future: TaskLocalFuture<Session, S::Future>, run: LocalRun },
+        Prepare { preparing: Preparing, resume: Option<Resume<S>> },
+        Done { answer: Option<Response<Answer>> },
+    }
+}
+
+/// A request whose handler runs here.
+pub(super) struct LocalRun {
+    pub(super) session: Session,
+    pub(super) secure: bool,
+    /// What is needed to send it to the primary after all; no body when it has none.
+    pub(super) replay: Option<(Arc<Head>, Option<Keep>)>,
+}
+
+/// A request that may run here later.
+pub(super) struct Resume<S> {
+    pub(super) service: S,
+    pub(super) parts: Parts,
+    pub(super) session: Session,
+    pub(super) secure: bool,
+    pub(super) replay: Option<Arc<Head>>,
+}
+
+impl<S, B> ResponseFuture<S, B>
+where
+    S: Service<Request<ReplayRequestBody<B>>>,
+{
+    pub(super) fn untouched(shared: Arc<Shared>, future: S::Future) -> Self {
+        ResponseFuture { shared, state: State::Untouched { future } }
+    }
+
+    pub(super) fn done(shared: Arc<Shared>, answer: Response<Answer>) -> Self {
+        ResponseFuture { shared, state: State::Done { answer: Some(answer) } }
+    }
+
+    pub(super) fn local(
+        shared: Arc<Shared>,
+        service: S,
+        parts: Parts,
+        body: ReplayRequestBody<B>,
+        run: LocalRun,
+    ) -> Self {
+        ResponseFuture { shared, state: State::local(service, parts, body, run) }
+    }
+
+    pub(super) fn prepare(
+        shared: Arc<Shared>,
+        need: Need,
+        head: Arc<Head>,
+        body: Keep,
+        resume: Resume<S>,
+    ) -> Self {
+        let preparing = Box::pin(prepare(shared.clone(), need, head, body));
+        ResponseFuture { shared, state: State::Prepare { preparing, resume: Some(resume) } }
+    }
+}
+
+impl<S, B> State<S, B>
+where
+    S: Service<Request<ReplayRequestBody<B>>>,
+{
+    fn local(mut service: S, mut parts: Parts, body: ReplayRequestBody<B>, run: LocalRun) -> Self {
+        parts.extensions.insert(run.session.clone());
+        let request = Request::from_parts(parts, body);
+        // Some services work in `call` already.
+        let future = run.session.clone().enter(|| service.call(request));
+        State::Local { future: run.session.clone().around(future), run }
+    }
+}
+
+impl<S, B, RB> Future for ResponseFuture<S, B>
+where
+    S: Service<Request<ReplayRequestBody<B>>, Response = Response<RB>>,
+{
+    type Output = Result<Response<ReplayResponseBody<RB>>, S::Error>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut this = self.project();
+        loop {
+            let next = match this.state.as_mut().project() {
+                StateProj::Untouched { future } => {
+                    let response = ready!(future.poll(cx))?;
+                    return Poll::Ready(Ok(response.map(ReplayResponseBody::local)));
+                }
+                StateProj::Local { future, run } => {
+                    let mut response = ready!(future.poll(cx))?;
+                    match replay(this.shared, run) {
+                        Some(next) => next,
+                        None => {
+                            set_token(this.shared, &run.session, run.secure, response.headers_mut());
+                            return Poll::Ready(Ok(response.map(ReplayResponseBody::local)));
+                        }
+                    }
+                }
+                StateProj::Prepare { preparing, resume } => {
+                    match (ready!(preparing.as_mut().poll(cx)), resume.take()) {
+                        (Verdict::Answer(answer), _) => State::Done { answer: Some(*answer) },
+                        (Verdict::Here(body), Some(resume)) => resume.run(body),
+                        // The handler ran here already, and this node has become the primary since.
+                        (Verdict::Here(_), None) => {
+                            State::Done { answer: Some(failure(this.shared, Reason::NoPrimary)) }
+                        }
+                    }
+                }
+                StateProj::Done { answer } => {
+                    let answer = answer.take().expect("a future must not be polled after it is done");
+                    return Poll::Ready(Ok(answer.map(ReplayResponseBody::answer)));
+                }
+            };
+            this.state.set(next);
+        }
+    }
+}
+
+/// The way to the primary for a request whose handler needed it, if nothing was committed here.
+fn replay<S, B>(shared: &Arc<Shared>, run: &mut LocalRun) -> Option<State<S, B>>
+where
+    S: Service<Request<ReplayRequestBody<B>>>,
+{
+    if !run.session.primary_needed() || run.session.committed().is_some() {
+        return None;
+    }
+    let (head, keep) = run.replay.take()?;
+    let body = match keep {
+        None => Keep::new(Empty::<Bytes>::new(), &shared.options.budget),
+        Some(keep) => match keep.recall() {
+            Some(body) => body,
+            None => return Some(State::Done { answer: Some(failure(shared, Reason::BodyTooLarge)) }),
+        },
+    };
+    let preparing = Box::pin(prepare(shared.clone(), Need::Primary, head, body));
+    Some(State::Prepare { preparing, resume: None })
+}
+
+impl<S> Resume<S> {
+    fn run<B>(self, body: Keep) -> State<S, B>
+    where
+        S: Service<Request<ReplayRequestBody<B>>>,
+    {
+        let replay = self.replay.map(|head| (head, Some(body.clone())));
+        let run = LocalRun { session: self.session, secure: self.secure, replay };
+        State::local(self.service, self.parts, ReplayRequestBody::kept(body), run)
+    }
+}
+
+impl<S, B> fmt::Debug for ResponseFuture<S, B>
+where
+    S: Service<Request<ReplayRequestBody<B>>>,
+{
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ResponseFuture(..)")
+    }
+}

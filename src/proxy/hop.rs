@@ -1,0 +1,169 @@
+//! How nodes know each other's requests: the hop proof, and the hint in a 421.
+
+use http::{HeaderValue, Method};
+use uuid::Uuid;
+
+use crate::secret::{Keyring, PROOF_BYTES, Purpose, SHORT_PROOF_BYTES};
+use crate::token::{Hex, unhex};
+use crate::txid::Epoch;
+
+/// Nodes that a request is offered to, one after the other, before it is given up.
+pub(super) const HOPS_MAX: u8 = 3;
+
+const VERSION: &str = "v1";
+/// The longest header value that is looked at: version, count, node, epoch and proof have 140 bytes.
+const HOP_TEXT_MAX_BYTES: usize = 160;
+/// The longest hint that is looked at: fixed fields and a URL.
+const HINT_TEXT_MAX_BYTES: usize = 1024;
+
+/// A request that one node sends to another.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Hop {
+    /// 1 for the first node that the request is offered to.
+    pub(super) count: u8,
+    /// Who sends it.
+    pub(super) from: Uuid,
+    /// The newest epoch that the sender knows.
+    pub(super) epoch: Epoch,
+}
+
+/// What a hop's proof covers beside the hop itself.
+#[derive(Clone, Copy)]
+pub(super) struct About<'a> {
+    pub(super) keys: &'a Keyring,
+    /// The database's tag.
+    pub(super) tag: &'a str,
+    pub(super) method: &'a Method,
+    /// Path and query.
+    pub(super) target: &'a str,
+}
+
+impl Hop {
+    /// The header's value.
+    pub(super) fn text(&self, about: About<'_>) -> String {
+        let fields = self.fields();
+        let proof = about.keys.prove(Purpose::Hop, &proved(about, &fields));
+        format!("{fields}.{}", Hex(&proof))
+    }
+
+    /// Reads a header's value; none when it is garbled or its proof does not hold.
+    pub(super) fn verify(value: &HeaderValue, about: About<'_>) -> Option<Hop> {
+        let text = value.to_str().ok().filter(|text| text.len() <= HOP_TEXT_MAX_BYTES)?;
+        let (fields, proof) = text.rsplit_once('.')?;
+        let proof: [u8; PROOF_BYTES] = unhex(proof)?;
+        let mut split = fields.split('.');
+        let mut next = || split.next();
+        let (version, count, from, epoch) = (next()?, next()?, next()?, next()?);
+        if version != VERSION || next().is_some() {
+            return None;
+        }
+        let hop = Hop { count: count.parse().ok()?, from: from.parse().ok()?, epoch: epoch.parse().ok()? };
+        about.keys.verify(Purpose::Hop, &proved(about, fields), &proof).then_some(hop)
+    }
+
+    fn fields(&self) -> String {
+        format!("{VERSION}.{}.{}.{}", self.count, self.from.simple(), self.epoch)
+    }
+}
+
+fn proved<'a>(about: About<'a>, fields: &'a str) -> [&'a [u8]; 5] {
+    [
+        b"hop",
+        about.tag.as_bytes(),
+        about.method.as_str().as_bytes(),
+        about.target.as_bytes(),
+        fields.as_bytes(),
+    ]
+}
+
+/// What a node that is not the primary tells the one that took it for the primary.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Hint {
+    /// The newest epoch that it knows.
+    pub(super) epoch: Epoch,
+    /// The primary's app URL; empty when it knows none.
+    pub(super) url: String,
+}
+
+impl Hint {
+    /// The header's value, as an answer to the hop of this text.
+    pub(super) fn value(&self, keys: &Keyring, hop: &str) -> Option<HeaderValue> {
+        let proof = keys.prove_short(Purpose::Hop, &hinted(hop, self.epoch, &self.url).each());
+        HeaderValue::try_from(format!("{VERSION}.{}.{}.{}", self.epoch, Hex(&proof), self.url)).ok()
+    }
+
+    /// Reads a header's value; none when its proof does not hold for the hop that was sent. So an app that
+    /// answers 421 for reasons of its own, or a server that is no node, can't send requests elsewhere.
+    pub(super) fn verify(value: &HeaderValue, keys: &Keyring, hop: &str) -> Option<Hint> {
+        let text = value.to_str().ok().filter(|text| text.len() <= HINT_TEXT_MAX_BYTES)?;
+        let mut split = text.splitn(4, '.');
+        let mut next = || split.next();
+        let (version, epoch, proof, url) = (next()?, next()?, next()?, next()?);
+        let proof: [u8; SHORT_PROOF_BYTES] = unhex(proof)?;
+        let epoch: Epoch = epoch.parse().ok().filter(|_| version == VERSION)?;
+        let holds = keys.verify_short(Purpose::Hop, &hinted(hop, epoch, url).each(), &proof);
+        holds.then(|| Hint { epoch, url: url.to_owned() })
+    }
+}
+
+struct Hinted<'a> {
+    hop: &'a str,
+    epoch: [u8; Epoch::BYTES],
+    url: &'a str,
+}
+
+impl Hinted<'_> {
+    fn each(&self) -> [&[u8]; 4] {
+        [b"hint", self.hop.as_bytes(), &self.epoch, self.url.as_bytes()]
+    }
+}
+
+fn hinted<'a>(hop: &'a str, epoch: Epoch, url: &'a str) -> Hinted<'a> {
+    Hinted { hop, epoch: epoch.to_bytes(), url }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::secret::Secret;
+
+    fn keys(byte: u8) -> Keyring {
+        Keyring::new(&[Secret::new([byte; 16]).unwrap()]).unwrap()
+    }
+
+    const HOP: Hop = Hop { count: 2, from: Uuid::from_u128(7), epoch: Epoch::new(4, 9) };
+
+    #[test]
+    fn a_hop_holds_for_its_method_target_database_and_secret_only() {
+        let (mine, other) = (keys(1), keys(2));
+        let about = About { keys: &mine, tag: "aa", method: &Method::POST, target: "/a?b=1" };
+        let value = HeaderValue::try_from(HOP.text(about)).unwrap();
+        assert_eq!(Hop::verify(&value, about), Some(HOP));
+        for wrong in [
+            About { keys: &other, ..about },
+            About { tag: "ab", ..about },
+            About { method: &Method::PUT, ..about },
+            About { target: "/a?b=2", ..about },
+        ] {
+            assert_eq!(Hop::verify(&value, wrong), None);
+        }
+        let forged = HOP.text(about).replacen("v1.2.", "v1.1.", 1);
+        assert_eq!(Hop::verify(&HeaderValue::try_from(forged).unwrap(), about), None);
+        for text in ["", ".", "v1", "v1.1..", "v1.1.x.y.z", &"v1.".repeat(1000)] {
+            assert_eq!(Hop::verify(&HeaderValue::try_from(text).unwrap(), about), None);
+        }
+    }
+
+    #[test]
+    fn a_hint_answers_one_hop_only() {
+        let mine = keys(1);
+        let hint = Hint { epoch: Epoch::new(5, 1), url: "http://10.0.0.2:80".into() };
+        let value = hint.value(&mine, "hop a").unwrap();
+        assert_eq!(Hint::verify(&value, &mine, "hop a"), Some(hint));
+        assert_eq!(Hint::verify(&value, &mine, "hop b"), None);
+        assert_eq!(Hint::verify(&value, &keys(2), "hop a"), None);
+        let moved = value.to_str().unwrap().replace("10.0.0.2", "10.0.0.3");
+        assert_eq!(Hint::verify(&HeaderValue::try_from(moved).unwrap(), &mine, "hop a"), None);
+        assert_eq!(Hint::verify(&HeaderValue::from_static("v1.x"), &mine, "hop a"), None);
+    }
+}

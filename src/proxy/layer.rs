@@ -1,0 +1,297 @@
+//! The layer and its options.
+
+use std::fmt;
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::request::Parts;
+use http::{Response, Uri};
+use tower::Layer;
+
+use crate::node::Node;
+use crate::proxy::dial::Dialer;
+use crate::proxy::failure::Failure;
+use crate::proxy::keep::Budget;
+use crate::proxy::route::{Route, is_below};
+use crate::proxy::service::ReplayService;
+use crate::token::Tokens;
+
+/// Bytes of a request's body that are kept for the primary.
+const BUFFER_REQUEST_BYTES: usize = 64 * 1024;
+/// The same of all requests of the process together.
+const BUFFER_PROCESS_BYTES: usize = 16 * 1024 * 1024;
+/// Requests that may wait for a primary at one time.
+const HELD_MAX: usize = 1024;
+/// Prefixes that can be given a route; each request is compared with all of them.
+const PREFIXES_MAX: usize = 64;
+
+/// Which responses carry a token.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum SessionTokens {
+    /// Those of requests that committed: clients read their own writes.
+    #[default]
+    Writes,
+    /// Those of reads, too, when what they read is newer than the request's token: clients never go back in time.
+    Monotonic,
+}
+
+/// What becomes of upgrade requests, such as WebSockets.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
+pub enum Upgrades {
+    /// They are served by the node that got them.
+    #[default]
+    Local,
+    /// Replicas answer 503.
+    Refuse,
+}
+
+/// The `SameSite` attribute of the token's cookie.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum SameSite {
+    /// Sent with navigation from other sites.
+    #[default]
+    Lax,
+    /// Sent with requests from the same site only.
+    Strict,
+    /// Sent always; browsers require `Secure` with it.
+    None,
+}
+
+/// A [`tower::Layer`] that lets every node take every request: those that may change something go to the primary,
+/// clients read their own writes on every node.
+///
+/// Put it outermost, so that it sees requests as they came; below axum's `nest` see
+/// [`ReplayLayer::original_uri`].
+#[derive(Clone)]
+pub struct ReplayLayer {
+    pub(super) shared: Arc<Shared>,
+}
+
+/// What all services of one layer share.
+#[derive(Clone)]
+pub(super) struct Shared {
+    pub(super) node: Arc<Node>,
+    pub(super) tokens: Arc<Tokens>,
+    pub(super) dialer: Dialer,
+    pub(super) held: Arc<AtomicUsize>,
+    pub(super) options: Options,
+}
+
+type Hook<I, O> = Arc<dyn for<'a> Fn(&'a I) -> O + Send + Sync>;
+
+#[derive(Clone)]
+pub(super) struct Options {
+    pub(super) route: Option<Hook<Parts, Route>>,
+    pub(super) prefixes: Vec<(String, Route)>,
+    pub(super) endpoint: String,
+    pub(super) upgrades: Upgrades,
+    pub(super) budget: Budget,
+    pub(super) hold: Duration,
+    pub(super) held_max: usize,
+    pub(super) read_wait: Duration,
+    pub(super) answer: Duration,
+    pub(super) idle: Duration,
+    pub(super) session: SessionTokens,
+    pub(super) cookie: Cookie,
+    pub(super) failure: Option<Hook<Failure, Response<Bytes>>>,
+    pub(super) original_uri: Option<Hook<Parts, Option<Uri>>>,
+    pub(super) client_ip: Option<Hook<Parts, Option<IpAddr>>>,
+}
+
+#[derive(Clone)]
+pub(super) struct Cookie {
+    /// None: tokens travel in the header only.
+    pub(super) name: Option<String>,
+    pub(super) path: String,
+    pub(super) max_age: Duration,
+    pub(super) same_site: SameSite,
+    /// None: when the client speaks https.
+    pub(super) secure: Option<bool>,
+}
+
+impl ReplayLayer {
+    pub(crate) fn new(node: Arc<Node>) -> ReplayLayer {
+        let tokens = Arc::new(Tokens::new(node.clone()));
+        let cookie = Cookie {
+            name: Some(format!("replite_{}", tokens.tag())),
+            path: "/".into(),
+            max_age: Duration::from_secs(300),
+            same_site: SameSite::Lax,
+            secure: None,
+        };
+        let options = Options {
+            route: None,
+            prefixes: Vec::new(),
+            endpoint: "/_replite".into(),
+            upgrades: Upgrades::Local,
+            budget: Budget::new(BUFFER_REQUEST_BYTES, BUFFER_PROCESS_BYTES),
+            hold: Duration::from_secs(5),
+            held_max: HELD_MAX,
+            read_wait: Duration::from_secs(2),
+            answer: Duration::from_secs(30),
+            idle: Duration::from_secs(60),
+            session: SessionTokens::Writes,
+            cookie,
+            failure: None,
+            original_uri: None,
+            client_ip: None,
+        };
+        let dialer = Dialer::new(Duration::from_secs(1), node.stop.clone());
+        let shared = Shared { node, tokens, dialer, held: Arc::default(), options };
+        ReplayLayer { shared: Arc::new(shared) }
+    }
+
+    /// Where requests run, in place of [`Route::by_method`]. It is asked for each request but upgrades, those of the
+    /// replication endpoint and those with a path that was given to [`ReplayLayer::route_prefix`].
+    pub fn route(self, route: impl Fn(&Parts) -> Route + Send + Sync + 'static) -> Self {
+        self.with(|o| o.route = Some(Arc::new(route)))
+    }
+
+    /// Where requests to this path and below run, whatever their method; of several, the first given counts.
+    ///
+    /// # Panics
+    /// When more than 64 prefixes are given.
+    pub fn route_prefix(self, prefix: impl Into<String>, route: Route) -> Self {
+        assert!(self.shared.options.prefixes.len() < PREFIXES_MAX, "more than {PREFIXES_MAX} prefixes");
+        self.with(|o| o.prefixes.push((prefix.into(), route)))
+    }
+
+    /// Where the replication endpoint is mounted, if not at `/_replite`: the layer lets it through untouched.
+    pub fn endpoint(self, path: impl Into<String>) -> Self {
+        self.with(|o| o.endpoint = path.into())
+    }
+
+    /// What becomes of upgrade requests.
+    pub fn upgrades(self, upgrades: Upgrades) -> Self {
+        self.with(|o| o.upgrades = upgrades)
+    }
+
+    /// Bytes of bodies that are kept while they may still have to be sent to the primary: of one request (64 KiB),
+    /// and of all together (16 MiB). A request with a larger body that turns out to need the primary is answered
+    /// with 503.
+    pub fn buffer_limits(self, request: usize, process: usize) -> Self {
+        self.with(|o| o.budget = Budget::new(request, process))
+    }
+
+    /// For how long (5 s) and how many requests (1024) wait while there is no primary.
+    pub fn hold_limits(self, time: Duration, number: usize) -> Self {
+        self.with(|o| (o.hold, o.held_max) = (time, number))
+    }
+
+    /// For how long a read waits for the transaction of its token (2 s) before the primary is asked.
+    pub fn read_wait_limit(self, limit: Duration) -> Self {
+        self.with(|o| o.read_wait = limit)
+    }
+
+    /// For how long a connection to the primary is tried (1 s).
+    pub fn connect_limit(mut self, limit: Duration) -> Self {
+        let shared = Arc::make_mut(&mut self.shared);
+        shared.dialer = Dialer::new(limit, shared.node.stop.clone());
+        self
+    }
+
+    /// For how long the primary may take for a response's head once it has the whole request (30 s).
+    pub fn response_limit(self, limit: Duration) -> Self {
+        self.with(|o| o.answer = limit)
+    }
+
+    /// The longest pause between two pieces of a forwarded body, either way (60 s). Event streams may pause for as
+    /// long as they like.
+    pub fn idle_limit(self, limit: Duration) -> Self {
+        self.with(|o| o.idle = limit)
+    }
+
+    /// Which responses carry a token.
+    pub fn session(self, tokens: SessionTokens) -> Self {
+        self.with(|o| o.session = tokens)
+    }
+
+    /// Sets no cookie: tokens travel in the `replite-token` header only.
+    pub fn no_cookie(self) -> Self {
+        self.with(|o| o.cookie.name = None)
+    }
+
+    /// The cookie's `Path` (`/`).
+    ///
+    /// # Panics
+    /// When the path has bytes that a cookie can't have.
+    pub fn cookie_path(self, path: impl Into<String>) -> Self {
+        let path = path.into();
+        let fits = path.starts_with('/') && path.bytes().all(|b| (0x21..0x7f).contains(&b) && b != b';');
+        assert!(fits, "not a cookie path: {path:?}");
+        self.with(|o| o.cookie.path = path)
+    }
+
+    /// The cookie's `Max-Age` (300 s): longer than any replica should be behind.
+    pub fn cookie_max_age(self, max_age: Duration) -> Self {
+        self.with(|o| o.cookie.max_age = max_age)
+    }
+
+    /// The cookie's `SameSite` (`Lax`).
+    pub fn cookie_same_site(self, same_site: SameSite) -> Self {
+        self.with(|o| o.cookie.same_site = same_site)
+    }
+
+    /// Whether the cookie has `Secure`; by default it has when the client speaks https, by the request's scheme or
+    /// `X-Forwarded-Proto`.
+    pub fn cookie_secure(self, secure: bool) -> Self {
+        self.with(|o| o.cookie.secure = Some(secure))
+    }
+
+    /// The app's own responses in place of those of the layer. `replite-outcome` and `Retry-After` are added.
+    pub fn on_failure(self, response: impl Fn(&Failure) -> Response<Bytes> + Send + Sync + 'static) -> Self {
+        self.with(|o| o.failure = Some(Arc::new(response)))
+    }
+
+    /// The URI as it came, where it was changed before the layer. Below axum's `nest`:
+    /// `|parts| parts.extensions.get::<OriginalUri>().map(|uri| uri.0.clone())`.
+    pub fn original_uri(self, uri: impl Fn(&Parts) -> Option<Uri> + Send + Sync + 'static) -> Self {
+        self.with(|o| o.original_uri = Some(Arc::new(uri)))
+    }
+
+    /// The client's address, which is appended to `X-Forwarded-For`. With axum's `ConnectInfo`:
+    /// `|parts| parts.extensions.get::<ConnectInfo<SocketAddr>>().map(|c| c.0.ip())`.
+    pub fn client_ip(self, ip: impl Fn(&Parts) -> Option<IpAddr> + Send + Sync + 'static) -> Self {
+        self.with(|o| o.client_ip = Some(Arc::new(ip)))
+    }
+
+    fn with<R>(mut self, change: impl FnOnce(&mut Options) -> R) -> Self {
+        change(&mut Arc::make_mut(&mut self.shared).options);
+        self
+    }
+}
+
+impl Options {
+    pub(super) fn route(&self, parts: &Parts) -> Route {
+        let path = parts.uri.path();
+        if let Some((_, route)) = self.prefixes.iter().find(|(prefix, _)| is_below(path, prefix)) {
+            return *route;
+        }
+        self.route.as_ref().map_or_else(|| Route::by_method(parts), |route| route(parts))
+    }
+
+    pub(super) fn failure(&self, failure: Failure) -> Response<Bytes> {
+        match &self.failure {
+            Some(own) => failure.complete(own(&failure)),
+            None => failure.response(),
+        }
+    }
+}
+
+impl<S> Layer<S> for ReplayLayer {
+    type Service = ReplayService<S>;
+
+    fn layer(&self, inner: S) -> ReplayService<S> {
+        ReplayService { inner, shared: self.shared.clone() }
+    }
+}
+
+impl fmt::Debug for ReplayLayer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ReplayLayer").field("database", &self.shared.node.database).finish_non_exhaustive()
+    }
+}

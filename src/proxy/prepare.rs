@@ -1,0 +1,176 @@
+//! What happens before a request runs: waiting for its token's transaction, holding while there is no primary.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use http::header::{COOKIE, HOST};
+use http::request::Parts;
+use http::uri::Scheme;
+use http::{HeaderMap, HeaderValue, Method, Response};
+use http_body_util::Full;
+use tokio::time::Instant;
+
+use crate::error::Error;
+use crate::proxy::body::Answer;
+use crate::proxy::failure::{Failure, Reason};
+use crate::proxy::forward::forward;
+use crate::proxy::headers;
+use crate::proxy::keep::Keep;
+use crate::proxy::layer::{Options, Shared};
+use crate::status::{Role, RoleState};
+use crate::txid::{Epoch, Txid};
+
+/// A request without its body, as it is sent to the primary.
+#[derive(Debug)]
+pub(super) struct Head {
+    pub(super) method: Method,
+    /// Path and query, byte for byte.
+    pub(super) target: String,
+    pub(super) headers: HeaderMap,
+}
+
+impl Head {
+    pub(super) fn of(parts: &Parts, options: &Options) -> Head {
+        let mut head = Head {
+            method: parts.method.clone(),
+            target: target(parts, options),
+            headers: parts.headers.clone(),
+        };
+        headers::strip_hop_by_hop(&mut head.headers);
+        if !head.headers.contains_key(HOST)
+            && let Some(authority) = parts.uri.authority()
+            && let Ok(host) = HeaderValue::from_str(authority.as_str())
+        {
+            // HTTP/2 has the host in the URI.
+            head.headers.insert(HOST, host);
+        }
+        join_cookies(&mut head.headers);
+        let client: Option<IpAddr> = options.client_ip.as_ref().and_then(|ip| ip(parts));
+        let scheme: Option<&Scheme> = parts.uri.scheme();
+        headers::add_forwarded(&mut head.headers, client, scheme);
+        head
+    }
+}
+
+/// Path and query as they came.
+pub(super) fn target(parts: &Parts, options: &Options) -> String {
+    let original = options.original_uri.as_ref().and_then(|uri| uri(parts));
+    let uri = original.as_ref().unwrap_or(&parts.uri);
+    uri.path_and_query().map_or("/", |target| target.as_str()).to_owned()
+}
+
+/// HTTP/2 clients may split cookies over several headers, which HTTP/1.1 has no place for.
+fn join_cookies(headers: &mut HeaderMap) {
+    if headers.get_all(COOKIE).iter().nth(1).is_none() {
+        return;
+    }
+    let all: Vec<&[u8]> = headers.get_all(COOKIE).iter().map(HeaderValue::as_bytes).collect();
+    if let Ok(joined) = HeaderValue::from_bytes(&all.join(&b"; "[..])) {
+        headers.insert(COOKIE, joined);
+    }
+}
+
+/// What a request lacks before it can run.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Need {
+    /// The primary.
+    Primary,
+    /// The transaction of its token.
+    Applied(Txid),
+}
+
+/// What becomes of a request.
+pub(super) enum Verdict {
+    /// It can run here, with this body.
+    Here(Keep),
+    /// It is answered.
+    Answer(Box<Response<Answer>>),
+}
+
+impl Verdict {
+    pub(super) fn failure(shared: &Shared, reason: Reason) -> Verdict {
+        Verdict::Answer(Box::new(failure(shared, reason)))
+    }
+}
+
+/// The response to a request that could not be done.
+pub(super) fn failure(shared: &Shared, reason: Reason) -> Response<Answer> {
+    let failure = Failure::new(reason);
+    tracing::debug!(?reason, status = failure.status.as_u16(), "the replay layer answers for the app");
+    shared.options.failure(failure).map(|words| Answer::Own(Full::new(words)))
+}
+
+/// Brings a request to where it can run.
+pub(super) async fn prepare(shared: Arc<Shared>, need: Need, head: Arc<Head>, body: Keep) -> Verdict {
+    if let Need::Applied(txid) = need {
+        match shared.node.applied.wait_for(txid, shared.options.read_wait).await {
+            Ok(()) => return Verdict::Here(body),
+            Err(Error::Lost { .. }) => {
+                tracing::debug!(%txid, "a token's transaction was lost with its branch; it counts as absent");
+                return Verdict::Here(body);
+            }
+            Err(error) => tracing::debug!(%error, "a read asks the primary, because this node is behind"),
+        }
+        // A read that waited already is not held on top.
+        let known = look(&shared.node.roles.borrow(), &shared, None).is_some();
+        if !known {
+            return Verdict::failure(&shared, Reason::NotApplied);
+        }
+    }
+    forward(&shared, &head, body).await
+}
+
+/// Where the primary is.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Target {
+    /// This node.
+    Here,
+    /// Another node's app, and the newest epoch known when that was learnt.
+    There(Epoch, String),
+}
+
+/// Finds the primary, waiting until the instant if there is none. A target to avoid counts as none: it has said
+/// that it is not the primary.
+pub(super) async fn find(shared: &Shared, until: Instant, avoid: Option<&Target>) -> Result<Target, Reason> {
+    if let Some(found) = look(&shared.node.roles.borrow(), shared, avoid) {
+        return Ok(found);
+    }
+    let _held = Held::enter(&shared.held, shared.options.held_max).ok_or(Reason::TooManyHeld)?;
+    let mut roles = shared.node.roles.subscribe();
+    let mut found = None;
+    let seen = roles.wait_for(|state| {
+        found = look(state, shared, avoid);
+        found.is_some() || state.role == Role::Stopped
+    });
+    tokio::select! {
+        _ = tokio::time::timeout_at(until, seen) => {}
+        () = shared.node.stop.cancelled() => {}
+    }
+    found.ok_or(Reason::NoPrimary)
+}
+
+fn look(state: &RoleState, shared: &Shared, avoid: Option<&Target>) -> Option<Target> {
+    if state.role == Role::Primary {
+        return Some(Target::Here);
+    }
+    let primary = state.primary.as_ref().filter(|p| p.node != shared.node.me.node)?;
+    let there = Target::There(state.epoch, primary.addresses.app.clone());
+    (avoid != Some(&there)).then_some(there)
+}
+
+/// A place among the requests that are held.
+struct Held<'a>(&'a AtomicUsize);
+
+impl<'a> Held<'a> {
+    fn enter(held: &'a AtomicUsize, max: usize) -> Option<Held<'a>> {
+        let entered = held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < max).then_some(n + 1));
+        entered.is_ok().then_some(Held(held))
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}

@@ -1,0 +1,73 @@
+//! Where a request is to run.
+
+use http::Method;
+use http::request::Parts;
+
+/// Where a request is to run.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Route {
+    /// On the node that got it, whatever its role; it waits for no token and is never replayed.
+    Local,
+    /// On the primary.
+    Primary,
+    /// On the node that got it, once it has the transaction of the request's token; and again on the primary when
+    /// the handler turned out to need it and committed nothing.
+    LocalThenReplay,
+}
+
+impl Route {
+    /// Where a request runs when nothing else is configured: `GET`, `HEAD`, `OPTIONS` and `TRACE` are
+    /// [`Route::LocalThenReplay`], all others [`Route::Primary`].
+    pub fn by_method(parts: &Parts) -> Route {
+        if !is_safe(&parts.method) {
+            Route::Primary
+        } else if parts.uri.path() == "*" {
+            // `OPTIONS *` is about the server itself and has no URL to be forwarded to.
+            Route::Local
+        } else {
+            Route::LocalThenReplay
+        }
+    }
+}
+
+/// Whether the method promises to change nothing, so that a request may be sent again.
+pub(super) fn is_safe(method: &Method) -> bool {
+    matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS | Method::TRACE)
+}
+
+/// Whether the path is the prefix or lies below it.
+pub(super) fn is_below(path: &str, prefix: &str) -> bool {
+    let prefix = prefix.strip_suffix('/').unwrap_or(prefix);
+    path.strip_prefix(prefix).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use http::Request;
+
+    #[test]
+    fn safe_methods_run_here_and_all_others_on_the_primary() {
+        for (method, uri, route) in [
+            ("GET", "/a", Route::LocalThenReplay),
+            ("HEAD", "/a", Route::LocalThenReplay),
+            ("OPTIONS", "/a", Route::LocalThenReplay),
+            ("OPTIONS", "*", Route::Local),
+            ("POST", "/a", Route::Primary),
+            ("DELETE", "/a", Route::Primary),
+            ("BREW", "/a", Route::Primary),
+        ] {
+            let (parts, ()) = Request::builder().method(method).uri(uri).body(()).unwrap().into_parts();
+            assert_eq!(Route::by_method(&parts), route, "{method} {uri}");
+        }
+    }
+
+    #[test]
+    fn a_prefix_ends_at_a_slash() {
+        assert!(is_below("/_replite", "/_replite"));
+        assert!(is_below("/_replite/v1", "/_replite"));
+        assert!(is_below("/_replite/v1", "/_replite/"));
+        assert!(!is_below("/_replited", "/_replite"));
+        assert!(is_below("/a", "/"));
+    }
+}

@@ -1,0 +1,189 @@
+//! The service: looks at each request's head and plans its way.
+
+use std::convert::Infallible;
+use std::fmt;
+use std::mem;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use http::request::Parts;
+use http::{Method, Request, Response};
+use http_body::Body;
+use http_body_util::Full;
+use tower::Service;
+
+use crate::proxy::BoxError;
+use crate::proxy::body::{Answer, ReplayRequestBody};
+use crate::proxy::failure::{Failure, Reason};
+use crate::proxy::future::{LocalRun, ResponseFuture, Resume};
+use crate::proxy::headers::{self, HOP, PRIMARY, TOKEN};
+use crate::proxy::hop::{About, HOPS_MAX, Hint, Hop};
+use crate::proxy::keep::Keep;
+use crate::proxy::layer::{Shared, Upgrades};
+use crate::proxy::prepare::{Head, Need, failure, target};
+use crate::proxy::route::{Route, is_below};
+use crate::session::Session;
+use crate::status::Role;
+use crate::token::Token;
+
+/// The middleware that [`ReplayLayer`](crate::ReplayLayer) makes of a service.
+#[derive(Clone)]
+pub struct ReplayService<S> {
+    pub(super) inner: S,
+    pub(super) shared: Arc<Shared>,
+}
+
+impl<S: fmt::Debug> fmt::Debug for ReplayService<S> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ReplayService").field("inner", &self.inner).finish_non_exhaustive()
+    }
+}
+
+/// The way of a request.
+enum Plan {
+    /// It is answered at once.
+    Answer(Box<Response<Answer>>),
+    /// It runs here; whether it may have to be replayed.
+    Local { replay: bool },
+    /// Something is needed first.
+    Prepare(Need),
+}
+
+impl<S, B, RB> Service<Request<B>> for ReplayService<S>
+where
+    S: Service<Request<ReplayRequestBody<B>>, Response = Response<RB>> + Clone,
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
+{
+    type Response = Response<super::ReplayResponseBody<RB>>;
+    type Error = S::Error;
+    type Future = ResponseFuture<S, B>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<B>) -> ResponseFuture<S, B> {
+        // The one that was polled ready is used; the clone takes its place.
+        let clone = self.inner.clone();
+        let mut service = mem::replace(&mut self.inner, clone);
+        let shared = &self.shared;
+        if is_below(request.uri().path(), &shared.options.endpoint) {
+            let future = service.call(request.map(ReplayRequestBody::plain));
+            return ResponseFuture::untouched(shared.clone(), future);
+        }
+        let (mut parts, body) = request.into_parts();
+        let (plan, token) = plan(shared, &mut parts);
+        let session = Session::new(shared.tokens.clone(), token);
+        let secure = headers::is_https(&parts);
+        match plan {
+            Plan::Answer(answer) => ResponseFuture::done(shared.clone(), *answer),
+            Plan::Local { replay } => {
+                let head = replay.then(|| Arc::new(Head::of(&parts, &shared.options)));
+                let (keep, body) = if replay && !body.is_end_stream() {
+                    let keep = Keep::new(body, &shared.options.budget);
+                    (Some(keep.clone()), ReplayRequestBody::kept(keep))
+                } else {
+                    (None, ReplayRequestBody::plain(body))
+                };
+                let run = LocalRun { session, secure, replay: head.map(|head| (head, keep)) };
+                ResponseFuture::local(shared.clone(), service, parts, body, run)
+            }
+            Plan::Prepare(need) => {
+                let head = Arc::new(Head::of(&parts, &shared.options));
+                let replay = matches!(need, Need::Applied(_)).then(|| head.clone());
+                let body = Keep::new(body, &shared.options.budget);
+                let resume = Resume { service, parts, session, secure, replay };
+                ResponseFuture::prepare(shared.clone(), need, head, body, resume)
+            }
+        }
+    }
+}
+
+fn plan(shared: &Shared, parts: &mut Parts) -> (Plan, Option<Token>) {
+    // Few of a client's requests have it; then it was made up, or it is a node's.
+    let hop = parts.headers.remove(HOP);
+    headers::strip_reserved(&mut parts.headers);
+    let primary = shared.node.roles.borrow().role == Role::Primary;
+    if let Some(value) = hop
+        && let Some((hop, text)) = verified(shared, parts, &value)
+    {
+        if hop.from == shared.node.me.node || hop.count > HOPS_MAX {
+            return (answer(shared, Reason::Loop), None);
+        }
+        if !primary {
+            return (misdirected(shared, text), None);
+        }
+        return (Plan::Local { replay: false }, request_token(shared, parts));
+    }
+    let upgrade = headers::is_upgrade(parts);
+    if parts.method == Method::CONNECT && !upgrade {
+        return (answer(shared, Reason::Method), None);
+    }
+    if upgrade && !primary && shared.options.upgrades == Upgrades::Refuse {
+        return (answer(shared, Reason::Upgrade), None);
+    }
+    let token = request_token(shared, parts);
+    if primary || upgrade {
+        return (Plan::Local { replay: false }, token);
+    }
+    let plan = match shared.options.route(parts) {
+        Route::Local => Plan::Local { replay: false },
+        Route::Primary => Plan::Prepare(Need::Primary),
+        Route::LocalThenReplay => match &token {
+            Some(token) => Plan::Prepare(Need::Applied(token.txid())),
+            None => Plan::Local { replay: true },
+        },
+    };
+    (plan, token)
+}
+
+fn answer(shared: &Shared, reason: Reason) -> Plan {
+    Plan::Answer(Box::new(failure(shared, reason)))
+}
+
+/// A hop whose proof holds; any other counts as a request from outside.
+fn verified<'a>(shared: &Shared, parts: &Parts, value: &'a http::HeaderValue) -> Option<(Hop, &'a str)> {
+    let target = target(parts, &shared.options);
+    let about =
+        About { keys: &shared.node.keys, tag: shared.tokens.tag(), method: &parts.method, target: &target };
+    let hop = Hop::verify(value, about);
+    if hop.is_none() {
+        tracing::debug!("a hop proof does not hold; the request counts as one from outside");
+    }
+    hop.zip(value.to_str().ok())
+}
+
+/// Tells another node who the primary is, before a byte of the body is read.
+fn misdirected(shared: &Shared, hop: &str) -> Plan {
+    let hint = {
+        let state = shared.node.roles.borrow();
+        let url = state.primary.as_ref().filter(|p| p.node != shared.node.me.node);
+        Hint { epoch: state.epoch, url: url.map_or_else(String::new, |p| p.addresses.app.clone()) }
+    };
+    // Not through the app's own failure responses: this one is for a node.
+    let mut response =
+        Failure::new(Reason::Misdirected).response().map(|words| Answer::Own(Full::new(words)));
+    if let Some(value) = hint.value(&shared.node.keys, hop) {
+        response.headers_mut().insert(PRIMARY, value);
+    }
+    Plan::Answer(Box::new(response))
+}
+
+/// The newest valid token of the request's header and cookie.
+fn request_token(shared: &Shared, parts: &Parts) -> Option<Token> {
+    let header = parts.headers.get(TOKEN).and_then(|v| v.to_str().ok());
+    let name = shared.options.cookie.name.as_ref();
+    let cookie = name.and_then(|name| headers::cookie(&parts.headers, name));
+    let verify = |text: Option<&str>| text.and_then(|text| shared.tokens.verify(text));
+    let (header, cookie) = (verify(header), verify(cookie));
+    if header.as_ref().map(Token::txid) >= cookie.as_ref().map(Token::txid) { header } else { cookie }
+}
+
+/// Keeps the promise that the layer works where axum's `Router::layer` does.
+const _: () = {
+    const fn shareable<T: Send + Sync + Clone + 'static>() {}
+    shareable::<super::ReplayLayer>();
+    shareable::<ReplayService<Infallible>>();
+};

@@ -1,0 +1,208 @@
+//! Read-your-writes tokens: a transaction id with a proof, as a client carries it.
+
+use std::fmt;
+use std::sync::Arc;
+
+use crate::node::Node;
+use crate::secret::{Purpose, SHORT_PROOF_BYTES};
+use crate::txid::{Epoch, Txid};
+
+/// The version that begins each token.
+const VERSION: &str = "v1";
+/// Bytes of a token's text: version, tag, epoch, number and proof with dots between. Anything longer or shorter
+/// is not looked at.
+const TEXT_BYTES: usize = 2 + 1 + 8 + 1 + 33 + 1 + 16 + 1 + 2 * SHORT_PROOF_BYTES;
+
+/// A transaction that a client has seen, with a proof that a node of this cluster said so. A node that is given
+/// the token waits until it has the transaction before it reads.
+///
+/// The text form is `v1.<database tag>.<epoch>.<number>.<proof>`.
+///
+/// ```text
+/// v1.5f0c2a11.0000000000000003-9f...e1.000000000000004d.6b...02
+/// ```
+#[derive(Clone, PartialEq, Eq)]
+pub struct Token {
+    txid: Txid,
+    text: Box<str>,
+}
+
+impl Token {
+    /// A token for the transaction, with a proof by this node's newest secret.
+    pub(crate) fn sign(node: &Node, txid: Txid) -> Token {
+        sign(node, &node.database_tag(), txid)
+    }
+
+    /// The transaction of a token's text, if it is one of this database and its proof holds.
+    pub(crate) fn verify(node: &Node, text: &str) -> Option<Txid> {
+        verify(node, &node.database_tag(), text)
+    }
+
+    /// The transaction.
+    pub fn txid(&self) -> Txid {
+        self.txid
+    }
+
+    /// The text form.
+    pub fn as_str(&self) -> &str {
+        &self.text
+    }
+}
+
+impl fmt::Display for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
+}
+
+impl fmt::Debug for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Token({})", self.txid)
+    }
+}
+
+impl serde::Serialize for Token {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&self.text)
+    }
+}
+
+/// A node's way to sign and verify tokens, with the database's tag worked out once.
+#[derive(Debug)]
+pub(crate) struct Tokens {
+    node: Arc<Node>,
+    tag: String,
+}
+
+impl Tokens {
+    pub(crate) fn new(node: Arc<Node>) -> Tokens {
+        let tag = node.database_tag();
+        Tokens { node, tag }
+    }
+
+    pub(crate) fn tag(&self) -> &str {
+        &self.tag
+    }
+
+    pub(crate) fn sign(&self, txid: Txid) -> Token {
+        sign(&self.node, &self.tag, txid)
+    }
+
+    pub(crate) fn verify(&self, text: &str) -> Option<Token> {
+        let txid = verify(&self.node, &self.tag, text)?;
+        Some(Token { txid, text: text.into() })
+    }
+}
+
+fn sign(node: &Node, tag: &str, txid: Txid) -> Token {
+    let proof = node.keys.prove_short(Purpose::Token, &proved(tag, &txid_bytes(txid)));
+    let (epoch, number) = (txid.epoch(), txid.number());
+    let text = format!("{VERSION}.{tag}.{epoch}.{number:016x}.{}", Hex(&proof));
+    Token { txid, text: text.into() }
+}
+
+fn verify(node: &Node, tag: &str, text: &str) -> Option<Txid> {
+    if text.len() != TEXT_BYTES || !text.is_ascii() {
+        return None;
+    }
+    let mut fields = text.split('.');
+    let mut next = || fields.next();
+    let (version, of, epoch, number, proof) = (next()?, next()?, next()?, next()?, next()?);
+    if version != VERSION || of != tag || next().is_some() {
+        return None;
+    }
+    let epoch: Epoch = epoch.parse().ok()?;
+    let txid = Txid::new(epoch, u64::from_be_bytes(unhex(number)?));
+    let proof: [u8; SHORT_PROOF_BYTES] = unhex(proof)?;
+    let parts = txid_bytes(txid);
+    node.keys.verify_short(Purpose::Token, &proved(tag, &parts), &proof).then_some(txid)
+}
+
+fn proved<'a>(tag: &'a str, txid: &'a [u8; 24]) -> [&'a [u8]; 3] {
+    [VERSION.as_bytes(), tag.as_bytes(), txid]
+}
+
+fn txid_bytes(txid: Txid) -> [u8; 24] {
+    let mut bytes = [0; 24];
+    bytes[..16].copy_from_slice(&txid.epoch().to_bytes());
+    bytes[16..].copy_from_slice(&txid.number().to_le_bytes());
+    bytes
+}
+
+/// Writes bytes as lower-case hex.
+pub(crate) struct Hex<'a>(pub(crate) &'a [u8]);
+
+impl fmt::Display for Hex<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|b| write!(f, "{b:02x}"))
+    }
+}
+
+/// Reads exactly `N` bytes of hex, and nothing else.
+pub(crate) fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
+    let digits = text.as_bytes();
+    if digits.len() != 2 * N {
+        return None;
+    }
+    let digit = |b: u8| char::from(b).to_digit(16).map(|d| d as u8);
+    let mut bytes = [0; N];
+    for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
+        *byte = digit(pair[0])? << 4 | digit(pair[1])?;
+    }
+    Some(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::secret::{Keyring, Secret};
+    use crate::status::{Addresses, PeerInfo, Role};
+    use uuid::Uuid;
+
+    fn node(secret: u8, database: &str) -> Arc<Node> {
+        let me = PeerInfo { node: Uuid::nil(), incarnation: Uuid::nil(), addresses: Addresses::default() };
+        let keys = Keyring::new(&[Secret::new([secret; 16]).unwrap()]).unwrap();
+        Node::new(me, "c".into(), database.into(), keys, Role::Replica)
+    }
+
+    const TXID: Txid = Txid::new(Epoch::new(3, 0xfeed), 77);
+
+    #[test]
+    fn a_token_round_trips_on_every_node_of_the_cluster() {
+        let token = Token::sign(&node(1, "app"), TXID);
+        assert_eq!(token.to_string().len(), TEXT_BYTES);
+        assert_eq!(Token::verify(&node(1, "app"), token.as_str()), Some(TXID));
+        let tokens = Tokens::new(node(1, "app"));
+        assert_eq!(tokens.verify(token.as_str()), Some(token.clone()));
+        assert_eq!(tokens.sign(TXID), token);
+    }
+
+    #[test]
+    fn another_secret_or_database_or_a_changed_byte_is_no_token() {
+        let token = Token::sign(&node(1, "app"), TXID).to_string();
+        assert_eq!(Token::verify(&node(2, "app"), &token), None);
+        assert_eq!(Token::verify(&node(1, "other"), &token), None);
+        let mine = node(1, "app");
+        for at in 0..token.len() {
+            for other in [b'0', b'1', b'.', b'-', b'z', 0] {
+                let mut bytes = token.clone().into_bytes();
+                if bytes[at] != other {
+                    bytes[at] = other;
+                    assert_eq!(Token::verify(&mine, std::str::from_utf8(&bytes).unwrap()), None);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn texts_of_any_other_length_are_refused_unread() {
+        let mine = node(1, "app");
+        let token = Token::sign(&mine, TXID).to_string();
+        for end in 0..token.len() {
+            assert_eq!(Token::verify(&mine, &token[..end]), None);
+        }
+        assert_eq!(Token::verify(&mine, &format!("{token}0")), None);
+        assert_eq!(Token::verify(&mine, &"v1.".repeat(100_000)), None);
+        assert_eq!(Token::verify(&mine, &"é".repeat(TEXT_BYTES / 2 + 1)), None);
+    }
+}
