@@ -13,6 +13,7 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
 use tokio::net::TcpStream;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tower::Service;
 
@@ -84,13 +85,14 @@ impl Dialer {
         let response = self.client.request(head.map(|()| outgoing));
         tokio::pin!(response);
         loop {
-            let due = body.deadline(idle, answer);
+            // The deadline comes nearer when the body ends, but never nearer than `answer` from then.
+            let due = body.deadline(idle, answer).min(Instant::now() + answer);
             tokio::select! {
                 biased;
                 got = &mut response => return got.map_err(|e| sort(e, body, idle)),
                 () = tokio::time::sleep_until(due) => {}
             }
-            if body.deadline(idle, answer) <= tokio::time::Instant::now() {
+            if body.deadline(idle, answer) <= Instant::now() {
                 return Err(if body.starving() { SendError::SlowClient } else { SendError::NoAnswer });
             }
         }
@@ -106,7 +108,7 @@ fn sort(error: hyper_util::client::legacy::Error, body: &Keep, idle: Duration) -
     if source.is_some_and(hyper::Error::is_canceled) {
         return SendError::NotSent(error.into());
     }
-    if body.starving() && body.deadline(idle, idle) <= tokio::time::Instant::now() {
+    if body.starving() && body.deadline(idle, idle) <= Instant::now() {
         return SendError::SlowClient;
     }
     SendError::Broken(error.into())

@@ -1,1 +1,7 @@
-//! tests
+//! The layer between real servers on loopback.
+
+mod breaks;
+mod forwards;
+mod reads;
+mod routes;
+mod world;

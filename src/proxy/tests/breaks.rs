@@ -1,0 +1,253 @@
+//! Things that break on the way to the primary, and what the client is told.
+
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use bytes::Bytes;
+use http::Request;
+use http_body_util::BodyExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::mpsc;
+
+use super::world::*;
+use crate::proxy::{Reason, Route};
+use crate::status::Role;
+
+/// A server that reads a request's head and then does what the test says with the connection.
+async fn fake<F>(mut act: impl FnMut(TcpStream) -> F + Send + 'static) -> String
+where
+    F: Future<Output = ()> + Send,
+{
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                head.push(stream.read_u8().await.unwrap());
+            }
+            act(stream).await;
+        }
+    });
+    url
+}
+
+#[tokio::test]
+async fn a_request_is_held_until_a_primary_appears() {
+    let primary = Server::start(Router::new().fallback(mirror)).await;
+    let (replica, node) = replica_of("", |l| l).await;
+    let waiting = tokio::spawn(send(Request::post(replica.url()).body(full("late")).unwrap()));
+    while node.roles.receiver_count() == 0 {
+        tokio::task::yield_now().await;
+    }
+    follow(&node, 2, Some(peer(1, &primary.url())));
+    assert!(text(waiting.await.unwrap()).await.ends_with("late"));
+}
+
+#[tokio::test]
+async fn a_held_request_runs_here_when_this_node_becomes_the_primary() {
+    let (replica, node) = replica_of("", |l| l).await;
+    let waiting = tokio::spawn(send(Request::post(replica.url()).body(full("late")).unwrap()));
+    while node.roles.receiver_count() == 0 {
+        tokio::task::yield_now().await;
+    }
+    node.roles.send_modify(|state| state.role = Role::Primary);
+    assert_eq!(text(waiting.await.unwrap()).await, "here");
+}
+
+#[tokio::test]
+async fn holding_is_bounded_in_time_and_number() {
+    let (replica, node) = replica_of("", |l| l.hold_limits(SHORT, 1)).await;
+    is(&send(Request::post(replica.url()).body(full("x")).unwrap()).await, 503, "not-executed");
+    drop(replica);
+    let (replica, node2) = replica_of("", |l| l.hold_limits(LONG, 1)).await;
+    let post = || Request::post(replica.url()).body(full("x")).unwrap();
+    let held = tokio::spawn(send(post()));
+    while node2.roles.receiver_count() == 0 {
+        tokio::task::yield_now().await;
+    }
+    is(&send(post()).await, 503, "not-executed");
+    // A node that stops holds nobody.
+    node2.stop.cancel();
+    is(&held.await.unwrap(), 503, "not-executed");
+    drop(node);
+}
+
+#[tokio::test]
+async fn no_early_100_continue_while_there_is_no_primary() {
+    let (replica, _node) = replica_of("", |l| l.hold_limits(SHORT, 8)).await;
+    let mut stream = TcpStream::connect(replica.address).await.unwrap();
+    let head = "POST / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 5\r\nconnection: close\r\n\r\n";
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 503 "), "{answer}");
+}
+
+#[tokio::test]
+async fn a_primary_that_is_not_there_executed_nothing() {
+    let gone = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    for url in [format!("http://{gone}"), "https://127.0.0.1:1".into(), "not a url".into()] {
+        let (replica, _node) = replica_of(&url, |l| l).await;
+        is(&send(Request::post(replica.url()).body(full("x")).unwrap()).await, 503, "not-executed");
+    }
+}
+
+#[tokio::test]
+async fn the_app_can_make_the_failure_responses_its_own() {
+    let (replica, _node) = replica_of("http://127.0.0.1:1", |l| {
+        l.on_failure(|failure| {
+            assert_eq!(failure.reason, Reason::Unreachable);
+            let mut response = http::Response::new(Bytes::from_static(b"sorry"));
+            *response.status_mut() = failure.status;
+            response
+        })
+    })
+    .await;
+    let response = send(Request::post(replica.url()).body(full("x")).unwrap()).await;
+    is(&response, 503, "not-executed");
+    assert_eq!(text(response).await, "sorry");
+}
+
+#[tokio::test]
+async fn a_primary_that_dies_with_the_request_leaves_the_outcome_unknown() {
+    let (sender, mut seen) = mpsc::unbounded_channel();
+    let url = fake(move |stream| {
+        sender.send(()).unwrap();
+        async move { drop(stream) }
+    })
+    .await;
+    let (replica, _node) = replica_of(&url, |l| l.route(|_| Route::Primary)).await;
+    is(&send(Request::post(replica.url()).body(full("x")).unwrap()).await, 504, "unknown");
+    seen.recv().await.unwrap();
+    assert!(seen.try_recv().is_err(), "a write is sent once");
+    is(&send(Request::get(replica.url()).body(full("")).unwrap()).await, 504, "unknown");
+    seen.recv().await.unwrap();
+    seen.try_recv().expect("a safe method is tried twice");
+    assert!(seen.try_recv().is_err());
+}
+
+#[tokio::test]
+async fn a_primary_that_never_answers_leaves_the_outcome_unknown() {
+    let url = fake(|mut stream| async move {
+        let _ = stream.read_to_end(&mut Vec::new()).await;
+    })
+    .await;
+    let (replica, _node) = replica_of(&url, |l| l.response_limit(SHORT)).await;
+    is(&send(Request::post(replica.url()).body(full("x")).unwrap()).await, 504, "unknown");
+}
+
+#[tokio::test]
+async fn a_primary_that_dies_in_the_response_breaks_the_clients_connection() {
+    for head in ["content-length: 9\r\n\r\nabc", "transfer-encoding: chunked\r\n\r\n3\r\nabc\r\n"] {
+        let url = fake(move |mut stream| async move {
+            let text = format!("HTTP/1.1 200 OK\r\n{head}");
+            stream.write_all(text.as_bytes()).await.unwrap();
+        })
+        .await;
+        let (replica, _node) = replica_of(&url, |l| l).await;
+        let response = send(Request::post(replica.url()).body(full("")).unwrap()).await;
+        assert_eq!(response.status(), 200);
+        response.into_body().collect().await.expect_err("never a clean end");
+    }
+}
+
+#[tokio::test]
+async fn a_response_that_stalls_is_cut_but_an_event_stream_may_pause() {
+    for (kind, cut) in [("text/plain", true), ("text/event-stream; charset=utf-8", false)] {
+        let url = fake(move |mut stream| async move {
+            let text = format!("HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\ncontent-length: 6\r\n\r\nabc");
+            stream.write_all(text.as_bytes()).await.unwrap();
+            tokio::time::sleep(SHORT * 3).await;
+            let _ = stream.write_all(b"def").await;
+        })
+        .await;
+        let (replica, _node) = replica_of(&url, |l| l.idle_limit(SHORT)).await;
+        let response = send(Request::post(replica.url()).body(full("")).unwrap()).await;
+        assert_eq!(response.into_body().collect().await.is_err(), cut, "{kind}");
+    }
+}
+
+/// An app that tells how its request's body ended.
+fn watcher() -> (Router, mpsc::UnboundedReceiver<Result<usize, ()>>) {
+    let (sender, receiver) = mpsc::unbounded_channel();
+    let app = Router::new().fallback(move |body: Body| {
+        let sender = sender.clone();
+        // Its own task: hyper drops a handler when its connection goes.
+        let read = tokio::spawn(async move {
+            let mut body = body;
+            let mut length = 0;
+            loop {
+                match body.frame().await {
+                    Some(Ok(frame)) => length += frame.data_ref().map_or(0, Bytes::len),
+                    Some(Err(_)) => return sender.send(Err(())).unwrap(),
+                    None => return sender.send(Ok(length)).unwrap(),
+                }
+                sender.send(Ok(length)).unwrap();
+            }
+        });
+        async move { read.await.unwrap() }
+    });
+    (app, receiver)
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_resets_the_way_to_the_primary() {
+    let (app, mut ended) = watcher();
+    let pair = Pair::new(app, Router::new(), |l| l).await;
+    let (mut sender, body) = piecewise();
+    let sending = tokio::spawn(send(pair.post("/").body(body).unwrap()));
+    push(&mut sender, "begun").await;
+    assert_eq!(ended.recv().await, Some(Ok(5)));
+    sending.abort();
+    assert_eq!(tokio::time::timeout(LONG, ended.recv()).await.unwrap(), Some(Err(())));
+}
+
+#[tokio::test]
+async fn a_client_that_hangs_is_told_so_and_frees_the_connection() {
+    let (app, mut ended) = watcher();
+    let pair = Pair::new(app, Router::new(), |l| l.idle_limit(SHORT)).await;
+    let (mut sender, body) = piecewise();
+    let sending = tokio::spawn(send(pair.post("/").body(body).unwrap()));
+    push(&mut sender, "begun").await;
+    assert_eq!(ended.recv().await, Some(Ok(5)));
+    let response = sending.await.unwrap();
+    assert_eq!(response.status(), 408);
+    assert_eq!(response.headers()["replite-outcome"], "unknown");
+    assert_eq!(tokio::time::timeout(LONG, ended.recv()).await.unwrap(), Some(Err(())));
+}
+
+#[tokio::test]
+async fn huge_headers_are_refused_and_service_goes_on() {
+    let pair = Pair::new(Router::new().fallback(mirror), Router::new(), |l| l).await;
+    let mut stream = TcpStream::connect(pair.replica.address).await.unwrap();
+    let mut head = b"POST / HTTP/1.1\r\nhost: x\r\nx-huge: ".to_vec();
+    head.resize(600 * 1024, b'x');
+    // The server may close before it has read all of it.
+    let _ = stream.write_all(&head).await;
+    let mut answer = [0; 12];
+    if stream.read_exact(&mut answer).await.is_ok() {
+        assert_eq!(&answer, b"HTTP/1.1 431");
+    }
+    let many = (0..90).fold(pair.post("/"), |r, i| r.header(format!("x-{i}"), "y".repeat(1000)));
+    assert_eq!(send(many.body(full("")).unwrap()).await.status(), 200);
+}
+
+#[tokio::test]
+async fn an_address_that_swallows_connections_is_given_up_in_time() {
+    // A listener whose queue is full answers no further SYN.
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind("127.0.0.1:0".parse().unwrap()).unwrap();
+    let listener = socket.listen(1).unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut filling = Vec::new();
+    while let Ok(Ok(stream)) =
+        tokio::time::timeout(Duration::from_millis(200), TcpStream::connect(address)).await
+    {
+        filling.push(stream);
+    }
+    let (replica, _node) = replica_of(&format!("http://{address}"), |l| l.connect_limit(SHORT)).await;
+    is(&send(Request::post(replica.url()).body(full("x")).unwrap()).await, 503, "not-executed");
+}

@@ -1,0 +1,228 @@
+//! Requests that go to the primary: streaming, hygiene, hops.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::ConnectInfo;
+use axum::response::AppendHeaders;
+use bytes::Bytes;
+use http::{HeaderMap, Request, Response};
+use http_body::Frame;
+use http_body_util::BodyExt;
+
+use super::world::*;
+use crate::proxy::ReplayLayer;
+use crate::proxy::hop::{About, HOPS_MAX, Hop};
+use crate::status::Role;
+
+async fn echo(request: Request<Body>) -> Response<Body> {
+    Response::builder().header("trailer", "x-sum").body(request.into_body()).unwrap()
+}
+
+fn nothing() -> Router {
+    Router::new().fallback(|| async { "here" })
+}
+
+#[tokio::test]
+async fn bodies_stream_both_ways_at_once_and_keep_their_trailers() {
+    let pair = Pair::new(Router::new().fallback(echo), nothing(), |l| l).await;
+    let (mut sender, body) = piecewise();
+    let request = pair.post("/").header("te", "trailers").header("trailer", "x-sum").body(body).unwrap();
+    let sending = tokio::spawn(send(request));
+    push(&mut sender, "first").await;
+    let mut body = sending.await.unwrap().into_body();
+    assert_eq!(next(&mut body).await.unwrap(), "first", "answered before the request's body ended");
+    push(&mut sender, "second").await;
+    assert_eq!(next(&mut body).await.unwrap(), "second");
+    let mut trailers = HeaderMap::new();
+    trailers.insert("x-sum", "42".parse().unwrap());
+    sender.send(Frame::trailers(trailers.clone())).await.unwrap();
+    drop(sender);
+    let last = body.frame().await.unwrap().unwrap().into_trailers().unwrap();
+    assert_eq!(last, trailers);
+}
+
+#[tokio::test]
+async fn a_large_body_goes_through_whole_and_nothing_of_it_stays_in_memory() {
+    let app = Router::new().fallback(|body: Body| async move {
+        let mut hasher = blake3::Hasher::new();
+        let mut body = body;
+        while let Some(frame) = body.frame().await {
+            hasher.update(frame.unwrap().data_ref().unwrap());
+        }
+        hasher.finalize().to_string()
+    });
+    let mut kept = None;
+    let pair = Pair::new(app, nothing(), |l| {
+        kept = Some(l.shared.options.budget.clone());
+        l
+    });
+    let pair = pair.await;
+    let data: Vec<u8> = (0..24u32 << 18).flat_map(u32::to_le_bytes).collect();
+    let sum = blake3::hash(&data).to_string();
+    assert_eq!(text(send(pair.post("/").body(full(data)).unwrap()).await).await, sum);
+    assert_eq!(kept.unwrap().used(), 0);
+}
+
+#[tokio::test]
+async fn the_primary_sees_the_request_as_it_came_without_what_was_spoofed() {
+    let pair = Pair::new(Router::new().fallback(mirror), nothing(), |l| {
+        l.client_ip(|p| p.extensions.get::<ConnectInfo<SocketAddr>>().map(|c| c.0.ip()))
+    });
+    let pair = pair.await;
+    let odd = "/a%2Fb/%e4/./x?q=%20+&&z=%00";
+    let request = pair
+        .post(odd)
+        .header("host", "notes.example")
+        .header("replite-hop", "v1.1.x.y.z")
+        .header("replite-outcome", "not-executed")
+        .header("replite-anything", "x")
+        .header("connection", "x-private")
+        .header("x-private", "1")
+        .header("x-kept", "2")
+        .header("proxy-authorization", "secret")
+        .header("x-forwarded-for", "1.2.3.4")
+        .body(full("hello"))
+        .unwrap();
+    let got = text(send(request).await).await;
+    assert!(got.starts_with(&format!("POST {odd}\n")), "{got}");
+    for line in [
+        "host: notes.example\n",
+        "x-kept: 2\n",
+        "x-forwarded-for: 1.2.3.4, 127.0.0.1\n",
+        "x-forwarded-host: notes.example\n",
+        "content-length: 5\n",
+        "\n\nhello",
+    ] {
+        assert!(got.contains(line), "{line:?} is missing in {got}");
+    }
+    for word in ["replite-", "x-private", "proxy-authorization"] {
+        assert!(!got.contains(word), "{word:?} came through in {got}");
+    }
+}
+
+#[tokio::test]
+async fn the_client_sees_the_primarys_response_as_it_was() {
+    let app = Router::new().fallback(|| async {
+        let headers = [("set-cookie", "a=1"), ("set-cookie", "b=2"), ("connection", "x-hop"), ("x-hop", "1")];
+        (http::StatusCode::IM_A_TEAPOT, AppendHeaders(headers), "pot")
+    });
+    let pair = Pair::new(app, nothing(), |l| l).await;
+    let response = send(pair.post("/").body(full("")).unwrap()).await;
+    assert_eq!(response.status(), 418);
+    let cookies: Vec<_> = response.headers().get_all("set-cookie").iter().collect();
+    assert_eq!(cookies, ["a=1", "b=2"]);
+    assert!(!response.headers().contains_key("x-hop"));
+    assert_eq!(response.headers()["content-length"], "3");
+    assert_eq!(text(response).await, "pot");
+}
+
+#[tokio::test]
+async fn an_early_answer_is_relayed_while_the_body_still_waits() {
+    let app = Router::new().fallback(|| async { http::StatusCode::PAYLOAD_TOO_LARGE });
+    let pair = Pair::new(app, nothing(), |l| l).await;
+    let (_sender, body) = piecewise();
+    assert_eq!(send(pair.post("/").body(body).unwrap()).await.status(), 413);
+}
+
+#[tokio::test]
+async fn a_node_that_is_not_the_primary_points_to_it_before_it_reads_the_body() {
+    let runs = Arc::new(AtomicUsize::new(0));
+    let counted = runs.clone();
+    let app = Router::new().fallback(move |body: String| async move {
+        counted.fetch_add(1, Ordering::Relaxed);
+        body
+    });
+    // The third node is the primary since epoch 2; the first still asks the second.
+    let third = Server::start(app.layer(ReplayLayer::new(node(3, Role::Primary)))).await;
+    let second_node = node(1, Role::Replica);
+    follow(&second_node, 2, Some(peer(3, &third.url())));
+    let second = Server::start(nothing().layer(ReplayLayer::new(second_node.clone()))).await;
+    let (first, first_node) = replica_of(&second.url(), |l| l.hold_limits(SHORT, 8)).await;
+
+    let post = |data: Vec<u8>| Request::post(first.url()).body(full(data)).unwrap();
+    let response = send(post(vec![b'x'; 50_000])).await;
+    assert_eq!(response.status(), 200);
+    assert_eq!(text(response).await.len(), 50_000, "the body went along to the second try");
+    assert_eq!(runs.load(Ordering::Relaxed), 1);
+    assert!(!send(post(b"y".to_vec())).await.headers().contains_key("replite-primary"));
+
+    // They disagree without one of them knowing better: nobody is asked in circles.
+    follow(&second_node, 1, Some(peer(3, &third.url())));
+    is(&send(post(b"y".to_vec())).await, 508, "not-executed");
+    // It knows of none: held, then given up.
+    follow(&second_node, 2, None);
+    is(&send(post(b"y".to_vec())).await, 503, "not-executed");
+    // ... or the one that asked learns it meanwhile.
+    let waiting = tokio::spawn(send(post(b"z".to_vec())));
+    first_node.roles.subscribe().borrow_and_update();
+    follow(&first_node, 3, Some(peer(3, &third.url())));
+    assert_eq!(text(waiting.await.unwrap()).await, "z");
+}
+
+#[tokio::test]
+async fn an_endless_chase_ends() {
+    // Each node knows of a newer primary at the other.
+    let (a_node, b_node) = (node(11, Role::Replica), node(12, Role::Replica));
+    let a = Server::start(nothing().layer(ReplayLayer::new(a_node.clone()))).await;
+    let b = Server::start(nothing().layer(ReplayLayer::new(b_node.clone()))).await;
+    follow(&a_node, 5, Some(peer(12, &b.url())));
+    follow(&b_node, 6, Some(peer(11, &a.url())));
+    let (first, _) = replica_of(&a.url(), |l| l).await;
+    is(&send(Request::post(first.url()).body(full("x")).unwrap()).await, 508, "not-executed");
+}
+
+#[tokio::test]
+async fn a_request_that_comes_back_to_its_node_ends_there() {
+    let (server, node) = replica_of("", |l| l).await;
+    follow(&node, 1, Some(peer(9, &server.url())));
+    is(&send(Request::post(server.url()).body(full("x")).unwrap()).await, 508, "not-executed");
+}
+
+#[tokio::test]
+async fn a_proved_hop_from_another_node_gets_421_and_a_forged_one_is_a_clients() {
+    let pair = Pair::new(Router::new().fallback(mirror), nothing(), |l| l).await;
+    let method = http::Method::POST;
+    let layer = ReplayLayer::new(pair.replica_node.clone());
+    let tag = layer.shared.tokens.tag().to_owned();
+    let about = About { keys: &pair.replica_node.keys, tag: &tag, method: &method, target: "/x?y" };
+    let hop = Hop { count: 1, from: uuid::Uuid::from_u128(77), epoch: epoch(1) };
+    let (_sender, never_sent) = piecewise();
+    let request = pair.post("/x?y").header("replite-hop", hop.text(about)).body(never_sent).unwrap();
+    let response = send(request).await;
+    assert_eq!(response.status(), 421);
+    assert!(response.headers().contains_key("replite-primary"));
+    let too_far = Hop { count: HOPS_MAX + 1, ..hop }.text(about);
+    let request = pair.post("/x?y").header("replite-hop", too_far).body(full("")).unwrap();
+    is(&send(request).await, 508, "not-executed");
+    // For another target the proof says nothing: forwarded like any client's.
+    let request = pair.post("/x?z").header("replite-hop", hop.text(about)).body(full("")).unwrap();
+    assert!(text(send(request).await).await.starts_with("POST /x?z\n"));
+}
+
+#[tokio::test]
+async fn below_a_nested_router_the_original_uri_goes_on() {
+    let primary_node = node(1, Role::Primary);
+    let primary = Server::start(Router::new().fallback(mirror).layer(ReplayLayer::new(primary_node))).await;
+    let replica = node(2, Role::Replica);
+    follow(&replica, 1, Some(peer(1, &primary.url())));
+    let layer = ReplayLayer::new(replica)
+        .original_uri(|p| p.extensions.get::<axum::extract::OriginalUri>().map(|uri| uri.0.clone()));
+    let inner = Router::new().fallback(|| async { "here" }).layer(layer);
+    let server = Server::start(Router::new().nest("/api", inner)).await;
+    let request = Request::post(format!("{}/api/notes?x=1", server.url())).body(full("")).unwrap();
+    assert!(text(send(request).await).await.starts_with("POST /api/notes?x=1\n"));
+}
+
+#[tokio::test]
+async fn a_connection_that_the_primary_closed_while_idle_costs_no_write() {
+    let pair = Pair::new(Router::new().fallback(|| async { [("connection", "close")] }), nothing(), |l| l);
+    let pair = pair.await;
+    for _ in 0..50 {
+        let response = send(pair.post("/").body(full(Bytes::from_static(b"x"))).unwrap()).await;
+        assert_eq!(response.status(), 200);
+    }
+}

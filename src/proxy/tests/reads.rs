@@ -1,0 +1,218 @@
+//! Requests that run on the node that got them: tokens, waits, late replay.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use axum::Router;
+use axum::body::Body;
+use axum::extract::Extension;
+use http::{Request, StatusCode};
+use http_body_util::BodyExt;
+
+use super::world::*;
+use crate::node::Node;
+use crate::proxy::{ReplayLayer, Route, SameSite, SessionTokens};
+use crate::session::{self, Session};
+use crate::status::Role;
+use crate::token::Token;
+use crate::txid::{Epoch, Txid};
+
+/// An app that answers with the number of the transaction that it sees.
+fn sees(node: &Arc<Node>) -> Router {
+    let node = node.clone();
+    Router::new().fallback(move || async move { node.applied.position().unwrap().number().to_string() })
+}
+
+fn primary_app() -> Router {
+    Router::new().fallback(|| async { "primary" })
+}
+
+async fn reader(options: impl FnOnce(ReplayLayer) -> ReplayLayer) -> (Server, Server, Arc<Node>) {
+    let primary = Server::start(primary_app().layer(ReplayLayer::new(node(1, Role::Primary)))).await;
+    let replica = node(2, Role::Replica);
+    follow(&replica, 1, Some(peer(1, &primary.url())));
+    let server = Server::start(sees(&replica).layer(options(ReplayLayer::new(replica.clone())))).await;
+    (server, primary, replica)
+}
+
+fn get(server: &Server, token: &str) -> Request<TestBody> {
+    Request::get(server.url()).header("replite-token", token).body(full("")).unwrap()
+}
+
+#[tokio::test]
+async fn a_read_waits_for_the_transaction_of_its_token() {
+    let (server, _primary, node) = reader(|l| l.read_wait_limit(LONG)).await;
+    let token = Token::sign(&node, txid(12));
+    let cookie = format!("other=1; replite_{}={token}", node.database_tag());
+    let by_cookie = Request::get(server.url()).header("cookie", cookie).body(full("")).unwrap();
+    let waiting = [tokio::spawn(send(by_cookie)), tokio::spawn(send(get(&server, token.as_str())))];
+    assert_eq!(text(send(get(&server, "")).await).await, "10", "without a token nothing is waited for");
+    assert_eq!(text(send(get(&server, Token::sign(&node, txid(10)).as_str())).await).await, "10");
+    node.applied.advance(at(11));
+    node.applied.advance(at(12));
+    for read in waiting {
+        assert_eq!(text(read.await.unwrap()).await, "12");
+    }
+}
+
+#[tokio::test]
+async fn tokens_that_are_forged_garbled_or_lost_are_as_good_as_none() {
+    let (server, _primary, replica) = reader(|l| l.read_wait_limit(LONG)).await;
+    let token = Token::sign(&replica, txid(99)).to_string();
+    let forged = token.replace("0063.", "0064.");
+    assert_ne!(forged, token);
+    let lost = Token::sign(&replica, Txid::new(Epoch::new(1, 77), 99)).to_string();
+    let long = "v1.".repeat(2000);
+    for token in ["v1", "\u{7f}".trim(), &forged, &token[..90], &lost, &long] {
+        if http::HeaderValue::from_str(token).is_ok() {
+            assert_eq!(text(send(get(&server, token)).await).await, "10", "{token:.100}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_read_that_waited_too_long_goes_to_the_primary_or_says_so() {
+    let (server, _primary, node) = reader(|l| l.read_wait_limit(SHORT)).await;
+    let far = Token::sign(&node, Txid::new(Epoch::new(u64::MAX, 1), u64::MAX));
+    assert_eq!(text(send(get(&server, far.as_str())).await).await, "primary");
+    follow(&node, 1, None);
+    is(&send(get(&server, far.as_str())).await, 503, "not-executed");
+    assert_eq!(text(send(get(&server, "")).await).await, "10");
+}
+
+/// A primary whose app commits the transaction that the path names.
+async fn writer(options: impl FnOnce(ReplayLayer) -> ReplayLayer) -> (Server, Arc<Node>) {
+    let node = node(1, Role::Primary);
+    let app = Router::new().fallback(|request: Request<Body>| async move {
+        let path = request.uri().path()[1..].to_owned();
+        if let Ok(number) = path.parse() {
+            session::committed(txid(number));
+        }
+        let control = request.headers().get("x-control").cloned();
+        axum::response::AppendHeaders(control.map(|c| ("cache-control", c)))
+    });
+    (Server::start(app.layer(options(ReplayLayer::new(node.clone())))).await, node)
+}
+
+fn post(server: &Server, path: &str) -> http::request::Builder {
+    Request::post(format!("{}{path}", server.url()))
+}
+
+fn token_of<B>(node: &Node, response: &http::Response<B>) -> Option<u64> {
+    let text = response.headers().get("replite-token")?.to_str().unwrap();
+    Some(Token::verify(node, text).unwrap().number())
+}
+
+#[tokio::test]
+async fn a_commit_gives_its_client_a_token_as_header_and_cookie() {
+    let (server, node) = writer(|l| l).await;
+    let response = send(post(&server, "/12").body(full("")).unwrap()).await;
+    assert_eq!(token_of(&node, &response), Some(12));
+    let token = response.headers()["replite-token"].to_str().unwrap();
+    let name = format!("replite_{}", node.database_tag());
+    let cookie = format!("{name}={token}; Max-Age=300; Path=/; HttpOnly; SameSite=Lax");
+    assert_eq!(response.headers()["set-cookie"], cookie.as_str());
+    assert_eq!(response.headers()["cache-control"], "private");
+
+    let https = post(&server, "/13").header("x-forwarded-proto", "https");
+    let response = send(https.body(full("")).unwrap()).await;
+    assert!(response.headers()["set-cookie"].to_str().unwrap().ends_with("; Secure"));
+    let shared = post(&server, "/13").header("x-control", "public");
+    let response = send(shared.body(full("")).unwrap()).await;
+    assert_eq!(token_of(&node, &response), Some(13));
+    assert!(!response.headers().contains_key("set-cookie"));
+    let response = send(post(&server, "/none").body(full("")).unwrap()).await;
+    assert!(!response.headers().contains_key("replite-token"));
+    assert!(!response.headers().contains_key("set-cookie"));
+}
+
+#[tokio::test]
+async fn the_token_of_a_response_is_the_newer_of_request_and_commit() {
+    let (server, node) =
+        writer(|l| l.cookie_path("/app").cookie_same_site(SameSite::Strict).cookie_secure(true)).await;
+    let with = |token: Txid| post(&server, "/12").header("replite-token", Token::sign(&node, token).as_str());
+    let response = send(with(txid(20)).body(full("")).unwrap()).await;
+    assert_eq!(token_of(&node, &response), Some(20));
+    let cookie = response.headers()["set-cookie"].to_str().unwrap();
+    assert!(cookie.ends_with("; Path=/app; HttpOnly; SameSite=Strict; Secure"), "{cookie}");
+    // A branch that this history does not have is not handed on, however high its number is.
+    let response = send(with(Txid::new(Epoch::new(9, 9), 20)).body(full("")).unwrap()).await;
+    assert_eq!(token_of(&node, &response), Some(12));
+}
+
+#[tokio::test]
+async fn the_primarys_token_reaches_the_client_of_a_replica() {
+    let (server, node) = writer(|l| l).await;
+    let (replica, _node) = replica_of(&server.url(), |l| l).await;
+    let response = send(post(&replica, "/15").body(full("")).unwrap()).await;
+    assert_eq!(token_of(&node, &response), Some(15));
+    assert_eq!(response.headers().get_all("set-cookie").iter().count(), 1);
+}
+
+#[tokio::test]
+async fn a_monotonic_session_never_goes_back_in_time() {
+    let (server, _primary, node) = reader(|l| l.session(SessionTokens::Monotonic).no_cookie()).await;
+    let response = send(get(&server, "")).await;
+    assert_eq!(token_of(&node, &response), Some(10));
+    assert!(!response.headers().contains_key("set-cookie"));
+    let token = Token::sign(&node, txid(10)).to_string();
+    assert_eq!(token_of(&node, &send(get(&server, &token)).await), None, "it did not grow");
+}
+
+/// A replica whose app reads `read` bytes of the body, may commit, and then finds that it needs the primary.
+async fn needy(read: usize, commits: bool) -> (Pair, Arc<AtomicUsize>) {
+    let runs = Arc::new(AtomicUsize::new(0));
+    let counted = runs.clone();
+    let app = Router::new().fallback(move |session: Extension<Session>, body: Body| async move {
+        counted.fetch_add(1, Ordering::Relaxed);
+        let mut body = body;
+        let mut length = 0;
+        while length < read
+            && let Some(frame) = body.frame().await
+        {
+            length += frame.unwrap().into_data().unwrap().len();
+        }
+        if commits {
+            session.observe(txid(11));
+        }
+        session::primary_needed();
+        (StatusCode::SERVICE_UNAVAILABLE, [("replite-outcome", "not-executed")], "app")
+    });
+    let pair =
+        Pair::new(Router::new().fallback(mirror), app, |l| l.route_prefix("/", Route::LocalThenReplay)).await;
+    (pair, runs)
+}
+
+#[tokio::test]
+async fn a_read_that_needed_the_primary_runs_there_after_all() {
+    let (pair, runs) = needy(10_000, false).await;
+    let response = send(pair.get("/a?b").body(full("")).unwrap()).await;
+    assert!(text(response).await.starts_with("GET /a?b\n"));
+    let data = "x".repeat(30_000);
+    let response = send(pair.post("/a").body(full(data.clone())).unwrap()).await;
+    assert!(text(response).await.ends_with(&format!("\n\n{data}")), "what the handler read is sent, too");
+    // With a token the way is another, the end the same.
+    let token = Token::sign(&pair.primary_node, txid(10)).to_string();
+    let request = pair.post("/a").header("replite-token", token).body(full("hello")).unwrap();
+    assert!(text(send(request).await).await.ends_with("\n\nhello"));
+    assert_eq!(runs.load(Ordering::Relaxed), 3);
+}
+
+#[tokio::test]
+async fn a_body_over_the_limit_is_not_replayed_unless_nobody_read_it() {
+    let data = "x".repeat(300_000);
+    let (pair, _) = needy(200_000, false).await;
+    is(&send(pair.post("/a").body(full(data.clone())).unwrap()).await, 503, "not-executed");
+    let (pair, _) = needy(0, false).await;
+    assert!(text(send(pair.post("/a").body(full(data.clone())).unwrap()).await).await.ends_with(&data));
+}
+
+#[tokio::test]
+async fn what_committed_here_is_never_replayed_and_never_called_not_executed() {
+    let (pair, runs) = needy(0, true).await;
+    let response = send(pair.get("/a").body(full("")).unwrap()).await;
+    assert_eq!(response.headers()["replite-outcome"], "unknown");
+    assert_eq!(token_of(&pair.primary_node, &response), Some(11));
+    assert_eq!(text(response).await, "app");
+    assert_eq!(runs.load(Ordering::Relaxed), 1);
+}

@@ -1,0 +1,136 @@
+//! What runs where, and every kind of service that the layer goes around.
+
+use std::convert::Infallible;
+use std::marker::PhantomPinned;
+use std::pin::Pin;
+use std::task::{Context, Poll};
+
+use axum::Router;
+use axum::routing::{get, post};
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::{Body, Frame};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Empty, Full};
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::service::TowerToHyperService;
+use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
+
+use super::world::*;
+use crate::proxy::{BoxError, ReplayLayer, ReplayRequestBody, ReplayResponseBody, Route, Upgrades};
+use crate::status::Role;
+
+#[tokio::test]
+async fn upgrades_stay_here_or_are_refused_and_connect_is_no_request_for_an_app() {
+    let upgrade = |server: &Server| {
+        let request = Request::post(server.url()).header("connection", "Upgrade").header("upgrade", "x");
+        request.body(full("")).unwrap()
+    };
+    let (server, _node) = replica_of("http://127.0.0.1:1", |l| l).await;
+    assert_eq!(text(send(upgrade(&server)).await).await, "here");
+    let (server, _node) = replica_of("http://127.0.0.1:1", |l| l.upgrades(Upgrades::Refuse)).await;
+    is(&send(upgrade(&server)).await, 503, "not-executed");
+    let service = ReplayLayer::new(node(1, Role::Primary)).layer(service_fn(hello));
+    let request = Request::connect("example.org:443").body(Empty::<Bytes>::new()).unwrap();
+    is(&service.oneshot(request).await.unwrap(), 405, "not-executed");
+}
+
+#[tokio::test]
+async fn the_replication_endpoint_is_passed_through_untouched() {
+    let endpoint = Router::new().fallback(mirror);
+    for path in ["/_replite", "/deep/er"] {
+        let node = node(2, Role::Replica);
+        let app = Router::new().nest(path, endpoint.clone());
+        let server = Server::start(app.layer(ReplayLayer::new(node).endpoint(path))).await;
+        let request = Request::post(format!("{}{path}/v1/stream", server.url())).header("replite-proof", "p");
+        let got = text(send(request.body(full("hi")).unwrap()).await).await;
+        assert!(got.starts_with("POST /v1/stream\n") && got.contains("replite-proof: p\n"), "{got}");
+        assert!(got.ends_with("hi"));
+    }
+}
+
+#[tokio::test]
+async fn prefixes_and_the_predicate_decide_in_this_order() {
+    let pair = Pair::new(
+        Router::new().fallback(|| async { "primary" }),
+        Router::new().fallback(|| async { "here" }),
+        |l| {
+            l.route(
+                |parts| if parts.uri.path() == "/login" { Route::Primary } else { Route::by_method(parts) },
+            )
+            .route_prefix("/metrics", Route::Local)
+            .route_prefix("/callback", Route::Primary)
+        },
+    );
+    let pair = pair.await;
+    for (request, answer) in [
+        (pair.get("/x"), "here"),
+        (pair.post("/x"), "primary"),
+        (pair.get("/login"), "primary"),
+        (pair.post("/metrics/push"), "here"),
+        (pair.get("/callback/a"), "primary"),
+        (pair.get("/callbacks"), "here"),
+    ] {
+        assert_eq!(text(send(request.body(full("")).unwrap()).await).await, answer);
+    }
+    // The primary runs everything itself.
+    let request = Request::post(pair.primary.url()).body(full("")).unwrap();
+    assert_eq!(text(send(request).await).await, "primary");
+}
+
+/// An app whose error is its own.
+async fn hello<B>(_: Request<ReplayRequestBody<B>>) -> Result<Response<Full<Bytes>>, std::fmt::Error> {
+    Ok(Response::new(Full::new(Bytes::from_static(b"hello"))))
+}
+
+/// A body that must not move, as some hand-written streams are.
+struct Fixed(PhantomPinned);
+
+impl Body for Fixed {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        _: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        Poll::Ready(None)
+    }
+}
+
+#[tokio::test]
+async fn the_layer_goes_around_any_tower_service() {
+    let layer = ReplayLayer::new(node(1, Role::Primary));
+    // Any body, also one that can't move or is boxed as tonic's.
+    let mut service = ServiceBuilder::new().layer(layer.clone()).service(service_fn(hello));
+    let response: Result<Response<ReplayResponseBody<Full<Bytes>>>, std::fmt::Error> =
+        service.ready().await.unwrap().call(Request::new(Fixed(PhantomPinned))).await;
+    assert_eq!(text(response.unwrap()).await, "hello");
+    let boxed: UnsyncBoxBody<Bytes, BoxError> = Empty::new().map_err(|e| match e {}).boxed_unsync();
+    let response = layer.layer(service_fn(hello)).oneshot(Request::new(boxed)).await.unwrap();
+    assert_eq!(text(response).await, "hello");
+    // Router::layer, route_layer, and twice over each other.
+    let app = Router::new()
+        .route("/a", get(|| async { "a" }))
+        .route("/b", post(|| async { "b" }).layer(layer.clone()))
+        .route_layer(layer.clone())
+        .layer(ServiceBuilder::new().layer(layer.clone()));
+    let request = Request::get("/a").body(axum::body::Body::empty()).unwrap();
+    assert_eq!(text(app.oneshot(request).await.unwrap()).await, "a");
+}
+
+#[tokio::test]
+async fn the_layer_works_on_plain_hyper() {
+    let service = ReplayLayer::new(node(1, Role::Primary)).layer(service_fn(hello::<Incoming>));
+    let (client, server) = tokio::io::duplex(4096);
+    let serving = tokio::spawn(async move {
+        let builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
+        let _ = builder.serve_connection(TokioIo::new(server), TowerToHyperService::new(service)).await;
+    });
+    let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(client)).await.unwrap();
+    tokio::spawn(connection);
+    let response = sender.send_request(Request::post("/").body(full("x")).unwrap()).await.unwrap();
+    assert_eq!(text(response).await, "hello");
+    serving.abort();
+}

@@ -1,0 +1,188 @@
+//! Nodes without a database, servers around them, and a client.
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Body;
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::Frame;
+use http_body_util::channel::{Channel, Sender};
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt, Full};
+use hyper::body::Incoming;
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+use uuid::Uuid;
+
+use crate::checksum::Checksum;
+use crate::node::Node;
+use crate::proxy::ReplayLayer;
+use crate::secret::{Keyring, Secret};
+use crate::status::{Addresses, PeerInfo, Role, RoleState};
+use crate::txid::{Epoch, EpochHistory, EpochStart, Position, Txid};
+
+pub(super) fn peer(id: u128, app: &str) -> PeerInfo {
+    let addresses = Addresses { app: app.into(), ..Addresses::default() };
+    PeerInfo { node: Uuid::from_u128(id), incarnation: Uuid::nil(), addresses }
+}
+
+pub(super) fn epoch(number: u64) -> Epoch {
+    Epoch::new(number, number)
+}
+
+pub(super) fn txid(number: u64) -> Txid {
+    Txid::new(epoch(1), number)
+}
+
+pub(super) fn at(number: u64) -> Position {
+    Position::new(txid(number), Checksum::EMPTY)
+}
+
+/// A node at transaction 10 of epoch 1.
+pub(super) fn node(id: u128, role: Role) -> Arc<Node> {
+    let keys = Keyring::new(&[Secret::new([7; 16]).unwrap()]).unwrap();
+    let node = Node::new(peer(id, ""), "c".into(), "app".into(), keys, role);
+    let mut history = EpochHistory::default();
+    history.push(EpochStart { epoch: epoch(1), first: 1, before: Checksum::EMPTY });
+    node.applied.replace(history, Some(at(10)));
+    node
+}
+
+/// Tells a node who the primary is.
+pub(super) fn follow(node: &Node, number: u64, primary: Option<PeerInfo>) {
+    node.roles.send_replace(RoleState { role: Role::Replica, epoch: epoch(number), primary });
+}
+
+pub(super) struct Server {
+    pub(super) address: SocketAddr,
+    task: JoinHandle<()>,
+}
+
+impl Server {
+    pub(super) async fn start(app: Router) -> Server {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let app = app.into_make_service_with_connect_info::<SocketAddr>();
+        let task = tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
+        Server { address, task }
+    }
+
+    pub(super) fn url(&self) -> String {
+        format!("http://{}", self.address)
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// A primary with this app, and a replica in front of it with another.
+pub(super) struct Pair {
+    pub(super) primary: Server,
+    pub(super) primary_node: Arc<Node>,
+    pub(super) replica: Server,
+    pub(super) replica_node: Arc<Node>,
+}
+
+impl Pair {
+    pub(super) async fn new(
+        primary_app: Router,
+        replica_app: Router,
+        options: impl FnOnce(ReplayLayer) -> ReplayLayer,
+    ) -> Pair {
+        let primary_node = node(1, Role::Primary);
+        let primary = Server::start(primary_app.layer(ReplayLayer::new(primary_node.clone()))).await;
+        let replica_node = node(2, Role::Replica);
+        follow(&replica_node, 1, Some(peer(1, &primary.url())));
+        let layer = options(ReplayLayer::new(replica_node.clone()));
+        let replica = Server::start(replica_app.layer(layer)).await;
+        Pair { primary, primary_node, replica, replica_node }
+    }
+
+    pub(super) fn get(&self, path: &str) -> http::request::Builder {
+        Request::get(format!("{}{path}", self.replica.url()))
+    }
+
+    pub(super) fn post(&self, path: &str) -> http::request::Builder {
+        Request::post(format!("{}{path}", self.replica.url()))
+    }
+}
+
+/// A replica that follows whoever listens at the address, with an app that answers `here`.
+pub(super) async fn replica_of(
+    url: &str,
+    options: impl FnOnce(ReplayLayer) -> ReplayLayer,
+) -> (Server, Arc<Node>) {
+    let node = node(2, Role::Replica);
+    follow(&node, 1, (!url.is_empty()).then(|| peer(1, url)));
+    let app = Router::new().fallback(|| async { "here" });
+    (Server::start(app.layer(options(ReplayLayer::new(node.clone())))).await, node)
+}
+
+pub(super) type TestBody = UnsyncBoxBody<Bytes, Infallible>;
+
+pub(super) fn full(data: impl Into<Bytes>) -> TestBody {
+    Full::new(data.into()).boxed_unsync()
+}
+
+/// A body that the test sends piece by piece.
+pub(super) fn piecewise() -> (Sender<Bytes, Infallible>, TestBody) {
+    let (sender, body) = Channel::new(4);
+    (sender, body.boxed_unsync())
+}
+
+pub(super) async fn push(sender: &mut Sender<Bytes, Infallible>, data: &'static str) {
+    sender.send(Frame::data(Bytes::from_static(data.as_bytes()))).await.unwrap();
+}
+
+/// One request over a connection of its own.
+pub(super) async fn send(request: Request<TestBody>) -> Response<Incoming> {
+    let client: Client<HttpConnector, TestBody> = Client::builder(TokioExecutor::new()).build_http();
+    tokio::time::timeout(LONG, client.request(request)).await.unwrap().unwrap()
+}
+
+pub(super) async fn text<B: http_body::Body<Error: std::fmt::Debug>>(response: Response<B>) -> String {
+    let bytes = tokio::time::timeout(LONG, response.into_body().collect()).await.unwrap().unwrap().to_bytes();
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+pub(super) async fn next<B>(body: &mut B) -> Option<Bytes>
+where
+    B: http_body::Body<Data = Bytes, Error: std::fmt::Debug> + Unpin,
+{
+    tokio::time::timeout(LONG, body.frame()).await.unwrap().map(|f| f.unwrap().into_data().unwrap())
+}
+
+#[track_caller]
+pub(super) fn is<B>(response: &Response<B>, status: u16, outcome: &str) {
+    assert_eq!(response.status().as_u16(), status);
+    assert_eq!(response.headers()["replite-outcome"], outcome);
+    assert_eq!(response.headers().contains_key("retry-after"), status == 503);
+}
+
+/// An app that says what it got: method, URI, headers, body.
+pub(super) async fn mirror(request: Request<Body>) -> String {
+    let (parts, body) = request.into_parts();
+    let mut text = format!("{} {}\n", parts.method, parts.uri);
+    for (name, value) in &parts.headers {
+        text.push_str(&format!("{name}: {}\n", String::from_utf8_lossy(value.as_bytes())));
+    }
+    let body = body.collect().await.unwrap();
+    text.push('\n');
+    text.push_str(&String::from_utf8_lossy(&body.to_bytes()));
+    text
+}
+
+/// Longer than anything here takes; a test that gets there has failed.
+pub(super) const LONG: Duration = Duration::from_secs(20);
+/// A limit that is meant to pass.
+pub(super) const SHORT: Duration = Duration::from_millis(60);
