@@ -2,7 +2,10 @@
 
 use std::net::IpAddr;
 
-use http::header::{CONNECTION, COOKIE, HOST, HeaderMap, HeaderName, HeaderValue, SET_COOKIE, TE, UPGRADE};
+use http::header::{
+    CONNECTION, CONTENT_LENGTH, COOKIE, HOST, HeaderMap, HeaderName, HeaderValue, SET_COOKIE, TE,
+    TRANSFER_ENCODING, UPGRADE,
+};
 use http::request::Parts;
 use http::uri::Scheme;
 
@@ -50,6 +53,10 @@ pub(super) fn strip_reserved(headers: &mut HeaderMap) {
 
 /// Removes what is about the connection that the message came by.
 pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
+    if headers.contains_key(TRANSFER_ENCODING) {
+        // Beside it a length counts for nothing; alone it would count, and be wrong.
+        headers.remove(CONTENT_LENGTH);
+    }
     let listed: Vec<HeaderName> = headers
         .get_all(CONNECTION)
         .iter()
@@ -172,6 +179,7 @@ mod tests {
             ("host", "h"),
             ("te", "gzip, trailers"),
             ("transfer-encoding", "chunked"),
+            ("content-length", "7"),
             ("keep-alive", "timeout=5"),
             ("upgrade", "websocket"),
             ("proxy-authorization", "x"),

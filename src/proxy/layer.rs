@@ -160,9 +160,10 @@ impl ReplayLayer {
         self.with(|o| o.prefixes.push((prefix.into(), route)))
     }
 
-    /// Where the replication endpoint is mounted, if not at `/_replite`: the layer lets it through untouched.
+    /// Where the replication endpoint is mounted, if not at `/_replite`: the layer lets it through untouched. An
+    /// empty path says that it is not mounted below this layer.
     pub fn endpoint(self, path: impl Into<String>) -> Self {
-        self.with(|o| o.endpoint = path.into())
+        self.with(|o| o.endpoint = path.into().trim_end_matches('/').to_owned())
     }
 
     /// What becomes of upgrade requests.
@@ -272,6 +273,11 @@ impl Options {
             return *route;
         }
         self.route.as_ref().map_or_else(|| Route::by_method(parts), |route| route(parts))
+    }
+
+    pub(super) fn is_endpoint(&self, path: &str) -> bool {
+        // An empty prefix would let everything through.
+        !self.endpoint.is_empty() && is_below(path, &self.endpoint)
     }
 
     pub(super) fn failure(&self, failure: Failure) -> Response<Bytes> {

@@ -22,7 +22,7 @@ use crate::proxy::hop::{About, HOPS_MAX, Hint, Hop};
 use crate::proxy::keep::Keep;
 use crate::proxy::layer::{Shared, Upgrades};
 use crate::proxy::prepare::{Head, Need, failure, target};
-use crate::proxy::route::{Route, is_below};
+use crate::proxy::route::Route;
 use crate::session::Session;
 use crate::status::Role;
 use crate::token::Token;
@@ -69,7 +69,7 @@ where
         let clone = self.inner.clone();
         let mut service = mem::replace(&mut self.inner, clone);
         let shared = &self.shared;
-        if is_below(request.uri().path(), &shared.options.endpoint) {
+        if shared.options.is_endpoint(request.uri().path()) {
             let future = service.call(request.map(ReplayRequestBody::plain));
             return ResponseFuture::untouched(shared.clone(), future);
         }

@@ -160,6 +160,7 @@ async fn a_response_that_stalls_is_cut_but_an_event_stream_may_pause() {
         let url = fake(move |mut stream| async move {
             let text = format!("HTTP/1.1 200 OK\r\ncontent-type: {kind}\r\ncontent-length: 6\r\n\r\nabc");
             stream.write_all(text.as_bytes()).await.unwrap();
+            // The pause is what is tested.
             tokio::time::sleep(SHORT * 3).await;
             let _ = stream.write_all(b"def").await;
         })

@@ -12,6 +12,11 @@ use bytes::Bytes;
 use http::{HeaderMap, Request, Response};
 use http_body::Frame;
 use http_body_util::BodyExt;
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
 use super::world::*;
 use crate::proxy::ReplayLayer;
@@ -102,6 +107,43 @@ async fn the_primary_sees_the_request_as_it_came_without_what_was_spoofed() {
     for word in ["replite-", "x-private", "proxy-authorization"] {
         assert!(!got.contains(word), "{word:?} came through in {got}");
     }
+}
+
+#[tokio::test]
+async fn http_2_from_the_client_becomes_proper_http_1_for_the_primary() {
+    let pair = Pair::new(Router::new().fallback(mirror), nothing(), |l| l).await;
+    let client: Client<HttpConnector, TestBody> =
+        Client::builder(TokioExecutor::new()).http2_only(true).build_http();
+    let (mut sender, body) = piecewise();
+    let request = pair.post("/x").header("cookie", "a=1").header("cookie", "b=2").body(body).unwrap();
+    let sending = tokio::spawn(client.request(request));
+    push(&mut sender, "of unknown length").await;
+    drop(sender);
+    let response = sending.await.unwrap().unwrap();
+    assert_eq!(response.version(), http::Version::HTTP_2);
+    let got = text(response).await;
+    for line in [
+        format!("host: {}\n", pair.replica.address),
+        "cookie: a=1; b=2\n".into(),
+        "x-forwarded-proto: http\n".into(),
+        "transfer-encoding: chunked\n".into(),
+        "\n\nof unknown length".into(),
+    ] {
+        assert!(got.contains(&line), "{line:?} is missing in {got}");
+    }
+}
+
+#[tokio::test]
+async fn a_length_beside_a_transfer_encoding_does_not_go_on() {
+    let pair = Pair::new(Router::new().fallback(mirror), nothing(), |l| l).await;
+    let mut stream = TcpStream::connect(pair.replica.address).await.unwrap();
+    let request = "POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\ntransfer-encoding: chunked\r\n\
+                   connection: close\r\n\r\n5\r\nabcde\r\n0\r\n\r\n";
+    stream.write_all(request.as_bytes()).await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    // Whole, or refused by the server before it came to us.
+    assert!(answer.contains("\n\nabcde") || answer.starts_with("HTTP/1.1 400"), "{answer}");
 }
 
 #[tokio::test]

@@ -51,6 +51,14 @@ async fn the_replication_endpoint_is_passed_through_untouched() {
 }
 
 #[tokio::test]
+async fn no_endpoint_is_not_every_path() {
+    for path in ["", "/"] {
+        let (server, _node) = replica_of("http://127.0.0.1:1", |l| l.endpoint(path)).await;
+        is(&send(Request::post(server.url()).body(full("")).unwrap()).await, 503, "not-executed");
+    }
+}
+
+#[tokio::test]
 async fn prefixes_and_the_predicate_decide_in_this_order() {
     let pair = Pair::new(
         Router::new().fallback(|| async { "primary" }),
