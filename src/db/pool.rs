@@ -252,7 +252,8 @@ mod tests {
         pool.lease().unwrap().query_row("PRAGMA table_info(t)", [], |_| Ok(())).unwrap();
         assert_eq!(pool.lock().idle.len(), 1, "a pragma that only tells something");
         pool.lease().unwrap().execute_batch("PRAGMA case_sensitive_like = 1").unwrap();
-        assert_eq!((pool.lock().idle.len(), pool.lock().open), (0, 0));
+        assert_eq!(pool.lock().idle.len(), 0);
+        assert_eq!(pool.lock().open, 0);
         let like: bool = pool.lease().unwrap().query_row("SELECT 'a' LIKE 'A'", [], |r| r.get(0)).unwrap();
         assert!(like, "a fresh connection");
     }
