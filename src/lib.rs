@@ -1,4 +1,4 @@
-//! SQLite replicas inside the application.
+#![doc = include_str!("../README.md")]
 
 mod applied;
 #[cfg(feature = "axum")]

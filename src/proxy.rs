@@ -24,6 +24,7 @@ mod service;
 mod tests;
 
 pub use body::{ReplayRequestBody, ReplayResponseBody};
+#[cfg(feature = "axum")]
 pub(crate) use failure::RETRY_AFTER_SECONDS;
 pub use failure::{Failure, Outcome, Reason};
 pub use future::ResponseFuture;

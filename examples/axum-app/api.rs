@@ -1,0 +1,236 @@
+//! Routes and handlers.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::extract::rejection::JsonRejection;
+use axum::extract::{DefaultBodyLimit, Path, Query, State};
+use axum::http::{StatusCode, header};
+use axum::response::{Html, IntoResponse, Response};
+use axum::routing::{get, put};
+use axum::{Json, Router};
+use http_body_util::{BodyExt, Empty, Limited};
+use hyper_util::client::legacy::Client;
+use hyper_util::rt::TokioExecutor;
+use replite::{Db, Error, Session};
+use serde::Deserialize;
+use serde_json::{Value, json};
+
+use crate::{page, store};
+
+/// The longest note, in bytes.
+const TEXT_MAX_BYTES: usize = 10_000;
+/// Notes that one request lists if it asks for no number, and the most it gets.
+const LIMIT_DEFAULT: u32 = 50;
+const LIMIT_MAX: u32 = 500;
+/// How long another instance may take to say how it is.
+const PEER_LIMIT: Duration = Duration::from_millis(500);
+/// The longest answer of another instance that is read, in bytes.
+const PEER_MAX_BYTES: usize = 64 * 1024;
+
+struct App {
+    db: Db,
+    url: String,
+    peers: Vec<String>,
+}
+
+type Shared = State<Arc<App>>;
+
+pub(crate) fn router(db: &Db, url: String, peers: Vec<String>) -> Router {
+    let app = Arc::new(App { db: db.clone(), url, peers });
+    Router::new()
+        .route("/", get(index))
+        .route("/api/notes", get(list).post(add))
+        .route("/api/notes/{id}", put(change).delete(remove))
+        .route("/api/node", get(node))
+        .route("/api/nodes", get(nodes))
+        .route("/livez", get(livez))
+        .route("/readyz", get(readyz))
+        .route("/healthz", get(healthz))
+        .layer(DefaultBodyLimit::max(TEXT_MAX_BYTES * 8))
+        .with_state(app)
+        .layer(db.replay_layer())
+        .nest_service("/_replite", db.service())
+}
+
+/// What a handler fails with.
+enum Failure {
+    Db(Error),
+    BadRequest(String),
+    NotFound,
+}
+
+impl From<Error> for Failure {
+    fn from(error: Error) -> Failure {
+        Failure::Db(error)
+    }
+}
+
+impl From<replite::rusqlite::Error> for Failure {
+    fn from(error: replite::rusqlite::Error) -> Failure {
+        Failure::Db(error.into())
+    }
+}
+
+impl IntoResponse for Failure {
+    fn into_response(self) -> Response {
+        let (status, text) = match self {
+            Failure::BadRequest(text) => (StatusCode::BAD_REQUEST, text),
+            Failure::NotFound => (StatusCode::NOT_FOUND, "no such note".into()),
+            Failure::Db(
+                error @ (Error::NotPrimary { .. }
+                | Error::NoState(_)
+                | Error::PoolExhausted { .. }
+                | Error::TooMany { .. }
+                | Error::ShutDown),
+            ) => (StatusCode::SERVICE_UNAVAILABLE, error.to_string()),
+            Failure::Db(error) => {
+                tracing::error!(%error, "a request failed");
+                (StatusCode::INTERNAL_SERVER_ERROR, "internal error".into())
+            }
+        };
+        (status, Json(json!({ "error": text }))).into_response()
+    }
+}
+
+#[derive(Deserialize)]
+struct Search {
+    #[serde(default)]
+    q: String,
+    limit: Option<u32>,
+}
+
+#[derive(Deserialize)]
+struct Text {
+    text: String,
+}
+
+impl Text {
+    /// The text of a request's body, if it can be a note.
+    fn of(body: Result<Json<Text>, JsonRejection>) -> Result<String, Failure> {
+        let Json(Text { text }) = body.map_err(|e| Failure::BadRequest(e.body_text()))?;
+        if text.trim().is_empty() || text.len() > TEXT_MAX_BYTES {
+            return Err(Failure::BadRequest(format!("a note has 1 to {TEXT_MAX_BYTES} bytes")));
+        }
+        Ok(text)
+    }
+}
+
+async fn index(State(app): Shared, Query(search): Query<Search>) -> Result<impl IntoResponse, Failure> {
+    let notes = app.db.read(|conn| store::list(conn, &search.q, LIMIT_DEFAULT).map_err(Failure::from))?;
+    let html = page::render(&app.url, app.db.role(), &search.q, &notes);
+    Ok(([(header::CACHE_CONTROL, "no-store")], Html(html)))
+}
+
+async fn list(State(app): Shared, Query(search): Query<Search>) -> Result<impl IntoResponse, Failure> {
+    let limit = search.limit.unwrap_or(LIMIT_DEFAULT).min(LIMIT_MAX);
+    Ok(Json(app.db.read_async(move |conn| store::list(conn, &search.q, limit).map_err(Failure::from)).await?))
+}
+
+async fn add(
+    State(app): Shared,
+    session: axum::Extension<Session>,
+    body: Result<Json<Text>, JsonRejection>,
+) -> Result<impl IntoResponse, Failure> {
+    let text = Text::of(body)?;
+    let (node, written) = (app.url.clone(), text.clone());
+    let commit = app.db.write(move |tx| store::add(tx, &written, &node).map_err(Failure::from)).await?;
+    let note = json!({
+        "id": commit.value,
+        "text": text,
+        "node": app.url,
+        "txid": commit.txid,
+        "token": session.token(),
+    });
+    Ok((StatusCode::CREATED, Json(note)))
+}
+
+async fn change(
+    State(app): Shared,
+    Path(id): Path<i64>,
+    body: Result<Json<Text>, JsonRejection>,
+) -> Result<impl IntoResponse, Failure> {
+    let text = Text::of(body)?;
+    let written = text.clone();
+    let commit = app.db.write(move |tx| store::change(tx, id, &written).map_err(Failure::from)).await?;
+    if !commit.value {
+        return Err(Failure::NotFound);
+    }
+    Ok(Json(json!({ "id": id, "text": text, "txid": commit.txid })))
+}
+
+async fn remove(State(app): Shared, Path(id): Path<i64>) -> Result<StatusCode, Failure> {
+    let commit = app.db.write(move |tx| store::remove(tx, id).map_err(Failure::from)).await?;
+    if commit.value { Ok(StatusCode::NO_CONTENT) } else { Err(Failure::NotFound) }
+}
+
+async fn node(State(app): Shared) -> impl IntoResponse {
+    ([(header::CACHE_CONTROL, "no-store")], Json(describe(&app)))
+}
+
+fn describe(app: &App) -> Value {
+    let status = app.db.status();
+    json!({
+        "id": status.node,
+        "url": app.url,
+        "role": status.role,
+        "primary": status.primary.map(|p| p.addresses.app),
+        "epoch": status.epoch,
+        "txid": status.position.map(|p| p.number()),
+        "checksum": status.position.map(|p| p.checksum().to_string()),
+        "lag_ms": status.lag.map_or(0, |l| l.millis),
+        "problem": status.problem,
+    })
+}
+
+/// All instances as this one sees them, for the page: no cross-origin requests are needed.
+async fn nodes(State(app): Shared) -> impl IntoResponse {
+    let mut tasks = Vec::new();
+    for peer in &app.peers {
+        let (peer, app) = (peer.clone(), app.clone());
+        tasks.push(tokio::spawn(async move {
+            if peer == app.url {
+                return describe(&app);
+            }
+            get_json(&format!("{peer}/api/node"))
+                .await
+                .unwrap_or_else(|_| json!({ "url": peer, "role": "away" }))
+        }));
+    }
+    let mut all = Vec::new();
+    for task in tasks {
+        all.extend(task.await.ok());
+    }
+    ([(header::CACHE_CONTROL, "no-store")], Json(all))
+}
+
+async fn livez() -> Json<Value> {
+    Json(json!({ "live": true }))
+}
+
+async fn readyz(State(app): Shared) -> impl IntoResponse {
+    let health = app.db.health();
+    let status = if health.can_read { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(json!({ "can_read": health.can_read })))
+}
+
+async fn healthz(State(app): Shared) -> impl IntoResponse {
+    let health = app.db.health();
+    let well = health.can_read && health.can_write;
+    let status = if well { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(json!({ "health": health, "status": app.db.status() })))
+}
+
+/// Asks another instance.
+pub(crate) async fn get_json(url: &str) -> Result<Value, crate::Error> {
+    let client: Client<_, Empty<axum::body::Bytes>> = Client::builder(TokioExecutor::new()).build_http();
+    tokio::time::timeout(PEER_LIMIT, async {
+        let response = client.get(url.parse()?).await?;
+        if !response.status().is_success() {
+            return Err(format!("{url} answers {}", response.status()).into());
+        }
+        let body = Limited::new(response.into_body(), PEER_MAX_BYTES).collect().await?.to_bytes();
+        Ok(serde_json::from_slice(&body)?)
+    })
+    .await?
+}
