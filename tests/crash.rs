@@ -162,14 +162,17 @@ async fn a_killed_replica_goes_on_where_it_was_also_within_its_snapshot() {
     let dir = tempfile::tempdir().unwrap();
     let (p, r) = (dir.path().join("p.db"), dir.path().join("r.db"));
     let db = Db::open(primary(&p, 0)).await.unwrap();
-    db.write(|tx| {
-        Ok::<_, Error>(tx.execute_batch(
-            "WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c WHERE i < 40000)
+    let bulk = db
+        .write(|tx| {
+            Ok::<_, Error>(tx.execute_batch(
+                "WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c WHERE i < 40000)
              INSERT INTO t(who, n, v) SELECT 'bulk', i, randomblob(2000) FROM c",
-        )?)
-    })
-    .await
-    .unwrap();
+            )?)
+        })
+        .await
+        .unwrap();
+    // Captured, so that it comes with the snapshot and not behind it.
+    db.wait_for_timeout(bulk.txid.unwrap(), LIMIT).await.unwrap();
     let url = db.node().addresses.replication.clone();
     let start = || Process::start("replica_process", &[("DB", r.to_str().unwrap()), ("URL", &url)]);
     let mut rng = StdRng::seed_from_u64(2);
@@ -203,7 +206,10 @@ async fn a_killed_replica_goes_on_where_it_was_also_within_its_snapshot() {
             process.expect("at");
         }
         let said = process.kill();
-        assert!(!said.iter().any(|l| l.starts_with("snapshot")), "round {round}: a restart needed a snapshot");
+        assert!(
+            !said.iter().any(|l| l.starts_with("snapshot")),
+            "round {round}: a restart needed a snapshot"
+        );
     }
     let process = start();
     n += 1;

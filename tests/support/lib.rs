@@ -69,10 +69,14 @@ pub fn until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// A plain connection that knows nothing of us.
+/// A plain connection that knows nothing of us, but that it leaves the WAL alone when it is the last to close: a node
+/// that was killed may have commits there that its log does not have yet.
 pub fn plain(path: &Path) -> Connection {
     let connection = Connection::open(path).unwrap();
     connection.busy_timeout(Duration::from_secs(20)).unwrap();
+    connection
+        .set_db_config(replite::rusqlite::config::DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)
+        .unwrap();
     connection
 }
 
@@ -246,7 +250,9 @@ async fn carry(
         let mut buffer = vec![0; 64 * 1024];
         loop {
             let n = from.read(&mut buffer).await?;
-            if n == 0 || sender.send((tokio::time::Instant::now() + delay, buffer[..n].to_vec())).await.is_err() {
+            if n == 0
+                || sender.send((tokio::time::Instant::now() + delay, buffer[..n].to_vec())).await.is_err()
+            {
                 return Ok::<_, std::io::Error>(());
             }
         }
