@@ -13,8 +13,10 @@ mod streams;
 
 use std::time::Instant;
 
-/// The figures, and what measures them.
-const FIGURES: [(&[&str], fn()); 11] = [
+/// Figures that are measured together, and what measures them.
+type Figure = (&'static [&'static str], fn());
+
+const FIGURES: [Figure; 11] = [
     (&["commit_normal_ratio"], commits::normal),
     (&["commit_full_ratio"], commits::full),
     (&["group_commit_ratio"], commits::group),

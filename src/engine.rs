@@ -145,7 +145,6 @@ impl Engine {
             open_epoch(&mut opened.history, opened.highest_epoch, tip.position)?;
             anchor::write_epochs(&options.side, &opened.history)?;
         }
-        opened.base.wal.sync()?;
         opened.anchor()?;
         opened.handle.unlock(Slot::WRITE, Lock::Exclusive)?;
         node.applied.replace(opened.history.clone(), Some(tip.position));
@@ -176,6 +175,7 @@ impl Engine {
             handle: reader(&base)?,
             replica: None,
             log_synced: Instant::now(),
+            applied_synced: Instant::now(),
         };
         let capture = std::thread::Builder::new()
             .name("replite-capture".into())

@@ -130,6 +130,7 @@ impl Apply {
             handle: reader(&base)?,
             replica: Some(replica),
             log_synced: Instant::now(),
+            applied_synced: Instant::now(),
         };
         self.live = Some(Appender::new(base.clone(), opened.handle)?);
         self.checkpointer = Some(checkpointer.spawn()?);

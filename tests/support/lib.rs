@@ -12,16 +12,16 @@ use replite::rusqlite::Connection;
 use replite::{Config, Db, Error, Secret, Txid, lease};
 
 /// Longest wait for anything.
-pub const LIMIT: Duration = Duration::from_secs(60);
+pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
-pub fn secret() -> Secret {
+pub(crate) fn secret() -> Secret {
     Secret::new("a secret for tests only").unwrap()
 }
 
-pub const SCHEMA: &str = "CREATE TABLE IF NOT EXISTS t(id INTEGER PRIMARY KEY, who, n, v)";
+pub(crate) const SCHEMA: &str = "CREATE TABLE IF NOT EXISTS t(id INTEGER PRIMARY KEY, who, n, v)";
 
 /// A primary's configuration: small WAL, so that it is restarted often.
-pub fn primary(path: &Path, port: u16) -> Config {
+pub(crate) fn primary(path: &Path, port: u16) -> Config {
     Config::new(path)
         .database("app")
         .secret(secret())
@@ -30,7 +30,7 @@ pub fn primary(path: &Path, port: u16) -> Config {
         .migrate(|conn| conn.execute_batch(SCHEMA))
 }
 
-pub fn replica(path: &Path, url: &str) -> Config {
+pub(crate) fn replica(path: &Path, url: &str) -> Config {
     Config::new(path)
         .database("app")
         .secret(secret())
@@ -38,11 +38,11 @@ pub fn replica(path: &Path, url: &str) -> Config {
         .lease(lease::Fixed::replica_of(url))
 }
 
-pub fn free_port() -> u16 {
+pub(crate) fn free_port() -> u16 {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
 }
 
-pub async fn insert(db: &Db, who: &'static str, n: i64) -> Txid {
+pub(crate) async fn insert(db: &Db, who: &'static str, n: i64) -> Txid {
     let commit = db
         .write(move |tx| {
             Ok::<_, Error>(tx.execute("INSERT INTO t(who, n, v) VALUES (?1, ?2, randomblob(200))", (who, n))?)
@@ -52,16 +52,16 @@ pub async fn insert(db: &Db, who: &'static str, n: i64) -> Txid {
     commit.txid.unwrap()
 }
 
-pub fn count(db: &Db) -> i64 {
+pub(crate) fn count(db: &Db) -> i64 {
     db.read(|conn| Ok::<_, Error>(conn.query_row("SELECT count(*) FROM t", [], |r| r.get(0))?)).unwrap()
 }
 
-pub async fn within<F: Future>(what: &str, future: F) -> F::Output {
+pub(crate) async fn within<F: Future>(what: &str, future: F) -> F::Output {
     tokio::time::timeout(LIMIT, future).await.unwrap_or_else(|_| panic!("timed out: {what}"))
 }
 
 /// Waits for a condition that nothing announces.
-pub fn until(what: &str, mut done: impl FnMut() -> bool) {
+pub(crate) fn until(what: &str, mut done: impl FnMut() -> bool) {
     let end = Instant::now() + LIMIT;
     while !done() {
         assert!(Instant::now() < end, "timed out: {what}");
@@ -71,7 +71,7 @@ pub fn until(what: &str, mut done: impl FnMut() -> bool) {
 
 /// A plain connection that knows nothing of us, but that it leaves the WAL alone when it is the last to close: a node
 /// that was killed may have commits there that its log does not have yet.
-pub fn plain(path: &Path) -> Connection {
+pub(crate) fn plain(path: &Path) -> Connection {
     let connection = Connection::open(path).unwrap();
     connection.busy_timeout(Duration::from_secs(20)).unwrap();
     connection
@@ -81,14 +81,14 @@ pub fn plain(path: &Path) -> Connection {
 }
 
 /// All pages of a database as plain SQLite reads them, after it found them whole.
-pub fn image(path: &Path) -> Vec<u8> {
+pub(crate) fn image(path: &Path) -> Vec<u8> {
     let mut connection = plain(path);
     let ok: String = connection.query_row("PRAGMA integrity_check", [], |r| r.get(0)).unwrap();
     assert_eq!(ok, "ok", "{}", path.display());
     connection.serialize("main").unwrap().to_vec()
 }
 
-pub fn assert_same_pages(one: &Path, other: &Path) {
+pub(crate) fn assert_same_pages(one: &Path, other: &Path) {
     let (a, b) = (image(one), image(other));
     assert_eq!(a.len(), b.len(), "sizes differ");
     if let Some(at) = a.iter().zip(&b).position(|(x, y)| x != y) {
@@ -97,7 +97,7 @@ pub fn assert_same_pages(one: &Path, other: &Path) {
 }
 
 /// This test binary run again, as a node.
-pub struct Process {
+pub(crate) struct Process {
     child: std::process::Child,
     stdin: ChildStdin,
     lines: Receiver<String>,
@@ -105,7 +105,7 @@ pub struct Process {
 
 impl Process {
     /// Runs the test function `entry` of this binary with these variables. It speaks in lines that begin with `@`.
-    pub fn start(entry: &str, variables: &[(&str, &str)]) -> Process {
+    pub(crate) fn start(entry: &str, variables: &[(&str, &str)]) -> Process {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args([entry, "--exact", "--nocapture", "--include-ignored"])
             .env("REPLITE_TEST_CHILD", "1")
@@ -130,7 +130,7 @@ impl Process {
     }
 
     /// The next line that begins with the word; others are dropped.
-    pub fn expect(&self, word: &str) -> String {
+    pub(crate) fn expect(&self, word: &str) -> String {
         let end = Instant::now() + LIMIT;
         loop {
             let left = end.saturating_duration_since(Instant::now());
@@ -143,48 +143,48 @@ impl Process {
         }
     }
 
-    pub fn next_line(&self) -> Option<String> {
+    pub(crate) fn next_line(&self) -> Option<String> {
         self.lines.recv_timeout(LIMIT).ok()
     }
 
-    pub fn pending_lines(&self) -> Vec<String> {
+    pub(crate) fn pending_lines(&self) -> Vec<String> {
         self.lines.try_iter().collect()
     }
 
-    pub fn say(&mut self, line: &str) {
+    pub(crate) fn say(&mut self, line: &str) {
         writeln!(self.stdin, "{line}").unwrap();
     }
 
     /// SIGKILL; what it had said before is returned.
-    pub fn kill(mut self) -> Vec<String> {
+    pub(crate) fn kill(mut self) -> Vec<String> {
         self.child.kill().unwrap();
         self.child.wait().unwrap();
         // The reader's end closes with the pipe.
         self.lines.iter().collect()
     }
 
-    pub fn id(&self) -> u32 {
+    pub(crate) fn id(&self) -> u32 {
         self.child.id()
     }
 }
 
 /// Whether this process is a child that [`Process::start`] made; a test function for children returns at once if not.
-pub fn is_child() -> bool {
+pub(crate) fn is_child() -> bool {
     std::env::var_os("REPLITE_TEST_CHILD").is_some()
 }
 
-pub fn variable(name: &str) -> String {
+pub(crate) fn variable(name: &str) -> String {
     std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"))
 }
 
-pub fn speak(line: &str) {
+pub(crate) fn speak(line: &str) {
     let mut out = std::io::stdout().lock();
     writeln!(out, "@{line}").unwrap();
     out.flush().unwrap();
 }
 
 /// Waits for a line on standard input.
-pub fn hear() -> String {
+pub(crate) fn hear() -> String {
     let mut line = String::new();
     if std::io::stdin().lock().read_line(&mut line).unwrap_or(0) == 0 {
         std::process::exit(0);
@@ -193,14 +193,14 @@ pub fn hear() -> String {
 }
 
 /// A TCP proxy on loopback that delays each piece of data, and cuts connections when told to.
-pub struct Wire {
-    pub address: SocketAddr,
+pub(crate) struct Wire {
+    pub(crate) address: SocketAddr,
     cut: tokio::sync::watch::Sender<u64>,
     open: std::sync::Arc<std::sync::atomic::AtomicBool>,
 }
 
 impl Wire {
-    pub async fn start(to: SocketAddr, delay: Duration) -> Wire {
+    pub(crate) async fn start(to: SocketAddr, delay: Duration) -> Wire {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (cut, cuts) = tokio::sync::watch::channel(0);
@@ -228,12 +228,12 @@ impl Wire {
     }
 
     /// Cuts every connection.
-    pub fn cut(&self) {
+    pub(crate) fn cut(&self) {
         self.cut.send_modify(|n| *n += 1);
     }
 
     /// Whether new connections are let in.
-    pub fn let_in(&self, yes: bool) {
+    pub(crate) fn let_in(&self, yes: bool) {
         self.open.store(yes, std::sync::atomic::Ordering::SeqCst);
     }
 }
