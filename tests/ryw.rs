@@ -50,6 +50,7 @@ async fn a_cut_connection_is_made_again_and_nothing_is_missing() {
         }
         if n % 50 == 0 {
             wire.let_in(false);
+            wire.cut();
             let late = insert(&p, "late", n).await;
             let early = r.wait_for_timeout(late, Duration::from_millis(30)).await;
             assert!(matches!(early, Err(Error::Timeout { .. })), "{early:?}");

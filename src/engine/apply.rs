@@ -320,9 +320,9 @@ impl Apply {
             return Err(Error::garbled("the primary", "a snapshot that is not in its own history"));
         }
         if self.live.is_some() {
-            self.replace_live(&ready, history)?
+            self.replace_live(&ready, history)?;
         } else {
-            self.move_in(&ready, history)?
+            self.move_in(ready, history)?;
         }
         receive::discard(&self.options.side)?;
         tracing::info!(%position, "the snapshot is taken over");
@@ -332,22 +332,26 @@ impl Apply {
     }
 
     /// Where nothing is open: the file takes the database's place.
-    fn move_in(&mut self, ready: &Ready, history: EpochHistory) -> Result<()> {
+    fn move_in(&mut self, ready: Ready, history: EpochHistory) -> Result<()> {
         let (path, side) = (&self.options.path, &self.options.side);
         make_side(&self.options)?;
         self.put_aside()?;
         anchor::write_epochs(side, &history)?;
         Log::open(&side.join("log"), self.options.log)?.reset(ready.position)?;
         let from = ready.directory.join("pages");
-        let file = FileState::AtRest { position: ready.position, modified: modified(&from)? };
+        let (position, pages) = (ready.position, ready.pages);
+        // Closed before SQLite opens what will be the same file: closing it later would drop the process's
+        // POSIX locks on the database.
+        drop(ready);
+        let file = FileState::AtRest { position, modified: modified(&from)? };
         let mut anchors = Anchors::open(side)?;
         let anchor = Anchor {
             generation: anchors.generation(),
             salts: Salts::default(),
             frame: 0,
             sum: WalSum::default(),
-            position: ready.position,
-            pages: ready.pages,
+            position,
+            pages,
             file,
         };
         // Before the rename: a file at the database's place always has its anchor.
@@ -356,9 +360,9 @@ impl Apply {
         fs::rename(&from, path).map_err(Error::io("rename", path))?;
         sync_parent(path)?;
         let opened = open::open(self.options.clone(), self.node.clone(), false)?;
-        if !opened.exact || opened.base.tip().position != ready.position {
+        if !opened.exact || opened.base.tip().position != position {
             return Err(Error::Mismatch {
-                expected: ready.position.to_string(),
+                expected: position.to_string(),
                 found: opened.base.tip().position.to_string(),
             });
         }
