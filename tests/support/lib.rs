@@ -106,7 +106,23 @@ pub(crate) struct Process {
 impl Process {
     /// Runs the test function `entry` of this binary with these variables. It speaks in lines that begin with `@`.
     pub(crate) fn start(entry: &str, variables: &[(&str, &str)]) -> Process {
-        let mut child = Command::new(std::env::current_exe().unwrap())
+        Process::start_limited(entry, variables, None)
+    }
+
+    /// The same with files that can't grow beyond so many bytes.
+    pub(crate) fn start_limited(entry: &str, variables: &[(&str, &str)], bytes: Option<u64>) -> Process {
+        let exe = std::env::current_exe().unwrap();
+        let mut command = match bytes {
+            None => Command::new(exe),
+            Some(bytes) => {
+                let mut shell = Command::new("sh");
+                // The unit of `ulimit -f` is 512 bytes. Without the trap the first write beyond it would kill.
+                shell.args(["-c", "trap '' XFSZ; ulimit -f \"$1\"; shift; exec \"$@\"", "sh"]);
+                shell.arg((bytes / 512).to_string()).arg(exe);
+                shell
+            }
+        };
+        let mut child = command
             .args([entry, "--exact", "--nocapture", "--include-ignored"])
             .env("REPLITE_TEST_CHILD", "1")
             .envs(variables.iter().copied())
