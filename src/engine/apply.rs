@@ -321,7 +321,7 @@ impl Apply {
         if self.live.is_some() {
             self.replace_live(&ready, history)?
         } else {
-            self.move_in(&ready, history)?
+            self.move_in(ready, history)?
         }
         receive::discard(&self.options.side)?;
         tracing::info!(%position, "the snapshot is taken over");
@@ -331,22 +331,26 @@ impl Apply {
     }
 
     /// Where nothing is open: the file takes the database's place.
-    fn move_in(&mut self, ready: &Ready, history: EpochHistory) -> Result<()> {
+    fn move_in(&mut self, ready: Ready, history: EpochHistory) -> Result<()> {
+        let Ready { directory, file: received, position, pages, .. } = ready;
+        // Before SQLite opens it: closing a descriptor of ours later would drop SQLite's lock on the file, and the
+        // next process to close the database would take itself for the last and delete the WAL.
+        drop(received);
         let (path, side) = (&self.options.path, &self.options.side);
         make_side(&self.options)?;
         self.put_aside()?;
         anchor::write_epochs(side, &history)?;
-        Log::open(&side.join("log"), self.options.log)?.reset(ready.position)?;
-        let from = ready.directory.join("pages");
-        let file = FileState::AtRest { position: ready.position, modified: modified(&from)? };
+        Log::open(&side.join("log"), self.options.log)?.reset(position)?;
+        let from = directory.join("pages");
+        let file = FileState::AtRest { position, modified: modified(&from)? };
         let mut anchors = Anchors::open(side)?;
         let anchor = Anchor {
             generation: anchors.generation(),
             salts: Salts::default(),
             frame: 0,
             sum: WalSum::default(),
-            position: ready.position,
-            pages: ready.pages,
+            position,
+            pages,
             file,
         };
         // Before the rename: a file at the database's place always has its anchor.
@@ -355,9 +359,9 @@ impl Apply {
         fs::rename(&from, path).map_err(Error::io("rename", path))?;
         sync_parent(path)?;
         let opened = open::open(self.options.clone(), self.node.clone(), false)?;
-        if !opened.exact || opened.base.tip().position != ready.position {
+        if !opened.exact || opened.base.tip().position != position {
             return Err(Error::Mismatch {
-                expected: ready.position.to_string(),
+                expected: position.to_string(),
                 found: opened.base.tip().position.to_string(),
             });
         }

@@ -456,3 +456,35 @@ fn a_transaction_that_does_not_lead_to_its_position_is_refused_and_nothing_of_it
     catch_up(&engine, &follower);
     assert_same(&home.path("p.db"), &home.path("r.db"));
 }
+
+/// The kinds of POSIX locks that this process holds on a file, as the kernel says.
+#[cfg(target_os = "linux")]
+fn posix_locks(path: &Path) -> Vec<String> {
+    use std::os::unix::fs::MetadataExt;
+    let inode = std::fs::metadata(path).unwrap().ino().to_string();
+    let all = std::fs::read_to_string("/proc/locks").unwrap();
+    let fields = all.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let ours = fields.filter(|f| {
+        f.get(4).is_some_and(|pid| *pid == std::process::id().to_string())
+            && f.get(5).and_then(|file| file.rsplit(':').next()) == Some(&inode)
+    });
+    ours.map(|f| f[3].to_string()).collect()
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_replica_that_was_filled_by_a_snapshot_keeps_its_lock_on_the_database_file() {
+    let home = Home::new();
+    let plain = open_plain(&home.path("p.db"));
+    plain.execute_batch("CREATE TABLE t(id INTEGER PRIMARY KEY, k, v); INSERT INTO t(k) VALUES (1)").unwrap();
+    let engine = home.primary("p.db");
+    let follower = home.follower("r.db");
+    catch_up(&engine, &follower);
+    // Behind this the snapshot is over and done with.
+    standing(&follower);
+    assert_eq!(
+        posix_locks(&home.path("r.db")),
+        ["READ"],
+        "else another process deletes the WAL when it closes"
+    );
+}
