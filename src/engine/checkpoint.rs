@@ -31,8 +31,14 @@ pub(super) fn backfill_some(
     may_complete: bool,
 ) -> Result<Option<u32>> {
     let _one = lock(&base.backfill);
-    let done = base.index.backfilled();
     let tip = base.tip();
+    // Once capture has stopped, CKPT is no longer ours; and frames of a generation that is not the tip's are never ours
+    // to copy, nor to count.
+    let ours = |h: IndexHeader| h.salts == tip.salts && h.max_frame >= tip.frame;
+    if base.check().is_err() || !base.header().is_some_and(ours) {
+        return Ok(None);
+    }
+    let done = base.index.backfilled();
     base.map_to(handle, tip.frame)?;
     let safe = safe_frame(base, handle, tip.frame)?;
     let Some(target) = base.boundary(safe).filter(|t| t.salts == tip.salts && t.frame > done) else {
@@ -240,7 +246,7 @@ pub(super) fn begin_generation(base: &Arc<Base>, handle: &mut Handle, tip: &Tip)
 
 /// Rewrites page 1 as it is, so that the WAL has a frame that is not backfilled and nobody else restarts it.
 /// WRITE is held and the tip is the header's end.
-pub(super) fn append_identity(base: &Arc<Base>, handle: &mut Handle) -> Result<Tip> {
+fn append_identity(base: &Arc<Base>, handle: &mut Handle) -> Result<Tip> {
     let tip = base.tip();
     let header = base.header().ok_or_else(|| Error::Stopped("the wal-index header is torn".into()))?;
     let mut page = vec![0; base.page_size.bytes()];
@@ -256,6 +262,26 @@ pub(super) fn append_identity(base: &Arc<Base>, handle: &mut Handle) -> Result<T
     base.index.publish(&index_header(base, &new, header.change.wrapping_add(1), header.big_endian));
     base.set_tip(new);
     Ok(new)
+}
+
+/// Sees to it that nobody else restarts the WAL once WRITE is given back: not everything may count as backfilled then.
+/// WRITE is held and the tip is the header's end.
+pub(super) fn keep_from_others(base: &Arc<Base>, handle: &mut Handle) -> Result<Tip> {
+    let tip = base.tip();
+    if base.index.backfilled() < tip.frame {
+        return Ok(tip);
+    }
+    let kept = append_identity(base, handle);
+    if kept.is_err() {
+        // No room for a frame. Then the last one counts as not backfilled, and the header changes, so that a reader
+        // who has seen everything backfilled can't become a writer.
+        base.index.set_backfilled(tip.frame.saturating_sub(1));
+        if let Some(header) = base.header() {
+            let change = header.change.wrapping_add(1);
+            base.index.publish(&index_header(base, &tip, change, header.big_endian));
+        }
+    }
+    kept
 }
 
 /// The index header that makes a tip the end of the WAL.

@@ -488,3 +488,19 @@ fn a_replica_that_was_filled_by_a_snapshot_keeps_its_lock_on_the_database_file()
         "else another process deletes the WAL when it closes"
     );
 }
+
+#[test]
+fn a_wal_that_somebody_else_has_copied_back_is_not_restarted_behind_our_back() {
+    let home = Home::new();
+    let plain = open_plain(&home.path("p.db"));
+    plain.execute_batch("PRAGMA journal_mode = WAL; CREATE TABLE t(id INTEGER PRIMARY KEY, k, v)").unwrap();
+    plain.execute_batch("INSERT INTO t(k, v) VALUES (1, randomblob(3000))").unwrap();
+    // Less than what makes us restart the WAL at once. All is copied back, and the wal-index that says so outlives the opening: this connection stays.
+    plain.execute_batch("PRAGMA wal_checkpoint(PASSIVE)").unwrap();
+    let engine = home.primary("p.db");
+    let follower = home.follower("r.db");
+    plain.execute_batch("INSERT INTO t(k, v) VALUES (2, 'x')").unwrap();
+    settled(&engine);
+    catch_up(&engine, &follower);
+    assert_same(&home.path("p.db"), &home.path("r.db"));
+}
