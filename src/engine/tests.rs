@@ -504,3 +504,31 @@ fn a_wal_that_somebody_else_has_copied_back_is_not_restarted_behind_our_back() {
     catch_up(&engine, &follower);
     assert_same(&home.path("p.db"), &home.path("r.db"));
 }
+
+#[test]
+fn nothing_is_copied_back_in_the_name_of_a_generation_that_is_gone() {
+    let home = Home::new();
+    let plain = open_plain(&home.path("p.db"));
+    plain.execute_batch("PRAGMA journal_mode = WAL; CREATE TABLE t(id INTEGER PRIMARY KEY, k, v)").unwrap();
+    let engine =
+        Engine::open(EngineOptions { wal_limit_bytes: 1 << 20, ..home.options("p.db") }, node()).unwrap();
+    for _ in 0..60 {
+        plain.execute_batch("INSERT INTO t(k, v) VALUES (1, randomblob(3000))").unwrap();
+    }
+    settled(&engine);
+    let tip = engine.base.tip();
+    // What must not happen: all is said to be copied, and a writer begins the WAL anew.
+    let copied = checkpoint::backfill_some(&engine.base, &mut lock(&engine.second), true).unwrap();
+    engine.base.index.set_backfilled(tip.frame);
+    plain.execute_batch("INSERT INTO t(k, v) VALUES (2, 'x')").unwrap();
+    let header = engine.base.header().unwrap();
+    assert!(header.salts != tip.salts && header.max_frame < tip.frame, "{copied:?}");
+    until("the stop", || matches!(engine.base.check(), Err(Error::Stopped(_))));
+    assert_eq!(checkpoint::backfill_some(&engine.base, &mut lock(&engine.second), false).unwrap(), None);
+    // More than that would hide the new frames from every reader.
+    assert!(engine.base.index.backfilled() <= header.max_frame);
+    plain.execute_batch("INSERT INTO t(k, v) VALUES (2, 'y')").unwrap();
+    let rows: i64 =
+        open_plain(&home.path("p.db")).query_row("SELECT count(*) FROM t", [], |r| r.get(0)).unwrap();
+    assert_eq!(rows, 62);
+}
