@@ -163,6 +163,8 @@ impl Apply {
 
     fn stop(&mut self) {
         self.abort();
+        // With our connections the wal-index goes out of memory: nobody may ask for its figures any more.
+        *lock(&self.shared.base) = None;
         if let Some(live) = self.live.take() {
             live.base.stop.store(true, Ordering::Release);
             if let Some(thread) = self.checkpointer.take() {
@@ -474,6 +476,13 @@ impl Apply {
             }
         }
         Ok(())
+    }
+}
+
+impl Drop for Apply {
+    fn drop(&mut self) {
+        // As in `stop`, which a panic skips.
+        *lock(&self.shared.base) = None;
     }
 }
 

@@ -532,3 +532,16 @@ fn nothing_is_copied_back_in_the_name_of_a_generation_that_is_gone() {
         open_plain(&home.path("p.db")).query_row("SELECT count(*) FROM t", [], |r| r.get(0)).unwrap();
     assert_eq!(rows, 62);
 }
+
+#[test]
+fn a_follower_that_was_closed_does_not_look_into_memory_that_is_gone() {
+    let home = Home::new();
+    let plain = open_plain(&home.path("p.db"));
+    plain.execute_batch("CREATE TABLE t(id INTEGER PRIMARY KEY, k, v)").unwrap();
+    let engine = home.primary("p.db");
+    let follower = home.follower("r.db");
+    catch_up(&engine, &follower);
+    assert!(follower.wal().frames > 0);
+    follower.close();
+    assert_eq!(follower.wal().frames, 0);
+}
