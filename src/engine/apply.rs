@@ -219,6 +219,9 @@ impl Apply {
     }
 
     fn units(&mut self, units: Vec<Unit>) -> Result<()> {
+        if let Some(live) = &self.live {
+            live.base.check()?;
+        }
         for unit in &units {
             let message = unit.decode().map_err(|e| Error::garbled("the primary", e.to_string()))?;
             match message {
@@ -456,7 +459,8 @@ impl Apply {
 
     fn maybe_restart(&mut self) -> Result<()> {
         let Some(live) = &mut self.live else { return Ok(()) };
-        if live.base.wal_bytes() <= self.options.wal_limit_bytes
+        if live.base.check().is_err()
+            || live.base.wal_bytes() <= self.options.wal_limit_bytes
             || Instant::now() < self.restart_after
             || live.in_transaction()
         {

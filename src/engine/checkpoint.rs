@@ -221,10 +221,24 @@ pub(super) fn begin_generation(base: &Arc<Base>, handle: &mut Handle, tip: &Tip)
     let anchor = Anchor { generation, salts, frame: 1, sum, position: tip.position, pages: tip.pages, file };
     // Before the first byte of the new generation: whoever finds that generation finds its meaning.
     lock(&base.anchors).write(anchor, true)?;
+    overwrite(base, &new, &bytes).map_err(|error| {
+        // The index says by now that the WAL is empty, and the file may be neither the old WAL nor the new one. Readers
+        // have all in the database; but whoever went on from the old tip would mix two generations.
+        let error = Error::Stopped(format!("the WAL could not be begun anew: {error}"));
+        base.fail(&error);
+        error
+    })?;
+    base.set_tip(new);
+    Ok(new)
+}
+
+/// Puts a new generation of one frame in the place of the old one, first in the index, then in the file.
+fn overwrite(base: &Base, new: &Tip, bytes: &[u8]) -> Result<()> {
+    let big_endian = cfg!(target_endian = "big");
     base.index.set_backfilled(0);
     base.index.set_attempted(0);
     let change = base.header().map_or(0, |h| h.change);
-    let mut index = index_header(base, &new, change.wrapping_add(1), big_endian);
+    let mut index = index_header(base, new, change.wrapping_add(1), big_endian);
     index.max_frame = 0;
     base.index.publish(&index);
     base.index.set_read_mark(1, 0);
@@ -232,16 +246,15 @@ pub(super) fn begin_generation(base: &Arc<Base>, handle: &mut Handle, tip: &Tip)
         base.index.set_read_mark(mark, READ_MARK_UNUSED);
     }
     let long = base.wal.bytes()? > base.options.wal_limit_bytes.saturating_mul(2);
-    base.wal.write(&bytes, 0)?;
+    base.wal.write(bytes, 0)?;
     base.wal.sync()?;
     if long {
         // What a long reader or a large transaction made of it is given back to the file system.
         base.wal.truncate(bytes.len() as u64)?;
     }
     base.index.append(1, 1);
-    base.index.publish(&index_header(base, &new, change.wrapping_add(2), big_endian));
-    base.set_tip(new);
-    Ok(new)
+    base.index.publish(&index_header(base, new, change.wrapping_add(2), big_endian));
+    Ok(())
 }
 
 /// Rewrites page 1 as it is, so that the WAL has a frame that is not backfilled and nobody else restarts it.
