@@ -146,6 +146,8 @@ impl Engine {
             anchor::write_epochs(&options.side, &opened.history)?;
         }
         opened.anchor()?;
+        // Another process that stayed in the database may have copied everything back while nobody minded.
+        checkpoint::keep_from_others(&opened.base, &mut opened.handle)?;
         opened.handle.unlock(Slot::WRITE, Lock::Exclusive)?;
         node.applied.replace(opened.history.clone(), Some(tip.position));
         tracing::info!(position = %tip.position, epoch = %opened.history.epoch(), "serving as the primary");

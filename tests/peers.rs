@@ -91,7 +91,7 @@ fn usage() -> (usize, usize, usize) {
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn reconnects_leave_no_handle_thread_or_memory_behind() {
-    const RECONNECTS: usize = 1500;
+    const RECONNECTS: usize = 1000;
     let dir = tempfile::tempdir().unwrap();
     let p = Db::open(primary(&dir.path().join("p.db"), 0)).await.unwrap();
     let wire = Wire::start(address(&p), Duration::ZERO).await;

@@ -164,6 +164,8 @@ impl Apply {
 
     fn stop(&mut self) {
         self.abort();
+        // With our connections the wal-index goes out of memory: nobody may ask for its figures any more.
+        *lock(&self.shared.base) = None;
         if let Some(live) = self.live.take() {
             live.base.stop.store(true, Ordering::Release);
             if let Some(thread) = self.checkpointer.take() {
@@ -218,6 +220,9 @@ impl Apply {
     }
 
     fn units(&mut self, units: Vec<Unit>) -> Result<()> {
+        if let Some(live) = &self.live {
+            live.base.check()?;
+        }
         for unit in &units {
             let message = unit.decode().map_err(|e| Error::garbled("the primary", e.to_string()))?;
             match message {
@@ -322,7 +327,7 @@ impl Apply {
         if self.live.is_some() {
             self.replace_live(&ready, history)?;
         } else {
-            self.move_in(ready, history)?;
+            self.move_in(ready, history)?
         }
         receive::discard(&self.options.side)?;
         tracing::info!(%position, "the snapshot is taken over");
@@ -333,16 +338,16 @@ impl Apply {
 
     /// Where nothing is open: the file takes the database's place.
     fn move_in(&mut self, ready: Ready, history: EpochHistory) -> Result<()> {
+        let Ready { directory, file: received, position, pages, .. } = ready;
+        // Before SQLite opens it: closing a descriptor of ours later would drop SQLite's lock on the file, and the
+        // next process to close the database would take itself for the last and delete the WAL.
+        drop(received);
         let (path, side) = (&self.options.path, &self.options.side);
         make_side(&self.options)?;
         self.put_aside()?;
         anchor::write_epochs(side, &history)?;
-        Log::open(&side.join("log"), self.options.log)?.reset(ready.position)?;
-        let from = ready.directory.join("pages");
-        let (position, pages) = (ready.position, ready.pages);
-        // Closed before SQLite opens what will be the same file: closing it later would drop the process's
-        // POSIX locks on the database.
-        drop(ready);
+        Log::open(&side.join("log"), self.options.log)?.reset(position)?;
+        let from = directory.join("pages");
         let file = FileState::AtRest { position, modified: modified(&from)? };
         let mut anchors = Anchors::open(side)?;
         let anchor = Anchor {
@@ -455,7 +460,8 @@ impl Apply {
 
     fn maybe_restart(&mut self) -> Result<()> {
         let Some(live) = &mut self.live else { return Ok(()) };
-        if live.base.wal_bytes() <= self.options.wal_limit_bytes
+        if live.base.check().is_err()
+            || live.base.wal_bytes() <= self.options.wal_limit_bytes
             || Instant::now() < self.restart_after
             || live.in_transaction()
         {
@@ -475,6 +481,13 @@ impl Apply {
             }
         }
         Ok(())
+    }
+}
+
+impl Drop for Apply {
+    fn drop(&mut self) {
+        // As in `stop`, which a panic skips.
+        *lock(&self.shared.base) = None;
     }
 }
 

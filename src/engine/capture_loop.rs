@@ -11,7 +11,7 @@ use crate::engine::Durability;
 use crate::engine::anchor::{self, FileState};
 use crate::engine::base::{Base, lock};
 use crate::engine::capture::{Capture, Sink};
-use crate::engine::checkpoint::{self, DRAIN_MAX, Restart, append_identity, restart, try_for};
+use crate::engine::checkpoint::{self, DRAIN_MAX, Restart, keep_from_others, restart, try_for};
 use crate::engine::sync::Syncer;
 use crate::error::{Error, Result};
 use crate::sqlite::{Handle, Lock, Slot};
@@ -83,6 +83,10 @@ impl CaptureLoop {
             self.base.fail(&error);
         }
         self.base.node.applied.close();
+        // CKPT goes with the handle: not while the other thread copies in its name.
+        let base = self.base.clone();
+        let _nobody_copies = lock(&base.backfill);
+        drop(self.capture);
     }
 
     fn watch(&mut self) -> Result<()> {
@@ -223,9 +227,7 @@ impl CaptureLoop {
             Err(error) => Err(error),
         };
         // Whatever happened: WRITE is not given back while everything counts as backfilled.
-        if self.base.index.backfilled() >= self.capture.tip.frame {
-            self.capture.tip = append_identity(&self.base, &mut self.capture.handle)?;
-        }
+        self.capture.tip = keep_from_others(&self.base, &mut self.capture.handle)?;
         done
     }
 

@@ -31,8 +31,14 @@ pub(super) fn backfill_some(
     may_complete: bool,
 ) -> Result<Option<u32>> {
     let _one = lock(&base.backfill);
-    let done = base.index.backfilled();
     let tip = base.tip();
+    // Once capture has stopped, CKPT is no longer ours; and frames of a generation that is not the tip's are never ours
+    // to copy, nor to count.
+    let ours = |h: IndexHeader| h.salts == tip.salts && h.max_frame >= tip.frame;
+    if base.check().is_err() || !base.header().is_some_and(ours) {
+        return Ok(None);
+    }
+    let done = base.index.backfilled();
     base.map_to(handle, tip.frame)?;
     let safe = safe_frame(base, handle, tip.frame)?;
     let Some(target) = base.boundary(safe).filter(|t| t.salts == tip.salts && t.frame > done) else {
@@ -215,10 +221,24 @@ pub(super) fn begin_generation(base: &Arc<Base>, handle: &mut Handle, tip: &Tip)
     let anchor = Anchor { generation, salts, frame: 1, sum, position: tip.position, pages: tip.pages, file };
     // Before the first byte of the new generation: whoever finds that generation finds its meaning.
     lock(&base.anchors).write(anchor, true)?;
+    overwrite(base, &new, &bytes).map_err(|error| {
+        // The index says by now that the WAL is empty, and the file may be neither the old WAL nor the new one. Readers
+        // have all in the database; but whoever went on from the old tip would mix two generations.
+        let error = Error::Stopped(format!("the WAL could not be begun anew: {error}"));
+        base.fail(&error);
+        error
+    })?;
+    base.set_tip(new);
+    Ok(new)
+}
+
+/// Puts a new generation of one frame in the place of the old one, first in the index, then in the file.
+fn overwrite(base: &Base, new: &Tip, bytes: &[u8]) -> Result<()> {
+    let big_endian = cfg!(target_endian = "big");
     base.index.set_backfilled(0);
     base.index.set_attempted(0);
     let change = base.header().map_or(0, |h| h.change);
-    let mut index = index_header(base, &new, change.wrapping_add(1), big_endian);
+    let mut index = index_header(base, new, change.wrapping_add(1), big_endian);
     index.max_frame = 0;
     base.index.publish(&index);
     base.index.set_read_mark(1, 0);
@@ -226,21 +246,20 @@ pub(super) fn begin_generation(base: &Arc<Base>, handle: &mut Handle, tip: &Tip)
         base.index.set_read_mark(mark, READ_MARK_UNUSED);
     }
     let long = base.wal.bytes()? > base.options.wal_limit_bytes.saturating_mul(2);
-    base.wal.write(&bytes, 0)?;
+    base.wal.write(bytes, 0)?;
     base.wal.sync()?;
     if long {
         // What a long reader or a large transaction made of it is given back to the file system.
         base.wal.truncate(base.options.wal_limit_bytes.max(bytes.len() as u64))?;
     }
     base.index.append(1, 1);
-    base.index.publish(&index_header(base, &new, change.wrapping_add(2), big_endian));
-    base.set_tip(new);
-    Ok(new)
+    base.index.publish(&index_header(base, new, change.wrapping_add(2), big_endian));
+    Ok(())
 }
 
 /// Rewrites page 1 as it is, so that the WAL has a frame that is not backfilled and nobody else restarts it.
 /// WRITE is held and the tip is the header's end.
-pub(super) fn append_identity(base: &Arc<Base>, handle: &mut Handle) -> Result<Tip> {
+fn append_identity(base: &Arc<Base>, handle: &mut Handle) -> Result<Tip> {
     let tip = base.tip();
     let header = base.header().ok_or_else(|| Error::Stopped("the wal-index header is torn".into()))?;
     let mut page = vec![0; base.page_size.bytes()];
@@ -256,6 +275,26 @@ pub(super) fn append_identity(base: &Arc<Base>, handle: &mut Handle) -> Result<T
     base.index.publish(&index_header(base, &new, header.change.wrapping_add(1), header.big_endian));
     base.set_tip(new);
     Ok(new)
+}
+
+/// Sees to it that nobody else restarts the WAL once WRITE is given back: not everything may count as backfilled then.
+/// WRITE is held and the tip is the header's end.
+pub(super) fn keep_from_others(base: &Arc<Base>, handle: &mut Handle) -> Result<Tip> {
+    let tip = base.tip();
+    if base.index.backfilled() < tip.frame {
+        return Ok(tip);
+    }
+    let kept = append_identity(base, handle);
+    if kept.is_err() {
+        // No room for a frame. Then the last one counts as not backfilled, and the header changes, so that a reader
+        // who has seen everything backfilled can't become a writer.
+        base.index.set_backfilled(tip.frame.saturating_sub(1));
+        if let Some(header) = base.header() {
+            let change = header.change.wrapping_add(1);
+            base.index.publish(&index_header(base, &tip, change, header.big_endian));
+        }
+    }
+    kept
 }
 
 /// The index header that makes a tip the end of the WAL.

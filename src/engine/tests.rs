@@ -456,3 +456,92 @@ fn a_transaction_that_does_not_lead_to_its_position_is_refused_and_nothing_of_it
     catch_up(&engine, &follower);
     assert_same(&home.path("p.db"), &home.path("r.db"));
 }
+
+/// The kinds of POSIX locks that this process holds on a file, as the kernel says.
+#[cfg(target_os = "linux")]
+fn posix_locks(path: &Path) -> Vec<String> {
+    use std::os::unix::fs::MetadataExt;
+    let inode = std::fs::metadata(path).unwrap().ino().to_string();
+    let all = std::fs::read_to_string("/proc/locks").unwrap();
+    let fields = all.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
+    let ours = fields.filter(|f| {
+        f.get(4).is_some_and(|pid| *pid == std::process::id().to_string())
+            && f.get(5).and_then(|file| file.rsplit(':').next()) == Some(&inode)
+    });
+    ours.map(|f| f[3].to_string()).collect()
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn a_replica_that_was_filled_by_a_snapshot_keeps_its_lock_on_the_database_file() {
+    let home = Home::new();
+    let plain = open_plain(&home.path("p.db"));
+    plain.execute_batch("CREATE TABLE t(id INTEGER PRIMARY KEY, k, v); INSERT INTO t(k) VALUES (1)").unwrap();
+    let engine = home.primary("p.db");
+    let follower = home.follower("r.db");
+    catch_up(&engine, &follower);
+    // Behind this the snapshot is over and done with.
+    standing(&follower);
+    assert_eq!(
+        posix_locks(&home.path("r.db")),
+        ["READ"],
+        "else another process deletes the WAL when it closes"
+    );
+}
+
+#[test]
+fn a_wal_that_somebody_else_has_copied_back_is_not_restarted_behind_our_back() {
+    let home = Home::new();
+    let plain = open_plain(&home.path("p.db"));
+    plain.execute_batch("PRAGMA journal_mode = WAL; CREATE TABLE t(id INTEGER PRIMARY KEY, k, v)").unwrap();
+    plain.execute_batch("INSERT INTO t(k, v) VALUES (1, randomblob(3000))").unwrap();
+    // Less than what makes us restart the WAL at once. All is copied back, and the wal-index that says so outlives the opening: this connection stays.
+    plain.execute_batch("PRAGMA wal_checkpoint(PASSIVE)").unwrap();
+    let engine = home.primary("p.db");
+    let follower = home.follower("r.db");
+    plain.execute_batch("INSERT INTO t(k, v) VALUES (2, 'x')").unwrap();
+    settled(&engine);
+    catch_up(&engine, &follower);
+    assert_same(&home.path("p.db"), &home.path("r.db"));
+}
+
+#[test]
+fn nothing_is_copied_back_in_the_name_of_a_generation_that_is_gone() {
+    let home = Home::new();
+    let plain = open_plain(&home.path("p.db"));
+    plain.execute_batch("PRAGMA journal_mode = WAL; CREATE TABLE t(id INTEGER PRIMARY KEY, k, v)").unwrap();
+    let engine =
+        Engine::open(EngineOptions { wal_limit_bytes: 1 << 20, ..home.options("p.db") }, node()).unwrap();
+    for _ in 0..60 {
+        plain.execute_batch("INSERT INTO t(k, v) VALUES (1, randomblob(3000))").unwrap();
+    }
+    settled(&engine);
+    let tip = engine.base.tip();
+    // What must not happen: all is said to be copied, and a writer begins the WAL anew.
+    let copied = checkpoint::backfill_some(&engine.base, &mut lock(&engine.second), true).unwrap();
+    engine.base.index.set_backfilled(tip.frame);
+    plain.execute_batch("INSERT INTO t(k, v) VALUES (2, 'x')").unwrap();
+    let header = engine.base.header().unwrap();
+    assert!(header.salts != tip.salts && header.max_frame < tip.frame, "{copied:?}");
+    until("the stop", || matches!(engine.base.check(), Err(Error::Stopped(_))));
+    assert_eq!(checkpoint::backfill_some(&engine.base, &mut lock(&engine.second), false).unwrap(), None);
+    // More than that would hide the new frames from every reader.
+    assert!(engine.base.index.backfilled() <= header.max_frame);
+    plain.execute_batch("INSERT INTO t(k, v) VALUES (2, 'y')").unwrap();
+    let rows: i64 =
+        open_plain(&home.path("p.db")).query_row("SELECT count(*) FROM t", [], |r| r.get(0)).unwrap();
+    assert_eq!(rows, 62);
+}
+
+#[test]
+fn a_follower_that_was_closed_does_not_look_into_memory_that_is_gone() {
+    let home = Home::new();
+    let plain = open_plain(&home.path("p.db"));
+    plain.execute_batch("CREATE TABLE t(id INTEGER PRIMARY KEY, k, v)").unwrap();
+    let engine = home.primary("p.db");
+    let follower = home.follower("r.db");
+    catch_up(&engine, &follower);
+    assert!(follower.wal().frames > 0);
+    follower.close();
+    assert_eq!(follower.wal().frames, 0);
+}
