@@ -91,18 +91,25 @@ fn usage() -> (usize, usize, usize) {
 #[cfg(target_os = "linux")]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn reconnects_leave_no_handle_thread_or_memory_behind() {
-    const RECONNECTS: usize = 1000;
+    const CUTS: i64 = 300;
+    const REPLICAS: usize = 4;
     let dir = tempfile::tempdir().unwrap();
     let p = Db::open(primary(&dir.path().join("p.db"), 0)).await.unwrap();
     let wire = Wire::start(address(&p), Duration::ZERO).await;
     let url = format!("http://{}", wire.address);
-    let r = Db::open(replica(&dir.path().join("r.db"), &url)).await.unwrap();
-    within("ready", r.ready()).await.unwrap();
+    let mut replicas = Vec::new();
+    for n in 0..REPLICAS {
+        let r = Db::open(replica(&dir.path().join(format!("r{n}.db")), &url)).await.unwrap();
+        within("ready", r.ready()).await.unwrap();
+        replicas.push(r);
+    }
     let mut before = None;
-    for n in 0..RECONNECTS {
-        let txid = insert(&p, "w", n as i64).await;
-        r.wait_for_timeout(txid, LIMIT).await.unwrap();
-        if n == RECONNECTS / 5 {
+    for n in 0..CUTS {
+        let txid = insert(&p, "w", n).await;
+        for r in &replicas {
+            r.wait_for_timeout(txid, LIMIT).await.unwrap();
+        }
+        if n == CUTS / 5 {
             before = Some(usage());
         }
         wire.cut();
@@ -111,7 +118,7 @@ async fn reconnects_leave_no_handle_thread_or_memory_behind() {
     within("everything given back", async {
         loop {
             let now = usage();
-            if now.0 <= fds + 8 && now.1 <= threads + 4 {
+            if now.0 <= fds + 2 * REPLICAS && now.1 <= threads + 4 {
                 assert!(now.2 < kib + 20 * 1024, "memory grew from {kib} to {} KiB", now.2);
                 break;
             }
@@ -119,6 +126,8 @@ async fn reconnects_leave_no_handle_thread_or_memory_behind() {
         }
     })
     .await;
-    r.shutdown().await;
+    for r in replicas {
+        r.shutdown().await;
+    }
     p.shutdown().await;
 }
