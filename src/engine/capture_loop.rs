@@ -1,7 +1,7 @@
 //! The primary's owner thread: it watches the wal-index, captures commits, restarts the WAL, changes epochs.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, mpsc};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use crate::engine::capture::{Capture, Sink};
 use crate::engine::checkpoint::{self, DRAIN_MAX, Restart, keep_from_others, restart, try_for};
 use crate::engine::sync::Syncer;
 use crate::error::{Error, Result};
-use crate::sqlite::{Handle, Lock, Slot};
+use crate::sqlite::{Lock, Slot};
 use crate::status::Event;
 use crate::txid::{Epoch, EpochStart, Position};
 
@@ -68,8 +68,6 @@ pub(super) struct CaptureLoop {
     pub(super) syncer: Arc<Syncer>,
     pub(super) waker: Arc<Waker>,
     pub(super) commands: mpsc::Receiver<Command>,
-    /// A second connection, whose read slot keeps others from restarting the WAL while CKPT is let go.
-    pub(super) second: Arc<Mutex<Handle>>,
     pub(super) restart_after: Instant,
     pub(super) restart_pause: Duration,
     pub(super) warned_frames: u32,
@@ -96,13 +94,16 @@ impl CaptureLoop {
             while let Ok(command) = self.commands.try_recv() {
                 self.obey(command)?;
             }
-            if self.base.index.glance().0 != self.capture.tip.frame {
-                if let Some(header) = self.base.header() {
-                    self.capture(&header)?;
+            // All of it, not the frame count alone: a writer that died after the first copy that it writes, which is the
+            // second, has left the count as it was, and nobody else can read or write until that is mended.
+            match self.base.header() {
+                Some(h) if h.max_frame != self.capture.tip.frame || h.salts != self.capture.tip.salts => {
+                    self.capture(&h)?;
                     (active, sleep, torn) = (Instant::now(), SLEEP_MIN, None);
-                } else if torn.get_or_insert_with(Instant::now).elapsed() > TORN_AFTER {
-                    self.mend_header()?;
                 }
+                Some(_) => torn = None,
+                None if torn.get_or_insert_with(Instant::now).elapsed() > TORN_AFTER => self.mend_header()?,
+                None => {}
             }
             self.maybe_restart()?;
             if active.elapsed() < SPIN {
@@ -231,43 +232,23 @@ impl CaptureLoop {
         done
     }
 
-    /// A foreign writer died inside of its header write. Recovery needs CKPT, which we hold for life: it is let go
-    /// while a read slot of ours keeps everybody from restarting the WAL.
+    /// A foreign writer died inside of its header write. Readers and writers would have SQLite recover, for which it needs
+    /// CKPT, which we hold for life. One of the header's two copies is whole: it takes the place of the other.
     fn mend_header(&mut self) -> Result<()> {
         if !self.capture.handle.try_lock(Slot::WRITE, Lock::Exclusive)? {
             return Ok(()); // Somebody writes: the header may be about to be whole.
         }
-        let torn = self.base.header().is_none();
-        self.capture.handle.unlock(Slot::WRITE, Lock::Exclusive)?;
-        if !torn {
-            return Ok(());
-        }
-        tracing::warn!("a writer died while it published its commit; SQLite recovers the wal-index");
-        let second = self.second.clone();
-        let mut second = lock(&second);
-        let mut slot = None;
-        for mark in 1..5 {
-            if second.try_lock(Slot::read(mark), Lock::Shared)? {
-                slot = Some(Slot::read(mark));
-                break;
+        let mended = match (self.base.header(), self.base.index.header_left()) {
+            (Some(_), _) => Ok(()),
+            (None, Some(left)) => {
+                tracing::warn!("a writer died while it published its commit; the wal-index is mended");
+                self.base.index.publish(&left);
+                Ok(())
             }
-        }
-        let Some(slot) = slot else { return Ok(()) };
-        self.capture.handle.unlock(Slot::CHECKPOINT, Lock::Exclusive)?;
-        let read =
-            self.capture
-                .handle
-                .connection()
-                .query_row("SELECT count(*) FROM sqlite_schema", [], |r| r.get::<_, i64>(0));
-        let held =
-            try_for(&mut self.capture.handle, Slot::CHECKPOINT, Lock::Exclusive, Duration::from_secs(5))?;
-        second.unlock(slot, Lock::Shared)?;
-        read?;
-        if held {
-            Ok(())
-        } else {
-            Err(Error::Stopped("the checkpoint lock was taken by another process".into()))
-        }
+            (None, None) => Err(Error::Stopped("both copies of the wal-index header are torn".into())),
+        };
+        self.capture.handle.unlock(Slot::WRITE, Lock::Exclusive)?;
+        mended
     }
 }
 

@@ -545,3 +545,23 @@ fn a_follower_that_was_closed_does_not_look_into_memory_that_is_gone() {
     follower.close();
     assert_eq!(follower.wal().frames, 0);
 }
+
+#[test]
+fn a_header_that_a_dead_writer_left_torn_is_mended_whichever_copy_it_was_in() {
+    let home = Home::new();
+    let plain = open_plain(&home.path("p.db"));
+    plain.execute_batch("CREATE TABLE t(id INTEGER PRIMARY KEY, k, v)").unwrap();
+    let engine = home.primary("p.db");
+    let follower = home.follower("r.db");
+    for (round, copy) in [0, 1].into_iter().enumerate() {
+        plain.execute_batch("INSERT INTO t(k) VALUES (1)").unwrap();
+        settled(&engine);
+        engine.base.index.tear(copy);
+        let other = open_plain(&home.path("p.db"));
+        other.execute_batch("INSERT INTO t(k) VALUES (2)").unwrap();
+        let rows: i64 = other.query_row("SELECT count(*) FROM t", [], |r| r.get(0)).unwrap();
+        assert_eq!(rows, 2 * (round as i64 + 1), "nothing that was committed is lost");
+        catch_up(&engine, &follower);
+        assert_same(&home.path("p.db"), &home.path("r.db"));
+    }
+}
