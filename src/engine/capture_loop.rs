@@ -30,6 +30,11 @@ const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// A header that stays torn for so long, with the write lock free, was left by a writer that died.
 const TORN_AFTER: Duration = Duration::from_millis(20);
 
+/// How long the write lock is tried for when an epoch is to be opened, and how long between two looks at what else
+/// was committed meanwhile.
+const EPOCH_WAIT: Duration = Duration::from_secs(5);
+const EPOCH_STEP: Duration = Duration::from_millis(1);
+
 /// Wakes the capture thread; free when it is awake.
 #[derive(Debug, Default)]
 pub(super) struct Waker {
@@ -123,7 +128,11 @@ impl CaptureLoop {
 
     fn capture(&mut self, header: &crate::wal::IndexHeader) -> Result<()> {
         let mut sink = ToLog { base: &self.base, syncer: &self.syncer };
-        self.capture.advance(header, &mut sink)
+        // Always the end, whoever asked for it: part of a record may be out, and nothing can be put behind that.
+        self.capture.advance(header, &mut sink).map_err(|error| match error {
+            Error::Stopped(_) | Error::ShutDown => error,
+            other => Error::Stopped(other.to_string()),
+        })
     }
 
     /// Leaves everything so that the next start needs no replay.
@@ -154,9 +163,19 @@ impl CaptureLoop {
         if self.capture.history.epoch().number() > above {
             return Ok(());
         }
-        // No commit may be under way: its writer would name it by the old epoch.
-        if !try_for(&mut self.capture.handle, Slot::WRITE, Lock::Exclusive, Duration::from_secs(5))? {
-            return Err(Error::Timeout { what: "the write lock".into(), after: Duration::from_secs(5) });
+        // No commit may be under way: its writer would name it by the old epoch. That writer may wait for capture, which
+        // therefore goes on meanwhile.
+        let end = Instant::now() + EPOCH_WAIT;
+        while !try_for(&mut self.capture.handle, Slot::WRITE, Lock::Exclusive, EPOCH_STEP)? {
+            if self.base.stopping() {
+                return Err(Error::ShutDown);
+            }
+            if Instant::now() >= end {
+                return Err(Error::Timeout { what: "the write lock".into(), after: EPOCH_WAIT });
+            }
+            if let Some(header) = self.base.header() {
+                self.capture(&header)?;
+            }
         }
         let result = self.settled().and_then(|()| {
             let mut history = (*self.capture.history).clone();
@@ -260,7 +279,10 @@ pub(super) fn open_epoch(
 ) -> Result<()> {
     let mut branch = [0; 8];
     getrandom::fill(&mut branch).map_err(|e| Error::Stopped(format!("no random numbers: {e}")))?;
-    let number = history.epoch().number().max(above).saturating_add(1);
+    let above = history.epoch().number().max(above);
+    let number = above
+        .checked_add(1)
+        .ok_or_else(|| Error::garbled("a peer", "an epoch that leaves no room for a higher one"))?;
     history.push(EpochStart {
         epoch: Epoch::new(number, u64::from_le_bytes(branch)),
         first: position.number() + 1,
