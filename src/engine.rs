@@ -167,7 +167,6 @@ impl Engine {
             syncer: syncer.clone(),
             waker: waker.clone(),
             commands: receiver,
-            second: second.clone(),
             restart_after: Instant::now(),
             restart_pause: Duration::from_millis(50),
             warned_frames: 0,

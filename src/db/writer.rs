@@ -58,10 +58,34 @@ struct Shared {
     engine: Arc<Engine>,
     durability: Durability,
     connection: Mutex<Option<Connection>>,
-    /// The frame that the WAL hook last told of; zero: it was not called.
-    frame: Arc<AtomicU32>,
+    /// What the WAL hook said during a transaction.
+    told: Arc<Told>,
     /// Commits that were handed to the sync thread and are not acknowledged yet.
     unsynced: AtomicUsize,
+}
+
+/// What the WAL hook says of commits to the main database.
+#[derive(Debug, Default)]
+struct Told {
+    commits: AtomicU32,
+    /// Where the last of them ended.
+    frame: AtomicU32,
+}
+
+impl Told {
+    fn forget(&self) {
+        self.commits.store(0, Ordering::Relaxed);
+    }
+
+    fn commit(&self, frame: u32) {
+        self.frame.store(frame, Ordering::Relaxed);
+        self.commits.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// The end of the one commit; nothing when there was none, or the application committed by itself in between.
+    fn one(&self) -> Option<u32> {
+        (self.commits.load(Ordering::Relaxed) == 1).then(|| self.frame.load(Ordering::Relaxed))
+    }
 }
 
 /// One async write.
@@ -137,15 +161,17 @@ impl Writer {
         connection.pragma_update(None, "synchronous", "NORMAL")?;
         connection.pragma_update(None, "wal_autocheckpoint", 0)?;
         prepare(&mut connection)?;
-        let frame = Arc::new(AtomicU32::new(0));
-        let told = frame.clone();
-        connection.wal_hook(Some(move |_: &mut Wal, frames: std::ffi::c_int| {
-            told.store(frames as u32, Ordering::Relaxed);
+        let told = Arc::new(Told::default());
+        let hook = told.clone();
+        connection.wal_hook(Some(move |wal: &mut Wal, frames: std::ffi::c_int| {
+            // An attached database has frames of its own.
+            if wal.name() == c"main" {
+                hook.commit(frames as u32);
+            }
             Ok(())
         }))?;
         let connection = Mutex::new(Some(connection));
-        let shared =
-            Arc::new(Shared { engine, durability, connection, frame, unsynced: AtomicUsize::new(0) });
+        let shared = Arc::new(Shared { engine, durability, connection, told, unsynced: AtomicUsize::new(0) });
         let (jobs, receiver) = queue::channel(depth);
         let (to_sync, unsynced) = mpsc::sync_channel(UNSYNCED_MAX);
         let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
@@ -233,7 +259,7 @@ impl Shared {
         E: From<Error>,
     {
         let sqlite = |e: rusqlite::Error| E::from(Error::Sqlite(e));
-        self.frame.store(0, Ordering::Relaxed);
+        self.told.forget();
         let mut transaction =
             Transaction::new_unchecked(connection, TransactionBehavior::Immediate).map_err(sqlite)?;
         transaction.set_drop_behavior(DropBehavior::Rollback);
@@ -246,8 +272,7 @@ impl Shared {
             Err(panic) => return Err(Error::Panicked(message(&*panic)).into()),
         };
         transaction.commit().map_err(sqlite)?;
-        let frame = Some(self.frame.load(Ordering::Relaxed)).filter(|f| *f > 0);
-        let txid = self.engine.committed(begun, frame)?;
+        let txid = self.engine.committed(begun, self.told.one())?;
         Ok(Commit { value, txid })
     }
 }

@@ -292,7 +292,13 @@ impl Apply {
         if !self.log_buffer.is_empty() {
             append_or_gap(&live.base, self.log_buffer.split().freeze(), None);
         }
-        live.publish()?;
+        if let Err(error) = live.publish() {
+            // The log has the records already. They come again, and must not stand in it twice.
+            if let Err(error) = live.base.log.reset(live.base.tip().position) {
+                tracing::warn!(%error, "the log could not be begun anew");
+            }
+            return Err(error);
+        }
         let position = live.base.tip().position;
         if self.node.applied.position() != Some(position) {
             self.node.applied.advance(position);

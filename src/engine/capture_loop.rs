@@ -1,7 +1,7 @@
 //! The primary's owner thread: it watches the wal-index, captures commits, restarts the WAL, changes epochs.
 
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, OnceLock, mpsc};
+use std::sync::{Arc, OnceLock, mpsc};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
 
@@ -14,7 +14,7 @@ use crate::engine::capture::{Capture, Sink};
 use crate::engine::checkpoint::{self, DRAIN_MAX, Restart, keep_from_others, restart, try_for};
 use crate::engine::sync::Syncer;
 use crate::error::{Error, Result};
-use crate::sqlite::{Handle, Lock, Slot};
+use crate::sqlite::{Lock, Slot};
 use crate::status::Event;
 use crate::txid::{Epoch, EpochStart, Position};
 
@@ -29,6 +29,11 @@ const RESTART_PAUSE: Duration = Duration::from_millis(50);
 const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// A header that stays torn for so long, with the write lock free, was left by a writer that died.
 const TORN_AFTER: Duration = Duration::from_millis(20);
+
+/// How long the write lock is tried for when an epoch is to be opened, and how long between two looks at what else
+/// was committed meanwhile.
+const EPOCH_WAIT: Duration = Duration::from_secs(5);
+const EPOCH_STEP: Duration = Duration::from_millis(1);
 
 /// Wakes the capture thread; free when it is awake.
 #[derive(Debug, Default)]
@@ -68,8 +73,6 @@ pub(super) struct CaptureLoop {
     pub(super) syncer: Arc<Syncer>,
     pub(super) waker: Arc<Waker>,
     pub(super) commands: mpsc::Receiver<Command>,
-    /// A second connection, whose read slot keeps others from restarting the WAL while CKPT is let go.
-    pub(super) second: Arc<Mutex<Handle>>,
     pub(super) restart_after: Instant,
     pub(super) restart_pause: Duration,
     pub(super) warned_frames: u32,
@@ -96,13 +99,16 @@ impl CaptureLoop {
             while let Ok(command) = self.commands.try_recv() {
                 self.obey(command)?;
             }
-            if self.base.index.glance().0 != self.capture.tip.frame {
-                if let Some(header) = self.base.header() {
-                    self.capture(&header)?;
+            // All of it, not the frame count alone: a writer that died after the first copy that it writes, which is the
+            // second, has left the count as it was, and nobody else can read or write until that is mended.
+            match self.base.header() {
+                Some(h) if h.max_frame != self.capture.tip.frame || h.salts != self.capture.tip.salts => {
+                    self.capture(&h)?;
                     (active, sleep, torn) = (Instant::now(), SLEEP_MIN, None);
-                } else if torn.get_or_insert_with(Instant::now).elapsed() > TORN_AFTER {
-                    self.mend_header()?;
                 }
+                Some(_) => torn = None,
+                None if torn.get_or_insert_with(Instant::now).elapsed() > TORN_AFTER => self.mend_header()?,
+                None => {}
             }
             self.maybe_restart()?;
             if active.elapsed() < SPIN {
@@ -122,7 +128,11 @@ impl CaptureLoop {
 
     fn capture(&mut self, header: &crate::wal::IndexHeader) -> Result<()> {
         let mut sink = ToLog { base: &self.base, syncer: &self.syncer };
-        self.capture.advance(header, &mut sink)
+        // Always the end, whoever asked for it: part of a record may be out, and nothing can be put behind that.
+        self.capture.advance(header, &mut sink).map_err(|error| match error {
+            Error::Stopped(_) | Error::ShutDown => error,
+            other => Error::Stopped(other.to_string()),
+        })
     }
 
     /// Leaves everything so that the next start needs no replay.
@@ -153,9 +163,19 @@ impl CaptureLoop {
         if self.capture.history.epoch().number() > above {
             return Ok(());
         }
-        // No commit may be under way: its writer would name it by the old epoch.
-        if !try_for(&mut self.capture.handle, Slot::WRITE, Lock::Exclusive, Duration::from_secs(5))? {
-            return Err(Error::Timeout { what: "the write lock".into(), after: Duration::from_secs(5) });
+        // No commit may be under way: its writer would name it by the old epoch. That writer may wait for capture, which
+        // therefore goes on meanwhile.
+        let end = Instant::now() + EPOCH_WAIT;
+        while !try_for(&mut self.capture.handle, Slot::WRITE, Lock::Exclusive, EPOCH_STEP)? {
+            if self.base.stopping() {
+                return Err(Error::ShutDown);
+            }
+            if Instant::now() >= end {
+                return Err(Error::Timeout { what: "the write lock".into(), after: EPOCH_WAIT });
+            }
+            if let Some(header) = self.base.header() {
+                self.capture(&header)?;
+            }
         }
         let result = self.settled().and_then(|()| {
             let mut history = (*self.capture.history).clone();
@@ -231,43 +251,23 @@ impl CaptureLoop {
         done
     }
 
-    /// A foreign writer died inside of its header write. Recovery needs CKPT, which we hold for life: it is let go
-    /// while a read slot of ours keeps everybody from restarting the WAL.
+    /// A foreign writer died inside of its header write. Readers and writers would have SQLite recover, for which it needs
+    /// CKPT, which we hold for life. One of the header's two copies is whole: it takes the place of the other.
     fn mend_header(&mut self) -> Result<()> {
         if !self.capture.handle.try_lock(Slot::WRITE, Lock::Exclusive)? {
             return Ok(()); // Somebody writes: the header may be about to be whole.
         }
-        let torn = self.base.header().is_none();
-        self.capture.handle.unlock(Slot::WRITE, Lock::Exclusive)?;
-        if !torn {
-            return Ok(());
-        }
-        tracing::warn!("a writer died while it published its commit; SQLite recovers the wal-index");
-        let second = self.second.clone();
-        let mut second = lock(&second);
-        let mut slot = None;
-        for mark in 1..5 {
-            if second.try_lock(Slot::read(mark), Lock::Shared)? {
-                slot = Some(Slot::read(mark));
-                break;
+        let mended = match (self.base.header(), self.base.index.header_left()) {
+            (Some(_), _) => Ok(()),
+            (None, Some(left)) => {
+                tracing::warn!("a writer died while it published its commit; the wal-index is mended");
+                self.base.index.publish(&left);
+                Ok(())
             }
-        }
-        let Some(slot) = slot else { return Ok(()) };
-        self.capture.handle.unlock(Slot::CHECKPOINT, Lock::Exclusive)?;
-        let read =
-            self.capture
-                .handle
-                .connection()
-                .query_row("SELECT count(*) FROM sqlite_schema", [], |r| r.get::<_, i64>(0));
-        let held =
-            try_for(&mut self.capture.handle, Slot::CHECKPOINT, Lock::Exclusive, Duration::from_secs(5))?;
-        second.unlock(slot, Lock::Shared)?;
-        read?;
-        if held {
-            Ok(())
-        } else {
-            Err(Error::Stopped("the checkpoint lock was taken by another process".into()))
-        }
+            (None, None) => Err(Error::Stopped("both copies of the wal-index header are torn".into())),
+        };
+        self.capture.handle.unlock(Slot::WRITE, Lock::Exclusive)?;
+        mended
     }
 }
 
@@ -279,7 +279,10 @@ pub(super) fn open_epoch(
 ) -> Result<()> {
     let mut branch = [0; 8];
     getrandom::fill(&mut branch).map_err(|e| Error::Stopped(format!("no random numbers: {e}")))?;
-    let number = history.epoch().number().max(above).saturating_add(1);
+    let above = history.epoch().number().max(above);
+    let number = above
+        .checked_add(1)
+        .ok_or_else(|| Error::garbled("a peer", "an epoch that leaves no room for a higher one"))?;
     history.push(EpochStart {
         epoch: Epoch::new(number, u64::from_le_bytes(branch)),
         first: position.number() + 1,

@@ -545,3 +545,47 @@ fn a_follower_that_was_closed_does_not_look_into_memory_that_is_gone() {
     follower.close();
     assert_eq!(follower.wal().frames, 0);
 }
+
+#[test]
+fn a_header_that_a_dead_writer_left_torn_is_mended_whichever_copy_it_was_in() {
+    let home = Home::new();
+    let plain = open_plain(&home.path("p.db"));
+    plain.execute_batch("CREATE TABLE t(id INTEGER PRIMARY KEY, k, v)").unwrap();
+    let engine = home.primary("p.db");
+    let follower = home.follower("r.db");
+    for (round, copy) in [0, 1].into_iter().enumerate() {
+        plain.execute_batch("INSERT INTO t(k) VALUES (1)").unwrap();
+        settled(&engine);
+        engine.base.index.tear(copy);
+        let other = open_plain(&home.path("p.db"));
+        other.execute_batch("INSERT INTO t(k) VALUES (2)").unwrap();
+        let rows: i64 = other.query_row("SELECT count(*) FROM t", [], |r| r.get(0)).unwrap();
+        assert_eq!(rows, 2 * (round as i64 + 1), "nothing that was committed is lost");
+        catch_up(&engine, &follower);
+        assert_same(&home.path("p.db"), &home.path("r.db"));
+    }
+}
+
+#[test]
+fn a_new_epoch_that_waits_for_a_writer_does_not_keep_that_writer_from_capture() {
+    let home = Home::new();
+    let plain = open_plain(&home.path("p.db"));
+    plain.execute_batch("CREATE TABLE t(id INTEGER PRIMARY KEY, k, v)").unwrap();
+    let engine = home.primary("p.db");
+    assert!(engine.raise_epoch(u64::MAX).is_err(), "there is none above that");
+    settled(&engine);
+    for _ in 0..20 {
+        let before = engine.base.node.applied.history().epoch().number();
+        std::thread::scope(|scope| {
+            // Not captured yet, as a rule, when the request arrives.
+            plain.execute_batch("INSERT INTO t(k) VALUES (1); BEGIN IMMEDIATE").unwrap();
+            let raised = scope.spawn(|| engine.raise_epoch(before + 5));
+            let waited = Instant::now();
+            engine.captured().unwrap();
+            assert!(waited.elapsed() < Duration::from_secs(3), "they wait for each other");
+            plain.execute_batch("COMMIT").unwrap();
+            raised.join().unwrap().unwrap();
+        });
+        assert_eq!(engine.base.node.applied.history().epoch().number(), before + 6);
+    }
+}

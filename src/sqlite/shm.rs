@@ -100,19 +100,28 @@ impl WalIndex {
 
     /// The header, if both copies agree and are sound; nothing while somebody writes it.
     pub(crate) fn header(&self) -> Option<IndexHeader> {
-        let region = self.first();
-        let copy = |at: usize| {
-            let mut bytes = [0; INDEX_HEADER_BYTES];
-            for (i, word) in bytes.chunks_exact_mut(4).enumerate() {
-                word.copy_from_slice(&region.word(at + i * 4).load(Ordering::Relaxed).to_ne_bytes());
-            }
-            bytes
-        };
-        let one = copy(0);
+        let one = self.copy(0);
         fence(Ordering::SeqCst);
-        let two = copy(INDEX_HEADER_BYTES);
+        let two = self.copy(INDEX_HEADER_BYTES);
         fence(Ordering::SeqCst);
         if one == two { IndexHeader::parse(&one) } else { None }
+    }
+
+    fn copy(&self, at: usize) -> [u8; INDEX_HEADER_BYTES] {
+        let region = self.first();
+        let mut bytes = [0; INDEX_HEADER_BYTES];
+        for (i, word) in bytes.chunks_exact_mut(4).enumerate() {
+            word.copy_from_slice(&region.word(at + i * 4).load(Ordering::Relaxed).to_ne_bytes());
+        }
+        bytes
+    }
+
+    /// The header that a writer left who died while it wrote it: the second copy, which is written first, when that is
+    /// whole, else the first, which was not begun then. Each says a committed end. The caller holds WRITE.
+    pub(crate) fn header_left(&self) -> Option<IndexHeader> {
+        fence(Ordering::SeqCst);
+        let left = IndexHeader::parse(&self.copy(INDEX_HEADER_BYTES));
+        left.or_else(|| IndexHeader::parse(&self.copy(0)))
     }
 
     /// The frame count alone, to see cheaply whether anything happened. Not to be trusted for more.
@@ -136,6 +145,12 @@ impl WalIndex {
         fence(Ordering::SeqCst);
         write(0);
         fence(Ordering::SeqCst);
+    }
+
+    /// Leaves one copy of the header as a writer that is killed while it writes that copy does.
+    #[cfg(test)]
+    pub(crate) fn tear(&self, copy: usize) {
+        self.first().word(copy * INDEX_HEADER_BYTES + 40).fetch_xor(1, Ordering::SeqCst);
     }
 
     pub(crate) fn backfilled(&self) -> u32 {

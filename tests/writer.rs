@@ -1,0 +1,54 @@
+//! What the writer calls its commits, whatever an application does with its connection.
+
+use replite::{Commit, Config, ConnectionKind, Db, Error, Txid};
+
+async fn open(dir: &std::path::Path) -> Db {
+    let aux = rusqlite::Connection::open(dir.join("aux.db")).unwrap();
+    aux.execute_batch("PRAGMA journal_mode = WAL; CREATE TABLE a(x)").unwrap();
+    let attach = format!("ATTACH '{}' AS aux", dir.join("aux.db").display());
+    let config = Config::new(dir.join("app.db"))
+        .on_connect(move |conn, kind| match kind {
+            ConnectionKind::Writer => conn.execute_batch(&attach),
+            _ => Ok(()),
+        })
+        .migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS main.t(x)"));
+    Db::open(config).await.unwrap()
+}
+
+async fn run(db: &Db, sql: &'static str) -> Option<Txid> {
+    let commit = db.write(move |tx| Ok::<_, Error>(tx.execute_batch(sql)?)).await.unwrap();
+    let Commit { txid, .. } = commit;
+    if let Some(txid) = txid {
+        db.wait_for(txid).await.unwrap();
+        assert!(db.position().unwrap().number() >= txid.number());
+    }
+    txid
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_to_an_attached_database_alone_is_none_of_ours() {
+    let dir = tempfile::tempdir().unwrap();
+    let db = open(dir.path()).await;
+    let first = run(&db, "INSERT INTO t VALUES (1)").await.unwrap().number();
+    for _ in 0..3 {
+        assert_eq!(run(&db, "INSERT INTO aux.a VALUES (1)").await, None);
+    }
+    assert_eq!(
+        run(&db, "INSERT INTO t VALUES (2); INSERT INTO aux.a VALUES (2)").await.unwrap().number(),
+        first + 1
+    );
+    assert_eq!(run(&db, "INSERT INTO t VALUES (3)").await.unwrap().number(), first + 2);
+    db.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn commits_inside_of_a_closure_are_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let db = open(dir.path()).await;
+    let first = run(&db, "INSERT INTO t VALUES (1)").await.unwrap().number();
+    let several =
+        "INSERT INTO t VALUES (2); COMMIT; INSERT INTO t VALUES (3); BEGIN; INSERT INTO t VALUES (4)";
+    assert_eq!(run(&db, several).await.unwrap().number(), first + 3);
+    assert_eq!(run(&db, "INSERT INTO t VALUES (5)").await.unwrap().number(), first + 4);
+    db.shutdown().await;
+}
