@@ -443,7 +443,7 @@ impl Inner {
     fn readable(&self) -> Result<()> {
         match &self.side {
             Side::Replica { readable, .. } if !*readable.borrow() => {
-                let problem = self.node.problem.lock().unwrap_or_else(PoisonError::into_inner).clone();
+                let problem = self.node.problem();
                 Err(Error::NoState(problem.unwrap_or_else(|| "the replica is not filled yet".into())))
             }
             _ => Ok(()),

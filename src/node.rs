@@ -1,5 +1,6 @@
 //! What every part of a running node shares: identity, keys, role, position, events, shutdown.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 
 use tokio::sync::{broadcast, watch};
@@ -12,6 +13,19 @@ use crate::txid::Epoch;
 
 /// Events that a slow receiver may be behind before it misses some.
 const EVENTS_BEHIND_MAX: usize = 256;
+
+/// A part of a node that can have a problem.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(crate) enum Part {
+    /// Replication of the database as a whole: it has stopped.
+    Engine,
+    /// The state that a replica has.
+    State,
+    /// The stream from the primary.
+    Stream,
+    Log,
+    Checkpoint,
+}
 
 /// A running node, as its parts see it.
 #[derive(Debug)]
@@ -27,8 +41,8 @@ pub(crate) struct Node {
     pub(crate) roles: watch::Sender<RoleState>,
     /// On a replica, how far behind.
     pub(crate) lag: Mutex<Option<Lag>>,
-    /// The last problem, while it lasts.
-    pub(crate) problem: Mutex<Option<String>>,
+    /// Problems that last, each under the part of the node that has it, so that none hides another.
+    problems: Mutex<BTreeMap<Part, String>>,
     pub(crate) events: broadcast::Sender<Event>,
     /// Cancelled when the node stops: every task ends.
     pub(crate) stop: CancellationToken,
@@ -51,7 +65,7 @@ impl Node {
             applied: Applied::new(),
             roles: watch::Sender::new(state),
             lag: Mutex::new(None),
-            problem: Mutex::new(None),
+            problems: Mutex::default(),
             events: broadcast::Sender::new(EVENTS_BEHIND_MAX),
             stop: CancellationToken::new(),
         })
@@ -84,8 +98,20 @@ impl Node {
         hasher.finalize().to_hex()[..8].to_string()
     }
 
-    pub(crate) fn set_problem(&self, problem: Option<String>) {
-        *self.problem.lock().unwrap_or_else(|e| e.into_inner()) = problem;
+    /// Says what is wrong with a part of the node, or that nothing is any more.
+    pub(crate) fn set_problem(&self, part: Part, problem: Option<String>) {
+        let mut problems = self.problems.lock().unwrap_or_else(|e| e.into_inner());
+        match problem {
+            Some(problem) => problems.insert(part, problem),
+            None => problems.remove(&part),
+        };
+    }
+
+    /// All problems that last.
+    pub(crate) fn problem(&self) -> Option<String> {
+        let problems = self.problems.lock().unwrap_or_else(|e| e.into_inner());
+        let all: Vec<&str> = problems.values().map(String::as_str).collect();
+        (!all.is_empty()).then(|| all.join("; "))
     }
 
     pub(crate) fn set_lag(&self, lag: Option<Lag>) {

@@ -15,7 +15,7 @@ use tokio_util::task::TaskTracker;
 use crate::engine::{Follower, Standing};
 use crate::error::{Error, Result};
 use crate::net::Endpoint;
-use crate::node::Node;
+use crate::node::{Node, Part};
 use crate::status::{Event, Role, RoleState};
 use crate::txid::{Epoch, Position};
 use crate::wire::Unit;
@@ -110,7 +110,7 @@ impl Reporter {
     /// The stream does its work: what was wrong is over.
     fn healthy(&mut self) {
         if self.said.take().is_some() {
-            self.node.set_problem(None);
+            self.node.set_problem(Part::Stream, None);
         }
     }
 
@@ -128,7 +128,7 @@ impl Reporter {
         } else {
             tracing::warn!(primary = %self.primary, problem, "can't follow the primary; trying again");
         }
-        self.node.set_problem(Some(problem.clone()));
+        self.node.set_problem(Part::Stream, Some(problem.clone()));
         self.said = Some(problem);
     }
 }

@@ -30,7 +30,7 @@ impl Db {
             backfilled_frames: wal.backfilled,
             log_start: log.as_ref().and_then(|log| log.start()),
             log_bytes: log.map_or(0, |log| log.bytes()),
-            problem: node.problem.lock().unwrap_or_else(PoisonError::into_inner).clone(),
+            problem: node.problem(),
         }
     }
 

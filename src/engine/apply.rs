@@ -24,7 +24,7 @@ use crate::engine::wal_file::{WalFile, sync_directory};
 use crate::engine::{make_side, reader};
 use crate::error::{Error, Result, Unsupported};
 use crate::log::Log;
-use crate::node::Node;
+use crate::node::{Node, Part};
 use crate::page::PageNo;
 use crate::status::{Event, unix_millis};
 use crate::txid::{EpochHistory, Place};
@@ -107,7 +107,7 @@ impl Apply {
         let text =
             "the database here is no state of the cluster; it is kept aside when a snapshot replaces it";
         tracing::warn!(path = %self.options.path.display(), text);
-        self.node.set_problem(Some(text.into()));
+        self.node.set_problem(Part::State, Some(text.into()));
     }
 
     fn go_live(&mut self, mut opened: Opened) -> Result<()> {
@@ -337,7 +337,7 @@ impl Apply {
         }
         receive::discard(&self.options.side)?;
         tracing::info!(%position, "the snapshot is taken over");
-        self.node.set_problem(None);
+        self.node.set_problem(Part::State, None);
         self.node.tell(Event::SnapshotFinished(position));
         Ok(())
     }

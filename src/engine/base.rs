@@ -11,7 +11,7 @@ use crate::engine::wal_file::WalFile;
 use crate::engine::{EngineOptions, WalFigures};
 use crate::error::{Error, Result};
 use crate::log::Log;
-use crate::node::Node;
+use crate::node::{Node, Part};
 use crate::page::{PageNo, PageSize};
 use crate::sqlite::{Handle, WalIndex};
 use crate::status::Event;
@@ -161,7 +161,7 @@ impl Base {
         let why = error.to_string();
         tracing::error!(database = %self.options.path.display(), error = %why, "replication stopped");
         *lock(&self.failed) = Some(why.clone());
-        self.node.set_problem(Some(why.clone()));
+        self.node.set_problem(Part::Engine, Some(why.clone()));
         self.node.tell(Event::Stopped(why));
         self.tip_moved.notify_all();
     }

@@ -14,6 +14,7 @@ use crate::engine::capture::{Capture, Sink};
 use crate::engine::checkpoint::{self, DRAIN_MAX, Restart, keep_from_others, restart, try_for};
 use crate::engine::sync::Syncer;
 use crate::error::{Error, Result};
+use crate::node::Part;
 use crate::sqlite::{Lock, Slot};
 use crate::status::Event;
 use crate::txid::{Epoch, EpochStart, Position};
@@ -210,13 +211,14 @@ impl CaptureLoop {
             Ok(true) => {
                 self.restart_pause = RESTART_PAUSE;
                 self.warned_frames = 0;
+                self.base.node.set_problem(Part::Checkpoint, None);
                 return Ok(());
             }
             Ok(false) => {}
             // Full or failing disk: the WAL grows meanwhile, and nothing is lost.
             Err(error @ Error::Io { .. }) => {
                 tracing::warn!(%error, "the WAL could not be restarted");
-                self.base.node.set_problem(Some(error.to_string()));
+                self.base.node.set_problem(Part::Checkpoint, Some(error.to_string()));
             }
             Err(error) => return Err(error),
         }
@@ -337,7 +339,7 @@ pub(super) fn append_or_gap(base: &Base, units: Bytes, after: Option<Position>) 
             Ok(()) => return,
             Err(error) => {
                 tracing::error!(%error, "the log can't be written: replicas that are behind will need a snapshot");
-                base.node.set_problem(Some(format!("the log can't be written: {error}")));
+                base.node.set_problem(Part::Log, Some(format!("the log can't be written: {error}")));
                 *broken = true;
             }
         }
@@ -347,7 +349,7 @@ pub(super) fn append_or_gap(base: &Base, units: Bytes, after: Option<Position>) 
         && base.log.reset(after).is_ok()
     {
         *broken = false;
-        base.node.set_problem(None);
+        base.node.set_problem(Part::Log, None);
         base.node.tell(Event::LogGap(after));
     }
 }

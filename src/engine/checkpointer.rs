@@ -9,6 +9,7 @@ use tokio::sync::watch;
 use crate::engine::base::{Base, lock};
 use crate::engine::checkpoint::backfill_some;
 use crate::error::{Error, Result};
+use crate::node::Part;
 use crate::sqlite::Handle;
 use crate::txid::Position;
 use crate::wal::frame_bytes;
@@ -55,14 +56,14 @@ impl Checkpointer {
                 match self.look() {
                     Ok(()) if failing => {
                         failing = false;
-                        self.base.node.set_problem(None);
+                        self.base.node.set_problem(Part::Checkpoint, None);
                     }
                     Ok(()) | Err(Error::ShutDown) => {}
                     Err(error) => {
                         // The WAL grows meanwhile; nothing is lost, and the copy is made again from its begin.
                         if !failing {
                             tracing::warn!(%error, "a checkpoint failed and is tried again");
-                            self.base.node.set_problem(Some(error.to_string()));
+                            self.base.node.set_problem(Part::Checkpoint, Some(error.to_string()));
                         }
                         failing = true;
                         pause = Instant::now() + PAUSE;

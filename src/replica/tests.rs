@@ -463,15 +463,15 @@ async fn a_replica_waits_for_its_primary_and_says_a_problem_once() {
     let tracker = TaskTracker::new();
     let mut events = replica.events.subscribe();
     spawn(replica.clone(), feed.clone(), primary.to.clone(), &tracker);
-    while replica.problem.lock().unwrap().is_none() {
+    while replica.problem().is_none() {
         tokio::task::yield_now().await;
     }
-    assert!(replica.problem.lock().unwrap().as_ref().unwrap().contains("secret"));
+    assert!(replica.problem().unwrap().contains("secret"));
     let (old, new) = (crate::secret::Secret::new([7; 16]), crate::secret::Secret::new(SECRET));
     primary.node.keys.rotate(&[new.unwrap(), old.unwrap()]).unwrap();
     let position = primary.node.applied.position().unwrap();
     reaches(&replica, position).await;
-    while replica.problem.lock().unwrap().is_some() {
+    while replica.problem().is_some() {
         tokio::task::yield_now().await;
     }
     assert!(
@@ -482,7 +482,7 @@ async fn a_replica_waits_for_its_primary_and_says_a_problem_once() {
     // The primary stops: the stream ends with a word, and the role says that it is away.
     stop(&primary.node, &primary.tracker).await;
     replica.roles.subscribe().wait_for(|s| s.primary.is_none()).await.unwrap();
-    while replica.problem.lock().unwrap().is_none() {
+    while replica.problem().is_none() {
         tokio::task::yield_now().await;
     }
     stop(&replica, &tracker).await;
