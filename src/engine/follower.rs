@@ -92,10 +92,13 @@ impl Follower {
     }
 
     /// Hands over data units in order; waits while the bounded queue is full. An error of the apply thread comes
-    /// back from this or a later call; the stream must then be ended.
+    /// back from this or a later call, also one without units; the stream must then be ended.
     pub(crate) async fn feed(&self, units: Vec<Unit>) -> Result<()> {
         if let Some(error) = lock(&self.shared.failure).take() {
             return Err(error);
+        }
+        if units.is_empty() {
+            return Ok(());
         }
         self.commands.send(Command::Units(units)).await.map_err(|_| Error::ShutDown)
     }
