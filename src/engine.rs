@@ -147,7 +147,6 @@ impl Engine {
             open_epoch(&mut opened.history, opened.highest_epoch, tip.position)?;
             anchor::write_epochs(&options.side, &opened.history)?;
         }
-        opened.base.wal.sync()?;
         opened.anchor()?;
         // Another process that stayed in the database may have copied everything back while nobody minded.
         checkpoint::keep_from_others(&opened.base, &mut opened.handle)?;

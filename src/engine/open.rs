@@ -271,8 +271,10 @@ impl Opened {
         Ok(())
     }
 
-    /// Writes an anchor at the tip.
+    /// Writes an anchor at the tip, whose frames are on the disk before: two starts after a kill would else leave no
+    /// anchor that a power cut can't make worthless.
     pub(super) fn anchor(&self) -> Result<()> {
+        self.base.wal.sync()?;
         let now = modified(self.base.path())?;
         let file = match self.base.file_state() {
             Some(state @ FileState::AtRest { modified, .. }) if modified == now => state,
