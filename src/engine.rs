@@ -178,6 +178,7 @@ impl Engine {
             handle: reader(&base)?,
             replica: None,
             log_synced: Instant::now(),
+            applied_synced: Instant::now(),
         };
         let capture = std::thread::Builder::new()
             .name("replite-capture".into())

@@ -101,7 +101,7 @@ impl Config {
             secrets: Vec::new(),
             listen: None,
             durability: Durability::default(),
-            wal_limit_bytes: 16 << 20,
+            wal_limit_bytes: 4 << 20,
             log_bytes: 1 << 30,
             log_age: Duration::from_secs(24 * 3600),
             on_connect: None,
@@ -180,7 +180,7 @@ impl Config {
         self
     }
 
-    /// The WAL's length in bytes at which it is begun anew. 16 MiB if not set.
+    /// The WAL's length in bytes at which it is begun anew. 4 MiB if not set, as SQLite's own.
     #[must_use]
     pub fn wal_limit(mut self, bytes: u64) -> Config {
         self.wal_limit_bytes = bytes;

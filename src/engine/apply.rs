@@ -130,6 +130,7 @@ impl Apply {
             handle: reader(&base)?,
             replica: Some(replica),
             log_synced: Instant::now(),
+            applied_synced: Instant::now(),
         };
         self.live = Some(Appender::new(base.clone(), opened.handle)?);
         self.checkpointer = Some(checkpointer.spawn()?);
@@ -330,7 +331,7 @@ impl Apply {
             return Err(Error::garbled("the primary", "a snapshot that is not in its own history"));
         }
         if self.live.is_some() {
-            self.replace_live(&ready, history)?
+            self.replace_live(&ready, history)?;
         } else {
             self.move_in(ready, history)?
         }

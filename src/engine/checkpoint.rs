@@ -250,7 +250,7 @@ fn overwrite(base: &Base, new: &Tip, bytes: &[u8]) -> Result<()> {
     base.wal.sync()?;
     if long {
         // What a long reader or a large transaction made of it is given back to the file system.
-        base.wal.truncate(bytes.len() as u64)?;
+        base.wal.truncate(base.options.wal_limit_bytes.max(bytes.len() as u64))?;
     }
     base.index.append(1, 1);
     base.index.publish(&index_header(base, new, change.wrapping_add(2), big_endian));

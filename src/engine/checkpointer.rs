@@ -17,6 +17,8 @@ use crate::wal::frame_bytes;
 const LOOK: Duration = Duration::from_millis(50);
 /// Pause after a failure.
 const PAUSE: Duration = Duration::from_secs(1);
+/// How often a replica fsyncs what it applied.
+const APPLIED_SYNC: Duration = Duration::from_millis(200);
 /// How often the log is fsynced when nothing else asks for it.
 const LOG_SYNC: Duration = Duration::from_secs(1);
 /// The fewest frames that are worth a backfill.
@@ -28,6 +30,7 @@ pub(super) struct Checkpointer {
     /// On a replica, whose write lock is held for life.
     pub(super) replica: Option<Replica>,
     pub(super) log_synced: Instant,
+    pub(super) applied_synced: Instant,
 }
 
 pub(super) struct Replica {
@@ -85,7 +88,8 @@ impl Checkpointer {
         }
         if let Some(replica) = &self.replica {
             let position = Some(self.base.tip().position);
-            if *replica.synced.borrow() != position {
+            if *replica.synced.borrow() != position && self.applied_synced.elapsed() >= APPLIED_SYNC {
+                self.applied_synced = Instant::now();
                 // The log first: a record that the WAL has and the log lacks would not be vouched for.
                 self.base.log.sync()?;
                 self.base.wal.sync()?;

@@ -14,7 +14,7 @@ use crate::engine::append::Appender;
 use crate::engine::base::{Base, Tip};
 use crate::engine::capture::{Capture, Sink};
 use crate::engine::checkpoint::{begin_generation, try_for};
-use crate::engine::wal_file::{WalFile, sync_directory};
+use crate::engine::wal_file::{EXTEND_MAX_BYTES, WalFile, sync_directory};
 use crate::error::{Error, Result, Unsupported};
 use crate::log::{Found, Log};
 use crate::node::Node;
@@ -271,9 +271,12 @@ impl Opened {
         Ok(())
     }
 
-    /// Writes an anchor at the tip, whose frames are on the disk before: two starts after a kill would else leave no
-    /// anchor that a power cut can't make worthless.
+    /// Writes an anchor at the tip, and makes the WAL as long as it will be. WRITE is held.
     pub(super) fn anchor(&self) -> Result<()> {
+        // One without room for it has room for commits all the same.
+        if let Err(error) = self.base.wal.extend(self.base.options.wal_limit_bytes.min(EXTEND_MAX_BYTES)) {
+            tracing::warn!(%error, "the WAL is not made longer in advance");
+        }
         self.base.wal.sync()?;
         let now = modified(self.base.path())?;
         let file = match self.base.file_state() {

@@ -9,6 +9,11 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, Result};
 
+/// Zeros that are written at a time.
+const EXTEND_BYTES: usize = 1 << 20;
+/// The longest part of a WAL that is made before it is needed.
+pub(crate) const EXTEND_MAX_BYTES: u64 = 16 << 20;
+
 /// The WAL file of an open database. It is neither renamed nor deleted while a connection of ours is open.
 #[derive(Debug)]
 pub(crate) struct WalFile {
@@ -54,6 +59,19 @@ impl WalFile {
 
     pub(crate) fn bytes(&self) -> Result<u64> {
         Ok(self.file.metadata().map_err(Error::io("stat", &self.path))?.len())
+    }
+
+    /// Makes the file at least this long, with zeros, so that an fsync after a commit has no new length to record. The
+    /// caller holds WRITE: nobody else may be writing frames there.
+    pub(crate) fn extend(&self, bytes: u64) -> Result<()> {
+        let mut at = self.bytes()?;
+        let zeros = vec![0; EXTEND_BYTES];
+        while at < bytes {
+            let count = (bytes - at).min(EXTEND_BYTES as u64);
+            self.write(&zeros[..count as usize], at)?;
+            at += count;
+        }
+        Ok(())
     }
 
     pub(crate) fn truncate(&self, bytes: u64) -> Result<()> {

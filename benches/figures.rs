@@ -1,0 +1,58 @@
+//! Figures: ratios to raw SQLite, measured side by side in one run. `cargo bench --bench figures -- NAME` runs one.
+
+#[path = "figures/commits.rs"]
+mod commits;
+#[path = "figures/doors.rs"]
+mod doors;
+#[path = "figures/home.rs"]
+mod home;
+#[path = "figures/reads.rs"]
+mod reads;
+#[path = "figures/streams.rs"]
+mod streams;
+
+use std::time::Instant;
+
+/// Figures that are measured together, and what measures them.
+type Figure = (&'static [&'static str], fn());
+
+const FIGURES: [Figure; 11] = [
+    (&["commit_normal_ratio"], commits::normal),
+    (&["commit_full_ratio"], commits::full),
+    (&["group_commit_ratio"], commits::group),
+    (&["write_hop_us"], commits::hop),
+    (&["read_primary_ratio", "read_replica_ratio"], reads::points),
+    (&["replica_read_p99_ratio"], reads::beside_apply),
+    (&["apply_under_readers_p99_ms"], reads::apply_under_readers),
+    (&["lag_p50_us", "lag_p99_us"], streams::lag),
+    (&["catchup_txn_per_s"], streams::catch_up),
+    (&["snapshot_cp_ratio", "big_txn_memory_mib"], streams::bulk),
+    (&["layer_get_us", "replay_post_us"], doors::layer),
+];
+
+fn main() {
+    if home::child() {
+        return;
+    }
+    let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with("--")).collect();
+    for (names, run) in FIGURES {
+        if wanted.is_empty() || names.iter().any(|n| wanted.iter().any(|w| w == n)) {
+            let begin = Instant::now();
+            run();
+            eprintln!("({} s)", begin.elapsed().as_secs());
+        }
+    }
+}
+
+/// Prints a figure: the median of the runs, and their spread.
+fn figure(name: &str, unit: &str, mut runs: Vec<f64>) {
+    runs.sort_by(f64::total_cmp);
+    let median = runs[runs.len() / 2];
+    println!("{name}: {median:.2} {unit} ({:.2}..{:.2} of {})", runs[0], runs[runs.len() - 1], runs.len());
+}
+
+/// The value below which this share of the samples lies.
+fn quantile(samples: &mut [f64], share: f64) -> f64 {
+    samples.sort_by(f64::total_cmp);
+    samples[((samples.len() - 1) as f64 * share) as usize]
+}

@@ -1,0 +1,167 @@
+//! Directories, nodes, and a replica in another process.
+
+use std::io::{BufRead, BufReader, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
+use std::sync::OnceLock;
+
+use replite::rusqlite::Connection;
+use replite::{Config, Db, Durability, Error, Secret, lease};
+use tokio::runtime::Runtime;
+
+pub(crate) const SCHEMA: &str = "CREATE TABLE IF NOT EXISTS t(id INTEGER PRIMARY KEY, k INTEGER, v)";
+pub(crate) const INSERT: &str = "INSERT INTO t(k, v) VALUES (?1, 'about as long as a short line of text')";
+
+pub(crate) fn runtime() -> &'static Runtime {
+    static RUNTIME: OnceLock<Runtime> = OnceLock::new();
+    RUNTIME.get_or_init(|| Runtime::new().expect("a runtime"))
+}
+
+/// A directory on a real disk, below the one that cargo builds in.
+pub(crate) fn directory() -> tempfile::TempDir {
+    let home = std::env::current_exe().expect("a path");
+    tempfile::tempdir_in(home.parent().expect("a directory")).expect("a directory")
+}
+
+pub(crate) fn config(path: &Path) -> Config {
+    Config::new(path)
+        .database("bench")
+        .secret(Secret::new("a secret for benchmarks only").expect("long enough"))
+}
+
+pub(crate) fn primary(path: &Path, durability: Durability) -> Db {
+    let config = config(path)
+        .durability(durability)
+        .listen("127.0.0.1:0".parse().expect("an address"))
+        .migrate(|c| c.execute_batch(SCHEMA));
+    runtime().block_on(Db::open(config)).expect("a primary")
+}
+
+pub(crate) fn replica(path: &Path, of: &Db) -> Db {
+    let config = config(path).lease(lease::Fixed::replica_of(&of.node().addresses.replication));
+    let db = runtime().block_on(Db::open(config)).expect("a replica");
+    runtime().block_on(db.ready()).expect("ready");
+    db
+}
+
+/// Raw SQLite in WAL mode.
+pub(crate) fn raw(path: &Path, synchronous: &str) -> Connection {
+    let connection = Connection::open(path).expect("a database");
+    connection
+        .execute_batch(&format!("PRAGMA journal_mode = WAL; PRAGMA synchronous = {synchronous}; {SCHEMA}"))
+        .expect("a schema");
+    connection
+}
+
+/// A replica in another process, spoken to by lines.
+pub(crate) struct Other {
+    child: Child,
+    stdin: ChildStdin,
+    stdout: BufReader<ChildStdout>,
+}
+
+impl Other {
+    pub(crate) fn start(path: &Path, of: &Db) -> Other {
+        let mut child = Command::new(std::env::current_exe().expect("a path"))
+            .env("REPLITE_BENCH_REPLICA", path)
+            .env("REPLITE_BENCH_URL", &of.node().addresses.replication)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("a process");
+        let stdin = child.stdin.take().expect("a pipe");
+        let stdout = BufReader::new(child.stdout.take().expect("a pipe"));
+        let mut other = Other { child, stdin, stdout };
+        assert_eq!(other.hear(), "ready");
+        other
+    }
+
+    pub(crate) fn say(&mut self, line: &str) {
+        writeln!(self.stdin, "{line}").expect("a replica that listens");
+    }
+
+    pub(crate) fn hear(&mut self) -> String {
+        let mut line = String::new();
+        self.stdout.read_line(&mut line).expect("a replica that speaks");
+        line.trim().to_string()
+    }
+}
+
+impl Drop for Other {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// Runs as the other process, if this is it.
+pub(crate) fn child() -> bool {
+    let (Some(path), Ok(url)) =
+        (std::env::var_os("REPLITE_BENCH_REPLICA"), std::env::var("REPLITE_BENCH_URL"))
+    else {
+        return false;
+    };
+    let config = config(&PathBuf::from(path)).lease(lease::Fixed::replica_of(url));
+    let db = runtime().block_on(Db::open(config)).expect("a replica");
+    runtime().block_on(db.ready()).expect("ready");
+    println!("ready");
+    for line in std::io::stdin().lines() {
+        let line = line.expect("a line");
+        let words: Vec<&str> = line.split(' ').collect();
+        match words[0] {
+            // Spins until each of the rows is there, and says when.
+            "watch" => {
+                let (from, count): (i64, i64) = (words[1].parse().expect("n"), words[2].parse().expect("n"));
+                println!("watching");
+                let mut seen = String::new();
+                for id in from..from + count {
+                    while !has(&db, id) {
+                        std::hint::spin_loop();
+                    }
+                    seen.push_str(&format!("{} ", monotonic_ns()));
+                }
+                println!("{seen}");
+            }
+            "wait" => {
+                let txid = words[1].parse().expect("a transaction");
+                let limit = std::time::Duration::from_secs(600);
+                runtime().block_on(db.wait_for_timeout(txid, limit)).expect("applied");
+                println!("applied");
+            }
+            "memory" => println!("{}", idle_memory()),
+            "peak" => println!("{}", peak_memory()),
+            _ => break,
+        }
+    }
+    true
+}
+
+pub(crate) fn has(db: &Db, id: i64) -> bool {
+    db.read(|c| {
+        let mut statement = c.prepare_cached("SELECT 1 FROM t WHERE id = ?1")?;
+        Ok::<_, Error>(statement.exists([id])?)
+    })
+    .expect("a read")
+}
+
+/// Nanoseconds of a clock that all processes of this machine share.
+pub(crate) fn monotonic_ns() -> u64 {
+    let uptime = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    uptime.tv_sec as u64 * 1_000_000_000 + uptime.tv_nsec as u64
+}
+
+fn memory(field: &str) -> u64 {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let line = status.lines().find(|l| l.starts_with(field)).unwrap_or_default();
+    line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).unwrap_or(0)
+}
+
+/// Resident KiB now; the peak counts from here.
+pub(crate) fn idle_memory() -> u64 {
+    let _ = std::fs::write("/proc/self/clear_refs", "5");
+    memory("VmRSS:")
+}
+
+pub(crate) fn peak_memory() -> u64 {
+    memory("VmHWM:")
+}

@@ -1,0 +1,128 @@
+//! The stream: lag, catch-up, snapshot, one large transaction.
+
+use std::time::{Duration, Instant};
+
+use replite::{Durability, Error};
+
+use crate::home::{
+    INSERT, Other, directory, idle_memory, monotonic_ns, peak_memory, primary, replica, runtime,
+};
+use crate::{figure, quantile};
+
+/// Commits returned here until rows are seen by SELECT in another process.
+pub(crate) fn lag() {
+    const COMMITS: i64 = 1000;
+    let dir = directory();
+    let p = primary(&dir.path().join("p.db"), Durability::Synced);
+    let mut other = Other::start(&dir.path().join("r.db"), &p);
+    let (mut p50, mut p99) = (Vec::new(), Vec::new());
+    let mut next = 1;
+    for _ in 0..5 {
+        other.say(&format!("watch {next} {COMMITS}"));
+        assert_eq!(other.hear(), "watching");
+        let mut returned = Vec::new();
+        for k in 0..COMMITS {
+            p.write_blocking(|tx| Ok::<_, Error>(tx.prepare_cached(INSERT)?.execute([k])?))
+                .expect("a commit");
+            returned.push(monotonic_ns());
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        next += COMMITS;
+        let seen = other.hear();
+        let seen = seen.split_whitespace().map(|n| n.parse::<u64>().expect("a time"));
+        let mut lags: Vec<f64> =
+            seen.zip(&returned).map(|(s, r)| s.saturating_sub(*r) as f64 / 1e3).collect();
+        p50.push(quantile(&mut lags, 0.5));
+        p99.push(quantile(&mut lags, 0.99));
+    }
+    figure("lag_p50_us", "us", p50);
+    figure("lag_p99_us", "us", p99);
+}
+
+/// One-page transactions from the log to a replica that was away.
+pub(crate) fn catch_up() {
+    const COMMITS: i64 = 50_000;
+    let dir = directory();
+    let p = primary(&dir.path().join("p.db"), Durability::Unsynced);
+    let mut rates = Vec::new();
+    drop(replica(&dir.path().join("r.db"), &p));
+    for _ in 0..5 {
+        let mut last = None;
+        for k in 0..COMMITS {
+            let update = |tx: &mut replite::rusqlite::Transaction<'_>| {
+                let sql = "INSERT INTO t(id, k) VALUES (1, ?1) ON CONFLICT DO UPDATE SET k = excluded.k + id";
+                Ok::<_, Error>(tx.prepare_cached(sql)?.execute([k])?)
+            };
+            last = p.write_blocking(update).expect("a commit").txid;
+        }
+        let last = last.expect("a commit");
+        runtime().block_on(p.wait_for_timeout(last, Duration::from_secs(60))).expect("captured");
+        let begin = Instant::now();
+        let r = replica(&dir.path().join("r.db"), &p);
+        runtime().block_on(r.wait_for_timeout(last, Duration::from_secs(60))).expect("applied");
+        rates.push(COMMITS as f64 / begin.elapsed().as_secs_f64());
+        runtime().block_on(r.shutdown());
+    }
+    figure("catchup_txn_per_s", "/s", rates);
+}
+
+/// A gigabyte: in one transaction beside a replica, and as a snapshot to new ones.
+pub(crate) fn bulk() {
+    const ROWS: u64 = 262_144;
+    let dir = directory();
+    let path = dir.path().join("p.db");
+    let p = primary(&path, Durability::Synced);
+    let mut other = Other::start(&dir.path().join("r.db"), &p);
+    other.say("memory");
+    let idle_there: u64 = other.hear().parse().expect("a number");
+    let idle_here = idle_memory();
+    let commit = p
+        .write_blocking(|tx| {
+            // SQLite's own page cache, which spills to the WAL, is not what is measured.
+            tx.execute_batch("PRAGMA cache_size = -2000")?;
+            let sql = "WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c WHERE i < ?1)
+                       INSERT INTO t(k, v) SELECT i, randomblob(3900) FROM c";
+            Ok::<_, Error>(tx.execute(sql, [ROWS as i64])?)
+        })
+        .expect("a commit");
+    let last = commit.txid.expect("a commit");
+    runtime().block_on(p.wait_for_timeout(last, Duration::from_secs(120))).expect("captured");
+    other.say(&format!("wait {last}"));
+    assert_eq!(other.hear(), "applied");
+    let here = peak_memory().saturating_sub(idle_here);
+    other.say("peak");
+    let there = other.hear().parse::<u64>().expect("a number").saturating_sub(idle_there);
+    figure(
+        "big_txn_memory_mib",
+        "MiB, primary and replica",
+        vec![here as f64 / 1024.0, there as f64 / 1024.0],
+    );
+    drop(other);
+    // The frames go back into the file, so that `cp` copies as much.
+    let bytes = || std::fs::metadata(&path).map_or(0, |m| m.len());
+    let end = Instant::now() + Duration::from_secs(60);
+    while bytes() < ROWS * 4000 && Instant::now() < end {
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    let mut ratios = Vec::new();
+    let mut speeds = Vec::new();
+    for run in 0..4 {
+        let (copy, new) = (dir.path().join("copy.db"), dir.path().join(format!("n{run}.db")));
+        let begin = Instant::now();
+        let copied = std::process::Command::new("cp").arg(&path).arg(&copy).status();
+        assert!(copied.expect("cp").success());
+        let cp = begin.elapsed().as_secs_f64();
+        let begin = Instant::now();
+        let r = replica(&new, &p);
+        let fill = begin.elapsed().as_secs_f64();
+        ratios.push(cp / fill);
+        speeds.push(bytes() as f64 / 1e6 / fill);
+        runtime().block_on(r.shutdown());
+        drop(r);
+        for file in [copy, new] {
+            let _ = std::fs::remove_file(file);
+        }
+    }
+    figure("snapshot_cp_ratio", "x", ratios);
+    figure("snapshot_speed", "MB/s", speeds);
+}
