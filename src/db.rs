@@ -13,13 +13,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use rusqlite::backup::Backup;
 use rusqlite::{Connection, Transaction};
 use tokio::sync::{broadcast, watch};
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
-use crate::engine::{Engine, Follower};
+use crate::engine::{Engine, Follower, copy_whole};
 use crate::error::{Error, Result};
 use crate::net::{Endpoint, Listener};
 use crate::node::Node;
@@ -353,8 +352,7 @@ impl Db {
         let new = PathBuf::from(new);
         let copied = self.read(|conn| {
             let mut target = Connection::open(&new)?;
-            // One step: all of one state.
-            Backup::new(conn, &mut target)?.step(-1)?;
+            copy_whole(conn, &mut target)?;
             // A plain file of its own, without a WAL beside it.
             target.pragma_update(None, "journal_mode", "DELETE")?;
             target.close().map_err(|(_, e)| Error::from(e))

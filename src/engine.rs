@@ -23,6 +23,8 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
+use rusqlite::Connection;
+use rusqlite::backup::{Backup, StepResult};
 
 use crate::engine::base::{Base, lock};
 use crate::engine::capture::Capture;
@@ -304,6 +306,14 @@ fn reader(base: &Base) -> Result<Handle> {
     let handle = Handle::open(base.path(), false)?;
     handle.connection().query_row("SELECT count(*) FROM sqlite_schema", [], |r| r.get::<_, i64>(0))?;
     Ok(handle)
+}
+
+/// Copies a whole database in one step, so that all of it is of one state. Busy is an error here, not a pause.
+pub(crate) fn copy_whole(from: &Connection, to: &mut Connection) -> Result<()> {
+    match Backup::new(from, to)?.step(-1)? {
+        StepResult::Done => Ok(()),
+        other => Err(Error::Stopped(format!("the database could not be copied: {other:?}"))),
+    }
 }
 
 fn make_side(options: &EngineOptions) -> Result<()> {

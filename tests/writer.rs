@@ -52,3 +52,35 @@ async fn commits_inside_of_a_closure_are_counted() {
     assert_eq!(run(&db, "INSERT INTO t VALUES (5)").await.unwrap().number(), first + 4);
     db.shutdown().await;
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_handle_may_be_dropped_inside_of_a_write() {
+    let dir = tempfile::tempdir().unwrap();
+    let db = open(dir.path()).await;
+    let (begin, begun) = std::sync::mpsc::channel();
+    let (inside, last) = (db.clone(), db.clone());
+    let write = tokio::spawn(async move {
+        let done = last.write(move |tx| {
+            begun.recv().unwrap();
+            tx.execute("INSERT INTO t VALUES (1)", [])?;
+            drop(inside);
+            Ok::<_, Error>(())
+        });
+        // Dropped after the job was queued: nobody waits for its result.
+        let _ = tokio::time::timeout(std::time::Duration::from_millis(200), done).await;
+    });
+    write.await.unwrap();
+    drop(db);
+    begin.send(()).unwrap();
+    let again = tokio::time::timeout(std::time::Duration::from_secs(20), async {
+        loop {
+            match Db::open(Config::new(dir.path().join("app.db"))).await {
+                Ok(db) => break db,
+                Err(Error::AlreadyOpen { .. }) => tokio::task::yield_now().await,
+                Err(error) => panic!("{error}"),
+            }
+        }
+    });
+    let again = again.await.expect("the writer's thread waits for itself");
+    again.shutdown().await;
+}

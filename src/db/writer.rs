@@ -237,8 +237,14 @@ impl Writer {
     /// Ends the threads: what is queued is refused, what has begun ends. Blocks.
     pub(super) fn close(&self) {
         drop(lock(&self.jobs).take());
+        let threads = std::mem::take(&mut *lock(&self.threads));
+        let here = std::thread::current().id();
+        if threads.iter().any(|thread| thread.thread().id() == here) {
+            // The last handle went inside of a write, or with its result: the threads end by themselves behind it.
+            return;
+        }
         drop(lock(&self.shared.connection).take());
-        for thread in std::mem::take(&mut *lock(&self.threads)) {
+        for thread in threads {
             // A panic of the thread was reported by its own means.
             let _ = thread.join();
         }
@@ -298,6 +304,8 @@ fn run_jobs(shared: &Shared, mut jobs: queue::Receiver<Box<dyn Job>>, to_sync: &
             }
         }
     }
+    // Taken already, unless this thread itself dropped the last handle.
+    drop(lock(&shared.connection).take());
 }
 
 /// The sync thread: one fsync for all commits that came during the one before.

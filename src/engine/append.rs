@@ -140,7 +140,8 @@ impl Appender {
         }
         let found =
             Position::new(crate::txid::Txid::new(txn.begin.epoch, self.run.position.number() + 1), checksum);
-        if found != end.after || end.changed != txn.changed || txn.changed == 0 {
+        // A commit frame says the size; of zero pages it would be none.
+        if found != end.after || end.changed != txn.changed || txn.changed == 0 || end.pages == 0 {
             return Err(mismatch(end.after, found));
         }
         self.push_held(end.pages)?;

@@ -21,7 +21,7 @@ use crate::engine::follower::{Command, Shared, Standing};
 use crate::engine::open::{self, Opened};
 use crate::engine::receive::{self, Incoming, Ready};
 use crate::engine::wal_file::{WalFile, sync_directory};
-use crate::engine::{make_side, reader};
+use crate::engine::{copy_whole, make_side, reader};
 use crate::error::{Error, Result, Unsupported};
 use crate::log::Log;
 use crate::node::{Node, Part};
@@ -454,7 +454,7 @@ impl Apply {
         let new = name.with_extension("new");
         let source = reader(&live.base)?;
         let mut target = rusqlite::Connection::open(&new)?;
-        rusqlite::backup::Backup::new(source.connection(), &mut target)?.step(-1)?;
+        copy_whole(source.connection(), &mut target)?;
         target.close().map_err(|(_, e)| e)?;
         fs::File::open(&new).and_then(|f| f.sync_all()).map_err(Error::io("fsync", &new))?;
         fs::rename(&new, &name).map_err(Error::io("rename", &name))?;

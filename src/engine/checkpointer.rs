@@ -75,6 +75,13 @@ impl Checkpointer {
     }
 
     fn look(&mut self) -> Result<()> {
+        let logged = self.sync_log();
+        // The WAL is copied back all the same: a disk that fails the log would else make it grow for ever.
+        let copied = self.copy_back();
+        logged.and(copied)
+    }
+
+    fn sync_log(&mut self) -> Result<()> {
         if self.log_synced.elapsed() > LOG_SYNC && !*lock(&self.base.log_broken) {
             // Here, so that no append ever has to do it.
             self.log_synced = Instant::now();
@@ -90,6 +97,10 @@ impl Checkpointer {
                 replica.synced.send_replace(position);
             }
         }
+        Ok(())
+    }
+
+    fn copy_back(&mut self) -> Result<()> {
         let frames = self.base.tip().frame;
         let limit = self.base.options.wal_limit_bytes / frame_bytes(self.base.page_size) as u64;
         let worth = ((limit / 4).min(u64::from(u32::MAX)) as u32).max(FRAMES_MIN);

@@ -5,6 +5,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, Result};
 
@@ -18,6 +19,9 @@ pub(crate) const EXTEND_MAX_BYTES: u64 = 16 << 20;
 pub(crate) struct WalFile {
     file: File,
     path: PathBuf,
+    /// An fsync failed. The kernel says so once, to one of the threads that sync; what is missing on the disk since
+    /// then, a later success does not bring there.
+    lost: AtomicBool,
 }
 
 impl WalFile {
@@ -31,7 +35,7 @@ impl WalFile {
     pub(crate) fn open(database: &Path) -> Result<WalFile> {
         let path = WalFile::path_of(database);
         let file = OpenOptions::new().read(true).write(true).open(&path).map_err(Error::io("open", &path))?;
-        Ok(WalFile { file, path })
+        Ok(WalFile { file, path, lost: AtomicBool::new(false) })
     }
 
     pub(crate) fn read(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
@@ -43,7 +47,14 @@ impl WalFile {
     }
 
     pub(crate) fn sync(&self) -> Result<()> {
-        self.file.sync_data().map_err(Error::io("fsync", &self.path))
+        if self.lost.load(Ordering::Acquire) {
+            let source = io::Error::other("an earlier fsync failed, and what it left out is not known");
+            return Err(Error::Io { op: "fsync", path: self.path.clone(), source });
+        }
+        self.file.sync_data().map_err(|source| {
+            self.lost.store(true, Ordering::Release);
+            Error::Io { op: "fsync", path: self.path.clone(), source }
+        })
     }
 
     pub(crate) fn bytes(&self) -> Result<u64> {
