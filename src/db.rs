@@ -333,7 +333,8 @@ impl Db {
     /// returned is in that state; later transactions may be, too. The file appears at `path` only when it is complete.
     ///
     /// # Errors
-    /// As for [`Db::read_async`], and [`Error::Io`] when the file can't be written.
+    /// As for [`Db::read_async`], [`Error::Io`] when the file can't be written, and [`Error::Config`] when `path` is the
+    /// database itself.
     ///
     /// # Cancel safety
     /// Dropped, the copy still runs to its end.
@@ -346,6 +347,11 @@ impl Db {
 
     fn snapshot(&self, path: &Path) -> Result<Position> {
         self.inner.readable()?;
+        if std::fs::canonicalize(path).is_ok_and(|target| target == self.inner.path) {
+            return Err(Error::Config(
+                "a snapshot can't take the place of the database that it is of".into(),
+            ));
+        }
         let position = self.position().ok_or_else(|| Error::NoState("no position yet".into()))?;
         let mut new = path.as_os_str().to_owned();
         new.push(format!(".new-{}", Uuid::new_v4()));

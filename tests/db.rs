@@ -240,6 +240,10 @@ async fn functions_snapshots_and_unsynced_commits() {
     let copy = dir.path().join("copy.db");
     let position = db.snapshot_to(&copy).await.unwrap();
     assert_eq!(position.txid(), txid);
+    assert!(
+        matches!(db.snapshot_to(db.path()).await, Err(Error::Config(_))),
+        "never over the database itself"
+    );
     let plain = Connection::open(&copy).unwrap();
     assert_eq!(plain.query_row("SELECT n FROM t", [], |r| r.get::<_, i64>(0)).unwrap(), 42);
     assert!(db.health().can_read && db.health().can_write);
