@@ -25,11 +25,11 @@ const FLOORS: [(&str, u8); 25] = [
     ("engine", 4),
     ("primary", 5),
     ("replica", 5),
-    ("server", 7),
-    ("proxy", 7),
-    ("axum", 7),
-    ("db", 8),
-    ("lib", 9),
+    ("server", 6),
+    ("proxy", 6),
+    ("axum", 6),
+    ("db", 7),
+    ("lib", 8),
 ];
 
 fn sources(dir: &Path, all: &mut Vec<PathBuf>) {
