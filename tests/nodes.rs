@@ -184,3 +184,46 @@ async fn every_instance_takes_every_request_and_clients_read_their_own_writes() 
         within("shutdown", db.shutdown()).await;
     }
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn huge_heads_and_strange_requests_get_a_clean_answer_and_service_goes_on() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let dir = tempfile::tempdir().unwrap();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let config = Config::new(dir.path().join("p.db"))
+        .database("app")
+        .secret(secret())
+        .advertise(format!("http://{address}"))
+        .migrate(|c| c.execute_batch("CREATE TABLE t(id INTEGER PRIMARY KEY, v)"));
+    let db = Db::open(config).await.unwrap();
+    tokio::spawn(axum::serve(listener, app(&db)).into_future());
+    let long = "x".repeat(2 << 20);
+    for (request, statuses) in [
+        (format!("GET / HTTP/1.1\r\nhost: x\r\ncookie: {long}\r\n\r\n"), &["431", "400"][..]),
+        (format!("GET /{long} HTTP/1.1\r\nhost: x\r\n\r\n"), &["414", "431", "400"]),
+        ("GET / HTTP/1.1\r\nhost: x\r\nreplite-token: v1.zzz\r\nreplite-hop: v1.1.x.y.z\r\nconnection: close\r\n\r\n".into(), &["200"]),
+        ("CONNECT x:1 HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n".into(), &["405", "404", "400"]),
+        ("garbage\r\n\r\n".into(), &["400"]),
+    ] {
+        let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
+        // The server may answer and close before it has read everything.
+        let _ = stream.write_all(request.as_bytes()).await;
+        let mut answer = Vec::new();
+        let mut buffer = [0; 4096];
+        while let Ok(n) = within("an answer", stream.read(&mut buffer)).await {
+            if n == 0 {
+                break;
+            }
+            answer.extend_from_slice(&buffer[..n]);
+        }
+        let answer = String::from_utf8_lossy(&answer).into_owned();
+        let status = answer.split(' ').nth(1).unwrap_or("cut").to_string();
+        // A connection that is closed with unread bytes may be reset before its answer is read.
+        assert!(statuses.contains(&status.as_str()) || (request.len() > 1 << 20 && status == "cut"), "{status}: {answer}");
+    }
+    let (status, _, _) = send(address, "POST", "/", None).await;
+    assert_eq!(status, 200);
+    assert_eq!(send(address, "GET", "/", None).await.2, "1");
+    within("shutdown", db.shutdown()).await;
+}
