@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::net::{Endpoint, Listener};
 use crate::node::Node;
 use crate::primary::Source;
-use crate::proxy::ReplayLayer;
+use crate::proxy::{PrimaryClient, ReplayLayer};
 use crate::secret::{Keyring, Secret};
 use crate::server::{Door, ReplicationService};
 use crate::session;
@@ -394,6 +394,23 @@ impl Db {
     /// read their own writes on every node. See [`ReplayLayer`].
     pub fn replay_layer(&self) -> ReplayLayer {
         ReplayLayer::new(self.inner.node.clone())
+    }
+
+    /// A tower service that sends requests to the primary's application, wherever that is: for jobs and WebSocket handlers
+    /// on a replica that have to write. [`ReplayLayer::primary_client`] gives one with a layer's own limits.
+    ///
+    /// ```no_run
+    /// # async fn example(db: replite::Db) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    /// use tower::ServiceExt;
+    ///
+    /// let request = http::Request::post("/api/notes").body(http_body_util::Full::<bytes::Bytes>::from("hello"))?;
+    /// let response = db.primary_client().oneshot(request).await?;
+    /// assert!(response.status().is_success());
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn primary_client(&self) -> PrimaryClient {
+        self.replay_layer().primary_client()
     }
 
     /// A token for a transaction: what a client carries to read its own write on another node. The layer sets and

@@ -32,8 +32,8 @@ pub use engine::Durability;
 pub use error::{Blame, Error, PeerProblem, Result, Unsupported};
 pub use page::{PageNo, PageSize};
 pub use proxy::{
-    Failure, Outcome, Reason, ReplayLayer, ReplayRequestBody, ReplayResponseBody, ReplayService,
-    ResponseFuture, Route, SameSite, SessionTokens, Upgrades,
+    Failure, Forwarding, Outcome, PrimaryClient, Reason, ReplayLayer, ReplayRequestBody, ReplayResponseBody,
+    ReplayService, ResponseFuture, Route, SameSite, SessionTokens, Upgrades,
 };
 pub use rusqlite;
 pub use secret::Secret;

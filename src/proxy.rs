@@ -5,9 +5,12 @@
 //! from a state that has that transaction.
 //!
 //! The way of a request: `service` plans it, `future` drives the plan, `prepare` waits and holds, `forward` sends
-//! to the primary over `dial`, and `reply` sets tokens on what a local handler answered.
+//! to the primary over `dial`, and `reply` sets tokens on what a local handler answered. `tunnel` and `detour` are
+//! other ways to the primary, `client` is for callers that are no request's handler.
 
 mod body;
+mod client;
+mod detour;
 mod dial;
 mod failure;
 mod forward;
@@ -22,13 +25,15 @@ mod route;
 mod service;
 #[cfg(test)]
 mod tests;
+mod tunnel;
 
 pub use body::{ReplayRequestBody, ReplayResponseBody};
+pub use client::PrimaryClient;
 #[cfg(feature = "axum")]
 pub(crate) use failure::RETRY_AFTER_SECONDS;
 pub use failure::{Failure, Outcome, Reason};
 pub use future::ResponseFuture;
-pub use layer::{ReplayLayer, SameSite, SessionTokens, Upgrades};
+pub use layer::{Forwarding, ReplayLayer, SameSite, SessionTokens, Upgrades};
 pub use route::Route;
 pub use service::ReplayService;
 

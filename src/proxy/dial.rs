@@ -1,4 +1,4 @@
-//! One request to one node over HTTP/1.1, and what is known when it fails.
+//! One request to one node, and what is known when it fails.
 
 use std::error::Error as _;
 use std::future::Future;
@@ -17,6 +17,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tower::Service;
 
+use crate::net::{PING_INTERVAL, PING_TIMEOUT};
 use crate::proxy::BoxError;
 use crate::proxy::body::{Patient, ReplayRequestBody};
 use crate::proxy::keep::Keep;
@@ -50,7 +51,8 @@ pub(super) enum SendError {
 /// The connections to other nodes.
 #[derive(Clone, Debug)]
 pub(super) struct Dialer {
-    client: Client<Connector, Outgoing>,
+    http1: Client<Connector, Outgoing>,
+    http2: Client<Connector, Outgoing>,
 }
 
 impl Dialer {
@@ -59,15 +61,24 @@ impl Dialer {
         http.set_nodelay(true);
         http.set_keepalive(Some(Duration::from_secs(KEEPALIVE_SECONDS)));
         http.set_connect_timeout(Some(connect));
-        let client = Client::builder(Spawn { stop })
+        let connector = Connector { http, limit: connect };
+        let mut builder = Client::builder(Spawn { stop });
+        builder
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(Duration::from_secs(POOL_IDLE_SECONDS))
             .pool_max_idle_per_host(POOL_IDLE_MAX)
             // What may be sent again is decided by `forward`, which knows the method.
             .retry_canceled_requests(false)
-            .set_host(false)
-            .build(Connector { http, limit: connect });
-        Dialer { client }
+            .set_host(false);
+        let http1 = builder.build(connector.clone());
+        let http2 = builder
+            .http2_only(true)
+            .timer(TokioTimer::new())
+            .http2_adaptive_window(true)
+            .http2_keep_alive_interval(PING_INTERVAL)
+            .http2_keep_alive_timeout(PING_TIMEOUT)
+            .build(connector);
+        Dialer { http1, http2 }
     }
 
     /// Sends a request and waits for the response's head. The body is not touched before a connection stands.
@@ -77,12 +88,14 @@ impl Dialer {
     pub(super) async fn send(
         &self,
         head: Request<()>,
+        http2: bool,
         body: &Keep,
         idle: Duration,
         answer: Duration,
     ) -> Result<Response<Incoming>, SendError> {
         let outgoing = Patient::new(ReplayRequestBody::kept(body.clone()), Some(idle));
-        let response = self.client.request(head.map(|()| outgoing));
+        let client = if http2 { &self.http2 } else { &self.http1 };
+        let response = client.request(head.map(|()| outgoing));
         tokio::pin!(response);
         loop {
             // The deadline comes nearer when the body ends, but never nearer than `answer` from then.

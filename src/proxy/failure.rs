@@ -58,8 +58,9 @@ pub enum Reason {
     Misdirected,
 }
 
-/// A request that the layer could not get done. It becomes a response.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+/// A request that could not be done. The layer makes a response of it; [`PrimaryClient`](crate::PrimaryClient) returns it as its error.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{}", self.words())]
 #[non_exhaustive]
 pub struct Failure {
     /// Why.

@@ -2,13 +2,14 @@
 
 use std::ops::ControlFlow;
 
-use http::header::CONTENT_TYPE;
+use http::header::{CONTENT_TYPE, HOST};
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, Version};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use crate::proxy::BoxError;
 use crate::proxy::body::{Answer, Patient};
+use crate::proxy::detour::detour;
 use crate::proxy::dial::SendError;
 use crate::proxy::failure::Reason;
 use crate::proxy::headers::{HOP, PRIMARY, strip_answer};
@@ -22,8 +23,17 @@ use crate::txid::Epoch;
 /// Tries on a further connection after one that closed before the request was put on it.
 const STALE_MAX: u8 = 3;
 
+/// Who sends a request.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Sender {
+    /// A client, through the layer: where this node is the primary, the request runs here.
+    Client,
+    /// This process itself: where this node is the primary, its own application is called like any other.
+    Caller,
+}
+
 /// Sends the request to the primary, holding it while there is none.
-pub(super) async fn forward(shared: &Shared, head: &Head, body: Keep) -> Verdict {
+pub(super) async fn forward(shared: &Shared, head: &Head, body: Keep, sender: Sender) -> Verdict {
     let until = Instant::now() + shared.options.hold;
     let again = u8::from(is_safe(&head.method));
     let mut trip = Trip { shared, head, body, hops: 1, stale: STALE_MAX, again, next: None, avoid: None };
@@ -32,11 +42,20 @@ pub(super) async fn forward(shared: &Shared, head: &Head, body: Keep) -> Verdict
             Some(target) => target,
             None => match find(shared, until, trip.avoid.as_ref()).await {
                 Ok(target) => target,
-                Err(reason) => return Verdict::failure(shared, reason),
+                Err(reason) => return Verdict::Failed(reason),
             },
         };
-        let Target::There(epoch, url) = target else { return Verdict::Here(trip.body) };
-        if let ControlFlow::Break(verdict) = trip.visit(epoch, url).await {
+        if sender == Sender::Client {
+            if target == Target::Here {
+                return Verdict::Here(trip.body);
+            }
+            if trip.hops == 1
+                && let Some(answer) = detour(shared, head, &trip.body)
+            {
+                return Verdict::Answer(Box::new(answer));
+            }
+        }
+        if let ControlFlow::Break(verdict) = trip.visit(target).await {
             return verdict;
         }
     }
@@ -61,16 +80,13 @@ struct Trip<'a> {
 type Step = ControlFlow<Verdict>;
 
 impl Trip<'_> {
-    async fn visit(&mut self, epoch: Epoch, url: String) -> Step {
+    async fn visit(&mut self, target: Target) -> Step {
         let shared = self.shared;
-        let about = About {
-            keys: &shared.node.keys,
-            tag: shared.tokens.tag(),
-            method: &self.head.method,
-            target: &self.head.target,
+        let (url, hop) = match &target {
+            Target::There(epoch, url) => (url.as_str(), Some((*epoch, self.hop(*epoch)))),
+            Target::Here => (shared.node.me.addresses.app.as_str(), None),
         };
-        let hop = Hop { count: self.hops, from: shared.node.me.node, epoch }.text(about);
-        let request = match request(self.head, &url, &hop) {
+        let request = match request(self.head, url, hop.as_ref().map(|(_, text)| text.as_str())) {
             Ok(request) => request,
             Err(error) => {
                 tracing::warn!(%error, %url, "the primary's app address is of no use");
@@ -78,16 +94,28 @@ impl Trip<'_> {
             }
         };
         let (idle, answer) = (shared.options.idle, shared.options.answer);
-        match shared.dialer.send(request, &self.body, idle, answer).await {
-            Ok(response) => match hinted(&response, shared, &hop) {
-                Some(hint) => self.misdirected(Target::There(epoch, url), epoch, hint),
-                None => {
-                    self.body.release();
-                    ControlFlow::Break(Verdict::Answer(Box::new(relay(shared, response))))
-                }
-            },
-            Err(error) => self.failed(&url, epoch, error),
+        let response = match shared.dialer.send(request, self.head.http2, &self.body, idle, answer).await {
+            Ok(response) => response,
+            Err(error) => return self.failed(target, error),
+        };
+        if let Some((epoch, hop)) = hop
+            && let Some(hint) = hinted(&response, shared, &hop)
+        {
+            return self.misdirected(target, epoch, hint);
         }
+        self.body.release();
+        ControlFlow::Break(Verdict::Answer(Box::new(relay(shared, self.head, response))))
+    }
+
+    /// The proof that the request comes from this node.
+    fn hop(&self, epoch: Epoch) -> String {
+        let about = About {
+            keys: &self.shared.node.keys,
+            tag: self.shared.tokens.tag(),
+            method: &self.head.method,
+            target: &self.head.target,
+        };
+        Hop { count: self.hops, from: self.shared.node.me.node, epoch }.text(about)
     }
 
     /// The node that was asked is not the primary, and has not read the body.
@@ -108,31 +136,38 @@ impl Trip<'_> {
         self.recall(Reason::BodyTooLarge)
     }
 
-    fn failed(&mut self, url: &str, epoch: Epoch, error: SendError) -> Step {
-        let there = || Some(Target::There(epoch, url.to_owned()));
+    fn failed(&mut self, target: Target, error: SendError) -> Step {
         match error {
             SendError::NotSent(error) if self.stale > 0 => {
-                tracing::debug!(%error, %url, "a pooled connection was closed; another is tried");
+                tracing::debug!(%error, ?target, "a pooled connection was closed; another is tried");
                 self.stale -= 1;
-                self.next = there();
+                self.next = Some(target);
                 self.recall(Reason::Unreachable)
             }
             SendError::NotSent(error) | SendError::Unreachable(error) => {
-                tracing::warn!(error = &*error as &dyn std::error::Error, %url, "the primary can't be reached");
+                tracing::warn!(
+                    error = &*error as &dyn std::error::Error,
+                    ?target,
+                    "the primary can't be reached"
+                );
                 self.fail(Reason::Unreachable)
             }
             SendError::SlowClient => self.fail(Reason::SlowClient),
             SendError::NoAnswer => {
-                tracing::warn!(%url, "the primary did not answer in time");
+                tracing::warn!(?target, "the primary did not answer in time");
                 self.fail(Reason::NoAnswer)
             }
             SendError::Broken(error) => {
-                tracing::warn!(error = &*error as &dyn std::error::Error, %url, "the connection to the primary broke");
+                tracing::warn!(
+                    error = &*error as &dyn std::error::Error,
+                    ?target,
+                    "the connection to the primary broke"
+                );
                 if self.again == 0 {
                     return self.fail(Reason::Broken);
                 }
                 self.again -= 1;
-                self.next = there();
+                self.next = Some(target);
                 self.recall(Reason::Broken)
             }
         }
@@ -150,18 +185,25 @@ impl Trip<'_> {
     }
 
     fn fail(&self, reason: Reason) -> Step {
-        ControlFlow::Break(Verdict::failure(self.shared, reason))
+        ControlFlow::Break(Verdict::Failed(reason))
     }
 }
 
 /// The request as the primary gets it.
-fn request(head: &Head, app: &str, hop: &str) -> Result<Request<()>, BoxError> {
+fn request(head: &Head, app: &str, hop: Option<&str>) -> Result<Request<()>, BoxError> {
     let mut request = Request::new(());
     *request.method_mut() = head.method.clone();
     *request.uri_mut() = join(app, &head.target)?;
     *request.version_mut() = Version::HTTP_11;
     let mut headers: HeaderMap = head.headers.clone();
-    headers.insert(HOP, HeaderValue::from_str(hop)?);
+    if let Some(hop) = hop {
+        headers.insert(HOP, HeaderValue::from_str(hop)?);
+    }
+    if !headers.contains_key(HOST)
+        && let Some(authority) = request.uri().authority()
+    {
+        headers.insert(HOST, HeaderValue::from_str(authority.as_str())?);
+    }
     *request.headers_mut() = headers;
     Ok(request)
 }
@@ -170,6 +212,9 @@ fn request(head: &Head, app: &str, hop: &str) -> Result<Request<()>, BoxError> {
 fn join(app: &str, target: &str) -> Result<Uri, BoxError> {
     let base: Uri = app.parse()?;
     let mut parts = base.into_parts();
+    if parts.authority.is_none() {
+        return Err("it names no host".into());
+    }
     let prefix = parts.path_and_query.as_ref().map_or("", |p| p.path()).trim_end_matches('/');
     parts.path_and_query = Some(format!("{prefix}{target}").parse()?);
     Ok(Uri::from_parts(parts)?)
@@ -184,7 +229,10 @@ fn hinted(response: &Response<Incoming>, shared: &Shared, hop: &str) -> Option<H
 }
 
 /// The primary's response as the client gets it.
-fn relay(shared: &Shared, response: Response<Incoming>) -> Response<Answer> {
+fn relay(shared: &Shared, head: &Head, mut response: Response<Incoming>) -> Response<Answer> {
+    if let Some(upgrade) = &head.upgrade {
+        upgrade.join(&mut response, shared.node.stop.clone());
+    }
     let (mut parts, body) = response.into_parts();
     strip_answer(&mut parts.headers);
     // What the client library notes about the connection is not for the app's other layers.
@@ -192,7 +240,11 @@ fn relay(shared: &Shared, response: Response<Incoming>) -> Response<Answer> {
     let events =
         parts.headers.get(CONTENT_TYPE).is_some_and(|t| t.as_bytes().starts_with(b"text/event-stream"));
     let idle = (!events).then_some(shared.options.idle);
-    Response::from_parts(parts, Answer::Primary(Patient::new(body, idle)))
+    let mut response = Response::from_parts(parts, Answer::Primary(Patient::new(body, idle)));
+    if let Some(upgrade) = &head.upgrade {
+        upgrade.answer(&mut response);
+    }
+    response
 }
 
 #[cfg(test)]
@@ -206,7 +258,8 @@ mod tests {
         assert_eq!(joined("http://h:1", odd), Some(format!("http://h:1{odd}")));
         assert_eq!(joined("http://h:1/", "/a"), Some("http://h:1/a".into()));
         assert_eq!(joined("http://[::1]:1/app/", "/a"), Some("http://[::1]:1/app/a".into()));
-        assert!(joined("", "/a").is_none_or(|u| u == "/a"));
+        assert_eq!(joined("", "/a"), None);
+        assert_eq!(joined("/base", "/a"), None);
         assert_eq!(joined("http://", "/a"), None);
     }
 }

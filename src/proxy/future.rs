@@ -142,6 +142,9 @@ where
                 StateProj::Prepare { preparing, resume } => {
                     match (ready!(preparing.as_mut().poll(cx)), resume.take()) {
                         (Verdict::Answer(answer), _) => State::Done { answer: Some(*answer) },
+                        (Verdict::Failed(reason), _) => {
+                            State::Done { answer: Some(failure(this.shared, reason)) }
+                        }
                         (Verdict::Here(body), Some(resume)) => resume.run(body),
                         // The handler ran here already, and this node has become the primary since.
                         (Verdict::Here(_), None) => {

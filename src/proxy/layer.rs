@@ -12,6 +12,7 @@ use http::{Response, Uri};
 use tower::Layer;
 
 use crate::node::Node;
+use crate::proxy::client::PrimaryClient;
 use crate::proxy::dial::Dialer;
 use crate::proxy::failure::Failure;
 use crate::proxy::keep::Budget;
@@ -45,8 +46,27 @@ pub enum Upgrades {
     /// They are served by the node that got them.
     #[default]
     Local,
+    /// They are served by the primary: replicas carry the bytes both ways.
+    Primary,
     /// Replicas answer 503.
     Refuse,
+}
+
+/// How a request gets from a replica to the primary.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
+pub enum Forwarding {
+    /// This node forwards it to the primary's application address, and streams the response back.
+    #[default]
+    Proxy,
+    /// The client is redirected (307) to the primary's public address ([`Addresses::public`](crate::Addresses::public)), and sends the
+    /// request again. Clients must follow such redirects, with their cookies if they rely on the token's one. What can't be redirected, such as a
+    /// WebSocket, and everything while the primary advertises no public address, is forwarded.
+    Redirect,
+    /// Fly.io's proxy in front is told to replay the request on the primary's machine (`fly-replay: instance=..`, status 409), which the primary
+    /// names by its label `machine`, mostly `FLY_MACHINE_ID`. Bodies above 1 MB or of unknown length, which that
+    /// proxy does not replay, and everything while there is no such label, are forwarded.
+    FlyReplay,
 }
 
 /// The `SameSite` attribute of the token's cookie.
@@ -87,8 +107,12 @@ type Hook<I, O> = Arc<dyn for<'a> Fn(&'a I) -> O + Send + Sync>;
 pub(super) struct Options {
     pub(super) route: Option<Hook<Parts, Route>>,
     pub(super) prefixes: Vec<(String, Route)>,
+    pub(super) patterns: Vec<(String, Route)>,
+    pub(super) matched_path: Option<Hook<Parts, Option<String>>>,
     pub(super) endpoint: String,
     pub(super) upgrades: Upgrades,
+    pub(super) forwarding: Forwarding,
+    pub(super) http2: bool,
     pub(super) budget: Budget,
     pub(super) hold: Duration,
     pub(super) held_max: usize,
@@ -126,8 +150,12 @@ impl ReplayLayer {
         let options = Options {
             route: None,
             prefixes: Vec::new(),
+            patterns: Vec::new(),
+            matched_path: None,
             endpoint: "/_replite".into(),
             upgrades: Upgrades::Local,
+            forwarding: Forwarding::Proxy,
+            http2: false,
             budget: Budget::new(BUFFER_REQUEST_BYTES, BUFFER_PROCESS_BYTES),
             hold: Duration::from_secs(5),
             held_max: HELD_MAX,
@@ -146,7 +174,7 @@ impl ReplayLayer {
     }
 
     /// Where requests run, in place of [`Route::by_method`]. It is asked for each request but upgrades, those of the
-    /// replication endpoint and those with a path that was given to [`ReplayLayer::route_prefix`].
+    /// replication endpoint and those that [`ReplayLayer::route_prefix`] or [`ReplayLayer::route_matched`] decide on.
     pub fn route(self, route: impl Fn(&Parts) -> Route + Send + Sync + 'static) -> Self {
         self.with(|o| o.route = Some(Arc::new(route)))
     }
@@ -160,6 +188,22 @@ impl ReplayLayer {
         self.with(|o| o.prefixes.push((prefix.into(), route)))
     }
 
+    /// Where requests to this route of the application's router run, whatever their method: the route as it was given to the router, such as
+    /// `/oauth/{provider}/callback`. It needs [`ReplayLayer::matched_path`].
+    ///
+    /// # Panics
+    /// When more than 64 routes are given.
+    pub fn route_matched(self, pattern: impl Into<String>, route: Route) -> Self {
+        assert!(self.shared.options.patterns.len() < PREFIXES_MAX, "more than {PREFIXES_MAX} routes");
+        self.with(|o| o.patterns.push((pattern.into(), route)))
+    }
+
+    /// The router's route that a request matched, for [`ReplayLayer::route_matched`]. With axum, and the layer added by `Router::layer` or `route_layer`:
+    /// `|parts| parts.extensions.get::<MatchedPath>().map(|path| path.as_str().to_owned())`.
+    pub fn matched_path(self, path: impl Fn(&Parts) -> Option<String> + Send + Sync + 'static) -> Self {
+        self.with(|o| o.matched_path = Some(Arc::new(path)))
+    }
+
     /// Where the replication endpoint is mounted, if not at `/_replite`: the layer lets it through untouched. An
     /// empty path says that it is not mounted below this layer.
     pub fn endpoint(self, path: impl Into<String>) -> Self {
@@ -169,6 +213,22 @@ impl ReplayLayer {
     /// What becomes of upgrade requests.
     pub fn upgrades(self, upgrades: Upgrades) -> Self {
         self.with(|o| o.upgrades = upgrades)
+    }
+
+    /// How requests get to the primary.
+    pub fn forwarding(self, forwarding: Forwarding) -> Self {
+        self.with(|o| o.forwarding = forwarding)
+    }
+
+    /// Whether the primary's application is spoken to in HTTP/2 (without TLS, by prior knowledge), and not in HTTP/1.1. gRPC requests that came in
+    /// HTTP/2 always are.
+    pub fn http2(self, yes: bool) -> Self {
+        self.with(|o| o.http2 = yes)
+    }
+
+    /// A client for the primary with this layer's limits; see [`Db::primary_client`](crate::Db::primary_client).
+    pub fn primary_client(&self) -> PrimaryClient {
+        PrimaryClient::new(self.shared.clone())
     }
 
     /// Bytes of bodies that are kept while they may still have to be sent to the primary: of one request (64 KiB),
@@ -214,6 +274,18 @@ impl ReplayLayer {
     /// Sets no cookie: tokens travel in the `replite-token` header only.
     pub fn no_cookie(self) -> Self {
         self.with(|o| o.cookie.name = None)
+    }
+
+    /// The cookie's name, in place of `replite_` and the first digits of a hash over the cluster's and the database's names. Browsers send a
+    /// host's cookies to all of its ports: two applications there whose clusters and databases have the same names need different ones.
+    ///
+    /// # Panics
+    /// When the name has other than letters, digits, `-` and `_`.
+    pub fn cookie_name(self, name: impl Into<String>) -> Self {
+        let name = name.into();
+        let fits = !name.is_empty() && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b));
+        assert!(fits, "not a cookie name: {name:?}");
+        self.with(|o| o.cookie.name = Some(name))
     }
 
     /// The cookie's `Path` (`/`).
@@ -270,6 +342,12 @@ impl Options {
     pub(super) fn route(&self, parts: &Parts) -> Route {
         let path = parts.uri.path();
         if let Some((_, route)) = self.prefixes.iter().find(|(prefix, _)| is_below(path, prefix)) {
+            return *route;
+        }
+        if !self.patterns.is_empty()
+            && let Some(matched) = self.matched_path.as_ref().and_then(|path| path(parts))
+            && let Some((_, route)) = self.patterns.iter().find(|(pattern, _)| *pattern == matched)
+        {
             return *route;
         }
         self.route.as_ref().map_or_else(|| Route::by_method(parts), |route| route(parts))

@@ -4,20 +4,21 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use http::header::{COOKIE, HOST};
+use http::header::{CONTENT_TYPE, COOKIE, HOST};
 use http::request::Parts;
 use http::uri::Scheme;
-use http::{HeaderMap, HeaderValue, Method, Response};
+use http::{HeaderMap, HeaderValue, Method, Response, Version};
 use http_body_util::Full;
 use tokio::time::Instant;
 
 use crate::error::Error;
 use crate::proxy::body::Answer;
 use crate::proxy::failure::{Failure, Reason};
-use crate::proxy::forward::forward;
+use crate::proxy::forward::{Sender, forward};
 use crate::proxy::headers;
 use crate::proxy::keep::Keep;
 use crate::proxy::layer::{Options, Shared};
+use crate::proxy::tunnel::Upgrade;
 use crate::status::{Role, RoleState};
 use crate::txid::{Epoch, Txid};
 
@@ -28,6 +29,10 @@ pub(super) struct Head {
     /// Path and query, byte for byte.
     pub(super) target: String,
     pub(super) headers: HeaderMap,
+    /// Set when the request asks for another protocol, which the primary is to speak.
+    pub(super) upgrade: Option<Upgrade>,
+    /// Whether the primary is spoken to in HTTP/2.
+    pub(super) http2: bool,
 }
 
 impl Head {
@@ -36,6 +41,8 @@ impl Head {
             method: parts.method.clone(),
             target: target(parts, options),
             headers: parts.headers.clone(),
+            upgrade: None,
+            http2: options.http2 || is_grpc(parts),
         };
         headers::strip_hop_by_hop(&mut head.headers);
         if !head.headers.contains_key(HOST)
@@ -51,6 +58,25 @@ impl Head {
         headers::add_forwarded(&mut head.headers, client, scheme);
         head
     }
+
+    /// The head of a request for another protocol.
+    pub(super) fn of_upgrade(parts: &Parts, options: &Options) -> Head {
+        let mut head = Head::of(parts, options);
+        head.upgrade = Upgrade::of(parts);
+        if let Some(upgrade) = &head.upgrade {
+            head.method = upgrade.method(&head.method);
+            // An upgrade is a matter of HTTP/1.1.
+            head.http2 = false;
+            upgrade.ask(&mut head.headers);
+        }
+        head
+    }
+}
+
+/// gRPC needs trailers and streams that only HTTP/2 has.
+fn is_grpc(parts: &Parts) -> bool {
+    let grpc = parts.headers.get(CONTENT_TYPE).is_some_and(|t| t.as_bytes().starts_with(b"application/grpc"));
+    grpc && parts.version == Version::HTTP_2
 }
 
 /// Path and query as they came.
@@ -86,12 +112,8 @@ pub(super) enum Verdict {
     Here(Keep),
     /// It is answered.
     Answer(Box<Response<Answer>>),
-}
-
-impl Verdict {
-    pub(super) fn failure(shared: &Shared, reason: Reason) -> Verdict {
-        Verdict::Answer(Box::new(failure(shared, reason)))
-    }
+    /// It could not be done.
+    Failed(Reason),
 }
 
 /// The response to a request that could not be done.
@@ -115,10 +137,10 @@ pub(super) async fn prepare(shared: Arc<Shared>, need: Need, head: Arc<Head>, bo
         // A read that waited already is not held on top.
         let known = look(&shared.node.roles.borrow(), &shared, None).is_some();
         if !known {
-            return Verdict::failure(&shared, Reason::NotApplied);
+            return Verdict::Failed(Reason::NotApplied);
         }
     }
-    forward(&shared, &head, body).await
+    forward(&shared, &head, body, Sender::Client).await
 }
 
 /// Where the primary is.

@@ -20,7 +20,7 @@ use crate::proxy::future::{LocalRun, ResponseFuture, Resume};
 use crate::proxy::headers::{self, HOP, PRIMARY, TOKEN};
 use crate::proxy::hop::{About, HOPS_MAX, Hint, Hop};
 use crate::proxy::keep::Keep;
-use crate::proxy::layer::{Shared, Upgrades};
+use crate::proxy::layer::{Options, Shared, Upgrades};
 use crate::proxy::prepare::{Head, Need, failure, target};
 use crate::proxy::route::Route;
 use crate::session::Session;
@@ -91,7 +91,7 @@ where
                 ResponseFuture::local(shared.clone(), service, parts, body, run)
             }
             Plan::Prepare(need) => {
-                let head = Arc::new(Head::of(&parts, &shared.options));
+                let head = Arc::new(head(&parts, &shared.options));
                 let replay = matches!(need, Need::Applied(_)).then(|| head.clone());
                 let body = Keep::new(body, &shared.options.budget);
                 let resume = Resume { service, parts, session, secure, replay };
@@ -121,12 +121,17 @@ fn plan(shared: &Shared, parts: &mut Parts) -> (Plan, Option<Token>) {
     if parts.method == Method::CONNECT && !upgrade {
         return (answer(shared, Reason::Method), None);
     }
-    if upgrade && !primary && shared.options.upgrades == Upgrades::Refuse {
-        return (answer(shared, Reason::Upgrade), None);
-    }
     let token = request_token(shared, parts);
-    if primary || upgrade {
+    if primary {
         return (Plan::Local { replay: false }, token);
+    }
+    if upgrade {
+        let plan = match shared.options.upgrades {
+            Upgrades::Local => Plan::Local { replay: false },
+            Upgrades::Primary => Plan::Prepare(Need::Primary),
+            Upgrades::Refuse => answer(shared, Reason::Upgrade),
+        };
+        return (plan, token);
     }
     let plan = match shared.options.route(parts) {
         Route::Local => Plan::Local { replay: false },
@@ -137,6 +142,10 @@ fn plan(shared: &Shared, parts: &mut Parts) -> (Plan, Option<Token>) {
         },
     };
     (plan, token)
+}
+
+fn head(parts: &Parts, options: &Options) -> Head {
+    if headers::is_upgrade(parts) { Head::of_upgrade(parts, options) } else { Head::of(parts, options) }
 }
 
 fn answer(shared: &Shared, reason: Reason) -> Plan {

@@ -1,7 +1,11 @@
 //! The layer between real servers on loopback.
 
 mod breaks;
+mod callers;
+mod detours;
 mod forwards;
 mod reads;
 mod routes;
+mod sockets;
+mod streams;
 mod world;

@@ -87,6 +87,36 @@ async fn prefixes_and_the_predicate_decide_in_this_order() {
     assert_eq!(text(send(request).await).await, "primary");
 }
 
+#[tokio::test]
+async fn a_route_of_the_router_decides_whatever_its_parameters_are() {
+    let primary = Server::start(
+        Router::new().fallback(|| async { "primary" }).layer(ReplayLayer::new(node(1, Role::Primary))),
+    );
+    let primary = primary.await;
+    let replica = node(2, Role::Replica);
+    follow(&replica, 1, Some(peer(1, &primary.url())));
+    let layer = ReplayLayer::new(replica)
+        .matched_path(|parts| {
+            parts.extensions.get::<axum::extract::MatchedPath>().map(|path| path.as_str().to_owned())
+        })
+        .route_matched("/oauth/{provider}/callback", Route::Primary)
+        .route_matched("/hooks/{*rest}", Route::Local);
+    let app = Router::new()
+        .route("/oauth/{provider}/callback", get(|| async { "here" }))
+        .route("/oauth/{provider}", get(|| async { "here" }))
+        .route("/hooks/{*rest}", post(|| async { "here" }))
+        .layer(layer);
+    let server = Server::start(app).await;
+    let url = server.url();
+    for (request, answer) in [
+        (Request::get(format!("{url}/oauth/x/callback?code=1")), "primary"),
+        (Request::get(format!("{url}/oauth/x")), "here"),
+        (Request::post(format!("{url}/hooks/a/b")), "here"),
+    ] {
+        assert_eq!(text(send(request.body(full("")).unwrap()).await).await, answer);
+    }
+}
+
 /// An app whose error is its own.
 async fn hello<B>(_: Request<ReplayRequestBody<B>>) -> Result<Response<Full<Bytes>>, std::fmt::Error> {
     Ok(Response::new(Full::new(Bytes::from_static(b"hello"))))

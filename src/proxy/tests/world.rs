@@ -47,8 +47,12 @@ pub(super) fn at(number: u64) -> Position {
 
 /// A node at transaction 10 of epoch 1.
 pub(super) fn node(id: u128, role: Role) -> Arc<Node> {
+    node_of(peer(id, ""), role)
+}
+
+pub(super) fn node_of(me: PeerInfo, role: Role) -> Arc<Node> {
     let keys = Keyring::new(&[Secret::new([7; 16]).unwrap()]).unwrap();
-    let node = Node::new(peer(id, ""), "c".into(), "app".into(), keys, role);
+    let node = Node::new(me, "c".into(), "app".into(), keys, role);
     let mut history = EpochHistory::default();
     history.push(EpochStart { epoch: epoch(1), first: 1, before: Checksum::EMPTY });
     node.applied.replace(history, Some(at(10)));

@@ -1,0 +1,82 @@
+//! Requests to the primary by callers that are no request's handler.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::Body;
+use http_body_util::Empty;
+use tower::Service;
+
+use crate::proxy::BoxError;
+use crate::proxy::body::ReplayResponseBody;
+use crate::proxy::failure::Failure;
+use crate::proxy::forward::{Sender, forward};
+use crate::proxy::headers::{TOKEN, strip_reserved};
+use crate::proxy::keep::Keep;
+use crate::proxy::layer::Shared;
+use crate::proxy::prepare::{Head, Verdict};
+use crate::session;
+
+/// A tower service that sends requests to the primary's application, wherever that is: for jobs, WebSocket handlers and
+/// everything else on a replica that has to write. Made by [`Db::primary_client`](crate::Db::primary_client).
+///
+/// Of a request's URI path and query count. It goes the same way as a client's request that the replay layer forwards: held for some seconds
+/// while there is no primary, sent once unless its method is safe, its body and the response's streamed. On the primary itself it goes to
+/// this node's own application address. When the primary's answer carries a token, the [`Session`](crate::Session) of the calling task is told, so that
+/// the response that is being made there carries it on; other callers read it by [`Db::verify_token`](crate::Db::verify_token).
+#[derive(Clone)]
+pub struct PrimaryClient {
+    shared: Arc<Shared>,
+}
+
+impl PrimaryClient {
+    pub(super) fn new(shared: Arc<Shared>) -> PrimaryClient {
+        PrimaryClient { shared }
+    }
+}
+
+impl<B> Service<Request<B>> for PrimaryClient
+where
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
+{
+    type Response = Response<ReplayResponseBody<Empty<Bytes>>>;
+    /// What is known of a request that could not be done: whether it may have been carried out.
+    type Error = Failure;
+    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, Failure>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), Failure>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, request: Request<B>) -> Self::Future {
+        let shared = self.shared.clone();
+        let (mut parts, body) = request.into_parts();
+        strip_reserved(&mut parts.headers);
+        let head = Head::of(&parts, &shared.options);
+        let body = Keep::new(body, &shared.options.budget);
+        Box::pin(async move {
+            let answer = match forward(&shared, &head, body, Sender::Caller).await {
+                Verdict::Answer(answer) => *answer,
+                Verdict::Failed(reason) => return Err(Failure::new(reason)),
+                Verdict::Here(_) => unreachable!("only a client's request runs where it is"),
+            };
+            let token = answer.headers().get(TOKEN).and_then(|token| token.to_str().ok());
+            if let Some(token) = token.and_then(|text| shared.tokens.verify(text)) {
+                session::committed(token.txid());
+            }
+            Ok(answer.map(ReplayResponseBody::answer))
+        })
+    }
+}
+
+impl fmt::Debug for PrimaryClient {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("PrimaryClient").field("database", &self.shared.node.database).finish_non_exhaustive()
+    }
+}

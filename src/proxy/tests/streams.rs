@@ -1,0 +1,163 @@
+//! Long bodies, event streams and HTTP/2 between the nodes.
+
+use std::convert::Infallible;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+
+use axum::Router;
+use axum::body::Body;
+use axum::response::sse::{Event, Sse};
+use bytes::Bytes;
+use futures_util::{StreamExt, stream};
+use http::{HeaderMap, Request, Response, Version};
+use http_body::Frame;
+use http_body_util::BodyExt;
+use http_body_util::channel::Channel;
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use tokio::io::AsyncWriteExt;
+use tokio::sync::mpsc;
+
+use super::world::*;
+
+fn nothing() -> Router {
+    Router::new().fallback(|| async { "here" })
+}
+
+/// Tells when it is dropped.
+struct Gone(mpsc::UnboundedSender<()>);
+
+impl Drop for Gone {
+    fn drop(&mut self) {
+        let _ = self.0.send(());
+    }
+}
+
+#[tokio::test]
+async fn events_come_one_by_one_and_end_at_the_primary_when_the_client_leaves() {
+    let (events, receiver) = mpsc::channel::<&'static str>(4);
+    let (gone, mut left) = mpsc::unbounded_channel();
+    let receiver = Arc::new(Mutex::new(Some((receiver, Gone(gone)))));
+    let app = Router::new().fallback(move || {
+        let state = receiver.lock().unwrap().take().unwrap();
+        async move {
+            Sse::new(stream::unfold(state, |(mut receiver, gone)| async move {
+                let event = Event::default().data(receiver.recv().await?);
+                Some((Ok::<_, Infallible>(event), (receiver, gone)))
+            }))
+        }
+    });
+    // Events may pause for longer than anything else.
+    let pair = Pair::new(app, nothing(), |l| l.idle_limit(SHORT)).await;
+    let mut response = send(pair.post("/events").body(full("")).unwrap()).await;
+    assert_eq!(response.headers()["content-type"], "text/event-stream");
+    for event in ["one", "two", "three"] {
+        events.send(event).await.unwrap();
+        assert_eq!(next(response.body_mut()).await.unwrap(), format!("data: {event}\n\n"));
+    }
+    drop(response);
+    // The primary learns it with its next event, or at once.
+    while left.try_recv().is_err() {
+        let _ = events.try_send("into the void");
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test]
+async fn a_long_download_is_paced_by_the_client_and_whole_at_its_end() {
+    const PIECES: u32 = 4096;
+    let piece = Bytes::from(vec![b'x'; 16 * 1024]);
+    let made = Arc::new(AtomicU32::new(0));
+    let counted = made.clone();
+    let app = Router::new().fallback(move || {
+        let (piece, counted) = (piece.clone(), counted.clone());
+        async move {
+            Body::from_stream(stream::iter(0..PIECES).map(move |_| {
+                counted.fetch_add(1, Ordering::Relaxed);
+                Ok::<_, Infallible>(piece.clone())
+            }))
+        }
+    });
+    let pair = Pair::new(app, nothing(), |l| l).await;
+    let mut response = send(pair.post("/").body(full("")).unwrap()).await;
+    let first = next(response.body_mut()).await.unwrap();
+    let mut length = first.len();
+    // Nobody reads: what was made stays far from the whole 64 MiB.
+    let mut before = 0;
+    loop {
+        tokio::time::sleep(SHORT).await;
+        let now = made.load(Ordering::Relaxed);
+        if now == before {
+            break;
+        }
+        before = now;
+    }
+    assert!(before < PIECES / 2, "{before} of {PIECES} pieces are under way");
+    while let Some(data) = next(response.body_mut()).await {
+        length += data.len();
+    }
+    assert_eq!(length, PIECES as usize * 16 * 1024);
+}
+
+/// Answers as a gRPC server does: data, then trailers; it says which HTTP it was asked in.
+async fn grpc_like(request: Request<Body>) -> Response<Body> {
+    let version = request.version();
+    let body = request.into_body().collect().await.unwrap().to_bytes();
+    let (mut sender, answer) = Channel::<Bytes, Infallible>::new(4);
+    tokio::spawn(async move {
+        let text = format!("{version:?} {}", String::from_utf8_lossy(&body));
+        let _ = sender.send(Frame::data(text.into())).await;
+        let mut trailers = HeaderMap::new();
+        trailers.insert("grpc-status", "0".parse().unwrap());
+        let _ = sender.send(Frame::trailers(trailers)).await;
+    });
+    let response = Response::builder()
+        .header("content-type", "application/grpc")
+        .header("trailer", "grpc-status")
+        .body(Body::new(answer));
+    response.unwrap()
+}
+
+#[tokio::test]
+async fn each_side_speaks_http_1_or_2_and_grpc_has_its_trailers() {
+    for (to_primary, content_type, front, back) in [
+        (false, "text/plain", Version::HTTP_11, Version::HTTP_11),
+        (false, "text/plain", Version::HTTP_2, Version::HTTP_11),
+        (true, "text/plain", Version::HTTP_11, Version::HTTP_2),
+        (true, "text/plain", Version::HTTP_2, Version::HTTP_2),
+        (false, "application/grpc+proto", Version::HTTP_2, Version::HTTP_2),
+    ] {
+        let pair = Pair::new(Router::new().fallback(grpc_like), nothing(), |l| l.http2(to_primary)).await;
+        let client: Client<HttpConnector, TestBody> =
+            Client::builder(TokioExecutor::new()).http2_only(front == Version::HTTP_2).build_http();
+        for _ in 0..3 {
+            let request =
+                pair.post("/svc/Method").header("te", "trailers").header("content-type", content_type);
+            let response = client.request(request.body(full("hi")).unwrap()).await.unwrap();
+            assert_eq!((response.status().as_u16(), response.version()), (200, front));
+            let answer = response.into_body().collect().await.unwrap();
+            let case = (to_primary, content_type, front);
+            if front == Version::HTTP_2 {
+                assert_eq!(answer.trailers().unwrap()["grpc-status"], "0", "{case:?}");
+            }
+            assert_eq!(answer.to_bytes(), format!("{back:?} hi"), "{case:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_primary_without_http_2_fails_the_request_at_once() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n").await;
+        }
+    });
+    let (replica, _node) = replica_of(&url, |l| l.http2(true)).await;
+    let response = send(Request::post(replica.url()).body(full("x")).unwrap()).await;
+    // Whether the request was put on the connection before it broke is a matter of chance.
+    let outcome = response.headers()["replite-outcome"].to_str().unwrap();
+    assert!(matches!((response.status().as_u16(), outcome), (503, "not-executed") | (504, "unknown")));
+}
