@@ -7,6 +7,7 @@ mod refuse;
 mod standing;
 mod writer;
 
+use std::any::Any;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -61,6 +62,8 @@ struct Inner {
     draining: AtomicBool,
     closed: AtomicBool,
     claim: Mutex<Option<refuse::Claim>>,
+    /// Dropped last.
+    _keep: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 /// What the role is made of.
@@ -234,6 +237,15 @@ impl Db {
     /// Nothing happens but the waiting.
     pub async fn wait_for_timeout(&self, txid: Txid, limit: Duration) -> Result<()> {
         self.inner.node.applied.wait_for(txid, limit).await
+    }
+
+    /// The last transaction that was committed here by anybody, once it is captured. Blocks.
+    #[cfg(feature = "testing")]
+    pub(crate) fn captured(&self) -> Result<Txid> {
+        match &self.inner.side {
+            Side::Primary { engine, .. } => engine.captured(),
+            Side::Replica { .. } => Err(Error::NotPrimary { primary: None }),
+        }
     }
 
     /// Waits until `done` says so of this node's state; it is asked again after each change. For a replica that
@@ -569,6 +581,7 @@ impl Parts {
             draining: AtomicBool::new(false),
             closed: AtomicBool::new(false),
             claim: Mutex::new(Some(claim)),
+            _keep: config.keep,
         };
         Ok(Parts { inner })
     }

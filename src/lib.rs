@@ -21,6 +21,8 @@ mod server;
 mod session;
 mod sqlite;
 mod status;
+#[cfg(feature = "testing")]
+pub mod testing;
 mod token;
 mod txid;
 mod wal;

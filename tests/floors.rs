@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Each top module and its floor.
-const FLOORS: [(&str, u8); 25] = [
+const FLOORS: [(&str, u8); 26] = [
     ("txid", 0),
     ("page", 0),
     ("checksum", 0),
@@ -29,7 +29,8 @@ const FLOORS: [(&str, u8); 25] = [
     ("proxy", 6),
     ("axum", 6),
     ("db", 7),
-    ("lib", 8),
+    ("testing", 8),
+    ("lib", 9),
 ];
 
 fn sources(dir: &Path, all: &mut Vec<PathBuf>) {

@@ -1,5 +1,6 @@
 //! What a node is told before it opens its database.
 
+use std::any::Any;
 use std::fmt;
 use std::net::SocketAddr;
 use std::path::PathBuf;
@@ -74,6 +75,8 @@ pub struct Config {
     pub(super) statement_cache: usize,
     pub(super) allow_network_filesystem: bool,
     pub(super) grace: Duration,
+    /// Dropped after the database was closed.
+    pub(super) keep: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 impl fmt::Debug for Config {
@@ -113,6 +116,7 @@ impl Config {
             statement_cache: 64,
             allow_network_filesystem: false,
             grace: Duration::from_secs(60),
+            keep: None,
         }
     }
 
@@ -264,6 +268,18 @@ impl Config {
     pub fn grace(mut self, grace: Duration) -> Config {
         self.grace = grace;
         self
+    }
+
+    /// Keeps something until the database was closed.
+    #[cfg(feature = "testing")]
+    pub(crate) fn keep(mut self, keep: Arc<dyn Any + Send + Sync>) -> Config {
+        self.keep = Some(keep);
+        self
+    }
+
+    #[cfg(feature = "testing")]
+    pub(crate) fn given_addresses(&self) -> &Addresses {
+        &self.addresses
     }
 
     pub(super) fn database_name(&self) -> Result<String> {

@@ -1,0 +1,102 @@
+//! The application of a node in a test cluster, on a port that it keeps while the node is away.
+
+use std::net::SocketAddr;
+use std::pin::pin;
+use std::sync::{Arc, Mutex};
+
+use bytes::Bytes;
+use http::{Request, Response};
+use http_body::Body;
+use hyper::body::Incoming;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::server::conn::auto::Builder;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::{TcpListener, TcpStream};
+use tokio_util::sync::CancellationToken;
+use tower::Service;
+
+use crate::error::{Error, Result};
+
+type BoxError = Box<dyn std::error::Error + Send + Sync>;
+
+/// A service, and what ends its connections.
+type Life<S> = Option<(S, CancellationToken)>;
+
+/// A port, and whatever is served there at the moment.
+#[derive(Debug)]
+pub(super) struct Stand<S> {
+    pub(super) address: SocketAddr,
+    life: Arc<Mutex<Life<S>>>,
+    accepting: tokio::task::JoinHandle<()>,
+}
+
+impl<S, B> Stand<S>
+where
+    S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + Sync + 'static,
+    S::Future: Send,
+    S::Error: Into<BoxError>,
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
+{
+    pub(super) async fn start() -> Result<Stand<S>> {
+        let listener = TcpListener::bind("127.0.0.1:0").await.map_err(Error::io("bind", "127.0.0.1"))?;
+        let address = listener.local_addr().map_err(Error::io("bind", "127.0.0.1"))?;
+        let life: Arc<Mutex<Life<S>>> = Arc::default();
+        let serving = life.clone();
+        let accepting = tokio::spawn(async move {
+            loop {
+                let Ok((io, _)) = listener.accept().await else {
+                    // For want of descriptors, most likely: others may give theirs back.
+                    tokio::time::sleep(std::time::Duration::from_millis(10)).await;
+                    continue;
+                };
+                let now = serving.lock().unwrap_or_else(|e| e.into_inner()).clone();
+                // A node that is away refuses everybody.
+                if let Some((service, stop)) = now {
+                    tokio::spawn(stop.run_until_cancelled_owned(serve(io, service)));
+                }
+            }
+        });
+        Ok(Stand { address, life, accepting })
+    }
+
+    pub(super) fn open(&self, service: S) {
+        let life = Some((service, CancellationToken::new()));
+        *self.life.lock().unwrap_or_else(|e| e.into_inner()) = life;
+    }
+}
+
+impl<S> Stand<S> {
+    /// Cuts every connection and lets no new one in.
+    pub(super) fn shut(&self) {
+        let life = self.life.lock().unwrap_or_else(|e| e.into_inner()).take();
+        if let Some((_, stop)) = life {
+            stop.cancel();
+        }
+    }
+}
+
+impl<S> Drop for Stand<S> {
+    fn drop(&mut self) {
+        self.accepting.abort();
+        self.shut();
+    }
+}
+
+async fn serve<S, B>(io: TcpStream, service: S)
+where
+    S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
+    S::Future: Send,
+    S::Error: Into<BoxError>,
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
+{
+    // Where it fails the connection is gone, and serving it says so.
+    let _ = io.set_nodelay(true);
+    let builder = Builder::new(TokioExecutor::new());
+    let service = TowerToHyperService::new(service);
+    let connection = pin!(builder.serve_connection_with_upgrades(TokioIo::new(io), service));
+    if let Err(error) = connection.await {
+        tracing::debug!(%error, "a connection of a test cluster ended");
+    }
+}
