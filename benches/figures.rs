@@ -16,7 +16,7 @@ use std::time::Instant;
 /// Figures that are measured together, and what measures them.
 type Figure = (&'static [&'static str], fn());
 
-const FIGURES: [Figure; 11] = [
+const FIGURES: [Figure; 14] = [
     (&["commit_normal_ratio"], commits::normal),
     (&["commit_full_ratio"], commits::full),
     (&["group_commit_ratio"], commits::group),
@@ -28,6 +28,9 @@ const FIGURES: [Figure; 11] = [
     (&["catchup_txn_per_s"], streams::catch_up),
     (&["snapshot_cp_ratio", "big_txn_memory_mib"], streams::bulk),
     (&["layer_get_us", "replay_post_us"], doors::layer),
+    (&["proxy_req_per_s_ratio", "proxy_plain_req_per_s_ratio"], doors::forwarded),
+    (&["wait_wakeup_us"], streams::wakeups),
+    (&["temporary_db_ms"], doors::temporary),
 ];
 
 fn main() {

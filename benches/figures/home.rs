@@ -6,7 +6,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::OnceLock;
 
 use replite::rusqlite::Connection;
-use replite::{Config, Db, Durability, Error, Secret, lease};
+use replite::{Config, Db, Durability, Error, Secret, Txid, lease};
 use tokio::runtime::Runtime;
 
 pub(crate) const SCHEMA: &str = "CREATE TABLE IF NOT EXISTS t(id INTEGER PRIMARY KEY, k INTEGER, v)";
@@ -121,6 +121,29 @@ pub(crate) fn child() -> bool {
                     seen.push_str(&format!("{} ", monotonic_ns()));
                 }
                 println!("{seen}");
+            }
+            // Waits for each of the transactions, and says how long after its application the waiter ran again.
+            "wakeups" => {
+                let from = db.position().expect("a state").txid();
+                println!("watching");
+                let mut late = String::new();
+                for n in 1..=words[1].parse::<u64>().expect("n") {
+                    let (db, txid) = (db.clone(), Txid::new(from.epoch(), from.number() + n));
+                    let waiting = {
+                        let db = db.clone();
+                        runtime().spawn(async move {
+                            db.wait_for(txid).await.expect("applied");
+                            monotonic_ns()
+                        })
+                    };
+                    while db.position().is_none_or(|p| p.number() < txid.number()) {
+                        std::hint::spin_loop();
+                    }
+                    let applied = monotonic_ns();
+                    let resumed = runtime().block_on(waiting).expect("a task");
+                    late.push_str(&format!("{} ", resumed.saturating_sub(applied)));
+                }
+                println!("{late}");
             }
             "wait" => {
                 let txid = words[1].parse().expect("a transaction");

@@ -39,6 +39,29 @@ pub(crate) fn lag() {
     figure("lag_p99_us", "us", p99);
 }
 
+/// A task that waits for a transaction on a replica: from its application until the task runs.
+pub(crate) fn wakeups() {
+    const COMMITS: u64 = 500;
+    let dir = directory();
+    let p = primary(&dir.path().join("p.db"), Durability::Synced);
+    let mut other = Other::start(&dir.path().join("r.db"), &p);
+    let mut p50 = Vec::new();
+    for _ in 0..5 {
+        other.say(&format!("wakeups {COMMITS}"));
+        assert_eq!(other.hear(), "watching");
+        for k in 0..COMMITS as i64 {
+            std::thread::sleep(Duration::from_millis(1));
+            p.write_blocking(|tx| Ok::<_, Error>(tx.prepare_cached(INSERT)?.execute([k])?))
+                .expect("a commit");
+        }
+        let late = other.hear();
+        let mut late: Vec<f64> =
+            late.split_whitespace().map(|n| n.parse::<f64>().expect("a time") / 1e3).collect();
+        p50.push(quantile(&mut late, 0.5));
+    }
+    figure("wait_wakeup_us", "us", p50);
+}
+
 /// One-page transactions from the log to a replica that was away.
 pub(crate) fn catch_up() {
     const COMMITS: i64 = 50_000;
