@@ -1,5 +1,10 @@
 #![doc = include_str!("../README.md")]
 
+/// The code of the guide compiles and runs.
+#[cfg(doctest)]
+#[doc = include_str!("../docs/guide.md")]
+mod guide {}
+
 mod applied;
 #[cfg(feature = "axum")]
 mod axum;
