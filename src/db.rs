@@ -1,9 +1,12 @@
 //! The handle that an application holds.
 
 mod builder;
+mod claims;
+mod ending;
 mod identity;
 mod pool;
 mod refuse;
+mod snapshot;
 mod standing;
 mod writer;
 
@@ -11,15 +14,16 @@ use std::any::Any;
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, Transaction};
 use tokio::sync::{broadcast, watch};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
-use crate::engine::{Engine, Follower, copy_whole};
+use crate::engine::{Engine, Follower};
 use crate::error::{Error, Result};
 use crate::net::{Endpoint, Listener};
 use crate::node::Node;
@@ -35,18 +39,18 @@ use crate::txid::{Position, Txid};
 pub use builder::{Config, ConnectionKind};
 pub use writer::{Commit, WriterGuard};
 
+use ending::Owner;
 use pool::Pool;
-use writer::Writer;
-
-/// How long a shutdown waits for streams and requests before it goes on without them.
-const DRAIN_LIMIT: Duration = Duration::from_secs(5);
+use writer::{Hold, Writer};
 
 /// A replicated SQLite database: one node's handle. Clones share it.
 ///
-/// Dropping the last clone stops every thread and task of it; [`Db::shutdown`] does the same and waits.
+/// Dropping the last clone stops every thread and task of it: at once on a plain thread, in the background where async tasks run, so
+/// that none waits for a disk; who opens the same file meanwhile waits until it is closed. [`Db::shutdown`] also waits for replicas
+/// to get what was captured, and returns when all is done.
 #[derive(Clone, Debug)]
 pub struct Db {
-    inner: Arc<Inner>,
+    inner: Arc<Owner>,
 }
 
 struct Inner {
@@ -59,16 +63,20 @@ struct Inner {
     wait_timeout: Duration,
     grace: Duration,
     opened: Instant,
-    draining: AtomicBool,
+    /// Somebody is about to close.
+    ending: AtomicBool,
+    /// It is closed, or being closed: nothing new is begun.
     closed: AtomicBool,
-    claim: Mutex<Option<refuse::Claim>>,
+    /// Cancelled when everything has ended.
+    ended: CancellationToken,
+    claim: Mutex<Option<claims::Claim>>,
     /// Dropped last.
     _keep: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 /// What the role is made of.
 enum Side {
-    Primary { engine: Arc<Engine>, writer: Writer },
+    Primary { engine: Arc<Hold>, writer: Writer },
     Replica { follower: Arc<Follower>, readable: watch::Receiver<bool> },
 }
 
@@ -243,7 +251,7 @@ impl Db {
     #[cfg(feature = "testing")]
     pub(crate) fn captured(&self) -> Result<Txid> {
         match &self.inner.side {
-            Side::Primary { engine, .. } => engine.captured(),
+            Side::Primary { engine, .. } => engine.get()?.captured(),
             Side::Replica { .. } => Err(Error::NotPrimary { primary: None }),
         }
     }
@@ -341,51 +349,6 @@ impl Db {
         }
     }
 
-    /// Copies a committed state into a new plain SQLite file, while everything goes on. The position that is
-    /// returned is in that state; later transactions may be, too. The file appears at `path` only when it is complete.
-    ///
-    /// # Errors
-    /// As for [`Db::read_async`], [`Error::Io`] when the file can't be written, and [`Error::Config`] when `path` is the
-    /// database itself.
-    ///
-    /// # Cancel safety
-    /// Dropped, the copy still runs to its end.
-    pub async fn snapshot_to(&self, path: impl AsRef<Path>) -> Result<Position> {
-        let (db, path) = (self.clone(), path.as_ref().to_path_buf());
-        tokio::task::spawn_blocking(move || db.snapshot(&path))
-            .await
-            .map_err(|e| Error::Stopped(format!("the snapshot ended: {e}")))?
-    }
-
-    fn snapshot(&self, path: &Path) -> Result<Position> {
-        self.inner.readable()?;
-        if std::fs::canonicalize(path).is_ok_and(|target| target == self.inner.path) {
-            return Err(Error::Config(
-                "a snapshot can't take the place of the database that it is of".into(),
-            ));
-        }
-        let position = self.position().ok_or_else(|| Error::NoState("no position yet".into()))?;
-        let mut new = path.as_os_str().to_owned();
-        new.push(format!(".new-{}", Uuid::new_v4()));
-        let new = PathBuf::from(new);
-        let copied = self.read(|conn| {
-            let mut target = Connection::open(&new)?;
-            copy_whole(conn, &mut target)?;
-            // A plain file of its own, without a WAL beside it.
-            target.pragma_update(None, "journal_mode", "DELETE")?;
-            target.close().map_err(|(_, e)| Error::from(e))
-        });
-        let placed = copied.and_then(|()| {
-            std::fs::File::open(&new).and_then(|f| f.sync_all()).map_err(Error::io("fsync", &new))?;
-            std::fs::rename(&new, path).map_err(Error::io("rename", path))
-        });
-        if placed.is_err() {
-            // The error that is returned says more than this one could.
-            let _ = std::fs::remove_file(&new);
-        }
-        placed.map(|()| position)
-    }
-
     /// Replaces the cluster's secrets while everything runs, the newest first. A node proves with the first and accepts all:
     /// give every node `[old, new]`, then every node `[new, old]`, then `[new]`.
     ///
@@ -435,32 +398,6 @@ impl Db {
     pub fn verify_token(&self, text: &str) -> Option<Txid> {
         Token::verify(&self.inner.node, text)
     }
-
-    /// For `with_graceful_shutdown`: readiness is taken off, and our long streams are ended, so that the server's
-    /// connections can end.
-    ///
-    /// # Cancel safety
-    /// What was begun goes on.
-    pub async fn drain(&self) {
-        self.inner.draining.store(true, Ordering::Release);
-        self.inner.node.stop.cancel();
-    }
-
-    /// Stops every thread and task of this database, and waits for their end. What was acknowledged is kept; further calls
-    /// fail with [`Error::ShutDown`]. Can be called more than once.
-    ///
-    /// # Cancel safety
-    /// Dropped, it still goes on to its end.
-    pub async fn shutdown(&self) {
-        self.drain().await;
-        self.inner.tracker.close();
-        if tokio::time::timeout(DRAIN_LIMIT, self.inner.tracker.wait()).await.is_err() {
-            tracing::warn!("some streams did not end in time");
-        }
-        let inner = self.inner.clone();
-        // An error here means that the runtime is going away, and with it whoever waits for us.
-        let _ = tokio::task::spawn_blocking(move || inner.close()).await;
-    }
 }
 
 /// Tells the request's session of a commit.
@@ -486,38 +423,11 @@ impl Inner {
     fn service(&self, door: Door) -> ReplicationService {
         ReplicationService::new(self.node.clone(), self.source.clone(), self.tracker.clone(), door)
     }
-
-    /// Ends everything that is ours. Blocks for as long as the last fsyncs take.
-    fn close(&self) {
-        if self.closed.swap(true, Ordering::AcqRel) {
-            return;
-        }
-        self.node.stop.cancel();
-        self.tracker.close();
-        self.source.set(None);
-        self.pool.close();
-        match &self.side {
-            Side::Primary { engine, writer } => {
-                writer.close();
-                engine.close();
-            }
-            Side::Replica { follower, .. } => follower.close(),
-        }
-        self.node.applied.close();
-        self.node.roles.send_modify(|state| state.role = Role::Stopped);
-        drop(self.claim.lock().unwrap_or_else(PoisonError::into_inner).take());
-    }
-}
-
-impl Drop for Inner {
-    fn drop(&mut self) {
-        self.close();
-    }
 }
 
 /// What was opened, before any task runs.
 struct Parts {
-    inner: Inner,
+    inner: Owner,
 }
 
 impl Parts {
@@ -530,10 +440,7 @@ impl Parts {
     ) -> Result<Parts> {
         let database = config.database_name()?;
         let (path, claim) = refuse::claim(&config.path, config.allow_network_filesystem)?;
-        let mut side = path.clone().into_os_string();
-        side.push("-replite");
-        let side = PathBuf::from(side);
-        std::fs::create_dir_all(&side).map_err(Error::io("create", &side))?;
+        let side = refuse::side(&path, follows)?;
         let me = PeerInfo {
             node: identity::node_id(&side, &config.cluster, &database)?,
             incarnation: Uuid::new_v4(),
@@ -560,13 +467,14 @@ impl Parts {
             Side::Replica { readable: follower.readable(), follower }
         } else {
             let engine = Arc::new(Engine::open(options, node.clone())?);
-            let writer = open_writer(&config, &path, &engine)?;
+            let hold = Arc::new(Hold::new(engine.clone()));
+            let writer = Writer::open(&config, &path, &hold)?;
             node.roles.send_modify(|state| {
                 state.epoch = node.applied.history().epoch();
                 state.primary = Some(node.me.clone());
             });
-            source.set(Some(engine.clone()));
-            Side::Primary { engine, writer }
+            source.set(Some(engine));
+            Side::Primary { engine: hold, writer }
         };
         let inner = Inner {
             node,
@@ -578,12 +486,13 @@ impl Parts {
             wait_timeout: config.wait_timeout,
             grace: config.grace,
             opened: Instant::now(),
-            draining: AtomicBool::new(false),
+            ending: AtomicBool::new(false),
             closed: AtomicBool::new(false),
+            ended: CancellationToken::new(),
             claim: Mutex::new(Some(claim)),
             _keep: config.keep,
         };
-        Ok(Parts { inner })
+        Ok(Parts { inner: Owner(Arc::new(inner)) })
     }
 
     /// Starts the tasks, on the runtime of the caller.
@@ -598,27 +507,6 @@ impl Parts {
         }
         Db { inner: Arc::new(inner) }
     }
-}
-
-/// Opens the writer connection and runs the migrations on it.
-fn open_writer(config: &Config, path: &Path, engine: &Arc<Engine>) -> Result<Writer> {
-    let (on_connect, migrate) = (config.on_connect.clone(), config.migrate.clone());
-    Writer::open(
-        path,
-        engine.clone(),
-        config.durability,
-        config.write_queue,
-        config.statement_cache,
-        move |conn| {
-            if let Some(run) = on_connect {
-                run(conn, ConnectionKind::Writer)?;
-            }
-            if let Some(run) = migrate {
-                run(conn)?;
-            }
-            Ok(())
-        },
-    )
 }
 
 /// The events of a node; see [`Db::events`].

@@ -109,6 +109,9 @@ pub enum Error {
     /// The closure panicked; its transaction was rolled back.
     #[error("the closure panicked: {0}")]
     Panicked(String),
+    /// The application's migration failed, so that the database was not opened; what it had committed by then stays.
+    #[error("migration: {0}")]
+    Migration(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// SQLite refused: mostly the caller's SQL.
     #[error("sqlite: {0}")]
     Sqlite(#[from] rusqlite::Error),
@@ -194,6 +197,9 @@ pub enum Unsupported {
     /// Not a file: `:memory:`, an empty name or a URI.
     #[error("an in-memory or URI database has no WAL file to replicate")]
     NotAFile,
+    /// The path is a symbolic link that points to no file.
+    #[error("the path is a symbolic link to nothing")]
+    DanglingLink,
     /// The bytes are not a SQLite database, or it is encrypted.
     #[error("the file is not a SQLite database")]
     NotADatabase,
@@ -298,6 +304,7 @@ impl Error {
             | Error::TooMany { .. }
             | Error::Lost { .. }
             | Error::Panicked(_)
+            | Error::Migration(_)
             | Error::Sqlite(_) => Blame::Caller,
             Error::Peer { .. } => Blame::Peer,
             Error::Corrupt { .. } | Error::Newer { .. } | Error::Damaged { .. } | Error::Mismatch { .. } => {

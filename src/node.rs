@@ -46,6 +46,9 @@ pub(crate) struct Node {
     pub(crate) events: broadcast::Sender<Event>,
     /// Cancelled when the node stops: every task ends.
     pub(crate) stop: CancellationToken,
+    /// Cancelled before that, when the application's server is to end: long streams end and nothing new is begun, but what
+    /// runs already runs on.
+    pub(crate) drain: CancellationToken,
 }
 
 impl Node {
@@ -57,6 +60,7 @@ impl Node {
         role: Role,
     ) -> Arc<Node> {
         let state = RoleState { role, epoch: Epoch::new(0, 0), primary: None };
+        let stop = CancellationToken::new();
         Arc::new(Node {
             me,
             cluster,
@@ -67,7 +71,8 @@ impl Node {
             lag: Mutex::new(None),
             problems: Mutex::default(),
             events: broadcast::Sender::new(EVENTS_BEHIND_MAX),
-            stop: CancellationToken::new(),
+            drain: stop.child_token(),
+            stop,
         })
     }
 

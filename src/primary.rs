@@ -44,6 +44,10 @@ pub(crate) const HANDSHAKES_MAX: usize = 32;
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// A replica that has not acknowledged for this long is gone; it acknowledges each second.
 const ACK_TIMEOUT: Duration = Duration::from_secs(15);
+/// How long a stream may go on when the node drains, until it has sent what is captured.
+const LAST_RECORDS_TIMEOUT: Duration = Duration::from_secs(1);
+/// Why a stream ends when the node does.
+const SHUTTING_DOWN: &str = "shutting down";
 /// Longest wait until a last word is handed to the connection.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -54,6 +58,8 @@ pub(crate) trait Supply: Send + Sync + 'static {
     fn read_piece(&self, first: PageNo, max_bytes: usize) -> Result<Piece>;
     /// Blocks.
     fn raise_epoch(&self, above: u64) -> Result<()>;
+    /// Has the log take in everything that is committed by now. Blocks.
+    fn settle(&self) -> Result<()>;
     fn tip(&self) -> Option<Position>;
     fn end(&self) -> u64;
     /// Blocks.
@@ -83,6 +89,10 @@ impl Supply for Engine {
 
     fn raise_epoch(&self, above: u64) -> Result<()> {
         Engine::raise_epoch(self, above)
+    }
+
+    fn settle(&self) -> Result<()> {
+        self.captured().map(drop)
     }
 
     fn tip(&self) -> Option<Position> {
@@ -176,6 +186,13 @@ impl Source {
         self.handshakes.clone().try_acquire_owned().ok()
     }
 
+    /// Returns when nobody is served any more. For a node that drains: it lets nobody in meanwhile.
+    pub(crate) async fn deserted(&self) {
+        // In this order, because who is let in goes from the one to the other. Neither is ever closed.
+        let _ = self.handshakes.acquire_many(HANDSHAKES_MAX as u32).await;
+        let _ = self.streams.acquire_many(STREAMS_MAX as u32).await;
+    }
+
     fn lock(&self) -> MutexGuard<'_, Option<Arc<dyn Supply>>> {
         self.supply.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -196,7 +213,7 @@ pub(crate) async fn serve(source: Arc<Source>, guest: Guest, upstream: Incoming,
     let mut units = Units { upstream, decoder: Decoder::default() };
     let hello = tokio::select! {
         hello = hello(&node, &guest, &mut units) => hello,
-        () = node.stop.cancelled() => Err(Error::ShutDown),
+        () = node.drain.cancelled() => Err(Error::ShutDown),
     };
     let hello = match hello {
         Ok(hello) => hello,
@@ -226,7 +243,7 @@ pub(crate) async fn serve(source: Arc<Source>, guest: Guest, upstream: Incoming,
     let end = tokio::select! {
         end = pump.run(&hello) => end,
         end = acks(&mut units, &seat) => end,
-        () = node.stop.cancelled() => End::Said("shutting down".into()),
+        () = cut_off(&node) => End::Said(SHUTTING_DOWN.into()),
         () = seat.replaced() => End::Said("a newer stream of this node took over".into()),
     };
     left(&node, &peer, &end);
@@ -239,6 +256,13 @@ pub(crate) async fn serve(source: Arc<Source>, guest: Guest, upstream: Incoming,
     if let Some(outlet) = pump.outlet_between_units() {
         farewell(outlet, reason).await;
     }
+}
+
+/// Returns when a stream must end, whether it has sent everything or not.
+async fn cut_off(node: &Node) {
+    node.drain.cancelled().await;
+    // Without a limit a replica that takes nothing would hold up the end of the application's server.
+    let _ = tokio::time::timeout(LAST_RECORDS_TIMEOUT, node.stop.cancelled()).await;
 }
 
 fn left(node: &Node, peer: &PeerInfo, end: &End) {

@@ -121,7 +121,7 @@ impl ReplicationService {
         if request.version() < Version::HTTP_2 {
             return Err(Refusal::Http2);
         }
-        if node.stop.is_cancelled() {
+        if node.drain.is_cancelled() {
             return Err(Refusal::Stopping);
         }
         let Some(supply) = source.supply() else {

@@ -37,7 +37,7 @@ pub enum ConnectionKind {
 }
 
 type OnConnect = Arc<dyn Fn(&Connection, ConnectionKind) -> rusqlite::Result<()> + Send + Sync>;
-type Migrate = Arc<dyn Fn(&mut Connection) -> rusqlite::Result<()> + Send + Sync>;
+type Migrate = Arc<dyn Fn(&mut Connection) -> Result<()> + Send + Sync>;
 
 /// How a node is set up; given to [`Db::open`](crate::Db::open), which checks it.
 ///
@@ -209,13 +209,31 @@ impl Config {
         self
     }
 
-    /// Runs on the writer connection of the primary, before [`Db::open`](crate::Db::open) returns: schema migrations.
+    /// Runs on the writer connection of the primary, before [`Db::open`](crate::Db::open) returns: schema migrations, also by a tool, whose
+    /// error is passed on as [`Error::Migration`]. What it committed is on the disk and named by
+    /// [`Db::position`](crate::Db::position) when `open` returns. A transaction that it leaves open is an error. Replicas get the schema from
+    /// their primary and run nothing; see [`Db::wait_until`](crate::Db::wait_until).
+    ///
+    /// ```
+    /// # use replite::Config;
+    /// let config = Config::new("app.db").migrate(|conn| {
+    ///     let version: u32 = conn.pragma_query_value(None, "user_version", |row| row.get(0))?;
+    ///     if version < 1 {
+    ///         let tx = conn.transaction()?;
+    ///         tx.execute_batch("CREATE TABLE notes (text TEXT); PRAGMA user_version = 1")?;
+    ///         tx.commit()?;
+    ///     }
+    ///     Ok::<_, replite::Error>(()) // or the error of `rusqlite_migration`, `refinery`, `anyhow`
+    /// });
+    /// # let _ = config;
+    /// ```
     #[must_use]
-    pub fn migrate(
-        mut self,
-        run: impl Fn(&mut Connection) -> rusqlite::Result<()> + Send + Sync + 'static,
-    ) -> Config {
-        self.migrate = Some(Arc::new(run));
+    pub fn migrate<F, E>(mut self, run: F) -> Config
+    where
+        F: Fn(&mut Connection) -> Result<(), E> + Send + Sync + 'static,
+        E: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        self.migrate = Some(Arc::new(move |conn| run(conn).map_err(|e| Error::Migration(e.into()))));
         self
     }
 

@@ -1,29 +1,13 @@
 //! What can't be served is refused before anything is changed.
 
-use std::collections::HashSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{LazyLock, Mutex, PoisonError};
 
 use rusqlite::{Connection, OpenFlags};
 
+use crate::db::claims::Claim;
 use crate::error::{Error, Result, Unsupported};
-use crate::sqlite::OLDEST;
-
-/// A database file that is open in this process: its directory's device and inode, and its name.
-type Place = (u64, u64, std::ffi::OsString);
-
-static OPEN: LazyLock<Mutex<HashSet<Place>>> = LazyLock::new(Mutex::default);
-
-/// Holds a database's place in this process until it is dropped. A second `Db` on the same file would share its POSIX locks.
-#[derive(Debug)]
-pub(super) struct Claim(Place);
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        OPEN.lock().unwrap_or_else(PoisonError::into_inner).remove(&self.0);
-    }
-}
+use crate::sqlite::{Handle, OLDEST};
 
 /// Checks the place and the file; gives the path without symbolic links and the claim on it.
 pub(super) fn claim(path: &Path, allow_network: bool) -> Result<(PathBuf, Claim)> {
@@ -52,7 +36,7 @@ pub(super) fn claim(path: &Path, allow_network: bool) -> Result<(PathBuf, Claim)
         _ => {}
     }
     // Before anything opens the file: closing a second opening would drop the first one's locks.
-    let claim = enter(&path, &directory)?;
+    let claim = Claim::enter(&path)?;
     if path.exists() {
         is_database(&path)?;
     }
@@ -63,6 +47,10 @@ pub(super) fn claim(path: &Path, allow_network: bool) -> Result<(PathBuf, Claim)
 fn resolve(path: &Path) -> Result<PathBuf> {
     match fs::canonicalize(path) {
         Ok(path) => Ok(path),
+        // The file would be made wherever the link points to, and its WAL beside it.
+        Err(_) if path.is_symlink() => {
+            Err(Error::Unsupported { path: path.to_path_buf(), reason: Unsupported::DanglingLink })
+        }
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
             let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
             let name = path.file_name().ok_or_else(|| Error::Unsupported {
@@ -75,27 +63,43 @@ fn resolve(path: &Path) -> Result<PathBuf> {
     }
 }
 
-fn enter(path: &Path, directory: &Path) -> Result<Claim> {
-    let name = path.file_name().unwrap_or_default().to_owned();
-    #[cfg(unix)]
-    let place = {
-        use std::os::unix::fs::MetadataExt;
-        // The file's own inode when there is one (hard links), else its directory's and its name.
-        match fs::metadata(path) {
-            Ok(meta) => (meta.dev(), meta.ino(), std::ffi::OsString::new()),
-            Err(_) => {
-                let meta = fs::metadata(directory).map_err(Error::io("stat", directory))?;
-                (meta.dev(), meta.ino(), name)
-            }
+/// Makes the directory beside the database, after whatever would refuse the database itself: a primary's is made, and turned to WAL,
+/// before.
+pub(super) fn side(path: &Path, replica: bool) -> Result<PathBuf> {
+    if path.exists() || !replica {
+        let handle = Handle::open(path, !replica)?;
+        if !replica {
+            turn_to_wal(path, handle.connection())?;
         }
-    };
-    #[cfg(not(unix))]
-    let place = (0, 0, directory.join(name).into_os_string());
-    if OPEN.lock().unwrap_or_else(PoisonError::into_inner).insert(place.clone()) {
-        Ok(Claim(place))
-    } else {
-        Err(Error::AlreadyOpen { path: path.to_path_buf(), holder: "this process" })
     }
+    let mut side = path.as_os_str().to_owned();
+    side.push("-replite");
+    let side = PathBuf::from(side);
+    if !side.is_dir() {
+        fs::create_dir(&side).map_err(Error::io("create", &side))?;
+        sync_directory(path.parent().unwrap_or(Path::new(".")))?;
+    }
+    Ok(side)
+}
+
+fn turn_to_wal(path: &Path, connection: &Connection) -> Result<()> {
+    let mode = |sql| connection.query_row(sql, [], |r| r.get::<_, String>(0));
+    let mut now = mode("PRAGMA journal_mode")?;
+    if now != "wal" {
+        now = mode("PRAGMA journal_mode = WAL")?;
+    }
+    if now == "wal" {
+        return Ok(());
+    }
+    Err(Error::Unsupported { path: path.to_path_buf(), reason: Unsupported::NotWal(now) })
+}
+
+/// fsyncs a directory: a name that was put there stays. Nothing where directories can't be opened.
+pub(super) fn sync_directory(directory: &Path) -> Result<()> {
+    if cfg!(unix) {
+        fs::File::open(directory).and_then(|d| d.sync_all()).map_err(Error::io("fsync", directory))?;
+    }
+    Ok(())
 }
 
 /// Tries the directory with a file of our own.
@@ -201,6 +205,13 @@ mod tests {
         assert_eq!(refused(Path::new("")), Unsupported::NotAFile);
         assert_eq!(refused(Path::new("file:a.db?mode=ro")), Unsupported::NotAFile);
         assert_eq!(refused(dir.path()), Unsupported::NotAFile);
+        #[cfg(unix)]
+        {
+            let link = dir.path().join("link.db");
+            std::os::unix::fs::symlink(dir.path().join("nothing.db"), &link).unwrap();
+            assert_eq!(refused(&link), Unsupported::DanglingLink);
+            fs::remove_file(link).unwrap();
+        }
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing was left behind");
     }
 }

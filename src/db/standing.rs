@@ -13,7 +13,10 @@ impl Db {
         let node = &inner.node;
         let roles = node.roles.borrow().clone();
         let (wal, log) = match &inner.side {
-            Side::Primary { engine, .. } => (engine.wal(), Some(engine.log().clone())),
+            Side::Primary { engine, .. } => match engine.get() {
+                Ok(engine) => (engine.wal(), Some(engine.log().clone())),
+                Err(_) => Default::default(),
+            },
             Side::Replica { follower, .. } => (follower.wal(), follower.log()),
         };
         Status {
@@ -46,7 +49,7 @@ impl Db {
         if !live {
             reasons.push("shut down".to_string());
         }
-        let draining = inner.draining.load(Ordering::Acquire);
+        let draining = inner.node.drain.is_cancelled();
         if draining {
             reasons.push("draining".to_string());
         }

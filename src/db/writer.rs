@@ -1,10 +1,10 @@
 //! The one connection that writes, the thread that runs async writes on it, and the one that shares their fsyncs.
 
+mod guard;
+mod inside;
+
 use std::any::Any;
-use std::cell::Cell;
 use std::fmt;
-use std::marker::PhantomData;
-use std::ops::{Deref, DerefMut};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
@@ -13,22 +13,39 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rusqlite::config::DbConfig;
-use rusqlite::hooks::Wal;
 use rusqlite::{Connection, DropBehavior, OpenFlags, Transaction, TransactionBehavior};
 use tokio::sync::{mpsc as queue, oneshot};
 
+use crate::db::builder::{Config, ConnectionKind};
 use crate::engine::{Durability, Engine};
 use crate::error::{Error, Result};
 use crate::txid::Txid;
+
+pub use guard::WriterGuard;
+
+use guard::Settings;
+use inside::{Inside, may_block};
 
 /// How long a write waits for another process that writes.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Commits that may wait for an fsync; the writer then waits, too.
 const UNSYNCED_MAX: usize = 4096;
 
-thread_local! {
-    /// Whether this thread is inside a write: another one would wait for itself.
-    static WRITING: Cell<bool> = const { Cell::new(false) };
+/// The engine, until it is closed: a handle that outlives its database keeps no file of it open.
+pub(super) struct Hold(Mutex<Option<Arc<Engine>>>);
+
+impl Hold {
+    pub(super) fn new(engine: Arc<Engine>) -> Hold {
+        Hold(Mutex::new(Some(engine)))
+    }
+
+    pub(super) fn get(&self) -> Result<Arc<Engine>> {
+        lock(&self.0).clone().ok_or(Error::ShutDown)
+    }
+
+    pub(super) fn take(&self) -> Option<Arc<Engine>> {
+        lock(&self.0).take()
+    }
 }
 
 /// What a write brought about.
@@ -55,9 +72,11 @@ pub(super) struct Writer {
 }
 
 struct Shared {
-    engine: Arc<Engine>,
+    engine: Arc<Hold>,
     durability: Durability,
     connection: Mutex<Option<Connection>>,
+    /// How the connection has to be when its borrower gives it back.
+    settings: Settings,
     /// What the WAL hook said during a transaction.
     told: Arc<Told>,
     /// Commits that were handed to the sync thread and are not acknowledged yet.
@@ -98,6 +117,12 @@ trait Job: Send {
 struct Unsynced {
     txid: Txid,
     acknowledge: Box<dyn FnOnce(Result<()>) + Send>,
+}
+
+impl Unsynced {
+    fn settle(self, synced: Result<()>) {
+        survive(|| (self.acknowledge)(synced));
+    }
 }
 
 struct Write<T, E, F> {
@@ -144,35 +169,24 @@ impl fmt::Debug for Writer {
 }
 
 impl Writer {
-    pub(super) fn open(
-        path: &Path,
-        engine: Arc<Engine>,
-        durability: Durability,
-        depth: usize,
-        statements: usize,
-        prepare: impl FnOnce(&mut Connection) -> Result<()>,
-    ) -> Result<Writer> {
-        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let mut connection = Connection::open_with_flags(path, flags)?;
-        connection.busy_timeout(BUSY_TIMEOUT)?;
-        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
-        connection.set_prepared_statement_cache_capacity(statements);
-        // COMMIT does not fsync; the shared fsync does, for all that wait.
-        connection.pragma_update(None, "synchronous", "NORMAL")?;
-        connection.pragma_update(None, "wal_autocheckpoint", 0)?;
-        prepare(&mut connection)?;
+    /// Opens the connection, runs the application's migrations on it, and starts the threads.
+    pub(super) fn open(config: &Config, path: &Path, engine: &Arc<Hold>) -> Result<Writer> {
         let told = Arc::new(Told::default());
-        let hook = told.clone();
-        connection.wal_hook(Some(move |wal: &mut Wal, frames: std::ffi::c_int| {
-            // An attached database has frames of its own.
-            if wal.name() == c"main" {
-                hook.commit(frames as u32);
-            }
-            Ok(())
-        }))?;
-        let connection = Mutex::new(Some(connection));
-        let shared = Arc::new(Shared { engine, durability, connection, told, unsynced: AtomicUsize::new(0) });
-        let (jobs, receiver) = queue::channel(depth);
+        let (connection, settings) = connect(config, path, &told)?;
+        let shared = Arc::new(Shared {
+            engine: engine.clone(),
+            durability: config.durability,
+            connection: Mutex::new(Some(connection)),
+            settings,
+            told,
+            unsynced: AtomicUsize::new(0),
+        });
+        // What the migrations committed has its place in history, and stays, before anybody hears that we are open.
+        let (engine, last) = (engine.get()?, engine.get()?.captured()?);
+        if config.durability == Durability::Synced {
+            engine.sync(last)?;
+        }
+        let (jobs, receiver) = queue::channel(config.write_queue);
         let (to_sync, unsynced) = mpsc::sync_channel(UNSYNCED_MAX);
         let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
             std::thread::Builder::new().name(name.into()).spawn(run).map_err(Error::io("spawn", name))
@@ -197,13 +211,21 @@ impl Writer {
         T: Send + 'static,
         E: From<Error> + Send + 'static,
     {
-        if WRITING.get() {
+        if Inside::is(self.shared.address()) {
             return Err(Error::Reentrant.into());
         }
         let (reply, answer) = oneshot::channel();
         let job = Box::new(Write { run, reply });
         self.queue()?.send(job).await.map_err(|_| Error::ShutDown)?;
-        answer.await.unwrap_or_else(|_| Err(Error::ShutDown.into()))
+        answer.await.unwrap_or_else(|_| Err(self.no_answer().into()))
+    }
+
+    /// Why a write that was queued has no answer.
+    fn no_answer(&self) -> Error {
+        if lock(&self.jobs).is_none() {
+            return Error::ShutDown;
+        }
+        Error::Panicked("the outcome is not known: a destructor or a conversion of the error did".into())
     }
 
     /// The same on the caller's thread.
@@ -213,25 +235,24 @@ impl Writer {
         E: From<Error>,
     {
         may_block()?;
-        let mut connection = self.shared.lock()?;
-        let Some(connection) = connection.as_mut() else { return Err(Error::ShutDown.into()) };
-        let commit = self.shared.transact(connection, run)?;
+        let (inside, mut connection) = self.shared.enter()?;
+        let Some(open) = connection.as_mut() else { return Err(Error::ShutDown.into()) };
+        let commit = self.shared.transact(open, run)?;
+        // The next one commits while this one waits for the disk, so that both share an fsync.
+        drop((connection, inside));
         if let (Some(txid), Durability::Synced) = (commit.txid, self.shared.durability) {
-            self.shared.engine.sync(txid)?;
+            self.shared.engine.get()?.sync(txid)?;
         }
         Ok(commit)
     }
 
     pub(super) fn guard(&self) -> Result<WriterGuard<'_>> {
         may_block()?;
-        let connection = self.shared.lock()?;
+        let (inside, connection) = self.shared.enter()?;
         if connection.is_none() {
             return Err(Error::ShutDown);
         }
-        WRITING.set(true);
-        let mut guard = WriterGuard { connection, shared: &self.shared, before: 0, here: PhantomData };
-        guard.before = self.shared.engine.captured()?.number();
-        Ok(guard)
+        WriterGuard::new(connection, &self.shared, inside)
     }
 
     /// Ends the threads: what is queued is refused, what has begun ends. Blocks.
@@ -251,12 +272,45 @@ impl Writer {
     }
 }
 
-impl Shared {
-    fn lock(&self) -> Result<MutexGuard<'_, Option<Connection>>> {
-        if WRITING.get() {
-            return Err(Error::Reentrant);
+/// Opens the connection as the application and we want it, and has the database migrated.
+fn connect(config: &Config, path: &Path, told: &Arc<Told>) -> Result<(Connection, Settings)> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let mut connection = Connection::open_with_flags(path, flags)?;
+    connection.busy_timeout(BUSY_TIMEOUT)?;
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+    connection.set_prepared_statement_cache_capacity(config.statement_cache);
+    // COMMIT does not fsync; the shared fsync does, for all that wait.
+    connection.pragma_update(None, "synchronous", "NORMAL")?;
+    connection.pragma_update(None, "wal_autocheckpoint", 0)?;
+    if let Some(run) = &config.on_connect {
+        run(&connection, ConnectionKind::Writer)?;
+    }
+    let settings = Settings::of(&connection)?;
+    if let Some(run) = &config.migrate {
+        let migrated = catch_unwind(AssertUnwindSafe(|| run(&mut connection)));
+        migrated.unwrap_or_else(|panic| Err(Error::Panicked(message(&*panic))))?;
+        if !connection.is_autocommit() {
+            return Err(Error::Config("the migration left a transaction open; it is rolled back".into()));
         }
-        Ok(lock(&self.connection))
+    }
+    settings.restore(&mut connection, told)?;
+    Ok((connection, settings))
+}
+
+impl Shared {
+    /// What tells this writer from those of other databases.
+    fn address(&self) -> usize {
+        std::ptr::from_ref(self) as usize
+    }
+
+    /// Waits for the connection.
+    fn enter(&self) -> Result<(Inside, MutexGuard<'_, Option<Connection>>)> {
+        let inside = Inside::enter(self.address())?;
+        Ok((inside, lock(&self.connection)))
+    }
+
+    fn sync(&self, txid: Txid) -> Result<()> {
+        self.engine.get()?.sync(txid)
     }
 
     fn transact<T, E, F>(&self, connection: &mut Connection, run: F) -> Result<Commit<T>, E>
@@ -269,16 +323,15 @@ impl Shared {
         let mut transaction =
             Transaction::new_unchecked(connection, TransactionBehavior::Immediate).map_err(sqlite)?;
         transaction.set_drop_behavior(DropBehavior::Rollback);
-        let begun = self.engine.begun()?;
-        WRITING.set(true);
+        let engine = self.engine.get()?;
+        let begun = engine.begun()?;
         let result = catch_unwind(AssertUnwindSafe(|| run(&mut transaction)));
-        WRITING.set(false);
         let value = match result {
             Ok(result) => result?,
             Err(panic) => return Err(Error::Panicked(message(&*panic)).into()),
         };
         transaction.commit().map_err(sqlite)?;
-        let txid = self.engine.committed(begun, self.told.one())?;
+        let txid = engine.committed(begun, self.told.one())?;
         Ok(Commit { value, txid })
     }
 }
@@ -286,21 +339,25 @@ impl Shared {
 /// The writer's thread.
 fn run_jobs(shared: &Shared, mut jobs: queue::Receiver<Box<dyn Job>>, to_sync: &mpsc::SyncSender<Unsynced>) {
     while let Some(job) = jobs.blocking_recv() {
-        let mut connection = lock(&shared.connection);
-        let Some(open) = connection.as_mut() else {
-            job.refuse();
-            continue;
-        };
-        let unsynced = job.run(shared, open);
-        drop(connection);
+        let Ok((inside, mut connection)) = shared.enter() else { continue };
+        let unsynced = survive(|| match connection.as_mut() {
+            Some(open) => job.run(shared, open),
+            None => {
+                job.refuse();
+                None
+            }
+        });
+        drop((connection, inside));
+        let unsynced = unsynced.flatten();
         let Some(unsynced) = unsynced else { continue };
         if jobs.is_empty() && shared.unsynced.load(Ordering::Acquire) == 0 {
             // Nobody else waits: an fsync here costs no wake-up of another thread.
-            (unsynced.acknowledge)(shared.engine.sync(unsynced.txid));
+            let synced = shared.sync(unsynced.txid);
+            unsynced.settle(synced);
         } else {
             shared.unsynced.fetch_add(1, Ordering::AcqRel);
             if let Err(mpsc::SendError(unsynced)) = to_sync.send(unsynced) {
-                (unsynced.acknowledge)(Err(Error::ShutDown));
+                unsynced.settle(Err(Error::ShutDown));
             }
         }
     }
@@ -315,95 +372,30 @@ fn run_syncs(shared: &Shared, unsynced: &mpsc::Receiver<Unsynced>) {
         batch.push(first);
         batch.extend(unsynced.try_iter().take(UNSYNCED_MAX));
         let last = batch.iter().map(|u| u.txid).max();
-        let synced = last.map_or(Ok(()), |txid| shared.engine.sync(txid));
+        let synced = last.map_or(Ok(()), |txid| shared.sync(txid));
         for unsynced in batch.drain(..) {
             shared.unsynced.fetch_sub(1, Ordering::AcqRel);
             let result = match &synced {
                 Ok(()) => Ok(()),
                 Err(error) => Err(Error::Stopped(error.to_string())),
             };
-            (unsynced.acknowledge)(result);
+            unsynced.settle(result);
         }
     }
 }
 
-/// The full writer connection, for whoever holds this guard; all other writes wait.
-///
-/// Transactions are the holder's own business; one that is open when the guard is dropped is rolled back. Commits
-/// are captured and shipped like all others. [`WriterGuard::flush`] makes them durable and tells the last one.
-pub struct WriterGuard<'a> {
-    connection: MutexGuard<'a, Option<Connection>>,
-    shared: &'a Shared,
-    /// The last transaction before the guard.
-    before: u64,
-    /// The guard belongs to the thread that took it.
-    here: PhantomData<*const ()>,
-}
-
-impl fmt::Debug for WriterGuard<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("WriterGuard").finish_non_exhaustive()
-    }
-}
-
-impl WriterGuard<'_> {
-    /// Waits until everything that was committed is durable; says the last transaction since the guard was taken
-    /// or last flushed.
-    ///
-    /// # Errors
-    /// [`Error::Stopped`] when replication has stopped, [`Error::ShutDown`] after a shutdown.
-    pub fn flush(&mut self) -> Result<Option<Txid>> {
-        let last = self.shared.engine.captured()?;
-        if self.shared.durability == Durability::Synced {
-            self.shared.engine.sync(last)?;
-        }
-        let new = last.number() > self.before;
-        self.before = last.number();
-        Ok(new.then_some(last))
-    }
-}
-
-impl Deref for WriterGuard<'_> {
-    type Target = Connection;
-
-    fn deref(&self) -> &Connection {
-        match &*self.connection {
-            Some(connection) => connection,
-            None => unreachable!("a guard is made for an open connection, and keeps it so"),
+/// Runs code of the application on one of our threads, which has to outlive a panic in it: in a destructor of a value that nobody
+/// waits for any more, or in its conversion of our error.
+fn survive<T>(run: impl FnOnce() -> T) -> Option<T> {
+    match catch_unwind(AssertUnwindSafe(run)) {
+        Ok(value) => Some(value),
+        Err(panic) => {
+            tracing::error!(panic = message(&*panic), "the application panicked outside of its closure");
+            // What was thrown may have a destructor that panics, too.
+            std::mem::forget(panic);
+            None
         }
     }
-}
-
-impl DerefMut for WriterGuard<'_> {
-    fn deref_mut(&mut self) -> &mut Connection {
-        match &mut *self.connection {
-            Some(connection) => connection,
-            None => unreachable!("a guard is made for an open connection, and keeps it so"),
-        }
-    }
-}
-
-impl Drop for WriterGuard<'_> {
-    fn drop(&mut self) {
-        WRITING.set(false);
-        if !self.is_autocommit() {
-            let _ = self.execute_batch("ROLLBACK");
-        }
-    }
-}
-
-/// Fails on a thread that runs async tasks.
-fn may_block() -> Result<()> {
-    match tokio::runtime::Handle::try_current() {
-        Ok(handle) if in_block_on(&handle) => Err(Error::BlockingInAsync),
-        _ => Ok(()),
-    }
-}
-
-/// Whether this thread runs async tasks at the moment. Tokio tells it only by refusing to enter a runtime from inside
-/// of one; `spawn_blocking` threads may.
-fn in_block_on(handle: &tokio::runtime::Handle) -> bool {
-    catch_unwind(AssertUnwindSafe(|| handle.block_on(std::future::ready(())))).is_err()
 }
 
 fn message(panic: &(dyn Any + Send)) -> String {

@@ -60,6 +60,8 @@ pub(crate) struct Fake {
     pub(crate) on_disk: AtomicU64,
     pub(crate) pages: u32,
     pub(crate) disk_reads: AtomicU64,
+    /// Transactions that are committed, and come into the log when it is settled.
+    pub(crate) late: AtomicU64,
 }
 
 struct Inner {
@@ -80,6 +82,7 @@ impl Fake {
             on_disk: AtomicU64::new(0),
             pages,
             disk_reads: AtomicU64::new(0),
+            late: AtomicU64::new(0),
         })
     }
 
@@ -137,6 +140,13 @@ impl Supply for Fake {
         let epoch = Epoch::new(above + 1, above + 1);
         history.push(EpochStart { epoch, first: tip.number() + 1, before: tip.checksum() });
         self.node.applied.replace(history, Some(tip));
+        Ok(())
+    }
+
+    fn settle(&self) -> Result<()> {
+        for _ in 0..self.late.swap(0, Ordering::SeqCst) {
+            self.commit(1);
+        }
         Ok(())
     }
 

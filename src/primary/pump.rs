@@ -12,7 +12,7 @@ use tokio_util::task::AbortOnDropHandle;
 use super::boundary::Boundary;
 use super::outlet::{Closed, Outlet};
 use super::plan::{Decision, plan};
-use super::{Hold, Supply, blocking};
+use super::{Hold, SHUTTING_DOWN, Supply, blocking};
 use crate::error::{Error, Result};
 use crate::log::Found;
 use crate::node::Node;
@@ -147,6 +147,7 @@ impl Pump {
     async fn log(&mut self, mut lsn: u64, pin: Box<dyn Hold>) -> Result<std::convert::Infallible, End> {
         let log = self.supply.clone();
         let mut end = log.watch();
+        let mut settled = false;
         loop {
             // Seen before reading: an end that moves after the read wakes the wait below.
             end.borrow_and_update();
@@ -168,9 +169,18 @@ impl Pump {
                 if log.end() < lsn {
                     return Err(End::Said("the log was taken back".into()));
                 }
+                if settled {
+                    return Err(End::Said(SHUTTING_DOWN.into()));
+                }
                 tokio::select! {
                     changed = end.changed() => changed.map_err(|_| Error::ShutDown)?,
                     () = tokio::time::sleep_until(self.last_beat + BEAT) => self.beat().await?,
+                    () = self.node.drain.cancelled() => {
+                        // What was acknowledged to a client by now may not have come into the log yet.
+                        let log = log.clone();
+                        blocking(move || log.settle()).await?;
+                        settled = true;
+                    }
                 }
                 continue;
             }

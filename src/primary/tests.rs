@@ -25,6 +25,9 @@ impl Supply for OverLog {
     fn raise_epoch(&self, _above: u64) -> Result<()> {
         Err(Error::ShutDown)
     }
+    fn settle(&self) -> Result<()> {
+        Ok(())
+    }
     fn tip(&self) -> Option<Position> {
         self.0.tip()
     }
@@ -412,6 +415,39 @@ async fn the_node_s_stop_ends_streams_with_a_word() {
     assert_eq!(stream.plan().await, Plan::Log);
     stream.node.stop.cancel();
     assert_eq!(stream.goodbye().await, "shutting down");
+    stream.task.await.unwrap();
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_drains_sends_what_is_committed_and_ends_its_streams() {
+    let primary = Stream::start(1);
+    let (node, fake, source) = (primary.0.clone(), primary.1.clone(), primary.2.clone());
+    let mut stream = Stream::join(primary, Some(at(1, 0)), history(&[(1, 1)]), None).await;
+    assert_eq!(stream.plan().await, Plan::Log);
+    fake.late.store(2, Ordering::SeqCst);
+    node.drain.cancel();
+    for _ in 0..2 {
+        for kind in [Kind::TxnBegin, Kind::Page, Kind::TxnEnd] {
+            assert_eq!(stream.kind().await, kind);
+        }
+    }
+    assert_eq!(stream.goodbye().await, "shutting down");
+    source.deserted().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replica_that_takes_nothing_does_not_hold_up_a_node_that_drains() {
+    let primary = Stream::start(1);
+    let (node, fake, source) = (primary.0.clone(), primary.1.clone(), primary.2.clone());
+    let mut stream = Stream::join(primary, Some(at(1, 0)), history(&[(1, 1)]), None).await;
+    assert_eq!(stream.plan().await, Plan::Log);
+    for _ in 0..300 {
+        fake.commit(60);
+    }
+    let begun = tokio::time::Instant::now();
+    node.drain.cancel();
+    source.deserted().await;
+    assert!(begun.elapsed() <= LAST_RECORDS_TIMEOUT + GOODBYE_TIMEOUT, "{:?}", begun.elapsed());
     stream.task.await.unwrap();
 }
 

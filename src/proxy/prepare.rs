@@ -167,7 +167,8 @@ pub(super) async fn find(shared: &Shared, until: Instant, avoid: Option<&Target>
     });
     tokio::select! {
         _ = tokio::time::timeout_at(until, seen) => {}
-        () = shared.node.stop.cancelled() => {}
+        // What is held was not sent to anybody, so that its client can safely try another node.
+        () = shared.node.drain.cancelled() => {}
     }
     found.ok_or(Reason::NoPrimary)
 }

@@ -104,7 +104,7 @@ async fn who_proved_the_secret_learns_why_he_is_refused() {
     assert_eq!(refused(&service, ask(copied)).await, is(409, "duplicate-node"));
     source.set(None);
     assert_eq!(refused(&service, ask(knock())).await, is(421, "not-primary"));
-    node.stop.cancel();
+    node.drain.cancel();
     assert_eq!(refused(&service, ask(knock())).await, is(503, "stopping"));
 }
 

@@ -1,0 +1,200 @@
+//! Which database files are open in this process.
+//!
+//! A second opening of a file would share the first one's POSIX locks, and drop them when it closes; so one is
+//! claimed before anything opens it.
+
+use std::ffi::OsString;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::error::{Error, Result};
+
+/// How long an opening waits for a handle of the same file that is being closed.
+const CLOSING_WAIT: Duration = Duration::from_secs(10);
+/// What SQLite puts beside a database file.
+const BESIDE: [&str; 3] = ["-wal", "-shm", "-journal"];
+
+static OPEN: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
+static CHANGED: Condvar = Condvar::new();
+
+/// Device and inode.
+type Inode = (u64, u64);
+
+/// An open database.
+#[derive(Debug)]
+struct Entry {
+    serial: u64,
+    /// Without symbolic links.
+    path: PathBuf,
+    /// Its directory and its name there.
+    place: (Inode, OsString),
+    /// The file, if it was there: it may be known by other names.
+    file: Option<Inode>,
+    closing: bool,
+}
+
+impl Entry {
+    /// Whether a place or a file is this database. The file may have come or been replaced after the claim.
+    fn is(&self, place: &(Inode, OsString), file: Option<Inode>) -> bool {
+        self.place == *place || file.is_some() && (file == self.file || file == inode(&self.path))
+    }
+}
+
+/// Holds a database's place in this process until it is dropped.
+#[derive(Debug)]
+pub(super) struct Claim(u64);
+
+impl Claim {
+    /// Takes the place of a file, which need not exist yet; waits for one who is just leaving it.
+    pub(super) fn enter(path: &Path) -> Result<Claim> {
+        let place = place(path)?;
+        let deadline = Instant::now() + CLOSING_WAIT;
+        let mut open = lock();
+        loop {
+            let file = inode(path);
+            let left = deadline.saturating_duration_since(Instant::now());
+            match open.iter().find(|entry| entry.is(&place, file)) {
+                None => {
+                    let serial = open.iter().map(|entry| entry.serial).max().unwrap_or(0) + 1;
+                    open.push(Entry { serial, path: path.to_path_buf(), place, file, closing: false });
+                    return Ok(Claim(serial));
+                }
+                Some(entry) if entry.closing && !left.is_zero() => {}
+                Some(_) => {
+                    return Err(Error::AlreadyOpen { path: path.to_path_buf(), holder: "this process" });
+                }
+            }
+            open = CHANGED.wait_timeout(open, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Says that the place will soon be free.
+    pub(super) fn closing(&self) {
+        if let Some(entry) = lock().iter_mut().find(|entry| entry.serial == self.0) {
+            entry.closing = true;
+        }
+        CHANGED.notify_all();
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        lock().retain(|entry| entry.serial != self.0);
+        CHANGED.notify_all();
+    }
+}
+
+/// Whether a path is an open database, or a file that belongs to one.
+pub(super) fn belongs_to_open(path: &Path) -> Result<bool> {
+    let place = place(path)?;
+    let file = inode(path);
+    let of = |entry: &Entry, suffix: &str| {
+        let mut beside = entry.path.clone().into_os_string();
+        beside.push(suffix);
+        PathBuf::from(beside)
+    };
+    Ok(lock().iter().any(|entry| {
+        let beside = BESIDE.iter().any(|suffix| {
+            let theirs = of(entry, suffix);
+            let name = theirs.file_name().unwrap_or_default();
+            (entry.place.0 == place.0 && name == place.1) || (file.is_some() && file == inode(&theirs))
+        });
+        let side = of(entry, "-replite");
+        let inside = inode(&side).is_some_and(|side| side == place.0) || path.starts_with(&side);
+        entry.is(&place, file) || beside || inside
+    }))
+}
+
+fn place(path: &Path) -> Result<(Inode, OsString)> {
+    let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let name = path.file_name().unwrap_or_default();
+    if cfg!(unix) {
+        let meta = fs::metadata(directory).map_err(Error::io("stat", directory))?;
+        return Ok((of_meta(&meta).unwrap_or_default(), name.to_owned()));
+    }
+    Ok((Inode::default(), directory.join(name).into_os_string()))
+}
+
+/// The inode of a file that is there, links followed.
+fn inode(path: &Path) -> Option<Inode> {
+    of_meta(&fs::metadata(path).ok()?)
+}
+
+#[cfg(unix)]
+fn of_meta(meta: &fs::Metadata) -> Option<Inode> {
+    use std::os::unix::fs::MetadataExt;
+    Some((meta.dev(), meta.ino()))
+}
+
+#[cfg(not(unix))]
+fn of_meta(_: &fs::Metadata) -> Option<Inode> {
+    None
+}
+
+fn lock() -> MutexGuard<'static, Vec<Entry>> {
+    OPEN.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_place_is_claimed_once_until_it_is_left() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.db");
+        let claim = Claim::enter(&path).unwrap();
+        assert!(matches!(Claim::enter(&path), Err(Error::AlreadyOpen { .. })));
+        Claim::enter(&dir.path().join("b.db")).unwrap();
+        drop(claim);
+        Claim::enter(&path).unwrap();
+    }
+
+    #[test]
+    #[cfg(unix)]
+    fn a_file_that_came_after_the_claim_is_known_by_all_its_names() {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, hard) = (dir.path().join("a.db"), dir.path().join("b.db"));
+        let _claim = Claim::enter(&path).unwrap();
+        fs::write(&path, "new").unwrap();
+        fs::hard_link(&path, &hard).unwrap();
+        assert!(matches!(Claim::enter(&path), Err(Error::AlreadyOpen { .. })), "by its place");
+        assert!(matches!(Claim::enter(&hard), Err(Error::AlreadyOpen { .. })), "by its inode");
+        // Another file takes the name: the place is still taken, and so is the new file.
+        fs::write(dir.path().join("c.db"), "newer").unwrap();
+        fs::rename(dir.path().join("c.db"), &path).unwrap();
+        fs::hard_link(&path, dir.path().join("d.db")).unwrap();
+        assert!(matches!(Claim::enter(&dir.path().join("d.db")), Err(Error::AlreadyOpen { .. })));
+    }
+
+    #[test]
+    fn who_enters_waits_for_who_is_leaving() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.db");
+        let claim = Claim::enter(&path).unwrap();
+        claim.closing();
+        let (sender, entered) = std::sync::mpsc::channel();
+        let waiting = std::thread::spawn(move || sender.send(Claim::enter(&path).map(drop)));
+        assert!(entered.recv_timeout(Duration::from_millis(50)).is_err(), "not before it is free");
+        drop(claim);
+        entered.recv_timeout(CLOSING_WAIT).unwrap().unwrap();
+        waiting.join().unwrap().unwrap();
+    }
+
+    #[test]
+    fn all_files_of_an_open_database_are_its_own() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("a.db");
+        let side = dir.path().join("a.db-replite");
+        fs::create_dir(&side).unwrap();
+        let claim = Claim::enter(&path).unwrap();
+        for name in ["a.db", "a.db-wal", "a.db-shm", "a.db-journal", "a.db-replite/node"] {
+            assert!(belongs_to_open(&dir.path().join(name)).unwrap(), "{name}");
+        }
+        assert!(!belongs_to_open(&dir.path().join("b.db")).unwrap());
+        drop(claim);
+        assert!(!belongs_to_open(&path).unwrap());
+    }
+}

@@ -1,0 +1,97 @@
+//! A copy of the database as a plain file.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use rusqlite::Connection;
+use uuid::Uuid;
+
+use crate::db::refuse::sync_directory;
+use crate::db::{Db, claims};
+use crate::engine::copy_whole;
+use crate::error::{Error, Result};
+use crate::txid::Position;
+
+/// What SQLite would take for the changes of a file that lies beside them.
+const REPLAYED: [&str; 2] = ["-wal", "-journal"];
+
+impl Db {
+    /// Copies a committed state into a new plain SQLite file, while everything goes on. The position that is
+    /// returned is in that state; later transactions may be, too. The file appears at `path`, in place of one that is there, only
+    /// when it is complete and on the disk.
+    ///
+    /// # Errors
+    /// As for [`Db::read_async`], [`Error::Io`] when the file can't be written, and [`Error::Config`] when `path` belongs to a
+    /// database that is open as a node in this process, or has a `-wal` or `-journal` of an earlier file beside it.
+    ///
+    /// # Cancel safety
+    /// Dropped, the copy still runs to its end.
+    pub async fn snapshot_to(&self, path: impl AsRef<Path>) -> Result<Position> {
+        let (db, path) = (self.clone(), path.as_ref().to_path_buf());
+        tokio::task::spawn_blocking(move || db.snapshot(&path))
+            .await
+            .map_err(|e| Error::Stopped(format!("the snapshot ended: {e}")))?
+    }
+
+    fn snapshot(&self, path: &Path) -> Result<Position> {
+        self.inner.readable()?;
+        let path = plain(path)?;
+        check(&path)?;
+        let position = self.position().ok_or_else(|| Error::NoState("no position yet".into()))?;
+        let new = beside(&path, &format!(".new-{}", Uuid::new_v4()));
+        let placed = self.copy(&new).and_then(|()| {
+            // Meanwhile somebody may have opened a database there.
+            check(&path)?;
+            fs::rename(&new, &path).map_err(Error::io("rename", &path))?;
+            sync_directory(path.parent().unwrap_or(Path::new(".")))
+        });
+        if placed.is_err() {
+            // The error that is returned says more than this one could.
+            let _ = fs::remove_file(&new);
+        }
+        placed.map(|()| position)
+    }
+
+    fn copy(&self, new: &Path) -> Result<()> {
+        self.read(|conn| {
+            let mut target = Connection::open(new)?;
+            copy_whole(conn, &mut target)?;
+            // A plain file of its own, without a WAL beside it.
+            target.pragma_update(None, "journal_mode", "DELETE")?;
+            target.close().map_err(|(_, e)| Error::from(e))
+        })?;
+        fs::File::open(new).and_then(|f| f.sync_all()).map_err(Error::io("fsync", new))
+    }
+}
+
+/// The path without symbolic links in its directory.
+fn plain(path: &Path) -> Result<PathBuf> {
+    let name = path
+        .file_name()
+        .ok_or_else(|| Error::Config(format!("a snapshot needs a file name, not {}", path.display())))?;
+    let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    Ok(fs::canonicalize(directory).map_err(Error::io("open directory", directory))?.join(name))
+}
+
+/// Refuses what must not be replaced.
+fn check(path: &Path) -> Result<()> {
+    if claims::belongs_to_open(path)? {
+        return Err(Error::Config(format!("{} belongs to a database that is open here", path.display())));
+    }
+    for suffix in REPLAYED {
+        let left = beside(path, suffix);
+        if left.symlink_metadata().is_ok() {
+            return Err(Error::Config(format!(
+                "{} is of an earlier file, and SQLite would take it for changes to the snapshot",
+                left.display()
+            )));
+        }
+    }
+    Ok(())
+}
+
+fn beside(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    PathBuf::from(name)
+}
