@@ -181,6 +181,12 @@ async fn a_body_with_two_possible_ends_is_refused_or_sent_on_with_one() {
         ("content-length: 4\r\nconnection: content-length", "abcd", Sees::One),
         ("transfer-encoding: chunked\r\nconnection: transfer-encoding", CHUNKED, Sees::One),
         ("content-length: 4\r\nexpect: 100-continue", "abcd", Sees::One),
+        // What some clients offer with each first request; the connection stays as it is.
+        (
+            "upgrade: h2c\r\nconnection: upgrade, http2-settings\r\nhttp2-settings: AA\r\ncontent-length: 4",
+            "abcd",
+            Sees::One,
+        ),
     ] {
         let bytes = format!("POST /a?b=c HTTP/1.1\r\nhost: x\r\n{head}\r\n\r\n{body}");
         let (statuses, requests) = front.exchange(bytes.as_bytes(), 1).await;

@@ -84,9 +84,11 @@ fn lists(value: &HeaderValue, word: &str) -> bool {
     value.to_str().is_ok_and(|v| v.split(',').any(|item| item.trim().eq_ignore_ascii_case(word)))
 }
 
-/// Whether the request asks for another protocol, such as a WebSocket.
+/// Whether the request asks for another protocol, such as a WebSocket. The offer to go on in HTTP/2, which some
+/// clients make with each first request, is no such wish: they take an answer in HTTP/1.1.
 pub(super) fn is_upgrade(parts: &Parts) -> bool {
-    let by_header = parts.headers.contains_key(UPGRADE)
+    let other = |v: &HeaderValue| !v.as_bytes().trim_ascii().eq_ignore_ascii_case(b"h2c");
+    let by_header = parts.headers.get_all(UPGRADE).iter().any(other)
         && parts.headers.get_all(CONNECTION).iter().any(|v| lists(v, "upgrade"));
     by_header || parts.extensions.get::<hyper::ext::Protocol>().is_some()
 }
