@@ -5,7 +5,7 @@
 pub(crate) mod ffi;
 pub(crate) mod shm;
 
-pub(crate) use ffi::{Handle, Lock, Slot};
+pub(crate) use ffi::{CommitCount, Handle, Lock, Slot, hook_commits};
 pub(crate) use shm::WalIndex;
 
 /// The oldest SQLite without the WAL-reset race.

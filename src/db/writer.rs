@@ -7,7 +7,7 @@ use std::any::Any;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
-use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -19,6 +19,7 @@ use tokio::sync::{mpsc as queue, oneshot};
 use crate::db::builder::{Config, ConnectionKind};
 use crate::engine::{Durability, Engine};
 use crate::error::{Error, Result};
+use crate::sqlite::CommitCount;
 use crate::txid::Txid;
 
 pub use guard::WriterGuard;
@@ -77,34 +78,8 @@ struct Shared {
     connection: Mutex<Option<Connection>>,
     /// How the connection has to be when its borrower gives it back.
     settings: Settings,
-    /// What the WAL hook said during a transaction.
-    told: Arc<Told>,
     /// Commits that were handed to the sync thread and are not acknowledged yet.
     unsynced: AtomicUsize,
-}
-
-/// What the WAL hook says of commits to the main database.
-#[derive(Debug, Default)]
-struct Told {
-    commits: AtomicU32,
-    /// Where the last of them ended.
-    frame: AtomicU32,
-}
-
-impl Told {
-    fn forget(&self) {
-        self.commits.store(0, Ordering::Relaxed);
-    }
-
-    fn commit(&self, frame: u32) {
-        self.frame.store(frame, Ordering::Relaxed);
-        self.commits.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// The end of the one commit; nothing when there was none, or the application committed by itself in between.
-    fn one(&self) -> Option<u32> {
-        (self.commits.load(Ordering::Relaxed) == 1).then(|| self.frame.load(Ordering::Relaxed))
-    }
 }
 
 /// One async write.
@@ -171,14 +146,12 @@ impl fmt::Debug for Writer {
 impl Writer {
     /// Opens the connection, runs the application's migrations on it, and starts the threads.
     pub(super) fn open(config: &Config, path: &Path, engine: &Arc<Hold>) -> Result<Writer> {
-        let told = Arc::new(Told::default());
-        let (connection, settings) = connect(config, path, &told)?;
+        let (connection, settings) = connect(config, path)?;
         let shared = Arc::new(Shared {
             engine: engine.clone(),
             durability: config.durability,
             connection: Mutex::new(Some(connection)),
             settings,
-            told,
             unsynced: AtomicUsize::new(0),
         });
         // What the migrations committed has its place in history, and stays, before anybody hears that we are open.
@@ -273,7 +246,7 @@ impl Writer {
 }
 
 /// Opens the connection as the application and we want it, and has the database migrated.
-fn connect(config: &Config, path: &Path, told: &Arc<Told>) -> Result<(Connection, Settings)> {
+fn connect(config: &Config, path: &Path) -> Result<(Connection, Settings)> {
     let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let mut connection = Connection::open_with_flags(path, flags)?;
     connection.busy_timeout(BUSY_TIMEOUT)?;
@@ -293,7 +266,7 @@ fn connect(config: &Config, path: &Path, told: &Arc<Told>) -> Result<(Connection
             return Err(Error::Config("the migration left a transaction open; it is rolled back".into()));
         }
     }
-    settings.restore(&mut connection, told)?;
+    settings.restore(&connection)?;
     Ok((connection, settings))
 }
 
@@ -319,7 +292,7 @@ impl Shared {
         E: From<Error>,
     {
         let sqlite = |e: rusqlite::Error| E::from(Error::Sqlite(e));
-        self.told.forget();
+        let commits = CommitCount::begin();
         let mut transaction =
             Transaction::new_unchecked(connection, TransactionBehavior::Immediate).map_err(sqlite)?;
         transaction.set_drop_behavior(DropBehavior::Rollback);
@@ -331,7 +304,7 @@ impl Shared {
             Err(panic) => return Err(Error::Panicked(message(&*panic)).into()),
         };
         transaction.commit().map_err(sqlite)?;
-        let txid = engine.committed(begun, self.told.one())?;
+        let txid = engine.committed(begun, commits.one())?;
         Ok(Commit { value, txid })
     }
 }

@@ -108,6 +108,13 @@ impl<RB> ReplayResponseBody<RB> {
     }
 }
 
+/// An empty body, which layers above make for answers of their own, such as to a CORS preflight.
+impl<RB> Default for ReplayResponseBody<RB> {
+    fn default() -> Self {
+        ReplayResponseBody::answer(Answer::Own(Full::default()))
+    }
+}
+
 impl<RB> Body for ReplayResponseBody<RB>
 where
     RB: Body<Data = Bytes>,

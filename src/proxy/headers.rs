@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 
+use http::Method;
 use http::header::{
     CONNECTION, CONTENT_LENGTH, COOKIE, HOST, HeaderMap, HeaderName, HeaderValue, SET_COOKIE, TE,
     TRANSFER_ENCODING, UPGRADE,
@@ -84,9 +85,13 @@ fn lists(value: &HeaderValue, word: &str) -> bool {
     value.to_str().is_ok_and(|v| v.split(',').any(|item| item.trim().eq_ignore_ascii_case(word)))
 }
 
-/// Whether the request asks for another protocol, such as a WebSocket.
+/// Whether the request asks for another protocol, such as a WebSocket: a GET with an `Upgrade` header, or an extended CONNECT. With any
+/// other method the header is an offer that need not be taken, and so is the one to go on in HTTP/2, which some
+/// clients make with each first request.
 pub(super) fn is_upgrade(parts: &Parts) -> bool {
-    let by_header = parts.headers.contains_key(UPGRADE)
+    let other = |v: &HeaderValue| !v.as_bytes().trim_ascii().eq_ignore_ascii_case(b"h2c");
+    let by_header = parts.method == Method::GET
+        && parts.headers.get_all(UPGRADE).iter().any(other)
         && parts.headers.get_all(CONNECTION).iter().any(|v| lists(v, "upgrade"));
     by_header || parts.extensions.get::<hyper::ext::Protocol>().is_some()
 }

@@ -4,7 +4,8 @@
 //! other connection; and no descriptor of the database is ever closed beside SQLite, which would drop the
 //! process's POSIX locks.
 
-use std::ffi::{c_int, c_void};
+use std::cell::Cell;
+use std::ffi::{CStr, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
 use std::{io, ptr};
@@ -229,4 +230,55 @@ fn main_file(connection: &Connection) -> Option<NonNull<ffi::sqlite3_file>> {
     // SAFETY: SQLite gave the pointer for a connection that is open; an unopened file has no methods.
     let open = unsafe { !(*file.as_ptr()).pMethods.is_null() };
     open.then_some(file)
+}
+
+thread_local! {
+    /// Commits of hooked connections on this thread, and the frame that the last of them ended with. The hook has no context of its own, so
+    /// that nothing has to outlive the connection.
+    static COMMITS: Cell<(u32, u32)> = const { Cell::new((0, 0)) };
+}
+
+/// Has this connection's commits to its main database counted by [`CommitCount`], in place of any other WAL hook. Through SQLite itself,
+/// because rusqlite's method is another one in each version.
+pub(crate) fn hook_commits(connection: &Connection) {
+    unsafe extern "C" fn hook(
+        _: *mut c_void,
+        _: *mut ffi::sqlite3,
+        name: *const c_char,
+        frames: c_int,
+    ) -> c_int {
+        // SAFETY: SQLite gives the database's name, ended by a zero.
+        let name = unsafe { CStr::from_ptr(name) };
+        // An attached database has frames of its own.
+        if name == c"main" {
+            COMMITS.set((COMMITS.get().0.saturating_add(1), frames as u32));
+        }
+        ffi::SQLITE_OK
+    }
+    // SAFETY: the connection is open, and the hook needs no context.
+    unsafe { ffi::sqlite3_wal_hook(connection.handle(), Some(hook), ptr::null_mut()) };
+}
+
+/// Counts the commits of this thread from its making until it is dropped. Counts may be nested.
+#[derive(Debug)]
+pub(crate) struct CommitCount {
+    outer: (u32, u32),
+}
+
+impl CommitCount {
+    pub(crate) fn begin() -> CommitCount {
+        CommitCount { outer: COMMITS.replace((0, 0)) }
+    }
+
+    /// The frame that the one commit ended with; nothing when there was none, or more than one.
+    pub(crate) fn one(&self) -> Option<u32> {
+        let (count, frame) = COMMITS.get();
+        (count == 1).then_some(frame)
+    }
+}
+
+impl Drop for CommitCount {
+    fn drop(&mut self) {
+        COMMITS.set(self.outer);
+    }
 }

@@ -2,16 +2,16 @@
 
 use std::fmt;
 use std::ops::{Deref, DerefMut};
-use std::sync::{Arc, MutexGuard};
+use std::sync::MutexGuard;
 use std::time::Duration;
 
 use rusqlite::Connection;
-use rusqlite::hooks::Wal;
 
+use super::Shared;
 use super::inside::Inside;
-use super::{Shared, Told};
 use crate::engine::Durability;
 use crate::error::Result;
+use crate::sqlite::hook_commits;
 use crate::txid::Txid;
 
 /// The full writer connection, for whoever holds this guard; all other writes wait.
@@ -91,7 +91,7 @@ impl Drop for WriterGuard<'_> {
         if !self.is_autocommit() {
             let _ = self.execute_batch("ROLLBACK");
         }
-        if let Err(error) = shared.settings.restore(self, &shared.told) {
+        if let Err(error) = shared.settings.restore(self) {
             // Commits are captured all the same; they may cost more.
             tracing::warn!(%error, "the writer connection could not be set right");
         }
@@ -113,18 +113,12 @@ impl Settings {
     }
 
     /// Sets all of it again, and our WAL hook.
-    pub(super) fn restore(self, connection: &mut Connection, told: &Arc<Told>) -> rusqlite::Result<()> {
+    pub(super) fn restore(self, connection: &Connection) -> rusqlite::Result<()> {
         connection.busy_timeout(self.busy)?;
         connection.pragma_update(None, "synchronous", self.synchronous)?;
         // This takes every WAL hook away, so ours comes after it.
         connection.pragma_update(None, "wal_autocheckpoint", 0)?;
-        let told = told.clone();
-        connection.wal_hook(Some(move |wal: &mut Wal, frames: std::ffi::c_int| {
-            // An attached database has frames of its own.
-            if wal.name() == c"main" {
-                told.commit(frames as u32);
-            }
-            Ok(())
-        }))
+        hook_commits(connection);
+        Ok(())
     }
 }

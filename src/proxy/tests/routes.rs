@@ -24,13 +24,17 @@ use crate::status::Role;
 #[tokio::test]
 async fn upgrades_stay_here_or_are_refused_and_connect_is_no_request_for_an_app() {
     let upgrade = |server: &Server| {
-        let request = Request::post(server.url()).header("connection", "Upgrade").header("upgrade", "x");
+        let request = Request::get(server.url()).header("connection", "Upgrade").header("upgrade", "x");
         request.body(full("")).unwrap()
     };
     let (server, _node) = replica_of("http://127.0.0.1:1", |l| l).await;
     assert_eq!(text(send(upgrade(&server)).await).await, "here");
     let (server, _node) = replica_of("http://127.0.0.1:1", |l| l.upgrades(Upgrades::Refuse)).await;
     is(&send(upgrade(&server)).await, 503, "not-executed");
+    // No way for a write to be served here.
+    let (server, _node) = replica_of("http://127.0.0.1:1", |l| l).await;
+    let write = Request::post(server.url()).header("connection", "Upgrade").header("upgrade", "x");
+    is(&send(write.body(full("")).unwrap()).await, 503, "not-executed");
     let service = ReplayLayer::new(node(1, Role::Primary)).layer(service_fn(hello));
     let request = Request::connect("example.org:443").body(Empty::<Bytes>::new()).unwrap();
     is(&service.oneshot(request).await.unwrap(), 405, "not-executed");
