@@ -281,7 +281,13 @@ impl Db {
         loop {
             positions.mark_unchanged();
             let ask = done.clone();
-            if self.read_async(move |conn| ask(conn).map_err(Error::from)).await? {
+            let asked = self.read_async(move |conn| {
+                // `table_exists` and the like look at what the connection knows of the schema; only a statement that
+                // reads has SQLite notice that it has changed.
+                conn.query_row("SELECT count(*) FROM sqlite_schema", [], |_| Ok(()))?;
+                ask(conn).map_err(Error::from)
+            });
+            if asked.await? {
                 return Ok(());
             }
             tokio::select! {

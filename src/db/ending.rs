@@ -115,6 +115,7 @@ impl Drop for Owner {
             return;
         }
         if may_wait_here() {
+            self.announce();
             self.close();
         } else {
             close_behind(&self.0, false);

@@ -43,6 +43,17 @@ struct Reader {
     changed: Arc<AtomicBool>,
 }
 
+impl Reader {
+    /// Rolls back, and says whether the next one may have it.
+    fn come_back(&self) -> bool {
+        let connection = &self.connection;
+        let clean = !std::thread::panicking() || connection.is_autocommit();
+        let rolled_back = connection.is_autocommit() || connection.execute_batch("ROLLBACK").is_ok();
+        // A statement that was forgotten half way would have the next one see the old state.
+        clean && rolled_back && !self.changed.load(Ordering::Relaxed) && !connection.is_busy()
+    }
+}
+
 impl fmt::Debug for Pool {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Pool").field("path", &self.path).field("most", &self.most).finish_non_exhaustive()
@@ -75,11 +86,10 @@ impl Pool {
             if state.open < self.most {
                 state.open += 1;
                 drop(state);
-                let opened = self.open();
-                if opened.is_err() {
-                    self.gone();
-                }
-                return Ok(Lease { pool: self, reader: Some(opened?) });
+                let place = Place(self);
+                let reader = self.open()?;
+                std::mem::forget(place);
+                return Ok(Lease { pool: self, reader: Some(reader) });
             }
             let end = *end.get_or_insert_with(|| Instant::now() + self.patience);
             let left = end.saturating_duration_since(Instant::now());
@@ -103,7 +113,7 @@ impl Pool {
         let changed = Arc::new(AtomicBool::new(false));
         let flag = changed.clone();
         connection.authorizer(Some(move |context: AuthContext<'_>| {
-            if changes_connection(context.action) {
+            if changes_connection(&context) {
                 flag.store(true, Ordering::Relaxed);
             }
             Authorization::Allow
@@ -146,13 +156,30 @@ const TELLING: [&str; 9] = [
     "integrity_check",
 ];
 
-fn changes_connection(action: AuthAction<'_>) -> bool {
-    match action {
+/// Whether a statement leaves something on the connection that the next reader would find there.
+fn changes_connection(context: &AuthContext<'_>) -> bool {
+    let temporary = context.database_name == Some("temp");
+    match context.action {
         AuthAction::Pragma { pragma_name, pragma_value: Some(_) } => {
             !TELLING.iter().any(|t| pragma_name.eq_ignore_ascii_case(t))
         }
         AuthAction::Attach { .. } | AuthAction::Detach { .. } => true,
+        AuthAction::CreateTempTable { .. }
+        | AuthAction::CreateTempView { .. }
+        | AuthAction::CreateTempIndex { .. }
+        | AuthAction::CreateTempTrigger { .. } => true,
+        // Virtual tables, for instance.
+        AuthAction::Insert { .. } | AuthAction::Update { .. } => temporary,
         _ => false,
+    }
+}
+
+/// A place among the connections that may be open; free again when it is dropped, also by a panic while one is opened.
+struct Place<'a>(&'a Pool);
+
+impl Drop for Place<'_> {
+    fn drop(&mut self) {
+        self.0.gone();
     }
 }
 
@@ -177,12 +204,10 @@ impl Deref for Lease<'_> {
 impl Drop for Lease<'_> {
     fn drop(&mut self) {
         let Some(reader) = self.reader.take() else { return };
-        let clean = !std::thread::panicking() || reader.connection.is_autocommit();
-        let rolled_back =
-            reader.connection.is_autocommit() || reader.connection.execute_batch("ROLLBACK").is_ok();
-        if !clean || !rolled_back || reader.changed.load(Ordering::Relaxed) {
+        if !reader.come_back() {
+            let place = Place(self.pool);
             drop(reader);
-            return self.pool.gone();
+            return drop(place);
         }
         let mut state = self.pool.lock();
         if state.closed {
@@ -209,6 +234,12 @@ mod tests {
             .execute_batch("CREATE TABLE IF NOT EXISTS t(a); INSERT INTO t VALUES (1)")
             .unwrap();
         Pool::new(path, most, patience, 16, Box::new(|_| Ok(())))
+    }
+
+    /// Idle and open.
+    fn counts(pool: &Pool) -> (usize, usize) {
+        let state = pool.lock();
+        (state.idle.len(), state.open)
     }
 
     fn identity(lease: &Lease<'_>) -> usize {
@@ -257,6 +288,65 @@ mod tests {
         assert_eq!(pool.lock().open, 0);
         let like: bool = pool.lease().unwrap().query_row("SELECT 'a' LIKE 'A'", [], |r| r.get(0)).unwrap();
         assert!(like, "a fresh connection");
+    }
+
+    #[test]
+    fn what_a_reader_leaves_behind_is_not_there_for_the_next() {
+        let dir = tempfile::tempdir().unwrap();
+        let pool = pool(&dir, 1, Duration::from_secs(1));
+        let other = dir.path().join("b.db");
+        Connection::open(&other).unwrap().execute_batch("CREATE TABLE u(a)").unwrap();
+        let attach = format!("ATTACH '{}' AS b", other.display());
+        for sql in [
+            "CREATE TEMP TABLE mine(a); INSERT INTO mine VALUES (1)",
+            "CREATE TEMP VIEW mine AS SELECT * FROM t",
+            "CREATE TABLE temp.mine AS SELECT * FROM t",
+            "CREATE VIRTUAL TABLE temp.mine USING fts5(a)",
+            "BEGIN; CREATE TEMP TABLE mine(a)",
+            "PRAGMA case_sensitive_like = 1",
+            "PRAGMA query_only(1)",
+            &attach,
+        ] {
+            let lease = pool.lease().unwrap();
+            // It works, and goes with the connection.
+            lease.execute_batch(sql).unwrap_or_else(|e| panic!("{sql}: {e}"));
+            drop(lease);
+            assert_eq!(counts(&pool), (0, 0), "{sql}");
+            pool.lease().unwrap().query_row("SELECT * FROM t", [], |_| Ok(())).unwrap();
+            assert_eq!(pool.lock().idle.len(), 1, "a plain read leaves nothing");
+        }
+    }
+
+    #[test]
+    fn a_connection_with_a_forgotten_statement_is_not_handed_on() {
+        let dir = tempfile::tempdir().unwrap();
+        let pool = pool(&dir, 1, Duration::from_secs(1));
+        let lease = pool.lease().unwrap();
+        let mut statement = lease.prepare("SELECT a FROM t").unwrap();
+        let mut rows = statement.query([]).unwrap();
+        assert!(rows.next().unwrap().is_some());
+        std::mem::forget(rows);
+        std::mem::forget(statement);
+        drop(lease);
+        assert_eq!(counts(&pool), (0, 0));
+    }
+
+    #[test]
+    fn an_error_or_a_panic_while_a_connection_is_prepared_keeps_no_place() {
+        let dir = tempfile::tempdir().unwrap();
+        let plain = pool(&dir, 1, Duration::from_secs(1));
+        let round = std::sync::atomic::AtomicUsize::new(0);
+        let prepare = move |_: &Connection| match round.fetch_add(1, Ordering::Relaxed) {
+            0 => panic!("on purpose"),
+            1 => Err(rusqlite::Error::InvalidQuery),
+            _ => Ok(()),
+        };
+        let pool = Pool { prepare: Box::new(prepare), ..plain };
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| pool.lease().map(drop)));
+        assert!(panicked.is_err());
+        assert!(matches!(pool.lease(), Err(Error::Sqlite(_))));
+        assert_eq!(pool.lock().open, 0);
+        pool.lease().unwrap();
     }
 
     #[test]

@@ -66,19 +66,20 @@ fn resolve(path: &Path) -> Result<PathBuf> {
 /// Makes the directory beside the database, after whatever would refuse the database itself: a primary's is made, and turned to WAL,
 /// before.
 pub(super) fn side(path: &Path, replica: bool) -> Result<PathBuf> {
+    let mut side = path.as_os_str().to_owned();
+    side.push("-replite");
+    let side = PathBuf::from(side);
+    if side.is_dir() {
+        return Ok(side);
+    }
     if path.exists() || !replica {
         let handle = Handle::open(path, !replica)?;
         if !replica {
             turn_to_wal(path, handle.connection())?;
         }
     }
-    let mut side = path.as_os_str().to_owned();
-    side.push("-replite");
-    let side = PathBuf::from(side);
-    if !side.is_dir() {
-        fs::create_dir(&side).map_err(Error::io("create", &side))?;
-        sync_directory(path.parent().unwrap_or(Path::new(".")))?;
-    }
+    fs::create_dir(&side).map_err(Error::io("create", &side))?;
+    sync_directory(path.parent().unwrap_or(Path::new(".")))?;
     Ok(side)
 }
 

@@ -122,3 +122,24 @@ impl Settings {
         Ok(())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use crate::db::{Config, Db, Side};
+    use crate::error::Error;
+
+    #[tokio::test]
+    async fn the_wal_hook_is_back_after_a_guard() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config::new(dir.path().join("a.db")).migrate(|c| c.execute_batch("CREATE TABLE t(a)"));
+        let db = Db::open(config).await.unwrap();
+        let copy = db.clone();
+        let none = None::<fn(&mut rusqlite::hooks::Wal, std::ffi::c_int) -> rusqlite::Result<()>>;
+        let taken = tokio::task::spawn_blocking(move || copy.writer()?.wal_hook(none).map_err(Error::from));
+        taken.await.unwrap().unwrap();
+        db.write(|tx| tx.execute_batch("INSERT INTO t VALUES (1)").map_err(Error::from)).await.unwrap();
+        let Side::Primary { writer, .. } = &db.inner.side else { unreachable!() };
+        assert!(writer.shared.told.one().is_some(), "it told of the commit");
+        db.shutdown().await;
+    }
+}
