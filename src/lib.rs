@@ -1,9 +1,13 @@
 #![doc = include_str!("../README.md")]
 
-/// The code of the guide compiles and runs.
+/// The code of the documents compiles and runs.
 #[cfg(doctest)]
-#[doc = include_str!("../docs/guide.md")]
-mod guide {}
+mod docs {
+    #[doc = include_str!("../docs/guide.md")]
+    mod guide {}
+    #[doc = include_str!("../docs/stack.md")]
+    mod stack {}
+}
 
 mod applied;
 #[cfg(feature = "axum")]

@@ -1,20 +1,24 @@
 //! Routes and handlers.
 
+use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::extract::rejection::JsonRejection;
+use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, Path, Query, State};
 use axum::http::{StatusCode, header};
+use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, put};
 use axum::{Json, Router};
+use futures_util::stream::{Stream, unfold};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::TokioExecutor;
 use replite::{Db, Error, Session};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tokio_util::sync::CancellationToken;
 
 use crate::{page, store};
 
@@ -32,21 +36,28 @@ struct App {
     db: Db,
     url: String,
     peers: Vec<String>,
+    /// Cancelled when the process is asked to end.
+    end: CancellationToken,
 }
 
 type Shared = State<Arc<App>>;
 
-pub(crate) fn router(db: &Db, url: String, peers: Vec<String>) -> Router {
-    let app = Arc::new(App { db: db.clone(), url, peers });
+pub(crate) fn router(db: &Db, url: String, peers: Vec<String>, end: CancellationToken) -> Router {
+    let app = Arc::new(App { db: db.clone(), url, peers, end });
     Router::new()
         .route("/", get(index))
         .route("/api/notes", get(list).post(add))
         .route("/api/notes/{id}", put(change).delete(remove))
+        .route("/api/events", get(events))
         .route("/api/node", get(node))
         .route("/api/nodes", get(nodes))
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .route("/healthz", get(healthz))
+        .fallback(async || Failure::Refused(StatusCode::NOT_FOUND, "no such page".into()))
+        .method_not_allowed_fallback(async || {
+            Failure::Refused(StatusCode::METHOD_NOT_ALLOWED, "not with this method".into())
+        })
         .layer(DefaultBodyLimit::max(TEXT_MAX_BYTES * 8))
         .with_state(app)
         .layer(db.replay_layer())
@@ -56,8 +67,32 @@ pub(crate) fn router(db: &Db, url: String, peers: Vec<String>) -> Router {
 /// What a handler fails with.
 enum Failure {
     Db(Error),
-    BadRequest(String),
-    NotFound,
+    /// The request can't be served as it is.
+    Refused(StatusCode, String),
+}
+
+impl Failure {
+    fn no_such_note() -> Failure {
+        Failure::Refused(StatusCode::NOT_FOUND, "no such note".into())
+    }
+}
+
+impl From<JsonRejection> for Failure {
+    fn from(rejection: JsonRejection) -> Failure {
+        Failure::Refused(rejection.status(), rejection.body_text())
+    }
+}
+
+impl From<QueryRejection> for Failure {
+    fn from(rejection: QueryRejection) -> Failure {
+        Failure::Refused(rejection.status(), rejection.body_text())
+    }
+}
+
+impl From<PathRejection> for Failure {
+    fn from(rejection: PathRejection) -> Failure {
+        Failure::Refused(rejection.status(), rejection.body_text())
+    }
 }
 
 impl From<Error> for Failure {
@@ -75,8 +110,7 @@ impl From<replite::rusqlite::Error> for Failure {
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         let (status, text) = match self {
-            Failure::BadRequest(text) => (StatusCode::BAD_REQUEST, text),
-            Failure::NotFound => (StatusCode::NOT_FOUND, "no such note".into()),
+            Failure::Refused(status, text) => (status, text),
             Failure::Db(
                 error @ (Error::NotPrimary { .. }
                 | Error::NoState(_)
@@ -108,21 +142,30 @@ struct Text {
 impl Text {
     /// The text of a request's body, if it can be a note.
     fn of(body: Result<Json<Text>, JsonRejection>) -> Result<String, Failure> {
-        let Json(Text { text }) = body.map_err(|e| Failure::BadRequest(e.body_text()))?;
+        let Json(Text { text }) = body?;
         if text.trim().is_empty() || text.len() > TEXT_MAX_BYTES {
-            return Err(Failure::BadRequest(format!("a note has 1 to {TEXT_MAX_BYTES} bytes")));
+            let why = format!("a note has 1 to {TEXT_MAX_BYTES} bytes");
+            return Err(Failure::Refused(StatusCode::BAD_REQUEST, why));
         }
         Ok(text)
     }
 }
 
-async fn index(State(app): Shared, Query(search): Query<Search>) -> Result<impl IntoResponse, Failure> {
+async fn index(
+    State(app): Shared,
+    search: Result<Query<Search>, QueryRejection>,
+) -> Result<impl IntoResponse, Failure> {
+    let Query(search) = search?;
     let notes = app.db.read(|conn| store::list(conn, &search.q, LIMIT_DEFAULT).map_err(Failure::from))?;
     let html = page::render(&app.url, app.db.role(), &search.q, &notes);
     Ok(([(header::CACHE_CONTROL, "no-store")], Html(html)))
 }
 
-async fn list(State(app): Shared, Query(search): Query<Search>) -> Result<impl IntoResponse, Failure> {
+async fn list(
+    State(app): Shared,
+    search: Result<Query<Search>, QueryRejection>,
+) -> Result<impl IntoResponse, Failure> {
+    let Query(search) = search?;
     let limit = search.limit.unwrap_or(LIMIT_DEFAULT).min(LIMIT_MAX);
     Ok(Json(app.db.read_async(move |conn| store::list(conn, &search.q, limit).map_err(Failure::from)).await?))
 }
@@ -147,21 +190,36 @@ async fn add(
 
 async fn change(
     State(app): Shared,
-    Path(id): Path<i64>,
+    id: Result<Path<i64>, PathRejection>,
     body: Result<Json<Text>, JsonRejection>,
 ) -> Result<impl IntoResponse, Failure> {
+    let Path(id) = id?;
     let text = Text::of(body)?;
     let written = text.clone();
     let commit = app.db.write(move |tx| store::change(tx, id, &written).map_err(Failure::from)).await?;
     if !commit.value {
-        return Err(Failure::NotFound);
+        return Err(Failure::no_such_note());
     }
     Ok(Json(json!({ "id": id, "text": text, "txid": commit.txid })))
 }
 
-async fn remove(State(app): Shared, Path(id): Path<i64>) -> Result<StatusCode, Failure> {
+async fn remove(State(app): Shared, id: Result<Path<i64>, PathRejection>) -> Result<StatusCode, Failure> {
+    let Path(id) = id?;
     let commit = app.db.write(move |tx| store::remove(tx, id).map_err(Failure::from)).await?;
-    if commit.value { Ok(StatusCode::NO_CONTENT) } else { Err(Failure::NotFound) }
+    if commit.value { Ok(StatusCode::NO_CONTENT) } else { Err(Failure::no_such_note()) }
+}
+
+/// A live feed of this instance's position: one event at once, and one after each change, whoever made it.
+async fn events(State(app): Shared) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
+    let mut positions = app.db.watch();
+    positions.mark_changed();
+    let feed = unfold((app, positions), async |(app, mut positions)| {
+        app.end.run_until_cancelled(positions.changed()).await?.ok()?;
+        let number = positions.borrow_and_update().map(|position| position.number());
+        let event = Event::default().event("position").data(json!(number).to_string());
+        Some((Ok(event), (app, positions)))
+    });
+    Sse::new(feed).keep_alive(KeepAlive::default())
 }
 
 async fn node(State(app): Shared) -> impl IntoResponse {

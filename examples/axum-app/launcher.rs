@@ -3,16 +3,17 @@
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
 use tokio::process::{Child, ChildStdin, Command};
+use tokio::time::Instant;
 
 use crate::Error;
 use crate::api::get_json;
 
-/// How long an instance may take to end by itself.
-const END_LIMIT: Duration = Duration::from_secs(10);
+/// How long the instances may take to end by themselves.
+const END_LIMIT: Duration = Duration::from_secs(9);
 /// Pause before an instance that died is started again.
 const RESTART_PAUSE: Duration = Duration::from_secs(1);
 /// How long the table waits for all instances.
@@ -29,36 +30,43 @@ pub(crate) async fn run(base_port: u16, data: &Path) -> Result<(), Error> {
     let secret = secret(data)?;
     let mut instances = Vec::new();
     for port in base_port..base_port.checked_add(3).ok_or("no such ports")? {
-        instances.push(Instance {
-            url: format!("http://127.0.0.1:{port}"),
-            listen: format!("127.0.0.1:{port}"),
-            directory: data.join(port.to_string()),
-        });
+        let listen = format!("127.0.0.1:{port}");
+        // Else who has the port would be taken for our instance.
+        std::net::TcpListener::bind(&listen).map_err(|e| format!("{listen}: {e}"))?;
+        let (url, directory) = (format!("http://{listen}"), data.join(port.to_string()));
+        instances.push(Instance { url, listen, directory });
     }
     let urls: Vec<String> = instances.iter().map(|i| i.url.clone()).collect();
-    let end = crate::asked_to_end();
-    tokio::pin!(end);
     let mut children = Vec::new();
     for instance in &instances {
         children.push(start(instance, &urls, &secret)?);
     }
-    let ready = tokio::select! {
-        () = &mut end => false,
+    let mut end = std::pin::pin!(crate::asked_to_end());
+    let begun = tokio::select! {
+        () = &mut end => Ok(false),
+        (index, status) = died(&mut children) => {
+            // Not started again: it would only happen again.
+            Err(format!("{} ended before all were ready ({})", urls[index], describe(status)).into())
+        }
         ready = tokio::time::timeout(READY_LIMIT, all_ready(&urls)) => {
             if ready.is_err() {
                 eprintln!("not all instances are ready yet; see the messages above");
             }
-            true
+            Ok(true)
         }
     };
-    if ready {
-        print_table(&instances, &children).await;
-        println!("\nOpen {}/ and add a note. Ctrl-C ends all.", urls[2]);
-        std::io::stdout().flush()?;
-        watch(&instances, &mut children, &urls, &secret, end).await?;
-    }
+    let done = match begun {
+        Ok(true) => {
+            print_table(&instances, &children).await;
+            println!("\nOpen {}/ and add a note. Ctrl-C ends all.", urls[2]);
+            std::io::stdout().flush()?;
+            watch(&instances, &mut children, &urls, &secret, end).await
+        }
+        Ok(false) => Ok(()),
+        Err(error) => Err(error),
+    };
     stop(children).await;
-    Ok(())
+    done
 }
 
 /// A running instance. It ends when its standard input does.
@@ -77,17 +85,10 @@ async fn watch(
     mut end: std::pin::Pin<&mut impl Future<Output = ()>>,
 ) -> Result<(), Error> {
     loop {
-        let died = {
-            let waits = children
-                .iter_mut()
-                .enumerate()
-                .map(|(i, c)| Box::pin(async move { (i, c.child.wait().await) }));
-            tokio::select! {
-                () = &mut end => return Ok(()),
-                died = first(waits.collect()) => died,
-            }
+        let (index, status) = tokio::select! {
+            () = &mut end => return Ok(()),
+            died = died(children) => died,
         };
-        let (index, status) = died;
         eprintln!("{} ended ({}); it is started again", instances[index].url, describe(status));
         tokio::select! {
             () = &mut end => return Ok(()),
@@ -97,21 +98,15 @@ async fn watch(
     }
 }
 
-fn describe(status: std::io::Result<std::process::ExitStatus>) -> String {
-    status.map_or_else(|e| e.to_string(), |s| s.to_string())
+/// The next instance that ends, and how.
+async fn died(children: &mut [Running]) -> (usize, std::io::Result<ExitStatus>) {
+    let waits =
+        children.iter_mut().enumerate().map(|(i, c)| Box::pin(async move { (i, c.child.wait().await) }));
+    futures_util::future::select_all(waits).await.0
 }
 
-/// The output of whichever future is ready first.
-async fn first<F: Future + Unpin>(mut futures: Vec<F>) -> F::Output {
-    std::future::poll_fn(|cx| {
-        for future in &mut futures {
-            if let std::task::Poll::Ready(output) = std::pin::Pin::new(future).poll(cx) {
-                return std::task::Poll::Ready(output);
-            }
-        }
-        std::task::Poll::Pending
-    })
-    .await
+fn describe(status: std::io::Result<ExitStatus>) -> String {
+    status.map_or_else(|e| e.to_string(), |s| s.to_string())
 }
 
 fn start(instance: &Instance, urls: &[String], secret: &str) -> Result<Running, Error> {
@@ -152,8 +147,10 @@ async fn stop(mut children: Vec<Running>) {
     for running in &mut children {
         drop(running.stdin.take());
     }
+    // One limit for all: they end at the same time.
+    let limit = Instant::now() + END_LIMIT;
     for Running { mut child, .. } in children {
-        if tokio::time::timeout(END_LIMIT, child.wait()).await.is_err() {
+        if tokio::time::timeout_at(limit, child.wait()).await.is_err() {
             // It had its time; what it acknowledged is on the disk.
             let _ = child.kill().await;
         }

@@ -11,6 +11,7 @@ mod store;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
@@ -72,11 +73,16 @@ fn main() -> ExitCode {
             None => launcher::run(arguments.base_port, &arguments.data).await,
         }
     });
+    // Blocking work that is still under way must not keep the process from ending.
+    runtime.shutdown_timeout(RUNTIME_LIMIT);
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => fail(&*error),
     }
 }
+
+/// How long the runtime may take to end, once everything else has.
+const RUNTIME_LIMIT: Duration = Duration::from_secs(1);
 
 type Error = Box<dyn std::error::Error + Send + Sync>;
 

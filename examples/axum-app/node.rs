@@ -2,15 +2,20 @@
 
 use std::io::Read;
 use std::path::Path;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
-use replite::rusqlite::{Connection, backup::Backup};
+use replite::rusqlite::backup::{Backup, StepResult};
+use replite::rusqlite::{Connection, OpenFlags};
 use replite::{Config, Db, Secret, lease};
+use tokio_util::sync::CancellationToken;
 
 use crate::{Error, NodeArguments, api, store};
 
-/// How long the whole shutdown may take.
-const END_LIMIT: Duration = Duration::from_secs(10);
+/// How long connections may take to end. With what `Db::shutdown` may take, and the rest of main, a shutdown stays
+/// below the launcher's limit.
+const CONNECTIONS_LIMIT: Duration = Duration::from_secs(2);
+/// How long the file to import may be locked.
+const IMPORT_LIMIT: Duration = Duration::from_secs(30);
 
 pub(crate) async fn run(arguments: NodeArguments) -> Result<(), Error> {
     std::fs::create_dir_all(&arguments.data)?;
@@ -33,23 +38,23 @@ pub(crate) async fn run(arguments: NodeArguments) -> Result<(), Error> {
     // Before the database: who can't have the port should not touch the data.
     let listener = tokio::net::TcpListener::bind(arguments.listen).await?;
     let db = Db::open(config).await?;
-    let app = api::router(&db, url, arguments.peers.clone());
-    let (draining, with_parent) = (db.clone(), arguments.with_parent);
-    let (asked, was_asked) = tokio::sync::oneshot::channel();
+    let end = CancellationToken::new();
+    let app = api::router(&db, url, arguments.peers.clone(), end.clone());
+    let (draining, asked, with_parent) = (db.clone(), end.clone(), arguments.with_parent);
     let server = axum::serve(listener, app).with_graceful_shutdown(async move {
         tokio::select! {
             () = crate::asked_to_end() => {}
             () = parent_gone(), if with_parent => {}
         }
-        // The server waits for its connections; whoever waits for the server does so with a bound.
-        let _ = asked.send(());
+        // Ends the feeds; the server waits for its connections.
+        asked.cancel();
         draining.drain().await;
     });
     tokio::select! {
         served = async { server.await } => served?,
         () = async {
-            let _ = was_asked.await;
-            tokio::time::sleep(END_LIMIT).await;
+            end.cancelled().await;
+            tokio::time::sleep(CONNECTIONS_LIMIT).await;
         } => eprintln!("some connections did not end in time"),
     }
     db.shutdown().await;
@@ -70,10 +75,31 @@ async fn parent_gone() {
 
 /// Copies a database by SQLite itself, so that one that is in use is copied whole.
 fn copy(from: &Path, to: &Path) -> Result<(), Error> {
-    let source = Connection::open_with_flags(from, replite::rusqlite::OpenFlags::SQLITE_OPEN_READ_ONLY)?;
     let new = to.with_extension("importing");
+    // What an import left that did not get to its end.
+    if let Err(error) = std::fs::remove_file(&new)
+        && error.kind() != std::io::ErrorKind::NotFound
+    {
+        return Err(error.into());
+    }
+    let source = Connection::open_with_flags(from, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
     let mut target = Connection::open(&new)?;
-    Backup::new(&source, &mut target)?.step(-1)?;
+    // We wait ourselves, and say so.
+    source.busy_timeout(Duration::ZERO)?;
+    let end = Instant::now() + IMPORT_LIMIT;
+    let backup = Backup::new(&source, &mut target)?;
+    let mut said = false;
+    // A busy source is no error: nothing was copied.
+    while backup.step(-1)? != StepResult::Done {
+        if !std::mem::replace(&mut said, true) {
+            tracing::warn!("{} is locked by somebody; the import waits", from.display());
+        }
+        if Instant::now() > end {
+            return Err(format!("{} stays locked", from.display()).into());
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    drop(backup);
     target.close().map_err(|(_, e)| e)?;
     std::fs::rename(&new, to)?;
     Ok(())

@@ -15,7 +15,9 @@ pub(crate) struct Note {
 
 /// Makes the tables where they are missing. The index is kept by triggers, so that the `sqlite3` shell can write, too.
 pub(crate) fn migrate(conn: &mut Connection) -> rusqlite::Result<()> {
-    conn.execute_batch(
+    let tx = conn.transaction()?;
+    let indexed = tx.table_exists(None, "notes_fts")?;
+    tx.execute_batch(
         "CREATE TABLE IF NOT EXISTS notes(
              id INTEGER PRIMARY KEY AUTOINCREMENT,
              text TEXT NOT NULL,
@@ -33,7 +35,12 @@ pub(crate) fn migrate(conn: &mut Connection) -> rusqlite::Result<()> {
              INSERT INTO notes_fts(notes_fts, rowid, text) VALUES ('delete', old.id, old.text);
              INSERT INTO notes_fts(rowid, text) VALUES (new.id, new.text);
          END;",
-    )
+    )?;
+    if !indexed {
+        // The notes may be older than the index, in an imported file.
+        tx.execute("INSERT INTO notes_fts(notes_fts) VALUES ('rebuild')", [])?;
+    }
+    tx.commit()
 }
 
 pub(crate) fn list(conn: &Connection, query: &str, limit: u32) -> rusqlite::Result<Vec<Note>> {

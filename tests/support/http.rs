@@ -1,8 +1,13 @@
 //! What the tests of the doors share: an HTTP client, and other programs that end with the test.
 #![allow(dead_code, reason = "each test binary uses its part of it")]
 
-use std::path::PathBuf;
-use std::process::{Child, Command};
+use std::io::{BufRead, BufReader, Read};
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::Mutex;
+use std::sync::mpsc::{Receiver, channel};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use http::{HeaderMap, Request};
@@ -10,6 +15,10 @@ use http_body_util::{BodyExt, Full};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
+use rustix::process::{Pid, Signal, kill_process};
+
+/// Longest wait for another program.
+const LIMIT: Duration = Duration::from_secs(60);
 
 /// A response that was read to its end.
 #[derive(Debug)]
@@ -87,4 +96,102 @@ pub(crate) fn example() -> PathBuf {
     let example = test.parent().unwrap().parent().unwrap().join("examples").join("axum-app");
     assert!(example.is_file(), "run `cargo build --example axum-app` (with the tests' profile) first");
     example
+}
+
+/// A running example application, by what it prints.
+pub(crate) struct Example {
+    pub(crate) program: Program,
+    /// Lines of both outputs.
+    lines: Receiver<String>,
+}
+
+impl Example {
+    pub(crate) fn start(configure: impl FnOnce(&mut Command)) -> Example {
+        let mut command = Command::new(example());
+        configure(&mut command);
+        command.env_remove("RUST_LOG").env("NO_COLOR", "1");
+        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut program = Program::start(&mut command);
+        let (sender, lines) = channel();
+        let outputs: [Box<dyn Read + Send>; 2] =
+            [Box::new(program.0.stdout.take().unwrap()), Box::new(program.0.stderr.take().unwrap())];
+        for output in outputs {
+            let sender = sender.clone();
+            std::thread::spawn(move || {
+                for line in BufReader::new(output).lines().map_while(Result::ok) {
+                    println!("| {line}");
+                    if sender.send(line).is_err() {
+                        break;
+                    }
+                }
+            });
+        }
+        Example { program, lines }
+    }
+
+    /// Three instances with their launcher, on three ports in a row.
+    pub(crate) fn launcher(port: u16, data: &Path) -> Example {
+        Example::start(|command| {
+            command.arg("--base-port").arg(port.to_string()).arg("--data").arg(data);
+        })
+    }
+
+    /// The same when they are ready, and their URLs.
+    pub(crate) fn three(data: &Path) -> (Example, Vec<String>) {
+        let port = three_ports();
+        let example = Example::launcher(port, data);
+        example.line("add a note");
+        (example, (port..port + 3).map(|port| format!("http://127.0.0.1:{port}")).collect())
+    }
+
+    /// One instance, a primary.
+    pub(crate) fn one(data: &Path, options: &[&str]) -> (Example, String) {
+        let address = format!("127.0.0.1:{}", three_ports());
+        let url = format!("http://{address}");
+        let example = Example::start(|c| {
+            c.args(["node", "--listen", &address, "--primary", &url, "--data"]).arg(data).args(options);
+            c.env("REPLITE_SECRET", "a secret for tests only");
+        });
+        (example, url)
+    }
+
+    /// The next line with this in it.
+    pub(crate) fn line(&self, part: &str) -> String {
+        let end = Instant::now() + LIMIT;
+        loop {
+            match self.lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
+                Ok(line) if line.contains(part) => return line,
+                Ok(_) => {}
+                Err(error) => panic!("{part:?} was not printed: {error}"),
+            }
+        }
+    }
+
+    pub(crate) fn pid(&self) -> Pid {
+        Pid::from_child(&self.program.0)
+    }
+
+    /// Asks it to end and waits until it did.
+    pub(crate) fn end(mut self) -> (ExitStatus, Duration) {
+        let begin = Instant::now();
+        kill_process(self.pid(), Signal::TERM).unwrap();
+        (self.program.0.wait().unwrap(), begin.elapsed())
+    }
+}
+
+/// The first of three free ports in a row.
+pub(crate) fn three_ports() -> u16 {
+    let free = |port| TcpListener::bind(("127.0.0.1", port)).ok();
+    // Below those that the system gives out by itself, and elsewhere for each process.
+    let begin = 10_000 + u16::try_from(std::process::id() % 1000).unwrap() * 20;
+    let mut ports = (begin..32_000).chain(10_000..begin);
+    static TAKEN: Mutex<Vec<u16>> = Mutex::new(Vec::new());
+    let mut taken = TAKEN.lock().unwrap();
+    let fits = |port: &u16| {
+        let apart = taken.iter().all(|other| other.abs_diff(*port) >= 3);
+        apart && (*port..port + 3).all(|port| free(port).is_some())
+    };
+    let port = ports.find(fits).expect("three free ports");
+    taken.push(port);
+    port
 }
