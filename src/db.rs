@@ -244,7 +244,9 @@ impl Db {
     /// # Cancel safety
     /// Nothing happens but the waiting.
     pub async fn wait_for_timeout(&self, txid: Txid, limit: Duration) -> Result<()> {
-        self.inner.node.applied.wait_for(txid, limit).await
+        self.inner.node.applied.wait_for(txid, limit).await?;
+        session::waited(txid);
+        Ok(())
     }
 
     /// The last transaction that was committed here by anybody, once it is captured. Blocks.

@@ -11,7 +11,7 @@ tokio::task_local! {
 }
 
 /// What one request did to the database. The replay layer puts it into the request's extensions and around the
-/// task that runs the handler; writes report into it by themselves there. Work that the handler spawned onto other
+/// task that runs the handler; writes and waits report into it by themselves there. Work that the handler spawned onto other
 /// tasks reports through a clone: with [`Session::scope`], or by [`Session::observe`].
 #[derive(Clone)]
 pub struct Session(Arc<Inner>);
@@ -25,6 +25,8 @@ struct Inner {
 #[derive(Clone, Copy, Default)]
 struct Done {
     committed: Option<Txid>,
+    /// What was waited for, and is seen here.
+    seen: Option<Txid>,
     primary_needed: bool,
 }
 
@@ -57,6 +59,12 @@ impl Session {
         self.lock().committed
     }
 
+    /// The highest transaction that the request committed or waited for: what its client has seen.
+    pub(crate) fn seen(&self) -> Option<Txid> {
+        let done = self.lock();
+        done.committed.max(done.seen)
+    }
+
     /// Whether it was reported that the primary is needed.
     pub fn primary_needed(&self) -> bool {
         self.lock().primary_needed
@@ -67,10 +75,10 @@ impl Session {
         self.0.request.as_ref()
     }
 
-    /// A token for the highest transaction that the request committed. The layer sets it on the response by itself;
+    /// A token for the highest transaction that the request committed, or waited for. The layer sets it on the response by itself;
     /// this is for clients that want it in the body.
     pub fn token(&self) -> Option<Token> {
-        self.committed().map(|txid| self.0.tokens.sign(txid))
+        self.seen().map(|txid| self.0.tokens.sign(txid))
     }
 
     /// Runs a future, such as one that is about to be spawned, as part of this session.
@@ -110,6 +118,14 @@ impl fmt::Debug for Session {
 pub(crate) fn committed(txid: Txid) {
     // Outside of a request nobody wants to know.
     let _ = CURRENT.try_with(|session| session.observe(txid));
+}
+
+/// Reported by `Db::wait_for`, on the caller's task.
+pub(crate) fn waited(txid: Txid) {
+    let _ = CURRENT.try_with(|session| {
+        let mut done = session.lock();
+        done.seen = done.seen.max(Some(txid));
+    });
 }
 
 /// Reported by whatever found that only the primary could have done it.

@@ -32,7 +32,7 @@ const PREFIXES_MAX: usize = 64;
 /// Which responses carry a token.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum SessionTokens {
-    /// Those of requests that committed: clients read their own writes.
+    /// Those of requests that committed, or waited for a transaction: clients read their own writes.
     #[default]
     Writes,
     /// Those of reads, too, when what they read is newer than the request's token: clients never go back in time.

@@ -10,7 +10,7 @@ use crate::session::Session;
 use crate::token::Token;
 use crate::txid::{Place, Txid};
 
-/// Sets the token of what the request committed, or read.
+/// Sets the token of what the request committed, waited for, or read.
 pub(super) fn set_token(shared: &Shared, session: &Session, secure: bool, headers: &mut HeaderMap) {
     let committed = session.committed();
     if committed.is_some() && headers.get(OUTCOME).is_some_and(|o| o == Outcome::NotExecuted.as_str()) {
@@ -18,8 +18,8 @@ pub(super) fn set_token(shared: &Shared, session: &Session, secure: bool, header
         headers.insert(OUTCOME, HeaderValue::from_static(Outcome::Unknown.as_str()));
     }
     let newest = match shared.options.session {
-        SessionTokens::Writes => committed,
-        SessionTokens::Monotonic => committed.max(shared.node.applied.position().map(|p| p.txid())),
+        SessionTokens::Writes => session.seen(),
+        SessionTokens::Monotonic => session.seen().max(shared.node.applied.position().map(|p| p.txid())),
     };
     let Some(newest) = newest else { return };
     let known = session.request_token().map(Token::txid).filter(|txid| is_ours(shared, *txid));

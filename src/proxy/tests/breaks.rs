@@ -87,6 +87,21 @@ async fn no_early_100_continue_while_there_is_no_primary() {
 }
 
 #[tokio::test]
+async fn a_client_that_expects_100_continue_gets_it_when_the_primary_wants_the_body() {
+    let pair = Pair::new(Router::new().fallback(mirror), Router::new(), |l| l).await;
+    let mut stream = TcpStream::connect(pair.replica.address).await.unwrap();
+    let head = "POST / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 5\r\nconnection: close\r\n\r\n";
+    stream.write_all(head.as_bytes()).await.unwrap();
+    let mut told = [0; 25];
+    stream.read_exact(&mut told).await.unwrap();
+    assert_eq!(&told, b"HTTP/1.1 100 Continue\r\n\r\n");
+    stream.write_all(b"hello").await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 200 ") && answer.contains("\n\nhello"), "{answer}");
+}
+
+#[tokio::test]
 async fn a_primary_that_is_not_there_executed_nothing() {
     let gone = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     for url in [format!("http://{gone}"), "https://127.0.0.1:1".into(), "not a url".into()] {

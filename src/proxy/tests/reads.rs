@@ -12,6 +12,7 @@ use http_body_util::BodyExt;
 use super::world::*;
 use crate::node::Node;
 use crate::proxy::{ReplayLayer, Route, SameSite, SessionTokens};
+use crate::secret::{Keyring, Secret};
 use crate::session::{self, Session};
 use crate::status::Role;
 use crate::token::Token;
@@ -138,6 +139,80 @@ async fn the_token_of_a_response_is_the_newer_of_request_and_commit() {
     // A branch that this history does not have is not handed on, however high its number is.
     let response = send(with(Txid::new(Epoch::new(9, 9), 20)).body(full("")).unwrap()).await;
     assert_eq!(token_of(&node, &response), Some(12));
+}
+
+#[tokio::test]
+async fn what_a_handler_waited_for_is_handed_on_to_its_client() {
+    let node = node(2, Role::Replica);
+    let app = Router::new().fallback(|| async { session::waited(txid(9)) });
+    let server = Server::start(app.layer(ReplayLayer::new(node.clone()))).await;
+    let request = || Request::get(server.url());
+    let response = send(request().body(full("")).unwrap()).await;
+    assert_eq!(token_of(&node, &response), Some(9));
+    let newer = Token::sign(&node, txid(10)).to_string();
+    let response = send(request().header("replite-token", newer).body(full("")).unwrap()).await;
+    assert_eq!(token_of(&node, &response), None, "its client knew a newer one");
+}
+
+#[tokio::test]
+async fn above_the_cap_on_waiters_the_primary_is_asked() {
+    let (server, _primary, node) = reader(|l| l.read_wait_limit(LONG)).await;
+    let mut waiters = Vec::new();
+    for _ in 0..crate::applied::WAITERS_MAX {
+        let applied = node.applied.clone();
+        let mut waiter = Box::pin(async move { applied.wait_for(txid(99), LONG).await });
+        std::future::poll_fn(|cx| {
+            assert!(waiter.as_mut().poll(cx).is_pending());
+            std::task::Poll::Ready(())
+        })
+        .await;
+        waiters.push(waiter);
+    }
+    let ahead = Token::sign(&node, txid(12));
+    assert_eq!(text(send(get(&server, ahead.as_str())).await).await, "primary");
+    drop(waiters);
+    let waiting = tokio::spawn(send(get(&server, ahead.as_str())));
+    node.applied.advance(at(12));
+    assert_eq!(text(waiting.await.unwrap()).await, "12");
+}
+
+#[tokio::test]
+async fn two_applications_on_one_host_do_not_disturb_each_other() {
+    let other = |database: &str, secret: u8| {
+        let keys = Keyring::new(&[Secret::new([secret; 16]).unwrap()]).unwrap();
+        let node = Node::new(peer(7, ""), "c".into(), database.into(), keys, Role::Primary);
+        let token = Token::sign(&node, txid(99));
+        format!("replite_{}={token}", node.database_tag())
+    };
+    let (server, _primary, node) = reader(|l| l.read_wait_limit(LONG)).await;
+    // One with other names has a cookie of its own; one with the same names, but another secret, has one that counts for nothing.
+    for cookie in [other("shop", 7), other("app", 8), format!("{}; {}", other("shop", 8), other("app", 8))] {
+        let request = Request::get(server.url()).header("cookie", cookie).body(full("")).unwrap();
+        assert_eq!(text(send(request).await).await, "10");
+    }
+    let mine =
+        format!("{}; replite_{}={}", other("shop", 7), node.database_tag(), Token::sign(&node, txid(12)));
+    let waiting = send(Request::get(server.url()).header("cookie", mine).body(full("")).unwrap());
+    let waiting = tokio::spawn(waiting);
+    node.applied.advance(at(12));
+    assert_eq!(text(waiting.await.unwrap()).await, "12");
+    // Those with the same names and the same secrets can be told apart by name.
+    let (server, node) = writer(|l| l.cookie_name("notes-2")).await;
+    let response = send(post(&server, "/12").body(full("")).unwrap()).await;
+    assert!(response.headers()["set-cookie"].to_str().unwrap().starts_with("notes-2=v1."));
+    assert_eq!(token_of(&node, &response), Some(12));
+}
+
+#[tokio::test]
+async fn tokens_of_an_old_secret_hold_until_it_is_dropped() {
+    let (server, _primary, node) = reader(|l| l.read_wait_limit(SHORT)).await;
+    let old = Token::sign(&node, txid(12)).to_string();
+    let secret = |byte| Secret::new([byte; 16]).unwrap();
+    node.keys.rotate(&[secret(9), secret(7)]).unwrap();
+    assert_ne!(Token::sign(&node, txid(12)).to_string(), old);
+    assert_eq!(text(send(get(&server, &old)).await).await, "primary", "it was waited for, in vain");
+    node.keys.rotate(&[secret(9)]).unwrap();
+    assert_eq!(text(send(get(&server, &old)).await).await, "10", "it counts as absent");
 }
 
 #[tokio::test]
