@@ -32,9 +32,9 @@ use crate::proxy::{PrimaryClient, ReplayLayer};
 use crate::secret::{Keyring, Secret};
 use crate::server::{Door, ReplicationService};
 use crate::session;
-use crate::status::{Event, PeerInfo, Role, RoleState};
+use crate::status::{Event, LoggedTransaction, PeerInfo, Role, RoleState};
 use crate::token::Token;
-use crate::txid::{Position, Txid};
+use crate::txid::{Place, Position, Txid};
 
 pub use builder::{Config, ConnectionKind};
 pub use writer::{Commit, WriterGuard};
@@ -256,6 +256,30 @@ impl Db {
             Side::Primary { engine, .. } => engine.get()?.captured(),
             Side::Replica { .. } => Err(Error::NotPrimary { primary: None }),
         }
+    }
+
+    /// The transactions in this node's retained log, oldest first: those after `after`, or from the oldest on, at most `most`. For the next
+    /// ones give the last one's [`Position::txid`].
+    ///
+    /// # Errors
+    /// [`Error::Lost`] when `after` is not in this history, [`Error::Corrupt`] when the log is damaged, [`Error::Io`], [`Error::ShutDown`].
+    ///
+    /// # Cancel safety
+    /// Nothing happens but reading.
+    pub async fn transactions(&self, after: Option<Txid>, most: usize) -> Result<Vec<LoggedTransaction>> {
+        let history = self.inner.node.applied.history();
+        if let Some(txid) = after
+            && history.place(txid) == Place::Lost
+        {
+            return Err(Error::Lost { txid });
+        }
+        let log = match &self.inner.side {
+            Side::Primary { engine, .. } => Some(engine.get()?.log().clone()),
+            Side::Replica { follower, .. } => follower.log(),
+        };
+        let Some(log) = log else { return Ok(Vec::new()) };
+        let list = move || log.list(after.map_or(0, Txid::number), most);
+        tokio::task::spawn_blocking(list).await.map_err(|_| Error::ShutDown)?
     }
 
     /// Waits until `done` says so of this node's state; it is asked again after each change. For a replica that

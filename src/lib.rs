@@ -50,6 +50,8 @@ pub use rusqlite;
 pub use secret::Secret;
 pub use server::{ReplicationBody, ReplicationService};
 pub use session::Session;
-pub use status::{Addresses, Event, Health, Lag, PeerInfo, ReplicaStatus, Role, RoleState, Status};
+pub use status::{
+    Addresses, Event, Health, Lag, LoggedTransaction, PeerInfo, ReplicaStatus, Role, RoleState, Status,
+};
 pub use token::Token;
 pub use txid::{Epoch, Position, Txid};

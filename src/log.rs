@@ -39,6 +39,7 @@ use crate::error::{Error, Result};
 use crate::txid::Position;
 
 mod files;
+mod list;
 mod read;
 mod recover;
 mod scan;

@@ -114,6 +114,33 @@ pub struct Lag {
     pub connected: bool,
 }
 
+/// A transaction in the retained log.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[non_exhaustive]
+pub struct LoggedTransaction {
+    /// The state that it led to; its [`Txid`](crate::Txid) names the transaction.
+    pub position: Position,
+    /// When the primary captured it, by its clock.
+    #[serde(with = "unix_micros")]
+    pub time: SystemTime,
+    /// How many pages it changed.
+    pub changed_pages: u32,
+    /// The database's size in pages after it.
+    pub pages: u32,
+    /// Its bytes in the log.
+    pub log_bytes: u64,
+}
+
+/// Times in JSON: microseconds since 1970.
+mod unix_micros {
+    use std::time::SystemTime;
+
+    pub(super) fn serialize<S: serde::Serializer>(time: &SystemTime, to: S) -> Result<S::Ok, S::Error> {
+        let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
+        to.serialize_u64(since.as_micros() as u64)
+    }
+}
+
 /// A replica as its primary sees it.
 #[derive(Clone, Debug, Serialize)]
 #[non_exhaustive]

@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use bytes::{Bytes, BytesMut};
 
-use super::scan::{HEAD_BYTES, Index, Stretch, hop};
+use super::scan::{Edge, HEAD_BYTES, Index, Stretch, hop};
 use super::state::{Seg, State};
 use super::{Found, Log, files};
 use crate::error::{Error, Result};
@@ -37,7 +37,8 @@ impl Log {
         };
         let mut index = Index::default();
         let mut found = None;
-        hop(&file, &search.path, search.stretch, |lsn, before| {
+        hop(&file, &search.path, search.stretch, |lsn, edge| {
+            let Edge::Begin(before) = edge else { return ControlFlow::Continue(()) };
             index.note(before.number(), lsn);
             if before.number() == number {
                 found = Some(Found::At { lsn, before });

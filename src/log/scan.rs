@@ -8,7 +8,7 @@ use bytes::{Bytes, BytesMut};
 use super::files;
 use crate::error::{Error, Result};
 use crate::txid::{Epoch, Position};
-use crate::wire::{Decoder, HEADER_BYTES, Header, Kind, Message, SEGMENT_BYTES, Segment, Unit};
+use crate::wire::{Decoder, HEADER_BYTES, Header, Kind, Message, SEGMENT_BYTES, Segment, TxnEnd, Unit};
 
 /// Bytes of a segment's file before its first record.
 pub(super) const HEAD_BYTES: u64 = SEGMENT_BYTES as u64;
@@ -18,7 +18,7 @@ const INDEX_EVERY_BYTES: u64 = 256 * 1024;
 const SCAN_READ_BYTES: usize = 256 * 1024;
 /// Bytes read at one time while hopping: the end of one record, the beginning of the next, and its first header.
 const HOP_READ_BYTES: usize = 256;
-/// Bytes of a TXN_BEGIN unit, the only one that hopping reads in full.
+/// Bytes of a TXN_BEGIN unit, the longer of the two that hopping reads in full.
 const TXN_BEGIN_BYTES: usize = HEADER_BYTES + Position::BYTES + Epoch::BYTES + 4;
 const _: () = assert!(TXN_BEGIN_BYTES <= HOP_READ_BYTES);
 
@@ -137,12 +137,20 @@ pub(super) struct Stretch {
     pub(super) until: u64,
 }
 
-/// Visits the beginning of each record, reading little more than headers.
+/// Where a record begins or ends.
+#[derive(Clone, Copy, Debug)]
+pub(super) enum Edge {
+    Begin(Position),
+    /// The end, behind the unit that was read.
+    End(TxnEnd),
+}
+
+/// Visits the edges of each record, with the address of a beginning and the one behind an end, reading little more than headers.
 pub(super) fn hop(
     file: &File,
     path: &Path,
     stretch: Stretch,
-    mut visit: impl FnMut(u64, Position) -> ControlFlow<()>,
+    mut visit: impl FnMut(u64, Edge) -> ControlFlow<()>,
 ) -> Result<()> {
     let offset_of = |lsn: u64| HEAD_BYTES + lsn - stretch.segment;
     let corrupt =
@@ -162,13 +170,15 @@ pub(super) fn hop(
         let here = &window[(lsn - base) as usize..filled];
         let head = here.first_chunk::<HEADER_BYTES>().ok_or_else(|| corrupt(lsn, "too short".into()))?;
         let header = Header::parse(head).map_err(|e| corrupt(lsn, e.to_string()))?;
-        if let Some(kind @ Kind::TxnBegin) = header.kind {
+        if let Some(kind @ (Kind::TxnBegin | Kind::TxnEnd)) = header.kind {
             let raw = here.get(..header.unit_bytes).ok_or_else(|| corrupt(lsn, "a cut record".into()))?;
             let unit = Unit { kind, hash: header.hash, raw: Bytes::copy_from_slice(raw) };
-            let Message::TxnBegin(begin) = unit.decode().map_err(|e| corrupt(lsn, e.to_string()))? else {
-                return Err(corrupt(lsn, "no record begins here".into()));
+            let (at, edge) = match unit.decode().map_err(|e| corrupt(lsn, e.to_string()))? {
+                Message::TxnBegin(begin) => (lsn, Edge::Begin(begin.before)),
+                Message::TxnEnd(end) => (lsn + header.unit_bytes as u64, Edge::End(end)),
+                _ => return Err(corrupt(lsn, "no record begins or ends here".into())),
             };
-            if visit(lsn, begin.before).is_break() {
+            if visit(at, edge).is_break() {
                 return Ok(());
             }
         }

@@ -560,3 +560,39 @@ fn full_disk_child(dir: &Path) {
     put(&log, n + 11, 1);
     assert_eq!(Log::open(dir, options).unwrap().tip(), Some(position(n + 11)));
 }
+
+#[test]
+fn transactions_are_listed_across_segments_and_from_any_place() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = filled(&dir, 40, OPTIONS);
+    assert!(files_of(&dir).len() > 3);
+    let all = log.list(0, 1000).unwrap();
+    assert_eq!(
+        all.iter().map(|t| t.position).collect::<Vec<_>>(),
+        (1..=40).map(position).collect::<Vec<_>>()
+    );
+    for one in &all {
+        assert_eq!((one.changed_pages, one.pages, one.log_bytes), (1, 1, record(1, 1).len() as u64));
+        assert_eq!(one.time, SystemTime::UNIX_EPOCH + Duration::from_micros(one.position.number()));
+    }
+    for after in 0..=41 {
+        let some = log.list(after, 7).unwrap();
+        let numbers: Vec<_> = some.iter().map(|t| t.position.number()).collect();
+        assert_eq!(numbers, (after + 1..=40).take(7).collect::<Vec<_>>());
+    }
+    // A record that is not complete is none.
+    let half = record(41, 2);
+    log.append(half.slice(..half.len() - 80), None).unwrap();
+    assert_eq!(log.list(38, 10).unwrap().len(), 2);
+    // What was dropped is left out; a log of an earlier opening has no index yet.
+    while files_of(&dir).len() > 2 {
+        log.drop_oldest();
+    }
+    drop(log);
+    let log = open(&dir);
+    let first = log.list(0, 1).unwrap()[0].position.number();
+    assert!(first > 1);
+    assert_eq!(log.list(0, 100).unwrap().len() as u64, 41 - first);
+    let empty = tempfile::tempdir().unwrap();
+    assert!(open(&empty).list(0, 10).unwrap().is_empty());
+}

@@ -1,0 +1,69 @@
+//! What the log holds, transaction by transaction.
+use std::fs::File;
+use std::io;
+use std::ops::ControlFlow;
+use std::time::{Duration, SystemTime};
+
+use super::scan::{Edge, Stretch, hop};
+use super::{Found, Log};
+use crate::error::{Error, Result};
+use crate::status::LoggedTransaction;
+
+impl Log {
+    /// The transactions behind number `after`, oldest first, at most `most` of them; those that are not in the log any more are left
+    /// out. Reads headers from disk, about two hundred bytes a transaction and as much a page. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Corrupt`] when a segment is damaged.
+    pub(crate) fn list(&self, after: u64, most: usize) -> Result<Vec<LoggedTransaction>> {
+        let mut listed = Vec::new();
+        let oldest = self.start().map_or(0, |position| position.number());
+        let mut next = match self.find(after.max(oldest))? {
+            Found::At { lsn, .. } => Some(lsn),
+            // Dropped since it was asked for the start, or there is nothing yet.
+            Found::Behind | Found::Beyond => None,
+        };
+        while let Some(lsn) = next.filter(|_| listed.len() < most) {
+            next = self.list_segment(lsn, most, &mut listed)?;
+        }
+        Ok(listed)
+    }
+
+    /// Lists from a record's beginning to its segment's end. Where the next segment begins, if there is one.
+    fn list_segment(
+        &self,
+        from: u64,
+        most: usize,
+        listed: &mut Vec<LoggedTransaction>,
+    ) -> Result<Option<u64>> {
+        let (path, stretch, next) = {
+            let state = self.lock();
+            let behind = state.segments.partition_point(|s| s.start <= from);
+            let Some(segment) = behind.checked_sub(1).map(|i| &state.segments[i]) else { return Ok(None) };
+            let until = segment.end.min(state.complete);
+            let next = state.segments.get(behind).map(|s| s.start);
+            (segment.path.clone(), Stretch { segment: segment.start, from, until }, next)
+        };
+        let file = match File::open(&path) {
+            Ok(file) => file,
+            // Dropped since the lock was given back: what is younger is still there.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(next),
+            Err(error) => return Err(Error::io("open", &path)(error)),
+        };
+        let mut begun = from;
+        hop(&file, &path, stretch, |lsn, edge| {
+            match edge {
+                Edge::Begin(_) => begun = lsn,
+                Edge::End(end) => listed.push(LoggedTransaction {
+                    position: end.after,
+                    time: SystemTime::UNIX_EPOCH + Duration::from_micros(end.unix_micros),
+                    changed_pages: end.changed,
+                    pages: end.pages,
+                    log_bytes: lsn - begun,
+                }),
+            }
+            if listed.len() < most { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        })?;
+        Ok(next)
+    }
+}
