@@ -150,10 +150,12 @@ impl Db {
         Ok(seen(commit))
     }
 
-    /// [`Db::write`] on the caller's thread, which may block. The fastest way to write from a thread.
+    /// [`Db::write`] on the caller's thread, which may block. The fastest way to write from a thread. Inside of a write to another
+    /// database it works; two databases that wait for each other in this way wait for ever.
     ///
     /// # Errors
-    /// As for [`Db::write`], and [`Error::BlockingInAsync`] on a thread that runs async tasks.
+    /// As for [`Db::write`], and [`Error::BlockingInAsync`] on a thread that runs async tasks (which is not noticed inside of
+    /// `tokio::task::unconstrained`).
     pub fn write_blocking<T, E, F>(&self, f: F) -> Result<Commit<T>, E>
     where
         F: FnOnce(&mut Transaction<'_>) -> Result<T, E>,

@@ -112,6 +112,27 @@ fn a_runtime_that_ends_takes_no_shutdown_with_it() {
     });
 }
 
+#[tokio::test]
+async fn writes_that_nobody_polls_any_more_do_not_hold_up_the_end() {
+    let dir = tempfile::tempdir().unwrap();
+    let config = Config::new(dir.path().join("app.db")).write_queue(1);
+    let db = Db::open(config.migrate(|c| c.execute_batch(SCHEMA))).await.unwrap();
+    let end = hold_writer(&db).await;
+    let mut queued: Vec<_> = (0..4).map(|_| Box::pin(db.write(|_| Ok::<_, Error>(())))).collect();
+    for write in &mut queued {
+        assert!(is_pending(write.as_mut()).await);
+    }
+    let mut shutdown = Box::pin(db.shutdown());
+    assert!(is_pending(shutdown.as_mut()).await);
+    // Begun before the end, so that what was queued is refused or done, as it comes.
+    drop(end);
+    within("the end", shutdown).await;
+    for write in queued {
+        let done = within("an answer", write).await;
+        assert!(matches!(done, Ok(_) | Err(Error::ShutDown)), "{done:?}");
+    }
+}
+
 /// What this process has open below a directory.
 #[cfg(target_os = "linux")]
 fn open_files(dir: &Path) -> Vec<std::path::PathBuf> {

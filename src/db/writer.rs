@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, DropBehavior, OpenFlags, Transaction, TransactionBehavior};
-use tokio::sync::{mpsc as queue, oneshot};
+use tokio::sync::{Semaphore, mpsc as queue, oneshot};
 
 use crate::db::builder::{Config, ConnectionKind};
 use crate::engine::{Durability, Engine};
@@ -68,11 +68,14 @@ impl<T> From<&Commit<T>> for Option<Txid> {
 /// The writer of a primary.
 pub(super) struct Writer {
     shared: Arc<Shared>,
-    jobs: Mutex<Option<queue::Sender<Box<dyn Job>>>>,
+    /// The way into the queue. No future keeps a copy, because one that nobody polls any more would keep the thread.
+    jobs: Mutex<Option<queue::UnboundedSender<Box<dyn Job>>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 struct Shared {
+    /// Bounds the queue.
+    room: Semaphore,
     engine: Arc<Hold>,
     durability: Durability,
     connection: Mutex<Option<Connection>>,
@@ -148,6 +151,7 @@ impl Writer {
     pub(super) fn open(config: &Config, path: &Path, engine: &Arc<Hold>) -> Result<Writer> {
         let (connection, settings) = connect(config, path)?;
         let shared = Arc::new(Shared {
+            room: Semaphore::new(config.write_queue),
             engine: engine.clone(),
             durability: config.durability,
             connection: Mutex::new(Some(connection)),
@@ -159,7 +163,7 @@ impl Writer {
         if config.durability == Durability::Synced {
             engine.sync(last)?;
         }
-        let (jobs, receiver) = queue::channel(config.write_queue);
+        let (jobs, receiver) = queue::unbounded_channel();
         let (to_sync, unsynced) = mpsc::sync_channel(UNSYNCED_MAX);
         let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
             std::thread::Builder::new().name(name.into()).spawn(run).map_err(Error::io("spawn", name))
@@ -170,11 +174,6 @@ impl Writer {
             spawn("replite-sync", Box::new(move || run_syncs(&two, &unsynced)))?,
         ];
         Ok(Writer { shared, jobs: Mutex::new(Some(jobs)), threads: Mutex::new(threads) })
-    }
-
-    /// The queue of async writes, while there is one.
-    fn queue(&self) -> Result<queue::Sender<Box<dyn Job>>> {
-        lock(&self.jobs).clone().ok_or(Error::ShutDown)
     }
 
     /// Runs a closure in a transaction, on the writer's thread.
@@ -189,7 +188,13 @@ impl Writer {
         }
         let (reply, answer) = oneshot::channel();
         let job = Box::new(Write { run, reply });
-        self.queue()?.send(job).await.map_err(|_| Error::ShutDown)?;
+        let room = self.shared.room.acquire().await.map_err(|_| Error::ShutDown)?;
+        let queued = lock(&self.jobs).as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
+        if !queued {
+            return Err(Error::ShutDown.into());
+        }
+        // Given back when the job is taken out.
+        room.forget();
         answer.await.unwrap_or_else(|_| Err(self.no_answer().into()))
     }
 
@@ -230,7 +235,9 @@ impl Writer {
 
     /// Ends the threads: what is queued is refused, what has begun ends. Blocks.
     pub(super) fn close(&self) {
+        // The thread ends with the only sender. Who waits for room is refused.
         drop(lock(&self.jobs).take());
+        self.shared.room.close();
         let threads = std::mem::take(&mut *lock(&self.threads));
         let here = std::thread::current().id();
         if threads.iter().any(|thread| thread.thread().id() == here) {
@@ -310,8 +317,13 @@ impl Shared {
 }
 
 /// The writer's thread.
-fn run_jobs(shared: &Shared, mut jobs: queue::Receiver<Box<dyn Job>>, to_sync: &mpsc::SyncSender<Unsynced>) {
+fn run_jobs(
+    shared: &Shared,
+    mut jobs: queue::UnboundedReceiver<Box<dyn Job>>,
+    to_sync: &mpsc::SyncSender<Unsynced>,
+) {
     while let Some(job) = jobs.blocking_recv() {
+        shared.room.add_permits(1);
         let Ok((inside, mut connection)) = shared.enter() else { continue };
         let unsynced = survive(|| match connection.as_mut() {
             Some(open) => job.run(shared, open),
