@@ -335,21 +335,20 @@ impl Load {
     }
 }
 
-/// Writes until so many were refused without effect.
+/// Writes that were refused without effect, one of each of so many clients.
 async fn refusals(url: &str, number: usize) -> Vec<String> {
-    let client = Http::new();
-    let mut refused = Vec::new();
-    for n in 0.. {
-        if refused.len() == number {
-            break;
+    let one = async |client: usize| {
+        let http = Http::new();
+        for n in 0.. {
+            let text = format!("refused{client}-{n}");
+            let answer = http.send(Request::post(url).body(text.clone()).unwrap()).await;
+            if answer.is_ok_and(|a| a.header("replite-outcome") == "not-executed") {
+                return text;
+            }
         }
-        let text = format!("refused-{n}");
-        let answer = client.send(Request::post(url).body(text.clone()).unwrap()).await;
-        if answer.is_ok_and(|a| a.header("replite-outcome") == "not-executed") {
-            refused.push(text);
-        }
-    }
-    refused
+        unreachable!()
+    };
+    futures_util::future::join_all((0..number).map(one)).await
 }
 
 /// Compares what the clients were told with what is in the table.
