@@ -25,6 +25,8 @@ pub(crate) enum Part {
     Stream,
     Log,
     Checkpoint,
+    /// The locks on the files.
+    Locks,
 }
 
 /// A running node, as its parts see it.

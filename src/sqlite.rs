@@ -3,9 +3,11 @@
 //! All unsafe code of the crate is in the two modules below.
 
 pub(crate) mod ffi;
+mod locks;
 pub(crate) mod shm;
 
 pub(crate) use ffi::{CommitCount, Handle, Lock, Slot, hook_commits};
+pub(crate) use locks::LockWatch;
 pub(crate) use shm::WalIndex;
 
 /// The oldest SQLite without the WAL-reset race.

@@ -99,6 +99,8 @@ pub struct Status {
     pub log_start: Option<Position>,
     /// The retained log's size in bytes.
     pub log_bytes: u64,
+    /// How often the process's locks on the files were lost and taken again; see [`Event::LocksLost`].
+    pub locks_lost: u64,
     /// The last problem, while it lasts.
     pub problem: Option<String>,
 }
@@ -193,6 +195,15 @@ pub enum Event {
     Kept(std::path::PathBuf),
     /// The WAL can't be restarted because readers stay in it; its length in frames.
     WalGrows(u32),
+    /// The locks that SQLite holds for this process on the database were gone: somebody in this process opened and closed the database or
+    /// its `-shm` by other means than SQLite's. They are taken again, and it is looked whether another process has done harm meanwhile;
+    /// if so, [`Event::Stopped`] follows.
+    LocksLost {
+        /// The database.
+        database: std::path::PathBuf,
+        /// How often that happened since the node started.
+        times: u64,
+    },
     /// Replication of this database has stopped.
     Stopped(String),
     /// Events were missed because this receiver was too slow.

@@ -32,6 +32,7 @@ impl Db {
             wal_frames: wal.frames,
             backfilled_frames: wal.backfilled,
             log_start: log.as_ref().and_then(|log| log.start()),
+            locks_lost: wal.locks_lost,
             log_bytes: log.map_or(0, |log| log.bytes()),
             problem: node.problem(),
         }

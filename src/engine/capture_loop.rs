@@ -239,6 +239,7 @@ impl CaptureLoop {
 
     fn restart_locked(&mut self) -> Result<bool> {
         self.settled()?;
+        self.base.keep_locks(&mut self.capture.handle)?;
         let done = match restart(&self.base, &mut self.capture.handle, DRAIN_MAX) {
             Ok(Restart::Done(tip)) => {
                 self.capture.tip = tip;

@@ -19,7 +19,7 @@ use crate::error::{Error, Result, Unsupported};
 use crate::log::{Found, Log};
 use crate::node::Node;
 use crate::page::PageSize;
-use crate::sqlite::{Handle, Lock, Slot, WalIndex};
+use crate::sqlite::{Handle, Lock, LockWatch, Slot, WalIndex};
 use crate::status::unix_millis;
 use crate::txid::{Epoch, EpochHistory, Position, Txid};
 use crate::wal::{FRAME_HEADER_BYTES, FrameHeader, IndexHeader, frame_offset, region_of};
@@ -72,7 +72,8 @@ pub(super) fn open(options: EngineOptions, node: Arc<Node>, primary: bool) -> Re
     let known = anchors.newest_first();
     let (highest, highest_epoch) = highest(&known, &log, &history);
     let start = start(&wal, &known, &header, page_size, pages);
-    let base = Base::new(options, node, page_size, index, wal, log, anchors, start.0);
+    let locks = LockWatch::begin(&options.path, !primary);
+    let base = Base::new(options, node, page_size, index, wal, log, anchors, start.0, locks);
     let mut opened = Opened { base, handle, history, exact: start.1.is_some(), highest, highest_epoch };
     if let Some(anchor) = start.1 {
         opened = opened.replay(&header, anchor)?;

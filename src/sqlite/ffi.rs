@@ -232,6 +232,51 @@ fn main_file(connection: &Connection) -> Option<NonNull<ffi::sqlite3_file>> {
     open.then_some(file)
 }
 
+/// Which process holds a lock on any of these bytes, this one included.
+#[cfg(all(target_os = "linux", target_pointer_width = "64"))]
+pub(super) fn lock_holder(file: &std::fs::File, start: u64, length: u64) -> io::Result<Option<i32>> {
+    // An open file description's lock has another owner than the process's locks, so that those are in its way.
+    let found = fcntl_lock(file, libc::F_OFD_GETLK, libc::F_WRLCK, start, length)?;
+    Ok((i32::from(found.l_type) != libc::F_UNLCK).then_some(found.l_pid))
+}
+
+/// Tries a lock in the name of the process, as SQLite's are; false when another process is in the way.
+#[cfg(all(target_os = "linux", target_pointer_width = "64"))]
+pub(super) fn lock_for_process(
+    file: &std::fs::File,
+    exclusive: bool,
+    start: u64,
+    length: u64,
+) -> io::Result<bool> {
+    let kind = if exclusive { libc::F_WRLCK } else { libc::F_RDLCK };
+    match fcntl_lock(file, libc::F_SETLK, kind, start, length) {
+        Ok(_) => Ok(true),
+        Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+#[cfg(all(target_os = "linux", target_pointer_width = "64"))]
+fn fcntl_lock(
+    file: &std::fs::File,
+    op: c_int,
+    kind: c_int,
+    start: u64,
+    length: u64,
+) -> io::Result<libc::flock> {
+    use std::os::fd::AsRawFd;
+    let mut lock = libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: start as libc::off_t,
+        l_len: length as libc::off_t,
+        l_pid: 0,
+    };
+    // SAFETY: the descriptor is open, and `lock` is a whole `flock` that outlives the call.
+    let code = unsafe { libc::fcntl(file.as_raw_fd(), op, &raw mut lock) };
+    if code == -1 { Err(io::Error::last_os_error()) } else { Ok(lock) }
+}
+
 thread_local! {
     /// Commits of hooked connections on this thread, and the frame that the last of them ended with. The hook has no context of its own, so
     /// that nothing has to outlive the connection.
