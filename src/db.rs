@@ -123,7 +123,10 @@ impl Db {
         let follows = primary.is_some();
         let parts = tokio::task::spawn_blocking(move || Parts::open(config, keys, addresses, follows))
             .await
-            .map_err(|e| Error::Stopped(format!("opening ended: {e}")))??;
+            .map_err(|e| match e.is_panic() {
+                true => Error::Panicked("while the database was opened".into()),
+                false => Error::ShutDown,
+            })??;
         Ok(parts.start(primary, listener))
     }
 
