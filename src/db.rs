@@ -45,8 +45,8 @@ use writer::{Hold, Writer};
 /// A replicated SQLite database: one node's handle. Clones share it.
 ///
 /// Dropping the last clone stops every thread and task of it: at once on a plain thread, in the background where async tasks run, so
-/// that none waits for a disk; who opens the same file meanwhile waits until it is closed. [`Db::shutdown`] also waits for replicas
-/// to get what was captured, and returns when all is done.
+/// that none waits for a disk; who opens the same file meanwhile waits until it is closed, and a process that ends meanwhile loses nothing
+/// that was acknowledged. [`Db::shutdown`] also waits for replicas to get what was captured, and returns when all is done.
 #[derive(Clone, Debug)]
 pub struct Db {
     inner: Arc<Owner>,
