@@ -46,8 +46,8 @@ use writer::{Hold, Writer};
 /// A replicated SQLite database: one node's handle. Clones share it.
 ///
 /// Dropping the last clone stops every thread and task of it: at once on a plain thread, in the background where async tasks run, so
-/// that none waits for a disk; who opens the same file meanwhile waits until it is closed. [`Db::shutdown`] also waits for replicas
-/// to get what was captured, and returns when all is done.
+/// that none waits for a disk; who opens the same file meanwhile waits until it is closed, and a process that ends meanwhile loses nothing
+/// that was acknowledged. [`Db::shutdown`] also waits for replicas to get what was captured, and returns when all is done.
 #[derive(Clone, Debug)]
 pub struct Db {
     inner: Arc<Owner>,
@@ -126,7 +126,10 @@ impl Db {
         let follows = primary.is_some();
         let parts = tokio::task::spawn_blocking(move || Parts::open(config, keys, addresses, follows))
             .await
-            .map_err(|e| Error::Stopped(format!("opening ended: {e}")))??;
+            .map_err(|e| match e.is_panic() {
+                true => Error::Panicked("while the database was opened".into()),
+                false => Error::ShutDown,
+            })??;
         Ok(parts.start(primary, listener))
     }
 

@@ -5,12 +5,15 @@ mod support;
 
 use std::net::SocketAddr;
 use std::path::Path;
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll};
 use std::time::{Duration, Instant};
 
 use axum::Router;
 use axum::body::Body;
 use axum::routing::{get, post};
+use http_body::Frame;
 use http_body_util::BodyExt;
 use http_body_util::channel::Channel;
 use replite::{Config, Db, Error, Role, lease};
@@ -33,6 +36,22 @@ struct Instance {
     slow: Arc<(Notify, Notify)>,
 }
 
+/// A response that takes no notice of anything.
+struct Endless;
+
+impl http_body::Body for Endless {
+    type Data = bytes::Bytes;
+    type Error = std::convert::Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<bytes::Bytes>, Self::Error>>> {
+        cx.waker().wake_by_ref();
+        Poll::Ready(Some(Ok(Frame::data("for ever ".into()))))
+    }
+}
+
 fn app(db: &Db, slow: &Arc<(Notify, Notify)>) -> Router {
     let (writer, slow, events) = (db.clone(), slow.clone(), db.clone());
     let post_slowly = move || async move {
@@ -51,6 +70,7 @@ fn app(db: &Db, slow: &Arc<(Notify, Notify)>) -> Router {
     Router::new()
         .route("/slow", post(post_slowly))
         .route("/events", get(sse))
+        .route("/endless", get(|| async { Body::new(Endless) }))
         .route("/", get(|| async { "here" }))
         .layer(db.replay_layer())
         .nest_service("/_replite", db.service())
@@ -133,6 +153,31 @@ async fn a_primary_with_replicas_event_streams_and_idle_clients_ends_within_the_
         replica.end().await;
         assert!(began.elapsed() < BOUND, "{:?}", began.elapsed());
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_never_hangs_up_does_not_keep_the_database_open() {
+    let dir = tempfile::tempdir().unwrap();
+    let p = Instance::start(&dir.path().join("p.db"), None).await;
+    let r = Instance::start(&dir.path().join("r.db"), Some(&p)).await;
+    within("ready", r.db.ready()).await.unwrap();
+    let _client = ask(p.address, "/endless", "for ever").await;
+    let Instance { db, signal, mut server, .. } = p;
+    let began = Instant::now();
+    signal.send(()).unwrap();
+    let limit = async {
+        db.draining().await;
+        tokio::time::sleep(Duration::from_millis(500)).await;
+    };
+    // As in the documented `main`, but for its patience.
+    tokio::select! {
+        served = &mut server => panic!("it has a client: {served:?}"),
+        () = limit => server.abort(),
+    }
+    db.shutdown().await;
+    assert!(began.elapsed() < BOUND, "{:?}", began.elapsed());
+    assert!(Db::open(Config::new(db.path()).database("app")).await.is_ok(), "nothing of it is left");
+    within("the end", r.end()).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
