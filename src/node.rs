@@ -25,8 +25,6 @@ pub(crate) enum Part {
     Stream,
     Log,
     Checkpoint,
-    /// The locks on the files.
-    Locks,
 }
 
 /// A running node, as its parts see it.

@@ -99,7 +99,7 @@ pub struct Status {
     pub log_start: Option<Position>,
     /// The retained log's size in bytes.
     pub log_bytes: u64,
-    /// How often the process's locks on the files were lost and taken again; see [`Event::LocksLost`].
+    /// How often the locks of this process's connections on the files were lost and taken again; see [`Event::LocksLost`].
     pub locks_lost: u64,
     /// The last problem, while it lasts.
     pub problem: Option<String>,
@@ -195,9 +195,9 @@ pub enum Event {
     Kept(std::path::PathBuf),
     /// The WAL can't be restarted because readers stay in it; its length in frames.
     WalGrows(u32),
-    /// The locks that SQLite holds for this process on the database were gone: somebody in this process opened and closed the database or
-    /// its `-shm` by other means than SQLite's. They are taken again, and it is looked whether another process has done harm meanwhile;
-    /// if so, [`Event::Stopped`] follows.
+    /// The locks of this process's connections on the database were gone, and were taken again: something in this process opened and closed the
+    /// database or its `-shm` by other means than SQLite. What a node holds for life is held otherwise (on Linux) and was not lost; but a write that was under way
+    /// in this process may have met one of another process.
     LocksLost {
         /// The database.
         database: std::path::PathBuf,

@@ -179,6 +179,9 @@ impl Apply {
             if let Err(error) = rest {
                 tracing::warn!(%error, "the last anchor was not written; the next start reads the WAL instead");
             }
+            let base = live.base.clone();
+            drop(live);
+            base.release_locks();
         }
         self.node.applied.close();
     }

@@ -1,7 +1,7 @@
 //! What the threads of one open database share: the wal-index, the WAL, the tip, and how a page is read as of a frame.
 
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::log::Log;
 use crate::node::{Node, Part};
 use crate::page::{PageNo, PageSize};
-use crate::sqlite::{Handle, LockWatch, WalIndex};
+use crate::sqlite::{FileLocks, Handle, WalIndex};
 use crate::status::Event;
 use crate::txid::Position;
 use crate::wal::{FRAME_HEADER_BYTES, IndexHeader, Salts, WalSum, frame_bytes, frame_offset, region_of};
@@ -23,10 +23,6 @@ use crate::wal::{FRAME_HEADER_BYTES, IndexHeader, Salts, WalSum, frame_bytes, fr
 const BOUNDARIES_MAX: usize = 1024;
 /// Bytes that are read from the database file at a time when all of it is hashed.
 const HASH_CHUNK_BYTES: usize = 1 << 20;
-/// How long another process may be in the way of locks that this one lost.
-pub(super) const LOCKS_PATIENCE: Duration = Duration::from_secs(5);
-/// Pause between tries to take a lost lock that another process holds.
-const LOCKS_STEP: Duration = Duration::from_millis(1);
 /// Longest wait for the capture thread to reach a commit that is in the WAL already.
 const CAPTURE_WAIT: Duration = Duration::from_secs(30);
 
@@ -58,11 +54,7 @@ pub(super) struct Base {
     /// Held by whoever copies frames into the database file.
     pub(super) backfill: Mutex<()>,
     pub(super) stop: AtomicBool,
-    locks: Option<LockWatch>,
-    /// Held by whoever takes lost locks again.
-    mending: Mutex<()>,
-    /// How far our own checkpoints came in this generation.
-    backfilled: AtomicU32,
+    locks: Option<FileLocks>,
     /// The log could not be written and waits for a whole transaction to begin again behind.
     pub(super) log_broken: Mutex<bool>,
     failed: Mutex<Option<String>>,
@@ -79,9 +71,8 @@ impl Base {
         log: Arc<Log>,
         anchors: Anchors,
         tip: Tip,
-        locks: Option<LockWatch>,
+        locks: Option<FileLocks>,
     ) -> Arc<Base> {
-        let backfilled = AtomicU32::new(index.backfilled().max(index.attempted()));
         Arc::new(Base {
             options,
             node,
@@ -97,8 +88,6 @@ impl Base {
             backfill: Mutex::new(()),
             stop: AtomicBool::new(false),
             locks,
-            mending: Mutex::new(()),
-            backfilled,
             log_broken: Mutex::new(false),
             failed: Mutex::new(None),
         })
@@ -180,95 +169,25 @@ impl Base {
         self.tip_moved.notify_all();
     }
 
-    /// Says in the index that a checkpoint of ours goes up to this frame. CKPT is held.
-    pub(super) fn set_attempted(&self, frame: u32) {
-        // First here, so that what the index says is never more than this for want of time.
-        self.backfilled.fetch_max(frame, Ordering::AcqRel);
-        self.index.set_attempted(frame);
-    }
-
-    /// Says in the index that nothing is backfilled: a new generation begins. CKPT and WRITE are held.
-    pub(super) fn forget_backfill(&self) {
-        self.index.set_backfilled(0);
-        self.index.set_attempted(0);
-        self.backfilled.store(0, Ordering::Release);
-    }
-
-    /// How often the process's locks on the files were lost.
-    pub(super) fn locks_lost(&self) -> u64 {
-        self.locks.as_ref().map_or(0, LockWatch::losses)
-    }
-
-    /// Sees to it that CKPT (and on a replica WRITE) are really held: others in this process can make the kernel drop them. Where they were lost
-    /// they are taken again, and it is looked whether somebody else has used the time. Cheap while all is well.
-    ///
-    /// # Errors
-    /// [`Error::Stopped`] when somebody has, or is in the way for longer; replication has then stopped.
-    pub(super) fn keep_locks(&self, handle: &mut Handle) -> Result<()> {
-        match &self.locks {
-            Some(locks) if !locks.stand() => self.mend_locks(locks, handle),
-            _ => Ok(()),
-        }
-    }
-
-    fn mend_locks(&self, locks: &LockWatch, handle: &mut Handle) -> Result<()> {
-        let _one = lock(&self.mending);
-        if locks.stand() {
-            return Ok(());
-        }
-        if locks.suspect() {
+    /// Takes locks again that this process's connections have lost, and says so.
+    pub(super) fn mend_locks(&self, handle: &mut Handle) -> Result<()> {
+        let Some(locks) = &self.locks else { return Ok(()) };
+        if locks.mend(handle)? {
             let (database, times) = (self.options.path.clone(), locks.losses());
             tracing::error!(
                 database = %database.display(), times,
-                "the process's locks were dropped: something here opened and closed the database by other means than SQLite; use `Db::snapshot_to` for copies"
+                "locks were dropped and are taken again: something in this process opened and closed the database by other means than SQLite; use `Db::snapshot_to` for copies"
             );
             self.node.tell(Event::LocksLost { database, times });
         }
-        let end = Instant::now() + LOCKS_PATIENCE;
-        while !locks.retake(handle)? {
-            self.check()?;
-            self.node.set_problem(Part::Locks, Some("another process holds locks that were ours".into()));
-            if Instant::now() >= end {
-                return self.stopped_by("another process has taken locks that were ours");
-            }
-            std::thread::sleep(LOCKS_STEP);
-        }
-        if let Err(error) = self.unharmed(handle) {
-            self.fail(&error);
-            return Err(error);
-        }
-        locks.trust();
-        self.node.set_problem(Part::Locks, None);
         Ok(())
     }
 
-    fn stopped_by(&self, why: &str) -> Result<()> {
-        let error = Error::Stopped(why.into());
-        self.fail(&error);
-        Err(error)
-    }
-
-    /// Whether the file and the WAL are still what the tip says, after others could checkpoint for a while. CKPT is held.
-    fn unharmed(&self, handle: &mut Handle) -> Result<()> {
-        let tip = self.tip();
-        if self.header().is_some_and(|h| h.salts != tip.salts) {
-            return Err(Error::Stopped(
-                "another process began the WAL anew while our locks were lost".into(),
-            ));
+    /// Gives back what is held for life. The threads have ended.
+    pub(super) fn release_locks(&self) {
+        if let Some(locks) = &self.locks {
+            locks.release();
         }
-        let theirs = self.index.backfilled().max(self.index.attempted());
-        if theirs > self.backfilled.load(Ordering::Acquire) {
-            // They copied frames into the file. Of commits that were taken in before, that does no harm; others would be taken for old images.
-            tracing::warn!("another process checkpointed while our locks were lost: the database is hashed");
-            self.map_to(handle, self.header().map_or(tip.frame, |h| h.max_frame))?;
-            if self.hash_all(handle, tip.frame, tip.pages)? != tip.position.checksum() {
-                return Err(Error::Stopped(
-                    "another process copied commits into the file that were not captured yet, while our locks were lost".into(),
-                ));
-            }
-            self.backfilled.fetch_max(theirs, Ordering::AcqRel);
-        }
-        Ok(())
     }
 
     /// The header, read again for a while if somebody is writing it just now.
@@ -372,7 +291,7 @@ impl Base {
 
     pub(super) fn figures(&self) -> WalFigures {
         WalFigures {
-            locks_lost: self.locks_lost(),
+            locks_lost: self.locks.as_ref().map_or(0, FileLocks::losses),
             frames: self.tip().frame,
             backfilled: self.index.backfilled(),
         }

@@ -285,8 +285,6 @@ impl Capture {
     /// Hands on what was encoded, and moves the shared tip.
     fn hand_on(&mut self, sink: &mut dyn Sink) -> Result<()> {
         if !self.out.is_empty() {
-            // Old images were read from a file that nobody else could change, then and until now.
-            self.base.keep_locks(&mut self.handle)?;
             sink.committed(self.tip.position.number())?;
             sink.records(self.out.split().freeze(), Some(self.tip.position))?;
             // One allocation serves many batches, as long as nobody keeps the old ones.

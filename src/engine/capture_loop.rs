@@ -87,10 +87,11 @@ impl CaptureLoop {
             self.base.fail(&error);
         }
         self.base.node.applied.close();
-        // CKPT goes with the handle: not while the other thread copies in its name.
+        // CKPT goes: not while the other thread copies in its name.
         let base = self.base.clone();
         let _nobody_copies = lock(&base.backfill);
         drop(self.capture);
+        base.release_locks();
     }
 
     fn watch(&mut self) -> Result<()> {
@@ -239,7 +240,6 @@ impl CaptureLoop {
 
     fn restart_locked(&mut self) -> Result<bool> {
         self.settled()?;
-        self.base.keep_locks(&mut self.capture.handle)?;
         let done = match restart(&self.base, &mut self.capture.handle, DRAIN_MAX) {
             Ok(Restart::Done(tip)) => {
                 self.capture.tip = tip;

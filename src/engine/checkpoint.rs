@@ -74,7 +74,7 @@ fn copy(base: &Base, handle: &mut Handle, target: &Tip, done: u32) -> Result<()>
         tracing::warn!(%error, "the log can't be synced before a backfill");
     }
     base.write_anchor(target, FileState::Backfilling, true)?;
-    base.set_attempted(target.frame);
+    base.index.set_attempted(target.frame);
     let frame = frame_bytes(base.page_size);
     let mut run = vec![0; (RUN_BYTES / frame).max(1) * frame];
     let mut next = done + 1;
@@ -91,8 +91,6 @@ fn copy(base: &Base, handle: &mut Handle, target: &Tip, done: u32) -> Result<()>
             }
         }
         next += count as u32;
-        // Without them somebody else may copy newer images, which ours must not overwrite.
-        base.keep_locks(handle)?;
         if base.stopping() {
             return Err(Error::ShutDown);
         }
@@ -237,7 +235,8 @@ pub(super) fn begin_generation(base: &Arc<Base>, handle: &mut Handle, tip: &Tip)
 /// Puts a new generation of one frame in the place of the old one, first in the index, then in the file.
 fn overwrite(base: &Base, new: &Tip, bytes: &[u8]) -> Result<()> {
     let big_endian = cfg!(target_endian = "big");
-    base.forget_backfill();
+    base.index.set_backfilled(0);
+    base.index.set_attempted(0);
     let change = base.header().map_or(0, |h| h.change);
     let mut index = index_header(base, new, change.wrapping_add(1), big_endian);
     index.max_frame = 0;

@@ -75,12 +75,7 @@ impl Checkpointer {
     }
 
     fn look(&mut self) -> Result<()> {
-        {
-            // No restart of the WAL meanwhile, which changes what the index says.
-            let base = self.base.clone();
-            let _nobody_restarts = lock(&base.backfill);
-            base.keep_locks(&mut self.handle)?;
-        }
+        self.base.mend_locks(&mut self.handle)?;
         let logged = self.sync_log();
         // The WAL is copied back all the same: a disk that fails the log would else make it grow for ever.
         let copied = self.copy_back();

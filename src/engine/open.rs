@@ -13,13 +13,13 @@ use crate::engine::anchor::{self, Anchor, Anchors, FileState, modified};
 use crate::engine::append::Appender;
 use crate::engine::base::{Base, Tip};
 use crate::engine::capture::{Capture, Sink};
-use crate::engine::checkpoint::{begin_generation, try_for};
+use crate::engine::checkpoint::{LOCK_STEP, begin_generation, try_for};
 use crate::engine::wal_file::{EXTEND_MAX_BYTES, WalFile, sync_directory};
 use crate::error::{Error, Result, Unsupported};
 use crate::log::{Found, Log};
 use crate::node::Node;
 use crate::page::PageSize;
-use crate::sqlite::{Handle, Lock, LockWatch, Slot, WalIndex};
+use crate::sqlite::{FileLocks, Handle, Lock, Slot, WalIndex};
 use crate::status::unix_millis;
 use crate::txid::{Epoch, EpochHistory, Position, Txid};
 use crate::wal::{FRAME_HEADER_BYTES, FrameHeader, IndexHeader, frame_offset, region_of};
@@ -51,10 +51,12 @@ pub(super) fn open(options: EngineOptions, node: Arc<Node>, primary: bool) -> Re
     let mut handle = Handle::open(&path, primary).map_err(|e| refine(e, &options))?;
     let page_size = prepare(&handle, &options, primary)?;
     let index = WalIndex::new(&mut handle)?;
-    if !try_for(&mut handle, Slot::CHECKPOINT, Lock::Exclusive, LOCKS_WAIT)? {
+    let locks = FileLocks::open(&path)?;
+    // A primary gives WRITE back; so it is SQLite's own lock there.
+    if !hold(&mut handle, locks.as_ref(), Slot::CHECKPOINT)? {
         return Err(Error::AlreadyOpen { path, holder: "another process" });
     }
-    if !try_for(&mut handle, Slot::WRITE, Lock::Exclusive, LOCKS_WAIT)? {
+    if !hold(&mut handle, locks.as_ref().filter(|_| !primary), Slot::WRITE)? {
         return Err(Error::Timeout {
             what: "the write lock, which another process holds".into(),
             after: LOCKS_WAIT,
@@ -72,7 +74,6 @@ pub(super) fn open(options: EngineOptions, node: Arc<Node>, primary: bool) -> Re
     let known = anchors.newest_first();
     let (highest, highest_epoch) = highest(&known, &log, &history);
     let start = start(&wal, &known, &header, page_size, pages);
-    let locks = LockWatch::begin(&options.path, !primary);
     let base = Base::new(options, node, page_size, index, wal, log, anchors, start.0, locks);
     let mut opened = Opened { base, handle, history, exact: start.1.is_some(), highest, highest_epoch };
     if let Some(anchor) = start.1 {
@@ -82,6 +83,19 @@ pub(super) fn open(options: EngineOptions, node: Arc<Node>, primary: bool) -> Re
         opened.look_up(&header, &known, pages)?;
     }
     Ok(opened)
+}
+
+/// Takes a lock for the life of the database: one that nobody in this process can drop by mistake, where there is such a thing.
+fn hold(handle: &mut Handle, locks: Option<&FileLocks>, slot: Slot) -> Result<bool> {
+    let Some(locks) = locks else { return try_for(handle, slot, Lock::Exclusive, LOCKS_WAIT) };
+    let end = std::time::Instant::now() + LOCKS_WAIT;
+    while !locks.try_hold(slot)? {
+        if std::time::Instant::now() >= end {
+            return Ok(false);
+        }
+        std::thread::sleep(LOCK_STEP);
+    }
+    Ok(true)
 }
 
 /// Says what a failure to open means.

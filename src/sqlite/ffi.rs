@@ -28,6 +28,10 @@ impl Slot {
     /// The readers that use no frame of the WAL.
     pub(crate) const READ0: Slot = Slot(3);
 
+    pub(super) fn number(self) -> u64 {
+        u64::from(self.0)
+    }
+
     /// The lock of read mark `mark`, 0 to 4.
     pub(crate) fn read(mark: usize) -> Slot {
         assert!(mark < 5, "SQLite has five read marks, not {mark}");
@@ -232,7 +236,7 @@ fn main_file(connection: &Connection) -> Option<NonNull<ffi::sqlite3_file>> {
     open.then_some(file)
 }
 
-/// Which process holds a lock on any of these bytes, this one included.
+/// Which process holds a lock on any of these bytes, this one included; -1 for a descriptor's lock, of which this descriptor's own are not seen.
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 pub(super) fn lock_holder(file: &std::fs::File, start: u64, length: u64) -> io::Result<Option<i32>> {
     // An open file description's lock has another owner than the process's locks, so that those are in its way.
@@ -240,16 +244,34 @@ pub(super) fn lock_holder(file: &std::fs::File, start: u64, length: u64) -> io::
     Ok((i32::from(found.l_type) != libc::F_UNLCK).then_some(found.l_pid))
 }
 
-/// Tries a lock in the name of the process, as SQLite's are; false when another process is in the way.
+/// Whose a lock is.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Owner {
+    /// The process's, as SQLite's are: gone when the process closes any descriptor of the file.
+    Process,
+    /// The descriptor's own: gone when that one is closed. It is in the way of the process's locks, too.
+    Descriptor,
+}
+
+/// Tries a lock, or gives one back (`None`); false when another owner is in the way.
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
-pub(super) fn lock_for_process(
+pub(super) fn set_lock(
     file: &std::fs::File,
-    exclusive: bool,
+    owner: Owner,
+    exclusive: Option<bool>,
     start: u64,
     length: u64,
 ) -> io::Result<bool> {
-    let kind = if exclusive { libc::F_WRLCK } else { libc::F_RDLCK };
-    match fcntl_lock(file, libc::F_SETLK, kind, start, length) {
+    let kind = match exclusive {
+        Some(true) => libc::F_WRLCK,
+        Some(false) => libc::F_RDLCK,
+        None => libc::F_UNLCK,
+    };
+    let op = match owner {
+        Owner::Process => libc::F_SETLK,
+        Owner::Descriptor => libc::F_OFD_SETLK,
+    };
+    match fcntl_lock(file, op, kind, start, length) {
         Ok(_) => Ok(true),
         Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EACCES)) => Ok(false),
         Err(error) => Err(error),

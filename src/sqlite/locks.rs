@@ -1,174 +1,181 @@
-//! A watch over the locks that SQLite holds for this process.
+//! Locks that stay whatever others in this process do, and a watch over those that don't.
 //!
-//! POSIX locks belong to a process and a file. When anybody in the process closes any descriptor of that file, all of them
-//! are gone, and nobody is told: a library that copies the database, a second SQLite, `std::fs::read`. Then other
-//! processes may checkpoint, begin the WAL anew or write to a replica.
+//! SQLite's locks are POSIX locks: they belong to a process and a file. When anybody in the process closes any descriptor of
+//! that file, all of them are gone, and nobody is told: a library that copies the database, a second SQLite, `std::fs::read`.
+//! So what a node holds for life it holds by descriptors of its own, as open file description locks (`fcntl(2)`): CKPT, on a replica WRITE, and shares
+//! in what says that the database is open and its `-shm` mapped. To all connections, in this process and others, they are as much in
+//! the way as POSIX locks. What remains of the damage is watched and mended: the locks of this process's own SQLite
+//! connections, which are a matter of moments.
 //!
-//! The watch has a descriptor of its own on the database and on its `-shm`, through which the kernel says whether the locks stand and
-//! through which they are taken again. They are not closed while anybody holds a lock there. Where the kernel can't be asked there is no watch.
+//! Only Linux has such locks. Elsewhere SQLite's own have to do.
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Result};
-use crate::sqlite::ffi::{Handle, Lock, Slot};
+use crate::sqlite::ffi::{Handle, Lock, Owner, Slot};
 
 /// SQLite's shared lock on the database file: every open connection of a WAL database has it.
-const SHARED: (u64, u64) = (0x4000_0002, 510);
-/// A lock of our own on the database file, far behind its end: nobody else takes it, so that its being there says that ours are.
-const MARKER: (u64, u64) = (0x7fff_ffff_ffff_0000, 1);
-/// The first of the eight locks in `-shm`, and the one that says that the process has it mapped.
-const SHM_LOCKS: u64 = 120;
-const SHM_MAPPED: (u64, u64) = (128, 1);
+const SHARED: Place = Place { file: 0, start: 0x4000_0002, length: 510 };
+/// In `-shm`: the process has it mapped. Who finds nobody there begins it anew.
+const MAPPED: Place = Place { file: 1, start: 128, length: 1 };
+/// The first of the eight locks of the wal-index.
+const SLOTS: u64 = 120;
+/// In both files, far behind their ends: a POSIX lock that nobody else takes. While it is there, SQLite's are.
+const MARKER: u64 = 0x7fff_ffff_ffff_0000;
 
 /// Descriptors that could not be closed yet, because the process had locks on their files.
 static PARKED: Mutex<Vec<File>> = Mutex::new(Vec::new());
 
-/// Watches over one open database.
+#[derive(Clone, Copy, Debug)]
+struct Place {
+    /// The database, or its `-shm`.
+    file: usize,
+    start: u64,
+    length: u64,
+}
+
+impl Place {
+    fn slot(slot: Slot) -> Place {
+        Place { file: 1, start: SLOTS + slot.number(), length: 1 }
+    }
+
+    fn marker(file: usize) -> Place {
+        Place { file, start: MARKER, length: 1 }
+    }
+}
+
+/// The locks of one open database.
 #[derive(Debug)]
-pub(crate) struct LockWatch {
-    /// There until dropped.
-    files: Option<(File, File)>,
+pub(crate) struct FileLocks {
+    files: Option<[File; 2]>,
     path: PathBuf,
-    /// The write lock, too, is held for life.
-    replica: bool,
-    /// Lost, and not yet known to have done no harm.
-    suspect: AtomicBool,
     losses: AtomicU64,
 }
 
-impl LockWatch {
-    /// Begins to watch; the locks are held. Nothing where it can't be done.
-    pub(crate) fn begin(path: &Path, replica: bool) -> Option<LockWatch> {
+impl FileLocks {
+    /// Opens the files, which SQLite has open and mapped already. Nothing where there are no such locks.
+    pub(crate) fn open(path: &Path) -> Result<Option<FileLocks>> {
         close_unlocked();
-        let begun = Self::open(path, replica);
-        if let Err(error) = &begun {
-            tracing::debug!(%error, "there is no watch over the file locks");
-        }
-        begun.ok()
-    }
-
-    fn open(path: &Path, replica: bool) -> Result<LockWatch> {
         if !cfg!(all(target_os = "linux", target_pointer_width = "64")) {
-            return Err(Error::io("watch", path)(std::io::ErrorKind::Unsupported.into()));
+            return Ok(None);
         }
         let mut shm = path.as_os_str().to_owned();
         shm.push("-shm");
         let open =
             |path: &Path| File::options().read(true).write(true).open(path).map_err(Error::io("open", path));
-        let files = Some((open(path)?, open(Path::new(&shm))?));
-        let (suspect, losses) = (AtomicBool::new(false), AtomicU64::new(0));
-        let watch = LockWatch { files, path: path.to_path_buf(), replica, suspect, losses };
-        if watch.take(0, true, MARKER)? && watch.ours() {
-            return Ok(watch);
+        let files = Some([open(path)?, open(Path::new(&shm))?]);
+        let locks = FileLocks { files, path: path.to_path_buf(), losses: AtomicU64::new(0) };
+        locks.set(Owner::Descriptor, Some(false), SHARED)?;
+        locks.set(Owner::Descriptor, Some(false), MAPPED)?;
+        for file in [0, 1] {
+            locks.set(Owner::Process, Some(true), Place::marker(file))?;
         }
-        Err(Error::io("lock", path)(std::io::Error::other("its locks can't be seen")))
+        Ok(Some(locks))
     }
 
-    /// Whether the locks stand, and always did, or are known to have been missed by nobody. Costs two system calls.
-    pub(crate) fn stand(&self) -> bool {
-        !self.suspect.load(Ordering::Acquire) && self.ours()
+    /// Tries to hold a lock of the wal-index until [`FileLocks::release`]; false while anybody else has it.
+    pub(crate) fn try_hold(&self, slot: Slot) -> Result<bool> {
+        self.set(Owner::Descriptor, Some(true), Place::slot(slot))
     }
 
-    fn ours(&self) -> bool {
-        let owner = SHM_LOCKS + if self.replica { 0 } else { 1 };
-        self.is_ours(0, MARKER) && self.is_ours(1, (owner, 1))
-    }
-
-    /// From now on they count as lost, until [`LockWatch::trust`]. False when somebody found that before.
-    pub(crate) fn suspect(&self) -> bool {
-        let first = !self.suspect.swap(true, Ordering::AcqRel);
-        if first {
-            self.losses.fetch_add(1, Ordering::Relaxed);
+    /// Gives back what is held. The connections have to be closed: others may be the last from now on.
+    pub(crate) fn release(&self) {
+        for place in [Place { file: 1, start: SLOTS, length: 9 }, SHARED] {
+            if let Err(error) = self.set(Owner::Descriptor, None, place) {
+                tracing::warn!(%error, "a lock could not be given back");
+            }
         }
-        first
     }
 
-    pub(crate) fn trust(&self) {
-        self.suspect.store(false, Ordering::Release);
-    }
-
-    /// How often they were lost.
+    /// How often the process's locks were lost.
     pub(crate) fn losses(&self) -> u64 {
         self.losses.load(Ordering::Relaxed)
     }
 
-    /// Takes what this process should hold; false while another process is in the way. Of what is a matter of moments, readers' marks and
-    /// the write lock of a primary, SQLite's own account says whether somebody here believes to hold it.
-    pub(crate) fn retake(&self, handle: &mut Handle) -> Result<bool> {
-        let owner = (SHM_LOCKS + 1, 1);
-        let taken = self.take(0, true, MARKER)?
-            && self.take(0, false, SHARED)?
-            && self.take(1, false, SHM_MAPPED)?
-            && self.take(1, true, owner)?
-            && (!self.replica || self.take(1, true, (SHM_LOCKS, 1))?);
-        if !taken {
+    /// Looks whether the locks of this process's connections stand, and takes them again where not. True when they were lost.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the kernel does not answer, or another process is in the way; they are then looked for again the next time.
+    pub(crate) fn mend(&self, handle: &mut Handle) -> Result<bool> {
+        if self.stand(0) && self.stand(1) {
             return Ok(false);
         }
-        let moments = (0..5).map(|mark| (Slot::read(mark), SHM_LOCKS + 3 + mark as u64, false));
-        let writer = (!self.replica).then_some((Slot::WRITE, SHM_LOCKS, true));
-        for (slot, at, exclusive) in moments.chain(writer) {
+        // What every open connection has for its life.
+        for place in [SHARED, MAPPED] {
+            if !self.set(Owner::Process, Some(false), place)? {
+                return Err(self.in_the_way());
+            }
+        }
+        // What they have for moments: SQLite's own account says whether somebody here believes to hold it.
+        let reads = (0..5).map(|mark| (Slot::read(mark), false));
+        for (slot, exclusive) in reads.chain([(Slot::WRITE, true)]) {
             if handle.try_lock(slot, Lock::Exclusive)? {
                 handle.unlock(slot, Lock::Exclusive)?;
             } else {
-                // Held by somebody here, or by another process, which is then in the way: both are fine. What is taken too much goes
-                // with the next checkpoint.
-                self.take(1, exclusive, (at, 1))?;
+                // Or it is another process's, which is then in the way, and rightly so. A mark that is held without need goes with the next checkpoint.
+                self.set(Owner::Process, Some(exclusive), Place::slot(slot))?;
             }
         }
+        for file in [0, 1] {
+            self.set(Owner::Process, Some(true), Place::marker(file))?;
+        }
+        self.losses.fetch_add(1, Ordering::Relaxed);
         Ok(true)
     }
 
-    #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
-    fn is_ours(&self, file: usize, (start, length): (u64, u64)) -> bool {
-        let holder =
-            self.file(file).and_then(|file| super::ffi::lock_holder(file, start, length).ok().flatten());
-        holder == Some(std::process::id() as i32)
+    fn in_the_way(&self) -> Error {
+        Error::io("lock", &self.path)(std::io::Error::other("another process is in the way"))
     }
 
     #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
-    fn take(&self, file: usize, exclusive: bool, (start, length): (u64, u64)) -> Result<bool> {
-        let Some(file) = self.file(file) else { return Ok(false) };
-        super::ffi::lock_for_process(file, exclusive, start, length).map_err(Error::io("lock", &self.path))
+    fn stand(&self, file: usize) -> bool {
+        let marker = Place::marker(file);
+        let Some(files) = &self.files else { return true };
+        let holder = super::ffi::lock_holder(&files[file], marker.start, marker.length);
+        // A kernel that does not answer is no reason to take anything.
+        holder.is_err() || matches!(holder, Ok(Some(pid)) if pid == std::process::id() as i32)
     }
 
     #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
-    fn is_ours(&self, _: usize, _: (u64, u64)) -> bool {
+    fn stand(&self, _: usize) -> bool {
         true
     }
 
-    #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
-    fn take(&self, _: usize, _: bool, _: (u64, u64)) -> Result<bool> {
-        Ok(true)
+    #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
+    fn set(&self, owner: Owner, exclusive: Option<bool>, place: Place) -> Result<bool> {
+        let Some(files) = &self.files else { return Ok(false) };
+        let set = super::ffi::set_lock(&files[place.file], owner, exclusive, place.start, place.length);
+        set.map_err(Error::io("lock", &self.path))
     }
 
-    /// The database, or its `-shm`.
-    fn file(&self, which: usize) -> Option<&File> {
-        self.files.as_ref().map(|(database, shm)| if which == 0 { database } else { shm })
+    #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
+    fn set(&self, _: Owner, _: Option<bool>, _: Place) -> Result<bool> {
+        Ok(true)
     }
 }
 
-impl Drop for LockWatch {
+impl Drop for FileLocks {
     fn drop(&mut self) {
-        if let Some((database, shm)) = self.files.take() {
-            PARKED.lock().unwrap_or_else(PoisonError::into_inner).extend([database, shm]);
+        self.release();
+        if let Some(files) = self.files.take() {
+            PARKED.lock().unwrap_or_else(PoisonError::into_inner).extend(files);
         }
         close_unlocked();
     }
 }
 
-/// Closes descriptors of watches that have ended, as far as nobody holds a lock on their files: in this process it would be lost.
+/// Closes descriptors that are no longer used, as far as nobody holds a lock on their files: one of this process would be lost.
 fn close_unlocked() {
-    let mut parked = PARKED.lock().unwrap_or_else(PoisonError::into_inner);
-    parked.retain(|file| !unlocked(file));
+    PARKED.lock().unwrap_or_else(PoisonError::into_inner).retain(|file| !unlocked(file));
 }
 
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 fn unlocked(file: &File) -> bool {
-    // Our own marker goes with the descriptor; it is behind all others.
-    matches!(super::ffi::lock_holder(file, 0, MARKER.0), Ok(None))
+    // The marker behind goes with its descriptor.
+    matches!(super::ffi::lock_holder(file, 0, MARKER), Ok(None))
 }
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]

@@ -163,10 +163,6 @@ impl WalIndex {
         fence(Ordering::SeqCst);
     }
 
-    pub(crate) fn attempted(&self) -> u32 {
-        self.first().word(ATTEMPTED_OFFSET).load(Ordering::Acquire)
-    }
-
     pub(crate) fn set_attempted(&self, frame: u32) {
         self.first().word(ATTEMPTED_OFFSET).store(frame, Ordering::Release);
         fence(Ordering::SeqCst);

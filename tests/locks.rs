@@ -1,0 +1,132 @@
+//! What drops the process's locks on the database files is noticed and mended.
+
+#[path = "support/lib.rs"]
+mod support;
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use replite::{Db, Event, Events};
+use support::*;
+
+/// Runs SQL in another process, by a plain connection that does not wait. What it said.
+fn elsewhere(path: &Path, sql: &str) -> String {
+    let output = Command::new(std::env::current_exe().unwrap())
+        .args(["other_process", "--exact", "--nocapture", "--include-ignored"])
+        .env("REPLITE_TEST_CHILD", "1")
+        .envs([("DATABASE", path.to_str().unwrap()), ("SQL", sql)])
+        .output()
+        .unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    said.lines().find_map(|line| Some(line.split_once('@')?.1.to_string())).expect("a word of the process")
+}
+
+#[test]
+#[ignore = "run by other tests, as another process"]
+fn other_process() {
+    if !is_child() {
+        return;
+    }
+    let connection = plain(Path::new(&variable("DATABASE")));
+    connection.busy_timeout(std::time::Duration::ZERO).unwrap();
+    let said = connection.prepare(&variable("SQL")).and_then(|mut statement| {
+        let mut rows = statement.query([])?;
+        Ok(rows.next()?.map_or_else(|| "done".to_string(), |row| format!("{:?}", row.get_ref(0).unwrap())))
+    });
+    speak(&said.unwrap_or_else(|error| error.to_string()));
+}
+
+async fn pair(dir: &Path) -> (Db, Db) {
+    let p = Db::open(primary(&dir.join("p.db"), 0)).await.unwrap();
+    let url = p.node().addresses.replication.clone();
+    let r = Db::open(replica(&dir.join("r.db"), &url)).await.unwrap();
+    within("ready", r.ready()).await.unwrap();
+    (p, r)
+}
+
+/// What a careless library does.
+fn open_and_close(path: &Path) {
+    drop(std::fs::File::open(path).unwrap());
+}
+
+fn shm(path: &Path) -> PathBuf {
+    let mut shm = path.as_os_str().to_owned();
+    shm.push("-shm");
+    shm.into()
+}
+
+async fn lost(events: &mut Events) -> u64 {
+    loop {
+        if let Some(Event::LocksLost { times, .. }) = within("the event", events.next()).await {
+            return times;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn locks_that_were_dropped_are_taken_again() {
+    let dir = tempfile::tempdir().unwrap();
+    let (p, r) = pair(dir.path()).await;
+    insert(&p, "before", 1).await;
+    for (round, name) in [(1, "database"), (2, "shm")] {
+        for db in [&p, &r] {
+            let mut events = db.events();
+            open_and_close(&if name == "shm" { shm(db.path()) } else { db.path().to_path_buf() });
+            assert_eq!(lost(&mut events).await, round, "{name}");
+            until("the locks stand", || db.status().problem.is_none());
+            assert_eq!(db.status().locks_lost, round);
+        }
+        // As before: no other process checkpoints, and none writes to a replica.
+        until("nobody else checkpoints", || {
+            elsewhere(p.path(), "PRAGMA wal_checkpoint(TRUNCATE)") == "Integer(1)"
+        });
+        assert_eq!(elsewhere(r.path(), "DELETE FROM t"), "database is locked");
+        assert_eq!(elsewhere(p.path(), "INSERT INTO t(who) VALUES ('elsewhere')"), "done");
+        let last = insert(&p, "after", 1).await;
+        r.wait_for_timeout(last, LIMIT).await.unwrap();
+    }
+    assert_eq!(count(&r), 5);
+    p.wait_for(p.position().unwrap().txid()).await.unwrap();
+    assert_same_pages(p.path(), r.path());
+    r.shutdown().await;
+    p.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nobody_slips_in_while_they_are_dropped_all_the_time() {
+    let dir = tempfile::tempdir().unwrap();
+    let (p, r) = pair(dir.path()).await;
+    for n in 0..50 {
+        insert(&p, "before", n).await;
+    }
+    let dropping = AtomicBool::new(true);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while dropping.load(Ordering::Relaxed) {
+                for db in [&p, &r] {
+                    open_and_close(&shm(db.path()));
+                    open_and_close(db.path());
+                }
+            }
+        });
+        for _ in 0..20 {
+            assert_eq!(elsewhere(p.path(), "PRAGMA wal_checkpoint(TRUNCATE)"), "Integer(1)");
+            assert_eq!(elsewhere(p.path(), "PRAGMA journal_mode = DELETE"), "database is locked");
+            for sql in ["INSERT INTO t(who) VALUES ('slipped in')", "VACUUM", "PRAGMA journal_mode = DELETE"]
+            {
+                assert_eq!(elsewhere(r.path(), sql), "database is locked", "{sql}");
+            }
+        }
+        dropping.store(false, Ordering::Relaxed);
+    });
+    let last = insert(&p, "after", 1).await;
+    r.wait_for_timeout(last, LIMIT).await.unwrap();
+    assert_eq!((p.status().problem, r.status().problem), (None, None));
+    assert_same_pages(p.path(), r.path());
+    r.shutdown().await;
+    p.shutdown().await;
+    // Nothing is left behind: others can do all of it now.
+    assert_eq!(elsewhere(p.path(), "PRAGMA wal_checkpoint(TRUNCATE)"), "Integer(0)");
+    assert_eq!(elsewhere(r.path(), "PRAGMA journal_mode = DELETE"), "Text([100, 101, 108, 101, 116, 101])");
+}
