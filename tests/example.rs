@@ -5,14 +5,14 @@ mod http_support;
 #[path = "support/lib.rs"]
 mod support;
 
-use std::path::Path;
+use std::collections::HashSet;
 use std::time::{Duration, Instant};
 
 use http::Request;
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use replite::rusqlite::Connection;
-use rustix::process::{Pid, Signal, kill_process, test_kill_process};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use http_support::*;
@@ -65,9 +65,8 @@ async fn event(feed: &mut Incoming) -> Option<u64> {
 
 /// The processes that this one started.
 fn children(of: Pid) -> Vec<Pid> {
-    let list = format!("/proc/{0}/task/{0}/children", of.as_raw_nonzero());
+    // Each thread has its own.
     let threads = std::fs::read_dir(format!("/proc/{}/task", of.as_raw_nonzero())).unwrap();
-    assert!(Path::new(&list).exists());
     let read = |thread: std::io::Result<std::fs::DirEntry>| {
         std::fs::read_to_string(thread.unwrap().path().join("children")).unwrap_or_default()
     };
@@ -78,13 +77,16 @@ fn children(of: Pid) -> Vec<Pid> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn three_instances_share_their_notes_survive_a_kill_and_end_together() {
     let dir = tempfile::tempdir().unwrap();
-    let (example, urls) = tokio::task::block_in_place(|| Example::three(dir.path()));
+    let port = three_ports();
+    let urls = [port, port + 1, port + 2].map(|port| format!("http://127.0.0.1:{port}"));
+    let nodes = urls.clone().map(|url| format!("{url}/api/node"));
+    let example = Example::launcher(port, dir.path());
     let launcher = example.pid();
-    assert_eq!(children(launcher).len(), 3);
-    let roles: Vec<_> = [0, 1, 2].map(|i| format!("{}/api/node", urls[i])).into();
-    for (url, role) in roles.iter().zip(["primary", "replica", "replica"]) {
-        assert_eq!(json(&Http::new().get(url).await.unwrap())["role"], role);
-    }
+    let rows = tokio::task::block_in_place(|| urls.clone().map(|url| example.line(&format!("{url} "))));
+    let table = rows.each_ref().map(|row| row.split_whitespace().collect::<Vec<_>>());
+    assert_eq!(table.each_ref().map(|row| row[1]), ["primary", "replica", "replica"]);
+    let pids = table.each_ref().map(|row| Pid::from_raw(row[2].parse().unwrap()).unwrap());
+    assert_eq!(HashSet::from(pids), HashSet::from_iter(children(launcher)));
 
     // A note that was added anywhere is everywhere, and each feed tells.
     let mut feeds = Vec::new();
@@ -95,7 +97,7 @@ async fn three_instances_share_their_notes_survive_a_kill_and_end_together() {
     }
     let note = add(&urls[2], "kept").await;
     assert_eq!(note.status, 201, "{note:?}");
-    let txid = json(&Http::new().get(&roles[0]).await.unwrap())["txid"].as_u64().unwrap();
+    let txid = json(&Http::new().get(&nodes[0]).await.unwrap())["txid"].as_u64().unwrap();
     for (url, feed) in urls.iter().zip(&mut feeds) {
         while event(feed).await.expect("the feed goes on") < txid {}
         // Whoever was told sees it.
@@ -105,14 +107,15 @@ async fn three_instances_share_their_notes_survive_a_kill_and_end_together() {
     drop(feeds);
 
     // The primary is killed, and started again.
-    let node = json(&Http::new().get(&roles[0]).await.unwrap())["id"].clone();
-    let before = children(launcher);
-    kill_process(primary_of(&before, &urls[0]), Signal::KILL).unwrap();
+    let id = json(&Http::new().get(&nodes[0]).await.unwrap())["id"].clone();
+    kill_process(pids[0], Signal::KILL).unwrap();
     tokio::task::block_in_place(|| example.line("it is started again"));
     within("a write", async { while add(&urls[1], "after").await.status != 201 {} }).await;
     listed(&urls[0], "kept").await;
     listed(&urls[2], "after").await;
-    assert_eq!(json(&Http::new().get(&roles[0]).await.unwrap())["id"], node, "the same node");
+    assert_eq!(json(&Http::new().get(&nodes[0]).await.unwrap())["id"], id, "the same node");
+    let pids = children(launcher);
+    assert_eq!(pids.len(), 3);
 
     // Asked to end, with feeds and idle connections open.
     let idle: Vec<_> = [Http::new(), Http::new(), Http::new()].into();
@@ -123,8 +126,6 @@ async fn three_instances_share_their_notes_survive_a_kill_and_end_together() {
         event(&mut feed).await.unwrap();
         feeds.push(feed);
     }
-    let pids = children(launcher);
-    assert_eq!(pids.len(), 3);
     let (status, took) = tokio::task::block_in_place(|| example.end());
     println!("ended after {took:?}");
     assert!(status.success() && took < END_LIMIT, "{status} after {took:?}");
@@ -132,21 +133,28 @@ async fn three_instances_share_their_notes_survive_a_kill_and_end_together() {
         while event(feed).await.is_some() {}
     }
     for pid in pids {
-        assert!(test_kill_process(pid).is_err(), "{pid:?} still runs");
+        assert!(!runs(pid), "{pid:?} still runs");
     }
     for url in &urls {
         assert!(Http::new().get(&format!("{url}/livez")).await.is_err());
     }
 }
 
-/// The process among these that serves this URL, by its arguments.
-fn primary_of(pids: &[Pid], url: &str) -> Pid {
-    let serves = |pid: &&Pid| {
-        let arguments = std::fs::read_to_string(format!("/proc/{}/cmdline", pid.as_raw_nonzero())).unwrap();
-        let listen = arguments.split('\0').skip_while(|a| *a != "--listen").nth(1);
-        listen == url.strip_prefix("http://")
-    };
-    *pids.iter().find(serves).unwrap()
+/// Whether the process is there, and not only its exit status, which nobody may have asked for.
+fn runs(pid: Pid) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()));
+    stat.is_ok_and(|stat| !stat.rsplit(") ").next().unwrap().starts_with('Z'))
+}
+
+#[test]
+fn no_instance_outlives_a_launcher_that_was_killed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (mut example, _) = Example::three(dir.path());
+    let pids = children(example.pid());
+    assert_eq!(pids.len(), 3);
+    example.program.0.kill().unwrap();
+    example.program.0.wait().unwrap();
+    until("their end", || !pids.iter().any(|pid| runs(*pid)));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

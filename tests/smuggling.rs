@@ -226,6 +226,8 @@ async fn chunks_are_made_anew_and_bad_ones_end_the_request() {
         let (statuses, requests) = front.exchange(bytes.as_bytes(), 1).await;
         check(body, &statuses, &requests, "POST /a HTTP/1.1", sees);
         assert!(requests.iter().all(|r| r.trailers.is_empty()), "{body}: {requests:?}");
+        let status = if sees == Sees::One { 201 } else { 400 };
+        assert_eq!(statuses, [status], "{body}: it is the client's fault");
     }
     front.stop().await;
 }

@@ -42,6 +42,8 @@ pub(super) enum SendError {
     NotSent(BoxError),
     /// The client stopped sending.
     SlowClient,
+    /// What the client sent is no body, or it left within it.
+    BadBody(BoxError),
     /// Nothing came back in time.
     NoAnswer,
     /// The connection broke; the request may have been carried out.
@@ -123,6 +125,9 @@ fn sort(error: hyper_util::client::legacy::Error, body: &Keep, idle: Duration) -
     }
     if body.starving() && body.deadline(idle, idle) <= Instant::now() {
         return SendError::SlowClient;
+    }
+    if body.failed() {
+        return SendError::BadBody(error.into());
     }
     SendError::Broken(error.into())
 }

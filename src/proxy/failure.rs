@@ -50,6 +50,8 @@ pub enum Reason {
     Method,
     /// The client stopped sending the request's body.
     SlowClient,
+    /// What the client sent is no whole body.
+    BadBody,
     /// The primary did not answer in time.
     NoAnswer,
     /// The connection to the primary broke before it answered.
@@ -85,6 +87,7 @@ impl Failure {
             Reason::Misdirected => (StatusCode::MISDIRECTED_REQUEST, Outcome::NotExecuted),
             // The primary's handler saw the beginning of the body and may have acted on it.
             Reason::SlowClient => (StatusCode::REQUEST_TIMEOUT, Outcome::Unknown),
+            Reason::BadBody => (StatusCode::BAD_REQUEST, Outcome::Unknown),
             Reason::NoAnswer | Reason::Broken => (StatusCode::GATEWAY_TIMEOUT, Outcome::Unknown),
         };
         Failure { reason, outcome, status }
@@ -101,6 +104,7 @@ impl Failure {
             Reason::Upgrade => "upgrades are served by the primary only",
             Reason::Method => "the method can't be served",
             Reason::SlowClient => "the request's body stopped",
+            Reason::BadBody => "the request's body is not whole",
             Reason::NoAnswer => "the primary did not answer in time",
             Reason::Broken => "the connection to the primary broke",
             Reason::Misdirected => "this node is not the primary",

@@ -153,6 +153,11 @@ impl Trip<'_> {
                 self.fail(Reason::Unreachable)
             }
             SendError::SlowClient => self.fail(Reason::SlowClient),
+            SendError::BadBody(error) => {
+                // Not louder: any client can do this.
+                tracing::debug!(error = &*error as &dyn std::error::Error, %url, "a request's body broke");
+                self.fail(Reason::BadBody)
+            }
             SendError::NoAnswer => {
                 tracing::warn!(?target, "the primary did not answer in time");
                 self.fail(Reason::NoAnswer)

@@ -62,6 +62,8 @@ struct State {
     resend_trailers: bool,
     /// The source has nothing to give since its last frame: it is the client that is waited for.
     starving: bool,
+    /// The source failed: what the client sent is no body, or it left.
+    failed: bool,
     last_progress: Instant,
     /// Who reads; woken when the body is taken from them.
     reader: Option<Waker>,
@@ -115,6 +117,7 @@ impl Keep {
             resend: false,
             resend_trailers: false,
             starving: false,
+            failed: false,
             last_progress: Instant::now(),
             reader: None,
         })))
@@ -142,6 +145,7 @@ impl Keep {
             resend_trailers: kept.trailers.is_some(),
             kept,
             starving: false,
+            failed: false,
             last_progress: Instant::now(),
             reader: None,
         }))))
@@ -166,6 +170,11 @@ impl Keep {
     pub(super) fn starving(&self) -> bool {
         let state = self.lock();
         state.starving && !state.at_end()
+    }
+
+    /// Whether the body can't be had, because of what the client sent.
+    pub(super) fn failed(&self) -> bool {
+        self.lock().failed
     }
 
     pub(super) fn is_end_stream(&self) -> bool {
@@ -218,7 +227,10 @@ impl Keep {
                 return polled;
             }
             Poll::Ready(Some(Ok(frame))) => state.keep(frame),
-            Poll::Ready(Some(Err(_))) => state.forget(),
+            Poll::Ready(Some(Err(_))) => {
+                state.failed = true;
+                state.forget();
+            }
             Poll::Ready(None) => state.ended = true,
         }
         state.last_progress = Instant::now();
