@@ -198,6 +198,7 @@ impl Inner {
             }
             Side::Replica { follower, .. } => follower.close(),
         }
+        crate::sqlite::close_unlocked();
         self.node.applied.close();
         self.node.roles.send_modify(|state| state.role = Role::Stopped);
         drop(self.claim.lock().unwrap_or_else(PoisonError::into_inner).take());

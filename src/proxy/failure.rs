@@ -48,6 +48,8 @@ pub enum Reason {
     Upgrade,
     /// `CONNECT`, which is not forwarded.
     Method,
+    /// The request has several `Host` headers, or a target without a path: servers could read it in two ways.
+    Ambiguous,
     /// The client stopped sending the request's body.
     SlowClient,
     /// What the client sent is no whole body.
@@ -88,6 +90,7 @@ impl Failure {
             // The primary's handler saw the beginning of the body and may have acted on it.
             Reason::SlowClient => (StatusCode::REQUEST_TIMEOUT, Outcome::Unknown),
             Reason::BadBody => (StatusCode::BAD_REQUEST, Outcome::Unknown),
+            Reason::Ambiguous => (StatusCode::BAD_REQUEST, Outcome::NotExecuted),
             Reason::NoAnswer | Reason::Broken => (StatusCode::GATEWAY_TIMEOUT, Outcome::Unknown),
         };
         Failure { reason, outcome, status }
@@ -105,6 +108,7 @@ impl Failure {
             Reason::Method => "the method can't be served",
             Reason::SlowClient => "the request's body stopped",
             Reason::BadBody => "the request's body is not whole",
+            Reason::Ambiguous => "the request's target or host is ambiguous",
             Reason::NoAnswer => "the primary did not answer in time",
             Reason::Broken => "the connection to the primary broke",
             Reason::Misdirected => "this node is not the primary",

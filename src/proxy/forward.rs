@@ -155,7 +155,7 @@ impl Trip<'_> {
             SendError::SlowClient => self.fail(Reason::SlowClient),
             SendError::BadBody(error) => {
                 // Not louder: any client can do this.
-                tracing::debug!(error = &*error as &dyn std::error::Error, %url, "a request's body broke");
+                tracing::debug!(error = &*error as &dyn std::error::Error, ?target, "a request's body broke");
                 self.fail(Reason::BadBody)
             }
             SendError::NoAnswer => {

@@ -16,6 +16,10 @@ use tokio::time::{Duration, Instant};
 
 use crate::proxy::BoxError;
 
+/// How much, and for how long, is read of a body that its handler has left.
+const DRAIN_MAX_BYTES: usize = 16 * 1024 * 1024;
+const DRAIN_LIMIT: Duration = Duration::from_secs(2);
+
 /// How much may be kept of bodies.
 #[derive(Clone, Debug)]
 pub(super) struct Budget {
@@ -158,6 +162,23 @@ impl Keep {
         if !state.resend && !state.resend_trailers {
             state.kept.clear();
         }
+    }
+
+    /// Reads what the handler has left, for a while and in the background. A server that closes a connection with bytes unread resets it, and the
+    /// node at the other end might never see the answer.
+    pub(super) fn drain(self) {
+        if self.is_end_stream() {
+            return;
+        }
+        let rest = async move {
+            let mut bytes = 0;
+            while bytes < DRAIN_MAX_BYTES
+                && let Some(Ok(frame)) = std::future::poll_fn(|cx| self.poll_frame(cx)).await
+            {
+                bytes += frame.data_ref().map_or(0, Bytes::len);
+            }
+        };
+        tokio::spawn(tokio::time::timeout(DRAIN_LIMIT, rest));
     }
 
     /// When patience ends: `idle` after the last progress while the body still comes, `answer` after its end.

@@ -84,8 +84,8 @@ pub enum SameSite {
 /// A [`tower::Layer`] that lets every node take every request: those that may change something go to the primary,
 /// clients read their own writes on every node.
 ///
-/// Put it outermost, so that it sees requests as they came; below axum's `nest` see
-/// [`ReplayLayer::original_uri`].
+/// It goes around everything that belongs to running a handler, and below what each node does for each request (trace, request id, CORS, limits): one tested order is in
+/// `docs/stack.md`. Below axum's `nest` see [`ReplayLayer::original_uri`].
 #[derive(Clone)]
 pub struct ReplayLayer {
     pub(super) shared: Arc<Shared>,
@@ -220,8 +220,8 @@ impl ReplayLayer {
         self.with(|o| o.forwarding = forwarding)
     }
 
-    /// Whether the primary's application is spoken to in HTTP/2 (without TLS, by prior knowledge), and not in HTTP/1.1. gRPC requests that came in
-    /// HTTP/2 always are.
+    /// Whether the primary's application is spoken to in HTTP/2 (without TLS, by prior knowledge), and not in HTTP/1.1. Requests that came in HTTP/2 and
+    /// ask for trailers (`te`), such as gRPC's, always are.
     pub fn http2(self, yes: bool) -> Self {
         self.with(|o| o.http2 = yes)
     }

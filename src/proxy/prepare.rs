@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use http::header::{CONTENT_TYPE, COOKIE, HOST};
+use http::header::{COOKIE, HOST, TE};
 use http::request::Parts;
 use http::uri::Scheme;
 use http::{HeaderMap, HeaderValue, Method, Response, Version};
@@ -42,14 +42,14 @@ impl Head {
             target: target(parts, options),
             headers: parts.headers.clone(),
             upgrade: None,
-            http2: options.http2 || is_grpc(parts),
+            http2: options.http2 || wants_trailers(parts),
         };
         headers::strip_hop_by_hop(&mut head.headers);
+        // HTTP/2 has the host in the URI. A client that says both is left to the app, which sees the same on every node.
         if !head.headers.contains_key(HOST)
             && let Some(authority) = parts.uri.authority()
             && let Ok(host) = HeaderValue::from_str(authority.as_str())
         {
-            // HTTP/2 has the host in the URI.
             head.headers.insert(HOST, host);
         }
         join_cookies(&mut head.headers);
@@ -73,17 +73,24 @@ impl Head {
     }
 }
 
-/// gRPC needs trailers and streams that only HTTP/2 has.
-fn is_grpc(parts: &Parts) -> bool {
-    let grpc = parts.headers.get(CONTENT_TYPE).is_some_and(|t| t.as_bytes().starts_with(b"application/grpc"));
-    grpc && parts.version == Version::HTTP_2
+/// gRPC, and whoever else asks for trailers in HTTP/2, gets ones that nobody announced, which HTTP/1.1 has no place for. A server that was asked in
+/// HTTP/2 speaks it on the primary, too.
+fn wants_trailers(parts: &Parts) -> bool {
+    parts.version == Version::HTTP_2 && parts.headers.contains_key(TE)
+}
+
+/// Whether a request names one resource at one host, so that every server on its way reads it alike.
+pub(super) fn is_definite(parts: &Parts, options: &Options) -> bool {
+    parts.headers.get_all(HOST).iter().nth(1).is_none() && target(parts, options).starts_with('/')
 }
 
 /// Path and query as they came.
 pub(super) fn target(parts: &Parts, options: &Options) -> String {
     let original = options.original_uri.as_ref().and_then(|uri| uri(parts));
     let uri = original.as_ref().unwrap_or(&parts.uri);
-    uri.path_and_query().map_or("/", |target| target.as_str()).to_owned()
+    // A URI with a host alone has no path in HTTP/2; in HTTP/1.1 that is the form of CONNECT.
+    let none = if uri.scheme().is_some() { "/" } else { "" };
+    uri.path_and_query().map_or(none, |target| target.as_str()).to_owned()
 }
 
 /// HTTP/2 clients may split cookies over several headers, which HTTP/1.1 has no place for.

@@ -21,7 +21,7 @@ use crate::proxy::headers::{self, HOP, PRIMARY, TOKEN};
 use crate::proxy::hop::{About, HOPS_MAX, Hint, Hop};
 use crate::proxy::keep::Keep;
 use crate::proxy::layer::{Options, Shared, Upgrades};
-use crate::proxy::prepare::{Head, Need, failure, target};
+use crate::proxy::prepare::{Head, Need, failure, is_definite, target};
 use crate::proxy::route::Route;
 use crate::session::Session;
 use crate::status::Role;
@@ -46,6 +46,8 @@ enum Plan {
     Answer(Box<Response<Answer>>),
     /// It runs here; whether it may have to be replayed.
     Local { replay: bool },
+    /// It runs here, for another node.
+    Hop,
     /// Something is needed first.
     Prepare(Need),
 }
@@ -87,8 +89,22 @@ where
                 } else {
                     (None, ReplayRequestBody::plain(body))
                 };
-                let run = LocalRun { session, secure, replay: head.map(|head| (head, keep)) };
+                let run = LocalRun { session, secure, replay: head.map(|head| (head, keep)), rest: None };
                 ResponseFuture::local(shared.clone(), service, parts, body, run)
+            }
+            Plan::Hop => {
+                let (rest, body) = if body.is_end_stream() {
+                    (None, ReplayRequestBody::plain(body))
+                } else {
+                    let keep = Keep::new(body, &shared.options.budget);
+                    keep.release();
+                    (Some(keep.clone()), ReplayRequestBody::kept(keep))
+                };
+                let run = LocalRun { session, secure, replay: None, rest };
+                ResponseFuture::local(shared.clone(), service, parts, body, run)
+            }
+            Plan::Prepare(_) if !is_definite(&parts, &shared.options) => {
+                ResponseFuture::done(shared.clone(), failure(shared, Reason::Ambiguous))
             }
             Plan::Prepare(need) => {
                 let head = Arc::new(head(&parts, &shared.options));
@@ -115,7 +131,7 @@ fn plan(shared: &Shared, parts: &mut Parts) -> (Plan, Option<Token>) {
         if !primary {
             return (misdirected(shared, text), None);
         }
-        return (Plan::Local { replay: false }, request_token(shared, parts));
+        return (Plan::Hop, request_token(shared, parts));
     }
     let upgrade = headers::is_upgrade(parts);
     if parts.method == Method::CONNECT && !upgrade {

@@ -168,7 +168,7 @@ impl Drop for FileLocks {
 }
 
 /// Closes descriptors that are no longer used, as far as nobody holds a lock on their files: one of this process would be lost.
-fn close_unlocked() {
+pub(crate) fn close_unlocked() {
     PARKED.lock().unwrap_or_else(PoisonError::into_inner).retain(|file| !unlocked(file));
 }
 

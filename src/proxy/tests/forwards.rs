@@ -171,6 +171,33 @@ async fn an_early_answer_is_relayed_while_the_body_still_waits() {
 }
 
 #[tokio::test]
+async fn an_early_answer_to_a_large_body_is_not_lost() {
+    let app = Router::new().fallback(|| async { http::StatusCode::PAYLOAD_TOO_LARGE });
+    let pair = Pair::new(app, nothing(), |l| l).await;
+    for _ in 0..20 {
+        let request = pair.post("/").body(full(vec![b'x'; 1 << 20])).unwrap();
+        assert_eq!(send(request).await.status(), 413);
+    }
+}
+
+#[tokio::test]
+async fn what_two_servers_could_read_in_two_ways_is_not_forwarded() {
+    let pair = Pair::new(Router::new().fallback(mirror), nothing(), |l| l).await;
+    for request in [
+        "POST / HTTP/1.1\r\nhost: a\r\nhost: b\r\n",
+        "POST evil:80 HTTP/1.1\r\nhost: a\r\n",
+        "POST * HTTP/1.1\r\nhost: a\r\n",
+    ] {
+        let mut stream = TcpStream::connect(pair.replica.address).await.unwrap();
+        let text = format!("{request}connection: close\r\ncontent-length: 0\r\n\r\n");
+        stream.write_all(text.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        stream.read_to_string(&mut answer).await.unwrap();
+        assert_eq!(answer.split(' ').nth(1), Some("400"), "{request:?}: {answer}");
+    }
+}
+
+#[tokio::test]
 async fn a_node_that_is_not_the_primary_points_to_it_before_it_reads_the_body() {
     let runs = Arc::new(AtomicUsize::new(0));
     let counted = runs.clone();

@@ -123,7 +123,7 @@ async fn grpc_like(request: Request<Body>) -> Response<Body> {
 async fn each_side_speaks_http_1_or_2_and_grpc_has_its_trailers() {
     for (to_primary, content_type, front, back) in [
         (false, "text/plain", Version::HTTP_11, Version::HTTP_11),
-        (false, "text/plain", Version::HTTP_2, Version::HTTP_11),
+        (false, "text/plain", Version::HTTP_2, Version::HTTP_2),
         (true, "text/plain", Version::HTTP_11, Version::HTTP_2),
         (true, "text/plain", Version::HTTP_2, Version::HTTP_2),
         (false, "application/grpc+proto", Version::HTTP_2, Version::HTTP_2),
