@@ -239,6 +239,9 @@ pub enum PeerProblem {
         /// The first bytes of the body.
         begins: String,
     },
+    /// It answers an empty 404, which says as little as it can.
+    #[error("an empty 404: its secret is another one, or no endpoint is mounted at this path")]
+    NotFound,
     /// The secret was not proved: the peers' secrets differ.
     #[error("it did not prove the cluster's secret")]
     Secret,

@@ -16,7 +16,7 @@ use crate::wire::{self, HEADER_BYTES, HELLO_PROOF_BYTES, Hello, Message};
 pub(crate) const VERSION: u32 = 1;
 /// What follows the replication endpoint's path in a stream's URL.
 pub(crate) const STREAM_PATH: &str = "/v1/stream";
-/// The stream's content type: compression layers leave it alone.
+/// The stream's content type: not one that compression layers have on their lists.
 pub(crate) const CONTENT_TYPE: &str = "application/vnd.replite.stream";
 /// Bytes of a nonce.
 const NONCE_BYTES: usize = 32;
@@ -116,6 +116,8 @@ impl Answer {
         headers.insert(H_NONCE, text(&hex(&self.nonce))?);
         headers.insert(H_PROOF, text(&hex(&proof))?);
         headers.insert(http::header::CONTENT_TYPE, HeaderValue::from_static(CONTENT_TYPE));
+        // Layers that compress whatever the other headers say leave alone what says how it is encoded.
+        headers.insert(http::header::CONTENT_ENCODING, HeaderValue::from_static("identity"));
         headers.insert(http::header::CACHE_CONTROL, HeaderValue::from_static("no-store, no-transform"));
         headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
         Ok(headers)

@@ -341,7 +341,7 @@ async fn foreign(status: StatusCode, headers: &http::HeaderMap, body: &mut Incom
     let content_type = headers.get(http::header::CONTENT_TYPE);
     if status == StatusCode::NOT_FOUND && content_type.is_none() && begins.is_empty() {
         // This is how we answer strangers.
-        return PeerProblem::Secret;
+        return PeerProblem::NotFound;
     }
     let shown = |bytes: &[u8]| String::from_utf8_lossy(bytes).chars().take(BEGINS_MAX_BYTES).collect();
     PeerProblem::NotReplite {

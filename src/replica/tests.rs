@@ -226,7 +226,7 @@ async fn what_is_no_replite_is_told_by_what_it_said() {
 #[tokio::test]
 async fn a_bare_404_and_a_false_proof_mean_another_secret() {
     let to = answering(|_| reply(404, None, "")).await;
-    assert!(matches!(Try::new().against(&to).await, PeerProblem::Secret));
+    assert!(matches!(Try::new().against(&to).await, PeerProblem::NotFound));
     // An answer to another knock, as somebody would send who recorded one.
     let to = answering(|headers| {
         let mut knock = Knock::read(&headers, &keys(&SECRET)).unwrap();
