@@ -75,8 +75,6 @@ async fn a_stream_below_a_timeout_begins_again_where_it_was_cut() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn compression_around_everything_leaves_the_stream_alone() {
     let dir = tempfile::tempdir().unwrap();
-    let compress =
-        CompressionLayer::new().compress_when(tower_http::compression::predicate::SizeAbove::new(0));
     // It would even where nobody asked.
     let ask = |mut request: axum::extract::Request, next: axum::middleware::Next| async move {
         request.headers_mut().insert(header::ACCEPT_ENCODING, "gzip".parse().unwrap());

@@ -347,6 +347,13 @@ impl Config {
                 Endpoint::parse(url)?;
             }
         }
+        if let Some(public) = &self.addresses.public {
+            let uri: http::Uri =
+                public.parse().map_err(|_| Error::Config(format!("{public:?} is not a URL")))?;
+            if !matches!(uri.scheme_str(), Some("http" | "https")) || uri.query().is_some() {
+                return Err(Error::Config(format!("{public:?} is not a URL of a host that clients reach")));
+            }
+        }
         if let Some(listen) = self.listen
             && self.secrets.is_empty()
             && !listen.ip().is_loopback()
@@ -421,6 +428,10 @@ mod tests {
         assert!(Config::new("a.db").listen("[::1]:1".parse().unwrap()).check().is_ok());
         assert!(Config::new("a.db").lease(Fixed::replica_of("ftp://x")).check().is_err());
         assert!(Config::new("a.db").lease(Fixed::replica_of("http://x:1")).check().unwrap().is_some());
+        for public in ["", "a.example", "ftp://a", "https://a/?q", "https://a b"] {
+            let addresses = Addresses { public: Some(public.into()), ..Addresses::default() };
+            assert!(refused(Config::new("a.db").addresses(addresses)), "{public:?}");
+        }
     }
 
     #[test]

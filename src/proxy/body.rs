@@ -12,7 +12,7 @@ use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep};
 
 use crate::proxy::BoxError;
-use crate::proxy::keep::Keep;
+use crate::proxy::keep::{Keep, ToItsEnd};
 
 pin_project! {
     /// A request's body as the wrapped service gets it: the one that came in, which the layer may be able to take
@@ -28,6 +28,7 @@ pin_project! {
     enum RequestKind<B> {
         Plain { #[pin] body: B },
         Kept { keep: Keep },
+        ToItsEnd { body: ToItsEnd },
     }
 }
 
@@ -35,6 +36,12 @@ impl<B> ReplayRequestBody<B> {
     /// The body as it came.
     pub(super) fn plain(body: B) -> Self {
         ReplayRequestBody { kind: RequestKind::Plain { body } }
+    }
+
+    /// A body that is read to its end, also when the handler leaves a rest.
+    pub(super) fn to_its_end(keep: Keep) -> Self {
+        keep.release();
+        ReplayRequestBody { kind: RequestKind::ToItsEnd { body: ToItsEnd(keep) } }
     }
 
     /// A body that can be taken back.
@@ -58,6 +65,7 @@ where
         match self.project().kind.project() {
             RequestProj::Plain { body } => body.poll_frame(cx).map_err(Into::into),
             RequestProj::Kept { keep } => keep.poll_frame(cx),
+            RequestProj::ToItsEnd { body } => body.0.poll_frame(cx),
         }
     }
 
@@ -65,6 +73,7 @@ where
         match &self.kind {
             RequestKind::Plain { body } => body.is_end_stream(),
             RequestKind::Kept { keep } => keep.is_end_stream(),
+            RequestKind::ToItsEnd { body } => body.0.is_end_stream(),
         }
     }
 
@@ -72,6 +81,7 @@ where
         match &self.kind {
             RequestKind::Plain { body } => body.size_hint(),
             RequestKind::Kept { keep } => keep.size_hint(),
+            RequestKind::ToItsEnd { body } => body.0.size_hint(),
         }
     }
 }

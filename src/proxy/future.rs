@@ -57,8 +57,6 @@ pub(super) struct LocalRun {
     pub(super) secure: bool,
     /// What is needed to send it to the primary after all; no body when it has none.
     pub(super) replay: Option<(Arc<Head>, Option<Keep>)>,
-    /// The body that another node sends, of which the handler may leave a rest.
-    pub(super) rest: Option<Keep>,
 }
 
 /// A request that may run here later.
@@ -136,9 +134,6 @@ where
                     match replay(this.shared, run) {
                         Some(next) => next,
                         None => {
-                            if let Some(rest) = run.rest.take() {
-                                rest.drain();
-                            }
                             set_token(this.shared, &run.session, run.secure, response.headers_mut());
                             return Poll::Ready(Ok(response.map(ReplayResponseBody::local)));
                         }
@@ -193,7 +188,7 @@ impl<S> Resume<S> {
         S: Service<Request<ReplayRequestBody<B>>>,
     {
         let replay = self.replay.map(|head| (head, Some(body.clone())));
-        let run = LocalRun { session: self.session, secure: self.secure, replay, rest: None };
+        let run = LocalRun { session: self.session, secure: self.secure, replay };
         State::local(self.service, self.parts, ReplayRequestBody::kept(body), run)
     }
 }

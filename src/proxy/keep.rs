@@ -164,23 +164,6 @@ impl Keep {
         }
     }
 
-    /// Reads what the handler has left, for a while and in the background. A server that closes a connection with bytes unread resets it, and the
-    /// node at the other end might never see the answer.
-    pub(super) fn drain(self) {
-        if self.is_end_stream() {
-            return;
-        }
-        let rest = async move {
-            let mut bytes = 0;
-            while bytes < DRAIN_MAX_BYTES
-                && let Some(Ok(frame)) = std::future::poll_fn(|cx| self.poll_frame(cx)).await
-            {
-                bytes += frame.data_ref().map_or(0, Bytes::len);
-            }
-        };
-        tokio::spawn(tokio::time::timeout(DRAIN_LIMIT, rest));
-    }
-
     /// When patience ends: `idle` after the last progress while the body still comes, `answer` after its end.
     pub(super) fn deadline(&self, idle: Duration, answer: Duration) -> Instant {
         let state = self.lock();
@@ -260,6 +243,29 @@ impl Keep {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.0.lock().unwrap_or_else(|e| e.into_inner())
+    }
+}
+
+/// A body of which what its reader leaves is read, too, for a while and in the background. A server that closes a connection with bytes unread
+/// resets it, and the node at the other end might never see the answer.
+pub(super) struct ToItsEnd(pub(super) Keep);
+
+impl Drop for ToItsEnd {
+    fn drop(&mut self) {
+        let keep = self.0.clone();
+        let Ok(runtime) = tokio::runtime::Handle::try_current() else { return };
+        if keep.is_end_stream() || keep.failed() {
+            return;
+        }
+        let rest = async move {
+            let mut bytes = 0;
+            while bytes < DRAIN_MAX_BYTES
+                && let Some(Ok(frame)) = std::future::poll_fn(|cx| keep.poll_frame(cx)).await
+            {
+                bytes += frame.data_ref().map_or(0, Bytes::len);
+            }
+        };
+        runtime.spawn(async move { tokio::time::timeout(DRAIN_LIMIT, rest).await });
     }
 }
 

@@ -89,18 +89,16 @@ where
                 } else {
                     (None, ReplayRequestBody::plain(body))
                 };
-                let run = LocalRun { session, secure, replay: head.map(|head| (head, keep)), rest: None };
+                let run = LocalRun { session, secure, replay: head.map(|head| (head, keep)) };
                 ResponseFuture::local(shared.clone(), service, parts, body, run)
             }
             Plan::Hop => {
-                let (rest, body) = if body.is_end_stream() {
-                    (None, ReplayRequestBody::plain(body))
+                let body = if body.is_end_stream() {
+                    ReplayRequestBody::plain(body)
                 } else {
-                    let keep = Keep::new(body, &shared.options.budget);
-                    keep.release();
-                    (Some(keep.clone()), ReplayRequestBody::kept(keep))
+                    ReplayRequestBody::to_its_end(Keep::new(body, &shared.options.budget))
                 };
-                let run = LocalRun { session, secure, replay: None, rest };
+                let run = LocalRun { session, secure, replay: None };
                 ResponseFuture::local(shared.clone(), service, parts, body, run)
             }
             Plan::Prepare(_) if !is_definite(&parts, &shared.options) => {

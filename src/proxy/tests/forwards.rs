@@ -181,6 +181,28 @@ async fn an_early_answer_to_a_large_body_is_not_lost() {
 }
 
 #[tokio::test]
+async fn a_body_that_is_read_behind_the_answer_is_whole() {
+    let (sender, mut lengths) = tokio::sync::mpsc::unbounded_channel();
+    let app = Router::new().fallback(move |body: Body| {
+        let sender = sender.clone();
+        tokio::spawn(async move { sender.send(body.collect().await.map(|b| b.to_bytes().len()).ok()) });
+        async { http::StatusCode::ACCEPTED }
+    });
+    let pair = Pair::new(app, nothing(), |l| l).await;
+    for _ in 0..10 {
+        let (mut sender, body) = piecewise();
+        let sending = tokio::spawn(send(pair.post("/").body(body).unwrap()));
+        push(&mut sender, "first ").await;
+        assert_eq!(sending.await.unwrap().status(), 202);
+        // A client that still sends is still heard.
+        if sender.send(Frame::data(Bytes::from_static(b"second"))).await.is_ok() {
+            drop(sender);
+        }
+        assert!(matches!(lengths.recv().await.unwrap(), Some(12) | None), "whole, or known to be broken");
+    }
+}
+
+#[tokio::test]
 async fn what_two_servers_could_read_in_two_ways_is_not_forwarded() {
     let pair = Pair::new(Router::new().fallback(mirror), nothing(), |l| l).await;
     for request in [
