@@ -9,12 +9,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-use bytes::Bytes;
-use http::{Request, Response};
-use http_body::Body;
-use hyper::body::Incoming;
 use tempfile::TempDir;
-use tower::Service;
 
 use crate::db::{Config, Db};
 use crate::engine::Durability;
@@ -25,12 +20,13 @@ use crate::status::Addresses;
 use link::Link;
 use serve::Stand;
 
+pub use serve::Application;
+
 /// The WAL of a database that is only for tests, in bytes: less to allocate at open.
 const WAL_LIMIT_BYTES: u64 = 256 * 1024;
 /// How long [`Cluster::caught_up`] and the start wait.
 const LIMIT: Duration = Duration::from_secs(30);
 
-type BoxError = Box<dyn std::error::Error + Send + Sync>;
 type Configure = Arc<dyn Fn(Config) -> Config + Send + Sync>;
 
 impl Db {
@@ -134,14 +130,10 @@ impl Builder {
     ///
     /// # Cancel safety
     /// Dropped, what was started ends.
-    pub async fn app<S, B>(self, app: impl Fn(&Db) -> S + Send + Sync + 'static) -> Result<Cluster<S>>
-    where
-        S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + Sync + 'static,
-        S::Future: Send,
-        S::Error: Into<BoxError>,
-        B: Body<Data = Bytes> + Send + 'static,
-        B::Error: Into<BoxError>,
-    {
+    pub async fn app<S: Application>(
+        self,
+        app: impl Fn(&Db) -> S + Send + Sync + 'static,
+    ) -> Result<Cluster<S>> {
         if self.nodes == 0 {
             return Err(Error::Config("a cluster has at least one node".into()));
         }
@@ -201,14 +193,7 @@ type Make<S> = Arc<dyn Fn(&Db) -> S + Send + Sync>;
 /// The ways of all replicas to the primary.
 type Links = Arc<Mutex<Vec<Arc<Link>>>>;
 
-impl<S, B> Cluster<S>
-where
-    S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + Sync + 'static,
-    S::Future: Send,
-    S::Error: Into<BoxError>,
-    B: Body<Data = Bytes> + Send + 'static,
-    B::Error: Into<BoxError>,
-{
+impl<S: Application> Cluster<S> {
     /// A node; the first, with number 0, is the primary.
     ///
     /// # Panics
@@ -274,14 +259,7 @@ impl<S> fmt::Debug for Node<S> {
     }
 }
 
-impl<S, B> Node<S>
-where
-    S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + Sync + 'static,
-    S::Future: Send,
-    S::Error: Into<BoxError>,
-    B: Body<Data = Bytes> + Send + 'static,
-    B::Error: Into<BoxError>,
-{
+impl<S: Application> Node<S> {
     /// Its database.
     ///
     /// # Panics

@@ -1,5 +1,6 @@
 //! The application of a node in a test cluster, on a port that it keeps while the node is away.
 
+use std::future::Future;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::{Arc, Mutex};
@@ -30,14 +31,7 @@ pub(super) struct Stand<S> {
     accepting: tokio::task::JoinHandle<()>,
 }
 
-impl<S, B> Stand<S>
-where
-    S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + Sync + 'static,
-    S::Future: Send,
-    S::Error: Into<BoxError>,
-    B: Body<Data = Bytes> + Send + 'static,
-    B::Error: Into<BoxError>,
-{
+impl<S: Application> Stand<S> {
     pub(super) async fn start() -> Result<Stand<S>> {
         let listener = TcpListener::bind("127.0.0.1:0").await.map_err(Error::io("bind", "127.0.0.1"))?;
         let address = listener.local_addr().map_err(Error::io("bind", "127.0.0.1"))?;
@@ -53,7 +47,7 @@ where
                 let now = serving.lock().unwrap_or_else(|e| e.into_inner()).clone();
                 // A node that is away refuses everybody.
                 if let Some((service, stop)) = now {
-                    tokio::spawn(stop.run_until_cancelled_owned(serve(io, service)));
+                    tokio::spawn(stop.run_until_cancelled_owned(service.serve(io)));
                 }
             }
         });
@@ -83,20 +77,29 @@ impl<S> Drop for Stand<S> {
     }
 }
 
-async fn serve<S, B>(io: TcpStream, service: S)
+/// What can be served by a node of a [`Cluster`](crate::testing::Cluster): any tower service of HTTP requests that can be cloned, such as axum's `Router`.
+pub trait Application: Clone + Send + Sync + 'static {
+    /// Serves one connection to its end.
+    #[doc(hidden)]
+    fn serve(self, io: TcpStream) -> impl Future<Output = ()> + Send;
+}
+
+impl<S, B> Application for S
 where
-    S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
+    S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + Sync + 'static,
     S::Future: Send,
     S::Error: Into<BoxError>,
     B: Body<Data = Bytes> + Send + 'static,
     B::Error: Into<BoxError>,
 {
-    // Where it fails the connection is gone, and serving it says so.
-    let _ = io.set_nodelay(true);
-    let builder = Builder::new(TokioExecutor::new());
-    let service = TowerToHyperService::new(service);
-    let connection = pin!(builder.serve_connection_with_upgrades(TokioIo::new(io), service));
-    if let Err(error) = connection.await {
-        tracing::debug!(%error, "a connection of a test cluster ended");
+    async fn serve(self, io: TcpStream) {
+        // Where it fails the connection is gone, and serving it says so.
+        let _ = io.set_nodelay(true);
+        let builder = Builder::new(TokioExecutor::new());
+        let service = TowerToHyperService::new(self);
+        let connection = pin!(builder.serve_connection_with_upgrades(TokioIo::new(io), service));
+        if let Err(error) = connection.await {
+            tracing::debug!(%error, "a connection of a test cluster ended");
+        }
     }
 }

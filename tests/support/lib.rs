@@ -208,77 +208,28 @@ pub(crate) fn hear() -> String {
     line.trim().to_string()
 }
 
+#[path = "../../src/testing/link.rs"]
+mod link;
+
 /// A TCP proxy on loopback that delays each piece of data, and cuts connections when told to.
 pub(crate) struct Wire {
     pub(crate) address: SocketAddr,
-    cut: tokio::sync::watch::Sender<u64>,
-    open: std::sync::Arc<std::sync::atomic::AtomicBool>,
+    link: link::Link,
 }
 
 impl Wire {
     pub(crate) async fn start(to: SocketAddr, delay: Duration) -> Wire {
-        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let (cut, cuts) = tokio::sync::watch::channel(0);
-        let open = std::sync::Arc::new(std::sync::atomic::AtomicBool::new(true));
-        let let_in = open.clone();
-        tokio::spawn(async move {
-            while let Ok((from, _)) = listener.accept().await {
-                if !let_in.load(std::sync::atomic::Ordering::SeqCst) {
-                    continue;
-                }
-                let mut cuts = cuts.clone();
-                cuts.mark_unchanged();
-                tokio::spawn(async move {
-                    let Ok(there) = tokio::net::TcpStream::connect(to).await else { return };
-                    let (a, b) = (from.into_split(), there.into_split());
-                    tokio::select! {
-                        _ = carry(a.0, b.1, delay) => {}
-                        _ = carry(b.0, a.1, delay) => {}
-                        _ = cuts.changed() => {}
-                    }
-                });
-            }
-        });
-        Wire { address, cut, open }
+        let link = link::Link::start(to, delay).await.unwrap();
+        Wire { address: link.address, link }
     }
 
     /// Cuts every connection.
     pub(crate) fn cut(&self) {
-        self.cut.send_modify(|n| *n += 1);
+        self.link.cut();
     }
 
     /// Whether new connections are let in.
     pub(crate) fn let_in(&self, yes: bool) {
-        self.open.store(yes, std::sync::atomic::Ordering::SeqCst);
+        self.link.let_in(yes);
     }
-}
-
-/// Copies bytes, each piece `delay` after it came; pieces overtake none and do not add up.
-async fn carry(
-    mut from: tokio::net::tcp::OwnedReadHalf,
-    mut to: tokio::net::tcp::OwnedWriteHalf,
-    delay: Duration,
-) -> std::io::Result<()> {
-    use tokio::io::{AsyncReadExt, AsyncWriteExt};
-    let (sender, mut pieces) = tokio::sync::mpsc::channel::<(tokio::time::Instant, Vec<u8>)>(1024);
-    let read = async move {
-        let mut buffer = vec![0; 64 * 1024];
-        loop {
-            let n = from.read(&mut buffer).await?;
-            if n == 0
-                || sender.send((tokio::time::Instant::now() + delay, buffer[..n].to_vec())).await.is_err()
-            {
-                return Ok::<_, std::io::Error>(());
-            }
-        }
-    };
-    let write = async move {
-        while let Some((due, piece)) = pieces.recv().await {
-            tokio::time::sleep_until(due).await;
-            to.write_all(&piece).await?;
-        }
-        Ok::<_, std::io::Error>(())
-    };
-    tokio::try_join!(read, write).map(drop)
 }
