@@ -37,6 +37,7 @@ use crate::token::Token;
 use crate::txid::{Place, Position, Txid};
 
 pub use builder::{Config, ConnectionKind};
+pub use snapshot::Snapshot;
 pub use writer::{Commit, WriterGuard};
 
 use ending::Owner;
@@ -478,6 +479,7 @@ impl Parts {
         let database = config.database_name()?;
         let (path, claim) = refuse::claim(&config.path, config.allow_network_filesystem)?;
         let side = refuse::side(&path, follows)?;
+        snapshot::clear(&path);
         let me = PeerInfo {
             node: identity::node_id(&side, &config.cluster, &database)?,
             incarnation: Uuid::new_v4(),

@@ -38,7 +38,7 @@ mod wal;
 mod wire;
 
 pub use checksum::Checksum;
-pub use db::{Commit, Config, ConnectionKind, Db, Events, WriterGuard};
+pub use db::{Commit, Config, ConnectionKind, Db, Events, Snapshot, WriterGuard};
 pub use engine::Durability;
 pub use error::{Blame, Error, PeerProblem, Result, Unsupported};
 pub use page::{PageNo, PageSize};

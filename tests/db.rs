@@ -248,8 +248,23 @@ async fn functions_snapshots_and_unsynced_commits() {
     );
     let plain = Connection::open(&copy).unwrap();
     assert_eq!(plain.query_row("SELECT n FROM t", [], |r| r.get::<_, i64>(0)).unwrap(), 42);
+    // The same to be read, and nothing of it stays.
+    let left = dir.path().join("app.db-replite/snapshot-left");
+    let mut read = Vec::new();
+    let mut snapshot = db.snapshot().await.unwrap();
+    assert_eq!(snapshot.position().txid(), txid);
+    tokio::io::AsyncReadExt::read_to_end(&mut snapshot, &mut read).await.unwrap();
+    assert_eq!(read.len() as u64, snapshot.len());
+    drop(snapshot);
+    assert_eq!(read, std::fs::read(&copy).unwrap());
+    let side = || std::fs::read_dir(left.parent().unwrap()).unwrap().map(|e| e.unwrap().file_name());
+    assert!(side().all(|name| !name.to_string_lossy().starts_with("snapshot-")));
+    std::fs::write(&left, "of a process that was killed").unwrap();
     assert!(db.health().can_read && db.health().can_write);
     assert_eq!(db.verify_token(db.token(txid).as_str()), Some(txid));
+    db.shutdown().await;
+    let db = Db::open(Config::new(db.path())).await.unwrap();
+    assert!(!left.exists());
     db.shutdown().await;
 }
 

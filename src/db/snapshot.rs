@@ -1,9 +1,12 @@
 //! A copy of the database as a plain file.
 
-use std::fs;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::{fs, io};
 
 use rusqlite::Connection;
+use tokio::io::{AsyncRead, ReadBuf};
 use uuid::Uuid;
 
 use crate::db::refuse::sync_directory;
@@ -12,6 +15,8 @@ use crate::engine::copy_whole;
 use crate::error::{Error, Result};
 use crate::txid::Position;
 
+/// What the names of temporary copies begin with.
+const TEMPORARY: &str = "snapshot-";
 /// What SQLite would take for the changes of a file that lies beside them.
 const REPLAYED: [&str; 2] = ["-wal", "-journal"];
 
@@ -28,12 +33,48 @@ impl Db {
     /// Dropped, the copy still runs to its end.
     pub async fn snapshot_to(&self, path: impl AsRef<Path>) -> Result<Position> {
         let (db, path) = (self.clone(), path.as_ref().to_path_buf());
-        tokio::task::spawn_blocking(move || db.snapshot(&path))
+        tokio::task::spawn_blocking(move || db.place_snapshot(&path))
             .await
             .map_err(|e| Error::Stopped(format!("the snapshot ended: {e}")))?
     }
 
-    fn snapshot(&self, path: &Path) -> Result<Position> {
+    /// Copies a committed state and gives it to be read, such as for a download: a whole plain SQLite file. The copy is made in a temporary file
+    /// beside the database, which needs as much room, and is gone when the [`Snapshot`] is dropped.
+    ///
+    /// ```
+    /// # async fn example(db: replite::Db) -> Result<axum::body::Body, replite::Error> {
+    /// let snapshot = db.snapshot().await?;
+    /// let headers = [("content-length", snapshot.len().to_string())];
+    /// let body = axum::body::Body::from_stream(tokio_util::io::ReaderStream::new(snapshot));
+    /// # drop(headers);
+    /// # Ok(body)
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// As for [`Db::read_async`], and [`Error::Io`] when the copy can't be written.
+    ///
+    /// # Cancel safety
+    /// Dropped, the copy still runs to its end, and is removed.
+    pub async fn snapshot(&self) -> Result<Snapshot> {
+        let db = self.clone();
+        tokio::task::spawn_blocking(move || db.take_snapshot())
+            .await
+            .map_err(|e| Error::Stopped(format!("the snapshot ended: {e}")))?
+    }
+
+    fn take_snapshot(&self) -> Result<Snapshot> {
+        self.inner.readable()?;
+        let position = self.position().ok_or_else(|| Error::NoState("no position yet".into()))?;
+        let path = side(&self.inner.path).join(format!("{TEMPORARY}{}", Uuid::new_v4()));
+        let temporary = Temporary(path.clone());
+        self.copy(&path)?;
+        let file = fs::File::open(&path).map_err(Error::io("open", &path))?;
+        let bytes = file.metadata().map_err(Error::io("stat", &path))?.len();
+        Ok(Snapshot { file: tokio::fs::File::from_std(file), position, bytes, _temporary: temporary })
+    }
+
+    fn place_snapshot(&self, path: &Path) -> Result<Position> {
         self.inner.readable()?;
         let path = plain(path)?;
         check(&path)?;
@@ -62,6 +103,65 @@ impl Db {
         })?;
         fs::File::open(new).and_then(|f| f.sync_all()).map_err(Error::io("fsync", new))
     }
+}
+
+/// A copy of the database that is read; see [`Db::snapshot`].
+#[derive(Debug)]
+pub struct Snapshot {
+    // Before the file's name: some systems remove no file that is open.
+    file: tokio::fs::File,
+    position: Position,
+    bytes: u64,
+    _temporary: Temporary,
+}
+
+impl Snapshot {
+    /// A position that is in the copy; later transactions may be, too.
+    pub fn position(&self) -> Position {
+        self.position
+    }
+
+    /// The copy's length in bytes.
+    #[expect(clippy::len_without_is_empty, reason = "a database has at least one page")]
+    pub fn len(&self) -> u64 {
+        self.bytes
+    }
+}
+
+impl AsyncRead for Snapshot {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        into: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.file).poll_read(cx, into)
+    }
+}
+
+/// A file that goes with this.
+#[derive(Debug)]
+struct Temporary(PathBuf);
+
+impl Drop for Temporary {
+    fn drop(&mut self) {
+        // What can't be removed is when the database is opened the next time.
+        let _ = fs::remove_file(&self.0);
+    }
+}
+
+/// Removes copies that a process left behind which was killed.
+pub(super) fn clear(database: &Path) {
+    let Ok(entries) = fs::read_dir(side(database)) else { return };
+    for entry in entries.flatten() {
+        if entry.file_name().to_string_lossy().starts_with(TEMPORARY) {
+            drop(Temporary(entry.path()));
+        }
+    }
+}
+
+/// The directory beside a database.
+pub(super) fn side(database: &Path) -> PathBuf {
+    beside(database, "-replite")
 }
 
 /// The path without symbolic links in its directory.
