@@ -93,7 +93,11 @@ struct Mark {
 
 /// What the writer knew when its transaction held the write lock.
 #[derive(Clone, Copy, Debug)]
-pub(crate) struct Begun(Mark);
+pub(crate) struct Begun {
+    before: Mark,
+    /// The wal-index's count of commits.
+    change: u32,
+}
 
 /// A run of pages for a snapshot.
 #[derive(Debug)]
@@ -196,19 +200,26 @@ impl Engine {
             self.base.header().ok_or_else(|| Error::Stopped("the wal-index header is torn".into()))?;
         let here = |mark: &Mark| mark.salts == header.salts && mark.frame == header.max_frame;
         if let Some(mark) = lock(&self.last).filter(here) {
-            return Ok(Begun(mark));
+            return Ok(Begun { before: mark, change: header.change });
         }
         // Somebody else committed, or the WAL was restarted: capture knows, or will in a moment.
         self.waker.wake();
         let tip = self.base.wait_tip(header.salts, header.max_frame)?;
-        Ok(Begun(Mark { salts: tip.salts, frame: tip.frame, number: tip.position.number() }))
+        let before = Mark { salts: tip.salts, frame: tip.frame, number: tip.position.number() };
+        Ok(Begun { before, change: header.change })
     }
 
     /// Call after COMMIT; `frame` is what the WAL hook said during it, if it was called. `None`: nothing written.
     pub(crate) fn committed(&self, begun: Begun, frame: Option<u32>) -> Result<Option<Txid>> {
-        let Begun(before) = begun;
+        let Begun { before, change } = begun;
+        // An application that ends its transaction by itself and begins another lets others commit in between.
+        let next = |frame| {
+            let header = self.base.header().filter(|h| h.salts == before.salts && h.max_frame == frame);
+            header.is_some_and(|h| h.change == change.wrapping_add(1))
+        };
         if let Some(frame) = frame
             && (frame != before.frame + 1 || self.base.index.page_of(frame) > 1)
+            && next(frame)
         {
             let number = before.number + 1;
             *lock(&self.last) = Some(Mark { salts: before.salts, frame, number });

@@ -54,6 +54,24 @@ async fn commits_inside_of_a_closure_are_counted() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_commit_that_came_between_a_rollback_and_a_new_begin_is_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let db = open(dir.path()).await;
+    let first = run(&db, "INSERT INTO t VALUES (1)").await.unwrap().number();
+    let path = db.path().to_path_buf();
+    let write = db.write(move |tx| {
+        tx.execute_batch("ROLLBACK")?;
+        rusqlite::Connection::open(&path)?.execute_batch("INSERT INTO t VALUES (2)")?;
+        tx.execute_batch("BEGIN IMMEDIATE; INSERT INTO t VALUES (3)")?;
+        Ok::<_, Error>(())
+    });
+    let txid = write.await.unwrap().txid.unwrap();
+    assert_eq!(txid.number(), first + 2);
+    assert_eq!(run(&db, "INSERT INTO t VALUES (4)").await.unwrap().number(), first + 3);
+    db.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_last_handle_may_be_dropped_inside_of_a_write() {
     let dir = tempfile::tempdir().unwrap();
     let db = open(dir.path()).await;

@@ -195,11 +195,12 @@ fn lock_marks(handle: &mut Handle, limit: Duration) -> Result<bool> {
     let end = Instant::now() + limit;
     for mark in 1..5 {
         let left = end.saturating_duration_since(Instant::now());
-        if !try_for(handle, Slot::read(mark), Lock::Exclusive, left)? {
+        let locked = try_for(handle, Slot::read(mark), Lock::Exclusive, left);
+        if !matches!(locked, Ok(true)) {
             for held in 1..mark {
                 handle.unlock(Slot::read(held), Lock::Exclusive)?;
             }
-            return Ok(false);
+            return locked;
         }
     }
     Ok(true)
