@@ -62,6 +62,9 @@ pub(super) fn open(options: EngineOptions, node: Arc<Node>, primary: bool) -> Re
             after: LOCKS_WAIT,
         });
     }
+    if let Some(locks) = &locks {
+        locks.watch()?;
+    }
     let header = index.header().ok_or_else(|| Error::Stopped("the wal-index has no sound header".into()))?;
     if header.max_frame > 0 {
         index.ensure(&mut handle, region_of(header.max_frame), true)?;

@@ -70,10 +70,15 @@ impl FileLocks {
         let locks = FileLocks { files, path: path.to_path_buf(), losses: AtomicU64::new(0) };
         locks.set(Owner::Descriptor, Some(false), SHARED)?;
         locks.set(Owner::Descriptor, Some(false), MAPPED)?;
-        for file in [0, 1] {
-            locks.set(Owner::Process, Some(true), Place::marker(file))?;
-        }
         Ok(Some(locks))
+    }
+
+    /// Begins to watch. Only who holds CKPT does: a node that ended in another process may have been watching until then.
+    pub(crate) fn watch(&self) -> Result<()> {
+        for file in [0, 1] {
+            self.set(Owner::Process, Some(true), Place::marker(file))?;
+        }
+        Ok(())
     }
 
     /// Tries to hold a lock of the wal-index until [`FileLocks::release`]; false while anybody else has it.
@@ -119,9 +124,7 @@ impl FileLocks {
                 self.set(Owner::Process, Some(exclusive), Place::slot(slot))?;
             }
         }
-        for file in [0, 1] {
-            self.set(Owner::Process, Some(true), Place::marker(file))?;
-        }
+        self.watch()?;
         self.losses.fetch_add(1, Ordering::Relaxed);
         Ok(true)
     }
@@ -174,8 +177,8 @@ pub(crate) fn close_unlocked() {
 
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 fn unlocked(file: &File) -> bool {
-    // The marker behind goes with its descriptor.
-    matches!(super::ffi::lock_holder(file, 0, MARKER), Ok(None))
+    // A lock on everything but the marker, which goes with the descriptor: so nobody takes one between this look and the closing.
+    matches!(super::ffi::set_lock(file, Owner::Descriptor, Some(true), 0, MARKER), Ok(true))
 }
 
 #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
