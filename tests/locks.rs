@@ -7,7 +7,8 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use replite::{Db, Event, Events};
+use replite::rusqlite::Connection;
+use replite::{Db, Error, Event, Events};
 use support::*;
 
 /// Runs SQL in another process, by a plain connection that does not wait. What it said.
@@ -129,4 +130,46 @@ async fn nobody_slips_in_while_they_are_dropped_all_the_time() {
     // Nothing is left behind: others can do all of it now.
     assert_eq!(elsewhere(p.path(), "PRAGMA wal_checkpoint(TRUNCATE)"), "Integer(0)");
     assert_eq!(elsewhere(r.path(), "PRAGMA journal_mode = DELETE"), "Text([100, 101, 108, 101, 116, 101])");
+}
+
+/// The kernel does not know of a reader whose lock was dropped, so that another process may move its mark to a newer state.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_whose_lock_was_dropped_keeps_its_state() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("p.db");
+    // Its rows lie in the database file, and in no frame of the WAL that begins with the node.
+    let before = Connection::open(&path).unwrap();
+    before.execute_batch(SCHEMA).unwrap();
+    let fill = "WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c WHERE i < 2000)
+                INSERT INTO t(who, n, v) SELECT 'before', 0, zeroblob(500) FROM c";
+    before.execute_batch(fill).unwrap();
+    before.close().unwrap();
+    let p = Db::open(primary(&path, 0)).await.unwrap();
+    let mut events = p.events();
+    let reader = Connection::open(&path).unwrap();
+    reader.execute_batch("PRAGMA cache_size = 1; BEGIN").unwrap();
+    reader.query_row("SELECT n FROM t LIMIT 1", [], |_| Ok(())).unwrap();
+    let change = || async {
+        p.write(|tx| Ok::<_, Error>(tx.execute("UPDATE t SET n = n + 1", [])?)).await.unwrap();
+    };
+    open_and_close(&shm(&path));
+    change().await;
+    assert_eq!(elsewhere(&path, "SELECT sum(n) FROM t"), "Integer(2000)");
+    lost(&mut events).await;
+    // Each is more than what makes a backfill worth its while, and the reader sees what one would do.
+    for _ in 0..40 {
+        change().await;
+        let sum: i64 = reader.query_row("SELECT sum(n) FROM t", [], |r| r.get(0)).unwrap();
+        assert_eq!(sum, 0);
+        assert_eq!(elsewhere(&path, "SELECT min(n) = max(n) FROM t"), "Integer(1)");
+    }
+    reader.execute_batch("COMMIT").unwrap();
+    // Without the reader everything is copied back as ever.
+    within("a backfill", async {
+        while p.status().backfilled_frames == 0 {
+            change().await;
+        }
+    })
+    .await;
+    p.shutdown().await;
 }

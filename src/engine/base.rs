@@ -13,7 +13,7 @@ use crate::error::{Error, Result};
 use crate::log::Log;
 use crate::node::{Node, Part};
 use crate::page::{PageNo, PageSize};
-use crate::sqlite::{FileLocks, Handle, WalIndex};
+use crate::sqlite::{FileLocks, Handle, Slot, WalIndex};
 use crate::status::Event;
 use crate::txid::Position;
 use crate::wal::{FRAME_HEADER_BYTES, IndexHeader, Salts, WalSum, frame_bytes, frame_offset, region_of};
@@ -183,6 +183,22 @@ impl Base {
         Ok(())
     }
 
+    /// Whether a reader of this process may need an older state than the read mark of this slot says; it is asked until it was seen without one.
+    pub(super) fn doubts(&self, slot: Slot) -> bool {
+        self.locks.as_ref().is_some_and(|locks| locks.doubts(slot))
+    }
+
+    pub(super) fn doubt_no_more(&self, slot: Slot) {
+        if let Some(locks) = &self.locks {
+            locks.doubt_no_more(slot);
+        }
+    }
+
+    /// How often this process's connections have lost their locks.
+    pub(super) fn locks_lost(&self) -> u64 {
+        self.locks.as_ref().map_or(0, FileLocks::losses)
+    }
+
     /// Gives back what is held for life. The threads have ended.
     pub(super) fn release_locks(&self) {
         if let Some(locks) = &self.locks {
@@ -291,7 +307,7 @@ impl Base {
 
     pub(super) fn figures(&self) -> WalFigures {
         WalFigures {
-            locks_lost: self.locks.as_ref().map_or(0, FileLocks::losses),
+            locks_lost: self.locks_lost(),
             frames: self.tip().frame,
             backfilled: self.index.backfilled(),
         }

@@ -39,6 +39,8 @@ pub(super) struct Capture {
     pub(super) history: Arc<EpochHistory>,
     /// Records are handed on when they are together larger than this.
     pub(super) batch_bytes: usize,
+    /// Losses of locks that the tip was looked at after.
+    losses: u64,
     run: Vec<u8>,
     out: BytesMut,
     page: Vec<u8>,
@@ -67,6 +69,7 @@ impl Capture {
             tip,
             history,
             batch_bytes: BATCH_BYTES,
+            losses: 0,
         }
     }
 
@@ -77,6 +80,10 @@ impl Capture {
                 "the WAL was restarted by somebody else (frame {} became {})",
                 self.tip.frame, header.max_frame
             )));
+        }
+        if self.base.locks_lost() != self.losses {
+            self.losses = self.base.locks_lost();
+            self.expect_tip()?;
         }
         self.base.map_to(&mut self.handle, header.max_frame)?;
         let frame = frame_bytes(self.base.page_size);
@@ -101,6 +108,23 @@ impl Capture {
             )));
         }
         self.hand_on(sink)
+    }
+
+    /// The commit that was taken last is still there: of two writers, one without its lock, each may have written over the other's.
+    fn expect_tip(&self) -> Result<()> {
+        if self.tip.frame == 0 {
+            return Ok(());
+        }
+        let mut bytes = [0; FRAME_HEADER_BYTES];
+        self.base.wal.read(&mut bytes, frame_offset(self.tip.frame, self.base.page_size))?;
+        let found = FrameHeader::parse(&bytes);
+        if (found.sum, found.salts) == (self.tip.sum, self.tip.salts) {
+            return Ok(());
+        }
+        Err(Error::Stopped(format!(
+            "frame {} of the WAL was written over after it was committed",
+            self.tip.frame
+        )))
     }
 
     /// Takes the commits that lie wholly in the run; false when not even one does.

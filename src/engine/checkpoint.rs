@@ -101,14 +101,18 @@ fn copy(base: &Base, handle: &mut Handle, target: &Tip, done: u32) -> Result<()>
 /// The last frame that no reader needs to stay out of the file.
 fn safe_frame(base: &Base, handle: &mut Handle, max: u32) -> Result<u32> {
     let mut safe = max;
+    // The marks are looked at as they are now, and no loss of locks is behind them that nobody saw.
+    base.mend_locks(handle)?;
     for mark in 1..5 {
-        let frame = base.index.read_mark(mark);
-        if frame >= safe {
+        let doubt = base.doubts(Slot::read(mark));
+        let frame = if doubt { 0 } else { base.index.read_mark(mark) };
+        if frame >= safe && !doubt {
             continue;
         }
         if handle.try_lock(Slot::read(mark), Lock::Exclusive)? {
             base.index.set_read_mark(mark, if mark == 1 { safe } else { READ_MARK_UNUSED });
             handle.unlock(Slot::read(mark), Lock::Exclusive)?;
+            base.doubt_no_more(Slot::read(mark));
         } else {
             safe = frame;
         }

@@ -11,7 +11,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Result};
@@ -53,6 +53,8 @@ pub(crate) struct FileLocks {
     files: Option<[File; 2]>,
     path: PathBuf,
     losses: AtomicU64,
+    /// A bit for each read mark that may have been moved under a reader whose lock was lost.
+    doubts: AtomicU8,
 }
 
 impl FileLocks {
@@ -67,7 +69,12 @@ impl FileLocks {
         let open =
             |path: &Path| File::options().read(true).write(true).open(path).map_err(Error::io("open", path));
         let files = Some([open(path)?, open(Path::new(&shm))?]);
-        let locks = FileLocks { files, path: path.to_path_buf(), losses: AtomicU64::new(0) };
+        let locks = FileLocks {
+            files,
+            path: path.to_path_buf(),
+            losses: AtomicU64::new(0),
+            doubts: AtomicU8::new(0),
+        };
         locks.set(Owner::Descriptor, Some(false), SHARED)?;
         locks.set(Owner::Descriptor, Some(false), MAPPED)?;
         Ok(Some(locks))
@@ -119,14 +126,31 @@ impl FileLocks {
         for (slot, exclusive) in reads.chain([(Slot::WRITE, true)]) {
             if handle.try_lock(slot, Lock::Exclusive)? {
                 handle.unlock(slot, Lock::Exclusive)?;
-            } else {
-                // Or it is another process's, which is then in the way, and rightly so. A mark that is held without need goes with the next checkpoint.
-                self.set(Owner::Process, Some(exclusive), Place::slot(slot))?;
+                continue;
+            }
+            if !exclusive {
+                self.doubts.fetch_or(1 << slot.number(), Ordering::AcqRel);
+            }
+            // Or it is another process's, which is then in the way, and rightly so. If that gives it back just now, it is nobody's.
+            if self.set(Owner::Process, Some(exclusive), Place::slot(slot))?
+                && handle.try_lock(slot, Lock::Exclusive)?
+            {
+                handle.unlock(slot, Lock::Exclusive)?;
             }
         }
         self.watch()?;
         self.losses.fetch_add(1, Ordering::Relaxed);
         Ok(true)
+    }
+
+    /// Whether a reader here may need an older state than the mark of this slot says.
+    pub(crate) fn doubts(&self, slot: Slot) -> bool {
+        self.doubts.load(Ordering::Acquire) & (1 << slot.number()) != 0
+    }
+
+    /// The slot was seen without a reader.
+    pub(crate) fn doubt_no_more(&self, slot: Slot) {
+        self.doubts.fetch_and(!(1 << slot.number()), Ordering::AcqRel);
     }
 
     fn in_the_way(&self) -> Error {
