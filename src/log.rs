@@ -38,6 +38,7 @@ use tokio::sync::watch;
 use crate::error::{Error, Result};
 use crate::txid::Position;
 
+mod branch;
 mod files;
 mod list;
 mod read;
@@ -48,6 +49,7 @@ mod tail;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use branch::Touched;
 use state::State;
 use tail::Tail;
 

@@ -65,6 +65,7 @@ pub struct Config {
     pub(super) durability: Durability,
     pub(super) wal_limit_bytes: u64,
     pub(super) log_bytes: u64,
+    pub(super) lost_bytes: u64,
     pub(super) log_age: Duration,
     pub(super) on_connect: Option<OnConnect>,
     pub(super) migrate: Option<Migrate>,
@@ -106,6 +107,7 @@ impl Config {
             durability: Durability::default(),
             wal_limit_bytes: 4 << 20,
             log_bytes: 1 << 30,
+            lost_bytes: 16 << 30,
             log_age: Duration::from_secs(24 * 3600),
             on_connect: None,
             migrate: None,
@@ -196,6 +198,14 @@ impl Config {
     #[must_use]
     pub fn log_retention(mut self, bytes: u64, age: Duration) -> Config {
         (self.log_bytes, self.log_age) = (bytes, age);
+        self
+    }
+
+    /// How many bytes of lost branches are kept; see [`Db::lost`](crate::Db::lost). 16 GiB if not set. None is ever deleted: a
+    /// heal that would need more waits, and says so in [`Status::problem`](crate::Status::problem).
+    #[must_use]
+    pub fn lost_quota(mut self, bytes: u64) -> Config {
+        self.lost_bytes = bytes;
         self
     }
 
@@ -393,6 +403,7 @@ impl Config {
                 pinned_bytes: self.log_bytes.saturating_mul(4),
                 tail_bytes: 8 << 20,
             },
+            lost_bytes: self.lost_bytes,
             poll_max: Duration::from_millis(20),
         }
     }
