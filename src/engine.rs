@@ -41,7 +41,7 @@ use crate::wal::Salts;
 
 pub(crate) use crate::engine::anchor::replace_file;
 pub(crate) use crate::engine::follower::{Follower, Standing};
-pub use crate::engine::lost::LostBranch;
+pub use crate::engine::lost::{LostBranch, LostRow, LostRows};
 
 /// When a commit is acknowledged.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

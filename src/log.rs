@@ -50,6 +50,7 @@ mod tail;
 mod tests;
 
 pub(crate) use branch::Touched;
+pub(crate) use list::logged;
 use state::State;
 use tail::Tail;
 

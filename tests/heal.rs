@@ -145,7 +145,13 @@ async fn a_primary_promoted_by_mistake_heals_and_its_branch_is_kept() {
     fork.copy("a", "b");
     let (a, b) = (open(fork.primary("a")).await, open(fork.alone("b")).await);
     for n in 0..100 {
-        run(&b, format!("UPDATE t SET who = 'lost' WHERE id = {}", n * 150 + 1)).await;
+        let sql = match n {
+            7 => "DELETE FROM t WHERE id = 8000".into(),
+            8 => "CREATE TABLE \"new \"\"one\" (a, b); INSERT INTO \"new \"\"one\" VALUES (x'00ff', 1.5)"
+                .into(),
+            _ => format!("UPDATE t SET who = 'lost' WHERE id = {}", n * 150 + 1),
+        };
+        run(&b, sql).await;
         if n % 10 == 0 {
             insert(&a, "kept", n).await;
         }
@@ -165,10 +171,46 @@ async fn a_primary_promoted_by_mistake_heals_and_its_branch_is_kept() {
     assert_eq!(Some(branch.path()), kept.as_deref());
     assert!((90..150).contains(&branch.pages), "{branch:?}");
     assert!(branch.record_bytes > 100 * 4096);
+    shown(&branch, &fork.path("export"));
     let status = b.status();
     assert_eq!((status.heals, status.problem), (1, None));
     a.shutdown().await;
     b.shutdown().await;
+}
+
+/// A lost branch of a hundred transactions: 98 updates, a deletion, a new table.
+fn shown(branch: &LostBranch, export: &Path) {
+    assert!((100..=101).contains(&branch.transactions().unwrap().len()));
+    let mut pages = 0;
+    branch
+        .visit_pages(|_, page| {
+            pages += 1;
+            assert_eq!(page.len(), 4096);
+            Ok(())
+        })
+        .unwrap();
+    assert_eq!(pages, branch.pages);
+    let rows = branch.rows().unwrap().unwrap();
+    assert!(!rows.truncated);
+    let who = |side: &Option<serde_json::Map<String, serde_json::Value>>| side.as_ref()?.get("who").cloned();
+    let updates = rows.rows.iter().filter(|r| who(&r.lost) == Some("lost".into()));
+    assert!(updates.clone().all(|r| who(&r.kept) == Some("before".into()) && r.rowid % 150 == 1));
+    assert_eq!(updates.count(), 98);
+    let deleted = rows.rows.iter().find(|r| r.rowid == 8000).unwrap();
+    assert_eq!((&deleted.lost, who(&deleted.kept)), (&None, Some("before".into())));
+    let new = rows.rows.iter().find(|r| r.table == "new \"one").unwrap();
+    assert_eq!(new.lost.as_ref().unwrap()["a"], serde_json::json!({ "blob": "00ff" }));
+
+    branch.export(export).unwrap();
+    assert!(branch.export(export).is_err(), "what is there is not overwritten");
+    let file = plain(export);
+    let count = |sql: &str| file.query_row(sql, [], |r| r.get::<_, i64>(0)).unwrap();
+    assert_eq!(count("SELECT count(*) FROM replite_pages") as u64, branch.pages);
+    assert_eq!(count("SELECT count(*) FROM lost_t WHERE who = 'lost' AND replite_rowid = id"), 98);
+    assert_eq!(count("SELECT count(*) FROM \"lost_new \"\"one\" WHERE a = x'00ff' AND b = 1.5"), 1);
+    let tip: String =
+        file.query_row("SELECT value FROM replite_branch WHERE name = 'tip'", [], |r| r.get(0)).unwrap();
+    assert_eq!(tip, branch.tip.to_string());
 }
 
 /// What stands between the fork and the heal.

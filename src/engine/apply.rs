@@ -1,7 +1,7 @@
 //! The replica's owner thread: it verifies and applies what the stream brings.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -19,7 +19,7 @@ use crate::engine::checkpoint::{DRAIN_MAX, Restart, restart};
 use crate::engine::checkpointer::{Checkpointer, Replica};
 use crate::engine::follower::{Command, Shared, Standing};
 use crate::engine::heal::Heal;
-use crate::engine::lost::{self, Doomed};
+use crate::engine::lost::{self, Before, Doomed};
 use crate::engine::open::{self, Opened};
 use crate::engine::receive::{self, Incoming, Ready};
 use crate::engine::wal_file::{WalFile, sync_directory};
@@ -478,6 +478,7 @@ impl Apply {
         let kept = result?;
         self.history = history.clone();
         self.node.applied.replace(history, Some(ready.position));
+        let kept = kept.map(|kept| self.tell_rows(kept, ready));
         self.suspect = false;
         self.pace.done();
         self.healed += 1;
@@ -495,7 +496,7 @@ impl Apply {
         healing: &Healing,
         ready: &Ready,
         history: &EpochHistory,
-    ) -> Result<Option<std::path::PathBuf>> {
+    ) -> Result<Option<(PathBuf, Before)>> {
         let vouched = live.base.log.tip() == Some(live.base.tip().position);
         let mut kept = None;
         if healing.heal.begin.diverged || !vouched {
@@ -505,7 +506,7 @@ impl Apply {
                 lost::keep(&self.options.side, live, &Doomed { ready, fork, records_from, quota_bytes })?;
             tracing::error!(kept = %branch.path().display(), tip = %branch.tip, "this node had commits that are not in the primary's history; they are kept");
             self.node.tell(Event::Kept(branch.path().to_owned()));
-            kept = Some(branch.path().to_owned());
+            kept = Some((branch.path().to_owned(), Before::hold(live)?));
         }
         anchor::write_epochs(&self.options.side, history)?;
         live.base.log.reset(ready.position)?;
@@ -518,6 +519,16 @@ impl Apply {
             base.write_anchor(tip, file, true)
         })?;
         Ok(kept)
+    }
+
+    /// Notes which rows the lost branch had; the pages are kept already.
+    fn tell_rows(&self, (path, before): (PathBuf, Before), ready: &Ready) -> PathBuf {
+        if let Some(live) = &self.live
+            && let Err(error) = lost::tell(&path, before, live, ready)
+        {
+            tracing::warn!(%error, branch = %path.display(), "the rows of a lost branch can't be told; its pages are kept");
+        }
+        path
     }
 
     /// Where the log's records begin that may be off the history.

@@ -4,6 +4,10 @@
 //! that the heal replaced or dropped, as it was), `records` (its transactions, as they stood in the log, as far as they did) and `rows.jsonl`
 //! (which rows that concerned). It is written under another name, fsynced, and renamed before the heal changes anything.
 
+mod btree;
+mod rows;
+mod show;
+
 use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
@@ -20,6 +24,9 @@ use crate::page::{PageNo, PageSet};
 use crate::status::unix_millis;
 use crate::txid::Position;
 use crate::wire;
+
+pub(super) use rows::{Before, tell};
+pub use rows::{LostRow, LostRows};
 
 const FORMAT: u32 = 1;
 const PREFIX: &str = "branch-";
