@@ -282,3 +282,80 @@ async fn after_a_fork(seed: u64, trail: Trail) {
     a.shutdown().await;
     b.shutdown().await;
 }
+
+/// A closed pair of equal nodes; the middle row lies in a page of the file that no WAL has any more.
+async fn equal_pair(fork: &Fork) {
+    let (a, b) = (open(small_log(fork)).await, open(fork.replica("b")).await);
+    let many = "WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c WHERE i < 9000)
+                INSERT INTO t(who, n, v) SELECT 'old', i, hex(randomblob(150)) FROM c";
+    run(&a, many.into()).await;
+    for n in 0..600 {
+        insert(&a, "later", n).await;
+    }
+    equal(&a, &b).await;
+    b.shutdown().await;
+    a.shutdown().await;
+}
+
+/// A primary with many log segments.
+fn small_log(fork: &Fork) -> Config {
+    fork.primary("a").log_retention(16 << 20, std::time::Duration::from_secs(3600))
+}
+
+/// Flips a bit of the page of a file that has these bytes, as a disk does it: without a new modification time.
+fn flip_where(path: &Path, bytes: &[u8]) {
+    let file = fs::File::options().read(true).write(true).open(path).unwrap();
+    let modified = file.metadata().unwrap().modified().unwrap();
+    let mut content = fs::read(path).unwrap();
+    let at = content.windows(bytes.len()).position(|w| w == bytes).expect("the bytes are not in the file");
+    content[at] ^= 1;
+    fs::write(path, &content).unwrap();
+    file.set_modified(modified).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_page_that_the_disk_damaged_is_healed_when_a_transaction_meets_it() {
+    let fork = Fork::new();
+    equal_pair(&fork).await;
+    let value = plain(&fork.path("a"));
+    let value: String = value.query_row("SELECT v FROM t WHERE id = 4500", [], |r| r.get(0)).unwrap();
+    flip_where(&fork.path("b"), value.as_bytes());
+    let (a, b) = (open(fork.primary("a")).await, open(fork.replica("b")).await);
+    let mut events = b.events();
+    // Another column of the same row, and so of the same page.
+    run(&a, "UPDATE t SET n = -1 WHERE id = 4500".into()).await;
+    let (pages, kept) = healed(&mut events).await;
+    assert!(pages <= 8, "{pages} pages came for one that was damaged");
+    equal(&a, &b).await;
+    let branch = only_branch(&b).await;
+    assert!(branch.damaged && kept.is_some(), "{branch:?}");
+    assert_eq!(b.status().problem, None);
+    a.shutdown().await;
+    b.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_record_that_the_primarys_disk_damaged_is_passed_by_comparison() {
+    let fork = Fork::new();
+    equal_pair(&fork).await;
+    let a = open(small_log(&fork)).await;
+    let marked = "UPDATE t SET v = 'marked-' || hex(randomblob(100)) WHERE id = 10";
+    run(&a, marked.into()).await;
+    // More than the newest two segments, which are verified at open.
+    for _ in 0..3 {
+        run(&a, format!("INSERT INTO t(who, v) VALUES ('big', randomblob({}))", 3 << 20)).await;
+    }
+    a.shutdown().await;
+    let log = fork.path("a").with_extension("db-replite").join("log");
+    let mut segments: Vec<_> = fs::read_dir(&log).unwrap().map(|e| e.unwrap().path()).collect();
+    segments.sort();
+    assert!(segments.len() > 2, "{segments:?}");
+    let with_mark = |path: &&PathBuf| fs::read(path).unwrap().windows(7).any(|w| w == b"marked-");
+    flip_where(segments.iter().rev().find(with_mark).unwrap(), b"marked-");
+    let (a, b) = (open(small_log(&fork)).await, open(fork.replica("b")).await);
+    let (pages, kept) = healed(&mut b.events()).await;
+    assert!(pages > 1000 && kept.is_none(), "{pages} pages, kept at {kept:?}");
+    equal(&a, &b).await;
+    a.shutdown().await;
+    b.shutdown().await;
+}

@@ -24,7 +24,7 @@ use crate::engine::open::{self, Opened};
 use crate::engine::receive::{self, Incoming, Ready};
 use crate::engine::wal_file::{WalFile, sync_directory};
 use crate::engine::{make_side, reader};
-use crate::error::{Error, Result, Unsupported};
+use crate::error::{Error, PeerProblem, Result, Unsupported};
 use crate::log::{Found, Log};
 use crate::node::{Node, Part};
 use crate::page::{PageNo, PageSize};
@@ -54,8 +54,9 @@ pub(super) struct Apply {
     pace: Pace,
     /// What the primary is asked for on the way back.
     wants: Option<mpsc::Sender<Want>>,
-    /// The pages here may not be what the position says.
-    suspect: bool,
+    suspect: Suspect,
+    /// Where a stream brought garbage before.
+    garbled_at: Option<Position>,
     /// Heals that were finished.
     healed: u64,
     history: EpochHistory,
@@ -89,7 +90,8 @@ impl Apply {
             healing: None,
             pace: Pace::default(),
             wants: None,
-            suspect: false,
+            suspect: Suspect::No,
+            garbled_at: None,
             healed: 0,
             history: EpochHistory::default(),
             next_history: None,
@@ -182,6 +184,12 @@ impl Apply {
                         tracing::warn!(%error, "the WAL could not be restarted");
                     }
                 }
+                Command::Suspect => {
+                    self.suspect(Suspect::Pages);
+                    // A new stream begins with a hello that says so.
+                    let stop = Error::Stopped("a verification failed; the pages are compared".into());
+                    self.session(|_| Err(stop));
+                }
                 Command::Stop => break,
             }
         }
@@ -219,9 +227,41 @@ impl Apply {
         }
         if let Err(error) = step(self) {
             self.failed = true;
+            self.judge(&error);
             self.abort();
             *lock(&self.shared.failure) = Some(error);
         }
+    }
+
+    /// What a failure of a stream says of our pages, or of the primary's log.
+    fn judge(&mut self, error: &Error) {
+        let Some(live) = &self.live else { return };
+        let compared = self.healing.as_ref().is_some_and(|healing| healing.heal.begin.compare);
+        match error {
+            // Pages that were verified when they came led elsewhere from ours.
+            Error::Mismatch { .. } if !compared => self.suspect(Suspect::Pages),
+            // Once may be the network, or a record that was just taken back.
+            Error::Peer { problem: PeerProblem::Garbled(_), .. } if !compared => {
+                let at = Some(live.base.tip().position);
+                if std::mem::replace(&mut self.garbled_at, at) == at && self.suspect == Suspect::No {
+                    self.suspect(Suspect::Stream);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn suspect(&mut self, what: Suspect) {
+        let text = match what {
+            Suspect::No => return,
+            Suspect::Stream => "the primary's log can't be read on from here: all pages are compared",
+            Suspect::Pages => {
+                "pages here are not what the position says: all are compared with the primary's"
+            }
+        };
+        tracing::error!(path = %self.options.path.display(), text);
+        self.node.set_problem(Part::State, Some(text.into()));
+        self.suspect = what;
     }
 
     fn abort(&mut self) {
@@ -248,7 +288,7 @@ impl Apply {
             position: self.live.as_ref().map(Appender::position),
             history: Arc::new(self.history.clone()),
             resume: receive::progress(&self.options.side).map(|p| (p.first, p.next)),
-            suspect: self.suspect,
+            suspect: self.suspect != Suspect::No,
             marks: self.marks(),
         };
         (standing, receiver)
@@ -479,7 +519,8 @@ impl Apply {
         self.history = history.clone();
         self.node.applied.replace(history, Some(ready.position));
         let kept = kept.map(|kept| self.tell_rows(kept, ready));
-        self.suspect = false;
+        self.suspect = Suspect::No;
+        self.garbled_at = None;
         self.pace.done();
         self.healed += 1;
         self.shared.heals.store(self.healed, Ordering::Relaxed);
@@ -496,17 +537,22 @@ impl Apply {
         healing: &Healing,
         ready: &Ready,
         history: &EpochHistory,
-    ) -> Result<Option<(PathBuf, Before)>> {
+    ) -> Result<Option<(PathBuf, Option<Before>)>> {
         let vouched = live.base.log.tip() == Some(live.base.tip().position);
         let mut kept = None;
-        if healing.heal.begin.diverged || !vouched {
+        let damaged = self.suspect == Suspect::Pages;
+        if healing.heal.begin.diverged || !vouched || damaged {
             let records_from = healing.records_from.or_else(|| self.records_since_common(live, history));
             let (fork, quota_bytes) = (healing.fork, self.options.lost_bytes);
-            let branch =
-                lost::keep(&self.options.side, live, &Doomed { ready, fork, records_from, quota_bytes })?;
+            let branch = lost::keep(
+                &self.options.side,
+                live,
+                &Doomed { ready, fork, records_from, quota_bytes, damaged },
+            )?;
             tracing::error!(kept = %branch.path().display(), tip = %branch.tip, "this node had commits that are not in the primary's history; they are kept");
             self.node.tell(Event::Kept(branch.path().to_owned()));
-            kept = Some((branch.path().to_owned(), Before::hold(live)?));
+            // Pages that are damaged may say nothing of rows.
+            kept = Some((branch.path().to_owned(), Before::hold(live).ok()));
         }
         anchor::write_epochs(&self.options.side, history)?;
         live.base.log.reset(ready.position)?;
@@ -522,8 +568,8 @@ impl Apply {
     }
 
     /// Notes which rows the lost branch had; the pages are kept already.
-    fn tell_rows(&self, (path, before): (PathBuf, Before), ready: &Ready) -> PathBuf {
-        if let Some(live) = &self.live
+    fn tell_rows(&self, (path, before): (PathBuf, Option<Before>), ready: &Ready) -> PathBuf {
+        if let (Some(live), Some(before)) = (&self.live, before)
             && let Err(error) = lost::tell(&path, before, live, ready)
         {
             tracing::warn!(%error, branch = %path.display(), "the rows of a lost branch can't be told; its pages are kept");
@@ -638,6 +684,16 @@ impl Drop for Apply {
         // As in `stop`, which a panic skips.
         *lock(&self.shared.base) = None;
     }
+}
+
+/// Why all pages are to be compared, although the position is in the primary's history.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Suspect {
+    No,
+    /// What comes from the primary's log makes no sense.
+    Stream,
+    /// The pages here may not be what the position says.
+    Pages,
 }
 
 /// A heal and what is known of the branch that it ends.

@@ -49,6 +49,8 @@ pub(super) enum Command {
     Standing(oneshot::Sender<(Standing, mpsc::Receiver<Want>)>),
     /// The WAL may be ready to be restarted.
     Restart,
+    /// The pages are not what the position says.
+    Suspect,
     Stop,
 }
 
@@ -109,6 +111,11 @@ impl Follower {
             return Ok(());
         }
         self.commands.send(Command::Units(units)).await.map_err(|_| Error::ShutDown)
+    }
+
+    /// Has all pages compared with the primary's, and healed: they are not what the position says.
+    pub(crate) async fn suspect(&self) -> Result<()> {
+        self.commands.send(Command::Suspect).await.map_err(|_| Error::ShutDown)
     }
 
     /// The newest position that is fsynced.

@@ -1,6 +1,6 @@
 //! `<side>/lost`: what a heal replaced, so that nothing that was committed anywhere is thrown away.
 //!
-//! A branch is a directory `branch-<position of its tip>` with `branch.json` (what it is), `pages` (PAGE units: the image of each page
+//! A branch is a directory `branch-<position of its tip>` (behind that `-damaged-<time>` for pages that were none of that position's) with `branch.json` (what it is), `pages` (PAGE units: the image of each page
 //! that the heal replaced or dropped, as it was), `records` (its transactions, as they stood in the log, as far as they did) and `rows.jsonl`
 //! (which rows that concerned). It is written under another name, fsynced, and renamed before the heal changes anything.
 
@@ -42,6 +42,9 @@ pub struct LostBranch {
     pub tip: Position,
     /// The state that took its place.
     pub healed_to: Position,
+    /// Not a branch: the pages that were replaced were not what the position of the tip says. The disk damaged them, or they were
+    /// changed by other means than SQLite.
+    pub damaged: bool,
     /// When that was, in milliseconds since 1970.
     pub unix_millis: u64,
     /// The size of a page in bytes.
@@ -64,6 +67,8 @@ pub(super) struct Doomed<'a> {
     pub(super) records_from: Option<u64>,
     /// Most bytes that all of `lost` may come to.
     pub(super) quota_bytes: u64,
+    /// The pages are not what the position says.
+    pub(super) damaged: bool,
 }
 
 impl LostBranch {
@@ -114,7 +119,11 @@ impl LostBranch {
 pub(super) fn keep(side: &Path, live: &mut Appender, doomed: &Doomed<'_>) -> Result<LostBranch> {
     let tip = live.base.tip();
     let lost = side.join("lost");
-    let path = lost.join(format!("{PREFIX}{}", tip.position));
+    let mut name = format!("{PREFIX}{}", tip.position);
+    if doomed.damaged {
+        name += &format!("-damaged-{}", unix_millis());
+    }
+    let path = lost.join(name);
     if path.join("branch.json").exists() {
         // An earlier heal got this far and no further.
         return LostBranch::read(path);
@@ -140,6 +149,7 @@ pub(super) fn keep(side: &Path, live: &mut Appender, doomed: &Doomed<'_>) -> Res
         fork: doomed.fork,
         tip: tip.position,
         healed_to: doomed.ready.position,
+        damaged: doomed.damaged,
         unix_millis: unix_millis(),
         page_size: live.base.page_size.get(),
         size_pages: tip.pages,

@@ -44,7 +44,7 @@ impl Home {
                 segment_bytes: 256 * 1024,
                 keep_bytes: 64 << 20,
                 keep_age: Duration::from_secs(3600),
-                pinned_bytes: 64 << 20,
+                quota_bytes: 64 << 20,
                 tail_bytes: 64 * 1024,
             },
             lost_bytes: 1 << 30,

@@ -70,8 +70,7 @@ pub(crate) fn plan(
     };
     let standing = stands(history, tip, &mut find, position)?;
     if hello.suspect {
-        // What it has beyond our history, and what its disk made of it, is the replica's to keep.
-        return Ok(Decision::Compare { diverged: true });
+        return Ok(Decision::Compare { diverged: matches!(standing, Standing::Off) });
     }
     match standing {
         Standing::Continues { lsn } => Ok(Decision::Log { lsn }),
@@ -189,7 +188,9 @@ mod tests {
         assert_eq!(decide(Some(at(OLD, 19)), ours()), compare, "behind the log");
         assert_eq!(decide(Some(at(OLD, 0)), ours()), compare, "before the first transaction");
         let suspect = Hello { suspect: true, ..hello(Some(at(NOW, 100)), ours()) };
-        assert_eq!(answer(&suspect), Decision::Compare { diverged: true }, "its pages may be wrong");
+        assert_eq!(answer(&suspect), compare, "its pages may be wrong");
+        let suspect = Hello { suspect: true, ..hello(Some(at(NOW, 101)), ours()) };
+        assert_eq!(answer(&suspect), Decision::Compare { diverged: true });
     }
 
     #[test]

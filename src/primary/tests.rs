@@ -189,7 +189,7 @@ async fn a_real_log_is_followed_from_disk_over_segments_and_over_what_was_taken_
         segment_bytes: 20_000,
         keep_bytes: 1 << 30,
         keep_age: Duration::from_secs(3600),
-        pinned_bytes: 1 << 30,
+        quota_bytes: 1 << 30,
         tail_bytes: 10_000,
     };
     let log = Log::open(dir.path(), options).unwrap();
