@@ -5,7 +5,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::error::Error;
-use crate::page::PageNo;
+use crate::page::{PageNo, PageSize};
 
 /// The key of every page hash. It is published: the hash guards against accidents and divergence, not
 /// against somebody who can write the file.
@@ -33,6 +33,26 @@ impl Checksum {
     /// As a number.
     pub const fn as_u128(self) -> u128 {
         self.0
+    }
+
+    /// Of a database's bytes, such as a file without a WAL has them. The lock page counts for nothing, and neither does a rest that is no
+    /// whole page.
+    ///
+    /// ```
+    /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// use replite::{Checksum, PageSize};
+    ///
+    /// let bytes = vec![0; 8192];
+    /// let checksum = Checksum::of_bytes(&bytes, PageSize::new(4096)?);
+    /// assert_ne!(checksum, Checksum::EMPTY);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn of_bytes(bytes: &[u8], page_size: PageSize) -> Checksum {
+        let pages = bytes.chunks_exact(page_size.bytes()).zip(1..);
+        let pages = pages.filter_map(|(page, number)| Some((PageNo::new(number)?, page)));
+        let pages = pages.filter(|(number, _)| !number.is_lock_page(page_size));
+        pages.fold(Checksum::EMPTY, |sum, (number, page)| sum.with(PageHash::of(number, page)))
     }
 
     /// With one page more.

@@ -34,7 +34,7 @@
 //! | 10 | SNAP_PIECE | first page (4), position, pages |
 //! | 11 | SNAP_END | position at which the snapshot, or the heal, is exact; pages in the database there (4) |
 //! | 12 | GOODBYE | reason: UTF-8, at most [`REASON_MAX_BYTES`] |
-//! | 14 | HEAL_BEGIN | position that the records go on from, page size (4), compare (1: 0 or 1), diverged (1: 0 or 1) |
+//! | 14 | HEAL_BEGIN | position that the records go on from, page size (4), pages in the database now (4), compare (1: 0 or 1), diverged (1: 0 or 1) |
 //! | 15 | SUMS | first page (4), pages in each sum (4), sums of page hashes (16 each) |
 //! | 16 | WANT | runs: first page (4), count of pages (4), the hash of each page as it is here (16 each; zeros: it is not here) |
 //! | 17 | SENT | position of the last page that was read, pages in the database there (4) |
@@ -316,6 +316,8 @@ pub(crate) struct HealBegin {
     /// The state that the records which follow go on from. Without `compare` it is the replica's own earlier state.
     pub(crate) from: Position,
     pub(crate) page_size: PageSize,
+    /// The database's size in pages now.
+    pub(crate) pages: u32,
     /// Sums over all pages follow, for the replica to find out what differs.
     pub(crate) compare: bool,
     /// Whether what the replica has may be off the history and must be kept before it is replaced.

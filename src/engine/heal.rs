@@ -46,8 +46,11 @@ impl Heal {
     pub(super) fn since(begin: HealBegin, touched: &Touched) -> Heal {
         let mut wanted = touched.pages.clone();
         // What the branch dropped it has not any more; where the primary did not drop it, too, no record brings it.
-        (touched.least + 1..=touched.size).filter_map(PageNo::new).for_each(|page| wanted.insert(page));
-        wanted.cut_above(touched.size);
+        let size = touched.size.unwrap_or(begin.pages).min(begin.pages);
+        let dropped = touched.least.saturating_add(1)..=size;
+        dropped.filter_map(PageNo::new).for_each(|page| wanted.insert(page));
+        // What the primary does not have can't be had; what it had not at the fork comes with its records.
+        wanted.cut_above(size);
         Heal { begin, phase: Phase::Wanting, wanted, next: Some(PageNo::FIRST), summed: 0 }
     }
 

@@ -117,9 +117,10 @@ fn feed(engine: &Engine, follower: &Follower, pieces_between: &mut dyn FnMut()) 
     let mut lsn = match (found, engine.log().find(first.number()).unwrap()) {
         (Some((position, Found::At { lsn, before })), _) if position == before => lsn,
         (Some(_), Found::At { lsn, .. }) => {
-            let begin = HealBegin { from: first, page_size, compare: true, diverged: true };
+            let pages = engine.base.tip().pages;
+            let begin = HealBegin { from: first, page_size, pages, compare: true, diverged: true };
             wire::encode(&Message::HealBegin(begin), &mut out);
-            let (sums, pages) = (vec![[0; 16]; engine.base.tip().pages as usize], engine.base.tip().pages);
+            let sums = vec![[0; 16]; pages as usize];
             wire::encode(&Message::Sums { first: PageNo::FIRST, span: 1, sums: &sums }, &mut out);
             let sent = wire::Sent { position: first, pages };
             wire::encode(&Message::Sent(sent), &mut out);

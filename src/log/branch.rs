@@ -15,8 +15,8 @@ const READ_BYTES: usize = 1 << 20;
 pub(crate) struct Touched {
     /// The pages that they wrote.
     pub(crate) pages: PageSet,
-    /// The database's size in pages in that state.
-    pub(crate) size: u32,
+    /// The database's size in pages in that state, if the log has the record that led to it.
+    pub(crate) size: Option<u32>,
     /// The least size that it had since, in pages.
     pub(crate) least: u32,
     /// Where their records begin.
@@ -24,8 +24,8 @@ pub(crate) struct Touched {
 }
 
 impl Log {
-    /// Some states that records of this log led to, newest first, at distances from the tip that double. The tip itself is not among
-    /// them.
+    /// Some states that records of this log led to, newest first, at distances from the tip that double, and the oldest
+    /// that it has. The tip itself is not among them.
     ///
     /// # Errors
     /// Those of [`Log::find`].
@@ -34,7 +34,6 @@ impl Log {
         let mut marks = Vec::new();
         for power in 0..MARKS_MAX as u32 {
             let number = tip.number().saturating_sub(1 << power);
-            // The state before the oldest record is of an unknown size.
             if number <= start.number() {
                 break;
             }
@@ -42,6 +41,9 @@ impl Log {
                 Found::At { before, .. } => marks.push(before),
                 Found::Behind | Found::Beyond => break,
             }
+        }
+        if start != tip && marks.len() < MARKS_MAX {
+            marks.push(start);
         }
         Ok(marks)
     }
@@ -52,19 +54,22 @@ impl Log {
     /// [`Error::Io`]; [`Error::Corrupt`], and a unit that does not decode.
     pub(crate) fn touched(&self, state: Position) -> Result<Option<Touched>> {
         let Found::At { lsn, before } = self.find(state.number())? else { return Ok(None) };
-        if before != state || state.number() == 0 {
+        if before != state {
             return Ok(None);
         }
-        let Found::At { lsn: earlier, .. } = self.find(state.number() - 1)? else { return Ok(None) };
         let mut size = None;
-        self.records(earlier, lsn, |unit| {
-            if let Message::TxnEnd(end) = decode(&unit)? {
-                size = Some(end.pages);
-            }
-            Ok(())
-        })?;
-        let Some(size) = size else { return Ok(None) };
-        let mut touched = Touched { pages: PageSet::default(), size, least: size, lsn };
+        if let Some(number) = state.number().checked_sub(1)
+            && let Found::At { lsn: earlier, .. } = self.find(number)?
+        {
+            self.records(earlier, lsn, |unit| {
+                if let Message::TxnEnd(end) = decode(&unit)? {
+                    size = Some(end.pages);
+                }
+                Ok(())
+            })?;
+        }
+        let least = size.unwrap_or(u32::MAX);
+        let mut touched = Touched { pages: PageSet::default(), size, least, lsn };
         self.records(lsn, self.complete(), |unit| {
             match decode(&unit)? {
                 Message::Page { number, .. } => touched.pages.insert(number),

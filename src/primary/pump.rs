@@ -129,8 +129,9 @@ impl Pump {
             }
             Decision::Heal { from, lsn } => {
                 let pin = self.supply.pin(lsn);
-                let page_size = self.supply.page_size();
-                let begin = HealBegin { from, page_size, compare: false, diverged: true };
+                let (page_size, supply) = (self.supply.page_size(), self.supply.clone());
+                let pages = blocking(move || supply.read_piece(PageNo::FIRST, 1)).await?.pages;
+                let begin = HealBegin { from, page_size, pages, compare: false, diverged: true };
                 self.say(&[Message::HealBegin(begin)]).await?;
                 self.answer(wants, None).await?;
                 self.log(lsn, pin).await
@@ -267,7 +268,7 @@ impl Pump {
                 Some(from) => from,
                 None => {
                     let (from, page_size) = (*first.insert(go.position), self.supply.page_size());
-                    let begin = HealBegin { from, page_size, compare: true, diverged };
+                    let begin = HealBegin { from, page_size, pages: go.pages, compare: true, diverged };
                     self.say(&[Message::HealBegin(begin)]).await?;
                     from
                 }
@@ -417,8 +418,9 @@ async fn read(log: &Arc<dyn Supply>, lsn: u64) -> Result<Read> {
 /// Some pieces, encoded.
 struct Go {
     bytes: Bytes,
-    /// The position of the first piece in it.
+    /// The position of the first piece in it, and the database's size there.
     position: Position,
+    pages: u32,
     /// Said with the last piece: where that was read.
     last: Option<Sent>,
 }
@@ -460,14 +462,17 @@ fn read_go(supply: &dyn Supply, from: PageNo) -> Result<(Go, PageNo)> {
         let message = Message::SnapPiece { first, position: piece.position, pages: &piece.data };
         wire::encode(&message, &mut bytes);
     })
-    .map(|(position, last, next)| (Go { bytes: bytes.freeze(), position, last }, next))
+    .map(|(first, last, next)| {
+        let Sent { position, pages } = first;
+        (Go { bytes: bytes.freeze(), position, pages, last }, next)
+    })
 }
 
 fn read_sums(supply: &dyn Supply, from: PageNo) -> Result<(Go, PageNo)> {
     let size = supply.page_size();
     let span = span_pages(size);
     let mut sums = Vec::new();
-    let (position, last, next) = read_pieces(supply, from, |first, piece| {
+    let (Sent { position, pages }, last, next) = read_pieces(supply, from, |first, piece| {
         let mut numbers = first.get()..;
         sums.extend(piece.data.chunks(span as usize * size.bytes()).map(|run| {
             let pages = numbers.by_ref().zip(run.chunks_exact(size.bytes()));
@@ -481,7 +486,7 @@ fn read_sums(supply: &dyn Supply, from: PageNo) -> Result<(Go, PageNo)> {
     if !sums.is_empty() {
         wire::encode(&Message::Sums { first: from, span, sums: &sums }, &mut bytes);
     }
-    Ok((Go { bytes: bytes.freeze(), position, last }, next))
+    Ok((Go { bytes: bytes.freeze(), position, pages, last }, next))
 }
 
 /// Pages that one sum stands for: as many as a piece has, so that a span is read at one moment.
@@ -489,31 +494,31 @@ fn span_pages(size: PageSize) -> u32 {
     (PIECE_BYTES / size.bytes()) as u32
 }
 
-/// Reads some pieces. The position of the first, where the last of all was read, and where the next one begins.
+/// Reads some pieces. Where the first was read, where the last of all was, and where the next one begins.
 fn read_pieces(
     supply: &dyn Supply,
     from: PageNo,
     mut visit: impl FnMut(PageNo, &Piece),
-) -> Result<(Position, Option<Sent>, PageNo)> {
+) -> Result<(Sent, Option<Sent>, PageNo)> {
     let page_bytes = supply.page_size().bytes();
     let mut next = from;
-    let mut position = None;
+    let mut begun = None;
     for _ in 0..PIECES_AT_ONCE {
         let piece = supply.read_piece(next, PIECE_BYTES)?;
-        let position = *position.get_or_insert(piece.position);
+        let here = Sent { position: piece.position, pages: piece.pages };
+        let first = *begun.get_or_insert(here);
         let read = (piece.data.len() / page_bytes) as u32;
         if read > 0 {
             visit(next, &piece);
         }
         let after = PageNo::new(next.get().saturating_add(read)).unwrap_or(next);
         if read == 0 || after.get() > piece.pages {
-            let last = Sent { position: piece.position, pages: piece.pages };
-            return Ok((position, Some(last), after));
+            return Ok((first, Some(here), after));
         }
         next = after;
     }
-    let position = position.ok_or_else(|| Error::Stopped("a snapshot without pieces".into()))?;
-    Ok((position, None, next))
+    let first = begun.ok_or_else(|| Error::Stopped("a snapshot without pieces".into()))?;
+    Ok((first, None, next))
 }
 
 /// Reads pages that a replica asked for, encodes those that it does not have so, and says where the last was read.

@@ -108,6 +108,7 @@ fn put_fields(message: &Message<'_>, out: &mut BytesMut) -> Kind {
         Message::HealBegin(m) => {
             out.put_slice(&m.from.to_bytes());
             out.put_u32_le(m.page_size.get());
+            out.put_u32_le(m.pages);
             out.put_u8(u8::from(m.compare));
             out.put_u8(u8::from(m.diverged));
             Kind::HealBegin

@@ -78,6 +78,7 @@ pub(super) fn decode(kind: Kind, hash: [u8; 16], unit: &[u8]) -> Result<Message<
         Kind::HealBegin => Message::HealBegin(HealBegin {
             from: f.position()?,
             page_size: f.page_size()?,
+            pages: f.u32()?,
             compare: f.flag()?,
             diverged: f.flag()?,
         }),

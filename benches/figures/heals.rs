@@ -1,0 +1,164 @@
+//! Nodes that left the history, and nodes that were killed.
+
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::path::Path;
+use std::process::Stdio;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Instant;
+
+use replite::rusqlite::Connection;
+use replite::{Checksum, Config, Db, Durability, Error, Event, PageSize, lease};
+
+use super::figure;
+use super::home::{config, directory, primary, runtime};
+
+const PAGE_BYTES: u64 = 4096;
+/// Rows of about a page each: a gigabyte.
+const ROWS: i64 = 262_144;
+const RUNS: usize = 5;
+
+/// A database of a gigabyte, made by plain SQLite.
+fn gigabyte(path: &Path) {
+    let connection = Connection::open(path).expect("a database");
+    let sql = "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
+        CREATE TABLE t(id INTEGER PRIMARY KEY, k INTEGER, v);
+        WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c WHERE i < 262144)
+        INSERT INTO t SELECT i, 0, randomblob(3800) FROM c";
+    connection.execute_batch(sql).expect("rows");
+}
+
+/// Passes bytes on and counts them, both ways.
+fn counted(to: String) -> (String, Arc<AtomicU64>) {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("an address");
+    let count = Arc::new(AtomicU64::new(0));
+    let counter = count.clone();
+    std::thread::spawn(move || {
+        for near in listener.incoming().flatten() {
+            let Ok(far) = TcpStream::connect(&to) else { continue };
+            for (from, into) in [(&near, &far), (&far, &near)] {
+                let (mut from, mut into) = (from.try_clone().expect("fd"), into.try_clone().expect("fd"));
+                let counter = counter.clone();
+                std::thread::spawn(move || {
+                    let mut buffer = vec![0; 64 * 1024];
+                    while let Ok(got @ 1..) = from.read(&mut buffer) {
+                        counter.fetch_add(got as u64, Ordering::Relaxed);
+                        if into.write_all(&buffer[..got]).is_err() {
+                            break;
+                        }
+                    }
+                    let _ = into.shutdown(std::net::Shutdown::Both);
+                });
+            }
+        }
+    });
+    (format!("http://{address}"), count)
+}
+
+/// A hundred transactions on a node that takes itself for the primary.
+fn lose(config: Config, round: usize) {
+    let db = runtime().block_on(Db::open(config.durability(Durability::Unsynced))).expect("a second primary");
+    for n in 0..100 {
+        let id = (n * 2_617 + round as i64 * 31) % ROWS + 1;
+        let update = move |tx: &mut replite::rusqlite::Transaction<'_>| {
+            Ok::<_, Error>(tx.execute("UPDATE t SET k = k + 1 WHERE id = ?1", [id])?)
+        };
+        db.write_blocking(update).expect("a commit");
+    }
+    runtime().block_on(db.shutdown());
+}
+
+pub(crate) fn heals() {
+    let home = directory();
+    let (path, other) = (home.path().join("p.db"), home.path().join("r.db"));
+    gigabyte(&path);
+    let db = primary(&path, Durability::Synced);
+    let to = db.node().addresses.replication.trim_start_matches("http://").split('/').next();
+    let (url, bytes) = counted(to.expect("an address").to_string());
+    let follow = || config(&other).lease(lease::Fixed::replica_of(&url));
+    let filled = runtime().block_on(Db::open(follow())).expect("a replica");
+    runtime().block_on(filled.ready()).expect("ready");
+    runtime().block_on(filled.shutdown());
+    for compared in [false, true] {
+        let (mut seconds, mut ratios) = (Vec::new(), Vec::new());
+        for round in 0..RUNS {
+            lose(config(&other), round);
+            if compared {
+                std::fs::remove_dir_all(home.path().join("r.db-replite/log")).expect("a log");
+            }
+            bytes.store(0, Ordering::Relaxed);
+            let begin = Instant::now();
+            let replica = runtime().block_on(Db::open(follow())).expect("a replica");
+            let mut events = replica.events();
+            runtime().block_on(async {
+                while !matches!(events.next().await.expect("an event"), Event::Healed { .. }) {}
+            });
+            seconds.push(begin.elapsed().as_secs_f64());
+            let lost = runtime().block_on(replica.lost()).expect("branches").pop().expect("a branch");
+            ratios.push(bytes.load(Ordering::Relaxed) as f64 / (lost.pages * PAGE_BYTES) as f64);
+            runtime().block_on(replica.shutdown());
+        }
+        let prefix = if compared { "heal_compare" } else { "heal" };
+        figure(&format!("{prefix}_seconds"), "s", seconds);
+        figure(&format!("{prefix}_bytes_ratio"), "x", ratios);
+    }
+    runtime().block_on(db.shutdown());
+}
+
+/// What [`open_after_kill`] kills: a primary with four megabytes in its WAL.
+pub(crate) fn doomed(path: &Path) {
+    let db = primary(path, Durability::Unsynced);
+    let mut frames = 0;
+    let mut id = 0;
+    while frames < 1000 {
+        id = (id + 7_919) % ROWS;
+        let update = move |tx: &mut replite::rusqlite::Transaction<'_>| {
+            Ok::<_, Error>(tx.execute("UPDATE t SET k = k + 1 WHERE id = ?1", [id + 1])?)
+        };
+        db.write_blocking(update).expect("a commit");
+        frames = db.status().wal_frames;
+    }
+    println!("ready");
+    loop {
+        std::thread::park();
+    }
+}
+
+pub(crate) fn open_after_kill() {
+    let home = directory();
+    let path = home.path().join("p.db");
+    gigabyte(&path);
+    let mut runs = Vec::new();
+    for _ in 0..RUNS {
+        let mut child = std::process::Command::new(std::env::current_exe().expect("a path"))
+            .env("REPLITE_BENCH_DOOMED", &path)
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("a process");
+        let mut ready = [0; 5];
+        child.stdout.take().expect("a pipe").read_exact(&mut ready).expect("a process that speaks");
+        child.kill().expect("a process");
+        child.wait().expect("a process");
+        let begin = Instant::now();
+        let db = primary(&path, Durability::Synced);
+        runs.push(begin.elapsed().as_secs_f64() * 1e3);
+        runtime().block_on(db.shutdown());
+    }
+    figure("open_after_kill_ms", "ms", runs);
+}
+
+/// The hash of a page before and after its change.
+pub(crate) fn hashes() {
+    let size = PageSize::new(PAGE_BYTES as u32).expect("a page size");
+    let bytes: Vec<u8> = (0..PAGE_BYTES * 4096).map(|n| (n * 31 % 251) as u8).collect();
+    let runs = (0..21)
+        .map(|_| {
+            let begin = Instant::now();
+            std::hint::black_box(Checksum::of_bytes(std::hint::black_box(&bytes), size));
+            begin.elapsed().as_secs_f64() * 1e6 / 4096.0 * 2.0
+        })
+        .collect();
+    figure("hash_us_per_page", "us", runs);
+}
