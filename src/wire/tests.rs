@@ -80,6 +80,7 @@ fn every_kind() -> Vec<Message<'static>> {
         Message::HealBegin(HealBegin {
             from: position(3),
             page_size: size(),
+            pages: 9,
             compare: true,
             diverged: false,
         }),
