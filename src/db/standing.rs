@@ -34,6 +34,7 @@ impl Db {
             log_start: log.as_ref().and_then(|log| log.start()),
             locks_lost: wal.locks_lost,
             log_bytes: log.map_or(0, |log| log.bytes()),
+            verification: inner.verifier.last(),
             problem: node.problem(),
         }
     }

@@ -91,23 +91,25 @@ impl Apply {
             Ok(opened) if opened.exact => self.go_live(opened),
             Ok(opened) => {
                 // Not a state of the cluster: never read from, and put aside when a snapshot takes its place.
+                let damage = opened.damage();
                 drop(opened);
-                self.say_unknown();
+                self.say_unknown(damage.unwrap_or("it is no state of the cluster"));
                 Ok(())
             }
             Err(Error::Unsupported { reason: Unsupported::NotWal(_), .. }) => {
-                self.say_unknown();
+                self.say_unknown("it is no state of the cluster");
                 Ok(())
             }
             Err(error) => Err(error),
         }
     }
 
-    fn say_unknown(&self) {
-        let text =
-            "the database here is no state of the cluster; it is kept aside when a snapshot replaces it";
+    fn say_unknown(&self, why: &str) {
+        let text = format!(
+            "the database here is not read from: {why}; it is kept aside when a snapshot replaces it"
+        );
         tracing::warn!(path = %self.options.path.display(), text);
-        self.node.set_problem(Part::State, Some(text.into()));
+        self.node.set_problem(Part::State, Some(text));
     }
 
     fn go_live(&mut self, mut opened: Opened) -> Result<()> {

@@ -223,9 +223,7 @@ impl Opened {
             tip.position = position;
             self.exact = true;
         } else {
-            let started = std::time::Instant::now();
             let sum = self.base.hash_all(&mut self.handle, tip.frame, tip.pages)?;
-            tracing::info!(pages, elapsed = ?started.elapsed(), "hashed the database to find its position");
             let named = known.iter().flat_map(|a| match a.file {
                 FileState::AtRest { position, .. } => [Some(a.position), Some(position)],
                 FileState::Backfilling => [Some(a.position), None],

@@ -48,6 +48,7 @@ impl Home {
                 tail_bytes: 64 * 1024,
             },
             poll_max: Duration::from_millis(10),
+            accept_damaged: false,
         }
     }
 
