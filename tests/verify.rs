@@ -6,10 +6,11 @@ mod support;
 use std::fs;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use replite::rusqlite::Transaction;
 use replite::{Db, Error, Event, Events, Txid, Verification};
 use support::*;
 
@@ -73,7 +74,7 @@ async fn next_failed(events: &mut Events) -> Verification {
 /// Rows that are long enough to have pages of their own, the last of them in `marker`.
 async fn fill(db: &Db, rows: i64) -> Txid {
     let commit = db.write(move |tx| {
-        let sql = "INSERT INTO t(n, v) VALUES (?1, 'marker' || hex(randomblob(3000)))";
+        let sql = "INSERT INTO t(who, n, v) VALUES ('before', ?1, 'marker' || hex(randomblob(3000)))";
         for n in 0..rows {
             tx.execute(sql, [n])?;
         }
@@ -82,8 +83,9 @@ async fn fill(db: &Db, rows: i64) -> Txid {
     commit.await.unwrap().txid.unwrap()
 }
 
-/// Waits until the WAL was begun anew, so that what was written before is read from the file.
-fn until_in_the_file(db: &Db) {
+/// Waits until the WAL was begun anew after a transaction, so that its pages are read from the file.
+async fn until_in_the_file(db: &Db, last: Txid) {
+    while within("a verification", db.verify()).await.unwrap().position.number() < last.number() {}
     until("the WAL to be begun anew", || db.status().wal_frames <= 1);
 }
 
@@ -102,8 +104,8 @@ fn marker_in(path: &Path) -> u64 {
 async fn closed_primary(dir: &Path, port: u16) -> (PathBuf, u64) {
     let path = dir.join("p.db");
     let db = Db::open(primary(&path, port)).await.unwrap();
-    fill(&db, 200).await;
-    until_in_the_file(&db);
+    let last = fill(&db, 200).await;
+    until_in_the_file(&db, last).await;
     let verification = db.verify().await.unwrap();
     assert!(verification.holds(), "{verification:?}");
     db.shutdown().await;
@@ -222,7 +224,7 @@ async fn a_byte_that_somebody_writes_beneath_running_nodes_is_found_and_the_prob
     let last = fill(&source, 200).await;
     target.wait_for_timeout(last, LIMIT).await.unwrap();
     for db in [&source, &target] {
-        until_in_the_file(db);
+        until_in_the_file(db, last).await;
         let size = page_size(db);
         let page = 20;
         let mut events = db.events();
@@ -306,4 +308,196 @@ async fn a_replica_without_a_state_has_nothing_to_verify() {
     let db = Db::open(replica(&dir.path().join("r.db"), "http://127.0.0.1:1")).await.unwrap();
     assert!(matches!(db.verify().await, Err(Error::NoState(_))));
     db.shutdown().await;
+}
+
+/// Has the newest anchor say what it says while frames are being copied into the file, as a node leaves it that is killed then.
+fn killed_in_a_backfill(database: &Path) {
+    let mut path = database.as_os_str().to_owned();
+    path.push("-replite/anchors");
+    let mut bytes = fs::read(&path).unwrap();
+    let sequence = |at: usize| u64::from_le_bytes(bytes[at + 16..at + 24].try_into().unwrap());
+    let newest = if bytes.len() > 4096 && sequence(4096) > sequence(0) { 4096 } else { 0 };
+    let slot = &mut bytes[newest..newest + 256];
+    slot[92..96].copy_from_slice(&1u32.to_le_bytes());
+    let check = blake3::hash(&slot[..240]);
+    slot[240..].copy_from_slice(&check.as_bytes()[..16]);
+    fs::write(&path, bytes).unwrap();
+}
+
+fn remove_wal(database: &Path) {
+    for end in ["-wal", "-shm"] {
+        let mut path = database.as_os_str().to_owned();
+        path.push(end);
+        fs::remove_file(path).unwrap();
+    }
+}
+
+/// Puts older images of some pages into the file of a closed node: a part of the rows is as before, and the rest as after it.
+fn mix(database: &Path, older: &[u8], pages: std::ops::Range<u64>) {
+    let file = fs::File::options().write(true).open(database).unwrap();
+    let bytes = pages.start as usize * 4096..pages.end as usize * 4096;
+    file.write_all_at(&older[bytes], pages.start * 4096).unwrap();
+}
+
+/// Changes rows that [`fill`] made, each in its place. The images of before, and the last transaction.
+async fn change_all(db: &Db) -> (Vec<u8>, Txid) {
+    let before = plain(db.path()).serialize("main").unwrap().to_vec();
+    let change = |tx: &mut Transaction<'_>| {
+        Ok::<_, Error>(tx.execute("UPDATE t SET who = 'behind' WHERE who = 'before'", [])?)
+    };
+    db.write(change).await.unwrap();
+    // The change alone would not fill the WAL.
+    (before, fill(db, 100).await)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_primary_says_what_it_needs_and_goes_on_only_when_it_is_told_to() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("p.db");
+    let db = Db::open(primary(&path, 0)).await.unwrap();
+    let last = fill(&db, 200).await;
+    until_in_the_file(&db, last).await;
+    let (older, last) = change_all(&db).await;
+    until_in_the_file(&db, last).await;
+    let before = db.position().unwrap();
+    db.shutdown().await;
+    killed_in_a_backfill(&path);
+    mix(&path, &older, 100..200);
+    remove_wal(&path);
+    for _ in 0..2 {
+        let refused = Db::open(primary(&path, 0)).await;
+        let Err(Error::Damaged { path: of, what }) = refused else { panic!("{refused:?}") };
+        assert_eq!(of, path);
+        assert!(
+            what.contains("WAL is gone") && what.contains("replica") && what.contains("accept_damaged"),
+            "{what}"
+        );
+    }
+    let db = Db::open(primary(&path, 0).accept_damaged(true)).await.unwrap();
+    let after = db.position().unwrap();
+    assert!(after.epoch() > before.epoch() && after.number() > before.number(), "{before} {after}");
+    assert!(db.verify().await.unwrap().holds());
+    assert_eq!(count(&db), 300);
+    db.shutdown().await;
+    // It is an ordinary database from now on.
+    let db = Db::open(primary(&path, 0)).await.unwrap();
+    assert!(db.verify().await.unwrap().holds());
+    db.shutdown().await;
+}
+
+/// The root of the table's tree, gone.
+fn wipe(database: &Path) {
+    let file = fs::File::options().write(true).open(database).unwrap();
+    file.write_all_at(&[0; 4096], 4096).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_state_that_sqlite_finds_broken_never_becomes_history() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, _) = closed_primary(dir.path(), 0).await;
+    let whole = fs::read(&path).unwrap();
+    // Changed by somebody else, while the node was down, and at rest before: no question of a backfill.
+    wipe(&path);
+    let refused = Db::open(primary(&path, 0)).await;
+    let Err(Error::Damaged { what, .. }) = refused else { panic!("{refused:?}") };
+    assert!(what.contains("integrity_check") && !what.contains("accept_damaged"), "{what}");
+    // Nor when damage is accepted.
+    killed_in_a_backfill(&path);
+    remove_wal(&path);
+    let refused = Db::open(primary(&path, 0).accept_damaged(true)).await;
+    assert!(matches!(&refused, Err(Error::Damaged { .. })), "{refused:?}");
+    // The bytes as they were are the state that they were.
+    fs::write(&path, whole).unwrap();
+    let db = Db::open(primary(&path, 0)).await.unwrap();
+    assert_eq!(count(&db), 200);
+    assert!(db.verify().await.unwrap().holds());
+    db.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_damaged_replica_is_not_read_from_and_filled_anew() {
+    let dir = tempfile::tempdir().unwrap();
+    let (p, r) = (dir.path().join("p.db"), dir.path().join("r.db"));
+    let source = Db::open(primary(&p, 0)).await.unwrap();
+    let url = source.node().addresses.replication.clone();
+    let target = Db::open(replica(&r, &url)).await.unwrap();
+    within("ready", target.ready()).await.unwrap();
+    let last = fill(&source, 200).await;
+    target.wait_for_timeout(last, LIMIT).await.unwrap();
+    let (older, last) = change_all(&source).await;
+    target.wait_for_timeout(last, LIMIT).await.unwrap();
+    until_in_the_file(&target, last).await;
+    target.shutdown().await;
+    killed_in_a_backfill(&r);
+    mix(&r, &older, 100..200);
+    remove_wal(&r);
+    // Without its primary it has nothing to read, and says why.
+    let target = Db::open(replica(&r, "http://127.0.0.1:1")).await.unwrap();
+    let refused = target.read(|_| Ok::<_, Error>(()));
+    assert!(matches!(&refused, Err(Error::NoState(why)) if why.contains("damaged")), "{refused:?}");
+    assert!(target.status().problem.unwrap().contains("its WAL is gone"));
+    target.shutdown().await;
+    let target = Db::open(replica(&r, &url)).await.unwrap();
+    within("ready", target.ready()).await.unwrap();
+    target.wait_for_timeout(last, LIMIT).await.unwrap();
+    assert_same_pages(&p, &r);
+    assert!(target.verify().await.unwrap().holds());
+    let kept = fs::read_dir(dir.path().join("r.db-replite/lost"))
+        .unwrap()
+        .next()
+        .unwrap()
+        .unwrap()
+        .path()
+        .join("r.db");
+    assert!(kept.exists(), "what was there is kept");
+    target.shutdown().await;
+    source.shutdown().await;
+}
+
+#[test]
+fn a_full_hash_at_open_is_told_in_the_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("p.db");
+    Process::start("opening_process", &[("DB", path.to_str().unwrap())]).expect("told");
+}
+
+#[derive(Clone, Default)]
+struct Lines(Arc<Mutex<Vec<u8>>>);
+
+impl std::io::Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+        self.0.lock().unwrap().extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "runs as the child of another test"]
+async fn opening_process() {
+    if !is_child() {
+        return;
+    }
+    let lines = Lines::default();
+    let writer = lines.clone();
+    tracing_subscriber::fmt().with_ansi(false).with_writer(move || writer.clone()).init();
+    let told = || String::from_utf8(std::mem::take(&mut *lines.0.lock().unwrap())).unwrap();
+    let path = PathBuf::from(variable("DB"));
+    let (path, _) = closed_primary(path.parent().unwrap(), 0).await;
+    told();
+    // Nothing was changed: nothing is hashed.
+    Db::open(primary(&path, 0)).await.unwrap().shutdown().await;
+    let said = told();
+    assert!(!said.contains("hash"), "{said}");
+    // Somebody touched the file: it may have been written to.
+    fs::File::options().write(true).open(&path).unwrap().set_modified(std::time::SystemTime::now()).unwrap();
+    let db = Db::open(primary(&path, 0)).await.unwrap();
+    let said = told();
+    assert!(said.contains("hashing the database") && said.contains("hashed the database"), "{said}");
+    assert_eq!(db.status().problem, None);
+    db.shutdown().await;
+    speak("told");
 }

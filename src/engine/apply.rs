@@ -93,7 +93,11 @@ impl Apply {
                 // Not a state of the cluster: never read from, and put aside when a snapshot takes its place.
                 let damage = opened.damage();
                 drop(opened);
-                self.say_unknown(damage.unwrap_or("it is no state of the cluster"));
+                self.say_unknown(
+                    &damage.map_or("it is no state of the cluster".into(), |why| {
+                        format!("it is damaged: {why}")
+                    }),
+                );
                 Ok(())
             }
             Err(Error::Unsupported { reason: Unsupported::NotWal(_), .. }) => {

@@ -7,9 +7,9 @@ use crate::engine::base::lock;
 use crate::engine::open::Opened;
 use crate::error::{Error, Result};
 
-/// Why a database is damaged whose last anchor was written before frames were copied into it, and whose WAL is not there any more.
+/// Why a database is damaged whose newest anchor says that the file alone is no state, and whose WAL is not there any more.
 const WAL_GONE: &str =
-    "it is damaged: its WAL is gone, and frames of that were being copied into it when the node stopped";
+    "its WAL is gone, whose frames were being copied into it, so that the file alone is no committed state";
 /// What an operator can do about that.
 const CURE: &str = "restore it from a copy that a replica makes (`Db::snapshot_to`) or from a backup, with its directory of side \
     files moved away; or open it with `Config::accept_damaged`, which may lose commits and mix states, and replaces what the replicas have";
