@@ -10,13 +10,15 @@ mod home;
 mod reads;
 #[path = "figures/streams.rs"]
 mod streams;
+#[path = "figures/verify.rs"]
+mod verify;
 
 use std::time::Instant;
 
 /// Figures that are measured together, and what measures them.
 type Figure = (&'static [&'static str], fn());
 
-const FIGURES: [Figure; 14] = [
+const FIGURES: [Figure; 15] = [
     (&["commit_normal_ratio"], commits::normal),
     (&["commit_full_ratio"], commits::full),
     (&["group_commit_ratio"], commits::group),
@@ -29,12 +31,13 @@ const FIGURES: [Figure; 14] = [
     (&["snapshot_cp_ratio", "big_txn_memory_mib"], streams::bulk),
     (&["layer_get_us", "replay_post_us"], doors::layer),
     (&["proxy_req_per_s_ratio", "proxy_plain_req_per_s_ratio"], doors::forwarded),
+    (&["verify_gb_per_s", "verify_ratio"], verify::whole),
     (&["wait_wakeup_us"], streams::wakeups),
     (&["temporary_db_ms"], doors::temporary),
 ];
 
 fn main() {
-    if home::child() {
+    if home::child() || verify::child() {
         return;
     }
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with("--")).collect();

@@ -10,7 +10,7 @@ use crate::page::PageNo;
 use crate::sqlite::Handle;
 
 /// Bytes that are read from the database file at a time.
-const RUN_BYTES: usize = 1 << 20;
+const RUN_BYTES: usize = 256 << 10;
 /// Bytes of a page's number, which is hashed before the page.
 const NUMBER_BYTES: usize = 4;
 /// How often a long hash at open says in the log how far it has come.

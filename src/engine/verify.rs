@@ -24,7 +24,7 @@ const MARK_STEP: Duration = Duration::from_millis(1);
 /// A limited verification sleeps in steps of at most this, so that it sees the node's end.
 const SLEEP_STEP: Duration = Duration::from_millis(10);
 /// Databases of fewer runs than this are hashed by one thread.
-const TWO_THREADS_RUNS: u32 = 64;
+const TWO_THREADS_RUNS: u32 = 256;
 /// Bytes of the log that are read at a time.
 const LOG_BYTES: usize = 1 << 20;
 /// Pages whose hashes are remembered from the log, at most, of some 32 bytes each; bad ones among the others stay unnamed.
