@@ -245,10 +245,10 @@ fn logged(base: &Arc<Base>, tip: &Tip) -> Result<HashMap<PageNo, PageHash>> {
         while let Some(unit) = decoder.next().map_err(garbled)? {
             match unit.decode().map_err(garbled)? {
                 // Its hash was verified: a damaged log names no page.
-                Message::Page { number, hash, .. } => {
-                    if known.len() < KNOWN_MAX || known.contains_key(&number) {
-                        known.insert(number, hash);
-                    }
+                Message::Page { number, hash, .. }
+                    if known.len() < KNOWN_MAX || known.contains_key(&number) =>
+                {
+                    known.insert(number, hash);
                 }
                 Message::TxnEnd(end) => {
                     known.retain(|number, _| number.get() <= end.pages);
