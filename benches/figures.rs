@@ -12,13 +12,15 @@ mod home;
 mod reads;
 #[path = "figures/streams.rs"]
 mod streams;
+#[path = "figures/verify.rs"]
+mod verify;
 
 use std::time::Instant;
 
 /// Figures that are measured together, and what measures them.
 type Figure = (&'static [&'static str], fn());
 
-const FIGURES: [Figure; 17] = [
+const FIGURES: [Figure; 18] = [
     (&["commit_normal_ratio"], commits::normal),
     (&["commit_full_ratio"], commits::full),
     (&["group_commit_ratio"], commits::group),
@@ -31,6 +33,7 @@ const FIGURES: [Figure; 17] = [
     (&["snapshot_cp_ratio", "big_txn_memory_mib"], streams::bulk),
     (&["layer_get_us", "replay_post_us"], doors::layer),
     (&["proxy_req_per_s_ratio", "proxy_plain_req_per_s_ratio"], doors::forwarded),
+    (&["verify_gb_per_s", "verify_ratio"], verify::whole),
     (&["wait_wakeup_us"], streams::wakeups),
     (&["temporary_db_ms"], doors::temporary),
     (&["heal_seconds", "heal_bytes_ratio", "heal_compare_seconds", "heal_compare_bytes_ratio"], heals::heals),
@@ -39,7 +42,7 @@ const FIGURES: [Figure; 17] = [
 ];
 
 fn main() {
-    if home::child() {
+    if home::child() || verify::child() {
         return;
     }
     if let Some(path) = std::env::var_os("REPLITE_BENCH_DOOMED") {

@@ -61,6 +61,12 @@ impl Checksum {
         Checksum(self.0.wrapping_add(page.0))
     }
 
+    /// Of both of two sets of pages that have none in common.
+    #[must_use]
+    pub(crate) fn plus(self, other: Checksum) -> Checksum {
+        Checksum(self.0.wrapping_add(other.0))
+    }
+
     /// With one page less.
     #[must_use]
     pub(crate) fn without(self, page: PageHash) -> Checksum {
@@ -77,6 +83,12 @@ impl fmt::Display for Checksum {
 impl fmt::Debug for Checksum {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
+    }
+}
+
+impl serde::Serialize for Checksum {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
     }
 }
 

@@ -8,6 +8,7 @@ mod pool;
 mod refuse;
 mod snapshot;
 mod standing;
+mod verify;
 mod writer;
 
 use std::any::Any;
@@ -42,6 +43,7 @@ pub use writer::{Commit, WriterGuard};
 
 use ending::Owner;
 use pool::Pool;
+use verify::{Of, Verifier};
 use writer::{Hold, Writer};
 
 /// A replicated SQLite database: one node's handle. Clones share it.
@@ -59,6 +61,7 @@ struct Inner {
     path: PathBuf,
     pool: Pool,
     side: Side,
+    verifier: Arc<Verifier>,
     source: Arc<Source>,
     tracker: TaskTracker,
     wait_timeout: Duration,
@@ -479,6 +482,7 @@ impl Inner {
 /// What was opened, before any task runs.
 struct Parts {
     inner: Owner,
+    verify_every: Option<Duration>,
 }
 
 impl Parts {
@@ -528,11 +532,17 @@ impl Parts {
             source.set(Some(engine));
             Side::Primary { engine: hold, writer }
         };
+        let of = match &side {
+            Side::Primary { engine, .. } => Of::Primary(engine.clone()),
+            Side::Replica { follower, .. } => Of::Replica(follower.clone()),
+        };
+        let verifier = Verifier::new(node.clone(), of, config.verify_limit);
         let inner = Inner {
             node,
             path,
             pool,
             side,
+            verifier,
             source,
             tracker: TaskTracker::new(),
             wait_timeout: config.wait_timeout,
@@ -544,18 +554,21 @@ impl Parts {
             claim: Mutex::new(Some(claim)),
             _keep: config.keep,
         };
-        Ok(Parts { inner: Owner(Arc::new(inner)) })
+        Ok(Parts { inner: Owner(Arc::new(inner)), verify_every: config.verify_every })
     }
 
     /// Starts the tasks, on the runtime of the caller.
     fn start(self, primary: Option<Endpoint>, listener: Option<Listener>) -> Db {
-        let Parts { inner } = self;
+        let Parts { inner, verify_every } = self;
         if let Some(listener) = listener {
             let service = inner.service(Door::Own);
             inner.tracker.spawn(listener.serve(service, inner.tracker.clone(), inner.node.stop.clone()));
         }
         if let (Side::Replica { follower, .. }, Some(primary)) = (&inner.side, primary) {
             crate::replica::spawn(inner.node.clone(), follower.clone(), primary, &inner.tracker);
+        }
+        if let Some(period) = verify_every {
+            inner.tracker.spawn(inner.verifier.clone().repeat(period));
         }
         Db { inner: Arc::new(inner) }
     }

@@ -10,12 +10,15 @@ mod capture;
 mod capture_loop;
 mod checkpoint;
 mod checkpointer;
+mod damage;
 mod follower;
+mod hash;
 mod heal;
 mod lost;
 mod open;
 mod receive;
 mod sync;
+mod verify;
 mod wal_file;
 
 use std::fs;
@@ -70,6 +73,8 @@ pub(crate) struct EngineOptions {
     pub(crate) lost_bytes: u64,
     /// Longest that a foreign commit may stay unseen.
     pub(crate) poll_max: Duration,
+    /// A primary goes on from a database whose WAL is gone while frames were being copied into it.
+    pub(crate) accept_damaged: bool,
 }
 
 /// A primary's open database.
@@ -132,6 +137,9 @@ impl Engine {
         if !opened.exact {
             // A database that is new to us, or that somebody else changed: that is a transaction of the new epoch.
             let known = opened.highest_epoch > 0 || opened.base.log.tip().is_some();
+            if known {
+                opened.admit()?;
+            }
             let number = if known { opened.highest + 1 } else { 0 };
             let before = Position::new(
                 Txid::new(tip.position.epoch(), number.saturating_sub(1)),

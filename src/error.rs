@@ -147,7 +147,8 @@ pub enum Error {
         /// The newest version that can be read.
         supported: u32,
     },
-    /// The database file is no committed state: its WAL is gone while its pages were being copied back.
+    /// The database file is no committed state: its WAL is gone while its pages were being copied back, or SQLite finds it broken. Nothing was
+    /// changed; the text says what is needed.
     #[error("{} is damaged: {what}", path.display())]
     Damaged {
         /// The database file.

@@ -52,6 +52,7 @@ pub use server::{ReplicationBody, ReplicationService};
 pub use session::Session;
 pub use status::{
     Addresses, Event, Health, Lag, LoggedTransaction, PeerInfo, ReplicaStatus, Role, RoleState, Status,
+    Verification,
 };
 pub use token::Token;
 pub use txid::{Epoch, Position, Txid};

@@ -19,8 +19,12 @@ const EVENTS_BEHIND_MAX: usize = 256;
 pub(crate) enum Part {
     /// Replication of the database as a whole: it has stopped.
     Engine,
+    /// All of the database is being hashed, to find its position.
+    Hashing,
     /// The state that a replica has.
     State,
+    /// The pages of the database, as the last verification found them.
+    Pages,
     /// The stream from the primary.
     Stream,
     Log,

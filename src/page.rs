@@ -12,7 +12,7 @@ pub(crate) use set::PageSet;
 const PENDING_BYTE: u64 = 0x4000_0000;
 
 /// The number of a page in a database file, from 1.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
 pub struct PageNo(u32);
 
 impl PageNo {

@@ -7,6 +7,8 @@ use std::time::SystemTime;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::checksum::Checksum;
+use crate::page::PageNo;
 use crate::txid::{Epoch, Position};
 
 /// What a node does at the moment.
@@ -103,6 +105,8 @@ pub struct Status {
     pub locks_lost: u64,
     /// How often this node's state was led back to the primary's since it started; see [`Event::Healed`].
     pub heals: u64,
+    /// What the last verification found, if there was one since the node started; see [`Db::verify`](crate::Db::verify).
+    pub verification: Option<Verification>,
     /// The last problem, while it lasts.
     pub problem: Option<String>,
 }
@@ -116,6 +120,44 @@ pub struct Lag {
     pub millis: u64,
     /// Whether the stream stands.
     pub connected: bool,
+}
+
+/// What came of hashing all pages of the database at one state; see [`Db::verify`](crate::Db::verify).
+#[derive(Clone, PartialEq, Eq, Debug, Serialize)]
+#[non_exhaustive]
+pub struct Verification {
+    /// The state that was verified, with the checksum that its pages must have.
+    pub position: Position,
+    /// The checksum that they have.
+    pub found: Checksum,
+    /// How many pages there are.
+    pub pages: u32,
+    /// And how many bytes.
+    pub bytes: u64,
+    /// Pages that are not what the newest transaction in the retained log that changed them made of them: at most
+    /// [`Verification::BAD_PAGES_MAX`], in order. Of a page that no transaction in the log has changed, nothing is known here.
+    pub bad_pages: Vec<PageNo>,
+    /// Whether `bad_pages` are the whole difference: with the right images of these pages the checksum would be the expected one.
+    pub all_named: bool,
+    /// When it ended, in milliseconds since 1970.
+    pub finished_ms: u64,
+    /// How long it took, in milliseconds.
+    pub elapsed_ms: u64,
+}
+
+impl Verification {
+    /// The most pages that `bad_pages` names.
+    pub const BAD_PAGES_MAX: usize = 1024;
+
+    /// The checksum that the pages must have.
+    pub fn expected(&self) -> Checksum {
+        self.position.checksum()
+    }
+
+    /// Whether the pages are those of the position.
+    pub fn holds(&self) -> bool {
+        self.found == self.expected()
+    }
 }
 
 /// A transaction in the retained log.
@@ -217,6 +259,10 @@ pub enum Event {
         /// How often that happened since the node started.
         times: u64,
     },
+    /// All pages were hashed, and are those of the position.
+    Verified(Verification),
+    /// All pages were hashed, and are not those of the position: the disk, or somebody else than SQLite, changed the files.
+    VerificationFailed(Verification),
     /// Replication of this database has stopped.
     Stopped(String),
     /// Events were missed because this receiver was too slow.

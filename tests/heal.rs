@@ -335,6 +335,27 @@ async fn a_page_that_the_disk_damaged_is_healed_when_a_transaction_meets_it() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_page_that_the_disk_damaged_and_nobody_touches_is_healed_after_a_verification() {
+    let fork = Fork::new();
+    equal_pair(&fork).await;
+    let value = plain(&fork.path("a"));
+    let value: String = value.query_row("SELECT v FROM t WHERE id = 4500", [], |r| r.get(0)).unwrap();
+    flip_where(&fork.path("b"), value.as_bytes());
+    let (a, b) = (open(fork.primary("a")).await, open(fork.replica("b")).await);
+    let mut events = b.events();
+    let found = b.verify().await.unwrap();
+    assert!(!found.holds());
+    let (pages, kept) = healed(&mut events).await;
+    assert!(pages <= 8 && kept.is_some(), "{pages} pages came for one that was damaged");
+    let found = b.verify().await.unwrap();
+    assert!(found.holds(), "{found:?}");
+    assert_eq!(b.status().problem, None);
+    equal(&a, &b).await;
+    a.shutdown().await;
+    b.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_record_that_the_primarys_disk_damaged_is_passed_by_comparison() {
     let fork = Fork::new();
     equal_pair(&fork).await;

@@ -3,6 +3,7 @@
 use std::any::Any;
 use std::fmt;
 use std::net::SocketAddr;
+use std::num::NonZeroU64;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
@@ -79,6 +80,9 @@ pub struct Config {
     pub(super) statement_cache: usize,
     pub(super) allow_network_filesystem: bool,
     pub(super) grace: Duration,
+    pub(super) verify_every: Option<Duration>,
+    pub(super) verify_limit: Option<NonZeroU64>,
+    pub(super) accept_damaged: bool,
     /// Dropped after the database was closed.
     pub(super) keep: Option<Arc<dyn Any + Send + Sync>>,
 }
@@ -122,6 +126,9 @@ impl Config {
             statement_cache: 64,
             allow_network_filesystem: false,
             grace: Duration::from_secs(60),
+            verify_every: None,
+            verify_limit: None,
+            accept_damaged: false,
             keep: None,
         }
     }
@@ -311,6 +318,33 @@ impl Config {
         self
     }
 
+    /// Runs [`Db::verify`](crate::Db::verify) in the background, again and again: the first time after one period, and with up to a tenth of
+    /// it more or less, so that nodes do not all read their disks at once. What it finds is told by
+    /// [`Event::VerificationFailed`](crate::Event::VerificationFailed), [`Status::verification`](crate::Status::verification) and the log. Off if not set.
+    #[must_use]
+    pub fn verify_every(mut self, period: Duration) -> Config {
+        self.verify_every = Some(period);
+        self
+    }
+
+    /// The most bytes that a verification reads in a second. As many as two cores can hash if not set. The slower it is, the more the WAL
+    /// grows meanwhile, which is not begun anew while it runs.
+    #[must_use]
+    pub fn verify_limit(mut self, bytes_per_second: NonZeroU64) -> Config {
+        self.verify_limit = Some(bytes_per_second);
+        self
+    }
+
+    /// Opens a primary's database that is damaged all the same: its WAL is gone, and frames of that were being copied into the file when the node
+    /// stopped, so that it may mix states and lack commits ([`Error::Damaged`]). When `PRAGMA integrity_check` finds no fault, what is there becomes
+    /// a new branch of history, which replaces what the replicas have. Better restore it from a replica: with this the loss is
+    /// accepted. Take it out of the configuration again when it has done its work.
+    #[must_use]
+    pub fn accept_damaged(mut self, accept: bool) -> Config {
+        self.accept_damaged = accept;
+        self
+    }
+
     /// Keeps something until the database was closed.
     #[cfg(feature = "testing")]
     pub(crate) fn keep(mut self, keep: Arc<dyn Any + Send + Sync>) -> Config {
@@ -345,6 +379,9 @@ impl Config {
             if !(least..=most).contains(&value) {
                 return Err(Error::Config(format!("{what} is {value}; {least} to {most} are possible")));
             }
+        }
+        if self.verify_every.is_some_and(|period| period.is_zero()) {
+            return Err(Error::Config("verify_every needs a period that is not zero".into()));
         }
         if self.wal_limit_bytes < WAL_LIMIT_MIN_BYTES {
             return Err(Error::Config(format!("wal_limit is below {WAL_LIMIT_MIN_BYTES} bytes")));
@@ -426,6 +463,7 @@ impl Config {
             },
             lost_bytes: self.lost_bytes,
             poll_max: Duration::from_millis(20),
+            accept_damaged: self.accept_damaged,
         }
     }
 }
@@ -456,6 +494,7 @@ mod tests {
         assert!(refused(Config::new("a.db").database("x".repeat(65))));
         assert!(refused(Config::new("a.db").read_connections(0)));
         assert!(refused(Config::new("a.db").wal_limit(1)));
+        assert!(refused(Config::new("a.db").verify_every(Duration::ZERO)));
         assert!(refused(Config::new("a.db").listen("0.0.0.0:1".parse().unwrap())));
         assert!(Config::new("a.db").listen("[::1]:1".parse().unwrap()).check().is_ok());
         assert!(Config::new("a.db").lease(Fixed::replica_of("ftp://x")).check().is_err());

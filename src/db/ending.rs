@@ -189,6 +189,8 @@ impl Inner {
         self.tracker.close();
         self.source.set(None);
         self.pool.close();
+        // It reads through connections of its own, which have to be closed before the others.
+        self.verifier.close();
         match &self.side {
             Side::Primary { engine, writer } => {
                 writer.close();

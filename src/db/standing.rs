@@ -38,6 +38,7 @@ impl Db {
                 Side::Replica { follower, .. } => follower.heals(),
             },
             log_bytes: log.map_or(0, |log| log.bytes()),
+            verification: inner.verifier.last(),
             problem: node.problem(),
         }
     }

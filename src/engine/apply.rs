@@ -113,23 +113,29 @@ impl Apply {
             Ok(opened) if opened.exact => self.go_live(opened),
             Ok(opened) => {
                 // Not a state of the cluster: never read from, and put aside when a snapshot takes its place.
+                let damage = opened.damage();
                 drop(opened);
-                self.say_unknown();
+                self.say_unknown(
+                    &damage.map_or("it is no state of the cluster".into(), |why| {
+                        format!("it is damaged: {why}")
+                    }),
+                );
                 Ok(())
             }
             Err(Error::Unsupported { reason: Unsupported::NotWal(_), .. }) => {
-                self.say_unknown();
+                self.say_unknown("it is no state of the cluster");
                 Ok(())
             }
             Err(error) => Err(error),
         }
     }
 
-    fn say_unknown(&self) {
-        let text =
-            "the database here is no state of the cluster; it is kept aside when a snapshot replaces it";
+    fn say_unknown(&self, why: &str) {
+        let text = format!(
+            "the database here is not read from: {why}; it is kept aside when a snapshot replaces it"
+        );
         tracing::warn!(path = %self.options.path.display(), text);
-        self.node.set_problem(Part::State, Some(text.into()));
+        self.node.set_problem(Part::State, Some(text));
     }
 
     fn go_live(&mut self, mut opened: Opened) -> Result<()> {
@@ -505,6 +511,7 @@ impl Apply {
         }
         receive::discard(&self.options.side)?;
         self.node.set_problem(Part::State, None);
+        self.node.set_problem(Part::Pages, None);
         Ok(())
     }
 

@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
-use crate::checksum::{Checksum, PageHash};
+use crate::checksum::PageHash;
 use crate::engine::anchor::{Anchor, Anchors, FileState};
 use crate::engine::wal_file::WalFile;
 use crate::engine::{EngineOptions, WalFigures};
@@ -21,8 +21,6 @@ use crate::wal::{FRAME_HEADER_BYTES, IndexHeader, Salts, WalSum, frame_bytes, fr
 /// Commit boundaries that are remembered within a generation, so that a backfill that readers hold back can still
 /// stop at a known position.
 const BOUNDARIES_MAX: usize = 1024;
-/// Bytes that are read from the database file at a time when all of it is hashed.
-const HASH_CHUNK_BYTES: usize = 1 << 20;
 /// Longest wait for the capture thread to reach a commit that is in the WAL already.
 const CAPTURE_WAIT: Duration = Duration::from_secs(30);
 
@@ -253,26 +251,6 @@ impl Base {
             }
         }
         Ok(())
-    }
-
-    /// Hashes the whole database as of a frame.
-    pub(super) fn hash_all(&self, handle: &mut Handle, frame: u32, pages: u32) -> Result<Checksum> {
-        let mut sum = Checksum::EMPTY;
-        let size = self.page_size.bytes();
-        let mut buffer = vec![0; HASH_CHUNK_BYTES.max(size)];
-        let mut next = 1;
-        while next <= pages {
-            let count = ((pages - next + 1) as usize).min(buffer.len() / size);
-            let Some(first) = PageNo::new(next) else { break };
-            self.read_run(handle, first, frame, &mut buffer[..count * size])?;
-            for (number, page) in (next..).zip(buffer[..count * size].chunks_exact(size)) {
-                if let Some(number) = PageNo::new(number).filter(|n| !n.is_lock_page(self.page_size)) {
-                    sum = sum.with(PageHash::of(number, page));
-                }
-            }
-            next += count as u32;
-        }
-        Ok(sum)
     }
 
     /// Maps the index up to the region of a frame.

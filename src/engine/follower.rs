@@ -113,9 +113,10 @@ impl Follower {
         self.commands.send(Command::Units(units)).await.map_err(|_| Error::ShutDown)
     }
 
-    /// Has all pages compared with the primary's, and healed: they are not what the position says.
-    pub(crate) async fn suspect(&self) -> Result<()> {
-        self.commands.send(Command::Suspect).await.map_err(|_| Error::ShutDown)
+    /// Has all pages compared with the primary's, and healed: they are not what the position says. Blocks.
+    pub(crate) fn suspect(&self) {
+        // A thread that has ended has nothing to heal any more.
+        let _ = self.commands.blocking_send(Command::Suspect);
     }
 
     /// The newest position that is fsynced.

@@ -80,11 +80,12 @@ pub(super) fn open(options: EngineOptions, node: Arc<Node>, primary: bool) -> Re
     let base = Base::new(options, node, page_size, index, wal, log, anchors, start.0, locks);
     let mut opened =
         Opened { base, handle, primary, history, exact: start.1.is_some(), highest, highest_epoch };
+    let mut hashed = None;
     if let Some(anchor) = start.1 {
-        opened = opened.replay(&header, anchor)?;
+        (opened, hashed) = opened.replay(&header, anchor)?;
     }
     if !opened.exact {
-        opened.look_up(&header, &known, pages)?;
+        opened.look_up(&header, &known, pages, hashed)?;
     }
     Ok(opened)
 }
@@ -186,7 +187,8 @@ fn start(
 
 impl Opened {
     /// Counts the commits after the anchor, and appends to the log those that it does not have.
-    fn replay(self, header: &IndexHeader, anchor: Anchor) -> Result<Opened> {
+    /// The sum of all pages, too, if that had to be known.
+    fn replay(self, header: &IndexHeader, anchor: Anchor) -> Result<(Opened, Option<Checksum>)> {
         let Opened { base, handle, primary, history, highest, highest_epoch, .. } = self;
         let history = Arc::new(history);
         let mut capture = Capture::new(base.clone(), handle, base.tip(), history.clone());
@@ -205,14 +207,23 @@ impl Opened {
             FileState::AtRest { modified: then, .. } => modified(base.path())? != then,
             FileState::Backfilling => true,
         };
-        let sound = !(doubt || sink.mismatch)
-            || base.hash_all(&mut handle, tip.frame, tip.pages)? == tip.position.checksum();
+        let hashed = match doubt || sink.mismatch {
+            true => Some(base.hash_all(&mut handle, tip.frame, tip.pages)?),
+            false => None,
+        };
+        let exact = hashed.is_none_or(|sum| sum == tip.position.checksum());
         let history = Arc::unwrap_or_clone(history);
-        Ok(Opened { base, handle, primary, history, exact: sound, highest, highest_epoch })
+        Ok((Opened { base, handle, primary, history, exact, highest, highest_epoch }, hashed))
     }
 
     /// Without a usable anchor: the file at rest, or the hash of everything, may be a state that is known by name.
-    fn look_up(&mut self, header: &IndexHeader, known: &[Anchor], pages: u32) -> Result<()> {
+    fn look_up(
+        &mut self,
+        header: &IndexHeader,
+        known: &[Anchor],
+        pages: u32,
+        hashed: Option<Checksum>,
+    ) -> Result<()> {
         let now = modified(self.base.path())?;
         let at_rest = known.iter().find_map(|a| match a.file {
             FileState::AtRest { position, modified } if header.max_frame == 0 && modified == now => {
@@ -225,9 +236,11 @@ impl Opened {
             tip.position = position;
             self.exact = true;
         } else {
-            let started = std::time::Instant::now();
-            let sum = self.base.hash_all(&mut self.handle, tip.frame, tip.pages)?;
-            tracing::info!(pages, elapsed = ?started.elapsed(), "hashed the database to find its position");
+            // What was hashed as of the last commit is the state of the WAL's end.
+            let sum = match hashed {
+                Some(sum) => sum,
+                None => self.base.hash_all(&mut self.handle, tip.frame, tip.pages)?,
+            };
             let named = known.iter().flat_map(|a| match a.file {
                 FileState::AtRest { position, .. } => [Some(a.position), Some(position)],
                 FileState::Backfilling => [Some(a.position), None],

@@ -49,6 +49,7 @@ impl Home {
             },
             lost_bytes: 1 << 30,
             poll_max: Duration::from_millis(10),
+            accept_damaged: false,
         }
     }
 
@@ -617,4 +618,30 @@ fn a_new_epoch_that_waits_for_a_writer_does_not_keep_that_writer_from_capture() 
         });
         assert_eq!(engine.base.node.applied.history().epoch().number(), before + 6);
     }
+}
+
+#[test]
+fn a_hash_at_open_says_how_far_it_has_come() {
+    let home = Home::new();
+    let engine = home.primary("p.db");
+    let connection = Connection::open(home.path("p.db")).unwrap();
+    connection.busy_timeout(Duration::from_secs(5)).unwrap();
+    connection.execute_batch("CREATE TABLE t(v); INSERT INTO t VALUES (zeroblob(8000000))").unwrap();
+    settled(&engine);
+    let (base, seen) = (engine.base.clone(), AtomicBool::new(false));
+    std::thread::scope(|scope| {
+        let opening = scope.spawn(|| {
+            let mut handle = reader(&base).unwrap();
+            while !seen.load(Ordering::Relaxed) {
+                let tip = base.tip();
+                base.hash_all(&mut handle, tip.frame, tip.pages).unwrap();
+            }
+        });
+        until("its progress", || {
+            base.node.problem().is_some_and(|p| p.starts_with("hashing the database: "))
+        });
+        seen.store(true, Ordering::Relaxed);
+        opening.join().unwrap();
+    });
+    assert_eq!(base.node.problem(), None);
 }

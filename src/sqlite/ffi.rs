@@ -42,6 +42,7 @@ impl Slot {
 /// How a lock is held.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Lock {
+    Shared,
     Exclusive,
 }
 
@@ -213,6 +214,7 @@ impl Handle {
 impl Lock {
     fn flag(self) -> c_int {
         match self {
+            Lock::Shared => ffi::SQLITE_SHM_SHARED,
             Lock::Exclusive => ffi::SQLITE_SHM_EXCLUSIVE,
         }
     }

@@ -1,0 +1,270 @@
+//! Verification of the whole database, on demand and from time to time.
+
+use std::num::NonZeroU64;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use tokio::sync::{oneshot, watch};
+
+use crate::db::Db;
+use crate::db::writer::Hold;
+use crate::engine::Follower;
+use crate::error::{Error, Result};
+use crate::node::{Node, Part};
+use crate::status::{Event, Verification};
+
+/// Periods differ by up to so many parts of a hundred, so that nodes that were started together do not read their disks together for ever.
+const JITTER_PERCENT: u64 = 10;
+
+impl Db {
+    /// Hashes the whole database at one state, the last one that this node has taken in, and compares with its
+    /// [`Position`](crate::Position): whether the disk still has what was committed. Readers, writers and replication go on meanwhile. The
+    /// result is also an [`Event`] and in [`Status::verification`](crate::Status::verification); while it is a bad one,
+    /// [`Status::problem`](crate::Status::problem) says so.
+    ///
+    /// One verification of a database runs at a time: a call during one shares its result, whose state may be a little older than the call.
+    /// While it runs, the WAL is not begun anew, and grows by what is written meanwhile. It uses up to two cores, and a mebibyte or two of
+    /// memory; with [`Config::verify_limit`](crate::Config::verify_limit) one core, and less of the disk.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), replite::Error> {
+    /// # let dir = tempfile::tempdir().unwrap();
+    /// # let db = replite::Db::open(replite::Config::new(dir.path().join("app.db"))).await?;
+    /// let verification = db.verify().await?;
+    /// assert!(verification.holds(), "bad pages: {:?}", verification.bad_pages);
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::NoState`] on a replica that has not been filled yet, [`Error::Timeout`] when readers hold all of SQLite's read marks for ten
+    /// seconds, [`Error::Io`] and [`Error::Sqlite`] when the files can't be read, [`Error::Stopped`], [`Error::ShutDown`], at once, when the
+    /// node stops. That the pages are not those of the position is no error, but what the [`Verification`] says.
+    ///
+    /// # Cancel safety
+    /// Dropped, the verification goes on to its end.
+    pub async fn verify(&self) -> Result<Verification> {
+        self.inner.readable()?;
+        self.inner.verifier.verify().await
+    }
+}
+
+/// What is verified.
+pub(super) enum Of {
+    Primary(Arc<Hold>),
+    Replica(Arc<Follower>),
+}
+
+/// Runs a database's verifications, one at a time, each on a thread of its own.
+pub(super) struct Verifier {
+    node: Arc<Node>,
+    of: Of,
+    bytes_per_second: Option<NonZeroU64>,
+    state: Mutex<State>,
+}
+
+#[derive(Default)]
+struct State {
+    /// Gets the result of the one that runs; it ends without one when that fails.
+    running: Option<watch::Receiver<Option<Verification>>>,
+    thread: Option<JoinHandle<()>>,
+    last: Option<Verification>,
+    closed: bool,
+}
+
+impl Verifier {
+    pub(super) fn new(node: Arc<Node>, of: Of, bytes_per_second: Option<NonZeroU64>) -> Arc<Verifier> {
+        Arc::new(Verifier { node, of, bytes_per_second, state: Mutex::default() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What the last verification found.
+    pub(super) fn last(&self) -> Option<Verification> {
+        self.lock().last.clone()
+    }
+
+    async fn verify(self: &Arc<Verifier>) -> Result<Verification> {
+        loop {
+            let mut shared = match self.begin()? {
+                Begun::Ours(answer) => {
+                    let ended = answer.await;
+                    return ended.unwrap_or_else(|_| Err(Error::Panicked("in a verification".into())));
+                }
+                Begun::Theirs(shared) => shared,
+            };
+            // The one that runs may fail, which is told to whoever began it.
+            if let Ok(verification) = shared.wait_for(Option::is_some).await
+                && let Some(verification) = verification.clone()
+            {
+                return Ok(verification);
+            }
+        }
+    }
+
+    fn begin(self: &Arc<Verifier>) -> Result<Begun> {
+        let mut state = self.lock();
+        if state.closed || self.node.stop.is_cancelled() {
+            return Err(Error::ShutDown);
+        }
+        if let Some(running) = &state.running {
+            return Ok(Begun::Theirs(running.clone()));
+        }
+        if let Some(ended) = state.thread.take() {
+            // It has said its result, which was the last that it did.
+            let _ = ended.join();
+        }
+        let (tell, running) = watch::channel(None);
+        let (reply, answer) = oneshot::channel();
+        let this = self.clone();
+        let run = move || {
+            let this = Running(this);
+            let result = this.0.run();
+            let copy = result.as_ref().ok().cloned();
+            drop(this);
+            if copy.is_some() {
+                tell.send_replace(copy);
+            }
+            // Who asked may have gone.
+            let _ = reply.send(result);
+        };
+        let thread = std::thread::Builder::new().name("replite-verify".into());
+        state.thread = Some(thread.spawn(run).map_err(Error::io("spawn", "replite-verify"))?);
+        state.running = Some(running);
+        Ok(Begun::Ours(answer))
+    }
+
+    /// Blocks for as long as it takes.
+    fn run(&self) -> Result<Verification> {
+        let result = match &self.of {
+            Of::Primary(engine) => engine.get().and_then(|engine| engine.verify(self.bytes_per_second)),
+            Of::Replica(follower) => follower.verify(self.bytes_per_second),
+        };
+        match &result {
+            Ok(verification) => self.report(verification),
+            Err(Error::ShutDown | Error::NoState(_)) => {}
+            Err(error) => {
+                tracing::warn!(%error, "the database could not be verified");
+                self.node
+                    .set_problem(Part::Pages, Some(format!("the database could not be verified: {error}")));
+            }
+        }
+        result
+    }
+
+    fn report(&self, verification: &Verification) {
+        let Verification { position, found, pages, elapsed_ms, .. } = verification;
+        self.lock().last = Some(verification.clone());
+        if verification.holds() {
+            tracing::info!(%position, pages, elapsed_ms, "verified: the pages are those of the position");
+            self.node.set_problem(Part::Pages, None);
+            self.node.tell(Event::Verified(verification.clone()));
+            return;
+        }
+        let bad = in_words(verification);
+        tracing::error!(%position, %found, pages, bad, "the pages are not those of the position");
+        let problem = format!("the pages are not those of position {position}: {bad}");
+        self.node.set_problem(Part::Pages, Some(problem));
+        self.node.tell(Event::VerificationFailed(verification.clone()));
+        self.suspect();
+    }
+
+    /// What follows when the pages are not those of the position, after everybody was told of it. Runs on the verification's thread.
+    fn suspect(&self) {
+        match &self.of {
+            // Its pages are the only ones that it knows of: an operator decides.
+            Of::Primary(_) => {}
+            // Its primary has the right pages.
+            Of::Replica(follower) => follower.suspect(),
+        }
+    }
+
+    /// Verifies from time to time, until the node stops.
+    pub(super) async fn repeat(self: Arc<Verifier>, period: Duration) {
+        let stop = self.node.stop.clone();
+        loop {
+            tokio::select! {
+                () = stop.cancelled() => return,
+                () = tokio::time::sleep(jittered(period, random_percent())) => {}
+            }
+            tokio::select! {
+                () = stop.cancelled() => return,
+                // What comes of it is in events, log and status.
+                _ = self.verify() => {}
+            }
+        }
+    }
+
+    /// Waits for the one that runs, which ends at once when the node has been told to stop; none begins any more. Blocks.
+    pub(super) fn close(&self) {
+        let thread = {
+            let mut state = self.lock();
+            state.closed = true;
+            state.thread.take()
+        };
+        if let Some(thread) = thread {
+            // A panic of the thread was reported by its own means.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// A verification that was begun by this call or another.
+enum Begun {
+    Ours(oneshot::Receiver<Result<Verification>>),
+    Theirs(watch::Receiver<Option<Verification>>),
+}
+
+/// Says at its end, also by a panic, that none runs any more.
+struct Running(Arc<Verifier>);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.0.lock().running = None;
+    }
+}
+
+/// The bad pages for people: the first few.
+fn in_words(verification: &Verification) -> String {
+    const SHOWN: usize = 16;
+    let bad = &verification.bad_pages;
+    if bad.is_empty() {
+        return "the log does not tell which of them are bad".into();
+    }
+    let shown: Vec<String> = bad.iter().take(SHOWN).map(ToString::to_string).collect();
+    let more = if bad.len() > SHOWN { format!(" and {} more", bad.len() - SHOWN) } else { String::new() };
+    let others = if verification.all_named { "" } else { ", and others that the log does not tell of" };
+    format!("bad are {}{more}{others}", shown.join(", "))
+}
+
+fn jittered(period: Duration, percent: u64) -> Duration {
+    let share = (100 - JITTER_PERCENT + percent % (2 * JITTER_PERCENT + 1)) as u32;
+    period.saturating_mul(share) / 100
+}
+
+fn random_percent() -> u64 {
+    let mut bytes = [0; 8];
+    // Without random numbers there is no jitter.
+    if getrandom::fill(&mut bytes).is_err() {
+        return JITTER_PERCENT;
+    }
+    u64::from_le_bytes(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn periods_differ_by_a_tenth_at_most() {
+        let period = Duration::from_secs(100);
+        let all: Vec<Duration> = (0..1000).map(|percent| jittered(period, percent)).collect();
+        assert_eq!(all.iter().min(), Some(&Duration::from_secs(90)));
+        assert_eq!(all.iter().max(), Some(&Duration::from_secs(110)));
+        assert_eq!(jittered(period, JITTER_PERCENT), period);
+    }
+}
