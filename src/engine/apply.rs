@@ -1,13 +1,15 @@
 //! The replica's owner thread: it verifies and applies what the stream brings.
 
+mod healing;
+
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use tokio::sync::mpsc;
 
 use crate::engine::EngineOptions;
@@ -18,29 +20,24 @@ use crate::engine::capture_loop::{append_or_gap, warn_if_long};
 use crate::engine::checkpoint::{DRAIN_MAX, Restart, restart};
 use crate::engine::checkpointer::{Checkpointer, Replica};
 use crate::engine::follower::{Command, Shared, Standing};
-use crate::engine::heal::Heal;
-use crate::engine::lost::{self, Before, Doomed};
 use crate::engine::open::{self, Opened};
 use crate::engine::receive::{self, Incoming, Ready};
 use crate::engine::wal_file::{WalFile, sync_directory};
 use crate::engine::{make_side, reader};
-use crate::error::{Error, PeerProblem, Result, Unsupported};
-use crate::log::{Found, Log};
+use crate::error::{Error, Result, Unsupported};
+use crate::log::Log;
 use crate::node::{Node, Part};
-use crate::page::{PageNo, PageSize};
+
 use crate::status::{Event, unix_millis};
 use crate::txid::{EpochHistory, Place, Position};
 use crate::wal::{Salts, WalSum};
-use crate::wire::{HEADER_BYTES, HealBegin, Message, Sent, Unit, Want};
+use crate::wire::{HEADER_BYTES, Message, Unit, Want};
+
+use healing::{Healing, Pace, Suspect, WANTS_MAX};
 
 /// Pause after a failed restart of the WAL, doubled each time.
 const RESTART_PAUSE: Duration = Duration::from_millis(50);
 const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
-/// Pause after a heal that followed another one closely, doubled each time.
-const HEAL_PAUSE: Duration = Duration::from_secs(1);
-const HEAL_PAUSE_MAX: Duration = Duration::from_secs(60);
-/// Questions of a heal that may be on their way: one.
-const WANTS_MAX: usize = 1;
 
 pub(super) struct Apply {
     options: EngineOptions,
@@ -239,37 +236,6 @@ impl Apply {
         }
     }
 
-    /// What a failure of a stream says of our pages, or of the primary's log.
-    fn judge(&mut self, error: &Error) {
-        let Some(live) = &self.live else { return };
-        let compared = self.healing.as_ref().is_some_and(|healing| healing.heal.begin.compare);
-        match error {
-            // Pages that were verified when they came led elsewhere from ours.
-            Error::Mismatch { .. } if !compared => self.suspect(Suspect::Pages),
-            // Once may be the network, or a record that was just taken back.
-            Error::Peer { problem: PeerProblem::Garbled(_), .. } if !compared => {
-                let at = Some(live.base.tip().position);
-                if std::mem::replace(&mut self.garbled_at, at) == at && self.suspect == Suspect::No {
-                    self.suspect(Suspect::Stream);
-                }
-            }
-            _ => {}
-        }
-    }
-
-    fn suspect(&mut self, what: Suspect) {
-        let text = match what {
-            Suspect::No => return,
-            Suspect::Stream => "the primary's log can't be read on from here: all pages are compared",
-            Suspect::Pages => {
-                "pages here are not what the position says: all are compared with the primary's"
-            }
-        };
-        tracing::error!(path = %self.options.path.display(), text);
-        self.node.set_problem(Part::State, Some(text.into()));
-        self.suspect = what;
-    }
-
     fn abort(&mut self) {
         self.log_buffer.clear();
         self.whole = 0;
@@ -298,19 +264,6 @@ impl Apply {
             marks: self.marks(),
         };
         (standing, receiver)
-    }
-
-    /// States of our log among which the primary may find the fork.
-    fn marks(&self) -> Vec<Position> {
-        let Some(live) = &self.live else { return Vec::new() };
-        // Commits that are not in the log touched pages that it does not know.
-        if live.base.log.tip() != Some(live.position()) {
-            return Vec::new();
-        }
-        live.base.log.marks().unwrap_or_else(|error| {
-            tracing::warn!(%error, "the log can't be searched for the fork");
-            Vec::new()
-        })
     }
 
     fn units(&mut self, units: Vec<Unit>) -> Result<()> {
@@ -393,65 +346,6 @@ impl Apply {
         self.incoming.as_mut().ok_or_else(no_snapshot)
     }
 
-    fn healing(&mut self) -> Result<(&mut Healing, &mut Incoming, &mut Appender)> {
-        match (&mut self.healing, &mut self.incoming, &mut self.live) {
-            (Some(healing), Some(incoming), Some(live)) => Ok((healing, incoming, live)),
-            _ => Err(Error::garbled("the primary", "a part of no heal")),
-        }
-    }
-
-    /// The primary leads our state back to its own.
-    fn heal(&mut self, begin: HealBegin) -> Result<()> {
-        self.pace.allow()?;
-        let Some(live) = &mut self.live else { return Err(no_state()) };
-        expect_page_size(live, begin.page_size)?;
-        let why = match (begin.diverged, begin.compare) {
-            (true, _) => "this node's state is not in the primary's history",
-            (false, _) => "the primary's log does not reach back to this node's state",
-        };
-        let tip = live.base.tip();
-        tracing::warn!(position = %tip.position, from = %begin.from, compare = begin.compare, "a heal begins: {why}");
-        self.node.tell(Event::HealStarted(why.into()));
-        let mut incoming = Incoming::over(&self.options.side, begin, tip.pages)?;
-        let healing = if begin.compare {
-            Healing { heal: Heal::compare(begin), fork: None, records_from: None, behind: false }
-        } else {
-            let touched = live.base.log.touched(begin.from)?;
-            let touched =
-                touched.ok_or_else(|| Error::garbled("the primary", "a fork that this log does not have"))?;
-            incoming.trust(tip.position.checksum());
-            incoming.drop_above(touched.least, &mut Some(&mut *live))?;
-            let mut heal = Heal::since(begin, &touched);
-            let want = heal.want(&incoming, live)?;
-            ask(&self.wants, want)?;
-            Healing { heal, fork: Some(begin.from), records_from: Some(touched.lsn), behind: true }
-        };
-        self.incoming = Some(incoming);
-        self.healing = Some(healing);
-        Ok(())
-    }
-
-    fn sent(&mut self, sent: Sent) -> Result<()> {
-        let (healing, incoming, live) = self.healing()?;
-        match healing.heal.sent(incoming, live, sent)? {
-            Some(want) => ask(&self.wants, want),
-            None => Ok(()),
-        }
-    }
-
-    /// A record of the primary's led to this state: the fork is not before it when we had it, too.
-    fn common(&mut self, after: Position) -> Result<()> {
-        let (Some(healing), Some(live)) = (&mut self.healing, &self.live) else { return Ok(()) };
-        if healing.behind {
-            let ours = live.base.log.find(after.number())?;
-            healing.behind = matches!(ours, Found::At { before, .. } if before == after);
-            if let (true, Found::At { lsn, .. }) = (healing.behind, ours) {
-                (healing.fork, healing.records_from) = (Some(after), Some(lsn));
-            }
-        }
-        Ok(())
-    }
-
     /// The log gets the records first, then readers see them.
     fn publish(&mut self) -> Result<()> {
         let Some(live) = &mut self.live else { return Ok(()) };
@@ -513,85 +407,6 @@ impl Apply {
         self.node.set_problem(Part::State, None);
         self.node.set_problem(Part::Pages, None);
         Ok(())
-    }
-
-    fn adopt_heal(&mut self, healing: &Healing, ready: &Ready, history: EpochHistory) -> Result<()> {
-        let Some(mut live) = self.live.take() else { return Err(no_state()) };
-        let result = self.heal_live(&mut live, healing, ready, &history);
-        if result.is_err() {
-            live.abort();
-        }
-        self.live = Some(live);
-        let kept = result?;
-        self.history = history.clone();
-        self.node.applied.replace(history, Some(ready.position));
-        let kept = kept.map(|kept| self.tell_rows(kept, ready));
-        self.suspect = Suspect::No;
-        self.garbled_at = None;
-        self.pace.done();
-        self.healed += 1;
-        self.shared.heals.store(self.healed, Ordering::Relaxed);
-        let pages = ready.have.len() as u64;
-        tracing::info!(position = %ready.position, pages, "healed");
-        self.node.tell(Event::Healed { position: ready.position, pages, lost: kept });
-        Ok(())
-    }
-
-    /// Keeps what is off the history; then the pages that differ become one transaction, which readers see as a whole.
-    fn heal_live(
-        &self,
-        live: &mut Appender,
-        healing: &Healing,
-        ready: &Ready,
-        history: &EpochHistory,
-    ) -> Result<Option<(PathBuf, Option<Before>)>> {
-        let vouched = live.base.log.tip() == Some(live.base.tip().position);
-        let mut kept = None;
-        let damaged = self.suspect == Suspect::Pages;
-        if healing.heal.begin.diverged || !vouched || damaged {
-            let records_from = healing.records_from.or_else(|| self.records_since_common(live, history));
-            let (fork, quota_bytes) = (healing.fork, self.options.lost_bytes);
-            let branch = lost::keep(
-                &self.options.side,
-                live,
-                &Doomed { ready, fork, records_from, quota_bytes, damaged },
-            )?;
-            tracing::error!(kept = %branch.path().display(), tip = %branch.tip, "this node had commits that are not in the primary's history; they are kept");
-            self.node.tell(Event::Kept(branch.path().to_owned()));
-            // Pages that are damaged may say nothing of rows.
-            kept = Some((branch.path().to_owned(), Before::hold(live).ok()));
-        }
-        anchor::write_epochs(&self.options.side, history)?;
-        live.base.log.reset(ready.position)?;
-        let base = live.base.clone();
-        let file = base.file_state().unwrap_or(FileState::Backfilling);
-        let mut differing =
-            Differing { ready, next: Some(PageNo::FIRST), ours: vec![0; ready.page_size.bytes()] };
-        live.replace(&mut |live| differing.next(live), ready.position, ready.pages, &mut |tip| {
-            base.wal.sync()?;
-            base.write_anchor(tip, file, true)
-        })?;
-        Ok(kept)
-    }
-
-    /// Notes which rows the lost branch had; the pages are kept already.
-    fn tell_rows(&self, (path, before): (PathBuf, Option<Before>), ready: &Ready) -> PathBuf {
-        if let (Some(live), Some(before)) = (&self.live, before)
-            && let Err(error) = lost::tell(&path, before, live, ready)
-        {
-            tracing::warn!(%error, branch = %path.display(), "the rows of a lost branch can't be told; its pages are kept");
-        }
-        path
-    }
-
-    /// Where the log's records begin that may be off the history.
-    fn records_since_common(&self, live: &Appender, theirs: &EpochHistory) -> Option<u64> {
-        let log = &live.base.log;
-        let from = self.history.common(theirs).max(log.start()?.number());
-        match log.find(from) {
-            Ok(Found::At { lsn, .. }) => Some(lsn),
-            _ => None,
-        }
     }
 
     /// Where nothing is open: the file takes the database's place.
@@ -693,83 +508,6 @@ impl Drop for Apply {
     }
 }
 
-/// Why all pages are to be compared, although the position is in the primary's history.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Suspect {
-    No,
-    /// What comes from the primary's log makes no sense.
-    Stream,
-    /// The pages here may not be what the position says.
-    Pages,
-}
-
-/// A heal and what is known of the branch that it ends.
-struct Healing {
-    heal: Heal,
-    /// The last state that is known to be in both histories.
-    fork: Option<Position>,
-    /// Where our records after it begin in the log.
-    records_from: Option<u64>,
-    /// The primary's records may still be such as we had.
-    behind: bool,
-}
-
-/// How often heals may follow each other.
-#[derive(Debug, Default)]
-struct Pace {
-    last: Option<Instant>,
-    pause: Duration,
-}
-
-impl Pace {
-    fn allow(&self) -> Result<()> {
-        match self.last {
-            Some(last) if last.elapsed() < self.pause => Err(Error::Timeout {
-                what: "a pause after the heal before this one".into(),
-                after: self.pause.saturating_sub(last.elapsed()),
-            }),
-            _ => Ok(()),
-        }
-    }
-
-    fn done(&mut self) {
-        let often = self.last.is_some_and(|last| last.elapsed() < HEAL_PAUSE_MAX * 2);
-        self.pause = if often { (self.pause * 2).clamp(HEAL_PAUSE, HEAL_PAUSE_MAX) } else { Duration::ZERO };
-        self.last = Some(Instant::now());
-    }
-}
-
-/// The pages that a heal brought and that are not the same here, one after the other.
-struct Differing<'a> {
-    ready: &'a Ready,
-    next: Option<PageNo>,
-    ours: Vec<u8>,
-}
-
-impl Differing<'_> {
-    fn next(&mut self, live: &mut Appender) -> Result<Option<(PageNo, Bytes)>> {
-        while let Some(number) = self.next.and_then(|next| self.ready.have.from(next).next()) {
-            self.next = number.get().checked_add(1).and_then(PageNo::new);
-            let mut theirs = BytesMut::zeroed(self.ours.len());
-            self.ready.read(number, &mut theirs)?;
-            let beyond = number.get() > live.base.tip().pages;
-            if !beyond {
-                live.read_current(number, &mut self.ours)?;
-            }
-            if beyond || self.ours[..] != theirs[..] {
-                return Ok(Some((number, theirs.freeze())));
-            }
-        }
-        Ok(None)
-    }
-}
-
-fn ask(wants: &Option<mpsc::Sender<Want>>, want: Want) -> Result<()> {
-    let gone = || Error::Stopped("the stream that a heal needs has ended".into());
-    // One is under way at a time, so that there is always room while the stream stands.
-    wants.as_ref().ok_or_else(gone)?.try_send(want).map_err(|_| gone())
-}
-
 fn begin_log_anew(live: &Appender, at: Position) {
     if *lock(&live.base.log_broken) {
         return;
@@ -778,16 +516,6 @@ fn begin_log_anew(live: &Appender, at: Position) {
         Ok(()) => live.base.node.set_problem(Part::State, None),
         Err(error) => tracing::warn!(%error, "the log could not be begun anew"),
     }
-}
-
-fn expect_page_size(live: &Appender, theirs: PageSize) -> Result<()> {
-    if live.base.page_size == theirs {
-        return Ok(());
-    }
-    Err(Error::Stopped(format!(
-        "the primary's page size is now {theirs:?}, this replica's {:?}: stop the node, move its database away and start it again",
-        live.base.page_size
-    )))
 }
 
 fn no_snapshot() -> Error {

@@ -18,7 +18,7 @@ use crate::engine::wal_file::{EXTEND_MAX_BYTES, WalFile, sync_directory};
 use crate::error::{Error, Result, Unsupported};
 use crate::log::{Found, Log};
 use crate::node::Node;
-use crate::page::PageSize;
+use crate::page::{PageNo, PageSize};
 use crate::sqlite::{FileLocks, Handle, Lock, Slot, WalIndex};
 use crate::status::unix_millis;
 use crate::txid::{Epoch, EpochHistory, Position, Txid};
@@ -201,11 +201,11 @@ impl Opened {
             sink.mismatch |= logged != tip.position;
         }
         let mut handle = capture.handle;
-        // Somebody wrote to the file while we were away, or we died while copying into it: old images that
-        // were read from it may be newer than they should be. Then only a full hash decides.
+        // Somebody wrote to the file while we were away: old images that were read from it may be newer than they should
+        // be. Then only a full hash decides.
         let doubt = match anchor.file {
             FileState::AtRest { modified: then, .. } => modified(base.path())? != then,
-            FileState::Backfilling => true,
+            FileState::Backfilling => copied_beyond(&base, &mut handle, &anchor, tip.frame)?,
         };
         let hashed = match doubt || sink.mismatch {
             true => Some(base.hash_all(&mut handle, tip.frame, tip.pages)?),
@@ -348,6 +348,37 @@ fn apply_log(appender: &mut Appender, log: &Log, lsn: u64, history: &EpochHistor
             _ => Ok(()),
         }
     })
+}
+
+/// Whether somebody may have copied frames behind the anchor into the file. We died while we copied those up to it; their pages are read
+/// from the WAL. Of each page that only later frames have, the file must hold what was there before them: then it is none of their images.
+fn copied_beyond(base: &Base, handle: &mut Handle, anchor: &Anchor, last: u32) -> Result<bool> {
+    let size = base.page_size.bytes();
+    let (mut frame, mut file) = (vec![0; FRAME_HEADER_BYTES + size], vec![0; size]);
+    let mut pages = anchor.pages;
+    for at in anchor.frame + 1..=last {
+        base.wal.read(&mut frame, frame_offset(at, base.page_size))?;
+        let (head, image) = frame.split_at(FRAME_HEADER_BYTES);
+        let commit = FrameHeader::parse(head).commit;
+        if commit != 0 {
+            // What is dropped is read before that, and has no frame that would tell.
+            if commit < pages {
+                return Ok(true);
+            }
+            pages = commit;
+        }
+        let number = base.index.page_of(at);
+        if number > anchor.pages || base.index.lookup(number, 1, anchor.frame).is_some() {
+            continue;
+        }
+        if let Some(number) = PageNo::new(number) {
+            handle.read(&mut file, number.offset(base.page_size))?;
+            if file == image {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
 }
 
 /// Appends to the log what it lacks of the commits that are read again.
