@@ -159,7 +159,9 @@ impl Said {
                 let before = self.checksums.insert(position.number(), sum);
                 assert!(before.is_none_or(|b| b == sum), "{position} had another checksum before");
             }
-            "stray" => self.stray = Some(at),
+            "stray" => {
+                self.stray.get_or_insert(at);
+            }
             other => panic!("{other} was said"),
         }
     }
@@ -234,9 +236,13 @@ impl Said {
 /// # Errors
 /// What it says, if it is not `ok`.
 pub fn stock(path: &Path) -> Result<(), String> {
-    let Ok(out) = std::process::Command::new("sqlite3").arg(path).arg("PRAGMA integrity_check").output() else {
-        return Ok(());
-    };
+    let out = std::process::Command::new("sqlite3")
+        // A process that is just being started may have our locks for a moment.
+        .args(["-cmd", ".timeout 20000"])
+        .arg(path)
+        .arg("PRAGMA integrity_check")
+        .output();
+    let Ok(out) = out else { return Ok(()) };
     let text = String::from_utf8_lossy(&out.stdout);
     if text.trim() == "ok" {
         return Ok(());

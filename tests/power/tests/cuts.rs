@@ -117,12 +117,12 @@ fn writing_process() {
                 db.read(|c| {
                     let tx = c.unchecked_transaction()?;
                     let here: u64 = tx.query_row("SELECT seq FROM head", [], |r| r.get(0))?;
-                    until("others commit", || stop.load(Ordering::SeqCst) || seq(&db) > here + 15);
+                    until("others commit", || stop.load(Ordering::SeqCst) || seq(&db) > here + 5);
                     Ok::<_, Error>(())
                 })
                 .unwrap();
                 let here = seq(&db);
-                until("others commit", || stop.load(Ordering::SeqCst) || seq(&db) > here + 15);
+                until("others commit", || stop.load(Ordering::SeqCst) || seq(&db) > here + 30);
             }
         });
         if std::env::var_os("SYNCED").is_some() {
@@ -268,8 +268,8 @@ fn a_primary_keeps_what_it_acknowledged_whenever_the_power_goes() {
     let stage = Stage::new("primary");
     let path = stage.watched().join("p.db");
     let mut target = 0;
-    for end in ["stop", "kill", "stop"] {
-        target += 150;
+    for end in ["stop", "kill", "stop", "kill"] {
+        target += 200;
         let variables = [("DB", path.to_str().unwrap()), ("PORT", "0"), ("TARGET", &target.to_string())];
         let mut process = stage.start("writing_process", &variables);
         process.expect("open");
