@@ -1,6 +1,6 @@
 //! Where a trace is cut, and how many states are tried.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, mpsc};
 
@@ -32,6 +32,26 @@ pub fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().unwrap_or_else(|_| panic!("{name}={text}")))
 }
 
+/// How many syncs of each kind a trace has.
+#[must_use]
+pub fn syncs(changes: &[Change]) -> BTreeMap<&'static str, usize> {
+    let mut counts = BTreeMap::new();
+    for change in changes {
+        if let Change::Synced { path, .. } = change {
+            *counts.entry(kind(path)).or_default() += 1;
+        }
+    }
+    counts
+}
+
+/// Beside how many syncs of each kind the states are.
+#[must_use]
+pub fn stopped(cuts: &[Cut]) -> BTreeMap<&'static str, usize> {
+    let mut counts = BTreeMap::new();
+    cuts.iter().for_each(|cut| *counts.entry(cut.kind).or_default() += 1);
+    counts
+}
+
 /// Chooses so many states, all kinds of syncs evenly, and some at any place.
 #[must_use]
 pub fn choose(changes: &[Change], rounds: usize, seed: u64) -> Vec<Cut> {
@@ -42,7 +62,6 @@ pub fn choose(changes: &[Change], rounds: usize, seed: u64) -> Vec<Cut> {
             syncs.entry(kind(path)).or_default().push(at);
         }
     }
-    println!("{} changes; syncs by kind: {:?}", changes.len(), counts(syncs.iter().map(|(k, v)| (*k, v.len()))));
     let mut queues: Vec<(&str, Vec<usize>)> = syncs
         .into_iter()
         .map(|(kind, places)| {
@@ -76,10 +95,6 @@ pub fn choose(changes: &[Change], rounds: usize, seed: u64) -> Vec<Cut> {
 fn draw(at: usize, kind: &'static str, rng: &mut StdRng) -> Cut {
     let names = if rng.random_bool(0.5) { Names::Journal } else { Names::Strict };
     Cut { at, names, style: STYLES[rng.random_range(0..STYLES.len())], seed: rng.random(), kind }
-}
-
-fn counts<'a>(all: impl Iterator<Item = (&'a str, usize)>) -> BTreeMap<&'a str, usize> {
-    all.collect()
 }
 
 /// Makes one state.
@@ -141,9 +156,6 @@ pub fn run(
         drop(sender);
         workers.into_iter().for_each(|worker| worker.join().unwrap());
     });
-    let mut stopped: HashMap<&str, usize> = HashMap::new();
-    cuts.iter().for_each(|cut| *stopped.entry(cut.kind).or_default() += 1);
-    println!("{} states; stopped beside syncs of: {:?}", cuts.len(), counts(stopped.into_iter()));
     let failures = failures.into_inner().unwrap();
     if let Some((cut, what)) = failures.first() {
         let state = keep.join("state");

@@ -205,7 +205,7 @@ impl Naming {
 }
 
 /// The disk, after some of a trace.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Disk {
     names: Names,
     files: Vec<File>,

@@ -127,6 +127,8 @@ pub struct Said {
     pub branches: Vec<u64>,
     /// A commit that a foreign process made in a replica's file while it was down.
     pub stray: Option<usize>,
+    /// From here on it is on the disk.
+    pub stray_synced: Option<usize>,
 }
 
 impl Said {
@@ -159,9 +161,8 @@ impl Said {
                 let before = self.checksums.insert(position.number(), sum);
                 assert!(before.is_none_or(|b| b == sum), "{position} had another checksum before");
             }
-            "stray" => {
-                self.stray.get_or_insert(at);
-            }
+            "stray" => self.stray = Some(at),
+            "strayed" => self.stray_synced = Some(at),
             other => panic!("{other} was said"),
         }
     }

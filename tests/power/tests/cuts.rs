@@ -13,14 +13,17 @@ use std::time::Duration;
 
 use replite::rusqlite::{self, TransactionBehavior};
 use replite::{Config, Db, Error, Event};
-use replite_power::cuts::{Cut, choose, number, run};
-use replite_power::disk::Disk;
+use replite_power::cuts::{Cut, choose, make, number, run, stopped, syncs};
+use replite_power::disk::{Disk, Names};
 use replite_power::model::{self, Said, say};
-use replite_power::trace;
+use replite_power::trace::{self, Change};
 use support::*;
 
 /// States that a run of continuous integration tries in each test.
-const ROUNDS: u64 = 400;
+const ROUNDS: u64 = 500;
+/// One second life for so many states, and so many states of that.
+const SECOND_EVERY: u64 = 25;
+const SECOND_STATES: usize = 20;
 
 fn recorder() -> String {
     let exe = std::env::current_exe().unwrap();
@@ -48,6 +51,13 @@ impl Stage {
 
     fn trace(&self) -> PathBuf {
         self.dir.join("trace")
+    }
+
+    /// SIGKILL, but not between a change and its record.
+    fn kill(&self, process: Process) {
+        let trace = std::fs::File::open(self.trace()).unwrap();
+        trace.lock().unwrap();
+        process.kill();
     }
 
     fn start(&self, entry: &str, variables: &[(&str, &str)]) -> Process {
@@ -94,9 +104,11 @@ fn writing_process() {
         return;
     }
     let (path, port) = (PathBuf::from(variable("DB")), variable("PORT").parse().unwrap());
-    let target: u64 = variable("TARGET").parse().unwrap();
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let db = runtime.block_on(Db::open(writing(&path, port))).unwrap();
+    // So many more, or up to there.
+    let more = std::env::var("MORE").ok().map(|more| seq(&db) + more.parse::<u64>().unwrap());
+    let target = more.unwrap_or_else(|| variable("TARGET").parse().unwrap());
     let position = db.position().unwrap();
     say(&format!("position {position}"));
     say(&format!("base {}", position.number() - seq(&db)));
@@ -172,7 +184,7 @@ fn shell_process() {
     if std::env::var_os("STRAY").is_some() {
         say("stray");
         conn.execute_batch("INSERT INTO t VALUES (1000, 0, 'stray', 'precious')").unwrap();
-        say("stray");
+        say("strayed");
         speak("end");
         hear();
     }
@@ -263,9 +275,8 @@ fn check_primary(dir: &Path, said: &Said, cut: &Cut) -> Result<(), String> {
     })
 }
 
-#[test]
-fn a_primary_keeps_what_it_acknowledged_whenever_the_power_goes() {
-    let stage = Stage::new("primary");
+/// Several lives of a primary.
+fn primary_trace(stage: &Stage) -> Vec<Change> {
     let path = stage.watched().join("p.db");
     let mut target = 0;
     for end in ["stop", "kill", "stop", "kill"] {
@@ -275,18 +286,78 @@ fn a_primary_keeps_what_it_acknowledged_whenever_the_power_goes() {
         process.expect("open");
         let shell = stage.start("shell_process", &[variables[0], ("TARGET", &(target - 20).to_string())]);
         shell.expect("end");
-        shell.kill();
+        stage.kill(shell);
         process.expect("target");
         if end == "stop" {
             process.say("stop");
             process.expect("closed");
         }
-        process.kill();
+        stage.kill(process);
     }
-    let changes = trace::read(&stage.trace(), &stage.watched());
-    let said = Said::read(&changes);
-    let cuts = choose(&changes, number("REPLITE_ROUNDS", ROUNDS) as usize, number("REPLITE_SEED", 1));
-    run(&Disk::empty, &changes, &cuts, &stage.dir, &|dir, cut| check_primary(dir, &said, cut));
+    trace::read(&stage.trace(), &stage.watched())
+}
+
+/// Tries states that a power cut may leave, and then, of some of them, those that a second one leaves while the node that
+/// finds the first goes on: `life` is that. `follows`: it is a replica.
+fn cut_twice(
+    stage: &Stage,
+    changes: &[Change],
+    follows: bool,
+    life: &dyn Fn(&Stage),
+    check: &(dyn Fn(&Path, &Said, &Cut) -> Result<(), String> + Sync),
+) {
+    let (rounds, seed) = (number("REPLITE_ROUNDS", ROUNDS), number("REPLITE_SEED", 1));
+    let said = Said::read(changes);
+    let cuts = choose(changes, rounds as usize, seed);
+    println!("{} changes, with syncs of {:?}", changes.len(), syncs(changes));
+    println!("{} states, beside syncs of {:?}", cuts.len(), stopped(&cuts));
+    run(&Disk::empty, changes, &cuts, &stage.dir, &|dir, cut| check(dir, &said, cut));
+    let mut all = Vec::new();
+    for (at, first) in choose(changes, (rounds / SECOND_EVERY) as usize, seed + 1).iter().enumerate() {
+        let name = stage.dir.file_name().unwrap().to_str().unwrap();
+        let second = Stage::new(&format!("{name}-{at}"));
+        make(&Disk::empty, changes, first, &second.watched());
+        let start = |names| Disk::load(names, &second.watched());
+        let starts = [start(Names::Journal), start(Names::Strict)];
+        let start = |names| starts[usize::from(names == Names::Strict)].clone();
+        life(&second);
+        // What was said before the first cut holds on. On a replica, what its primary did was done elsewhere.
+        let elsewhere = ["intent", "base", "position"];
+        let holds = |(at, change): (usize, &Change)| match change {
+            // Whether it was kept is asked after the first cut.
+            Change::Said(line) if line == "strayed" => false,
+            Change::Said(line) => at < first.at || (follows && elsewhere.iter().any(|w| line.starts_with(w))),
+            _ => false,
+        };
+        let words = changes.iter().enumerate().filter(|change| holds(*change)).map(|(_, change)| change);
+        let mut whole: Vec<Change> = words.cloned().collect();
+        let before = whole.len();
+        let more = trace::read(&second.trace(), &second.watched());
+        whole.extend_from_slice(&more);
+        let said = Said::read(&whole);
+        let cuts = choose(&more, SECOND_STATES, first.seed);
+        let check = |dir: &Path, cut: &Cut| check(dir, &said, &Cut { at: cut.at + before, ..*cut });
+        run(&start, &more, &cuts, &second.dir, &check);
+        all.extend(cuts);
+        std::fs::remove_dir_all(second.dir).unwrap();
+    }
+    println!("{} states of second cuts, beside syncs of {:?}", all.len(), stopped(&all));
+}
+
+#[test]
+fn a_primary_keeps_what_it_acknowledged_whenever_the_power_goes() {
+    let stage = Stage::new("primary");
+    let changes = primary_trace(&stage);
+    let life = |stage: &Stage| {
+        let path = stage.watched().join("p.db");
+        let variables = [("DB", path.to_str().unwrap()), ("PORT", "0"), ("MORE", "20")];
+        let mut process = stage.start("writing_process", &variables);
+        process.expect("target");
+        process.say("stop");
+        process.expect("closed");
+        stage.kill(process);
+    };
+    cut_twice(&stage, &changes, false, &life, &check_primary);
     std::fs::remove_dir_all(stage.dir).unwrap();
 }
 
@@ -360,7 +431,26 @@ fn check_replica(dir: &Path, said: &Said, cut: &Cut, url: &str, primary: &Db) ->
         }
         let (ours, theirs) = (model::pages(&path)?, model::pages(primary.path())?);
         db.shutdown().await;
+        let strayed = said.stray_synced.is_some_and(|at| cut.at > at);
+        // A primary whose log does not reach back takes a state for an older one of its own.
+        let reach = primary.status().log_start.map_or(0, |start| start.number());
+        let told = had.is_none_or(|had| had.number() >= reach);
+        if strayed && told && !stray_is_kept(&dir.join("r.db-replite").join("lost")) {
+            let kept: Vec<_> = std::fs::read_dir(dir.join("r.db-replite").join("lost"))
+                .map(|all| all.map(|entry| entry.unwrap().path()).collect())
+                .unwrap_or_default();
+            return Err(format!("from {had:?} to {goal}: what was written here is not in {kept:?}"));
+        }
         if ours == theirs { Ok(()) } else { Err("the pages are not the primary's".into()) }
+    })
+}
+
+/// Whether some copy of a replaced state has the row that was written here.
+fn stray_is_kept(lost: &Path) -> bool {
+    let copies = std::fs::read_dir(lost).into_iter().flatten().map(|entry| entry.unwrap().path());
+    copies.filter(|path| path.extension().is_some_and(|e| e == "db")).any(|path| {
+        let count = "SELECT count(*) FROM t WHERE who = 'stray'";
+        plain(&path).query_row(count, [], |r| r.get::<_, i64>(0)).is_ok_and(|count| count == 1)
     })
 }
 
@@ -387,12 +477,12 @@ fn a_replica_is_a_state_of_its_primary_whenever_the_power_goes() {
             primary.expect("target");
             primary.say("stop");
             primary.expect("closed");
-            primary.kill();
+            stage.kill(primary);
         }
         if round == 3 {
             let shell = stage.start("shell_process", &[("DB", r.to_str().unwrap()), ("STRAY", "1")]);
             shell.expect("end");
-            shell.kill();
+            stage.kill(shell);
         }
         target += 80;
         let mut primary = write(target, true);
@@ -409,17 +499,25 @@ fn a_replica_is_a_state_of_its_primary_whenever_the_power_goes() {
             process.say("stop");
             process.expect("closed");
         }
-        process.kill();
+        stage.kill(process);
         primary.say("stop");
         primary.expect("closed");
-        primary.kill();
+        stage.kill(primary);
     }
     let changes = trace::read(&stage.trace(), &stage.watched());
-    let said = Said::read(&changes);
-    let cuts = choose(&changes, number("REPLITE_ROUNDS", ROUNDS) as usize, number("REPLITE_SEED", 1));
     let above = runtime();
     let primary = above.block_on(Db::open(writing(&p, port))).unwrap();
-    run(&Disk::empty, &changes, &cuts, &stage.dir, &|dir, cut| check_replica(dir, &said, cut, &url, &primary));
+    let life = |stage: &Stage| {
+        let path = stage.watched().join("r.db");
+        let text = target.to_string();
+        let variables = [("DB", path.to_str().unwrap()), ("URL", url.as_str()), ("TARGET", text.as_str())];
+        let mut process = stage.start("following_process", &variables);
+        process.expect("at");
+        process.say("stop");
+        process.expect("closed");
+        stage.kill(process);
+    };
+    cut_twice(&stage, &changes, true, &life, &|dir, said, cut| check_replica(dir, said, cut, &url, &primary));
     above.block_on(primary.shutdown());
     std::fs::remove_dir_all(stage.dir).unwrap();
 }
