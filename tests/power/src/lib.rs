@@ -3,4 +3,5 @@
 pub mod cuts;
 pub mod disk;
 pub mod model;
+pub mod stage;
 pub mod trace;

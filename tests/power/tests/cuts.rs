@@ -16,6 +16,7 @@ use replite::{Config, Db, Error, Event};
 use replite_power::cuts::{Cut, choose, make, number, run, stopped, syncs};
 use replite_power::disk::{Disk, Names};
 use replite_power::model::{self, Said, say};
+use replite_power::stage::Stage;
 use replite_power::trace::{self, Change};
 use support::*;
 
@@ -25,53 +26,16 @@ const ROUNDS: u64 = 500;
 const SECOND_EVERY: u64 = 25;
 const SECOND_STATES: usize = 20;
 
-fn recorder() -> String {
-    let exe = std::env::current_exe().unwrap();
-    let path = exe.parent().and_then(Path::parent).unwrap().join("examples").join("librecorder.so");
-    assert!(path.exists(), "{} is built by `cargo test` without `--test`", path.display());
-    path.to_str().unwrap().into()
+/// Starts a child that is recorded.
+fn start(stage: &Stage, entry: &str, variables: &[(&str, &str)]) -> Process {
+    let recorded = stage.variables();
+    let recorded = recorded.iter().map(|(name, value)| (*name, value.as_str()));
+    let all: Vec<_> = recorded.chain(variables.iter().copied()).collect();
+    Process::start(entry, &all)
 }
 
-/// A directory that is watched, and beside it the trace.
-struct Stage {
-    dir: PathBuf,
-}
-
-impl Stage {
-    /// Kept when a test fails, so that the state can be made again.
-    fn new(name: &str) -> Stage {
-        let dir = std::env::temp_dir().join(format!("replite-power-{name}-{}", std::process::id()));
-        std::fs::create_dir_all(dir.join("watched")).unwrap();
-        Stage { dir: dir.canonicalize().unwrap() }
-    }
-
-    fn watched(&self) -> PathBuf {
-        self.dir.join("watched")
-    }
-
-    fn trace(&self) -> PathBuf {
-        self.dir.join("trace")
-    }
-
-    /// SIGKILL, but not between a change and its record.
-    fn kill(&self, process: Process) {
-        let trace = std::fs::File::open(self.trace()).unwrap();
-        trace.lock().unwrap();
-        process.kill();
-    }
-
-    fn start(&self, entry: &str, variables: &[(&str, &str)]) -> Process {
-        let (watch, trace, acks) = (self.watched(), self.trace(), self.watched().join("acks"));
-        let preload = recorder();
-        let mut all = vec![
-            ("LD_PRELOAD", preload.as_str()),
-            ("POWER_WATCH", watch.to_str().unwrap()),
-            ("POWER_TRACE", trace.to_str().unwrap()),
-            ("POWER_ACKS", acks.to_str().unwrap()),
-        ];
-        all.extend_from_slice(variables);
-        Process::start(entry, &all)
-    }
+fn kill(stage: &Stage, process: Process) {
+    stage.between(|| drop(process.kill()));
 }
 
 fn small(config: Config) -> Config {
@@ -282,17 +246,17 @@ fn primary_trace(stage: &Stage) -> Vec<Change> {
     for end in ["stop", "kill", "stop", "kill"] {
         target += 200;
         let variables = [("DB", path.to_str().unwrap()), ("PORT", "0"), ("TARGET", &target.to_string())];
-        let mut process = stage.start("writing_process", &variables);
+        let mut process = start(stage, "writing_process", &variables);
         process.expect("open");
-        let shell = stage.start("shell_process", &[variables[0], ("TARGET", &(target - 20).to_string())]);
+        let shell = start(stage, "shell_process", &[variables[0], ("TARGET", &(target - 20).to_string())]);
         shell.expect("end");
-        stage.kill(shell);
+        kill(stage, shell);
         process.expect("target");
         if end == "stop" {
             process.say("stop");
             process.expect("closed");
         }
-        stage.kill(process);
+        kill(stage, process);
     }
     trace::read(&stage.trace(), &stage.watched())
 }
@@ -311,11 +275,10 @@ fn cut_twice(
     let cuts = choose(changes, rounds as usize, seed);
     println!("{} changes, with syncs of {:?}", changes.len(), syncs(changes));
     println!("{} states, beside syncs of {:?}", cuts.len(), stopped(&cuts));
-    run(&Disk::empty, changes, &cuts, &stage.dir, &|dir, cut| check(dir, &said, cut));
+    run(&Disk::empty, changes, &cuts, stage.dir(), &|dir, cut| check(dir, &said, cut));
     let mut all = Vec::new();
-    for (at, first) in choose(changes, (rounds / SECOND_EVERY) as usize, seed + 1).iter().enumerate() {
-        let name = stage.dir.file_name().unwrap().to_str().unwrap();
-        let second = Stage::new(&format!("{name}-{at}"));
+    for first in &choose(changes, (rounds / SECOND_EVERY) as usize, seed + 1) {
+        let second = Stage::new("second");
         make(&Disk::empty, changes, first, &second.watched());
         let start = |names| Disk::load(names, &second.watched());
         let starts = [start(Names::Journal), start(Names::Strict)];
@@ -337,9 +300,8 @@ fn cut_twice(
         let said = Said::read(&whole);
         let cuts = choose(&more, SECOND_STATES, first.seed);
         let check = |dir: &Path, cut: &Cut| check(dir, &said, &Cut { at: cut.at + before, ..*cut });
-        run(&start, &more, &cuts, &second.dir, &check);
+        run(&start, &more, &cuts, second.dir(), &check);
         all.extend(cuts);
-        std::fs::remove_dir_all(second.dir).unwrap();
     }
     println!("{} states of second cuts, beside syncs of {:?}", all.len(), stopped(&all));
 }
@@ -351,14 +313,13 @@ fn a_primary_keeps_what_it_acknowledged_whenever_the_power_goes() {
     let life = |stage: &Stage| {
         let path = stage.watched().join("p.db");
         let variables = [("DB", path.to_str().unwrap()), ("PORT", "0"), ("MORE", "20")];
-        let mut process = stage.start("writing_process", &variables);
+        let mut process = start(stage, "writing_process", &variables);
         process.expect("target");
         process.say("stop");
         process.expect("closed");
-        stage.kill(process);
+        kill(stage, process);
     };
     cut_twice(&stage, &changes, false, &life, &check_primary);
-    std::fs::remove_dir_all(stage.dir).unwrap();
 }
 
 /// A replica in a process of its own.
@@ -447,8 +408,10 @@ fn check_replica(dir: &Path, said: &Said, cut: &Cut, url: &str, primary: &Db) ->
 
 /// Whether some copy of a replaced state has the row that was written here.
 fn stray_is_kept(lost: &Path) -> bool {
-    let copies = std::fs::read_dir(lost).into_iter().flatten().map(|entry| entry.unwrap().path());
-    copies.filter(|path| path.extension().is_some_and(|e| e == "db")).any(|path| {
+    let kept = std::fs::read_dir(lost).into_iter().flatten().map(|entry| entry.unwrap().path());
+    // A copy, or the database itself with its WAL in a directory.
+    let databases = kept.map(|path| if path.is_dir() { path.join("r.db") } else { path });
+    databases.filter(|path| path.extension().is_some_and(|e| e == "db")).any(|path| {
         let count = "SELECT count(*) FROM t WHERE who = 'stray'";
         plain(&path).query_row(count, [], |r| r.get::<_, i64>(0)).is_ok_and(|count| count == 1)
     })
@@ -457,7 +420,8 @@ fn stray_is_kept(lost: &Path) -> bool {
 #[test]
 fn a_replica_is_a_state_of_its_primary_whenever_the_power_goes() {
     let stage = Stage::new("replica");
-    let (p, r) = (stage.dir.join("p.db"), stage.watched().join("r.db"));
+    let stage = &stage;
+    let (p, r) = (stage.dir().join("p.db"), stage.watched().join("r.db"));
     let port = free_port();
     let url = format!("http://127.0.0.1:{port}/_replite");
     let (mut target, port_text) = (0, port.to_string());
@@ -467,7 +431,7 @@ fn a_replica_is_a_state_of_its_primary_whenever_the_power_goes() {
         if synced {
             variables.push(("SYNCED", "1"));
         }
-        stage.start("writing_process", &variables)
+        start(stage, "writing_process", &variables)
     };
     for (round, end) in ["kill", "stop", "kill", "stop"].into_iter().enumerate() {
         // Behind the log's reach at the third start, off the history at the fourth.
@@ -477,19 +441,19 @@ fn a_replica_is_a_state_of_its_primary_whenever_the_power_goes() {
             primary.expect("target");
             primary.say("stop");
             primary.expect("closed");
-            stage.kill(primary);
+            kill(stage, primary);
         }
         if round == 3 {
-            let shell = stage.start("shell_process", &[("DB", r.to_str().unwrap()), ("STRAY", "1")]);
+            let shell = start(stage, "shell_process", &[("DB", r.to_str().unwrap()), ("STRAY", "1")]);
             shell.expect("end");
-            stage.kill(shell);
+            kill(stage, shell);
         }
         target += 80;
         let mut primary = write(target, true);
         primary.expect("open");
         let text = (target - 20).to_string();
         let variables = [("DB", r.to_str().unwrap()), ("URL", url.as_str()), ("TARGET", text.as_str())];
-        let mut process = stage.start("following_process", &variables);
+        let mut process = start(stage, "following_process", &variables);
         if round != 1 {
             process.expect("filled");
         }
@@ -499,10 +463,10 @@ fn a_replica_is_a_state_of_its_primary_whenever_the_power_goes() {
             process.say("stop");
             process.expect("closed");
         }
-        stage.kill(process);
+        kill(stage, process);
         primary.say("stop");
         primary.expect("closed");
-        stage.kill(primary);
+        kill(stage, primary);
     }
     let changes = trace::read(&stage.trace(), &stage.watched());
     let above = runtime();
@@ -511,13 +475,12 @@ fn a_replica_is_a_state_of_its_primary_whenever_the_power_goes() {
         let path = stage.watched().join("r.db");
         let text = target.to_string();
         let variables = [("DB", path.to_str().unwrap()), ("URL", url.as_str()), ("TARGET", text.as_str())];
-        let mut process = stage.start("following_process", &variables);
+        let mut process = start(stage, "following_process", &variables);
         process.expect("at");
         process.say("stop");
         process.expect("closed");
-        stage.kill(process);
+        kill(stage, process);
     };
-    cut_twice(&stage, &changes, true, &life, &|dir, said, cut| check_replica(dir, said, cut, &url, &primary));
+    cut_twice(stage, &changes, true, &life, &|dir, said, cut| check_replica(dir, said, cut, &url, &primary));
     above.block_on(primary.shutdown());
-    std::fs::remove_dir_all(stage.dir).unwrap();
 }
