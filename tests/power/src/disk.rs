@@ -150,6 +150,37 @@ impl File {
     }
 }
 
+/// Copies a directory, with the times of its files; the wal-index is left behind.
+pub fn copy_tree(from: &Path, to: &Path) {
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap().map(Result::unwrap) {
+        let (source, target) = (entry.path(), to.join(entry.file_name()));
+        if source.is_dir() {
+            copy_tree(&source, &target);
+        } else if !source.to_str().unwrap().ends_with("-shm") {
+            fs::copy(&source, &target).unwrap();
+            let modified = fs::metadata(&source).unwrap().modified().unwrap();
+            fs::File::options().write(true).open(&target).unwrap().set_modified(modified).unwrap();
+        }
+    }
+}
+
+/// The paths of all files below a directory, relative to it, in order.
+#[must_use]
+pub fn files_below(directory: &Path) -> Vec<String> {
+    let mut all = Vec::new();
+    for entry in fs::read_dir(directory).unwrap().map(Result::unwrap) {
+        let name = entry.file_name().into_string().unwrap();
+        if entry.path().is_dir() {
+            all.extend(files_below(&entry.path()).into_iter().map(|below| format!("{name}/{below}")));
+        } else if !name.ends_with("-shm") {
+            all.push(name);
+        }
+    }
+    all.sort();
+    all
+}
+
 /// Puts a sector where the file has it.
 fn put(file: &mut [u8], sector: usize, bytes: &[u8]) {
     let from = sector * SECTOR;

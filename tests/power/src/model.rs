@@ -144,6 +144,13 @@ impl Said {
         said
     }
 
+    /// All transactions up to a number were made by one.
+    #[must_use]
+    pub fn by(who: &str, last: u64) -> Said {
+        let intents = (1..=last).map(|seq| (seq, vec![(0, who.to_string())])).collect();
+        Said { intents, ..Said::default() }
+    }
+
     fn line(&mut self, at: usize, line: &str) {
         let words: Vec<&str> = line.split(' ').collect();
         let number = |word: usize| words[word].parse::<u64>().unwrap();
