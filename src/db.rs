@@ -23,7 +23,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
-use crate::engine::{Engine, Follower};
+use crate::engine::{Engine, Follower, LostBranch};
 use crate::error::{Error, Result};
 use crate::net::{Endpoint, Listener};
 use crate::node::Node;
@@ -286,6 +286,19 @@ impl Db {
         let Some(log) = log else { return Ok(Vec::new()) };
         let list = move || log.list(after.map_or(0, Txid::number), most);
         tokio::task::spawn_blocking(list).await.map_err(|_| Error::ShutDown)?
+    }
+
+    /// The branches that heals have replaced on this node, oldest first: commits that were made here and are not in the primary's
+    /// history. What is kept of them is in `<database>-replite/lost` until somebody moves it away.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Corrupt`] and [`Error::Newer`] when what is kept can't be read; [`Error::ShutDown`].
+    ///
+    /// # Cancel safety
+    /// Nothing happens but reading.
+    pub async fn lost(&self) -> Result<Vec<LostBranch>> {
+        let side = snapshot::side(&self.inner.path);
+        tokio::task::spawn_blocking(move || LostBranch::list(&side)).await.map_err(|_| Error::ShutDown)?
     }
 
     /// Waits until `done` says so of this node's state; it is asked again after each change. For a replica that

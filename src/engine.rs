@@ -11,6 +11,8 @@ mod capture_loop;
 mod checkpoint;
 mod checkpointer;
 mod follower;
+mod heal;
+mod lost;
 mod open;
 mod receive;
 mod sync;
@@ -23,8 +25,6 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use bytes::{Bytes, BytesMut};
-use rusqlite::Connection;
-use rusqlite::backup::{Backup, StepResult};
 
 use crate::engine::base::{Base, lock};
 use crate::engine::capture::Capture;
@@ -41,6 +41,7 @@ use crate::wal::Salts;
 
 pub(crate) use crate::engine::anchor::replace_file;
 pub(crate) use crate::engine::follower::{Follower, Standing};
+pub use crate::engine::lost::{LostBranch, LostRow, LostRows};
 
 /// When a commit is acknowledged.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -65,6 +66,8 @@ pub(crate) struct EngineOptions {
     /// The WAL is restarted when it is longer than this.
     pub(crate) wal_limit_bytes: u64,
     pub(crate) log: LogOptions,
+    /// Most bytes that what a heal replaced may take up.
+    pub(crate) lost_bytes: u64,
     /// Longest that a foreign commit may stay unseen.
     pub(crate) poll_max: Duration,
 }
@@ -320,14 +323,6 @@ fn reader(base: &Base) -> Result<Handle> {
     let handle = Handle::open(base.path(), false)?;
     handle.connection().query_row("SELECT count(*) FROM sqlite_schema", [], |r| r.get::<_, i64>(0))?;
     Ok(handle)
-}
-
-/// Copies a whole database in one step, so that all of it is of one state. Busy is an error here, not a pause.
-pub(crate) fn copy_whole(from: &Connection, to: &mut Connection) -> Result<()> {
-    match Backup::new(from, to)?.step(-1)? {
-        StepResult::Done => Ok(()),
-        other => Err(Error::Stopped(format!("the database could not be copied: {other:?}"))),
-    }
 }
 
 fn make_side(options: &EngineOptions) -> Result<()> {

@@ -164,6 +164,19 @@ pub enum Error {
         found: String,
     },
 
+    /// A heal waits: what it would replace can't be kept, because too much of that kind is kept already. Move some of it away.
+    #[error("{} has {used} bytes and {needed} more must be kept, which is more than {quota}: move some of it away", path.display())]
+    LostFull {
+        /// The directory.
+        path: PathBuf,
+        /// Bytes that are in it.
+        used: u64,
+        /// Bytes that would come to it.
+        needed: u64,
+        /// The limit.
+        quota: u64,
+    },
+
     // ---- outside
     /// The operating system failed a call.
     #[error("{op} {}: {source}", path.display())]
@@ -313,7 +326,7 @@ impl Error {
             Error::Corrupt { .. } | Error::Newer { .. } | Error::Damaged { .. } | Error::Mismatch { .. } => {
                 Blame::Disk
             }
-            Error::Io { .. } => Blame::Outside,
+            Error::Io { .. } | Error::LostFull { .. } => Blame::Outside,
             Error::Stopped(_) => Blame::Replite,
         }
     }

@@ -39,7 +39,7 @@ mod wire;
 
 pub use checksum::Checksum;
 pub use db::{Commit, Config, ConnectionKind, Db, Events, Snapshot, WriterGuard};
-pub use engine::Durability;
+pub use engine::{Durability, LostBranch, LostRow, LostRows};
 pub use error::{Blame, Error, PeerProblem, Result, Unsupported};
 pub use page::{PageNo, PageSize};
 pub use proxy::{

@@ -38,6 +38,7 @@ use tokio::sync::watch;
 use crate::error::{Error, Result};
 use crate::txid::Position;
 
+mod branch;
 mod files;
 mod list;
 mod read;
@@ -48,6 +49,8 @@ mod tail;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use branch::Touched;
+pub(crate) use list::logged;
 use state::State;
 use tail::Tail;
 
@@ -61,8 +64,8 @@ pub(crate) struct LogOptions {
     pub(crate) keep_bytes: u64,
     /// ... or when their newest record is older than this.
     pub(crate) keep_age: Duration,
-    /// Segments that a connected replica still needs are kept up to this size all together.
-    pub(crate) pinned_bytes: u64,
+    /// Segments that a connected replica still needs are kept up to this size all together; it is never exceeded.
+    pub(crate) quota_bytes: u64,
     /// Newest bytes kept in memory for streams.
     pub(crate) tail_bytes: usize,
 }
@@ -134,12 +137,17 @@ impl Log {
     /// On an error the log is as before the call; the caller then declares a gap by `reset`.
     ///
     /// # Errors
-    /// [`Error::Io`], such as for a full disk; [`Error::Stopped`] when the log was never `reset`.
+    /// [`Error::Io`], such as for a full disk, or a record that the quota has no room for; [`Error::Stopped`] when the log was never `reset`.
     pub(crate) fn append(&self, units: Bytes, after: Option<Position>) -> Result<()> {
         if units.is_empty() {
             return Ok(());
         }
         let mut state = self.lock();
+        let made_room = state.make_room(&self.options, units.len() as u64);
+        if made_room {
+            // Now, not with the next sync: the quota is of the disk.
+            files::remove(&std::mem::take(&mut state.garbage));
+        }
         let lsn = state.end;
         let begun = state.append(&self.dir, &self.options, &units, after)?;
         self.lock_tail().push(lsn, units);
@@ -241,7 +249,7 @@ impl Log {
         self.end.subscribe()
     }
 
-    /// Keeps what is at and after `lsn` (up to `pinned_bytes`) until the pin is dropped or moved on.
+    /// Keeps what is at and after `lsn` (up to `quota_bytes`) until the pin is dropped or moved on.
     pub(crate) fn pin(self: &Arc<Self>, lsn: u64) -> Pin {
         let mut state = self.lock();
         state.next_pin += 1;

@@ -1,8 +1,12 @@
 //! Page numbers and page sizes, checked where they enter.
 
+mod set;
+
 use std::fmt;
 
 use crate::error::Error;
+
+pub(crate) use set::PageSet;
 
 /// The byte at which SQLite places its locks; the page that holds it never carries data.
 const PENDING_BYTE: u64 = 0x4000_0000;

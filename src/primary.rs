@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use crate::engine::{Engine, Piece};
 use crate::error::{Error, PeerProblem, Result};
@@ -26,7 +26,7 @@ use crate::node::Node;
 use crate::page::{PageNo, PageSize};
 use crate::status::{Event, PeerInfo, ReplicaStatus};
 use crate::txid::Position;
-use crate::wire::{self, Decoder, Goodbye, Hello, Kind, Message, Unit, WireError};
+use crate::wire::{self, Decoder, Goodbye, Hello, Kind, Message, Unit, Want, WireError};
 
 pub(crate) use outlet::{Inlet, Outlet, queue};
 pub(crate) use registry::Conflict;
@@ -48,6 +48,8 @@ const ACK_TIMEOUT: Duration = Duration::from_secs(15);
 const LAST_RECORDS_TIMEOUT: Duration = Duration::from_secs(1);
 /// Why a stream ends when the node does.
 const SHUTTING_DOWN: &str = "shutting down";
+/// Questions of a heal that may wait to be answered: who asks waits for the answer before the next one.
+const WANTS_MAX: usize = 1;
 /// Longest wait until a last word is handed to the connection.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -240,9 +242,10 @@ pub(crate) async fn serve(source: Arc<Source>, guest: Guest, upstream: Incoming,
     node.tell(Event::ReplicaJoined(peer.clone()));
 
     let mut pump = Pump::new(node.clone(), supply, outlet);
+    let (asks, wants) = mpsc::channel(WANTS_MAX);
     let end = tokio::select! {
-        end = pump.run(&hello) => end,
-        end = acks(&mut units, &seat) => end,
+        end = pump.run(&hello, wants) => end,
+        end = acks(&mut units, &seat, &asks) => end,
         () = cut_off(&node) => End::Said(SHUTTING_DOWN.into()),
         () = seat.replaced() => End::Said("a newer stream of this node took over".into()),
     };
@@ -309,8 +312,8 @@ async fn hello(node: &Node, guest: &Guest, units: &mut Units) -> Result<Hello> {
     Ok(hello)
 }
 
-/// Reads acknowledgements until the replica leaves, is silent for too long or sends something else.
-async fn acks(units: &mut Units, seat: &Seat) -> End {
+/// Reads acknowledgements, and what a heal asks for, until the replica leaves, is silent for too long or sends something else.
+async fn acks(units: &mut Units, seat: &Seat, asks: &mpsc::Sender<Want>) -> End {
     let peer = seat.node().to_string();
     loop {
         let unit = match tokio::time::timeout(ACK_TIMEOUT, units.next()).await {
@@ -321,6 +324,12 @@ async fn acks(units: &mut Units, seat: &Seat) -> End {
         };
         match unit.decode() {
             Ok(Message::Ack(ack)) => seat.heard(ack),
+            Ok(Message::Want(want)) => {
+                // One question at a time, and none outside of a heal.
+                if asks.try_send(want).is_err() {
+                    return End::Failed(Error::garbled(peer, "a question out of place"));
+                }
+            }
             Ok(Message::Goodbye(_)) => return End::Left,
             Ok(_) => {
                 let what = format!("{:?} in place of an acknowledgement", unit.kind);

@@ -9,7 +9,7 @@ mod tests;
 use std::future::Future;
 use std::sync::Arc;
 
-use tokio::sync::watch;
+use tokio::sync::{mpsc, watch};
 use tokio_util::task::TaskTracker;
 
 use crate::engine::{Follower, Standing};
@@ -18,7 +18,7 @@ use crate::net::Endpoint;
 use crate::node::{Node, Part};
 use crate::status::{Event, Role, RoleState};
 use crate::txid::{Epoch, Position};
-use crate::wire::Unit;
+use crate::wire::{Unit, Want};
 
 use backoff::Backoff;
 use lag::Lagging;
@@ -27,7 +27,7 @@ use session::Session;
 /// What takes over the primary's history on this node.
 pub(crate) trait Feed: Send + Sync + 'static {
     /// See [`Follower::standing`].
-    fn standing(&self) -> impl Future<Output = Result<Standing>> + Send;
+    fn standing(&self) -> impl Future<Output = Result<(Standing, mpsc::Receiver<Want>)>> + Send;
     /// See [`Follower::feed`].
     fn feed(&self, units: Vec<Unit>) -> impl Future<Output = Result<()>> + Send;
     /// See [`Follower::synced`].
@@ -35,7 +35,7 @@ pub(crate) trait Feed: Send + Sync + 'static {
 }
 
 impl Feed for Follower {
-    async fn standing(&self) -> Result<Standing> {
+    async fn standing(&self) -> Result<(Standing, mpsc::Receiver<Want>)> {
         Follower::standing(self).await
     }
 

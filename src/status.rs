@@ -101,6 +101,8 @@ pub struct Status {
     pub log_bytes: u64,
     /// How often the locks of this process's connections on the files were lost and taken again; see [`Event::LocksLost`].
     pub locks_lost: u64,
+    /// How often this node's state was led back to the primary's since it started; see [`Event::Healed`].
+    pub heals: u64,
     /// The last problem, while it lasts.
     pub problem: Option<String>,
 }
@@ -189,6 +191,17 @@ pub enum Event {
     SnapshotStarted(String),
     /// A snapshot was taken over.
     SnapshotFinished(Position),
+    /// This node's state is being led back to the primary's, and why.
+    HealStarted(String),
+    /// It was.
+    Healed {
+        /// The state that it has now.
+        position: Position,
+        /// How many pages came for it.
+        pages: u64,
+        /// Where what it replaced is kept, if that was not in the primary's history; see [`Db::lost`](crate::Db::lost).
+        lost: Option<std::path::PathBuf>,
+    },
     /// The log lost its past: replicas behind this position need a snapshot.
     LogGap(Position),
     /// Local history that the primary does not have was put aside before it was replaced.

@@ -293,6 +293,12 @@ impl EpochHistory {
         if begun && !ended { Place::OnHistory } else { Place::Lost }
     }
 
+    /// A transaction up to which both histories are certainly one: the last before the newest epoch that they share.
+    pub(crate) fn common(&self, other: &EpochHistory) -> u64 {
+        let shared = self.starts.iter().rev().find(|start| other.starts.contains(start));
+        shared.map_or(0, |start| start.first.saturating_sub(1))
+    }
+
     pub(crate) fn encode(&self) -> Vec<u8> {
         let mut bytes = Vec::with_capacity(4 + self.starts.len() * Self::ENTRY_BYTES);
         bytes.extend_from_slice(&(self.starts.len() as u32).to_le_bytes());

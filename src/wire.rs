@@ -25,15 +25,19 @@
 //! | 1 | TXN_BEGIN | position before, epoch, page size (4) |
 //! | 2 | PAGE | page number (4), the page |
 //! | 3 | TXN_END | position after, pages in the database (4), page units in the record (4), microseconds since 1970 (8) |
-//! | 4 | HELLO | proof (32), optional position, a byte 0 or a byte 1 and what a snapshot is resumed with: position, page number (4); peer; epoch history |
+//! | 4 | HELLO | proof (32), optional position, a byte 0 or a byte 1 and what a snapshot is resumed with: position, page number (4); suspect (1: 0 or 1), count of marks (1) and as many positions, peer, epoch history |
 //! | 5 | WELCOME | epoch, plan (1), position, page size (4), peer |
 //! | 6 | EPOCHS | epoch history: count (4), then per epoch: epoch, first transaction (8), checksum before it (16) |
 //! | 7 | HEARTBEAT | position, microseconds since 1970 (8) |
 //! | 8 | ACK | optional position applied, optional position synced |
-//! | 9 | SNAP_BEGIN | position of the first piece, first page (4), page size (4), diverged (1: 0 or 1) |
+//! | 9 | SNAP_BEGIN | position of the first piece, first page (4), page size (4) |
 //! | 10 | SNAP_PIECE | first page (4), position, pages |
-//! | 11 | SNAP_END | position at which the snapshot is exact |
+//! | 11 | SNAP_END | position at which the snapshot, or the heal, is exact; pages in the database there (4) |
 //! | 12 | GOODBYE | reason: UTF-8, at most [`REASON_MAX_BYTES`] |
+//! | 14 | HEAL_BEGIN | position that the records go on from, page size (4), compare (1: 0 or 1), diverged (1: 0 or 1) |
+//! | 15 | SUMS | first page (4), pages in each sum (4), sums of page hashes (16 each) |
+//! | 16 | WANT | runs: first page (4), count of pages (4), the hash of each page as it is here (16 each; zeros: it is not here) |
+//! | 17 | SENT | position of the last page that was read, pages in the database there (4) |
 //! | 13 | SEGMENT | address of the segment's first record byte (8), position before its first record, address where the segment before it ends (8; all ones: it follows none) |
 //!
 //! The header's layout and the hash of SEGMENT never change with the version, so that every version can tell a
@@ -66,6 +70,12 @@ pub(crate) const PIECE_MAX_BYTES: usize = 1024 * 1024;
 pub(crate) const PEER_MAX_BYTES: usize = 4096;
 /// Longest reason of a goodbye: some sentences.
 pub(crate) const REASON_MAX_BYTES: usize = 1024;
+/// The most positions of its log that a replica names in its hello: one for each power of two.
+pub(crate) const MARKS_MAX: usize = 64;
+/// The most pages that one WANT asks for.
+pub(crate) const WANT_MAX_PAGES: usize = 16 * 1024;
+/// The most pages that one sum of a SUMS stands for.
+pub(crate) const SPAN_MAX_PAGES: u32 = 512;
 /// Where the proof of a HELLO ends in its payload; the proof covers the payload from here on.
 pub(crate) const HELLO_PROOF_BYTES: usize = 32;
 
@@ -83,11 +93,15 @@ const FOLLOWS_NONE: u64 = u64::MAX;
 
 const _: () = assert!(4 + PageSize::MAX_BYTES as usize <= PAYLOAD_MAX_BYTES);
 const _: () = assert!(PIECE_FIELDS_BYTES + PIECE_MAX_BYTES <= PAYLOAD_MAX_BYTES);
+// The longest WANT: each page a run of its own.
+const _: () = assert!(WANT_MAX_PAGES * (8 + 16) <= PAYLOAD_MAX_BYTES);
 // The longest HELLO fits: two optional fields, a peer and a full history.
 const _: () = assert!(
     HELLO_PROOF_BYTES
         + 2 * (1 + Position::BYTES)
         + 4
+        + 2
+        + MARKS_MAX * Position::BYTES
         + 2
         + PEER_MAX_BYTES
         + 4
@@ -112,14 +126,18 @@ pub(crate) enum Kind {
     SnapEnd = 11,
     Goodbye = 12,
     Segment = 13,
+    HealBegin = 14,
+    Sums = 15,
+    Want = 16,
+    Sent = 17,
 }
 
 impl Kind {
     fn from_u8(kind: u8) -> Option<Kind> {
         use Kind::*;
-        const ALL: [Kind; 13] = [
+        const ALL: [Kind; 17] = [
             TxnBegin, Page, TxnEnd, Hello, Welcome, Epochs, Heartbeat, Ack, SnapBegin, SnapPiece, SnapEnd,
-            Goodbye, Segment,
+            Goodbye, Segment, HealBegin, Sums, Want, Sent,
         ];
         let kind = ALL.get(usize::from(kind).checked_sub(1)?).copied();
         debug_assert!(kind.is_none_or(|k| ALL[k as usize - 1] == k), "the list is not in order");
@@ -176,7 +194,11 @@ pub(crate) enum WireError {
 #[derive(Clone, PartialEq, Debug)]
 pub(crate) enum Message<'a> {
     TxnBegin(TxnBegin),
-    Page { number: PageNo, hash: PageHash, page: &'a [u8] },
+    Page {
+        number: PageNo,
+        hash: PageHash,
+        page: &'a [u8],
+    },
     TxnEnd(TxnEnd),
     Hello(Hello),
     Welcome(Welcome),
@@ -184,10 +206,23 @@ pub(crate) enum Message<'a> {
     Heartbeat(Heartbeat),
     Ack(Ack),
     SnapBegin(SnapBegin),
-    SnapPiece { first: PageNo, position: Position, pages: &'a [u8] },
+    SnapPiece {
+        first: PageNo,
+        position: Position,
+        pages: &'a [u8],
+    },
     SnapEnd(SnapEnd),
     Goodbye(Goodbye),
     Segment(Segment),
+    HealBegin(HealBegin),
+    /// Sums of the page hashes of `span` pages each, the last one perhaps of fewer.
+    Sums {
+        first: PageNo,
+        span: u32,
+        sums: &'a [[u8; 16]],
+    },
+    Want(Want),
+    Sent(Sent),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -215,6 +250,10 @@ pub(crate) struct Hello {
     pub(crate) position: Option<Position>,
     pub(crate) history: EpochHistory,
     pub(crate) resume: Option<(Position, PageNo)>,
+    /// The replica's pages may not be what its position says: all of them are to be compared.
+    pub(crate) suspect: bool,
+    /// Some earlier states of the replica, newest first: the fork is looked for among them.
+    pub(crate) marks: Vec<Position>,
 }
 
 /// What the primary decided about a replica.
@@ -223,12 +262,14 @@ pub(crate) struct Hello {
 pub(crate) enum Plan {
     /// The log continues the replica's position.
     Log = 1,
-    /// The replica is empty, or behind the log: a snapshot comes.
+    /// The replica is empty: a snapshot comes.
     Snapshot = 2,
-    /// The replica's position is not in the history: a snapshot comes, and what it has is to be kept.
-    Diverged = 3,
+    /// The replica left the history at a state that the log reaches back to: it asks for the pages that its branch touched.
+    Heal = 3,
     /// The snapshot that was begun goes on.
     Resume = 4,
+    /// The replica is behind the log, or off the history at no known state: page hashes are compared.
+    Compare = 5,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -259,14 +300,47 @@ pub(crate) struct SnapBegin {
     /// The page that the pieces begin with: 1, or more when an earlier snapshot is resumed.
     pub(crate) from: PageNo,
     pub(crate) page_size: PageSize,
-    /// Whether what the replica has is off the history and must be kept aside before it is replaced.
-    pub(crate) diverged: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct SnapEnd {
     /// The state from which on the snapshot is exact: the position of the last piece.
     pub(crate) exact_at: Position,
+    /// The database's size in pages there.
+    pub(crate) pages: u32,
+}
+
+/// A replica's state is to be led back by its difference.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct HealBegin {
+    /// The state that the records which follow go on from. Without `compare` it is the replica's own earlier state.
+    pub(crate) from: Position,
+    pub(crate) page_size: PageSize,
+    /// Sums over all pages follow, for the replica to find out what differs.
+    pub(crate) compare: bool,
+    /// Whether what the replica has may be off the history and must be kept before it is replaced.
+    pub(crate) diverged: bool,
+}
+
+/// Pages that a replica asks for. None: it has all that it needs.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Want {
+    pub(crate) runs: Vec<WantRun>,
+}
+
+/// Pages in a row, each with its hash on the replica: those that differ are sent.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct WantRun {
+    pub(crate) first: PageNo,
+    /// Zeros for a page that the replica does not have.
+    pub(crate) hashes: Vec<[u8; 16]>,
+}
+
+/// All sums, or all pages that were asked for, were sent.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Sent {
+    pub(crate) position: Position,
+    pub(crate) pages: u32,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -188,7 +188,7 @@ async fn what_a_replica_had_of_its_own_is_kept_aside() {
     let mut events = r.events();
     within("the copy", async {
         while let Some(event) = events.next().await {
-            if matches!(event, Event::SnapshotFinished(_)) {
+            if matches!(event, Event::Healed { .. }) {
                 break;
             }
         }
@@ -197,16 +197,8 @@ async fn what_a_replica_had_of_its_own_is_kept_aside() {
     settle(&p, &r, 3).await;
     p.shutdown().await;
     r.shutdown().await;
-    let strays = fs::read_dir(&lost)
-        .unwrap()
-        .map(|e| e.unwrap().path())
-        .filter(|path| path.extension().is_some_and(|e| e == "db"))
-        .filter(|path| {
-            let sql = "SELECT count(*) FROM t WHERE who = 'stray'";
-            plain(path).query_row(sql, [], |r| r.get::<_, i64>(0)).unwrap() == 1
-        })
-        .count();
-    assert_eq!(strays, 1, "the stray row is nowhere");
+    let strays = r.lost().await.unwrap();
+    assert_eq!(strays.len(), 1, "the stray row is nowhere");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -229,10 +221,7 @@ async fn a_primary_restored_from_an_old_copy_does_not_pass_for_the_old_history()
     let (p, r) = (pair.primary().await, pair.replica().await);
     // Until the replica has heard of it, what this primary commits is no part of the history that the replica knows.
     let mut events = r.events();
-    within("the snapshot", async {
-        while !matches!(events.next().await, Some(Event::SnapshotFinished(_))) {}
-    })
-    .await;
+    within("the heal", async { while !matches!(events.next().await, Some(Event::Healed { .. })) {} }).await;
     settle(&p, &r, 3).await;
     p.shutdown().await;
     r.shutdown().await;

@@ -23,6 +23,8 @@ const NAME_MAX_BYTES: usize = 64;
 /// Labels of a node, and the bytes of each key and value: they travel in every hello.
 const LABELS_MAX: usize = 16;
 const LABEL_MAX_BYTES: usize = 64;
+/// The least that a log may take up: some segments.
+const LOG_QUOTA_MIN_BYTES: u64 = 4 << 20;
 /// The shortest WAL that is worth restarting, in bytes.
 const WAL_LIMIT_MIN_BYTES: u64 = 64 * 1024;
 
@@ -65,6 +67,8 @@ pub struct Config {
     pub(super) durability: Durability,
     pub(super) wal_limit_bytes: u64,
     pub(super) log_bytes: u64,
+    pub(super) log_quota: Option<u64>,
+    pub(super) lost_bytes: u64,
     pub(super) log_age: Duration,
     pub(super) on_connect: Option<OnConnect>,
     pub(super) migrate: Option<Migrate>,
@@ -106,6 +110,8 @@ impl Config {
             durability: Durability::default(),
             wal_limit_bytes: 4 << 20,
             log_bytes: 1 << 30,
+            log_quota: None,
+            lost_bytes: 16 << 30,
             log_age: Duration::from_secs(24 * 3600),
             on_connect: None,
             migrate: None,
@@ -196,6 +202,23 @@ impl Config {
     #[must_use]
     pub fn log_retention(mut self, bytes: u64, age: Duration) -> Config {
         (self.log_bytes, self.log_age) = (bytes, age);
+        self
+    }
+
+    /// The most that the log takes up on the disk: what [`Config::log_retention`] keeps, what connected replicas still need beyond that,
+    /// and the transaction that is under way. Four times the retained bytes if not set, at least 4 MiB. A transaction that is larger is
+    /// committed all the same: the log then begins anew behind it, and replicas compare their pages with the primary's.
+    #[must_use]
+    pub fn log_quota(mut self, bytes: u64) -> Config {
+        self.log_quota = Some(bytes);
+        self
+    }
+
+    /// How many bytes of lost branches are kept; see [`Db::lost`](crate::Db::lost). 16 GiB if not set. None is ever deleted: a
+    /// heal that would need more waits, and says so in [`Status::problem`](crate::Status::problem).
+    #[must_use]
+    pub fn lost_quota(mut self, bytes: u64) -> Config {
+        self.lost_bytes = bytes;
         self
     }
 
@@ -326,6 +349,13 @@ impl Config {
         if self.wal_limit_bytes < WAL_LIMIT_MIN_BYTES {
             return Err(Error::Config(format!("wal_limit is below {WAL_LIMIT_MIN_BYTES} bytes")));
         }
+        if let Some(quota) = self.log_quota
+            && quota < self.log_bytes.max(LOG_QUOTA_MIN_BYTES)
+        {
+            return Err(Error::Config(format!(
+                "log_quota is {quota} bytes: less than the log is to retain, or than {LOG_QUOTA_MIN_BYTES}"
+            )));
+        }
         let labels = &self.addresses.labels;
         if labels.len() > LABELS_MAX
             || labels.iter().any(|(k, v)| k.len() > LABEL_MAX_BYTES || v.len() > LABEL_MAX_BYTES)
@@ -380,6 +410,7 @@ impl Config {
     }
 
     pub(super) fn engine_options(&self, path: PathBuf, side: PathBuf) -> EngineOptions {
+        let quota_bytes = self.log_quota.unwrap_or(self.log_bytes.saturating_mul(4)).max(LOG_QUOTA_MIN_BYTES);
         let segment_bytes = (self.log_bytes / 8).clamp(1 << 20, 64 << 20);
         EngineOptions {
             path,
@@ -390,9 +421,10 @@ impl Config {
                 segment_bytes,
                 keep_bytes: self.log_bytes,
                 keep_age: self.log_age,
-                pinned_bytes: self.log_bytes.saturating_mul(4),
+                quota_bytes,
                 tail_bytes: 8 << 20,
             },
+            lost_bytes: self.lost_bytes,
             poll_max: Duration::from_millis(20),
         }
     }

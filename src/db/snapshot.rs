@@ -6,12 +6,12 @@ use std::task::{Context, Poll};
 use std::{fs, io};
 
 use rusqlite::Connection;
+use rusqlite::backup::{Backup, StepResult};
 use tokio::io::{AsyncRead, ReadBuf};
 use uuid::Uuid;
 
 use crate::db::refuse::sync_directory;
 use crate::db::{Db, claims};
-use crate::engine::copy_whole;
 use crate::error::{Error, Result};
 use crate::txid::Position;
 
@@ -194,4 +194,12 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     PathBuf::from(name)
+}
+
+/// Copies a whole database in one step, so that all of it is of one state. Busy is an error here, not a pause.
+fn copy_whole(from: &Connection, to: &mut Connection) -> Result<()> {
+    match Backup::new(from, to)?.step(-1)? {
+        StepResult::Done => Ok(()),
+        other => Err(Error::Stopped(format!("the database could not be copied: {other:?}"))),
+    }
 }

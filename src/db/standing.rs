@@ -33,6 +33,10 @@ impl Db {
             backfilled_frames: wal.backfilled,
             log_start: log.as_ref().and_then(|log| log.start()),
             locks_lost: wal.locks_lost,
+            heals: match &inner.side {
+                Side::Primary { .. } => 0,
+                Side::Replica { follower, .. } => follower.heals(),
+            },
             log_bytes: log.map_or(0, |log| log.bytes()),
             problem: node.problem(),
         }

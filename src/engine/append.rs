@@ -276,6 +276,14 @@ impl Appender {
     pub(super) fn read_current(&mut self, number: PageNo, buffer: &mut [u8]) -> Result<()> {
         self.base.read_page(&mut self.handle, number, self.published.frame, buffer)
     }
+
+    /// Reads the pages of a run, as readers see them.
+    pub(super) fn read_run(&mut self, first: PageNo, buffer: &mut [u8]) -> Result<()> {
+        if buffer.is_empty() {
+            return Ok(());
+        }
+        self.base.read_run(&mut self.handle, first, self.published.frame, buffer)
+    }
 }
 
 fn out_of_order(what: &str) -> Error {

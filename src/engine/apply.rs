@@ -1,7 +1,7 @@
 //! The replica's owner thread: it verifies and applies what the stream brings.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -18,22 +18,29 @@ use crate::engine::capture_loop::{append_or_gap, warn_if_long};
 use crate::engine::checkpoint::{DRAIN_MAX, Restart, restart};
 use crate::engine::checkpointer::{Checkpointer, Replica};
 use crate::engine::follower::{Command, Shared, Standing};
+use crate::engine::heal::Heal;
+use crate::engine::lost::{self, Before, Doomed};
 use crate::engine::open::{self, Opened};
 use crate::engine::receive::{self, Incoming, Ready};
 use crate::engine::wal_file::{WalFile, sync_directory};
-use crate::engine::{copy_whole, make_side, reader};
-use crate::error::{Error, Result, Unsupported};
-use crate::log::Log;
+use crate::engine::{make_side, reader};
+use crate::error::{Error, PeerProblem, Result, Unsupported};
+use crate::log::{Found, Log};
 use crate::node::{Node, Part};
-use crate::page::PageNo;
+use crate::page::{PageNo, PageSize};
 use crate::status::{Event, unix_millis};
-use crate::txid::{EpochHistory, Place};
+use crate::txid::{EpochHistory, Place, Position};
 use crate::wal::{Salts, WalSum};
-use crate::wire::{HEADER_BYTES, Message, Unit};
+use crate::wire::{HEADER_BYTES, HealBegin, Message, Sent, Unit, Want};
 
 /// Pause after a failed restart of the WAL, doubled each time.
 const RESTART_PAUSE: Duration = Duration::from_millis(50);
 const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Pause after a heal that followed another one closely, doubled each time.
+const HEAL_PAUSE: Duration = Duration::from_secs(1);
+const HEAL_PAUSE_MAX: Duration = Duration::from_secs(60);
+/// Questions of a heal that may be on their way: one.
+const WANTS_MAX: usize = 1;
 
 pub(super) struct Apply {
     options: EngineOptions,
@@ -43,6 +50,15 @@ pub(super) struct Apply {
     live: Option<Appender>,
     checkpointer: Option<JoinHandle<()>>,
     incoming: Option<Incoming>,
+    healing: Option<Healing>,
+    pace: Pace,
+    /// What the primary is asked for on the way back.
+    wants: Option<mpsc::Sender<Want>>,
+    suspect: Suspect,
+    /// Where a stream brought garbage before.
+    garbled_at: Option<Position>,
+    /// Heals that were finished.
+    healed: u64,
     history: EpochHistory,
     /// A history that this node's state is not in; it becomes ours with the snapshot that follows.
     next_history: Option<EpochHistory>,
@@ -71,6 +87,12 @@ impl Apply {
             live: None,
             checkpointer: None,
             incoming: None,
+            healing: None,
+            pace: Pace::default(),
+            wants: None,
+            suspect: Suspect::No,
+            garbled_at: None,
+            healed: 0,
             history: EpochHistory::default(),
             next_history: None,
             log_buffer: BytesMut::new(),
@@ -132,6 +154,12 @@ impl Apply {
             log_synced: Instant::now(),
             applied_synced: Instant::now(),
         };
+        if base.log.tip() != Some(position) {
+            tracing::warn!(%position, logged = ?base.log.tip(), "the last commits here came from no primary that is known");
+            let text =
+                "the last commits here came from no primary that is known; the primary decides on them";
+            self.node.set_problem(Part::State, Some(text.into()));
+        }
         self.live = Some(Appender::new(base.clone(), opened.handle)?);
         self.checkpointer = Some(checkpointer.spawn()?);
         *lock(&self.shared.base) = Some(base);
@@ -155,6 +183,12 @@ impl Apply {
                     if let Err(error) = self.maybe_restart() {
                         tracing::warn!(%error, "the WAL could not be restarted");
                     }
+                }
+                Command::Suspect => {
+                    self.suspect(Suspect::Pages);
+                    // A new stream begins with a hello that says so.
+                    let stop = Error::Stopped("a verification failed; the pages are compared".into());
+                    self.session(|_| Err(stop));
                 }
                 Command::Stop => break,
             }
@@ -193,9 +227,41 @@ impl Apply {
         }
         if let Err(error) = step(self) {
             self.failed = true;
+            self.judge(&error);
             self.abort();
             *lock(&self.shared.failure) = Some(error);
         }
+    }
+
+    /// What a failure of a stream says of our pages, or of the primary's log.
+    fn judge(&mut self, error: &Error) {
+        let Some(live) = &self.live else { return };
+        let compared = self.healing.as_ref().is_some_and(|healing| healing.heal.begin.compare);
+        match error {
+            // Pages that were verified when they came led elsewhere from ours.
+            Error::Mismatch { .. } if !compared => self.suspect(Suspect::Pages),
+            // Once may be the network, or a record that was just taken back.
+            Error::Peer { problem: PeerProblem::Garbled(_), .. } if !compared => {
+                let at = Some(live.base.tip().position);
+                if std::mem::replace(&mut self.garbled_at, at) == at && self.suspect == Suspect::No {
+                    self.suspect(Suspect::Stream);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn suspect(&mut self, what: Suspect) {
+        let text = match what {
+            Suspect::No => return,
+            Suspect::Stream => "the primary's log can't be read on from here: all pages are compared",
+            Suspect::Pages => {
+                "pages here are not what the position says: all are compared with the primary's"
+            }
+        };
+        tracing::error!(path = %self.options.path.display(), text);
+        self.node.set_problem(Part::State, Some(text.into()));
+        self.suspect = what;
     }
 
     fn abort(&mut self) {
@@ -208,18 +274,37 @@ impl Apply {
             }
         }
         self.incoming = None;
+        self.healing = None;
     }
 
-    fn standing(&mut self) -> Standing {
+    fn standing(&mut self) -> (Standing, mpsc::Receiver<Want>) {
         self.abort();
         self.failed = false;
         *lock(&self.shared.failure) = None;
         self.next_history = None;
-        Standing {
+        let (wants, receiver) = mpsc::channel(WANTS_MAX);
+        self.wants = Some(wants);
+        let standing = Standing {
             position: self.live.as_ref().map(Appender::position),
             history: Arc::new(self.history.clone()),
             resume: receive::progress(&self.options.side).map(|p| (p.first, p.next)),
+            suspect: self.suspect != Suspect::No,
+            marks: self.marks(),
+        };
+        (standing, receiver)
+    }
+
+    /// States of our log among which the primary may find the fork.
+    fn marks(&self) -> Vec<Position> {
+        let Some(live) = &self.live else { return Vec::new() };
+        // Commits that are not in the log touched pages that it does not know.
+        if live.base.log.tip() != Some(live.position()) {
+            return Vec::new();
         }
+        live.base.log.marks().unwrap_or_else(|error| {
+            tracing::warn!(%error, "the log can't be searched for the fork");
+            Vec::new()
+        })
     }
 
     fn units(&mut self, units: Vec<Unit>) -> Result<()> {
@@ -231,17 +316,29 @@ impl Apply {
             match message {
                 Message::Epochs(history) => self.epochs(history)?,
                 Message::SnapBegin(begin) => {
-                    self.node.tell(Event::SnapshotStarted(if begin.diverged {
-                        "this node's state is not in the primary's history".into()
-                    } else {
-                        "the primary's log does not reach back to this node's state".into()
-                    }));
-                    tracing::info!(first = %begin.first, from = %begin.from, diverged = begin.diverged, "a snapshot begins");
+                    self.node.tell(Event::SnapshotStarted("this node has no state of the cluster".into()));
+                    tracing::info!(first = %begin.first, from = %begin.from, "a snapshot begins");
+                    if self.live.is_some() {
+                        return Err(Error::garbled("the primary", "a snapshot over a live database"));
+                    }
                     self.incoming = Some(Incoming::begin(&self.options.side, begin)?);
                 }
-                Message::SnapPiece { first, pages, .. } => self.incoming()?.piece(first, pages)?,
+                Message::HealBegin(begin) => self.heal(begin)?,
+                Message::Sums { first, span, sums } => {
+                    let (healing, incoming, live) = self.healing()?;
+                    healing.heal.sums(incoming, live, (first, span, sums))?;
+                }
+                Message::Sent(sent) => self.sent(sent)?,
+                Message::SnapPiece { first, pages, .. } => match (&mut self.healing, &mut self.live) {
+                    (Some(_), Some(live)) => {
+                        let incoming = self.incoming.as_mut().ok_or_else(no_snapshot)?;
+                        incoming.patch(first, pages, live)?;
+                    }
+                    _ => self.incoming()?.piece(first, pages)?,
+                },
                 Message::SnapEnd(end) => {
-                    if self.incoming()?.end(end)? {
+                    let incoming = self.incoming.as_mut().ok_or_else(no_snapshot)?;
+                    if incoming.end(end, self.live.as_mut())? {
                         self.adopt()?;
                     }
                 }
@@ -249,12 +346,16 @@ impl Apply {
                     (Some(incoming), _) => incoming.txn_begin(begin)?,
                     (None, Some(live)) => {
                         live.begin(begin, &self.history)?;
+                        // The primary vouches for a state that is not the log's, such as after a power cut.
+                        if self.log_buffer.is_empty() && live.base.log.tip() != Some(begin.before) {
+                            begin_log_anew(live, begin.before);
+                        }
                         self.log_buffer.extend_from_slice(&unit.raw);
                     }
                     (None, None) => return Err(no_state()),
                 },
                 Message::Page { number, hash, page } => match (&mut self.incoming, &mut self.live) {
-                    (Some(incoming), _) => incoming.page(number, hash, page)?,
+                    (Some(incoming), live) => incoming.page(number, hash, page, live.as_mut())?,
                     (None, Some(live)) => {
                         live.page(number, hash, &unit.raw, HEADER_BYTES + 4)?;
                         self.log_buffer.extend_from_slice(&unit.raw);
@@ -262,8 +363,10 @@ impl Apply {
                     (None, None) => return Err(no_state()),
                 },
                 Message::TxnEnd(end) => match (&mut self.incoming, &mut self.live) {
-                    (Some(incoming), _) => {
-                        if incoming.txn_end(end)? {
+                    (Some(incoming), live) => {
+                        let exact = incoming.txn_end(end, live.as_mut())?;
+                        self.common(end.after)?;
+                        if exact {
                             self.adopt()?;
                         }
                     }
@@ -281,7 +384,66 @@ impl Apply {
     }
 
     fn incoming(&mut self) -> Result<&mut Incoming> {
-        self.incoming.as_mut().ok_or_else(|| Error::garbled("the primary", "a piece of no snapshot"))
+        self.incoming.as_mut().ok_or_else(no_snapshot)
+    }
+
+    fn healing(&mut self) -> Result<(&mut Healing, &mut Incoming, &mut Appender)> {
+        match (&mut self.healing, &mut self.incoming, &mut self.live) {
+            (Some(healing), Some(incoming), Some(live)) => Ok((healing, incoming, live)),
+            _ => Err(Error::garbled("the primary", "a part of no heal")),
+        }
+    }
+
+    /// The primary leads our state back to its own.
+    fn heal(&mut self, begin: HealBegin) -> Result<()> {
+        self.pace.allow()?;
+        let Some(live) = &mut self.live else { return Err(no_state()) };
+        expect_page_size(live, begin.page_size)?;
+        let why = match (begin.diverged, begin.compare) {
+            (true, _) => "this node's state is not in the primary's history",
+            (false, _) => "the primary's log does not reach back to this node's state",
+        };
+        let tip = live.base.tip();
+        tracing::warn!(position = %tip.position, from = %begin.from, compare = begin.compare, "a heal begins: {why}");
+        self.node.tell(Event::HealStarted(why.into()));
+        let mut incoming = Incoming::over(&self.options.side, begin, tip.pages)?;
+        let healing = if begin.compare {
+            Healing { heal: Heal::compare(begin), fork: None, records_from: None, behind: false }
+        } else {
+            let touched = live.base.log.touched(begin.from)?;
+            let touched =
+                touched.ok_or_else(|| Error::garbled("the primary", "a fork that this log does not have"))?;
+            incoming.trust(tip.position.checksum());
+            incoming.drop_above(touched.least, &mut Some(&mut *live))?;
+            let mut heal = Heal::since(begin, &touched);
+            let want = heal.want(&incoming, live)?;
+            ask(&self.wants, want)?;
+            Healing { heal, fork: Some(begin.from), records_from: Some(touched.lsn), behind: true }
+        };
+        self.incoming = Some(incoming);
+        self.healing = Some(healing);
+        Ok(())
+    }
+
+    fn sent(&mut self, sent: Sent) -> Result<()> {
+        let (healing, incoming, live) = self.healing()?;
+        match healing.heal.sent(incoming, live, sent)? {
+            Some(want) => ask(&self.wants, want),
+            None => Ok(()),
+        }
+    }
+
+    /// A record of the primary's led to this state: the fork is not before it when we had it, too.
+    fn common(&mut self, after: Position) -> Result<()> {
+        let (Some(healing), Some(live)) = (&mut self.healing, &self.live) else { return Ok(()) };
+        if healing.behind {
+            let ours = live.base.log.find(after.number())?;
+            healing.behind = matches!(ours, Found::At { before, .. } if before == after);
+            if let (true, Found::At { lsn, .. }) = (healing.behind, ours) {
+                (healing.fork, healing.records_from) = (Some(after), Some(lsn));
+            }
+        }
+        Ok(())
     }
 
     /// The log gets the records first, then readers see them.
@@ -324,7 +486,7 @@ impl Apply {
         Ok(())
     }
 
-    /// The snapshot is exact: it becomes this node's state.
+    /// What came is exact: it becomes this node's state.
     fn adopt(&mut self) -> Result<()> {
         let Some(incoming) = self.incoming.take() else { return Ok(()) };
         let ready = incoming.finish()?;
@@ -333,16 +495,96 @@ impl Apply {
         if history.place(position.txid()) != Place::OnHistory {
             return Err(Error::garbled("the primary", "a snapshot that is not in its own history"));
         }
-        if self.live.is_some() {
-            self.replace_live(&ready, history)?;
-        } else {
-            self.move_in(ready, history)?
+        match self.healing.take() {
+            Some(healing) => self.adopt_heal(&healing, &ready, history)?,
+            None => {
+                self.move_in(ready, history)?;
+                tracing::info!(%position, "the snapshot is taken over");
+                self.node.tell(Event::SnapshotFinished(position));
+            }
         }
         receive::discard(&self.options.side)?;
-        tracing::info!(%position, "the snapshot is taken over");
         self.node.set_problem(Part::State, None);
-        self.node.tell(Event::SnapshotFinished(position));
         Ok(())
+    }
+
+    fn adopt_heal(&mut self, healing: &Healing, ready: &Ready, history: EpochHistory) -> Result<()> {
+        let Some(mut live) = self.live.take() else { return Err(no_state()) };
+        let result = self.heal_live(&mut live, healing, ready, &history);
+        if result.is_err() {
+            live.abort();
+        }
+        self.live = Some(live);
+        let kept = result?;
+        self.history = history.clone();
+        self.node.applied.replace(history, Some(ready.position));
+        let kept = kept.map(|kept| self.tell_rows(kept, ready));
+        self.suspect = Suspect::No;
+        self.garbled_at = None;
+        self.pace.done();
+        self.healed += 1;
+        self.shared.heals.store(self.healed, Ordering::Relaxed);
+        let pages = ready.have.len() as u64;
+        tracing::info!(position = %ready.position, pages, "healed");
+        self.node.tell(Event::Healed { position: ready.position, pages, lost: kept });
+        Ok(())
+    }
+
+    /// Keeps what is off the history; then the pages that differ become one transaction, which readers see as a whole.
+    fn heal_live(
+        &self,
+        live: &mut Appender,
+        healing: &Healing,
+        ready: &Ready,
+        history: &EpochHistory,
+    ) -> Result<Option<(PathBuf, Option<Before>)>> {
+        let vouched = live.base.log.tip() == Some(live.base.tip().position);
+        let mut kept = None;
+        let damaged = self.suspect == Suspect::Pages;
+        if healing.heal.begin.diverged || !vouched || damaged {
+            let records_from = healing.records_from.or_else(|| self.records_since_common(live, history));
+            let (fork, quota_bytes) = (healing.fork, self.options.lost_bytes);
+            let branch = lost::keep(
+                &self.options.side,
+                live,
+                &Doomed { ready, fork, records_from, quota_bytes, damaged },
+            )?;
+            tracing::error!(kept = %branch.path().display(), tip = %branch.tip, "this node had commits that are not in the primary's history; they are kept");
+            self.node.tell(Event::Kept(branch.path().to_owned()));
+            // Pages that are damaged may say nothing of rows.
+            kept = Some((branch.path().to_owned(), Before::hold(live).ok()));
+        }
+        anchor::write_epochs(&self.options.side, history)?;
+        live.base.log.reset(ready.position)?;
+        let base = live.base.clone();
+        let file = base.file_state().unwrap_or(FileState::Backfilling);
+        let mut differing =
+            Differing { ready, next: Some(PageNo::FIRST), ours: vec![0; ready.page_size.bytes()] };
+        live.replace(&mut |live| differing.next(live), ready.position, ready.pages, &mut |tip| {
+            base.wal.sync()?;
+            base.write_anchor(tip, file, true)
+        })?;
+        Ok(kept)
+    }
+
+    /// Notes which rows the lost branch had; the pages are kept already.
+    fn tell_rows(&self, (path, before): (PathBuf, Option<Before>), ready: &Ready) -> PathBuf {
+        if let (Some(live), Some(before)) = (&self.live, before)
+            && let Err(error) = lost::tell(&path, before, live, ready)
+        {
+            tracing::warn!(%error, branch = %path.display(), "the rows of a lost branch can't be told; its pages are kept");
+        }
+        path
+    }
+
+    /// Where the log's records begin that may be off the history.
+    fn records_since_common(&self, live: &Appender, theirs: &EpochHistory) -> Option<u64> {
+        let log = &live.base.log;
+        let from = self.history.common(theirs).max(log.start()?.number());
+        match log.find(from) {
+            Ok(Found::At { lsn, .. }) => Some(lsn),
+            _ => None,
+        }
     }
 
     /// Where nothing is open: the file takes the database's place.
@@ -411,62 +653,6 @@ impl Apply {
         Ok(())
     }
 
-    /// Where readers are: the pages that differ become one transaction.
-    fn replace_live(&mut self, ready: &Ready, history: EpochHistory) -> Result<()> {
-        let Some(mut live) = self.live.take() else { return Ok(()) };
-        let result = self.replace_pages(&mut live, ready, &history);
-        if result.is_err() {
-            live.abort();
-        }
-        self.live = Some(live);
-        result?;
-        self.history = history.clone();
-        self.node.applied.replace(history, Some(ready.position));
-        Ok(())
-    }
-
-    fn replace_pages(&self, live: &mut Appender, ready: &Ready, history: &EpochHistory) -> Result<()> {
-        if live.base.page_size != ready.page_size {
-            return Err(Error::Stopped(format!(
-                "the primary's page size is now {:?}, this replica's {:?}: stop the node, move its database away and start it again",
-                ready.page_size, live.base.page_size
-            )));
-        }
-        if ready.diverged {
-            self.keep_copy(live)?;
-        }
-        anchor::write_epochs(&self.options.side, history)?;
-        live.base.log.reset(ready.position)?;
-        let base = live.base.clone();
-        let mut differing = Differing::new(live.base.tip().pages, ready);
-        let file = base.file_state().unwrap_or(FileState::Backfilling);
-        live.replace(&mut |live| differing.next(live), ready.position, ready.pages, &mut |tip| {
-            base.wal.sync()?;
-            base.write_anchor(tip, file, true)
-        })
-    }
-
-    /// Copies the state that is about to be replaced, as a plain database.
-    fn keep_copy(&self, live: &Appender) -> Result<()> {
-        let lost = self.options.side.join("lost");
-        fs::create_dir_all(&lost).map_err(Error::io("create", &lost))?;
-        let name = lost.join(format!("{}.db", live.position()));
-        if name.exists() {
-            return Ok(());
-        }
-        let new = name.with_extension("new");
-        let source = reader(&live.base)?;
-        let mut target = rusqlite::Connection::open(&new)?;
-        copy_whole(source.connection(), &mut target)?;
-        target.close().map_err(|(_, e)| e)?;
-        fs::File::open(&new).and_then(|f| f.sync_all()).map_err(Error::io("fsync", &new))?;
-        fs::rename(&new, &name).map_err(Error::io("rename", &name))?;
-        sync_directory(&lost)?;
-        tracing::error!(kept = %name.display(), "this node's state is off the history; a copy is kept");
-        self.node.tell(Event::Kept(name));
-        Ok(())
-    }
-
     fn maybe_restart(&mut self) -> Result<()> {
         let Some(live) = &mut self.live else { return Ok(()) };
         if live.base.check().is_err()
@@ -500,37 +686,105 @@ impl Drop for Apply {
     }
 }
 
-/// The pages that are not the same here and in a snapshot, one after the other.
+/// Why all pages are to be compared, although the position is in the primary's history.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Suspect {
+    No,
+    /// What comes from the primary's log makes no sense.
+    Stream,
+    /// The pages here may not be what the position says.
+    Pages,
+}
+
+/// A heal and what is known of the branch that it ends.
+struct Healing {
+    heal: Heal,
+    /// The last state that is known to be in both histories.
+    fork: Option<Position>,
+    /// Where our records after it begin in the log.
+    records_from: Option<u64>,
+    /// The primary's records may still be such as we had.
+    behind: bool,
+}
+
+/// How often heals may follow each other.
+#[derive(Debug, Default)]
+struct Pace {
+    last: Option<Instant>,
+    pause: Duration,
+}
+
+impl Pace {
+    fn allow(&self) -> Result<()> {
+        match self.last {
+            Some(last) if last.elapsed() < self.pause => Err(Error::Timeout {
+                what: "a pause after the heal before this one".into(),
+                after: self.pause.saturating_sub(last.elapsed()),
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn done(&mut self) {
+        let often = self.last.is_some_and(|last| last.elapsed() < HEAL_PAUSE_MAX * 2);
+        self.pause = if often { (self.pause * 2).clamp(HEAL_PAUSE, HEAL_PAUSE_MAX) } else { Duration::ZERO };
+        self.last = Some(Instant::now());
+    }
+}
+
+/// The pages that a heal brought and that are not the same here, one after the other.
 struct Differing<'a> {
     ready: &'a Ready,
-    /// Our pages.
-    pages: u32,
-    next: u32,
+    next: Option<PageNo>,
     ours: Vec<u8>,
 }
 
 impl Differing<'_> {
-    fn new(pages: u32, ready: &Ready) -> Differing<'_> {
-        Differing { ready, pages, next: 1, ours: vec![0; ready.page_size.bytes()] }
-    }
-
     fn next(&mut self, live: &mut Appender) -> Result<Option<(PageNo, Bytes)>> {
-        while let Some(number) = PageNo::new(self.next).filter(|n| n.get() <= self.ready.pages) {
-            self.next += 1;
-            if number.is_lock_page(self.ready.page_size) {
-                continue;
-            }
+        while let Some(number) = self.next.and_then(|next| self.ready.have.from(next).next()) {
+            self.next = number.get().checked_add(1).and_then(PageNo::new);
             let mut theirs = BytesMut::zeroed(self.ours.len());
             self.ready.read(number, &mut theirs)?;
-            if number.get() <= self.pages {
+            let beyond = number.get() > live.base.tip().pages;
+            if !beyond {
                 live.read_current(number, &mut self.ours)?;
             }
-            if number.get() > self.pages || self.ours[..] != theirs[..] {
+            if beyond || self.ours[..] != theirs[..] {
                 return Ok(Some((number, theirs.freeze())));
             }
         }
         Ok(None)
     }
+}
+
+fn ask(wants: &Option<mpsc::Sender<Want>>, want: Want) -> Result<()> {
+    let gone = || Error::Stopped("the stream that a heal needs has ended".into());
+    // One is under way at a time, so that there is always room while the stream stands.
+    wants.as_ref().ok_or_else(gone)?.try_send(want).map_err(|_| gone())
+}
+
+fn begin_log_anew(live: &Appender, at: Position) {
+    if *lock(&live.base.log_broken) {
+        return;
+    }
+    match live.base.log.reset(at) {
+        Ok(()) => live.base.node.set_problem(Part::State, None),
+        Err(error) => tracing::warn!(%error, "the log could not be begun anew"),
+    }
+}
+
+fn expect_page_size(live: &Appender, theirs: PageSize) -> Result<()> {
+    if live.base.page_size == theirs {
+        return Ok(());
+    }
+    Err(Error::Stopped(format!(
+        "the primary's page size is now {theirs:?}, this replica's {:?}: stop the node, move its database away and start it again",
+        live.base.page_size
+    )))
+}
+
+fn no_snapshot() -> Error {
+    Error::garbled("the primary", "a piece of no snapshot")
 }
 
 fn no_state() -> Error {

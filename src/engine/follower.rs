@@ -1,6 +1,6 @@
 //! A replica's database, there or yet to come, and the thread that owns it.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -15,7 +15,7 @@ use crate::log::Log;
 use crate::node::Node;
 use crate::page::PageNo;
 use crate::txid::{EpochHistory, Position};
-use crate::wire::Unit;
+use crate::wire::{Unit, Want};
 
 /// Batches that may wait for the apply thread; the stream reads on only when one is taken.
 const QUEUE_MAX: usize = 8;
@@ -40,13 +40,17 @@ pub(super) struct Shared {
     /// Why the current stream can't go on.
     pub(super) failure: Mutex<Option<Error>>,
     pub(super) stop: AtomicBool,
+    /// Heals that were finished since the node started.
+    pub(super) heals: AtomicU64,
 }
 
 pub(super) enum Command {
     Units(Vec<Unit>),
-    Standing(oneshot::Sender<Standing>),
+    Standing(oneshot::Sender<(Standing, mpsc::Receiver<Want>)>),
     /// The WAL may be ready to be restarted.
     Restart,
+    /// The pages are not what the position says.
+    Suspect,
     Stop,
 }
 
@@ -57,6 +61,10 @@ pub(crate) struct Standing {
     pub(crate) history: Arc<EpochHistory>,
     /// A snapshot that was begun: the position of its first piece, and the first page that is missing.
     pub(crate) resume: Option<(Position, PageNo)>,
+    /// The pages may not be what the position says: all of them are to be compared.
+    pub(crate) suspect: bool,
+    /// Earlier states, newest first, among which the fork is looked for.
+    pub(crate) marks: Vec<Position>,
 }
 
 impl Follower {
@@ -70,6 +78,7 @@ impl Follower {
             synced: watch::Sender::new(None),
             failure: Mutex::new(None),
             stop: AtomicBool::new(false),
+            heals: AtomicU64::new(0),
         });
         let apply = Apply::open(options, node, shared.clone(), commands.downgrade())?;
         let thread = std::thread::Builder::new()
@@ -84,8 +93,9 @@ impl Follower {
         self.shared.readable.subscribe()
     }
 
-    /// Forgets what an earlier stream left unfinished and says where the replica stands.
-    pub(crate) async fn standing(&self) -> Result<Standing> {
+    /// Forgets what an earlier stream left unfinished and says where the replica stands. What comes out of the channel is to be asked of
+    /// the primary while the stream stands.
+    pub(crate) async fn standing(&self) -> Result<(Standing, mpsc::Receiver<Want>)> {
         let (reply, answer) = oneshot::channel();
         self.commands.send(Command::Standing(reply)).await.map_err(|_| Error::ShutDown)?;
         answer.await.map_err(|_| Error::ShutDown)
@@ -103,9 +113,19 @@ impl Follower {
         self.commands.send(Command::Units(units)).await.map_err(|_| Error::ShutDown)
     }
 
+    /// Has all pages compared with the primary's, and healed: they are not what the position says.
+    pub(crate) async fn suspect(&self) -> Result<()> {
+        self.commands.send(Command::Suspect).await.map_err(|_| Error::ShutDown)
+    }
+
     /// The newest position that is fsynced.
     pub(crate) fn synced(&self) -> watch::Receiver<Option<Position>> {
         self.shared.synced.subscribe()
+    }
+
+    /// Heals that were finished since the node started.
+    pub(crate) fn heals(&self) -> u64 {
+        self.shared.heals.load(Ordering::Relaxed)
     }
 
     pub(crate) fn wal(&self) -> WalFigures {

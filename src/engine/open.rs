@@ -23,18 +23,18 @@ use crate::sqlite::{FileLocks, Handle, Lock, Slot, WalIndex};
 use crate::status::unix_millis;
 use crate::txid::{Epoch, EpochHistory, Position, Txid};
 use crate::wal::{FRAME_HEADER_BYTES, FrameHeader, IndexHeader, frame_offset, region_of};
-use crate::wire::{Decoder, Message};
+use crate::wire::Message;
 
 /// Longest wait for another process that checkpoints or writes at the moment of opening.
 const LOCKS_WAIT: Duration = Duration::from_secs(5);
-/// Bytes of the log that are read at a time when it is applied again.
-const REDO_BYTES: usize = 1 << 20;
 
 /// An opened database, CKPT and WRITE held by `handle`.
 #[derive(Debug)]
 pub(super) struct Opened {
     pub(super) base: Arc<Base>,
     pub(super) handle: Handle,
+    /// On a primary, commits that the log does not have become records of it; on a replica they are nobody's.
+    primary: bool,
     pub(super) history: EpochHistory,
     /// Whether the position in the tip is known to be that of the bytes.
     pub(super) exact: bool,
@@ -80,7 +80,8 @@ pub(super) fn open(options: EngineOptions, node: Arc<Node>, primary: bool) -> Re
     let (highest, highest_epoch) = highest(&known, &log, &history);
     let start = start(&wal, &known, &header, page_size, pages);
     let base = Base::new(options, node, page_size, index, wal, log, anchors, start.0, locks);
-    let mut opened = Opened { base, handle, history, exact: start.1.is_some(), highest, highest_epoch };
+    let mut opened =
+        Opened { base, handle, primary, history, exact: start.1.is_some(), highest, highest_epoch };
     if let Some(anchor) = start.1 {
         opened = opened.replay(&header, anchor)?;
     }
@@ -188,11 +189,12 @@ fn start(
 impl Opened {
     /// Counts the commits after the anchor, and appends to the log those that it does not have.
     fn replay(self, header: &IndexHeader, anchor: Anchor) -> Result<Opened> {
-        let Opened { base, handle, history, highest, highest_epoch, .. } = self;
+        let Opened { base, handle, primary, history, highest, highest_epoch, .. } = self;
         let history = Arc::new(history);
         let mut capture = Capture::new(base.clone(), handle, base.tip(), history.clone());
         capture.batch_bytes = 0;
-        let mut sink = Rebuild { log: base.log.clone(), tip: base.log.tip(), number: 0, mismatch: false };
+        let log = base.log.clone();
+        let mut sink = Rebuild { tip: log.tip(), log, append: primary, number: 0, mismatch: false };
         capture.advance(header, &mut sink)?;
         let tip = capture.tip;
         if let Some(logged) = sink.tip.filter(|l| l.number() == tip.position.number()) {
@@ -208,7 +210,7 @@ impl Opened {
         let sound = !(doubt || sink.mismatch)
             || base.hash_all(&mut handle, tip.frame, tip.pages)? == tip.position.checksum();
         let history = Arc::unwrap_or_clone(history);
-        Ok(Opened { base, handle, history, exact: sound, highest, highest_epoch })
+        Ok(Opened { base, handle, primary, history, exact: sound, highest, highest_epoch })
     }
 
     /// Without a usable anchor: the file at rest, or the hash of everything, may be a state that is known by name.
@@ -267,14 +269,19 @@ impl Opened {
             && before == tip.position
         {
             tracing::warn!(from = %tip.position, to = %logged, "the log is ahead of the WAL and is applied again");
-            let Opened { base, handle, history, exact, highest, highest_epoch } = self;
+            let Opened { base, handle, primary, history, exact, highest, highest_epoch } = self;
             let mut appender = Appender::new(base.clone(), handle)?;
             apply_log(&mut appender, &base.log, lsn, &history)?;
             let handle = appender.handle;
             base.wal.sync()?;
-            return Ok(Opened { base, handle, history, exact, highest, highest_epoch });
+            return Ok(Opened { base, handle, primary, history, exact, highest, highest_epoch });
         }
-        if logged.number() >= number {
+        if logged.number() < number && !self.primary {
+            // Somebody wrote to a replica's file, or a power cut took the log's tail: that the log ends before the
+            // state says that no primary vouches for it.
+            return Ok(self);
+        }
+        if logged.number() >= number && self.base.log.start() != Some(logged) {
             self.set_log_aside()?;
         }
         self.base.log.reset(tip.position)?;
@@ -318,36 +325,24 @@ fn copy_directory(from: &std::path::Path, to: &std::path::Path) -> Result<()> {
 }
 
 /// Applies the log's records from an LSN to its end.
-fn apply_log(appender: &mut Appender, log: &Log, mut lsn: u64, history: &EpochHistory) -> Result<()> {
-    let mut decoder = Decoder::default();
-    loop {
-        let bytes = log.read_disk(lsn, REDO_BYTES)?;
-        if bytes.is_empty() {
-            break;
-        }
-        lsn += bytes.len() as u64;
-        decoder.push(bytes);
-        while let Some(unit) = decoder.next().map_err(|e| Error::garbled("the log", e.to_string()))? {
-            let message = unit.decode().map_err(|e| Error::garbled("the log", e.to_string()))?;
-            match message {
-                Message::TxnBegin(begin) => appender.begin(begin, history)?,
-                Message::Page { number, hash, .. } => {
-                    appender.page(number, hash, &unit.raw, crate::wire::HEADER_BYTES + 4)?;
-                }
-                Message::TxnEnd(end) => {
-                    appender.end(end)?;
-                    appender.publish()?;
-                }
-                _ => {}
+fn apply_log(appender: &mut Appender, log: &Log, lsn: u64, history: &EpochHistory) -> Result<()> {
+    log.records(lsn, log.complete(), |unit| {
+        let message = unit.decode().map_err(|e| Error::garbled("the log", e.to_string()))?;
+        match message {
+            Message::TxnBegin(begin) => appender.begin(begin, history),
+            Message::Page { number, hash, .. } => {
+                appender.page(number, hash, &unit.raw, crate::wire::HEADER_BYTES + 4)
             }
+            Message::TxnEnd(end) => appender.end(end).and_then(|()| appender.publish()),
+            _ => Ok(()),
         }
-    }
-    Ok(())
+    })
 }
 
 /// Appends to the log what it lacks of the commits that are read again.
 struct Rebuild {
     log: Arc<Log>,
+    append: bool,
     tip: Option<Position>,
     number: u64,
     mismatch: bool,
@@ -356,7 +351,7 @@ struct Rebuild {
 impl Rebuild {
     /// Whether the record with this number is the one that the log waits for.
     fn wanted(&self) -> bool {
-        !self.mismatch && self.tip.is_some_and(|t| t.number() + 1 == self.number)
+        self.append && !self.mismatch && self.tip.is_some_and(|t| t.number() + 1 == self.number)
     }
 }
 

@@ -1,22 +1,25 @@
-//! A snapshot on its way in: a file beside the database that becomes exact, is verified, and then replaces it.
+//! A state on its way in: pages in a file beside the database that, over what is here already, become exact and are verified.
 //!
-//! `<side>/incoming/pages` holds the pages at their places, `<side>/incoming/state` how far it has come. Pages may
-//! come newer than the position they were read at; the log records that follow the pieces are applied to
-//! the file until the state that the last piece names, and then the checksum decides.
+//! `<side>/incoming/pages` holds the pages at their places, `<side>/incoming/state` how far a snapshot has come,
+//! `<side>/incoming/held` which pages a comparison brought. Pages may come newer than the position they were read at; the log
+//! records that follow are applied to the file until the state that the primary names, and then the checksum decides.
 
 use std::fs::{self, File, OpenOptions};
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 
 use crate::checksum::{Checksum, PageHash};
 use crate::engine::anchor::replace_file;
+use crate::engine::append::Appender;
 use crate::engine::wal_file::{read_exact_at, sync_directory, write_all_at};
 use crate::error::{Error, Result};
-use crate::page::{PageNo, PageSize};
+use crate::page::{PageNo, PageSet, PageSize};
 use crate::txid::Position;
 use crate::wal::le_u32;
-use crate::wire::{SnapBegin, SnapEnd, TxnBegin, TxnEnd};
+use crate::wire::{HealBegin, SnapBegin, SnapEnd, TxnBegin, TxnEnd};
 
 const MAGIC: [u8; 8] = *b"repincom";
+const HELD_MAGIC: [u8; 8] = *b"repheld1";
 const VERSION: u32 = 1;
 const STATE_BYTES: usize = 8 + 4 + 4 + 4 + Position::BYTES + 16;
 /// Progress is made durable after so many bytes.
@@ -24,26 +27,28 @@ const PROGRESS_BYTES: u64 = 64 << 20;
 /// Bytes that are read at a time when pages that came earlier are hashed again.
 const HASH_CHUNK_BYTES: usize = 1 << 20;
 
-/// A snapshot that is being received.
+/// A state that is being received, over nothing or over the pages of a live database.
 #[derive(Debug)]
 pub(super) struct Incoming {
     directory: PathBuf,
     file: File,
-    first: Position,
+    /// Notes the pages that the file has, for a comparison that has to be begun again.
+    held: Option<File>,
     page_size: PageSize,
-    /// The page that the next piece begins with.
+    /// The page that the next piece of a snapshot begins with.
     next: u32,
     /// Pages that the file has.
-    held: u32,
-    /// The sum over the pages that the file has.
+    have: PageSet,
+    /// Of the live database, the pages up to this one count where the file has none.
+    below: u32,
+    /// The sum over the pages that count.
     sum: Checksum,
     since_progress: u64,
     /// The state that the records must reach; known when the pieces are complete.
-    exact_at: Option<Position>,
+    end: Option<SnapEnd>,
     /// The position of the last record that was applied to the file.
     position: Position,
     txn: Option<TxnBegin>,
-    pub(super) diverged: bool,
 }
 
 /// How far an earlier attempt came.
@@ -54,16 +59,20 @@ pub(super) struct Progress {
     pub(super) page_size: PageSize,
 }
 
-/// A snapshot that is exact and verified.
+/// A state that is exact and verified.
 #[derive(Debug)]
 pub(super) struct Ready {
     pub(super) directory: PathBuf,
     pub(super) file: File,
+    /// The pages that the file has; all others are those of the live database.
+    pub(super) have: PageSet,
     pub(super) position: Position,
     pub(super) pages: u32,
     pub(super) page_size: PageSize,
-    pub(super) diverged: bool,
 }
+
+/// What lies under the pages that have come: the live database, if there is one.
+pub(super) type Under<'a> = Option<&'a mut Appender>;
 
 /// What an earlier attempt left, if it can be gone on with.
 pub(super) fn progress(side: &Path) -> Option<Progress> {
@@ -80,7 +89,7 @@ pub(super) fn progress(side: &Path) -> Option<Progress> {
     (there >= next.offset(page_size)).then_some(Progress { first, next, page_size })
 }
 
-/// Forgets a snapshot that was begun.
+/// Forgets what was begun.
 pub(super) fn discard(side: &Path) -> Result<()> {
     let directory = side.join("incoming");
     match fs::remove_dir_all(&directory) {
@@ -90,17 +99,8 @@ pub(super) fn discard(side: &Path) -> Result<()> {
 }
 
 impl Incoming {
-    /// Begins a snapshot, or goes on with the one that [`progress`] told of.
-    pub(super) fn begin(side: &Path, begin: SnapBegin) -> Result<Incoming> {
+    fn new(side: &Path, page_size: PageSize, first: Position) -> Result<Incoming> {
         let directory = side.join("incoming");
-        let earlier = progress(side)
-            .filter(|p| p.first == begin.first && p.next == begin.from && p.page_size == begin.page_size);
-        if begin.from != PageNo::FIRST && earlier.is_none() {
-            return Err(garbled("a snapshot that goes on with something else than what is here"));
-        }
-        if earlier.is_none() {
-            discard(side)?;
-        }
         fs::create_dir_all(&directory).map_err(Error::io("create", &directory))?;
         let path = directory.join("pages");
         let file = OpenOptions::new()
@@ -110,25 +110,64 @@ impl Incoming {
             .truncate(false)
             .open(&path)
             .map_err(Error::io("open", &path))?;
-        // What lies behind the progress that was made durable may be anything.
-        file.set_len(begin.from.offset(begin.page_size)).map_err(Error::io("truncate", &path))?;
-        let mut incoming = Incoming {
+        Ok(Incoming {
             directory,
             file,
-            first: begin.first,
-            page_size: begin.page_size,
-            next: begin.from.get(),
-            held: begin.from.get() - 1,
+            held: None,
+            page_size,
+            next: 1,
+            have: PageSet::default(),
+            below: 0,
             sum: Checksum::EMPTY,
             since_progress: 0,
-            exact_at: None,
-            position: begin.first,
+            end: None,
+            position: first,
             txn: None,
-            diverged: begin.diverged,
-        };
+        })
+    }
+
+    /// Begins a snapshot, or goes on with the one that [`progress`] told of.
+    pub(super) fn begin(side: &Path, begin: SnapBegin) -> Result<Incoming> {
+        let earlier = progress(side)
+            .filter(|p| p.first == begin.first && p.next == begin.from && p.page_size == begin.page_size);
+        if begin.from != PageNo::FIRST && earlier.is_none() {
+            return Err(garbled("a snapshot that goes on with something else than what is here"));
+        }
+        if earlier.is_none() {
+            discard(side)?;
+        }
+        let mut incoming = Incoming::new(side, begin.page_size, begin.first)?;
+        // What lies behind the progress that was made durable may be anything.
+        incoming.set_length(begin.from.offset(begin.page_size))?;
+        incoming.next = begin.from.get();
+        (1..incoming.next).filter_map(PageNo::new).for_each(|page| incoming.have.insert(page));
         incoming.sum = incoming.hash_held()?;
-        incoming.save_progress()?;
+        incoming.save_progress(begin.first)?;
         sync_directory(side)?;
+        Ok(incoming)
+    }
+
+    /// Begins a heal over a live database of so many pages, whose state is led back by what comes.
+    pub(super) fn over(side: &Path, begin: HealBegin, pages: u32) -> Result<Incoming> {
+        let held = begin.compare.then(|| read_held(side, begin.page_size)).flatten();
+        if held.is_none() {
+            discard(side)?;
+        }
+        let mut incoming = Incoming::new(side, begin.page_size, begin.from)?;
+        incoming.below = pages;
+        if begin.compare {
+            let path = incoming.directory.join("held");
+            let file = OpenOptions::new().create(true).append(true).open(&path);
+            let mut file = file.map_err(Error::io("open", &path))?;
+            match held {
+                Some(have) => incoming.have = have,
+                None => {
+                    let head = [HELD_MAGIC.as_slice(), &begin.page_size.get().to_le_bytes()].concat();
+                    file.write_all(&head).map_err(Error::io("write", &path))?;
+                }
+            }
+            incoming.held = Some(file);
+        }
         Ok(incoming)
     }
 
@@ -136,12 +175,16 @@ impl Incoming {
         self.directory.join("pages")
     }
 
+    fn set_length(&self, bytes: u64) -> Result<()> {
+        self.file.set_len(bytes).map_err(Error::io("truncate", self.path()))
+    }
+
     fn hash_held(&self) -> Result<Checksum> {
         let size = self.page_size.bytes();
         let mut buffer = vec![0; HASH_CHUNK_BYTES.max(size)];
         let (mut sum, mut next) = (Checksum::EMPTY, 1);
-        while next <= self.held {
-            let count = ((self.held - next + 1) as usize).min(buffer.len() / size);
+        while next < self.next {
+            let count = ((self.next - next) as usize).min(buffer.len() / size);
             let bytes = &mut buffer[..count * size];
             let offset = u64::from(next - 1) * size as u64;
             read_exact_at(&self.file, bytes, offset).map_err(Error::io("read", self.path()))?;
@@ -151,13 +194,13 @@ impl Incoming {
         Ok(sum)
     }
 
-    fn save_progress(&mut self) -> Result<()> {
+    fn save_progress(&mut self, first: Position) -> Result<()> {
         self.file.sync_data().map_err(Error::io("fsync", self.path()))?;
         let mut bytes = MAGIC.to_vec();
         bytes.extend_from_slice(&VERSION.to_le_bytes());
         bytes.extend_from_slice(&self.page_size.get().to_le_bytes());
         bytes.extend_from_slice(&self.next.to_le_bytes());
-        bytes.extend_from_slice(&self.first.to_bytes());
+        bytes.extend_from_slice(&first.to_bytes());
         let check = blake3::hash(&bytes);
         bytes.extend_from_slice(&check.as_bytes()[..16]);
         replace_file(&self.directory, "state", &bytes)?;
@@ -165,42 +208,61 @@ impl Incoming {
         Ok(())
     }
 
-    /// A run of pages, in order.
+    /// A run of pages of a snapshot, in order.
     pub(super) fn piece(&mut self, first: PageNo, pages: &[u8]) -> Result<()> {
-        let count = (pages.len() / self.page_size.bytes()) as u32;
-        if self.exact_at.is_some()
-            || first.get() != self.next
-            || !pages.len().is_multiple_of(self.page_size.bytes())
-        {
+        let count = self.count(first, pages)?;
+        if self.end.is_some() || first.get() != self.next {
             return Err(garbled("a snapshot piece out of order"));
         }
-        let Some(next) = self.next.checked_add(count) else {
-            return Err(garbled("a snapshot of too many pages"));
-        };
         write_all_at(&self.file, pages, first.offset(self.page_size))
             .map_err(Error::io("write", self.path()))?;
         self.sum = add_pages(self.sum, self.next, pages, self.page_size);
-        self.next = next;
-        self.held = next - 1;
+        self.next += count;
+        (first.get()..self.next).filter_map(PageNo::new).for_each(|page| self.have.insert(page));
         self.since_progress += pages.len() as u64;
         if self.since_progress >= PROGRESS_BYTES {
-            self.save_progress()?;
+            // No record was applied yet, so that this is still the position of the first piece.
+            self.save_progress(self.position)?;
         }
         Ok(())
     }
 
-    /// The pieces are complete. True when the snapshot is exact already.
-    pub(super) fn end(&mut self, end: SnapEnd) -> Result<bool> {
-        if self.exact_at.is_some() || end.exact_at.number() < self.first.number() {
-            return Err(garbled("a snapshot ends twice, or before its begin"));
+    /// A run of pages that a heal asked for.
+    pub(super) fn patch(&mut self, first: PageNo, pages: &[u8], live: &mut Appender) -> Result<()> {
+        self.count(first, pages)?;
+        if self.end.is_some() {
+            return Err(garbled("pages behind the end of a heal"));
         }
-        self.exact_at = Some(end.exact_at);
-        self.save_progress()?;
-        self.exact()
+        for (number, page) in (first.get()..).zip(pages.chunks_exact(self.page_size.bytes())) {
+            if let Some(number) = PageNo::new(number).filter(|n| !n.is_lock_page(self.page_size)) {
+                self.put(number, PageHash::of(number, page), page, &mut Some(&mut *live))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn count(&self, first: PageNo, pages: &[u8]) -> Result<u32> {
+        let count = (pages.len() / self.page_size.bytes()) as u32;
+        if !pages.len().is_multiple_of(self.page_size.bytes()) || first.get().checked_add(count).is_none() {
+            return Err(garbled("a piece of no whole pages, or of too many"));
+        }
+        Ok(count)
+    }
+
+    /// The pieces are complete. True when the state is exact already.
+    pub(super) fn end(&mut self, end: SnapEnd, live: Under<'_>) -> Result<bool> {
+        if self.end.is_some() || end.exact_at.number() < self.position.number() || end.pages == 0 {
+            return Err(garbled("a snapshot ends twice, before its begin, or without pages"));
+        }
+        if self.below == 0 {
+            self.save_progress(self.position)?;
+        }
+        self.end = Some(end);
+        self.exact(live)
     }
 
     pub(super) fn txn_begin(&mut self, begin: TxnBegin) -> Result<()> {
-        if self.exact_at.is_none() || self.txn.is_some() || begin.page_size != self.page_size {
+        if self.end.is_none() || self.txn.is_some() || begin.page_size != self.page_size {
             return Err(garbled("a transaction out of place in a snapshot"));
         }
         if begin.before != self.position {
@@ -210,86 +272,188 @@ impl Incoming {
         Ok(())
     }
 
-    pub(super) fn page(&mut self, number: PageNo, hash: PageHash, page: &[u8]) -> Result<()> {
+    pub(super) fn page(
+        &mut self,
+        number: PageNo,
+        hash: PageHash,
+        page: &[u8],
+        mut live: Under<'_>,
+    ) -> Result<()> {
         if self.txn.is_none() || page.len() != self.page_size.bytes() || number.is_lock_page(self.page_size) {
             return Err(garbled("a page out of place in a snapshot"));
         }
-        if number.get() <= self.held {
-            self.sum = self.sum.without(self.held_hash(number)?);
-        } else {
-            // Pages between are on their way in the same transaction; until then they are zeros.
-            for between in (self.held + 1..number.get()).filter_map(PageNo::new) {
-                if !between.is_lock_page(self.page_size) {
-                    let zeros = vec![0; self.page_size.bytes()];
-                    write_all_at(&self.file, &zeros, between.offset(self.page_size))
-                        .map_err(Error::io("write", self.path()))?;
-                    self.sum = self.sum.with(PageHash::of(between, &zeros));
-                }
-            }
-            self.held = number.get();
+        self.put(number, hash, page, &mut live)
+    }
+
+    /// Takes a page in, in the place of the one that counted so far.
+    fn put(&mut self, number: PageNo, hash: PageHash, page: &[u8], live: &mut Under<'_>) -> Result<()> {
+        if self.counts(number) {
+            self.sum = self.sum.without(self.hash(number, live)?);
         }
         write_all_at(&self.file, page, number.offset(self.page_size))
             .map_err(Error::io("write", self.path()))?;
         self.sum = self.sum.with(hash);
+        self.have.insert(number);
+        if let Some(held) = &mut self.held {
+            let path = self.directory.join("held");
+            held.write_all(&number.get().to_le_bytes()).map_err(Error::io("write", path))?;
+        }
         Ok(())
     }
 
-    fn held_hash(&self, number: PageNo) -> Result<PageHash> {
+    fn counts(&self, number: PageNo) -> bool {
+        number.get() <= self.below || self.have.contains(number)
+    }
+
+    /// The hash of a page that counts.
+    fn hash(&self, number: PageNo, live: &mut Under<'_>) -> Result<PageHash> {
         let mut page = vec![0; self.page_size.bytes()];
-        read_exact_at(&self.file, &mut page, number.offset(self.page_size))
-            .map_err(Error::io("read", self.path()))?;
+        if self.have.contains(number) {
+            read_exact_at(&self.file, &mut page, number.offset(self.page_size))
+                .map_err(Error::io("read", self.path()))?;
+        } else if let Some(live) = live {
+            live.read_current(number, &mut page)?;
+        } else {
+            return Err(Error::Stopped(format!("a snapshot does not have its {number:?}")));
+        }
         Ok(PageHash::of(number, &page))
     }
 
-    /// A record ends. True when the snapshot has become exact.
-    pub(super) fn txn_end(&mut self, end: TxnEnd) -> Result<bool> {
-        if self.txn.take().is_none() || end.after.number() != self.position.number() + 1 {
+    /// A record ends. True when the state has become exact.
+    pub(super) fn txn_end(&mut self, end: TxnEnd, mut live: Under<'_>) -> Result<bool> {
+        if self.txn.take().is_none() || end.after.number() != self.position.number() + 1 || end.pages == 0 {
             return Err(garbled("a transaction ends out of place in a snapshot"));
         }
-        if end.pages > self.held {
-            return Err(garbled("a transaction without all of its pages"));
-        }
-        for number in (end.pages + 1..=self.held).filter_map(PageNo::new) {
-            if !number.is_lock_page(self.page_size) {
-                self.sum = self.sum.without(self.held_hash(number)?);
-            }
-        }
-        if end.pages < self.held {
-            self.held = end.pages;
-            let bytes = u64::from(end.pages) * u64::from(self.page_size.get());
-            self.file.set_len(bytes).map_err(Error::io("truncate", self.path()))?;
-        }
+        self.drop_above(end.pages, &mut live)?;
         self.position = end.after;
-        self.exact()
+        self.exact(live)
     }
 
-    fn exact(&self) -> Result<bool> {
-        match self.exact_at {
-            Some(at) if self.position.number() < at.number() => Ok(false),
-            Some(at) if self.position != at || self.sum != at.checksum() => {
-                Err(mismatch(at, format!("{} with checksum {}", self.position, self.sum)))
-            }
-            Some(_) => Ok(true),
-            None => Ok(false),
+    /// Pages above a size count no longer.
+    pub(super) fn drop_above(&mut self, pages: u32, live: &mut Under<'_>) -> Result<()> {
+        let first = pages.saturating_add(1);
+        let mut next = PageNo::new(first);
+        while let Some(number) = next.and_then(|next| self.have.from(next).next()) {
+            self.uncount(number, live)?;
+            next = number.get().checked_add(1).and_then(PageNo::new);
         }
+        for number in (first..=self.below).filter_map(PageNo::new) {
+            if !self.have.contains(number) {
+                self.uncount(number, live)?;
+            }
+        }
+        self.forget_above(pages)
     }
 
-    /// Hands the finished file over, synced.
+    fn uncount(&mut self, number: PageNo, live: &mut Under<'_>) -> Result<()> {
+        if !number.is_lock_page(self.page_size) {
+            self.sum = self.sum.without(self.hash(number, live)?);
+        }
+        Ok(())
+    }
+
+    fn forget_above(&mut self, pages: u32) -> Result<()> {
+        self.below = self.below.min(pages);
+        self.have.cut_above(pages);
+        let bytes = u64::from(pages) * u64::from(self.page_size.get());
+        let longer = self.file.metadata().map_err(Error::io("stat", self.path()))?.len() > bytes;
+        if longer { self.set_length(bytes) } else { Ok(()) }
+    }
+
+    fn exact(&mut self, mut live: Under<'_>) -> Result<bool> {
+        let Some(SnapEnd { exact_at: at, pages }) = self.end else { return Ok(false) };
+        if self.position.number() < at.number() {
+            return Ok(false);
+        }
+        self.drop_above(pages, &mut live)?;
+        if self.position != at || self.sum != at.checksum() {
+            return Err(mismatch(at, format!("{} with checksum {}", self.position, self.sum)));
+        }
+        Ok(true)
+    }
+
+    /// Hands the finished state over, synced.
     pub(super) fn finish(self) -> Result<Ready> {
         self.file.sync_all().map_err(Error::io("fsync", self.path()))?;
         Ok(Ready {
             directory: self.directory,
             file: self.file,
+            have: self.have,
             position: self.position,
-            pages: self.held,
+            pages: self.end.map_or(0, |end| end.pages),
             page_size: self.page_size,
-            diverged: self.diverged,
         })
+    }
+
+    // ---- what a heal compares
+
+    /// The state that the pages below begin with, when it is known: no comparison is made.
+    pub(super) fn trust(&mut self, sum: Checksum) {
+        self.sum = sum;
+    }
+
+    /// Sums the hashes of the pages of a run that count, for the first time.
+    pub(super) fn count_in(&mut self, first: PageNo, span: u32, live: &mut Appender) -> Result<Checksum> {
+        let mut sum = Checksum::EMPTY;
+        for hash in self.hashes(first, span, live)?.into_iter().flatten() {
+            sum = sum.with(hash);
+            self.sum = self.sum.with(hash);
+        }
+        Ok(sum)
+    }
+
+    /// Nothing above what was summed is anywhere on the primary.
+    pub(super) fn count_no_more(&mut self, summed: u32) -> Result<()> {
+        self.forget_above(summed)
+    }
+
+    /// The hash of each page of a run; none for those that do not count.
+    pub(super) fn hashes(
+        &self,
+        first: PageNo,
+        count: u32,
+        live: &mut Appender,
+    ) -> Result<Vec<Option<PageHash>>> {
+        let size = self.page_size.bytes();
+        let below = self.below.saturating_add(1).saturating_sub(first.get()).min(count);
+        let mut run = vec![0; below as usize * size];
+        live.read_run(first, &mut run)?;
+        let mut pages = run.chunks_exact(size);
+        let numbers = (first.get()..first.get().saturating_add(count)).filter_map(PageNo::new);
+        numbers
+            .map(|number| {
+                let page = pages.next();
+                if number.is_lock_page(self.page_size) {
+                    return Ok(None);
+                }
+                match page {
+                    _ if self.have.contains(number) => self.hash(number, &mut None).map(Some),
+                    Some(page) => Ok(Some(PageHash::of(number, page))),
+                    None => Ok(None),
+                }
+            })
+            .collect()
     }
 }
 
+/// The pages that an earlier comparison brought, if they are of this size.
+fn read_held(side: &Path, page_size: PageSize) -> Option<PageSet> {
+    let directory = side.join("incoming");
+    let there = fs::metadata(directory.join("pages")).ok()?.len() / u64::from(page_size.get());
+    let mut bytes = Vec::new();
+    // A number may stand there more than once; a file that was not written by us is not read to its end.
+    let most = 12 + 4 * there.saturating_mul(16);
+    File::open(directory.join("held")).ok()?.take(most).read_to_end(&mut bytes).ok()?;
+    let numbers = bytes.strip_prefix(HELD_MAGIC.as_slice())?.strip_prefix(&page_size.get().to_le_bytes())?;
+    let mut have = PageSet::default();
+    let numbers = numbers.chunks_exact(4).filter_map(|n| PageNo::new(le_u32(n)));
+    // What such a page holds is compared like any other.
+    numbers.filter(|n| u64::from(n.get()) <= there).for_each(|n| have.insert(n));
+    Some(have)
+}
+
 impl Ready {
-    /// One page of the verified state.
+    /// One page of the verified state that the file has.
     pub(super) fn read(&self, number: PageNo, buffer: &mut [u8]) -> Result<()> {
         read_exact_at(&self.file, buffer, number.offset(self.page_size))
             .map_err(Error::io("read", self.directory.join("pages")))

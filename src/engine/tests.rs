@@ -16,7 +16,7 @@ use super::*;
 use crate::log::Found;
 use crate::secret::Keyring;
 use crate::status::{Addresses, PeerInfo, Role};
-use crate::wire::{self, Decoder, Message, SnapBegin, SnapEnd};
+use crate::wire::{self, Decoder, HealBegin, Message, SnapBegin, SnapEnd};
 
 struct Home {
     dir: tempfile::TempDir,
@@ -44,9 +44,10 @@ impl Home {
                 segment_bytes: 256 * 1024,
                 keep_bytes: 64 << 20,
                 keep_age: Duration::from_secs(3600),
-                pinned_bytes: 64 << 20,
+                quota_bytes: 64 << 20,
                 tail_bytes: 64 * 1024,
             },
+            lost_bytes: 1 << 30,
             poll_max: Duration::from_millis(10),
         }
     }
@@ -100,44 +101,47 @@ fn send(follower: &Follower, units: BytesMut) -> Result<()> {
     })
 }
 
-fn standing(follower: &Follower) -> Standing {
+fn standing(follower: &Follower) -> (Standing, tokio::sync::mpsc::Receiver<wire::Want>) {
     tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(follower.standing()).unwrap()
 }
 
-/// Does what the stream does: continues from the log where that is possible, else sends a snapshot.
+/// Does what the stream does: continues from the log where that is possible, else sends a snapshot to who has nothing,
+/// and all pages to who has something else.
 fn feed(engine: &Engine, follower: &Follower, pieces_between: &mut dyn FnMut()) -> Result<()> {
-    let standing = standing(follower);
+    let (standing, mut wants) = standing(follower);
     let mut out = BytesMut::new();
     wire::encode(&Message::Epochs((*engine.base.node.applied.history()).clone()), &mut out);
     let found = standing.position.map(|p| (p, engine.log().find(p.number()).unwrap()));
-    let mut lsn = match found {
-        Some((position, Found::At { lsn, before })) if position == before => lsn,
-        _ => {
-            let first = engine.base.tip().position;
-            let Found::At { lsn, .. } = engine.log().find(first.number()).unwrap() else { panic!() };
-            let begin = SnapBegin {
-                first,
-                from: PageNo::FIRST,
-                page_size: engine.page_size(),
-                diverged: standing.position.is_some(),
-            };
-            wire::encode(&Message::SnapBegin(begin), &mut out);
-            let mut next = PageNo::FIRST;
-            loop {
-                let piece = engine.read_piece(next, 16 * 1024).unwrap();
-                if piece.data.is_empty() {
-                    until("capture", || engine.base.tip().position.number() >= piece.position.number());
-                    wire::encode(&Message::SnapEnd(SnapEnd { exact_at: piece.position }), &mut out);
-                    break;
-                }
-                let (first, position, pages) = (next, piece.position, &piece.data[..]);
-                wire::encode(&Message::SnapPiece { first, position, pages }, &mut out);
-                let count = (piece.data.len() / engine.page_size().bytes()) as u32;
-                next = PageNo::new(next.get() + count).unwrap();
-                pieces_between();
+    let first = engine.base.tip().position;
+    let page_size = engine.page_size();
+    let mut lsn = match (found, engine.log().find(first.number()).unwrap()) {
+        (Some((position, Found::At { lsn, before })), _) if position == before => lsn,
+        (Some(_), Found::At { lsn, .. }) => {
+            let begin = HealBegin { from: first, page_size, compare: true, diverged: true };
+            wire::encode(&Message::HealBegin(begin), &mut out);
+            let (sums, pages) = (vec![[0; 16]; engine.base.tip().pages as usize], engine.base.tip().pages);
+            wire::encode(&Message::Sums { first: PageNo::FIRST, span: 1, sums: &sums }, &mut out);
+            let sent = wire::Sent { position: first, pages };
+            wire::encode(&Message::Sent(sent), &mut out);
+            send(follower, std::mem::take(&mut out))?;
+            while !wants.blocking_recv().unwrap().runs.is_empty() {
+                send_pieces(engine, &mut out, pieces_between);
+                wire::encode(&Message::Sent(sent), &mut out);
+                send(follower, std::mem::take(&mut out))?;
             }
+            wire::encode(&Message::SnapEnd(SnapEnd { exact_at: first, pages }), &mut out);
             lsn
         }
+        (None, Found::At { lsn, .. }) => {
+            let begin = SnapBegin { first, from: PageNo::FIRST, page_size };
+            wire::encode(&Message::SnapBegin(begin), &mut out);
+            let last = send_pieces(engine, &mut out, pieces_between);
+            until("capture", || engine.base.tip().position.number() >= last.position.number());
+            let end = SnapEnd { exact_at: last.position, pages: last.pages };
+            wire::encode(&Message::SnapEnd(end), &mut out);
+            lsn
+        }
+        (_, found) => panic!("{first} is {found:?}"),
     };
     send(follower, std::mem::take(&mut out))?;
     loop {
@@ -150,6 +154,22 @@ fn feed(engine: &Engine, follower: &Follower, pieces_between: &mut dyn FnMut()) 
         out.extend_from_slice(&bytes);
         let whole = whole_units(&out);
         send(follower, out.split_to(whole))?;
+    }
+}
+
+/// All pages, and the empty piece behind the last.
+fn send_pieces(engine: &Engine, out: &mut BytesMut, between: &mut dyn FnMut()) -> Piece {
+    let mut next = PageNo::FIRST;
+    loop {
+        let piece = engine.read_piece(next, 16 * 1024).unwrap();
+        if piece.data.is_empty() {
+            return piece;
+        }
+        let (first, position, pages) = (next, piece.position, &piece.data[..]);
+        wire::encode(&Message::SnapPiece { first, position, pages }, out);
+        let count = (piece.data.len() / engine.page_size().bytes()) as u32;
+        next = PageNo::new(next.get() + count).unwrap();
+        between();
     }
 }
 

@@ -8,6 +8,7 @@ use super::scan::{Edge, Stretch, hop};
 use super::{Found, Log};
 use crate::error::{Error, Result};
 use crate::status::LoggedTransaction;
+use crate::wire::TxnEnd;
 
 impl Log {
     /// The transactions behind number `after`, oldest first, at most `most` of them; those that are not in the log any more are left
@@ -54,16 +55,21 @@ impl Log {
         hop(&file, &path, stretch, |lsn, edge| {
             match edge {
                 Edge::Begin(_) => begun = lsn,
-                Edge::End(end) => listed.push(LoggedTransaction {
-                    position: end.after,
-                    time: SystemTime::UNIX_EPOCH + Duration::from_micros(end.unix_micros),
-                    changed_pages: end.changed,
-                    pages: end.pages,
-                    log_bytes: lsn - begun,
-                }),
+                Edge::End(end) => listed.push(logged(&end, lsn - begun)),
             }
             if listed.len() < most { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
         })?;
         Ok(next)
+    }
+}
+
+/// What is told of a transaction, from the end of its record.
+pub(crate) fn logged(end: &TxnEnd, log_bytes: u64) -> LoggedTransaction {
+    LoggedTransaction {
+        position: end.after,
+        time: SystemTime::UNIX_EPOCH + Duration::from_micros(end.unix_micros),
+        changed_pages: end.changed,
+        pages: end.pages,
+        log_bytes,
     }
 }

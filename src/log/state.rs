@@ -87,6 +87,10 @@ impl State {
         if self.tip.is_none() {
             return Err(Error::Stopped("an append to a log that has no position".to_owned()));
         }
+        if self.bytes() + HEAD_BYTES + units.len() as u64 > options.quota_bytes {
+            let source = io::Error::new(io::ErrorKind::QuotaExceeded, "the log's own quota");
+            return Err(Error::Io { op: "append to the log in", path: dir.to_path_buf(), source });
+        }
         let full = self.segments.back().is_none_or(|s| s.end - s.start >= options.segment_bytes.max(1));
         let begun = self.complete == self.end && (full || self.file.is_none());
         if begun {
@@ -117,6 +121,20 @@ impl State {
             (self.complete, self.tip) = (self.end, after);
         }
         Ok(begun)
+    }
+
+    /// Forgets the oldest segments, whoever needs them, so that so many bytes more stay within the quota. Says whether any went.
+    pub(super) fn make_room(&mut self, options: &LogOptions, more: u64) -> bool {
+        let mut bytes = self.bytes() + HEAD_BYTES + more;
+        let before = self.segments.len();
+        while bytes > options.quota_bytes && self.segments.len() > 1 {
+            if let Some(oldest) = self.segments.pop_front() {
+                bytes -= HEAD_BYTES + oldest.end - oldest.start;
+                self.garbage.push(oldest.path);
+                self.dir_dirty = true;
+            }
+        }
+        self.segments.len() < before
     }
 
     /// Begins the segment that the next record goes to. On an error nothing has changed.
@@ -209,7 +227,7 @@ impl State {
         while self.segments.len() > 1 {
             let oldest = &self.segments[0];
             let old = now.duration_since(oldest.newest).is_ok_and(|age| age > options.keep_age);
-            let needed = pinned.is_some_and(|lsn| lsn < oldest.end) && bytes <= options.pinned_bytes;
+            let needed = pinned.is_some_and(|lsn| lsn < oldest.end) && bytes <= options.quota_bytes;
             if needed || !(old || bytes > options.keep_bytes) {
                 break;
             }

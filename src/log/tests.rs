@@ -15,7 +15,7 @@ const OPTIONS: LogOptions = LogOptions {
     segment_bytes: 4000,
     keep_bytes: 1 << 30,
     keep_age: Duration::from_secs(3600),
-    pinned_bytes: 1 << 30,
+    quota_bytes: 1 << 30,
     tail_bytes: 1 << 20,
 };
 const HEAD: u64 = SEGMENT_BYTES as u64;
@@ -383,7 +383,7 @@ fn a_reset_declares_a_gap() {
 #[test]
 fn the_oldest_segments_go_by_size_by_age_and_not_while_pinned() {
     let dir = tempfile::tempdir().unwrap();
-    let sized = LogOptions { keep_bytes: 12_000, pinned_bytes: 20_000, ..OPTIONS };
+    let sized = LogOptions { keep_bytes: 12_000, quota_bytes: 20_000, ..OPTIONS };
     let log = filled(&dir, 100, sized);
     assert!(log.bytes() <= 12_000 + 5_000, "{}", log.bytes());
     assert_eq!(log.find(0).unwrap(), Found::Behind);

@@ -14,10 +14,14 @@ const EPOCH_NUMBER_MAX: u64 = 1 << 62;
 pub(crate) enum Decision {
     /// Send the log's bytes from here on.
     Log { lsn: u64 },
-    /// Send a snapshot. `diverged`: the replica has a state that is not in our history.
-    Snapshot { diverged: bool },
+    /// It has nothing: send a snapshot.
+    Snapshot,
     /// Go on with a snapshot at page `from`, then send the log's bytes from `lsn` on.
-    Resume { first: Position, from: PageNo, lsn: u64, diverged: bool },
+    Resume { first: Position, from: PageNo, lsn: u64 },
+    /// It left our history, at `from` or later: send the pages that it asks for, then the log's bytes from `lsn` on.
+    Heal { from: Position, lsn: u64 },
+    /// Send sums over all pages, then the pages that it asks for. `diverged`: it may have what is not in our history.
+    Compare { diverged: bool },
     /// The replica knows an epoch that ours does not exceed: open one above it and decide again.
     Raise { above: u64 },
     /// The replica's epochs are out of all bounds.
@@ -29,9 +33,10 @@ impl Decision {
     pub(crate) fn announced(self) -> Option<wire::Plan> {
         match self {
             Decision::Log { .. } => Some(wire::Plan::Log),
-            Decision::Snapshot { diverged: false } => Some(wire::Plan::Snapshot),
-            Decision::Snapshot { diverged: true } => Some(wire::Plan::Diverged),
+            Decision::Snapshot => Some(wire::Plan::Snapshot),
             Decision::Resume { .. } => Some(wire::Plan::Resume),
+            Decision::Heal { .. } => Some(wire::Plan::Heal),
+            Decision::Compare { .. } => Some(wire::Plan::Compare),
             Decision::Raise { .. } | Decision::Absurd => None,
         }
     }
@@ -55,21 +60,30 @@ pub(crate) fn plan(
     if theirs.number() > ours.number() || (theirs.number() == ours.number() && theirs != ours) {
         return Ok(Decision::Raise { above: theirs.number() });
     }
-    let standing = match hello.position {
-        None => Standing::Behind,
-        Some(position) => stands(history, tip, &mut find, position)?,
+    let Some(position) = hello.position else {
+        if let Some((first, from)) = hello.resume
+            && let Standing::Continues { lsn } = stands(history, tip, &mut find, first)?
+        {
+            return Ok(Decision::Resume { first, from, lsn });
+        }
+        return Ok(Decision::Snapshot);
     };
-    let diverged = match standing {
-        Standing::Continues { lsn } => return Ok(Decision::Log { lsn }),
-        Standing::Behind => false,
-        Standing::Off => true,
-    };
-    if let Some((first, from)) = hello.resume
-        && let Standing::Continues { lsn } = stands(history, tip, &mut find, first)?
-    {
-        return Ok(Decision::Resume { first, from, lsn, diverged });
+    let standing = stands(history, tip, &mut find, position)?;
+    if hello.suspect {
+        return Ok(Decision::Compare { diverged: matches!(standing, Standing::Off) });
     }
-    Ok(Decision::Snapshot { diverged })
+    match standing {
+        Standing::Continues { lsn } => Ok(Decision::Log { lsn }),
+        Standing::Behind => Ok(Decision::Compare { diverged: false }),
+        Standing::Off => {
+            for mark in &hello.marks {
+                if let Standing::Continues { lsn } = stands(history, tip, &mut find, *mark)? {
+                    return Ok(Decision::Heal { from: *mark, lsn });
+                }
+            }
+            Ok(Decision::Compare { diverged: true })
+        }
+    }
 }
 
 /// How a position stands to our history and log.
@@ -144,67 +158,88 @@ mod tests {
         })
     }
 
-    fn decide(position: Option<Position>, resume: Option<(Position, PageNo)>, h: EpochHistory) -> Decision {
+    fn hello(position: Option<Position>, history: EpochHistory) -> Hello {
         let peer = PeerInfo { node: Uuid::nil(), incarnation: Uuid::nil(), addresses: Addresses::default() };
-        let hello = Hello { proof: [0; 32], peer, position, history: h, resume };
-        plan(&ours(), at(NOW, 100), find, &hello).unwrap()
+        let (proof, marks) = ([0; 32], Vec::new());
+        Hello { proof, peer, position, history, resume: None, suspect: false, marks }
+    }
+
+    fn answer(hello: &Hello) -> Decision {
+        plan(&ours(), at(NOW, 100), find, hello).unwrap()
+    }
+
+    fn decide(position: Option<Position>, h: EpochHistory) -> Decision {
+        answer(&hello(position, h))
     }
 
     #[test]
     fn the_log_continues_what_is_in_it_and_matches() {
         let log = |lsn| Decision::Log { lsn };
-        assert_eq!(decide(Some(at(NOW, 100)), None, ours()), log(1000), "at the tip");
-        assert_eq!(decide(Some(at(NOW, 70)), None, ours()), log(700));
-        assert_eq!(decide(Some(at(OLD, 20)), None, ours()), log(200), "its oldest state");
-        assert_eq!(decide(Some(at(OLD, 49)), None, history(&[(OLD, 1)])), log(490), "misses an epoch");
+        assert_eq!(decide(Some(at(NOW, 100)), ours()), log(1000), "at the tip");
+        assert_eq!(decide(Some(at(NOW, 70)), ours()), log(700));
+        assert_eq!(decide(Some(at(OLD, 20)), ours()), log(200), "its oldest state");
+        assert_eq!(decide(Some(at(OLD, 49)), history(&[(OLD, 1)])), log(490), "misses an epoch");
     }
 
     #[test]
-    fn the_empty_and_the_late_get_a_snapshot() {
-        let snapshot = Decision::Snapshot { diverged: false };
-        assert_eq!(decide(None, None, EpochHistory::default()), snapshot);
-        assert_eq!(decide(Some(at(OLD, 19)), None, ours()), snapshot, "behind the log");
-        assert_eq!(decide(Some(at(OLD, 0)), None, ours()), snapshot, "before the first transaction");
+    fn the_empty_gets_a_snapshot_and_the_late_compares() {
+        assert_eq!(decide(None, EpochHistory::default()), Decision::Snapshot);
+        let compare = Decision::Compare { diverged: false };
+        assert_eq!(decide(Some(at(OLD, 19)), ours()), compare, "behind the log");
+        assert_eq!(decide(Some(at(OLD, 0)), ours()), compare, "before the first transaction");
+        let suspect = Hello { suspect: true, ..hello(Some(at(NOW, 100)), ours()) };
+        assert_eq!(answer(&suspect), compare, "its pages may be wrong");
+        let suspect = Hello { suspect: true, ..hello(Some(at(NOW, 101)), ours()) };
+        assert_eq!(answer(&suspect), Decision::Compare { diverged: true });
     }
 
     #[test]
     fn what_is_not_in_our_history_has_diverged() {
-        let diverged = Decision::Snapshot { diverged: true };
-        assert_eq!(decide(Some(other(at(NOW, 100))), None, ours()), diverged, "tip, other checksum");
-        assert_eq!(decide(Some(other(at(NOW, 70))), None, ours()), diverged, "within, other checksum");
-        assert_eq!(decide(Some(at(NOW, 101)), None, ours()), diverged, "ahead of us");
-        assert_eq!(decide(Some(at(OLD, 50)), None, ours()), diverged, "past the end of its epoch");
+        let diverged = Decision::Compare { diverged: true };
+        assert_eq!(decide(Some(other(at(NOW, 100))), ours()), diverged, "tip, other checksum");
+        assert_eq!(decide(Some(other(at(NOW, 70))), ours()), diverged, "within, other checksum");
+        assert_eq!(decide(Some(at(NOW, 101)), ours()), diverged, "ahead of us");
+        assert_eq!(decide(Some(at(OLD, 50)), ours()), diverged, "past the end of its epoch");
         let branch = Epoch::new(2, 99);
-        assert_eq!(
-            decide(Some(at(branch, 60)), None, history(&[(OLD, 1), (branch, 50)])),
-            diverged,
-            "another branch"
-        );
+        let theirs = history(&[(OLD, 1), (branch, 50)]);
+        assert_eq!(decide(Some(at(branch, 60)), theirs), diverged, "another branch");
+    }
+
+    #[test]
+    fn the_fork_is_the_newest_mark_that_the_log_has() {
+        let branch = Epoch::new(2, 99);
+        let off = |marks: &[Position]| {
+            let theirs = history(&[(OLD, 1), (branch, 50)]);
+            answer(&Hello { marks: marks.to_vec(), ..hello(Some(at(branch, 60)), theirs) })
+        };
+        let heal = |n| Decision::Heal { from: at(OLD, n), lsn: n * 10 };
+        assert_eq!(off(&[at(branch, 59), at(branch, 58), at(OLD, 45), at(OLD, 30)]), heal(45));
+        assert_eq!(off(&[at(branch, 52), other(at(OLD, 44)), at(OLD, 28)]), heal(28), "a mark that lies");
+        let diverged = Decision::Compare { diverged: true };
+        assert_eq!(off(&[at(branch, 59), at(OLD, 19)]), diverged, "behind the log");
+        assert_eq!(off(&[]), diverged);
     }
 
     #[test]
     fn a_higher_or_doubly_claimed_epoch_is_exceeded_first() {
         for number in [4, EPOCH_NUMBER_MAX] {
             let theirs = history(&[(OLD, 1), (Epoch::new(number, 1), 60)]);
-            assert_eq!(decide(Some(at(OLD, 30)), None, theirs), Decision::Raise { above: number });
+            assert_eq!(decide(Some(at(OLD, 30)), theirs), Decision::Raise { above: number });
         }
         let twin = history(&[(OLD, 1), (Epoch::new(3, 31), 60)]);
-        assert_eq!(decide(None, None, twin), Decision::Raise { above: 3 });
+        assert_eq!(decide(None, twin), Decision::Raise { above: 3 });
         let absurd = history(&[(Epoch::new(u64::MAX, 1), 60)]);
-        assert_eq!(decide(None, None, absurd), Decision::Absurd, "would overflow the counter");
+        assert_eq!(decide(None, absurd), Decision::Absurd, "would overflow the counter");
     }
 
     #[test]
     fn a_snapshot_is_resumed_while_the_log_has_its_first_position() {
         let page = PageNo::new(500).unwrap();
-        let resume = |p| Some((p, page));
-        let resumed = |diverged| Decision::Resume { first: at(OLD, 30), from: page, lsn: 300, diverged };
-        assert_eq!(decide(None, resume(at(OLD, 30)), ours()), resumed(false));
-        assert_eq!(decide(Some(other(at(NOW, 70))), resume(at(OLD, 30)), ours()), resumed(true));
-        let anew = Decision::Snapshot { diverged: false };
-        assert_eq!(decide(None, resume(at(OLD, 19)), ours()), anew, "the log dropped it");
-        assert_eq!(decide(None, resume(other(at(OLD, 30))), ours()), anew, "of another history");
-        let log = decide(Some(at(NOW, 70)), resume(at(OLD, 30)), ours());
-        assert_eq!(log, Decision::Log { lsn: 700 }, "the log needs no snapshot");
+        let resume = |p| answer(&Hello { resume: Some((p, page)), ..hello(None, ours()) });
+        assert_eq!(resume(at(OLD, 30)), Decision::Resume { first: at(OLD, 30), from: page, lsn: 300 });
+        assert_eq!(resume(at(OLD, 19)), Decision::Snapshot, "the log dropped it");
+        assert_eq!(resume(other(at(OLD, 30))), Decision::Snapshot, "of another history");
+        let live = Hello { resume: Some((at(OLD, 30), page)), ..hello(Some(at(NOW, 70)), ours()) };
+        assert_eq!(answer(&live), Decision::Log { lsn: 700 }, "the log needs no snapshot");
     }
 }

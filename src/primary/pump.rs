@@ -13,12 +13,16 @@ use super::boundary::Boundary;
 use super::outlet::{Closed, Outlet};
 use super::plan::{Decision, plan};
 use super::{Hold, SHUTTING_DOWN, Supply, blocking};
+use crate::checksum::{Checksum, PageHash};
+use crate::engine::Piece;
 use crate::error::{Error, Result};
 use crate::log::Found;
 use crate::node::Node;
-use crate::page::PageNo;
+use crate::page::{PageNo, PageSize};
 use crate::txid::{EpochHistory, Position};
-use crate::wire::{self, Heartbeat, Hello, Message, SnapBegin, SnapEnd, Welcome};
+use crate::wire::{
+    self, HealBegin, Heartbeat, Hello, Message, Sent, SnapBegin, SnapEnd, Want, WantRun, Welcome,
+};
 
 /// Bytes of the log that are read at once.
 const READ_MAX_BYTES: usize = 1024 * 1024;
@@ -26,6 +30,8 @@ const READ_MAX_BYTES: usize = 1024 * 1024;
 const PIECE_BYTES: usize = 256 * 1024;
 /// Pieces that are read and hashed in one go on a blocking thread.
 const PIECES_AT_ONCE: usize = 4;
+/// Pages that a replica asked for and that are read in one go: as many as a go of pieces has of the usual size.
+const RUN_PAGES_AT_ONCE: usize = 256;
 /// Such goes that wait to be sent: reading, hashing and sending overlap.
 const GOES_AHEAD: usize = 2;
 /// How often the position is said. A replica takes ten seconds of silence for a dead primary.
@@ -36,6 +42,7 @@ const LOG_LAG_MAX: Duration = Duration::from_secs(10);
 const RAISES_MAX: usize = 3;
 
 const _: () = assert!(PIECE_BYTES + 1024 <= wire::PAYLOAD_MAX_BYTES);
+const _: () = assert!(PIECE_BYTES / PageSize::MIN_BYTES as usize <= wire::SPAN_MAX_PAGES as usize);
 
 /// How a stream ended.
 #[derive(Debug)]
@@ -77,14 +84,18 @@ impl Pump {
     }
 
     /// Serves until something ends it.
-    pub(super) async fn run(&mut self, hello: &Hello) -> End {
-        match self.serve(hello).await {
+    pub(super) async fn run(&mut self, hello: &Hello, wants: mpsc::Receiver<Want>) -> End {
+        match self.serve(hello, wants).await {
             Ok(never) => match never {},
             Err(end) => end,
         }
     }
 
-    async fn serve(&mut self, hello: &Hello) -> Result<std::convert::Infallible, End> {
+    async fn serve(
+        &mut self,
+        hello: &Hello,
+        wants: mpsc::Receiver<Want>,
+    ) -> Result<std::convert::Infallible, End> {
         let (decision, tip) = self.decide(hello).await?;
         let Some(announced) = decision.announced() else {
             return Err(End::Said("the replica's epochs can't be exceeded".into()));
@@ -104,15 +115,30 @@ impl Pump {
                 let pin = self.supply.pin(lsn);
                 self.log(lsn, pin).await
             }
-            Decision::Resume { first, from, lsn, diverged } => {
+            Decision::Resume { first, from, lsn } => {
                 let pin = self.supply.pin(lsn);
-                self.snapshot(Some(first), from, diverged).await?;
+                self.snapshot(Some(first), from).await?;
                 self.log(lsn, pin).await
             }
-            Decision::Snapshot { diverged } => {
+            Decision::Snapshot => {
                 // Before the first piece is read, so that the records after it are still there at the end.
                 let pin = self.pin_tip().await?;
-                let first = self.snapshot(None, PageNo::FIRST, diverged).await?;
+                let first = self.snapshot(None, PageNo::FIRST).await?;
+                let lsn = self.after(first).await?;
+                self.log(lsn, pin).await
+            }
+            Decision::Heal { from, lsn } => {
+                let pin = self.supply.pin(lsn);
+                let page_size = self.supply.page_size();
+                let begin = HealBegin { from, page_size, compare: false, diverged: true };
+                self.say(&[Message::HealBegin(begin)]).await?;
+                self.answer(wants, None).await?;
+                self.log(lsn, pin).await
+            }
+            Decision::Compare { diverged } => {
+                let pin = self.pin_tip().await?;
+                let (first, last) = self.sums(diverged).await?;
+                self.answer(wants, Some(last)).await?;
                 let lsn = self.after(first).await?;
                 self.log(lsn, pin).await
             }
@@ -193,13 +219,8 @@ impl Pump {
     }
 
     /// All pages from `from` on, and the position of the first of them.
-    async fn snapshot(
-        &mut self,
-        resumed: Option<Position>,
-        from: PageNo,
-        diverged: bool,
-    ) -> Result<Position, End> {
-        let (mut goes, _reader) = read_ahead(self.supply.clone(), from);
+    async fn snapshot(&mut self, resumed: Option<Position>, from: PageNo) -> Result<Position, End> {
+        let (mut goes, _reader) = read_ahead(self.supply.clone(), from, read_go);
         let mut first = None;
         loop {
             let go = tokio::select! {
@@ -215,19 +236,91 @@ impl Pump {
                 None => {
                     let at = *first.insert(resumed.unwrap_or(go.position));
                     let page_size = self.supply.page_size();
-                    self.say(&[Message::SnapBegin(SnapBegin { first: at, from, page_size, diverged })])
-                        .await?;
+                    self.say(&[Message::SnapBegin(SnapBegin { first: at, from, page_size })]).await?;
                     at
                 }
             };
             if !go.bytes.is_empty() {
                 self.outlet.send(go.bytes).await?;
             }
-            if let Some(exact_at) = go.exact_at {
-                self.say(&[Message::SnapEnd(SnapEnd { exact_at })]).await?;
+            if let Some(Sent { position: exact_at, pages }) = go.last {
+                self.say(&[Message::SnapEnd(SnapEnd { exact_at, pages })]).await?;
                 return Ok(first);
             }
             self.beat_if_due().await?;
+        }
+    }
+
+    /// Sums over all pages, for a replica to compare with its own. The position of the first, and where the last was read.
+    async fn sums(&mut self, diverged: bool) -> Result<(Position, Sent), End> {
+        let (mut goes, _reader) = read_ahead(self.supply.clone(), PageNo::FIRST, read_sums);
+        let mut first = None;
+        loop {
+            let go = tokio::select! {
+                go = goes.recv() => go.ok_or_else(|| Error::Stopped("the reader of pages".into()))??,
+                () = tokio::time::sleep_until(self.last_beat + BEAT) => {
+                    self.beat().await?;
+                    continue;
+                }
+            };
+            let from = match first {
+                Some(from) => from,
+                None => {
+                    let (from, page_size) = (*first.insert(go.position), self.supply.page_size());
+                    let begin = HealBegin { from, page_size, compare: true, diverged };
+                    self.say(&[Message::HealBegin(begin)]).await?;
+                    from
+                }
+            };
+            if !go.bytes.is_empty() {
+                self.outlet.send(go.bytes).await?;
+            }
+            if let Some(last) = go.last {
+                self.say(&[Message::Sent(last)]).await?;
+                return Ok((from, last));
+            }
+            self.beat_if_due().await?;
+        }
+    }
+
+    /// Sends what the replica asks for, until it wants nothing more; then says where that is exact.
+    async fn answer(&mut self, mut wants: mpsc::Receiver<Want>, mut last: Option<Sent>) -> Result<(), End> {
+        loop {
+            let want = tokio::select! {
+                want = wants.recv() => want.ok_or(End::Left)?,
+                () = tokio::time::sleep_until(self.last_beat + BEAT) => {
+                    self.beat().await?;
+                    continue;
+                }
+            };
+            let done = want.runs.is_empty();
+            let (mut runs, mut pages) = (want.runs.into_iter(), 0);
+            loop {
+                let some: Vec<WantRun> = std::iter::from_fn(|| {
+                    let run = (pages < RUN_PAGES_AT_ONCE).then(|| runs.next()).flatten()?;
+                    pages += run.hashes.len();
+                    Some(run)
+                })
+                .collect();
+                pages = 0;
+                if some.is_empty() && (!done || last.is_some()) {
+                    break;
+                }
+                let supply = self.supply.clone();
+                let (bytes, sent) = blocking(move || read_runs(&*supply, &some)).await?;
+                last = Some(sent);
+                if !bytes.is_empty() {
+                    self.outlet.send(bytes).await?;
+                }
+                self.beat_if_due().await?;
+            }
+            let Some(sent) = last else { continue };
+            if done {
+                let (exact_at, pages) = (sent.position, sent.pages);
+                self.say(&[Message::SnapEnd(SnapEnd { exact_at, pages })]).await?;
+                return Ok(());
+            }
+            self.say(&[Message::Sent(sent)]).await?;
         }
     }
 
@@ -326,21 +419,28 @@ struct Go {
     bytes: Bytes,
     /// The position of the first piece in it.
     position: Position,
-    /// Said with the last piece: its position.
-    exact_at: Option<Position>,
+    /// Said with the last piece: where that was read.
+    last: Option<Sent>,
 }
 
+/// Reads some pages from one on and says where the next ones begin.
+type ReadGo = fn(&dyn Supply, PageNo) -> Result<(Go, PageNo)>;
+
 /// Reads and hashes ahead of the sender; ends when the handle is dropped.
-fn read_ahead(supply: Arc<dyn Supply>, from: PageNo) -> (mpsc::Receiver<Result<Go>>, AbortOnDropHandle<()>) {
+fn read_ahead(
+    supply: Arc<dyn Supply>,
+    from: PageNo,
+    read: ReadGo,
+) -> (mpsc::Receiver<Result<Go>>, AbortOnDropHandle<()>) {
     let (sender, receiver) = mpsc::channel(GOES_AHEAD);
     let task = tokio::spawn(async move {
         let mut from = from;
         // A place first: what is read must not be held while the sender waits.
         while let Ok(place) = sender.reserve().await {
             let supply = supply.clone();
-            match blocking(move || read_go(&*supply, from)).await {
+            match blocking(move || read(&*supply, from)).await {
                 Ok((go, next)) => {
-                    let last = go.exact_at.is_some();
+                    let last = go.last.is_some();
                     place.send(Ok(go));
                     if last {
                         return;
@@ -355,8 +455,47 @@ fn read_ahead(supply: Arc<dyn Supply>, from: PageNo) -> (mpsc::Receiver<Result<G
 }
 
 fn read_go(supply: &dyn Supply, from: PageNo) -> Result<(Go, PageNo)> {
-    let page_bytes = supply.page_size().bytes();
     let mut bytes = BytesMut::with_capacity(PIECES_AT_ONCE * (PIECE_BYTES + 1024));
+    read_pieces(supply, from, |first, piece| {
+        let message = Message::SnapPiece { first, position: piece.position, pages: &piece.data };
+        wire::encode(&message, &mut bytes);
+    })
+    .map(|(position, last, next)| (Go { bytes: bytes.freeze(), position, last }, next))
+}
+
+fn read_sums(supply: &dyn Supply, from: PageNo) -> Result<(Go, PageNo)> {
+    let size = supply.page_size();
+    let span = span_pages(size);
+    let mut sums = Vec::new();
+    let (position, last, next) = read_pieces(supply, from, |first, piece| {
+        let mut numbers = first.get()..;
+        sums.extend(piece.data.chunks(span as usize * size.bytes()).map(|run| {
+            let pages = numbers.by_ref().zip(run.chunks_exact(size.bytes()));
+            let pages = pages.filter_map(|(n, page)| Some((PageNo::new(n)?, page)));
+            let pages = pages.filter(|(n, _)| !n.is_lock_page(size));
+            let sum = pages.fold(Checksum::EMPTY, |sum, (n, page)| sum.with(PageHash::of(n, page)));
+            sum.as_u128().to_le_bytes()
+        }));
+    })?;
+    let mut bytes = BytesMut::new();
+    if !sums.is_empty() {
+        wire::encode(&Message::Sums { first: from, span, sums: &sums }, &mut bytes);
+    }
+    Ok((Go { bytes: bytes.freeze(), position, last }, next))
+}
+
+/// Pages that one sum stands for: as many as a piece has, so that a span is read at one moment.
+fn span_pages(size: PageSize) -> u32 {
+    (PIECE_BYTES / size.bytes()) as u32
+}
+
+/// Reads some pieces. The position of the first, where the last of all was read, and where the next one begins.
+fn read_pieces(
+    supply: &dyn Supply,
+    from: PageNo,
+    mut visit: impl FnMut(PageNo, &Piece),
+) -> Result<(Position, Option<Sent>, PageNo)> {
+    let page_bytes = supply.page_size().bytes();
     let mut next = from;
     let mut position = None;
     for _ in 0..PIECES_AT_ONCE {
@@ -364,18 +503,60 @@ fn read_go(supply: &dyn Supply, from: PageNo) -> Result<(Go, PageNo)> {
         let position = *position.get_or_insert(piece.position);
         let read = (piece.data.len() / page_bytes) as u32;
         if read > 0 {
-            let message = Message::SnapPiece { first: next, position: piece.position, pages: &piece.data };
-            wire::encode(&message, &mut bytes);
+            visit(next, &piece);
         }
         let after = PageNo::new(next.get().saturating_add(read)).unwrap_or(next);
         if read == 0 || after.get() > piece.pages {
-            let exact_at = Some(piece.position);
-            return Ok((Go { bytes: bytes.freeze(), position, exact_at }, after));
+            let last = Sent { position: piece.position, pages: piece.pages };
+            return Ok((position, Some(last), after));
         }
         next = after;
     }
     let position = position.ok_or_else(|| Error::Stopped("a snapshot without pieces".into()))?;
-    Ok((Go { bytes: bytes.freeze(), position, exact_at: None }, next))
+    Ok((position, None, next))
+}
+
+/// Reads pages that a replica asked for, encodes those that it does not have so, and says where the last was read.
+fn read_runs(supply: &dyn Supply, runs: &[WantRun]) -> Result<(Bytes, Sent)> {
+    let size = supply.page_size();
+    let mut bytes = BytesMut::new();
+    // Also without any run: the position is asked for, too.
+    let piece = supply.read_piece(PageNo::FIRST, 1)?;
+    let mut sent = Sent { position: piece.position, pages: piece.pages };
+    for run in runs {
+        let (mut next, mut hashes) = (run.first, run.hashes.as_slice());
+        while !hashes.is_empty() {
+            let piece = supply.read_piece(next, PIECE_BYTES.min(hashes.len() * size.bytes()))?;
+            sent = Sent { position: piece.position, pages: piece.pages };
+            let read = piece.data.len() / size.bytes();
+            if read == 0 {
+                break;
+            }
+            encode_differing(next, &piece, &hashes[..read], size, &mut bytes);
+            hashes = &hashes[read..];
+            let Some(after) = next.get().checked_add(read as u32).and_then(PageNo::new) else { break };
+            next = after;
+        }
+    }
+    Ok((bytes.freeze(), sent))
+}
+
+/// Encodes the pages of a piece whose hashes are not those, as pieces of pages in a row.
+fn encode_differing(first: PageNo, piece: &Piece, hashes: &[[u8; 16]], size: PageSize, out: &mut BytesMut) {
+    let differs = |(at, page): (usize, &[u8])| {
+        let number = PageNo::new(first.get() + at as u32)?;
+        let differs = !number.is_lock_page(size) && PageHash::of(number, page).to_bytes() != hashes[at];
+        differs.then_some((at, number))
+    };
+    let mut differing = piece.data.chunks_exact(size.bytes()).enumerate().filter_map(differs).peekable();
+    while let Some((begin, number)) = differing.next() {
+        let mut end = begin + 1;
+        while differing.next_if(|&(at, _)| at == end).is_some() {
+            end += 1;
+        }
+        let pages = &piece.data[begin * size.bytes()..end * size.bytes()];
+        wire::encode(&Message::SnapPiece { first: number, position: piece.position, pages }, out);
+    }
 }
 
 fn unix_micros() -> u64 {

@@ -95,7 +95,9 @@ impl Stream {
             incarnation: follower.me.incarnation,
             nonce: [3; 32],
         };
-        let mut hello = Hello { proof: [0; 32], peer: follower.me.clone(), position, history, resume };
+        let (proof, peer) = ([0; 32], follower.me.clone());
+        let (suspect, marks) = (false, Vec::new());
+        let mut hello = Hello { proof, peer, position, history, resume, suspect, marks };
         handshake::seal_hello(&mut hello, &knock, &[4; 32], &follower.keys);
         let (mut up, body) = Channel::new(4);
         let (outlet, down) = queue();
@@ -187,7 +189,7 @@ async fn a_real_log_is_followed_from_disk_over_segments_and_over_what_was_taken_
         segment_bytes: 20_000,
         keep_bytes: 1 << 30,
         keep_age: Duration::from_secs(3600),
-        pinned_bytes: 1 << 30,
+        quota_bytes: 1 << 30,
         tail_bytes: 10_000,
     };
     let log = Log::open(dir.path(), options).unwrap();
@@ -256,7 +258,7 @@ async fn a_snapshot_is_followed_by_the_records_after_its_first_piece() {
     assert_eq!(stream.plan().await, Plan::Snapshot);
     let unit = stream.next().await.unwrap();
     let Message::SnapBegin(begin) = unit.decode().unwrap() else { panic!("{unit:?}") };
-    assert_eq!((begin.first, begin.from, begin.diverged), (at(1, 1), PageNo::FIRST, false));
+    assert_eq!((begin.first, begin.from), (at(1, 1), PageNo::FIRST));
     fake.commit(3);
     let mut pages = 0;
     let exact_at = loop {
@@ -391,7 +393,8 @@ async fn a_peer_without_a_good_hello_gets_not_one_byte() {
             nonce: [3; 32],
         };
         let (peer, history) = (other.me.clone(), EpochHistory::default());
-        let mut hello = Hello { proof: [0; 32], peer, position: None, history, resume: None };
+        let (suspect, marks) = (false, Vec::new());
+        let mut hello = Hello { proof: [0; 32], peer, position: None, history, resume: None, suspect, marks };
         // The nonce of an exchange that was recorded, and another secret.
         handshake::seal_hello(&mut hello, &knock, &[5; 32], &source.node.keys);
         let sealed = encoded(&Message::Hello(hello));

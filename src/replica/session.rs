@@ -8,6 +8,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use http::StatusCode;
 use http_body_util::channel::Sender;
+use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
@@ -20,7 +21,7 @@ use crate::net::{self, Endpoint, Incoming, Opened};
 use crate::node::Node;
 use crate::status::{PeerInfo, Role, RoleState};
 use crate::txid::{Epoch, EpochHistory};
-use crate::wire::{self, Ack, Decoder, Hello, Kind, Message, Unit, Welcome};
+use crate::wire::{self, Ack, Decoder, Hello, Kind, Message, Unit, Want, Welcome};
 
 /// A primary that said nothing for this long is gone; it says its position each second.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
@@ -115,7 +116,7 @@ impl<'a, F: Feed> Session<'a, F> {
             Err(Some(problem)) => return Err(self.blame(problem)),
             Err(None) => return Err(self.blame(foreign(status, &headers, &mut body).await)),
         };
-        let standing = self.feed.standing().await?;
+        let (standing, wants) = self.feed.standing().await?;
         self.epoch = Some(standing.history.epoch());
         self.hello(&standing, &knock, &answer, &mut request).await?;
         let mut units = Units { body, decoder: Decoder::default(), primary: self.primary };
@@ -123,7 +124,7 @@ impl<'a, F: Feed> Session<'a, F> {
         self.lagging.connected(welcome.position);
         self.follows(welcome.epoch, welcome.peer.clone());
         reporter.connected(&welcome.peer, welcome.plan);
-        let acks = acknowledge(self.node, self.feed, request);
+        let acks = acknowledge(self.node, self.feed, wants, request);
         tokio::select! {
             ended = self.receive(&mut units, reporter) => ended,
             () = acks => Err(self.blame(PeerProblem::Connection("it takes no acknowledgements".into()))),
@@ -156,6 +157,8 @@ impl<'a, F: Feed> Session<'a, F> {
             position: standing.position,
             history: (*standing.history).clone(),
             resume: standing.resume,
+            suspect: standing.suspect,
+            marks: standing.marks.clone(),
         };
         handshake::seal_hello(&mut hello, knock, &answer.nonce, &self.node.keys);
         let sent = request.send_data(encoded(&Message::Hello(hello))).await;
@@ -223,6 +226,7 @@ impl<'a, F: Feed> Session<'a, F> {
         match unit.kind {
             Kind::TxnBegin | Kind::Page | Kind::TxnEnd => {}
             Kind::SnapBegin | Kind::SnapPiece | Kind::SnapEnd => {}
+            Kind::HealBegin | Kind::Sums | Kind::Sent => {}
             Kind::Epochs => self.epochs(&unit)?,
             Kind::Heartbeat => {
                 let Message::Heartbeat(beat) = self.decode(&unit)? else {
@@ -238,7 +242,7 @@ impl<'a, F: Feed> Session<'a, F> {
                 };
                 return Err(self.goodbye(goodbye.reason));
             }
-            Kind::Hello | Kind::Welcome | Kind::Ack | Kind::Segment => {
+            Kind::Hello | Kind::Welcome | Kind::Ack | Kind::Segment | Kind::Want => {
                 return Err(self.garbled(format!("an unexpected {:?}", unit.kind)));
             }
         }
@@ -300,8 +304,13 @@ impl<'a, F: Feed> Session<'a, F> {
     }
 }
 
-/// Says what was applied and synced; returns when the connection takes nothing any more.
-async fn acknowledge<F: Feed>(node: &Node, feed: &F, mut request: Sender<Bytes, Infallible>) {
+/// Says what was applied and synced, and asks for what a heal wants; returns when the connection takes nothing any more.
+async fn acknowledge<F: Feed>(
+    node: &Node,
+    feed: &F,
+    mut wants: mpsc::Receiver<Want>,
+    mut request: Sender<Bytes, Infallible>,
+) {
     let mut synced = feed.synced();
     let mut said: Option<(Ack, Instant)> = None;
     let mut synced_moves = true;
@@ -315,6 +324,11 @@ async fn acknowledge<F: Feed>(node: &Node, feed: &F, mut request: Sender<Bytes, 
             said = Some((ack, Instant::now()));
         }
         tokio::select! {
+            Some(want) = wants.recv() => {
+                if request.send_data(encoded(&Message::Want(want))).await.is_err() {
+                    return;
+                }
+            }
             moved = synced.changed(), if synced_moves => synced_moves = moved.is_ok(),
             () = tokio::time::sleep(ACK_PAUSE) => {}
         }

@@ -38,7 +38,8 @@ struct FakeFeed {
 impl FakeFeed {
     fn new(node: &Arc<Node>, epochs: EpochHistory, position: Option<Position>) -> Arc<FakeFeed> {
         node.applied.replace(epochs.clone(), position);
-        let standing = Standing { position, history: Arc::new(epochs), resume: None };
+        let history = Arc::new(epochs);
+        let standing = Standing { position, history, resume: None, suspect: false, marks: Vec::new() };
         Arc::new(FakeFeed {
             node: node.clone(),
             standing: Mutex::new(standing),
@@ -54,8 +55,8 @@ impl FakeFeed {
 }
 
 impl Feed for FakeFeed {
-    async fn standing(&self) -> Result<Standing> {
-        Ok(self.standing.lock().unwrap().clone())
+    async fn standing(&self) -> Result<(Standing, mpsc::Receiver<Want>)> {
+        Ok((self.standing.lock().unwrap().clone(), mpsc::channel(1).1))
     }
 
     async fn feed(&self, units: Vec<Unit>) -> Result<()> {
@@ -71,7 +72,7 @@ impl Feed for FakeFeed {
                     self.node.applied.replace(epochs, standing.position);
                 }
                 Message::TxnEnd(wire::TxnEnd { after: at, .. })
-                | Message::SnapEnd(wire::SnapEnd { exact_at: at }) => {
+                | Message::SnapEnd(wire::SnapEnd { exact_at: at, .. }) => {
                     standing.position = Some(at);
                     self.node.applied.advance(at);
                     self.synced.send_replace(Some(at));

@@ -3,8 +3,8 @@ use bytes::{BufMut, BytesMut};
 
 use super::fields::hash_of;
 use super::{
-    FOLLOWS_NONE, HEADER_BYTES, Hello, Kind, Message, PAYLOAD_MAX_BYTES, PEER_MAX_BYTES, REASON_MAX_BYTES,
-    SnapBegin, VERSION, Welcome,
+    FOLLOWS_NONE, HEADER_BYTES, Hello, Kind, MARKS_MAX, Message, PAYLOAD_MAX_BYTES, PEER_MAX_BYTES,
+    REASON_MAX_BYTES, SnapBegin, VERSION, Welcome,
 };
 use crate::checksum::PageHash;
 use crate::page::PageNo;
@@ -102,7 +102,34 @@ fn put_fields(message: &Message<'_>, out: &mut BytesMut) -> Kind {
         }
         Message::SnapEnd(m) => {
             out.put_slice(&m.exact_at.to_bytes());
+            out.put_u32_le(m.pages);
             Kind::SnapEnd
+        }
+        Message::HealBegin(m) => {
+            out.put_slice(&m.from.to_bytes());
+            out.put_u32_le(m.page_size.get());
+            out.put_u8(u8::from(m.compare));
+            out.put_u8(u8::from(m.diverged));
+            Kind::HealBegin
+        }
+        Message::Sums { first, span, sums } => {
+            out.put_u32_le(first.get());
+            out.put_u32_le(*span);
+            out.put_slice(sums.as_flattened());
+            Kind::Sums
+        }
+        Message::Want(m) => {
+            for run in &m.runs {
+                out.put_u32_le(run.first.get());
+                out.put_u32_le(run.hashes.len() as u32);
+                out.put_slice(run.hashes.as_flattened());
+            }
+            Kind::Want
+        }
+        Message::Sent(m) => {
+            out.put_slice(&m.position.to_bytes());
+            out.put_u32_le(m.pages);
+            Kind::Sent
         }
         Message::Goodbye(m) => {
             let cut = cut_at(&m.reason, REASON_MAX_BYTES);
@@ -129,6 +156,10 @@ fn put_hello(m: &Hello, out: &mut BytesMut) -> Kind {
             out.put_u32_le(page.get());
         }
     }
+    out.put_u8(u8::from(m.suspect));
+    let marks = &m.marks[..m.marks.len().min(MARKS_MAX)];
+    out.put_u8(marks.len() as u8);
+    marks.iter().for_each(|mark| out.put_slice(&mark.to_bytes()));
     put_peer(&m.peer, out);
     out.put_slice(&m.history.encode());
     Kind::Hello
@@ -147,7 +178,6 @@ fn put_snap_begin(m: &SnapBegin, out: &mut BytesMut) -> Kind {
     out.put_slice(&m.first.to_bytes());
     out.put_u32_le(m.from.get());
     out.put_u32_le(m.page_size.get());
-    out.put_u8(u8::from(m.diverged));
     Kind::SnapBegin
 }
 

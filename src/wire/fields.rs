@@ -1,8 +1,8 @@
 //! A unit's hash, and its fields out of verified bytes.
 use super::{
-    Ack, FOLLOWS_NONE, Goodbye, HEADER_BYTES, HELLO_PROOF_BYTES, Heartbeat, Hello, Kind, Message,
-    PEER_MAX_BYTES, Plan, REASON_MAX_BYTES, Segment, SnapBegin, SnapEnd, TxnBegin, TxnEnd, UNIT_KEY, Welcome,
-    WireError,
+    Ack, FOLLOWS_NONE, Goodbye, HEADER_BYTES, HELLO_PROOF_BYTES, HealBegin, Heartbeat, Hello, Kind,
+    MARKS_MAX, Message, PEER_MAX_BYTES, Plan, REASON_MAX_BYTES, SPAN_MAX_PAGES, Segment, Sent, SnapBegin,
+    SnapEnd, TxnBegin, TxnEnd, UNIT_KEY, WANT_MAX_PAGES, Want, WantRun, Welcome, WireError,
 };
 use crate::checksum::PageHash;
 use crate::page::{PageNo, PageSize};
@@ -65,7 +65,6 @@ pub(super) fn decode(kind: Kind, hash: [u8; 16], unit: &[u8]) -> Result<Message<
             first: f.position()?,
             from: f.page_no()?,
             page_size: f.page_size()?,
-            diverged: f.flag()?,
         }),
         Kind::SnapPiece => {
             let (first, position, pages) = (f.page_no()?, f.position()?, f.rest());
@@ -75,7 +74,16 @@ pub(super) fn decode(kind: Kind, hash: [u8; 16], unit: &[u8]) -> Result<Message<
             }
             Message::SnapPiece { first, position, pages }
         }
-        Kind::SnapEnd => Message::SnapEnd(SnapEnd { exact_at: f.position()? }),
+        Kind::SnapEnd => Message::SnapEnd(SnapEnd { exact_at: f.position()?, pages: f.u32()? }),
+        Kind::HealBegin => Message::HealBegin(HealBegin {
+            from: f.position()?,
+            page_size: f.page_size()?,
+            compare: f.flag()?,
+            diverged: f.flag()?,
+        }),
+        Kind::Sums => f.sums()?,
+        Kind::Want => Message::Want(f.want()?),
+        Kind::Sent => Message::Sent(Sent { position: f.position()?, pages: f.u32()? }),
         Kind::Goodbye => Message::Goodbye(f.goodbye()?),
         Kind::Segment => Message::Segment(Segment {
             start: f.u64()?,
@@ -165,9 +173,42 @@ impl<'a> Fields<'a> {
             proof: *self.array::<HELLO_PROOF_BYTES>()?,
             position: self.optional(Fields::position)?,
             resume: self.optional(|f| Ok((f.position()?, f.page_no()?)))?,
+            suspect: self.flag()?,
+            marks: self.marks()?,
             peer: self.peer()?,
             history: self.history()?,
         })
+    }
+
+    fn marks(&mut self) -> Result<Vec<Position>, WireError> {
+        let [count] = *self.array()?;
+        if usize::from(count) > MARKS_MAX {
+            return Err(WireError::Fields("too many marks"));
+        }
+        (0..count).map(|_| self.position()).collect()
+    }
+
+    fn sums(&mut self) -> Result<Message<'a>, WireError> {
+        let (first, span) = (self.page_no()?, self.u32()?);
+        let (sums, rest) = self.rest().as_chunks();
+        if !(1..=SPAN_MAX_PAGES).contains(&span) || sums.is_empty() || !rest.is_empty() {
+            return Err(WireError::Fields("sums of no pages, of too many, or cut"));
+        }
+        Ok(Message::Sums { first, span, sums })
+    }
+
+    fn want(&mut self) -> Result<Want, WireError> {
+        let (mut runs, mut pages) = (Vec::new(), 0);
+        while !self.0.is_empty() {
+            let (first, count) = (self.page_no()?, self.u32()? as usize);
+            pages += count;
+            if count == 0 || pages > WANT_MAX_PAGES {
+                return Err(WireError::Fields("a run of no pages, or too many pages are asked for"));
+            }
+            let (hashes, _) = self.bytes(count * 16)?.as_chunks();
+            runs.push(WantRun { first, hashes: hashes.to_vec() });
+        }
+        Ok(Want { runs })
     }
 
     fn welcome(&mut self) -> Result<Welcome, WireError> {
@@ -176,8 +217,9 @@ impl<'a> Fields<'a> {
             plan: match self.array()? {
                 [1] => Plan::Log,
                 [2] => Plan::Snapshot,
-                [3] => Plan::Diverged,
+                [3] => Plan::Heal,
                 [4] => Plan::Resume,
+                [5] => Plan::Compare,
                 _ => return Err(WireError::Fields("an unknown plan")),
             },
             position: self.position()?,

@@ -50,8 +50,10 @@ static PAGES: [u8; 1024] = [0x5a; 1024];
 
 /// Every kind, with and without its optional fields.
 fn every_kind() -> Vec<Message<'static>> {
-    let hello = |position, resume| {
-        Message::Hello(Hello { proof: [9; 32], peer: peer(), position, history: history(), resume })
+    let hello = |position: Option<Position>, resume| {
+        let (suspect, marks) = (position.is_some(), position.into_iter().collect());
+        let (peer, history) = (peer(), history());
+        Message::Hello(Hello { proof: [9; 32], peer, position, history, resume, suspect, marks })
     };
     let welcome = |plan| {
         let (epoch, position) = (Epoch::new(3, 4), position(5));
@@ -65,20 +67,30 @@ fn every_kind() -> Vec<Message<'static>> {
         hello(Some(position(4)), Some((position(3), page_no(9)))),
         welcome(Plan::Log),
         welcome(Plan::Snapshot),
-        welcome(Plan::Diverged),
+        welcome(Plan::Heal),
         welcome(Plan::Resume),
+        welcome(Plan::Compare),
         Message::Epochs(history()),
         Message::Heartbeat(Heartbeat { position: position(6), unix_micros: 12 }),
         Message::Ack(Ack { applied: None, synced: None }),
         Message::Ack(Ack { applied: Some(position(8)), synced: Some(position(7)) }),
-        Message::SnapBegin(SnapBegin {
-            first: position(1),
-            from: page_no(2),
-            page_size: size(),
-            diverged: true,
-        }),
+        Message::SnapBegin(SnapBegin { first: position(1), from: page_no(2), page_size: size() }),
         Message::SnapPiece { first: page_no(2), position: position(9), pages: &PAGES },
-        Message::SnapEnd(SnapEnd { exact_at: position(11) }),
+        Message::SnapEnd(SnapEnd { exact_at: position(11), pages: 12 }),
+        Message::HealBegin(HealBegin {
+            from: position(3),
+            page_size: size(),
+            compare: true,
+            diverged: false,
+        }),
+        Message::Sums { first: page_no(65), span: 64, sums: &[[1; 16], [2; 16]] },
+        Message::Want(Want {
+            runs: vec![
+                WantRun { first: page_no(2), hashes: vec![[3; 16]; 2] },
+                WantRun { first: page_no(9), hashes: vec![[0; 16]] },
+            ],
+        }),
+        Message::Sent(Sent { position: position(12), pages: 9 }),
         Message::Goodbye(Goodbye { reason: "bis bald, schöne Welt".into() }),
         Message::Segment(Segment { start: 1 << 40, before: position(0), follows: None }),
         Message::Segment(Segment { start: 1 << 40, before: position(0), follows: Some(77) }),
@@ -180,7 +192,7 @@ fn lengths_versions_and_kinds_outside_the_bounds_are_refused() {
     for version in [0, 2, 256, u16::MAX] {
         assert_eq!(first(header(8, 8, 0, version)).unwrap_err(), WireError::Version(version));
     }
-    for kind in [0, 14, 255] {
+    for kind in [0, 18, 255] {
         assert_eq!(first(header(8, kind, 0, 1)).unwrap_err(), WireError::UnknownKind(kind));
         assert_eq!(first(header(8, kind, 2, 1)).unwrap_err(), WireError::UnknownKind(kind));
     }
@@ -251,7 +263,7 @@ fn fields_outside_their_bounds_are_refused_behind_a_good_hash() {
         assert!(fields_error(sealed(kind, 0, &payload)), "kind {kind} at {at}");
     }
     let welcome = encoded(&every_kind()[5]);
-    for plan in [0, 5, 255] {
+    for plan in [0, 6, 255] {
         let mut payload = welcome[HEADER_BYTES..].to_vec();
         payload[16] = plan;
         assert!(fields_error(sealed(5, 0, &payload)), "plan {plan}");
@@ -262,6 +274,39 @@ fn fields_outside_their_bounds_are_refused_behind_a_good_hash() {
 }
 
 #[test]
+fn what_is_asked_for_in_a_heal_is_bounded() {
+    let round = |message: &Message<'_>| {
+        let unit = first(encoded(message)).unwrap().unwrap();
+        assert_eq!(unit.decode().unwrap(), *message);
+    };
+    round(&Message::Want(Want::default()));
+    let single = |n: u32| WantRun { first: page_no(n), hashes: vec![[n as u8; 16]] };
+    let most: Vec<_> = (1..=WANT_MAX_PAGES as u32).map(single).collect();
+    round(&Message::Want(Want { runs: most.clone() }));
+    let more = [most, vec![single(7)]].concat();
+    assert!(fields_error(encoded(&Message::Want(Want { runs: more }))), "one page more");
+    let none = WantRun { first: page_no(1), hashes: Vec::new() };
+    assert!(fields_error(encoded(&Message::Want(Want { runs: vec![none] }))), "a run of no pages");
+    // A count that nothing stands behind is not believed.
+    assert!(fields_error(sealed(16, 0, &[1, 0, 0, 0, 0, 64, 0, 0])));
+    for span in [0, SPAN_MAX_PAGES + 1] {
+        let sums = Message::Sums { first: page_no(1), span, sums: &[[0; 16]] };
+        assert!(fields_error(encoded(&sums)), "{span} pages in a sum");
+    }
+    assert!(fields_error(encoded(&Message::Sums { first: page_no(1), span: 1, sums: &[] })), "no sums");
+    let hello = |marks| {
+        let (proof, peer, position, history) = ([0; 32], peer(), None, history());
+        Message::Hello(Hello { proof, peer, position, history, resume: None, suspect: true, marks })
+    };
+    round(&hello(vec![position(1); MARKS_MAX]));
+    // The count of marks stands behind proof, two flags and `suspect`.
+    let mut payload = encoded(&hello(Vec::new()))[HEADER_BYTES..].to_vec();
+    payload[35] = MARKS_MAX as u8 + 1;
+    payload.splice(36..36, vec![0; (MARKS_MAX + 1) * Position::BYTES]);
+    assert!(fields_error(sealed(4, 0, &payload)), "a mark more");
+}
+
+#[test]
 fn texts_that_are_too_long_are_told_in_short() {
     let reason = "ß".repeat(REASON_MAX_BYTES);
     let unit = first(encoded(&Message::Goodbye(Goodbye { reason }))).unwrap().unwrap();
@@ -269,7 +314,15 @@ fn texts_that_are_too_long_are_told_in_short() {
     assert_eq!(told.reason, "ß".repeat(REASON_MAX_BYTES / 2));
 
     let told = |peer: PeerInfo| {
-        let hello = Hello { proof: [0; 32], peer, position: None, history: history(), resume: None };
+        let hello = Hello {
+            proof: [0; 32],
+            peer,
+            position: None,
+            history: history(),
+            resume: None,
+            suspect: false,
+            marks: Vec::new(),
+        };
         let unit = first(encoded(&Message::Hello(hello))).unwrap().unwrap();
         let Message::Hello(told) = unit.decode().unwrap() else { panic!() };
         told.peer
@@ -289,7 +342,8 @@ fn texts_that_are_too_long_are_told_in_short() {
 
 #[test]
 fn unknown_kinds_are_skipped_when_they_may_be_and_their_hash_holds() {
-    let (skip, ack) = (sealed(200, 1, b"from the future"), encoded(&every_kind()[11]));
+    let (skip, ack) =
+        (sealed(200, 1, b"from the future"), encoded(&Message::Ack(Ack { applied: None, synced: None })));
     let mut decoder = Decoder::default();
     for bytes in [&skip, &skip, &ack] {
         decoder.push(bytes.clone());
@@ -330,7 +384,7 @@ fn chunked(bytes: Bytes, sizes: Vec<usize>) -> impl Iterator<Item = Bytes> {
 proptest! {
     #[test]
     fn chunking_changes_nothing(
-        order in prop::collection::vec(0usize..19, 1..12),
+        order in prop::collection::vec(0usize..23, 1..12),
         sizes in prop::collection::vec(1usize..600, 1..8),
         damage in prop::option::of((any::<prop::sample::Index>(), 1u8..)),
     ) {

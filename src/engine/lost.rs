@@ -1,0 +1,224 @@
+//! `<side>/lost`: what a heal replaced, so that nothing that was committed anywhere is thrown away.
+//!
+//! A branch is a directory `branch-<position of its tip>` (behind that `-damaged-<time>` for pages that were none of that position's) with `branch.json` (what it is), `pages` (PAGE units: the image of each page
+//! that the heal replaced or dropped, as it was), `records` (its transactions, as they stood in the log, as far as they did) and `rows.jsonl`
+//! (which rows that concerned). It is written under another name, fsynced, and renamed before the heal changes anything.
+
+mod btree;
+mod rows;
+mod show;
+
+use std::fs::{self, File};
+use std::io::{BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use bytes::BytesMut;
+use serde::{Deserialize, Serialize};
+
+use crate::checksum::PageHash;
+use crate::engine::append::Appender;
+use crate::engine::receive::Ready;
+use crate::engine::wal_file::sync_directory;
+use crate::error::{Error, Result};
+use crate::page::{PageNo, PageSet};
+use crate::status::unix_millis;
+use crate::txid::Position;
+use crate::wire;
+
+pub(super) use rows::{Before, tell};
+pub use rows::{LostRow, LostRows};
+
+const FORMAT: u32 = 1;
+const PREFIX: &str = "branch-";
+
+/// A branch of the history that this node had and that a heal replaced by the primary's; see [`Db::lost`](crate::Db::lost).
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[non_exhaustive]
+pub struct LostBranch {
+    format: u32,
+    /// The last state that is known to be in both histories. None when the logs did not reach back to it.
+    pub fork: Option<Position>,
+    /// The state that was replaced.
+    pub tip: Position,
+    /// The state that took its place.
+    pub healed_to: Position,
+    /// Not a branch: the pages that were replaced were not what the position of the tip says. The disk damaged them, or they were
+    /// changed by other means than SQLite.
+    pub damaged: bool,
+    /// When that was, in milliseconds since 1970.
+    pub unix_millis: u64,
+    /// The size of a page in bytes.
+    pub page_size: u32,
+    /// The database's size in pages at the tip.
+    pub size_pages: u32,
+    /// How many page images are kept.
+    pub pages: u64,
+    /// Bytes of the branch's transaction records that are kept; they may begin before the fork.
+    pub record_bytes: u64,
+    #[serde(skip)]
+    path: PathBuf,
+}
+
+/// What a heal is about to replace.
+pub(super) struct Doomed<'a> {
+    pub(super) ready: &'a Ready,
+    /// The last state known to be common, and where the records after it begin in the log.
+    pub(super) fork: Option<Position>,
+    pub(super) records_from: Option<u64>,
+    /// Most bytes that all of `lost` may come to.
+    pub(super) quota_bytes: u64,
+    /// The pages are not what the position says.
+    pub(super) damaged: bool,
+}
+
+impl LostBranch {
+    /// Where it is kept.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// All branches that are kept beside a database, oldest first.
+    pub(crate) fn list(side: &Path) -> Result<Vec<LostBranch>> {
+        let lost = side.join("lost");
+        let entries = match fs::read_dir(&lost) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(Error::io("read", &lost)(error)),
+        };
+        let mut branches = Vec::new();
+        for entry in entries {
+            let path = entry.map_err(Error::io("read", &lost))?.path();
+            let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
+            if name.starts_with(PREFIX) && !name.ends_with(".new") {
+                branches.push(LostBranch::read(path)?);
+            }
+        }
+        branches.sort_by_key(|b| b.unix_millis);
+        Ok(branches)
+    }
+
+    fn read(path: PathBuf) -> Result<LostBranch> {
+        let file = path.join("branch.json");
+        let text = fs::read(&file).map_err(Error::io("read", &file))?;
+        let corrupt =
+            |e: serde_json::Error| Error::Corrupt { path: file.clone(), offset: 0, what: e.to_string() };
+        let value: serde_json::Value = serde_json::from_slice(&text).map_err(corrupt)?;
+        let found = value.get("format").and_then(serde_json::Value::as_u64).unwrap_or(0);
+        if found > u64::from(FORMAT) {
+            return Err(Error::Newer { path: file, found: found as u32, supported: FORMAT });
+        }
+        let branch: LostBranch = serde_json::from_value(value).map_err(corrupt)?;
+        Ok(LostBranch { path, ..branch })
+    }
+}
+
+/// Keeps the local image of every page that the heal will replace or drop, and the branch's records. Durable on return.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::LostFull`] when the quota does not allow it: nothing may be replaced then.
+pub(super) fn keep(side: &Path, live: &mut Appender, doomed: &Doomed<'_>) -> Result<LostBranch> {
+    let tip = live.base.tip();
+    let lost = side.join("lost");
+    let mut name = format!("{PREFIX}{}", tip.position);
+    if doomed.damaged {
+        name += &format!("-damaged-{}", unix_millis());
+    }
+    let path = lost.join(name);
+    if path.join("branch.json").exists() {
+        // An earlier heal got this far and no further.
+        return LostBranch::read(path);
+    }
+    let log = live.base.log.clone();
+    let (from, until) = (doomed.records_from.unwrap_or(log.complete()), log.complete());
+    let pages = differing(live, doomed.ready)?;
+    let unit = wire::HEADER_BYTES + 4 + live.base.page_size.bytes();
+    let needed = pages.len() as u64 * unit as u64 + until.saturating_sub(from);
+    let used = bytes_below(&lost)?;
+    if used.saturating_add(needed) > doomed.quota_bytes {
+        return Err(Error::LostFull { path: lost, used, needed, quota: doomed.quota_bytes });
+    }
+    let new = path.with_extension("new");
+    match fs::remove_dir_all(&new) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", &new)(e)),
+        _ => fs::create_dir_all(&new).map_err(Error::io("create", &new))?,
+    }
+    write(&new.join("pages"), |out| write_pages(live, &pages, out))?;
+    write(&new.join("records"), |out| log.bytes_between(from, until, |bytes| put(out, &bytes)))?;
+    let branch = LostBranch {
+        format: FORMAT,
+        fork: doomed.fork,
+        tip: tip.position,
+        healed_to: doomed.ready.position,
+        damaged: doomed.damaged,
+        unix_millis: unix_millis(),
+        page_size: live.base.page_size.get(),
+        size_pages: tip.pages,
+        pages: pages.len() as u64,
+        record_bytes: until.saturating_sub(from),
+        path: path.clone(),
+    };
+    let json = serde_json::to_vec_pretty(&branch).map_err(|e| Error::Stopped(e.to_string()))?;
+    write(&new.join("branch.json"), |out| put(out, &json))?;
+    sync_directory(&new)?;
+    fs::rename(&new, &path).map_err(Error::io("rename", &new))?;
+    sync_directory(&lost)?;
+    sync_directory(side)?;
+    Ok(branch)
+}
+
+/// Our pages that are not in the state that comes, or are others there.
+fn differing(live: &mut Appender, ready: &Ready) -> Result<PageSet> {
+    let ours = live.base.tip().pages;
+    let mut pages = PageSet::default();
+    let (mut here, mut there) = (vec![0; ready.page_size.bytes()], vec![0; ready.page_size.bytes()]);
+    for page in ready.have.iter().take_while(|page| page.get() <= ours) {
+        live.read_current(page, &mut here)?;
+        ready.read(page, &mut there)?;
+        if here != there {
+            pages.insert(page);
+        }
+    }
+    let dropped = (ready.pages.saturating_add(1)..=ours).filter_map(PageNo::new);
+    dropped.filter(|page| !page.is_lock_page(ready.page_size)).for_each(|page| pages.insert(page));
+    Ok(pages)
+}
+
+fn write_pages(live: &mut Appender, pages: &PageSet, out: &mut impl Write) -> Result<()> {
+    let mut page = vec![0; live.base.page_size.bytes()];
+    let mut unit = BytesMut::new();
+    for number in pages.iter() {
+        live.read_current(number, &mut page)?;
+        unit.clear();
+        wire::encode_page(number, PageHash::of(number, &page), &page, &mut unit);
+        put(out, &unit)?;
+    }
+    Ok(())
+}
+
+fn put(out: &mut impl Write, bytes: &[u8]) -> Result<()> {
+    out.write_all(bytes).map_err(Error::io("write", "a lost branch"))
+}
+
+/// Writes a file and fsyncs it.
+fn write(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
+    let mut out = BufWriter::new(File::create(path).map_err(Error::io("create", path))?);
+    fill(&mut out)?;
+    let file = out.into_inner().map_err(|e| Error::io("write", path)(e.into_error()))?;
+    file.sync_all().map_err(Error::io("fsync", path))
+}
+
+/// Bytes of all files below a directory; none when it is not there.
+fn bytes_below(path: &Path) -> Result<u64> {
+    let entries = match fs::read_dir(path) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(0),
+        Err(error) => return Err(Error::io("read", path)(error)),
+    };
+    let mut bytes = 0;
+    for entry in entries {
+        let entry = entry.map_err(Error::io("read", path))?;
+        let meta = entry.metadata().map_err(Error::io("stat", entry.path()))?;
+        bytes += if meta.is_dir() { bytes_below(&entry.path())? } else { meta.len() };
+    }
+    Ok(bytes)
+}

@@ -1,0 +1,132 @@
+//! What a replica that has left the history asks its own log: where it may have left, and what it did since.
+use bytes::Bytes;
+
+use super::{Found, Log};
+use crate::error::{Error, Result};
+use crate::page::PageSet;
+use crate::txid::Position;
+use crate::wire::{Decoder, MARKS_MAX, Message, Unit};
+
+/// Bytes that are read at a time.
+const READ_BYTES: usize = 1 << 20;
+
+/// What the transactions after a state did.
+#[derive(Clone, Debug)]
+pub(crate) struct Touched {
+    /// The pages that they wrote.
+    pub(crate) pages: PageSet,
+    /// The database's size in pages in that state.
+    pub(crate) size: u32,
+    /// The least size that it had since, in pages.
+    pub(crate) least: u32,
+    /// Where their records begin.
+    pub(crate) lsn: u64,
+}
+
+impl Log {
+    /// Some states that records of this log led to, newest first, at distances from the tip that double. The tip itself is not among
+    /// them.
+    ///
+    /// # Errors
+    /// Those of [`Log::find`].
+    pub(crate) fn marks(&self) -> Result<Vec<Position>> {
+        let (Some(tip), Some(start)) = (self.tip(), self.start()) else { return Ok(Vec::new()) };
+        let mut marks = Vec::new();
+        for power in 0..MARKS_MAX as u32 {
+            let number = tip.number().saturating_sub(1 << power);
+            // The state before the oldest record is of an unknown size.
+            if number <= start.number() {
+                break;
+            }
+            match self.find(number)? {
+                Found::At { before, .. } => marks.push(before),
+                Found::Behind | Found::Beyond => break,
+            }
+        }
+        Ok(marks)
+    }
+
+    /// What the transactions after `state`, one of [`Log::marks`], did; `None` when the log does not reach back to it any more.
+    ///
+    /// # Errors
+    /// [`Error::Io`]; [`Error::Corrupt`], and a unit that does not decode.
+    pub(crate) fn touched(&self, state: Position) -> Result<Option<Touched>> {
+        let Found::At { lsn, before } = self.find(state.number())? else { return Ok(None) };
+        if before != state || state.number() == 0 {
+            return Ok(None);
+        }
+        let Found::At { lsn: earlier, .. } = self.find(state.number() - 1)? else { return Ok(None) };
+        let mut size = None;
+        self.records(earlier, lsn, |unit| {
+            if let Message::TxnEnd(end) = decode(&unit)? {
+                size = Some(end.pages);
+            }
+            Ok(())
+        })?;
+        let Some(size) = size else { return Ok(None) };
+        let mut touched = Touched { pages: PageSet::default(), size, least: size, lsn };
+        self.records(lsn, self.complete(), |unit| {
+            match decode(&unit)? {
+                Message::Page { number, .. } => touched.pages.insert(number),
+                Message::TxnEnd(end) => touched.least = touched.least.min(end.pages),
+                _ => {}
+            }
+            Ok(())
+        })?;
+        Ok(Some(touched))
+    }
+
+    /// The address after the last complete record.
+    pub(crate) fn complete(&self) -> u64 {
+        self.lock().complete
+    }
+
+    /// Visits the units from one record boundary to another. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::Io`], also when the bytes were dropped meanwhile; bytes that are no units; what `visit` returns.
+    pub(crate) fn records(
+        &self,
+        lsn: u64,
+        until: u64,
+        mut visit: impl FnMut(Unit) -> Result<()>,
+    ) -> Result<()> {
+        let mut decoder = Decoder::default();
+        self.bytes_between(lsn, until, |bytes| {
+            decoder.push(bytes);
+            while let Some(unit) = decoder.next().map_err(garbled)? {
+                visit(unit)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// The bytes between two record boundaries, in pieces. Blocks.
+    ///
+    /// # Errors
+    /// As for [`Log::records`].
+    pub(crate) fn bytes_between(
+        &self,
+        mut lsn: u64,
+        until: u64,
+        mut visit: impl FnMut(Bytes) -> Result<()>,
+    ) -> Result<()> {
+        while lsn < until {
+            let bytes = self.read_disk(lsn, READ_BYTES.min((until - lsn) as usize))?;
+            if bytes.is_empty() {
+                break;
+            }
+            lsn = self.step_over(lsn + bytes.len() as u64);
+            visit(bytes)?;
+        }
+        Ok(())
+    }
+}
+
+fn decode(unit: &Unit) -> Result<Message<'_>> {
+    unit.decode().map_err(garbled)
+}
+
+fn garbled(error: crate::wire::WireError) -> Error {
+    Error::garbled("the log", error.to_string())
+}
