@@ -145,7 +145,7 @@ impl Engine {
                 tracing::warn!(%position, "the database was changed by somebody else; its state becomes history");
             }
             tip.position = position;
-            opened.base.set_tip(tip);
+            opened.base.leap(tip);
             anchor::write_epochs(&options.side, &history)?;
         }
         opened.history = history;

@@ -240,7 +240,7 @@ impl Opened {
             let unnamed = Position::new(Txid::new(Epoch::new(0, 0), 0), sum);
             tip.position = found.unwrap_or(unnamed);
         }
-        self.base.set_tip(tip);
+        self.base.leap(tip);
         Ok(())
     }
 
