@@ -184,7 +184,8 @@ fn no_room(recorder: &Recorder, path: &[u8]) -> Option<bool> {
 fn open_at(directory: c_int, path: *const c_char, flags: c_int, mode: mode_t) -> c_int {
     let open = || {
         // SAFETY: the arguments are those of the caller, who calls `openat` or what amounts to it.
-        (unsafe { libc::syscall(libc::SYS_openat, directory, path, flags | libc::O_LARGEFILE, mode) }) as c_int
+        (unsafe { libc::syscall(libc::SYS_openat, directory, path, flags | libc::O_LARGEFILE, mode) })
+            as c_int
     };
     let changes = flags & (libc::O_CREAT | libc::O_TRUNC) != 0 && flags & libc::O_TMPFILE != libc::O_TMPFILE;
     let Some((recorder, name)) = (if changes { named(directory, path) } else { None }) else { return open() };
@@ -240,7 +241,12 @@ pub unsafe extern "C" fn openat(directory: c_int, path: *const c_char, flags: c_
 /// # Safety
 /// As `open`.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn openat64(directory: c_int, path: *const c_char, flags: c_int, mode: mode_t) -> c_int {
+pub unsafe extern "C" fn openat64(
+    directory: c_int,
+    path: *const c_char,
+    flags: c_int,
+    mode: mode_t,
+) -> c_int {
     open_at(directory, path, flags, mode)
 }
 
@@ -306,7 +312,12 @@ pub unsafe extern "C" fn pwrite(fd: c_int, data: *const c_void, length: size_t, 
 /// # Safety
 /// As the C library's function of this name.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn pwrite64(fd: c_int, data: *const c_void, length: size_t, offset: off64_t) -> ssize_t {
+pub unsafe extern "C" fn pwrite64(
+    fd: c_int,
+    data: *const c_void,
+    length: size_t,
+    offset: off64_t,
+) -> ssize_t {
     write_at(fd, data, length, Some(offset))
 }
 
@@ -546,7 +557,12 @@ pub unsafe extern "C" fn copy_file_range(
 /// # Safety
 /// As the C library's function of this name.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn sendfile64(to: c_int, from: c_int, from_at: *mut off64_t, length: size_t) -> ssize_t {
+pub unsafe extern "C" fn sendfile64(
+    to: c_int,
+    from: c_int,
+    from_at: *mut off64_t,
+    length: size_t,
+) -> ssize_t {
     if file(to).is_some() {
         return fail(libc::ENOSYS) as ssize_t;
     }

@@ -160,6 +160,11 @@ pub fn run(
     if let Some((cut, what)) = failures.first() {
         let state = keep.join("state");
         make(start, changes, cut, &state);
-        panic!("{} of {} states failed. The first: {cut:?}: {what}; kept in {}", failures.len(), cuts.len(), keep.display());
+        panic!(
+            "{} of {} states failed. The first: {cut:?}: {what}; kept in {}",
+            failures.len(),
+            cuts.len(),
+            keep.display()
+        );
     }
 }

@@ -224,7 +224,8 @@ impl Naming {
             }
             Naming::Rename(from, to) => {
                 let below = format!("{from}/");
-                let moved: Vec<_> = tree.keys().filter(|p| *p == from || p.starts_with(&below)).cloned().collect();
+                let moved: Vec<_> =
+                    tree.keys().filter(|p| *p == from || p.starts_with(&below)).cloned().collect();
                 for path in moved {
                     if let Some(node) = tree.remove(&path) {
                         tree.insert(format!("{to}{}", &path[from.len()..]), node);
@@ -278,8 +279,12 @@ impl Disk {
             } else if !name.ends_with("-shm") {
                 let bytes = fs::read(entry.path()).unwrap();
                 let modified = meta.mtime() * 1_000_000_000 + meta.mtime_nsec();
-                let file =
-                    File { current: bytes.clone(), durable: bytes, durable_modified: modified, ..File::default() };
+                let file = File {
+                    current: bytes.clone(),
+                    durable: bytes,
+                    durable_modified: modified,
+                    ..File::default()
+                };
                 self.by_inode.insert(meta.ino(), self.files.len());
                 self.tree.insert(name, Node::File(self.files.len()));
                 self.files.push(file);

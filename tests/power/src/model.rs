@@ -25,7 +25,8 @@ pub const SCHEMA: &str = "
 /// # Errors
 /// As SQLite.
 pub fn migrate(conn: &mut Connection) -> rusqlite::Result<()> {
-    let done: bool = conn.query_row("SELECT count(*) FROM sqlite_schema WHERE name = 'head'", [], |r| r.get(0))?;
+    let done: bool =
+        conn.query_row("SELECT count(*) FROM sqlite_schema WHERE name = 'head'", [], |r| r.get(0))?;
     if done {
         return Ok(());
     }
@@ -54,7 +55,8 @@ pub fn blob(seq: u64) -> Vec<u8> {
 
 fn link(chain: i64, seq: u64, who: &str) -> i64 {
     let mut hasher = blake3::Hasher::new();
-    let hash = hasher.update(&chain.to_le_bytes()).update(&seq.to_le_bytes()).update(who.as_bytes()).finalize();
+    let hash =
+        hasher.update(&chain.to_le_bytes()).update(&seq.to_le_bytes()).update(who.as_bytes()).finalize();
     i64::from_le_bytes(hash.as_bytes()[..8].try_into().unwrap())
 }
 
@@ -201,21 +203,30 @@ impl Said {
         if conn.query_row(schema, [], |r| r.get::<_, i64>(0)).map_err(text)? == 0 {
             return Ok(0);
         }
-        let (last, chain): (u64, i64) =
-            conn.query_row("SELECT seq, chain FROM head", [], |r| Ok((r.get(0)?, r.get(1)?))).map_err(text)?;
+        let (last, chain): (u64, i64) = conn
+            .query_row("SELECT seq, chain FROM head", [], |r| Ok((r.get(0)?, r.get(1)?)))
+            .map_err(text)?;
         let makers = self.makers(last, chain, before)?;
-        let mut statement =
-            conn.prepare("SELECT slot, seq, who, v FROM t WHERE who <> 'stray' ORDER BY seq").map_err(text)?;
+        let mut statement = conn
+            .prepare("SELECT slot, seq, who, v FROM t WHERE who <> 'stray' ORDER BY seq")
+            .map_err(text)?;
         let rows = statement
             .query_map([], |r| {
-                Ok((r.get::<_, u64>(0)?, r.get::<_, u64>(1)?, r.get::<_, String>(2)?, r.get::<_, Vec<u8>>(3)?))
+                Ok((
+                    r.get::<_, u64>(0)?,
+                    r.get::<_, u64>(1)?,
+                    r.get::<_, String>(2)?,
+                    r.get::<_, Vec<u8>>(3)?,
+                ))
             })
             .map_err(text)?;
         let mut expected = last.saturating_sub(SLOTS - 1).max(1);
         for row in rows {
             let (slot, seq, who, v) = row.map_err(text)?;
             if seq != expected || slot != seq % SLOTS || who != makers[seq as usize - 1] || v != blob(seq) {
-                return Err(format!("of state {last}: row {seq} of {who} in slot {slot}, {expected} expected"));
+                return Err(format!(
+                    "of state {last}: row {seq} of {who} in slot {slot}, {expected} expected"
+                ));
             }
             expected += 1;
         }

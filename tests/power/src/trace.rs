@@ -5,17 +5,48 @@ use std::path::{Path, PathBuf};
 /// A change to a file or a name, in the order in which they were made.
 #[derive(Clone, Debug)]
 pub enum Change {
-    Create { inode: u64, path: String, modified: i64 },
-    Length { inode: u64, length: u64, modified: i64 },
-    Write { inode: u64, offset: u64, modified: i64, data: Vec<u8> },
+    Create {
+        inode: u64,
+        path: String,
+        modified: i64,
+    },
+    Length {
+        inode: u64,
+        length: u64,
+        modified: i64,
+    },
+    Write {
+        inode: u64,
+        offset: u64,
+        modified: i64,
+        data: Vec<u8>,
+    },
     /// An fsync begins.
-    Sync { inode: u64, id: u64, path: String },
+    Sync {
+        inode: u64,
+        id: u64,
+        path: String,
+    },
     /// It has succeeded.
-    Synced { inode: u64, id: u64, data_only: bool, path: String },
-    Rename { from: String, to: String },
-    Unlink { path: String },
-    Mkdir { path: String },
-    Rmdir { path: String },
+    Synced {
+        inode: u64,
+        id: u64,
+        data_only: bool,
+        path: String,
+    },
+    Rename {
+        from: String,
+        to: String,
+    },
+    Unlink {
+        path: String,
+    },
+    Mkdir {
+        path: String,
+    },
+    Rmdir {
+        path: String,
+    },
     /// A line that the workload wrote into the file `acks`, which is no part of the disk.
     Said(String),
 }

@@ -153,7 +153,8 @@ fn shell_process() {
         hear();
     }
     let target: u64 = variable("TARGET").parse().unwrap();
-    let head = |c: &rusqlite::Connection| c.query_row("SELECT seq FROM head", [], |r| r.get::<_, u64>(0)).unwrap();
+    let head =
+        |c: &rusqlite::Connection| c.query_row("SELECT seq FROM head", [], |r| r.get::<_, u64>(0)).unwrap();
     loop {
         let here = head(&conn);
         if here >= target {
@@ -201,7 +202,8 @@ async fn check_log(db: &Db, said: &Said) -> Result<(), String> {
     }
     for transaction in &logged {
         let position = transaction.position;
-        if said.checksums.get(&position.number()).is_some_and(|known| *known != position.checksum().as_u128()) {
+        if said.checksums.get(&position.number()).is_some_and(|known| *known != position.checksum().as_u128())
+        {
             return Err(format!("the log has {position}, which was another state"));
         }
     }
@@ -332,9 +334,8 @@ fn following_process() {
         return;
     }
     let runtime = tokio::runtime::Runtime::new().unwrap();
-    let db = runtime
-        .block_on(Db::open(small(replica(&PathBuf::from(variable("DB")), &variable("URL")))))
-        .unwrap();
+    let db =
+        runtime.block_on(Db::open(small(replica(&PathBuf::from(variable("DB")), &variable("URL"))))).unwrap();
     let mut events = db.events();
     runtime.spawn(async move {
         while let Some(event) = events.next().await {
@@ -368,7 +369,9 @@ fn check_replica(dir: &Path, said: &Said, cut: &Cut, url: &str, primary: &Db) ->
         let db = open("http://127.0.0.1:1").await.map_err(|e| format!("it does not open: {e}"))?;
         let synced = said.replica_synced(cut.at);
         match db.position() {
-            None if synced.is_some() => return Err(format!("{synced:?} was on the disk, and nothing is there")),
+            None if synced.is_some() => {
+                return Err(format!("{synced:?} was on the disk, and nothing is there"));
+            }
             None => {}
             Some(_) if strayed => {}
             Some(position) => {

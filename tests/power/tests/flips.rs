@@ -95,7 +95,8 @@ impl Closed {
         process.expect("ready");
         stage.between(|| drop(process.kill()));
         let changes = trace::read(&stage.trace(), &stage.watched());
-        let saved = |c: &Change| matches!(c, Change::Synced { path, .. } if kind(path) == "directory incoming");
+        let saved =
+            |c: &Change| matches!(c, Change::Synced { path, .. } if kind(path) == "directory incoming");
         let last = changes.iter().rposition(saved).unwrap();
         let mut disk = Disk::empty(Names::Journal);
         changes[..=last].iter().for_each(|change| disk.apply(change));
@@ -174,13 +175,20 @@ async fn open(config: Config) -> Result<Result<Db, Error>, String> {
 fn typed(error: &Error) -> Result<Became, String> {
     match error {
         Error::Corrupt { .. } | Error::Unsupported { .. } | Error::Newer { .. } | Error::Mismatch { .. } => {}
-        Error::Sqlite(e) if matches!(e.sqlite_error_code(), Some(replite::rusqlite::ErrorCode::DatabaseCorrupt)) => {}
+        Error::Sqlite(e)
+            if matches!(e.sqlite_error_code(), Some(replite::rusqlite::ErrorCode::DatabaseCorrupt)) => {}
         other => return Err(format!("it does not open: {other:?}")),
     }
     Ok(Became::Refused)
 }
 
-async fn check_primary(dir: &Path, hit: &str, at: usize, whole: &[u8], late: &Path) -> Result<Became, String> {
+async fn check_primary(
+    dir: &Path,
+    hit: &str,
+    at: usize,
+    whole: &[u8],
+    late: &Path,
+) -> Result<Became, String> {
     let path = dir.join("p.db");
     let db = match open(writing(&path, 0)).await? {
         Ok(db) => db,
@@ -188,7 +196,8 @@ async fn check_primary(dir: &Path, hit: &str, at: usize, whole: &[u8], late: &Pa
     };
     let became = unseen(&path, whole, hit, at)?;
     if became == Became::Itself {
-        let last = db.read(|c| Ok::<_, Error>(Said::by("a", ALL).check(c, 1))).map_err(|e| e.to_string())??;
+        let last =
+            db.read(|c| Ok::<_, Error>(Said::by("a", ALL).check(c, 1))).map_err(|e| e.to_string())??;
         if last != ALL {
             return Err(format!("state {last} is there"));
         }
@@ -252,11 +261,7 @@ async fn check_replica(dir: &Path, hit: &str, at: usize, url: &str, primary: &Db
         true if told => Ok(Became::Told),
         true => Ok(Became::Itself),
         false if position == primary.position() => unseen(&path, &model::pages(primary.path())?.0, hit, at),
-        // Each end of a stream was an event with its reason.
-        false => {
-            println!("{hit} from byte {at}: it stays at {position:?}: {problem:?}");
-            Ok(Became::Told)
-        }
+        false => Err(format!("it stays at {position:?}: {problem:?}")),
     }
 }
 
@@ -309,7 +314,9 @@ fn a_node_whose_files_are_hit_is_what_it_was_or_says_what_is_wrong() {
     let primary = above.block_on(Db::open(writing(&closed.at("primary/p.db"), 0))).unwrap();
     let url = primary.node().addresses.replication.clone();
     for node in ["replica", "late", "snapshot"] {
-        hit_all(&closed, node, &|dir, hit, at| runtime().block_on(check_replica(dir, hit, at, &url, &primary)));
+        hit_all(&closed, node, &|dir, hit, at| {
+            runtime().block_on(check_replica(dir, hit, at, &url, &primary))
+        });
     }
     above.block_on(primary.shutdown());
 }

@@ -52,7 +52,10 @@ fn retry<T>(what: &str, mut go: impl FnMut() -> Result<T, Error>, may: fn(&Error
 fn no_room(error: &Error) -> bool {
     match error {
         Error::Sqlite(e) => {
-            matches!(e.sqlite_error_code(), Some(ErrorCode::DiskFull | ErrorCode::SystemIoFailure | ErrorCode::CannotOpen))
+            matches!(
+                e.sqlite_error_code(),
+                Some(ErrorCode::DiskFull | ErrorCode::SystemIoFailure | ErrorCode::CannotOpen)
+            )
         }
         Error::Io { source, .. } => source.kind() == std::io::ErrorKind::StorageFull,
         Error::Unsupported { .. } => format!("{error:?}").contains("No space"),
@@ -99,7 +102,10 @@ fn writing_process() {
 /// Calls of a run that need room, as the recorder counts them.
 fn calls(changes: &[Change]) -> u64 {
     let needs = |c: &&Change| {
-        matches!(c, Change::Create { .. } | Change::Write { .. } | Change::Rename { .. } | Change::Mkdir { .. })
+        matches!(
+            c,
+            Change::Create { .. } | Change::Write { .. } | Change::Rename { .. } | Change::Mkdir { .. }
+        )
     };
     changes.iter().filter(needs).count() as u64
 }
