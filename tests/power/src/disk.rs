@@ -36,6 +36,9 @@ pub enum Style {
 
 pub const STYLES: [Style; 5] = [Style::Nothing, Style::Everything, Style::Each, Style::Prefix, Style::Mixed];
 
+/// What a sector held after a change.
+type Version = (u64, Box<[u8; SECTOR]>);
+
 #[derive(Clone, Debug, Default)]
 struct File {
     /// The bytes as processes see them.
@@ -43,7 +46,7 @@ struct File {
     durable: Vec<u8>,
     durable_modified: i64,
     /// By sector, its contents since it was synced, each with the change that made it.
-    sectors: BTreeMap<usize, Vec<(u64, Box<[u8; SECTOR]>)>>,
+    sectors: BTreeMap<usize, Vec<Version>>,
     lengths: Vec<(u64, usize)>,
     modified: Vec<(u64, i64)>,
 }

@@ -44,8 +44,8 @@ pub fn blob(seq: u64) -> Vec<u8> {
     let mut size = [0; 2];
     reader.fill(&mut size);
     let length = match seq {
-        _ if seq % 211 == 0 => 700_000,
-        _ if seq % 61 == 0 => 60_000,
+        _ if seq.is_multiple_of(211) => 700_000,
+        _ if seq.is_multiple_of(61) => 60_000,
         _ => u16::from_le_bytes(size) as usize % 3000,
     };
     let mut bytes = vec![0; length];
