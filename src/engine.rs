@@ -39,7 +39,7 @@ use crate::log::{Log, LogOptions};
 use crate::node::Node;
 use crate::page::{PageNo, PageSize};
 use crate::sqlite::{Handle, Lock, Slot};
-use crate::txid::{Position, Txid};
+use crate::txid::{Place, Position, Txid};
 use crate::wal::Salts;
 
 pub(crate) use crate::engine::anchor::replace_file;
@@ -134,6 +134,8 @@ impl Engine {
         let mut opened = open::open(options.clone(), node.clone(), true)?;
         let mut tip = opened.base.tip();
         let mut history = std::mem::take(&mut opened.history);
+        // Where the epochs were lost with their file, no replica would take a state that they do not name.
+        opened.exact &= history.place(tip.position.txid()) == Place::OnHistory;
         if !opened.exact {
             // A database that is new to us, or that somebody else changed: that is a transaction of the new epoch.
             let known = opened.highest_epoch > 0 || opened.base.log.tip().is_some();
@@ -151,7 +153,7 @@ impl Engine {
                 tracing::warn!(%position, "the database was changed by somebody else; its state becomes history");
             }
             tip.position = position;
-            opened.base.set_tip(tip);
+            opened.base.leap(tip);
             anchor::write_epochs(&options.side, &history)?;
         }
         opened.history = history;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::{Bytes, BytesMut};
 
 use crate::checksum::{Checksum, PageHash};
-use crate::engine::base::{Base, HashCache, Tip};
+use crate::engine::base::{Base, HashCache, Tip, lock};
 use crate::engine::checkpoint::index_header;
 use crate::error::{Error, Result};
 use crate::page::PageNo;
@@ -269,8 +269,13 @@ impl Appender {
         self.write_frames()?;
         self.push_held(size)?;
         self.run = Tip { frame: self.last_frame, sum: self.sum, position, pages: size, ..self.run };
+        let base = self.base.clone();
+        // A copy that readers stop before this commit would put its anchors over the one that tells what it is.
+        let _nobody_copies = lock(&base.backfill);
         before_commit(&self.run)?;
-        self.publish()
+        self.publish()?;
+        base.leap(self.run);
+        Ok(())
     }
 
     pub(super) fn read_current(&mut self, number: PageNo, buffer: &mut [u8]) -> Result<()> {

@@ -115,6 +115,13 @@ impl Base {
         self.tip_moved.notify_all();
     }
 
+    /// Moves the tip to a state that does not follow from the commits before it. From now on no boundary before it is one:
+    /// an anchor there would have its commit counted like any other.
+    pub(super) fn leap(&self, tip: Tip) {
+        lock(&self.boundaries).clear();
+        self.set_tip(tip);
+    }
+
     /// The newest known commit boundary at or before `frame`.
     pub(super) fn boundary(&self, frame: u32) -> Option<Tip> {
         lock(&self.boundaries).iter().rev().find(|t| t.frame <= frame).copied()

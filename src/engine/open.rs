@@ -71,6 +71,8 @@ pub(super) fn open(options: EngineOptions, node: Arc<Node>, primary: bool) -> Re
     }
     let pages = pragma_u32(handle.connection(), "page_count").map_err(|e| refine(e, &options))?;
     let wal = WalFile::open(&path)?;
+    // It may have been made just now. Were it lost, a database into which it was being copied would be torn for good.
+    wal.sync_name()?;
     let anchors = Anchors::open(&options.side)?;
     let history = epochs(&options)?;
     let log = Log::open(&options.side.join("log"), options.log)?;
@@ -251,7 +253,7 @@ impl Opened {
             let unnamed = Position::new(Txid::new(Epoch::new(0, 0), 0), sum);
             tip.position = found.unwrap_or(unnamed);
         }
-        self.base.set_tip(tip);
+        self.base.leap(tip);
         Ok(())
     }
 

@@ -564,6 +564,26 @@ fn nothing_is_copied_back_in_the_name_of_a_generation_that_is_gone() {
 }
 
 #[test]
+fn no_state_before_one_that_replaced_it_is_anchored() {
+    // A reader held a copy back at a state before a heal. Its anchors took the place of the one that named the heal's
+    // commit, which the next start then counted like any other: the new state under the old one's next number.
+    let home = Home::new();
+    let plain = open_plain(&home.path("p.db"));
+    plain.execute_batch("PRAGMA journal_mode = WAL; CREATE TABLE t(id INTEGER PRIMARY KEY, k, v)").unwrap();
+    let engine = home.primary("p.db");
+    for _ in 0..5 {
+        plain.execute_batch("INSERT INTO t(k, v) VALUES (1, randomblob(3000))").unwrap();
+        settled(&engine);
+    }
+    let tip = engine.base.tip();
+    let before = engine.base.boundary(tip.frame - 1).unwrap();
+    assert_eq!(before.position.number() + 1, tip.position.number());
+    engine.base.leap(tip);
+    assert_eq!(engine.base.boundary(tip.frame - 1), None);
+    assert_eq!(engine.base.boundary(tip.frame), Some(tip));
+}
+
+#[test]
 fn a_follower_that_was_closed_does_not_look_into_memory_that_is_gone() {
     let home = Home::new();
     let plain = open_plain(&home.path("p.db"));

@@ -38,6 +38,12 @@ impl WalFile {
         Ok(WalFile { file, path, lost: AtomicBool::new(false) })
     }
 
+    /// Makes the file's name durable. SQLite does that with its own first sync of a WAL that it made; ours are of the content only.
+    pub(crate) fn sync_name(&self) -> Result<()> {
+        let parent = self.path.parent().filter(|p| !p.as_os_str().is_empty());
+        sync_directory(parent.unwrap_or(Path::new(".")))
+    }
+
     pub(crate) fn read(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
         read_exact_at(&self.file, buffer, offset).map_err(Error::io("read", &self.path))
     }

@@ -12,7 +12,7 @@ use crate::engine::anchor::{self, FileState};
 use crate::engine::append::Appender;
 use crate::engine::heal::Heal;
 use crate::engine::lost::{self, Before, Doomed};
-use crate::engine::receive::{Incoming, Ready};
+use crate::engine::receive::{self, Incoming, Ready};
 use crate::error::{Error, PeerProblem, Result};
 use crate::log::Found;
 use crate::node::Part;
@@ -43,7 +43,15 @@ impl Apply {
 
     /// What a failure of a stream says of our pages, or of the primary's log.
     pub(super) fn judge(&mut self, error: &Error) {
-        let Some(live) = &self.live else { return };
+        let Some(live) = &self.live else {
+            // Pages of a snapshot that is gone on with, which were not looked at again: not once more.
+            if let Error::Mismatch { .. } = error
+                && let Err(error) = receive::discard(&self.options.side)
+            {
+                tracing::warn!(%error, "a snapshot that can't be made exact is not forgotten");
+            }
+            return;
+        };
         let compared = self.healing.as_ref().is_some_and(|healing| healing.heal.begin.compare);
         match error {
             // Pages that were verified when they came led elsewhere from ours.
