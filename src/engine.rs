@@ -16,6 +16,7 @@ mod hash;
 mod heal;
 mod lost;
 mod open;
+mod overlay;
 mod receive;
 mod sync;
 mod verify;

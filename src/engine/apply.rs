@@ -285,7 +285,9 @@ impl Apply {
                 Message::HealBegin(begin) => self.heal(begin)?,
                 Message::Sums { first, span, sums } => {
                     let (healing, incoming, live) = self.healing()?;
-                    healing.heal.sums(incoming, live, (first, span, sums))?;
+                    incoming.with(live, |overlay, store| {
+                        healing.heal.sums(overlay, store, (first, span, sums))
+                    })?;
                 }
                 Message::Sent(sent) => self.sent(sent)?,
                 Message::SnapPiece { first, pages, .. } => match (&mut self.healing, &mut self.live) {

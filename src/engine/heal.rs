@@ -5,8 +5,7 @@
 //! that differ travel.
 
 use crate::checksum::Checksum;
-use crate::engine::append::Appender;
-use crate::engine::receive::Incoming;
+use crate::engine::overlay::{Overlay, Store};
 use crate::error::{Error, Result};
 use crate::log::Touched;
 use crate::page::{PageNo, PageSet};
@@ -57,8 +56,8 @@ impl Heal {
     /// Sums of the primary's pages.
     pub(super) fn sums(
         &mut self,
-        incoming: &mut Incoming,
-        live: &mut Appender,
+        overlay: &mut Overlay,
+        store: &mut dyn Store,
         (first, span, sums): (PageNo, u32, &[[u8; 16]]),
     ) -> Result<()> {
         let next = u64::from(first.get()) + u64::from(span) * sums.len() as u64;
@@ -67,7 +66,7 @@ impl Heal {
         }
         for sum in sums {
             let Some(first) = PageNo::new(self.summed + 1) else { break };
-            let ours = incoming.count_in(first, span, live)?;
+            let ours = overlay.count_in(first, span, store)?;
             self.summed += span;
             if ours != Checksum::from_u128(u128::from_le_bytes(*sum)) {
                 (first.get()..=self.summed).filter_map(PageNo::new).for_each(|page| self.wanted.insert(page));
@@ -79,25 +78,26 @@ impl Heal {
     /// Everything that was asked for has come: what to ask for next.
     pub(super) fn sent(
         &mut self,
-        incoming: &mut Incoming,
-        live: &mut Appender,
+        overlay: &mut Overlay,
+        store: &mut dyn Store,
         sent: Sent,
     ) -> Result<Option<Want>> {
         match self.phase {
             Phase::Summing => {
-                incoming.count_no_more(self.summed)?;
-                incoming.drop_above(sent.pages, &mut Some(&mut *live))?;
+                // What no sum came for is nowhere on the primary.
+                overlay.forget_above(self.summed, store)?;
+                overlay.drop_above(sent.pages, store)?;
                 self.wanted.cut_above(sent.pages);
                 self.phase = Phase::Wanting;
             }
             Phase::Wanting => {}
             Phase::Told => return Err(garbled("more than was asked for")),
         }
-        self.want(incoming, live).map(Some)
+        self.want(overlay, store).map(Some)
     }
 
     /// The next pages to ask for; none when the primary has sent all.
-    pub(super) fn want(&mut self, incoming: &Incoming, live: &mut Appender) -> Result<Want> {
+    pub(super) fn want(&mut self, overlay: &Overlay, store: &mut dyn Store) -> Result<Want> {
         let mut runs: Vec<(PageNo, u32)> = Vec::new();
         let pages = self.next.into_iter().flat_map(|next| self.wanted.from(next)).take(WANT_MAX_PAGES);
         let mut last = None;
@@ -115,7 +115,7 @@ impl Heal {
             self.phase = Phase::Told;
         }
         let runs = runs.into_iter().map(|(first, count)| {
-            let hashes = incoming.hashes(first, count, live)?;
+            let hashes = overlay.hashes(first, count, store)?;
             let hashes = hashes.into_iter().map(|hash| hash.map_or([0; 16], |hash| hash.to_bytes()));
             Ok(WantRun { first, hashes: hashes.collect() })
         });

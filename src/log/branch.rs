@@ -32,18 +32,11 @@ impl Log {
     pub(crate) fn marks(&self) -> Result<Vec<Position>> {
         let (Some(tip), Some(start)) = (self.tip(), self.start()) else { return Ok(Vec::new()) };
         let mut marks = Vec::new();
-        for power in 0..MARKS_MAX as u32 {
-            let number = tip.number().saturating_sub(1 << power);
-            if number <= start.number() {
-                break;
-            }
+        for number in mark_numbers(start.number(), tip.number()) {
             match self.find(number)? {
                 Found::At { before, .. } => marks.push(before),
                 Found::Behind | Found::Beyond => break,
             }
-        }
-        if start != tip && marks.len() < MARKS_MAX {
-            marks.push(start);
         }
         Ok(marks)
     }
@@ -126,6 +119,13 @@ impl Log {
         }
         Ok(())
     }
+}
+
+/// Which states of a log are marks.
+pub(crate) fn mark_numbers(start: u64, tip: u64) -> impl Iterator<Item = u64> {
+    let doubling = (0..MARKS_MAX as u32 - 1).map(move |power| tip.saturating_sub(1 << power));
+    let oldest = (start < tip).then_some(start);
+    doubling.take_while(move |number| *number > start).chain(oldest)
 }
 
 fn decode(unit: &Unit) -> Result<Message<'_>> {

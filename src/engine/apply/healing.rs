@@ -106,10 +106,12 @@ impl Apply {
             let touched = live.base.log.touched(begin.from)?;
             let touched =
                 touched.ok_or_else(|| Error::garbled("the primary", "a fork that this log does not have"))?;
-            incoming.trust(tip.position.checksum());
-            incoming.drop_above(touched.least, &mut Some(&mut *live))?;
             let mut heal = Heal::since(begin, &touched);
-            let want = heal.want(&incoming, live)?;
+            let want = incoming.with(live, |overlay, store| {
+                overlay.trust(tip.position.checksum());
+                overlay.drop_above(touched.least, store)?;
+                heal.want(overlay, store)
+            })?;
             ask(&self.wants, want)?;
             Healing { heal, fork: Some(begin.from), records_from: Some(touched.lsn), behind: true }
         };
@@ -120,7 +122,8 @@ impl Apply {
 
     pub(super) fn sent(&mut self, sent: Sent) -> Result<()> {
         let (healing, incoming, live) = self.healing()?;
-        match healing.heal.sent(incoming, live, sent)? {
+        let next = incoming.with(live, |overlay, store| healing.heal.sent(overlay, store, sent))?;
+        match next {
             Some(want) => ask(&self.wants, want),
             None => Ok(()),
         }

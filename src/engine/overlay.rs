@@ -1,0 +1,258 @@
+//! The arithmetic of a state on its way in: which pages count, and what their sum is. No input or output of its own.
+//!
+//! Pages come over what is below (a live database's pages, or nothing), each as of some position at or behind that from which the
+//! records go on. Then the records come, until the state that the primary names; there the sum decides.
+
+use crate::checksum::{Checksum, PageHash};
+use crate::error::{Error, Result};
+use crate::page::{PageNo, PageSet, PageSize};
+use crate::txid::Position;
+use crate::wire::{SnapEnd, TxnBegin, TxnEnd};
+
+/// Where the pages are: those that came, and those below them.
+pub(super) trait Store {
+    fn write(&mut self, number: PageNo, page: &[u8]) -> Result<()>;
+    /// A page that came.
+    fn read(&mut self, number: PageNo, page: &mut [u8]) -> Result<()>;
+    /// A run of pages below.
+    fn read_below(&mut self, first: PageNo, pages: &mut [u8]) -> Result<()>;
+    /// Forgets pages that came and are above a number.
+    fn cut_above(&mut self, last: u32) -> Result<()>;
+}
+
+/// A state that is being received.
+#[derive(Debug)]
+pub(super) struct Overlay {
+    page_size: PageSize,
+    /// Pages that came.
+    have: PageSet,
+    /// Of the pages below, those up to this one count where none came.
+    below: u32,
+    /// The sum over the pages that count.
+    sum: Checksum,
+    /// The state that the records must reach; known when all pages have come.
+    end: Option<SnapEnd>,
+    /// The position of the last record that was applied.
+    position: Position,
+    txn: Option<TxnBegin>,
+}
+
+impl Overlay {
+    /// Over so many pages; records go on from `position`.
+    pub(super) fn new(page_size: PageSize, position: Position, below: u32) -> Overlay {
+        let (have, sum) = (PageSet::default(), Checksum::EMPTY);
+        Overlay { page_size, have, below, sum, end: None, position, txn: None }
+    }
+
+    pub(super) fn page_size(&self) -> PageSize {
+        self.page_size
+    }
+
+    /// The position of the last record that was applied.
+    pub(super) fn position(&self) -> Position {
+        self.position
+    }
+
+    /// Pages that an earlier attempt brought. Nothing is summed by this.
+    pub(super) fn resume(&mut self, have: PageSet) {
+        self.have = have;
+    }
+
+    /// Pages that are there, and their sum: what is below is known, or came in order.
+    pub(super) fn trust(&mut self, sum: Checksum) {
+        self.sum = sum;
+    }
+
+    /// All pages have come?
+    pub(super) fn ended(&self) -> bool {
+        self.end.is_some()
+    }
+
+    /// What came, at the end.
+    pub(super) fn into_parts(self) -> (PageSet, Position, u32) {
+        (self.have, self.position, self.end.map_or(0, |end| end.pages))
+    }
+
+    /// A run of pages that none came for before, and that are written already.
+    pub(super) fn append(&mut self, first: PageNo, pages: &[u8]) {
+        for (number, page) in (first.get()..).zip(pages.chunks_exact(self.page_size.bytes())) {
+            let Some(number) = PageNo::new(number) else { break };
+            if !number.is_lock_page(self.page_size) {
+                self.sum = self.sum.with(PageHash::of(number, page));
+            }
+            self.have.insert(number);
+        }
+    }
+
+    /// A run of pages that take the place of those that counted.
+    pub(super) fn patch(&mut self, first: PageNo, pages: &[u8], store: &mut dyn Store) -> Result<()> {
+        if self.end.is_some() {
+            return Err(garbled("pages behind the end of a heal"));
+        }
+        for (number, page) in (first.get()..).zip(pages.chunks_exact(self.page_size.bytes())) {
+            if let Some(number) = PageNo::new(number).filter(|n| !n.is_lock_page(self.page_size)) {
+                self.put(number, PageHash::of(number, page), page, store)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// All pages have come. True when the state is exact already.
+    pub(super) fn end(&mut self, end: SnapEnd, store: &mut dyn Store) -> Result<bool> {
+        if self.end.is_some() || end.exact_at.number() < self.position.number() || end.pages == 0 {
+            return Err(garbled("a snapshot ends twice, before its begin, or without pages"));
+        }
+        self.end = Some(end);
+        self.exact(store)
+    }
+
+    pub(super) fn txn_begin(&mut self, begin: TxnBegin) -> Result<()> {
+        if self.end.is_none() || self.txn.is_some() || begin.page_size != self.page_size {
+            return Err(garbled("a transaction out of place in a snapshot"));
+        }
+        if begin.before != self.position {
+            return Err(mismatch(self.position, begin.before));
+        }
+        self.txn = Some(begin);
+        Ok(())
+    }
+
+    pub(super) fn page(
+        &mut self,
+        number: PageNo,
+        hash: PageHash,
+        page: &[u8],
+        store: &mut dyn Store,
+    ) -> Result<()> {
+        if self.txn.is_none() || page.len() != self.page_size.bytes() || number.is_lock_page(self.page_size) {
+            return Err(garbled("a page out of place in a snapshot"));
+        }
+        self.put(number, hash, page, store)
+    }
+
+    /// A record ends. True when the state has become exact.
+    pub(super) fn txn_end(&mut self, end: TxnEnd, store: &mut dyn Store) -> Result<bool> {
+        if self.txn.take().is_none() || end.after.number() != self.position.number() + 1 || end.pages == 0 {
+            return Err(garbled("a transaction ends out of place in a snapshot"));
+        }
+        self.drop_above(end.pages, store)?;
+        self.position = end.after;
+        self.exact(store)
+    }
+
+    /// Takes a page in, in the place of the one that counted so far.
+    fn put(&mut self, number: PageNo, hash: PageHash, page: &[u8], store: &mut dyn Store) -> Result<()> {
+        if self.counts(number) {
+            self.sum = self.sum.without(self.hash(number, store)?);
+        }
+        store.write(number, page)?;
+        self.sum = self.sum.with(hash);
+        self.have.insert(number);
+        Ok(())
+    }
+
+    fn counts(&self, number: PageNo) -> bool {
+        number.get() <= self.below || self.have.contains(number)
+    }
+
+    /// The hash of a page that counts.
+    fn hash(&self, number: PageNo, store: &mut dyn Store) -> Result<PageHash> {
+        let mut page = vec![0; self.page_size.bytes()];
+        if self.have.contains(number) {
+            store.read(number, &mut page)?;
+        } else {
+            store.read_below(number, &mut page)?;
+        }
+        Ok(PageHash::of(number, &page))
+    }
+
+    /// Pages above a size count no longer.
+    pub(super) fn drop_above(&mut self, pages: u32, store: &mut dyn Store) -> Result<()> {
+        let first = pages.saturating_add(1);
+        let mut next = PageNo::new(first);
+        while let Some(number) = next.and_then(|next| self.have.from(next).next()) {
+            self.uncount(number, store)?;
+            next = number.get().checked_add(1).and_then(PageNo::new);
+        }
+        for number in (first..=self.below).filter_map(PageNo::new) {
+            if !self.have.contains(number) {
+                self.uncount(number, store)?;
+            }
+        }
+        self.forget_above(pages, store)
+    }
+
+    fn uncount(&mut self, number: PageNo, store: &mut dyn Store) -> Result<()> {
+        if !number.is_lock_page(self.page_size) {
+            self.sum = self.sum.without(self.hash(number, store)?);
+        }
+        Ok(())
+    }
+
+    /// Pages above a number count no longer, and were never summed.
+    pub(super) fn forget_above(&mut self, pages: u32, store: &mut dyn Store) -> Result<()> {
+        self.below = self.below.min(pages);
+        self.have.cut_above(pages);
+        store.cut_above(pages)
+    }
+
+    fn exact(&mut self, store: &mut dyn Store) -> Result<bool> {
+        let Some(SnapEnd { exact_at: at, pages }) = self.end else { return Ok(false) };
+        if self.position.number() < at.number() {
+            return Ok(false);
+        }
+        self.drop_above(pages, store)?;
+        if self.position != at || self.sum != at.checksum() {
+            return Err(mismatch(at, format!("{} with checksum {}", self.position, self.sum)));
+        }
+        Ok(true)
+    }
+
+    /// Sums the hashes of the pages of a run that count, for the first time.
+    pub(super) fn count_in(&mut self, first: PageNo, span: u32, store: &mut dyn Store) -> Result<Checksum> {
+        let mut sum = Checksum::EMPTY;
+        for hash in self.hashes(first, span, store)?.into_iter().flatten() {
+            sum = sum.with(hash);
+            self.sum = self.sum.with(hash);
+        }
+        Ok(sum)
+    }
+
+    /// The hash of each page of a run; none for those that do not count.
+    pub(super) fn hashes(
+        &self,
+        first: PageNo,
+        count: u32,
+        store: &mut dyn Store,
+    ) -> Result<Vec<Option<PageHash>>> {
+        let size = self.page_size.bytes();
+        let below = self.below.saturating_add(1).saturating_sub(first.get()).min(count);
+        let mut run = vec![0; below as usize * size];
+        if below > 0 {
+            store.read_below(first, &mut run)?;
+        }
+        let mut pages = run.chunks_exact(size);
+        let numbers = (first.get()..first.get().saturating_add(count)).filter_map(PageNo::new);
+        numbers
+            .map(|number| {
+                let page = pages.next();
+                if number.is_lock_page(self.page_size) {
+                    return Ok(None);
+                }
+                match page {
+                    _ if self.have.contains(number) => self.hash(number, store).map(Some),
+                    Some(page) => Ok(Some(PageHash::of(number, page))),
+                    None => Ok(None),
+                }
+            })
+            .collect()
+    }
+}
+
+fn garbled(what: &str) -> Error {
+    Error::garbled("the primary", what)
+}
+
+fn mismatch(expected: impl ToString, found: impl ToString) -> Error {
+    Error::Mismatch { expected: expected.to_string(), found: found.to_string() }
+}
