@@ -45,7 +45,11 @@ use crate::wal::Salts;
 
 pub(crate) use crate::engine::anchor::replace_file;
 pub(crate) use crate::engine::follower::{Follower, Standing};
+#[cfg(test)]
+pub(crate) use crate::engine::heal::Heal;
 pub use crate::engine::lost::{LostBranch, LostRow, LostRows};
+#[cfg(test)]
+pub(crate) use crate::engine::overlay::{Overlay, Store};
 
 /// When a commit is acknowledged.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]

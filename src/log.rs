@@ -50,6 +50,8 @@ mod tail;
 mod tests;
 
 pub(crate) use branch::Touched;
+#[cfg(test)]
+pub(crate) use branch::mark_numbers;
 pub(crate) use list::logged;
 use state::State;
 use tail::Tail;

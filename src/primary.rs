@@ -3,6 +3,8 @@
 mod boundary;
 #[cfg(test)]
 pub(crate) mod fake;
+#[cfg(test)]
+mod model;
 mod outlet;
 mod plan;
 mod pump;

@@ -13,8 +13,8 @@ use crate::wire::{HealBegin, SPAN_MAX_PAGES, Sent, WANT_MAX_PAGES, Want, WantRun
 
 /// A heal that is under way.
 #[derive(Debug)]
-pub(super) struct Heal {
-    pub(super) begin: HealBegin,
+pub(crate) struct Heal {
+    pub(crate) begin: HealBegin,
     phase: Phase,
     /// The pages to ask for.
     wanted: PageSet,
@@ -36,13 +36,13 @@ enum Phase {
 
 impl Heal {
     /// All pages are to be compared.
-    pub(super) fn compare(begin: HealBegin) -> Heal {
+    pub(crate) fn compare(begin: HealBegin) -> Heal {
         let phase = Phase::Summing;
         Heal { begin, phase, wanted: PageSet::default(), next: Some(PageNo::FIRST), summed: 0 }
     }
 
     /// Only what was touched since the fork can differ.
-    pub(super) fn since(begin: HealBegin, touched: &Touched) -> Heal {
+    pub(crate) fn since(begin: HealBegin, touched: &Touched) -> Heal {
         let mut wanted = touched.pages.clone();
         // What the branch dropped it has not any more; where the primary did not drop it, too, no record brings it.
         let size = touched.size.unwrap_or(begin.pages).min(begin.pages);
@@ -54,7 +54,7 @@ impl Heal {
     }
 
     /// Sums of the primary's pages.
-    pub(super) fn sums(
+    pub(crate) fn sums(
         &mut self,
         overlay: &mut Overlay,
         store: &mut dyn Store,
@@ -76,7 +76,7 @@ impl Heal {
     }
 
     /// Everything that was asked for has come: what to ask for next.
-    pub(super) fn sent(
+    pub(crate) fn sent(
         &mut self,
         overlay: &mut Overlay,
         store: &mut dyn Store,
@@ -97,7 +97,7 @@ impl Heal {
     }
 
     /// The next pages to ask for; none when the primary has sent all.
-    pub(super) fn want(&mut self, overlay: &Overlay, store: &mut dyn Store) -> Result<Want> {
+    pub(crate) fn want(&mut self, overlay: &Overlay, store: &mut dyn Store) -> Result<Want> {
         let mut runs: Vec<(PageNo, u32)> = Vec::new();
         let pages = self.next.into_iter().flat_map(|next| self.wanted.from(next)).take(WANT_MAX_PAGES);
         let mut last = None;

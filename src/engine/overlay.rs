@@ -10,7 +10,7 @@ use crate::txid::Position;
 use crate::wire::{SnapEnd, TxnBegin, TxnEnd};
 
 /// Where the pages are: those that came, and those below them.
-pub(super) trait Store {
+pub(crate) trait Store {
     fn write(&mut self, number: PageNo, page: &[u8]) -> Result<()>;
     /// A page that came.
     fn read(&mut self, number: PageNo, page: &mut [u8]) -> Result<()>;
@@ -22,7 +22,7 @@ pub(super) trait Store {
 
 /// A state that is being received.
 #[derive(Debug)]
-pub(super) struct Overlay {
+pub(crate) struct Overlay {
     page_size: PageSize,
     /// Pages that came.
     have: PageSet,
@@ -39,42 +39,42 @@ pub(super) struct Overlay {
 
 impl Overlay {
     /// Over so many pages; records go on from `position`.
-    pub(super) fn new(page_size: PageSize, position: Position, below: u32) -> Overlay {
+    pub(crate) fn new(page_size: PageSize, position: Position, below: u32) -> Overlay {
         let (have, sum) = (PageSet::default(), Checksum::EMPTY);
         Overlay { page_size, have, below, sum, end: None, position, txn: None }
     }
 
-    pub(super) fn page_size(&self) -> PageSize {
+    pub(crate) fn page_size(&self) -> PageSize {
         self.page_size
     }
 
     /// The position of the last record that was applied.
-    pub(super) fn position(&self) -> Position {
+    pub(crate) fn position(&self) -> Position {
         self.position
     }
 
     /// Pages that an earlier attempt brought. Nothing is summed by this.
-    pub(super) fn resume(&mut self, have: PageSet) {
+    pub(crate) fn resume(&mut self, have: PageSet) {
         self.have = have;
     }
 
     /// Pages that are there, and their sum: what is below is known, or came in order.
-    pub(super) fn trust(&mut self, sum: Checksum) {
+    pub(crate) fn trust(&mut self, sum: Checksum) {
         self.sum = sum;
     }
 
     /// All pages have come?
-    pub(super) fn ended(&self) -> bool {
+    pub(crate) fn ended(&self) -> bool {
         self.end.is_some()
     }
 
     /// What came, at the end.
-    pub(super) fn into_parts(self) -> (PageSet, Position, u32) {
+    pub(crate) fn into_parts(self) -> (PageSet, Position, u32) {
         (self.have, self.position, self.end.map_or(0, |end| end.pages))
     }
 
     /// A run of pages that none came for before, and that are written already.
-    pub(super) fn append(&mut self, first: PageNo, pages: &[u8]) {
+    pub(crate) fn append(&mut self, first: PageNo, pages: &[u8]) {
         for (number, page) in (first.get()..).zip(pages.chunks_exact(self.page_size.bytes())) {
             let Some(number) = PageNo::new(number) else { break };
             if !number.is_lock_page(self.page_size) {
@@ -85,7 +85,7 @@ impl Overlay {
     }
 
     /// A run of pages that take the place of those that counted.
-    pub(super) fn patch(&mut self, first: PageNo, pages: &[u8], store: &mut dyn Store) -> Result<()> {
+    pub(crate) fn patch(&mut self, first: PageNo, pages: &[u8], store: &mut dyn Store) -> Result<()> {
         if self.end.is_some() {
             return Err(garbled("pages behind the end of a heal"));
         }
@@ -98,7 +98,7 @@ impl Overlay {
     }
 
     /// All pages have come. True when the state is exact already.
-    pub(super) fn end(&mut self, end: SnapEnd, store: &mut dyn Store) -> Result<bool> {
+    pub(crate) fn end(&mut self, end: SnapEnd, store: &mut dyn Store) -> Result<bool> {
         if self.end.is_some() || end.exact_at.number() < self.position.number() || end.pages == 0 {
             return Err(garbled("a snapshot ends twice, before its begin, or without pages"));
         }
@@ -106,7 +106,7 @@ impl Overlay {
         self.exact(store)
     }
 
-    pub(super) fn txn_begin(&mut self, begin: TxnBegin) -> Result<()> {
+    pub(crate) fn txn_begin(&mut self, begin: TxnBegin) -> Result<()> {
         if self.end.is_none() || self.txn.is_some() || begin.page_size != self.page_size {
             return Err(garbled("a transaction out of place in a snapshot"));
         }
@@ -117,7 +117,7 @@ impl Overlay {
         Ok(())
     }
 
-    pub(super) fn page(
+    pub(crate) fn page(
         &mut self,
         number: PageNo,
         hash: PageHash,
@@ -131,7 +131,7 @@ impl Overlay {
     }
 
     /// A record ends. True when the state has become exact.
-    pub(super) fn txn_end(&mut self, end: TxnEnd, store: &mut dyn Store) -> Result<bool> {
+    pub(crate) fn txn_end(&mut self, end: TxnEnd, store: &mut dyn Store) -> Result<bool> {
         if self.txn.take().is_none() || end.after.number() != self.position.number() + 1 || end.pages == 0 {
             return Err(garbled("a transaction ends out of place in a snapshot"));
         }
@@ -167,7 +167,7 @@ impl Overlay {
     }
 
     /// Pages above a size count no longer.
-    pub(super) fn drop_above(&mut self, pages: u32, store: &mut dyn Store) -> Result<()> {
+    pub(crate) fn drop_above(&mut self, pages: u32, store: &mut dyn Store) -> Result<()> {
         let first = pages.saturating_add(1);
         let mut next = PageNo::new(first);
         while let Some(number) = next.and_then(|next| self.have.from(next).next()) {
@@ -190,7 +190,7 @@ impl Overlay {
     }
 
     /// Pages above a number count no longer, and were never summed.
-    pub(super) fn forget_above(&mut self, pages: u32, store: &mut dyn Store) -> Result<()> {
+    pub(crate) fn forget_above(&mut self, pages: u32, store: &mut dyn Store) -> Result<()> {
         self.below = self.below.min(pages);
         self.have.cut_above(pages);
         store.cut_above(pages)
@@ -209,7 +209,7 @@ impl Overlay {
     }
 
     /// Sums the hashes of the pages of a run that count, for the first time.
-    pub(super) fn count_in(&mut self, first: PageNo, span: u32, store: &mut dyn Store) -> Result<Checksum> {
+    pub(crate) fn count_in(&mut self, first: PageNo, span: u32, store: &mut dyn Store) -> Result<Checksum> {
         let mut sum = Checksum::EMPTY;
         for hash in self.hashes(first, span, store)?.into_iter().flatten() {
             sum = sum.with(hash);
@@ -219,7 +219,7 @@ impl Overlay {
     }
 
     /// The hash of each page of a run; none for those that do not count.
-    pub(super) fn hashes(
+    pub(crate) fn hashes(
         &self,
         first: PageNo,
         count: u32,
