@@ -297,7 +297,10 @@ impl Opened {
         if logged.number() >= number && self.base.log.start() != Some(logged) {
             self.set_log_aside()?;
         }
-        self.base.log.reset(tip.position)?;
+        // A replica's log goes on to say what its primary vouched for last: begun at this state it would vouch for it, also
+        // for what somebody wrote here after the node died between its log and its WAL.
+        let vouched = if self.primary { tip.position } else { logged };
+        self.base.log.reset(vouched)?;
         Ok(self)
     }
 

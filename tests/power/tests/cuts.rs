@@ -301,7 +301,10 @@ fn cut_twice(
         let before = whole.len();
         let more = trace::read(&second.trace(), &second.watched());
         whole.extend_from_slice(&more);
-        let said = Said::read(&whole);
+        // An epoch may have begun before the cut and be named first after it.
+        let branches = said.branches.clone();
+        let mut said = Said::read(&whole);
+        said.branches.extend(branches);
         let cuts = choose(&more, SECOND_STATES, first.seed);
         let check = |dir: &Path, cut: &Cut| check(dir, &said, &Cut { at: cut.at + before, ..*cut });
         run(&start, &more, &cuts, second.dir(), &check);
