@@ -141,6 +141,9 @@ impl Engine {
         let mut history = std::mem::take(&mut opened.history);
         // Where the epochs were lost with their file, no replica would take a state that they do not name.
         opened.exact &= history.place(tip.position.txid()) == Place::OnHistory;
+        // Commits of strangers in an epoch that is another node's: that one has others under their numbers.
+        opened.exact &=
+            opened.own || opened.base.log.tip().is_none_or(|logged| logged.number() >= tip.position.number());
         if !opened.exact {
             // A database that is new to us, or that somebody else changed: that is a transaction of the new epoch.
             let known = opened.highest_epoch > 0 || opened.base.log.tip().is_some();
@@ -159,7 +162,7 @@ impl Engine {
             }
             tip.position = position;
             opened.base.leap(tip);
-            anchor::write_epochs(&options.side, &history)?;
+            anchor::write_epochs(&options.side, &history, true)?;
         }
         opened.history = history;
         opened.begin_if_empty()?;
@@ -168,7 +171,7 @@ impl Engine {
         if opened.exact {
             opened.history = open::truncate_history(&opened.history, tip.position);
             open_epoch(&mut opened.history, opened.highest_epoch, tip.position)?;
-            anchor::write_epochs(&options.side, &opened.history)?;
+            anchor::write_epochs(&options.side, &opened.history, true)?;
         }
         opened.anchor()?;
         // Another process that stayed in the database may have copied everything back while nobody minded.

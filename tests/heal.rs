@@ -283,6 +283,31 @@ async fn after_a_fork(seed: u64, trail: Trail) {
     b.shutdown().await;
 }
 
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_strangers_wrote_to_a_replica_never_passes_for_the_primarys_transactions() {
+    let fork = Fork::new();
+    let (a, b) = (open(fork.primary("a")).await, open(fork.replica("b")).await);
+    for n in 0..5 {
+        insert(&a, "both", n).await;
+    }
+    equal(&a, &b).await;
+    b.shutdown().await;
+    insert(&a, "a", 0).await;
+    a.shutdown().await;
+    let here = position(&a);
+    // The same number, in the file of a node that opened no epoch, and that is then made the primary.
+    plain(&fork.path("b")).execute_batch("INSERT INTO t(who) VALUES ('stranger')").unwrap();
+    let b = open(fork.primary("b")).await;
+    assert_eq!(position(&b).number(), here.number());
+    assert!(position(&b).epoch().number() > here.epoch().number(), "{} like {here}", position(&b));
+    let a = open(fork.replica("a")).await;
+    healed(&mut a.events()).await;
+    equal(&b, &a).await;
+    assert_eq!(only_branch(&a).await.tip, here);
+    a.shutdown().await;
+    b.shutdown().await;
+}
+
 /// A closed pair of equal nodes; the middle row lies in a page of the file that no WAL has any more.
 async fn equal_pair(fork: &Fork) {
     let (a, b) = (open(small_log(fork)).await, open(fork.replica("b")).await);

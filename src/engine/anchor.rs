@@ -184,13 +184,20 @@ pub(crate) fn modified(path: &Path) -> Result<i64> {
     Ok(time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as i64))
 }
 
+/// The epochs of a database's history, and whether this node opened the newest one.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Epochs {
+    pub(crate) history: EpochHistory,
+    pub(crate) own: bool,
+}
+
 /// Reads the epoch history; empty when there is none.
-pub(crate) fn read_epochs(side: &Path) -> Result<EpochHistory> {
+pub(crate) fn read_epochs(side: &Path) -> Result<Epochs> {
     let path = side.join("epochs");
     let mut bytes = Vec::new();
     match File::open(&path) {
         Ok(file) => file.take(EPOCHS_MAX_BYTES).read_to_end(&mut bytes).map_err(Error::io("read", &path))?,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(EpochHistory::default()),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Epochs::default()),
         Err(e) => return Err(Error::io("open", &path)(e)),
     };
     let corrupt = |what: &str| Error::Corrupt { path: path.clone(), offset: 0, what: what.into() };
@@ -202,13 +209,18 @@ pub(crate) fn read_epochs(side: &Path) -> Result<EpochHistory> {
     if version > VERSION {
         return Err(Error::Newer { path, found: version, supported: VERSION });
     }
-    EpochHistory::decode(&body[12..]).map_err(corrupt)
+    let own = match body.get(12..16).map(le_u32) {
+        Some(own @ 0..2) => own == 1,
+        _ => return Err(corrupt("too short")),
+    };
+    Ok(Epochs { history: EpochHistory::decode(&body[16..]).map_err(corrupt)?, own })
 }
 
-/// Replaces the epoch history, durably.
-pub(crate) fn write_epochs(side: &Path, history: &EpochHistory) -> Result<()> {
+/// Replaces the epoch history, durably. `own`: this node opened the newest epoch.
+pub(crate) fn write_epochs(side: &Path, history: &EpochHistory, own: bool) -> Result<()> {
     let mut bytes = EPOCHS_MAGIC.to_vec();
     bytes.extend_from_slice(&VERSION.to_le_bytes());
+    bytes.extend_from_slice(&u32::from(own).to_le_bytes());
     bytes.extend_from_slice(&history.encode());
     let check = blake3::hash(&bytes);
     bytes.extend_from_slice(&check.as_bytes()[..16]);
@@ -280,13 +292,28 @@ mod tests {
     }
 
     #[test]
+    fn a_newer_epoch_history_is_refused_and_stays() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut bytes = EPOCHS_MAGIC.to_vec();
+        bytes.extend_from_slice(&(VERSION + 1).to_le_bytes());
+        bytes.extend_from_slice(b"what only a newer version knows");
+        let check = blake3::hash(&bytes);
+        bytes.extend_from_slice(&check.as_bytes()[..16]);
+        fs::write(dir.path().join("epochs"), &bytes).unwrap();
+        assert!(matches!(read_epochs(dir.path()), Err(Error::Newer { found: 2, supported: 1, .. })));
+        assert_eq!(fs::read(dir.path().join("epochs")).unwrap(), bytes);
+    }
+
+    #[test]
     fn the_epoch_history_survives_and_every_flipped_byte_is_seen() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(read_epochs(dir.path()).unwrap(), EpochHistory::default());
+        assert_eq!(read_epochs(dir.path()).unwrap(), Epochs::default());
         let mut history = EpochHistory::default();
         history.push(EpochStart { epoch: Epoch::new(1, 2), first: 3, before: Checksum::EMPTY });
-        write_epochs(dir.path(), &history).unwrap();
-        assert_eq!(read_epochs(dir.path()).unwrap(), history);
+        for own in [false, true] {
+            write_epochs(dir.path(), &history, own).unwrap();
+            assert_eq!(read_epochs(dir.path()).unwrap(), Epochs { history: history.clone(), own });
+        }
         let path = dir.path().join("epochs");
         let whole = fs::read(&path).unwrap();
         for at in 0..whole.len() {

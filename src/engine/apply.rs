@@ -381,7 +381,7 @@ impl Apply {
         if !ours {
             self.next_history = Some(history);
         } else if history != self.history {
-            anchor::write_epochs(&self.options.side, &history)?;
+            anchor::write_epochs(&self.options.side, &history, false)?;
             self.history = history.clone();
             self.node.applied.replace(history, self.live.as_ref().map(|l| l.base.tip().position));
         }
@@ -401,13 +401,12 @@ impl Apply {
             Some(healing) => self.adopt_heal(&healing, &ready, history)?,
             None => {
                 self.move_in(ready, history)?;
+                self.node.set_problem(Part::State, None);
                 tracing::info!(%position, "the snapshot is taken over");
                 self.node.tell(Event::SnapshotFinished(position));
             }
         }
         receive::discard(&self.options.side)?;
-        self.node.set_problem(Part::State, None);
-        self.node.set_problem(Part::Pages, None);
         Ok(())
     }
 
@@ -420,7 +419,7 @@ impl Apply {
         let (path, side) = (&self.options.path, &self.options.side);
         make_side(&self.options)?;
         self.put_aside()?;
-        anchor::write_epochs(side, &history)?;
+        anchor::write_epochs(side, &history, false)?;
         Log::open(&side.join("log"), self.options.log)?.reset(position)?;
         let from = directory.join("pages");
         let file = FileState::AtRest { position, modified: modified(&from)? };

@@ -182,7 +182,7 @@ impl CaptureLoop {
         let result = self.settled().and_then(|()| {
             let mut history = (*self.capture.history).clone();
             open_epoch(&mut history, above, self.capture.tip.position)?;
-            anchor::write_epochs(&self.base.options.side, &history)?;
+            anchor::write_epochs(&self.base.options.side, &history, true)?;
             self.base.node.applied.replace(history.clone(), Some(self.capture.tip.position));
             self.base.node.roles.send_modify(|state| state.epoch = history.epoch());
             self.capture.history = Arc::new(history);

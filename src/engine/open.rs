@@ -9,7 +9,7 @@ use rusqlite::Connection;
 
 use crate::checksum::Checksum;
 use crate::engine::EngineOptions;
-use crate::engine::anchor::{self, Anchor, Anchors, FileState, modified};
+use crate::engine::anchor::{self, Anchor, Anchors, Epochs, FileState, modified};
 use crate::engine::append::Appender;
 use crate::engine::base::{Base, Tip};
 use crate::engine::capture::{Capture, Sink};
@@ -33,8 +33,10 @@ const LOCKS_WAIT: Duration = Duration::from_secs(5);
 pub(super) struct Opened {
     pub(super) base: Arc<Base>,
     pub(super) handle: Handle,
-    /// On a primary, commits that the log does not have become records of it; on a replica they are nobody's.
     primary: bool,
+    /// This node opened the newest epoch: commits that the log does not have are of that epoch, and become records of it. On any other
+    /// node they are nobody's.
+    pub(super) own: bool,
     pub(super) history: EpochHistory,
     /// Whether the position in the tip is known to be that of the bytes.
     pub(super) exact: bool,
@@ -74,14 +76,14 @@ pub(super) fn open(options: EngineOptions, node: Arc<Node>, primary: bool) -> Re
     // It may have been made just now. Were it lost, a database into which it was being copied would be torn for good.
     wal.sync_name()?;
     let anchors = Anchors::open(&options.side)?;
-    let history = epochs(&options)?;
+    let Epochs { history, own } = epochs(&options)?;
     let log = Log::open(&options.side.join("log"), options.log)?;
     let known = anchors.newest_first();
     let (highest, highest_epoch) = highest(&known, &log, &history);
     let start = start(&wal, &known, &header, page_size, pages);
     let base = Base::new(options, node, page_size, index, wal, log, anchors, start.0, locks);
     let mut opened =
-        Opened { base, handle, primary, history, exact: start.1.is_some(), highest, highest_epoch };
+        Opened { base, handle, primary, own, history, exact: start.1.is_some(), highest, highest_epoch };
     let mut hashed = None;
     if let Some(anchor) = start.1 {
         (opened, hashed) = opened.replay(&header, anchor)?;
@@ -139,13 +141,13 @@ fn pragma_u32(connection: &Connection, name: &str) -> Result<u32> {
 }
 
 /// Reads the epoch history. One that can't be read is put aside: replicas then find no common history and are filled anew.
-fn epochs(options: &EngineOptions) -> Result<EpochHistory> {
+fn epochs(options: &EngineOptions) -> Result<Epochs> {
     match anchor::read_epochs(&options.side) {
         Err(error @ Error::Corrupt { .. }) => {
             tracing::error!(%error, "the epoch history is put aside");
             let (from, to) = (options.side.join("epochs"), options.side.join("epochs.corrupt"));
             fs::rename(&from, &to).map_err(Error::io("rename", &from))?;
-            Ok(EpochHistory::default())
+            Ok(Epochs::default())
         }
         other => other,
     }
@@ -191,12 +193,12 @@ impl Opened {
     /// Counts the commits after the anchor, and appends to the log those that it does not have.
     /// The sum of all pages, too, if that had to be known.
     fn replay(self, header: &IndexHeader, anchor: Anchor) -> Result<(Opened, Option<Checksum>)> {
-        let Opened { base, handle, primary, history, highest, highest_epoch, .. } = self;
+        let Opened { base, handle, primary, own, history, highest, highest_epoch, .. } = self;
         let history = Arc::new(history);
         let mut capture = Capture::new(base.clone(), handle, base.tip(), history.clone());
         capture.batch_bytes = 0;
         let log = base.log.clone();
-        let mut sink = Rebuild { tip: log.tip(), log, append: primary, number: 0, mismatch: false };
+        let mut sink = Rebuild { tip: log.tip(), log, append: primary && own, number: 0, mismatch: false };
         capture.advance(header, &mut sink)?;
         let tip = capture.tip;
         if let Some(logged) = sink.tip.filter(|l| l.number() == tip.position.number()) {
@@ -215,7 +217,7 @@ impl Opened {
         };
         let exact = hashed.is_none_or(|sum| sum == tip.position.checksum());
         let history = Arc::unwrap_or_clone(history);
-        Ok((Opened { base, handle, primary, history, exact, highest, highest_epoch }, hashed))
+        Ok((Opened { base, handle, primary, own, history, exact, highest, highest_epoch }, hashed))
     }
 
     /// Without a usable anchor: the file at rest, or the hash of everything, may be a state that is known by name.
@@ -282,12 +284,12 @@ impl Opened {
             && before == tip.position
         {
             tracing::warn!(from = %tip.position, to = %logged, "the log is ahead of the WAL and is applied again");
-            let Opened { base, handle, primary, history, exact, highest, highest_epoch } = self;
+            let Opened { base, handle, primary, own, history, exact, highest, highest_epoch } = self;
             let mut appender = Appender::new(base.clone(), handle)?;
             apply_log(&mut appender, &base.log, lsn, &history)?;
             let handle = appender.handle;
             base.wal.sync()?;
-            return Ok(Opened { base, handle, primary, history, exact, highest, highest_epoch });
+            return Ok(Opened { base, handle, primary, own, history, exact, highest, highest_epoch });
         }
         if logged.number() < number && !self.primary {
             // Somebody wrote to a replica's file, or a power cut took the log's tail: that the log ends before the

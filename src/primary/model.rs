@@ -57,15 +57,51 @@ struct Node {
     history: EpochHistory,
     /// The log has the records from the state at the first number to that at the second.
     log: (usize, usize),
+    /// It opened the newest epoch, and commits.
+    own: bool,
     /// What the disk holds in place of the tip's pages, if that is something else.
     damaged: Option<Vec<Page>>,
 }
 
 impl Node {
-    fn new() -> Node {
+    /// In an epoch of its own, as every primary is.
+    fn new(rng: &mut StdRng) -> Node {
         let position = Position::new(Txid::new(Epoch::new(0, 0), 0), checksum(&[1, 2, 3]));
         let states = vec![State { position, pages: vec![1, 2, 3], wrote: Vec::new() }];
-        Node { states, history: EpochHistory::default(), log: (0, 0), damaged: None }
+        let mut node =
+            Node { states, history: EpochHistory::default(), log: (0, 0), own: false, damaged: None };
+        node.open_epoch(0, rng);
+        node
+    }
+
+    /// Another node that follows.
+    fn replica(&self) -> Node {
+        Node { own: false, ..self.clone() }
+    }
+
+    fn vouched(&self) -> bool {
+        self.log.1 + 1 == self.states.len()
+    }
+
+    /// Starts as the primary.
+    fn promote(&mut self, rng: &mut StdRng) {
+        if self.vouched() {
+            return self.open_epoch(0, rng);
+        }
+        if self.own {
+            // Its own commits, whoever made them, are of its epoch.
+            self.log.1 = self.states.len() - 1;
+            return self.open_epoch(0, rng);
+        }
+        // Nobody vouches for what is here: all of it is one transaction of the new epoch.
+        let pages = self.tip().pages.clone();
+        self.states.truncate(self.log.1 + 1);
+        self.open_epoch(0, rng);
+        let wrote = (1..=pages.len() as u32).collect();
+        let number = self.tip().position.number() + 1;
+        let position = Position::new(Txid::new(self.history.epoch(), number), checksum(&pages));
+        self.states.push(State { position, pages, wrote });
+        self.log = (self.states.len() - 1, self.states.len() - 1);
     }
 
     fn tip(&self) -> &State {
@@ -76,6 +112,7 @@ impl Node {
         let tip = self.tip().position;
         let epoch = Epoch::new(self.history.epoch().number().max(above) + 1, rng.random());
         self.history.push(EpochStart { epoch, first: tip.number() + 1, before: tip.checksum() });
+        self.own = true;
     }
 
     /// A transaction in the newest epoch; a stranger's is in nobody's log.
@@ -99,7 +136,7 @@ impl Node {
         wrote.dedup();
         let number = self.tip().position.number() + 1;
         let position = Position::new(Txid::new(self.history.epoch(), number), checksum(&pages));
-        let logged = self.log.1 + 1 == self.states.len() && !stranger;
+        let logged = self.vouched() && !stranger;
         self.states.push(State { position, pages, wrote });
         self.log.1 += usize::from(logged);
     }
@@ -125,8 +162,7 @@ impl Node {
 
     fn hello(&self) -> Hello {
         let peer = PeerInfo { node: Uuid::nil(), incarnation: Uuid::nil(), addresses: Addresses::default() };
-        let vouched = self.log.1 + 1 == self.states.len();
-        let marks = mark_numbers(self.log.0 as u64, self.log.1 as u64).filter(|_| vouched);
+        let marks = mark_numbers(self.log.0 as u64, self.log.1 as u64).filter(|_| self.vouched());
         Hello {
             proof: [0; 32],
             peer,
@@ -280,7 +316,6 @@ fn meet(primary: &mut Node, follower: &Node, rng: &mut StdRng) {
     }
     let theirs = follower.tip();
     let shared = primary.states.get(theirs.position.number() as usize).is_some_and(|ours| ours == theirs);
-    let vouched = follower.log.1 + 1 == follower.states.len();
     match decision {
         Decision::Log { lsn } => {
             assert!(shared && hello.position == Some(theirs.position) && follower.damaged.is_none());
@@ -301,7 +336,7 @@ fn meet(primary: &mut Node, follower: &Node, rng: &mut StdRng) {
         }
         Decision::Compare { diverged } => {
             // What is not kept must be the primary's, or be kept by the follower itself, which knows that nobody vouches for it.
-            assert!(diverged || shared || !vouched, "{:?} would be lost", theirs.position);
+            assert!(diverged || shared || !follower.vouched(), "{:?} would be lost", theirs.position);
             heal(primary, follower, None, diverged, rng);
         }
         other => panic!("{other:?} for a node with a state"),
@@ -310,49 +345,39 @@ fn meet(primary: &mut Node, follower: &Node, rng: &mut StdRng) {
 
 fn history(seed: u64) {
     let mut rng = StdRng::seed_from_u64(seed);
-    let mut nodes = vec![Node::new()];
-    nodes[0].open_epoch(0, &mut rng);
+    let mut nodes = vec![Node::new(&mut rng)];
     for _ in 0..rng.random_range(3..40) {
-        let at = rng.random_range(0..nodes.len());
         let room = nodes.len() < 4;
+        let at = rng.random_range(0..nodes.len());
         let node = &mut nodes[at];
         let last = node.states.len() - 1;
         match rng.random_range(0..14) {
-            0 => node.open_epoch(0, &mut rng),
-            // A restart as the primary after the unsynced tail was lost, or from an old copy.
+            0 => node.promote(&mut rng),
+            // The unsynced tail is lost, or an old copy is put in the node's place. (Who writes to such a copy before its node starts makes
+            // transactions in the names of those that are gone; that is seen by their checksums, as far as the log reaches.)
             1 => {
                 node.go_back(last - rng.random_range(0..=last.min(6)));
-                node.open_epoch(0, &mut rng);
+                node.promote(&mut rng);
             }
-            2 if room => {
-                let copy = node.clone();
-                nodes.push(copy);
-            }
-            // Promoted beside a living primary, or restored beside it: an epoch of its own.
-            3 if room => {
-                let mut copy = node.clone();
-                copy.open_epoch(0, &mut rng);
-                nodes.push(copy);
+            2 | 3 if room => {
+                let replica = node.replica();
+                nodes.push(replica);
             }
             4 => node.log.0 = rng.random_range(node.log.0..=node.log.1),
             5 => {
                 node.commit(&mut rng, true);
-                // On a primary they become history with the next start.
-                if rng.random_range(0..2) == 0 {
+                // A primary that runs captures what strangers commit.
+                if node.own {
                     node.log.1 = node.states.len() - 1;
-                    node.open_epoch(0, &mut rng);
                 }
             }
-            _ => node.commit(&mut rng, false),
+            _ if node.own => node.commit(&mut rng, false),
+            _ => node.promote(&mut rng),
         }
     }
     let primary = rng.random_range(0..nodes.len());
     let mut primary = nodes.swap_remove(primary);
-    // Whoever serves has opened an epoch, and its log has all that it committed since.
-    if primary.log.1 + 1 < primary.states.len() {
-        primary.log = (primary.states.len() - 1, primary.states.len() - 1);
-    }
-    primary.open_epoch(0, &mut rng);
+    primary.promote(&mut rng);
     for _ in 0..rng.random_range(0..4) {
         primary.commit(&mut rng, false);
     }

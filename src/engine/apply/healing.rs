@@ -163,6 +163,8 @@ impl Apply {
         self.pace.done();
         self.healed += 1;
         self.shared.heals.store(self.healed, Ordering::Relaxed);
+        self.node.set_problem(Part::State, None);
+        self.node.set_problem(Part::Pages, None);
         let pages = ready.have.len() as u64;
         tracing::info!(position = %ready.position, pages, "healed");
         self.node.tell(Event::Healed { position: ready.position, pages, lost: kept });
@@ -193,7 +195,7 @@ impl Apply {
             // Pages that are damaged may say nothing of rows.
             kept = Some((branch.path().to_owned(), Before::hold(live).ok()));
         }
-        anchor::write_epochs(&self.options.side, history)?;
+        anchor::write_epochs(&self.options.side, history, false)?;
         live.base.log.reset(ready.position)?;
         let base = live.base.clone();
         let file = base.file_state().unwrap_or(FileState::Backfilling);
