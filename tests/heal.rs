@@ -1,5 +1,7 @@
 //! Nodes that left the history: they are led back by their difference, and what they had is kept.
 
+#[path = "support/fork.rs"]
+mod fork;
 #[path = "support/lib.rs"]
 mod support;
 
@@ -10,79 +12,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use replite::{Config, Db, Event, Events, LostBranch, Position};
+use replite::{Config, Db, LostBranch};
 
+use fork::*;
 use support::*;
-
-/// Two homes of one database, on two sides of a fork.
-struct Fork {
-    dir: tempfile::TempDir,
-    port: u16,
-}
-
-impl Fork {
-    fn new() -> Fork {
-        Fork { dir: tempfile::tempdir().unwrap(), port: free_port() }
-    }
-
-    fn path(&self, name: &str) -> PathBuf {
-        self.dir.path().join(format!("{name}.db"))
-    }
-
-    fn primary(&self, name: &str) -> Config {
-        primary(&self.path(name), self.port)
-    }
-
-    /// Promoted by mistake: nobody can connect to it.
-    fn alone(&self, name: &str) -> Config {
-        primary(&self.path(name), 0)
-    }
-
-    fn replica(&self, name: &str) -> Config {
-        replica(&self.path(name), &format!("http://127.0.0.1:{}", self.port))
-    }
-
-    /// A closed node's files become those of another node.
-    fn copy(&self, from: &str, to: &str) {
-        let (from, to) = (self.path(from), self.path(to));
-        let beside = |path: &Path, end: &str| PathBuf::from(format!("{}{end}", path.display()));
-        fs::copy(&from, &to).unwrap();
-        fs::copy(beside(&from, "-wal"), beside(&to, "-wal")).unwrap();
-        copy_tree(&beside(&from, "-replite"), &beside(&to, "-replite"));
-        fs::remove_file(beside(&to, "-replite").join("node")).unwrap();
-    }
-}
-
-fn copy_tree(from: &Path, to: &Path) {
-    fs::create_dir_all(to).unwrap();
-    for entry in fs::read_dir(from).unwrap() {
-        let entry = entry.unwrap();
-        let target = to.join(entry.file_name());
-        if entry.file_type().unwrap().is_dir() {
-            copy_tree(&entry.path(), &target);
-        } else {
-            fs::copy(entry.path(), target).unwrap();
-        }
-    }
-}
-
-/// Waits for the end of a heal: the pages that came, and where the lost branch is kept.
-async fn healed(events: &mut Events) -> (u64, Option<PathBuf>) {
-    within("the heal", async {
-        loop {
-            match events.next().await {
-                Some(Event::Healed { pages, lost, .. }) => return (pages, lost),
-                Some(_) => {}
-                None => panic!("the node ended"),
-            }
-        }
-    })
-    .await
-}
-
-async fn open(config: Config) -> Db {
-    Db::open(config).await.unwrap()
-}
 
 /// Something random through a node's writer, as one transaction or as what can't be one.
 async fn mutate(db: &Db, rng: &mut StdRng) {
@@ -101,33 +34,6 @@ async fn mutate(db: &Db, rng: &mut StdRng) {
         _ => format!("UPDATE t SET n = n + 1, v = randomblob(120) WHERE id BETWEEN {at} AND {at} + 9"),
     };
     run(db, sql).await;
-}
-
-async fn run(db: &Db, sql: String) {
-    let db = db.clone();
-    let run = move || {
-        let mut guard = db.writer().unwrap();
-        guard.execute_batch(&sql).unwrap();
-        guard.flush().unwrap();
-    };
-    tokio::task::spawn_blocking(run).await.unwrap();
-}
-
-fn position(db: &Db) -> Position {
-    db.position().unwrap()
-}
-
-async fn equal(p: &Db, r: &Db) {
-    let last = insert(p, "last", 0).await;
-    within("the last row", r.wait_for(last)).await.unwrap();
-    assert_same_pages(p.path(), r.path());
-    assert_eq!(r.position(), p.position());
-}
-
-async fn only_branch(db: &Db) -> LostBranch {
-    let mut branches = db.lost().await.unwrap();
-    assert_eq!(branches.len(), 1);
-    branches.remove(0)
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
