@@ -73,7 +73,12 @@ async fn two_updates_that_an_xor_of_crcs_takes_for_one_are_told_apart_and_healed
     assert_eq!(lost.lost.as_ref().unwrap()["v"], "balance: 900");
     assert_eq!(lost.kept.as_ref().unwrap()["v"], "balance: 100");
     let mut pages = Vec::new();
-    branch.visit_pages(|_, page| Ok(pages.push(page.to_vec()))).unwrap();
+    branch
+        .visit_pages(|_, page| {
+            pages.push(page.to_vec());
+            Ok(())
+        })
+        .unwrap();
     let page = theirs.chunks_exact(4096).zip(ours.chunks_exact(4096)).filter(|(b, a)| b != a).map(|(b, _)| b);
     assert!(page.eq(pages), "the pages that differed are the pages that are kept");
     a.shutdown().await;
