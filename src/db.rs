@@ -38,6 +38,10 @@ use crate::token::Token;
 use crate::txid::{Place, Position, Txid};
 
 pub use builder::{Config, ConnectionKind};
+#[cfg(any(test, all(fuzzing, feature = "testing")))]
+pub(crate) use identity::fuzz_identity;
+#[cfg(test)]
+pub(crate) use identity::fuzz_identity_seed;
 pub use snapshot::Snapshot;
 pub use writer::{Commit, WriterGuard};
 

@@ -12,6 +12,8 @@ mod checkpoint;
 mod checkpointer;
 mod damage;
 mod follower;
+#[cfg(any(test, all(fuzzing, feature = "testing")))]
+mod fuzz;
 mod hash;
 mod heal;
 mod lost;
@@ -45,6 +47,10 @@ use crate::wal::Salts;
 
 pub(crate) use crate::engine::anchor::replace_file;
 pub(crate) use crate::engine::follower::{Follower, Standing};
+#[cfg(test)]
+pub(crate) use crate::engine::fuzz::fuzz_seeds;
+#[cfg(any(test, all(fuzzing, feature = "testing")))]
+pub(crate) use crate::engine::fuzz::{fuzz_btree, fuzz_lost, fuzz_side_files};
 #[cfg(test)]
 pub(crate) use crate::engine::heal::Heal;
 pub use crate::engine::lost::{LostBranch, LostRow, LostRows};

@@ -16,6 +16,10 @@ mod checksum;
 mod db;
 mod engine;
 mod error;
+#[cfg(any(test, all(fuzzing, feature = "testing")))]
+#[doc(hidden)]
+#[cfg_attr(test, allow(dead_code, unreachable_pub, reason = "public for the fuzz targets"))]
+pub mod fuzz;
 mod handshake;
 pub mod lease;
 mod log;

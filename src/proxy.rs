@@ -33,6 +33,8 @@ pub use client::PrimaryClient;
 pub(crate) use failure::RETRY_AFTER_SECONDS;
 pub use failure::{Failure, Outcome, Reason};
 pub use future::ResponseFuture;
+#[cfg(any(test, all(fuzzing, feature = "testing")))]
+pub(crate) use headers::fuzz_headers;
 pub use layer::{Forwarding, ReplayLayer, SameSite, SessionTokens, Upgrades};
 pub use route::Route;
 pub use service::ReplayService;

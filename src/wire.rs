@@ -57,6 +57,10 @@ mod tests;
 
 pub(crate) use decoder::{Decoder, Header};
 pub(crate) use encode::{encode, encode_page, peer_fits};
+#[cfg(any(test, all(fuzzing, feature = "testing")))]
+pub(crate) use fields::sealed;
+#[cfg(test)]
+pub(crate) use tests::seeds;
 
 /// Largest payload of a unit: a snapshot piece of a megabyte and its fields, or sixteen times the largest page.
 pub(crate) const PAYLOAD_MAX_BYTES: usize = 1024 * 1024 + 64 * 1024;

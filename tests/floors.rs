@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Each top module and its floor.
-const FLOORS: [(&str, u8); 26] = [
+const FLOORS: [(&str, u8); 27] = [
     ("txid", 0),
     ("page", 0),
     ("checksum", 0),
@@ -30,6 +30,7 @@ const FLOORS: [(&str, u8); 26] = [
     ("axum", 6),
     ("db", 7),
     ("testing", 8),
+    ("fuzz", 8),
     ("lib", 9),
 ];
 

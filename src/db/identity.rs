@@ -104,6 +104,23 @@ fn decode(path: &Path, bytes: &[u8]) -> Result<Known> {
     }
 }
 
+/// Reads bytes as such a file, as they are and behind a hash that fits.
+#[cfg(any(test, all(fuzzing, feature = "testing")))]
+pub(crate) fn fuzz_identity(data: &[u8]) {
+    let sealed = [data, &blake3::hash(data).as_bytes()[..16]].concat();
+    for bytes in [data, &sealed] {
+        if let Ok(known) = decode(Path::new("node"), bytes) {
+            let _ = encode(known.id, known.place, &known.cluster, &known.database);
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) fn fuzz_identity_seed() -> Vec<u8> {
+    let whole = encode(Uuid::from_u128(5), (1, 2), "main", "app");
+    whole[..whole.len() - 16].to_vec()
+}
+
 fn corrupt(path: &Path, what: &str) -> Error {
     Error::Corrupt { path: path.to_path_buf(), offset: 0, what: what.into() }
 }

@@ -25,6 +25,8 @@ use crate::status::unix_millis;
 use crate::txid::Position;
 use crate::wire;
 
+#[cfg(any(test, all(fuzzing, feature = "testing")))]
+pub(super) use btree::fuzz_btree_page;
 pub(super) use rows::{Before, tell};
 pub use rows::{LostRow, LostRows};
 

@@ -315,7 +315,7 @@ impl Incoming {
 }
 
 /// The pages that an earlier comparison brought, if they are of this size.
-fn read_held(side: &Path, page_size: PageSize) -> Option<PageSet> {
+pub(super) fn read_held(side: &Path, page_size: PageSize) -> Option<PageSet> {
     let directory = side.join("incoming");
     let there = fs::metadata(directory.join("pages")).ok()?.len() / u64::from(page_size.get());
     let mut bytes = Vec::new();

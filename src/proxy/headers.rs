@@ -155,6 +155,19 @@ pub(super) fn add_cookie(headers: &mut HeaderMap, cookie: HeaderValue) {
     headers.append(SET_COOKIE, cookie);
 }
 
+/// All that reads a client's headers.
+#[cfg(any(test, all(fuzzing, feature = "testing")))]
+pub(crate) fn fuzz_headers(headers: HeaderMap) {
+    let mut request = http::Request::new(());
+    *request.headers_mut() = headers;
+    let (mut parts, ()) = request.into_parts();
+    let _ = (is_upgrade(&parts), is_https(&parts), cookie(&parts.headers, "replite"));
+    add_forwarded(&mut parts.headers, Some(IpAddr::from([10, 0, 0, 1])), None);
+    strip_reserved(&mut parts.headers);
+    strip_hop_by_hop(&mut parts.headers);
+    strip_answer(&mut parts.headers);
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

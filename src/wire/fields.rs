@@ -19,6 +19,19 @@ pub(super) fn hash_of(unit: &[u8]) -> [u8; 16] {
     hash
 }
 
+/// A unit of any kind and payload with a hash that holds.
+#[cfg(any(test, all(fuzzing, feature = "testing")))]
+pub(crate) fn sealed(kind: u8, payload: &[u8]) -> bytes::Bytes {
+    let mut raw = (payload.len() as u32).to_le_bytes().to_vec();
+    raw.extend_from_slice(&[kind, 0, 1, 0]);
+    raw.extend_from_slice(&[0; 16]);
+    raw.extend_from_slice(payload);
+    let page = kind == Kind::Page as u8;
+    let hash = if page { PageHash::of_numbered(payload).to_bytes() } else { hash_of(&raw) };
+    raw[8..HEADER_BYTES].copy_from_slice(&hash);
+    raw.into()
+}
+
 /// Checks the hash of header and payload.
 pub(super) fn verify(kind: Option<Kind>, hash: [u8; 16], unit: &[u8]) -> Result<(), WireError> {
     let found = match kind {

@@ -98,6 +98,34 @@ fn every_kind() -> Vec<Message<'static>> {
     ]
 }
 
+/// Inputs of the decoders' fuzz targets: each unit whole, its payload behind its kind, and a log of records.
+pub(crate) fn seeds() -> Vec<(&'static str, String, Vec<u8>)> {
+    let mut seeds = Vec::new();
+    let mut stream = vec![100];
+    for (at, message) in every_kind().iter().enumerate() {
+        let raw = encoded(message);
+        stream.extend_from_slice(&raw);
+        let name = format!("{at:02}");
+        seeds.push(("wire_sealed", name, [&raw[4..5], &raw[HEADER_BYTES..]].concat()));
+    }
+    seeds.push(("wire", "stream".into(), stream));
+    let mut log = BytesMut::new();
+    let (before, epoch) = (position(1), position(1).epoch());
+    encode(&Message::Segment(Segment { start: 0, before, follows: None }), &mut log);
+    for n in 1..4 {
+        encode(&Message::TxnBegin(TxnBegin { before: position(n), epoch, page_size: size() }), &mut log);
+        encode(&page_of(page_no(n as u32), &PAGES[..512]), &mut log);
+        let end = TxnEnd { after: position(n + 1), pages: 9, changed: 1, unix_micros: n };
+        encode(&Message::TxnEnd(end), &mut log);
+    }
+    let end = (log.len() - SEGMENT_BYTES) as u64;
+    let first = (log.len() as u16).to_le_bytes();
+    let second = Segment { start: end, before: position(4), follows: Some(end) };
+    encode(&Message::Segment(second), &mut log);
+    seeds.push(("log", "two".into(), [first.as_slice(), &log].concat()));
+    seeds
+}
+
 fn encoded(message: &Message<'_>) -> Bytes {
     let mut out = BytesMut::new();
     encode(message, &mut out);

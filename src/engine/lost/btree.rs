@@ -152,6 +152,24 @@ pub(super) fn tables(
     Ok(tables)
 }
 
+/// Reads bytes as a page of each kind.
+#[cfg(any(test, all(fuzzing, feature = "testing")))]
+pub(in crate::engine) fn fuzz_btree_page(data: &[u8]) {
+    for number in [1, 2].into_iter().filter_map(PageNo::new) {
+        let _ = rowids(number, data);
+        let _ = children(number, data);
+    }
+    let mut wanted = PageSet::default();
+    (1..100).filter_map(PageNo::new).for_each(|page| wanted.insert(page));
+    let read = |_: PageNo, into: &mut [u8]| {
+        let taken = data.len().min(into.len());
+        into[..taken].copy_from_slice(&data[..taken]);
+        Ok(())
+    };
+    let mut pages = Pages { read: Box::new(read), page_bytes: 512, count: 1000 };
+    let _ = PageNo::new(2).map(|root| leaves(&mut pages, root, &wanted));
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

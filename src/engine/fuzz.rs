@@ -1,0 +1,116 @@
+//! Decoders of this floor, for [`crate::fuzz`].
+
+use std::fs;
+use std::path::Path;
+
+use crate::engine::LostBranch;
+use crate::engine::anchor::{Anchors, read_epochs};
+use crate::engine::lost::fuzz_btree_page;
+use crate::engine::receive;
+use crate::page::PageSize;
+
+/// Bytes behind the hash that most side files end with.
+fn sealed(bytes: &[u8]) -> Vec<u8> {
+    [bytes, &blake3::hash(bytes).as_bytes()[..16]].concat()
+}
+
+/// Anchors, epochs, and what a snapshot or a comparison left.
+pub(crate) fn fuzz_side_files(data: &[u8]) {
+    let dir = tempfile::tempdir().expect("a directory");
+    let incoming = dir.path().join("incoming");
+    fs::create_dir(&incoming).expect("a directory");
+    fs::write(incoming.join("pages"), [0; 8192]).expect("a file");
+    let look = |side: &Path| {
+        if let Ok(anchors) = Anchors::open(side) {
+            let _ = (anchors.newest_first(), anchors.generation());
+        }
+        let _ = read_epochs(side);
+        let _ = receive::progress(side);
+        let _ = receive::read_held(side, PageSize::new(512).expect("a page size"));
+    };
+    for bytes in [data.to_vec(), sealed(data)] {
+        for name in ["anchors", "epochs", "incoming/state", "incoming/held"] {
+            fs::write(dir.path().join(name), &bytes).expect("a file");
+        }
+        // The last of an anchor's slot is its hash.
+        if let Some(slot) = bytes.get(..240) {
+            fs::write(dir.path().join("anchors"), sealed(slot)).expect("a file");
+        }
+        look(dir.path());
+    }
+}
+
+/// A page as a leaf and as an interior page of a table.
+pub(crate) fn fuzz_btree(data: &[u8]) {
+    fuzz_btree_page(data);
+}
+
+/// A lost branch: the first byte says which of its files the rest is.
+pub(crate) fn fuzz_lost(data: &[u8]) {
+    let Some((&which, rest)) = data.split_first() else { return };
+    let dir = tempfile::tempdir().expect("a directory");
+    let branch = dir.path().join("lost/branch-x");
+    fs::create_dir_all(&branch).expect("a directory");
+    let position = format!("{:016x}-{:016x}-{:016x}-{:032x}", 1, 2, 3, 4);
+    let json = format!(
+        r#"{{"format":1,"fork":null,"tip":"{position}","healed_to":"{position}","damaged":false,"unix_millis":1,
+            "page_size":512,"size_pages":1,"pages":1,"record_bytes":0}}"#
+    );
+    for (at, name) in ["branch.json", "pages", "records", "rows.jsonl"].into_iter().enumerate() {
+        let bytes = match (at == usize::from(which % 4), at) {
+            (true, _) => rest,
+            (false, 0) => json.as_bytes(),
+            (false, _) => b"",
+        };
+        fs::write(branch.join(name), bytes).expect("a file");
+    }
+    let Ok(branches) = LostBranch::list(dir.path()) else { return };
+    for branch in branches {
+        let _ = branch.transactions();
+        let _ = branch.visit_pages(|_, _| Ok(()));
+        let _ = branch.rows();
+        let _ = branch.export(&dir.path().join("export.db"));
+    }
+}
+
+/// What the corpus begins with.
+#[cfg(test)]
+pub(crate) fn fuzz_seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
+    use crate::engine::anchor::{replace_file, write_epochs};
+    use crate::txid::EpochHistory;
+    let dir = tempfile::tempdir().expect("a directory");
+    write_epochs(dir.path(), &EpochHistory::default(), true).expect("a file");
+    replace_file(dir.path(), "x", b"").expect("a file");
+    let epochs = fs::read(dir.path().join("epochs")).expect("a file");
+    let (body, _) = epochs.split_last_chunk::<16>().expect("a hash");
+    let mut anchor = b"repanchr\x01\0\0\0\x01\0\0\0".to_vec();
+    anchor.resize(240, 3);
+    let mut state = b"repincom\x01\0\0\0\0\x02\0\0\x02\0\0\0".to_vec();
+    state.resize(60, 1);
+    let connection = rusqlite::Connection::open_in_memory().expect("a database");
+    connection
+        .execute_batch(
+            "PRAGMA page_size = 512; CREATE TABLE t(v); INSERT INTO t VALUES (1), ('two'), (x'03')",
+        )
+        .expect("rows");
+    let mut connection = connection;
+    let image = connection.serialize("main").expect("bytes").to_vec();
+    let row = br#"{"table":"t","rowid":1,"lost":{"a":{"blob":"00ff"},"b":1.5},"kept":null}"#;
+    let rows = [&[3], row.as_slice(), b"\n{\"truncated\":false}\n"].concat();
+    vec![
+        ("side_files", "epochs", body.to_vec()),
+        ("side_files", "anchor", anchor),
+        ("side_files", "state", state),
+        ("side_files", "held", b"repheld1\0\x02\0\0\x01\0\0\0\x07\0\0\0".to_vec()),
+        ("btree", "leaf", image[512..1024].to_vec()),
+        (
+            "btree",
+            "interior",
+            [&[5, 0, 0, 0, 2, 1, 0, 0, 0, 0, 0, 3, 0, 16, 0, 20], [0; 496].as_slice()].concat(),
+        ),
+        ("lost", "rows", rows),
+        ("lost", "json", b"\0{\"format\":2}".to_vec()),
+        ("lost", "pages", [&[1u8], [0u8; 60].as_slice()].concat()),
+        ("wal", "header", vec![7; 48]),
+    ]
+}

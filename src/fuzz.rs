@@ -1,0 +1,289 @@
+//! Every decoder, as a function of bytes from anywhere: none of them may panic, hang, or allocate what the bytes only claim.
+//!
+//! `fuzz/` runs them under coverage guidance; the test here runs them over the corpus that is kept there, and over mutations of it.
+//! Formats that are guarded by a hash are also given the hash that fits, so that what is behind it is reached.
+
+use std::fs;
+
+use bytes::{Bytes, BytesMut};
+use http::{HeaderMap, HeaderName, HeaderValue};
+use uuid::Uuid;
+
+use crate::handshake::{Answer, Knock, Refusal};
+use crate::log::{Found, Log, LogOptions};
+use crate::net::Endpoint;
+use crate::node::Node;
+use crate::secret::{Keyring, Secret};
+use crate::status::{Addresses, PeerInfo, Role};
+use crate::token::Token;
+use crate::txid::EpochHistory;
+use crate::wire::{self, Decoder, Message, Unit};
+use crate::{Checksum, Epoch, Position, Txid};
+
+/// A decoder and its name, under which `fuzz/` knows it.
+pub type Target = (&'static str, fn(&[u8]));
+
+/// All of them.
+pub const TARGETS: [Target; 11] = [
+    ("wire", wire),
+    ("wire_sealed", wire_sealed),
+    ("log", log),
+    ("side_files", crate::engine::fuzz_side_files),
+    ("wal", wal),
+    ("btree", crate::engine::fuzz_btree),
+    ("lost", crate::engine::fuzz_lost),
+    ("identity", crate::db::fuzz_identity),
+    ("handshake", handshake),
+    ("texts", texts),
+    ("http", http),
+];
+
+/// Units out of chunks of any size; what decodes encodes to the same bytes.
+pub fn wire(data: &[u8]) {
+    let Some((&size, rest)) = data.split_first() else { return };
+    let mut decoder = Decoder::default();
+    for chunk in rest.chunks(usize::from(size) + 1) {
+        decoder.push(Bytes::copy_from_slice(chunk));
+        while let Ok(Some(unit)) = decoder.next() {
+            round_trip(&unit);
+        }
+    }
+    assert!(decoder.buffered() <= rest.len());
+}
+
+/// The fields of a unit of any kind, behind a hash that fits.
+pub fn wire_sealed(data: &[u8]) {
+    let Some((&kind, payload)) = data.split_first() else { return };
+    let mut decoder = Decoder::default();
+    decoder.push(wire::sealed(kind, payload));
+    if let Ok(Some(unit)) = decoder.next() {
+        round_trip(&unit);
+    }
+}
+
+fn round_trip(unit: &Unit) {
+    let Ok(message) = unit.decode() else { return };
+    let mut again = BytesMut::new();
+    match &message {
+        // JSON has more than one form of the same.
+        Message::Hello(_) | Message::Welcome(_) => {}
+        message => {
+            wire::encode(message, &mut again);
+            assert_eq!(again, unit.raw, "{message:?}");
+        }
+    }
+}
+
+/// A log of one segment, or of two that may follow each other.
+pub fn log(data: &[u8]) {
+    let options = LogOptions {
+        segment_bytes: 4096,
+        keep_bytes: 1 << 20,
+        keep_age: std::time::Duration::from_secs(3600),
+        quota_bytes: 1 << 20,
+        tail_bytes: 0,
+    };
+    let Some((cut, rest)) = data.split_first_chunk() else { return };
+    let (first, second) = rest.split_at(usize::from(u16::from_le_bytes(*cut)).min(rest.len()));
+    let dir = tempfile::tempdir().expect("a directory");
+    // A segment is named by the address that its head states.
+    let start =
+        |segment: &[u8]| segment.get(24..32).and_then(|s| s.try_into().ok()).map_or(0, u64::from_le_bytes);
+    for segment in [first, second].into_iter().filter(|s| !s.is_empty()) {
+        fs::write(dir.path().join(format!("{:016x}.log", start(segment))), segment).expect("a file");
+    }
+    let Ok(log) = Log::open(dir.path(), options) else { return };
+    let tip = log.tip().map_or(0, Position::number);
+    for number in [0, tip / 2, tip.saturating_sub(1), tip] {
+        if let Ok(Found::At { lsn, before }) = log.find(number) {
+            let _ = log.read_disk(lsn, 1 << 16);
+            let _ = log.touched(before);
+        }
+    }
+    let _ = log.marks();
+    let _ = log.list(0, 1000);
+}
+
+/// Headers of the WAL's frames and of the wal-index.
+pub fn wal(data: &[u8]) {
+    use crate::wal::{FRAME_HEADER_BYTES, FrameHeader, INDEX_HEADER_BYTES, IndexHeader};
+    if data.len() >= FRAME_HEADER_BYTES {
+        let _ = FrameHeader::parse(data);
+    }
+    if let Some(header) = data.first_chunk::<INDEX_HEADER_BYTES>().and_then(IndexHeader::parse) {
+        assert_eq!(IndexHeader::parse(&header.encode()), Some(header));
+    }
+}
+
+/// Lines `name: value` as headers.
+fn headers(data: &[u8]) -> HeaderMap {
+    let mut headers = HeaderMap::new();
+    for line in data.split(|byte| *byte == b'\n').take(64) {
+        let mut parts = line.splitn(2, |byte| *byte == b':');
+        let name = parts.next().and_then(|name| HeaderName::from_bytes(name).ok());
+        let value = parts.next().and_then(|value| HeaderValue::from_bytes(value).ok());
+        if let (Some(name), Some(value)) = (name, value) {
+            headers.append(name, value);
+        }
+    }
+    headers
+}
+
+/// The headers of a client's request.
+pub fn http(data: &[u8]) {
+    crate::proxy::fuzz_headers(headers(data));
+}
+
+fn keys() -> Keyring {
+    let secret = Secret::new([7; 32]).expect("long enough");
+    Keyring::new(&[secret]).expect("one secret")
+}
+
+/// The heads of an exchange.
+pub fn handshake(data: &[u8]) {
+    let (headers, keys) = (headers(data), keys());
+    let _ = Knock::read(&headers, &keys);
+    let knock = Knock {
+        version: 1,
+        cluster: "test".into(),
+        database: "app".into(),
+        node: Uuid::from_u128(1),
+        incarnation: Uuid::from_u128(2),
+        nonce: [3; 32],
+    };
+    let _ = Answer::read(&headers, &knock, &keys);
+    let _ = Refusal::read(&headers, "app");
+}
+
+/// Words that people and clients write: identifiers, tokens, URLs, the bytes of an epoch history.
+pub fn texts(data: &[u8]) {
+    if let Ok(history) = EpochHistory::decode(data) {
+        assert_eq!(history.encode(), data);
+    }
+    let Ok(text) = std::str::from_utf8(data) else { return };
+    macro_rules! round_trips {
+        ($($type:ty),*) => { $(
+            if let Ok(value) = text.parse::<$type>() {
+                assert_eq!(value.to_string(), text.to_ascii_lowercase());
+            }
+        )* };
+    }
+    round_trips!(Txid, Epoch, Position, Checksum);
+    let _ = Endpoint::parse(text);
+    let me = PeerInfo { node: Uuid::nil(), incarnation: Uuid::nil(), addresses: Addresses::default() };
+    let node = Node::new(me, "test".into(), "app".into(), keys(), Role::Primary);
+    if let Some(txid) = Token::verify(&node, text) {
+        assert_eq!(Token::sign(&node, txid).as_str(), text);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::{Path, PathBuf};
+
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
+
+    use super::*;
+
+    fn corpus(target: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target)
+    }
+
+    fn inputs(target: &str) -> Vec<Vec<u8>> {
+        // A package from a registry comes without it.
+        let Ok(entries) = fs::read_dir(corpus(target)) else { return Vec::new() };
+        entries.map(|entry| fs::read(entry.unwrap().path()).unwrap()).collect()
+    }
+
+    fn mutated(bytes: &[u8], rng: &mut StdRng) -> Vec<u8> {
+        let mut bytes = bytes.to_vec();
+        for _ in 0..rng.random_range(1..5) {
+            let at = rng.random_range(0..=bytes.len());
+            match rng.random_range(0..4) {
+                0 => bytes.truncate(at),
+                1 => bytes.insert(at, rng.random()),
+                2 if at + 4 <= bytes.len() => {
+                    let numbers = [0, 1, u32::MAX, i32::MAX as u32, 4096, rng.random()];
+                    bytes[at..at + 4].copy_from_slice(&numbers[rng.random_range(0..6)].to_le_bytes());
+                }
+                _ if at < bytes.len() => bytes[at] ^= 1 << rng.random_range(0..8),
+                _ => bytes.push(rng.random()),
+            }
+        }
+        bytes
+    }
+
+    #[test]
+    fn no_decoder_falls_over_its_corpus_or_what_is_like_it() {
+        let mut rng = StdRng::seed_from_u64(9);
+        for (name, run) in TARGETS {
+            let inputs = inputs(name);
+            assert!(!inputs.is_empty() || !corpus("wire").exists(), "no corpus for {name}");
+            for input in &inputs {
+                run(input);
+            }
+            // Those that write files are slow.
+            let rounds = if matches!(name, "log" | "lost" | "side_files" | "identity") { 300 } else { 3000 };
+            for _ in 0..rounds {
+                let Some(input) = inputs.get(rng.random_range(0..inputs.len().max(1))) else { continue };
+                run(&mutated(input, &mut rng));
+            }
+        }
+    }
+
+    /// Writes the seeds that the corpus began with.
+    #[test]
+    #[ignore = "writes into the sources"]
+    fn write_seeds() {
+        let write = |target: &str, name: &str, bytes: &[u8]| {
+            fs::create_dir_all(corpus(target)).unwrap();
+            fs::write(corpus(target).join(name), bytes).unwrap();
+        };
+        for (target, name, bytes) in wire::seeds() {
+            write(target, &name, &bytes);
+        }
+        for (target, name, bytes) in crate::engine::fuzz_seeds() {
+            write(target, name, &bytes);
+        }
+        write("identity", "node", &crate::db::fuzz_identity_seed());
+        let keys = keys();
+        let knock = Knock {
+            version: 1,
+            cluster: "test".into(),
+            database: "app".into(),
+            node: Uuid::from_u128(1),
+            incarnation: Uuid::from_u128(2),
+            nonce: [3; 32],
+        };
+        let answer = Answer { node: Uuid::from_u128(5), incarnation: Uuid::from_u128(6), nonce: [9; 32] };
+        let heads = [
+            ("knock", knock.headers(&keys).unwrap()),
+            ("answer", answer.headers(&knock, &keys).unwrap()),
+            ("refusal", Refusal::Cluster("other".into()).headers()),
+        ];
+        for (name, headers) in heads {
+            let lines = headers
+                .iter()
+                .map(|(name, value)| [name.as_str().as_bytes(), b":", value.as_bytes()].concat());
+            write("handshake", name, &lines.collect::<Vec<_>>().join(&b'\n'));
+        }
+        let http = "cookie: a=b; replite=v1.x; c=\"d\"\nconnection: upgrade, te\nupgrade: websocket\nforwarded: for=1.2.3.4;proto=https
+x-forwarded-for: 1.1.1.1, 2.2.2.2\nx-forwarded-proto: https\nte: trailers\nreplite-hop: 1\nauthorization: x";
+        write("http", "request", http.as_bytes());
+        let txid = Txid::new(Epoch::new(3, 0xfeed), 77);
+        let position = Position::new(txid, Checksum::from_u128(5));
+        let me = PeerInfo { node: Uuid::nil(), incarnation: Uuid::nil(), addresses: Addresses::default() };
+        let node = Node::new(me, "test".into(), "app".into(), self::keys(), Role::Primary);
+        write("texts", "txid", txid.to_string().as_bytes());
+        write("texts", "position", position.to_string().as_bytes());
+        write("texts", "token", Token::sign(&node, txid).as_str().as_bytes());
+        write("texts", "url", b"http://[::1]:8081/_replite");
+        let mut history = EpochHistory::default();
+        for n in 1..4 {
+            let epoch = Epoch::new(n, n * 9);
+            history.push(crate::txid::EpochStart { epoch, first: n * 10, before: Checksum::EMPTY });
+        }
+        write("texts", "epochs", &history.encode());
+    }
+}
