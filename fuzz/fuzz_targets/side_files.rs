@@ -1,8 +1,0 @@
-#![no_main]
-
-libfuzzer_sys::fuzz_target!(|data: &[u8]| target(data));
-
-fn target(data: &[u8]) {
-    let (_, run) = replite::fuzz::TARGETS.iter().find(|(name, _)| *name == "side_files").expect("a target");
-    run(data);
-}
