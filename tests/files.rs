@@ -154,6 +154,23 @@ async fn a_wal_that_an_administrator_deleted_is_made_good_from_the_log() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_older_file_in_the_databases_place_is_led_on_by_the_log() {
+    let pair = Pair::new();
+    pair.run(20).await;
+    let copy_back = "PRAGMA wal_checkpoint(TRUNCATE)";
+    plain(&pair.p()).query_row(copy_back, [], |_| Ok(())).unwrap();
+    let older = fs::read(pair.p()).unwrap();
+    pair.run(20).await;
+    pair.run(20).await;
+    let before = rows(&pair.p());
+    remove_wal(&pair.p());
+    fs::write(pair.p(), older).unwrap();
+    assert!(rows(&pair.p()) < before);
+    pair.check().await;
+    assert_eq!(rows(&pair.p()), before + 3, "acknowledged rows are gone");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_database_that_was_exchanged_becomes_history_on_the_primary() {
     let pair = Pair::new();
     pair.run(20).await;

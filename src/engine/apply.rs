@@ -108,7 +108,7 @@ impl Apply {
     fn open_existing(&mut self) -> Result<()> {
         match open::open(self.options.clone(), self.node.clone(), false) {
             Ok(opened) if opened.exact => self.go_live(opened),
-            Ok(opened) => {
+            Ok(mut opened) => {
                 // Not a state of the cluster: never read from, and put aside when a snapshot takes its place.
                 let damage = opened.damage();
                 drop(opened);

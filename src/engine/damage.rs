@@ -1,11 +1,20 @@
 //! A database whose position is unknown: whether it may become history.
 
+use std::collections::BTreeMap;
+
 use rusqlite::Connection;
 
+use crate::checksum::PageHash;
 use crate::engine::anchor::FileState;
 use crate::engine::base::lock;
 use crate::engine::open::Opened;
 use crate::error::{Error, Result};
+use crate::log::Found;
+use crate::txid::Position;
+use crate::wire::Message;
+
+/// Pages that are compared with the log, to tell who copied last.
+const PAGES_MAX: usize = 10_000;
 
 /// Why a database is damaged whose newest anchor says that the file alone is no state, and whose WAL is not there any more.
 const WAL_GONE: &str =
@@ -17,18 +26,60 @@ const CURE: &str = "restore it from a copy that a replica makes (`Db::snapshot_t
 impl Opened {
     /// Whether the file, whose position is unknown, may hold pages of several states, and why: then it is none, and must not be read.
     /// Asked before an anchor is written.
-    pub(super) fn damage(&self) -> Option<&'static str> {
+    pub(super) fn damage(&mut self) -> Option<&'static str> {
         let tip = self.base.tip();
         let newest = lock(&self.base.anchors).newest_first().first().copied()?;
         let wal_there = newest.salts == tip.salts && newest.frame <= tip.frame;
-        (newest.file == FileState::Backfilling && !wal_there).then_some(WAL_GONE)
+        if newest.file != FileState::Backfilling || wal_there {
+            return None;
+        }
+        let copied = self.copied_by_others(newest.position).unwrap_or_else(|error| {
+            tracing::warn!(%error, "the log can't tell whether the WAL was copied back in full");
+            false
+        });
+        if copied {
+            tracing::warn!(path = %self.base.path().display(), "somebody else has copied the WAL back in full, and deleted it");
+            return None;
+        }
+        Some(WAL_GONE)
+    }
+
+    /// Whether somebody copied more frames than we were about to: then it was a checkpoint of SQLite's, of all of them, such as the last
+    /// connection to close makes. What the log has behind the state that we copied to was never ours to copy: its pages are in the file, but for
+    /// those that somebody changed since, or they are not.
+    fn copied_by_others(&mut self, ours: Position) -> Result<bool> {
+        let log = self.base.log.clone();
+        let Found::At { lsn, before } = log.find(ours.number())? else { return Ok(false) };
+        let mut behind = BTreeMap::new();
+        if before == ours {
+            log.records(lsn, log.complete(), |unit| {
+                let message = unit.decode().map_err(|e| Error::garbled("the log", e.to_string()))?;
+                if let Message::Page { number, hash, .. } = message
+                    && (behind.len() < PAGES_MAX || behind.contains_key(&number))
+                {
+                    behind.insert(number, hash);
+                }
+                Ok(())
+            })?;
+        }
+        let tip = self.base.tip();
+        let mut page = vec![0; self.base.page_size.bytes()];
+        let (mut there, all) = (0, behind.len());
+        for (number, hash) in behind {
+            if number.get() <= tip.pages {
+                self.base.read_page(&mut self.handle, number, tip.frame, &mut page)?;
+                there += usize::from(PageHash::of(number, &page) == hash);
+            }
+        }
+        Ok(there > 0 && there * 2 >= all)
     }
 
     /// Lets a state that somebody else made become history of a primary, if SQLite finds it whole.
-    pub(super) fn admit(&self) -> Result<()> {
+    pub(super) fn admit(&mut self) -> Result<()> {
+        let why = self.damage();
         let path = self.base.path();
         let damaged = |what| Error::Damaged { path: path.clone(), what };
-        if let Some(why) = self.damage() {
+        if let Some(why) = why {
             if !self.base.options.accept_damaged {
                 return Err(damaged(format!("{why}; {CURE}")));
             }

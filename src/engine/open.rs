@@ -251,6 +251,14 @@ impl Opened {
             });
             let named = self.base.log.tip().into_iter().chain(named.flatten());
             let found = named.into_iter().filter(|p| p.checksum() == sum).max_by_key(|p| p.number());
+            let found = match found {
+                // A file that is older than what the log has: of a backup, or of a disk that lost its last writes.
+                None => self.base.log.state_with(sum).unwrap_or_else(|error| {
+                    tracing::warn!(%error, "the log can't be searched for the state of the database");
+                    None
+                }),
+                found => found,
+            };
             self.exact = found.is_some();
             let unnamed = Position::new(Txid::new(Epoch::new(0, 0), 0), sum);
             tip.position = found.unwrap_or(unnamed);

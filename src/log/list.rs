@@ -6,9 +6,14 @@ use std::time::{Duration, SystemTime};
 
 use super::scan::{Edge, Stretch, hop};
 use super::{Found, Log};
+use crate::checksum::Checksum;
 use crate::error::{Error, Result};
 use crate::status::LoggedTransaction;
+use crate::txid::Position;
 use crate::wire::TxnEnd;
+
+/// Transactions that are read at a time when a state is looked for.
+const LOOKED_UP_AT_ONCE: usize = 4096;
 
 impl Log {
     /// The transactions behind number `after`, oldest first, at most `most` of them; those that are not in the log any more are left
@@ -28,6 +33,21 @@ impl Log {
             next = self.list_segment(lsn, most, &mut listed)?;
         }
         Ok(listed)
+    }
+
+    /// The state with this checksum to which a record led, the newest of them. Blocks.
+    ///
+    /// # Errors
+    /// Those of [`Log::list`].
+    pub(crate) fn state_with(&self, checksum: Checksum) -> Result<Option<Position>> {
+        let mut found = self.start().filter(|start| start.checksum() == checksum);
+        let mut after = self.start().map_or(0, |start| start.number());
+        loop {
+            let some = self.list(after, LOOKED_UP_AT_ONCE)?;
+            let Some(last) = some.last() else { return Ok(found) };
+            after = last.position.number();
+            found = some.iter().rev().map(|t| t.position).find(|p| p.checksum() == checksum).or(found);
+        }
     }
 
     /// Lists from a record's beginning to its segment's end. Where the next segment begins, if there is one.
