@@ -6,6 +6,7 @@ mod ending;
 mod identity;
 mod pool;
 mod refuse;
+mod repair;
 mod snapshot;
 mod standing;
 mod verify;
@@ -42,6 +43,7 @@ pub use builder::{Config, ConnectionKind};
 pub(crate) use identity::fuzz_identity;
 #[cfg(test)]
 pub(crate) use identity::fuzz_identity_seed;
+pub use repair::Repair;
 pub use snapshot::Snapshot;
 pub use writer::{Commit, WriterGuard};
 

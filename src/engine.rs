@@ -19,7 +19,9 @@ mod heal;
 mod lost;
 mod open;
 mod overlay;
+mod pieces;
 mod receive;
+mod repair;
 mod sync;
 mod verify;
 mod wal_file;
@@ -30,7 +32,7 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 
 use crate::engine::base::{Base, lock};
 use crate::engine::capture::Capture;
@@ -56,6 +58,8 @@ pub(crate) use crate::engine::heal::Heal;
 pub use crate::engine::lost::{LostBranch, LostRow, LostRows};
 #[cfg(test)]
 pub(crate) use crate::engine::overlay::{Overlay, Store};
+pub(crate) use crate::engine::pieces::{PIECE_BYTES, answer};
+pub(crate) use crate::engine::repair::RightPage;
 
 /// When a commit is acknowledged.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
@@ -300,18 +304,7 @@ impl Engine {
     /// Reads up to `max_bytes` (at least one page) of pages from `first` on. Blocks.
     pub(crate) fn read_piece(&self, first: PageNo, max_bytes: usize) -> Result<Piece> {
         self.base.check()?;
-        let size = self.base.page_size.bytes();
-        let mut handle = lock(&self.second);
-        // No restart of the WAL between looking a frame up and reading it.
-        let _generation = self.base.generation.read().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let tip = self.base.tip();
-        let left = tip.pages.saturating_sub(first.get() - 1) as usize;
-        let count = (max_bytes / size).max(1).min(left);
-        let mut data = BytesMut::zeroed(count * size);
-        if count > 0 {
-            self.base.read_run(&mut handle, first, tip.frame, &mut data)?;
-        }
-        Ok(Piece { position: tip.position, pages: tip.pages, data: data.freeze() })
+        self.base.read_piece(&mut lock(&self.second), first, max_bytes)
     }
 
     pub(crate) fn wal(&self) -> WalFigures {

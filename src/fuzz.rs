@@ -173,7 +173,8 @@ pub fn texts(data: &[u8]) {
     let me = PeerInfo { node: Uuid::nil(), incarnation: Uuid::nil(), addresses: Addresses::default() };
     let node = Node::new(me, "test".into(), "app".into(), keys(), Role::Primary);
     if let Some(txid) = Token::verify(&node, text) {
-        assert_eq!(Token::sign(&node, txid).as_str(), text);
+        // Hex digits have two forms.
+        assert!(Token::sign(&node, txid).as_str().eq_ignore_ascii_case(text));
     }
 }
 

@@ -42,7 +42,7 @@ mod wal;
 mod wire;
 
 pub use checksum::Checksum;
-pub use db::{Commit, Config, ConnectionKind, Db, Events, Snapshot, WriterGuard};
+pub use db::{Commit, Config, ConnectionKind, Db, Events, Repair, Snapshot, WriterGuard};
 pub use engine::{Durability, LostBranch, LostRow, LostRows};
 pub use error::{Blame, Error, PeerProblem, Result, Unsupported};
 pub use page::{PageNo, PageSize};

@@ -8,6 +8,7 @@ mod model;
 mod outlet;
 mod plan;
 mod pump;
+mod questions;
 mod registry;
 #[cfg(test)]
 mod tests;
@@ -31,10 +32,12 @@ use crate::txid::Position;
 use crate::wire::{self, Decoder, Goodbye, Hello, Kind, Message, Unit, Want, WireError};
 
 pub(crate) use outlet::{Inlet, Outlet, queue};
+pub(crate) use questions::{Line, QUESTION_BYTES};
 pub(crate) use registry::Conflict;
 
 use outlet::Closed;
 use pump::{End, Pump};
+use questions::{Answers, Lines};
 use registry::{Registry, Seat};
 
 /// Replicas that are served at one time, a database.
@@ -143,6 +146,7 @@ pub(crate) struct Source {
     node: Arc<Node>,
     supply: Mutex<Option<Arc<dyn Supply>>>,
     registry: Registry,
+    lines: Lines,
     streams: Arc<Semaphore>,
     handshakes: Arc<Semaphore>,
 }
@@ -154,6 +158,7 @@ impl Source {
             node,
             supply: Mutex::new(None),
             registry: Registry::default(),
+            lines: Lines::default(),
             streams: Arc::new(Semaphore::new(STREAMS_MAX)),
             handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
         })
@@ -172,6 +177,11 @@ impl Source {
     /// The replicas that are connected.
     pub(crate) fn replicas(&self) -> Vec<ReplicaStatus> {
         self.registry.list()
+    }
+
+    /// Ways to ask the replicas that are connected.
+    pub(crate) fn lines(&self) -> Vec<Line> {
+        self.lines.list()
     }
 
     /// Whether another live process serves under this node id.
@@ -243,11 +253,12 @@ pub(crate) async fn serve(source: Arc<Source>, guest: Guest, upstream: Incoming,
     tracing::info!(node = %peer.node, url = %peer.addresses.replication, "a replica joined");
     node.tell(Event::ReplicaJoined(peer.clone()));
 
-    let mut pump = Pump::new(node.clone(), supply, outlet);
+    let (questions, answers) = source.lines.open(&peer);
+    let mut pump = Pump::new(node.clone(), supply, outlet, questions);
     let (asks, wants) = mpsc::channel(WANTS_MAX);
     let end = tokio::select! {
         end = pump.run(&hello, wants) => end,
-        end = acks(&mut units, &seat, &asks) => end,
+        end = acks(&mut units, &seat, &asks, &answers) => end,
         () = cut_off(&node) => End::Said(SHUTTING_DOWN.into()),
         () = seat.replaced() => End::Said("a newer stream of this node took over".into()),
     };
@@ -315,7 +326,7 @@ async fn hello(node: &Node, guest: &Guest, units: &mut Units) -> Result<Hello> {
 }
 
 /// Reads acknowledgements, and what a heal asks for, until the replica leaves, is silent for too long or sends something else.
-async fn acks(units: &mut Units, seat: &Seat, asks: &mpsc::Sender<Want>) -> End {
+async fn acks(units: &mut Units, seat: &Seat, asks: &mpsc::Sender<Want>, answers: &Answers) -> End {
     let peer = seat.node().to_string();
     loop {
         let unit = match tokio::time::timeout(ACK_TIMEOUT, units.next()).await {
@@ -332,6 +343,8 @@ async fn acks(units: &mut Units, seat: &Seat, asks: &mpsc::Sender<Want>) -> End 
                     return End::Failed(Error::garbled(peer, "a question out of place"));
                 }
             }
+            Ok(Message::SnapPiece { first, pages, .. }) if answers.pages(first, pages) => {}
+            Ok(Message::Sent(sent)) if answers.end(sent) => {}
             Ok(Message::Goodbye(_)) => return End::Left,
             Ok(_) => {
                 let what = format!("{:?} in place of an acknowledgement", unit.kind);

@@ -9,6 +9,7 @@ mod tests;
 use std::future::Future;
 use std::sync::Arc;
 
+use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::TaskTracker;
 
@@ -30,6 +31,8 @@ pub(crate) trait Feed: Send + Sync + 'static {
     fn standing(&self) -> impl Future<Output = Result<(Standing, mpsc::Receiver<Want>)>> + Send;
     /// See [`Follower::feed`].
     fn feed(&self, units: Vec<Unit>) -> impl Future<Output = Result<()>> + Send;
+    /// The pages of the answer to a primary's question, encoded; see [`Follower::answers`].
+    fn answer(&self, want: Want) -> impl Future<Output = Result<Bytes>> + Send;
     /// See [`Follower::synced`].
     fn synced(&self) -> watch::Receiver<Option<Position>>;
 }
@@ -41,6 +44,11 @@ impl Feed for Follower {
 
     async fn feed(&self, units: Vec<Unit>) -> Result<()> {
         Follower::feed(self, units).await
+    }
+
+    async fn answer(&self, want: Want) -> Result<Bytes> {
+        let answers = self.answers();
+        tokio::task::spawn_blocking(move || answers(want)).await.map_err(|_| Error::ShutDown)?
     }
 
     fn synced(&self) -> watch::Receiver<Option<Position>> {

@@ -244,6 +244,13 @@ pub enum Event {
         /// Where what it replaced is kept, if that was not in the primary's history; see [`Db::lost`](crate::Db::lost).
         lost: Option<std::path::PathBuf>,
     },
+    /// Bad pages of this primary were written anew; see [`Db::offered_repair`](crate::Db::offered_repair).
+    Repaired {
+        /// Which.
+        pages: Vec<PageNo>,
+        /// The replica that had the right images.
+        from: PeerInfo,
+    },
     /// The log lost its past: replicas behind this position need a snapshot.
     LogGap(Position),
     /// Local history that the primary does not have was put aside before it was replaced.

@@ -5,10 +5,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
+use bytes::BytesMut;
+
 use crate::checksum::PageHash;
 use crate::engine::anchor::{Anchor, Anchors, FileState};
 use crate::engine::wal_file::WalFile;
-use crate::engine::{EngineOptions, WalFigures};
+use crate::engine::{EngineOptions, Piece, WalFigures};
 use crate::error::{Error, Result};
 use crate::log::Log;
 use crate::node::{Node, Part};
@@ -258,6 +260,21 @@ impl Base {
             }
         }
         Ok(())
+    }
+
+    /// Reads up to `max_bytes` (at least one page) of pages from `first` on, as of the tip.
+    pub(super) fn read_piece(&self, handle: &mut Handle, first: PageNo, max_bytes: usize) -> Result<Piece> {
+        let size = self.page_size.bytes();
+        // No restart of the WAL between looking a frame up and reading it.
+        let _generation = self.generation.read().unwrap_or_else(PoisonError::into_inner);
+        let tip = self.tip();
+        let left = tip.pages.saturating_sub(first.get() - 1) as usize;
+        let count = (max_bytes / size).max(1).min(left);
+        let mut data = BytesMut::zeroed(count * size);
+        if count > 0 {
+            self.read_run(handle, first, tip.frame, &mut data)?;
+        }
+        Ok(Piece { position: tip.position, pages: tip.pages, data: data.freeze() })
     }
 
     /// Maps the index up to the region of a frame.

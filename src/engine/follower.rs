@@ -5,17 +5,18 @@ use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use bytes::{Bytes, BytesMut};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::engine::apply::Apply;
 use crate::engine::base::{Base, lock};
-use crate::engine::{EngineOptions, WalFigures, make_side};
+use crate::engine::{EngineOptions, WalFigures, answer, make_side, reader};
 use crate::error::{Error, Result};
 use crate::log::Log;
 use crate::node::Node;
 use crate::page::PageNo;
 use crate::txid::{EpochHistory, Position};
-use crate::wire::{Unit, Want};
+use crate::wire::{self, Message, Unit, Want};
 
 /// Batches that may wait for the apply thread; the stream reads on only when one is taken.
 const QUEUE_MAX: usize = 8;
@@ -42,6 +43,26 @@ pub(super) struct Shared {
     pub(super) stop: AtomicBool,
     /// Heals that were finished since the node started.
     pub(super) heals: AtomicU64,
+}
+
+impl Shared {
+    /// The state can't be closed while a piece is read.
+    fn answer(&self, want: &Want) -> Result<Bytes> {
+        let nothing = || Error::NoState("nothing to compare with yet".into());
+        let (mut handle, size) = {
+            let base = lock(&self.base);
+            let base = base.as_ref().ok_or_else(nothing)?;
+            (reader(base)?, base.page_size)
+        };
+        let read = |first, most| {
+            let base = lock(&self.base);
+            base.as_ref().ok_or_else(nothing)?.read_piece(&mut handle, first, most)
+        };
+        let (bytes, sent) = answer(read, size, &want.runs)?;
+        let mut out = BytesMut::from(bytes);
+        wire::encode(&Message::Sent(sent), &mut out);
+        Ok(out.freeze())
+    }
 }
 
 pub(super) enum Command {
@@ -117,6 +138,12 @@ impl Follower {
     pub(crate) fn suspect(&self) {
         // A thread that has ended has nothing to heal any more.
         let _ = self.commands.blocking_send(Command::Suspect);
+    }
+
+    /// Reads pages that the primary asks for, and encodes those that it does not have so. Blocks; see [`Shared::answer`].
+    pub(crate) fn answers(&self) -> impl FnOnce(Want) -> Result<Bytes> + Send + 'static {
+        let shared = self.shared.clone();
+        move |want| shared.answer(&want)
     }
 
     /// The newest position that is fsynced.

@@ -12,9 +12,10 @@ use tokio_util::task::AbortOnDropHandle;
 use super::boundary::Boundary;
 use super::outlet::{Closed, Outlet};
 use super::plan::{Decision, plan};
+use super::questions::Questions;
 use super::{Hold, SHUTTING_DOWN, Supply, blocking};
 use crate::checksum::{Checksum, PageHash};
-use crate::engine::Piece;
+use crate::engine::{PIECE_BYTES, Piece, answer};
 use crate::error::{Error, Result};
 use crate::log::Found;
 use crate::node::Node;
@@ -26,8 +27,6 @@ use crate::wire::{
 
 /// Bytes of the log that are read at once.
 const READ_MAX_BYTES: usize = 1024 * 1024;
-/// Bytes of one snapshot piece. Small, because the checkpointer waits while one is read.
-const PIECE_BYTES: usize = 256 * 1024;
 /// Pieces that are read and hashed in one go on a blocking thread.
 const PIECES_AT_ONCE: usize = 4;
 /// Pages that a replica asked for and that are read in one go: as many as a go of pieces has of the usual size.
@@ -41,7 +40,6 @@ const LOG_LAG_MAX: Duration = Duration::from_secs(10);
 /// How often a peer's epoch is exceeded before its hello is given up.
 const RAISES_MAX: usize = 3;
 
-const _: () = assert!(PIECE_BYTES + 1024 <= wire::PAYLOAD_MAX_BYTES);
 const _: () = assert!(PIECE_BYTES / PageSize::MIN_BYTES as usize <= wire::SPAN_MAX_PAGES as usize);
 
 /// How a stream ended.
@@ -70,12 +68,19 @@ pub(super) struct Pump {
     /// The history that the replica was told last.
     told: Arc<EpochHistory>,
     last_beat: Instant,
+    questions: Questions,
 }
 
 impl Pump {
-    pub(super) fn new(node: Arc<Node>, supply: Arc<dyn Supply>, outlet: Outlet) -> Pump {
+    pub(super) fn new(
+        node: Arc<Node>,
+        supply: Arc<dyn Supply>,
+        outlet: Outlet,
+        questions: Questions,
+    ) -> Pump {
         let boundary = Boundary::default();
-        Pump { node, supply, outlet, boundary, told: Arc::default(), last_beat: Instant::now() }
+        let (told, last_beat) = (Arc::default(), Instant::now());
+        Pump { node, supply, outlet, boundary, told, last_beat, questions }
     }
 
     /// The way out, when a last unit may be put on it.
@@ -192,6 +197,11 @@ impl Pump {
             };
             // After reading: what was read may belong to an epoch that was opened in between.
             self.tell_epochs().await?;
+            if self.boundary.is_clean()
+                && let Some(want) = self.questions.now()
+            {
+                self.say(&[Message::Want(want)]).await?;
+            }
             if bytes.is_empty() {
                 if log.end() < lsn {
                     return Err(End::Said("the log was taken back".into()));
@@ -201,6 +211,9 @@ impl Pump {
                 }
                 tokio::select! {
                     changed = end.changed() => changed.map_err(|_| Error::ShutDown)?,
+                    want = self.questions.next(), if self.boundary.is_clean() => {
+                        self.say(&[Message::Want(want)]).await?;
+                    }
                     () = tokio::time::sleep_until(self.last_beat + BEAT) => self.beat().await?,
                     () = self.node.drain.cancelled() => {
                         // What was acknowledged to a client by now may not have come into the log yet.
@@ -308,7 +321,9 @@ impl Pump {
                     break;
                 }
                 let supply = self.supply.clone();
-                let (bytes, sent) = blocking(move || read_runs(&*supply, &some)).await?;
+                let read =
+                    move || answer(|first, most| supply.read_piece(first, most), supply.page_size(), &some);
+                let (bytes, sent) = blocking(read).await?;
                 last = Some(sent);
                 if !bytes.is_empty() {
                     self.outlet.send(bytes).await?;
@@ -519,49 +534,6 @@ fn read_pieces(
     }
     let first = begun.ok_or_else(|| Error::Stopped("a snapshot without pieces".into()))?;
     Ok((first, None, next))
-}
-
-/// Reads pages that a replica asked for, encodes those that it does not have so, and says where the last was read.
-fn read_runs(supply: &dyn Supply, runs: &[WantRun]) -> Result<(Bytes, Sent)> {
-    let size = supply.page_size();
-    let mut bytes = BytesMut::new();
-    // Also without any run: the position is asked for, too.
-    let piece = supply.read_piece(PageNo::FIRST, 1)?;
-    let mut sent = Sent { position: piece.position, pages: piece.pages };
-    for run in runs {
-        let (mut next, mut hashes) = (run.first, run.hashes.as_slice());
-        while !hashes.is_empty() {
-            let piece = supply.read_piece(next, PIECE_BYTES.min(hashes.len() * size.bytes()))?;
-            sent = Sent { position: piece.position, pages: piece.pages };
-            let read = piece.data.len() / size.bytes();
-            if read == 0 {
-                break;
-            }
-            encode_differing(next, &piece, &hashes[..read], size, &mut bytes);
-            hashes = &hashes[read..];
-            let Some(after) = next.get().checked_add(read as u32).and_then(PageNo::new) else { break };
-            next = after;
-        }
-    }
-    Ok((bytes.freeze(), sent))
-}
-
-/// Encodes the pages of a piece whose hashes are not those, as pieces of pages in a row.
-fn encode_differing(first: PageNo, piece: &Piece, hashes: &[[u8; 16]], size: PageSize, out: &mut BytesMut) {
-    let differs = |(at, page): (usize, &[u8])| {
-        let number = PageNo::new(first.get() + at as u32)?;
-        let differs = !number.is_lock_page(size) && PageHash::of(number, page).to_bytes() != hashes[at];
-        differs.then_some((at, number))
-    };
-    let mut differing = piece.data.chunks_exact(size.bytes()).enumerate().filter_map(differs).peekable();
-    while let Some((begin, number)) = differing.next() {
-        let mut end = begin + 1;
-        while differing.next_if(|&(at, _)| at == end).is_some() {
-            end += 1;
-        }
-        let pages = &piece.data[begin * size.bytes()..end * size.bytes()];
-        wire::encode(&Message::SnapPiece { first: number, position: piece.position, pages }, out);
-    }
 }
 
 fn unix_micros() -> u64 {

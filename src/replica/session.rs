@@ -31,6 +31,8 @@ const ACK_PAUSE: Duration = Duration::from_millis(100);
 const ACK_EVERY: Duration = Duration::from_secs(1);
 /// Bytes that are handed over at once.
 const BATCH_MAX_BYTES: usize = 1024 * 1024;
+/// Questions of the primary that wait: it asks one at a time, and may have given one up.
+const QUESTIONS_MAX: usize = 2;
 /// Bytes of a foreign answer that are shown.
 const BEGINS_MAX_BYTES: usize = 200;
 /// Longest wait for them.
@@ -48,6 +50,9 @@ pub(super) struct Session<'a, F> {
     peer: Option<PeerInfo>,
     /// Whether the stream delivered something.
     delivered: AtomicBool,
+    /// What the primary asks.
+    questions: mpsc::Sender<Want>,
+    asked: Option<mpsc::Receiver<Want>>,
     /// Whether it ended because what it delivered could not be taken over.
     choked: AtomicBool,
 }
@@ -60,7 +65,10 @@ impl<'a, F: Feed> Session<'a, F> {
         tracker: &'a TaskTracker,
         lagging: &'a Lagging,
     ) -> Session<'a, F> {
+        let (questions, asked) = mpsc::channel(QUESTIONS_MAX);
         Session {
+            questions,
+            asked: Some(asked),
             node,
             feed,
             primary,
@@ -124,7 +132,8 @@ impl<'a, F: Feed> Session<'a, F> {
         self.lagging.connected(welcome.position);
         self.follows(welcome.epoch, welcome.peer.clone());
         reporter.connected(&welcome.peer, welcome.plan);
-        let acks = acknowledge(self.node, self.feed, wants, request);
+        let asked = self.asked.take();
+        let acks = acknowledge(self.node, self.feed, wants, asked, request);
         tokio::select! {
             ended = self.receive(&mut units, reporter) => ended,
             () = acks => Err(self.blame(PeerProblem::Connection("it takes no acknowledgements".into()))),
@@ -242,7 +251,15 @@ impl<'a, F: Feed> Session<'a, F> {
                 };
                 return Err(self.goodbye(goodbye.reason));
             }
-            Kind::Hello | Kind::Welcome | Kind::Ack | Kind::Segment | Kind::Want => {
+            Kind::Want => {
+                let Message::Want(want) = self.decode(&unit)? else {
+                    return Err(self.garbled("a question that is none".into()));
+                };
+                // One at a time.
+                self.questions.try_send(want).map_err(|_| self.garbled("a second question".into()))?;
+                return Ok(());
+            }
+            Kind::Hello | Kind::Welcome | Kind::Ack | Kind::Segment => {
                 return Err(self.garbled(format!("an unexpected {:?}", unit.kind)));
             }
         }
@@ -309,6 +326,7 @@ async fn acknowledge<F: Feed>(
     node: &Node,
     feed: &F,
     mut wants: mpsc::Receiver<Want>,
+    mut asked: Option<mpsc::Receiver<Want>>,
     mut request: Sender<Bytes, Infallible>,
 ) {
     let mut synced = feed.synced();
@@ -329,9 +347,26 @@ async fn acknowledge<F: Feed>(
                     return;
                 }
             }
+            Some(want) = next_of(&mut asked) => {
+                // Pages that can't be read are not answered for: who asked asks another replica.
+                let answer = feed.answer(want).await.unwrap_or_else(|error| {
+                    tracing::warn!(%error, "the primary's question about pages is not answered");
+                    Bytes::new()
+                });
+                if request.send_data(answer).await.is_err() {
+                    return;
+                }
+            }
             moved = synced.changed(), if synced_moves => synced_moves = moved.is_ok(),
             () = tokio::time::sleep(ACK_PAUSE) => {}
         }
+    }
+}
+
+async fn next_of(receiver: &mut Option<mpsc::Receiver<Want>>) -> Option<Want> {
+    match receiver {
+        Some(receiver) => receiver.recv().await,
+        None => None,
     }
 }
 

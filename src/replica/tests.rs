@@ -83,6 +83,10 @@ impl Feed for FakeFeed {
         Ok(())
     }
 
+    async fn answer(&self, _want: wire::Want) -> Result<Bytes> {
+        Err(Error::NoState("pages are nothing to it".into()))
+    }
+
     fn synced(&self) -> watch::Receiver<Option<Position>> {
         self.synced.subscribe()
     }

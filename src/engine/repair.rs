@@ -1,0 +1,59 @@
+//! Writing pages of the database file anew whose bytes are not what the position says.
+
+use crate::checksum::PageHash;
+use crate::engine::Engine;
+use crate::engine::anchor::{Anchor, FileState, modified};
+use crate::engine::base::lock;
+use crate::engine::checkpoint::{DRAIN_MAX, try_for};
+use crate::error::{Error, Result};
+use crate::page::PageNo;
+use crate::sqlite::{Lock, Slot};
+
+/// A page of the file, its wrong bytes by their hash, and the right ones.
+#[derive(Clone, Debug)]
+pub(crate) struct RightPage {
+    pub(crate) number: PageNo,
+    pub(crate) wrong: PageHash,
+    pub(crate) right: bytes::Bytes,
+}
+
+impl Engine {
+    /// Writes pages whose right images were proved into the file. The position is right and stays: this is no transaction. A page that was
+    /// changed meanwhile, or that the WAL has, is left alone. Which were written. Blocks.
+    pub(crate) fn repair(&self, pages: &[RightPage]) -> Result<Vec<PageNo>> {
+        let base = &self.base;
+        base.check()?;
+        let mut handle = lock(&self.second);
+        // Nobody copies frames, and no reader reads from the file alone, while pages are written.
+        let _nobody_copies = lock(&base.backfill);
+        if !try_for(&mut handle, Slot::READ0, Lock::Exclusive, DRAIN_MAX)? {
+            return Err(Error::Timeout { what: "readers of the file".into(), after: DRAIN_MAX });
+        }
+        let mut written = Vec::new();
+        let done = pages.iter().try_for_each(|page| {
+            let RightPage { number, wrong, right } = page;
+            let frame = base.header().map_or(base.tip().frame, |header| header.max_frame);
+            if base.index.lookup(number.get(), 1, frame).is_some() {
+                return Ok(());
+            }
+            let mut there = vec![0; base.page_size.bytes()];
+            handle.read(&mut there, number.offset(base.page_size))?;
+            if PageHash::of(*number, &there) == *wrong {
+                handle.write(right, number.offset(base.page_size))?;
+                written.push(*number);
+            }
+            Ok(())
+        });
+        let synced = handle.sync();
+        handle.unlock(Slot::READ0, Lock::Exclusive)?;
+        done.and(synced)?;
+        // The file at rest is the state that it was; only its modification time is another one.
+        let mut anchors = lock(&base.anchors);
+        let newest = anchors.newest_first().first().copied();
+        if let Some(anchor @ Anchor { file: FileState::AtRest { position, .. }, .. }) = newest {
+            let file = FileState::AtRest { position, modified: modified(base.path())? };
+            anchors.write(Anchor { file, ..anchor }, true)?;
+        }
+        Ok(written)
+    }
+}

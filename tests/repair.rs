@@ -1,0 +1,191 @@
+//! A primary's bad pages, and the right ones from a replica.
+
+#[path = "support/fork.rs"]
+mod fork;
+#[path = "support/lib.rs"]
+mod support;
+
+use std::fs;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use replite::{Db, Error, Event};
+
+use fork::*;
+use support::*;
+
+/// A closed pair of equal nodes, whose logs do not reach back to the old rows.
+async fn pair(fork: &Fork) {
+    let (a, b) = (open(fork.primary("a")).await, open(fork.replica("b")).await);
+    let many = "WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c WHERE i < 9000)
+                INSERT INTO t(who, n, v) SELECT 'old', i, hex(randomblob(150)) FROM c";
+    run(&a, many.into()).await;
+    for n in 0..600 {
+        insert(&a, "later", n).await;
+    }
+    equal(&a, &b).await;
+    b.shutdown().await;
+    a.shutdown().await;
+    for side in ["a", "b"] {
+        fs::remove_dir_all(fork.path(side).with_extension("db-replite").join("log")).unwrap();
+    }
+}
+
+/// Flips a bit of a row's value in a file, without a new modification time.
+fn flip_row(fork: &Fork, side: &str, id: i64) {
+    let value = plain(&fork.path("a"));
+    let value: String = value.query_row("SELECT v FROM t WHERE id = ?1", [id], |r| r.get(0)).unwrap();
+    flip(&fork.path(side), value.as_bytes());
+}
+
+fn flip(path: &Path, bytes: &[u8]) {
+    let file = fs::File::options().read(true).write(true).open(path).unwrap();
+    let modified = file.metadata().unwrap().modified().unwrap();
+    let mut content = fs::read(path).unwrap();
+    let at = content.windows(bytes.len()).position(|w| w == bytes).expect("the bytes are not in the file");
+    content[at + 9] ^= 2;
+    fs::write(path, &content).unwrap();
+    file.set_modified(modified).unwrap();
+}
+
+/// Both are connected, and the replica has what the primary has.
+async fn joined(fork: &Fork) -> (Db, Db) {
+    let (a, b) = (open(fork.primary("a")).await, open(fork.replica("b")).await);
+    let last = insert(&a, "joined", 0).await;
+    within("the replica", b.wait_for_timeout(last, LIMIT)).await.unwrap();
+    (a, b)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bad_pages_of_a_primary_are_found_proved_and_written_anew() {
+    let fork = Fork::new();
+    pair(&fork).await;
+    let sound = image(&fork.path("b"));
+    flip_row(&fork, "a", 4500);
+    flip_row(&fork, "a", 7100);
+    let (a, b) = joined(&fork).await;
+    let before = position(&a);
+    let repair = a.offered_repair().await.unwrap().expect("an offer");
+    assert!(repair.verification.bad_pages.is_empty(), "the log knows them: {:?}", repair.verification);
+    assert_eq!(repair.pages().len(), 2);
+    assert_eq!(repair.from.node, b.node_id());
+    let numbers: Vec<u32> = repair.pages().iter().map(|page| page.get()).collect();
+    let bad = fs::read(a.path()).unwrap();
+    for number in &numbers {
+        let at = (*number as usize - 1) * 4096;
+        assert!(sound[at..at + 4096] != bad[at..at + 4096], "page {number} is right");
+    }
+    let mut events = a.events();
+    let verified = repair.apply().await.unwrap();
+    assert!(verified.holds());
+    assert_eq!(position(&a), before, "a repair is no transaction");
+    assert_eq!(a.status().problem, None);
+    within("the event", async {
+        loop {
+            if let Some(Event::Repaired { pages, .. }) = events.next().await {
+                assert_eq!(pages.iter().map(|page| page.get()).collect::<Vec<_>>(), numbers);
+                break;
+            }
+        }
+    })
+    .await;
+    assert!(a.offered_repair().await.unwrap().is_none(), "nothing is wrong any more");
+    equal(&a, &b).await;
+    a.shutdown().await;
+    b.shutdown().await;
+    // The position is found again without a new state of unknown origin.
+    let last = position(&a);
+    let a = open(fork.primary("a")).await;
+    assert_eq!(position(&a), last);
+    assert!(a.verify().await.unwrap().holds());
+    a.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_busy_primary_is_repaired_too() {
+    let fork = Fork::new();
+    pair(&fork).await;
+    flip_row(&fork, "a", 4500);
+    let (a, b) = joined(&fork).await;
+    let (busy, stop) = (a.clone(), Arc::new(AtomicBool::new(false)));
+    let writing = stop.clone();
+    let writer = tokio::spawn(async move {
+        while !writing.load(Ordering::SeqCst) {
+            insert(&busy, "meanwhile", 0).await;
+        }
+    });
+    let verified = within("a repair", async {
+        loop {
+            // The replica may be behind, or the log may not be there yet.
+            match a.offered_repair().await {
+                Ok(Some(repair)) => break repair.apply().await.unwrap(),
+                Ok(None) => panic!("nothing is wrong"),
+                Err(error) => assert!(matches!(error, Error::Damaged { .. }), "{error}"),
+            }
+        }
+    })
+    .await;
+    stop.store(true, Ordering::SeqCst);
+    writer.await.unwrap();
+    assert!(verified.holds());
+    equal(&a, &b).await;
+    a.shutdown().await;
+    b.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_with_bad_pages_of_its_own_is_not_believed_and_no_bad_page_spreads() {
+    let fork = Fork::new();
+    pair(&fork).await;
+    flip_row(&fork, "a", 4500);
+    flip_row(&fork, "b", 7100);
+    let (a, b) = joined(&fork).await;
+    let error = a.offered_repair().await.unwrap_err();
+    assert!(matches!(&error, Error::Damaged { what, .. } if what.contains("mismatch")), "{error}");
+    assert!(matches!(b.offered_repair().await, Err(Error::NotPrimary { .. })));
+    // The replica finds its own, and compares: the primary's pages do not make up the primary's position.
+    assert!(!b.verify().await.unwrap().holds());
+    let mut tick = tokio::time::interval(std::time::Duration::from_millis(5));
+    within("the refusal", async {
+        while !b.status().problem.is_some_and(|problem| problem.contains("position mismatch")) {
+            tick.tick().await;
+        }
+    })
+    .await;
+    assert_eq!(b.status().heals, 0);
+    let row = |id: i64| {
+        let sql = "SELECT v FROM t WHERE id = ?1";
+        let [ours, theirs]: [String; 2] =
+            ["a", "b"].map(|side| plain(&fork.path(side)).query_row(sql, [id], |r| r.get(0)).unwrap());
+        ours == theirs
+    };
+    assert!(!row(4500), "the primary's bad page came to the replica");
+    a.shutdown().await;
+    b.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn without_a_replica_the_primary_says_what_it_knows() {
+    let fork = Fork::new();
+    pair(&fork).await;
+    flip_row(&fork, "a", 4500);
+    let a = open(fork.primary("a")).await;
+    let error = a.offered_repair().await.unwrap_err();
+    assert!(
+        matches!(&error, Error::Damaged { what, .. } if what.contains("no connected replica")),
+        "{error}"
+    );
+    // Nor does an empty replica take such pages for a state.
+    let c = open(fork.replica("c")).await;
+    let mut tick = tokio::time::interval(std::time::Duration::from_millis(5));
+    within("the refusal", async {
+        while !c.status().problem.is_some_and(|problem| problem.contains("position mismatch")) {
+            tick.tick().await;
+        }
+    })
+    .await;
+    assert_eq!(c.position(), None);
+    a.shutdown().await;
+    c.shutdown().await;
+}
