@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use replite::{Config, Db, LostBranch};
+use replite::{Db, LostBranch};
 
 use fork::*;
 use support::*;
@@ -214,43 +214,11 @@ async fn what_strangers_wrote_to_a_replica_never_passes_for_the_primarys_transac
     b.shutdown().await;
 }
 
-/// A closed pair of equal nodes; the middle row lies in a page of the file that no WAL has any more.
-async fn equal_pair(fork: &Fork) {
-    let (a, b) = (open(small_log(fork)).await, open(fork.replica("b")).await);
-    let many = "WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c WHERE i < 9000)
-                INSERT INTO t(who, n, v) SELECT 'old', i, hex(randomblob(150)) FROM c";
-    run(&a, many.into()).await;
-    for n in 0..600 {
-        insert(&a, "later", n).await;
-    }
-    equal(&a, &b).await;
-    b.shutdown().await;
-    a.shutdown().await;
-}
-
-/// A primary with many log segments.
-fn small_log(fork: &Fork) -> Config {
-    fork.primary("a").log_retention(16 << 20, std::time::Duration::from_secs(3600))
-}
-
-/// Flips a bit of the page of a file that has these bytes, as a disk does it: without a new modification time.
-fn flip_where(path: &Path, bytes: &[u8]) {
-    let file = fs::File::options().read(true).write(true).open(path).unwrap();
-    let modified = file.metadata().unwrap().modified().unwrap();
-    let mut content = fs::read(path).unwrap();
-    let at = content.windows(bytes.len()).position(|w| w == bytes).expect("the bytes are not in the file");
-    content[at] ^= 1;
-    fs::write(path, &content).unwrap();
-    file.set_modified(modified).unwrap();
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_page_that_the_disk_damaged_is_healed_when_a_transaction_meets_it() {
     let fork = Fork::new();
     equal_pair(&fork).await;
-    let value = plain(&fork.path("a"));
-    let value: String = value.query_row("SELECT v FROM t WHERE id = 4500", [], |r| r.get(0)).unwrap();
-    flip_where(&fork.path("b"), value.as_bytes());
+    flip_row(&fork, "b", 4500);
     let (a, b) = (open(fork.primary("a")).await, open(fork.replica("b")).await);
     let mut events = b.events();
     // Another column of the same row, and so of the same page.
@@ -269,9 +237,7 @@ async fn a_page_that_the_disk_damaged_is_healed_when_a_transaction_meets_it() {
 async fn a_page_that_the_disk_damaged_and_nobody_touches_is_healed_after_a_verification() {
     let fork = Fork::new();
     equal_pair(&fork).await;
-    let value = plain(&fork.path("a"));
-    let value: String = value.query_row("SELECT v FROM t WHERE id = 4500", [], |r| r.get(0)).unwrap();
-    flip_where(&fork.path("b"), value.as_bytes());
+    flip_row(&fork, "b", 4500);
     let (a, b) = (open(fork.primary("a")).await, open(fork.replica("b")).await);
     let mut events = b.events();
     let found = b.verify().await.unwrap();

@@ -104,3 +104,40 @@ pub(crate) async fn only_branch(db: &Db) -> LostBranch {
     assert_eq!(branches.len(), 1);
     branches.remove(0)
 }
+
+/// A closed pair of equal nodes; the middle row lies in a page of the file that no WAL has any more.
+pub(crate) async fn equal_pair(fork: &Fork) {
+    let (a, b) = (open(small_log(fork)).await, open(fork.replica("b")).await);
+    let many = "WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c WHERE i < 9000)
+                INSERT INTO t(who, n, v) SELECT 'old', i, hex(randomblob(150)) FROM c";
+    run(&a, many.into()).await;
+    for n in 0..600 {
+        insert(&a, "later", n).await;
+    }
+    equal(&a, &b).await;
+    b.shutdown().await;
+    a.shutdown().await;
+}
+
+/// A primary with many log segments.
+pub(crate) fn small_log(fork: &Fork) -> Config {
+    fork.primary("a").log_retention(16 << 20, std::time::Duration::from_secs(3600))
+}
+
+/// Flips a bit of the page of a file that has these bytes, as a disk does it: without a new modification time.
+pub(crate) fn flip_where(path: &Path, bytes: &[u8]) {
+    let file = fs::File::options().read(true).write(true).open(path).unwrap();
+    let modified = file.metadata().unwrap().modified().unwrap();
+    let mut content = fs::read(path).unwrap();
+    let at = content.windows(bytes.len()).position(|w| w == bytes).expect("the bytes are not in the file");
+    content[at] ^= 1;
+    fs::write(path, &content).unwrap();
+    file.set_modified(modified).unwrap();
+}
+
+/// Flips a bit of an old row of an equal pair, in the file of one side.
+pub(crate) fn flip_row(fork: &Fork, side: &str, id: i64) {
+    let sound = plain(&fork.path(if side == "a" { "b" } else { "a" }));
+    let value: String = sound.query_row("SELECT v FROM t WHERE id = ?1", [id], |r| r.get(0)).unwrap();
+    flip_where(&fork.path(side), value.as_bytes());
+}
