@@ -130,6 +130,12 @@ pub(super) fn keep(side: &Path, live: &mut Appender, doomed: &Doomed<'_>) -> Res
         // An earlier heal got this far and no further.
         return LostBranch::read(path);
     }
+    // What an earlier try left that found no room counts for nothing.
+    let new = path.with_extension("new");
+    match fs::remove_dir_all(&new) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", &new)(e)),
+        _ => {}
+    }
     let log = live.base.log.clone();
     let (from, until) = (doomed.records_from.unwrap_or(log.complete()), log.complete());
     let pages = differing(live, doomed.ready)?;
@@ -139,11 +145,7 @@ pub(super) fn keep(side: &Path, live: &mut Appender, doomed: &Doomed<'_>) -> Res
     if used.saturating_add(needed) > doomed.quota_bytes {
         return Err(Error::LostFull { path: lost, used, needed, quota: doomed.quota_bytes });
     }
-    let new = path.with_extension("new");
-    match fs::remove_dir_all(&new) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", &new)(e)),
-        _ => fs::create_dir_all(&new).map_err(Error::io("create", &new))?,
-    }
+    fs::create_dir_all(&new).map_err(Error::io("create", &new))?;
     write(&new.join("pages"), |out| write_pages(live, &pages, out))?;
     write(&new.join("records"), |out| log.bytes_between(from, until, |bytes| put(out, &bytes)))?;
     let branch = LostBranch {
