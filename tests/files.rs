@@ -138,6 +138,38 @@ async fn missing_cut_and_flipped_side_files_are_survived_or_told() {
     }
 }
 
+/// Without its epochs no record and no state of the primary had a name that a replica would take: all of them waited for the next commit.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_primary_without_its_epochs_serves_its_replicas_before_its_next_commit() {
+    for corrupt in [true, false] {
+        let pair = Pair::new();
+        pair.run(20).await;
+        let epochs = pair.side("p", "epochs");
+        if corrupt {
+            fs::write(&epochs, b"no epochs").unwrap();
+        } else {
+            fs::remove_file(&epochs).unwrap();
+        }
+        let p = pair.primary().await;
+        let state = p.position().unwrap().txid();
+        // The one that had it all, and one that has nothing.
+        let url = format!("http://127.0.0.1:{}", pair.port);
+        for name in ["r.db", "new.db"] {
+            let path = pair.dir.path().join(name);
+            let r = Db::open(replica(&path, &url)).await.unwrap();
+            let came = r.wait_for_timeout(state, LIMIT).await;
+            assert!(came.is_ok(), "{name}, corrupt {corrupt}: {came:?}");
+            assert_eq!(r.position(), p.position(), "{name}, corrupt {corrupt}");
+            assert_same_pages(&pair.p(), &path);
+            r.shutdown().await;
+        }
+        assert_eq!(p.position().unwrap().txid(), state, "somebody has committed");
+        assert_eq!(rows(&pair.p()), 20);
+        assert_eq!(epochs.with_extension("corrupt").exists(), corrupt);
+        p.shutdown().await;
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wal_that_an_administrator_deleted_is_made_good_from_the_log() {
     let pair = Pair::new();

@@ -43,6 +43,7 @@ fn primary_process() {
     let db = match runtime.block_on(Db::open(config())) {
         Err(Error::Damaged { .. }) => {
             speak("damaged");
+            assert_eq!(hear(), "accept");
             runtime.block_on(Db::open(config().accept_damaged(true))).unwrap()
         }
         opened => opened.unwrap(),
@@ -51,6 +52,7 @@ fn primary_process() {
     speak(&format!("open {} {rows}", db.position().unwrap()));
     let verified = runtime.block_on(db.verify()).unwrap();
     speak(&format!("verified {}", verified.holds()));
+    assert_eq!(hear(), "write");
     std::thread::scope(|scope| {
         for writer in ["a", "b"] {
             let db = &db;
@@ -68,6 +70,36 @@ fn primary_process() {
             });
         }
     });
+}
+
+fn beside(path: &Path, end: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(end);
+    name.into()
+}
+
+/// An administrator's mistake, and its cure: the WAL is in the bin, not gone.
+fn bin_wal(path: &Path) {
+    let _ = std::fs::rename(beside(path, "-wal"), beside(path, "-bin"));
+    let _ = std::fs::remove_file(beside(path, "-shm"));
+}
+
+fn take_wal_out_of_the_bin(path: &Path) {
+    std::fs::rename(beside(path, "-bin"), beside(path, "-wal")).unwrap();
+    let _ = std::fs::remove_file(beside(path, "-shm"));
+}
+
+fn written_by(connection: &Connection, who: &str) -> (i64, i64) {
+    let sql = "SELECT count(*), coalesce(max(n), 0) FROM t WHERE who = ?1";
+    connection.query_row(sql, [who], |r| Ok((r.get(0)?, r.get(1)?))).unwrap()
+}
+
+fn assert_all_there(connection: &Connection, acknowledged: &BTreeMap<String, i64>, round: u64) {
+    for (who, last) in acknowledged {
+        let (rows, most) = written_by(connection, who);
+        assert!(most >= *last, "round {round}: {who} had {last} acknowledged, and {most} are there");
+        assert_eq!(rows, most, "round {round}: a hole in what {who} wrote");
+    }
 }
 
 /// What strangers do with a node's file: each commit is one transaction.
@@ -107,23 +139,35 @@ async fn a_primary_that_is_killed_again_and_again_keeps_every_acknowledged_row_a
     let mut rng = StdRng::seed_from_u64(seed);
     let dir = tempfile::tempdir().unwrap();
     let (p, r, port) = (dir.path().join("p.db"), dir.path().join("r.db"), free_port());
-    let replica = Db::open(restless(replica(&r, &format!("http://127.0.0.1:{port}")))).await.unwrap();
+    let follow = || Db::open(restless(replica(&r, &format!("http://127.0.0.1:{port}"))));
+    let mut follower = follow().await.unwrap();
     let mut acknowledged: BTreeMap<String, i64> = BTreeMap::new();
     let mut stranger = Stranger { wrote: 0 };
     // Transactions that are no row: the number of a position less the rows.
     let mut others: Option<i64> = None;
     let (mut last_to_close, mut damaged) = (false, 0);
+    let (mut without_wal, mut binned, mut put_back) = (false, 0, 0);
+    // As much as the node certainly has in its log.
+    let mut captured = BTreeMap::new();
     for round in 0..rounds {
-        let process =
-            Process::start("primary_process", &[("DB", p.to_str().unwrap()), ("PORT", &port.to_string())]);
-        let first = process.next_line().unwrap();
-        let open = if first == "damaged" {
+        let start =
+            || Process::start("primary_process", &[("DB", p.to_str().unwrap()), ("PORT", &port.to_string())]);
+        let mut process = start();
+        let mut open = process.next_line().unwrap();
+        if open == "damaged" && without_wal {
+            // Killed while the WAL was copied back: the log has not what the file lacks. The WAL has.
+            process.kill();
+            take_wal_out_of_the_bin(&p);
+            (put_back, without_wal) = (put_back + 1, false);
+            process = start();
+            open = process.next_line().unwrap();
+        }
+        if open == "damaged" {
             assert!(last_to_close, "round {round}: nobody but us has closed it, and it is damaged");
             damaged += 1;
-            process.expect("open")
-        } else {
-            first
-        };
+            process.say("accept");
+            open = process.expect("open");
+        }
         let mut words = open.split(' ').skip(1);
         let position: Position = words.next().unwrap().parse().unwrap();
         let rows: i64 = words.next().unwrap().parse().unwrap();
@@ -134,7 +178,36 @@ async fn a_primary_that_is_killed_again_and_again_keeps_every_acknowledged_row_a
             None => others = Some(found),
         }
         assert_eq!(process.expect("verified"), "verified true", "round {round}");
-        last_to_close = false;
+        {
+            let connection = plain(&p);
+            if without_wal {
+                // Commits that were not in the log yet were nowhere else; all that was there when the node last opened was, and
+                // all that a replica has heard of.
+                assert_all_there(&connection, &captured, round);
+                let heard = follower.position().map_or(0, Position::number);
+                assert!(
+                    heard <= position.number(),
+                    "round {round}: a replica is at {heard}, we at {position}"
+                );
+            } else {
+                assert_all_there(&connection, &acknowledged, round);
+            }
+            for (who, last) in &mut acknowledged {
+                *last = written_by(&connection, who).1;
+            }
+            stranger.wrote = acknowledged.get("stranger").copied().unwrap_or(0);
+            captured = acknowledged.clone();
+        }
+        (last_to_close, without_wal) = (false, false);
+        if round % 16 == 15 {
+            // Opened anew, for it pauses between heals that follow each other closely.
+            follower.shutdown().await;
+            follower = follow().await.unwrap();
+            within("the replica", follower.wait_for_timeout(position.txid(), LIMIT)).await.unwrap();
+            assert_eq!(follower.position(), Some(position), "round {round}");
+            assert_same_pages(&p, &r);
+        }
+        process.say("write");
         if rng.random_range(0..3) > 0 {
             let connection = plain(&p);
             for _ in 0..rng.random_range(0..6) {
@@ -161,19 +234,21 @@ async fn a_primary_that_is_killed_again_and_again_keeps_every_acknowledged_row_a
         }
         acknowledged.insert("stranger".into(), stranger.wrote);
         let connection = plain(&p);
-        for (who, last) in &acknowledged {
-            let sql = "SELECT count(*), coalesce(max(n), 0) FROM t WHERE who = ?1";
-            let (rows, most): (i64, i64) =
-                connection.query_row(sql, [who], |r| Ok((r.get(0)?, r.get(1)?))).unwrap();
-            assert!(most >= *last, "round {round}: {who} had {last} acknowledged, and {most} are there");
-            assert_eq!(rows, most, "round {round}: a hole in what {who} wrote");
-        }
+        assert_all_there(&connection, &acknowledged, round);
         if round % 10 == 0 {
             let ok: String = connection.query_row("PRAGMA integrity_check", [], |r| r.get(0)).unwrap();
             assert_eq!(ok, "ok", "round {round}");
         }
+        drop(connection);
+        if !last_to_close && round + 1 < rounds && rng.random_range(0..8) == 0 {
+            bin_wal(&p);
+            (without_wal, binned) = (true, binned + 1);
+        }
     }
-    eprintln!("{rounds} kills, {} rows, taken for damaged {damaged} times", total(&plain(&p)));
+    let rows = total(&plain(&p));
+    eprintln!(
+        "{rounds} kills, {rows} rows, taken for damaged {damaged} times, {binned} WALs in the bin, {put_back} of them put back"
+    );
     let db = match Db::open(restless(primary(&p, port))).await {
         Err(Error::Damaged { .. }) if last_to_close => {
             Db::open(restless(primary(&p, port)).accept_damaged(true)).await.unwrap()
@@ -181,11 +256,13 @@ async fn a_primary_that_is_killed_again_and_again_keeps_every_acknowledged_row_a
         opened => opened.unwrap(),
     };
     let last = insert(&db, "last", 0).await;
-    within("the replica", replica.wait_for_timeout(last, LIMIT)).await.unwrap();
+    follower.shutdown().await;
+    follower = follow().await.unwrap();
+    within("the replica", follower.wait_for_timeout(last, LIMIT)).await.unwrap();
     assert_same_pages(&p, &r);
-    assert!(replica.verify().await.unwrap().holds());
+    assert!(follower.verify().await.unwrap().holds());
     db.shutdown().await;
-    replica.shutdown().await;
+    follower.shutdown().await;
 }
 
 #[test]
@@ -196,9 +273,11 @@ fn replica_process() {
     }
     let runtime = tokio::runtime::Runtime::new().unwrap();
     runtime.block_on(async {
-        let _db =
-            Db::open(restless(replica(&PathBuf::from(variable("DB")), &variable("URL")))).await.unwrap();
+        let db = Db::open(restless(replica(&PathBuf::from(variable("DB")), &variable("URL")))).await.unwrap();
         speak("open");
+        let state: Position = tokio::task::spawn_blocking(hear).await.unwrap().parse().unwrap();
+        within("the state", db.wait_for_timeout(state.txid(), LIMIT)).await.unwrap();
+        speak(&format!("at {}", db.position().unwrap()));
         std::future::pending::<()>().await;
     });
 }
@@ -213,11 +292,14 @@ async fn a_replica_that_is_killed_again_and_again_is_always_a_state_of_the_prima
     let db = Db::open(restless(primary(&p, 0))).await.unwrap();
     let url = db.node().addresses.replication.clone();
     let (stop, written) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicI64::new(0)));
+    // Held while both sides are compared.
+    let quiet = Arc::new(tokio::sync::Mutex::new(None));
     let writer = {
-        let (db, stop, written) = (db.clone(), stop.clone(), written.clone());
+        let (db, stop, written, quiet) = (db.clone(), stop.clone(), written.clone(), quiet.clone());
         tokio::spawn(async move {
             while !stop.load(Ordering::SeqCst) {
-                insert(&db, "w", written.load(Ordering::SeqCst) + 1).await;
+                let mut last = quiet.lock().await;
+                *last = Some(insert(&db, "w", written.load(Ordering::SeqCst) + 1).await);
                 written.fetch_add(1, Ordering::SeqCst);
                 if written.load(Ordering::SeqCst) % 64 == 0 {
                     // The primary goes on for as long as the rounds do.
@@ -228,10 +310,22 @@ async fn a_replica_that_is_killed_again_and_again_is_always_a_state_of_the_prima
     };
     let mut strays = 0;
     for round in 0..rounds {
-        let process = Process::start("replica_process", &[("DB", r.to_str().unwrap()), ("URL", &url)]);
+        let mut process = Process::start("replica_process", &[("DB", r.to_str().unwrap()), ("URL", &url)]);
         process.expect("open");
         std::thread::park_timeout(Duration::from_micros(rng.random_range(0..80_000)));
-        process.kill();
+        if round % 16 == 15 {
+            let last = quiet.lock().await;
+            // What is acknowledged may not be captured yet.
+            let last = last.unwrap_or(db.position().unwrap().txid());
+            within("the last commit", db.wait_for_timeout(last, LIMIT)).await.unwrap();
+            let state = db.position().unwrap();
+            process.say(&state.to_string());
+            assert_eq!(process.expect("at"), format!("at {state}"), "round {round}");
+            process.kill();
+            assert_same_pages(&p, &r);
+        } else {
+            process.kill();
+        }
         if !r.exists() {
             continue;
         }

@@ -65,8 +65,14 @@ pub(super) struct Ready {
 pub(super) type Under<'a> = Option<&'a mut Appender>;
 
 /// What an earlier attempt left, if it can be gone on with.
+///
+/// A file of a newer version is no error, unlike those of the other side files: there is nothing here that the primary
+/// does not have, so that who can't read it begins anew.
 pub(super) fn progress(side: &Path) -> Option<Progress> {
-    let bytes = fs::read(side.join("incoming").join("state")).ok()?;
+    let mut bytes = Vec::new();
+    // One byte more than there should be is enough to see that it is none of ours.
+    let file = File::open(side.join("incoming").join("state")).ok()?;
+    file.take(STATE_BYTES as u64 + 1).read_to_end(&mut bytes).ok()?;
     let bytes: [u8; STATE_BYTES] = bytes.try_into().ok()?;
     let (body, check) = bytes.split_last_chunk::<16>()?;
     if blake3::hash(body).as_bytes()[..16] != *check || body[..8] != MAGIC || le_u32(&body[8..]) != VERSION {
@@ -340,4 +346,54 @@ impl Ready {
 
 fn garbled(what: &str) -> Error {
     Error::garbled("the primary", what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::txid::{Epoch, Txid};
+
+    fn begin(from: PageNo) -> SnapBegin {
+        let first = Position::new(Txid::new(Epoch::new(1, 2), 3), crate::Checksum::EMPTY);
+        SnapBegin { first, from, page_size: PageSize::new(512).unwrap() }
+    }
+
+    /// Leaves a snapshot of four pages behind, with its progress.
+    fn interrupted(side: &Path) -> PageNo {
+        let mut incoming = Incoming::begin(side, begin(PageNo::FIRST)).unwrap();
+        incoming.piece(PageNo::FIRST, &[7; 4 * 512]).unwrap();
+        incoming.save_progress(begin(PageNo::FIRST).first).unwrap();
+        PageNo::new(5).unwrap()
+    }
+
+    #[test]
+    fn a_snapshot_goes_on_where_its_progress_says() {
+        let dir = tempfile::tempdir().unwrap();
+        let next = interrupted(dir.path());
+        assert_eq!(progress(dir.path()).unwrap().next, next);
+        Incoming::begin(dir.path(), begin(next)).unwrap();
+        assert_eq!(fs::metadata(dir.path().join("incoming/pages")).unwrap().len(), 4 * 512);
+    }
+
+    #[test]
+    fn progress_of_a_newer_version_or_of_too_many_bytes_is_begun_anew() {
+        let dir = tempfile::tempdir().unwrap();
+        let next = interrupted(dir.path());
+        let state = dir.path().join("incoming/state");
+        let ours = fs::read(&state).unwrap();
+        let mut newer = ours[..STATE_BYTES - 16].to_vec();
+        newer[8..12].copy_from_slice(&(VERSION + 1).to_le_bytes());
+        let check = blake3::hash(&newer);
+        newer.extend_from_slice(&check.as_bytes()[..16]);
+        for bytes in [newer, [ours, vec![0]].concat()] {
+            interrupted(dir.path());
+            fs::write(&state, &bytes).unwrap();
+            assert!(progress(dir.path()).is_none());
+            assert!(Incoming::begin(dir.path(), begin(next)).is_err(), "what is here is not known");
+            assert_eq!(fs::read(&state).unwrap(), bytes, "a refusal leaves it as it is");
+            Incoming::begin(dir.path(), begin(PageNo::FIRST)).unwrap();
+            assert_eq!(progress(dir.path()).unwrap().next, PageNo::FIRST);
+            assert_eq!(fs::metadata(dir.path().join("incoming/pages")).unwrap().len(), 0);
+        }
+    }
 }
