@@ -13,21 +13,23 @@ use crate::handshake::{Answer, Knock, Refusal};
 use crate::log::{Found, Log, LogOptions};
 use crate::net::Endpoint;
 use crate::node::Node;
+use crate::page::PageSize;
 use crate::secret::{Keyring, Secret};
 use crate::status::{Addresses, PeerInfo, Role};
 use crate::token::Token;
-use crate::txid::EpochHistory;
-use crate::wire::{self, Decoder, Message, Unit};
+use crate::txid::{EpochHistory, EpochStart, NUMBER_MAX};
+use crate::wire::{self, Decoder, Kind, Message, TxnBegin, TxnEnd, Unit};
 use crate::{Checksum, Epoch, Position, Txid};
 
 /// A decoder and its name, under which `fuzz/` knows it.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 11] = [
+pub const TARGETS: [Target; 12] = [
     ("wire", wire),
     ("wire_sealed", wire_sealed),
     ("log", log),
+    ("log_sealed", log_sealed),
     ("side_files", crate::engine::fuzz_side_files),
     ("wal", wal),
     ("btree", crate::engine::fuzz_btree),
@@ -76,6 +78,35 @@ fn round_trip(unit: &Unit) {
 
 /// A log of one segment, or of two that may follow each other.
 pub fn log(data: &[u8]) {
+    let Some((cut, rest)) = data.split_first_chunk() else { return };
+    let (first, second) = rest.split_at(usize::from(u16::from_le_bytes(*cut)).min(rest.len()));
+    read_log([first, second].into_iter());
+}
+
+/// The highest bit of a unit's kind in [`log_sealed`]: its hash does not hold.
+const BROKEN: u8 = 0x80;
+
+/// A log of segments whose units have hashes that fit, unless it is said that they do not. Each input unit is its kind, the length of its
+/// payload (2 bytes) and the payload; a SEGMENT begins a file.
+pub fn log_sealed(mut data: &[u8]) {
+    let mut segments: Vec<Vec<u8>> = Vec::new();
+    while let Some((&[kind, l0, l1], rest)) = data.split_first_chunk() {
+        let (payload, rest) = rest.split_at(usize::from(u16::from_le_bytes([l0, l1])).min(rest.len()));
+        let mut unit = wire::sealed(kind & !BROKEN, payload).to_vec();
+        if kind & BROKEN != 0 {
+            unit[8] ^= 1;
+        }
+        if kind & !BROKEN == Kind::Segment as u8 || segments.is_empty() {
+            segments.push(Vec::new());
+        }
+        segments.last_mut().expect("one was pushed").extend(unit);
+        data = rest;
+    }
+    read_log(segments.iter().map(Vec::as_slice).take(8));
+}
+
+/// Opens a log of these segments, and asks it for all that it knows.
+fn read_log<'a>(segments: impl Iterator<Item = &'a [u8]>) {
     let options = LogOptions {
         segment_bytes: 4096,
         keep_bytes: 1 << 20,
@@ -83,25 +114,36 @@ pub fn log(data: &[u8]) {
         quota_bytes: 1 << 20,
         tail_bytes: 0,
     };
-    let Some((cut, rest)) = data.split_first_chunk() else { return };
-    let (first, second) = rest.split_at(usize::from(u16::from_le_bytes(*cut)).min(rest.len()));
     let dir = tempfile::tempdir().expect("a directory");
     // A segment is named by the address that its head states.
     let start =
         |segment: &[u8]| segment.get(24..32).and_then(|s| s.try_into().ok()).map_or(0, u64::from_le_bytes);
-    for segment in [first, second].into_iter().filter(|s| !s.is_empty()) {
+    for segment in segments.filter(|s| !s.is_empty()) {
         fs::write(dir.path().join(format!("{:016x}.log", start(segment))), segment).expect("a file");
     }
     let Ok(log) = Log::open(dir.path(), options) else { return };
+    assert!(log.complete() <= log.end());
     let tip = log.tip().map_or(0, Position::number);
-    for number in [0, tip / 2, tip.saturating_sub(1), tip] {
+    let start = log.start().map_or(0, Position::number);
+    for number in [0, start, start.saturating_add(1), tip / 2, tip.saturating_sub(1), tip, u64::MAX] {
         if let Ok(Found::At { lsn, before }) = log.find(number) {
-            let _ = log.read_disk(lsn, 1 << 16);
-            let _ = log.touched(before);
+            assert!(lsn <= log.complete() && before.number() == number);
+            let _ = (log.read_disk(lsn, 1 << 16), log.step_over(lsn), log.touched(before));
+            let _ = log.records(lsn, log.complete(), |_| Ok(()));
         }
     }
-    let _ = log.marks();
-    let _ = log.list(0, 1000);
+    let _ = (log.marks(), log.list(0, 1000), log.state_with(Checksum::EMPTY));
+    // Whatever it was, it goes on, and is the same when it is opened again.
+    let Some(before) = log.tip().filter(|tip| tip.number() < NUMBER_MAX) else { return };
+    let after = Position::new(Txid::new(before.epoch(), before.number() + 1), Checksum::EMPTY);
+    let page_size = PageSize::new(512).expect("a page size");
+    let mut record = BytesMut::new();
+    wire::encode(&Message::TxnBegin(TxnBegin { before, epoch: after.epoch(), page_size }), &mut record);
+    wire::encode(&Message::TxnEnd(TxnEnd { after, pages: 1, changed: 0, unix_micros: 0 }), &mut record);
+    log.append(record.freeze(), Some(after)).expect("a record");
+    drop(log);
+    let log = Log::open(dir.path(), options).expect("a log that was open");
+    assert_eq!(log.tip(), Some(after));
 }
 
 /// Headers of the WAL's frames and of the wal-index.
@@ -169,6 +211,11 @@ pub fn texts(data: &[u8]) {
         )* };
     }
     round_trips!(Txid, Epoch, Position, Checksum);
+    if let Ok(txid) = text.parse::<Txid>() {
+        let mut history = EpochHistory::default();
+        history.push(EpochStart { epoch: txid.epoch(), first: 0, before: Checksum::EMPTY });
+        let _ = history.place(txid);
+    }
     let _ = Endpoint::parse(text);
     let me = PeerInfo { node: Uuid::nil(), incarnation: Uuid::nil(), addresses: Addresses::default() };
     let node = Node::new(me, "test".into(), "app".into(), keys(), Role::Primary);
@@ -225,7 +272,11 @@ mod tests {
                 run(input);
             }
             // Those that write files are slow.
-            let rounds = if matches!(name, "log" | "lost" | "side_files" | "identity") { 300 } else { 3000 };
+            let rounds = if matches!(name, "log" | "log_sealed" | "lost" | "side_files" | "identity") {
+                300
+            } else {
+                3000
+            };
             for _ in 0..rounds {
                 let Some(input) = inputs.get(rng.random_range(0..inputs.len().max(1))) else { continue };
                 run(&mutated(input, &mut rng));
@@ -283,7 +334,7 @@ x-forwarded-for: 1.1.1.1, 2.2.2.2\nx-forwarded-proto: https\nte: trailers\nrepli
         let mut history = EpochHistory::default();
         for n in 1..4 {
             let epoch = Epoch::new(n, n * 9);
-            history.push(crate::txid::EpochStart { epoch, first: n * 10, before: Checksum::EMPTY });
+            history.push(EpochStart { epoch, first: n * 10, before: Checksum::EMPTY });
         }
         write("texts", "epochs", &history.encode());
     }

@@ -70,6 +70,10 @@ impl Txid {
     }
 }
 
+/// The highest number of a transaction that is taken from a file or a peer. No history gets there, and there is always one more: one
+/// that is only claimed overflows nothing.
+pub(crate) const NUMBER_MAX: u64 = u64::MAX >> 1;
+
 /// A state of the database, named exactly: the last transaction in it and the checksum of all its pages.
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Position {
@@ -114,15 +118,17 @@ impl Position {
         bytes
     }
 
-    pub(crate) fn from_bytes(bytes: &[u8; Self::BYTES]) -> Position {
+    /// Nothing when the transaction's number is above [`NUMBER_MAX`].
+    pub(crate) fn from_bytes(bytes: &[u8; Self::BYTES]) -> Option<Position> {
         let mut epoch = [0; Epoch::BYTES];
         epoch.copy_from_slice(&bytes[..16]);
         let mut checksum = [0; 16];
         checksum.copy_from_slice(&bytes[24..]);
-        Position {
-            txid: Txid { epoch: Epoch::from_bytes(&epoch), number: le_u64(&bytes[16..24]) },
+        let number = Some(le_u64(&bytes[16..24])).filter(|number| *number <= NUMBER_MAX)?;
+        Some(Position {
+            txid: Txid { epoch: Epoch::from_bytes(&epoch), number },
             checksum: Checksum::from_u128(u128::from_le_bytes(checksum)),
-        }
+        })
     }
 }
 
@@ -287,7 +293,7 @@ impl EpochHistory {
             return if txid.epoch.number > self.epoch().number { Place::Ahead } else { Place::Lost };
         };
         // The state that the oldest epoch began with counts as its own.
-        let oldest = at == 0 && txid.number + 1 == self.starts[0].first;
+        let oldest = at == 0 && txid.number.checked_add(1) == Some(self.starts[0].first);
         let begun = txid.number >= self.starts[at].first || oldest;
         let ended = self.starts.get(at + 1).is_some_and(|next| txid.number >= next.first);
         if begun && !ended { Place::OnHistory } else { Place::Lost }
@@ -325,7 +331,7 @@ impl EpochHistory {
             let mut fixed = [0; Position::BYTES];
             fixed.copy_from_slice(entry);
             // An entry has the layout of a position.
-            let p = Position::from_bytes(&fixed);
+            let p = Position::from_bytes(&fixed).ok_or("epoch history beyond all numbers")?;
             let start = EpochStart { epoch: p.epoch(), first: p.number(), before: p.checksum() };
             if history.last().is_some_and(|l| start.epoch.number <= l.epoch.number || start.first < l.first) {
                 return Err("epoch history out of order");
@@ -355,11 +361,25 @@ mod tests {
         assert_eq!(txid.to_string().parse::<Txid>().unwrap(), txid);
         let position = Position::new(txid, Checksum::from_u128(5));
         assert_eq!(position.to_string().parse::<Position>().unwrap(), position);
-        assert_eq!(Position::from_bytes(&position.to_bytes()), position);
+        assert_eq!(Position::from_bytes(&position.to_bytes()), Some(position));
         for bad in ["", "-", "3-feed-4d", "0000000000000003-000000000000feed-+00000000000004d"] {
             assert!(bad.parse::<Txid>().is_err(), "{bad}");
         }
         assert!(txid.to_string().parse::<Position>().is_err());
+    }
+
+    #[test]
+    fn a_number_that_no_history_gets_to_overflows_nothing() {
+        let of = |number| Position::new(Txid::new(Epoch::new(1, 10), number), Checksum::EMPTY);
+        assert_eq!(Position::from_bytes(&of(NUMBER_MAX).to_bytes()), Some(of(NUMBER_MAX)));
+        assert_eq!(Position::from_bytes(&of(NUMBER_MAX + 1).to_bytes()), None);
+        // As text it may come from a client.
+        let last: Txid = of(u64::MAX).txid().to_string().parse().unwrap();
+        assert_eq!(history(&[(1, 10, 1)]).place(last), Place::OnHistory);
+        assert_eq!(history(&[(1, 10, 0)]).place(last), Place::OnHistory);
+        assert_eq!(history(&[(1, 10, 1), (2, 20, 5)]).place(last), Place::Lost);
+        assert!(EpochHistory::decode(&history(&[(1, 10, NUMBER_MAX)]).encode()).is_ok());
+        assert!(EpochHistory::decode(&history(&[(1, 10, NUMBER_MAX + 1)]).encode()).is_err());
     }
 
     #[test]

@@ -92,6 +92,8 @@ const PIECE_FIELDS_BYTES: usize = 4 + Position::BYTES;
 
 /// Bytes of a SEGMENT unit, with its header.
 pub(crate) const SEGMENT_BYTES: usize = HEADER_BYTES + 8 + Position::BYTES + 8;
+/// The highest address at which a segment may begin.
+const ADDRESS_MAX: u64 = u64::MAX >> 1;
 /// What a segment that follows none says in place of an address.
 const FOLLOWS_NONE: u64 = u64::MAX;
 

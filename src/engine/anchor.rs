@@ -91,8 +91,9 @@ impl Anchor {
         };
         let mut salts = [0; 8];
         salts.copy_from_slice(&b[32..40]);
+        let (Some(at_frame), Some(at_rest)) = (position(48), position(104)) else { return Ok(None) };
         let file = match le_u32(&b[92..96]) {
-            0 => FileState::AtRest { position: position(104), modified: long(96) as i64 },
+            0 => FileState::AtRest { position: at_rest, modified: long(96) as i64 },
             _ => FileState::Backfilling,
         };
         let anchor = Anchor {
@@ -100,7 +101,7 @@ impl Anchor {
             salts: Salts(salts),
             frame: le_u32(&b[12..16]),
             sum: WalSum(le_u32(&b[40..44]), le_u32(&b[44..48])),
-            position: position(48),
+            position: at_frame,
             pages: le_u32(&b[88..92]),
             file,
         };

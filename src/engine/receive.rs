@@ -80,7 +80,7 @@ pub(super) fn progress(side: &Path) -> Option<Progress> {
     }
     let page_size = PageSize::new(le_u32(&body[12..])).ok()?;
     let next = PageNo::new(le_u32(&body[16..]))?;
-    let first = Position::from_bytes(body[20..].try_into().ok()?);
+    let first = Position::from_bytes(body[20..].try_into().ok()?)?;
     let there = fs::metadata(side.join("incoming").join("pages")).ok()?.len();
     (there >= next.offset(page_size)).then_some(Progress { first, next, page_size })
 }

@@ -1,8 +1,8 @@
 //! A unit's hash, and its fields out of verified bytes.
 use super::{
-    Ack, FOLLOWS_NONE, Goodbye, HEADER_BYTES, HELLO_PROOF_BYTES, HealBegin, Heartbeat, Hello, Kind,
-    MARKS_MAX, Message, PEER_MAX_BYTES, Plan, REASON_MAX_BYTES, SPAN_MAX_PAGES, Segment, Sent, SnapBegin,
-    SnapEnd, TxnBegin, TxnEnd, UNIT_KEY, WANT_MAX_PAGES, Want, WantRun, Welcome, WireError,
+    ADDRESS_MAX, Ack, FOLLOWS_NONE, Goodbye, HEADER_BYTES, HELLO_PROOF_BYTES, HealBegin, Heartbeat, Hello,
+    Kind, MARKS_MAX, Message, PEER_MAX_BYTES, Plan, REASON_MAX_BYTES, SPAN_MAX_PAGES, Segment, Sent,
+    SnapBegin, SnapEnd, TxnBegin, TxnEnd, UNIT_KEY, WANT_MAX_PAGES, Want, WantRun, Welcome, WireError,
 };
 use crate::checksum::PageHash;
 use crate::page::{PageNo, PageSize};
@@ -100,7 +100,7 @@ pub(super) fn decode(kind: Kind, hash: [u8; 16], unit: &[u8]) -> Result<Message<
         Kind::Sent => Message::Sent(Sent { position: f.position()?, pages: f.u32()? }),
         Kind::Goodbye => Message::Goodbye(f.goodbye()?),
         Kind::Segment => Message::Segment(Segment {
-            start: f.u64()?,
+            start: f.address()?,
             before: f.position()?,
             follows: Some(f.u64()?).filter(|&end| end != FOLLOWS_NONE),
         }),
@@ -154,7 +154,14 @@ impl<'a> Fields<'a> {
     }
 
     fn position(&mut self) -> Result<Position, WireError> {
-        Ok(Position::from_bytes(self.array()?))
+        Position::from_bytes(self.array()?).ok_or(WireError::Fields("a position beyond all numbers"))
+    }
+
+    /// An address in a log to which the length of any file can be added.
+    fn address(&mut self) -> Result<u64, WireError> {
+        Some(self.u64()?)
+            .filter(|address| *address <= ADDRESS_MAX)
+            .ok_or(WireError::Fields("an address beyond all logs"))
     }
 
     fn epoch(&mut self) -> Result<Epoch, WireError> {

@@ -7,7 +7,7 @@ use uuid::Uuid;
 use super::*;
 use crate::checksum::Checksum;
 use crate::status::Addresses;
-use crate::txid::{EpochStart, Txid};
+use crate::txid::{EpochStart, NUMBER_MAX, Txid};
 
 fn position(n: u64) -> Position {
     Position::new(Txid::new(Epoch::new(3, 0xabcd), n), Checksum::from_u128(u128::from(n) << 70 | 5))
@@ -98,6 +98,28 @@ fn every_kind() -> Vec<Message<'static>> {
     ]
 }
 
+/// Units as their kinds, lengths and payloads, in three segments: what is behind each begins where the one before it ends.
+fn program(log: &[u8]) -> Vec<u8> {
+    let (head, records) = log.split_at(SEGMENT_BYTES);
+    let each = records.len() as u64 / 3;
+    let mut program = Vec::new();
+    for n in 0..3u64 {
+        let before = position(n + 1);
+        let segment = Segment { start: n * each, before, follows: (n > 0).then_some(n * each) };
+        let own = encoded(&Message::Segment(segment));
+        let head = if n == 0 { head } else { &own };
+        let bytes = [head, &records[(n * each) as usize..((n + 1) * each) as usize]].concat();
+        let mut decoder = Decoder::default();
+        decoder.push(bytes.into());
+        while let Ok(Some(unit)) = decoder.next() {
+            program.push(unit.kind as u8);
+            program.extend_from_slice(&(unit.payload().len() as u16).to_le_bytes());
+            program.extend_from_slice(unit.payload());
+        }
+    }
+    program
+}
+
 /// Inputs of the decoders' fuzz targets: each unit whole, its payload behind its kind, and a log of records.
 pub(crate) fn seeds() -> Vec<(&'static str, String, Vec<u8>)> {
     let mut seeds = Vec::new();
@@ -118,6 +140,11 @@ pub(crate) fn seeds() -> Vec<(&'static str, String, Vec<u8>)> {
         let end = TxnEnd { after: position(n + 1), pages: 9, changed: 1, unix_micros: n };
         encode(&Message::TxnEnd(end), &mut log);
     }
+    seeds.push(("log_sealed", "three".into(), program(&log)));
+    // Where no log gets to: the address is behind the kind and the length.
+    let mut far = program(&log);
+    far[3..11].copy_from_slice(&(u64::MAX - 9).to_le_bytes());
+    seeds.push(("log_sealed", "far".into(), far));
     let end = (log.len() - SEGMENT_BYTES) as u64;
     let first = (log.len() as u16).to_le_bytes();
     let second = Segment { start: end, before: position(4), follows: Some(end) };
@@ -283,6 +310,13 @@ fn fields_outside_their_bounds_are_refused_behind_a_good_hash() {
             assert!(fields_error(sealed(raw[4], 0, &[payload, &[0]].concat())), "{message:?} long");
         }
     }
+    let with = |number| Position::new(Txid::new(position(1).epoch(), number), position(1).checksum());
+    let beat = |number| Message::Heartbeat(Heartbeat { position: with(number), unix_micros: 0 });
+    assert!(!fields_error(encoded(&beat(NUMBER_MAX))));
+    assert!(fields_error(encoded(&beat(NUMBER_MAX + 1))), "a number that no history gets to");
+    let segment = |start| Message::Segment(Segment { start, before: position(1), follows: None });
+    assert!(!fields_error(encoded(&segment(ADDRESS_MAX))));
+    assert!(fields_error(encoded(&segment(ADDRESS_MAX + 1))), "an address that no log gets to");
     let ack = [2; 1];
     assert!(fields_error(sealed(8, 0, &ack)), "a flag of 2");
     for (kind, at, value) in [(1u8, 56, 1000u32), (9, 44, 0), (9, 40, 0), (5, 57, 3), (10, 0, 0)] {
