@@ -63,7 +63,9 @@ fn primary_process() {
                 for n in last + 1.. {
                     let write = |tx: &mut replite::rusqlite::Transaction<'_>| {
                         let sql = "INSERT INTO t(who, n, v) VALUES (?1, ?2, randomblob(?3))";
-                        Ok::<_, Error>(tx.execute(sql, (writer, n, n % 3000))?)
+                        // Few of them are long, for all of it is read in each round.
+                        let bytes = if n % 40 == 0 { 20_000 } else { n % 200 };
+                        Ok::<_, Error>(tx.execute(sql, (writer, n, bytes))?)
                     };
                     db.write_blocking(write).unwrap();
                     speak(&format!("ack {writer} {n}"));
