@@ -135,39 +135,47 @@ impl Stranger {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_primary_that_is_killed_again_and_again_keeps_every_acknowledged_row_and_its_position() {
-    let (rounds, seed) = (number("REPLITE_ROUNDS", 200), number("REPLITE_SEED", 1));
-    eprintln!("REPLITE_ROUNDS={rounds} REPLITE_SEED={seed}");
-    let mut rng = StdRng::seed_from_u64(seed);
-    let dir = tempfile::tempdir().unwrap();
-    let (p, r, port) = (dir.path().join("p.db"), dir.path().join("r.db"), free_port());
-    let follow = || Db::open(restless(replica(&r, &format!("http://127.0.0.1:{port}"))));
-    let mut follower = follow().await.unwrap();
-    let mut acknowledged: BTreeMap<String, i64> = BTreeMap::new();
-    let mut stranger = Stranger { wrote: 0 };
-    // Transactions that are no row: the number of a position less the rows.
-    let mut others: Option<i64> = None;
-    let (mut last_to_close, mut damaged) = (false, 0);
-    let (mut without_wal, mut binned, mut put_back) = (false, 0, 0);
-    // As much as the node certainly has in its log.
-    let mut captured = BTreeMap::new();
-    for round in 0..rounds {
-        let start =
-            || Process::start("primary_process", &[("DB", p.to_str().unwrap()), ("PORT", &port.to_string())]);
-        let mut process = start();
-        let mut open = process.next_line().unwrap();
-        if open == "damaged" && without_wal {
+/// A primary that is killed, and what must be true of it.
+struct Victim {
+    path: PathBuf,
+    port: u16,
+    rng: StdRng,
+    round: u64,
+    acknowledged: BTreeMap<String, i64>,
+    /// As much as the node certainly has in its log.
+    captured: BTreeMap<String, i64>,
+    stranger: Stranger,
+    /// Transactions that are no row: the number of a position less the rows.
+    others: Option<i64>,
+    last_to_close: bool,
+    without_wal: bool,
+    /// How often it was taken for damaged, its WAL was taken away, and had to be put back.
+    figures: [u64; 3],
+}
+
+impl Victim {
+    fn start(&self) -> (Process, String) {
+        let variables = [("DB", self.path.to_str().unwrap()), ("PORT", &self.port.to_string())];
+        let process = Process::start("primary_process", &variables);
+        let first = process.next_line().unwrap();
+        (process, first)
+    }
+
+    /// Opens the node, and looks whether its position and its rows are right.
+    fn open(&mut self) -> (Process, Position) {
+        let (mut process, mut open) = self.start();
+        if open == "damaged" && self.without_wal {
             // Killed while the WAL was copied back: the log has not what the file lacks. The WAL has.
             process.kill();
-            take_wal_out_of_the_bin(&p);
-            (put_back, without_wal) = (put_back + 1, false);
-            process = start();
-            open = process.next_line().unwrap();
+            take_wal_out_of_the_bin(&self.path);
+            self.without_wal = false;
+            self.figures[2] += 1;
+            (process, open) = self.start();
         }
+        let round = self.round;
         if open == "damaged" {
-            assert!(last_to_close, "round {round}: nobody but us has closed it, and it is damaged");
-            damaged += 1;
+            assert!(self.last_to_close, "round {round}: nobody but us has closed it, and it is damaged");
+            self.figures[0] += 1;
             process.say("accept");
             open = process.expect("open");
         }
@@ -175,41 +183,100 @@ async fn a_primary_that_is_killed_again_and_again_keeps_every_acknowledged_row_a
         let position: Position = words.next().unwrap().parse().unwrap();
         let rows: i64 = words.next().unwrap().parse().unwrap();
         let found = position.number() as i64 - rows;
-        match others.filter(|_| !last_to_close) {
+        match self.others.filter(|_| !self.last_to_close) {
             Some(others) => assert_eq!(found, others, "round {round}: {position} with {rows} rows"),
             // What somebody else wrote and closed is one transaction, however many it was.
-            None => others = Some(found),
+            None => self.others = Some(found),
         }
         assert_eq!(process.expect("verified"), "verified true", "round {round}");
-        {
-            let connection = plain(&p);
-            if without_wal {
-                // Commits that were not in the log yet were nowhere else; all that was there when the node last opened was, and
-                // all that a replica has heard of.
-                assert_all_there(
-                    &connection,
-                    &captured,
-                    &format!("round {round}, opened without its WAL, {open}"),
-                );
-                let heard = follower.position().map_or(0, Position::number);
-                assert!(
-                    heard <= position.number(),
-                    "round {round}: a replica is at {heard}, we at {position}"
-                );
-            } else {
-                assert_all_there(
-                    &connection,
-                    &acknowledged,
-                    &format!("round {round}, opened, {open}, {put_back} WALs put back"),
-                );
-            }
-            for (who, last) in &mut acknowledged {
-                *last = written_by(&connection, who).1;
-            }
-            stranger.wrote = acknowledged.get("stranger").copied().unwrap_or(0);
-            captured = acknowledged.clone();
+        // Commits that were not in the log yet were nowhere but in the WAL.
+        let there = if self.without_wal { &self.captured } else { &self.acknowledged };
+        let connection = plain(&self.path);
+        assert_all_there(&connection, there, &format!("round {round}, {open}, no WAL: {}", self.without_wal));
+        for (who, last) in &mut self.acknowledged {
+            *last = written_by(&connection, who).1;
         }
-        (last_to_close, without_wal) = (false, false);
+        self.stranger.wrote = self.acknowledged.get("stranger").copied().unwrap_or(0);
+        self.captured = self.acknowledged.clone();
+        (process, position)
+    }
+
+    /// Has the node write beside strangers, and kills it.
+    fn kill(&mut self, mut process: Process) {
+        process.say("write");
+        if self.rng.random_range(0..3) > 0 {
+            let connection = plain(&self.path);
+            for _ in 0..self.rng.random_range(0..6) {
+                match self.rng.random_range(0..2) {
+                    0 => self.stranger.write(&connection),
+                    _ => Stranger::checkpoint(&connection, &mut self.rng),
+                }
+            }
+        }
+        std::thread::park_timeout(Duration::from_micros(self.rng.random_range(0..40_000)));
+        for line in process.kill() {
+            let words: Vec<&str> = line.split(' ').collect();
+            if words[0] == "ack" {
+                self.acknowledged.insert(words[1].into(), words[2].parse().unwrap());
+            }
+        }
+    }
+
+    /// What happens to the file of a dead node.
+    fn meddle(&mut self) {
+        (self.last_to_close, self.without_wal) = (false, false);
+        match self.rng.random_range(0..8) {
+            0 => {
+                self.stranger.shell(&self.path);
+                self.last_to_close = true;
+            }
+            1 | 2 => self.stranger.write(&plain(&self.path)),
+            _ => {}
+        }
+        self.acknowledged.insert("stranger".into(), self.stranger.wrote);
+        {
+            let connection = plain(&self.path);
+            assert_all_there(&connection, &self.acknowledged, &format!("round {}, killed", self.round));
+            if self.round.is_multiple_of(10) {
+                let ok: String = connection.query_row("PRAGMA integrity_check", [], |r| r.get(0)).unwrap();
+                assert_eq!(ok, "ok", "round {}", self.round);
+            }
+        }
+        if !self.last_to_close && self.rng.random_range(0..8) == 0 {
+            bin_wal(&self.path);
+            self.without_wal = true;
+            self.figures[1] += 1;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_primary_that_is_killed_again_and_again_keeps_every_acknowledged_row_and_its_position() {
+    let (rounds, seed) = (number("REPLITE_ROUNDS", 200), number("REPLITE_SEED", 1));
+    eprintln!("REPLITE_ROUNDS={rounds} REPLITE_SEED={seed}");
+    let dir = tempfile::tempdir().unwrap();
+    let (p, r, port) = (dir.path().join("p.db"), dir.path().join("r.db"), free_port());
+    let follow = || Db::open(restless(replica(&r, &format!("http://127.0.0.1:{port}"))));
+    let mut follower = follow().await.unwrap();
+    let mut victim = Victim {
+        path: p.clone(),
+        port,
+        rng: StdRng::seed_from_u64(seed),
+        round: 0,
+        acknowledged: BTreeMap::new(),
+        captured: BTreeMap::new(),
+        stranger: Stranger { wrote: 0 },
+        others: None,
+        last_to_close: false,
+        without_wal: false,
+        figures: [0; 3],
+    };
+    for round in 0..rounds {
+        victim.round = round;
+        let (process, position) = victim.open();
+        // What a replica has heard of was in the log, WAL or not.
+        let heard = follower.position().map_or(0, Position::number);
+        assert!(heard <= position.number(), "round {round}: a replica is at {heard}, we at {position}");
         if round % 16 == 15 {
             // Opened anew, for it pauses between heals that follow each other closely.
             follower.shutdown().await;
@@ -218,54 +285,16 @@ async fn a_primary_that_is_killed_again_and_again_keeps_every_acknowledged_row_a
             assert_eq!(follower.position(), Some(position), "round {round}");
             assert_same_pages(&p, &r);
         }
-        process.say("write");
-        if rng.random_range(0..3) > 0 {
-            let connection = plain(&p);
-            for _ in 0..rng.random_range(0..6) {
-                match rng.random_range(0..2) {
-                    0 => stranger.write(&connection),
-                    _ => Stranger::checkpoint(&connection, &mut rng),
-                }
-            }
-        }
-        std::thread::park_timeout(Duration::from_micros(rng.random_range(0..40_000)));
-        for line in process.kill() {
-            let words: Vec<&str> = line.split(' ').collect();
-            if words[0] == "ack" {
-                acknowledged.insert(words[1].into(), words[2].parse().unwrap());
-            }
-        }
-        match rng.random_range(0..8) {
-            0 => {
-                stranger.shell(&p);
-                last_to_close = true;
-            }
-            1 | 2 => stranger.write(&plain(&p)),
-            _ => {}
-        }
-        acknowledged.insert("stranger".into(), stranger.wrote);
-        let connection = plain(&p);
-        assert_all_there(&connection, &acknowledged, &format!("round {round}, killed"));
-        if round % 10 == 0 {
-            let ok: String = connection.query_row("PRAGMA integrity_check", [], |r| r.get(0)).unwrap();
-            assert_eq!(ok, "ok", "round {round}");
-        }
-        drop(connection);
-        if !last_to_close && round + 1 < rounds && rng.random_range(0..8) == 0 {
-            bin_wal(&p);
-            (without_wal, binned) = (true, binned + 1);
-        }
+        victim.kill(process);
+        victim.meddle();
     }
-    let rows = total(&plain(&p));
+    let (process, _) = victim.open();
+    process.kill();
+    let (rows, [damaged, binned, put_back]) = (total(&plain(&p)), victim.figures);
     eprintln!(
-        "{rounds} kills, {rows} rows, taken for damaged {damaged} times, {binned} WALs in the bin, {put_back} of them put back"
+        "{rounds} kills, {rows} rows, taken for damaged {damaged} times; {binned} WALs taken away, {put_back} put back"
     );
-    let db = match Db::open(restless(primary(&p, port))).await {
-        Err(Error::Damaged { .. }) if last_to_close => {
-            Db::open(restless(primary(&p, port)).accept_damaged(true)).await.unwrap()
-        }
-        opened => opened.unwrap(),
-    };
+    let db = Db::open(restless(primary(&p, port))).await.unwrap();
     let last = insert(&db, "last", 0).await;
     follower.shutdown().await;
     follower = follow().await.unwrap();
