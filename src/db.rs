@@ -4,6 +4,7 @@ mod builder;
 mod claims;
 mod ending;
 mod identity;
+mod open;
 mod pool;
 mod refuse;
 mod repair;
@@ -25,13 +26,12 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
-use crate::engine::{Engine, Follower, LostBranch};
+use crate::engine::{Follower, LostBranch};
 use crate::error::{Error, Result};
-use crate::net::{Endpoint, Listener};
 use crate::node::Node;
 use crate::primary::Source;
 use crate::proxy::{PrimaryClient, ReplayLayer};
-use crate::secret::{Keyring, Secret};
+use crate::secret::Secret;
 use crate::server::{Door, ReplicationService};
 use crate::session;
 use crate::status::{Event, LoggedTransaction, PeerInfo, Role, RoleState};
@@ -49,7 +49,7 @@ pub use writer::{Commit, WriterGuard};
 
 use ending::Owner;
 use pool::Pool;
-use verify::{Of, Verifier};
+use verify::Verifier;
 use writer::{Hold, Writer};
 
 /// A replicated SQLite database: one node's handle. Clones share it.
@@ -73,6 +73,8 @@ struct Inner {
     wait_timeout: Duration,
     grace: Duration,
     opened: Instant,
+    /// Transactions that replicas gave back.
+    recovered: u64,
     /// Somebody is about to close.
     ending: AtomicBool,
     /// It is closed, or being closed: nothing new is begun.
@@ -126,21 +128,7 @@ impl Db {
     /// # Cancel safety
     /// Dropping the future leaves no thread behind, but the opening itself may still run to its end.
     pub async fn open(config: Config) -> Result<Db> {
-        let primary = config.check()?;
-        let keys = Keyring::new(&config.secrets)?;
-        let listener = match config.listen {
-            Some(address) => Some(Listener::bind(address, !keys.is_open()).await?),
-            None => None,
-        };
-        let addresses = config.advertised(listener.as_ref().map(Listener::address));
-        let follows = primary.is_some();
-        let parts = tokio::task::spawn_blocking(move || Parts::open(config, keys, addresses, follows))
-            .await
-            .map_err(|e| match e.is_panic() {
-                true => Error::Panicked("while the database was opened".into()),
-                false => Error::ShutDown,
-            })??;
-        Ok(parts.start(primary, listener))
+        open::open(config).await
     }
 
     /// Runs `f` in a transaction (`BEGIN IMMEDIATE`) on the writer's thread; commits when it returns `Ok`, rolls back
@@ -482,101 +470,6 @@ impl Inner {
 
     fn service(&self, door: Door) -> ReplicationService {
         ReplicationService::new(self.node.clone(), self.source.clone(), self.tracker.clone(), door)
-    }
-}
-
-/// What was opened, before any task runs.
-struct Parts {
-    inner: Owner,
-    verify_every: Option<Duration>,
-}
-
-impl Parts {
-    /// Everything of opening that blocks.
-    fn open(
-        config: Config,
-        keys: Keyring,
-        addresses: crate::status::Addresses,
-        follows: bool,
-    ) -> Result<Parts> {
-        let database = config.database_name()?;
-        let (path, claim) = refuse::claim(&config.path, config.allow_network_filesystem)?;
-        let side = refuse::side(&path, follows)?;
-        snapshot::clear(&path);
-        let me = PeerInfo {
-            node: identity::node_id(&side, &config.cluster, &database)?,
-            incarnation: Uuid::new_v4(),
-            addresses,
-        };
-        let role = if follows { Role::Replica } else { Role::Primary };
-        let node = Node::new(me, config.cluster.clone(), database, keys, role);
-        let options = config.engine_options(path.clone(), side);
-        let source = Source::new(node.clone());
-        let on_connect = config.on_connect.clone();
-        let prepare = move |conn: &Connection| match &on_connect {
-            Some(run) => run(conn, ConnectionKind::Reader),
-            None => Ok(()),
-        };
-        let pool = Pool::new(
-            path.clone(),
-            config.read_connections,
-            config.read_timeout,
-            config.statement_cache,
-            Box::new(prepare),
-        );
-        let side = if follows {
-            let follower = Arc::new(Follower::open(options, node.clone())?);
-            Side::Replica { readable: follower.readable(), follower }
-        } else {
-            let engine = Arc::new(Engine::open(options, node.clone())?);
-            let hold = Arc::new(Hold::new(engine.clone()));
-            let writer = Writer::open(&config, &path, &hold)?;
-            node.roles.send_modify(|state| {
-                state.epoch = node.applied.history().epoch();
-                state.primary = Some(node.me.clone());
-            });
-            source.set(Some(engine));
-            Side::Primary { engine: hold, writer }
-        };
-        let of = match &side {
-            Side::Primary { engine, .. } => Of::Primary(engine.clone()),
-            Side::Replica { follower, .. } => Of::Replica(follower.clone()),
-        };
-        let verifier = Verifier::new(node.clone(), of, config.verify_limit);
-        let inner = Inner {
-            node,
-            path,
-            pool,
-            side,
-            verifier,
-            source,
-            tracker: TaskTracker::new(),
-            wait_timeout: config.wait_timeout,
-            grace: config.grace,
-            opened: Instant::now(),
-            ending: AtomicBool::new(false),
-            closed: AtomicBool::new(false),
-            ended: CancellationToken::new(),
-            claim: Mutex::new(Some(claim)),
-            _keep: config.keep,
-        };
-        Ok(Parts { inner: Owner(Arc::new(inner)), verify_every: config.verify_every })
-    }
-
-    /// Starts the tasks, on the runtime of the caller.
-    fn start(self, primary: Option<Endpoint>, listener: Option<Listener>) -> Db {
-        let Parts { inner, verify_every } = self;
-        if let Some(listener) = listener {
-            let service = inner.service(Door::Own);
-            inner.tracker.spawn(listener.serve(service, inner.tracker.clone(), inner.node.stop.clone()));
-        }
-        if let (Side::Replica { follower, .. }, Some(primary)) = (&inner.side, primary) {
-            crate::replica::spawn(inner.node.clone(), follower.clone(), primary, &inner.tracker);
-        }
-        if let Some(period) = verify_every {
-            inner.tracker.spawn(inner.verifier.clone().repeat(period));
-        }
-        Db { inner: Arc::new(inner) }
     }
 }
 

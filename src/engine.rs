@@ -16,13 +16,16 @@ mod follower;
 mod fuzz;
 mod hash;
 mod heal;
+mod intake;
 mod lost;
 mod open;
+mod opening;
 mod overlay;
 mod pieces;
 mod receive;
 mod repair;
 mod sync;
+mod unsynced;
 mod verify;
 mod wal_file;
 
@@ -36,15 +39,14 @@ use bytes::Bytes;
 
 use crate::engine::base::{Base, lock};
 use crate::engine::capture::Capture;
-use crate::engine::capture_loop::{CaptureLoop, Command, Waker, open_epoch};
+use crate::engine::capture_loop::{CaptureLoop, Command, Waker};
 use crate::engine::checkpointer::Checkpointer;
 use crate::engine::sync::Syncer;
 use crate::error::{Error, Result};
 use crate::log::{Log, LogOptions};
-use crate::node::Node;
 use crate::page::{PageNo, PageSize};
-use crate::sqlite::{Handle, Lock, Slot};
-use crate::txid::{Place, Position, Txid};
+use crate::sqlite::Handle;
+use crate::txid::{Position, Txid};
 use crate::wal::Salts;
 
 pub(crate) use crate::engine::anchor::replace_file;
@@ -56,6 +58,7 @@ pub(crate) use crate::engine::fuzz::{fuzz_btree, fuzz_lost, fuzz_side_files};
 #[cfg(test)]
 pub(crate) use crate::engine::heal::Heal;
 pub use crate::engine::lost::{LostBranch, LostRow, LostRows};
+pub(crate) use crate::engine::opening::Opening;
 #[cfg(test)]
 pub(crate) use crate::engine::overlay::{Overlay, Store};
 pub(crate) use crate::engine::pieces::{PIECE_BYTES, answer};
@@ -71,6 +74,12 @@ pub enum Durability {
     Synced,
     /// Without waiting for an fsync, like SQLite's `synchronous = NORMAL`: a power cut can take the commits since
     /// the last checkpoint, and replicas can then be ahead of the primary. A killed process loses nothing.
+    ///
+    /// When a primary is opened that was not closed before the machine went down, [`Db::open`](crate::Db::open) asks the replicas that connect to its
+    /// [`Config::listen`](crate::Config::listen) address within [`Config::recovery_wait`](crate::Config::recovery_wait) for the transactions that go on where
+    /// its own end, and nobody can write meanwhile. What no replica gives back in that time is lost; a replica that has it
+    /// keeps it apart ([`Db::lost`](crate::Db::lost)) and follows the primary. An endpoint that the application mounts is not up before `open` returns: without an own listener
+    /// nobody is asked.
     Unsynced,
 }
 
@@ -142,54 +151,10 @@ pub(crate) struct WalFigures {
 }
 
 impl Engine {
-    /// Opens (and creates) the database as the primary, finds the position, opens a new epoch and starts the
-    /// threads. Blocks.
-    pub(crate) fn open(options: EngineOptions, node: Arc<Node>) -> Result<Engine> {
-        make_side(&options)?;
-        let mut opened = open::open(options.clone(), node.clone(), true)?;
-        let mut tip = opened.base.tip();
-        let mut history = std::mem::take(&mut opened.history);
-        // Where the epochs were lost with their file, no replica would take a state that they do not name.
-        opened.exact &= history.place(tip.position.txid()) == Place::OnHistory;
-        // Commits of strangers in an epoch that is another node's: that one has others under their numbers.
-        opened.exact &=
-            opened.own || opened.base.log.tip().is_none_or(|logged| logged.number() >= tip.position.number());
-        if !opened.exact {
-            // A database that is new to us, or that somebody else changed: that is a transaction of the new epoch.
-            let known = opened.highest_epoch > 0 || opened.base.log.tip().is_some();
-            if known {
-                opened.admit()?;
-            }
-            let number = if known { opened.highest + 1 } else { 0 };
-            let before = Position::new(
-                Txid::new(tip.position.epoch(), number.saturating_sub(1)),
-                tip.position.checksum(),
-            );
-            open_epoch(&mut history, opened.highest_epoch, before)?;
-            let position = Position::new(Txid::new(history.epoch(), number), tip.position.checksum());
-            if known {
-                tracing::warn!(%position, "the database was changed by somebody else; its state becomes history");
-            }
-            tip.position = position;
-            opened.base.leap(tip);
-            anchor::write_epochs(&options.side, &history, true)?;
-        }
-        opened.history = history;
-        opened.begin_if_empty()?;
-        let mut opened = opened.redo()?;
-        let tip = opened.base.tip();
-        if opened.exact {
-            opened.history = open::truncate_history(&opened.history, tip.position);
-            open_epoch(&mut opened.history, opened.highest_epoch, tip.position)?;
-            anchor::write_epochs(&options.side, &opened.history, true)?;
-        }
-        opened.anchor()?;
-        // Another process that stayed in the database may have copied everything back while nobody minded.
-        checkpoint::keep_from_others(&opened.base, &mut opened.handle)?;
-        opened.handle.unlock(Slot::WRITE, Lock::Exclusive)?;
-        node.applied.replace(opened.history.clone(), Some(tip.position));
-        tracing::info!(position = %tip.position, epoch = %opened.history.epoch(), "serving as the primary");
-        Engine::start(opened)
+    /// Opens the database as the primary, with what this node has of it. Blocks.
+    #[cfg(test)]
+    pub(crate) fn open(options: EngineOptions, node: Arc<crate::node::Node>) -> Result<Engine> {
+        Opening::begin(options, node)?.finish()
     }
 
     fn start(opened: open::Opened) -> Result<Engine> {

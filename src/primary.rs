@@ -9,12 +9,13 @@ mod outlet;
 mod plan;
 mod pump;
 mod questions;
+mod recovery;
 mod registry;
 #[cfg(test)]
 mod tests;
 
 use std::io;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -33,6 +34,7 @@ use crate::wire::{self, Decoder, Goodbye, Hello, Kind, Message, Unit, Want, Wire
 
 pub(crate) use outlet::{Inlet, Outlet, queue};
 pub(crate) use questions::{Line, QUESTION_BYTES};
+pub(crate) use recovery::Recovery;
 pub(crate) use registry::Conflict;
 
 use outlet::Closed;
@@ -53,6 +55,8 @@ const ACK_TIMEOUT: Duration = Duration::from_secs(15);
 const LAST_RECORDS_TIMEOUT: Duration = Duration::from_secs(1);
 /// Why a stream ends when the node does.
 const SHUTTING_DOWN: &str = "shutting down";
+/// Why a stream ends when the same node opened another.
+const REPLACED: &str = "a newer stream of this node took over";
 /// Questions of a heal that may wait to be answered: who asks waits for the answer before the next one.
 const WANTS_MAX: usize = 1;
 /// Longest wait until a last word is handed to the connection.
@@ -141,10 +145,20 @@ impl Hold for Pin {
     }
 }
 
+/// What a node has to serve.
+#[derive(Clone)]
+enum Stock {
+    /// It is not the primary.
+    Nothing,
+    /// It will be, when replicas had the time to give back what a power cut took.
+    Recovery(Arc<Recovery>),
+    Supply(Arc<dyn Supply>),
+}
+
 /// What there is to serve on this node, if it is the primary, and who is being served.
 pub(crate) struct Source {
     node: Arc<Node>,
-    supply: Mutex<Option<Arc<dyn Supply>>>,
+    stock: watch::Sender<Stock>,
     registry: Registry,
     lines: Lines,
     streams: Arc<Semaphore>,
@@ -156,7 +170,7 @@ impl Source {
     pub(crate) fn new(node: Arc<Node>) -> Arc<Source> {
         Arc::new(Source {
             node,
-            supply: Mutex::new(None),
+            stock: watch::Sender::new(Stock::Nothing),
             registry: Registry::default(),
             lines: Lines::default(),
             streams: Arc::new(Semaphore::new(STREAMS_MAX)),
@@ -167,11 +181,41 @@ impl Source {
     /// From now on this node is the primary with this database, or (`None`) it is not the primary.
     /// Streams that are under way keep what they had; they end with the node or with their engine.
     pub(crate) fn set(&self, supply: Option<Arc<dyn Supply>>) {
-        *self.lock() = supply;
+        self.stock.send_replace(supply.map_or(Stock::Nothing, Stock::Supply));
     }
 
-    pub(crate) fn supply(&self) -> Option<Arc<dyn Supply>> {
-        self.lock().clone()
+    /// Until it is served, replicas are asked for what the database may miss.
+    pub(crate) fn recover(&self, recovery: Arc<Recovery>) {
+        self.stock.send_replace(Stock::Recovery(recovery));
+    }
+
+    /// Whether this node is the primary, or is about to be.
+    pub(crate) fn serves(&self) -> bool {
+        !matches!(*self.stock.borrow(), Stock::Nothing)
+    }
+
+    /// What there is to serve, once it is there; an end for a replica that gave what this node lacked.
+    async fn supply(
+        &self,
+        hello: &Hello,
+        units: &mut Units,
+        outlet: &Outlet,
+    ) -> Result<Arc<dyn Supply>, End> {
+        let mut stock = self.stock.subscribe();
+        let recovery = match &*stock.borrow() {
+            Stock::Recovery(recovery) => Some(recovery.clone()),
+            _ => None,
+        };
+        if let Some(recovery) = recovery
+            && let Some(end) = recovery.ask(&self.node, hello, units, outlet).await
+        {
+            return Err(End::Said(end));
+        }
+        let stock = stock.wait_for(|stock| !matches!(stock, Stock::Recovery(_))).await;
+        match &*stock.map_err(|_| Error::ShutDown)? {
+            Stock::Supply(supply) => Ok(supply.clone()),
+            _ => Err(End::Said(SHUTTING_DOWN.into())),
+        }
     }
 
     /// The replicas that are connected.
@@ -206,10 +250,6 @@ impl Source {
         let _ = self.handshakes.acquire_many(HANDSHAKES_MAX as u32).await;
         let _ = self.streams.acquire_many(STREAMS_MAX as u32).await;
     }
-
-    fn lock(&self) -> MutexGuard<'_, Option<Arc<dyn Supply>>> {
-        self.supply.lock().unwrap_or_else(|e| e.into_inner())
-    }
 }
 
 /// A peer whose knock was answered.
@@ -218,7 +258,6 @@ pub(crate) struct Guest {
     /// The nonce that it was answered with.
     pub(crate) nonce: Nonce,
     pub(crate) place: OwnedSemaphorePermit,
-    pub(crate) supply: Arc<dyn Supply>,
 }
 
 /// Serves one follower until it leaves, lags, lies or the node stops.
@@ -237,7 +276,7 @@ pub(crate) async fn serve(source: Arc<Source>, guest: Guest, upstream: Incoming,
             return;
         }
     };
-    let Guest { place, supply, .. } = guest;
+    let Guest { place, .. } = guest;
     let peer = hello.peer.clone();
     let Ok(_stream) = source.streams.clone().try_acquire_owned() else {
         return farewell(outlet, "too many replicas".into()).await;
@@ -253,6 +292,19 @@ pub(crate) async fn serve(source: Arc<Source>, guest: Guest, upstream: Incoming,
     tracing::info!(node = %peer.node, url = %peer.addresses.replication, "a replica joined");
     node.tell(Event::ReplicaJoined(peer.clone()));
 
+    let supply = tokio::select! {
+        supply = source.supply(&hello, &mut units, &outlet) => supply,
+        () = node.drain.cancelled() => Err(End::Said(SHUTTING_DOWN.into())),
+        () = seat.replaced() => Err(End::Said(REPLACED.into())),
+    };
+    let supply = match supply {
+        Ok(supply) => supply,
+        Err(end) => {
+            left(&node, &peer, &end);
+            drop(seat);
+            return last_word(Some(outlet), end).await;
+        }
+    };
     let (questions, answers) = source.lines.open(&peer);
     let mut pump = Pump::new(node.clone(), supply, outlet, questions);
     let (asks, wants) = mpsc::channel(WANTS_MAX);
@@ -260,16 +312,21 @@ pub(crate) async fn serve(source: Arc<Source>, guest: Guest, upstream: Incoming,
         end = pump.run(&hello, wants) => end,
         end = acks(&mut units, &seat, &asks, &answers) => end,
         () = cut_off(&node) => End::Said(SHUTTING_DOWN.into()),
-        () = seat.replaced() => End::Said("a newer stream of this node took over".into()),
+        () = seat.replaced() => End::Said(REPLACED.into()),
     };
     left(&node, &peer, &end);
     drop(seat);
+    last_word(pump.outlet_between_units(), end).await;
+}
+
+/// Says why a stream ends, where it may still be said.
+async fn last_word(outlet: Option<Outlet>, end: End) {
     let reason = match end {
         End::Left => return,
         End::Said(reason) => reason,
         End::Failed(error) => error.to_string(),
     };
-    if let Some(outlet) = pump.outlet_between_units() {
+    if let Some(outlet) = outlet {
         farewell(outlet, reason).await;
     }
 }

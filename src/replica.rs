@@ -2,6 +2,7 @@
 
 mod backoff;
 mod lag;
+mod lend;
 mod session;
 #[cfg(test)]
 mod tests;
@@ -15,6 +16,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::engine::{Follower, Standing};
 use crate::error::{Error, Result};
+use crate::log::Log;
 use crate::net::Endpoint;
 use crate::node::{Node, Part};
 use crate::status::{Event, Role, RoleState};
@@ -33,6 +35,8 @@ pub(crate) trait Feed: Send + Sync + 'static {
     fn feed(&self, units: Vec<Unit>) -> impl Future<Output = Result<()>> + Send;
     /// The pages of the answer to a primary's question, encoded; see [`Follower::answers`].
     fn answer(&self, want: Want) -> impl Future<Output = Result<Bytes>> + Send;
+    /// See [`Follower::log`].
+    fn log(&self) -> Option<Arc<Log>>;
     /// See [`Follower::synced`].
     fn synced(&self) -> watch::Receiver<Option<Position>>;
 }
@@ -49,6 +53,10 @@ impl Feed for Follower {
     async fn answer(&self, want: Want) -> Result<Bytes> {
         let answers = self.answers();
         tokio::task::spawn_blocking(move || answers(want)).await.map_err(|_| Error::ShutDown)?
+    }
+
+    fn log(&self) -> Option<Arc<Log>> {
+        Follower::log(self)
     }
 
     fn synced(&self) -> watch::Receiver<Option<Position>> {

@@ -124,10 +124,10 @@ impl ReplicationService {
         if node.drain.is_cancelled() {
             return Err(Refusal::Stopping);
         }
-        let Some(supply) = source.supply() else {
+        if !source.serves() {
             let primary = node.roles.borrow().primary.as_ref().map(|p| p.addresses.replication.clone());
             return Err(Refusal::NotPrimary(primary));
-        };
+        }
         if source.conflict(&knock).is_some() {
             tracing::warn!(node = %knock.node, "refused a second process with this node id");
             return Err(Refusal::DuplicateNode);
@@ -143,7 +143,7 @@ impl ReplicationService {
         let (outlet, body) = ReplicationBody::stream();
         let mut response = Response::new(body);
         *response.headers_mut() = headers;
-        Ok((Guest { knock, nonce, place, supply }, (outlet, response)))
+        Ok((Guest { knock, nonce, place }, (outlet, response)))
     }
 }
 

@@ -105,6 +105,9 @@ pub struct Status {
     pub locks_lost: u64,
     /// How often this node's state was led back to the primary's since it started; see [`Event::Healed`].
     pub heals: u64,
+    /// Transactions that a power cut had taken from this primary, and that replicas gave back when it was opened;
+    /// see [`Durability::Unsynced`](crate::Durability::Unsynced).
+    pub recovered: u64,
     /// What the last verification found, if there was one since the node started; see [`Db::verify`](crate::Db::verify).
     pub verification: Option<Verification>,
     /// The last problem, while it lasts.

@@ -276,6 +276,8 @@ pub(crate) enum Plan {
     Resume = 4,
     /// The replica is behind the log, or off the history at no known state: page hashes are compared.
     Compare = 5,
+    /// The primary may have lost what the replica's log has: the replica sends its records after the welcome's position, and a goodbye.
+    Recover = 6,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]

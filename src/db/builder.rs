@@ -26,6 +26,8 @@ const LABELS_MAX: usize = 16;
 const LABEL_MAX_BYTES: usize = 64;
 /// The least that a log may take up: some segments.
 const LOG_QUOTA_MIN_BYTES: u64 = 4 << 20;
+/// A replica tries to connect at least every five seconds.
+const RECOVERY_WAIT: Duration = Duration::from_secs(6);
 /// The shortest WAL that is worth restarting, in bytes.
 const WAL_LIMIT_MIN_BYTES: u64 = 64 * 1024;
 
@@ -83,6 +85,7 @@ pub struct Config {
     pub(super) verify_every: Option<Duration>,
     pub(super) verify_limit: Option<NonZeroU64>,
     pub(super) accept_damaged: bool,
+    pub(super) recovery_wait: Duration,
     /// Dropped after the database was closed.
     pub(super) keep: Option<Arc<dyn Any + Send + Sync>>,
 }
@@ -129,6 +132,7 @@ impl Config {
             verify_every: None,
             verify_limit: None,
             accept_damaged: false,
+            recovery_wait: RECOVERY_WAIT,
             keep: None,
         }
     }
@@ -332,6 +336,14 @@ impl Config {
     #[must_use]
     pub fn verify_limit(mut self, bytes_per_second: NonZeroU64) -> Config {
         self.verify_limit = Some(bytes_per_second);
+        self
+    }
+
+    /// How long a primary asks its replicas, when it is opened, for commits that a power cut took from it; see
+    /// [`Durability::Unsynced`]. 6 seconds if not set: a replica tries to connect at least every five. Zero: not at all.
+    #[must_use]
+    pub fn recovery_wait(mut self, limit: Duration) -> Config {
+        self.recovery_wait = limit;
         self
     }
 

@@ -37,6 +37,7 @@ impl Db {
                 Side::Primary { .. } => 0,
                 Side::Replica { follower, .. } => follower.heals(),
             },
+            recovered: inner.recovered,
             log_bytes: log.map_or(0, |log| log.bytes()),
             verification: inner.verifier.last(),
             problem: node.problem(),

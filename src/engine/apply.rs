@@ -9,17 +9,17 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use bytes::BytesMut;
 use tokio::sync::mpsc;
 
 use crate::engine::EngineOptions;
 use crate::engine::anchor::{self, Anchor, Anchors, FileState, modified};
 use crate::engine::append::Appender;
 use crate::engine::base::lock;
-use crate::engine::capture_loop::{append_or_gap, warn_if_long};
+use crate::engine::capture_loop::warn_if_long;
 use crate::engine::checkpoint::{DRAIN_MAX, Restart, restart};
 use crate::engine::checkpointer::{Checkpointer, Replica};
 use crate::engine::follower::{Command, Shared, Standing};
+use crate::engine::intake::Intake;
 use crate::engine::open::{self, Opened};
 use crate::engine::receive::{self, Incoming, Ready};
 use crate::engine::wal_file::{WalFile, sync_directory};
@@ -31,7 +31,7 @@ use crate::node::{Node, Part};
 use crate::status::{Event, unix_millis};
 use crate::txid::{EpochHistory, Place, Position};
 use crate::wal::{Salts, WalSum};
-use crate::wire::{HEADER_BYTES, Message, Unit, Want};
+use crate::wire::{Message, Unit, Want};
 
 use healing::{Healing, Pace, Suspect, WANTS_MAX};
 
@@ -59,10 +59,7 @@ pub(super) struct Apply {
     history: EpochHistory,
     /// A history that this node's state is not in; it becomes ours with the snapshot that follows.
     next_history: Option<EpochHistory>,
-    /// Raw units of records, on their way to the log.
-    log_buffer: BytesMut,
-    /// Bytes of `log_buffer` that are whole records.
-    whole: usize,
+    intake: Intake,
     failed: bool,
     restart_after: Instant,
     restart_pause: Duration,
@@ -92,8 +89,7 @@ impl Apply {
             healed: 0,
             history: EpochHistory::default(),
             next_history: None,
-            log_buffer: BytesMut::new(),
-            whole: 0,
+            intake: Intake::default(),
             failed: false,
             restart_after: Instant::now(),
             restart_pause: RESTART_PAUSE,
@@ -237,14 +233,7 @@ impl Apply {
     }
 
     fn abort(&mut self) {
-        self.log_buffer.clear();
-        self.whole = 0;
-        if let Some(live) = &mut self.live {
-            live.abort();
-            if let Err(error) = live.base.log.abort() {
-                tracing::warn!(%error, "the log's unfinished record could not be taken back");
-            }
-        }
+        self.intake.abort(self.live.as_mut());
         self.incoming = None;
         self.healing = None;
     }
@@ -303,41 +292,25 @@ impl Apply {
                         self.adopt()?;
                     }
                 }
-                Message::TxnBegin(begin) => match (&mut self.incoming, &mut self.live) {
-                    (Some(incoming), _) => incoming.txn_begin(begin)?,
-                    (None, Some(live)) => {
-                        live.begin(begin, &self.history)?;
-                        // The primary vouches for a state that is not the log's, such as after a power cut.
-                        if self.log_buffer.is_empty() && live.base.log.tip() != Some(begin.before) {
-                            begin_log_anew(live, begin.before);
-                        }
-                        self.log_buffer.extend_from_slice(&unit.raw);
+                Message::TxnBegin(_) | Message::Page { .. } | Message::TxnEnd(_)
+                    if self.incoming.is_none() =>
+                {
+                    let live = self.live.as_mut().ok_or_else(no_state)?;
+                    self.intake.unit(live, unit, &message, &self.history)?;
+                }
+                Message::TxnBegin(begin) => self.incoming()?.txn_begin(begin)?,
+                Message::Page { number, hash, page } => {
+                    let incoming = self.incoming.as_mut().ok_or_else(no_snapshot)?;
+                    incoming.page(number, hash, page, self.live.as_mut())?;
+                }
+                Message::TxnEnd(end) => {
+                    let incoming = self.incoming.as_mut().ok_or_else(no_snapshot)?;
+                    let exact = incoming.txn_end(end, self.live.as_mut())?;
+                    self.common(end.after)?;
+                    if exact {
+                        self.adopt()?;
                     }
-                    (None, None) => return Err(no_state()),
-                },
-                Message::Page { number, hash, page } => match (&mut self.incoming, &mut self.live) {
-                    (Some(incoming), live) => incoming.page(number, hash, page, live.as_mut())?,
-                    (None, Some(live)) => {
-                        live.page(number, hash, &unit.raw, HEADER_BYTES + 4)?;
-                        self.log_buffer.extend_from_slice(&unit.raw);
-                    }
-                    (None, None) => return Err(no_state()),
-                },
-                Message::TxnEnd(end) => match (&mut self.incoming, &mut self.live) {
-                    (Some(incoming), live) => {
-                        let exact = incoming.txn_end(end, live.as_mut())?;
-                        self.common(end.after)?;
-                        if exact {
-                            self.adopt()?;
-                        }
-                    }
-                    (None, Some(live)) => {
-                        live.end(end)?;
-                        self.log_buffer.extend_from_slice(&unit.raw);
-                        self.whole = self.log_buffer.len();
-                    }
-                    (None, None) => return Err(no_state()),
-                },
+                }
                 _ => return Err(Error::garbled("the primary", "a unit that does not belong into a stream")),
             }
         }
@@ -351,21 +324,7 @@ impl Apply {
     /// The log gets the records first, then readers see them.
     fn publish(&mut self) -> Result<()> {
         let Some(live) = &mut self.live else { return Ok(()) };
-        if self.whole > 0 {
-            let records = self.log_buffer.split_to(self.whole).freeze();
-            self.whole = 0;
-            append_or_gap(&live.base, records, Some(live.position()));
-        }
-        if !self.log_buffer.is_empty() {
-            append_or_gap(&live.base, self.log_buffer.split().freeze(), None);
-        }
-        if let Err(error) = live.publish() {
-            // The log has the records already. They come again, and must not stand in it twice.
-            if let Err(error) = live.base.log.reset(live.base.tip().position) {
-                tracing::warn!(%error, "the log could not be begun anew");
-            }
-            return Err(error);
-        }
+        self.intake.publish(live)?;
         let position = live.base.tip().position;
         if self.node.applied.position() != Some(position) {
             self.node.applied.advance(position);
@@ -506,16 +465,6 @@ impl Drop for Apply {
     fn drop(&mut self) {
         // As in `stop`, which a panic skips.
         *lock(&self.shared.base) = None;
-    }
-}
-
-fn begin_log_anew(live: &Appender, at: Position) {
-    if *lock(&live.base.log_broken) {
-        return;
-    }
-    match live.base.log.reset(at) {
-        Ok(()) => live.base.node.set_problem(Part::State, None),
-        Err(error) => tracing::warn!(%error, "the log could not be begun anew"),
     }
 }
 

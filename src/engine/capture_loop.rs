@@ -13,6 +13,7 @@ use crate::engine::base::{Base, lock};
 use crate::engine::capture::{Capture, Sink};
 use crate::engine::checkpoint::{self, DRAIN_MAX, Restart, keep_from_others, restart, try_for};
 use crate::engine::sync::Syncer;
+use crate::engine::unsynced;
 use crate::error::{Error, Result};
 use crate::node::Part;
 use crate::sqlite::{Lock, Slot};
@@ -145,7 +146,8 @@ impl CaptureLoop {
             Some(state @ FileState::AtRest { .. }) => state,
             _ => FileState::Backfilling,
         };
-        self.base.write_anchor(&self.capture.tip, file, true)
+        self.base.write_anchor(&self.capture.tip, file, true)?;
+        unsynced::end(&self.base.options.side)
     }
 
     fn obey(&mut self, command: Command) -> Result<()> {

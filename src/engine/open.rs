@@ -33,7 +33,7 @@ const LOCKS_WAIT: Duration = Duration::from_secs(5);
 pub(super) struct Opened {
     pub(super) base: Arc<Base>,
     pub(super) handle: Handle,
-    primary: bool,
+    pub(super) primary: bool,
     /// This node opened the newest epoch: commits that the log does not have are of that epoch, and become records of it. On any other
     /// node they are nobody's.
     pub(super) own: bool,

@@ -18,20 +18,20 @@ use crate::secret::Keyring;
 use crate::status::{Addresses, PeerInfo, Role};
 use crate::wire::{self, Decoder, HealBegin, Message, SnapBegin, SnapEnd};
 
-struct Home {
+pub(super) struct Home {
     dir: tempfile::TempDir,
 }
 
 impl Home {
-    fn new() -> Home {
+    pub(super) fn new() -> Home {
         Home { dir: tempfile::tempdir().unwrap() }
     }
 
-    fn path(&self, name: &str) -> PathBuf {
+    pub(super) fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    fn options(&self, name: &str) -> EngineOptions {
+    pub(super) fn options(&self, name: &str) -> EngineOptions {
         let path = self.path(name);
         let mut side = path.clone().into_os_string();
         side.push("-replite");
@@ -53,7 +53,7 @@ impl Home {
         }
     }
 
-    fn primary(&self, name: &str) -> Engine {
+    pub(super) fn primary(&self, name: &str) -> Engine {
         Engine::open(self.options(name), node()).unwrap()
     }
 
@@ -62,9 +62,9 @@ impl Home {
     }
 }
 
-fn node() -> Arc<Node> {
+pub(super) fn node() -> Arc<crate::node::Node> {
     let me = PeerInfo { node: Uuid::now_v7(), incarnation: Uuid::new_v4(), addresses: Addresses::default() };
-    Node::new(me, "test".into(), "db".into(), Keyring::new(&[]).unwrap(), Role::Primary)
+    crate::node::Node::new(me, "test".into(), "db".into(), Keyring::new(&[]).unwrap(), Role::Primary)
 }
 
 fn until(what: &str, mut done: impl FnMut() -> bool) {
@@ -76,7 +76,7 @@ fn until(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 /// Waits until the engine has taken in everything that was committed, and says the position.
-fn settled(engine: &Engine) -> Position {
+pub(super) fn settled(engine: &Engine) -> Position {
     until("capture", || {
         engine.base.check().unwrap();
         engine.base.header().is_some_and(|h| h.max_frame == engine.base.tip().frame)

@@ -86,6 +86,7 @@ impl Stream {
         history: EpochHistory,
         resume: Option<(Position, PageNo)>,
     ) -> Stream {
+        source.set(Some(supply));
         let follower = super::fake::node(2, &SECRET, Role::Replica);
         let knock = Knock {
             version: 1,
@@ -102,7 +103,7 @@ impl Stream {
         let (mut up, body) = Channel::new(4);
         let (outlet, down) = queue();
         let place = source.place().unwrap();
-        let guest = Guest { knock, nonce: [4; 32], place, supply };
+        let guest = Guest { knock, nonce: [4; 32], place };
         let task = tokio::spawn(serve(source.clone(), guest, Incoming::new(body), outlet));
         up.send_data(encoded(&Message::Hello(hello))).await.unwrap();
         Stream { node, source, up, down, decoder: Decoder::default(), task }
@@ -383,7 +384,7 @@ async fn garbage_from_a_replica_ends_its_stream_with_a_reason() {
 async fn a_peer_without_a_good_hello_gets_not_one_byte() {
     let other = super::fake::node(2, &[9; 16], Role::Replica);
     for garbage in [None, Some(Bytes::from_static(&[0xff; 64])), Some(Bytes::new())] {
-        let (_, fake, source) = Stream::start(1);
+        let (_, _, source) = Stream::start(1);
         let knock = Knock {
             version: 1,
             cluster: "test".into(),
@@ -401,7 +402,7 @@ async fn a_peer_without_a_good_hello_gets_not_one_byte() {
         let (mut up, body) = Channel::<_, io::Error>::new(4);
         let (outlet, mut down) = queue();
         let place = source.place().unwrap();
-        let guest = Guest { knock, nonce: [4; 32], place, supply: fake };
+        let guest = Guest { knock, nonce: [4; 32], place };
         let task = tokio::spawn(serve(source.clone(), guest, Incoming::new(body), outlet));
         up.send_data(garbage.unwrap_or(sealed)).await.unwrap();
         // With nothing sent, the wait for a hello ends by itself; `up` stays open.

@@ -13,15 +13,15 @@ use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 use super::lag::Lagging;
-use super::{Feed, Reporter};
+use super::{Feed, Reporter, lend};
 use crate::engine::Standing;
 use crate::error::{Error, PeerProblem, Result};
 use crate::handshake::{self, Answer, Knock, Refusal};
 use crate::net::{self, Endpoint, Incoming, Opened};
 use crate::node::Node;
 use crate::status::{PeerInfo, Role, RoleState};
-use crate::txid::{Epoch, EpochHistory};
-use crate::wire::{self, Ack, Decoder, Hello, Kind, Message, Unit, Want, Welcome};
+use crate::txid::{Epoch, EpochHistory, Position};
+use crate::wire::{self, Ack, Decoder, Goodbye, Hello, Kind, Message, Plan, Unit, Want, Welcome};
 
 /// A primary that said nothing for this long is gone; it says its position each second.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
@@ -132,6 +132,9 @@ impl<'a, F: Feed> Session<'a, F> {
         self.lagging.connected(welcome.position);
         self.follows(welcome.epoch, welcome.peer.clone());
         reporter.connected(&welcome.peer, welcome.plan);
+        if welcome.plan == Plan::Recover {
+            return Err(self.give_back(welcome.position, &mut request, &mut units).await);
+        }
         let asked = self.asked.take();
         let acks = acknowledge(self.node, self.feed, wants, asked, request);
         tokio::select! {
@@ -186,6 +189,36 @@ impl<'a, F: Feed> Session<'a, F> {
         }
         self.check_epoch(welcome.epoch, ours)?;
         Ok(welcome)
+    }
+
+    /// The primary lost what this node has. How the stream ends: by the primary's word.
+    async fn give_back(
+        &self,
+        after: Position,
+        request: &mut Sender<Bytes, Infallible>,
+        units: &mut Units<'_>,
+    ) -> Error {
+        tracing::info!(primary = %self.primary, %after, "the primary takes back what it lost");
+        if let Some(log) = self.feed.log() {
+            let mut records = lend::records(log, after);
+            while let Some(bytes) = records.recv().await {
+                if request.send_data(bytes).await.is_err() {
+                    break;
+                }
+            }
+        }
+        let end = Message::Goodbye(Goodbye { reason: "these are all records".into() });
+        // Whether it came or not, the primary has the last word.
+        let _ = request.send_data(encoded(&end)).await;
+        self.delivered.store(true, Ordering::Relaxed);
+        match units.next().await {
+            Ok(unit) => match self.decode(&unit) {
+                Ok(Message::Goodbye(goodbye)) => self.goodbye(goodbye.reason),
+                Ok(_) => self.garbled(format!("{:?} in place of a goodbye", unit.kind)),
+                Err(error) => error,
+            },
+            Err(error) => error,
+        }
     }
 
     /// Nothing of a superseded primary is ever applied. Nor of a second one with the same epoch number: ours

@@ -87,6 +87,10 @@ impl Feed for FakeFeed {
         Err(Error::NoState("pages are nothing to it".into()))
     }
 
+    fn log(&self) -> Option<Arc<Log>> {
+        None
+    }
+
     fn synced(&self) -> watch::Receiver<Option<Position>> {
         self.synced.subscribe()
     }

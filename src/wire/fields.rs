@@ -241,6 +241,7 @@ impl<'a> Fields<'a> {
                 [3] => Plan::Heal,
                 [4] => Plan::Resume,
                 [5] => Plan::Compare,
+                [6] => Plan::Recover,
                 _ => return Err(WireError::Fields("an unknown plan")),
             },
             position: self.position()?,

@@ -70,6 +70,7 @@ fn every_kind() -> Vec<Message<'static>> {
         welcome(Plan::Heal),
         welcome(Plan::Resume),
         welcome(Plan::Compare),
+        welcome(Plan::Recover),
         Message::Epochs(history()),
         Message::Heartbeat(Heartbeat { position: position(6), unix_micros: 12 }),
         Message::Ack(Ack { applied: None, synced: None }),

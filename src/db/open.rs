@@ -1,0 +1,248 @@
+//! Opening a database as a node.
+
+use std::sync::atomic::AtomicBool;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use rusqlite::Connection;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use uuid::Uuid;
+
+use crate::db::builder::{Config, ConnectionKind};
+use crate::db::ending::Owner;
+use crate::db::pool::Pool;
+use crate::db::verify::{Of, Verifier};
+use crate::db::writer::{Hold, Writer};
+use crate::db::{Db, Inner, Side, claims, identity, refuse, snapshot};
+use crate::engine::{Follower, Opening};
+use crate::error::{Error, Result};
+use crate::net::{Endpoint, Listener};
+use crate::node::Node;
+use crate::primary::{Recovery, Source};
+use crate::secret::Keyring;
+use crate::server::{Door, ReplicationService};
+use crate::status::{Addresses, PeerInfo, Role};
+
+/// See [`Db::open`].
+pub(super) async fn open(config: Config) -> Result<Db> {
+    let primary = config.check()?;
+    let keys = Keyring::new(&config.secrets)?;
+    let listener = match config.listen {
+        Some(address) => Some(Listener::bind(address, !keys.is_open()).await?),
+        None => None,
+    };
+    let addresses = config.advertised(listener.as_ref().map(Listener::address));
+    let follows = primary.is_some();
+    let begun = blocking(move || Begun::new(config, keys, addresses, follows)).await?;
+    let mut doors = Doors::new(&begun, listener);
+    let opened = begun.finish(&mut doors, primary).await;
+    if opened.is_err() {
+        doors.close().await;
+    }
+    opened
+}
+
+/// A node whose files are open, and that does nothing yet.
+struct Begun {
+    config: Config,
+    path: std::path::PathBuf,
+    claim: claims::Claim,
+    node: Arc<Node>,
+    source: Arc<Source>,
+    tracker: TaskTracker,
+    files: Files,
+}
+
+enum Files {
+    Primary(Box<Opening>),
+    Replica(Arc<Follower>),
+}
+
+impl Begun {
+    /// Blocks.
+    fn new(config: Config, keys: Keyring, addresses: Addresses, follows: bool) -> Result<Begun> {
+        let database = config.database_name()?;
+        let (path, claim) = refuse::claim(&config.path, config.allow_network_filesystem)?;
+        let side = refuse::side(&path, follows)?;
+        snapshot::clear(&path);
+        let me = PeerInfo {
+            node: identity::node_id(&side, &config.cluster, &database)?,
+            incarnation: Uuid::new_v4(),
+            addresses,
+        };
+        let role = if follows { Role::Replica } else { Role::Primary };
+        let node = Node::new(me, config.cluster.clone(), database, keys, role);
+        let options = config.engine_options(path.clone(), side);
+        let files = match follows {
+            true => Files::Replica(Arc::new(Follower::open(options, node.clone())?)),
+            false => Files::Primary(Box::new(Opening::begin(options, node.clone())?)),
+        };
+        let (source, tracker) = (Source::new(node.clone()), TaskTracker::new());
+        Ok(Begun { config, path, claim, node, source, tracker, files })
+    }
+
+    /// Makes the node complete and starts its tasks, on the runtime of the caller.
+    async fn finish(self, doors: &mut Doors, primary: Option<Endpoint>) -> Result<Db> {
+        let Begun { config, path, claim, node, source, tracker, files } = self;
+        let (files, recovered) = match files {
+            Files::Primary(opening) if opening.may_miss() && !config.recovery_wait.is_zero() => {
+                let (opening, recovered) = recover(opening, doors, config.recovery_wait).await?;
+                (Files::Primary(opening), recovered)
+            }
+            files => (files, 0),
+        };
+        let verify_every = config.verify_every;
+        let inner = blocking(move || {
+            let side = match files {
+                Files::Primary(opening) => serve(*opening, &config, &path, &node, &source)?,
+                Files::Replica(follower) => Side::Replica { readable: follower.readable(), follower },
+            };
+            let of = match &side {
+                Side::Primary { engine, .. } => Of::Primary(engine.clone()),
+                Side::Replica { follower, .. } => Of::Replica(follower.clone()),
+            };
+            // With its owner: should nobody wait for it any more, it is closed.
+            Ok(Owner(Arc::new(Inner {
+                verifier: Verifier::new(node.clone(), of, config.verify_limit),
+                pool: pool(&config, &path),
+                node,
+                path,
+                side,
+                source,
+                tracker,
+                wait_timeout: config.wait_timeout,
+                grace: config.grace,
+                opened: Instant::now(),
+                recovered,
+                ending: AtomicBool::new(false),
+                closed: AtomicBool::new(false),
+                ended: CancellationToken::new(),
+                claim: Mutex::new(Some(claim)),
+                _keep: config.keep,
+            })))
+        });
+        let inner = inner.await?;
+        doors.open();
+        doors.leave_open();
+        if let (Side::Replica { follower, .. }, Some(primary)) = (&inner.side, primary) {
+            crate::replica::spawn(inner.node.clone(), follower.clone(), primary, &inner.tracker);
+        }
+        if let Some(period) = verify_every {
+            inner.tracker.spawn(inner.verifier.clone().repeat(period));
+        }
+        Ok(Db { inner: Arc::new(inner) })
+    }
+}
+
+/// Has replicas give back what a power cut took. How many transactions these were.
+async fn recover(opening: Box<Opening>, doors: &mut Doors, limit: Duration) -> Result<(Box<Opening>, u64)> {
+    if doors.listener.is_none() {
+        tracing::warn!(
+            "the last commits may have been lost with the machine's power; replicas can't be asked for them without a listener of this node's own"
+        );
+        return Ok((opening, 0));
+    }
+    let before = opening.tip().number();
+    tracing::warn!(
+        position = %opening.tip(), ?limit,
+        "the last commits may have been lost with the machine's power: replicas are asked for them"
+    );
+    let recovery = Recovery::new(*opening);
+    doors.source.recover(recovery.clone());
+    doors.open();
+    tokio::time::sleep(limit).await;
+    let opening = recovery.end().await.ok_or(Error::ShutDown)?;
+    let recovered = opening.tip().number() - before;
+    Ok((Box::new(opening), recovered))
+}
+
+/// From here on the node is the primary. Blocks.
+fn serve(
+    opening: Opening,
+    config: &Config,
+    path: &std::path::Path,
+    node: &Arc<Node>,
+    source: &Arc<Source>,
+) -> Result<Side> {
+    let engine = Arc::new(opening.finish()?);
+    let hold = Arc::new(Hold::new(engine.clone()));
+    let writer = Writer::open(config, path, &hold)?;
+    node.roles.send_modify(|state| {
+        state.epoch = node.applied.history().epoch();
+        state.primary = Some(node.me.clone());
+    });
+    source.set(Some(engine));
+    Ok(Side::Primary { engine: hold, writer })
+}
+
+fn pool(config: &Config, path: &std::path::Path) -> Pool {
+    let on_connect = config.on_connect.clone();
+    let prepare = move |conn: &Connection| match &on_connect {
+        Some(run) => run(conn, ConnectionKind::Reader),
+        None => Ok(()),
+    };
+    Pool::new(
+        path.to_path_buf(),
+        config.read_connections,
+        config.read_timeout,
+        config.statement_cache,
+        Box::new(prepare),
+    )
+}
+
+/// The node's own listener, which may be served before the node is complete. Dropped before `leave_open`, it ends.
+struct Doors {
+    node: Arc<Node>,
+    source: Arc<Source>,
+    tracker: TaskTracker,
+    listener: Option<Listener>,
+    left_open: bool,
+}
+
+impl Doors {
+    fn new(begun: &Begun, listener: Option<Listener>) -> Doors {
+        let (node, source, tracker) = (begun.node.clone(), begun.source.clone(), begun.tracker.clone());
+        Doors { node, source, tracker, listener, left_open: false }
+    }
+
+    fn open(&mut self) {
+        let Some(listener) = self.listener.take() else { return };
+        let Doors { node, source, tracker, .. } = self;
+        let service = ReplicationService::new(node.clone(), source.clone(), tracker.clone(), Door::Own);
+        tracker.spawn(listener.serve(service, tracker.clone(), node.stop.clone()));
+    }
+
+    fn leave_open(&mut self) {
+        self.left_open = true;
+    }
+
+    /// Returns when the address is free again.
+    async fn close(mut self) {
+        self.end();
+        drop(self.listener.take());
+        self.tracker.close();
+        self.tracker.wait().await;
+    }
+
+    fn end(&self) {
+        self.node.stop.cancel();
+        self.source.set(None);
+    }
+}
+
+impl Drop for Doors {
+    fn drop(&mut self) {
+        if !self.left_open {
+            self.end();
+        }
+    }
+}
+
+/// Runs what blocks where it may.
+async fn blocking<T: Send + 'static>(run: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(run).await.map_err(|e| match e.is_panic() {
+        true => Error::Panicked("while the database was opened".into()),
+        false => Error::ShutDown,
+    })?
+}

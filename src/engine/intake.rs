@@ -1,0 +1,91 @@
+//! Records that come in from another node, on their way into the log and the WAL.
+
+use bytes::BytesMut;
+
+use crate::engine::append::Appender;
+use crate::engine::base::lock;
+use crate::engine::capture_loop::append_or_gap;
+use crate::error::Result;
+use crate::node::Part;
+use crate::txid::EpochHistory;
+use crate::wire::{HEADER_BYTES, Message, Unit};
+
+/// Hands units to an appender, and the same bytes to the log.
+#[derive(Debug, Default)]
+pub(super) struct Intake {
+    /// Raw units that are not in the log yet.
+    buffer: BytesMut,
+    /// Bytes of `buffer` that are whole records.
+    whole: usize,
+}
+
+impl Intake {
+    /// Takes a unit of a record: verified, but neither logged nor published yet. Whether it was one.
+    pub(super) fn unit(
+        &mut self,
+        live: &mut Appender,
+        unit: &Unit,
+        message: &Message<'_>,
+        history: &EpochHistory,
+    ) -> Result<bool> {
+        match *message {
+            Message::TxnBegin(begin) => {
+                live.begin(begin, history)?;
+                // The primary vouches for a state that is not the log's, such as after a power cut.
+                if self.buffer.is_empty() && live.base.log.tip() != Some(begin.before) {
+                    begin_log_anew(live, begin.before);
+                }
+            }
+            Message::Page { number, hash, .. } => live.page(number, hash, &unit.raw, HEADER_BYTES + 4)?,
+            Message::TxnEnd(end) => live.end(end)?,
+            _ => return Ok(false),
+        }
+        self.buffer.extend_from_slice(&unit.raw);
+        if matches!(message, Message::TxnEnd(_)) {
+            self.whole = self.buffer.len();
+        }
+        Ok(true)
+    }
+
+    /// The log gets the records first, then readers see them.
+    pub(super) fn publish(&mut self, live: &mut Appender) -> Result<()> {
+        if self.whole > 0 {
+            let records = self.buffer.split_to(self.whole).freeze();
+            self.whole = 0;
+            append_or_gap(&live.base, records, Some(live.position()));
+        }
+        if !self.buffer.is_empty() {
+            append_or_gap(&live.base, self.buffer.split().freeze(), None);
+        }
+        if let Err(error) = live.publish() {
+            // The log has the records already. They come again, and must not stand in it twice.
+            if let Err(error) = live.base.log.reset(live.base.tip().position) {
+                tracing::warn!(%error, "the log could not be begun anew");
+            }
+            return Err(error);
+        }
+        Ok(())
+    }
+
+    /// Forgets what is not published, here, in the appender and in the log.
+    pub(super) fn abort(&mut self, live: Option<&mut Appender>) {
+        self.buffer.clear();
+        self.whole = 0;
+        if let Some(live) = live {
+            live.abort();
+            if let Err(error) = live.base.log.abort() {
+                tracing::warn!(%error, "the log's unfinished record could not be taken back");
+            }
+        }
+    }
+}
+
+fn begin_log_anew(live: &Appender, at: crate::txid::Position) {
+    if *lock(&live.base.log_broken) {
+        return;
+    }
+    match live.base.log.reset(at) {
+        Ok(()) => live.base.node.set_problem(Part::State, None),
+        Err(error) => tracing::warn!(%error, "the log could not be begun anew"),
+    }
+}

@@ -1,0 +1,255 @@
+//! A primary's database on its way to be served, and what replicas give back to it.
+
+use std::sync::Arc;
+
+use crate::engine::append::Appender;
+use crate::engine::capture_loop::open_epoch;
+use crate::engine::intake::Intake;
+use crate::engine::open::{self, Opened};
+use crate::engine::{Durability, Engine, EngineOptions, anchor, checkpoint, make_side, unsynced};
+use crate::error::{Error, Result};
+use crate::node::Node;
+use crate::page::PageSize;
+use crate::sqlite::{Lock, Slot};
+use crate::txid::{EpochHistory, Place, Position, Txid};
+use crate::wire::Unit;
+
+/// A primary's database whose position is known, and that nobody can write to yet. Until it is served, transactions that a power cut took may
+/// be taken back from replicas.
+#[derive(Debug)]
+pub(crate) struct Opening {
+    node: Arc<Node>,
+    live: Appender,
+    intake: Intake,
+    own: bool,
+    history: EpochHistory,
+    exact: bool,
+    highest: u64,
+    highest_epoch: u64,
+    may_miss: bool,
+}
+
+impl Opening {
+    /// Opens (and creates) the database, finds the position, and makes good from the log what the WAL lost. Blocks.
+    pub(crate) fn begin(options: EngineOptions, node: Arc<Node>) -> Result<Opening> {
+        make_side(&options)?;
+        let may_miss = unsynced::may_be_lost(&options.side)?;
+        let mut opened = open::open(options.clone(), node.clone(), true)?;
+        let mut tip = opened.base.tip();
+        let mut history = std::mem::take(&mut opened.history);
+        // Where the epochs were lost with their file, no replica would take a state that they do not name.
+        opened.exact &= history.place(tip.position.txid()) == Place::OnHistory;
+        // Commits of strangers in an epoch that is another node's: that one has others under their numbers.
+        opened.exact &=
+            opened.own || opened.base.log.tip().is_none_or(|logged| logged.number() >= tip.position.number());
+        if !opened.exact {
+            // A database that is new to us, or that somebody else changed: that is a transaction of the new epoch.
+            let known = opened.highest_epoch > 0 || opened.base.log.tip().is_some();
+            if known {
+                opened.admit()?;
+            }
+            let number = if known { opened.highest + 1 } else { 0 };
+            let before = Position::new(
+                Txid::new(tip.position.epoch(), number.saturating_sub(1)),
+                tip.position.checksum(),
+            );
+            open_epoch(&mut history, opened.highest_epoch, before)?;
+            let position = Position::new(Txid::new(history.epoch(), number), tip.position.checksum());
+            if known {
+                tracing::warn!(%position, "the database was changed by somebody else; its state becomes history");
+            }
+            tip.position = position;
+            opened.base.leap(tip);
+            anchor::write_epochs(&options.side, &history, true)?;
+        }
+        opened.history = history;
+        opened.begin_if_empty()?;
+        let Opened { base, handle, own, history, exact, highest, highest_epoch, .. } = opened.redo()?;
+        let live = Appender::new(base, handle)?;
+        let intake = Intake::default();
+        Ok(Opening { node, live, intake, own, history, exact, highest, highest_epoch, may_miss })
+    }
+
+    /// Whether replicas may have transactions that follow this node's state, and that it lost.
+    pub(crate) fn may_miss(&self) -> bool {
+        self.may_miss && self.exact
+    }
+
+    pub(crate) fn tip(&self) -> Position {
+        self.live.position()
+    }
+
+    pub(crate) fn history(&self) -> &EpochHistory {
+        &self.history
+    }
+
+    pub(crate) fn page_size(&self) -> PageSize {
+        self.live.base.page_size
+    }
+
+    /// Takes units of records that follow the tip. Each whole transaction stays, whatever comes after it. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] and [`Error::Peer`] when they don't follow, or are no records; [`Error::Io`].
+    pub(crate) fn take(&mut self, units: &[Unit]) -> Result<()> {
+        for unit in units {
+            let message = unit.decode().map_err(|e| Error::garbled("a replica", e.to_string()))?;
+            if !self.intake.unit(&mut self.live, unit, &message, &self.history)? {
+                return Err(Error::garbled("a replica", format!("{:?} in place of a record", unit.kind)));
+            }
+        }
+        self.intake.publish(&mut self.live)
+    }
+
+    /// Forgets a transaction that did not come to its end.
+    pub(crate) fn abort(&mut self) {
+        self.intake.abort(Some(&mut self.live));
+    }
+
+    /// Opens a new epoch and starts the threads. Blocks.
+    pub(crate) fn finish(mut self) -> Result<Engine> {
+        self.abort();
+        let Opening { node, live, own, history, exact, highest, highest_epoch, .. } = self;
+        let Appender { base, handle, .. } = live;
+        let options = base.options.clone();
+        let mut opened = Opened { base, handle, primary: true, own, history, exact, highest, highest_epoch };
+        let tip = opened.base.tip();
+        if opened.exact {
+            opened.history = open::truncate_history(&opened.history, tip.position);
+            open_epoch(&mut opened.history, opened.highest_epoch, tip.position)?;
+            anchor::write_epochs(&options.side, &opened.history, true)?;
+        }
+        opened.anchor()?;
+        // The anchor's WAL is synced; what comes now may not be.
+        match options.durability {
+            Durability::Synced => unsynced::end(&options.side)?,
+            Durability::Unsynced => unsynced::begin(&options.side)?,
+        }
+        // Another process that stayed in the database may have copied everything back while nobody minded.
+        checkpoint::keep_from_others(&opened.base, &mut opened.handle)?;
+        opened.handle.unlock(Slot::WRITE, Lock::Exclusive)?;
+        node.applied.replace(opened.history.clone(), Some(tip.position));
+        tracing::info!(position = %tip.position, epoch = %opened.history.epoch(), "serving as the primary");
+        Engine::start(opened)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use bytes::{Bytes, BytesMut};
+    use rusqlite::Connection;
+
+    use super::*;
+    use crate::checksum::PageHash;
+    use crate::engine::tests::{Home, node, settled};
+    use crate::log::Found;
+    use crate::page::PageNo;
+    use crate::wire::{Decoder, Message, TxnBegin, TxnEnd, encode, encode_page};
+
+    fn units(bytes: &[u8]) -> Vec<Unit> {
+        let mut decoder = Decoder::default();
+        decoder.push(Bytes::copy_from_slice(bytes));
+        std::iter::from_fn(|| decoder.next().unwrap()).collect()
+    }
+
+    fn copy(from: &Path, to: &Path) {
+        if from.is_dir() {
+            fs::create_dir_all(to).unwrap();
+            for entry in fs::read_dir(from).unwrap() {
+                let name = entry.unwrap().file_name();
+                copy(&from.join(&name), &to.join(&name));
+            }
+        } else {
+            fs::copy(from, to).unwrap();
+        }
+    }
+
+    /// A primary with three more transactions than a copy of its files, and their records.
+    fn behind(home: &Home) -> (Position, Vec<Vec<Unit>>) {
+        let engine = home.primary("a.db");
+        let writer = Connection::open(home.path("a.db")).unwrap();
+        writer.execute_batch("CREATE TABLE t(a); INSERT INTO t VALUES (0)").unwrap();
+        let first = settled(&engine);
+        for end in ["", "-wal", "-replite"] {
+            copy(&home.path(&format!("a.db{end}")), &home.path(&format!("b.db{end}")));
+        }
+        fs::write(home.path("b.db-replite").join("unsynced"), "another boot").unwrap();
+        for n in 1..=3 {
+            writer.execute("INSERT INTO t VALUES (randomblob(?1 * 5000))", [n]).unwrap();
+        }
+        let tip = settled(&engine);
+        let log = engine.log();
+        let lsn = |number| match log.find(number).unwrap() {
+            Found::At { lsn, .. } => lsn,
+            found => panic!("{found:?}"),
+        };
+        let record = |number| {
+            let (from, to) = (lsn(number - 1), lsn(number));
+            units(&log.read_disk(from, (to - from) as usize).unwrap())
+        };
+        let records = (first.number() + 1..=tip.number()).map(record).collect();
+        drop(writer);
+        (tip, records)
+    }
+
+    #[test]
+    fn records_that_follow_are_taken_and_no_others() {
+        let home = Home::new();
+        let (tip, records) = behind(&home);
+        let mut opening = Opening::begin(home.options("b.db"), node()).unwrap();
+        let before = opening.tip();
+        assert!(opening.may_miss());
+        assert_eq!((before.number(), records.len()), (tip.number() - 3, 3));
+
+        let mut forged = BytesMut::new();
+        let (page, number) = (vec![7; 4096], PageNo::new(2).unwrap());
+        let begin = TxnBegin { before, epoch: before.epoch(), page_size: opening.page_size() };
+        encode(&Message::TxnBegin(begin), &mut forged);
+        encode_page(number, PageHash::of(number, &page), &page, &mut forged);
+        let after = Position::new(Txid::new(before.epoch(), before.number() + 1), tip.checksum());
+        encode(&Message::TxnEnd(TxnEnd { after, pages: 2, changed: 1, unix_micros: 0 }), &mut forged);
+        let mut epochs = BytesMut::new();
+        encode(&Message::Epochs(opening.history().clone()), &mut epochs);
+        let mut garbled = records[0][1].clone();
+        let mut bytes = garbled.raw.to_vec();
+        bytes[100] ^= 1;
+        garbled.raw = bytes.into();
+        for (what, units) in [
+            ("a later record", records[1].clone()),
+            ("a record whose pages lead elsewhere", units(&forged)),
+            ("no record", units(&epochs)),
+            ("a flipped bit", vec![records[0][0].clone(), garbled]),
+            ("a page of no record", records[0][1..].to_vec()),
+        ] {
+            let error = opening.take(&units).expect_err(what);
+            assert!(matches!(error, Error::Mismatch { .. } | Error::Peer { .. }), "{what}: {error:?}");
+            opening.abort();
+            assert_eq!(opening.tip(), before, "{what}");
+        }
+
+        opening.take(&records[0]).unwrap();
+        // Cut off within the next one, twice; the second time for good.
+        opening.take(&records[1][..2]).unwrap();
+        opening.abort();
+        opening.take(&records[1]).unwrap();
+        opening.take(&records[2][..2]).unwrap();
+        let engine = opening.finish().unwrap();
+        let position = settled(&engine);
+        assert_eq!(position.number(), tip.number() - 1);
+        assert_eq!(engine.log().tip(), Some(position));
+        let rows = |name: &str| {
+            let sql = "SELECT count(*), sum(length(a)) FROM t";
+            let connection = Connection::open(home.path(name)).unwrap();
+            connection.query_row(sql, [], |r| Ok((r.get::<_, i64>(0)?, r.get::<_, i64>(1)?))).unwrap()
+        };
+        assert_eq!(rows("b.db"), (3, 1 + 5000 + 10_000));
+        engine.close();
+        assert!(!home.path("b.db-replite").join("unsynced").exists());
+        let again = Opening::begin(home.options("b.db"), node()).unwrap();
+        assert_eq!(again.tip(), position);
+        assert!(!again.may_miss());
+    }
+}
