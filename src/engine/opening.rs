@@ -246,6 +246,24 @@ mod tests {
             connection.query_row(sql, [], |r| Ok((r.get::<_, i64>(0)?, r.get::<_, i64>(1)?))).unwrap()
         };
         assert_eq!(rows("b.db"), (3, 1 + 5000 + 10_000));
+        Connection::open(home.path("b.db")).unwrap().execute("INSERT INTO t VALUES (1)", []).unwrap();
+        let position = settled(&engine);
+        let Found::At { lsn, .. } = engine.log().find(before.number()).unwrap() else { panic!("not found") };
+        let mut numbers = Vec::new();
+        let mut within = false;
+        let check = |unit: Unit| {
+            match unit.decode().unwrap() {
+                Message::TxnBegin(_) => assert!(!std::mem::replace(&mut within, true), "half a record"),
+                Message::TxnEnd(end) => {
+                    numbers.push(end.after.number());
+                    within = false;
+                }
+                _ => {}
+            }
+            Ok(())
+        };
+        engine.log().records(lsn, engine.log().complete(), check).unwrap();
+        assert_eq!(numbers, (before.number() + 1..=position.number()).collect::<Vec<_>>());
         engine.close();
         assert!(!home.path("b.db-replite").join("unsynced").exists());
         let again = Opening::begin(home.options("b.db"), node()).unwrap();
