@@ -25,7 +25,7 @@ fn number(name: &str, default: u64) -> u64 {
 /// Everything is begun anew and dropped all the time. The log, in segments of a megabyte, still reaches behind the WAL: what is lost
 /// with a WAL is made good from it only as far as it reaches.
 fn restless(config: Config) -> Config {
-    config.wal_limit(64 * 1024).log_retention(4 << 20, Duration::from_secs(3600))
+    config.wal_limit(64 * 1024).log_retention(4 << 20, Duration::from_secs(3600)).log_quota(6 << 20)
 }
 
 fn total(connection: &Connection) -> i64 {
@@ -105,6 +105,15 @@ fn assert_all_there(connection: &Connection, acknowledged: &BTreeMap<String, i64
     }
 }
 
+/// Whether the newest anchor says that frames were being copied into the file: only then may a file without them be damaged.
+/// Read from the two slots as they are, without what the node makes of them.
+fn copying(path: &Path) -> bool {
+    let anchors = std::fs::read(path.with_extension("db-replite").join("anchors")).unwrap();
+    let slots = [0, 4096].into_iter().filter_map(|at| anchors.get(at..at + 256));
+    let newest = slots.max_by_key(|slot| u64::from_le_bytes(slot[16..24].try_into().unwrap())).unwrap();
+    newest[92] != 0
+}
+
 /// What strangers do with a node's file: each commit is one transaction.
 struct Stranger {
     wrote: i64,
@@ -123,7 +132,7 @@ impl Stranger {
         let _busy: i64 = connection.query_row(&sql, [], |r| r.get(0)).unwrap();
     }
 
-    /// With the stock shell, which is the last to close, and so copies the WAL back and deletes it.
+    /// With the stock shell, which copies the WAL back and deletes it when it is the last to close.
     fn shell(&mut self, path: &Path) {
         self.wrote += 1;
         let sql = format!(
@@ -133,6 +142,19 @@ impl Stranger {
         let done = std::process::Command::new("sqlite3").arg(path).arg(sql).output().unwrap();
         assert!(done.status.success(), "{done:?}");
     }
+}
+
+/// How often something happened.
+#[derive(Default, Debug)]
+struct Figures {
+    copying: u64,
+    copied_by_others: u64,
+    /// Of these, both.
+    copied_on: u64,
+    /// Of these, taken for damaged although nothing is missing.
+    taken_for_damaged: u64,
+    wal_taken_away: u64,
+    wal_put_back: u64,
 }
 
 /// A primary that is killed, and what must be true of it.
@@ -147,10 +169,14 @@ struct Victim {
     stranger: Stranger,
     /// Transactions that are no row: the number of a position less the rows.
     others: Option<i64>,
-    last_to_close: bool,
+    /// Killed while it copied frames into the file.
+    copying: bool,
+    /// Somebody else copied all of the WAL back, and it was dropped or begun anew.
+    copied_by_others: bool,
+    /// Somebody else copied frames into the file, which stayed in the WAL: the old images of their pages are gone.
+    copied: bool,
     without_wal: bool,
-    /// How often it was taken for damaged, its WAL was taken away, and had to be put back.
-    figures: [u64; 3],
+    figures: Figures,
 }
 
 impl Victim {
@@ -169,13 +195,17 @@ impl Victim {
             process.kill();
             take_wal_out_of_the_bin(&self.path);
             self.without_wal = false;
-            self.figures[2] += 1;
+            self.figures.wal_put_back += 1;
+            assert!(self.copying, "round {}: nothing was being copied, and it is damaged", self.round);
             (process, open) = self.start();
         }
         let round = self.round;
         if open == "damaged" {
-            assert!(self.last_to_close, "round {round}: nobody but us has closed it, and it is damaged");
-            self.figures[0] += 1;
+            assert!(
+                self.copied_by_others && self.copying,
+                "round {round}: its WAL is there, and it is damaged"
+            );
+            self.figures.taken_for_damaged += 1;
             process.say("accept");
             open = process.expect("open");
         }
@@ -183,9 +213,9 @@ impl Victim {
         let position: Position = words.next().unwrap().parse().unwrap();
         let rows: i64 = words.next().unwrap().parse().unwrap();
         let found = position.number() as i64 - rows;
-        match self.others.filter(|_| !self.last_to_close) {
+        match self.others.filter(|_| !self.copied_by_others && !self.copied) {
             Some(others) => assert_eq!(found, others, "round {round}: {position} with {rows} rows"),
-            // What somebody else wrote and closed is one transaction, however many it was.
+            // What the log does not have and somebody else copied is one transaction, however many it was.
             None => self.others = Some(found),
         }
         assert_eq!(process.expect("verified"), "verified true", "round {round}");
@@ -207,8 +237,9 @@ impl Victim {
         if self.rng.random_range(0..3) > 0 {
             let connection = plain(&self.path);
             for _ in 0..self.rng.random_range(0..6) {
-                match self.rng.random_range(0..2) {
-                    0 => self.stranger.write(&connection),
+                match self.rng.random_range(0..12) {
+                    0 => self.stranger.shell(&self.path),
+                    1..6 => self.stranger.write(&connection),
                     _ => Stranger::checkpoint(&connection, &mut self.rng),
                 }
             }
@@ -224,15 +255,33 @@ impl Victim {
 
     /// What happens to the file of a dead node.
     fn meddle(&mut self) {
-        (self.last_to_close, self.without_wal) = (false, false);
-        match self.rng.random_range(0..8) {
-            0 => {
+        (self.copied_by_others, self.copied, self.without_wal) = (false, false, false);
+        self.copying = copying(&self.path);
+        match self.rng.random_range(0..12) {
+            0 | 1 => {
                 self.stranger.shell(&self.path);
-                self.last_to_close = true;
+                self.copied_by_others = true;
             }
-            1 | 2 => self.stranger.write(&plain(&self.path)),
+            2 | 3 => self.stranger.write(&plain(&self.path)),
+            4 => {
+                self.copied = true;
+                Stranger::checkpoint(&plain(&self.path), &mut self.rng);
+            }
+            5 => {
+                // The next writer begins the WAL anew.
+                let connection = plain(&self.path);
+                Stranger::checkpoint(&connection, &mut self.rng);
+                self.stranger.write(&connection);
+                self.copied_by_others = true;
+            }
             _ => {}
         }
+        // One that TRUNCATE left.
+        self.copied_by_others |=
+            std::fs::metadata(beside(&self.path, "-wal")).is_ok_and(|wal| wal.len() == 0);
+        self.figures.copying += u64::from(self.copying);
+        self.figures.copied_by_others += u64::from(self.copied_by_others);
+        self.figures.copied_on += u64::from(self.copying && self.copied_by_others);
         self.acknowledged.insert("stranger".into(), self.stranger.wrote);
         {
             let connection = plain(&self.path);
@@ -242,10 +291,10 @@ impl Victim {
                 assert_eq!(ok, "ok", "round {}", self.round);
             }
         }
-        if !self.last_to_close && self.rng.random_range(0..8) == 0 {
+        if !self.copied && !self.copied_by_others && self.rng.random_range(0..8) == 0 {
             bin_wal(&self.path);
             self.without_wal = true;
-            self.figures[1] += 1;
+            self.figures.wal_taken_away += 1;
         }
     }
 }
@@ -267,9 +316,11 @@ async fn a_primary_that_is_killed_again_and_again_keeps_every_acknowledged_row_a
         captured: BTreeMap::new(),
         stranger: Stranger { wrote: 0 },
         others: None,
-        last_to_close: false,
+        copying: false,
+        copied_by_others: false,
+        copied: false,
         without_wal: false,
-        figures: [0; 3],
+        figures: Figures::default(),
     };
     for round in 0..rounds {
         victim.round = round;
@@ -290,10 +341,7 @@ async fn a_primary_that_is_killed_again_and_again_keeps_every_acknowledged_row_a
     }
     let (process, _) = victim.open();
     process.kill();
-    let (rows, [damaged, binned, put_back]) = (total(&plain(&p)), victim.figures);
-    eprintln!(
-        "{rounds} kills, {rows} rows, taken for damaged {damaged} times; {binned} WALs taken away, {put_back} put back"
-    );
+    eprintln!("{rounds} kills, {} rows, {:?}", total(&plain(&p)), victim.figures);
     let db = Db::open(restless(primary(&p, port))).await.unwrap();
     let last = insert(&db, "last", 0).await;
     follower.shutdown().await;
