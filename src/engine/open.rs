@@ -75,6 +75,9 @@ pub(super) fn open(options: EngineOptions, node: Arc<Node>, primary: bool) -> Re
     let wal = WalFile::open(&path)?;
     // It may have been made just now. Were it lost, a database into which it was being copied would be torn for good.
     wal.sync_name()?;
+    if header.max_frame > 0 {
+        wal.cut_behind(header.max_frame, header.salts, page_size)?;
+    }
     let anchors = Anchors::open(&options.side)?;
     let Epochs { history, own } = epochs(&options)?;
     let log = Log::open(&options.side.join("log"), options.log)?;

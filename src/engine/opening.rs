@@ -270,4 +270,43 @@ mod tests {
         assert_eq!(again.tip(), position);
         assert!(!again.may_miss());
     }
+
+    /// The disk kept the end of the WAL and not its middle, and the log goes a part of the way: what is written once more from the log is what
+    /// was there, bit for bit, and the end follows from it.
+    #[test]
+    fn frames_behind_a_hole_do_not_come_back_when_the_log_fills_it() {
+        let home = Home::new();
+        let engine = home.primary("a.db");
+        let writer = Connection::open(home.path("a.db")).unwrap();
+        writer.execute_batch("CREATE TABLE t(a)").unwrap();
+        let mut frames = Vec::new();
+        for n in 0..10 {
+            writer.execute("INSERT INTO t VALUES (?1)", [n]).unwrap();
+            let position = settled(&engine);
+            frames.push((position, engine.wal().frames));
+        }
+        let Found::At { lsn, .. } = engine.log().find(frames[7].0.number()).unwrap() else {
+            panic!("not found")
+        };
+        for end in ["", "-wal", "-replite"] {
+            copy(&home.path(&format!("a.db{end}")), &home.path(&format!("b.db{end}")));
+        }
+        let wal = fs::File::options().write(true).open(home.path("b.db-wal")).unwrap();
+        let hole = crate::wal::frame_offset(frames[4].1, engine.page_size());
+        std::os::unix::fs::FileExt::write_all_at(&wal, &[0xff; 512], hole + 1000).unwrap();
+        let log = home.path("b.db-replite").join("log").join("0000000000000000.log");
+        let log = fs::File::options().write(true).open(log).unwrap();
+        log.set_len(crate::wire::SEGMENT_BYTES as u64 + lsn + 100).unwrap();
+        let rows = || {
+            let connection = Connection::open(home.path("b.db")).unwrap();
+            connection.query_row("SELECT count(*) FROM t", [], |r| r.get::<_, i64>(0)).unwrap()
+        };
+        for _ in 0..3 {
+            let engine = Engine::open(home.options("b.db"), node()).unwrap();
+            assert_eq!(settled(&engine), frames[7].0);
+            assert_eq!(rows(), 8);
+            engine.close();
+        }
+        assert_eq!(rows(), 8);
+    }
 }

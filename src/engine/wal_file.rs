@@ -8,6 +8,8 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, Result};
+use crate::page::PageSize;
+use crate::wal::{FRAME_HEADER_BYTES, FrameHeader, Salts, frame_bytes, frame_offset};
 
 /// Zeros that are written at a time.
 const EXTEND_BYTES: usize = 1 << 20;
@@ -76,6 +78,27 @@ impl WalFile {
             let count = (bytes - at).min(EXTEND_BYTES as u64);
             self.write(&zeros[..count as usize], at)?;
             at += count;
+        }
+        Ok(())
+    }
+
+    /// Cuts off frames of this generation behind the last commit, if there are any: what a dead writer or a power cut left there. They may be
+    /// whole and continue a commit that is written once more, bit for bit, in the place of one that was lost; then they would
+    /// count. The caller holds WRITE.
+    pub(crate) fn cut_behind(&self, last: u32, salts: Salts, size: PageSize) -> Result<()> {
+        let bytes = self.bytes()?;
+        let mut header = [0; FRAME_HEADER_BYTES];
+        for frame in last + 1.. {
+            let offset = frame_offset(frame, size);
+            if offset + frame_bytes(size) as u64 > bytes {
+                break;
+            }
+            self.read(&mut header, offset)?;
+            if FrameHeader::parse(&header).salts == salts {
+                tracing::info!("frames behind the last commit are cut off the WAL");
+                self.truncate(frame_offset(last + 1, size))?;
+                return self.sync();
+            }
         }
         Ok(())
     }

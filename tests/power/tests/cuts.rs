@@ -8,11 +8,11 @@
 mod support;
 
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use replite::rusqlite::{self, TransactionBehavior};
-use replite::{Config, Db, Error, Event, Role};
+use replite::{Config, Db, Durability, Error, Event, Role};
 use replite_power::cuts::{Cut, choose, make, number, run, stopped, syncs};
 use replite_power::disk::{Disk, Names};
 use replite_power::model::{self, Said, say};
@@ -43,7 +43,11 @@ fn small(config: Config) -> Config {
 }
 
 fn writing(path: &Path, port: u16) -> Config {
-    small(primary(path, port)).migrate(model::migrate)
+    let durability = match std::env::var_os("UNSYNCED") {
+        Some(_) => Durability::Unsynced,
+        None => Durability::Synced,
+    };
+    small(primary(path, port)).migrate(model::migrate).durability(durability)
 }
 
 fn seq(db: &Db) -> u64 {
@@ -119,6 +123,7 @@ fn writing_process() {
             say_positions(&runtime, &db, &mut said);
             seq(&db) >= target
         });
+        say_positions(&runtime, &db, &mut said);
         speak("target");
         if hear() == "stop" {
             stop.store(true, Ordering::SeqCst);
@@ -136,7 +141,7 @@ fn until_stopped(stop: &AtomicBool, mut each: impl FnMut()) {
     }
 }
 
-/// A process that writes through plain SQLite, and syncs each of its commits.
+/// A process that writes through plain SQLite, and syncs each of its commits unless the primary does not either.
 #[test]
 #[ignore = "runs as the child of another test"]
 fn shell_process() {
@@ -144,7 +149,8 @@ fn shell_process() {
         return;
     }
     let mut conn = plain(&PathBuf::from(variable("DB")));
-    conn.execute_batch("PRAGMA synchronous = FULL").unwrap();
+    let synchronous = if std::env::var_os("UNSYNCED").is_some() { "NORMAL" } else { "FULL" };
+    conn.execute_batch(&format!("PRAGMA synchronous = {synchronous}")).unwrap();
     if std::env::var_os("STRAY").is_some() {
         say("stray");
         conn.execute_batch("INSERT INTO t VALUES (1000, 0, 'stray', 'precious')").unwrap();
@@ -224,12 +230,16 @@ fn runtime() -> tokio::runtime::Runtime {
 }
 
 fn check_primary(dir: &Path, said: &Said, cut: &Cut) -> Result<(), String> {
+    check_lasting(dir, said, cut, said.acknowledged(cut.at)).map(drop)
+}
+
+/// `acknowledged`: what must be there at least.
+fn check_lasting(dir: &Path, said: &Said, cut: &Cut, acknowledged: u64) -> Result<u64, String> {
     let path = dir.join("p.db");
     runtime().block_on(async {
         let open = || Db::open(small(Config::new(&path).database("app").secret(secret())));
         let db = open().await.map_err(|e| format!("it does not open: {e}"))?;
         let last = check_state(&db, said, cut)?;
-        let acknowledged = said.acknowledged(cut.at);
         if last < acknowledged {
             return Err(format!("{acknowledged} was acknowledged, and state {last} is there"));
         }
@@ -241,20 +251,21 @@ fn check_primary(dir: &Path, said: &Said, cut: &Cut) -> Result<(), String> {
         let db = open().await.map_err(|e| format!("it does not open again: {e}"))?;
         let again = check_state(&db, said, cut)?;
         db.shutdown().await;
-        if again == last { Ok(()) } else { Err(format!("state {last} became {again}")) }
+        if again == last { Ok(last) } else { Err(format!("state {last} became {again}")) }
     })
 }
 
-/// Several lives of a primary.
-fn primary_trace(stage: &Stage) -> Vec<Change> {
+/// Several lives of a primary. `more`: further variables of its processes.
+fn primary_trace(stage: &Stage, more: &[(&str, &str)]) -> Vec<Change> {
     let path = stage.watched().join("p.db");
     let mut target = 0;
     for end in ["stop", "kill", "stop", "kill"] {
         target += 200;
-        let variables = [("DB", path.to_str().unwrap()), ("PORT", "0"), ("TARGET", &target.to_string())];
-        let mut process = start(stage, "writing_process", &variables);
+        let with = |own: &[(&'static str, &str)], entry| start(stage, entry, &[own, more].concat());
+        let db = ("DB", path.to_str().unwrap());
+        let mut process = with(&[db, ("PORT", "0"), ("TARGET", &target.to_string())], "writing_process");
         process.expect("open");
-        let shell = start(stage, "shell_process", &[variables[0], ("TARGET", &(target - 20).to_string())]);
+        let shell = with(&[db, ("TARGET", &(target - 20).to_string())], "shell_process");
         shell.expect("end");
         kill(stage, shell);
         process.expect("target");
@@ -316,7 +327,7 @@ fn cut_twice(
 #[test]
 fn a_primary_keeps_what_it_acknowledged_whenever_the_power_goes() {
     let stage = Stage::new("primary");
-    let changes = primary_trace(&stage);
+    let changes = primary_trace(&stage, &[]);
     let life = |stage: &Stage| {
         let path = stage.watched().join("p.db");
         let variables = [("DB", path.to_str().unwrap()), ("PORT", "0"), ("MORE", "20")];
@@ -327,6 +338,25 @@ fn a_primary_keeps_what_it_acknowledged_whenever_the_power_goes() {
         kill(stage, process);
     };
     cut_twice(&stage, &changes, false, &life, &check_primary);
+}
+
+#[test]
+fn a_primary_without_fsyncs_is_what_it_was_at_some_moment_whenever_the_power_goes() {
+    let stage = Stage::new("unsynced");
+    let changes = primary_trace(&stage, &[("UNSYNCED", "1")]);
+    let (rounds, seed) = (number("REPLITE_ROUNDS", ROUNDS), number("REPLITE_SEED", 1));
+    let said = Said::read(&changes);
+    let cuts = choose(&changes, rounds as usize, seed);
+    println!("{} changes, with syncs of {:?}", changes.len(), syncs(&changes));
+    let lost = AtomicU64::new(0);
+    let check = |dir: &Path, cut: &Cut| {
+        let last = check_lasting(dir, &said, cut, 0)?;
+        lost.fetch_add(said.acknowledged(cut.at).saturating_sub(last), Ordering::Relaxed);
+        Ok(())
+    };
+    run(&Disk::empty, &changes, &cuts, stage.dir(), &check);
+    // Else nothing was tried.
+    assert!(lost.into_inner() > rounds, "hardly anything was lost");
 }
 
 /// A replica in a process of its own.
