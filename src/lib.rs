@@ -23,6 +23,8 @@ pub mod fuzz;
 mod handshake;
 pub mod lease;
 mod log;
+#[cfg(feature = "metrics")]
+mod metrics;
 mod net;
 mod node;
 mod page;

@@ -82,6 +82,8 @@ impl Node {
 
     /// Says an event to whoever listens.
     pub(crate) fn tell(&self, event: Event) {
+        #[cfg(feature = "metrics")]
+        crate::metrics::count(&self.database, &event);
         let _ = self.events.send(event);
     }
 

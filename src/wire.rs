@@ -26,7 +26,7 @@
 //! | 2 | PAGE | page number (4), the page |
 //! | 3 | TXN_END | position after, pages in the database (4), page units in the record (4), microseconds since 1970 (8) |
 //! | 4 | HELLO | proof (32), optional position, a byte 0 or a byte 1 and what a snapshot is resumed with: position, page number (4); suspect (1: 0 or 1), count of marks (1) and as many positions, peer, epoch history |
-//! | 5 | WELCOME | epoch, plan (1), position, page size (4), peer |
+//! | 5 | WELCOME | epoch, plan (1: see [`Plan`]), position, page size (4), peer |
 //! | 6 | EPOCHS | epoch history: count (4), then per epoch: epoch, first transaction (8), checksum before it (16) |
 //! | 7 | HEARTBEAT | position, microseconds since 1970 (8) |
 //! | 8 | ACK | optional position applied, optional position synced |

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Each top module and its floor.
-const FLOORS: [(&str, u8); 27] = [
+const FLOORS: [(&str, u8); 28] = [
     ("txid", 0),
     ("page", 0),
     ("checksum", 0),
@@ -12,6 +12,7 @@ const FLOORS: [(&str, u8); 27] = [
     ("status", 1),
     ("secret", 1),
     ("applied", 1),
+    ("metrics", 1),
     ("node", 1),
     ("session", 1),
     ("token", 1),
