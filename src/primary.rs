@@ -47,6 +47,8 @@ pub(crate) const STREAMS_MAX: usize = 64;
 /// Peers at one time that knocked and have not said hello. A cap of their own, so that recorded knocks
 /// can't take the places of the replicas.
 pub(crate) const HANDSHAKES_MAX: usize = 32;
+/// Replicas whose pages are compared with ours at one time; more wait. Each costs a hash of the whole database.
+const COMPARISONS_MAX: usize = 2;
 /// Longest wait for a hello after a knock.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// A replica that has not acknowledged for this long is gone; it acknowledges each second.
@@ -163,6 +165,7 @@ pub(crate) struct Source {
     lines: Lines,
     streams: Arc<Semaphore>,
     handshakes: Arc<Semaphore>,
+    comparisons: Arc<Semaphore>,
 }
 
 impl Source {
@@ -175,6 +178,7 @@ impl Source {
             lines: Lines::default(),
             streams: Arc::new(Semaphore::new(STREAMS_MAX)),
             handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
+            comparisons: Arc::new(Semaphore::new(COMPARISONS_MAX)),
         })
     }
 
@@ -206,10 +210,22 @@ impl Source {
             Stock::Recovery(recovery) => Some(recovery.clone()),
             _ => None,
         };
-        if let Some(recovery) = recovery
-            && let Some(end) = recovery.ask(&self.node, hello, units, outlet).await
-        {
-            return Err(End::Said(end));
+        if let Some(recovery) = recovery {
+            let mut moved = recovery.watch();
+            loop {
+                moved.mark_unchanged();
+                if let Some(end) = recovery.ask(&self.node, hello, units, outlet).await {
+                    return Err(End::Said(end));
+                }
+                tokio::select! {
+                    over = stock.wait_for(|stock| !matches!(stock, Stock::Recovery(_))) => {
+                        over.map_err(|_| Error::ShutDown)?;
+                        break;
+                    }
+                    // What this replica has may go on from there.
+                    Ok(()) = moved.changed() => {}
+                }
+            }
         }
         let stock = stock.wait_for(|stock| !matches!(stock, Stock::Recovery(_))).await;
         match &*stock.map_err(|_| Error::ShutDown)? {
@@ -306,7 +322,7 @@ pub(crate) async fn serve(source: Arc<Source>, guest: Guest, upstream: Incoming,
         }
     };
     let (questions, answers) = source.lines.open(&peer);
-    let mut pump = Pump::new(node.clone(), supply, outlet, questions);
+    let mut pump = Pump::new(node.clone(), supply, outlet, questions, source.comparisons.clone());
     let (asks, wants) = mpsc::channel(WANTS_MAX);
     let end = tokio::select! {
         end = pump.run(&hello, wants) => end,

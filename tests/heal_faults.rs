@@ -70,11 +70,21 @@ fn healing_process() {
         let db = open(replica(&PathBuf::from(variable("DB")), &variable("URL"))).await;
         let mut events = db.events();
         speak("open");
-        while let Some(event) = events.next().await {
-            match event {
-                Event::HealStarted(_) => speak("begun"),
-                Event::Healed { .. } => speak("healed"),
-                _ => {}
+        let mut said = None;
+        loop {
+            tokio::select! {
+                event = events.next() => match event {
+                    Some(Event::HealStarted(_)) => speak("begun"),
+                    Some(Event::Healed { .. }) => speak("healed"),
+                    Some(_) => {}
+                    None => break,
+                },
+                () = tokio::time::sleep(Duration::from_millis(10)) => {}
+            }
+            let problem = db.status().problem;
+            if let Some(problem) = problem.filter(|now| said.as_ref() != Some(now)) {
+                speak(&format!("problem {problem}"));
+                said = Some(problem);
             }
         }
     });
@@ -115,6 +125,31 @@ async fn a_heal_that_is_killed_is_made_again_and_its_branch_is_kept_once() {
         a.shutdown().await;
         b.shutdown().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_heal_without_room_on_the_disk_for_what_it_replaces_waits_and_says_so() {
+    let fork = Fork::new();
+    let lost = forked(&fork, true).await;
+    let a = open(fork.primary("a")).await;
+    let (path, url) = (fork.path("b"), format!("http://127.0.0.1:{}", fork.port));
+    let variables = [("DB", path.to_str().unwrap()), ("URL", url.as_str())];
+    let process = Process::start_limited("healing_process", &variables, Some(4 << 20));
+    process.expect("open");
+    let problem = loop {
+        let problem = process.expect("problem");
+        eprintln!("{problem}");
+        if problem.contains("branch-") {
+            break problem;
+        }
+    };
+    assert!(problem.contains("write") && problem.contains("pages"), "{problem}");
+    assert!(!process.kill().iter().any(|line| line == "healed"));
+    assert_eq!(image(&path), lost, "something was replaced that is not kept");
+    let b = open(fork.replica("b")).await;
+    until("the heal", || b.status().heals == 1);
+    equal(&a, &b).await;
+    complete(&b, &lost).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

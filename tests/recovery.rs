@@ -113,12 +113,15 @@ async fn untouched(db: &Db) {
 async fn replicas_give_back_what_a_power_cut_took_and_nothing_is_healed() {
     let fork = Fork::new();
     let mut victim = Victim::start(&fork);
-    let (b, c) = (open(fork.replica("b")).await, open(fork.replica("c")).await);
+    let b = open(fork.replica("b")).await;
     let first = victim.write(50);
     reached(&b, first).await;
-    reached(&c, first).await;
     victim.on_disk();
-    let middle = victim.write(200);
+    reached(&b, victim.write(100)).await;
+    // Its log begins here, with a snapshot: what it has goes on only from what the other one has.
+    let c = open(fork.replica("c")).await;
+    within("the snapshot", c.ready()).await.unwrap();
+    let middle = victim.write(100);
     reached(&b, middle).await;
     b.shutdown().await;
     let tip = victim.write(300);
@@ -127,7 +130,6 @@ async fn replicas_give_back_what_a_power_cut_took_and_nothing_is_healed() {
     let kept: i64 = plain(&fork.path("a")).query_row("SELECT count(*) FROM t", [], |r| r.get(0)).unwrap();
     assert_eq!(kept, 50, "the tail is gone");
 
-    // The one that has less may well come first.
     let b = open(fork.replica("b")).await;
     let config = unsynced(&fork).migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS second(a)"));
     let a = open(config).await;
@@ -154,6 +156,36 @@ async fn replicas_give_back_what_a_power_cut_took_and_nothing_is_healed() {
     assert_same_pages(&fork.path("a"), &fork.path("b"));
     assert_same_pages(&fork.path("a"), &fork.path("c"));
     assert!(!marker(&fork.path("a")).exists(), "it was closed");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_epoch_that_outlived_the_transactions_before_it_is_no_hindrance() {
+    let fork = Fork::new();
+    let mut victim = Victim::start(&fork);
+    let b = open(fork.replica("b")).await;
+    let first = victim.write(20);
+    reached(&b, first).await;
+    victim.on_disk();
+    let tip = victim.write(30);
+    reached(&b, tip).await;
+    b.shutdown().await;
+    // It opens an epoch behind the tip, of which the disk has nothing but the name.
+    let Victim { process, path, disk } = victim;
+    process.kill();
+    let process = Victim::start(&fork).process;
+    let epochs = path.with_extension("db-replite").join("epochs");
+    let newest = fs::read(&epochs).unwrap();
+    Victim { process, path, disk }.power_cut();
+    assert_ne!(fs::read(&epochs).unwrap(), newest);
+    fs::write(&epochs, newest).unwrap();
+    let b = open(fork.replica("b")).await;
+    let a = open(unsynced(&fork)).await;
+    assert_eq!(a.status().recovered, 30);
+    assert_eq!(count(&a), 50);
+    let last = insert(&a, "a", 1000).await;
+    b.wait_for_timeout(last, LIMIT).await.unwrap();
+    untouched(&b).await;
+    assert_eq!(count(&b), 51);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

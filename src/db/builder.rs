@@ -26,8 +26,8 @@ const LABELS_MAX: usize = 16;
 const LABEL_MAX_BYTES: usize = 64;
 /// The least that a log may take up: some segments.
 const LOG_QUOTA_MIN_BYTES: u64 = 4 << 20;
-/// A replica tries to connect at least every five seconds.
-const RECOVERY_WAIT: Duration = Duration::from_secs(6);
+/// A replica pauses for five seconds between two tries to connect, and a try may take three.
+const RECOVERY_WAIT: Duration = Duration::from_secs(10);
 /// The shortest WAL that is worth restarting, in bytes.
 const WAL_LIMIT_MIN_BYTES: u64 = 64 * 1024;
 
@@ -340,7 +340,8 @@ impl Config {
     }
 
     /// How long a primary asks its replicas, when it is opened, for commits that a power cut took from it; see
-    /// [`Durability::Unsynced`]. 6 seconds if not set: a replica tries to connect at least every five. Zero: not at all.
+    /// [`Durability::Unsynced`]. 10 seconds if not set: a replica tries to connect again within eight. It takes up to 20 seconds more while a replica is known
+    /// to have more, and up to a minute for one that is giving it. Zero: nobody is asked.
     #[must_use]
     pub fn recovery_wait(mut self, limit: Duration) -> Config {
         self.recovery_wait = limit;

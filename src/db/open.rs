@@ -151,8 +151,7 @@ async fn recover(opening: Box<Opening>, doors: &mut Doors, limit: Duration) -> R
     let recovery = Recovery::new(*opening);
     doors.source.recover(recovery.clone());
     doors.open();
-    tokio::time::sleep(limit).await;
-    let opening = recovery.end().await.ok_or(Error::ShutDown)?;
+    let opening = recovery.finish(limit).await.ok_or(Error::ShutDown)?;
     let recovered = opening.tip().number() - before;
     Ok((Box::new(opening), recovered))
 }

@@ -39,6 +39,9 @@ pub(super) struct Appender {
     page: Vec<u8>,
 }
 
+/// The most pages of a database (SQLite's limit).
+const PAGES_MAX: u32 = u32::MAX - 1;
+
 /// A page and its number.
 pub(super) type NumberedPage = (PageNo, Bytes);
 
@@ -48,6 +51,8 @@ struct Txn {
     begin: TxnBegin,
     checksum: Checksum,
     changed: u32,
+    /// The highest page number.
+    highest: u32,
 }
 
 impl Appender {
@@ -93,7 +98,7 @@ impl Appender {
             return Err(mismatch(self.run.position, begin.before));
         }
         self.expect_epoch(begin.epoch, history)?;
-        self.txn = Some(Txn { begin, checksum: self.run.position.checksum(), changed: 0 });
+        self.txn = Some(Txn { begin, checksum: self.run.position.checksum(), changed: 0, highest: 0 });
         Ok(())
     }
 
@@ -120,6 +125,7 @@ impl Appender {
             }
             txn.checksum = txn.checksum.with(hash);
             txn.changed += 1;
+            txn.highest = txn.highest.max(number.get());
         }
         self.cache.set(number, hash);
         self.push_held(0)?;
@@ -132,6 +138,10 @@ impl Appender {
         let Some(txn) = self.txn.take() else {
             return Err(out_of_order("a transaction ends that did not begin"));
         };
+        // Such a page would count and not be there.
+        if txn.highest > end.pages || end.pages > PAGES_MAX {
+            return Err(out_of_order("a transaction with pages that the database can't have"));
+        }
         let mut checksum = txn.checksum;
         for number in (end.pages + 1..=self.run.pages).filter_map(PageNo::new) {
             if !number.is_lock_page(self.base.page_size) {

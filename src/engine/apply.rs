@@ -205,7 +205,7 @@ impl Apply {
                 thread.thread().unpark();
                 let _ = thread.join();
             }
-            let rest = live.base.log.sync().and_then(|()| live.base.wal.sync()).and_then(|()| {
+            let rest = live.base.log.sync().and_then(|()| live.base.sync_wal()).and_then(|()| {
                 let file = live.base.file_state().unwrap_or(FileState::Backfilling);
                 live.base.write_anchor(&live.base.tip(), file, true)
             });

@@ -10,7 +10,7 @@ use bytes::BytesMut;
 use crate::checksum::PageHash;
 use crate::engine::anchor::{Anchor, Anchors, FileState};
 use crate::engine::wal_file::WalFile;
-use crate::engine::{EngineOptions, Piece, WalFigures};
+use crate::engine::{Durability, EngineOptions, Piece, WalFigures, unsynced};
 use crate::error::{Error, Result};
 use crate::log::Log;
 use crate::node::{Node, Part};
@@ -280,6 +280,15 @@ impl Base {
     /// Maps the index up to the region of a frame.
     pub(super) fn map_to(&self, handle: &mut Handle, frame: u32) -> Result<()> {
         if frame == 0 { Ok(()) } else { self.index.ensure(handle, region_of(frame), true) }
+    }
+
+    /// Syncs the WAL. After a failure nobody knows what of it is on the disk, on this boot of the machine or another.
+    pub(super) fn sync_wal(&self) -> Result<()> {
+        let synced = self.wal.sync();
+        if synced.is_err() && self.options.durability == Durability::Unsynced {
+            unsynced::doubt(&self.options.side);
+        }
+        synced
     }
 
     /// What the newest anchor says of the database file.

@@ -140,7 +140,7 @@ impl CaptureLoop {
 
     /// Leaves everything so that the next start needs no replay.
     fn rest(&mut self) -> Result<()> {
-        self.base.wal.sync()?;
+        self.base.sync_wal()?;
         self.base.log.sync()?;
         let file = match self.base.file_state() {
             Some(state @ FileState::AtRest { .. }) => state,
@@ -182,6 +182,10 @@ impl CaptureLoop {
             }
         }
         let result = self.settled().and_then(|()| {
+            if self.base.options.durability == Durability::Unsynced {
+                // An epoch must not be on the disk before the transactions that it follows.
+                self.base.sync_wal()?;
+            }
             let mut history = (*self.capture.history).clone();
             open_epoch(&mut history, above, self.capture.tip.position)?;
             anchor::write_epochs(&self.base.options.side, &history, true)?;

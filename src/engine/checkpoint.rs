@@ -69,7 +69,7 @@ fn rest(base: &Base, target: &Tip) -> Result<()> {
 fn copy(base: &Base, handle: &mut Handle, target: &Tip, done: u32) -> Result<()> {
     // What is copied must be on the disk in the WAL first, and in the log: after this, the file can't
     // go back to the state that the log's tip may need.
-    base.wal.sync()?;
+    base.sync_wal()?;
     if let Err(error) = base.log.sync() {
         tracing::warn!(%error, "the log can't be synced before a backfill");
     }
@@ -252,7 +252,7 @@ fn overwrite(base: &Base, new: &Tip, bytes: &[u8]) -> Result<()> {
     }
     let long = base.wal.bytes()? > base.options.wal_limit_bytes.saturating_mul(2);
     base.wal.write(bytes, 0)?;
-    base.wal.sync()?;
+    base.sync_wal()?;
     if long {
         // What a long reader or a large transaction made of it is given back to the file system.
         base.wal.truncate(base.options.wal_limit_bytes.max(bytes.len() as u64))?;

@@ -94,7 +94,7 @@ impl Checkpointer {
                 self.applied_synced = Instant::now();
                 // The log first: a record that the WAL has and the log lacks would not be vouched for.
                 self.base.log.sync()?;
-                self.base.wal.sync()?;
+                self.base.sync_wal()?;
                 replica.synced.send_replace(position);
             }
         }

@@ -299,7 +299,7 @@ impl Opened {
             let mut appender = Appender::new(base.clone(), handle)?;
             apply_log(&mut appender, &base.log, lsn, &history)?;
             let handle = appender.handle;
-            base.wal.sync()?;
+            base.sync_wal()?;
             return Ok(Opened { base, handle, primary, own, history, exact, highest, highest_epoch });
         }
         if logged.number() < number && !self.primary {
@@ -333,7 +333,7 @@ impl Opened {
         if let Err(error) = self.base.wal.extend(self.base.options.wal_limit_bytes.min(EXTEND_MAX_BYTES)) {
             tracing::warn!(%error, "the WAL is not made longer in advance");
         }
-        self.base.wal.sync()?;
+        self.base.sync_wal()?;
         let now = modified(self.base.path())?;
         let file = match self.base.file_state() {
             Some(state @ FileState::AtRest { modified, .. }) if modified == now => state,

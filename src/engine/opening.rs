@@ -21,6 +21,8 @@ pub(crate) struct Opening {
     node: Arc<Node>,
     live: Appender,
     intake: Intake,
+    /// Bytes of the transaction that has begun and not ended.
+    unfinished_bytes: u64,
     own: bool,
     history: EpochHistory,
     exact: bool,
@@ -66,8 +68,19 @@ impl Opening {
         opened.begin_if_empty()?;
         let Opened { base, handle, own, history, exact, highest, highest_epoch, .. } = opened.redo()?;
         let live = Appender::new(base, handle)?;
-        let intake = Intake::default();
-        Ok(Opening { node, live, intake, own, history, exact, highest, highest_epoch, may_miss })
+        let (intake, unfinished_bytes) = (Intake::default(), 0);
+        Ok(Opening {
+            node,
+            live,
+            intake,
+            unfinished_bytes,
+            own,
+            history,
+            exact,
+            highest,
+            highest_epoch,
+            may_miss,
+        })
     }
 
     /// Whether replicas may have transactions that follow this node's state, and that it lost.
@@ -92,18 +105,31 @@ impl Opening {
     /// # Errors
     /// [`Error::Mismatch`] and [`Error::Peer`] when they don't follow, or are no records; [`Error::Io`].
     pub(crate) fn take(&mut self, units: &[Unit]) -> Result<()> {
-        for unit in units {
-            let message = unit.decode().map_err(|e| Error::garbled("a replica", e.to_string()))?;
-            if !self.intake.unit(&mut self.live, unit, &message, &self.history)? {
-                return Err(Error::garbled("a replica", format!("{:?} in place of a record", unit.kind)));
-            }
+        let taken = units.iter().try_for_each(|unit| self.take_unit(unit));
+        let published = self.intake.publish(&mut self.live);
+        taken.and(published)
+    }
+
+    fn take_unit(&mut self, unit: &Unit) -> Result<()> {
+        let message = unit.decode().map_err(|e| Error::garbled("a replica", e.to_string()))?;
+        if !self.intake.unit(&mut self.live, unit, &message, &self.history)? {
+            return Err(Error::garbled("a replica", format!("{:?} in place of a record", unit.kind)));
         }
-        self.intake.publish(&mut self.live)
+        // No log has a longer one: it would push all others out.
+        self.unfinished_bytes = match self.live.in_transaction() {
+            true => self.unfinished_bytes + unit.raw.len() as u64,
+            false => 0,
+        };
+        if self.unfinished_bytes > self.live.base.options.log.quota_bytes {
+            return Err(Error::garbled("a replica", "a transaction larger than the log's quota"));
+        }
+        Ok(())
     }
 
     /// Forgets a transaction that did not come to its end.
     pub(crate) fn abort(&mut self) {
         self.intake.abort(Some(&mut self.live));
+        self.unfinished_bytes = 0;
     }
 
     /// Opens a new epoch and starts the threads. Blocks.
@@ -114,6 +140,9 @@ impl Opening {
         let options = base.options.clone();
         let mut opened = Opened { base, handle, primary: true, own, history, exact, highest, highest_epoch };
         let tip = opened.base.tip();
+        // What was begun and not ended goes; and an epoch must not be on the disk before the transactions that it follows.
+        opened.base.wal.cut_behind(tip.frame, tip.salts, opened.base.page_size)?;
+        opened.base.sync_wal()?;
         if opened.exact {
             opened.history = open::truncate_history(&opened.history, tip.position);
             open_epoch(&mut opened.history, opened.highest_epoch, tip.position)?;
@@ -211,6 +240,15 @@ mod tests {
         encode_page(number, PageHash::of(number, &page), &page, &mut forged);
         let after = Position::new(Txid::new(before.epoch(), before.number() + 1), tip.checksum());
         encode(&Message::TxnEnd(TxnEnd { after, pages: 2, changed: 1, unix_micros: 0 }), &mut forged);
+        // With a page that the database does not have afterwards.
+        let mut beyond = BytesMut::new();
+        let number = PageNo::new(1000).unwrap();
+        let hash = PageHash::of(number, &page);
+        encode(&Message::TxnBegin(begin), &mut beyond);
+        encode_page(number, hash, &page, &mut beyond);
+        let after = Position::new(after.txid(), before.checksum().with(hash));
+        let pages = opening.live.base.tip().pages;
+        encode(&Message::TxnEnd(TxnEnd { after, pages, changed: 1, unix_micros: 0 }), &mut beyond);
         let mut epochs = BytesMut::new();
         encode(&Message::Epochs(opening.history().clone()), &mut epochs);
         let mut garbled = records[0][1].clone();
@@ -220,6 +258,7 @@ mod tests {
         for (what, units) in [
             ("a later record", records[1].clone()),
             ("a record whose pages lead elsewhere", units(&forged)),
+            ("a page beyond the end", units(&beyond)),
             ("no record", units(&epochs)),
             ("a flipped bit", vec![records[0][0].clone(), garbled]),
             ("a page of no record", records[0][1..].to_vec()),
@@ -230,7 +269,10 @@ mod tests {
             assert_eq!(opening.tip(), before, "{what}");
         }
 
-        opening.take(&records[0]).unwrap();
+        // What is whole stays, whatever comes behind it.
+        opening.take(&[&records[0][..], &records[2][..]].concat()).unwrap_err();
+        opening.abort();
+        assert_eq!(opening.tip().number(), before.number() + 1);
         // Cut off within the next one, twice; the second time for good.
         opening.take(&records[1][..2]).unwrap();
         opening.abort();

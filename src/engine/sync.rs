@@ -52,7 +52,7 @@ impl Syncer {
             state.leading = true;
             let target = state.wanted;
             drop(state);
-            let result = self.base.wal.sync();
+            let result = self.base.sync_wal();
             state = lock(&self.state);
             state.leading = false;
             match result {

@@ -28,6 +28,14 @@ pub(super) fn begin(side: &Path) -> Result<()> {
     replace_file(side, NAME, &boot_id())
 }
 
+/// From now on commits may have been lost on this boot, too.
+pub(super) fn doubt(side: &Path) {
+    let known = fs::read(side.join(NAME)).is_ok_and(|then| then.is_empty());
+    if !known && let Err(error) = replace_file(side, NAME, b"") {
+        tracing::warn!(%error, "that commits may be lost could not be noted");
+    }
+}
+
 /// Everything is synced.
 pub(super) fn end(side: &Path) -> Result<()> {
     let path = side.join(NAME);
@@ -57,6 +65,9 @@ mod tests {
             fs::write(dir.path().join(NAME), other).unwrap();
             assert!(may_be_lost(dir.path()).unwrap());
         }
+        begin(dir.path()).unwrap();
+        doubt(dir.path());
+        assert!(may_be_lost(dir.path()).unwrap(), "an fsync failed");
         end(dir.path()).unwrap();
         end(dir.path()).unwrap();
         assert!(!may_be_lost(dir.path()).unwrap());

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use bytes::{Bytes, BytesMut};
-use tokio::sync::mpsc;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::Instant;
 use tokio_util::task::AbortOnDropHandle;
 
@@ -69,6 +69,8 @@ pub(super) struct Pump {
     told: Arc<EpochHistory>,
     last_beat: Instant,
     questions: Questions,
+    /// Turns to compare all pages.
+    comparisons: Arc<Semaphore>,
 }
 
 impl Pump {
@@ -77,10 +79,11 @@ impl Pump {
         supply: Arc<dyn Supply>,
         outlet: Outlet,
         questions: Questions,
+        comparisons: Arc<Semaphore>,
     ) -> Pump {
         let boundary = Boundary::default();
         let (told, last_beat) = (Arc::default(), Instant::now());
-        Pump { node, supply, outlet, boundary, told, last_beat, questions }
+        Pump { node, supply, outlet, boundary, told, last_beat, questions, comparisons }
     }
 
     /// The way out, when a last unit may be put on it.
@@ -142,8 +145,10 @@ impl Pump {
                 self.log(lsn, pin).await
             }
             Decision::Compare { diverged } => {
+                let turn = self.turn().await?;
                 let pin = self.pin_tip().await?;
                 let (first, last) = self.sums(diverged).await?;
+                drop(turn);
                 self.answer(wants, Some(last)).await?;
                 let lsn = self.after(first).await?;
                 self.log(lsn, pin).await
@@ -262,6 +267,17 @@ impl Pump {
                 return Ok(first);
             }
             self.beat_if_due().await?;
+        }
+    }
+
+    /// Waits until few enough others compare.
+    async fn turn(&mut self) -> Result<OwnedSemaphorePermit, End> {
+        let mut turn = std::pin::pin!(self.comparisons.clone().acquire_owned());
+        loop {
+            tokio::select! {
+                turn = &mut turn => return Ok(turn.map_err(|_| Error::ShutDown)?),
+                () = tokio::time::sleep_until(self.last_beat + BEAT) => self.beat().await?,
+            }
         }
     }
 

@@ -1,10 +1,12 @@
 //! What a power cut took from this node, taken back from the logs of its replicas before anybody can write.
 
-use std::collections::HashSet;
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use bytes::BytesMut;
+use tokio::sync::watch;
+use tokio::time::Instant;
 use uuid::Uuid;
 
 use super::outlet::Outlet;
@@ -20,28 +22,71 @@ use crate::wire::{self, Hello, Kind, Message, Plan, Unit, Welcome};
 const SILENCE_MAX: Duration = Duration::from_secs(5);
 /// Longest time that one replica may take for all of them.
 const TAKE_MAX: Duration = Duration::from_secs(60);
+/// How much longer than asked for it is waited for a replica that is known to have more.
+const LATE_MAX: Duration = Duration::from_secs(20);
+/// Pause between looks whether it has come.
+const LATE_STEP: Duration = Duration::from_millis(50);
 
 /// A database that is not served yet, and the replicas that were asked for what it may miss.
 #[derive(Debug)]
 pub(crate) struct Recovery {
-    /// None when no replica is asked any more.
-    opening: Mutex<Option<Opening>>,
+    state: Mutex<State>,
     /// Held while one replica is asked.
     turn: tokio::sync::Mutex<()>,
-    /// Replicas that had nothing: they are not asked again.
-    in_vain: Mutex<HashSet<Uuid>>,
+    /// The number of the last transaction that this node has by now.
+    tip: watch::Sender<u64>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// None when no replica is asked any more.
+    opening: Option<Opening>,
+    /// Counts who was asked: what one of them sent is not taken any more when the next one is asked.
+    asking: u64,
+    replicas: HashMap<Uuid, Replica>,
+}
+
+/// What is known of a replica that has more than this node.
+#[derive(Clone, Copy, Debug)]
+struct Replica {
+    /// The number of its last transaction.
+    has: u64,
+    /// It had nothing that goes on from this transaction.
+    nothing_after: Option<u64>,
 }
 
 impl Recovery {
     pub(crate) fn new(opening: Opening) -> Arc<Recovery> {
-        let (opening, turn) = (Mutex::new(Some(opening)), tokio::sync::Mutex::default());
-        Arc::new(Recovery { opening, turn, in_vain: Mutex::default() })
+        let tip = watch::Sender::new(opening.tip().number());
+        let state = State { opening: Some(opening), asking: 0, replicas: HashMap::new() };
+        Arc::new(Recovery { state: Mutex::new(state), turn: tokio::sync::Mutex::default(), tip })
     }
 
-    /// Asks no more replicas, when the one that is being asked has given what it has. None the second time.
-    pub(crate) async fn end(&self) -> Option<Opening> {
-        let _turn = self.turn.lock().await;
-        lock(&self.opening).take()
+    /// Asks for so long, and a while longer when a replica is known to have more. None the second time.
+    pub(crate) async fn finish(self: &Arc<Self>, limit: Duration) -> Option<Opening> {
+        let end = Instant::now() + limit;
+        tokio::time::sleep_until(end).await;
+        while Instant::now() < end + LATE_MAX {
+            let turn = self.turn.lock().await;
+            if !self.lock().misses_more() {
+                break;
+            }
+            drop(turn);
+            tokio::time::sleep(LATE_STEP).await;
+        }
+        // From here on nobody is asked.
+        let mut opening = self.lock().opening.take()?;
+        blocking(move || {
+            opening.abort();
+            Ok(opening)
+        })
+        .await
+        .ok()
+    }
+
+    /// When this node has more than before: a replica that had nothing for it may have something now.
+    pub(super) fn watch(&self) -> watch::Receiver<u64> {
+        self.tip.subscribe()
     }
 
     /// Takes what this replica has, if it has what this node lacks. Why its stream ends then: it comes again, and is served.
@@ -52,12 +97,12 @@ impl Recovery {
         units: &mut Units,
         outlet: &Outlet,
     ) -> Option<String> {
+        // Before its turn, so that it is waited for.
+        self.lock().note(hello);
         let _turn = self.turn.lock().await;
-        let welcome = self.welcome(node, hello)?;
+        let asking = self.begin().await?;
+        let welcome = self.lock().welcome(node, hello)?;
         let before = welcome.position;
-        // Who was asked before may have broken off.
-        let recovery = self.clone();
-        blocking(move || recovery.with(settle)).await.ok()?;
         tracing::info!(node = %hello.peer.node, %before, "asking a replica for what this node may have lost");
         let mut bytes = BytesMut::new();
         wire::encode(&Message::Welcome(welcome), &mut bytes);
@@ -65,7 +110,7 @@ impl Recovery {
             let gone =
                 |_| Error::peer(hello.peer.node.to_string(), PeerProblem::Connection("it left".into()));
             outlet.send(bytes.freeze()).await.map_err(gone)?;
-            self.take(&hello.peer, units).await
+            self.take(asking, &hello.peer, units).await
         };
         let taken = match tokio::time::timeout(TAKE_MAX, taken).await {
             Ok(taken) => taken,
@@ -74,44 +119,45 @@ impl Recovery {
         if let Err(error) = &taken {
             tracing::warn!(node = %hello.peer.node, %error, "not all of a replica's records could be taken");
         }
-        let recovery = self.clone();
-        let position = blocking(move || recovery.with(settle)).await.unwrap_or(before);
-        let transactions = position.number() - before.number();
-        // Who was cut off has more to give.
-        let cut_off = matches!(&taken, Err(Error::Peer { problem: PeerProblem::Connection(_), .. }));
-        if transactions == 0 && !cut_off {
-            lock(&self.in_vain).insert(hello.peer.node);
-        }
+        let position = self.settled().await.unwrap_or(before);
+        let transactions = position.number().saturating_sub(before.number());
         if transactions > 0 {
             tracing::warn!(
                 node = %hello.peer.node, transactions, %position,
                 "transactions that this node had lost are taken back from a replica"
             );
+        } else if is_all(&taken) {
+            self.lock().has_nothing(hello.peer.node, position.number());
         }
+        self.tip.send_replace(position.number());
         Some(format!("{transactions} transactions are taken back from this replica"))
     }
 
-    /// What a replica is told that goes on where this node's history ends.
-    fn welcome(&self, node: &Node, hello: &Hello) -> Option<Welcome> {
-        let opening = lock(&self.opening);
-        let opening = opening.as_ref()?;
-        let (tip, history) = (opening.tip(), opening.history());
-        let theirs = hello.position.filter(|p| p.number() > tip.number() && !hello.suspect)?;
-        // In the same history, as far as both know it; whether it does go on from here, its records say.
-        let ahead =
-            history.place(theirs.txid()) == Place::OnHistory && hello.history.epoch() == history.epoch();
-        let in_vain = lock(&self.in_vain).contains(&hello.peer.node);
-        (ahead && !in_vain).then(|| Welcome {
-            peer: node.me.clone(),
-            epoch: history.epoch(),
-            plan: Plan::Recover,
-            position: tip,
-            page_size: opening.page_size(),
+    /// Whose turn it is now; nothing of an earlier one is left, nor comes any more.
+    async fn begin(self: &Arc<Self>) -> Option<u64> {
+        let asking = {
+            let mut state = self.lock();
+            state.asking += 1;
+            state.asking
+        };
+        self.settled().await.ok()?;
+        Some(asking)
+    }
+
+    /// The last whole transaction; what is behind it is forgotten.
+    async fn settled(self: &Arc<Self>) -> Result<Position> {
+        let recovery = self.clone();
+        blocking(move || {
+            let mut state = recovery.lock();
+            let opening = state.opening.as_mut().ok_or(Error::ShutDown)?;
+            opening.abort();
+            Ok(opening.tip())
         })
+        .await
     }
 
     /// Takes records until the replica says that these are all.
-    async fn take(self: &Arc<Self>, peer: &PeerInfo, units: &mut Units) -> Result<()> {
+    async fn take(self: &Arc<Self>, asking: u64, peer: &PeerInfo, units: &mut Units) -> Result<()> {
         let peer = peer.node.to_string();
         loop {
             let next = tokio::time::timeout(SILENCE_MAX, units.next()).await;
@@ -136,7 +182,12 @@ impl Recovery {
             };
             if !batch.is_empty() {
                 let recovery = self.clone();
-                blocking(move || recovery.with(|opening| opening.take(&batch))).await?;
+                blocking(move || {
+                    let mut state = recovery.lock();
+                    let current = state.asking == asking;
+                    state.opening.as_mut().filter(|_| current).ok_or(Error::ShutDown)?.take(&batch)
+                })
+                .await?;
             }
             if let Some(end) = end {
                 return end;
@@ -144,17 +195,63 @@ impl Recovery {
         }
     }
 
-    fn with<T>(&self, run: impl FnOnce(&mut Opening) -> Result<T>) -> Result<T> {
-        run(lock(&self.opening).as_mut().ok_or(Error::ShutDown)?)
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Only whole transactions count.
-fn settle(opening: &mut Opening) -> Result<Position> {
-    opening.abort();
-    Ok(opening.tip())
+impl State {
+    /// The number of the last transaction of a replica that is in the same history as far as both know it, and further on. Whether it does go
+    /// on from here, its records say.
+    fn ahead(&self, hello: &Hello) -> Option<u64> {
+        let opening = self.opening.as_ref()?;
+        let history = opening.history();
+        let theirs = hello.position.filter(|_| !hello.suspect)?;
+        let known = hello.history.last().is_some_and(|newest| history.iter().any(|start| start == newest));
+        let ahead = theirs.number() > opening.tip().number();
+        (known && ahead && history.place(theirs.txid()) == Place::OnHistory).then(|| theirs.number())
+    }
+
+    fn note(&mut self, hello: &Hello) {
+        if let Some(has) = self.ahead(hello) {
+            let replica = Replica { has, nothing_after: None };
+            self.replicas.entry(hello.peer.node).or_insert(replica).has = has;
+        }
+    }
+
+    fn has_nothing(&mut self, replica: Uuid, after: u64) {
+        if let Some(replica) = self.replicas.get_mut(&replica) {
+            replica.nothing_after = Some(after);
+        }
+    }
+
+    /// Whether a replica may give more than this node has.
+    fn misses_more(&self) -> bool {
+        let Some(opening) = &self.opening else { return false };
+        let tip = opening.tip().number();
+        self.replicas.values().any(|replica| replica.has > tip && replica.nothing_after != Some(tip))
+    }
+
+    /// What a replica is told that has more; nothing when it has not.
+    fn welcome(&self, node: &Node, hello: &Hello) -> Option<Welcome> {
+        let opening = self.opening.as_ref()?;
+        self.ahead(hello)?;
+        let tip = opening.tip();
+        let known = self.replicas.get(&hello.peer.node);
+        (known.is_none_or(|replica| replica.nothing_after != Some(tip.number()))).then(|| Welcome {
+            peer: node.me.clone(),
+            epoch: opening.history().epoch(),
+            plan: Plan::Recover,
+            position: tip,
+            page_size: opening.page_size(),
+        })
+    }
 }
 
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+/// Whether a replica has nothing more, or nothing that can be taken; not when it, or this node, was hindered.
+fn is_all(taken: &Result<()>) -> bool {
+    match taken {
+        Ok(()) | Err(Error::Mismatch { .. } | Error::Peer { problem: PeerProblem::Garbled(_), .. }) => true,
+        Err(_) => false,
+    }
 }

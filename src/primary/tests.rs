@@ -463,3 +463,21 @@ async fn places_for_handshakes_are_bounded() {
     drop(places);
     assert!(source.place().is_some());
 }
+
+#[tokio::test(start_paused = true)]
+async fn comparisons_take_turns_and_who_waits_hears_from_the_primary() {
+    let primary = Stream::start(5);
+    primary.1.commit(1);
+    primary.1.dropped.store(1, Ordering::SeqCst);
+    let turns = primary.2.comparisons.clone().acquire_many_owned(COMPARISONS_MAX as u32).await.unwrap();
+    let mut stream = Stream::join(primary, Some(at(1, 0)), history(&[(1, 1)]), None).await;
+    assert_eq!(stream.plan().await, Plan::Compare);
+    for _ in 0..3 {
+        assert_eq!(stream.next().await.unwrap().kind, Kind::Heartbeat);
+    }
+    drop(turns);
+    for kind in [Kind::HealBegin, Kind::Sums, Kind::Sent] {
+        assert_eq!(stream.kind().await, kind);
+    }
+    assert_eq!(stream.source.comparisons.available_permits(), COMPARISONS_MAX, "the turn is given back");
+}

@@ -202,7 +202,7 @@ impl Apply {
         let mut differing =
             Differing { ready, next: Some(PageNo::FIRST), ours: vec![0; ready.page_size.bytes()] };
         live.replace(&mut |live| differing.next(live), ready.position, ready.pages, &mut |tip| {
-            base.wal.sync()?;
+            base.sync_wal()?;
             base.write_anchor(tip, file, true)
         })?;
         Ok(kept)
