@@ -147,7 +147,7 @@ pub(super) fn keep(side: &Path, live: &mut Appender, doomed: &Doomed<'_>) -> Res
     }
     fs::create_dir_all(&new).map_err(Error::io("create", &new))?;
     write(&new.join("pages"), |out| write_pages(live, &pages, out))?;
-    write(&new.join("records"), |out| log.bytes_between(from, until, |bytes| put(out, &bytes)))?;
+    write(&new.join("records"), |out| log.bytes_between(from, until, |bytes| out.put(&bytes)))?;
     let branch = LostBranch {
         format: FORMAT,
         fork: doomed.fork,
@@ -162,7 +162,7 @@ pub(super) fn keep(side: &Path, live: &mut Appender, doomed: &Doomed<'_>) -> Res
         path: path.clone(),
     };
     let json = serde_json::to_vec_pretty(&branch).map_err(|e| Error::Stopped(e.to_string()))?;
-    write(&new.join("branch.json"), |out| put(out, &json))?;
+    write(&new.join("branch.json"), |out| out.put(&json))?;
     sync_directory(&new)?;
     fs::rename(&new, &path).map_err(Error::io("rename", &new))?;
     sync_directory(&lost)?;
@@ -187,27 +187,36 @@ fn differing(live: &mut Appender, ready: &Ready) -> Result<PageSet> {
     Ok(pages)
 }
 
-fn write_pages(live: &mut Appender, pages: &PageSet, out: &mut impl Write) -> Result<()> {
+fn write_pages(live: &mut Appender, pages: &PageSet, out: &mut Output<'_>) -> Result<()> {
     let mut page = vec![0; live.base.page_size.bytes()];
     let mut unit = BytesMut::new();
     for number in pages.iter() {
         live.read_current(number, &mut page)?;
         unit.clear();
         wire::encode_page(number, PageHash::of(number, &page), &page, &mut unit);
-        put(out, &unit)?;
+        out.put(&unit)?;
     }
     Ok(())
 }
 
-fn put(out: &mut impl Write, bytes: &[u8]) -> Result<()> {
-    out.write_all(bytes).map_err(Error::io("write", "a lost branch"))
+/// A file while it is being written.
+struct Output<'a> {
+    path: &'a Path,
+    out: BufWriter<File>,
+}
+
+impl Output<'_> {
+    fn put(&mut self, bytes: &[u8]) -> Result<()> {
+        self.out.write_all(bytes).map_err(Error::io("write", self.path))
+    }
 }
 
 /// Writes a file and fsyncs it.
-fn write(path: &Path, fill: impl FnOnce(&mut BufWriter<File>) -> Result<()>) -> Result<()> {
-    let mut out = BufWriter::new(File::create(path).map_err(Error::io("create", path))?);
-    fill(&mut out)?;
-    let file = out.into_inner().map_err(|e| Error::io("write", path)(e.into_error()))?;
+fn write(path: &Path, fill: impl FnOnce(&mut Output<'_>) -> Result<()>) -> Result<()> {
+    let file = File::create(path).map_err(Error::io("create", path))?;
+    let mut output = Output { path, out: BufWriter::new(file) };
+    fill(&mut output)?;
+    let file = output.out.into_inner().map_err(|e| Error::io("write", path)(e.into_error()))?;
     file.sync_all().map_err(Error::io("fsync", path))
 }
 

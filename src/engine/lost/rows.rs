@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, BufWriter, Write};
+use std::io::{BufRead, BufReader};
 use std::path::Path;
 
 use rusqlite::types::ValueRef;
@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::btree::{self, Pages};
-use super::put;
+use super::{Output, write};
 use crate::engine::append::Appender;
 use crate::engine::base::{Base, Tip};
 use crate::engine::reader;
@@ -79,23 +79,22 @@ pub(in crate::engine) fn tell(path: &Path, before: Before, live: &Appender, read
     let (lost, more_lost) = candidates(base, &mut handle, &tip, &touched)?;
     let (kept, more_kept) = candidates(base, &mut after, &base.tip(), &touched)?;
     let new = path.join("rows.new");
-    let mut out = BufWriter::new(File::create(&new).map_err(Error::io("create", &new))?);
-    let mut told = Told::default();
-    for (table, ids) in &lost {
-        for &id in ids {
-            told.row(table, id, (handle.connection(), after.connection()), &mut out)?;
+    write(&new, |out| {
+        let mut told = Told::default();
+        for (table, ids) in &lost {
+            for &id in ids {
+                told.row(table, id, (handle.connection(), after.connection()), out)?;
+            }
         }
-    }
-    for (table, ids) in &kept {
-        let known = lost.get(table);
-        for &id in ids.iter().filter(|id| known.is_none_or(|known| !known.contains(id))) {
-            told.row(table, id, (handle.connection(), after.connection()), &mut out)?;
+        for (table, ids) in &kept {
+            let known = lost.get(table);
+            for &id in ids.iter().filter(|id| known.is_none_or(|known| !known.contains(id))) {
+                told.row(table, id, (handle.connection(), after.connection()), out)?;
+            }
         }
-    }
-    let last = serde_json::json!({ "truncated": told.more || more_lost || more_kept });
-    put(&mut out, format!("{last}\n").as_bytes())?;
-    let file = out.into_inner().map_err(|e| Error::io("write", &new)(e.into_error()))?;
-    file.sync_all().map_err(Error::io("fsync", &new))?;
+        let last = serde_json::json!({ "truncated": told.more || more_lost || more_kept });
+        out.put(format!("{last}\n").as_bytes())
+    })?;
     fs::rename(&new, path.join(FILE)).map_err(Error::io("rename", &new))
 }
 
@@ -149,7 +148,7 @@ impl Told {
         table: &str,
         rowid: i64,
         (before, after): (&Connection, &Connection),
-        out: &mut impl Write,
+        out: &mut Output<'_>,
     ) -> Result<()> {
         if self.more {
             return Ok(());
@@ -166,7 +165,7 @@ impl Told {
         }
         self.rows += 1;
         self.bytes += line.len();
-        put(out, line.as_bytes())
+        out.put(line.as_bytes())
     }
 }
 
