@@ -6,10 +6,14 @@ mod fork;
 mod support;
 
 use std::fs;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
-use replite::{Db, Error, Event};
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
+use replite::{Db, Error, Event, Position};
 
 use fork::*;
 use support::*;
@@ -161,4 +165,85 @@ async fn without_a_replica_the_primary_says_what_it_knows() {
     assert_eq!(c.position(), None);
     a.shutdown().await;
     c.shutdown().await;
+}
+
+#[test]
+#[ignore = "runs as the child of another test"]
+fn repairing_process() {
+    if !is_child() {
+        return;
+    }
+    let (path, port) = (PathBuf::from(variable("DB")), variable("PORT").parse().unwrap());
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let db = open(primary(&path, port)).await;
+        speak(&format!("open {}", position(&db)));
+        let repair = loop {
+            match db.offered_repair().await {
+                Ok(Some(repair)) => break repair,
+                Ok(None) => panic!("nothing is wrong"),
+                Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+            }
+        };
+        speak("apply");
+        assert!(repair.apply().await.unwrap().holds());
+        speak("done");
+    });
+    hear();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_repair_that_is_killed_leaves_bad_pages_bad_and_no_new_history() {
+    let mut rng = StdRng::seed_from_u64(8);
+    let fork = Fork::new();
+    pair(&fork).await;
+    let file = fork.path("a");
+    let b = open(fork.replica("b")).await;
+    let variables = [("DB", file.to_str().unwrap().to_string()), ("PORT", fork.port.to_string())];
+    let variables = variables.each_ref().map(|(name, value)| (*name, value.as_str()));
+    let sound = fs::read(&file).unwrap();
+    let (mut partly, mut expected) = (0, None);
+    for round in 0..40 {
+        let modified = fs::metadata(&file).unwrap().modified().unwrap();
+        let mut bad = fs::read(&file).unwrap();
+        for page in 100..600 {
+            bad[page * 4096 + 3000] = sound[page * 4096 + 3000] ^ 1;
+        }
+        fs::write(&file, &bad).unwrap();
+        fs::File::options().write(true).open(&file).unwrap().set_modified(modified).unwrap();
+        let process = Process::start("repairing_process", &variables);
+        let now: Position = process.expect("open").split_once(' ').unwrap().1.parse().unwrap();
+        let same = (now.number(), now.checksum());
+        assert_eq!(*expected.get_or_insert(same), same, "round {round}: {now}");
+        process.expect("apply");
+        std::thread::park_timeout(Duration::from_micros(rng.random_range(0..8_000)));
+        process.kill();
+        let now = fs::read(&file).unwrap();
+        let still = (100..600).filter(|page| now[page * 4096 + 3000] != sound[page * 4096 + 3000]).count();
+        partly += usize::from(0 < still && still < 500);
+        if partly == 3 {
+            break;
+        }
+    }
+    assert!(partly > 0, "no kill came in the middle");
+    let a = open(fork.primary("a")).await;
+    assert_eq!(
+        (position(&a).number(), Some(position(&a).checksum())),
+        (expected.unwrap().0, expected.map(|e| e.1))
+    );
+    let mut tick = tokio::time::interval(Duration::from_millis(5));
+    within("a repair", async {
+        while !a.verify().await.unwrap().holds() {
+            // The replica may not be there yet.
+            if let Ok(Some(repair)) = a.offered_repair().await {
+                repair.apply().await.unwrap();
+            }
+            tick.tick().await;
+        }
+    })
+    .await;
+    equal(&a, &b).await;
+    assert_eq!(b.status().heals, 0);
+    a.shutdown().await;
+    b.shutdown().await;
 }

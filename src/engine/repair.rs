@@ -29,6 +29,18 @@ impl Engine {
         if !try_for(&mut handle, Slot::READ0, Lock::Exclusive, DRAIN_MAX)? {
             return Err(Error::Timeout { what: "readers of the file".into(), after: DRAIN_MAX });
         }
+        // Should the node die in here, the file's new modification time says nothing: it is the state that it was, with some of its bad pages.
+        let newest = lock(&base.anchors).newest_first().first().copied();
+        let marked = match newest {
+            Some(anchor) => {
+                lock(&base.anchors).write(Anchor { file: FileState::Backfilling, ..anchor }, true)
+            }
+            None => Ok(()),
+        };
+        if let Err(error) = marked {
+            handle.unlock(Slot::READ0, Lock::Exclusive)?;
+            return Err(error);
+        }
         let mut written = Vec::new();
         let done = pages.iter().try_for_each(|page| {
             let RightPage { number, wrong, right } = page;
@@ -48,11 +60,9 @@ impl Engine {
         handle.unlock(Slot::READ0, Lock::Exclusive)?;
         done.and(synced)?;
         // The file at rest is the state that it was; only its modification time is another one.
-        let mut anchors = lock(&base.anchors);
-        let newest = anchors.newest_first().first().copied();
         if let Some(anchor @ Anchor { file: FileState::AtRest { position, .. }, .. }) = newest {
             let file = FileState::AtRest { position, modified: modified(base.path())? };
-            anchors.write(Anchor { file, ..anchor }, true)?;
+            lock(&base.anchors).write(Anchor { file, ..anchor }, true)?;
         }
         Ok(written)
     }
