@@ -327,7 +327,7 @@ fn fields_outside_their_bounds_are_refused_behind_a_good_hash() {
         assert!(fields_error(sealed(kind, 0, &payload)), "kind {kind} at {at}");
     }
     let welcome = encoded(&every_kind()[5]);
-    for plan in [0, 6, 255] {
+    for plan in [0, 7, 255] {
         let mut payload = welcome[HEADER_BYTES..].to_vec();
         payload[16] = plan;
         assert!(fields_error(sealed(5, 0, &payload)), "plan {plan}");
