@@ -50,7 +50,9 @@ fn primary_process() {
         opened => opened.unwrap(),
     };
     let rows = db.read(|c| Ok::<_, Error>(total(c))).unwrap();
-    speak(&format!("open {} {rows}", db.position().unwrap()));
+    // Whether this state is the first of the epoch that begins now, because nobody knew it by name.
+    let position = db.position().unwrap();
+    speak(&format!("open {position} {rows} {}", position.epoch() == db.status().epoch));
     let verified = runtime.block_on(db.verify()).unwrap();
     speak(&format!("verified {}", verified.holds()));
     assert_eq!(hear(), "write");
@@ -114,6 +116,11 @@ fn copying(path: &Path) -> bool {
     newest[92] != 0
 }
 
+fn salts(path: &Path) -> [u8; 8] {
+    let wal = std::fs::read(beside(path, "-wal")).unwrap_or_default();
+    wal.get(16..24).map_or([0; 8], |salts| salts.try_into().unwrap())
+}
+
 /// What strangers do with a node's file: each commit is one transaction.
 struct Stranger {
     wrote: i64,
@@ -175,6 +182,9 @@ struct Victim {
     copied_by_others: bool,
     /// Somebody else copied frames into the file, which stayed in the WAL: the old images of their pages are gone.
     copied: bool,
+    /// The salts of the WAL in which there are frames of a state that became history as a whole: the log begins with that state, and has
+    /// nothing to make them good from.
+    unlogged: Option<[u8; 8]>,
     without_wal: bool,
     figures: Figures,
 }
@@ -213,6 +223,9 @@ impl Victim {
         let position: Position = words.next().unwrap().parse().unwrap();
         let rows: i64 = words.next().unwrap().parse().unwrap();
         let found = position.number() as i64 - rows;
+        if words.next().unwrap() == "true" {
+            self.unlogged = Some(salts(&self.path));
+        }
         match self.others.filter(|_| !self.copied_by_others && !self.copied) {
             Some(others) => assert_eq!(found, others, "round {round}: {position} with {rows} rows"),
             // What the log does not have and somebody else copied is one transaction, however many it was.
@@ -291,7 +304,8 @@ impl Victim {
                 assert_eq!(ok, "ok", "round {}", self.round);
             }
         }
-        if !self.copied && !self.copied_by_others && self.rng.random_range(0..8) == 0 {
+        let logged = self.unlogged.is_none_or(|then| then != salts(&self.path));
+        if logged && !self.copied && !self.copied_by_others && self.rng.random_range(0..8) == 0 {
             bin_wal(&self.path);
             self.without_wal = true;
             self.figures.wal_taken_away += 1;
@@ -319,6 +333,7 @@ async fn a_primary_that_is_killed_again_and_again_keeps_every_acknowledged_row_a
         copying: false,
         copied_by_others: false,
         copied: false,
+        unlogged: None,
         without_wal: false,
         figures: Figures::default(),
     };
