@@ -67,30 +67,27 @@ impl Victim {
 
     /// The disk has what there is now, and nothing that comes later. Nobody writes.
     fn on_disk(&self) {
-        copy_tree(self.path.parent().unwrap(), self.disk.path());
+        take_over(&self.path, &self.disk.path().join(self.path.file_name().unwrap()));
     }
 
     /// The power is cut: the process ends, and its files are those of the disk, on a machine that was booted since.
     fn power_cut(self) {
         self.process.kill();
-        let name = self.path.file_name().unwrap().to_str().unwrap();
-        for entry in fs::read_dir(self.disk.path()).unwrap() {
-            let file = entry.unwrap().file_name();
-            let (from, to) = (self.disk.path().join(&file), self.path.with_file_name(&file));
-            if !file.to_str().unwrap().starts_with(name) || file.to_str().unwrap().ends_with("-shm") {
-                continue;
-            }
-            if from.is_dir() {
-                fs::remove_dir_all(&to).unwrap();
-                copy_tree(&from, &to);
-            } else {
-                fs::copy(&from, &to).unwrap();
-            }
-        }
+        take_over(&self.disk.path().join(self.path.file_name().unwrap()), &self.path);
         let _ = fs::remove_file(self.path.with_extension("db-shm"));
         assert!(marker(&self.path).exists());
         fs::write(marker(&self.path), "another boot").unwrap();
     }
+}
+
+/// The files of one node become those of another.
+fn take_over(from: &Path, to: &Path) {
+    for end in ["db", "db-wal"] {
+        fs::copy(from.with_extension(end), to.with_extension(end)).unwrap();
+    }
+    let side = to.with_extension("db-replite");
+    let _ = fs::remove_dir_all(&side);
+    copy_tree(&from.with_extension("db-replite"), &side);
 }
 
 fn marker(path: &Path) -> PathBuf {
