@@ -313,6 +313,21 @@ mod tests {
         assert!(!again.may_miss());
     }
 
+    #[test]
+    fn a_transaction_that_no_log_would_have_is_refused_before_it_fills_the_disk() {
+        let home = Home::new();
+        let (_, records) = behind(&home);
+        let mut options = home.options("b.db");
+        options.log.quota_bytes = 4000;
+        let mut opening = Opening::begin(options, node()).unwrap();
+        let before = opening.tip();
+        // Its end does not even come.
+        let error = opening.take(&records[0][..2]).unwrap_err();
+        assert!(matches!(&error, Error::Peer { .. }) && error.to_string().contains("quota"), "{error}");
+        opening.abort();
+        assert_eq!(opening.tip(), before);
+    }
+
     /// The disk kept the end of the WAL and not its middle, and the log goes a part of the way: what is written once more from the log is what
     /// was there, bit for bit, and the end follows from it.
     #[test]
