@@ -340,8 +340,9 @@ async fn a_replica_without_a_state_has_nothing_to_verify() {
     db.shutdown().await;
 }
 
-/// Has the newest anchor say what it says while frames are being copied into the file, as a node leaves it that is killed then.
-fn killed_in_a_backfill(database: &Path) {
+/// Has the newest anchor say what it says while frames are being copied into the file, as a node leaves it that is killed then: the last of them
+/// take the place of this image of a page.
+fn killed_in_a_backfill(database: &Path, page: u32, older: &[u8]) {
     let mut path = database.as_os_str().to_owned();
     path.push("-replite/anchors");
     let mut bytes = fs::read(&path).unwrap();
@@ -349,6 +350,10 @@ fn killed_in_a_backfill(database: &Path) {
     let newest = if bytes.len() > 4096 && sequence(4096) > sequence(0) { 4096 } else { 0 };
     let slot = &mut bytes[newest..newest + 256];
     slot[92..96].copy_from_slice(&1u32.to_le_bytes());
+    slot[144..148].copy_from_slice(&page.to_le_bytes());
+    let hash =
+        blake3::keyed_hash(b"replite page hash, version 1 ...", &[&page.to_le_bytes(), older].concat());
+    slot[148..156].copy_from_slice(&hash.as_bytes()[..8]);
     let check = blake3::hash(&slot[..240]);
     slot[240..].copy_from_slice(&check.as_bytes()[..16]);
     fs::write(&path, bytes).unwrap();
@@ -391,7 +396,7 @@ async fn a_damaged_primary_says_what_it_needs_and_goes_on_only_when_it_is_told_t
     until_in_the_file(&db, last).await;
     let before = db.position().unwrap();
     db.shutdown().await;
-    killed_in_a_backfill(&path);
+    killed_in_a_backfill(&path, 200, &older[199 * 4096..200 * 4096]);
     mix(&path, &older, 100..200);
     remove_wal(&path);
     for _ in 0..2 {
@@ -432,7 +437,7 @@ async fn a_state_that_sqlite_finds_broken_never_becomes_history() {
     let Err(Error::Damaged { what, .. }) = refused else { panic!("{refused:?}") };
     assert!(what.contains("integrity_check") && !what.contains("accept_damaged"), "{what}");
     // Nor when damage is accepted.
-    killed_in_a_backfill(&path);
+    killed_in_a_backfill(&path, 2, &[0; 4096]);
     remove_wal(&path);
     let refused = Db::open(primary(&path, 0).accept_damaged(true)).await;
     assert!(matches!(&refused, Err(Error::Damaged { .. })), "{refused:?}");
@@ -458,7 +463,7 @@ async fn a_damaged_replica_is_not_read_from_and_filled_anew() {
     target.wait_for_timeout(last, LIMIT).await.unwrap();
     until_in_the_file(&target, last).await;
     target.shutdown().await;
-    killed_in_a_backfill(&r);
+    killed_in_a_backfill(&r, 200, &older[199 * 4096..200 * 4096]);
     mix(&r, &older, 100..200);
     remove_wal(&r);
     // Without its primary it has nothing to read, and says why.

@@ -6,10 +6,12 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
-use std::time::UNIX_EPOCH;
+use std::time::{SystemTime, UNIX_EPOCH};
 
+use crate::checksum::PageHash;
 use crate::engine::wal_file::{read_exact_at, sync_directory, write_all_at};
 use crate::error::{Error, Result};
+use crate::page::PageNo;
 use crate::txid::{EpochHistory, Position};
 use crate::wal::{Salts, WalSum, le_u32};
 
@@ -20,6 +22,8 @@ const SLOT_BYTES: usize = 256;
 /// The slots lie in different sectors and pages of any disk.
 const SLOT_OFFSETS: [u64; 2] = [0, 4096];
 const CHECK_AT: usize = SLOT_BYTES - 16;
+const WITNESSES_AT: usize = 144;
+const WITNESS_BYTES: usize = 12;
 /// Largest epochs file that is read: a full history and its frame.
 const EPOCHS_MAX_BYTES: u64 = (EpochHistory::MAX * EpochHistory::ENTRY_BYTES + 64) as u64;
 
@@ -29,8 +33,63 @@ pub(crate) enum FileState {
     /// The file alone, without the WAL, is the state at `position`, and nobody has written to it since
     /// `modified` (nanoseconds since 1970).
     AtRest { position: Position, modified: i64 },
-    /// Frames up to the anchor are being copied into it: it is no committed state.
-    Backfilling,
+    /// Frames up to the anchor are being copied into it, or may have been: it need not be a committed state.
+    Backfilling(Witnesses),
+}
+
+/// A page that the WAL has and that the file has an older image of, by that image's hash. While the file has it still, nobody has copied all of
+/// the WAL back; and SQLite gives up no WAL before that.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Witness {
+    page: PageNo,
+    older: [u8; 8],
+}
+
+impl Witness {
+    pub(crate) fn new(page: PageNo, older: PageHash) -> Witness {
+        let hash = older.to_bytes();
+        let mut older = [0; 8];
+        older.copy_from_slice(&hash[..8]);
+        Witness { page, older }
+    }
+
+    pub(crate) fn page(self) -> PageNo {
+        self.page
+    }
+}
+
+/// The pages that are copied last, of those that the copy changes.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Witnesses([Option<Witness>; Witnesses::MAX]);
+
+impl Witnesses {
+    pub(crate) const MAX: usize = (CHECK_AT - WITNESSES_AT) / WITNESS_BYTES;
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Witness> + '_ {
+        self.0.iter().flatten().copied()
+    }
+
+    fn decode(bytes: &[u8]) -> Witnesses {
+        bytes
+            .chunks_exact(WITNESS_BYTES)
+            .filter_map(|b| {
+                let mut older = [0; 8];
+                older.copy_from_slice(&b[4..]);
+                Some(Witness { page: PageNo::new(le_u32(b))?, older })
+            })
+            .collect()
+    }
+}
+
+/// The first ones, as many as there is room for.
+impl FromIterator<Witness> for Witnesses {
+    fn from_iter<I: IntoIterator<Item = Witness>>(all: I) -> Witnesses {
+        let mut witnesses = Witnesses::default();
+        for (place, witness) in witnesses.0.iter_mut().zip(all) {
+            *place = Some(witness);
+        }
+        witnesses
+    }
 }
 
 /// The position that a frame of the WAL stands for.
@@ -67,7 +126,15 @@ impl Anchor {
                 b[96..104].copy_from_slice(&modified.to_le_bytes());
                 b[104..144].copy_from_slice(&position.to_bytes());
             }
-            FileState::Backfilling => b[92..96].copy_from_slice(&1u32.to_le_bytes()),
+            FileState::Backfilling(witnesses) => {
+                b[92..96].copy_from_slice(&1u32.to_le_bytes());
+                for (place, witness) in
+                    b[WITNESSES_AT..CHECK_AT].chunks_exact_mut(WITNESS_BYTES).zip(witnesses.iter())
+                {
+                    place[..4].copy_from_slice(&witness.page.get().to_le_bytes());
+                    place[4..].copy_from_slice(&witness.older);
+                }
+            }
         }
         let check = blake3::hash(&b[..CHECK_AT]);
         b[CHECK_AT..].copy_from_slice(&check.as_bytes()[..16]);
@@ -94,7 +161,7 @@ impl Anchor {
         let (Some(at_frame), Some(at_rest)) = (position(48), position(104)) else { return Ok(None) };
         let file = match le_u32(&b[92..96]) {
             0 => FileState::AtRest { position: at_rest, modified: long(96) as i64 },
-            _ => FileState::Backfilling,
+            _ => FileState::Backfilling(Witnesses::decode(&b[WITNESSES_AT..CHECK_AT])),
         };
         let anchor = Anchor {
             generation: long(24),
@@ -183,6 +250,44 @@ impl Anchors {
 pub(crate) fn modified(path: &Path) -> Result<i64> {
     let time = fs::metadata(path).and_then(|m| m.modified()).map_err(Error::io("stat", path))?;
     Ok(time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as i64))
+}
+
+/// Gives a file a modification time that no later write will give it, and says which. The kernel takes the time of a write from a clock that may
+/// stand still for milliseconds, and some file systems keep whole seconds: two writes may have the same. Nothing where the time can't be set,
+/// which is for the file's owner to do. Nobody else may be writing.
+pub(crate) fn stamp(path: &Path) -> Result<Option<i64>> {
+    /// What the coarsest file systems keep.
+    const COARSEST_MICROS: i64 = 2_000_000;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_micros() as i64);
+    for micros in [now, now - COARSEST_MICROS] {
+        if let Err(error) = set_modified(path, micros) {
+            tracing::debug!(path = %path.display(), %error, "the modification time can't be set");
+            return Ok(None);
+        }
+        let found = modified(path)?;
+        // One that was rounded may come again as long as its second lasts: then one that is over.
+        if found == micros * 1000 || micros < now {
+            return Ok(Some(found));
+        }
+    }
+    Ok(None)
+}
+
+/// By name: to close a descriptor of a database would drop SQLite's locks on it.
+#[cfg(unix)]
+fn set_modified(path: &Path, micros: i64) -> std::io::Result<()> {
+    use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, UTIME_OMIT, utimensat};
+
+    let last_access = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };
+    let (tv_sec, rest) = (micros.div_euclid(1_000_000), micros.rem_euclid(1_000_000));
+    let last_modification = Timespec { tv_sec, tv_nsec: (rest * 1000) as _ };
+    Ok(utimensat(CWD, path, &Timestamps { last_access, last_modification }, AtFlags::empty())?)
+}
+
+#[cfg(not(unix))]
+fn set_modified(path: &Path, micros: i64) -> std::io::Result<()> {
+    let time = UNIX_EPOCH + std::time::Duration::from_micros(micros.max(0) as u64);
+    OpenOptions::new().write(true).open(path)?.set_modified(time)
 }
 
 /// The epochs of a database's history, and whether this node opened the newest one.
@@ -279,6 +384,39 @@ mod tests {
             assert!(Anchors::open(dir.path()).unwrap().newest_first().is_empty());
             fs::write(&path, &whole).unwrap();
         }
+    }
+
+    #[test]
+    fn who_was_copying_and_which_pages_were_missing_comes_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut anchors = Anchors::open(dir.path()).unwrap();
+        let number = |n| PageNo::new(n).unwrap();
+        let all = (1..=20).map(|n| Witness::new(number(n), PageHash::of(number(n), &[n as u8; 512])));
+        for count in [0, 1, Witnesses::MAX, Witnesses::MAX + 5] {
+            let witnesses: Witnesses = all.clone().take(count).collect();
+            let written = Anchor { file: FileState::Backfilling(witnesses), ..anchor(1) };
+            anchors.write(written, true).unwrap();
+            assert_eq!(Anchors::open(dir.path()).unwrap().newest_first()[0], written);
+            assert_eq!(
+                witnesses.iter().collect::<Vec<_>>(),
+                all.clone().take(count.min(8)).collect::<Vec<_>>()
+            );
+        }
+    }
+
+    #[test]
+    fn a_stamped_time_is_the_files_and_no_other_writes() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let now = || modified(file.path()).unwrap();
+        for _ in 0..100 {
+            let before = now();
+            let stamped = stamp(file.path()).unwrap().unwrap();
+            assert_eq!(now(), stamped);
+            assert_ne!(stamped, before);
+            file.as_file().write_all(b"more").unwrap();
+            assert_ne!(now(), stamped);
+        }
+        assert!(stamp(Path::new("/nowhere")).unwrap().is_none());
     }
 
     #[test]

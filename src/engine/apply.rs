@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 use crate::engine::EngineOptions;
-use crate::engine::anchor::{self, Anchor, Anchors, FileState, modified};
+use crate::engine::anchor::{self, Anchor, Anchors, FileState, Witnesses, stamp};
 use crate::engine::append::Appender;
 use crate::engine::base::lock;
 use crate::engine::capture_loop::warn_if_long;
@@ -133,7 +133,7 @@ impl Apply {
 
     fn go_live(&mut self, mut opened: Opened) -> Result<()> {
         opened.begin_if_empty()?;
-        let opened = opened.redo()?;
+        let mut opened = opened.redo()?;
         opened.anchor()?;
         let base = opened.base.clone();
         self.history = opened.history;
@@ -205,10 +205,12 @@ impl Apply {
                 thread.thread().unpark();
                 let _ = thread.join();
             }
-            let rest = live.base.log.sync().and_then(|()| live.base.sync_wal()).and_then(|()| {
-                let file = live.base.file_state().unwrap_or(FileState::Backfilling);
-                live.base.write_anchor(&live.base.tip(), file, true)
-            });
+            let rest = live
+                .base
+                .log
+                .sync()
+                .and_then(|()| live.base.sync_wal())
+                .and_then(|()| live.base.write_anchor(&live.base.tip(), live.base.file_state(), true));
             if let Err(error) = rest {
                 tracing::warn!(%error, "the last anchor was not written; the next start reads the WAL instead");
             }
@@ -381,7 +383,10 @@ impl Apply {
         anchor::write_epochs(side, &history, false)?;
         Log::open(&side.join("log"), self.options.log)?.reset(position)?;
         let from = directory.join("pages");
-        let file = FileState::AtRest { position, modified: modified(&from)? };
+        let file = match stamp(&from)? {
+            Some(modified) => FileState::AtRest { position, modified },
+            None => FileState::Backfilling(Witnesses::default()),
+        };
         let mut anchors = Anchors::open(side)?;
         let anchor = Anchor {
             generation: anchors.generation(),

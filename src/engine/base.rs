@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use bytes::BytesMut;
 
 use crate::checksum::PageHash;
-use crate::engine::anchor::{Anchor, Anchors, FileState};
+use crate::engine::anchor::{Anchor, Anchors, FileState, Witness, Witnesses, modified, stamp};
 use crate::engine::wal_file::WalFile;
 use crate::engine::{Durability, EngineOptions, Piece, WalFigures, unsynced};
 use crate::error::{Error, Result};
@@ -292,8 +292,45 @@ impl Base {
     }
 
     /// What the newest anchor says of the database file.
-    pub(super) fn file_state(&self) -> Option<FileState> {
-        lock(&self.anchors).newest_first().first().map(|a| a.file)
+    pub(super) fn file_state(&self) -> FileState {
+        let newest = lock(&self.anchors).newest_first().first().map(|a| a.file);
+        newest.unwrap_or(FileState::Backfilling(Witnesses::default()))
+    }
+
+    /// What an anchor is to say of a file that alone is the state at `position`, and that nobody writes to.
+    pub(super) fn at_rest(&self, position: Position) -> Result<FileState> {
+        let now = modified(self.path())?;
+        let stamped = match self.file_state() {
+            FileState::AtRest { modified, .. } if modified == now => Some(now),
+            _ => stamp(self.path())?,
+        };
+        // Without such a time only a hash tells later, or the WAL.
+        Ok(stamped.map_or(FileState::Backfilling(Witnesses::default()), |modified| FileState::AtRest {
+            position,
+            modified,
+        }))
+    }
+
+    /// Pages behind frame `copied` whose images at `tip` the file does not have yet, those of the last frames first.
+    pub(super) fn witnesses(&self, handle: &mut Handle, copied: u32, tip: &Tip) -> Result<Witnesses> {
+        let mut found = Vec::new();
+        let (mut image, mut there) = (vec![0; self.page_size.bytes()], vec![0; self.page_size.bytes()]);
+        for frame in (copied + 1..=tip.frame).rev() {
+            if found.len() == Witnesses::MAX {
+                break;
+            }
+            let page = self.index.page_of(frame);
+            if page > tip.pages || self.index.lookup(page, frame, tip.frame) != Some(frame) {
+                continue;
+            }
+            let Some(page) = PageNo::new(page) else { continue };
+            self.read_frame(frame, &mut image)?;
+            handle.read(&mut there, page.offset(self.page_size))?;
+            if image != there {
+                found.push(Witness::new(page, PageHash::of(page, &there)));
+            }
+        }
+        Ok(found.into_iter().collect())
     }
 
     /// Writes an anchor for a commit boundary of the generation that is current.

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use crate::engine::Durability;
-use crate::engine::anchor::{self, FileState};
+use crate::engine::anchor;
 use crate::engine::base::{Base, lock};
 use crate::engine::capture::{Capture, Sink};
 use crate::engine::checkpoint::{self, DRAIN_MAX, Restart, keep_from_others, restart, try_for};
@@ -142,11 +142,10 @@ impl CaptureLoop {
     fn rest(&mut self) -> Result<()> {
         self.base.sync_wal()?;
         self.base.log.sync()?;
-        let file = match self.base.file_state() {
-            Some(state @ FileState::AtRest { .. }) => state,
-            _ => FileState::Backfilling,
-        };
-        self.base.write_anchor(&self.capture.tip, file, true)?;
+        // Not between the anchor of somebody who copies and what it says.
+        let base = self.base.clone();
+        let _nobody_copies = lock(&base.backfill);
+        self.base.write_anchor(&self.capture.tip, self.base.file_state(), true)?;
         unsynced::end(&self.base.options.side)
     }
 
@@ -221,7 +220,8 @@ impl CaptureLoop {
                 self.base.node.set_problem(Part::Checkpoint, None);
                 return Ok(());
             }
-            Ok(false) => {}
+            // The node is being closed: it ends with the loop, in order.
+            Ok(false) | Err(Error::ShutDown) => {}
             // Full or failing disk: the WAL grows meanwhile, and nothing is lost.
             Err(error @ Error::Io { .. }) => {
                 tracing::warn!(%error, "the WAL could not be restarted");

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::engine::anchor::{Anchor, FileState, modified};
+use crate::engine::anchor::{Anchor, FileState};
 use crate::engine::base::{Base, Tip, lock};
 use crate::error::{Error, Result};
 use crate::page::PageNo;
@@ -61,19 +61,20 @@ pub(super) fn backfill_some(
 
 /// Notes that the file alone is the state at `target`.
 fn rest(base: &Base, target: &Tip) -> Result<()> {
-    let file = FileState::AtRest { position: target.position, modified: modified(base.path())? };
+    let file = base.at_rest(target.position)?;
     base.write_anchor(target, file, false)
 }
 
 /// Copies the newest image of each page in `done+1 ..= target` and fsyncs. READ0 is held, exclusive.
-fn copy(base: &Base, handle: &mut Handle, target: &Tip, done: u32) -> Result<()> {
+pub(super) fn copy(base: &Base, handle: &mut Handle, target: &Tip, done: u32) -> Result<()> {
     // What is copied must be on the disk in the WAL first, and in the log: after this, the file can't
     // go back to the state that the log's tip may need.
     base.sync_wal()?;
     if let Err(error) = base.log.sync() {
         tracing::warn!(%error, "the log can't be synced before a backfill");
     }
-    base.write_anchor(target, FileState::Backfilling, true)?;
+    let witnesses = base.witnesses(handle, done, target)?;
+    base.write_anchor(target, FileState::Backfilling(witnesses), true)?;
     base.index.set_attempted(target.frame);
     let frame = frame_bytes(base.page_size);
     let mut run = vec![0; (RUN_BYTES / frame).max(1) * frame];
@@ -221,7 +222,7 @@ pub(super) fn begin_generation(base: &Arc<Base>, handle: &mut Handle, tip: &Tip)
     let mut bytes = header.to_vec();
     let big_endian = cfg!(target_endian = "big");
     let sum = push_frame(&mut bytes, PageNo::FIRST, tip.pages, salts, &page, sum, big_endian);
-    let file = FileState::AtRest { position: tip.position, modified: modified(base.path())? };
+    let file = base.at_rest(tip.position)?;
     let new = Tip { salts, frame: 1, sum, ..*tip };
     let anchor = Anchor { generation, salts, frame: 1, sum, position: tip.position, pages: tip.pages, file };
     // Before the first byte of the new generation: whoever finds that generation finds its meaning.

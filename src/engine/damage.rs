@@ -1,20 +1,12 @@
 //! A database whose position is unknown: whether it may become history.
 
-use std::collections::BTreeMap;
-
 use rusqlite::Connection;
 
 use crate::checksum::PageHash;
-use crate::engine::anchor::FileState;
+use crate::engine::anchor::{FileState, Witness, Witnesses};
 use crate::engine::base::lock;
 use crate::engine::open::Opened;
 use crate::error::{Error, Result};
-use crate::log::Found;
-use crate::txid::Position;
-use crate::wire::Message;
-
-/// Pages that are compared with the log, to tell who copied last.
-const PAGES_MAX: usize = 10_000;
 
 /// Why a database is damaged whose newest anchor says that the file alone is no state, and whose WAL is not there any more.
 const WAL_GONE: &str =
@@ -29,49 +21,31 @@ impl Opened {
     pub(super) fn damage(&mut self) -> Option<&'static str> {
         let tip = self.base.tip();
         let newest = lock(&self.base.anchors).newest_first().first().copied()?;
-        let wal_there = newest.salts == tip.salts && newest.frame <= tip.frame;
-        if newest.file != FileState::Backfilling || wal_there {
+        let FileState::Backfilling(witnesses) = newest.file else { return None };
+        if newest.salts == tip.salts && newest.frame <= tip.frame {
             return None;
         }
-        let copied = self.copied_by_others(newest.position).unwrap_or_else(|error| {
-            tracing::warn!(%error, "the log can't tell whether the WAL was copied back in full");
-            false
+        let lacking = self.lacks_any(&witnesses).unwrap_or_else(|error| {
+            tracing::warn!(%error, "the file can't tell whether the WAL was copied back in full");
+            true
         });
-        if copied {
-            tracing::warn!(path = %self.base.path().display(), "somebody else has copied the WAL back in full, and deleted it");
-            return None;
+        if lacking {
+            return Some(WAL_GONE);
         }
-        Some(WAL_GONE)
+        tracing::warn!(path = %self.base.path().display(), "somebody else has copied the WAL back in full");
+        None
     }
 
-    /// Whether somebody copied more frames than we were about to: then it was a checkpoint of SQLite's, of all of them, such as the last
-    /// connection to close makes. What the log has behind the state that we copied to was never ours to copy: its pages are in the file, but for
-    /// those that somebody changed since, or they are not.
-    fn copied_by_others(&mut self, ours: Position) -> Result<bool> {
-        let log = self.base.log.clone();
-        let Found::At { lsn, before } = log.find(ours.number())? else { return Ok(false) };
-        let mut behind = BTreeMap::new();
-        if before == ours {
-            log.records(lsn, log.complete(), |unit| {
-                let message = unit.decode().map_err(|e| Error::garbled("the log", e.to_string()))?;
-                if let Message::Page { number, hash, .. } = message
-                    && (behind.len() < PAGES_MAX || behind.contains_key(&number))
-                {
-                    behind.insert(number, hash);
-                }
-                Ok(())
-            })?;
-        }
-        let tip = self.base.tip();
+    /// Whether the file itself, whatever a newer WAL says, still has an image that the WAL would have replaced.
+    fn lacks_any(&mut self, witnesses: &Witnesses) -> Result<bool> {
         let mut page = vec![0; self.base.page_size.bytes()];
-        let (mut there, all) = (0, behind.len());
-        for (number, hash) in behind {
-            if number.get() <= tip.pages {
-                self.base.read_page(&mut self.handle, number, tip.frame, &mut page)?;
-                there += usize::from(PageHash::of(number, &page) == hash);
+        for witness in witnesses.iter() {
+            self.handle.read(&mut page, witness.page().offset(self.base.page_size))?;
+            if Witness::new(witness.page(), PageHash::of(witness.page(), &page)) == witness {
+                return Ok(true);
             }
         }
-        Ok(there > 0 && there * 2 >= all)
+        Ok(false)
     }
 
     /// Lets a state that somebody else made become history of a primary, if SQLite finds it whole.
@@ -117,4 +91,97 @@ fn integrity(connection: &Connection) -> Result<Option<String>, rusqlite::Error>
 fn corrupt(error: &rusqlite::Error) -> bool {
     use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
     matches!(error.sqlite_error_code(), Some(DatabaseCorrupt | NotADatabase))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::sync::atomic::Ordering;
+
+    use crate::engine::Engine;
+    use crate::engine::checkpoint::copy;
+    use crate::engine::tests::{Home, node, settled};
+    use crate::txid::Position;
+
+    use super::*;
+
+    fn run(home: &Home, sql: &str) {
+        Connection::open(home.path("p.db")).unwrap().execute_batch(sql).unwrap();
+    }
+
+    fn ask(home: &Home, sql: &str) -> i64 {
+        Connection::open(home.path("p.db")).unwrap().query_row(sql, [], |r| r.get(0)).unwrap()
+    }
+
+    fn open(home: &Home) -> Result<Engine> {
+        let mut options = home.options("p.db");
+        // Nothing is copied unless we do it.
+        options.wal_limit_bytes = 64 << 20;
+        Engine::open(options, node())
+    }
+
+    /// Changes every row of a node that then ends, orderly, when a part of it is copied into the file.
+    fn half_copied(home: &Home) -> Position {
+        run(
+            home,
+            "PRAGMA journal_mode = WAL; CREATE TABLE t(a, b);
+             WITH RECURSIVE n(i) AS (VALUES (1) UNION ALL SELECT i + 1 FROM n LIMIT 200)
+             INSERT INTO t SELECT 'before', randomblob(3000) FROM n",
+        );
+        let engine = open(home).unwrap();
+        let stay = Connection::open(home.path("p.db")).unwrap();
+        stay.execute_batch("UPDATE t SET a = 'behind'").unwrap();
+        let position = settled(&engine);
+        let copying = lock(&engine.base.backfill);
+        engine.base.stop.store(true, Ordering::Release);
+        let ended = copy(&engine.base, &mut lock(&engine.second), &engine.base.tip(), 0);
+        assert!(matches!(ended, Err(Error::ShutDown)), "{ended:?}");
+        drop(copying);
+        engine.close();
+        // Its last connection leaves the WAL where it is, for us.
+        stay.set_db_config(rusqlite::config::DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).unwrap();
+        position
+    }
+
+    #[test]
+    fn a_wal_that_is_deleted_when_a_part_of_it_was_copied_leaves_damage() {
+        let home = Home::new();
+        half_copied(&home);
+        for end in ["p.db-wal", "p.db-shm"] {
+            fs::remove_file(home.path(end)).unwrap();
+        }
+        // SQLite sees nothing of it.
+        let connection = Connection::open(home.path("p.db")).unwrap();
+        assert_eq!(integrity(&connection).unwrap(), None);
+        let mixed = "SELECT count(DISTINCT a) FROM t";
+        assert_eq!(connection.query_row(mixed, [], |r| r.get::<_, i64>(0)).unwrap(), 2);
+        drop(connection);
+        let refused = open(&home).map(|_| ());
+        assert!(
+            matches!(&refused, Err(Error::Damaged { what, .. }) if what.contains("WAL is gone")),
+            "{refused:?}"
+        );
+    }
+
+    #[test]
+    fn a_wal_that_somebody_else_copied_on_and_deleted_leaves_none() {
+        for (sql, rows, changed) in [
+            ("SELECT count(*) FROM t", 200, false),
+            ("INSERT INTO t VALUES ('foreign', 1)", 201, true),
+            ("UPDATE t SET b = randomblob(3000)", 200, true),
+            ("DELETE FROM t WHERE rowid > 20; VACUUM", 20, true),
+        ] {
+            let home = Home::new();
+            let before = half_copied(&home);
+            // The last to close.
+            Connection::open(home.path("p.db")).unwrap().execute_batch(sql).unwrap();
+            assert!(!home.path("p.db-wal").exists(), "{sql}");
+            let engine = open(&home).unwrap_or_else(|error| panic!("{sql}: {error}"));
+            let position = settled(&engine);
+            assert_eq!(position.number(), before.number() + u64::from(changed), "{sql}");
+            assert_eq!(position.checksum() != before.checksum(), changed, "{sql}");
+            assert_eq!(ask(&home, "SELECT count(*) FROM t"), rows, "{sql}");
+            assert_eq!(ask(&home, "SELECT count(*) FROM t WHERE a = 'before'"), 0, "{sql}");
+        }
+    }
 }

@@ -212,7 +212,7 @@ impl Opened {
         // be. Then only a full hash decides.
         let doubt = match anchor.file {
             FileState::AtRest { modified: then, .. } => modified(base.path())? != then,
-            FileState::Backfilling => copied_beyond(&base, &mut handle, &anchor, tip.frame)?,
+            FileState::Backfilling(_) => copied_beyond(&base, &mut handle, &anchor, tip.frame)?,
         };
         let hashed = match doubt || sink.mismatch {
             true => Some(base.hash_all(&mut handle, tip.frame, tip.pages)?),
@@ -250,7 +250,7 @@ impl Opened {
             };
             let named = known.iter().flat_map(|a| match a.file {
                 FileState::AtRest { position, .. } => [Some(a.position), Some(position)],
-                FileState::Backfilling => [Some(a.position), None],
+                FileState::Backfilling(_) => [Some(a.position), None],
             });
             let named = self.base.log.tip().into_iter().chain(named.flatten());
             let found = named.into_iter().filter(|p| p.checksum() == sum).max_by_key(|p| p.number());
@@ -328,18 +328,20 @@ impl Opened {
     }
 
     /// Writes an anchor at the tip, and makes the WAL as long as it will be. WRITE is held.
-    pub(super) fn anchor(&self) -> Result<()> {
+    pub(super) fn anchor(&mut self) -> Result<()> {
         // One without room for it has room for commits all the same.
         if let Err(error) = self.base.wal.extend(self.base.options.wal_limit_bytes.min(EXTEND_MAX_BYTES)) {
             tracing::warn!(%error, "the WAL is not made longer in advance");
         }
         self.base.sync_wal()?;
         let now = modified(self.base.path())?;
+        let tip = self.base.tip();
         let file = match self.base.file_state() {
-            Some(state @ FileState::AtRest { modified, .. }) if modified == now => state,
-            _ => FileState::Backfilling,
+            state @ FileState::AtRest { modified, .. } if modified == now => state,
+            // Somebody copied into it.
+            _ => FileState::Backfilling(self.base.witnesses(&mut self.handle, 0, &tip)?),
         };
-        self.base.write_anchor(&self.base.tip(), file, true)
+        self.base.write_anchor(&tip, file, true)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use crate::checksum::PageHash;
 use crate::engine::Engine;
-use crate::engine::anchor::{Anchor, FileState, modified};
+use crate::engine::anchor::{Anchor, FileState, Witness};
 use crate::engine::base::lock;
 use crate::engine::checkpoint::{DRAIN_MAX, try_for};
 use crate::error::{Error, Result};
@@ -29,11 +29,13 @@ impl Engine {
         if !try_for(&mut handle, Slot::READ0, Lock::Exclusive, DRAIN_MAX)? {
             return Err(Error::Timeout { what: "readers of the file".into(), after: DRAIN_MAX });
         }
-        // Should the node die in here, the file's new modification time says nothing: it is the state that it was, with some of its bad pages.
+        // Should the node die in here, the file's new modification time says nothing: it is the state that it was, with some of its bad pages,
+        // of which the last are the witnesses.
+        let bad = pages.iter().rev().map(|page| Witness::new(page.number, page.wrong)).collect();
         let newest = lock(&base.anchors).newest_first().first().copied();
         let marked = match newest {
             Some(anchor) => {
-                lock(&base.anchors).write(Anchor { file: FileState::Backfilling, ..anchor }, true)
+                lock(&base.anchors).write(Anchor { file: FileState::Backfilling(bad), ..anchor }, true)
             }
             None => Ok(()),
         };
@@ -59,9 +61,12 @@ impl Engine {
         let synced = handle.sync();
         handle.unlock(Slot::READ0, Lock::Exclusive)?;
         done.and(synced)?;
-        // The file at rest is the state that it was; only its modification time is another one.
-        if let Some(anchor @ Anchor { file: FileState::AtRest { position, .. }, .. }) = newest {
-            let file = FileState::AtRest { position, modified: modified(base.path())? };
+        // The file is what it was; only its modification time is another one.
+        if let Some(anchor) = newest {
+            let file = match anchor.file {
+                FileState::AtRest { position, .. } => base.at_rest(position)?,
+                state @ FileState::Backfilling(_) => state,
+            };
             lock(&base.anchors).write(Anchor { file, ..anchor }, true)?;
         }
         Ok(written)

@@ -406,6 +406,35 @@ pub unsafe extern "C" fn ftruncate64(fd: c_int, length: off64_t) -> c_int {
     set_length(fd, length)
 }
 
+/// Sets a file's times: noted as a write of nothing.
+///
+/// # Safety
+/// As the C library's function of this name.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn utimensat(
+    directory: c_int,
+    path: *const c_char,
+    times: *const libc::timespec,
+    flags: c_int,
+) -> c_int {
+    // SAFETY: the arguments are those of the caller.
+    let set = || (unsafe { libc::syscall(libc::SYS_utimensat, directory, path, times, flags) }) as c_int;
+    let Some((recorder, name)) = named(directory, path) else { return set() };
+    let turn = Turn::take(recorder);
+    let done = set();
+    if done == 0 {
+        // SAFETY: zeros are a `stat64`, and the path is the caller's.
+        let stat = unsafe {
+            let mut stat: libc::stat64 = std::mem::zeroed();
+            (libc::fstatat64(directory, path, &raw mut stat, 0) == 0).then_some(stat)
+        };
+        if let Some(stat) = stat {
+            turn.note(WRITE, stat.st_ino, [0, modified(&stat)], [&name, b""], b"");
+        }
+    }
+    done
+}
+
 fn sync(fd: c_int, call: c_long, data_only: u64) -> c_int {
     // SAFETY: a call with plain numbers.
     let real = || (unsafe { libc::syscall(call, fd) }) as c_int;

@@ -8,7 +8,7 @@ use bytes::{Bytes, BytesMut};
 use tokio::sync::mpsc;
 
 use super::{Apply, no_state};
-use crate::engine::anchor::{self, FileState};
+use crate::engine::anchor;
 use crate::engine::append::Appender;
 use crate::engine::heal::Heal;
 use crate::engine::lost::{self, Before, Doomed};
@@ -198,7 +198,7 @@ impl Apply {
         anchor::write_epochs(&self.options.side, history, false)?;
         live.base.log.reset(ready.position)?;
         let base = live.base.clone();
-        let file = base.file_state().unwrap_or(FileState::Backfilling);
+        let file = base.file_state();
         let mut differing =
             Differing { ready, next: Some(PageNo::FIRST), ours: vec![0; ready.page_size.bytes()] };
         live.replace(&mut |live| differing.next(live), ready.position, ready.pages, &mut |tip| {

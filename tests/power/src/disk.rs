@@ -64,6 +64,11 @@ impl File {
 
     fn write(&mut self, op: u64, offset: usize, data: &[u8], modified: i64) {
         let end = offset + data.len();
+        if data.is_empty() {
+            // Only the time was set.
+            self.modified.push((op, modified));
+            return;
+        }
         if end > self.current.len() {
             self.current.resize(end, 0);
             self.lengths.push((op, end));
