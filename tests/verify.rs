@@ -368,10 +368,14 @@ fn remove_wal(database: &Path) {
 }
 
 /// Puts older images of some pages into the file of a closed node: a part of the rows is as before, and the rest as after it.
-fn mix(database: &Path, older: &[u8], pages: std::ops::Range<u64>) {
+fn mix(database: &Path, older: &[u8]) {
     let file = fs::File::options().write(true).open(database).unwrap();
-    let bytes = pages.start as usize * 4096..pages.end as usize * 4096;
-    file.write_all_at(&older[bytes], pages.start * 4096).unwrap();
+    file.write_all_at(&older[100 * 4096..200 * 4096], 100 * 4096).unwrap();
+}
+
+/// Takes the end of the file of a closed node away.
+fn shorten(database: &Path) {
+    fs::File::options().write(true).open(database).unwrap().set_len(50 * 4096).unwrap();
 }
 
 /// Changes rows that [`fill`] made, each in its place. The images of before, and the last transaction.
@@ -397,7 +401,7 @@ async fn a_damaged_primary_says_what_it_needs_and_goes_on_only_when_it_is_told_t
     let before = db.position().unwrap();
     db.shutdown().await;
     killed_in_a_backfill(&path, 200, &older[199 * 4096..200 * 4096]);
-    mix(&path, &older, 100..200);
+    mix(&path, &older);
     remove_wal(&path);
     for _ in 0..2 {
         let refused = Db::open(primary(&path, 0)).await;
@@ -441,6 +445,14 @@ async fn a_state_that_sqlite_finds_broken_never_becomes_history() {
     remove_wal(&path);
     let refused = Db::open(primary(&path, 0).accept_damaged(true)).await;
     assert!(matches!(&refused, Err(Error::Damaged { .. })), "{refused:?}");
+    // One with which SQLite does not even begin.
+    fs::write(&path, &whole).unwrap();
+    shorten(&path);
+    let refused = Db::open(primary(&path, 0)).await;
+    assert!(
+        matches!(&refused, Err(Error::Damaged { what, .. }) if what.contains("malformed")),
+        "{refused:?}"
+    );
     // The bytes as they were are the state that they were.
     fs::write(&path, whole).unwrap();
     let db = Db::open(primary(&path, 0)).await.unwrap();
@@ -451,6 +463,13 @@ async fn a_state_that_sqlite_finds_broken_never_becomes_history() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_damaged_replica_is_not_read_from_and_filled_anew() {
+    for (why, harm) in [("its WAL is gone", mix as fn(&Path, &[u8])), ("malformed", |path, _| shorten(path))]
+    {
+        damaged_replica(why, harm).await;
+    }
+}
+
+async fn damaged_replica(why: &str, harm: fn(&Path, &[u8])) {
     let dir = tempfile::tempdir().unwrap();
     let (p, r) = (dir.path().join("p.db"), dir.path().join("r.db"));
     let source = Db::open(primary(&p, 0)).await.unwrap();
@@ -464,13 +483,13 @@ async fn a_damaged_replica_is_not_read_from_and_filled_anew() {
     until_in_the_file(&target, last).await;
     target.shutdown().await;
     killed_in_a_backfill(&r, 200, &older[199 * 4096..200 * 4096]);
-    mix(&r, &older, 100..200);
+    harm(&r, &older);
     remove_wal(&r);
     // Without its primary it has nothing to read, and says why.
     let target = Db::open(replica(&r, "http://127.0.0.1:1")).await.unwrap();
     let refused = target.read(|_| Ok::<_, Error>(()));
     assert!(matches!(&refused, Err(Error::NoState(why)) if why.contains("damaged")), "{refused:?}");
-    assert!(target.status().problem.unwrap().contains("its WAL is gone"));
+    assert!(target.status().problem.unwrap().contains(why));
     target.shutdown().await;
     let target = Db::open(replica(&r, &url)).await.unwrap();
     within("ready", target.ready()).await.unwrap();

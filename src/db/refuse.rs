@@ -122,6 +122,8 @@ fn is_database(path: &Path) -> Result<()> {
         Err(e) if e.sqlite_error_code() == Some(rusqlite::ErrorCode::NotADatabase) => {
             Err(Error::Unsupported { path: path.to_path_buf(), reason: Unsupported::NotADatabase })
         }
+        // What that means is another thing for a primary than for a replica.
+        Err(e) if e.sqlite_error_code() == Some(rusqlite::ErrorCode::DatabaseCorrupt) => Ok(()),
         Err(e) => Err(e.into()),
     }
 }

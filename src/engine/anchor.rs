@@ -58,7 +58,7 @@ impl Witness {
     }
 }
 
-/// The pages that are copied last, of those that the copy changes.
+/// Some pages of those that a copy changes, as many as an anchor has room for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Witnesses([Option<Witness>; Witnesses::MAX]);
 

@@ -115,6 +115,10 @@ impl Apply {
                 );
                 Ok(())
             }
+            Err(Error::Damaged { what, .. }) => {
+                self.say_unknown(&format!("it is damaged: {what}"));
+                Ok(())
+            }
             Err(Error::Unsupported { reason: Unsupported::NotWal(_), .. }) => {
                 self.say_unknown("it is no state of the cluster");
                 Ok(())
@@ -199,18 +203,13 @@ impl Apply {
         self.abort();
         // With our connections the wal-index goes out of memory: nobody may ask for its figures any more.
         *lock(&self.shared.base) = None;
-        if let Some(live) = self.live.take() {
+        if let Some(mut live) = self.live.take() {
             live.base.stop.store(true, Ordering::Release);
             if let Some(thread) = self.checkpointer.take() {
                 thread.thread().unpark();
                 let _ = thread.join();
             }
-            let rest = live
-                .base
-                .log
-                .sync()
-                .and_then(|()| live.base.sync_wal())
-                .and_then(|()| live.base.write_anchor(&live.base.tip(), live.base.file_state(), true));
+            let rest = rest(&mut live);
             if let Err(error) = rest {
                 tracing::warn!(%error, "the last anchor was not written; the next start reads the WAL instead");
             }
@@ -471,6 +470,15 @@ impl Drop for Apply {
         // As in `stop`, which a panic skips.
         *lock(&self.shared.base) = None;
     }
+}
+
+/// Leaves everything so that the next start needs no replay.
+fn rest(live: &mut Appender) -> Result<()> {
+    let base = &live.base;
+    base.log.sync()?;
+    base.sync_wal()?;
+    let file = base.left_behind(&mut live.handle)?;
+    base.write_anchor(&base.tip(), file, true)
 }
 
 fn no_snapshot() -> Error {

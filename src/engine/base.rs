@@ -311,26 +311,52 @@ impl Base {
         }))
     }
 
-    /// Pages behind frame `copied` whose images at `tip` the file does not have yet, those of the last frames first.
+    /// Pages behind frame `copied` whose images at `tip` the file does not have yet: the first page, without which a database does not grow, those
+    /// of the last frames, which are copied last and written often, and some between.
     pub(super) fn witnesses(&self, handle: &mut Handle, copied: u32, tip: &Tip) -> Result<Witnesses> {
-        let mut found = Vec::new();
+        const LAST: usize = Witnesses::MAX / 2;
+        let mut found: Vec<Witness> = Vec::new();
         let (mut image, mut there) = (vec![0; self.page_size.bytes()], vec![0; self.page_size.bytes()]);
-        for frame in (copied + 1..=tip.frame).rev() {
+        let first = self.index.lookup(PageNo::FIRST.get(), copied + 1, tip.frame);
+        let step = (tip.frame.saturating_sub(copied) / (Witnesses::MAX - LAST) as u32).max(1);
+        // Beyond the last ones, a frame is looked at when one of each step is not found yet.
+        let mut wanted = tip.frame;
+        for frame in first.into_iter().chain((copied + 1..=tip.frame).rev()) {
             if found.len() == Witnesses::MAX {
                 break;
             }
-            let page = self.index.page_of(frame);
-            if page > tip.pages || self.index.lookup(page, frame, tip.frame) != Some(frame) {
+            if frame > wanted {
                 continue;
             }
-            let Some(page) = PageNo::new(page) else { continue };
+            let Some(page) = PageNo::new(self.index.page_of(frame)) else { continue };
+            let newest = self.index.lookup(page.get(), frame, tip.frame) == Some(frame);
+            if page.get() > tip.pages || !newest || found.iter().any(|witness| witness.page() == page) {
+                continue;
+            }
             self.read_frame(frame, &mut image)?;
-            handle.read(&mut there, page.offset(self.page_size))?;
+            if let Err(error) = handle.read(&mut there, page.offset(self.page_size)) {
+                // It is about to be written over.
+                tracing::warn!(%error, ?page, "an image that the WAL replaces can't be read");
+                continue;
+            }
             if image != there {
                 found.push(Witness::new(page, PageHash::of(page, &there)));
+                if found.len() >= LAST {
+                    wanted = frame.saturating_sub(step);
+                }
             }
         }
         Ok(found.into_iter().collect())
+    }
+
+    /// What the last anchor says of the file; nobody copies any more.
+    pub(super) fn left_behind(&self, handle: &mut Handle) -> Result<FileState> {
+        match self.file_state() {
+            state @ FileState::AtRest { .. } => Ok(state),
+            FileState::Backfilling(_) => {
+                Ok(FileState::Backfilling(self.witnesses(handle, 0, &self.tip())?))
+            }
+        }
     }
 
     /// Writes an anchor for a commit boundary of the generation that is current.

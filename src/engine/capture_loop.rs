@@ -145,7 +145,8 @@ impl CaptureLoop {
         // Not between the anchor of somebody who copies and what it says.
         let base = self.base.clone();
         let _nobody_copies = lock(&base.backfill);
-        self.base.write_anchor(&self.capture.tip, self.base.file_state(), true)?;
+        let file = self.base.left_behind(&mut self.capture.handle)?;
+        self.base.write_anchor(&self.capture.tip, file, true)?;
         unsynced::end(&self.base.options.side)
     }
 

@@ -39,7 +39,13 @@ impl Opened {
     /// Whether the file itself, whatever a newer WAL says, still has an image that the WAL would have replaced.
     fn lacks_any(&mut self, witnesses: &Witnesses) -> Result<bool> {
         let mut page = vec![0; self.base.page_size.bytes()];
+        let size = self.handle.size()?;
         for witness in witnesses.iter() {
+            let end = witness.page().offset(self.base.page_size) + u64::from(self.base.page_size.get());
+            // The database has become smaller since; where it never grew, its first page tells.
+            if end > size || witness.page().get() > self.base.tip().pages {
+                continue;
+            }
             self.handle.read(&mut page, witness.page().offset(self.base.page_size))?;
             if Witness::new(witness.page(), PageHash::of(witness.page(), &page)) == witness {
                 return Ok(true);
@@ -120,8 +126,11 @@ mod tests {
         Engine::open(options, node())
     }
 
-    /// Changes every row of a node that then ends, orderly, when a part of it is copied into the file.
-    fn half_copied(home: &Home) -> Position {
+    const UPDATE: &str = "UPDATE t SET a = 'behind'";
+    const GROW: &str = "INSERT INTO t SELECT 'behind', randomblob(3000) FROM t";
+
+    /// A database of 200 rows that is opened, and changed by a connection that leaves the WAL where it is when it closes.
+    fn changed(home: &Home, sql: &str) -> (Engine, Connection) {
         run(
             home,
             "PRAGMA journal_mode = WAL; CREATE TABLE t(a, b);
@@ -130,58 +139,94 @@ mod tests {
         );
         let engine = open(home).unwrap();
         let stay = Connection::open(home.path("p.db")).unwrap();
-        stay.execute_batch("UPDATE t SET a = 'behind'").unwrap();
-        let position = settled(&engine);
+        stay.set_db_config(rusqlite::config::DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).unwrap();
+        stay.execute_batch(sql).unwrap();
+        settled(&engine);
+        (engine, stay)
+    }
+
+    /// A node that is closed, orderly, when a part of its last transaction is copied into the file.
+    fn half_copied(home: &Home, sql: &str) -> Position {
+        let (engine, _stay) = changed(home, sql);
         let copying = lock(&engine.base.backfill);
         engine.base.stop.store(true, Ordering::Release);
         let ended = copy(&engine.base, &mut lock(&engine.second), &engine.base.tip(), 0);
         assert!(matches!(ended, Err(Error::ShutDown)), "{ended:?}");
         drop(copying);
         engine.close();
-        // Its last connection leaves the WAL where it is, for us.
-        stay.set_db_config(rusqlite::config::DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).unwrap();
-        position
+        engine.base.tip().position
     }
 
     #[test]
     fn a_wal_that_is_deleted_when_a_part_of_it_was_copied_leaves_damage() {
-        let home = Home::new();
-        half_copied(&home);
-        for end in ["p.db-wal", "p.db-shm"] {
-            fs::remove_file(home.path(end)).unwrap();
+        let update = "UPDATE t SET b = randomblob(3000) WHERE rowid > 196";
+        for (sql, after) in [
+            (UPDATE, "SELECT 1"),
+            // What was written last is written over, and more comes behind it.
+            (UPDATE, update),
+            (UPDATE, "INSERT INTO t SELECT 'foreign', randomblob(3000) FROM t LIMIT 50"),
+            // The first page says that there are more pages than there are.
+            (GROW, "SELECT 1"),
+        ] {
+            let home = Home::new();
+            half_copied(&home, sql);
+            for end in ["p.db-wal", "p.db-shm"] {
+                fs::remove_file(home.path(end)).unwrap();
+            }
+            let connection = Connection::open(home.path("p.db")).unwrap();
+            if sql == UPDATE {
+                // SQLite sees nothing of it.
+                assert_eq!(integrity(&connection).unwrap(), None);
+                let mixed = "SELECT count(DISTINCT a) FROM t";
+                assert_eq!(connection.query_row(mixed, [], |r| r.get::<_, i64>(0)).unwrap(), 2);
+                connection.execute_batch(after).unwrap();
+            }
+            drop(connection);
+            let refused = open(&home).map(|_| ());
+            let why = if sql == UPDATE { "WAL is gone" } else { "malformed" };
+            let told = matches!(&refused, Err(Error::Damaged { what, .. }) if what.contains(why));
+            assert!(told, "{sql}; {after}: {refused:?}");
         }
-        // SQLite sees nothing of it.
-        let connection = Connection::open(home.path("p.db")).unwrap();
-        assert_eq!(integrity(&connection).unwrap(), None);
-        let mixed = "SELECT count(DISTINCT a) FROM t";
-        assert_eq!(connection.query_row(mixed, [], |r| r.get::<_, i64>(0)).unwrap(), 2);
-        drop(connection);
-        let refused = open(&home).map(|_| ());
-        assert!(
-            matches!(&refused, Err(Error::Damaged { what, .. }) if what.contains("WAL is gone")),
-            "{refused:?}"
-        );
     }
 
     #[test]
     fn a_wal_that_somebody_else_copied_on_and_deleted_leaves_none() {
-        for (sql, rows, changed) in [
-            ("SELECT count(*) FROM t", 200, false),
-            ("INSERT INTO t VALUES ('foreign', 1)", 201, true),
-            ("UPDATE t SET b = randomblob(3000)", 200, true),
-            ("DELETE FROM t WHERE rowid > 20; VACUUM", 20, true),
+        for (sql, after, rows, changed) in [
+            (UPDATE, "SELECT count(*) FROM t", 200, false),
+            (UPDATE, "INSERT INTO t VALUES ('foreign', 1)", 201, true),
+            (UPDATE, "UPDATE t SET b = randomblob(3000)", 200, true),
+            (UPDATE, "DELETE FROM t WHERE rowid > 20; VACUUM", 20, true),
+            (GROW, "SELECT count(*) FROM t", 400, false),
+            (GROW, "INSERT INTO t VALUES ('foreign', 1)", 401, true),
+            (GROW, "DELETE FROM t WHERE rowid > 20; VACUUM", 20, true),
         ] {
             let home = Home::new();
-            let before = half_copied(&home);
+            let before = half_copied(&home, sql);
             // The last to close.
-            Connection::open(home.path("p.db")).unwrap().execute_batch(sql).unwrap();
-            assert!(!home.path("p.db-wal").exists(), "{sql}");
-            let engine = open(&home).unwrap_or_else(|error| panic!("{sql}: {error}"));
+            run(&home, after);
+            assert!(!home.path("p.db-wal").exists(), "{sql}; {after}");
+            let engine = open(&home).unwrap_or_else(|error| panic!("{sql}; {after}: {error}"));
             let position = settled(&engine);
-            assert_eq!(position.number(), before.number() + u64::from(changed), "{sql}");
-            assert_eq!(position.checksum() != before.checksum(), changed, "{sql}");
-            assert_eq!(ask(&home, "SELECT count(*) FROM t"), rows, "{sql}");
-            assert_eq!(ask(&home, "SELECT count(*) FROM t WHERE a = 'before'"), 0, "{sql}");
+            assert_eq!(position.number(), before.number() + u64::from(changed), "{sql}; {after}");
+            assert_eq!(position.checksum() != before.checksum(), changed, "{sql}; {after}");
+            assert_eq!(ask(&home, "SELECT count(*) FROM t"), rows, "{sql}; {after}");
         }
+    }
+
+    #[test]
+    fn a_commit_that_puts_the_images_of_the_file_back_is_missing_nowhere() {
+        let home = Home::new();
+        let (engine, stay) = changed(&home, UPDATE);
+        // A copy that came to nothing.
+        let tip = engine.base.tip();
+        let file = FileState::Backfilling(engine.base.witnesses(&mut lock(&engine.second), 0, &tip).unwrap());
+        engine.base.write_anchor(&tip, file, true).unwrap();
+        stay.execute_batch("UPDATE t SET a = 'before'").unwrap();
+        settled(&engine);
+        engine.close();
+        drop((engine, stay));
+        run(&home, "INSERT INTO t VALUES ('foreign', 1)");
+        assert!(!home.path("p.db-wal").exists());
+        settled(&open(&home).unwrap());
     }
 }

@@ -116,6 +116,12 @@ fn refine(error: Error, options: &EngineOptions) -> Error {
         Error::Sqlite(e) if e.sqlite_error_code() == Some(rusqlite::ErrorCode::NotADatabase) => {
             Error::Unsupported { path: options.path.clone(), reason: Unsupported::NotADatabase }
         }
+        Error::Sqlite(e) if e.sqlite_error_code() == Some(rusqlite::ErrorCode::DatabaseCorrupt) => {
+            Error::Damaged {
+                path: options.path.clone(),
+                what: format!("SQLite says: {e}; restore it from a replica or a backup"),
+            }
+        }
         _ => error,
     }
 }
@@ -232,7 +238,8 @@ impl Opened {
         hashed: Option<Checksum>,
     ) -> Result<()> {
         let now = modified(self.base.path())?;
-        let at_rest = known.iter().find_map(|a| match a.file {
+        // The newest only: the time of an earlier one may be on the disk still when what was copied since is.
+        let at_rest = known.first().and_then(|a| match a.file {
             FileState::AtRest { position, modified } if header.max_frame == 0 && modified == now => {
                 Some(position)
             }

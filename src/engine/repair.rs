@@ -2,7 +2,7 @@
 
 use crate::checksum::PageHash;
 use crate::engine::Engine;
-use crate::engine::anchor::{Anchor, FileState, Witness};
+use crate::engine::anchor::{Anchor, FileState, Witness, Witnesses};
 use crate::engine::base::lock;
 use crate::engine::checkpoint::{DRAIN_MAX, try_for};
 use crate::error::{Error, Result};
@@ -26,13 +26,20 @@ impl Engine {
         let mut handle = lock(&self.second);
         // Nobody copies frames, and no reader reads from the file alone, while pages are written.
         let _nobody_copies = lock(&base.backfill);
+        // Once capture has stopped, CKPT is no longer ours.
+        base.check()?;
         if !try_for(&mut handle, Slot::READ0, Lock::Exclusive, DRAIN_MAX)? {
             return Err(Error::Timeout { what: "readers of the file".into(), after: DRAIN_MAX });
         }
         // Should the node die in here, the file's new modification time says nothing: it is the state that it was, with some of its bad pages,
         // of which the last are the witnesses.
-        let bad = pages.iter().rev().map(|page| Witness::new(page.number, page.wrong)).collect();
         let newest = lock(&base.anchors).newest_first().first().copied();
+        let bad =
+            pages.iter().rev().map(|page| Witness::new(page.number, page.wrong)).take(Witnesses::MAX / 2);
+        let bad = match newest {
+            Some(Anchor { file: FileState::Backfilling(missing), .. }) => bad.chain(missing.iter()).collect(),
+            _ => bad.collect(),
+        };
         let marked = match newest {
             Some(anchor) => {
                 lock(&base.anchors).write(Anchor { file: FileState::Backfilling(bad), ..anchor }, true)

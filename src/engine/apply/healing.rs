@@ -198,12 +198,11 @@ impl Apply {
         anchor::write_epochs(&self.options.side, history, false)?;
         live.base.log.reset(ready.position)?;
         let base = live.base.clone();
-        let file = base.file_state();
         let mut differing =
             Differing { ready, next: Some(PageNo::FIRST), ours: vec![0; ready.page_size.bytes()] };
         live.replace(&mut |live| differing.next(live), ready.position, ready.pages, &mut |tip| {
             base.sync_wal()?;
-            base.write_anchor(tip, file, true)
+            base.write_anchor(tip, base.file_state(), true)
         })?;
         Ok(kept)
     }
