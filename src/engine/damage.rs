@@ -159,7 +159,7 @@ mod tests {
 
     #[test]
     fn a_wal_that_is_deleted_when_a_part_of_it_was_copied_leaves_damage() {
-        let update = "UPDATE t SET b = randomblob(3000) WHERE rowid > 196";
+        let update = "UPDATE t SET b = randomblob(3000) WHERE rowid > 180";
         for (sql, after) in [
             (UPDATE, "SELECT 1"),
             // What was written last is written over, and more comes behind it.
