@@ -1,21 +1,19 @@
 //! Page hashes and the database checksum that is their sum.
 
-use std::cell::RefCell;
 use std::fmt;
 use std::str::FromStr;
 
 use crate::error::Error;
 use crate::page::{PageNo, PageSize};
 
-/// The key of every page hash. It is published: the hash guards against accidents and divergence, not
-/// against somebody who can write the file.
-const PAGE_KEY: [u8; 32] = *b"replite page hash, version 1 ...";
-const _: () = assert!(PAGE_KEY.len() == 32);
+/// What the key of every page hash begins with; the page number ends it. It is published: the hash guards against accidents and
+/// divergence, not against somebody who can write the file.
+const PAGE_KEY: [u8; 28] = *b"replite page hash, version 1";
 
 /// The sum modulo 2^128 of the hashes of a database's pages.
 ///
-/// A page's hash is the first 16 bytes, little endian, of BLAKE3 keyed with a published constant over the
-/// page number (`u32`, little endian) and the page's bytes. A sum can be kept up to date from the old and the
+/// A page's hash is the first 16 bytes, little endian, of BLAKE3 over the page's bytes, with a key that consists of
+/// `replite page hash, version 1` and the page number (`u32`, little endian). A sum can be kept up to date from the old and the
 /// new image of each changed page, and, unlike an exclusive-or of linear checksums, equal changes on two pages
 /// do not cancel.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
@@ -104,11 +102,6 @@ impl FromStr for Checksum {
     }
 }
 
-thread_local! {
-    /// Page number and page; as large as the largest page that this thread has hashed.
-    static JOINED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
-}
-
 /// The hash of one page at its number.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct PageHash(u128);
@@ -116,18 +109,23 @@ pub(crate) struct PageHash(u128);
 impl PageHash {
     /// Hashes a page at its number.
     pub(crate) fn of(number: PageNo, page: &[u8]) -> PageHash {
-        // In one buffer: BLAKE3 hashes several chunks at once only when they lie side by side.
-        JOINED.with_borrow_mut(|joined| {
-            joined.clear();
-            joined.extend_from_slice(&number.get().to_le_bytes());
-            joined.extend_from_slice(page);
-            PageHash::of_numbered(joined)
-        })
+        PageHash::keyed(number.get().to_le_bytes(), page)
     }
 
-    /// Hashes a page that stands behind its number, `number u32 LE || page`, in one contiguous buffer.
+    /// Hashes a page that stands behind its number, `number u32 LE || page`, whatever is in the place of both.
     pub(crate) fn of_numbered(number_and_page: &[u8]) -> PageHash {
-        PageHash::cut(&blake3::keyed_hash(&PAGE_KEY, number_and_page))
+        match number_and_page.split_first_chunk() {
+            Some((number, page)) => PageHash::keyed(*number, page),
+            None => PageHash::keyed([0; 4], number_and_page),
+        }
+    }
+
+    fn keyed(number: [u8; 4], page: &[u8]) -> PageHash {
+        // In the key the number costs nothing: before the page it would make four chunks five.
+        let mut key = [0; 32];
+        key[..28].copy_from_slice(&PAGE_KEY);
+        key[28..].copy_from_slice(&number);
+        PageHash::cut(&blake3::keyed_hash(&key, page))
     }
 
     pub(crate) fn from_bytes(bytes: [u8; 16]) -> PageHash {

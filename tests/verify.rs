@@ -351,8 +351,8 @@ fn killed_in_a_backfill(database: &Path, page: u32, older: &[u8]) {
     let slot = &mut bytes[newest..newest + 256];
     slot[92..96].copy_from_slice(&1u32.to_le_bytes());
     slot[144..148].copy_from_slice(&page.to_le_bytes());
-    let hash =
-        blake3::keyed_hash(b"replite page hash, version 1 ...", &[&page.to_le_bytes(), older].concat());
+    let key = [&b"replite page hash, version 1"[..], &page.to_le_bytes()].concat();
+    let hash = blake3::keyed_hash(&key.try_into().unwrap(), older);
     slot[148..156].copy_from_slice(&hash.as_bytes()[..8]);
     let check = blake3::hash(&slot[..240]);
     slot[240..].copy_from_slice(&check.as_bytes()[..16]);

@@ -93,7 +93,7 @@ impl Capture {
             let mut run = std::mem::take(&mut self.run);
             let read =
                 self.base.wal.read(&mut run[..count * frame], frame_offset(first, self.base.page_size));
-            let taken = read.and_then(|()| self.take_run(&mut run[..count * frame], first, sink));
+            let taken = read.and_then(|()| self.take_run(&run[..count * frame], first, sink));
             self.run = run;
             if !taken? {
                 let commit = self.find_end(first, header.max_frame)?;
@@ -128,7 +128,7 @@ impl Capture {
     }
 
     /// Takes the commits that lie wholly in the run; false when not even one does.
-    fn take_run(&mut self, run: &mut [u8], first: u32, sink: &mut dyn Sink) -> Result<bool> {
+    fn take_run(&mut self, run: &[u8], first: u32, sink: &mut dyn Sink) -> Result<bool> {
         let frame = frame_bytes(self.base.page_size);
         let (mut begin, mut taken) = (0, false);
         for at in 0..run.len() / frame {
@@ -138,7 +138,7 @@ impl Capture {
             }
             let last = first + at as u32;
             let commit = Commit { first: first + begin as u32, last, pages: head.commit, sum: head.sum };
-            self.take_small(commit, &mut run[begin * frame..(at + 1) * frame])?;
+            self.take_small(commit, &run[begin * frame..(at + 1) * frame])?;
             if self.out.len() > self.batch_bytes {
                 self.hand_on(sink)?;
             }
@@ -173,20 +173,16 @@ impl Capture {
     }
 
     /// A commit whose frames are all at hand.
-    fn take_small(&mut self, commit: Commit, frames: &mut [u8]) -> Result<()> {
+    fn take_small(&mut self, commit: Commit, frames: &[u8]) -> Result<()> {
         let frame = frame_bytes(self.base.page_size);
         let newest = newest_images(frames, frame);
         let mut record = Record::begin(self, commit);
         let mark = self.out.len();
         self.push_begin();
         for at in newest {
-            let bytes = &mut frames[at * frame..(at + 1) * frame];
-            let Some(number) = PageNo::new(FrameHeader::parse(bytes).page) else { continue };
-            // The page number goes over the end of the frame's header, so that number and page lie side by side.
-            let unit = &mut bytes[FRAME_HEADER_BYTES - 4..];
-            unit[..4].copy_from_slice(&number.get().to_le_bytes());
-            let hash = PageHash::of_numbered(unit);
-            self.take_page(&mut record, number, hash, &unit[4..])?;
+            let (header, page) = frames[at * frame..(at + 1) * frame].split_at(FRAME_HEADER_BYTES);
+            let Some(number) = PageNo::new(FrameHeader::parse(header).page) else { continue };
+            self.take_page(&mut record, number, PageHash::of(number, page), page)?;
         }
         if self.is_identity(&record) {
             self.out.truncate(mark);
@@ -202,17 +198,15 @@ impl Capture {
         sink.committed(self.tip.position.number() + 1)?;
         let mut record = Record::begin(self, commit);
         self.push_begin();
-        let mut unit = vec![0; 4 + self.base.page_size.bytes()];
+        let mut image = vec![0; self.base.page_size.bytes()];
         for frame in commit.first..=commit.last {
             let page = self.base.index.page_of(frame);
             if self.base.index.lookup(page, commit.first, commit.last) != Some(frame) {
                 continue;
             }
             let Some(number) = PageNo::new(page) else { continue };
-            unit[..4].copy_from_slice(&page.to_le_bytes());
-            self.base.read_frame(frame, &mut unit[4..])?;
-            let hash = PageHash::of_numbered(&unit);
-            self.take_page(&mut record, number, hash, &unit[4..])?;
+            self.base.read_frame(frame, &mut image)?;
+            self.take_page(&mut record, number, PageHash::of(number, &image), &image)?;
             if self.out.len() >= BATCH_BYTES {
                 sink.records(self.out.split().freeze(), None)?;
             }

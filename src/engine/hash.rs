@@ -11,8 +11,6 @@ use crate::sqlite::Handle;
 
 /// Bytes that are read from the database file at a time.
 const RUN_BYTES: usize = 256 << 10;
-/// Bytes of a page's number, which is hashed before the page.
-const NUMBER_BYTES: usize = 4;
 /// How often a long hash at open says in the log how far it has come.
 const SAY_EVERY: Duration = Duration::from_secs(1);
 
@@ -59,21 +57,17 @@ impl<'a> Whole<'a> {
         let size = self.base.page_size.bytes();
         let before = self.pages_before(run);
         let count = (self.pages_before(run + 1) - before) as usize;
-        buffer.resize(NUMBER_BYTES + count * size, 0);
+        buffer.resize(count * size, 0);
         let Some(first) = PageNo::new(before + 1) else { return Ok(sum) };
-        handle.read(&mut buffer[NUMBER_BYTES..], first.offset(self.base.page_size))?;
-        for (number, page) in (first.get()..).zip(buffer[NUMBER_BYTES..].chunks_exact_mut(size)) {
+        handle.read(buffer, first.offset(self.base.page_size))?;
+        for (number, page) in (first.get()..).zip(buffer.chunks_exact_mut(size)) {
             if self.in_wal[number as usize / 64] & 1 << (number % 64) != 0
                 && let Some(found) = self.base.index.lookup(number, 1, self.frame)
             {
                 self.base.read_frame(found, page)?;
             }
-        }
-        for (number, at) in (first.get()..).zip((0..count).map(|page| page * size)) {
-            // Number and page have to lie side by side: it goes over the end of the page before, which is done with.
-            buffer[at..at + NUMBER_BYTES].copy_from_slice(&number.to_le_bytes());
-            if PageNo::new(number).is_some_and(|n| !n.is_lock_page(self.base.page_size)) {
-                sum = sum.with(PageHash::of_numbered(&buffer[at..at + NUMBER_BYTES + size]));
+            if let Some(number) = PageNo::new(number).filter(|n| !n.is_lock_page(self.base.page_size)) {
+                sum = sum.with(PageHash::of(number, page));
             }
         }
         Ok(sum)

@@ -92,8 +92,8 @@ pub fn checksum(pages: &[u8], page_size: usize) -> u128 {
         if u64::from(number - 1) * page_size as u64 == 0x4000_0000 {
             continue;
         }
-        let mut hasher = blake3::Hasher::new_keyed(b"replite page hash, version 1 ...");
-        let hash = hasher.update(&number.to_le_bytes()).update(page).finalize();
+        let key = [&b"replite page hash, version 1"[..], &number.to_le_bytes()].concat();
+        let hash = blake3::keyed_hash(&key.try_into().unwrap(), page);
         sum = sum.wrapping_add(u128::from_le_bytes(hash.as_bytes()[..16].try_into().unwrap()));
     }
     sum
