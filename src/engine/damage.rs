@@ -32,7 +32,7 @@ impl Opened {
         if lacking {
             return Some(WAL_GONE);
         }
-        tracing::warn!(path = %self.base.path().display(), "somebody else has copied the WAL back in full");
+        tracing::warn!(path = %self.base.path().display(), "the WAL that was being copied back is gone, and nothing of it is known to be missing: somebody else has copied it on");
         None
     }
 

@@ -341,6 +341,26 @@ fn a_primary_keeps_what_it_acknowledged_whenever_the_power_goes() {
 }
 
 #[test]
+fn a_primary_of_somebody_else_s_file_keeps_what_it_acknowledged() {
+    let set = |changes: &[Change]| {
+        let nothing = |change: &&Change| matches!(change, Change::Write { data, .. } if data.is_empty());
+        changes.iter().filter(nothing).count()
+    };
+    let own = Stage::new("own");
+    let times = set(&primary_trace(&own, &[]));
+    println!("{times} times are set on a file of our own");
+    assert!(times > 0);
+    let stage = Stage::new("foreign");
+    let changes = primary_trace(&stage, &[("POWER_NO_TIMES", "1")]);
+    assert_eq!(set(&changes), 0);
+    let (rounds, seed) = (number("REPLITE_ROUNDS", ROUNDS), number("REPLITE_SEED", 1));
+    let said = Said::read(&changes);
+    let cuts = choose(&changes, rounds as usize / 4, seed);
+    println!("{} states of a file whose times can't be set", cuts.len());
+    run(&Disk::empty, &changes, &cuts, stage.dir(), &|dir, cut| check_primary(dir, &said, cut));
+}
+
+#[test]
 fn a_primary_without_fsyncs_is_what_it_was_at_some_moment_whenever_the_power_goes() {
     let stage = Stage::new("unsynced");
     let changes = primary_trace(&stage, &[("UNSYNCED", "1")]);
