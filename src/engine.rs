@@ -17,12 +17,16 @@ mod fuzz;
 mod hash;
 mod heal;
 mod intake;
+mod judge;
+mod locate;
 mod lost;
+mod mend;
 mod open;
 mod opening;
 mod overlay;
 mod pieces;
 mod receive;
+mod redo;
 mod repair;
 mod sync;
 mod unsynced;
@@ -46,7 +50,7 @@ use crate::error::{Error, Result};
 use crate::log::{Log, LogOptions};
 use crate::page::{PageNo, PageSize};
 use crate::sqlite::Handle;
-use crate::txid::{Position, Txid};
+use crate::txid::{EpochHistory, Position, Txid};
 use crate::wal::Salts;
 
 pub(crate) use crate::engine::anchor::replace_file;
@@ -157,8 +161,7 @@ impl Engine {
         Opening::begin(options, node)?.finish()
     }
 
-    fn start(opened: open::Opened) -> Result<Engine> {
-        let base = opened.base;
+    fn start(base: Arc<Base>, handle: Handle, history: EpochHistory) -> Result<Engine> {
         let tip = base.tip();
         let second = Arc::new(Mutex::new(reader(&base)?));
         let syncer = Arc::new(Syncer::new(base.clone(), tip.position.number()));
@@ -166,7 +169,7 @@ impl Engine {
         let (commands, receiver) = mpsc::sync_channel(4);
         let capture_loop = CaptureLoop {
             base: base.clone(),
-            capture: Capture::new(base.clone(), opened.handle, tip, Arc::new(opened.history)),
+            capture: Capture::new(base.clone(), handle, tip, Arc::new(history)),
             syncer: syncer.clone(),
             waker: waker.clone(),
             commands: receiver,

@@ -205,6 +205,28 @@ impl Log {
         synced
     }
 
+    /// Moves all records into another directory, which is made; what is left has no position until it is `reset`.
+    ///
+    /// # Errors
+    /// [`Error::Io`]. What was moved by then stays there; what was not is still the log, the newest part of it.
+    pub(crate) fn move_to(&self, kept: &Path) -> Result<()> {
+        self.sync()?;
+        std::fs::create_dir_all(kept).map_err(Error::io("create", kept))?;
+        let mut state = self.lock();
+        // Oldest first, so that what is left by a crash has no gap.
+        while let Some(segment) = state.segments.front() {
+            let Some(name) = segment.path.file_name() else { break };
+            let moved = std::fs::rename(&segment.path, kept.join(name));
+            moved.map_err(Error::io("rename", &segment.path))?;
+            state.segments.pop_front();
+        }
+        state.forget(None);
+        self.moved(&state);
+        drop(state);
+        files::sync_dir(kept)?;
+        files::sync_dir(&self.dir)
+    }
+
     /// Drops the oldest segment, whoever needs it, to make room on a full disk. False when only the current one
     /// is left.
     pub(crate) fn drop_oldest(&self) -> bool {

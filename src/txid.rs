@@ -299,6 +299,12 @@ impl EpochHistory {
         if begun && !ended { Place::OnHistory } else { Place::Lost }
     }
 
+    /// Without the epochs that began after a state: their transactions are not in it.
+    pub(crate) fn up_to(&self, state: Position) -> EpochHistory {
+        let starts = self.starts.iter().filter(|start| start.first <= state.number() + 1);
+        EpochHistory { starts: starts.copied().collect() }
+    }
+
     /// A transaction up to which both histories are certainly one: the last before the newest epoch that they share.
     pub(crate) fn common(&self, other: &EpochHistory) -> u64 {
         let shared = self.starts.iter().rev().find(|start| other.starts.contains(start));

@@ -105,7 +105,13 @@ pub(crate) struct Anchor {
     /// The database's size in pages.
     pub(crate) pages: u32,
     pub(crate) file: FileState,
+    /// Written before its commit frame, which may not have come to be: then the anchor counts for nothing.
+    pub(crate) ahead: bool,
 }
+
+/// Bits of a slot's state word.
+const BACKFILLING: u32 = 1;
+const AHEAD: u32 = 2;
 
 impl Anchor {
     fn encode(&self, sequence: u64) -> [u8; SLOT_BYTES] {
@@ -120,14 +126,15 @@ impl Anchor {
         b[44..48].copy_from_slice(&self.sum.1.to_le_bytes());
         b[48..88].copy_from_slice(&self.position.to_bytes());
         b[88..92].copy_from_slice(&self.pages.to_le_bytes());
+        let ahead = if self.ahead { AHEAD } else { 0 };
         match self.file {
             FileState::AtRest { position, modified } => {
-                b[92..96].copy_from_slice(&0u32.to_le_bytes());
+                b[92..96].copy_from_slice(&ahead.to_le_bytes());
                 b[96..104].copy_from_slice(&modified.to_le_bytes());
                 b[104..144].copy_from_slice(&position.to_bytes());
             }
             FileState::Backfilling(witnesses) => {
-                b[92..96].copy_from_slice(&1u32.to_le_bytes());
+                b[92..96].copy_from_slice(&(BACKFILLING | ahead).to_le_bytes());
                 for (place, witness) in
                     b[WITNESSES_AT..CHECK_AT].chunks_exact_mut(WITNESS_BYTES).zip(witnesses.iter())
                 {
@@ -159,7 +166,8 @@ impl Anchor {
         let mut salts = [0; 8];
         salts.copy_from_slice(&b[32..40]);
         let (Some(at_frame), Some(at_rest)) = (position(48), position(104)) else { return Ok(None) };
-        let file = match le_u32(&b[92..96]) {
+        let state = le_u32(&b[92..96]);
+        let file = match state & BACKFILLING {
             0 => FileState::AtRest { position: at_rest, modified: long(96) as i64 },
             _ => FileState::Backfilling(Witnesses::decode(&b[WITNESSES_AT..CHECK_AT])),
         };
@@ -171,6 +179,7 @@ impl Anchor {
             position: at_frame,
             pages: le_u32(&b[88..92]),
             file,
+            ahead: state & AHEAD != 0,
         };
         Ok(Some((long(16), anchor)))
     }
@@ -359,6 +368,7 @@ mod tests {
             position,
             pages: 12,
             file: FileState::AtRest { position, modified: -5 },
+            ahead: frame.is_multiple_of(2),
         }
     }
 

@@ -170,7 +170,7 @@ impl Appender {
         self.base.index.ensure(&mut self.handle, region_of(frame), true)?;
         self.sum =
             push_frame(&mut self.frames, number, commit, self.run.salts, &page, self.sum, self.big_endian);
-        self.base.index.append(frame, number.get());
+        self.base.index.append(&self.handle, frame, number.get())?;
         self.last_frame = frame;
         if self.frames.len() >= WRITE_BYTES {
             self.write_frames()?;

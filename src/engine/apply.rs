@@ -33,6 +33,8 @@ use crate::txid::{EpochHistory, Place, Position};
 use crate::wal::{Salts, WalSum};
 use crate::wire::{Message, Unit, Want};
 
+pub(super) use healing::Differing;
+
 use healing::{Healing, Pace, Suspect, WANTS_MAX};
 
 /// Pause after a failed restart of the WAL, doubled each time.
@@ -138,7 +140,7 @@ impl Apply {
     fn go_live(&mut self, mut opened: Opened) -> Result<()> {
         opened.begin_if_empty()?;
         let mut opened = opened.redo()?;
-        opened.anchor()?;
+        open::anchor(&opened.base, &mut opened.handle)?;
         let base = opened.base.clone();
         self.history = opened.history;
         let position = base.tip().position;
@@ -395,6 +397,7 @@ impl Apply {
             position,
             pages,
             file,
+            ahead: false,
         };
         // Before the rename: a file at the database's place always has its anchor.
         anchors.write(anchor, true)?;

@@ -312,10 +312,11 @@ impl Base {
     }
 
     /// Pages behind frame `copied` whose images at `tip` the file does not have yet: the first page, without which a database does not grow, those
-    /// of the last frames, which are copied last and written often, and some between.
+    /// of the last frames, which are copied last and written often, and some between. Where there are others, none whose bytes come back by
+    /// themselves when a table is emptied.
     pub(super) fn witnesses(&self, handle: &mut Handle, copied: u32, tip: &Tip) -> Result<Witnesses> {
         const LAST: usize = Witnesses::MAX / 2;
-        let mut found: Vec<Witness> = Vec::new();
+        let (mut found, mut empty) = (Vec::<Witness>::new(), Vec::new());
         let (mut image, mut there) = (vec![0; self.page_size.bytes()], vec![0; self.page_size.bytes()]);
         let first = self.index.lookup(PageNo::FIRST.get(), copied + 1, tip.frame);
         let step = (tip.frame.saturating_sub(copied) / (Witnesses::MAX - LAST) as u32).max(1);
@@ -340,13 +341,20 @@ impl Base {
                 continue;
             }
             if image != there {
-                found.push(Witness::new(page, PageHash::of(page, &there)));
+                let witness = Witness::new(page, PageHash::of(page, &there));
+                if page != PageNo::FIRST && is_empty_leaf(&there) {
+                    if empty.len() < Witnesses::MAX && !empty.contains(&witness) {
+                        empty.push(witness);
+                    }
+                    continue;
+                }
+                found.push(witness);
                 if found.len() >= LAST {
                     wanted = frame.saturating_sub(step);
                 }
             }
         }
-        Ok(found.into_iter().collect())
+        Ok(found.into_iter().chain(empty).collect())
     }
 
     /// What the last anchor says of the file; nobody copies any more.
@@ -361,6 +369,15 @@ impl Base {
 
     /// Writes an anchor for a commit boundary of the generation that is current.
     pub(super) fn write_anchor(&self, tip: &Tip, file: FileState, durable: bool) -> Result<()> {
+        self.put_anchor(tip, file, false, durable)
+    }
+
+    /// Writes, durably, the anchor of a commit frame that is about to be written, and that says which state it leads to.
+    pub(super) fn announce(&self, tip: &Tip) -> Result<()> {
+        self.put_anchor(tip, self.file_state(), true, true)
+    }
+
+    fn put_anchor(&self, tip: &Tip, file: FileState, ahead: bool, durable: bool) -> Result<()> {
         let mut anchors = lock(&self.anchors);
         let anchor = Anchor {
             generation: anchors.generation(),
@@ -370,6 +387,7 @@ impl Base {
             position: tip.position,
             pages: tip.pages,
             file,
+            ahead,
         };
         anchors.write(anchor, durable)
     }
@@ -390,6 +408,11 @@ impl Base {
     pub(super) fn path(&self) -> &PathBuf {
         &self.options.path
     }
+}
+
+/// Whether a page is a leaf of a table or an index, and has no row.
+fn is_empty_leaf(page: &[u8]) -> bool {
+    matches!(page, [10 | 13, _, _, 0, 0, ..])
 }
 
 /// Locks a mutex; a thread that panicked while it held it left plain data behind.

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::engine::anchor::{Anchor, FileState};
+use crate::engine::anchor::{Anchor, FileState, Witnesses};
 use crate::engine::base::{Base, Tip, lock};
 use crate::error::{Error, Result};
 use crate::page::PageNo;
@@ -163,9 +163,7 @@ pub(super) fn restart(base: &Arc<Base>, handle: &mut Handle, drain: Duration) ->
         let _nobody_reads_frames = base.generation.write().unwrap_or_else(std::sync::PoisonError::into_inner);
         begin_generation(base, handle, &tip)
     };
-    for mark in 1..5 {
-        handle.unlock(Slot::read(mark), Lock::Exclusive)?;
-    }
+    unlock_marks(handle)?;
     begun.map(Restart::Done)
 }
 
@@ -195,8 +193,12 @@ fn complete(base: &Arc<Base>, handle: &mut Handle, tip: &Tip) -> Result<bool> {
     Ok(true)
 }
 
+pub(super) fn unlock_marks(handle: &mut Handle) -> Result<()> {
+    (1..5).try_for_each(|mark| handle.unlock(Slot::read(mark), Lock::Exclusive))
+}
+
 /// Takes READ1..4, or none of them.
-fn lock_marks(handle: &mut Handle, limit: Duration) -> Result<bool> {
+pub(super) fn lock_marks(handle: &mut Handle, limit: Duration) -> Result<bool> {
     let end = Instant::now() + limit;
     for mark in 1..5 {
         let left = end.saturating_duration_since(Instant::now());
@@ -214,6 +216,16 @@ fn lock_marks(handle: &mut Handle, limit: Duration) -> Result<bool> {
 /// Writes the header and the identity frame of a new generation over the WAL's begin, and publishes it. The file
 /// alone holds the tip's state and is synced; CKPT and WRITE are held, and nobody reads from the WAL.
 pub(super) fn begin_generation(base: &Arc<Base>, handle: &mut Handle, tip: &Tip) -> Result<Tip> {
+    let file = base.at_rest(tip.position)?;
+    begin_over(base, handle, tip, file)
+}
+
+/// The same over a file that may be no committed state.
+pub(super) fn begin_unproved(base: &Arc<Base>, handle: &mut Handle, tip: &Tip) -> Result<Tip> {
+    begin_over(base, handle, tip, FileState::Backfilling(Witnesses::default()))
+}
+
+fn begin_over(base: &Arc<Base>, handle: &mut Handle, tip: &Tip, file: FileState) -> Result<Tip> {
     let mut page = vec![0; base.page_size.bytes()];
     handle.read(&mut page, 0)?;
     let generation = lock(&base.anchors).generation() + 1;
@@ -222,12 +234,12 @@ pub(super) fn begin_generation(base: &Arc<Base>, handle: &mut Handle, tip: &Tip)
     let mut bytes = header.to_vec();
     let big_endian = cfg!(target_endian = "big");
     let sum = push_frame(&mut bytes, PageNo::FIRST, tip.pages, salts, &page, sum, big_endian);
-    let file = base.at_rest(tip.position)?;
     let new = Tip { salts, frame: 1, sum, ..*tip };
-    let anchor = Anchor { generation, salts, frame: 1, sum, position: tip.position, pages: tip.pages, file };
+    let (position, pages) = (tip.position, tip.pages);
+    let anchor = Anchor { generation, salts, frame: 1, sum, position, pages, file, ahead: false };
     // Before the first byte of the new generation: whoever finds that generation finds its meaning.
     lock(&base.anchors).write(anchor, true)?;
-    overwrite(base, &new, &bytes).map_err(|error| {
+    overwrite(base, handle, &new, &bytes).map_err(|error| {
         // The index says by now that the WAL is empty, and the file may be neither the old WAL nor the new one. Readers
         // have all in the database; but whoever went on from the old tip would mix two generations.
         let error = Error::Stopped(format!("the WAL could not be begun anew: {error}"));
@@ -239,7 +251,7 @@ pub(super) fn begin_generation(base: &Arc<Base>, handle: &mut Handle, tip: &Tip)
 }
 
 /// Puts a new generation of one frame in the place of the old one, first in the index, then in the file.
-fn overwrite(base: &Base, new: &Tip, bytes: &[u8]) -> Result<()> {
+fn overwrite(base: &Base, handle: &Handle, new: &Tip, bytes: &[u8]) -> Result<()> {
     let big_endian = cfg!(target_endian = "big");
     base.index.set_backfilled(0);
     base.index.set_attempted(0);
@@ -258,7 +270,7 @@ fn overwrite(base: &Base, new: &Tip, bytes: &[u8]) -> Result<()> {
         // What a long reader or a large transaction made of it is given back to the file system.
         base.wal.truncate(base.options.wal_limit_bytes.max(bytes.len() as u64))?;
     }
-    base.index.append(1, 1);
+    base.index.append(handle, 1, 1)?;
     base.index.publish(&index_header(base, new, change.wrapping_add(2), big_endian));
     Ok(())
 }
@@ -276,7 +288,7 @@ fn append_identity(base: &Arc<Base>, handle: &mut Handle) -> Result<Tip> {
     let sum = push_frame(&mut bytes, PageNo::FIRST, tip.pages, tip.salts, &page, tip.sum, header.big_endian);
     base.wal.write(&bytes, frame_offset(frame, base.page_size))?;
     base.index.clean_above(tip.frame);
-    base.index.append(frame, 1);
+    base.index.append(handle, frame, 1)?;
     let new = Tip { frame, sum, ..tip };
     base.index.publish(&index_header(base, &new, header.change.wrapping_add(1), header.big_endian));
     base.set_tip(new);

@@ -1,45 +1,43 @@
-//! A database whose position is unknown: whether it may become history.
-
-use rusqlite::Connection;
+//! A database whose WAL is gone while frames were being copied into it: whether somebody else has copied the rest.
 
 use crate::checksum::PageHash;
 use crate::engine::anchor::{FileState, Witness, Witnesses};
-use crate::engine::base::lock;
+use crate::engine::judge::Doubt;
 use crate::engine::open::Opened;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::page::PageNo;
 
-/// Why a database is damaged whose newest anchor says that the file alone is no state, and whose WAL is not there any more.
-const WAL_GONE: &str =
+const GONE: &str =
     "its WAL is gone, whose frames were being copied into it, so that the file alone is no committed state";
-/// What an operator can do about that.
-const CURE: &str = "restore it from a copy that a replica makes (`Db::snapshot_to`) or from a backup, with its directory of side \
-    files moved away; or open it with `Config::accept_damaged`, which may lose commits and mix states, and replaces what the replicas have";
+const MAYBE: &str = "its WAL is gone, whose frames were being copied into it, and one page of the file is as it was before that. Either that copy was never \
+    ended, and the file alone is no committed state; or somebody ended it and then committed the very bytes that the page had before (emptied a table, or set a value back), and the file is \
+    whole: then `Config::accept_damaged` loses nothing";
 
 impl Opened {
     /// Whether the file, whose position is unknown, may hold pages of several states, and why: then it is none, and must not be read.
-    /// Asked before an anchor is written.
-    pub(super) fn damage(&mut self) -> Option<&'static str> {
-        let tip = self.base.tip();
-        let newest = lock(&self.base.anchors).newest_first().first().copied()?;
+    pub(super) fn damage(&mut self) -> Option<Doubt> {
+        let newest = self.known.first().copied()?;
         let FileState::Backfilling(witnesses) = newest.file else { return None };
-        if newest.salts == tip.salts && newest.frame <= tip.frame {
-            return None;
-        }
-        let lacking = self.lacks_any(&witnesses).unwrap_or_else(|error| {
+        let older = self.older(&witnesses).unwrap_or_else(|error| {
             tracing::warn!(%error, "the file can't tell whether the WAL was copied back in full");
-            true
+            witnesses.iter().map(Witness::page).collect()
         });
-        if lacking {
-            return Some(WAL_GONE);
+        match older[..] {
+            [] => {
+                tracing::warn!(path = %self.base.path().display(), "the WAL that was being copied back is gone, and nothing of it is known to be missing: somebody else has copied it on");
+                None
+            }
+            // SQLite counts in the first page, and never puts older bytes there.
+            [page] if page != PageNo::FIRST => Some(Doubt::TwoReadings(MAYBE)),
+            _ => Some(Doubt::Mixed(GONE)),
         }
-        tracing::warn!(path = %self.base.path().display(), "the WAL that was being copied back is gone, and nothing of it is known to be missing: somebody else has copied it on");
-        None
     }
 
-    /// Whether the file itself, whatever a newer WAL says, still has an image that the WAL would have replaced.
-    fn lacks_any(&mut self, witnesses: &Witnesses) -> Result<bool> {
+    /// The pages of which the file itself, whatever a newer WAL says, still has the image that the WAL would have replaced.
+    fn older(&mut self, witnesses: &Witnesses) -> Result<Vec<PageNo>> {
         let mut page = vec![0; self.base.page_size.bytes()];
         let size = self.handle.size()?;
+        let mut older = Vec::new();
         for witness in witnesses.iter() {
             let end = witness.page().offset(self.base.page_size) + u64::from(self.base.page_size.get());
             // The database has become smaller since; where it never grew, its first page tells.
@@ -48,55 +46,11 @@ impl Opened {
             }
             self.handle.read(&mut page, witness.page().offset(self.base.page_size))?;
             if Witness::new(witness.page(), PageHash::of(witness.page(), &page)) == witness {
-                return Ok(true);
+                older.push(witness.page());
             }
         }
-        Ok(false)
+        Ok(older)
     }
-
-    /// Lets a state that somebody else made become history of a primary, if SQLite finds it whole.
-    pub(super) fn admit(&mut self) -> Result<()> {
-        let why = self.damage();
-        let path = self.base.path();
-        let damaged = |what| Error::Damaged { path: path.clone(), what };
-        if let Some(why) = why {
-            if !self.base.options.accept_damaged {
-                return Err(damaged(format!("{why}; {CURE}")));
-            }
-            tracing::error!(path = %path.display(), why, "the configuration accepts this state; commits may be lost");
-        }
-        tracing::info!(path = %path.display(), "the position is unknown; `PRAGMA integrity_check` runs before the state becomes history");
-        match integrity(self.handle.connection()) {
-            Ok(None) => Ok(()),
-            Ok(Some(what)) => Err(damaged(format!(
-                "its position is unknown, and `PRAGMA integrity_check` says: {what}; restore it from a replica or a backup"
-            ))),
-            Err(error) => {
-                // The schema may need functions, collations or modules that only the application's connections have.
-                tracing::warn!(%error, "the state becomes history without `PRAGMA integrity_check`, which could not run");
-                Ok(())
-            }
-        }
-    }
-}
-
-/// What SQLite finds wrong with the database.
-fn integrity(connection: &Connection) -> Result<Option<String>, rusqlite::Error> {
-    // Rows that break a CHECK are the application's affair, and its functions are not there.
-    connection.pragma_update(None, "ignore_check_constraints", true)?;
-    let found = connection.query_row("PRAGMA integrity_check(1)", [], |row| row.get::<_, String>(0));
-    connection.pragma_update(None, "ignore_check_constraints", false)?;
-    match found {
-        Ok(text) if text == "ok" => Ok(None),
-        Ok(text) => Ok(Some(text)),
-        Err(error) if corrupt(&error) => Ok(Some(error.to_string())),
-        Err(error) => Err(error),
-    }
-}
-
-fn corrupt(error: &rusqlite::Error) -> bool {
-    use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
-    matches!(error.sqlite_error_code(), Some(DatabaseCorrupt | NotADatabase))
 }
 
 #[cfg(test)]
@@ -106,10 +60,14 @@ mod tests {
 
     use crate::engine::Engine;
     use crate::engine::checkpoint::copy;
+    use crate::engine::judge::integrity;
     use crate::engine::tests::{Home, node, settled};
+    use crate::error::Error;
     use crate::txid::Position;
 
     use super::*;
+    use crate::engine::base::lock;
+    use rusqlite::Connection;
 
     fn run(home: &Home, sql: &str) {
         Connection::open(home.path("p.db")).unwrap().execute_batch(sql).unwrap();
@@ -160,16 +118,17 @@ mod tests {
     #[test]
     fn a_wal_that_is_deleted_when_a_part_of_it_was_copied_leaves_damage() {
         let update = "UPDATE t SET b = randomblob(3000) WHERE rowid > 180";
-        for (sql, after) in [
-            (UPDATE, "SELECT 1"),
+        for (sql, after, in_log) in [
+            (UPDATE, "SELECT 1", true),
             // What was written last is written over, and more comes behind it.
-            (UPDATE, update),
-            (UPDATE, "INSERT INTO t SELECT 'foreign', randomblob(3000) FROM t LIMIT 50"),
+            (UPDATE, update, true),
+            // A page that the log does not have.
+            (UPDATE, "INSERT INTO t SELECT 'foreign', randomblob(3000) FROM t LIMIT 50", false),
             // The first page says that there are more pages than there are.
-            (GROW, "SELECT 1"),
+            (GROW, "SELECT 1", true),
         ] {
             let home = Home::new();
-            half_copied(&home, sql);
+            let before = half_copied(&home, sql);
             for end in ["p.db-wal", "p.db-shm"] {
                 fs::remove_file(home.path(end)).unwrap();
             }
@@ -182,11 +141,93 @@ mod tests {
                 connection.execute_batch(after).unwrap();
             }
             drop(connection);
+            // Without its log nothing can be said of it.
+            let log = home.path("p.db-replite").join("log");
+            fs::rename(&log, home.path("log")).unwrap();
             let refused = open(&home).map(|_| ());
-            let why = if sql == UPDATE { "WAL is gone" } else { "malformed" };
-            let told = matches!(&refused, Err(Error::Damaged { what, .. }) if what.contains(why));
+            let why = if sql == UPDATE { "WAL is gone" } else { "integrity_check" };
+            let told = matches!(&refused, Err(Error::Damaged { what, .. }) if what.contains(why) && what.contains("of transactions 1 to 1"));
             assert!(told, "{sql}; {after}: {refused:?}");
+            fs::remove_dir_all(&log).unwrap();
+            fs::rename(home.path("log"), &log).unwrap();
+            if !in_log {
+                let refused = open(&home).map(|_| ());
+                assert!(matches!(refused, Err(Error::Damaged { .. })), "{refused:?}");
+                continue;
+            }
+            let engine = open(&home).unwrap_or_else(|error| panic!("{sql}; {after}: {error}"));
+            assert_eq!(settled(&engine), before, "{sql}; {after}");
+            let rows = if sql == UPDATE { 200 } else { 400 };
+            assert_eq!(ask(&home, "SELECT count(*) FROM t"), rows, "{sql}; {after}");
+            assert_eq!(ask(&home, "SELECT count(*) FROM t WHERE a = 'behind'"), 200, "{sql}; {after}");
+            assert_eq!(integrity(&Connection::open(home.path("p.db")).unwrap()).unwrap(), None);
+            // What it replaced is kept.
+            let kept = crate::engine::LostBranch::list(&home.path("p.db-replite")).unwrap();
+            assert!(
+                matches!(&kept[..], [branch] if branch.damaged && branch.pages > 0),
+                "{sql}; {after}: {kept:?}"
+            );
         }
+    }
+
+    /// A table that is emptied may get a page back that it had before: what an administrator does on a full disk.
+    #[test]
+    fn one_page_that_is_as_before_has_two_readings_and_both_are_named() {
+        let home = Home::new();
+        let (engine, stay) = changed(&home, UPDATE);
+        let tip = engine.base.tip();
+        let witnesses = engine.base.witnesses(&mut lock(&engine.second), 0, &tip).unwrap();
+        let one = witnesses.iter().find(|witness| witness.page() != PageNo::FIRST).into_iter().collect();
+        // It was copied by somebody else but for one page, or that page came back.
+        let older = {
+            let mut page = vec![0; 4096];
+            let number = Witnesses::iter(&one).next().unwrap().page();
+            lock(&engine.second).read(&mut page, number.offset(engine.base.page_size)).unwrap();
+            (number, page)
+        };
+        engine.base.write_anchor(&tip, FileState::Backfilling(one), true).unwrap();
+        settled(&engine);
+        drop(stay);
+        // Whatever it says when it ends.
+        let anchors = fs::read(home.path("p.db-replite").join("anchors")).unwrap();
+        engine.close();
+        drop(engine);
+        run(&home, "INSERT INTO t VALUES ('foreign', 1)");
+        assert!(!home.path("p.db-wal").exists());
+        fs::write(home.path("p.db-replite").join("anchors"), anchors).unwrap();
+        let file = fs::File::options().write(true).open(home.path("p.db")).unwrap();
+        std::os::unix::fs::FileExt::write_all_at(&file, &older.1, u64::from(older.0.get() - 1) * 4096)
+            .unwrap();
+        drop(file);
+        let refused = open(&home).map(|_| ());
+        let told = matches!(&refused, Err(Error::Damaged { what, .. }) if what.contains("Either") && what.contains("accept_damaged"));
+        assert!(told, "{refused:?}");
+        let mut options = home.options("p.db");
+        options.accept_damaged = true;
+        settled(&Engine::open(options, node()).unwrap());
+        assert_eq!(ask(&home, "SELECT count(*) FROM t WHERE a = 'behind'"), 199);
+    }
+
+    #[test]
+    fn no_witness_is_a_page_that_an_emptied_table_gets_back() {
+        let home = Home::new();
+        run(
+            &home,
+            "PRAGMA journal_mode = WAL; CREATE TABLE t(a, b); CREATE TABLE u(a); INSERT INTO u VALUES (1)",
+        );
+        let engine = open(&home).unwrap();
+        let stay = Connection::open(home.path("p.db")).unwrap();
+        stay.execute_batch("INSERT INTO t VALUES (1, 2); INSERT INTO u VALUES (2)").unwrap();
+        settled(&engine);
+        let tip = engine.base.tip();
+        let witnesses = engine.base.witnesses(&mut lock(&engine.second), 0, &tip).unwrap();
+        let root = |table: &str| {
+            let sql = format!("SELECT rootpage FROM sqlite_schema WHERE name = '{table}'");
+            PageNo::new(ask(&home, &sql) as u32).unwrap()
+        };
+        let pages: Vec<PageNo> = witnesses.iter().map(Witness::page).collect();
+        assert_eq!(pages.last(), Some(&root("t")), "where there are others, it is the last to be asked");
+        assert!(pages.contains(&root("u")));
     }
 
     #[test]

@@ -11,7 +11,7 @@ use crate::error::{Error, Result};
 use crate::node::Node;
 use crate::page::PageSize;
 use crate::sqlite::{Lock, Slot};
-use crate::txid::{EpochHistory, Place, Position, Txid};
+use crate::txid::{EpochHistory, Position};
 use crate::wire::Unit;
 
 /// A primary's database whose position is known, and that nobody can write to yet. Until it is served, transactions that a power cut took may
@@ -23,10 +23,8 @@ pub(crate) struct Opening {
     intake: Intake,
     /// Bytes of the transaction that has begun and not ended.
     unfinished_bytes: u64,
-    own: bool,
     history: EpochHistory,
     exact: bool,
-    highest: u64,
     highest_epoch: u64,
     may_miss: bool,
 }
@@ -36,51 +34,17 @@ impl Opening {
     pub(crate) fn begin(options: EngineOptions, node: Arc<Node>) -> Result<Opening> {
         make_side(&options)?;
         let may_miss = unsynced::may_be_lost(&options.side)?;
-        let mut opened = open::open(options.clone(), node.clone(), true)?;
-        let mut tip = opened.base.tip();
-        let mut history = std::mem::take(&mut opened.history);
-        // Where the epochs were lost with their file, no replica would take a state that they do not name.
-        opened.exact &= history.place(tip.position.txid()) == Place::OnHistory;
-        // Commits of strangers in an epoch that is another node's: that one has others under their numbers.
-        opened.exact &=
-            opened.own || opened.base.log.tip().is_none_or(|logged| logged.number() >= tip.position.number());
+        let opened = open::open(options.clone(), node.clone(), true)?;
+        let known = opened.is_known();
+        let mut opened = opened.judge()?;
         if !opened.exact {
-            // A database that is new to us, or that somebody else changed: that is a transaction of the new epoch.
-            let known = opened.highest_epoch > 0 || opened.base.log.tip().is_some();
-            if known {
-                opened.admit()?;
-            }
-            let number = if known { opened.highest + 1 } else { 0 };
-            let before = Position::new(
-                Txid::new(tip.position.epoch(), number.saturating_sub(1)),
-                tip.position.checksum(),
-            );
-            open_epoch(&mut history, opened.highest_epoch, before)?;
-            let position = Position::new(Txid::new(history.epoch(), number), tip.position.checksum());
-            if known {
-                tracing::warn!(%position, "the database was changed by somebody else; its state becomes history");
-            }
-            tip.position = position;
-            opened.base.leap(tip);
-            anchor::write_epochs(&options.side, &history, true)?;
+            opened.become_history(known)?;
         }
-        opened.history = history;
         opened.begin_if_empty()?;
-        let Opened { base, handle, own, history, exact, highest, highest_epoch, .. } = opened.redo()?;
+        let Opened { base, handle, history, exact, highest_epoch, .. } = opened.redo()?;
         let live = Appender::new(base, handle)?;
         let (intake, unfinished_bytes) = (Intake::default(), 0);
-        Ok(Opening {
-            node,
-            live,
-            intake,
-            unfinished_bytes,
-            own,
-            history,
-            exact,
-            highest,
-            highest_epoch,
-            may_miss,
-        })
+        Ok(Opening { node, live, intake, unfinished_bytes, history, exact, highest_epoch, may_miss })
     }
 
     /// Whether replicas may have transactions that follow this node's state, and that it lost.
@@ -135,31 +99,29 @@ impl Opening {
     /// Opens a new epoch and starts the threads. Blocks.
     pub(crate) fn finish(mut self) -> Result<Engine> {
         self.abort();
-        let Opening { node, live, own, history, exact, highest, highest_epoch, .. } = self;
-        let Appender { base, handle, .. } = live;
-        let options = base.options.clone();
-        let mut opened = Opened { base, handle, primary: true, own, history, exact, highest, highest_epoch };
-        let tip = opened.base.tip();
+        let Opening { node, live, mut history, exact, highest_epoch, .. } = self;
+        let Appender { base, mut handle, .. } = live;
+        let (options, tip) = (base.options.clone(), base.tip());
         // What was begun and not ended goes; and an epoch must not be on the disk before the transactions that it follows.
-        opened.base.wal.cut_behind(tip.frame, tip.salts, opened.base.page_size)?;
-        opened.base.sync_wal()?;
-        if opened.exact {
-            opened.history = open::truncate_history(&opened.history, tip.position);
-            open_epoch(&mut opened.history, opened.highest_epoch, tip.position)?;
-            anchor::write_epochs(&options.side, &opened.history, true)?;
+        base.wal.cut_behind(tip.frame, tip.salts, base.page_size)?;
+        base.sync_wal()?;
+        if exact {
+            history = history.up_to(tip.position);
+            open_epoch(&mut history, highest_epoch, tip.position)?;
+            anchor::write_epochs(&options.side, &history, true)?;
         }
-        opened.anchor()?;
+        open::anchor(&base, &mut handle)?;
         // The anchor's WAL is synced; what comes now may not be.
         match options.durability {
             Durability::Synced => unsynced::end(&options.side)?,
             Durability::Unsynced => unsynced::begin(&options.side)?,
         }
         // Another process that stayed in the database may have copied everything back while nobody minded.
-        checkpoint::keep_from_others(&opened.base, &mut opened.handle)?;
-        opened.handle.unlock(Slot::WRITE, Lock::Exclusive)?;
-        node.applied.replace(opened.history.clone(), Some(tip.position));
-        tracing::info!(position = %tip.position, epoch = %opened.history.epoch(), "serving as the primary");
-        Engine::start(opened)
+        checkpoint::keep_from_others(&base, &mut handle)?;
+        handle.unlock(Slot::WRITE, Lock::Exclusive)?;
+        node.applied.replace(history.clone(), Some(tip.position));
+        tracing::info!(position = %tip.position, epoch = %history.epoch(), "serving as the primary");
+        Engine::start(base, handle, history)
     }
 }
 
@@ -176,6 +138,7 @@ mod tests {
     use crate::engine::tests::{Home, node, settled};
     use crate::log::Found;
     use crate::page::PageNo;
+    use crate::txid::Txid;
     use crate::wire::{Decoder, Message, TxnBegin, TxnEnd, encode, encode_page};
 
     fn units(bytes: &[u8]) -> Vec<Unit> {

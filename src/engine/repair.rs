@@ -41,9 +41,8 @@ impl Engine {
             _ => bad.collect(),
         };
         let marked = match newest {
-            Some(anchor) => {
-                lock(&base.anchors).write(Anchor { file: FileState::Backfilling(bad), ..anchor }, true)
-            }
+            Some(anchor) => lock(&base.anchors)
+                .write(Anchor { file: FileState::Backfilling(bad), ahead: false, ..anchor }, true),
             None => Ok(()),
         };
         if let Err(error) = marked {
@@ -74,7 +73,7 @@ impl Engine {
                 FileState::AtRest { position, .. } => base.at_rest(position)?,
                 state @ FileState::Backfilling(_) => state,
             };
-            lock(&base.anchors).write(Anchor { file, ..anchor }, true)?;
+            lock(&base.anchors).write(Anchor { file, ahead: false, ..anchor }, true)?;
         }
         Ok(written)
     }

@@ -9,7 +9,7 @@ use super::{Found, Log};
 use crate::checksum::Checksum;
 use crate::error::{Error, Result};
 use crate::status::LoggedTransaction;
-use crate::txid::Position;
+use crate::txid::{EpochHistory, EpochStart, Position};
 use crate::wire::TxnEnd;
 
 /// Transactions that are read at a time when a state is looked for.
@@ -49,6 +49,40 @@ impl Log {
             let Some(last) = last else { return Ok(found) };
             after = last;
             found = some.iter().rev().map(|t| t.position).find(|p| p.checksum() == checksum).or(found);
+        }
+    }
+
+    /// The epochs that its transactions are of, as far back as it reaches; none when it is empty, or names what can't follow one another. Blocks.
+    ///
+    /// # Errors
+    /// Those of [`Log::list`].
+    pub(crate) fn epochs(&self) -> Result<EpochHistory> {
+        let mut history = EpochHistory::default();
+        let Some(mut before) = self.start() else { return Ok(history) };
+        let start = |epoch, before: Position| EpochStart {
+            epoch,
+            first: before.number().saturating_add(1),
+            before: before.checksum(),
+        };
+        history.push(start(before.epoch(), before));
+        loop {
+            let some = self.list(before.number(), LOOKED_UP_AT_ONCE)?;
+            for position in some.iter().map(|logged| logged.position) {
+                if position.number() <= before.number() || position.epoch().number() < before.epoch().number()
+                {
+                    return Ok(EpochHistory::default());
+                }
+                if position.epoch() != before.epoch() {
+                    if position.epoch().number() == before.epoch().number() {
+                        return Ok(EpochHistory::default());
+                    }
+                    history.push(start(position.epoch(), before));
+                }
+                before = position;
+            }
+            if some.is_empty() {
+                return Ok(history);
+            }
         }
     }
 

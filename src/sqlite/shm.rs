@@ -12,6 +12,13 @@ use crate::wal::{
     slot_of,
 };
 
+/// The file of a database's wal-index.
+fn shm_path(handle: &Handle) -> std::path::PathBuf {
+    let mut path = handle.path().as_os_str().to_owned();
+    path.push("-shm");
+    path.into()
+}
+
 /// The regions of a database's wal-index that were mapped so far.
 ///
 /// Words are read and written by relaxed atomics, with fences around a publish; the other side is SQLite, in this
@@ -81,7 +88,7 @@ impl WalIndex {
         while regions.len() <= region {
             let at = regions.len();
             let pointer = handle.map(at, extend)?.ok_or_else(|| Error::Corrupt {
-                path: handle.path().with_extension("-shm"),
+                path: shm_path(handle),
                 offset: (at * REGION_BYTES) as u64,
                 what: "the wal-index is shorter than its header says".into(),
             })?;
@@ -200,8 +207,11 @@ impl WalIndex {
         None
     }
 
-    /// Enters a frame into the index. Its region is mapped; nobody sees it before the header is published.
-    pub(crate) fn append(&self, frame: u32, page: u32) {
+    /// Enters a frame into the index. Its region is mapped; nobody sees it before the header is published. The caller holds WRITE.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] when the region's hash table has no free slot, which that of a sound index always has.
+    pub(crate) fn append(&self, handle: &Handle, frame: u32, page: u32) -> Result<()> {
         let region = self.region(region_of(frame));
         let entry = frame - region_zero(region_of(frame));
         if entry == 1 {
@@ -210,6 +220,9 @@ impl WalIndex {
             for offset in (from..REGION_BYTES).step_by(4) {
                 region.word(offset).store(0, Ordering::Relaxed);
             }
+        } else if region.word(page_number_offset(frame)).load(Ordering::Relaxed) != 0 {
+            // Somebody who died in a transaction left entries behind the last commit.
+            self.clean_above(frame - 1);
         }
         let mut slot = slot_of(page);
         for _ in 0..SLOTS {
@@ -217,14 +230,21 @@ impl WalIndex {
                 region.word(page_number_offset(frame)).store(page, Ordering::Relaxed);
                 fence(Ordering::Release);
                 region.slot(slot).store(entry as u16, Ordering::Relaxed);
-                return;
+                return Ok(());
             }
             slot = (slot + 1) & (SLOTS - 1);
         }
-        unreachable!("8,192 slots for at most 4,096 frames of a region, and none is free at frame {frame}");
+        Err(Error::Corrupt {
+            path: shm_path(handle),
+            offset: (region_of(frame) * REGION_BYTES) as u64,
+            what: format!(
+                "the wal-index has no room for frame {frame}, though a region has two slots for each of its frames"
+            ),
+        })
     }
 
-    /// Removes the entries above `max_frame` from its region. Later regions are cleared when they are begun anew.
+    /// Removes the entries above `max_frame` from its region: those of a transaction that was not committed. Later regions are cleared when
+    /// they are begun anew. The caller holds WRITE.
     pub(crate) fn clean_above(&self, max_frame: u32) {
         if max_frame == 0 {
             return;

@@ -198,11 +198,10 @@ impl Apply {
         anchor::write_epochs(&self.options.side, history, false)?;
         live.base.log.reset(ready.position)?;
         let base = live.base.clone();
-        let mut differing =
-            Differing { ready, next: Some(PageNo::FIRST), ours: vec![0; ready.page_size.bytes()] };
+        let mut differing = Differing::new(ready);
         live.replace(&mut |live| differing.next(live), ready.position, ready.pages, &mut |tip| {
             base.sync_wal()?;
-            base.write_anchor(tip, base.file_state(), true)
+            base.announce(tip)
         })?;
         Ok(kept)
     }
@@ -275,14 +274,18 @@ impl Pace {
 }
 
 /// The pages that a heal brought and that are not the same here, one after the other.
-struct Differing<'a> {
+pub(in crate::engine) struct Differing<'a> {
     ready: &'a Ready,
     next: Option<PageNo>,
     ours: Vec<u8>,
 }
 
-impl Differing<'_> {
-    fn next(&mut self, live: &mut Appender) -> Result<Option<(PageNo, Bytes)>> {
+impl<'a> Differing<'a> {
+    pub(in crate::engine) fn new(ready: &'a Ready) -> Differing<'a> {
+        Differing { ready, next: Some(PageNo::FIRST), ours: vec![0; ready.page_size.bytes()] }
+    }
+
+    pub(in crate::engine) fn next(&mut self, live: &mut Appender) -> Result<Option<(PageNo, Bytes)>> {
         while let Some(number) = self.next.and_then(|next| self.ready.have.from(next).next()) {
             self.next = number.get().checked_add(1).and_then(PageNo::new);
             let mut theirs = BytesMut::zeroed(self.ours.len());

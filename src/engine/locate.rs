@@ -1,0 +1,306 @@
+//! Which state the files are: by the newest anchor and the commits after it, by the file at rest, or by the name of their hash.
+//!
+//! Nothing here guesses. A state is *exact* when a chain of checksums leads to it from an anchor, over a file that is as that anchor left it, or when
+//! the hash of everything is that of a state which an anchor or a record names.
+
+use std::sync::Arc;
+
+use bytes::Bytes;
+
+use crate::checksum::Checksum;
+use crate::engine::anchor::{Anchor, Anchors, FileState, modified};
+use crate::engine::base::{Base, Tip};
+use crate::engine::capture::{Capture, Sink};
+use crate::engine::open::Opened;
+use crate::engine::wal_file::WalFile;
+use crate::error::Result;
+use crate::log::Log;
+use crate::page::{PageNo, PageSize};
+use crate::sqlite::Handle;
+use crate::txid::{Epoch, EpochHistory, Position, Txid};
+use crate::wal::{FRAME_HEADER_BYTES, FrameHeader, IndexHeader, frame_offset};
+
+/// What the WAL is to the anchors.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Wal {
+    /// The newest anchor's frame is in it.
+    Whole,
+    /// It is the generation before the newest anchor's, which was not begun.
+    Before,
+    /// It is the generation of an anchor, but does not have the frame of that anchor, which was on the disk: it was cut, or what is in it was changed.
+    Short,
+    /// Nobody here began it: SQLite did, which copies all of a WAL back first.
+    Foreign,
+    /// There is none, or nothing is in it.
+    Gone,
+}
+
+impl Wal {
+    pub(super) fn of(known: &[Anchor], wal: &WalFile, header: &IndexHeader, size: PageSize) -> Result<Wal> {
+        let ours = |salts| known.iter().any(|anchor| anchor.frame > 0 && anchor.salts == salts);
+        if known.iter().any(|a| a.frame > 0 && a.salts == header.salts && !fits(a, wal, header, size)) {
+            return Ok(Wal::Short);
+        }
+        if header.max_frame == 0 {
+            // Frames of ours behind a header that SQLite does not take for one.
+            let first = first_frame(wal, size)?;
+            return Ok(if first.is_some_and(|frame| ours(frame.salts)) { Wal::Short } else { Wal::Gone });
+        }
+        Ok(match ours(header.salts) {
+            true if known.first().is_some_and(|a| fits(a, wal, header, size)) => Wal::Whole,
+            true => Wal::Before,
+            false => Wal::Foreign,
+        })
+    }
+
+    /// Whether frames of ours are in it.
+    pub(super) fn is_ours(self) -> bool {
+        matches!(self, Wal::Whole | Wal::Before | Wal::Short)
+    }
+}
+
+fn first_frame(wal: &WalFile, size: PageSize) -> Result<Option<FrameHeader>> {
+    if wal.bytes()? < frame_offset(2, size) {
+        return Ok(None);
+    }
+    let mut bytes = [0; FRAME_HEADER_BYTES];
+    wal.read(&mut bytes, frame_offset(1, size))?;
+    Ok(Some(FrameHeader::parse(&bytes)))
+}
+
+/// Whether the frame of an anchor is in the WAL, with what was before it.
+fn fits(anchor: &Anchor, wal: &WalFile, header: &IndexHeader, size: PageSize) -> bool {
+    let mut bytes = [0; FRAME_HEADER_BYTES];
+    anchor.frame > 0
+        && anchor.frame <= header.max_frame
+        && anchor.salts == header.salts
+        && wal.read(&mut bytes, frame_offset(anchor.frame, size)).is_ok()
+        && FrameHeader::parse(&bytes).sum == anchor.sum
+}
+
+/// The anchors that count, newest first: not those of a commit frame that was never written.
+pub(super) fn standing(
+    anchors: &Anchors,
+    wal: &WalFile,
+    header: &IndexHeader,
+    size: PageSize,
+) -> Vec<Anchor> {
+    let mut known = anchors.newest_first();
+    known.retain(|anchor| !anchor.ahead || fits(anchor, wal, header, size));
+    known
+}
+
+/// The highest transaction and epoch numbers that anything beside the database speaks of.
+pub(super) fn highest(known: &[Anchor], log: &Log, history: &EpochHistory) -> (u64, u64) {
+    let positions = known.iter().map(|a| a.position).chain(log.tip());
+    let number = positions.clone().map(|p| p.number()).max().unwrap_or(0);
+    let first = history.last().map_or(0, |s| s.first.saturating_sub(1));
+    let epoch = positions.map(|p| p.epoch().number()).max().unwrap_or(0);
+    (number.max(first), epoch.max(history.epoch().number()))
+}
+
+/// The WAL's end, with nothing known of the state there.
+pub(super) fn end(header: &IndexHeader, pages: u32) -> Tip {
+    Tip {
+        salts: header.salts,
+        frame: header.max_frame,
+        sum: header.frame_sum,
+        position: unnamed(Checksum::EMPTY),
+        pages,
+    }
+}
+
+/// A state that has no name in any history.
+fn unnamed(checksum: Checksum) -> Position {
+    Position::new(Txid::new(Epoch::new(0, 0), 0), checksum)
+}
+
+impl Opened {
+    /// Finds the position of the bytes, as SQLite reads them.
+    pub(super) fn locate(mut self, header: &IndexHeader, pages: u32) -> Result<Opened> {
+        let size = self.base.page_size;
+        let mut hashed = None;
+        if let Some(at) = self.known.iter().position(|anchor| fits(anchor, &self.base.wal, header, size)) {
+            let anchor = self.known[at];
+            (self, hashed) = self.replay(header, anchor, at == 0)?;
+        }
+        if !self.exact {
+            self.look_up(header, pages, hashed)?;
+        }
+        // A state without a name may have an anchor, too.
+        self.exact &= self.base.tip().position.epoch().number() > 0;
+        Ok(self)
+    }
+
+    /// Counts the commits after the anchor, and appends to the log those that it does not have.
+    /// The sum of all pages, too, if that had to be known.
+    fn replay(
+        mut self,
+        header: &IndexHeader,
+        anchor: Anchor,
+        newest: bool,
+    ) -> Result<(Opened, Option<Checksum>)> {
+        let base = self.base.clone();
+        // Somebody wrote to the file since: old images that are read from it may be newer than they should be. Then only a full hash decides.
+        let doubt = match anchor.file {
+            FileState::AtRest { modified: then, .. } => modified(base.path())? != then,
+            FileState::Backfilling(_) => {
+                !newest || copied_beyond(&base, &mut self.handle, &anchor, header.max_frame)?
+            }
+        };
+        let append = self.primary && self.own;
+        let (tip, mut mismatch);
+        (self, tip, mismatch) = self.count(header, anchor, append && !doubt)?;
+        let hashed = match doubt || mismatch {
+            true => Some(base.hash_all(&mut self.handle, tip.frame, tip.pages)?),
+            false => None,
+        };
+        self.exact = hashed.is_none_or(|sum| sum == tip.position.checksum());
+        if self.exact && doubt && append && !mismatch {
+            // Only now that the numbers are known to be right.
+            (self, _, mismatch) = self.count(header, anchor, true)?;
+            self.exact &= !mismatch;
+        }
+        self.base.set_tip(tip);
+        self.anchor = Some(anchor);
+        Ok((self, hashed))
+    }
+
+    /// The state at the WAL's end, counted from an anchor, and whether the log has another one of that number.
+    fn count(self, header: &IndexHeader, anchor: Anchor, append: bool) -> Result<(Opened, Tip, bool)> {
+        let begin = Tip {
+            frame: anchor.frame,
+            sum: anchor.sum,
+            position: anchor.position,
+            pages: anchor.pages,
+            ..end(header, 0)
+        };
+        self.base.leap(begin);
+        let history = Arc::new(self.history.clone());
+        let mut capture = Capture::new(self.base.clone(), self.handle, begin, history);
+        capture.batch_bytes = 0;
+        let log = self.base.log.clone();
+        let mut sink = Rebuild { tip: log.tip(), log, append, number: 0, mismatch: false };
+        capture.advance(header, &mut sink)?;
+        let tip = capture.tip;
+        if let Some(logged) = sink.tip.filter(|l| l.number() == tip.position.number()) {
+            sink.mismatch |= logged != tip.position;
+        }
+        Ok((Opened { handle: capture.handle, ..self }, tip, sink.mismatch))
+    }
+
+    /// Without a usable anchor: the file at rest, or the hash of everything, may be a state that is known by name.
+    fn look_up(&mut self, header: &IndexHeader, pages: u32, hashed: Option<Checksum>) -> Result<()> {
+        let mut tip = end(header, pages);
+        if header.max_frame == 0
+            && let Some(position) = self.at_rest()?
+        {
+            tip.position = position;
+            self.exact = true;
+        } else {
+            // What was hashed as of the last commit is the state of the WAL's end.
+            let sum = match hashed {
+                Some(sum) => sum,
+                None => self.base.hash_all(&mut self.handle, tip.frame, tip.pages)?,
+            };
+            let found = self.named(sum);
+            self.exact = found.is_some();
+            tip.position = found.unwrap_or(unnamed(sum));
+        }
+        self.base.leap(tip);
+        Ok(())
+    }
+
+    /// The state that the file alone is, if it is as the newest anchor left it. The newest only: the time of an earlier one may be on the
+    /// disk still when what was copied since is.
+    pub(super) fn at_rest(&self) -> Result<Option<Position>> {
+        let now = modified(self.base.path())?;
+        Ok(self.known.first().and_then(|anchor| match anchor.file {
+            FileState::AtRest { position, modified } if modified == now => Some(position),
+            _ => None,
+        }))
+    }
+
+    /// The newest state with this checksum that an anchor or a record of the log names.
+    pub(super) fn named(&self, sum: Checksum) -> Option<Position> {
+        let named = self.known.iter().flat_map(|anchor| match anchor.file {
+            FileState::AtRest { position, .. } => [Some(anchor.position), Some(position)],
+            FileState::Backfilling(_) => [Some(anchor.position), None],
+        });
+        let named = self.base.log.tip().into_iter().chain(named.flatten());
+        let found = named.filter(|p| p.checksum() == sum).max_by_key(|p| p.number());
+        // A file that is older than what the log has: of a backup, or with a WAL that is gone.
+        found.or_else(|| {
+            self.base.log.state_with(sum).unwrap_or_else(|error| {
+                tracing::warn!(%error, "the log can't be searched for the state of the database");
+                None
+            })
+        })
+    }
+}
+
+/// Whether somebody may have copied frames behind the anchor into the file. We died while we copied those up to it; their pages are read
+/// from the WAL. Of each page that only later frames have, the file must hold what was there before them: then it is none of their images.
+pub(super) fn copied_beyond(base: &Base, handle: &mut Handle, anchor: &Anchor, last: u32) -> Result<bool> {
+    let size = base.page_size.bytes();
+    let (mut frame, mut file) = (vec![0; FRAME_HEADER_BYTES + size], vec![0; size]);
+    let mut pages = anchor.pages;
+    for at in anchor.frame + 1..=last {
+        base.wal.read(&mut frame, frame_offset(at, base.page_size))?;
+        let (head, image) = frame.split_at(FRAME_HEADER_BYTES);
+        let commit = FrameHeader::parse(head).commit;
+        if commit != 0 {
+            // What is dropped is read before that, and has no frame that would tell.
+            if commit < pages {
+                return Ok(true);
+            }
+            pages = commit;
+        }
+        let number = base.index.page_of(at);
+        if number > anchor.pages || base.index.lookup(number, 1, anchor.frame).is_some() {
+            continue;
+        }
+        if let Some(number) = PageNo::new(number) {
+            handle.read(&mut file, number.offset(base.page_size))?;
+            if file == image {
+                return Ok(true);
+            }
+        }
+    }
+    Ok(false)
+}
+
+/// Appends to the log what it lacks of the commits that are read again.
+struct Rebuild {
+    log: Arc<Log>,
+    append: bool,
+    tip: Option<Position>,
+    number: u64,
+    mismatch: bool,
+}
+
+impl Rebuild {
+    /// Whether the record with this number is the one that the log waits for.
+    fn wanted(&self) -> bool {
+        self.append && !self.mismatch && self.tip.is_some_and(|t| t.number() + 1 == self.number)
+    }
+}
+
+impl Sink for Rebuild {
+    fn committed(&mut self, number: u64) -> Result<()> {
+        self.number = number;
+        Ok(())
+    }
+
+    fn records(&mut self, units: Bytes, after: Option<Position>) -> Result<()> {
+        if self.tip.is_some_and(|t| t.number() == self.number) {
+            self.mismatch |= after.is_some_and(|a| Some(a) != self.tip);
+        } else if self.wanted() {
+            self.log.append(units, after)?;
+            if after.is_some() {
+                self.tip = after;
+            }
+        }
+        Ok(())
+    }
+}

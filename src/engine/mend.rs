@@ -1,0 +1,174 @@
+//! A primary's files that, read as they are, are no committed state, and a state that can be proved in them.
+//!
+//! Either the file alone is one, so that the WAL can be done without; or the log's pages over what is there are the state that the log ends with, which
+//! its checksum proves. In both ways what is given up is kept in `lost`, first.
+
+use std::fs::{self, File};
+use std::time::Duration;
+
+use crate::engine::append::Appender;
+use crate::engine::apply::Differing;
+use crate::engine::base::Tip;
+use crate::engine::checkpoint::{begin_generation, lock_marks, unlock_marks};
+use crate::engine::lost::{self, Doomed};
+use crate::engine::open::Opened;
+use crate::engine::receive::{self, Incoming, Ready};
+use crate::engine::wal_file::{WalFile, sync_directory};
+use crate::error::{Error, Result};
+use crate::page::PageNo;
+use crate::status::{Event, unix_millis};
+use crate::txid::{Place, Position};
+use crate::wire::{HealBegin, Message, SnapEnd};
+
+/// Longest wait for readers of a WAL that is to be dropped.
+const READERS_WAIT: Duration = Duration::from_secs(5);
+/// Pages that are hashed at a time.
+const SPAN_PAGES: u32 = 64;
+/// Where the first page says how many there are.
+const SIZE_AT: usize = 28;
+
+impl Opened {
+    /// The state that the file alone is, if it is as it was left, or if its hash has a name.
+    pub(super) fn file_alone(&mut self) -> Result<Option<Tip>> {
+        let size = self.base.page_size;
+        let mut page = vec![0; size.bytes()];
+        self.handle.read(&mut page, 0)?;
+        let pages =
+            u32::from_be_bytes([page[SIZE_AT], page[SIZE_AT + 1], page[SIZE_AT + 2], page[SIZE_AT + 3]]);
+        if pages == 0 || u64::from(pages) * u64::from(size.get()) > self.handle.size()? {
+            return Ok(None);
+        }
+        let left = self.at_rest()?;
+        let sum = self.base.hash_all(&mut self.handle, 0, pages)?;
+        let position = match left {
+            Some(position) => Some(position).filter(|position| position.checksum() == sum),
+            None => self.named(sum),
+        };
+        Ok(position.map(|position| Tip { position, pages, ..self.base.tip() }))
+    }
+
+    /// Goes on without the WAL from the state that the file alone is.
+    pub(super) fn drop_wal(&mut self, why: &str, tip: Tip) -> Result<()> {
+        tracing::error!(path = %self.base.path().display(), position = %tip.position, why, "the file alone is a committed state; the WAL is put aside");
+        self.set_wal_aside()?;
+        if !lock_marks(&mut self.handle, READERS_WAIT)? {
+            return Err(Error::Timeout { what: "readers of a damaged WAL".into(), after: READERS_WAIT });
+        }
+        let begun = begin_generation(&self.base, &mut self.handle, &tip);
+        unlock_marks(&mut self.handle)?;
+        begun?;
+        self.exact = self.history.place(tip.position.txid()) == Place::OnHistory;
+        Ok(())
+    }
+
+    /// Puts the newest pages of the whole log over what SQLite reads. If that makes the state which the log ends with, exactly, it takes the place
+    /// of what is there.
+    pub(super) fn mend(self, why: &str) -> Result<Opened> {
+        let log = self.base.log.clone();
+        let (Some(from), Some(to)) = (log.start(), log.tip()) else { return Ok(self) };
+        if from == to || self.history.place(to.txid()) != Place::OnHistory || !self.is_all(to)? {
+            return Ok(self);
+        }
+        tracing::warn!(path = %self.base.path().display(), why, "trying to make the database good from the log");
+        let side = self.base.options.side.clone();
+        let mut live = Appender::new(self.base.clone(), self.handle)?;
+        let ready = match over_all(&mut live, from, to) {
+            Ok(ready) => Some(ready),
+            Err(error @ (Error::ShutDown | Error::Stopped(_))) => return Err(error),
+            Err(error) => {
+                tracing::warn!(%error, "the log does not make the database good");
+                None
+            }
+        };
+        let Some(ready) = ready else {
+            receive::discard(&side)?;
+            return Ok(Opened { handle: live.handle, ..self });
+        };
+        let opened = Opened { handle: live.handle, ..self };
+        opened.set_wal_aside()?;
+        let tip = opened.base.tip();
+        if tip.frame > 0 {
+            opened.base.wal.cut_behind(tip.frame, tip.salts, opened.base.page_size)?;
+        }
+        let mut live = Appender::new(opened.base.clone(), opened.handle)?;
+        if tip.frame == 0 {
+            // There is no generation to append to. That the file is at rest is not said: it is not.
+            let begun = crate::engine::checkpoint::begin_unproved(&opened.base, &mut live.handle, &tip)?;
+            live.resume(begun);
+        }
+        replace(&mut live, &ready)?;
+        receive::discard(&side)?;
+        tracing::warn!(position = %to, pages = ready.have.len(), "the log made the database good");
+        Ok(Opened { handle: live.handle, exact: true, ..opened })
+    }
+
+    /// Keeps the WAL's bytes, whatever they are.
+    fn set_wal_aside(&self) -> Result<()> {
+        let path = self.base.path();
+        if self.base.wal.bytes()? == 0 {
+            return Ok(());
+        }
+        let wal = WalFile::path_of(path);
+        let kept = self.base.options.side.join("lost").join(format!("wal-{}", unix_millis()));
+        fs::create_dir_all(&kept).map_err(Error::io("create", &kept))?;
+        let to = kept.join(wal.file_name().unwrap_or_default());
+        fs::copy(&wal, &to).map_err(Error::io("copy", &to))?;
+        File::open(&to).and_then(|file| file.sync_all()).map_err(Error::io("fsync", &to))?;
+        sync_directory(&kept)?;
+        tracing::warn!(kept = %kept.display(), "the WAL is kept as it was");
+        self.base.node.tell(Event::Kept(kept));
+        Ok(())
+    }
+}
+
+/// The state that all of the log makes of what is there.
+fn over_all(live: &mut Appender, from: Position, to: Position) -> Result<Ready> {
+    let base = live.base.clone();
+    let (log, side) = (&base.log, &base.options.side);
+    let before = to.number().saturating_sub(1);
+    let pages = log.list(before, 1)?.first().map_or(0, |last| last.pages);
+    let Some(lsn) = (match log.find(from.number())? {
+        crate::log::Found::At { lsn, .. } => Some(lsn),
+        _ => None,
+    }) else {
+        return Err(Error::NoState("the log begins with no record".into()));
+    };
+    receive::discard(side)?;
+    let begin = HealBegin { from, page_size: base.page_size, pages, compare: true, diverged: true };
+    let there = base.tip().pages;
+    let mut incoming = Incoming::over(side, begin, there)?;
+    incoming.with(live, |overlay, store| {
+        let mut next = 1;
+        while let Some(first) = PageNo::new(next).filter(|_| next <= there) {
+            overlay.count_in(first, SPAN_PAGES.min(there - next + 1), store)?;
+            next += SPAN_PAGES;
+        }
+        Ok(())
+    })?;
+    incoming.end(SnapEnd { exact_at: to, pages }, Some(live))?;
+    log.records(lsn, log.complete(), |unit| {
+        let message = unit.decode().map_err(|e| Error::garbled("the log", e.to_string()))?;
+        match message {
+            Message::TxnBegin(begin) => incoming.txn_begin(begin),
+            Message::Page { number, hash, page } => incoming.page(number, hash, page, Some(live)),
+            Message::TxnEnd(end) => incoming.txn_end(end, Some(live)).map(drop),
+            _ => Ok(()),
+        }
+    })?;
+    incoming.finish()
+}
+
+/// Puts a state that was proved in the place of what is there, which is kept.
+fn replace(live: &mut Appender, ready: &Ready) -> Result<()> {
+    let base = live.base.clone();
+    let quota_bytes = base.options.lost_bytes;
+    let doomed = Doomed { ready, fork: None, records_from: None, quota_bytes, damaged: true };
+    let kept = lost::keep(&base.options.side, live, &doomed)?;
+    base.node.tell(Event::Kept(kept.path().to_owned()));
+    let mut differing = Differing::new(ready);
+    live.replace(&mut |live| differing.next(live), ready.position, ready.pages, &mut |tip| {
+        base.sync_wal()?;
+        base.announce(tip)
+    })?;
+    base.sync_wal()
+}

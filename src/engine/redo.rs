@@ -1,0 +1,84 @@
+//! The log over the files: what it has beyond them is applied again, and what does not belong to them is put aside.
+
+use crate::engine::append::Appender;
+use crate::engine::open::Opened;
+use crate::error::{Error, Result};
+use crate::log::{Found, Log};
+use crate::status::{Event, unix_millis};
+use crate::txid::{EpochHistory, Position};
+use crate::wire::Message;
+
+impl Opened {
+    /// From which address the log goes on from a state, if it does.
+    pub(super) fn leads_on_from(&self, state: Position) -> Result<Option<u64>> {
+        match self.base.log.find(state.number())? {
+            Found::At { lsn, before } if before == state => Ok(Some(lsn)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Applies the records that the log has beyond the WAL: an administrator deleted it, or a power cut took its
+    /// tail. Records that do not follow are put aside.
+    pub(super) fn redo(self) -> Result<Opened> {
+        let tip = self.base.tip();
+        let Some(logged) = self.base.log.tip() else {
+            self.base.log.reset(tip.position)?;
+            return Ok(self);
+        };
+        if logged == tip.position {
+            return Ok(self);
+        }
+        let number = tip.position.number();
+        if logged.number() > number
+            && let Some(lsn) = self.leads_on_from(tip.position)?
+        {
+            tracing::warn!(from = %tip.position, to = %logged, "the log is ahead of the WAL and is applied again");
+            let mut appender = Appender::new(self.base.clone(), self.handle)?;
+            apply_log(&mut appender, &self.base.log, lsn, &self.history)?;
+            self.base.sync_wal()?;
+            return Ok(Opened { handle: appender.handle, ..self });
+        }
+        if logged.number() < number && !self.primary {
+            // Somebody wrote to a replica's file, or a power cut took the log's tail: that the log ends before the
+            // state says that no primary vouches for it.
+            return Ok(self);
+        }
+        if logged.number() >= number {
+            self.set_log_aside()?;
+        }
+        // A replica's log goes on to say what its primary vouched for last: begun at this state it would vouch for it, also
+        // for what somebody wrote here after the node died between its log and its WAL.
+        let vouched = if self.primary { tip.position } else { logged };
+        self.base.log.reset(vouched)?;
+        Ok(self)
+    }
+
+    /// Keeps a log that does not lead on from this database's state, if it has any record. It has no position then.
+    pub(super) fn set_log_aside(&self) -> Result<()> {
+        let log = &self.base.log;
+        if log.start() == log.tip() {
+            return Ok(());
+        }
+        let (from, to) = (log.start(), log.tip());
+        let kept = self.base.options.side.join("lost").join(format!("log-{}", unix_millis()));
+        log.move_to(&kept)?;
+        tracing::error!(kept = %kept.display(), ?from, ?to, "the log does not lead on from the database's state, and is put aside");
+        self.base.node.tell(Event::Kept(kept));
+        Ok(())
+    }
+}
+
+/// Applies the log's records from an LSN to its end.
+fn apply_log(appender: &mut Appender, log: &Log, lsn: u64, history: &EpochHistory) -> Result<()> {
+    log.records(lsn, log.complete(), |unit| {
+        let message = unit.decode().map_err(|e| Error::garbled("the log", e.to_string()))?;
+        match message {
+            Message::TxnBegin(begin) => appender.begin(begin, history),
+            Message::Page { number, hash, .. } => {
+                appender.page(number, hash, &unit.raw, crate::wire::HEADER_BYTES + 4)
+            }
+            Message::TxnEnd(end) => appender.end(end).and_then(|()| appender.publish()),
+            _ => Ok(()),
+        }
+    })
+}
