@@ -103,7 +103,7 @@ impl FromStr for Checksum {
 }
 
 /// The hash of one page at its number.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Hash)]
 pub(crate) struct PageHash(u128);
 
 impl PageHash {

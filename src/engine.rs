@@ -313,4 +313,6 @@ fn make_side(options: &EngineOptions) -> Result<()> {
 }
 
 #[cfg(test)]
+mod states;
+#[cfg(test)]
 mod tests;

@@ -58,15 +58,34 @@ impl Witness {
     }
 }
 
-/// Some pages of those that a copy changes, as many as an anchor has room for.
+/// What is written behind the end of a file that frames are being copied into: whoever puts another file in its place, or cuts it, takes that away.
+/// To SQLite it is nothing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Mark {
+    pub(crate) offset: u64,
+    pub(crate) nonce: [u8; Mark::BYTES],
+}
+
+impl Mark {
+    pub(crate) const BYTES: usize = 16;
+}
+
+/// Some pages of those that a copy changes, as many as an anchor has room for; and how the file is known again.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
-pub(crate) struct Witnesses([Option<Witness>; Witnesses::MAX]);
+pub(crate) struct Witnesses {
+    pages: [Option<Witness>; Witnesses::MAX],
+    pub(crate) mark: Option<Mark>,
+}
 
 impl Witnesses {
     pub(crate) const MAX: usize = (CHECK_AT - WITNESSES_AT) / WITNESS_BYTES;
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = Witness> + '_ {
-        self.0.iter().flatten().copied()
+        self.pages.iter().flatten().copied()
+    }
+
+    pub(crate) fn marked(self, mark: Option<Mark>) -> Witnesses {
+        Witnesses { mark, ..self }
     }
 
     fn decode(bytes: &[u8]) -> Witnesses {
@@ -85,7 +104,7 @@ impl Witnesses {
 impl FromIterator<Witness> for Witnesses {
     fn from_iter<I: IntoIterator<Item = Witness>>(all: I) -> Witnesses {
         let mut witnesses = Witnesses::default();
-        for (place, witness) in witnesses.0.iter_mut().zip(all) {
+        for (place, witness) in witnesses.pages.iter_mut().zip(all) {
             *place = Some(witness);
         }
         witnesses
@@ -135,6 +154,10 @@ impl Anchor {
             }
             FileState::Backfilling(witnesses) => {
                 b[92..96].copy_from_slice(&(BACKFILLING | ahead).to_le_bytes());
+                if let Some(Mark { offset, nonce }) = witnesses.mark {
+                    b[96..104].copy_from_slice(&offset.to_le_bytes());
+                    b[104..120].copy_from_slice(&nonce);
+                }
                 for (place, witness) in
                     b[WITNESSES_AT..CHECK_AT].chunks_exact_mut(WITNESS_BYTES).zip(witnesses.iter())
                 {
@@ -165,11 +188,17 @@ impl Anchor {
         };
         let mut salts = [0; 8];
         salts.copy_from_slice(&b[32..40]);
-        let (Some(at_frame), Some(at_rest)) = (position(48), position(104)) else { return Ok(None) };
+        let Some(at_frame) = position(48) else { return Ok(None) };
         let state = le_u32(&b[92..96]);
-        let file = match state & BACKFILLING {
-            0 => FileState::AtRest { position: at_rest, modified: long(96) as i64 },
-            _ => FileState::Backfilling(Witnesses::decode(&b[WITNESSES_AT..CHECK_AT])),
+        let file = if state & BACKFILLING == 0 {
+            let Some(position) = position(104) else { return Ok(None) };
+            FileState::AtRest { position, modified: long(96) as i64 }
+        } else {
+            let mut nonce = [0; Mark::BYTES];
+            nonce.copy_from_slice(&b[104..120]);
+            // The end of no database is at its begin.
+            let mark = Some(Mark { offset: long(96), nonce }).filter(|mark| mark.offset > 0);
+            FileState::Backfilling(Witnesses::decode(&b[WITNESSES_AT..CHECK_AT]).marked(mark))
         };
         let anchor = Anchor {
             generation: long(24),

@@ -108,7 +108,7 @@ impl Apply {
             Ok(opened) if opened.exact => self.go_live(opened),
             Ok(mut opened) => {
                 // Not a state of the cluster: never read from, and put aside when a snapshot takes its place.
-                let damage = opened.damage();
+                let damage = opened.doubt()?;
                 drop(opened);
                 self.say_unknown(
                     &damage.map_or("it is no state of the cluster".into(), |why| {

@@ -361,8 +361,9 @@ impl Base {
     pub(super) fn left_behind(&self, handle: &mut Handle) -> Result<FileState> {
         match self.file_state() {
             state @ FileState::AtRest { .. } => Ok(state),
-            FileState::Backfilling(_) => {
-                Ok(FileState::Backfilling(self.witnesses(handle, 0, &self.tip())?))
+            FileState::Backfilling(before) => {
+                let witnesses = self.witnesses(handle, 0, &self.tip())?;
+                Ok(FileState::Backfilling(witnesses.marked(before.mark)))
             }
         }
     }

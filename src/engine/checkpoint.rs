@@ -5,7 +5,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use crate::engine::anchor::{Anchor, FileState, Witnesses};
+use crate::engine::anchor::{Anchor, FileState, Mark, Witnesses};
 use crate::engine::base::{Base, Tip, lock};
 use crate::error::{Error, Result};
 use crate::page::PageNo;
@@ -73,8 +73,13 @@ pub(super) fn copy(base: &Base, handle: &mut Handle, target: &Tip, done: u32) ->
     if let Err(error) = base.log.sync() {
         tracing::warn!(%error, "the log can't be synced before a backfill");
     }
+    let bytes = u64::from(target.pages) * u64::from(base.page_size.get());
+    // What was there before, but for a mark that an earlier copy has left.
+    let before = handle.size()? / u64::from(base.page_size.get()) * u64::from(base.page_size.get());
+    let mark = new_mark(before.max(bytes))?;
     let witnesses = base.witnesses(handle, done, target)?;
-    base.write_anchor(target, FileState::Backfilling(witnesses), true)?;
+    base.write_anchor(target, FileState::Backfilling(witnesses.marked(Some(mark))), true)?;
+    set_mark(handle, mark);
     base.index.set_attempted(target.frame);
     let frame = frame_bytes(base.page_size);
     let mut run = vec![0; (RUN_BYTES / frame).max(1) * frame];
@@ -96,7 +101,43 @@ pub(super) fn copy(base: &Base, handle: &mut Handle, target: &Tip, done: u32) ->
             return Err(Error::ShutDown);
         }
     }
+    handle.truncate(before.max(bytes))?;
     handle.sync()
+}
+
+/// A mark behind the end of a file of so many bytes.
+fn new_mark(offset: u64) -> Result<Mark> {
+    let mut nonce = [0; Mark::BYTES];
+    getrandom::fill(&mut nonce).map_err(|e| Error::Stopped(format!("no random numbers: {e}")))?;
+    Ok(Mark { offset, nonce })
+}
+
+/// Without it only a hash of everything tells later that the file is still this one.
+fn set_mark(handle: &mut Handle, mark: Mark) {
+    if let Err(error) = handle.write(&mark.nonce, mark.offset) {
+        tracing::debug!(%error, "the file is not marked");
+    }
+}
+
+/// Whether the file is still the one that was marked: nobody has put another in its place, nor cut it.
+pub(super) fn is_marked(handle: &mut Handle, mark: Option<Mark>) -> Result<bool> {
+    let Some(mark) = mark else { return Ok(false) };
+    let mut found = [0; Mark::BYTES];
+    handle.read(&mut found, mark.offset)?;
+    Ok(found == mark.nonce && handle.size()? == mark.offset + Mark::BYTES as u64)
+}
+
+/// Marks a file whose content was proved, and that has no time which says so. The mark that it has already stays.
+pub(super) fn mark_again(base: &Base, handle: &mut Handle) -> Result<Option<Mark>> {
+    if let FileState::Backfilling(witnesses) = base.file_state()
+        && is_marked(handle, witnesses.mark)?
+    {
+        return Ok(witnesses.mark);
+    }
+    let size = u64::from(base.page_size.get());
+    let mark = new_mark((handle.size()? / size).max(u64::from(base.tip().pages)) * size)?;
+    set_mark(handle, mark);
+    Ok(Some(mark))
 }
 
 /// The last frame that no reader needs to stay out of the file.
@@ -320,7 +361,7 @@ pub(super) fn index_header(base: &Base, tip: &Tip, change: u32, big_endian: bool
     IndexHeader::of(base.page_size, change, big_endian, tip.frame, tip.pages, tip.sum, tip.salts)
 }
 
-/// Salts that no other generation of this database, nor of another branch of it, has had.
+/// Salts that no other generation of this database, nor of another branch of it, has had. The second follows from the first: see [`are_ours`].
 fn salts_of(tip: &Tip, generation: u64) -> Result<Salts> {
     let mut random = [0; 16];
     getrandom::fill(&mut random).map_err(|e| Error::Stopped(format!("no random numbers: {e}")))?;
@@ -328,7 +369,22 @@ fn salts_of(tip: &Tip, generation: u64) -> Result<Salts> {
     hasher.update(&tip.position.to_bytes());
     hasher.update(&generation.to_le_bytes());
     hasher.update(&random);
+    let mut first = [0; 4];
+    first.copy_from_slice(&hasher.finalize().as_bytes()[..4]);
+    Ok(salts_from(first))
+}
+
+fn salts_from(first: [u8; 4]) -> Salts {
     let mut salts = [0; 8];
-    salts.copy_from_slice(&hasher.finalize().as_bytes()[..8]);
-    Ok(Salts(salts))
+    let hash = blake3::derive_key("replite 2026 v1 second wal salt", &first);
+    salts[..4].copy_from_slice(&first);
+    salts[4..].copy_from_slice(&hash[..4]);
+    Salts(salts)
+}
+
+/// Whether a generation was begun by a node. SQLite adds one to the first salt and draws the second, when it begins a WAL anew.
+pub(super) fn are_ours(salts: Salts) -> bool {
+    let mut first = [0; 4];
+    first.copy_from_slice(&salts.0[..4]);
+    salts == salts_from(first)
 }

@@ -1,36 +1,98 @@
 //! A database whose WAL is gone while frames were being copied into it: whether somebody else has copied the rest.
 
+use std::collections::{HashMap, HashSet};
+
 use crate::checksum::PageHash;
 use crate::engine::anchor::{FileState, Witness, Witnesses};
 use crate::engine::judge::Doubt;
+use crate::engine::locate::Wal;
 use crate::engine::open::Opened;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::log::Found;
 use crate::page::PageNo;
+use crate::wire::Message;
+
+/// Pages of the log that are remembered, some hundred bytes each.
+const PAGES_MAX: usize = 1 << 18;
 
 const GONE: &str =
     "its WAL is gone, whose frames were being copied into it, so that the file alone is no committed state";
 const MAYBE: &str = "its WAL is gone, whose frames were being copied into it, and one page of the file is as it was before that. Either that copy was never \
     ended, and the file alone is no committed state; or somebody ended it and then committed the very bytes that the page had before (emptied a table, or set a value back), and the file is \
     whole: then `Config::accept_damaged` loses nothing";
+const NO_ANCHORS: &str = "its directory of side files lacks the anchors, and nothing there names what the file is. Either somebody committed to it, and it is whole: then `Config::accept_damaged` loses nothing; \
+    or it lacks what a WAL had that is gone";
+const OTHER_WAL: &str = "the file is as it was left, and the WAL beside it is none of this node's. Either that node's WAL was removed, and somebody has written since: then `Config::accept_damaged` takes what he wrote; \
+    or a WAL was put there that goes with another file: then remove it";
+const OLD_FILE: &str = "the WAL beside it was begun by others, and the file has pages that are older than what had been copied by then: it goes with another file";
+const NO_LOG: &str = "the WAL beside it was begun by others, and the log that could tell whether the file goes with it is gone. Either somebody has copied all of this node's WAL and written since: then \
+    `Config::accept_damaged` loses nothing; or the WAL goes with another file: then put that one there";
 
 impl Opened {
-    /// Whether the file, whose position is unknown, may hold pages of several states, and why: then it is none, and must not be read.
-    pub(super) fn damage(&mut self) -> Option<Doubt> {
-        let newest = self.known.first().copied()?;
-        let FileState::Backfilling(witnesses) = newest.file else { return None };
-        let older = self.older(&witnesses).unwrap_or_else(|error| {
-            tracing::warn!(%error, "the file can't tell whether the WAL was copied back in full");
-            witnesses.iter().map(Witness::page).collect()
-        });
-        match older[..] {
-            [] => {
-                tracing::warn!(path = %self.base.path().display(), "the WAL that was being copied back is gone, and nothing of it is known to be missing: somebody else has copied it on");
-                None
-            }
-            // SQLite counts in the first page, and never puts older bytes there.
-            [page] if page != PageNo::FIRST => Some(Doubt::TwoReadings(MAYBE)),
-            _ => Some(Doubt::Mixed(GONE)),
+    /// Whether the file, whose position is unknown and whose WAL is not this node's any more, may hold pages of several states, and why: then it is
+    /// none, and must not be read.
+    pub(super) fn damage(&mut self) -> Result<Option<Doubt>> {
+        let Some(newest) = self.known.first().copied() else {
+            return Ok(Some(Doubt::TwoReadings(NO_ANCHORS)));
+        };
+        if self.wal == Wal::Foreign && self.at_rest()?.is_some() {
+            return Ok(Some(Doubt::TwoReadings(OTHER_WAL)));
         }
+        if let FileState::Backfilling(witnesses) = newest.file {
+            let older = self.older(&witnesses).unwrap_or_else(|error| {
+                tracing::warn!(%error, "the file can't tell whether the WAL was copied back in full");
+                witnesses.iter().map(Witness::page).collect()
+            });
+            match older[..] {
+                [] => {
+                    tracing::warn!(path = %self.base.path().display(), "the WAL that was being copied back is gone, and nothing of it is known to be missing: somebody else has copied it on");
+                }
+                // SQLite counts in the first page, and never puts older bytes there.
+                [page] if page != PageNo::FIRST => return Ok(Some(Doubt::TwoReadings(MAYBE))),
+                _ => return Ok(Some(Doubt::Mixed(GONE))),
+            }
+        }
+        if self.wal == Wal::Gone {
+            return Ok(None);
+        }
+        if self.base.log.tip().is_none_or(|logged| logged.number() < self.last_known()) {
+            return Ok(Some(Doubt::TwoReadings(NO_LOG)));
+        }
+        Ok(self.goes_back()?.then_some(Doubt::Mixed(OLD_FILE)))
+    }
+
+    /// Whether a page of the file, which no WAL is over, is as an earlier record of the log has it, and not as the newest: no WAL is begun anew before
+    /// all of it was copied.
+    fn goes_back(&mut self) -> Result<bool> {
+        let (base, tip) = (self.base.clone(), self.base.tip());
+        let log = &base.log;
+        let Some(Found::At { lsn, .. }) = log.start().map(|start| log.find(start.number())).transpose()?
+        else {
+            return Ok(false);
+        };
+        let (mut newest, mut earlier) = (HashMap::new(), HashSet::new());
+        log.records(lsn, log.complete(), |unit| {
+            let message = unit.decode().map_err(|e| Error::garbled("the log", e.to_string()))?;
+            if let Message::Page { number, hash, .. } = message
+                && newest.len() < PAGES_MAX
+                && let Some(before) = newest.insert(number, hash)
+            {
+                earlier.insert((number, before));
+            }
+            Ok(())
+        })?;
+        let mut page = vec![0; base.page_size.bytes()];
+        for (number, newest) in newest {
+            if number.get() > tip.pages || base.index.lookup(number.get(), 1, tip.frame).is_some() {
+                continue;
+            }
+            self.handle.read(&mut page, number.offset(base.page_size))?;
+            let hash = PageHash::of(number, &page);
+            if hash != newest && earlier.contains(&(number, hash)) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
     }
 
     /// The pages of which the file itself, whatever a newer WAL says, still has the image that the WAL would have replaced.
@@ -62,7 +124,6 @@ mod tests {
     use crate::engine::checkpoint::copy;
     use crate::engine::judge::integrity;
     use crate::engine::tests::{Home, node, settled};
-    use crate::error::Error;
     use crate::txid::Position;
 
     use super::*;

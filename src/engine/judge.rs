@@ -6,9 +6,10 @@ use rusqlite::Connection;
 
 use crate::engine::anchor::FileState;
 use crate::engine::capture_loop::open_epoch;
-use crate::engine::locate::{Wal, copied_beyond};
+use crate::engine::locate::Wal;
 use crate::engine::open::Opened;
 use crate::error::{Error, Result};
+use crate::page::PageNo;
 use crate::txid::{EpochHistory, EpochStart, Place, Position, Txid};
 
 /// Why what SQLite reads may be no committed state.
@@ -28,7 +29,9 @@ impl fmt::Display for Doubt {
 }
 
 const CUT: &str = "its WAL does not have what was on the disk there: it was cut off, or bytes in it changed, so that the file with what is left of it mixes states";
-const ALTERED: &str = "its file is not the one that its WAL goes with: bytes were changed by other means than SQLite, or another file was put in its place";
+const STRAY: &str = "its directory of side files is older than its WAL, or lacks the anchors, so that nothing says which file the WAL goes with";
+const ALTERED: &str = "its file is not as it was left, nor has all of what its WAL has. Either somebody was killed while he copied the WAL back; or bytes were changed by other means than SQLite, or another file \
+    was put in its place, and file and WAL together mix states";
 /// What an operator can do.
 const CURE: &str = "restore it from a copy that a replica makes (`Db::snapshot_to`) or from a backup, with its directory of side files moved away; \
     or open it once with `Config::accept_damaged`, which takes what SQLite reads, may mix states, and replaces what the replicas have";
@@ -83,17 +86,10 @@ impl Opened {
     pub(super) fn doubt(&mut self) -> Result<Option<Doubt>> {
         Ok(match self.wal {
             Wal::Short => Some(Doubt::Mixed(CUT)),
-            Wal::Whole | Wal::Before => {
-                let last = self.base.tip().frame;
-                let base = self.base.clone();
-                let copied = match &self.anchor {
-                    // Who copies frames back puts images into the file whose older ones then can't be counted. No state is lost by that.
-                    Some(anchor) => copied_beyond(&base, &mut self.handle, anchor, last)?,
-                    None => false,
-                };
-                (!copied).then_some(Doubt::Mixed(ALTERED))
-            }
-            Wal::Foreign | Wal::Gone => self.damage(),
+            Wal::Stray => Some(Doubt::Mixed(STRAY)),
+            // Where all of the WAL is in the file, there is one reading: whoever copied it did not count what he committed before.
+            Wal::Whole | Wal::Before => (!self.is_copied()?).then_some(Doubt::Mixed(ALTERED)),
+            Wal::Foreign | Wal::Gone => self.damage()?,
         })
     }
 
@@ -145,14 +141,33 @@ impl Opened {
         )))
     }
 
+    /// Whether the file has the newest image of each page that the WAL has.
+    fn is_copied(&mut self) -> Result<bool> {
+        let (base, tip) = (self.base.clone(), self.base.tip());
+        let (mut image, mut there) = (vec![0; base.page_size.bytes()], vec![0; base.page_size.bytes()]);
+        for frame in 1..=tip.frame {
+            let page = base.index.page_of(frame);
+            let Some(number) = PageNo::new(page).filter(|_| page <= tip.pages) else { continue };
+            if base.index.lookup(page, frame, tip.frame) == Some(frame) {
+                base.read_frame(frame, &mut image)?;
+                self.handle.read(&mut there, number.offset(base.page_size))?;
+                if image != there {
+                    return Ok(false);
+                }
+            }
+        }
+        Ok(true)
+    }
+
     fn damaged(&self, what: String) -> Error {
         Error::Damaged { path: self.base.path().clone(), what }
     }
 
     /// The last transaction of this history that was certainly here.
-    fn last_known(&self) -> u64 {
+    pub(super) fn last_known(&self) -> u64 {
         let anchors = self.known.iter().map(|anchor| anchor.position);
-        self.on_history(anchors.chain(self.base.log.tip())).unwrap_or(0)
+        let named = self.on_history(anchors.chain(self.base.log.tip())).unwrap_or(0);
+        named.max(self.counted)
     }
 
     /// The last transaction that was certainly in the file itself.

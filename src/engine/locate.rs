@@ -11,6 +11,7 @@ use crate::checksum::Checksum;
 use crate::engine::anchor::{Anchor, Anchors, FileState, modified};
 use crate::engine::base::{Base, Tip};
 use crate::engine::capture::{Capture, Sink};
+use crate::engine::checkpoint::{are_ours, is_marked};
 use crate::engine::open::Opened;
 use crate::engine::wal_file::WalFile;
 use crate::error::Result;
@@ -27,6 +28,8 @@ pub(super) enum Wal {
     Whole,
     /// It is the generation before the newest anchor's, which was not begun.
     Before,
+    /// A node began it, but no anchor knows it: they are older, or gone.
+    Stray,
     /// It is the generation of an anchor, but does not have the frame of that anchor, which was on the disk: it was cut, or what is in it was changed.
     Short,
     /// Nobody here began it: SQLite did, which copies all of a WAL back first.
@@ -37,25 +40,26 @@ pub(super) enum Wal {
 
 impl Wal {
     pub(super) fn of(known: &[Anchor], wal: &WalFile, header: &IndexHeader, size: PageSize) -> Result<Wal> {
-        let ours = |salts| known.iter().any(|anchor| anchor.frame > 0 && anchor.salts == salts);
+        let known_of = |salts| known.iter().any(|anchor| anchor.frame > 0 && anchor.salts == salts);
         if known.iter().any(|a| a.frame > 0 && a.salts == header.salts && !fits(a, wal, header, size)) {
             return Ok(Wal::Short);
         }
         if header.max_frame == 0 {
             // Frames of ours behind a header that SQLite does not take for one.
             let first = first_frame(wal, size)?;
-            return Ok(if first.is_some_and(|frame| ours(frame.salts)) { Wal::Short } else { Wal::Gone });
+            return Ok(if first.is_some_and(|frame| known_of(frame.salts)) { Wal::Short } else { Wal::Gone });
         }
-        Ok(match ours(header.salts) {
+        Ok(match known_of(header.salts) {
             true if known.first().is_some_and(|a| fits(a, wal, header, size)) => Wal::Whole,
             true => Wal::Before,
+            false if are_ours(header.salts) => Wal::Stray,
             false => Wal::Foreign,
         })
     }
 
     /// Whether frames of ours are in it.
     pub(super) fn is_ours(self) -> bool {
-        matches!(self, Wal::Whole | Wal::Before | Wal::Short)
+        matches!(self, Wal::Whole | Wal::Before | Wal::Stray | Wal::Short)
     }
 }
 
@@ -144,8 +148,10 @@ impl Opened {
         // Somebody wrote to the file since: old images that are read from it may be newer than they should be. Then only a full hash decides.
         let doubt = match anchor.file {
             FileState::AtRest { modified: then, .. } => modified(base.path())? != then,
-            FileState::Backfilling(_) => {
-                !newest || copied_beyond(&base, &mut self.handle, &anchor, header.max_frame)?
+            FileState::Backfilling(witnesses) => {
+                !newest
+                    || !is_marked(&mut self.handle, witnesses.mark)?
+                    || copied_beyond(&base, &mut self.handle, &anchor, header.max_frame)?
             }
         };
         let append = self.primary && self.own;
@@ -162,7 +168,7 @@ impl Opened {
             self.exact &= !mismatch;
         }
         self.base.set_tip(tip);
-        self.anchor = Some(anchor);
+        (self.anchor, self.counted) = (Some(anchor), tip.position.number());
         Ok((self, hashed))
     }
 
@@ -241,7 +247,7 @@ impl Opened {
 
 /// Whether somebody may have copied frames behind the anchor into the file. We died while we copied those up to it; their pages are read
 /// from the WAL. Of each page that only later frames have, the file must hold what was there before them: then it is none of their images.
-pub(super) fn copied_beyond(base: &Base, handle: &mut Handle, anchor: &Anchor, last: u32) -> Result<bool> {
+fn copied_beyond(base: &Base, handle: &mut Handle, anchor: &Anchor, last: u32) -> Result<bool> {
     let size = base.page_size.bytes();
     let (mut frame, mut file) = (vec![0; FRAME_HEADER_BYTES + size], vec![0; size]);
     let mut pages = anchor.pages;

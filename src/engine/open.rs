@@ -10,7 +10,7 @@ use rusqlite::config::DbConfig;
 use crate::engine::EngineOptions;
 use crate::engine::anchor::{self, Anchor, Anchors, Epochs, FileState, modified};
 use crate::engine::base::Base;
-use crate::engine::checkpoint::{LOCK_STEP, begin_generation, try_for};
+use crate::engine::checkpoint::{LOCK_STEP, begin_generation, mark_again, try_for};
 use crate::engine::locate::{self, Wal};
 use crate::engine::wal_file::{EXTEND_MAX_BYTES, WalFile};
 use crate::error::{Error, Result, Unsupported};
@@ -42,6 +42,8 @@ pub(super) struct Opened {
     pub(super) known: Vec<Anchor>,
     /// The one whose frame is in the WAL, from which the commits were counted.
     pub(super) anchor: Option<Anchor>,
+    /// The number of the last commit in the WAL, counted from there.
+    pub(super) counted: u64,
     /// What the WAL is to the anchors.
     pub(super) wal: Wal,
     /// The highest transaction number that anything beside the database speaks of.
@@ -90,7 +92,7 @@ pub(super) fn open(options: EngineOptions, node: Arc<Node>, primary: bool) -> Re
     }
     let known = locate::standing(&anchors, &wal, &header, page_size);
     let found = Wal::of(&known, &wal, &header, page_size)?;
-    if header.max_frame > 0 && !(primary && found == Wal::Short) {
+    if header.max_frame > 0 && !primary {
         wal.cut_behind(header.max_frame, header.salts, page_size)?;
     }
     let (highest, highest_epoch) = locate::highest(&known, &log, &history);
@@ -106,6 +108,7 @@ pub(super) fn open(options: EngineOptions, node: Arc<Node>, primary: bool) -> Re
         proved: None,
         known,
         anchor: None,
+        counted: 0,
         wal: found,
         highest,
         highest_epoch,
@@ -224,7 +227,10 @@ pub(super) fn anchor(base: &Base, handle: &mut Handle) -> Result<()> {
     let file = match base.file_state() {
         state @ FileState::AtRest { modified, .. } if modified == now => state,
         // Somebody copied into it.
-        _ => FileState::Backfilling(base.witnesses(handle, 0, &tip)?),
+        _ => {
+            let witnesses = base.witnesses(handle, 0, &tip)?;
+            FileState::Backfilling(witnesses.marked(mark_again(base, handle)?))
+        }
     };
     base.write_anchor(&tip, file, true)
 }

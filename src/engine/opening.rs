@@ -40,6 +40,11 @@ impl Opening {
         if !opened.exact {
             opened.become_history(known)?;
         }
+        // Not before it is judged: a refusal leaves all as it was.
+        let tip = opened.base.tip();
+        if tip.frame > 0 {
+            opened.base.wal.cut_behind(tip.frame, tip.salts, opened.base.page_size)?;
+        }
         opened.begin_if_empty()?;
         let Opened { base, handle, history, exact, highest_epoch, .. } = opened.redo()?;
         let live = Appender::new(base, handle)?;

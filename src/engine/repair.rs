@@ -4,7 +4,7 @@ use crate::checksum::PageHash;
 use crate::engine::Engine;
 use crate::engine::anchor::{Anchor, FileState, Witness, Witnesses};
 use crate::engine::base::lock;
-use crate::engine::checkpoint::{DRAIN_MAX, try_for};
+use crate::engine::checkpoint::{DRAIN_MAX, mark_again, try_for};
 use crate::error::{Error, Result};
 use crate::page::PageNo;
 use crate::sqlite::{Lock, Slot};
@@ -36,10 +36,12 @@ impl Engine {
         let newest = lock(&base.anchors).newest_first().first().copied();
         let bad =
             pages.iter().rev().map(|page| Witness::new(page.number, page.wrong)).take(Witnesses::MAX / 2);
-        let bad = match newest {
+        let bad: Witnesses = match newest {
             Some(Anchor { file: FileState::Backfilling(missing), .. }) => bad.chain(missing.iter()).collect(),
             _ => bad.collect(),
         };
+        let length = handle.size()?;
+        let bad = bad.marked(mark_again(base, &mut handle)?);
         let marked = match newest {
             Some(anchor) => lock(&base.anchors)
                 .write(Anchor { file: FileState::Backfilling(bad), ahead: false, ..anchor }, true),
@@ -64,7 +66,10 @@ impl Engine {
             }
             Ok(())
         });
-        let synced = handle.sync();
+        let at_rest = matches!(newest, Some(Anchor { file: FileState::AtRest { .. }, .. }));
+        // With its mark, unless there was one before.
+        let cut = if at_rest { handle.truncate(length) } else { Ok(()) };
+        let synced = cut.and(handle.sync());
         handle.unlock(Slot::READ0, Lock::Exclusive)?;
         done.and(synced)?;
         // The file is what it was; only its modification time is another one.
