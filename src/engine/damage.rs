@@ -24,7 +24,8 @@ const NO_ANCHORS: &str = "its directory of side files lacks the anchors, and not
     or it lacks what a WAL had that is gone";
 const OTHER_WAL: &str = "the file is as it was left, and the WAL beside it is none of this node's. Either that node's WAL was removed, and somebody has written since: then `Config::accept_damaged` takes what he wrote; \
     or a WAL was put there that goes with another file: then remove it";
-const OLD_FILE: &str = "the WAL beside it was begun by others, and the file has pages that are older than what had been copied by then: it goes with another file";
+const OLD_FILE: &str = "the WAL beside it was begun by others, and the file has pages that are older than the log's. Either the WAL goes with another file: then put that one there; \
+    or what the log has beyond the file was lost before somebody wrote to it: then `Config::accept_damaged` takes what he wrote";
 const NO_LOG: &str = "the WAL beside it was begun by others, and the log that could tell whether the file goes with it is gone. Either somebody has copied all of this node's WAL and written since: then \
     `Config::accept_damaged` loses nothing; or the WAL goes with another file: then put that one there";
 
@@ -58,7 +59,7 @@ impl Opened {
         if self.base.log.tip().is_none_or(|logged| logged.number() < self.last_known()) {
             return Ok(Some(Doubt::TwoReadings(NO_LOG)));
         }
-        Ok(self.goes_back()?.then_some(Doubt::Mixed(OLD_FILE)))
+        Ok(self.goes_back()?.then_some(Doubt::TwoReadings(OLD_FILE)))
     }
 
     /// Whether a page of the file, which no WAL is over, is as an earlier record of the log has it, and not as the newest: no WAL is begun anew before
@@ -206,8 +207,7 @@ mod tests {
             let log = home.path("p.db-replite").join("log");
             fs::rename(&log, home.path("log")).unwrap();
             let refused = open(&home).map(|_| ());
-            let why = if sql == UPDATE { "WAL is gone" } else { "integrity_check" };
-            let told = matches!(&refused, Err(Error::Damaged { what, .. }) if what.contains(why) && what.contains("of transactions 1 to 1"));
+            let told = matches!(&refused, Err(Error::Damaged { what, .. }) if what.contains("WAL is gone") && what.contains("of transactions 1 to 1"));
             assert!(told, "{sql}; {after}: {refused:?}");
             fs::remove_dir_all(&log).unwrap();
             fs::rename(home.path("log"), &log).unwrap();

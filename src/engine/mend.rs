@@ -10,6 +10,7 @@ use crate::engine::append::Appender;
 use crate::engine::apply::Differing;
 use crate::engine::base::Tip;
 use crate::engine::checkpoint::{begin_generation, lock_marks, unlock_marks};
+use crate::engine::locate::Wal;
 use crate::engine::lost::{self, Doomed};
 use crate::engine::open::Opened;
 use crate::engine::receive::{self, Incoming, Ready};
@@ -58,6 +59,7 @@ impl Opened {
         unlock_marks(&mut self.handle)?;
         begun?;
         self.exact = self.history.place(tip.position.txid()) == Place::OnHistory;
+        (self.wal, self.anchor) = (Wal::Gone, None);
         Ok(())
     }
 

@@ -509,7 +509,12 @@ type Combination = (Newest, WalFile, Database, LogFiles);
 
 #[test]
 fn whatever_is_left_of_the_files_a_node_has_a_committed_state_or_refuses() {
+    // Some of them, to look at: part of what a combination is written as, such as "(AtRest, Whole, Cut, Gone)".
+    let only = std::env::var("REPLITE_STATES").unwrap_or_default();
     let world = World::new();
+    if !only.is_empty() {
+        tracing_subscriber::fmt().with_max_level(tracing::Level::INFO).init();
+    }
     let mut all = Vec::new();
     for newest in NEWEST {
         for wal in WALS {
@@ -523,6 +528,9 @@ fn whatever_is_left_of_the_files_a_node_has_a_committed_state_or_refuses() {
         for _ in 0..2 {
             scope.spawn(|| {
                 while let Some(combination) = all.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    if !format!("{combination:?}").contains(&only) {
+                        continue;
+                    }
                     // All of them, whatever one of them does.
                     let of = |open: &dyn Fn() -> String| {
                         std::panic::catch_unwind(std::panic::AssertUnwindSafe(open)).unwrap_or_else(|panic| {
@@ -544,7 +552,7 @@ fn whatever_is_left_of_the_files_a_node_has_a_committed_state_or_refuses() {
     }
     println!("rest {} last {}\n{table}", world.rest, world.last);
     let refused = results.values().filter(|(primary, _)| primary == "refused").count();
-    assert_eq!(results.len(), all.len());
+    assert!(results.len() == all.len() || !only.is_empty());
     println!("{refused} of {} are refused", all.len());
     let wrong = lock(&wrong);
     assert!(wrong.is_empty(), "{} are wrong:\n{}", wrong.len(), wrong.join("\n"));
