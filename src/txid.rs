@@ -234,8 +234,8 @@ pub(crate) struct EpochStart {
 pub(crate) enum Place {
     /// The history has, or may come to have, this transaction: only its number decides.
     OnHistory,
-    /// An epoch that this history does not know yet and that is newer than its own.
-    Ahead,
+    /// An epoch that this history has not heard of, whatever its number: it may be in the future of this history, or on another branch.
+    Unknown,
     /// Another branch: this history will never have the transaction.
     Lost,
 }
@@ -290,7 +290,7 @@ impl EpochHistory {
     /// Where a transaction stands in this history.
     pub(crate) fn place(&self, txid: Txid) -> Place {
         let Some(at) = self.starts.iter().rposition(|s| s.epoch == txid.epoch) else {
-            return if txid.epoch.number > self.epoch().number { Place::Ahead } else { Place::Lost };
+            return Place::Unknown;
         };
         // The state that the oldest epoch began with counts as its own.
         let oldest = at == 0 && txid.number.checked_add(1) == Some(self.starts[0].first);
@@ -303,6 +303,14 @@ impl EpochHistory {
     pub(crate) fn common(&self, other: &EpochHistory) -> u64 {
         let shared = self.starts.iter().rev().find(|start| other.starts.contains(start));
         shared.map_or(0, |start| start.first.saturating_sub(1))
+    }
+
+    /// The epochs that are left when another history takes the place of this one. Those before the last that both share are in both, also when one
+    /// of them has forgotten them.
+    pub(crate) fn left_for(&self, other: &EpochHistory) -> impl Iterator<Item = Epoch> {
+        let shared = |start: &EpochStart| other.starts.iter().rev().any(|o| o.epoch == start.epoch);
+        let from = self.starts.iter().rposition(shared).map_or(0, |at| at + 1);
+        self.starts[from..].iter().map(|start| start.epoch)
     }
 
     pub(crate) fn encode(&self) -> Vec<u8> {
@@ -383,19 +391,32 @@ mod tests {
     }
 
     #[test]
-    fn a_transaction_of_another_branch_is_lost() {
+    fn a_transaction_of_an_epoch_that_went_on_otherwise_is_lost() {
         let h = history(&[(1, 10, 1), (2, 20, 5), (4, 40, 9)]);
         let place = |n, b, t| h.place(Txid::new(Epoch::new(n, b), t));
         assert_eq!(place(1, 10, 0), Place::OnHistory);
         assert_eq!(place(1, 10, 4), Place::OnHistory);
         assert_eq!(place(1, 10, 5), Place::Lost, "epoch 2 began before it");
         assert_eq!(place(2, 20, 4), Place::Lost, "belongs to epoch 1");
-        assert_eq!(place(2, 21, 6), Place::Lost, "another branch under the same number");
-        assert_eq!(place(3, 30, 9), Place::Lost, "an epoch that this history passed over");
         assert_eq!(place(4, 40, 1000), Place::OnHistory);
-        assert_eq!(place(5, 50, 10), Place::Ahead);
+        // No number says whether an epoch is to come, or was left.
+        assert_eq!(place(2, 21, 6), Place::Unknown, "another branch under the same number");
+        assert_eq!(place(3, 30, 9), Place::Unknown, "an epoch that this history passed over");
+        assert_eq!(place(5, 50, 10), Place::Unknown);
         assert_eq!(h.epoch_of(4), Some(Epoch::new(1, 10)));
         assert_eq!(h.epoch_of(5), Some(Epoch::new(2, 20)));
+    }
+
+    #[test]
+    fn the_epochs_that_are_left_are_those_after_the_last_shared_one() {
+        let old = history(&[(1, 10, 1), (2, 20, 5), (4, 40, 9)]);
+        let left =
+            |other: &[(u64, u64, u64)]| old.left_for(&history(other)).map(Epoch::number).collect::<Vec<_>>();
+        assert_eq!(left(&[(1, 10, 1), (2, 20, 5), (4, 40, 9), (5, 50, 12)]), [0; 0]);
+        assert_eq!(left(&[(1, 10, 1), (2, 20, 5), (5, 50, 8)]), [4]);
+        assert_eq!(left(&[(1, 10, 1), (3, 30, 4)]), [2, 4]);
+        assert_eq!(left(&[(1, 11, 1)]), [1, 2, 4], "nothing is shared");
+        assert_eq!(left(&[(4, 40, 9), (5, 50, 12)]), [0; 0], "forgotten is not left");
     }
 
     #[test]

@@ -189,7 +189,7 @@ impl CaptureLoop {
             let mut history = (*self.capture.history).clone();
             open_epoch(&mut history, above, self.capture.tip.position)?;
             anchor::write_epochs(&self.base.options.side, &history, true)?;
-            self.base.node.applied.replace(history.clone(), Some(self.capture.tip.position));
+            self.base.node.applied.lead(history.clone(), self.capture.tip.position);
             self.base.node.roles.send_modify(|state| state.epoch = history.epoch());
             self.capture.history = Arc::new(history);
             Ok(())

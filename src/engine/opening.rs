@@ -157,7 +157,7 @@ impl Opening {
         // Another process that stayed in the database may have copied everything back while nobody minded.
         checkpoint::keep_from_others(&opened.base, &mut opened.handle)?;
         opened.handle.unlock(Slot::WRITE, Lock::Exclusive)?;
-        node.applied.replace(opened.history.clone(), Some(tip.position));
+        node.applied.lead(opened.history.clone(), tip.position);
         tracing::info!(position = %tip.position, epoch = %opened.history.epoch(), "serving as the primary");
         Engine::start(opened)
     }

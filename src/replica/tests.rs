@@ -60,6 +60,9 @@ impl Feed for FakeFeed {
     }
 
     async fn feed(&self, units: Vec<Unit>) -> Result<()> {
+        if units.iter().any(|unit| unit.kind == Kind::Welcome) {
+            return Ok(());
+        }
         if let Some(error) = self.fail.lock().unwrap().pop_front() {
             return Err(error);
         }
