@@ -40,8 +40,10 @@ impl Epoch {
         bytes
     }
 
-    pub(crate) fn from_bytes(bytes: &[u8; Self::BYTES]) -> Epoch {
-        Epoch { number: le_u64(&bytes[..8]), branch: le_u64(&bytes[8..]) }
+    /// Nothing when the number is above [`NUMBER_MAX`].
+    pub(crate) fn from_bytes(bytes: &[u8; Self::BYTES]) -> Option<Epoch> {
+        let number = Some(le_u64(&bytes[..8])).filter(|number| *number <= NUMBER_MAX)?;
+        Some(Epoch { number, branch: le_u64(&bytes[8..]) })
     }
 }
 
@@ -70,7 +72,7 @@ impl Txid {
     }
 }
 
-/// The highest number of a transaction that is taken from a file or a peer. No history gets there, and there is always one more: one
+/// The highest number of a transaction, and of an epoch, that is taken from a file or a peer. No history gets there, and there is always one more: one
 /// that is only claimed overflows nothing.
 pub(crate) const NUMBER_MAX: u64 = u64::MAX >> 1;
 
@@ -118,7 +120,7 @@ impl Position {
         bytes
     }
 
-    /// Nothing when the transaction's number is above [`NUMBER_MAX`].
+    /// Nothing when the number of the transaction or of its epoch is above [`NUMBER_MAX`].
     pub(crate) fn from_bytes(bytes: &[u8; Self::BYTES]) -> Option<Position> {
         let mut epoch = [0; Epoch::BYTES];
         epoch.copy_from_slice(&bytes[..16]);
@@ -126,7 +128,7 @@ impl Position {
         checksum.copy_from_slice(&bytes[24..]);
         let number = Some(le_u64(&bytes[16..24])).filter(|number| *number <= NUMBER_MAX)?;
         Some(Position {
-            txid: Txid { epoch: Epoch::from_bytes(&epoch), number },
+            txid: Txid { epoch: Epoch::from_bytes(&epoch)?, number },
             checksum: Checksum::from_u128(u128::from_le_bytes(checksum)),
         })
     }
@@ -247,7 +249,7 @@ pub(crate) struct EpochHistory {
 }
 
 impl EpochHistory {
-    /// The most epochs that a node remembers; older ones are forgotten. One is added at each start of a primary.
+    /// The most epochs that a node remembers; older ones are forgotten, those without a transaction before all others. One is added at each start of a primary.
     pub(crate) const MAX: usize = 4096;
     /// Bytes of one stored entry: epoch, first transaction, checksum before it.
     pub(crate) const ENTRY_BYTES: usize = 40;
@@ -264,7 +266,11 @@ impl EpochHistory {
             );
         }
         if self.starts.len() == Self::MAX {
-            self.starts.remove(0);
+            // One that no transaction is named by goes first: many starts or raises without a write must not push out the one that the state is named by. The
+            // oldest may be that one without a transaction of its own.
+            let ends = |at: usize| self.starts.get(at + 1).map_or(start.first, |next| next.first);
+            let empty = (1..Self::MAX).find(|&at| self.starts[at].first == ends(at));
+            self.starts.remove(empty.unwrap_or(0));
         }
         self.starts.push(start);
     }
@@ -388,6 +394,11 @@ mod tests {
         assert_eq!(history(&[(1, 10, 1), (2, 20, 5)]).place(last), Place::Lost);
         assert!(EpochHistory::decode(&history(&[(1, 10, NUMBER_MAX)]).encode()).is_ok());
         assert!(EpochHistory::decode(&history(&[(1, 10, NUMBER_MAX + 1)]).encode()).is_err());
+        let epoch = |number| Position::new(Txid::new(Epoch::new(number, 10), 1), Checksum::EMPTY);
+        assert_eq!(Position::from_bytes(&epoch(NUMBER_MAX).to_bytes()), Some(epoch(NUMBER_MAX)));
+        assert_eq!(Position::from_bytes(&epoch(NUMBER_MAX + 1).to_bytes()), None);
+        assert!(EpochHistory::decode(&history(&[(NUMBER_MAX, 10, 1)]).encode()).is_ok());
+        assert!(EpochHistory::decode(&history(&[(NUMBER_MAX + 1, 10, 1)]).encode()).is_err());
     }
 
     #[test]
@@ -405,6 +416,28 @@ mod tests {
         assert_eq!(place(5, 50, 10), Place::Unknown);
         assert_eq!(h.epoch_of(4), Some(Epoch::new(1, 10)));
         assert_eq!(h.epoch_of(5), Some(Epoch::new(2, 20)));
+    }
+
+    #[test]
+    fn epochs_without_a_transaction_are_forgotten_first() {
+        let max = EpochHistory::MAX as u64;
+        let start =
+            |number, first| EpochStart { epoch: Epoch::new(number, number), first, before: Checksum::EMPTY };
+        let on_history = |h: &EpochHistory, e, n| h.place(Txid::new(Epoch::new(e, e), n)) == Place::OnHistory;
+        // A new database is named by its first epoch before it has a transaction.
+        let mut idle = EpochHistory::default();
+        (1..=max + 10).for_each(|number| idle.push(start(number, 1)));
+        assert!(on_history(&idle, 1, 0));
+        let mut h = history(&[(1, 1, 1), (2, 2, 5), (3, 3, 9)]);
+        (4..=max + 10).for_each(|number| h.push(start(number, 12)));
+        assert_eq!(h.iter().count(), EpochHistory::MAX);
+        assert!(on_history(&h, 1, 4) && on_history(&h, 2, 8) && on_history(&h, 3, 11));
+        assert_eq!(h.epoch().number(), max + 10);
+        assert_eq!(EpochHistory::decode(&h.encode()).unwrap(), h);
+        // Where each has one, the oldest.
+        let mut busy = EpochHistory::default();
+        (1..=max + 10).for_each(|number| busy.push(start(number, number)));
+        assert!(!on_history(&busy, 10, 10) && on_history(&busy, 11, 11));
     }
 
     #[test]
