@@ -1,16 +1,18 @@
 //! The position of a node, and those who wait for it to reach a transaction.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
 
 use crate::error::{Error, Result};
-use crate::txid::{EpochHistory, Place, Position, Txid};
+use crate::txid::{Epoch, EpochHistory, Place, Position, Txid};
 
 /// Callers that may wait for a transaction at one time, a database.
 pub(crate) const WAITERS_MAX: usize = 65_536;
+/// Epochs that are remembered as left: what the longest history has.
+const LEFT_MAX: usize = EpochHistory::MAX;
 
 /// The state that this node has, shared by those who move it and those who wait for it.
 #[derive(Debug)]
@@ -21,11 +23,17 @@ pub(crate) struct Applied {
 
 /// What a waiter waits for, and how it is told.
 type Waiter = (Txid, oneshot::Sender<Result<()>>);
+/// How a wait ended, and whom to tell.
+type Settled = (Result<()>, oneshot::Sender<Result<()>>);
 
 #[derive(Debug)]
 struct Inner {
     position: Option<Position>,
     history: Arc<EpochHistory>,
+    /// This node is the primary, whose word the history is.
+    leads: bool,
+    /// Epochs that were in the history before it was replaced by another, newest last. Not kept over a restart: then they are unknown.
+    left: VecDeque<Epoch>,
     /// By number and a serial that keeps two waiters for one number apart.
     waiters: BTreeMap<(u64, u64), Waiter>,
     serial: u64,
@@ -38,6 +46,8 @@ impl Applied {
             inner: Mutex::new(Inner {
                 position: None,
                 history: Arc::default(),
+                leads: false,
+                left: VecDeque::new(),
                 waiters: BTreeMap::new(),
                 serial: 0,
                 closed: false,
@@ -46,12 +56,18 @@ impl Applied {
         })
     }
 
+    /// The newest state that is vouched for, and that this node has.
     pub(crate) fn position(&self) -> Option<Position> {
         self.lock().position
     }
 
     pub(crate) fn history(&self) -> Arc<EpochHistory> {
         self.lock().history.clone()
+    }
+
+    /// What is known here of a transaction's place.
+    pub(crate) fn place(&self, txid: Txid) -> Place {
+        self.lock().place(txid)
     }
 
     /// Wakes at each change of the position; a slow receiver sees only the last.
@@ -63,55 +79,38 @@ impl Applied {
     pub(crate) fn advance(&self, position: Position) {
         let mut inner = self.lock();
         inner.position = Some(position);
-        let history = inner.history.clone();
-        let mut done = Vec::new();
-        let mut ahead = Vec::new();
-        while let Some(first) = inner.waiters.first_entry() {
-            if first.key().0 > position.number() {
-                break;
-            }
-            let (key, (txid, waiter)) = first.remove_entry();
-            match settle(&history, position, txid) {
-                Some(settled) => done.push((settled, waiter)),
-                // An epoch that is not known yet: its number alone decides nothing.
-                None => ahead.push((key, (txid, waiter))),
-            }
-        }
-        inner.waiters.extend(ahead);
+        let passed = inner.waiters.range(..=(position.number(), u64::MAX)).map(|(key, _)| *key).collect();
+        let settled = inner.settle_all(passed);
         drop(inner);
-        for (settled, waiter) in done {
-            // A waiter that left is no concern of ours.
-            let _ = waiter.send(settled);
-        }
+        tell(settled);
         self.watch.send_replace(Some(position));
     }
 
     /// Takes over another history, and a position in it (or none); waiters whose branch is lost learn it now.
     pub(crate) fn replace(&self, history: EpochHistory, position: Option<Position>) {
+        self.take_over(history, position, false);
+    }
+
+    /// [`Applied::replace`] by the primary, which says what the history is: an epoch that it does not know is lost, unless the number
+    /// is above its own.
+    pub(crate) fn lead(&self, history: EpochHistory, position: Position) {
+        self.take_over(history, Some(position), true);
+    }
+
+    fn take_over(&self, history: EpochHistory, position: Option<Position>, leads: bool) {
         let mut inner = self.lock();
-        inner.history = Arc::new(history);
+        let before = std::mem::replace(&mut inner.history, Arc::new(history));
+        let left: Vec<Epoch> = before.left_for(&inner.history).collect();
+        inner.left.extend(left);
+        let excess = inner.left.len().saturating_sub(LEFT_MAX);
+        inner.left.drain(..excess);
+        inner.leads = leads;
         inner.position = position;
-        let history = inner.history.clone();
-        let mut kept = BTreeMap::new();
-        let mut lost = Vec::new();
-        for (key, (txid, waiter)) in std::mem::take(&mut inner.waiters) {
-            if history.place(txid) == Place::Lost {
-                lost.push((txid, waiter));
-            } else {
-                kept.insert(key, (txid, waiter));
-            }
-        }
-        inner.waiters = kept;
+        let all = inner.waiters.keys().copied().collect();
+        let settled = inner.settle_all(all);
         drop(inner);
-        for (txid, waiter) in lost {
-            let _ = waiter.send(Err(Error::Lost { txid }));
-        }
-        match position {
-            Some(position) => self.advance(position),
-            None => {
-                self.watch.send_replace(None);
-            }
-        }
+        tell(settled);
+        self.watch.send_replace(position);
     }
 
     /// Ends all waits; nothing moves any more.
@@ -135,12 +134,9 @@ impl Applied {
             if inner.closed {
                 return Err(Error::ShutDown);
             }
-            if let Some(position) = inner.position
-                && let Some(settled) = settle(&inner.history, position, txid)
-            {
+            if let Some(settled) = inner.settle(txid) {
                 return settled;
             }
-            // Without a history nothing can be said to be lost.
             if inner.waiters.len() >= WAITERS_MAX {
                 return Err(Error::TooMany { what: "waiters for a transaction", limit: WAITERS_MAX });
             }
@@ -175,12 +171,42 @@ impl Drop for Leave<'_> {
     }
 }
 
-/// Whether a wait is over, and how.
-fn settle(history: &EpochHistory, position: Position, txid: Txid) -> Option<Result<()>> {
-    match history.place(txid) {
-        Place::Lost => Some(Err(Error::Lost { txid })),
-        Place::OnHistory if txid.number() <= position.number() => Some(Ok(())),
-        Place::OnHistory | Place::Ahead => None,
+impl Inner {
+    fn place(&self, txid: Txid) -> Place {
+        let left = || match self.leads {
+            true => txid.epoch().number() <= self.history.epoch().number(),
+            false => self.left.contains(&txid.epoch()),
+        };
+        match self.history.place(txid) {
+            Place::Unknown if left() => Place::Lost,
+            place => place,
+        }
+    }
+
+    /// Whether a wait is over, and how.
+    fn settle(&self, txid: Txid) -> Option<Result<()>> {
+        match self.place(txid) {
+            Place::Lost => Some(Err(Error::Lost { txid })),
+            Place::OnHistory if self.position.is_some_and(|at| txid.number() <= at.number()) => Some(Ok(())),
+            // An epoch that is not known yet: its number alone decides nothing.
+            Place::OnHistory | Place::Unknown => None,
+        }
+    }
+
+    /// Takes out those of the waiters whose wait is over.
+    fn settle_all(&mut self, keys: Vec<(u64, u64)>) -> Vec<Settled> {
+        let settle = |key| {
+            let settled = self.settle(self.waiters.get(&key)?.0)?;
+            Some((settled, self.waiters.remove(&key)?.1))
+        };
+        keys.into_iter().filter_map(settle).collect()
+    }
+}
+
+fn tell(settled: Vec<Settled>) {
+    for (settled, waiter) in settled {
+        // A waiter that left is no concern of ours.
+        let _ = waiter.send(settled);
     }
 }
 
@@ -248,6 +274,89 @@ mod tests {
         assert!(matches!(waiting.await.unwrap(), Err(Error::Lost { .. })));
         applied.advance(at(2, 4));
         ahead.await.unwrap().unwrap();
+    }
+
+    /// Waits that are under way, in the order of the ids.
+    async fn waiting(applied: &Arc<Applied>, ids: &[Txid]) -> Vec<tokio::task::JoinHandle<Result<()>>> {
+        let wait = |&id: &Txid| {
+            let applied = applied.clone();
+            tokio::spawn(async move { applied.wait_for(id, LONG).await })
+        };
+        let tasks = ids.iter().map(wait).collect();
+        while applied.lock().waiters.len() < ids.len() {
+            tokio::task::yield_now().await;
+        }
+        tasks
+    }
+
+    fn branch(number: u64, branch: u64, at: u64) -> Txid {
+        Txid::new(Epoch::new(number, branch), at)
+    }
+
+    /// A primary whose side files are gone begins again at epoch 1, on another branch. What is not known is not lost, however low its number.
+    #[tokio::test]
+    async fn an_epoch_that_was_not_heard_of_is_waited_for_whatever_its_number() {
+        let applied = Applied::new();
+        applied.replace(history(&[(1, 1), (3, 2)]), Some(at(3, 9)));
+        let ids = [branch(1, 11, 4), branch(1, 11, 7), branch(2, 22, 8), branch(1, 12, 1)];
+        let waits = waiting(&applied, &ids).await;
+        applied.advance(at(3, 12));
+        assert_eq!(applied.lock().waiters.len(), ids.len(), "their numbers alone decide nothing");
+        // Epoch 1 of that primary became known, with its end; our branch of it was left.
+        let mut new = EpochHistory::default();
+        new.push(EpochStart { epoch: Epoch::new(1, 11), first: 1, before: Checksum::EMPTY });
+        new.push(EpochStart { epoch: Epoch::new(4, 44), first: 6, before: Checksum::EMPTY });
+        applied.replace(new, Some(Position::new(branch(1, 11, 5), Checksum::EMPTY)));
+        let [done, past, other, third] = waits.try_into().unwrap();
+        done.await.unwrap().unwrap();
+        assert!(matches!(past.await.unwrap(), Err(Error::Lost { .. })), "epoch 4 began before it");
+        assert_eq!(applied.lock().waiters.len(), 2, "still nobody knows of these");
+        for id in [txid(1, 1), txid(3, 9)] {
+            assert_eq!(applied.place(id), Place::Lost, "{id} was left");
+        }
+        // Left is not for ever.
+        applied.replace(history(&[(1, 1), (3, 2), (5, 6)]), Some(at(3, 5)));
+        applied.wait_for(txid(3, 5), LONG).await.unwrap();
+        assert_eq!(applied.place(branch(1, 11, 4)), Place::Lost);
+        drop((other, third));
+    }
+
+    #[tokio::test]
+    async fn the_primary_knows_which_epochs_are_none_of_its_history() {
+        let applied = Applied::new();
+        let before = waiting(&applied, &[branch(2, 22, 1)]).await;
+        applied.lead(history(&[(1, 1), (3, 2)]), at(3, 9));
+        for wait in before {
+            assert!(matches!(wait.await.unwrap(), Err(Error::Lost { .. })));
+        }
+        assert_eq!(applied.place(branch(3, 33, 100)), Place::Lost);
+        assert_eq!(applied.place(branch(4, 44, 1)), Place::Unknown, "a newer primary may have opened it");
+        applied.lead(history(&[(1, 1), (3, 2), (5, 10)]), at(3, 9));
+        assert_eq!(applied.place(branch(4, 44, 1)), Place::Lost);
+    }
+
+    #[tokio::test]
+    async fn without_a_position_nothing_is_reached_and_what_is_lost_is_said() {
+        let applied = Applied::new();
+        applied.replace(history(&[(1, 1), (2, 4)]), None);
+        assert!(matches!(applied.wait_for(txid(1, 4), LONG).await, Err(Error::Lost { .. })));
+        let waits = waiting(&applied, &[txid(1, 3), txid(2, 4)]).await;
+        applied.advance(at(2, 4));
+        for wait in waits {
+            wait.await.unwrap().unwrap();
+        }
+    }
+
+    #[test]
+    fn what_was_left_is_remembered_up_to_a_limit() {
+        let applied = Applied::new();
+        let last = LEFT_MAX as u64 + 1;
+        for number in 1..=last {
+            applied.replace(history(&[(number, 1)]), None);
+        }
+        applied.replace(history(&[(last + 1, 1)]), None);
+        assert_eq!(applied.lock().left.len(), LEFT_MAX);
+        assert_eq!((applied.place(txid(1, 1)), applied.place(txid(2, 1))), (Place::Unknown, Place::Lost));
     }
 
     #[tokio::test]

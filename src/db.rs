@@ -227,11 +227,12 @@ impl Db {
         }
     }
 
-    /// Returns once this node has the transaction: what was committed in it is then seen by every read here.
+    /// Returns once this node has the transaction: what was committed in it is then seen by every read here. One of an epoch that this node has not
+    /// heard of is waited for, too: its primary may have begun anew.
     ///
     /// # Errors
-    /// [`Error::Timeout`] after [`Config::wait_timeout`], [`Error::Lost`] when the transaction is on a branch that is not in this
-    /// history, [`Error::TooMany`] when too many wait, [`Error::ShutDown`].
+    /// [`Error::Timeout`] after [`Config::wait_timeout`], [`Error::Lost`] when the transaction is on a branch that is known to be lost: this node's
+    /// history has left it, or this node is the primary and does not have it, [`Error::TooMany`] when too many wait, [`Error::ShutDown`].
     ///
     /// # Cancel safety
     /// Nothing happens but the waiting.
@@ -262,19 +263,19 @@ impl Db {
     }
 
     /// The transactions in this node's retained log, oldest first: those after `after`, or from the oldest on, at most `most`. For the next
-    /// ones give the last one's [`Position::txid`].
+    /// ones give the last one's [`Position::txid`]. None when `after` is of an epoch that this node has not heard of.
     ///
     /// # Errors
-    /// [`Error::Lost`] when `after` is not in this history, [`Error::Corrupt`] when the log is damaged, [`Error::Io`], [`Error::ShutDown`].
+    /// [`Error::Lost`] when `after` is on a branch that is known to be lost, [`Error::Corrupt`] when the log is damaged, [`Error::Io`], [`Error::ShutDown`].
     ///
     /// # Cancel safety
     /// Nothing happens but reading.
     pub async fn transactions(&self, after: Option<Txid>, most: usize) -> Result<Vec<LoggedTransaction>> {
-        let history = self.inner.node.applied.history();
-        if let Some(txid) = after
-            && history.place(txid) == Place::Lost
-        {
-            return Err(Error::Lost { txid });
+        match after.map(|txid| (txid, self.inner.node.applied.place(txid))) {
+            Some((txid, Place::Lost)) => return Err(Error::Lost { txid }),
+            // What follows it is not here yet; what has the same numbers here may be of another branch.
+            Some((_, Place::Unknown)) => return Ok(Vec::new()),
+            Some((_, Place::OnHistory)) | None => {}
         }
         let log = match &self.inner.side {
             Side::Primary { engine, .. } => Some(engine.get()?.log().clone()),
@@ -341,6 +342,9 @@ impl Db {
 
     /// The state that this node has; none on a replica that was not filled yet. On the primary it follows a commit
     /// that was just acknowledged within moments; `wait_for` waits for that.
+    ///
+    /// On a replica only what a primary vouches for counts. When somebody wrote to its file while it was closed, or its log lost its end, reads
+    /// see more than the position says, or there is none, until the primary has decided on the rest; [`Status::problem`](crate::Status::problem) says so meanwhile.
     pub fn position(&self) -> Option<Position> {
         self.inner.node.applied.position()
     }
@@ -355,7 +359,7 @@ impl Db {
         self.inner.node.roles.subscribe()
     }
 
-    /// The position, to watch: it changes with each transaction that is committed or applied here, whoever made it. For caches to
+    /// The position ([`Db::position`]), to watch: it changes with each transaction that is committed or applied here, whoever made it. For caches to
     /// invalidate and live pages; SQLite's update hooks don't fire for what a replica applies.
     pub fn watch(&self) -> watch::Receiver<Option<Position>> {
         self.inner.node.applied.watch()

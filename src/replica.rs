@@ -31,7 +31,7 @@ use session::Session;
 pub(crate) trait Feed: Send + Sync + 'static {
     /// See [`Follower::standing`].
     fn standing(&self) -> impl Future<Output = Result<(Standing, mpsc::Receiver<Want>)>> + Send;
-    /// See [`Follower::feed`].
+    /// The stream's units, from the welcome on; see [`Follower::feed`].
     fn feed(&self, units: Vec<Unit>) -> impl Future<Output = Result<()>> + Send;
     /// The pages of the answer to a primary's question, encoded; see [`Follower::answers`].
     fn answer(&self, want: Want) -> impl Future<Output = Result<Bytes>> + Send;

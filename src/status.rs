@@ -85,7 +85,7 @@ pub struct Status {
     pub role: Role,
     /// The newest epoch that it knows.
     pub epoch: Epoch,
-    /// The state that it has, if it has one.
+    /// The state that it has, if it has one that is vouched for; see [`Db::position`](crate::Db::position).
     pub position: Option<Position>,
     /// The primary, if known.
     pub primary: Option<PeerInfo>,

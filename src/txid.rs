@@ -40,8 +40,10 @@ impl Epoch {
         bytes
     }
 
-    pub(crate) fn from_bytes(bytes: &[u8; Self::BYTES]) -> Epoch {
-        Epoch { number: le_u64(&bytes[..8]), branch: le_u64(&bytes[8..]) }
+    /// Nothing when the number is above [`NUMBER_MAX`].
+    pub(crate) fn from_bytes(bytes: &[u8; Self::BYTES]) -> Option<Epoch> {
+        let number = Some(le_u64(&bytes[..8])).filter(|number| *number <= NUMBER_MAX)?;
+        Some(Epoch { number, branch: le_u64(&bytes[8..]) })
     }
 }
 
@@ -70,7 +72,7 @@ impl Txid {
     }
 }
 
-/// The highest number of a transaction that is taken from a file or a peer. No history gets there, and there is always one more: one
+/// The highest number of a transaction, and of an epoch, that is taken from a file or a peer. No history gets there, and there is always one more: one
 /// that is only claimed overflows nothing.
 pub(crate) const NUMBER_MAX: u64 = u64::MAX >> 1;
 
@@ -118,7 +120,7 @@ impl Position {
         bytes
     }
 
-    /// Nothing when the transaction's number is above [`NUMBER_MAX`].
+    /// Nothing when the number of the transaction or of its epoch is above [`NUMBER_MAX`].
     pub(crate) fn from_bytes(bytes: &[u8; Self::BYTES]) -> Option<Position> {
         let mut epoch = [0; Epoch::BYTES];
         epoch.copy_from_slice(&bytes[..16]);
@@ -126,7 +128,7 @@ impl Position {
         checksum.copy_from_slice(&bytes[24..]);
         let number = Some(le_u64(&bytes[16..24])).filter(|number| *number <= NUMBER_MAX)?;
         Some(Position {
-            txid: Txid { epoch: Epoch::from_bytes(&epoch), number },
+            txid: Txid { epoch: Epoch::from_bytes(&epoch)?, number },
             checksum: Checksum::from_u128(u128::from_le_bytes(checksum)),
         })
     }
@@ -234,8 +236,8 @@ pub(crate) struct EpochStart {
 pub(crate) enum Place {
     /// The history has, or may come to have, this transaction: only its number decides.
     OnHistory,
-    /// An epoch that this history does not know yet and that is newer than its own.
-    Ahead,
+    /// An epoch that this history has not heard of, whatever its number: it may be in the future of this history, or on another branch.
+    Unknown,
     /// Another branch: this history will never have the transaction.
     Lost,
 }
@@ -247,7 +249,7 @@ pub(crate) struct EpochHistory {
 }
 
 impl EpochHistory {
-    /// The most epochs that a node remembers; older ones are forgotten. One is added at each start of a primary.
+    /// The most epochs that a node remembers; older ones are forgotten, those without a transaction before all others. One is added at each start of a primary.
     pub(crate) const MAX: usize = 4096;
     /// Bytes of one stored entry: epoch, first transaction, checksum before it.
     pub(crate) const ENTRY_BYTES: usize = 40;
@@ -264,7 +266,11 @@ impl EpochHistory {
             );
         }
         if self.starts.len() == Self::MAX {
-            self.starts.remove(0);
+            // One that no transaction is named by goes first: many starts or raises without a write must not push out the one that the state is named by. The
+            // oldest may be that one without a transaction of its own.
+            let ends = |at: usize| self.starts.get(at + 1).map_or(start.first, |next| next.first);
+            let empty = (1..Self::MAX).find(|&at| self.starts[at].first == ends(at));
+            self.starts.remove(empty.unwrap_or(0));
         }
         self.starts.push(start);
     }
@@ -290,7 +296,7 @@ impl EpochHistory {
     /// Where a transaction stands in this history.
     pub(crate) fn place(&self, txid: Txid) -> Place {
         let Some(at) = self.starts.iter().rposition(|s| s.epoch == txid.epoch) else {
-            return if txid.epoch.number > self.epoch().number { Place::Ahead } else { Place::Lost };
+            return Place::Unknown;
         };
         // The state that the oldest epoch began with counts as its own.
         let oldest = at == 0 && txid.number.checked_add(1) == Some(self.starts[0].first);
@@ -309,6 +315,14 @@ impl EpochHistory {
     pub(crate) fn common(&self, other: &EpochHistory) -> u64 {
         let shared = self.starts.iter().rev().find(|start| other.starts.contains(start));
         shared.map_or(0, |start| start.first.saturating_sub(1))
+    }
+
+    /// The epochs that are left when another history takes the place of this one. Those before the last that both share are in both, also when one
+    /// of them has forgotten them.
+    pub(crate) fn left_for(&self, other: &EpochHistory) -> impl Iterator<Item = Epoch> {
+        let shared = |start: &EpochStart| other.starts.iter().rev().any(|o| o.epoch == start.epoch);
+        let from = self.starts.iter().rposition(shared).map_or(0, |at| at + 1);
+        self.starts[from..].iter().map(|start| start.epoch)
     }
 
     pub(crate) fn encode(&self) -> Vec<u8> {
@@ -386,22 +400,62 @@ mod tests {
         assert_eq!(history(&[(1, 10, 1), (2, 20, 5)]).place(last), Place::Lost);
         assert!(EpochHistory::decode(&history(&[(1, 10, NUMBER_MAX)]).encode()).is_ok());
         assert!(EpochHistory::decode(&history(&[(1, 10, NUMBER_MAX + 1)]).encode()).is_err());
+        let epoch = |number| Position::new(Txid::new(Epoch::new(number, 10), 1), Checksum::EMPTY);
+        assert_eq!(Position::from_bytes(&epoch(NUMBER_MAX).to_bytes()), Some(epoch(NUMBER_MAX)));
+        assert_eq!(Position::from_bytes(&epoch(NUMBER_MAX + 1).to_bytes()), None);
+        assert!(EpochHistory::decode(&history(&[(NUMBER_MAX, 10, 1)]).encode()).is_ok());
+        assert!(EpochHistory::decode(&history(&[(NUMBER_MAX + 1, 10, 1)]).encode()).is_err());
     }
 
     #[test]
-    fn a_transaction_of_another_branch_is_lost() {
+    fn a_transaction_of_an_epoch_that_went_on_otherwise_is_lost() {
         let h = history(&[(1, 10, 1), (2, 20, 5), (4, 40, 9)]);
         let place = |n, b, t| h.place(Txid::new(Epoch::new(n, b), t));
         assert_eq!(place(1, 10, 0), Place::OnHistory);
         assert_eq!(place(1, 10, 4), Place::OnHistory);
         assert_eq!(place(1, 10, 5), Place::Lost, "epoch 2 began before it");
         assert_eq!(place(2, 20, 4), Place::Lost, "belongs to epoch 1");
-        assert_eq!(place(2, 21, 6), Place::Lost, "another branch under the same number");
-        assert_eq!(place(3, 30, 9), Place::Lost, "an epoch that this history passed over");
         assert_eq!(place(4, 40, 1000), Place::OnHistory);
-        assert_eq!(place(5, 50, 10), Place::Ahead);
+        // No number says whether an epoch is to come, or was left.
+        assert_eq!(place(2, 21, 6), Place::Unknown, "another branch under the same number");
+        assert_eq!(place(3, 30, 9), Place::Unknown, "an epoch that this history passed over");
+        assert_eq!(place(5, 50, 10), Place::Unknown);
         assert_eq!(h.epoch_of(4), Some(Epoch::new(1, 10)));
         assert_eq!(h.epoch_of(5), Some(Epoch::new(2, 20)));
+    }
+
+    #[test]
+    fn epochs_without_a_transaction_are_forgotten_first() {
+        let max = EpochHistory::MAX as u64;
+        let start =
+            |number, first| EpochStart { epoch: Epoch::new(number, number), first, before: Checksum::EMPTY };
+        let on_history = |h: &EpochHistory, e, n| h.place(Txid::new(Epoch::new(e, e), n)) == Place::OnHistory;
+        // A new database is named by its first epoch before it has a transaction.
+        let mut idle = EpochHistory::default();
+        (1..=max + 10).for_each(|number| idle.push(start(number, 1)));
+        assert!(on_history(&idle, 1, 0));
+        let mut h = history(&[(1, 1, 1), (2, 2, 5), (3, 3, 9)]);
+        (4..=max + 10).for_each(|number| h.push(start(number, 12)));
+        assert_eq!(h.iter().count(), EpochHistory::MAX);
+        assert!(on_history(&h, 1, 4) && on_history(&h, 2, 8) && on_history(&h, 3, 11));
+        assert_eq!(h.epoch().number(), max + 10);
+        assert_eq!(EpochHistory::decode(&h.encode()).unwrap(), h);
+        // Where each has one, the oldest.
+        let mut busy = EpochHistory::default();
+        (1..=max + 10).for_each(|number| busy.push(start(number, number)));
+        assert!(!on_history(&busy, 10, 10) && on_history(&busy, 11, 11));
+    }
+
+    #[test]
+    fn the_epochs_that_are_left_are_those_after_the_last_shared_one() {
+        let old = history(&[(1, 10, 1), (2, 20, 5), (4, 40, 9)]);
+        let left =
+            |other: &[(u64, u64, u64)]| old.left_for(&history(other)).map(Epoch::number).collect::<Vec<_>>();
+        assert_eq!(left(&[(1, 10, 1), (2, 20, 5), (4, 40, 9), (5, 50, 12)]), [0; 0]);
+        assert_eq!(left(&[(1, 10, 1), (2, 20, 5), (5, 50, 8)]), [4]);
+        assert_eq!(left(&[(1, 10, 1), (3, 30, 4)]), [2, 4]);
+        assert_eq!(left(&[(1, 11, 1)]), [1, 2, 4], "nothing is shared");
+        assert_eq!(left(&[(4, 40, 9), (5, 50, 12)]), [0; 0], "forgotten is not left");
     }
 
     #[test]

@@ -128,6 +128,34 @@ async fn a_killed_primary_holds_writes_until_it_is_back() {
 }
 
 #[tokio::test]
+async fn after_more_writes_than_are_held_writes_are_held_again() {
+    let few = |db: &Db| bare(db).layer(db.replay_layer().hold_limits(support::LIMIT, 2));
+    let cluster = Cluster::start(2).config(schema).app(few).await.unwrap();
+    let (primary, replica) = (cluster.node(0), cluster.node(1));
+    let mut roles = replica.db().roles();
+    for _ in 0..2 {
+        primary.kill().await;
+        within("the break", roles.wait_for(|state| state.primary.is_none())).await.unwrap();
+        let mut burst: tokio::task::JoinSet<_> = (0..6)
+            .map(|_| replica.app().oneshot(Request::post("/notes").body(Body::from("x")).unwrap()))
+            .collect();
+        for _ in 0..4 {
+            let refused = within("a refusal", burst.join_next()).await.unwrap().unwrap().unwrap();
+            assert_eq!(refused.status(), 503);
+            assert_eq!(refused.headers()["replite-outcome"], "not-executed");
+        }
+        primary.start().await.unwrap();
+        while let Some(held) = within("an answer", burst.join_next()).await {
+            assert_eq!(held.unwrap().unwrap().status(), 200);
+        }
+        within("the stream", roles.wait_for(|state| state.primary.is_some())).await.unwrap();
+    }
+    cluster.caught_up().await.unwrap();
+    assert_eq!(read(replica, None).await, "x,x,x,x");
+    cluster.shutdown().await;
+}
+
+#[tokio::test]
 async fn a_temporary_database_leaves_nothing_behind() {
     let db = Db::temporary(schema).await.unwrap();
     let path = db.path().to_path_buf();

@@ -26,7 +26,7 @@ impl Db {
     /// when it is complete and on the disk.
     ///
     /// # Errors
-    /// As for [`Db::read_async`], [`Error::Io`] when the file can't be written, and [`Error::Config`] when `path` belongs to a
+    /// As for [`Db::read_async`], [`Error::NoState`] also while no primary vouches for what is here, [`Error::Io`] when the file can't be written, and [`Error::Config`] when `path` belongs to a
     /// database that is open as a node in this process, or has a `-wal` or `-journal` of an earlier file beside it.
     ///
     /// # Cancel safety
@@ -52,7 +52,7 @@ impl Db {
     /// ```
     ///
     /// # Errors
-    /// As for [`Db::read_async`], and [`Error::Io`] when the copy can't be written.
+    /// As for [`Db::read_async`], [`Error::NoState`] also while no primary vouches for what is here, and [`Error::Io`] when the copy can't be written.
     ///
     /// # Cancel safety
     /// Dropped, the copy still runs to its end, and is removed.
@@ -63,9 +63,14 @@ impl Db {
             .map_err(|e| Error::Stopped(format!("the snapshot ended: {e}")))?
     }
 
+    fn vouched(&self) -> Result<Position> {
+        let none = || Error::NoState("no primary is known to vouch for the state that is here".into());
+        self.position().ok_or_else(none)
+    }
+
     fn take_snapshot(&self) -> Result<Snapshot> {
         self.inner.readable()?;
-        let position = self.position().ok_or_else(|| Error::NoState("no position yet".into()))?;
+        let position = self.vouched()?;
         let path = side(&self.inner.path).join(format!("{TEMPORARY}{}", Uuid::new_v4()));
         let temporary = Temporary(path.clone());
         self.copy(&path)?;
@@ -78,7 +83,7 @@ impl Db {
         self.inner.readable()?;
         let path = plain(path)?;
         check(&path)?;
-        let position = self.position().ok_or_else(|| Error::NoState("no position yet".into()))?;
+        let position = self.vouched()?;
         let new = beside(&path, &format!(".new-{}", Uuid::new_v4()));
         let placed = self.copy(&new).and_then(|()| {
             // Meanwhile somebody may have opened a database there.

@@ -1,6 +1,7 @@
 //! The replica's owner thread: it verifies and applies what the stream brings.
 
 mod healing;
+mod vouched;
 
 use std::fs;
 use std::path::Path;
@@ -36,6 +37,7 @@ use crate::wire::{Message, Unit, Want};
 pub(super) use healing::Differing;
 
 use healing::{Healing, Pace, Suspect, WANTS_MAX};
+use vouched::last_vouched;
 
 /// Pause after a failed restart of the WAL, doubled each time.
 const RESTART_PAUSE: Duration = Duration::from_millis(50);
@@ -138,8 +140,12 @@ impl Apply {
     }
 
     fn go_live(&mut self, mut opened: Opened) -> Result<()> {
+        // Before a log that is empty is begun at the state that is here, and anchors are written over.
+        let logged = opened.base.log.tip();
+        let anchored = lock(&opened.base.anchors).newest_first();
         opened.begin_if_empty()?;
         let mut opened = opened.redo()?;
+        let vouched = last_vouched(logged, opened.base.tip().position, &anchored);
         open::anchor(&opened.base, &mut opened.handle)?;
         let base = opened.base.clone();
         self.history = opened.history;
@@ -159,8 +165,8 @@ impl Apply {
             log_synced: Instant::now(),
             applied_synced: Instant::now(),
         };
-        if base.log.tip() != Some(position) {
-            tracing::warn!(%position, logged = ?base.log.tip(), "the last commits here came from no primary that is known");
+        if vouched != Some(position) {
+            tracing::warn!(%position, ?vouched, "the last commits here came from no primary that is known");
             let text =
                 "the last commits here came from no primary that is known; the primary decides on them";
             self.node.set_problem(Part::State, Some(text.into()));
@@ -168,7 +174,7 @@ impl Apply {
         self.live = Some(Appender::new(base.clone(), opened.handle)?);
         self.checkpointer = Some(checkpointer.spawn()?);
         *lock(&self.shared.base) = Some(base);
-        self.node.applied.replace(self.history.clone(), Some(position));
+        self.node.applied.replace(self.history.clone(), vouched);
         self.shared.readable.send_replace(true);
         tracing::info!(%position, "the replica's state is open");
         Ok(())
@@ -265,6 +271,7 @@ impl Apply {
         for unit in &units {
             let message = unit.decode().map_err(|e| Error::garbled("the primary", e.to_string()))?;
             match message {
+                Message::Welcome(welcome) => self.welcome(welcome.plan),
                 Message::Epochs(history) => self.epochs(history)?,
                 Message::SnapBegin(begin) => {
                     self.node.tell(Event::SnapshotStarted("this node has no state of the cluster".into()));
@@ -327,9 +334,11 @@ impl Apply {
     /// The log gets the records first, then readers see them.
     fn publish(&mut self) -> Result<()> {
         let Some(live) = &mut self.live else { return Ok(()) };
+        let before = live.base.tip().position;
         self.intake.publish(live)?;
         let position = live.base.tip().position;
-        if self.node.applied.position() != Some(position) {
+        // Else nobody may vouch for what is here.
+        if position != before {
             self.node.applied.advance(position);
         }
         self.maybe_restart()
@@ -345,7 +354,7 @@ impl Apply {
         } else if history != self.history {
             anchor::write_epochs(&self.options.side, &history, false)?;
             self.history = history.clone();
-            self.node.applied.replace(history, self.live.as_ref().map(|l| l.base.tip().position));
+            self.node.applied.replace(history, self.node.applied.position());
         }
         Ok(())
     }

@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::node::Part;
 use crate::sqlite::{Lock, Slot};
 use crate::status::Event;
-use crate::txid::{Epoch, EpochStart, Position};
+use crate::txid::{Epoch, EpochStart, NUMBER_MAX, Position};
 
 /// After the last commit the thread keeps looking for this long before it sleeps: a wake-up costs more.
 const SPIN: Duration = Duration::from_micros(30);
@@ -189,7 +189,7 @@ impl CaptureLoop {
             let mut history = (*self.capture.history).clone();
             open_epoch(&mut history, above, self.capture.tip.position)?;
             anchor::write_epochs(&self.base.options.side, &history, true)?;
-            self.base.node.applied.replace(history.clone(), Some(self.capture.tip.position));
+            self.base.node.applied.lead(history.clone(), self.capture.tip.position);
             self.base.node.roles.send_modify(|state| state.epoch = history.epoch());
             self.capture.history = Arc::new(history);
             Ok(())
@@ -292,6 +292,7 @@ pub(super) fn open_epoch(
     let above = history.epoch().number().max(above);
     let number = above
         .checked_add(1)
+        .filter(|number| *number <= NUMBER_MAX)
         .ok_or_else(|| Error::garbled("a peer", "an epoch that leaves no room for a higher one"))?;
     history.push(EpochStart {
         epoch: Epoch::new(number, u64::from_le_bytes(branch)),
@@ -359,5 +360,25 @@ pub(super) fn append_or_gap(base: &Base, units: Bytes, after: Option<Position>) 
         *broken = false;
         base.node.set_problem(Part::Log, None);
         base.node.tell(Event::LogGap(after));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checksum::Checksum;
+    use crate::txid::{EpochHistory, Txid};
+
+    #[test]
+    fn an_epoch_that_leaves_no_room_for_a_higher_one_is_refused_and_overflows_nothing() {
+        let tip = Position::new(Txid::new(Epoch::new(1, 1), 4), Checksum::EMPTY);
+        let opened = |above| {
+            let mut history = EpochHistory::default();
+            open_epoch(&mut history, above, tip).map(|()| history.epoch().number())
+        };
+        assert_eq!(opened(NUMBER_MAX - 1).unwrap(), NUMBER_MAX);
+        for above in [NUMBER_MAX, NUMBER_MAX + 1, u64::MAX] {
+            assert!(matches!(opened(above), Err(Error::Peer { .. })), "{above}");
+        }
     }
 }

@@ -89,7 +89,8 @@ impl Checkpointer {
             self.base.log.sync()?;
         }
         if let Some(replica) = &self.replica {
-            let position = Some(self.base.tip().position);
+            // What a primary vouches for: nothing else is acknowledged.
+            let position = self.base.node.applied.position();
             if *replica.synced.borrow() != position && self.applied_synced.elapsed() >= APPLIED_SYNC {
                 self.applied_synced = Instant::now();
                 // The log first: a record that the WAL has and the log lacks would not be vouched for.

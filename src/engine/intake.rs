@@ -80,7 +80,8 @@ impl Intake {
     }
 }
 
-fn begin_log_anew(live: &Appender, at: crate::txid::Position) {
+/// From here on the log says what is vouched for.
+pub(super) fn begin_log_anew(live: &Appender, at: crate::txid::Position) {
     if *lock(&live.base.log_broken) {
         return;
     }

@@ -124,7 +124,7 @@ impl Opening {
         // Another process that stayed in the database may have copied everything back while nobody minded.
         checkpoint::keep_from_others(&base, &mut handle)?;
         handle.unlock(Slot::WRITE, Lock::Exclusive)?;
-        node.applied.replace(history.clone(), Some(tip.position));
+        node.applied.lead(history.clone(), tip.position);
         tracing::info!(position = %tip.position, epoch = %history.epoch(), "serving as the primary");
         Engine::start(base, handle, history)
     }

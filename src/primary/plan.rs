@@ -3,11 +3,18 @@
 use crate::error::Result;
 use crate::log::Found;
 use crate::page::PageNo;
-use crate::txid::{EpochHistory, Place, Position};
+use crate::txid::{Epoch, EpochHistory, NUMBER_MAX, Place, Position};
 use crate::wire::{self, Hello};
 
-/// Highest epoch number that is believed; above it somebody lies, or a counter would soon overflow.
-const EPOCH_NUMBER_MAX: u64 = 1 << 62;
+/// How far above our newest epoch one that a replica names may be for ours to be raised above it. Starts of primaries count in ones: no two nodes of a cluster get so far apart. A hello
+/// of somebody who lies brings the numbers forward by no more, so that it takes 2^30 of them, each with an fsync under the write lock, to get to [`RAISED_MAX`].
+const RAISE_STEP_MAX: u64 = 1 << 32;
+
+/// Highest epoch number that ours is raised above for a replica. Higher ones come from starts of primaries only, for which as many numbers are left. Who knows one of
+/// our epochs is followed whatever its number.
+const RAISED_MAX: u64 = NUMBER_MAX >> 1;
+
+const _: () = assert!(RAISED_MAX + RAISE_STEP_MAX < NUMBER_MAX);
 
 /// What to do for a replica.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -24,8 +31,8 @@ pub(crate) enum Decision {
     Compare { diverged: bool },
     /// The replica knows an epoch that ours does not exceed: open one above it and decide again.
     Raise { above: u64 },
-    /// The replica's epochs are out of all bounds.
-    Absurd,
+    /// The replica's newest epoch is none of ours, and too far above it to be exceeded.
+    TooFar { theirs: Epoch, ours: Epoch },
 }
 
 impl Decision {
@@ -37,7 +44,7 @@ impl Decision {
             Decision::Resume { .. } => Some(wire::Plan::Resume),
             Decision::Heal { .. } => Some(wire::Plan::Heal),
             Decision::Compare { .. } => Some(wire::Plan::Compare),
-            Decision::Raise { .. } | Decision::Absurd => None,
+            Decision::Raise { .. } | Decision::TooFar { .. } => None,
         }
     }
 }
@@ -53,12 +60,11 @@ pub(crate) fn plan(
     hello: &Hello,
 ) -> Result<Decision> {
     let (ours, theirs) = (history.epoch(), hello.history.epoch());
-    if theirs.number() > EPOCH_NUMBER_MAX {
-        return Ok(Decision::Absurd);
-    }
     // The same number on another branch: two primaries claimed it. A replica would not tell us from the other.
-    if theirs.number() > ours.number() || (theirs.number() == ours.number() && theirs != ours) {
-        return Ok(Decision::Raise { above: theirs.number() });
+    if theirs.number() >= ours.number() && theirs != ours {
+        let above = theirs.number();
+        let near = above - ours.number() <= RAISE_STEP_MAX && above <= RAISED_MAX;
+        return Ok(if near { Decision::Raise { above } } else { Decision::TooFar { theirs, ours } });
     }
     let Some(position) = hello.position else {
         if let Some((first, from)) = hello.resume
@@ -120,7 +126,9 @@ mod tests {
     use super::*;
     use crate::checksum::Checksum;
     use crate::status::{Addresses, PeerInfo};
-    use crate::txid::{Epoch, EpochStart, Txid};
+    use crate::txid::{EpochStart, Txid};
+    use rand::rngs::StdRng;
+    use rand::{Rng, SeedableRng};
     use uuid::Uuid;
 
     const OLD: Epoch = Epoch::new(1, 10);
@@ -222,14 +230,73 @@ mod tests {
 
     #[test]
     fn a_higher_or_doubly_claimed_epoch_is_exceeded_first() {
-        for number in [4, EPOCH_NUMBER_MAX] {
+        for number in [4, NOW.number() + RAISE_STEP_MAX] {
             let theirs = history(&[(OLD, 1), (Epoch::new(number, 1), 60)]);
             assert_eq!(decide(Some(at(OLD, 30)), theirs), Decision::Raise { above: number });
         }
         let twin = history(&[(OLD, 1), (Epoch::new(3, 31), 60)]);
         assert_eq!(decide(None, twin), Decision::Raise { above: 3 });
-        let absurd = history(&[(Epoch::new(u64::MAX, 1), 60)]);
-        assert_eq!(decide(None, absurd), Decision::Absurd, "would overflow the counter");
+        for number in [NOW.number() + RAISE_STEP_MAX + 1, 1 << 62, NUMBER_MAX] {
+            let theirs = Epoch::new(number, 1);
+            let too_far = Decision::TooFar { theirs, ours: NOW };
+            assert_eq!(decide(None, history(&[(theirs, 60)])), too_far);
+            assert_eq!(decide(Some(at(NOW, 70)), history(&[(OLD, 1), (theirs, 60)])), too_far);
+        }
+    }
+
+    /// One hello that named a high epoch raised the primary's so far that nobody who followed it was believed any more.
+    #[test]
+    fn no_sequence_of_hellos_makes_a_follower_unacceptable() {
+        for seed in 0..8 {
+            let mut rng = StdRng::seed_from_u64(seed);
+            let first = match seed % 4 {
+                0 => 1,
+                1 => RAISED_MAX - rng.random_range(0..RAISE_STEP_MAX * 3),
+                2 => RAISED_MAX + rng.random_range(0..3),
+                _ => NUMBER_MAX - rng.random_range(1..9000),
+            };
+            let first = Epoch::new(first, rng.random());
+            let mut ours = history(&[(first, 1)]);
+            let mut tip = at(first, 0);
+            let mut states = vec![tip];
+            // One that writes nothing keeps the name of its state, however many epochs are opened above it.
+            let idle = seed >= 4;
+            // What followers know that heard of us at one time or another, and where they stand.
+            let mut followers = vec![(ours.clone(), tip)];
+            for round in 0..EpochHistory::MAX * 2 {
+                let step = [0, 1, 7, RAISE_STEP_MAX, RAISE_STEP_MAX + 1, 1 << 62, NUMBER_MAX];
+                let claim = ours.epoch().number().saturating_add(step[rng.random_range(0..step.len())]);
+                // From a unit: what is above the limit does not come so far.
+                let claim = Epoch::new(claim.min(NUMBER_MAX), rng.random());
+                let lie = hello(None, history(&[(claim, 1)]));
+                let find = |number: u64| {
+                    let before = states.get(number as usize);
+                    Ok(before.map_or(Found::Beyond, |&before| Found::At { lsn: number, before }))
+                };
+                match plan(&ours, tip, find, &lie).unwrap() {
+                    Decision::Raise { above } => {
+                        assert!(above <= RAISED_MAX && above - ours.epoch().number() <= RAISE_STEP_MAX);
+                        let epoch = Epoch::new(above + 1, rng.random());
+                        ours.push(EpochStart { epoch, first: tip.number() + 1, before: tip.checksum() });
+                    }
+                    Decision::TooFar { .. } => {}
+                    other => panic!("{other:?}"),
+                }
+                for (known, position) in followers.iter().skip(round % 8).step_by(8) {
+                    let found = plan(&ours, tip, find, &hello(Some(*position), known.clone())).unwrap();
+                    assert_eq!(found, Decision::Log { lsn: position.number() }, "seed {seed}");
+                }
+                if !idle && rng.random_range(0..300) == 0 {
+                    tip = at(ours.epoch(), tip.number() + 1);
+                    states.push(tip);
+                }
+                if rng.random_range(0..200) == 0 {
+                    followers.push((ours.clone(), tip));
+                }
+            }
+            // A start of the primary has always a number.
+            assert!(ours.epoch().number() < NUMBER_MAX);
+        }
     }
 
     #[test]

@@ -20,7 +20,7 @@ use crate::error::{Error, Result};
 use crate::log::Found;
 use crate::node::Node;
 use crate::page::{PageNo, PageSize};
-use crate::txid::{EpochHistory, Position};
+use crate::txid::{Epoch, EpochHistory, Position};
 use crate::wire::{
     self, HealBegin, Heartbeat, Hello, Message, Sent, SnapBegin, SnapEnd, Want, WantRun, Welcome,
 };
@@ -153,7 +153,7 @@ impl Pump {
                 let lsn = self.after(first).await?;
                 self.log(lsn, pin).await
             }
-            Decision::Raise { .. } | Decision::Absurd => Err(End::Left),
+            Decision::Raise { .. } | Decision::TooFar { .. } => Err(End::Left),
         }
     }
 
@@ -166,14 +166,21 @@ impl Pump {
                 let history = node.applied.history();
                 let tip = node.applied.position().ok_or_else(|| Error::NoState("no position yet".into()))?;
                 let decision = plan(&history, tip, |number| supply.find(number), &hello)?;
-                if let Decision::Raise { above } = decision {
-                    tracing::warn!(above, node = %hello.peer.node, "a replica knows a newer epoch");
-                    supply.raise_epoch(above)?;
+                match decision {
+                    Decision::Raise { above } => {
+                        tracing::warn!(above, node = %hello.peer.node, "a replica knows a newer epoch");
+                        supply.raise_epoch(above)?;
+                    }
+                    Decision::TooFar { theirs, ours } => {
+                        tracing::warn!(%theirs, %ours, node = %hello.peer.node, "a replica's epochs are from nowhere");
+                    }
+                    _ => {}
                 }
                 Ok((decision, tip))
             });
             match decided.await? {
                 (Decision::Raise { .. }, _) => {}
+                (Decision::TooFar { theirs, ours }, _) => return Err(End::Said(too_far(theirs, ours))),
                 decided => return Ok(decided),
             }
         }
@@ -419,6 +426,14 @@ impl Pump {
         }
         self.outlet.send(bytes.freeze()).await
     }
+}
+
+/// Said to a replica whose epochs no start of a primary of this history can have led to.
+fn too_far(theirs: Epoch, ours: Epoch) -> String {
+    format!(
+        "the replica knows epoch {theirs}, which is none of this primary's and too far above its own, {ours}, to be exceeded: if this is the right primary, stop the replica, \
+         move its database, the -wal and the directory -replite beside it away, and start it again, so that it is filled anew"
+    )
 }
 
 /// Said to a replica whose next records were dropped.

@@ -9,7 +9,7 @@ use super::fake::{Fake, SECRET, at, history, node};
 use super::*;
 use crate::log::{Log, LogOptions};
 use crate::status::Role;
-use crate::txid::EpochHistory;
+use crate::txid::{Epoch, EpochHistory};
 use crate::wire::{Ack, Plan};
 
 /// A supply over a real log.
@@ -196,7 +196,7 @@ async fn a_real_log_is_followed_from_disk_over_segments_and_over_what_was_taken_
     let log = Log::open(dir.path(), options).unwrap();
     log.reset(at(1, 0)).unwrap();
     let record = |number: u64| {
-        let epoch = crate::txid::Epoch::new(1, 1);
+        let epoch = Epoch::new(1, 1);
         let page_size = PageSize::new(512).unwrap();
         let begin = wire::TxnBegin { before: at(1, number - 1), epoch, page_size };
         let end = wire::TxnEnd { after: at(1, number), pages: 1, changed: 0, unix_micros: 0 };
@@ -308,11 +308,19 @@ async fn a_replica_from_a_newer_epoch_raises_ours_before_its_plan() {
     let mut stream = Stream::join(primary, Some(at(1, 1)), history(&[(1, 1), (7, 2)]), None).await;
     assert_eq!(stream.plan().await, Plan::Log);
     assert_eq!(stream.node.applied.history().epoch().number(), 8);
-    let mut absurd = EpochHistory::default();
-    let (epoch, before) = (crate::txid::Epoch::new(u64::MAX, 1), crate::checksum::Checksum::EMPTY);
-    absurd.push(crate::txid::EpochStart { epoch, first: 1, before });
-    let mut stream = Stream::join(Stream::start(1), None, absurd, None).await;
-    assert!(stream.goodbye().await.contains("can't be exceeded"));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_replica_from_nowhere_is_refused_and_told_what_to_do() {
+    for number in [2 + (1 << 32), 1 << 62, crate::txid::NUMBER_MAX] {
+        let primary = Stream::start(1);
+        let mut stream = Stream::join(primary, Some(at(1, 0)), history(&[(1, 1), (number, 1)]), None).await;
+        let said = stream.goodbye().await;
+        assert!(said.contains(&Epoch::new(number, number).to_string()), "{said}");
+        assert!(said.contains("too far above") && said.contains("filled anew"), "{said}");
+        assert!(said.len() <= 1024, "it is not cut");
+        assert_eq!(stream.node.applied.history().epoch().number(), 1);
+    }
 }
 
 #[tokio::test(start_paused = true)]

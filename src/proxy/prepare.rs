@@ -195,12 +195,29 @@ struct Held<'a>(&'a AtomicUsize);
 impl<'a> Held<'a> {
     fn enter(held: &'a AtomicUsize, max: usize) -> Option<Held<'a>> {
         let entered = held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < max).then_some(n + 1));
-        entered.is_ok().then_some(Held(held))
+        // Made only now: one that is dropped gives a place back.
+        entered.is_ok().then(|| Held(held))
     }
 }
 
 impl Drop for Held<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_is_refused_a_place_gives_none_back() {
+        let held = AtomicUsize::new(0);
+        let places: Vec<_> = (0..3).map(|_| Held::enter(&held, 2)).collect();
+        assert_eq!(places.iter().flatten().count(), 2);
+        assert_eq!(held.load(Ordering::Relaxed), 2, "the third took none");
+        drop(places);
+        assert_eq!(held.load(Ordering::Relaxed), 0);
+        assert!(Held::enter(&held, 2).is_some());
     }
 }

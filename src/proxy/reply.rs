@@ -8,7 +8,7 @@ use crate::proxy::headers::{OUTCOME, TOKEN, add_cookie};
 use crate::proxy::layer::{Cookie, SameSite, SessionTokens, Shared};
 use crate::session::Session;
 use crate::token::Token;
-use crate::txid::{Place, Txid};
+use crate::txid::Place;
 
 /// Sets the token of what the request committed, waited for, or read.
 pub(super) fn set_token(shared: &Shared, session: &Session, secure: bool, headers: &mut HeaderMap) {
@@ -22,7 +22,14 @@ pub(super) fn set_token(shared: &Shared, session: &Session, secure: bool, header
         SessionTokens::Monotonic => session.seen().max(shared.node.applied.position().map(|p| p.txid())),
     };
     let Some(newest) = newest else { return };
-    let known = session.request_token().map(Token::txid).filter(|txid| is_ours(shared, *txid));
+    let place = |txid| shared.node.applied.place(txid);
+    let known = session.request_token().map(Token::txid);
+    if committed.is_none() && known.is_some_and(|txid| place(txid) == Place::Unknown) {
+        // It may be newer than all that is known here: its client keeps it.
+        return;
+    }
+    // A token from a lost branch must not outlive it, however high its number is.
+    let known = known.filter(|txid| place(*txid) == Place::OnHistory);
     if committed.is_none() && known >= Some(newest) {
         return;
     }
@@ -36,11 +43,6 @@ pub(super) fn set_token(shared: &Shared, session: &Session, secure: bool, header
     {
         add_cookie(headers, value);
     }
-}
-
-/// A token from a lost branch must not outlive it, however high its number is.
-fn is_ours(shared: &Shared, txid: Txid) -> bool {
-    shared.node.applied.history().place(txid) == Place::OnHistory
 }
 
 /// Keeps shared caches from giving one client's cookie to others. False when the app wants the response shared:

@@ -26,6 +26,7 @@ use crate::proxy::route::Route;
 use crate::session::Session;
 use crate::status::Role;
 use crate::token::Token;
+use crate::txid::Place;
 
 /// The middleware that [`ReplayLayer`](crate::ReplayLayer) makes of a service.
 #[derive(Clone)]
@@ -194,14 +195,18 @@ fn misdirected(shared: &Shared, hop: &str) -> Plan {
     Plan::Answer(Box::new(response))
 }
 
-/// The newest valid token of the request's header and cookie.
+/// The newest valid token of the request's header and cookie. Numbers of two branches say nothing of what is newer: one that is lost comes last, and one
+/// that is not known here first.
 fn request_token(shared: &Shared, parts: &Parts) -> Option<Token> {
     let header = parts.headers.get(TOKEN).and_then(|v| v.to_str().ok());
     let name = shared.options.cookie.name.as_ref();
     let cookie = name.and_then(|name| headers::cookie(&parts.headers, name));
     let verify = |text: Option<&str>| text.and_then(|text| shared.tokens.verify(text));
-    let (header, cookie) = (verify(header), verify(cookie));
-    if header.as_ref().map(Token::txid) >= cookie.as_ref().map(Token::txid) { header } else { cookie }
+    let rank = |token: &Token| {
+        let place = shared.node.applied.place(token.txid());
+        (place != Place::Lost, place == Place::Unknown, token.txid())
+    };
+    [verify(header), verify(cookie)].into_iter().flatten().max_by_key(rank)
 }
 
 /// Keeps the promise that the layer works where axum's `Router::layer` does.

@@ -128,13 +128,16 @@ impl<'a, F: Feed> Session<'a, F> {
         self.epoch = Some(standing.history.epoch());
         self.hello(&standing, &knock, &answer, &mut request).await?;
         let mut units = Units { body, decoder: Decoder::default(), primary: self.primary };
-        let welcome = self.welcome(&mut units, &answer, standing.history.epoch()).await?;
+        let first = units.next().await?;
+        let welcome = self.welcome(&first, &answer, standing.history.epoch())?;
         self.lagging.connected(welcome.position);
         self.follows(welcome.epoch, welcome.peer.clone());
         reporter.connected(&welcome.peer, welcome.plan);
         if welcome.plan == Plan::Recover {
             return Err(self.give_back(welcome.position, &mut request, &mut units).await);
         }
+        // What was decided says whether the primary has the state that is here.
+        self.feed.feed(vec![first]).await?;
         let asked = self.asked.take();
         let acks = acknowledge(self.node, self.feed, wants, asked, request);
         tokio::select! {
@@ -177,8 +180,7 @@ impl<'a, F: Feed> Session<'a, F> {
         sent.map_err(|_| self.blame(PeerProblem::Connection("it hung up before the hello".into())))
     }
 
-    async fn welcome(&self, units: &mut Units<'_>, answer: &Answer, ours: Epoch) -> Result<Welcome> {
-        let unit = units.next().await?;
+    fn welcome(&self, unit: &Unit, answer: &Answer, ours: Epoch) -> Result<Welcome> {
         let welcome = match unit.decode().map_err(|e| self.garbled(e.to_string()))? {
             Message::Welcome(welcome) => welcome,
             Message::Goodbye(goodbye) => return Err(self.goodbye(goodbye.reason)),

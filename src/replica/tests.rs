@@ -60,6 +60,9 @@ impl Feed for FakeFeed {
     }
 
     async fn feed(&self, units: Vec<Unit>) -> Result<()> {
+        if units.iter().any(|unit| unit.kind == Kind::Welcome) {
+            return Ok(());
+        }
         if let Some(error) = self.fail.lock().unwrap().pop_front() {
             return Err(error);
         }
@@ -461,6 +464,42 @@ async fn a_replica_is_filled_follows_is_seen_and_comes_back() {
     while !primary.source.replicas().is_empty() {
         tokio::task::yield_now().await;
     }
+    stop(&primary.node, &primary.tracker).await;
+}
+
+/// A hello that named the epoch 2^62 had the primary go there, and from then on refuse everybody who had heard of that.
+#[tokio::test]
+async fn an_absurd_hello_is_refused_and_honest_replicas_go_on() {
+    let primary = Primary::start(&SECRET).await;
+    let far = history(&[(1, 1), (1 << 62, 1)]);
+    let node_of = |id| node(id, &SECRET, Role::Replica);
+    let liar = node_of(9);
+    let liar =
+        Try { feed: FakeFeed::new(&liar, far, Some(at(1, 0))), node: liar, tracker: TaskTracker::new() };
+    let honest = node_of(2);
+    let feed = FakeFeed::new(&honest, EpochHistory::default(), None);
+    let tracker = TaskTracker::new();
+    spawn(honest.clone(), feed.clone(), primary.to.clone(), &tracker);
+    reaches(&honest, at(1, 0)).await;
+    let mut events = honest.events.subscribe();
+    for number in 1..=3 {
+        let end = tokio::time::timeout(Duration::from_secs(10), liar.against(&primary.to)).await;
+        match end.expect("it is served") {
+            PeerProblem::Goodbye(said) => assert!(said.contains("too far above"), "{said}"),
+            other => panic!("{other:?}"),
+        }
+        // It comes back with all that it was told.
+        feed.fail.lock().unwrap().push_back(Error::Stopped("disk full".into()));
+        primary.fake.commit(1);
+        reaches(&honest, at(1, number)).await;
+    }
+    while let Ok(event) = events.try_recv() {
+        if let Event::Disconnected(why) = event {
+            assert!(why.contains("disk full"), "{why}");
+        }
+    }
+    assert_eq!(primary.node.applied.history().epoch().number(), 1);
+    stop(&honest, &tracker).await;
     stop(&primary.node, &primary.tracker).await;
 }
 

@@ -165,7 +165,7 @@ impl<'a> Fields<'a> {
     }
 
     fn epoch(&mut self) -> Result<Epoch, WireError> {
-        Ok(Epoch::from_bytes(self.array()?))
+        Epoch::from_bytes(self.array()?).ok_or(WireError::Fields("an epoch beyond all numbers"))
     }
 
     fn page_no(&mut self) -> Result<PageNo, WireError> {

@@ -10,6 +10,7 @@ use http_body_util::BodyExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
+use tokio::task::JoinSet;
 
 use super::world::*;
 use crate::proxy::{Reason, Route};
@@ -73,6 +74,28 @@ async fn holding_is_bounded_in_time_and_number() {
     node2.stop.cancel();
     is(&held.await.unwrap(), 503, "not-executed");
     drop(node);
+}
+
+/// Who was refused gave back a place that it had not got: after a burst nobody was held any more.
+#[tokio::test]
+async fn after_a_burst_beyond_the_limit_requests_are_held_again() {
+    let primary = Server::start(Router::new().fallback(mirror)).await;
+    let (replica, node) = replica_of("", |l| l.hold_limits(LONG, 3)).await;
+    let url = replica.url();
+    for _ in 0..2 {
+        let post = || send(Request::post(&url).body(full("late")).unwrap());
+        let mut burst: JoinSet<_> = (0..10).map(|_| post()).collect();
+        for _ in 0..7 {
+            is(&burst.join_next().await.unwrap().unwrap(), 503, "not-executed");
+        }
+        // The other three wait for as long as there is no primary.
+        assert!(tokio::time::timeout(SHORT, burst.join_next()).await.is_err(), "they are held");
+        follow(&node, 2, Some(peer(1, &primary.url())));
+        while let Some(held) = burst.join_next().await {
+            assert!(text(held.unwrap()).await.ends_with("late"));
+        }
+        follow(&node, 2, None);
+    }
 }
 
 #[tokio::test]

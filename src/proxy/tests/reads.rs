@@ -10,13 +10,14 @@ use http::{Request, StatusCode};
 use http_body_util::BodyExt;
 
 use super::world::*;
+use crate::checksum::Checksum;
 use crate::node::Node;
 use crate::proxy::{ReplayLayer, Route, SameSite, SessionTokens};
 use crate::secret::{Keyring, Secret};
 use crate::session::{self, Session};
 use crate::status::Role;
 use crate::token::Token;
-use crate::txid::{Epoch, Txid};
+use crate::txid::{Epoch, EpochHistory, EpochStart, Txid};
 
 /// An app that answers with the number of the transaction that it sees.
 fn sees(node: &Arc<Node>) -> Router {
@@ -63,12 +64,46 @@ async fn tokens_that_are_forged_garbled_or_lost_are_as_good_as_none() {
     let forged = token.replace("0063.", "0064.");
     assert_ne!(forged, token);
     let lost = Token::sign(&replica, Txid::new(Epoch::new(1, 77), 99)).to_string();
+    leave(&replica, Epoch::new(1, 77));
     let long = "v1.".repeat(2000);
     for token in ["v1", "\u{7f}".trim(), &forged, &token[..90], &lost, &long] {
         if http::HeaderValue::from_str(token).is_ok() {
             assert_eq!(text(send(get(&server, token)).await).await, "10", "{token:.100}");
         }
     }
+}
+
+/// The node had this epoch, and follows another branch since.
+fn leave(node: &Node, epoch: Epoch) {
+    let history = (*node.applied.history()).clone();
+    let mut other = EpochHistory::default();
+    other.push(EpochStart { epoch, first: 1, before: Checksum::EMPTY });
+    node.applied.replace(other, None);
+    node.applied.replace(history, Some(at(10)));
+}
+
+/// A primary that began again at a low epoch gives tokens that a replica has not heard of.
+#[tokio::test]
+async fn a_token_of_an_epoch_that_is_not_known_here_is_never_taken_for_lost() {
+    let (server, _primary, node) = reader(|l| {
+        l.read_wait_limit(SHORT).session(SessionTokens::Monotonic).route_prefix("/local", Route::Local)
+    })
+    .await;
+    let new = Token::sign(&node, Txid::new(Epoch::new(1, 77), 3)).to_string();
+    assert_eq!(text(send(get(&server, &new)).await).await, "primary");
+    follow(&node, 1, None);
+    is(&send(get(&server, &new)).await, 503, "not-executed");
+    // Its client keeps it, also when it was answered without it.
+    let local = |token: &str| {
+        let request = Request::get(format!("{}/local", server.url())).header("replite-token", token);
+        send(request.body(full("")).unwrap())
+    };
+    assert_eq!(token_of(&node, &local(&new).await), None);
+    assert_eq!(token_of(&node, &local("").await), Some(10));
+    // It counts beside one of an epoch that is known, although that has the higher number.
+    let cookie = format!("replite_{}={}", node.database_tag(), Token::sign(&node, txid(10)));
+    let both = Request::get(server.url()).header("replite-token", &new).header("cookie", cookie);
+    is(&send(both.body(full("")).unwrap()).await, 503, "not-executed");
 }
 
 #[tokio::test]
