@@ -332,6 +332,14 @@ impl Error {
         }
     }
 
+    /// Why replication has stopped, if this is what stops it.
+    pub(crate) fn cause(&self) -> String {
+        match self {
+            Error::Stopped(why) => why.clone(),
+            other => other.to_string(),
+        }
+    }
+
     pub(crate) fn io(op: &'static str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> Error {
         let path = path.as_ref().to_path_buf();
         move |source| Error::Io { op, path, source }

@@ -38,6 +38,7 @@ mod sqlite;
 mod status;
 #[cfg(feature = "testing")]
 pub mod testing;
+mod threads;
 mod token;
 mod txid;
 mod wal;

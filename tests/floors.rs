@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Each top module and its floor.
-const FLOORS: [(&str, u8); 28] = [
+const FLOORS: [(&str, u8); 29] = [
     ("txid", 0),
     ("page", 0),
     ("checksum", 0),
@@ -15,6 +15,7 @@ const FLOORS: [(&str, u8); 28] = [
     ("metrics", 1),
     ("node", 1),
     ("session", 1),
+    ("threads", 1),
     ("token", 1),
     ("wal", 2),
     ("wire", 2),
