@@ -294,7 +294,7 @@ impl Db {
     /// # Cancel safety
     /// Nothing happens but reading.
     pub async fn lost(&self) -> Result<Vec<LostBranch>> {
-        let side = snapshot::side(&self.inner.path);
+        let side = crate::side::of(&self.inner.path);
         blocking(move || LostBranch::list(&side)).await
     }
 

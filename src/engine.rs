@@ -29,7 +29,6 @@ mod unsynced;
 mod verify;
 mod wal_file;
 
-use std::fs;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
@@ -99,6 +98,8 @@ pub(crate) struct EngineOptions {
     pub(crate) poll_max: Duration,
     /// A primary goes on from a database whose WAL is gone while frames were being copied into it.
     pub(crate) accept_damaged: bool,
+    /// What a database file that is made here gets.
+    pub(crate) database_mode: Option<u32>,
 }
 
 /// A primary's open database.
@@ -323,7 +324,7 @@ fn reader(base: &Base) -> Result<Handle> {
 }
 
 fn make_side(options: &EngineOptions) -> Result<()> {
-    fs::create_dir_all(&options.side).map_err(Error::io("create", &options.side))
+    crate::side::make(&options.side)
 }
 
 #[cfg(test)]

@@ -34,6 +34,7 @@ mod replica;
 mod secret;
 mod server;
 mod session;
+mod side;
 mod sqlite;
 mod status;
 #[cfg(feature = "testing")]

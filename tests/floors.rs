@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Each top module and its floor.
-const FLOORS: [(&str, u8); 29] = [
+const FLOORS: [(&str, u8); 30] = [
     ("txid", 0),
     ("page", 0),
     ("checksum", 0),
@@ -19,6 +19,7 @@ const FLOORS: [(&str, u8); 29] = [
     ("token", 1),
     ("wal", 2),
     ("wire", 2),
+    ("side", 3),
     ("sqlite", 3),
     ("log", 3),
     ("lease", 3),

@@ -27,6 +27,7 @@ use crate::engine::{make_side, reader};
 use crate::error::{Error, Result, Unsupported};
 use crate::log::Log;
 use crate::node::{Node, Part};
+use crate::side;
 use crate::status::{Event, unix_millis};
 use crate::threads;
 use crate::txid::{EpochHistory, Place, Position};
@@ -400,6 +401,9 @@ impl Apply {
         let Ready { directory, file: received, position, pages, .. } = ready;
         // Before SQLite opens it: closing a descriptor of ours later would drop SQLite's lock on the file, and the
         // next process to close the database would take itself for the last and delete the WAL.
+        if let Some(mode) = self.options.database_mode {
+            side::set_mode(&received, &directory.join("pages"), mode)?;
+        }
         drop(received);
         let (path, side) = (&self.options.path, &self.options.side);
         make_side(&self.options)?;
@@ -443,7 +447,7 @@ impl Apply {
             return Ok(());
         }
         let kept = self.options.side.join("lost").join(format!("database-{}", unix_millis()));
-        fs::create_dir_all(&kept).map_err(Error::io("create", &kept))?;
+        side::make_directory(&kept)?;
         // The WAL first: a database without its WAL would look whole.
         let wal = WalFile::path_of(path);
         for from in [&wal, path] {

@@ -19,6 +19,7 @@ use crate::error::{Error, Result, Unsupported};
 use crate::log::{Found, Log};
 use crate::node::Node;
 use crate::page::{PageNo, PageSize};
+use crate::side;
 use crate::sqlite::{FileLocks, Handle, Lock, Slot, WalIndex};
 use crate::status::unix_millis;
 use crate::txid::{Epoch, EpochHistory, Position, Txid};
@@ -353,11 +354,10 @@ impl Opened {
 }
 
 fn copy_directory(from: &std::path::Path, to: &std::path::Path) -> Result<()> {
-    fs::create_dir_all(to).map_err(Error::io("create", to))?;
+    side::make_directory(to)?;
     for entry in fs::read_dir(from).map_err(Error::io("read", from))? {
         let entry = entry.map_err(Error::io("read", from))?;
-        let target = to.join(entry.file_name());
-        fs::copy(entry.path(), &target).map_err(Error::io("copy", &target))?;
+        side::copy(&entry.path(), &to.join(entry.file_name()))?;
     }
     sync_directory(to)
 }
