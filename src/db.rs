@@ -35,6 +35,7 @@ use crate::secret::Secret;
 use crate::server::{Door, ReplicationService};
 use crate::session;
 use crate::status::{Event, LoggedTransaction, PeerInfo, Role, RoleState};
+use crate::threads::blocking;
 use crate::token::Token;
 use crate::txid::{Place, Position, Txid};
 
@@ -282,8 +283,7 @@ impl Db {
             Side::Replica { follower, .. } => follower.log(),
         };
         let Some(log) = log else { return Ok(Vec::new()) };
-        let list = move || log.list(after.map_or(0, Txid::number), most);
-        tokio::task::spawn_blocking(list).await.map_err(|_| Error::ShutDown)?
+        blocking(move || log.list(after.map_or(0, Txid::number), most)).await
     }
 
     /// The branches that heals have replaced on this node, oldest first: commits that were made here and are not in the primary's
@@ -295,8 +295,8 @@ impl Db {
     /// # Cancel safety
     /// Nothing happens but reading.
     pub async fn lost(&self) -> Result<Vec<LostBranch>> {
-        let side = snapshot::side(&self.inner.path);
-        tokio::task::spawn_blocking(move || LostBranch::list(&side)).await.map_err(|_| Error::ShutDown)?
+        let side = crate::side::of(&self.inner.path);
+        blocking(move || LostBranch::list(&side)).await
     }
 
     /// Waits until `done` says so of this node's state; it is asked again after each change. For a replica that
@@ -388,7 +388,7 @@ impl Db {
     /// Returns once this node can be read: at once on a primary, on a replica when it has a state.
     ///
     /// # Errors
-    /// [`Error::ShutDown`].
+    /// [`Error::ShutDown`], [`Error::Stopped`] when replication has failed.
     ///
     /// # Cancel safety
     /// Nothing happens but the waiting.
@@ -396,8 +396,13 @@ impl Db {
         let Side::Replica { readable, .. } = &self.inner.side else { return Ok(()) };
         let mut readable = readable.clone();
         tokio::select! {
+            biased;
             ready = readable.wait_for(|readable| *readable) => ready.map(drop).map_err(|_| Error::ShutDown),
             () = self.inner.node.stop.cancelled() => Err(Error::ShutDown),
+            () = self.inner.node.stopped() => {
+                let why = self.inner.node.failure();
+                Err(why.map_or(Error::ShutDown, Error::Stopped))
+            }
         }
     }
 

@@ -33,7 +33,6 @@ mod unsynced;
 mod verify;
 mod wal_file;
 
-use std::fs;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
@@ -103,6 +102,8 @@ pub(crate) struct EngineOptions {
     pub(crate) poll_max: Duration,
     /// A primary goes on from a database whose WAL is gone while frames were being copied into it.
     pub(crate) accept_damaged: bool,
+    /// What a database file that is made here gets.
+    pub(crate) database_mode: Option<u32>,
 }
 
 /// A primary's open database.
@@ -184,17 +185,33 @@ impl Engine {
             log_synced: Instant::now(),
             applied_synced: Instant::now(),
         };
-        let capture = std::thread::Builder::new()
-            .name("replite-capture".into())
-            .spawn(move || capture_loop.run())
-            .map_err(Error::io("spawn", "replite-capture"))?;
-        let threads = Mutex::new(vec![capture, checkpointer.spawn()?]);
-        Ok(Engine { base, syncer, waker, commands, second, last: Mutex::new(None), threads })
+        let (last, threads) = Default::default();
+        let engine = Engine { base, syncer, waker, commands, second, last, threads };
+        // Closed again should the second not start.
+        lock(&engine.threads).push(capture_loop.start()?);
+        lock(&engine.threads).push(checkpointer.spawn()?);
+        Ok(engine)
+    }
+
+    /// Stops replication of this database for good, loudly.
+    pub(crate) fn fail(&self, error: &Error) {
+        self.base.fail(error);
+    }
+
+    /// Fails when no commit can be vouched for any more, and says why.
+    pub(crate) fn check(&self) -> Result<()> {
+        self.base.check()?;
+        // They end by themselves only after a failure; should one have ended in some other way, it is one now.
+        if lock(&self.threads).iter().any(JoinHandle::is_finished) {
+            self.base.check()?;
+            self.base.fail(&Error::Stopped("a thread of the engine has ended".into()));
+        }
+        self.base.check()
     }
 
     /// Call after BEGIN IMMEDIATE, on the thread whose connection holds the write lock.
     pub(crate) fn begun(&self) -> Result<Begun> {
-        self.base.check()?;
+        self.check()?;
         let header =
             self.base.header().ok_or_else(|| Error::Stopped("the wal-index header is torn".into()))?;
         let here = |mark: &Mark| mark.salts == header.salts && mark.frame == header.max_frame;
@@ -256,9 +273,10 @@ impl Engine {
     /// Opens a new epoch with a number above `above`, because a peer with a higher one was heard. Blocks.
     pub(crate) fn raise_epoch(&self, above: u64) -> Result<()> {
         let (reply, answer) = mpsc::sync_channel(1);
-        self.commands.send(Command::RaiseEpoch(above, reply)).map_err(|_| Error::ShutDown)?;
+        let gone = || self.base.check().err().unwrap_or(Error::ShutDown);
+        self.commands.send(Command::RaiseEpoch(above, reply)).map_err(|_| gone())?;
         self.waker.wake();
-        answer.recv().map_err(|_| Error::ShutDown)?
+        answer.recv().map_err(|_| gone())?
     }
 
     pub(crate) fn log(&self) -> &Arc<Log> {
@@ -296,7 +314,7 @@ fn stop_threads(base: &Base, threads: &Mutex<Vec<JoinHandle<()>>>, waker: &Waker
     waker.wake();
     for thread in std::mem::take(&mut *lock(threads)) {
         thread.thread().unpark();
-        // A panic of the thread was reported by its own means.
+        // It has said how it ended.
         let _ = thread.join();
     }
 }
@@ -309,7 +327,7 @@ fn reader(base: &Base) -> Result<Handle> {
 }
 
 fn make_side(options: &EngineOptions) -> Result<()> {
-    fs::create_dir_all(&options.side).map_err(Error::io("create", &options.side))
+    crate::side::make(&options.side)
 }
 
 #[cfg(test)]

@@ -34,10 +34,12 @@ mod replica;
 mod secret;
 mod server;
 mod session;
+mod side;
 mod sqlite;
 mod status;
 #[cfg(feature = "testing")]
 pub mod testing;
+mod threads;
 mod token;
 mod txid;
 mod wal;

@@ -211,7 +211,7 @@ impl Log {
     /// [`Error::Io`]. What was moved by then stays there; what was not is still the log, the newest part of it.
     pub(crate) fn move_to(&self, kept: &Path) -> Result<()> {
         self.sync()?;
-        std::fs::create_dir_all(kept).map_err(Error::io("create", kept))?;
+        crate::side::make_directory(kept)?;
         let mut state = self.lock();
         // Oldest first, so that what is left by a crash has no gap.
         while let Some(segment) = state.segments.front() {

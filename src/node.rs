@@ -7,12 +7,16 @@ use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::applied::Applied;
+use crate::error::Error;
 use crate::secret::Keyring;
 use crate::status::{Event, Lag, PeerInfo, Role, RoleState};
+use crate::threads::aside;
 use crate::txid::Epoch;
 
 /// Events that a slow receiver may be behind before it misses some.
 const EVENTS_BEHIND_MAX: usize = 256;
+/// What the problem begins with while replication has failed.
+const STOPPED: &str = "replication stopped: ";
 
 /// A part of a node that can have a problem.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -82,16 +86,39 @@ impl Node {
 
     /// Says an event to whoever listens.
     pub(crate) fn tell(&self, event: Event) {
+        // Before the application's recorder is called, which may panic.
+        let _ = self.events.send(event.clone());
         #[cfg(feature = "metrics")]
         crate::metrics::count(&self.database, &event);
-        let _ = self.events.send(event);
+    }
+
+    /// Replication of the database has stopped for good: first that is so, and only then is the application told, whose code may be what failed.
+    pub(crate) fn fail(&self, error: &Error) {
+        let why = error.cause();
+        self.set_problem(Part::Engine, Some(format!("{STOPPED}{why}")));
+        let failed = |state: &mut RoleState| (state.role, state.primary) = (Role::Stopped, None);
+        self.roles.send_modify(failed);
+        self.applied.close();
+        let state = self.roles.borrow().clone();
+        aside(|| tracing::error!(database = self.database, error = why, "replication stopped"));
+        aside(|| self.tell(Event::Stopped(why.clone())));
+        aside(|| self.tell(Event::Role(state)));
+    }
+
+    /// Returns when replication has failed, or the node is closed.
+    pub(crate) async fn stopped(&self) {
+        // The sender is ours.
+        let _ = self.roles.subscribe().wait_for(|state| state.role == Role::Stopped).await;
     }
 
     /// Changes what is known of role and primary; silent when nothing changed.
     pub(crate) fn set_role(&self, state: RoleState) {
         let changed = self.roles.send_if_modified(|now| {
-            let changed = *now != state;
-            now.clone_from(&state);
+            // What has stopped stays so.
+            let changed = *now != state && now.role != Role::Stopped;
+            if changed {
+                now.clone_from(&state);
+            }
             changed
         });
         if changed {
@@ -123,6 +150,16 @@ impl Node {
         let problems = self.problems.lock().unwrap_or_else(|e| e.into_inner());
         let all: Vec<&str> = problems.values().map(String::as_str).collect();
         (!all.is_empty()).then(|| all.join("; "))
+    }
+
+    /// Why replication has failed, if it has.
+    pub(crate) fn failure(&self) -> Option<String> {
+        self.problem_of(Part::Engine)?.strip_prefix(STOPPED).map(str::to_string)
+    }
+
+    /// What is wrong with one part.
+    pub(crate) fn problem_of(&self, part: Part) -> Option<String> {
+        self.problems.lock().unwrap_or_else(|e| e.into_inner()).get(&part).cloned()
     }
 
     pub(crate) fn set_lag(&self, lag: Option<Lag>) {

@@ -29,6 +29,7 @@ use crate::net::Incoming;
 use crate::node::Node;
 use crate::page::{PageNo, PageSize};
 use crate::status::{Event, PeerInfo, ReplicaStatus};
+use crate::threads::blocking;
 use crate::txid::Position;
 use crate::wire::{self, Decoder, Goodbye, Hello, Kind, Message, Unit, Want, WireError};
 
@@ -57,6 +58,8 @@ const ACK_TIMEOUT: Duration = Duration::from_secs(15);
 const LAST_RECORDS_TIMEOUT: Duration = Duration::from_secs(1);
 /// Why a stream ends when the node does.
 const SHUTTING_DOWN: &str = "shutting down";
+/// What a peer is told when this node's replication has failed.
+const STOPPED: &str = "replication stopped on the primary";
 /// Why a stream ends when the same node opened another.
 const REPLACED: &str = "a newer stream of this node took over";
 /// Questions of a heal that may wait to be answered: who asks waits for the answer before the next one.
@@ -328,6 +331,8 @@ pub(crate) async fn serve(source: Arc<Source>, guest: Guest, upstream: Incoming,
         end = pump.run(&hello, wants) => end,
         end = acks(&mut units, &seat, &asks, &answers) => end,
         () = cut_off(&node) => End::Said(SHUTTING_DOWN.into()),
+        // What it commits from now on comes to nobody.
+        () = node.stopped() => End::Said(STOPPED.into()),
         () = seat.replaced() => End::Said(REPLACED.into()),
     };
     left(&node, &peer, &end);
@@ -452,14 +457,6 @@ impl Units {
                 Some(Err(_)) | None => return Ok(None),
             }
         }
-    }
-}
-
-/// Runs what blocks where it may.
-async fn blocking<T: Send + 'static>(run: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    match tokio::task::spawn_blocking(run).await {
-        Ok(result) => result,
-        Err(error) => Err(Error::Stopped(format!("a blocking task: {error}"))),
     }
 }
 

@@ -7,6 +7,7 @@ mod session;
 #[cfg(test)]
 mod tests;
 
+use std::convert::Infallible;
 use std::future::Future;
 use std::sync::Arc;
 
@@ -20,6 +21,7 @@ use crate::log::Log;
 use crate::net::Endpoint;
 use crate::node::{Node, Part};
 use crate::status::{Event, Role, RoleState};
+use crate::threads::{aside, blocking, caught_task};
 use crate::txid::{Epoch, Position};
 use crate::wire::{Unit, Want};
 
@@ -52,7 +54,7 @@ impl Feed for Follower {
 
     async fn answer(&self, want: Want) -> Result<Bytes> {
         let answers = self.answers();
-        tokio::task::spawn_blocking(move || answers(want)).await.map_err(|_| Error::ShutDown)?
+        blocking(move || answers(want)).await
     }
 
     fn log(&self) -> Option<Arc<Log>> {
@@ -72,30 +74,55 @@ pub(crate) fn spawn<F: Feed>(node: Arc<Node>, feed: Arc<F>, primary: Endpoint, t
 
 async fn follow<F: Feed>(node: Arc<Node>, feed: Arc<F>, primary: Endpoint, tracker: TaskTracker) {
     let lagging = Lagging::new();
-    let streams = async {
+    let always = async {
         let mut backoff = Backoff::default();
-        let mut reporter = Reporter::new(node.clone(), primary.clone());
-        without_primary(&node, node.applied.history().epoch());
         loop {
-            let mut session = Session::new(&node, &*feed, &primary, &tracker, &lagging);
-            let error = session.run(&mut reporter).await;
-            if session.was_fruitful() {
-                backoff.reset();
-            }
-            let epoch = session.epoch().unwrap_or_else(|| node.roles.borrow().epoch);
-            // The connection is closed before anybody is told that the primary is away.
-            drop(session);
+            let streams = streams(&node, &*feed, &primary, &tracker, &lagging, &mut backoff);
+            let Err(error) = caught_task("following the primary", streams).await;
+            // Said like the end of a stream, and the next one is tried in the same way.
             lagging.disconnected();
             lagging.publish(&node);
-            without_primary(&node, epoch);
-            reporter.ended(&error);
+            node.set_problem(Part::Stream, Some(error.to_string()));
+            let epoch = node.roles.borrow().epoch;
+            aside(|| without_primary(&node, epoch));
+            aside(|| tracing::error!(%primary, %error, "can't follow the primary; trying again"));
             tokio::time::sleep(backoff.next()).await;
         }
     };
     tokio::select! {
-        () = streams => {}
+        () = always => {}
         () = lagging.keep_published(&node) => {}
         () = node.stop.cancelled() => {}
+        // Nothing is taken in any more.
+        () = node.stopped() => {}
+    }
+}
+
+/// One stream after the other.
+async fn streams<F: Feed>(
+    node: &Arc<Node>,
+    feed: &F,
+    primary: &Endpoint,
+    tracker: &TaskTracker,
+    lagging: &Lagging,
+    backoff: &mut Backoff,
+) -> Infallible {
+    let mut reporter = Reporter::new(node.clone(), primary.clone());
+    without_primary(node, node.applied.history().epoch());
+    loop {
+        let mut session = Session::new(node, feed, primary, tracker, lagging);
+        let error = session.run(&mut reporter).await;
+        if session.was_fruitful() {
+            backoff.reset();
+        }
+        let epoch = session.epoch().unwrap_or_else(|| node.roles.borrow().epoch);
+        // The connection is closed before anybody is told that the primary is away.
+        drop(session);
+        lagging.disconnected();
+        lagging.publish(node);
+        without_primary(node, epoch);
+        reporter.ended(&error);
+        tokio::time::sleep(backoff.next()).await;
     }
 }
 
@@ -114,7 +141,8 @@ struct Reporter {
 
 impl Reporter {
     fn new(node: Arc<Node>, primary: Endpoint) -> Reporter {
-        Reporter { node, primary, said: None, connected: false }
+        let said = node.problem_of(Part::Stream);
+        Reporter { node, primary, said, connected: false }
     }
 
     fn connected(&mut self, peer: &crate::status::PeerInfo, plan: crate::wire::Plan) {
@@ -132,6 +160,7 @@ impl Reporter {
 
     fn ended(&mut self, error: &Error) {
         let problem = error.to_string();
+        self.node.set_problem(Part::Stream, Some(problem.clone()));
         if std::mem::take(&mut self.connected) {
             self.node.tell(Event::Disconnected(problem.clone()));
         }
@@ -144,7 +173,6 @@ impl Reporter {
         } else {
             tracing::warn!(primary = %self.primary, problem, "can't follow the primary; trying again");
         }
-        self.node.set_problem(Part::Stream, Some(problem.clone()));
         self.said = Some(problem);
     }
 }

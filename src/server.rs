@@ -21,6 +21,8 @@ use crate::handshake::{self, Answer, Knock, Refusal, STREAM_PATH};
 use crate::net::Incoming;
 use crate::node::Node;
 use crate::primary::{self, Guest, Outlet, Source};
+use crate::status::Role;
+use crate::threads::{aside, caught_task};
 
 pub use body::ReplicationBody;
 
@@ -81,12 +83,14 @@ impl ReplicationService {
             Ok((guest, response)) => {
                 let (outlet, response) = response;
                 let upstream = Incoming::new(request.into_body());
-                self.shared.tracker.spawn(primary::serve(
-                    self.shared.source.clone(),
-                    guest,
-                    upstream,
-                    outlet,
-                ));
+                let node = guest.knock.node;
+                let stream = primary::serve(self.shared.source.clone(), guest, upstream, outlet);
+                self.shared.tracker.spawn(async move {
+                    // The replica sees a stream that broke off, and comes again.
+                    if let Err(error) = caught_task("a replica's stream", stream).await {
+                        aside(|| tracing::error!(%node, %error, "a replica's stream was broken off"));
+                    }
+                });
                 response
             }
             Err(refusal) => {
@@ -121,7 +125,7 @@ impl ReplicationService {
         if request.version() < Version::HTTP_2 {
             return Err(Refusal::Http2);
         }
-        if node.drain.is_cancelled() {
+        if node.drain.is_cancelled() || node.roles.borrow().role == Role::Stopped {
             return Err(Refusal::Stopping);
         }
         if !source.serves() {

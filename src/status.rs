@@ -208,7 +208,7 @@ pub struct ReplicaStatus {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 #[non_exhaustive]
 pub struct Health {
-    /// The process and its threads run.
+    /// The node's threads run: it was not shut down, and replication has not failed. Where it has, only opening it anew helps.
     pub live: bool,
     /// Reads are answered from a state that is recent enough.
     pub can_read: bool,

@@ -4,7 +4,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 /// Each top module and its floor.
-const FLOORS: [(&str, u8); 28] = [
+const FLOORS: [(&str, u8); 30] = [
     ("txid", 0),
     ("page", 0),
     ("checksum", 0),
@@ -15,9 +15,11 @@ const FLOORS: [(&str, u8); 28] = [
     ("metrics", 1),
     ("node", 1),
     ("session", 1),
+    ("threads", 1),
     ("token", 1),
     ("wal", 2),
     ("wire", 2),
+    ("side", 3),
     ("sqlite", 3),
     ("log", 3),
     ("lease", 3),

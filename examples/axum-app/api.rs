@@ -262,8 +262,10 @@ async fn nodes(State(app): Shared) -> impl IntoResponse {
     ([(header::CACHE_CONTROL, "no-store")], Json(all))
 }
 
-async fn livez() -> Json<Value> {
-    Json(json!({ "live": true }))
+async fn livez(State(app): Shared) -> impl IntoResponse {
+    let live = app.db.health().live;
+    let status = if live { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    (status, Json(json!({ "live": live })))
 }
 
 async fn readyz(State(app): Shared) -> impl IntoResponse {

@@ -85,6 +85,7 @@ pub struct Config {
     pub(super) verify_every: Option<Duration>,
     pub(super) verify_limit: Option<NonZeroU64>,
     pub(super) accept_damaged: bool,
+    pub(super) database_mode: Option<u32>,
     pub(super) recovery_wait: Duration,
     /// Dropped after the database was closed.
     pub(super) keep: Option<Arc<dyn Any + Send + Sync>>,
@@ -132,6 +133,7 @@ impl Config {
             verify_every: None,
             verify_limit: None,
             accept_damaged: false,
+            database_mode: None,
             recovery_wait: RECOVERY_WAIT,
             keep: None,
         }
@@ -205,6 +207,15 @@ impl Config {
     #[must_use]
     pub fn wal_limit(mut self, bytes: u64) -> Config {
         self.wal_limit_bytes = bytes;
+        self
+    }
+
+    /// The permissions of a database file that is made here, such as `0o640`, whatever the process's mask. If not set, the file of a replica is for its owner
+    /// alone (`0o600`), or as the file that it replaces, and a primary's is as SQLite makes it. One that is there is left as it is. What lies beside it follows the
+    /// database's own permissions; the directory `<database>-replite` is always for its owner alone. Unix only.
+    #[must_use]
+    pub fn database_mode(mut self, mode: u32) -> Config {
+        self.database_mode = Some(mode);
         self
     }
 
@@ -406,6 +417,11 @@ impl Config {
                 "log_quota is {quota} bytes: less than the log is to retain, or than {LOG_QUOTA_MIN_BYTES}"
             )));
         }
+        if let Some(mode) = self.database_mode
+            && (mode & !0o666 != 0 || mode & 0o600 != 0o600)
+        {
+            return Err(Error::Config(format!("database_mode is {mode:o}: 600 to 666 are possible, octal")));
+        }
         let labels = &self.addresses.labels;
         if labels.len() > LABELS_MAX
             || labels.iter().any(|(k, v)| k.len() > LABEL_MAX_BYTES || v.len() > LABEL_MAX_BYTES)
@@ -477,6 +493,7 @@ impl Config {
             lost_bytes: self.lost_bytes,
             poll_max: Duration::from_millis(20),
             accept_damaged: self.accept_damaged,
+            database_mode: self.database_mode,
         }
     }
 }
@@ -507,6 +524,10 @@ mod tests {
         assert!(refused(Config::new("a.db").database("x".repeat(65))));
         assert!(refused(Config::new("a.db").read_connections(0)));
         assert!(refused(Config::new("a.db").wal_limit(1)));
+        for mode in [0o400, 0o66, 0o700, 0o1600] {
+            assert!(refused(Config::new("a.db").database_mode(mode)), "{mode:o}");
+        }
+        assert!(Config::new("a.db").database_mode(0o640).check().is_ok());
         assert!(refused(Config::new("a.db").verify_every(Duration::ZERO)));
         assert!(refused(Config::new("a.db").listen("0.0.0.0:1".parse().unwrap())));
         assert!(Config::new("a.db").listen("[::1]:1".parse().unwrap()).check().is_ok());

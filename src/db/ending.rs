@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use crate::db::{Db, Inner, Side};
 use crate::status::Role;
+use crate::threads;
 
 /// How long the end of the streams is waited for: they have a second for what is captured, and one for their last word.
 const STREAMS_LIMIT: Duration = Duration::from_secs(3);
@@ -136,16 +137,21 @@ fn may_wait_here() -> bool {
 /// Closes on a thread of its own, so that neither a dropped future nor a runtime that ends leaves it half done.
 fn close_behind(inner: &Arc<Inner>, gently: bool) {
     inner.announce();
-    let copy = inner.clone();
-    let run = move || {
+    let work = move |inner: &mut Arc<Inner>| {
         if gently {
-            copy.end_tasks();
+            inner.end_tasks();
         }
-        copy.close();
+        Ok(())
     };
-    if let Err(error) = std::thread::Builder::new().name("replite-close".into()).spawn(run) {
-        tracing::warn!(%error, "no thread to close the database on");
+    let started = threads::start("replite-close", inner.clone(), work, |inner, ended| {
         inner.close();
+        if let Err(error) = ended {
+            tracing::warn!(%error, "the end of streams and tasks was not waited for");
+        }
+    });
+    if let Err(error) = started {
+        inner.close();
+        tracing::warn!(%error, "no thread to close the database on");
     }
 }
 
@@ -183,7 +189,9 @@ impl Inner {
 
     /// Ends everything that is ours. Blocks for as long as the last fsyncs take.
     fn close(&self) {
+        // Also when something of the application's panics, the file is given back, and then that is said.
         let _said_at_the_end = self.ended.clone().drop_guard();
+        let _claim = self.claim.lock().unwrap_or_else(PoisonError::into_inner).take();
         self.closed.store(true, Ordering::Release);
         self.node.stop.cancel();
         self.tracker.close();
@@ -203,6 +211,5 @@ impl Inner {
         crate::sqlite::close_unlocked();
         self.node.applied.close();
         self.node.roles.send_modify(|state| state.role = Role::Stopped);
-        drop(self.claim.lock().unwrap_or_else(PoisonError::into_inner).take());
     }
 }

@@ -10,6 +10,7 @@ use uuid::Uuid;
 
 use crate::engine::replace_file;
 use crate::error::{Error, Result};
+use crate::side;
 
 const MAGIC: [u8; 8] = *b"repnodid";
 const VERSION: u32 = 1;
@@ -21,12 +22,12 @@ const FIXED_BYTES: usize = 8 + 4 + 16 + 8 + 8;
 pub(super) fn node_id(side: &Path, cluster: &str, database: &str) -> Result<Uuid> {
     let here = place(side)?;
     let path = side.join("node");
-    match fs::metadata(&path) {
+    match fs::symlink_metadata(&path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
         Err(e) => return Err(Error::io("stat", &path)(e)),
         Ok(meta) if meta.len() > MAX_BYTES => return Err(corrupt(&path, "too long")),
         Ok(_) => {
-            let bytes = fs::read(&path).map_err(Error::io("read", &path))?;
+            let bytes = side::read(&path).map_err(Error::io("read", &path))?;
             let known = decode(&path, &bytes)?;
             for (what, theirs, ours) in
                 [("cluster", &known.cluster, cluster), ("database", &known.database, database)]

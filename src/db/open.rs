@@ -64,7 +64,7 @@ impl Begun {
     fn new(config: Config, keys: Keyring, addresses: Addresses, follows: bool) -> Result<Begun> {
         let database = config.database_name()?;
         let (path, claim) = refuse::claim(&config.path, config.allow_network_filesystem)?;
-        let side = refuse::side(&path, follows)?;
+        let side = refuse::side(&path, follows, config.database_mode)?;
         snapshot::clear(&path);
         let me = PeerInfo {
             node: identity::node_id(&side, &config.cluster, &database)?,

@@ -7,6 +7,7 @@ use rusqlite::{Connection, OpenFlags};
 
 use crate::db::claims::Claim;
 use crate::error::{Error, Result, Unsupported};
+use crate::side;
 use crate::sqlite::{Handle, OLDEST};
 
 /// Checks the place and the file; gives the path without symbolic links and the claim on it.
@@ -65,12 +66,17 @@ fn resolve(path: &Path) -> Result<PathBuf> {
 
 /// Makes the directory beside the database, after whatever would refuse the database itself: a primary's is made, and turned to WAL,
 /// before.
-pub(super) fn side(path: &Path, replica: bool) -> Result<PathBuf> {
-    let mut side = path.as_os_str().to_owned();
-    side.push("-replite");
-    let side = PathBuf::from(side);
-    if side.is_dir() {
+pub(super) fn side(path: &Path, replica: bool, mode: Option<u32>) -> Result<PathBuf> {
+    let side = side::of(path);
+    if side.symlink_metadata().is_ok() {
+        side::make(&side)?;
+        if !replica {
+            create_database(path, mode)?;
+        }
         return Ok(side);
+    }
+    if !replica {
+        create_database(path, mode)?;
     }
     if path.exists() || !replica {
         let handle = Handle::open(path, !replica)?;
@@ -78,9 +84,17 @@ pub(super) fn side(path: &Path, replica: bool) -> Result<PathBuf> {
             turn_to_wal(path, handle.connection())?;
         }
     }
-    fs::create_dir(&side).map_err(Error::io("create", &side))?;
+    side::make(&side)?;
     sync_directory(path.parent().unwrap_or(Path::new(".")))?;
     Ok(side)
+}
+
+/// A database that is not there yet gets the mode that the configuration says. SQLite makes it, if that says nothing.
+fn create_database(path: &Path, mode: Option<u32>) -> Result<()> {
+    match mode {
+        Some(mode) if !path.exists() => side::create_database(path, mode),
+        _ => Ok(()),
+    }
 }
 
 fn turn_to_wal(path: &Path, connection: &Connection) -> Result<()> {

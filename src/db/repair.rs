@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 use crate::page::PageNo;
 use crate::primary::{Line, QUESTION_BYTES};
 use crate::status::{Event, PeerInfo, Verification};
+use crate::threads::blocking;
 use crate::wire::{Want, WantRun};
 
 /// Pages that may differ between a primary and a replica that is asked. More is no damage, but another state.
@@ -86,8 +87,7 @@ impl Repair {
     /// Dropped, the pages are written all the same.
     pub async fn apply(self) -> Result<Verification> {
         let Repair { engine, pages, db, from, .. } = self;
-        let written = tokio::task::spawn_blocking(move || engine.repair(&pages));
-        let written = written.await.map_err(|_| Error::ShutDown)??;
+        let written = blocking(move || engine.repair(&pages)).await?;
         tracing::warn!(pages = ?written, from = %from.node, "bad pages were written anew");
         db.inner.node.tell(Event::Repaired { pages: written, from });
         db.verify().await
@@ -102,8 +102,7 @@ async fn proven(line: &Line, engine: &Arc<Engine>, verification: &Verification) 
     let mut next = PageNo::new(1);
     while let Some(first) = next.filter(|next| next.get() <= verification.pages) {
         let reading = engine.clone();
-        let piece = tokio::task::spawn_blocking(move || reading.read_piece(first, QUESTION_BYTES));
-        let piece = piece.await.map_err(|_| Error::ShutDown)??;
+        let piece = blocking(move || reading.read_piece(first, QUESTION_BYTES)).await?;
         let ours = |at: u32| {
             let page = &piece.data[at as usize * size.bytes()..][..size.bytes()];
             PageNo::new(first.get() + at).map(|number| PageHash::of(number, page))
@@ -130,8 +129,7 @@ async fn proven(line: &Line, engine: &Arc<Engine>, verification: &Verification) 
     }
     // What was written since the verification differs for that reason.
     let (log, position) = (engine.log().clone(), verification.position);
-    let touched = tokio::task::spawn_blocking(move || log.touched(position));
-    match touched.await.map_err(|_| Error::ShutDown)?? {
+    match blocking(move || log.touched(position)).await? {
         Some(touched) => candidates.retain(|number, _| !touched.pages.contains(*number)),
         None => {
             return Err(Error::NoState("the log does not reach back to the state that was verified".into()));

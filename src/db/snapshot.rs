@@ -13,6 +13,7 @@ use uuid::Uuid;
 use crate::db::refuse::sync_directory;
 use crate::db::{Db, claims};
 use crate::error::{Error, Result};
+use crate::side;
 use crate::txid::Position;
 
 /// What the names of temporary copies begin with.
@@ -23,7 +24,7 @@ const REPLAYED: [&str; 2] = ["-wal", "-journal"];
 impl Db {
     /// Copies a committed state into a new plain SQLite file, while everything goes on. The position that is
     /// returned is in that state; later transactions may be, too. The file appears at `path`, in place of one that is there, only
-    /// when it is complete and on the disk.
+    /// when it is complete and on the disk. Who can't read the database can't read it.
     ///
     /// # Errors
     /// As for [`Db::read_async`], [`Error::NoState`] also while no primary vouches for what is here, [`Error::Io`] when the file can't be written, and [`Error::Config`] when `path` belongs to a
@@ -71,10 +72,12 @@ impl Db {
     fn take_snapshot(&self) -> Result<Snapshot> {
         self.inner.readable()?;
         let position = self.vouched()?;
-        let path = side(&self.inner.path).join(format!("{TEMPORARY}{}", Uuid::new_v4()));
+        let path = side::of(&self.inner.path).join(format!("{TEMPORARY}{}", Uuid::new_v4()));
         let temporary = Temporary(path.clone());
+        // SQLite writes into what is there.
+        drop(side::create(&path)?);
         self.copy(&path)?;
-        let file = fs::File::open(&path).map_err(Error::io("open", &path))?;
+        let file = side::open(&path).map_err(Error::io("open", &path))?;
         let bytes = file.metadata().map_err(Error::io("stat", &path))?.len();
         Ok(Snapshot { file: tokio::fs::File::from_std(file), position, bytes, _temporary: temporary })
     }
@@ -85,7 +88,8 @@ impl Db {
         check(&path)?;
         let position = self.vouched()?;
         let new = beside(&path, &format!(".new-{}", Uuid::new_v4()));
-        let placed = self.copy(&new).and_then(|()| {
+        let made = side::create_like(&new, &self.inner.path).map(drop);
+        let placed = made.and_then(|()| self.copy(&new)).and_then(|()| {
             // Meanwhile somebody may have opened a database there.
             check(&path)?;
             fs::rename(&new, &path).map_err(Error::io("rename", &path))?;
@@ -156,17 +160,12 @@ impl Drop for Temporary {
 
 /// Removes copies that a process left behind which was killed.
 pub(super) fn clear(database: &Path) {
-    let Ok(entries) = fs::read_dir(side(database)) else { return };
+    let Ok(entries) = fs::read_dir(side::of(database)) else { return };
     for entry in entries.flatten() {
         if entry.file_name().to_string_lossy().starts_with(TEMPORARY) {
             drop(Temporary(entry.path()));
         }
     }
-}
-
-/// The directory beside a database.
-pub(super) fn side(database: &Path) -> PathBuf {
-    beside(database, "-replite")
 }
 
 /// The path without symbolic links in its directory.

@@ -52,8 +52,9 @@ impl Db {
         let inner = &self.inner;
         let status = self.status();
         let mut reasons = Vec::new();
-        let live = !inner.closed.load(Ordering::Acquire) && status.role != Role::Stopped;
-        if !live {
+        let closed = inner.closed.load(Ordering::Acquire);
+        let live = !closed && status.role != Role::Stopped;
+        if closed {
             reasons.push("shut down".to_string());
         }
         let draining = inner.node.drain.is_cancelled();
@@ -69,7 +70,7 @@ impl Db {
         if !fresh {
             reasons.push(format!("nothing new from the primary for longer than {:?}", inner.grace));
         }
-        if status.primary.is_none() {
+        if live && status.primary.is_none() {
             reasons.push("the primary is not reachable".to_string());
         }
         reasons.extend(status.problem.clone());

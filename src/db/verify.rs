@@ -13,6 +13,7 @@ use crate::engine::Follower;
 use crate::error::{Error, Result};
 use crate::node::{Node, Part};
 use crate::status::{Event, Verification};
+use crate::threads::{self, aside, caught_task};
 
 /// Periods differ by up to so many parts of a hundred, so that nodes that were started together do not read their disks together for ever.
 const JITTER_PERCENT: u64 = 10;
@@ -120,40 +121,47 @@ impl Verifier {
         }
         let (tell, running) = watch::channel(None);
         let (reply, answer) = oneshot::channel();
-        let this = self.clone();
-        let run = move || {
-            let this = Running(this);
-            let result = this.0.run();
-            let copy = result.as_ref().ok().cloned();
-            drop(this);
-            if copy.is_some() {
-                tell.send_replace(copy);
+        let work = |(this, found): &mut (Arc<Verifier>, Option<Verification>)| {
+            *found = Some(this.run()?);
+            Ok(())
+        };
+        let end = move |(this, found): (Arc<Verifier>, Option<Verification>), ended: Result<()>| {
+            this.lock().running = None;
+            let result = match ended {
+                Ok(()) => found.ok_or(Error::ShutDown),
+                Err(error) => {
+                    this.failed(&error);
+                    Err(error)
+                }
+            };
+            if let Ok(verification) = &result {
+                tell.send_replace(Some(verification.clone()));
             }
             // Who asked may have gone.
             let _ = reply.send(result);
         };
-        let thread = std::thread::Builder::new().name("replite-verify".into());
-        state.thread = Some(thread.spawn(run).map_err(Error::io("spawn", "replite-verify"))?);
+        state.thread = Some(threads::start("replite-verify", (self.clone(), None), work, end)?);
         state.running = Some(running);
         Ok(Begun::Ours(answer))
     }
 
     /// Blocks for as long as it takes.
     fn run(&self) -> Result<Verification> {
-        let result = match &self.of {
+        let verification = match &self.of {
             Of::Primary(engine) => engine.get().and_then(|engine| engine.verify(self.bytes_per_second)),
             Of::Replica(follower) => follower.verify(self.bytes_per_second),
-        };
-        match &result {
-            Ok(verification) => self.report(verification),
-            Err(Error::ShutDown | Error::NoState(_)) => {}
-            Err(error) => {
-                tracing::warn!(%error, "the database could not be verified");
-                self.node
-                    .set_problem(Part::Pages, Some(format!("the database could not be verified: {error}")));
-            }
+        }?;
+        self.report(&verification);
+        Ok(verification)
+    }
+
+    /// It came to no end, be it by a panic. Nothing depends on it, so that the node goes on.
+    fn failed(&self, error: &Error) {
+        if matches!(error, Error::ShutDown | Error::NoState(_)) {
+            return;
         }
-        result
+        self.node.set_problem(Part::Pages, Some(format!("the database could not be verified: {error}")));
+        aside(|| tracing::warn!(%error, "the database could not be verified"));
     }
 
     fn report(&self, verification: &Verification) {
@@ -194,7 +202,7 @@ impl Verifier {
             tokio::select! {
                 () = stop.cancelled() => return,
                 // What comes of it is in events, log and status.
-                _ = self.verify() => {}
+                _ = caught_task("a verification", self.verify()) => {}
             }
         }
     }
@@ -207,7 +215,7 @@ impl Verifier {
             state.thread.take()
         };
         if let Some(thread) = thread {
-            // A panic of the thread was reported by its own means.
+            // It has said how it ended.
             let _ = thread.join();
         }
     }
@@ -217,15 +225,6 @@ impl Verifier {
 enum Begun {
     Ours(oneshot::Receiver<Result<Verification>>),
     Theirs(watch::Receiver<Option<Verification>>),
-}
-
-/// Says at its end, also by a panic, that none runs any more.
-struct Running(Arc<Verifier>);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        self.0.lock().running = None;
-    }
 }
 
 /// The bad pages for people: the first few.

@@ -3,7 +3,6 @@
 mod guard;
 mod inside;
 
-use std::any::Any;
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
@@ -20,6 +19,7 @@ use crate::db::builder::{Config, ConnectionKind};
 use crate::engine::{Durability, Engine};
 use crate::error::{Error, Result};
 use crate::sqlite::CommitCount;
+use crate::threads::{self, aside, message};
 use crate::txid::Txid;
 
 pub use guard::WriterGuard;
@@ -88,7 +88,7 @@ struct Shared {
 /// One async write.
 trait Job: Send {
     fn run(self: Box<Self>, shared: &Shared, connection: &mut Connection) -> Option<Unsynced>;
-    fn refuse(self: Box<Self>);
+    fn refuse(self: Box<Self>, why: Error);
 }
 
 /// A commit that waits for its fsync.
@@ -135,8 +135,8 @@ where
         }
     }
 
-    fn refuse(self: Box<Self>) {
-        let _ = self.reply.send(Err(Error::ShutDown.into()));
+    fn refuse(self: Box<Self>, why: Error) {
+        let _ = self.reply.send(Err(why.into()));
     }
 }
 
@@ -165,13 +165,13 @@ impl Writer {
         }
         let (jobs, receiver) = queue::unbounded_channel();
         let (to_sync, unsynced) = mpsc::sync_channel(UNSYNCED_MAX);
-        let spawn = |name: &str, run: Box<dyn FnOnce() + Send>| {
-            std::thread::Builder::new().name(name.into()).spawn(run).map_err(Error::io("spawn", name))
-        };
-        let (one, two) = (shared.clone(), shared.clone());
+        let one = (shared.clone(), receiver, to_sync);
+        let two = (shared.clone(), unsynced);
         let threads = vec![
-            spawn("replite-writer", Box::new(move || run_jobs(&one, receiver, &to_sync)))?,
-            spawn("replite-sync", Box::new(move || run_syncs(&two, &unsynced)))?,
+            threads::start("replite-writer", one, run_jobs, |(shared, jobs, _), ended| {
+                shared.end(ended, Some(jobs));
+            })?,
+            threads::start("replite-sync", two, run_syncs, |(shared, _), ended| shared.end(ended, None))?,
         ];
         Ok(Writer { shared, jobs: Mutex::new(Some(jobs)), threads: Mutex::new(threads) })
     }
@@ -188,10 +188,10 @@ impl Writer {
         }
         let (reply, answer) = oneshot::channel();
         let job = Box::new(Write { run, reply });
-        let room = self.shared.room.acquire().await.map_err(|_| Error::ShutDown)?;
+        let room = self.shared.room.acquire().await.map_err(|_| self.shared.refusal())?;
         let queued = lock(&self.jobs).as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
         if !queued {
-            return Err(Error::ShutDown.into());
+            return Err(self.shared.refusal().into());
         }
         // Given back when the job is taken out.
         room.forget();
@@ -200,8 +200,8 @@ impl Writer {
 
     /// Why a write that was queued has no answer.
     fn no_answer(&self) -> Error {
-        if lock(&self.jobs).is_none() {
-            return Error::ShutDown;
+        if lock(&self.jobs).is_none() || self.shared.failed() {
+            return self.shared.refusal();
         }
         Error::Panicked("the outcome is not known: a destructor or a conversion of the error did".into())
     }
@@ -246,7 +246,7 @@ impl Writer {
         }
         drop(lock(&self.shared.connection).take());
         for thread in threads {
-            // A panic of the thread was reported by its own means.
+            // It has said how it ended.
             let _ = thread.join();
         }
     }
@@ -293,6 +293,29 @@ impl Shared {
         self.engine.get()?.sync(txid)
     }
 
+    fn failed(&self) -> bool {
+        matches!(self.refusal(), Error::Stopped(_))
+    }
+
+    /// Why there are no writes any more.
+    fn refusal(&self) -> Error {
+        self.engine.get().and_then(|engine| engine.check()).err().unwrap_or(Error::ShutDown)
+    }
+
+    /// The end of a thread. Without it nothing is written any more.
+    fn end(&self, ended: Result<()>, jobs: Option<queue::UnboundedReceiver<Box<dyn Job>>>) {
+        let Err(error) = ended else { return };
+        if let Ok(engine) = self.engine.get() {
+            engine.fail(&error);
+        }
+        self.room.close();
+        let Some(mut jobs) = jobs else { return };
+        jobs.close();
+        while let Ok(job) = jobs.try_recv() {
+            survive(|| job.refuse(self.refusal()));
+        }
+    }
+
     fn transact<T, E, F>(&self, connection: &mut Connection, run: F) -> Result<Commit<T>, E>
     where
         F: FnOnce(&mut Transaction<'_>) -> Result<T, E>,
@@ -318,17 +341,19 @@ impl Shared {
 
 /// The writer's thread.
 fn run_jobs(
-    shared: &Shared,
-    mut jobs: queue::UnboundedReceiver<Box<dyn Job>>,
-    to_sync: &mpsc::SyncSender<Unsynced>,
-) {
+    (shared, jobs, to_sync): &mut (
+        Arc<Shared>,
+        queue::UnboundedReceiver<Box<dyn Job>>,
+        mpsc::SyncSender<Unsynced>,
+    ),
+) -> Result<()> {
     while let Some(job) = jobs.blocking_recv() {
         shared.room.add_permits(1);
         let Ok((inside, mut connection)) = shared.enter() else { continue };
         let unsynced = survive(|| match connection.as_mut() {
             Some(open) => job.run(shared, open),
             None => {
-                job.refuse();
+                job.refuse(shared.refusal());
                 None
             }
         });
@@ -348,10 +373,11 @@ fn run_jobs(
     }
     // Taken already, unless this thread itself dropped the last handle.
     drop(lock(&shared.connection).take());
+    Ok(())
 }
 
 /// The sync thread: one fsync for all commits that came during the one before.
-fn run_syncs(shared: &Shared, unsynced: &mpsc::Receiver<Unsynced>) {
+fn run_syncs((shared, unsynced): &mut (Arc<Shared>, mpsc::Receiver<Unsynced>)) -> Result<()> {
     let mut batch = Vec::new();
     while let Ok(first) = unsynced.recv() {
         batch.push(first);
@@ -362,11 +388,12 @@ fn run_syncs(shared: &Shared, unsynced: &mpsc::Receiver<Unsynced>) {
             shared.unsynced.fetch_sub(1, Ordering::AcqRel);
             let result = match &synced {
                 Ok(()) => Ok(()),
-                Err(error) => Err(Error::Stopped(error.to_string())),
+                Err(error) => Err(Error::Stopped(error.cause())),
             };
             unsynced.settle(result);
         }
     }
+    Ok(())
 }
 
 /// Runs code of the application on one of our threads, which has to outlive a panic in it: in a destructor of a value that nobody
@@ -375,17 +402,14 @@ fn survive<T>(run: impl FnOnce() -> T) -> Option<T> {
     match catch_unwind(AssertUnwindSafe(run)) {
         Ok(value) => Some(value),
         Err(panic) => {
-            tracing::error!(panic = message(&*panic), "the application panicked outside of its closure");
+            aside(|| {
+                tracing::error!(panic = message(&*panic), "the application panicked outside of its closure")
+            });
             // What was thrown may have a destructor that panics, too.
             std::mem::forget(panic);
             None
         }
     }
-}
-
-fn message(panic: &(dyn Any + Send)) -> String {
-    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_string());
-    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".into())
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -3,7 +3,7 @@
 //! `<side>/anchors` has two slots of 256 bytes, at 0 and 4096, written in turn, so that a torn write leaves the
 //! other. `<side>/epochs` holds the epoch history and is replaced by rename.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -227,14 +227,7 @@ impl Anchors {
     /// Opens the file, or makes an empty one.
     pub(crate) fn open(side: &Path) -> Result<Anchors> {
         let path = side.join("anchors");
-        let created = !path.exists();
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
-            .map_err(Error::io("open", &path))?;
+        let (file, created) = crate::side::open_or_create(&path)?;
         if created {
             sync_directory(side)?;
         }
@@ -325,7 +318,7 @@ fn set_modified(path: &Path, micros: i64) -> std::io::Result<()> {
 #[cfg(not(unix))]
 fn set_modified(path: &Path, micros: i64) -> std::io::Result<()> {
     let time = UNIX_EPOCH + std::time::Duration::from_micros(micros.max(0) as u64);
-    OpenOptions::new().write(true).open(path)?.set_modified(time)
+    fs::OpenOptions::new().write(true).open(path)?.set_modified(time)
 }
 
 /// The epochs of a database's history, and whether this node opened the newest one.
@@ -339,7 +332,7 @@ pub(crate) struct Epochs {
 pub(crate) fn read_epochs(side: &Path) -> Result<Epochs> {
     let path = side.join("epochs");
     let mut bytes = Vec::new();
-    match File::open(&path) {
+    match crate::side::open(&path) {
         Ok(file) => file.take(EPOCHS_MAX_BYTES).read_to_end(&mut bytes).map_err(Error::io("read", &path))?,
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Epochs::default()),
         Err(e) => return Err(Error::io("open", &path)(e)),
@@ -374,7 +367,7 @@ pub(crate) fn write_epochs(side: &Path, history: &EpochHistory, own: bool) -> Re
 /// Replaces a small file by rename, durably.
 pub(crate) fn replace_file(side: &Path, name: &str, bytes: &[u8]) -> Result<()> {
     let (path, new) = (side.join(name), side.join(format!("{name}.new")));
-    let mut file = File::create(&new).map_err(Error::io("create", &new))?;
+    let mut file = crate::side::create(&new)?;
     file.write_all(bytes).map_err(Error::io("write", &new))?;
     file.sync_all().map_err(Error::io("fsync", &new))?;
     fs::rename(&new, &path).map_err(Error::io("rename", &path))?;

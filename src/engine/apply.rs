@@ -28,8 +28,9 @@ use crate::engine::{make_side, reader};
 use crate::error::{Error, Result, Unsupported};
 use crate::log::Log;
 use crate::node::{Node, Part};
-
+use crate::side;
 use crate::status::{Event, unix_millis};
+use crate::threads;
 use crate::txid::{EpochHistory, Place, Position};
 use crate::wal::{Salts, WalSum};
 use crate::wire::{Message, Unit, Want};
@@ -180,7 +181,15 @@ impl Apply {
         Ok(())
     }
 
-    pub(super) fn run(mut self, mut commands: mpsc::Receiver<Command>) {
+    pub(super) fn start(self, commands: mpsc::Receiver<Command>) -> Result<JoinHandle<()>> {
+        let work = |(apply, commands): &mut (Apply, _)| apply.run(commands);
+        threads::start("replite-apply", (self, commands), work, |(mut apply, commands), ended| match ended {
+            Ok(()) => apply.stop(true),
+            Err(error) => apply.fall(&error, commands),
+        })
+    }
+
+    fn run(&mut self, commands: &mut mpsc::Receiver<Command>) -> Result<()> {
         while let Some(command) = commands.blocking_recv() {
             if self.shared.stop.load(Ordering::Acquire) {
                 break;
@@ -204,25 +213,42 @@ impl Apply {
                 Command::Stop => break,
             }
         }
-        self.stop();
+        self.abort();
+        Ok(())
     }
 
-    fn stop(&mut self) {
-        self.abort();
+    /// The end after a panic. Whoever feeds is told first, then everything is given back.
+    fn fall(&mut self, error: &Error, commands: mpsc::Receiver<Command>) {
+        *lock(&self.shared.fallen) = Some(error.cause());
+        drop(commands);
+        self.shared.readable.send_replace(false);
+        let base = lock(&self.shared.base).clone();
+        match base {
+            Some(base) => base.fail(error),
+            None => self.node.fail(error),
+        }
+        self.stop(false);
+    }
+
+    /// Gives everything back. What was open when the thread failed is left as it is, like after a kill.
+    fn stop(&mut self, orderly: bool) {
         // With our connections the wal-index goes out of memory: nobody may ask for its figures any more.
-        *lock(&self.shared.base) = None;
-        if let Some(mut live) = self.live.take() {
-            live.base.stop.store(true, Ordering::Release);
+        let shared = lock(&self.shared.base).take();
+        let live = self.live.take();
+        // A panic may have taken the one or the other.
+        if let Some(base) = live.as_ref().map(|live| live.base.clone()).or(shared) {
+            base.stop.store(true, Ordering::Release);
             if let Some(thread) = self.checkpointer.take() {
                 thread.thread().unpark();
+                // It has said how it ended.
                 let _ = thread.join();
             }
-            let rest = rest(&mut live);
-            if let Err(error) = rest {
-                tracing::warn!(%error, "the last anchor was not written; the next start reads the WAL instead");
+            if let Some(mut live) = live {
+                let rested = if orderly && !base.failed() { rest(&mut live) } else { Ok(()) };
+                if let Err(error) = rested {
+                    tracing::warn!(%error, "the last anchor was not written; the next start reads the WAL instead");
+                }
             }
-            let base = live.base.clone();
-            drop(live);
             base.release_locks();
         }
         self.node.applied.close();
@@ -386,6 +412,9 @@ impl Apply {
         let Ready { directory, file: received, position, pages, .. } = ready;
         // Before SQLite opens it: closing a descriptor of ours later would drop SQLite's lock on the file, and the
         // next process to close the database would take itself for the last and delete the WAL.
+        if let Some(mode) = self.options.database_mode {
+            side::set_mode(&received, &directory.join("pages"), mode)?;
+        }
         drop(received);
         let (path, side) = (&self.options.path, &self.options.side);
         make_side(&self.options)?;
@@ -430,7 +459,7 @@ impl Apply {
             return Ok(());
         }
         let kept = self.options.side.join("lost").join(format!("database-{}", unix_millis()));
-        fs::create_dir_all(&kept).map_err(Error::io("create", &kept))?;
+        side::make_directory(&kept)?;
         // The WAL first: a database without its WAL would look whole.
         let wal = WalFile::path_of(path);
         for from in [&wal, path] {
@@ -479,8 +508,8 @@ impl Apply {
 
 impl Drop for Apply {
     fn drop(&mut self) {
-        // As in `stop`, which a panic skips.
-        *lock(&self.shared.base) = None;
+        // Also where no thread was started. After an orderly end there is nothing left to give back.
+        self.stop(false);
     }
 }
 

@@ -13,7 +13,7 @@ use crate::engine::wal_file::WalFile;
 use crate::engine::{Durability, EngineOptions, Piece, WalFigures, unsynced};
 use crate::error::{Error, Result};
 use crate::log::Log;
-use crate::node::{Node, Part};
+use crate::node::Node;
 use crate::page::{PageNo, PageSize};
 use crate::sqlite::{FileLocks, Handle, Slot, WalIndex};
 use crate::status::Event;
@@ -168,12 +168,20 @@ impl Base {
         if matches!(error, Error::ShutDown) {
             return;
         }
-        let why = error.to_string();
-        tracing::error!(database = %self.options.path.display(), error = %why, "replication stopped");
-        *lock(&self.failed) = Some(why.clone());
-        self.node.set_problem(Part::Engine, Some(why.clone()));
-        self.node.tell(Event::Stopped(why));
+        {
+            let mut failed = lock(&self.failed);
+            if failed.is_some() {
+                return; // The first failure is the cause of the others.
+            }
+            *failed = Some(error.cause());
+        }
         self.tip_moved.notify_all();
+        self.node.fail(error);
+    }
+
+    /// Whether it has failed, also when it is being closed.
+    pub(super) fn failed(&self) -> bool {
+        lock(&self.failed).is_some()
     }
 
     /// Takes locks again that this process's connections have lost, and says so.

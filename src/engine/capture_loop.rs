@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock, mpsc};
-use std::thread::Thread;
+use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
 use bytes::Bytes;
@@ -18,6 +18,7 @@ use crate::error::{Error, Result};
 use crate::node::Part;
 use crate::sqlite::{Lock, Slot};
 use crate::status::Event;
+use crate::threads;
 use crate::txid::{Epoch, EpochStart, NUMBER_MAX, Position};
 
 /// After the last commit the thread keeps looking for this long before it sleeps: a wake-up costs more.
@@ -81,10 +82,12 @@ pub(super) struct CaptureLoop {
 }
 
 impl CaptureLoop {
-    pub(super) fn run(mut self) {
-        let _ = self.waker.thread.set(std::thread::current());
-        let result = self.watch();
-        if let Err(error) = result {
+    pub(super) fn start(self) -> Result<JoinHandle<()>> {
+        threads::start("replite-capture", self, CaptureLoop::watch, CaptureLoop::end)
+    }
+
+    fn end(self, ended: Result<()>) {
+        if let Err(error) = ended {
             self.base.fail(&error);
         }
         self.base.node.applied.close();
@@ -96,6 +99,7 @@ impl CaptureLoop {
     }
 
     fn watch(&mut self) -> Result<()> {
+        let _ = self.waker.thread.set(std::thread::current());
         let (mut active, mut sleep) = (Instant::now(), SLEEP_MIN);
         let mut torn: Option<Instant> = None;
         while !self.base.stopping() {

@@ -11,6 +11,7 @@ use crate::engine::checkpoint::backfill_some;
 use crate::error::{Error, Result};
 use crate::node::Part;
 use crate::sqlite::Handle;
+use crate::threads;
 use crate::txid::Position;
 use crate::wal::frame_bytes;
 
@@ -42,16 +43,17 @@ pub(super) struct Replica {
 
 impl Checkpointer {
     pub(super) fn spawn(self) -> Result<JoinHandle<()>> {
-        std::thread::Builder::new()
-            .name("replite-ckpt".into())
-            .spawn(move || self.run())
-            .map_err(Error::io("spawn", "replite-ckpt"))
+        threads::start("replite-ckpt", self, Checkpointer::run, |this, ended| {
+            if let Err(error) = ended {
+                this.base.fail(&error);
+            }
+        })
     }
 
-    fn run(mut self) {
+    fn run(&mut self) -> Result<()> {
         let mut pause = Instant::now();
         let mut failing = false;
-        while !self.base.stopping() {
+        while self.base.check().is_ok() {
             if Instant::now() >= pause {
                 match self.look() {
                     Ok(()) if failing => {
@@ -72,6 +74,7 @@ impl Checkpointer {
             }
             std::thread::park_timeout(LOOK);
         }
+        Ok(())
     }
 
     fn look(&mut self) -> Result<()> {

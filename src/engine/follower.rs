@@ -40,6 +40,8 @@ pub(super) struct Shared {
     pub(super) synced: watch::Sender<Option<Position>>,
     /// Why the current stream can't go on.
     pub(super) failure: Mutex<Option<Error>>,
+    /// Why the thread has ended, if that was a failure.
+    pub(super) fallen: Mutex<Option<String>>,
     pub(super) stop: AtomicBool,
     /// Heals that were finished since the node started.
     pub(super) heals: AtomicU64,
@@ -98,14 +100,12 @@ impl Follower {
             readable: watch::Sender::new(false),
             synced: watch::Sender::new(None),
             failure: Mutex::new(None),
+            fallen: Mutex::new(None),
             stop: AtomicBool::new(false),
             heals: AtomicU64::new(0),
         });
         let apply = Apply::open(options, node, shared.clone(), commands.downgrade())?;
-        let thread = std::thread::Builder::new()
-            .name("replite-apply".into())
-            .spawn(move || apply.run(receiver))
-            .map_err(Error::io("spawn", "replite-apply"))?;
+        let thread = apply.start(receiver)?;
         Ok(Follower { commands, shared, thread: Mutex::new(Some(thread)) })
     }
 
@@ -118,8 +118,8 @@ impl Follower {
     /// the primary while the stream stands.
     pub(crate) async fn standing(&self) -> Result<(Standing, mpsc::Receiver<Want>)> {
         let (reply, answer) = oneshot::channel();
-        self.commands.send(Command::Standing(reply)).await.map_err(|_| Error::ShutDown)?;
-        answer.await.map_err(|_| Error::ShutDown)
+        self.commands.send(Command::Standing(reply)).await.map_err(|_| self.gone())?;
+        answer.await.map_err(|_| self.gone())
     }
 
     /// Hands over data units in order; waits while the bounded queue is full. An error of the apply thread comes
@@ -131,7 +131,12 @@ impl Follower {
         if units.is_empty() {
             return Ok(());
         }
-        self.commands.send(Command::Units(units)).await.map_err(|_| Error::ShutDown)
+        self.commands.send(Command::Units(units)).await.map_err(|_| self.gone())
+    }
+
+    /// Why the thread is not there any more.
+    fn gone(&self) -> Error {
+        lock(&self.shared.fallen).clone().map_or(Error::ShutDown, Error::Stopped)
     }
 
     /// Has all pages compared with the primary's, and healed: they are not what the position says. Blocks.
@@ -173,7 +178,7 @@ impl Follower {
         while let Err(mpsc::error::TrySendError::Full(_)) = self.commands.try_send(Command::Stop) {
             std::thread::sleep(QUEUE_FULL_STEP);
         }
-        // A panic of the thread was reported by its own means.
+        // It has said how it ended.
         let _ = thread.join();
     }
 }

@@ -21,6 +21,7 @@ use crate::engine::receive::Ready;
 use crate::engine::wal_file::sync_directory;
 use crate::error::{Error, Result};
 use crate::page::{PageNo, PageSet};
+use crate::side;
 use crate::status::unix_millis;
 use crate::txid::Position;
 use crate::wire;
@@ -101,7 +102,7 @@ impl LostBranch {
 
     fn read(path: PathBuf) -> Result<LostBranch> {
         let file = path.join("branch.json");
-        let text = fs::read(&file).map_err(Error::io("read", &file))?;
+        let text = side::read(&file).map_err(Error::io("read", &file))?;
         let corrupt =
             |e: serde_json::Error| Error::Corrupt { path: file.clone(), offset: 0, what: e.to_string() };
         let value: serde_json::Value = serde_json::from_slice(&text).map_err(corrupt)?;
@@ -145,7 +146,7 @@ pub(super) fn keep(side: &Path, live: &mut Appender, doomed: &Doomed<'_>) -> Res
     if used.saturating_add(needed) > doomed.quota_bytes {
         return Err(Error::LostFull { path: lost, used, needed, quota: doomed.quota_bytes });
     }
-    fs::create_dir_all(&new).map_err(Error::io("create", &new))?;
+    side::make_directory(&new)?;
     write(&new.join("pages"), |out| write_pages(live, &pages, out))?;
     write(&new.join("records"), |out| log.bytes_between(from, until, |bytes| out.put(&bytes)))?;
     let branch = LostBranch {
@@ -213,7 +214,7 @@ impl Output<'_> {
 
 /// Writes a file and fsyncs it.
 fn write(path: &Path, fill: impl FnOnce(&mut Output<'_>) -> Result<()>) -> Result<()> {
-    let file = File::create(path).map_err(Error::io("create", path))?;
+    let file = side::create(path)?;
     let mut output = Output { path, out: BufWriter::new(file) };
     fill(&mut output)?;
     let file = output.out.into_inner().map_err(|e| Error::io("write", path)(e.into_error()))?;

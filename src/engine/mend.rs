@@ -3,7 +3,6 @@
 //! Either the file alone is one, so that the WAL can be done without; or the log's pages over what is there are the state that the log ends with, which
 //! its checksum proves. In both ways what is given up is kept in `lost`, first.
 
-use std::fs::{self, File};
 use std::time::Duration;
 
 use crate::engine::append::Appender;
@@ -17,6 +16,7 @@ use crate::engine::receive::{self, Incoming, Ready};
 use crate::engine::wal_file::{WalFile, sync_directory};
 use crate::error::{Error, Result};
 use crate::page::PageNo;
+use crate::side;
 use crate::status::{Event, unix_millis};
 use crate::txid::{Place, Position};
 use crate::wire::{HealBegin, Message, SnapEnd};
@@ -112,10 +112,9 @@ impl Opened {
         }
         let wal = WalFile::path_of(path);
         let kept = self.base.options.side.join("lost").join(format!("wal-{}", unix_millis()));
-        fs::create_dir_all(&kept).map_err(Error::io("create", &kept))?;
+        side::make_directory(&kept)?;
         let to = kept.join(wal.file_name().unwrap_or_default());
-        fs::copy(&wal, &to).map_err(Error::io("copy", &to))?;
-        File::open(&to).and_then(|file| file.sync_all()).map_err(Error::io("fsync", &to))?;
+        side::copy(&wal, &to)?;
         sync_directory(&kept)?;
         tracing::warn!(kept = %kept.display(), "the WAL is kept as it was");
         self.base.node.tell(Event::Kept(kept));

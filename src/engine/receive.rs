@@ -4,8 +4,8 @@
 //! `<side>/incoming/held` which pages a comparison brought. Pages may come newer than the position they were read at; the log
 //! records that follow are applied to the file until the state that the primary names, and then the checksum decides.
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{Read, Write};
+use std::fs::{self, File};
+use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
 use crate::checksum::PageHash;
@@ -15,6 +15,7 @@ use crate::engine::overlay::{Overlay, Store};
 use crate::engine::wal_file::{read_exact_at, sync_directory, write_all_at};
 use crate::error::{Error, Result};
 use crate::page::{PageNo, PageSet, PageSize};
+use crate::side;
 use crate::txid::Position;
 use crate::wal::le_u32;
 use crate::wire::{HealBegin, SnapBegin, SnapEnd, TxnBegin, TxnEnd};
@@ -71,7 +72,7 @@ pub(super) type Under<'a> = Option<&'a mut Appender>;
 pub(super) fn progress(side: &Path) -> Option<Progress> {
     let mut bytes = Vec::new();
     // One byte more than there should be is enough to see that it is none of ours.
-    let file = File::open(side.join("incoming").join("state")).ok()?;
+    let file = side::open(&side.join("incoming").join("state")).ok()?;
     file.take(STATE_BYTES as u64 + 1).read_to_end(&mut bytes).ok()?;
     let bytes: [u8; STATE_BYTES] = bytes.try_into().ok()?;
     let (body, check) = bytes.split_last_chunk::<16>()?;
@@ -140,15 +141,8 @@ impl Store for Pages<'_> {
 impl Incoming {
     fn new(side: &Path, page_size: PageSize, first: Position, below: u32) -> Result<Incoming> {
         let directory = side.join("incoming");
-        fs::create_dir_all(&directory).map_err(Error::io("create", &directory))?;
-        let path = directory.join("pages");
-        let file = OpenOptions::new()
-            .read(true)
-            .write(true)
-            .create(true)
-            .truncate(false)
-            .open(&path)
-            .map_err(Error::io("open", &path))?;
+        side::make_directory(&directory)?;
+        let (file, _) = side::open_or_create(&directory.join("pages"))?;
         let overlay = Overlay::new(page_size, first, below);
         Ok(Incoming { directory, file, held: None, next: 1, since_progress: 0, overlay })
     }
@@ -183,8 +177,8 @@ impl Incoming {
         let mut incoming = Incoming::new(side, begin.page_size, begin.from, pages)?;
         if begin.compare {
             let path = incoming.directory.join("held");
-            let file = OpenOptions::new().create(true).append(true).open(&path);
-            let mut file = file.map_err(Error::io("open", &path))?;
+            let (mut file, _) = side::open_or_create(&path)?;
+            file.seek(SeekFrom::End(0)).map_err(Error::io("seek", &path))?;
             match held {
                 Some(have) => incoming.overlay.resume(have),
                 None => {
@@ -327,7 +321,7 @@ pub(super) fn read_held(side: &Path, page_size: PageSize) -> Option<PageSet> {
     let mut bytes = Vec::new();
     // A number may stand there more than once; a file that was not written by us is not read to its end.
     let most = 12 + 4 * there.saturating_mul(16);
-    File::open(directory.join("held")).ok()?.take(most).read_to_end(&mut bytes).ok()?;
+    side::open(&directory.join("held")).ok()?.take(most).read_to_end(&mut bytes).ok()?;
     let numbers = bytes.strip_prefix(HELD_MAGIC.as_slice())?.strip_prefix(&page_size.get().to_le_bytes())?;
     let mut have = PageSet::default();
     let numbers = numbers.chunks_exact(4).filter_map(|n| PageNo::new(le_u32(n)));

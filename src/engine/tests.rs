@@ -50,6 +50,7 @@ impl Home {
             lost_bytes: 1 << 30,
             poll_max: Duration::from_millis(10),
             accept_damaged: false,
+            database_mode: None,
         }
     }
 

@@ -16,7 +16,7 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// Whether commits may have been lost: the database was not closed, and this is another boot, or nobody knows.
 pub(super) fn may_be_lost(side: &Path) -> Result<bool> {
     let path = side.join(NAME);
-    match fs::read(&path) {
+    match crate::side::read(&path) {
         Ok(then) => Ok(then.is_empty() || then != boot_id()),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
         Err(e) => Err(Error::io("read", &path)(e)),
@@ -30,7 +30,7 @@ pub(super) fn begin(side: &Path) -> Result<()> {
 
 /// From now on commits may have been lost on this boot, too.
 pub(super) fn doubt(side: &Path) {
-    let known = fs::read(side.join(NAME)).is_ok_and(|then| then.is_empty());
+    let known = crate::side::read(&side.join(NAME)).is_ok_and(|then| then.is_empty());
     if !known && let Err(error) = replace_file(side, NAME, b"") {
         tracing::warn!(%error, "that commits may be lost could not be noted");
     }

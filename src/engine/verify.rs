@@ -15,6 +15,7 @@ use crate::log::Found;
 use crate::page::PageNo;
 use crate::sqlite::{Handle, Lock, Slot};
 use crate::status::{Verification, unix_millis};
+use crate::threads::caught;
 use crate::wire::{Decoder, Message};
 
 /// Longest wait for one of SQLite's four read marks.
@@ -175,10 +176,10 @@ fn hash(base: &Base, handle: &mut Handle, tip: &Tip, limit: Option<NonZeroU64>) 
     std::thread::scope(|scope| {
         let helper = std::thread::Builder::new().name("replite-verify-2".into());
         let other = helper
-            .spawn_scoped(scope, || work(&mut second))
+            .spawn_scoped(scope, || caught("replite-verify-2", || work(&mut second)).flatten())
             .map_err(Error::io("spawn", "replite-verify-2"))?;
         let ours = work(handle);
-        let theirs = other.join().unwrap_or_else(|_| Err(Error::Panicked("in a verification".into())));
+        let theirs = other.join().unwrap_or(Err(Error::ShutDown));
         Ok(ours?.plus(theirs?))
     })
 }

@@ -1,9 +1,10 @@
 //! Files at explicit offsets, and their names.
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
+use crate::side;
 
 /// The file of the segment that begins at an address.
 pub(super) fn path(dir: &Path, start: u64) -> PathBuf {
@@ -18,14 +19,9 @@ pub(super) fn start_of(name: &str) -> Option<u64> {
     valid.then(|| u64::from_str_radix(digits, 16).ok()).flatten()
 }
 
-/// Creates a file, or empties one whose removal failed earlier.
-pub(super) fn create(path: &Path) -> Result<File> {
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(true).open(path).map_err(Error::io("create", path))
-}
-
+/// Opens a segment to be appended to or cut.
 pub(super) fn open_to_write(path: &Path) -> Result<File> {
-    OpenOptions::new().read(true).write(true).open(path).map_err(Error::io("open", path))
+    side::open_to_write(path).map_err(Error::io("open", path))
 }
 
 /// Removes segments that nobody needs. One that can't be removed now goes when the log is next opened.

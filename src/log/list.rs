@@ -1,5 +1,4 @@
 //! What the log holds, transaction by transaction.
-use std::fs::File;
 use std::io;
 use std::ops::ControlFlow;
 use std::time::{Duration, SystemTime};
@@ -8,6 +7,7 @@ use super::scan::{Edge, Stretch, hop};
 use super::{Found, Log};
 use crate::checksum::Checksum;
 use crate::error::{Error, Result};
+use crate::side;
 use crate::status::LoggedTransaction;
 use crate::txid::{EpochHistory, EpochStart, Position};
 use crate::wire::TxnEnd;
@@ -101,7 +101,7 @@ impl Log {
             let next = state.segments.get(behind).map(|s| s.start);
             (segment.path.clone(), Stretch { segment: segment.start, from, until }, next)
         };
-        let file = match File::open(&path) {
+        let file = match side::open(&path) {
             Ok(file) => file,
             // Dropped since the lock was given back: what is younger is still there.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(next),

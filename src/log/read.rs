@@ -1,5 +1,4 @@
 //! Reading the log while it grows.
-use std::fs::File;
 use std::io;
 use std::ops::ControlFlow;
 use std::path::PathBuf;
@@ -10,6 +9,7 @@ use super::scan::{Edge, HEAD_BYTES, Index, Stretch, hop};
 use super::state::{Seg, State};
 use super::{Found, Log, files};
 use crate::error::{Error, Result};
+use crate::side;
 
 /// Where a search begins.
 struct Search {
@@ -29,7 +29,7 @@ impl Log {
             Ok(search) => search,
             Err(found) => return Ok(found),
         };
-        let file = match File::open(&search.path) {
+        let file = match side::open(&search.path) {
             Ok(file) => file,
             // Dropped since the lock was given back.
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Found::Behind),
@@ -98,7 +98,7 @@ impl Log {
             let segment = segment_at(&state, lsn).filter(|s| lsn < s.end).ok_or_else(|| self.gone(lsn))?;
             (segment.path.clone(), HEAD_BYTES + lsn - segment.start, segment.end - lsn)
         };
-        let file = match File::open(&path) {
+        let file = match side::open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(self.gone(lsn)),
             Err(error) => return Err(Error::io("open", &path)(error)),

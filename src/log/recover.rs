@@ -1,6 +1,6 @@
 //! What is left of a log when it is opened.
 use std::collections::VecDeque;
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -11,6 +11,7 @@ use super::files;
 use super::scan::{HEAD_BYTES, Scan, scan};
 use super::state::{Seg, State};
 use crate::error::{Error, Result};
+use crate::side;
 use crate::wire::{Decoder, Message, SEGMENT_BYTES, Segment, Unit, VERSION};
 
 /// A file with the name of a segment.
@@ -30,7 +31,7 @@ impl Candidate {
 
 /// Reads a log's directory and repairs it. Nothing is changed before all of it was read.
 pub(super) fn recover(dir: &Path) -> Result<State> {
-    fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+    side::make_directory(dir)?;
     let mut candidates = list(dir)?;
     let mut drop = Vec::new();
     while let Some(torn) = candidates.pop_if(|c| c.head.is_none()) {
@@ -104,7 +105,7 @@ fn run_before(candidates: &mut Vec<Candidate>, mut next: Segment) -> Result<VecD
 }
 
 fn verify(candidate: &Candidate, head: Segment, until: u64) -> Result<Scan> {
-    let file = File::open(&candidate.path).map_err(Error::io("open", &candidate.path))?;
+    let file = side::open(&candidate.path).map_err(Error::io("open", &candidate.path))?;
     scan(&file, &candidate.path, head, until)
 }
 
@@ -135,7 +136,7 @@ fn list(dir: &Path) -> Result<Vec<Candidate>> {
 }
 
 fn examine(path: PathBuf, start: u64) -> Result<Candidate> {
-    let file = File::open(&path).map_err(Error::io("open", &path))?;
+    let file = side::open(&path).map_err(Error::io("open", &path))?;
     let meta = file.metadata().map_err(Error::io("stat", &path))?;
     let modified = meta.modified().unwrap_or_else(|_| SystemTime::now());
     let mut raw = [0; SEGMENT_BYTES];

@@ -11,6 +11,7 @@ use bytes::BytesMut;
 use super::scan::{HEAD_BYTES, Index};
 use super::{LogOptions, files};
 use crate::error::{Error, Result};
+use crate::side;
 use crate::txid::Position;
 use crate::wire::{self, Message, Segment};
 
@@ -148,7 +149,7 @@ impl State {
         }
         let start = self.end;
         let path = files::path(dir, start);
-        let file = files::create(&path)?;
+        let file = side::create(&path)?;
         let mut head = BytesMut::new();
         let follows = self.segments.back().map(|s| s.end);
         wire::encode(&Message::Segment(Segment { start, before, follows }), &mut head);

@@ -25,6 +25,7 @@ use super::{
     CONNECTION_WINDOW_BYTES, FRAME_MAX_BYTES, PING_INTERVAL, PING_TIMEOUT, STREAM_WINDOW_BYTES, Tracked,
 };
 use crate::error::{Error, Result};
+use crate::threads::{aside, caught_task};
 
 /// Connections at one time; more wait in the kernel's queue.
 const CONNECTIONS_MAX: usize = 256;
@@ -79,6 +80,28 @@ impl Listener {
     {
         let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
         loop {
+            let accepting = self.accept_all(&service, &tracker, &stop, &room);
+            match caught_task("the listener", accepting).await {
+                Ok(()) => return,
+                Err(error) => aside(|| tracing::error!(%error, "the listener goes on")),
+            }
+        }
+    }
+
+    async fn accept_all<S, B>(
+        &self,
+        service: &S,
+        tracker: &TaskTracker,
+        stop: &CancellationToken,
+        room: &Arc<Semaphore>,
+    ) where
+        S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
+        S::Future: Send,
+        S::Error: Into<Box<dyn StdError + Send + Sync>>,
+        B: Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<Box<dyn StdError + Send + Sync>>,
+    {
+        loop {
             let accepted = async {
                 let place = room.clone().acquire_owned().await;
                 (self.socket.accept().await, place)
@@ -96,9 +119,9 @@ impl Listener {
                     });
                 }
                 Err(error) => {
-                    tracing::warn!(address = %self.address, %error, "can't accept a connection");
                     // The error stays for a while; a loop without a pause would take a whole core.
                     tokio::time::sleep(ACCEPT_PAUSE).await;
+                    tracing::warn!(address = %self.address, %error, "can't accept a connection");
                 }
             }
         }

@@ -57,6 +57,7 @@ mod tests {
             position,
             pages: 1,
             file: FileState::Backfilling(Witnesses::default()),
+            ahead: false,
         }
     }
 

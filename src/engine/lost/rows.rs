@@ -1,7 +1,7 @@
 //! The rows that a heal changed, told from the states before and after it, while both can still be read.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs::{self, File};
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 
@@ -217,7 +217,7 @@ fn json(value: ValueRef<'_>) -> Value {
 /// What was told; `None` when the process ended before it was.
 pub(super) fn read(path: &Path) -> Result<Option<LostRows>> {
     let path = path.join(FILE);
-    let file = match File::open(&path) {
+    let file = match crate::side::open(&path) {
         Ok(file) => file,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(Error::io("open", &path)(error)),

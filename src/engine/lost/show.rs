@@ -1,6 +1,6 @@
 //! Showing a lost branch: its transactions, its pages, its rows, and all of it as a SQLite file.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{self, Read};
 use std::path::Path;
 
@@ -14,6 +14,7 @@ use crate::engine::wal_file::sync_directory;
 use crate::error::{Error, Result};
 use crate::log::logged;
 use crate::page::PageNo;
+use crate::side;
 use crate::status::LoggedTransaction;
 use crate::wire::{Decoder, HEADER_BYTES, Message, Unit};
 
@@ -63,14 +64,14 @@ impl LostBranch {
         rows::read(self.path())
     }
 
-    /// Writes the branch into a new SQLite file, for `ATTACH` and the shell. `replite_branch` says what it is, `replite_transactions`,
+    /// Writes the branch into a new SQLite file, which who can't read the database can't read, for `ATTACH` and the shell. `replite_branch` says what it is, `replite_transactions`,
     /// `replite_pages` and `replite_rows` have what the functions here give; and for each table of which the branch had rows that were replaced
     /// there is a table `lost_<name>` with those rows, under their columns, behind `replite_rowid`.
     ///
     /// # Errors
     /// [`Error::Io`], also when the file is there already; [`Error::Sqlite`]; [`Error::Corrupt`].
     pub fn export(&self, to: &Path) -> Result<()> {
-        let made = File::create_new(to).map_err(Error::io("create", to));
+        let made = side::create_like(to, &self.path().join("pages"));
         // Closed before SQLite opens it: a later close would drop its locks.
         drop(made?);
         let done = self.fill(to);
@@ -129,7 +130,7 @@ impl LostBranch {
 
     fn units(&self, name: &str, mut visit: impl FnMut(&Unit, Message<'_>) -> Result<()>) -> Result<()> {
         let path = self.path().join(name);
-        let mut file = File::open(&path).map_err(Error::io("open", &path))?;
+        let mut file = side::open(&path).map_err(Error::io("open", &path))?;
         let (mut decoder, mut offset) = (Decoder::default(), 0u64);
         let corrupt = |offset, what: String| Error::Corrupt { path: path.clone(), offset, what };
         loop {

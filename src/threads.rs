@@ -1,0 +1,147 @@
+//! Threads and tasks that a node starts, and what becomes of a panic in one: it ends nothing without a word.
+//!
+//! The application's code runs in all of them: its tracing subscriber, its metrics recorder, destructors of its values.
+
+use std::any::Any;
+use std::future::Future;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::Pin;
+use std::task::{Context, Poll};
+use std::thread::JoinHandle;
+
+use pin_project_lite::pin_project;
+
+use crate::error::{Error, Result};
+
+/// Starts a thread. `work` does what it is there for; `end` then gets what that worked on, and how it ended, a panic being an error like others:
+/// it says so, and gives back what is held.
+pub(crate) fn start<T: Send + 'static>(
+    name: &'static str,
+    state: T,
+    work: impl FnOnce(&mut T) -> Result<()> + Send + 'static,
+    end: impl FnOnce(T, Result<()>) + Send + 'static,
+) -> Result<JoinHandle<()>> {
+    let run = move || {
+        let mut state = state;
+        let ended = caught(name, || work(&mut state)).flatten();
+        // One more panic has nobody left to tell but the panic hook, which was called.
+        let _ = caught(name, || end(state, ended));
+    };
+    std::thread::Builder::new().name(name.into()).spawn(run).map_err(Error::io("spawn", name))
+}
+
+/// Runs it; a panic becomes an error that says where it was.
+pub(crate) fn caught<T>(place: &str, run: impl FnOnce() -> T) -> Result<T> {
+    catch_unwind(AssertUnwindSafe(run)).map_err(|panic| panicked(place, panic))
+}
+
+/// Tells the application something whose end matters more than its being told.
+pub(crate) fn aside(tell: impl FnOnce()) {
+    // The panic hook was called.
+    let _ = caught("telling", tell);
+}
+
+/// [`caught`] for a future. After a panic it is not to be polled again.
+pub(crate) fn caught_task<F: Future>(place: &'static str, future: F) -> CaughtTask<F> {
+    CaughtTask { place, future }
+}
+
+pin_project! {
+    /// See [`caught_task`].
+    pub(crate) struct CaughtTask<F> {
+        place: &'static str,
+        #[pin]
+        future: F,
+    }
+}
+
+impl<F: Future> Future for CaughtTask<F> {
+    type Output = Result<F::Output>;
+
+    fn poll(self: Pin<&mut Self>, context: &mut Context<'_>) -> Poll<Result<F::Output>> {
+        let this = self.project();
+        match caught(this.place, || this.future.poll(context)) {
+            Ok(polled) => polled.map(Ok),
+            Err(error) => Poll::Ready(Err(error)),
+        }
+    }
+}
+
+/// Runs what blocks where it may.
+pub(crate) async fn blocking<T: Send + 'static>(
+    run: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    match tokio::task::spawn_blocking(run).await {
+        Ok(result) => result,
+        Err(error) if error.is_panic() => Err(panicked("a blocking task", error.into_panic())),
+        // The runtime ends.
+        Err(_) => Err(Error::ShutDown),
+    }
+}
+
+fn panicked(place: &str, panic: Box<dyn Any + Send>) -> Error {
+    let error = Error::Stopped(format!("a panic in {place}: {}", message(&*panic)));
+    // What was thrown may have a destructor that panics, too.
+    std::mem::forget(panic);
+    error
+}
+
+/// What a panic said.
+pub(crate) fn message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(|s| (*s).to_string());
+    text.or_else(|| panic.downcast_ref::<String>().cloned()).unwrap_or_else(|| "no message".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn whatever_becomes_of_the_work_its_end_is_run_with_what_it_worked_on() {
+        let (tell, told) = mpsc::channel();
+        for (how, expected) in [("returns", "Ok(())"), ("fails", "ShutDown"), ("panics", "by intent")] {
+            let tell = tell.clone();
+            let work = move |done: &mut u32| {
+                *done += 1;
+                match how {
+                    "returns" => Ok(()),
+                    "fails" => Err(Error::ShutDown),
+                    _ => panic!("by intent"),
+                }
+            };
+            let end = move |done, ended: Result<()>| tell.send((done, format!("{ended:?}"))).unwrap();
+            start("replite-test", 0, work, end).unwrap().join().unwrap();
+            let (done, ended) = told.recv().unwrap();
+            assert_eq!(done, 1);
+            assert!(ended.contains(expected), "{ended}");
+        }
+    }
+
+    #[test]
+    fn an_end_that_panics_and_what_is_thrown_and_panics_end_the_thread_only() {
+        struct Grenade;
+        impl Drop for Grenade {
+            fn drop(&mut self) {
+                panic!("in a destructor");
+            }
+        }
+        let work = |_: &mut ()| std::panic::panic_any(Grenade);
+        start("replite-test", (), work, |(), _| panic!("by intent")).unwrap().join().unwrap();
+    }
+
+    #[tokio::test]
+    async fn a_task_that_panics_is_an_error_and_so_is_what_blocks() {
+        let task = caught_task("a test", async {
+            tokio::task::yield_now().await;
+            if true {
+                panic!("by intent");
+            }
+        });
+        assert!(task.await.unwrap_err().to_string().contains("a panic in a test: by intent"));
+        assert_eq!(caught_task("a test", async { 5 }).await.unwrap(), 5);
+        let blocked = blocking::<()>(|| panic!("by intent")).await;
+        assert!(matches!(blocked, Err(Error::Stopped(why)) if why.contains("by intent")));
+    }
+}
