@@ -199,6 +199,19 @@ fn check_state(db: &Db, said: &Said, cut: &Cut) -> Result<u64, String> {
     Ok(last)
 }
 
+/// Checks a state that no primary is known to vouch for: it is one that there was, and what counts is behind it.
+fn check_unvouched(db: &Db, said: &Said, cut: &Cut, synced: Option<u64>) -> Result<(), String> {
+    let last = db.read(|c| Ok::<_, Error>(said.check(c, cut.at))).map_err(|e| e.to_string())??;
+    let number = last + said.base.map_or(0, |base| base.1);
+    if let Some(position) = db.position().filter(|position| position.number() >= number) {
+        return Err(format!("state {number} is vouched for by nobody, and {position} counts"));
+    }
+    if synced.is_some_and(|synced| number < synced) {
+        return Err(format!("{synced:?} was on the disk, and {number} is there"));
+    }
+    Ok(())
+}
+
 async fn check_log(db: &Db, said: &Said) -> Result<(), String> {
     let logged = db.transactions(None, usize::MAX).await.map_err(|e| e.to_string())?;
     for pair in logged.windows(2) {
@@ -421,7 +434,14 @@ fn check_replica(dir: &Path, said: &Said, cut: &Cut, url: &str, primary: &Db) ->
         let open = |url: &str| Db::open(small(replica(&path, url)));
         let db = open("http://127.0.0.1:1").await.map_err(|e| format!("it does not open: {e}"))?;
         let synced = said.replica_synced(cut.at);
+        // What is there goes beyond what counts, or nothing is known to count, until the primary decides.
+        let unvouched = db.status().problem.is_some_and(|problem| problem.contains("no primary that is known"));
         match db.position() {
+            _ if unvouched && strayed => {}
+            _ if unvouched => {
+                check_unvouched(&db, said, cut, synced)?;
+                check_log(&db, said).await?;
+            }
             None if synced.is_some() => {
                 return Err(format!("{synced:?} was on the disk, and nothing is there"));
             }
