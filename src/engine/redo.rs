@@ -22,7 +22,10 @@ impl Opened {
     pub(super) fn redo(self) -> Result<Opened> {
         let tip = self.base.tip();
         let Some(logged) = self.base.log.tip() else {
-            self.base.log.reset(tip.position)?;
+            // A replica's log begins where a primary vouches for a state, not before.
+            if self.primary {
+                self.base.log.reset(tip.position)?;
+            }
             return Ok(self);
         };
         if logged == tip.position {
