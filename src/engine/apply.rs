@@ -1,6 +1,7 @@
 //! The replica's owner thread: it verifies and applies what the stream brings.
 
 mod healing;
+mod state;
 
 use std::fs;
 use std::path::Path;
@@ -17,14 +18,13 @@ use crate::engine::append::Appender;
 use crate::engine::base::lock;
 use crate::engine::capture_loop::warn_if_long;
 use crate::engine::checkpoint::{DRAIN_MAX, Restart, restart};
-use crate::engine::checkpointer::{Checkpointer, Replica};
 use crate::engine::follower::{Command, Shared, Standing};
 use crate::engine::intake::Intake;
-use crate::engine::open::{self, Opened};
+use crate::engine::make_side;
+use crate::engine::open;
 use crate::engine::receive::{self, Incoming, Ready};
 use crate::engine::wal_file::{WalFile, sync_directory};
-use crate::engine::{make_side, reader};
-use crate::error::{Error, Result, Unsupported};
+use crate::error::{Error, Result};
 use crate::log::Log;
 use crate::node::{Node, Part};
 
@@ -34,6 +34,7 @@ use crate::wal::{Salts, WalSum};
 use crate::wire::{Message, Unit, Want};
 
 use healing::{Healing, Pace, Suspect, WANTS_MAX};
+use state::State;
 
 /// Pause after a failed restart of the WAL, doubled each time.
 const RESTART_PAUSE: Duration = Duration::from_millis(50);
@@ -44,7 +45,7 @@ pub(super) struct Apply {
     node: Arc<Node>,
     shared: Arc<Shared>,
     commands: mpsc::WeakSender<Command>,
-    live: Option<Appender>,
+    state: State,
     checkpointer: Option<JoinHandle<()>>,
     incoming: Option<Incoming>,
     healing: Option<Healing>,
@@ -78,7 +79,7 @@ impl Apply {
             node,
             shared,
             commands,
-            live: None,
+            state: State::Closed,
             checkpointer: None,
             incoming: None,
             healing: None,
@@ -99,77 +100,6 @@ impl Apply {
             apply.open_existing()?;
         }
         Ok(apply)
-    }
-
-    fn open_existing(&mut self) -> Result<()> {
-        match open::open(self.options.clone(), self.node.clone(), false) {
-            Ok(opened) if opened.exact => self.go_live(opened),
-            Ok(mut opened) => {
-                // Not a state of the cluster: never read from, and put aside when a snapshot takes its place.
-                let damage = opened.damage();
-                drop(opened);
-                self.say_unknown(
-                    &damage.map_or("it is no state of the cluster".into(), |why| {
-                        format!("it is damaged: {why}")
-                    }),
-                );
-                Ok(())
-            }
-            Err(Error::Damaged { what, .. }) => {
-                self.say_unknown(&format!("it is damaged: {what}"));
-                Ok(())
-            }
-            Err(Error::Unsupported { reason: Unsupported::NotWal(_), .. }) => {
-                self.say_unknown("it is no state of the cluster");
-                Ok(())
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    fn say_unknown(&self, why: &str) {
-        let text = format!(
-            "the database here is not read from: {why}; it is kept aside when a snapshot replaces it"
-        );
-        tracing::warn!(path = %self.options.path.display(), text);
-        self.node.set_problem(Part::State, Some(text));
-    }
-
-    fn go_live(&mut self, mut opened: Opened) -> Result<()> {
-        opened.begin_if_empty()?;
-        let mut opened = opened.redo()?;
-        opened.anchor()?;
-        let base = opened.base.clone();
-        self.history = opened.history;
-        let position = base.tip().position;
-        let commands = self.commands.clone();
-        let ready = move || {
-            if let Some(commands) = commands.upgrade() {
-                // When the queue is full, the thread looks by itself after the next batch.
-                let _ = commands.try_send(Command::Restart);
-            }
-        };
-        let replica = Replica { synced: self.shared.synced.clone(), ready: Box::new(ready) };
-        let checkpointer = Checkpointer {
-            base: base.clone(),
-            handle: reader(&base)?,
-            replica: Some(replica),
-            log_synced: Instant::now(),
-            applied_synced: Instant::now(),
-        };
-        if base.log.tip() != Some(position) {
-            tracing::warn!(%position, logged = ?base.log.tip(), "the last commits here came from no primary that is known");
-            let text =
-                "the last commits here came from no primary that is known; the primary decides on them";
-            self.node.set_problem(Part::State, Some(text.into()));
-        }
-        self.live = Some(Appender::new(base.clone(), opened.handle)?);
-        self.checkpointer = Some(checkpointer.spawn()?);
-        *lock(&self.shared.base) = Some(base);
-        self.node.applied.replace(self.history.clone(), Some(position));
-        self.shared.readable.send_replace(true);
-        tracing::info!(%position, "the replica's state is open");
-        Ok(())
     }
 
     pub(super) fn run(mut self, mut commands: mpsc::Receiver<Command>) {
@@ -203,20 +133,17 @@ impl Apply {
         self.abort();
         // With our connections the wal-index goes out of memory: nobody may ask for its figures any more.
         *lock(&self.shared.base) = None;
-        if let Some(mut live) = self.live.take() {
+        if let Some(live) = self.state.known() {
             live.base.stop.store(true, Ordering::Release);
             if let Some(thread) = self.checkpointer.take() {
                 thread.thread().unpark();
                 let _ = thread.join();
             }
-            let rest = rest(&mut live);
-            if let Err(error) = rest {
+            if let Err(error) = rest(live) {
                 tracing::warn!(%error, "the last anchor was not written; the next start reads the WAL instead");
             }
-            let base = live.base.clone();
-            drop(live);
-            base.release_locks();
         }
+        self.state.close();
         self.node.applied.close();
     }
 
@@ -234,7 +161,7 @@ impl Apply {
     }
 
     fn abort(&mut self) {
-        self.intake.abort(self.live.as_mut());
+        self.intake.abort(self.state.known());
         self.incoming = None;
         self.healing = None;
     }
@@ -247,7 +174,7 @@ impl Apply {
         let (wants, receiver) = mpsc::channel(WANTS_MAX);
         self.wants = Some(wants);
         let standing = Standing {
-            position: self.live.as_ref().map(Appender::position),
+            position: self.state.content().map(|live| live.position()),
             history: Arc::new(self.history.clone()),
             resume: receive::progress(&self.options.side).map(|p| (p.first, p.next)),
             suspect: self.suspect != Suspect::No,
@@ -257,7 +184,7 @@ impl Apply {
     }
 
     fn units(&mut self, units: Vec<Unit>) -> Result<()> {
-        if let Some(live) = &self.live {
+        if let Some(live) = self.state.known() {
             live.base.check()?;
         }
         for unit in &units {
@@ -267,7 +194,7 @@ impl Apply {
                 Message::SnapBegin(begin) => {
                     self.node.tell(Event::SnapshotStarted("this node has no state of the cluster".into()));
                     tracing::info!(first = %begin.first, from = %begin.from, "a snapshot begins");
-                    if self.live.is_some() {
+                    if self.state.content().is_some() {
                         return Err(Error::garbled("the primary", "a snapshot over a live database"));
                     }
                     self.incoming = Some(Incoming::begin(&self.options.side, begin)?);
@@ -280,7 +207,7 @@ impl Apply {
                     })?;
                 }
                 Message::Sent(sent) => self.sent(sent)?,
-                Message::SnapPiece { first, pages, .. } => match (&mut self.healing, &mut self.live) {
+                Message::SnapPiece { first, pages, .. } => match (&mut self.healing, self.state.content()) {
                     (Some(_), Some(live)) => {
                         let incoming = self.incoming.as_mut().ok_or_else(no_snapshot)?;
                         incoming.patch(first, pages, live)?;
@@ -289,24 +216,24 @@ impl Apply {
                 },
                 Message::SnapEnd(end) => {
                     let incoming = self.incoming.as_mut().ok_or_else(no_snapshot)?;
-                    if incoming.end(end, self.live.as_mut())? {
+                    if incoming.end(end, self.state.content())? {
                         self.adopt()?;
                     }
                 }
                 Message::TxnBegin(_) | Message::Page { .. } | Message::TxnEnd(_)
                     if self.incoming.is_none() =>
                 {
-                    let live = self.live.as_mut().ok_or_else(no_state)?;
+                    let live = self.state.known().ok_or_else(no_state)?;
                     self.intake.unit(live, unit, &message, &self.history)?;
                 }
                 Message::TxnBegin(begin) => self.incoming()?.txn_begin(begin)?,
                 Message::Page { number, hash, page } => {
                     let incoming = self.incoming.as_mut().ok_or_else(no_snapshot)?;
-                    incoming.page(number, hash, page, self.live.as_mut())?;
+                    incoming.page(number, hash, page, self.state.content())?;
                 }
                 Message::TxnEnd(end) => {
                     let incoming = self.incoming.as_mut().ok_or_else(no_snapshot)?;
-                    let exact = incoming.txn_end(end, self.live.as_mut())?;
+                    let exact = incoming.txn_end(end, self.state.content())?;
                     self.common(end.after)?;
                     if exact {
                         self.adopt()?;
@@ -324,7 +251,7 @@ impl Apply {
 
     /// The log gets the records first, then readers see them.
     fn publish(&mut self) -> Result<()> {
-        let Some(live) = &mut self.live else { return Ok(()) };
+        let Some(live) = self.state.known() else { return Ok(()) };
         self.intake.publish(live)?;
         let position = live.base.tip().position;
         if self.node.applied.position() != Some(position) {
@@ -334,16 +261,13 @@ impl Apply {
     }
 
     fn epochs(&mut self, history: EpochHistory) -> Result<()> {
-        let ours = match &self.live {
-            Some(live) => history.place(live.position().txid()) == Place::OnHistory,
-            None => false,
-        };
-        if !ours {
+        let ours = |live: &mut Appender| history.place(live.position().txid()) == Place::OnHistory;
+        if !self.state.known().is_some_and(ours) {
             self.next_history = Some(history);
         } else if history != self.history {
             anchor::write_epochs(&self.options.side, &history, false)?;
             self.history = history.clone();
-            self.node.applied.replace(history, self.live.as_ref().map(|l| l.base.tip().position));
+            self.node.applied.replace(history, self.state.known().map(|live| live.base.tip().position));
         }
         Ok(())
     }
@@ -408,7 +332,7 @@ impl Apply {
                 found: opened.base.tip().position.to_string(),
             });
         }
-        self.go_live(opened)
+        self.go_live(opened, true)
     }
 
     /// Keeps a database that is no state of the cluster.
@@ -440,7 +364,7 @@ impl Apply {
     }
 
     fn maybe_restart(&mut self) -> Result<()> {
-        let Some(live) = &mut self.live else { return Ok(()) };
+        let Some(live) = self.state.known() else { return Ok(()) };
         if live.base.check().is_err()
             || live.base.wal_bytes() <= self.options.wal_limit_bytes
             || Instant::now() < self.restart_after

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::{Bytes, BytesMut};
 use tokio::sync::mpsc;
 
+use super::state::State;
 use super::{Apply, no_state};
 use crate::engine::anchor;
 use crate::engine::append::Appender;
@@ -18,7 +19,7 @@ use crate::log::Found;
 use crate::node::Part;
 use crate::page::{PageNo, PageSize};
 use crate::status::Event;
-use crate::txid::{EpochHistory, Position};
+use crate::txid::{EpochHistory, Place, Position};
 use crate::wire::{HealBegin, Sent, Want};
 
 /// Pause after a heal that followed another one closely, doubled each time.
@@ -29,8 +30,8 @@ pub(super) const WANTS_MAX: usize = 1;
 
 impl Apply {
     /// States of our log among which the primary may find the fork.
-    pub(super) fn marks(&self) -> Vec<Position> {
-        let Some(live) = &self.live else { return Vec::new() };
+    pub(super) fn marks(&mut self) -> Vec<Position> {
+        let Some(live) = self.state.known() else { return Vec::new() };
         // Commits that are not in the log touched pages that it does not know.
         if live.base.log.tip() != Some(live.position()) {
             return Vec::new();
@@ -43,7 +44,7 @@ impl Apply {
 
     /// What a failure of a stream says of our pages, or of the primary's log.
     pub(super) fn judge(&mut self, error: &Error) {
-        let Some(live) = &self.live else {
+        let Some(live) = self.state.content() else {
             // Pages of a snapshot that is gone on with, which were not looked at again: not once more.
             if let Error::Mismatch { .. } = error
                 && let Err(error) = receive::discard(&self.options.side)
@@ -52,13 +53,14 @@ impl Apply {
             }
             return;
         };
+        let position = live.base.tip().position;
         let compared = self.healing.as_ref().is_some_and(|healing| healing.heal.begin.compare);
         match error {
             // Pages that were verified when they came led elsewhere from ours.
             Error::Mismatch { .. } if !compared => self.suspect(Suspect::Pages),
             // Once may be the network, or a record that was just taken back.
             Error::Peer { problem: PeerProblem::Garbled(_), .. } if !compared => {
-                let at = Some(live.base.tip().position);
+                let at = Some(position);
                 if std::mem::replace(&mut self.garbled_at, at) == at && self.suspect == Suspect::No {
                     self.suspect(Suspect::Stream);
                 }
@@ -81,7 +83,7 @@ impl Apply {
     }
 
     pub(super) fn healing(&mut self) -> Result<(&mut Healing, &mut Incoming, &mut Appender)> {
-        match (&mut self.healing, &mut self.incoming, &mut self.live) {
+        match (&mut self.healing, &mut self.incoming, self.state.content()) {
             (Some(healing), Some(incoming), Some(live)) => Ok((healing, incoming, live)),
             _ => Err(Error::garbled("the primary", "a part of no heal")),
         }
@@ -90,7 +92,7 @@ impl Apply {
     /// The primary leads our state back to its own.
     pub(super) fn heal(&mut self, begin: HealBegin) -> Result<()> {
         self.pace.allow()?;
-        let Some(live) = &mut self.live else { return Err(no_state()) };
+        let live = self.state.content().ok_or_else(no_state)?;
         expect_page_size(live, begin.page_size)?;
         let why = match (begin.diverged, begin.compare) {
             (true, _) => "this node's state is not in the primary's history",
@@ -131,7 +133,7 @@ impl Apply {
 
     /// A record of the primary's led to this state: the fork is not before it when we had it, too.
     pub(super) fn common(&mut self, after: Position) -> Result<()> {
-        let (Some(healing), Some(live)) = (&mut self.healing, &self.live) else { return Ok(()) };
+        let (Some(healing), Some(live)) = (&mut self.healing, self.state.known()) else { return Ok(()) };
         if healing.behind {
             let ours = live.base.log.find(after.number())?;
             healing.behind = matches!(ours, Found::At { before, .. } if before == after);
@@ -148,15 +150,21 @@ impl Apply {
         ready: &Ready,
         history: EpochHistory,
     ) -> Result<()> {
-        let Some(mut live) = self.live.take() else { return Err(no_state()) };
-        let result = self.heal_live(&mut live, healing, ready, &history);
+        let mut state = std::mem::replace(&mut self.state, State::Closed);
+        let live = state.content().ok_or_else(no_state)?;
+        let result = self.heal_live(live, healing, ready, &history);
         if result.is_err() {
             live.abort();
         }
-        self.live = Some(live);
+        self.state = state;
         let kept = result?;
-        self.history = history.clone();
-        self.node.applied.replace(history, Some(ready.position));
+        self.history = history;
+        if let Err(error) = self.serve() {
+            if let Some(live) = self.state.known() {
+                live.base.fail(&error);
+            }
+            return Err(error);
+        }
         let kept = kept.map(|kept| self.tell_rows(kept, ready));
         self.suspect = Suspect::No;
         self.garbled_at = None;
@@ -208,8 +216,8 @@ impl Apply {
     }
 
     /// Notes which rows the lost branch had; the pages are kept already.
-    fn tell_rows(&self, (path, before): (PathBuf, Option<Before>), ready: &Ready) -> PathBuf {
-        if let (Some(live), Some(before)) = (&self.live, before)
+    fn tell_rows(&mut self, (path, before): (PathBuf, Option<Before>), ready: &Ready) -> PathBuf {
+        if let (Some(live), Some(before)) = (self.state.known(), before)
             && let Err(error) = lost::tell(&path, before, live, ready)
         {
             tracing::warn!(%error, branch = %path.display(), "the rows of a lost branch can't be told; its pages are kept");
@@ -220,6 +228,10 @@ impl Apply {
     /// Where the log's records begin that may be off the history.
     fn records_since_common(&self, live: &Appender, theirs: &EpochHistory) -> Option<u64> {
         let log = &live.base.log;
+        // A transaction's name is given once: the primary has this one, and all before it.
+        if log.tip().is_none_or(|logged| theirs.place(logged.txid()) == Place::OnHistory) {
+            return None;
+        }
         let from = self.history.common(theirs).max(log.start()?.number());
         match log.find(from) {
             Ok(Found::At { lsn, .. }) => Some(lsn),
