@@ -1,9 +1,9 @@
 //! The replica's owner thread: it verifies and applies what the stream brings.
 
+mod filling;
 mod healing;
 mod state;
 
-use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,24 +13,20 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 use crate::engine::EngineOptions;
-use crate::engine::anchor::{self, Anchor, Anchors, FileState, Witnesses, stamp};
+use crate::engine::anchor;
 use crate::engine::append::Appender;
 use crate::engine::base::lock;
 use crate::engine::capture_loop::warn_if_long;
 use crate::engine::checkpoint::{DRAIN_MAX, Restart, restart};
 use crate::engine::follower::{Command, Shared, Standing};
 use crate::engine::intake::Intake;
-use crate::engine::make_side;
-use crate::engine::open;
-use crate::engine::receive::{self, Incoming, Ready};
-use crate::engine::wal_file::{WalFile, sync_directory};
+use crate::engine::receive::{self, Incoming};
+use crate::engine::wal_file::sync_directory;
 use crate::error::{Error, Result};
-use crate::log::Log;
 use crate::node::{Node, Part};
 
-use crate::status::{Event, unix_millis};
+use crate::status::Event;
 use crate::txid::{EpochHistory, Place, Position};
-use crate::wal::{Salts, WalSum};
 use crate::wire::{Message, Unit, Want};
 
 use healing::{Healing, Pace, Suspect, WANTS_MAX};
@@ -96,9 +92,9 @@ impl Apply {
             restart_pause: RESTART_PAUSE,
             warned_frames: 0,
         };
-        if apply.options.path.exists() {
-            apply.open_existing()?;
-        }
+        // A fill that was begun knows how large the primary's pages are.
+        let begun = receive::progress(&apply.options.side);
+        apply.open_path(begun.map(|progress| progress.page_size))?;
         Ok(apply)
     }
 
@@ -284,82 +280,13 @@ impl Apply {
         match self.healing.take() {
             Some(healing) => self.adopt_heal(&healing, &ready, history)?,
             None => {
-                self.move_in(ready, history)?;
+                self.fill(&ready, history)?;
                 self.node.set_problem(Part::State, None);
                 tracing::info!(%position, "the snapshot is taken over");
                 self.node.tell(Event::SnapshotFinished(position));
             }
         }
         receive::discard(&self.options.side)?;
-        Ok(())
-    }
-
-    /// Where nothing is open: the file takes the database's place.
-    fn move_in(&mut self, ready: Ready, history: EpochHistory) -> Result<()> {
-        let Ready { directory, file: received, position, pages, .. } = ready;
-        // Before SQLite opens it: closing a descriptor of ours later would drop SQLite's lock on the file, and the
-        // next process to close the database would take itself for the last and delete the WAL.
-        drop(received);
-        let (path, side) = (&self.options.path, &self.options.side);
-        make_side(&self.options)?;
-        self.put_aside()?;
-        anchor::write_epochs(side, &history, false)?;
-        Log::open(&side.join("log"), self.options.log)?.reset(position)?;
-        let from = directory.join("pages");
-        let file = match stamp(&from)? {
-            Some(modified) => FileState::AtRest { position, modified },
-            None => FileState::Backfilling(Witnesses::default()),
-        };
-        let mut anchors = Anchors::open(side)?;
-        let anchor = Anchor {
-            generation: anchors.generation(),
-            salts: Salts::default(),
-            frame: 0,
-            sum: WalSum::default(),
-            position,
-            pages,
-            file,
-        };
-        // Before the rename: a file at the database's place always has its anchor.
-        anchors.write(anchor, true)?;
-        drop(anchors);
-        fs::rename(&from, path).map_err(Error::io("rename", path))?;
-        sync_parent(path)?;
-        let opened = open::open(self.options.clone(), self.node.clone(), false)?;
-        if !opened.exact || opened.base.tip().position != position {
-            return Err(Error::Mismatch {
-                expected: position.to_string(),
-                found: opened.base.tip().position.to_string(),
-            });
-        }
-        self.go_live(opened, true)
-    }
-
-    /// Keeps a database that is no state of the cluster.
-    fn put_aside(&self) -> Result<()> {
-        let path = &self.options.path;
-        if !path.exists() {
-            return Ok(());
-        }
-        let kept = self.options.side.join("lost").join(format!("database-{}", unix_millis()));
-        fs::create_dir_all(&kept).map_err(Error::io("create", &kept))?;
-        // The WAL first: a database without its WAL would look whole.
-        let wal = WalFile::path_of(path);
-        for from in [&wal, path] {
-            if let (true, Some(name)) = (from.exists(), from.file_name()) {
-                fs::rename(from, kept.join(name)).map_err(Error::io("rename", from))?;
-            }
-        }
-        let mut shm = path.as_os_str().to_owned();
-        shm.push("-shm");
-        match fs::remove_file(&shm) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", &shm)(e)),
-            _ => {}
-        }
-        sync_directory(&kept)?;
-        sync_parent(path)?;
-        tracing::warn!(kept = %kept.display(), "the database that was here is put aside");
-        self.node.tell(Event::Kept(kept));
         Ok(())
     }
 

@@ -92,8 +92,11 @@ impl Apply {
     /// The primary leads our state back to its own.
     pub(super) fn heal(&mut self, begin: HealBegin) -> Result<()> {
         self.pace.allow()?;
+        let ours = self.state.content().ok_or_else(no_state)?.base.page_size;
+        if ours != begin.page_size {
+            return Err(self.other_page_size(ours, begin.page_size));
+        }
         let live = self.state.content().ok_or_else(no_state)?;
-        expect_page_size(live, begin.page_size)?;
         let why = match (begin.diverged, begin.compare) {
             (true, _) => "this node's state is not in the primary's history",
             (false, _) => "the primary's log does not reach back to this node's state",
@@ -120,6 +123,19 @@ impl Apply {
         self.incoming = Some(incoming);
         self.healing = Some(healing);
         Ok(())
+    }
+
+    /// No transaction changes the size of pages.
+    fn other_page_size(&mut self, ours: PageSize, theirs: PageSize) -> Error {
+        if self.state.known().is_none() {
+            self.state.close();
+            return Error::Stopped(format!(
+                "the database here has pages of {ours:?}, the primary's of {theirs:?}: a snapshot replaces it"
+            ));
+        }
+        Error::Stopped(format!(
+            "the primary's page size is now {theirs:?}, this replica's {ours:?}: stop the node, move its database away and start it again"
+        ))
     }
 
     pub(super) fn sent(&mut self, sent: Sent) -> Result<()> {
@@ -159,12 +175,7 @@ impl Apply {
         self.state = state;
         let kept = result?;
         self.history = history;
-        if let Err(error) = self.serve() {
-            if let Some(live) = self.state.known() {
-                live.base.fail(&error);
-            }
-            return Err(error);
-        }
+        self.serve()?;
         let kept = kept.map(|kept| self.tell_rows(kept, ready));
         self.suspect = Suspect::No;
         self.garbled_at = None;
@@ -315,14 +326,4 @@ fn ask(wants: &Option<mpsc::Sender<Want>>, want: Want) -> Result<()> {
     let gone = || Error::Stopped("the stream that a heal needs has ended".into());
     // One is under way at a time, so that there is always room while the stream stands.
     wants.as_ref().ok_or_else(gone)?.try_send(want).map_err(|_| gone())
-}
-
-fn expect_page_size(live: &Appender, theirs: PageSize) -> Result<()> {
-    if live.base.page_size == theirs {
-        return Ok(());
-    }
-    Err(Error::Stopped(format!(
-        "the primary's page size is now {theirs:?}, this replica's {:?}: stop the node, move its database away and start it again",
-        live.base.page_size
-    )))
 }
