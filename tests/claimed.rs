@@ -7,7 +7,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use replite::rusqlite::Connection;
-use replite::{Db, Error, Event};
+use replite::{Db, Error, Event, LostKind};
 use support::*;
 
 /// A plain connection in another process; says what it sees each time that it hears something.
@@ -205,9 +205,9 @@ async fn a_foreign_database_of_another_page_size_is_kept_whole() {
     within("the fill", target.ready()).await.unwrap();
     settle(&source, &target, 10).await;
     assert_same_pages(&p, &r);
-    let kept = lost(&r);
-    assert_eq!(kept.len(), 1, "{kept:?}");
-    let mine = plain(&kept[0].join("r.db"));
+    let kept = target.lost().await.unwrap();
+    assert_eq!((kept.len(), &kept[0].kind), (1, &LostKind::Database), "{kept:?}");
+    let mine = plain(&kept[0].path.join("r.db"));
     assert_eq!(mine.query_row("SELECT a FROM mine", [], |row| row.get::<_, String>(0)).unwrap(), "precious");
     target.shutdown().await;
     source.shutdown().await;

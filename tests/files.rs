@@ -226,7 +226,7 @@ async fn what_a_replica_had_of_its_own_is_kept_aside() {
     let (p, r) = (pair.primary().await, pair.replica().await);
     settle(&p, &r, 5).await;
     let kept = r.lost().await.unwrap().remove(0);
-    let rows = kept.rows().unwrap().unwrap().rows;
+    let rows = kept.branch().unwrap().rows().unwrap().unwrap().rows;
     let mine = rows.iter().find(|row| row.table == "mine").unwrap();
     assert_eq!(mine.lost.as_ref().unwrap()["a"], "precious");
     p.shutdown().await;

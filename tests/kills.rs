@@ -14,7 +14,7 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use replite::rusqlite::Connection;
-use replite::{Config, Db, Error, Position};
+use replite::{Config, Db, Error, Lost, Position};
 
 use support::*;
 
@@ -466,7 +466,7 @@ async fn a_replica_that_is_killed_again_and_again_is_always_a_state_of_the_prima
     assert_same_pages(&p, &r);
     assert!(replica.verify().await.unwrap().holds());
     let mut kept = Vec::new();
-    for branch in replica.lost().await.unwrap() {
+    for branch in replica.lost().await.unwrap().iter().filter_map(Lost::branch) {
         branch
             .visit_pages(|_, page| {
                 kept.extend_from_slice(page);

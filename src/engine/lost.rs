@@ -1,10 +1,11 @@
-//! `<side>/lost`: what a heal replaced, so that nothing that was committed anywhere is thrown away.
+//! `<side>/lost`: what a heal replaced, and what else could not stay, so that nothing that was committed anywhere is thrown away.
 //!
 //! A branch is a directory `branch-<position of its tip>` (behind that `-damaged-<time>` for pages that were none of that position's) with `branch.json` (what it is), `pages` (PAGE units: the image of each page
 //! that the heal replaced or dropped, as it was), `records` (its transactions, as they stood in the log, as far as they did) and `rows.jsonl`
 //! (which rows that concerned). It is written under another name, fsynced, and renamed before the heal changes anything.
 
 mod btree;
+mod list;
 mod rows;
 mod show;
 
@@ -28,6 +29,7 @@ use crate::wire;
 
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
 pub(super) use btree::fuzz_btree_page;
+pub use list::{Lost, LostKind};
 pub(super) use rows::{Before, tell};
 pub use rows::{LostRow, LostRows};
 
@@ -78,26 +80,6 @@ impl LostBranch {
     /// Where it is kept.
     pub fn path(&self) -> &Path {
         &self.path
-    }
-
-    /// All branches that are kept beside a database, oldest first.
-    pub(crate) fn list(side: &Path) -> Result<Vec<LostBranch>> {
-        let lost = side.join("lost");
-        let entries = match fs::read_dir(&lost) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(Error::io("read", &lost)(error)),
-        };
-        let mut branches = Vec::new();
-        for entry in entries {
-            let path = entry.map_err(Error::io("read", &lost))?.path();
-            let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-            if name.starts_with(PREFIX) && !name.ends_with(".new") {
-                branches.push(LostBranch::read(path)?);
-            }
-        }
-        branches.sort_by_key(|b| b.unix_millis);
-        Ok(branches)
     }
 
     fn read(path: PathBuf) -> Result<LostBranch> {
