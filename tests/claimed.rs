@@ -156,12 +156,7 @@ async fn a_primary_of_another_page_size_fills_the_path_when_nobody_else_has_it()
             insert(&source, "w", n).await;
         }
         let problem = || target.status().problem.unwrap_or_default();
-        within("a problem", async {
-            while !problem().contains("connections are closed") {
-                tokio::task::yield_now().await;
-            }
-        })
-        .await;
+        until("a problem", || problem().contains("connections are closed"));
         assert_eq!(others.see(), (-1, -1));
         // All of them must.
         let Others { here, mut there } = others;
@@ -169,9 +164,10 @@ async fn a_primary_of_another_page_size_fills_the_path_when_nobody_else_has_it()
         there.say("close");
         there.expect("closed");
         within("the fill", target.ready()).await.unwrap();
-        let mut others = Others::open(&r, "", 100);
         settle(&source, &target, 10).await;
-        assert_eq!(others.see(), (110, 110));
+        let mut others = Others::open(&r, "", 110);
+        settle(&source, &target, 10).await;
+        assert_eq!(others.see(), (120, 120));
         others.close();
         settle(&source, &target, 10).await;
         assert_same_pages(&p, &r);
@@ -181,6 +177,34 @@ async fn a_primary_of_another_page_size_fills_the_path_when_nobody_else_has_it()
         target.shutdown().await;
         source.shutdown().await;
     }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_node_that_is_opened_again_claims_its_path_with_the_primarys_page_size() {
+    let dir = tempfile::tempdir().unwrap();
+    let (p, r) = (dir.path().join("p.db"), dir.path().join("r.db"));
+    make_primary(&p, 1024);
+    let source = Db::open(primary(&p, 0)).await.unwrap();
+    let url = source.node().addresses.replication.clone();
+    let target = Db::open(replica(&r, "http://127.0.0.1:1")).await.unwrap();
+    let others = Others::open(&r, "", -1);
+    target.shutdown().await;
+    let target = Db::open(replica(&r, &url)).await.unwrap();
+    let problem = || target.status().problem.unwrap_or_default();
+    until("a problem", || problem().contains("connections are closed"));
+    target.shutdown().await;
+    others.close();
+    let target = Db::open(replica(&r, "http://127.0.0.1:1")).await.unwrap();
+    // Who comes now is in nobody's way.
+    let mut others = Others::open(&r, "", -1);
+    target.shutdown().await;
+    let target = Db::open(replica(&r, &url)).await.unwrap();
+    settle(&source, &target, 10).await;
+    assert_eq!(others.see(), (10, 10));
+    others.close();
+    assert_same_pages(&p, &r);
+    target.shutdown().await;
+    source.shutdown().await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -94,7 +94,14 @@ impl Apply {
         };
         // A fill that was begun knows how large the primary's pages are.
         let begun = receive::progress(&apply.options.side);
-        apply.open_path(begun.map(|progress| progress.page_size))?;
+        let size = begun.map(|progress| progress.page_size);
+        apply.open_path(size)?;
+        // Before the application's own connections are there.
+        if let (State::Empty(_), Some(size)) = (&apply.state, size)
+            && let Err(error) = apply.make_room(size)
+        {
+            tracing::warn!(%error, "the empty database does not have the primary's page size yet");
+        }
         Ok(apply)
     }
 

@@ -47,7 +47,7 @@ impl Apply {
     }
 
     /// Sees to it that an empty database with pages of this size is open.
-    fn make_room(&mut self, size: PageSize) -> Result<()> {
+    pub(super) fn make_room(&mut self, size: PageSize) -> Result<()> {
         if self.state.empty(size).is_some() {
             return Ok(());
         }
