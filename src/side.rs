@@ -163,13 +163,15 @@ pub(crate) fn create_like(path: &Path, like: &Path) -> Result<File> {
     options.create_new(true).open(path).map_err(Error::io("create", path))
 }
 
-/// Makes an empty database file of this mode; SQLite gives it to all that belongs to it.
-pub(crate) fn create_database(path: &Path, mode: u32) -> Result<()> {
+/// Makes an empty database file of this mode; SQLite gives it to all that belongs to it. To close what is returned may take SQLite's locks on it away:
+/// see `sqlite::park`.
+pub(crate) fn create_database(path: &Path, mode: u32) -> Result<File> {
     let mut options = options(true);
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, PRIVATE);
     let file = options.create_new(true).open(path).map_err(Error::io("create", path))?;
-    set_mode(&file, path, mode)
+    set_mode(&file, path, mode)?;
+    Ok(file)
 }
 
 /// Takes from a file of ours what others may do with it and not with the database.

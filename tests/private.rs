@@ -94,7 +94,7 @@ async fn what_lies_beside_a_database_is_no_more_open_than_the_database() {
     all_private(&p, &["unsynced"]);
     all_private(&r, &["branch.json", "rows.jsonl", "pages", "records"]);
     let export = dir.path().join("export.db");
-    branch.export(&export).unwrap();
+    branch.branch().unwrap().export(&export).unwrap();
     assert_eq!(mode(&export), 0o600);
     db.shutdown().await;
     follower.shutdown().await;

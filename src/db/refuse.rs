@@ -8,7 +8,7 @@ use rusqlite::{Connection, OpenFlags};
 use crate::db::claims::Claim;
 use crate::error::{Error, Result, Unsupported};
 use crate::side;
-use crate::sqlite::{Handle, OLDEST};
+use crate::sqlite::{Handle, OLDEST, park};
 
 /// Checks the place and the file; gives the path without symbolic links and the claim on it.
 pub(super) fn claim(path: &Path, allow_network: bool) -> Result<(PathBuf, Claim)> {
@@ -92,7 +92,7 @@ pub(super) fn side(path: &Path, replica: bool, mode: Option<u32>) -> Result<Path
 /// A database that is not there yet gets the mode that the configuration says. SQLite makes it, if that says nothing.
 fn create_database(path: &Path, mode: Option<u32>) -> Result<()> {
     match mode {
-        Some(mode) if !path.exists() => side::create_database(path, mode),
+        Some(mode) if !path.exists() => side::create_database(path, mode).map(|file| park([file])),
         _ => Ok(()),
     }
 }

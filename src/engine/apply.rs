@@ -1,9 +1,10 @@
 //! The replica's owner thread: it verifies and applies what the stream brings.
 
+mod filling;
 mod healing;
+mod state;
 mod vouched;
 
-use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -13,32 +14,26 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 use crate::engine::EngineOptions;
-use crate::engine::anchor::{self, Anchor, Anchors, FileState, Witnesses, stamp};
+use crate::engine::anchor;
 use crate::engine::append::Appender;
 use crate::engine::base::lock;
 use crate::engine::capture_loop::warn_if_long;
 use crate::engine::checkpoint::{DRAIN_MAX, Restart, restart};
-use crate::engine::checkpointer::{Checkpointer, Replica};
 use crate::engine::follower::{Command, Shared, Standing};
 use crate::engine::intake::Intake;
-use crate::engine::open::{self, Opened};
-use crate::engine::receive::{self, Incoming, Ready};
-use crate::engine::wal_file::{WalFile, sync_directory};
-use crate::engine::{make_side, reader};
-use crate::error::{Error, Result, Unsupported};
-use crate::log::Log;
+use crate::engine::receive::{self, Incoming};
+use crate::engine::wal_file::sync_directory;
+use crate::error::{Error, Result};
 use crate::node::{Node, Part};
-use crate::side;
-use crate::status::{Event, unix_millis};
+use crate::status::Event;
 use crate::threads;
 use crate::txid::{EpochHistory, Place, Position};
-use crate::wal::{Salts, WalSum};
 use crate::wire::{Message, Unit, Want};
 
 pub(super) use healing::Differing;
 
 use healing::{Healing, Pace, Suspect, WANTS_MAX};
-use vouched::last_vouched;
+use state::State;
 
 /// Pause after a failed restart of the WAL, doubled each time.
 const RESTART_PAUSE: Duration = Duration::from_millis(50);
@@ -49,7 +44,7 @@ pub(super) struct Apply {
     node: Arc<Node>,
     shared: Arc<Shared>,
     commands: mpsc::WeakSender<Command>,
-    live: Option<Appender>,
+    state: State,
     checkpointer: Option<JoinHandle<()>>,
     incoming: Option<Incoming>,
     healing: Option<Healing>,
@@ -83,7 +78,7 @@ impl Apply {
             node,
             shared,
             commands,
-            live: None,
+            state: State::Closed,
             checkpointer: None,
             incoming: None,
             healing: None,
@@ -100,85 +95,17 @@ impl Apply {
             restart_pause: RESTART_PAUSE,
             warned_frames: 0,
         };
-        if apply.options.path.exists() {
-            apply.open_existing()?;
+        // A fill that was begun knows how large the primary's pages are.
+        let begun = receive::progress(&apply.options.side);
+        let size = begun.map(|progress| progress.page_size);
+        apply.open_path(size)?;
+        // Before the application's own connections are there.
+        if let (State::Empty(_), Some(size)) = (&apply.state, size)
+            && let Err(error) = apply.make_room(size)
+        {
+            tracing::warn!(%error, "the empty database does not have the primary's page size yet");
         }
         Ok(apply)
-    }
-
-    fn open_existing(&mut self) -> Result<()> {
-        match open::open(self.options.clone(), self.node.clone(), false) {
-            Ok(opened) if opened.exact => self.go_live(opened),
-            Ok(mut opened) => {
-                // Not a state of the cluster: never read from, and put aside when a snapshot takes its place.
-                let damage = opened.doubt()?;
-                drop(opened);
-                self.say_unknown(
-                    &damage.map_or("it is no state of the cluster".into(), |why| {
-                        format!("it is damaged: {why}")
-                    }),
-                );
-                Ok(())
-            }
-            Err(Error::Damaged { what, .. }) => {
-                self.say_unknown(&format!("it is damaged: {what}"));
-                Ok(())
-            }
-            Err(Error::Unsupported { reason: Unsupported::NotWal(_), .. }) => {
-                self.say_unknown("it is no state of the cluster");
-                Ok(())
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    fn say_unknown(&self, why: &str) {
-        let text = format!(
-            "the database here is not read from: {why}; it is kept aside when a snapshot replaces it"
-        );
-        tracing::warn!(path = %self.options.path.display(), text);
-        self.node.set_problem(Part::State, Some(text));
-    }
-
-    fn go_live(&mut self, mut opened: Opened) -> Result<()> {
-        // Before a log that is empty is begun at the state that is here, and anchors are written over.
-        let logged = opened.base.log.tip();
-        let anchored = lock(&opened.base.anchors).newest_first();
-        opened.begin_if_empty()?;
-        let mut opened = opened.redo()?;
-        let vouched = last_vouched(logged, opened.base.tip().position, &anchored);
-        open::anchor(&opened.base, &mut opened.handle)?;
-        let base = opened.base.clone();
-        self.history = opened.history;
-        let position = base.tip().position;
-        let commands = self.commands.clone();
-        let ready = move || {
-            if let Some(commands) = commands.upgrade() {
-                // When the queue is full, the thread looks by itself after the next batch.
-                let _ = commands.try_send(Command::Restart);
-            }
-        };
-        let replica = Replica { synced: self.shared.synced.clone(), ready: Box::new(ready) };
-        let checkpointer = Checkpointer {
-            base: base.clone(),
-            handle: reader(&base)?,
-            replica: Some(replica),
-            log_synced: Instant::now(),
-            applied_synced: Instant::now(),
-        };
-        if vouched != Some(position) {
-            tracing::warn!(%position, ?vouched, "the last commits here came from no primary that is known");
-            let text =
-                "the last commits here came from no primary that is known; the primary decides on them";
-            self.node.set_problem(Part::State, Some(text.into()));
-        }
-        self.live = Some(Appender::new(base.clone(), opened.handle)?);
-        self.checkpointer = Some(checkpointer.spawn()?);
-        *lock(&self.shared.base) = Some(base);
-        self.node.applied.replace(self.history.clone(), vouched);
-        self.shared.readable.send_replace(true);
-        tracing::info!(%position, "the replica's state is open");
-        Ok(())
     }
 
     pub(super) fn start(self, commands: mpsc::Receiver<Command>) -> Result<JoinHandle<()>> {
@@ -234,7 +161,7 @@ impl Apply {
     fn stop(&mut self, orderly: bool) {
         // With our connections the wal-index goes out of memory: nobody may ask for its figures any more.
         let shared = lock(&self.shared.base).take();
-        let live = self.live.take();
+        let live = self.state.known();
         // A panic may have taken the one or the other.
         if let Some(base) = live.as_ref().map(|live| live.base.clone()).or(shared) {
             base.stop.store(true, Ordering::Release);
@@ -243,14 +170,16 @@ impl Apply {
                 // It has said how it ended.
                 let _ = thread.join();
             }
-            if let Some(mut live) = live {
-                let rested = if orderly && !base.failed() { rest(&mut live) } else { Ok(()) };
+            if let Some(live) = self.state.known() {
+                let rested = if orderly && !base.failed() { rest(live) } else { Ok(()) };
                 if let Err(error) = rested {
                     tracing::warn!(%error, "the last anchor was not written; the next start reads the WAL instead");
                 }
             }
+            self.state.close();
             base.release_locks();
         }
+        self.state.close();
         self.node.applied.close();
     }
 
@@ -268,7 +197,7 @@ impl Apply {
     }
 
     fn abort(&mut self) {
-        self.intake.abort(self.live.as_mut());
+        self.intake.abort(self.state.known());
         self.incoming = None;
         self.healing = None;
     }
@@ -281,7 +210,7 @@ impl Apply {
         let (wants, receiver) = mpsc::channel(WANTS_MAX);
         self.wants = Some(wants);
         let standing = Standing {
-            position: self.live.as_ref().map(Appender::position),
+            position: self.state.content().map(|live| live.position()),
             history: Arc::new(self.history.clone()),
             resume: receive::progress(&self.options.side).map(|p| (p.first, p.next)),
             suspect: self.suspect != Suspect::No,
@@ -291,7 +220,7 @@ impl Apply {
     }
 
     fn units(&mut self, units: Vec<Unit>) -> Result<()> {
-        if let Some(live) = &self.live {
+        if let Some(live) = self.state.known() {
             live.base.check()?;
         }
         for unit in &units {
@@ -302,7 +231,7 @@ impl Apply {
                 Message::SnapBegin(begin) => {
                     self.node.tell(Event::SnapshotStarted("this node has no state of the cluster".into()));
                     tracing::info!(first = %begin.first, from = %begin.from, "a snapshot begins");
-                    if self.live.is_some() {
+                    if self.state.content().is_some() {
                         return Err(Error::garbled("the primary", "a snapshot over a live database"));
                     }
                     self.incoming = Some(Incoming::begin(&self.options.side, begin)?);
@@ -315,7 +244,7 @@ impl Apply {
                     })?;
                 }
                 Message::Sent(sent) => self.sent(sent)?,
-                Message::SnapPiece { first, pages, .. } => match (&mut self.healing, &mut self.live) {
+                Message::SnapPiece { first, pages, .. } => match (&mut self.healing, self.state.content()) {
                     (Some(_), Some(live)) => {
                         let incoming = self.incoming.as_mut().ok_or_else(no_snapshot)?;
                         incoming.patch(first, pages, live)?;
@@ -324,24 +253,24 @@ impl Apply {
                 },
                 Message::SnapEnd(end) => {
                     let incoming = self.incoming.as_mut().ok_or_else(no_snapshot)?;
-                    if incoming.end(end, self.live.as_mut())? {
+                    if incoming.end(end, self.state.content())? {
                         self.adopt()?;
                     }
                 }
                 Message::TxnBegin(_) | Message::Page { .. } | Message::TxnEnd(_)
                     if self.incoming.is_none() =>
                 {
-                    let live = self.live.as_mut().ok_or_else(no_state)?;
+                    let live = self.state.known().ok_or_else(no_state)?;
                     self.intake.unit(live, unit, &message, &self.history)?;
                 }
                 Message::TxnBegin(begin) => self.incoming()?.txn_begin(begin)?,
                 Message::Page { number, hash, page } => {
                     let incoming = self.incoming.as_mut().ok_or_else(no_snapshot)?;
-                    incoming.page(number, hash, page, self.live.as_mut())?;
+                    incoming.page(number, hash, page, self.state.content())?;
                 }
                 Message::TxnEnd(end) => {
                     let incoming = self.incoming.as_mut().ok_or_else(no_snapshot)?;
-                    let exact = incoming.txn_end(end, self.live.as_mut())?;
+                    let exact = incoming.txn_end(end, self.state.content())?;
                     self.common(end.after)?;
                     if exact {
                         self.adopt()?;
@@ -359,7 +288,7 @@ impl Apply {
 
     /// The log gets the records first, then readers see them.
     fn publish(&mut self) -> Result<()> {
-        let Some(live) = &mut self.live else { return Ok(()) };
+        let Some(live) = self.state.known() else { return Ok(()) };
         let before = live.base.tip().position;
         self.intake.publish(live)?;
         let position = live.base.tip().position;
@@ -371,11 +300,8 @@ impl Apply {
     }
 
     fn epochs(&mut self, history: EpochHistory) -> Result<()> {
-        let ours = match &self.live {
-            Some(live) => history.place(live.position().txid()) == Place::OnHistory,
-            None => false,
-        };
-        if !ours {
+        let ours = |live: &mut Appender| history.place(live.position().txid()) == Place::OnHistory;
+        if !self.state.known().is_some_and(ours) {
             self.next_history = Some(history);
         } else if history != self.history {
             anchor::write_epochs(&self.options.side, &history, false)?;
@@ -397,7 +323,7 @@ impl Apply {
         match self.healing.take() {
             Some(healing) => self.adopt_heal(&healing, &ready, history)?,
             None => {
-                self.move_in(ready, history)?;
+                self.fill(&ready, history)?;
                 self.node.set_problem(Part::State, None);
                 tracing::info!(%position, "the snapshot is taken over");
                 self.node.tell(Event::SnapshotFinished(position));
@@ -407,81 +333,8 @@ impl Apply {
         Ok(())
     }
 
-    /// Where nothing is open: the file takes the database's place.
-    fn move_in(&mut self, ready: Ready, history: EpochHistory) -> Result<()> {
-        let Ready { directory, file: received, position, pages, .. } = ready;
-        // Before SQLite opens it: closing a descriptor of ours later would drop SQLite's lock on the file, and the
-        // next process to close the database would take itself for the last and delete the WAL.
-        if let Some(mode) = self.options.database_mode {
-            side::set_mode(&received, &directory.join("pages"), mode)?;
-        }
-        drop(received);
-        let (path, side) = (&self.options.path, &self.options.side);
-        make_side(&self.options)?;
-        self.put_aside()?;
-        anchor::write_epochs(side, &history, false)?;
-        Log::open(&side.join("log"), self.options.log)?.reset(position)?;
-        let from = directory.join("pages");
-        let file = match stamp(&from)? {
-            Some(modified) => FileState::AtRest { position, modified },
-            None => FileState::Backfilling(Witnesses::default()),
-        };
-        let mut anchors = Anchors::open(side)?;
-        let anchor = Anchor {
-            generation: anchors.generation(),
-            salts: Salts::default(),
-            frame: 0,
-            sum: WalSum::default(),
-            position,
-            pages,
-            file,
-            ahead: false,
-        };
-        // Before the rename: a file at the database's place always has its anchor.
-        anchors.write(anchor, true)?;
-        drop(anchors);
-        fs::rename(&from, path).map_err(Error::io("rename", path))?;
-        sync_parent(path)?;
-        let opened = open::open(self.options.clone(), self.node.clone(), false)?;
-        if !opened.exact || opened.base.tip().position != position {
-            return Err(Error::Mismatch {
-                expected: position.to_string(),
-                found: opened.base.tip().position.to_string(),
-            });
-        }
-        self.go_live(opened)
-    }
-
-    /// Keeps a database that is no state of the cluster.
-    fn put_aside(&self) -> Result<()> {
-        let path = &self.options.path;
-        if !path.exists() {
-            return Ok(());
-        }
-        let kept = self.options.side.join("lost").join(format!("database-{}", unix_millis()));
-        side::make_directory(&kept)?;
-        // The WAL first: a database without its WAL would look whole.
-        let wal = WalFile::path_of(path);
-        for from in [&wal, path] {
-            if let (true, Some(name)) = (from.exists(), from.file_name()) {
-                fs::rename(from, kept.join(name)).map_err(Error::io("rename", from))?;
-            }
-        }
-        let mut shm = path.as_os_str().to_owned();
-        shm.push("-shm");
-        match fs::remove_file(&shm) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", &shm)(e)),
-            _ => {}
-        }
-        sync_directory(&kept)?;
-        sync_parent(path)?;
-        tracing::warn!(kept = %kept.display(), "the database that was here is put aside");
-        self.node.tell(Event::Kept(kept));
-        Ok(())
-    }
-
     fn maybe_restart(&mut self) -> Result<()> {
-        let Some(live) = &mut self.live else { return Ok(()) };
+        let Some(live) = self.state.known() else { return Ok(()) };
         if live.base.check().is_err()
             || live.base.wal_bytes() <= self.options.wal_limit_bytes
             || Instant::now() < self.restart_after

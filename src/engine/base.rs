@@ -382,8 +382,8 @@ impl Base {
     }
 
     /// Writes, durably, the anchor of a commit frame that is about to be written, and that says which state it leads to.
-    pub(super) fn announce(&self, tip: &Tip) -> Result<()> {
-        self.put_anchor(tip, self.file_state(), true, true)
+    pub(super) fn announce(&self, tip: &Tip, file: FileState) -> Result<()> {
+        self.put_anchor(tip, file, true, true)
     }
 
     fn put_anchor(&self, tip: &Tip, file: FileState, ahead: bool, durable: bool) -> Result<()> {

@@ -32,6 +32,7 @@ const CUT: &str = "its WAL does not have what was on the disk there: it was cut 
 const STRAY: &str = "its directory of side files is older than its WAL, or lacks the anchors, so that nothing says which file the WAL goes with";
 const ALTERED: &str = "its file is not as it was left, nor has all of what its WAL has. Either somebody was killed while he copied the WAL back; or bytes were changed by other means than SQLite, or another file \
     was put in its place, and file and WAL together mix states";
+const NEVER_KNOWN: &str = "a replica opened it when it was no state of its cluster, and was never led to one. Either it is whole: then `Config::accept_damaged` loses nothing; or it was damaged before that";
 /// What an operator can do.
 const CURE: &str = "restore it from a copy that a replica makes (`Db::snapshot_to`) or from a backup, with its directory of side files moved away; \
     or open it once with `Config::accept_damaged`, which takes what SQLite reads, may mix states, and replaces what the replicas have";
@@ -84,6 +85,9 @@ impl Opened {
 
     /// Why the files, read as SQLite reads them, may be no state that was ever committed. Asked before an anchor is written.
     pub(super) fn doubt(&mut self) -> Result<Option<Doubt>> {
+        if self.known.first().is_some_and(|anchor| anchor.position.epoch().number() == 0) {
+            return Ok(Some(Doubt::TwoReadings(NEVER_KNOWN)));
+        }
         Ok(match self.wal {
             Wal::Short => Some(Doubt::Mixed(CUT)),
             Wal::Stray => Some(Doubt::Mixed(STRAY)),

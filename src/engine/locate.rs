@@ -124,7 +124,11 @@ impl Opened {
     pub(super) fn locate(mut self, header: &IndexHeader, pages: u32) -> Result<Opened> {
         let size = self.base.page_size;
         let mut hashed = None;
-        if let Some(at) = self.known.iter().position(|anchor| fits(anchor, &self.base.wal, header, size)) {
+        // One without an epoch names no state: what is counted from it would get a name that is another state's.
+        let counts = |anchor: &Anchor| {
+            anchor.position.epoch().number() > 0 && fits(anchor, &self.base.wal, header, size)
+        };
+        if let Some(at) = self.known.iter().position(counts) {
             let anchor = self.known[at];
             (self, hashed) = self.replay(header, anchor, at == 0)?;
         }

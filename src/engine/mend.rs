@@ -169,7 +169,7 @@ fn replace(live: &mut Appender, ready: &Ready) -> Result<()> {
     let mut differing = Differing::new(ready);
     live.replace(&mut |live| differing.next(live), ready.position, ready.pages, &mut |tip| {
         base.sync_wal()?;
-        base.announce(tip)
+        base.announce(tip, base.file_state())
     })?;
     base.sync_wal()
 }

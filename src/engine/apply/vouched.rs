@@ -10,7 +10,7 @@ use crate::wire::Plan;
 impl Apply {
     /// A primary that goes on with its log has the very state that the hello named, and vouches for it.
     pub(super) fn welcome(&mut self, plan: Plan) {
-        let Some(live) = &self.live else { return };
+        let Some(live) = self.state.known() else { return };
         let position = live.position();
         if plan == Plan::Log && self.node.applied.position() != Some(position) {
             begin_log_anew(live, position);
