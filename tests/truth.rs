@@ -63,7 +63,7 @@ async fn an_older_database_in_the_place_of_the_primarys_is_history_and_what_it_r
 async fn restored(how: Restored) {
     let fork = Fork::new();
     let saved = fork.dir.path().join("saved.db");
-    let config = || fork.primary("a").wal_limit(32 * 1024);
+    let config = || fork.primary("a").wal_limit(64 * 1024);
     let (a, b) = (open(config()).await, open(fork.replica("b")).await);
     for n in 0..50 {
         insert(&a, "before", n).await;

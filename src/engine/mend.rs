@@ -105,7 +105,7 @@ impl Opened {
     }
 
     /// Keeps the WAL's bytes, whatever they are.
-    fn set_wal_aside(&self) -> Result<()> {
+    pub(super) fn set_wal_aside(&self) -> Result<()> {
         let path = self.base.path();
         if self.base.wal.bytes()? == 0 {
             return Ok(());

@@ -43,7 +43,12 @@ impl Opening {
         // Not before it is judged: a refusal leaves all as it was.
         let tip = opened.base.tip();
         if tip.frame > 0 {
-            opened.base.wal.cut_behind(tip.frame, tip.salts, opened.base.page_size)?;
+            let (wal, size) = (&opened.base.wal, opened.base.page_size);
+            if wal.behind(tip.frame, tip.salts, size)?.is_some_and(|behind| behind.commits) {
+                // What a power cut left there was never acknowledged. But a bit that flips before it leaves the same.
+                opened.set_wal_aside()?;
+            }
+            wal.cut_behind(tip.frame, tip.salts, size)?;
         }
         opened.begin_if_empty()?;
         let Opened { base, handle, history, exact, highest_epoch, .. } = opened.redo()?;

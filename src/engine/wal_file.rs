@@ -26,6 +26,13 @@ pub(crate) struct WalFile {
     lost: AtomicBool,
 }
 
+/// What lies behind the last commit.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Behind {
+    /// The end of a commit, which does not follow from what is before it.
+    pub(crate) commits: bool,
+}
+
 impl WalFile {
     /// The path of a database's WAL.
     pub(crate) fn path_of(database: &Path) -> PathBuf {
@@ -82,23 +89,36 @@ impl WalFile {
         Ok(())
     }
 
-    /// Cuts off frames of this generation behind the last commit, if there are any: what a dead writer or a power cut left there. They may be
-    /// whole and continue a commit that is written once more, bit for bit, in the place of one that was lost; then they would
-    /// count. The caller holds WRITE.
-    pub(crate) fn cut_behind(&self, last: u32, salts: Salts, size: PageSize) -> Result<()> {
+    /// Whether frames of this generation lie behind the last commit, and whether one of them ends a commit.
+    pub(crate) fn behind(&self, last: u32, salts: Salts, size: PageSize) -> Result<Option<Behind>> {
         let bytes = self.bytes()?;
         let mut header = [0; FRAME_HEADER_BYTES];
+        let mut found = None;
         for frame in last + 1.. {
             let offset = frame_offset(frame, size);
             if offset + frame_bytes(size) as u64 > bytes {
                 break;
             }
             self.read(&mut header, offset)?;
-            if FrameHeader::parse(&header).salts == salts {
-                tracing::info!("frames behind the last commit are cut off the WAL");
-                self.truncate(frame_offset(last + 1, size))?;
-                return self.sync();
+            let head = FrameHeader::parse(&header);
+            if head.salts == salts {
+                found = Some(Behind { commits: head.commit != 0 });
+                if head.commit != 0 {
+                    break;
+                }
             }
+        }
+        Ok(found)
+    }
+
+    /// Cuts off frames of this generation behind the last commit, if there are any: what a dead writer or a power cut left there. They may be
+    /// whole and continue a commit that is written once more, bit for bit, in the place of one that was lost; then they would
+    /// count. The caller holds WRITE.
+    pub(crate) fn cut_behind(&self, last: u32, salts: Salts, size: PageSize) -> Result<()> {
+        if self.behind(last, salts, size)?.is_some() {
+            tracing::info!("frames behind the last commit are cut off the WAL");
+            self.truncate(frame_offset(last + 1, size))?;
+            return self.sync();
         }
         Ok(())
     }
