@@ -415,3 +415,29 @@ fn survive<T>(run: impl FnOnce() -> T) -> Option<T> {
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::db::{Db, Side};
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn after_the_end_of_a_thread_what_is_queued_and_what_comes_later_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = Db::open(Config::new(dir.path().join("a.db"))).await.unwrap();
+        let Side::Primary { writer, .. } = &db.inner.side else { panic!("a primary") };
+        let run = |tx: &mut Transaction<'_>| Ok::<_, Error>(tx.execute("CREATE TABLE t(a)", [])?);
+        let (jobs, receiver) = queue::unbounded_channel();
+        let (reply, answer) = oneshot::channel();
+        jobs.send(Box::new(Write { run, reply }) as Box<dyn Job>).unwrap_or_else(|_| panic!("it is open"));
+        writer.shared.end(Err(Error::Stopped("by intent".into())), Some(receiver));
+        let stopped = |error: Error| matches!(error, Error::Stopped(why) if why == "by intent");
+        assert!(stopped(answer.await.unwrap().unwrap_err()), "queued");
+        assert!(stopped(db.write(run).await.unwrap_err()), "later");
+        let blocking = db.clone();
+        let refused = tokio::task::spawn_blocking(move || blocking.write_blocking(run)).await.unwrap();
+        assert!(stopped(refused.unwrap_err()), "on a thread");
+        assert!(!db.health().live && db.role() == crate::Role::Stopped);
+        db.shutdown().await;
+    }
+}
