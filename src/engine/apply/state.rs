@@ -113,11 +113,17 @@ impl Apply {
     /// Of an empty file, which gets this page size, or of a database in rollback mode.
     fn turn_to_wal(&self, size: Option<PageSize>) -> Result<()> {
         let handle = Handle::open(&self.options.path, false)?;
+        let connection = handle.connection();
         if let Some(size) = size {
-            handle.connection().pragma_update(None, "page_size", size.get())?;
+            connection.pragma_update(None, "page_size", size.get())?;
         }
-        // Should it not become one, the next opening says so.
-        handle.connection().query_row("PRAGMA journal_mode = WAL", [], |_| Ok(()))?;
+        let turn = || connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get::<_, String>(0));
+        if turn()? != "wal" {
+            // SQLite does not say why. A write that changes nothing does, where the disk is full.
+            let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+            connection.pragma_update(None, "user_version", version)?;
+            turn()?;
+        }
         Ok(())
     }
 
