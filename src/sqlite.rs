@@ -6,7 +6,7 @@ pub(crate) mod ffi;
 mod locks;
 pub(crate) mod shm;
 
-pub(crate) use ffi::{CommitCount, Handle, Lock, Slot, hook_commits};
+pub(crate) use ffi::{CommitCount, Handle, Lock, Slot, hook_commits, last_code, unreadable};
 pub(crate) use locks::{FileLocks, close_unlocked};
 pub(crate) use shm::WalIndex;
 

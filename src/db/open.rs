@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use crate::db::builder::{Config, ConnectionKind};
 use crate::db::ending::Owner;
-use crate::db::pool::Pool;
+use crate::db::pool::{Expect, Pool};
 use crate::db::verify::{Of, Verifier};
 use crate::db::writer::{Hold, Writer};
 use crate::db::{Db, Inner, Side, claims, identity, refuse, snapshot};
@@ -105,7 +105,7 @@ impl Begun {
             // With its owner: should nobody wait for it any more, it is closed.
             Ok(Owner(Arc::new(Inner {
                 verifier: Verifier::new(node.clone(), of, config.verify_limit),
-                pool: pool(&config, &path),
+                pool: pool(&config, &path, &side),
                 node,
                 path,
                 side,
@@ -175,7 +175,17 @@ fn serve(
     Ok(Side::Primary { engine: hold, writer })
 }
 
-fn pool(config: &Config, path: &std::path::Path) -> Pool {
+fn pool(config: &Config, path: &std::path::Path, side: &Side) -> Pool {
+    let expect: Expect = match side {
+        Side::Primary { engine, .. } => {
+            let engine = engine.clone();
+            Box::new(move || engine.get()?.expect_files())
+        }
+        Side::Replica { follower, .. } => {
+            let follower = follower.clone();
+            Box::new(move || follower.expect_files())
+        }
+    };
     let on_connect = config.on_connect.clone();
     let prepare = move |conn: &Connection| match &on_connect {
         Some(run) => run(conn, ConnectionKind::Reader),
@@ -186,6 +196,7 @@ fn pool(config: &Config, path: &std::path::Path) -> Pool {
         config.read_connections,
         config.read_timeout,
         config.statement_cache,
+        expect,
         Box::new(prepare),
     )
 }

@@ -65,6 +65,7 @@ impl Db {
 
     fn take_snapshot(&self) -> Result<Snapshot> {
         self.inner.readable()?;
+        self.inner.expect_files()?;
         let position = self.position().ok_or_else(|| Error::NoState("no position yet".into()))?;
         let path = side(&self.inner.path).join(format!("{TEMPORARY}{}", Uuid::new_v4()));
         let temporary = Temporary(path.clone());
@@ -76,6 +77,7 @@ impl Db {
 
     fn place_snapshot(&self, path: &Path) -> Result<Position> {
         self.inner.readable()?;
+        self.inner.expect_files()?;
         let path = plain(path)?;
         check(&path)?;
         let position = self.position().ok_or_else(|| Error::NoState("no position yet".into()))?;

@@ -382,7 +382,7 @@ impl Apply {
         anchor::write_epochs(side, &history, false)?;
         Log::open(&side.join("log"), self.options.log)?.reset(position)?;
         let from = directory.join("pages");
-        let file = match stamp(&from)? {
+        let file = match stamp(&from, None)? {
             Some(modified) => FileState::AtRest { position, modified },
             None => FileState::Backfilling(Witnesses::default()),
         };
@@ -477,6 +477,7 @@ fn rest(live: &mut Appender) -> Result<()> {
     let base = &live.base;
     base.log.sync()?;
     base.sync_wal()?;
+    base.expect_as_left()?;
     let file = base.left_behind(&mut live.handle)?;
     base.write_anchor(&base.tip(), file, true)
 }

@@ -38,6 +38,7 @@ pub(super) fn backfill_some(
     if base.check().is_err() || !base.header().is_some_and(ours) {
         return Ok(None);
     }
+    base.expect_as_left()?;
     let done = base.index.backfilled();
     base.map_to(handle, tip.frame)?;
     let safe = safe_frame(base, handle, tip.frame)?;
@@ -82,15 +83,19 @@ pub(super) fn copy(base: &Base, handle: &mut Handle, target: &Tip, done: u32) ->
     while next <= target.frame {
         let count = ((target.frame - next + 1) as usize).min(run.len() / frame);
         base.wal.read(&mut run[..count * frame], frame_offset(next, base.page_size))?;
-        for (at, bytes) in (next..).zip(run[..count * frame].chunks_exact(frame)) {
+        // Each time: a large copy takes a while.
+        base.expect_as_left()?;
+        let written = (next..).zip(run[..count * frame].chunks_exact(frame)).try_for_each(|(at, bytes)| {
             let page = base.index.page_of(at);
             if page > target.pages || base.index.lookup(page, at, target.frame) != Some(at) {
-                continue;
+                return Ok(());
             }
-            if let Some(page) = PageNo::new(page) {
-                handle.write(&bytes[FRAME_HEADER_BYTES..], page.offset(base.page_size))?;
-            }
-        }
+            PageNo::new(page).map_or(Ok(()), |page| {
+                handle.write(&bytes[FRAME_HEADER_BYTES..], page.offset(base.page_size))
+            })
+        });
+        base.watch.leave()?;
+        written?;
         next += count as u32;
         if base.stopping() {
             return Err(Error::ShutDown);
@@ -149,6 +154,7 @@ pub(super) enum Restart {
 /// Begins the WAL anew. The caller holds CKPT and WRITE, and the tip is the header's end.
 pub(super) fn restart(base: &Arc<Base>, handle: &mut Handle, drain: Duration) -> Result<Restart> {
     let Ok(_one) = base.backfill.try_lock() else { return Ok(Restart::NotYet) };
+    base.expect_as_left()?;
     let tip = base.tip();
     if tip.frame.saturating_sub(base.index.backfilled()) > REST_MAX_FRAMES {
         return Ok(Restart::NotYet);
@@ -183,7 +189,10 @@ fn complete(base: &Arc<Base>, handle: &mut Handle, tip: &Tip) -> Result<bool> {
     let copied = copy(base, handle, tip, done).and_then(|()| {
         let bytes = u64::from(tip.pages) * u64::from(base.page_size.get());
         if handle.size()? > bytes {
-            handle.truncate(bytes)?;
+            base.expect_as_left()?;
+            let cut = handle.truncate(bytes);
+            base.watch.leave()?;
+            cut?;
             handle.sync()?;
         }
         Ok(())

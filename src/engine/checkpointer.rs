@@ -59,6 +59,8 @@ impl Checkpointer {
                         self.base.node.set_problem(Part::Checkpoint, None);
                     }
                     Ok(()) | Err(Error::ShutDown) => {}
+                    // Told, and for good.
+                    Err(_) if self.base.sound().is_err() => {}
                     Err(error) => {
                         // The WAL grows meanwhile; nothing is lost, and the copy is made again from its begin.
                         if !failing {
@@ -75,6 +77,8 @@ impl Checkpointer {
     }
 
     fn look(&mut self) -> Result<()> {
+        self.base.check()?;
+        self.base.expect_files()?;
         self.base.mend_locks(&mut self.handle)?;
         let logged = self.sync_log();
         // The WAL is copied back all the same: a disk that fails the log would else make it grow for ever.

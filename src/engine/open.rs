@@ -9,12 +9,13 @@ use rusqlite::Connection;
 
 use crate::checksum::Checksum;
 use crate::engine::EngineOptions;
-use crate::engine::anchor::{self, Anchor, Anchors, Epochs, FileState, modified};
+use crate::engine::anchor::{self, Anchor, Anchors, Epochs, FileState};
 use crate::engine::append::Appender;
 use crate::engine::base::{Base, Tip};
 use crate::engine::capture::{Capture, Sink};
 use crate::engine::checkpoint::{LOCK_STEP, begin_generation, try_for};
 use crate::engine::wal_file::{EXTEND_MAX_BYTES, WalFile, sync_directory};
+use crate::engine::watch::Watch;
 use crate::error::{Error, Result, Unsupported};
 use crate::log::{Found, Log};
 use crate::node::Node;
@@ -53,12 +54,12 @@ pub(super) fn open(options: EngineOptions, node: Arc<Node>, primary: bool) -> Re
     let mut handle = Handle::open(&path, primary).map_err(|e| refine(e, &options))?;
     let page_size = prepare(&handle, &options, primary)?;
     let index = WalIndex::new(&mut handle)?;
-    let locks = FileLocks::open(&path)?;
+    let locks = FileLocks::open(&path)?.map(Arc::new);
     // A primary gives WRITE back; so it is SQLite's own lock there.
-    if !hold(&mut handle, locks.as_ref(), Slot::CHECKPOINT)? {
+    if !hold(&mut handle, locks.as_deref(), Slot::CHECKPOINT)? {
         return Err(Error::AlreadyOpen { path, holder: "another process" });
     }
-    if !hold(&mut handle, locks.as_ref().filter(|_| !primary), Slot::WRITE)? {
+    if !hold(&mut handle, locks.as_deref().filter(|_| !primary), Slot::WRITE)? {
         return Err(Error::Timeout {
             what: "the write lock, which another process holds".into(),
             after: LOCKS_WAIT,
@@ -84,7 +85,8 @@ pub(super) fn open(options: EngineOptions, node: Arc<Node>, primary: bool) -> Re
     let known = anchors.newest_first();
     let (highest, highest_epoch) = highest(&known, &log, &history);
     let start = start(&wal, &known, &header, page_size, pages);
-    let base = Base::new(options, node, page_size, index, wal, log, anchors, start.0, locks);
+    let watch = Watch::new(&options, locks.clone(), &wal)?;
+    let base = Base::new(options, node, page_size, index, wal, log, anchors, start.0, locks, watch);
     let mut opened =
         Opened { base, handle, primary, own, history, exact: start.1.is_some(), highest, highest_epoch };
     let mut hashed = None;
@@ -217,7 +219,7 @@ impl Opened {
         // Somebody wrote to the file while we were away: old images that were read from it may be newer than they should
         // be. Then only a full hash decides.
         let doubt = match anchor.file {
-            FileState::AtRest { modified: then, .. } => modified(base.path())? != then,
+            FileState::AtRest { modified: then, .. } => base.watch.modified()? != then,
             FileState::Backfilling(_) => copied_beyond(&base, &mut handle, &anchor, tip.frame)?,
         };
         let hashed = match doubt || sink.mismatch {
@@ -237,7 +239,7 @@ impl Opened {
         pages: u32,
         hashed: Option<Checksum>,
     ) -> Result<()> {
-        let now = modified(self.base.path())?;
+        let now = self.base.watch.modified()?;
         // The newest only: the time of an earlier one may be on the disk still when what was copied since is.
         let at_rest = known.first().and_then(|a| match a.file {
             FileState::AtRest { position, modified } if header.max_frame == 0 && modified == now => {
@@ -341,7 +343,7 @@ impl Opened {
             tracing::warn!(%error, "the WAL is not made longer in advance");
         }
         self.base.sync_wal()?;
-        let now = modified(self.base.path())?;
+        let now = self.base.watch.modified()?;
         let tip = self.base.tip();
         let file = match self.base.file_state() {
             state @ FileState::AtRest { modified, .. } if modified == now => state,

@@ -40,6 +40,11 @@ impl WalFile {
         Ok(WalFile { file, path, lost: AtomicBool::new(false) })
     }
 
+    /// The file itself, whatever is at its path by now.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Makes the file's name durable. SQLite does that with its own first sync of a WAL that it made; ours are of the content only.
     pub(crate) fn sync_name(&self) -> Result<()> {
         let parent = self.path.parent().filter(|p| !p.as_os_str().is_empty());

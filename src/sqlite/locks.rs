@@ -54,6 +54,7 @@ pub(crate) struct FileLocks {
     path: PathBuf,
     /// Of which files the marker is this process's, or was until it was lost.
     marked: [AtomicBool; 2],
+    released: AtomicBool,
     losses: AtomicU64,
     /// A bit for each read mark that may have been moved under a reader whose lock was lost.
     doubts: AtomicU8,
@@ -75,12 +76,23 @@ impl FileLocks {
             files,
             path: path.to_path_buf(),
             marked: Default::default(),
+            released: AtomicBool::new(false),
             losses: AtomicU64::new(0),
             doubts: AtomicU8::new(0),
         };
         locks.set(Owner::Descriptor, Some(false), SHARED)?;
         locks.set(Owner::Descriptor, Some(false), MAPPED)?;
         Ok(Some(locks))
+    }
+
+    /// The database file.
+    pub(crate) fn database(&self) -> Option<&File> {
+        self.files.as_ref().map(|files| &files[0])
+    }
+
+    /// Its `-shm`.
+    pub(crate) fn shm(&self) -> Option<&File> {
+        self.files.as_ref().map(|files| &files[1])
     }
 
     /// Begins to watch. Only who holds CKPT does: a node that ended in another process has been watching until then. Where that one's marker is
@@ -101,6 +113,7 @@ impl FileLocks {
 
     /// Gives back what is held. The connections have to be closed: others may be the last from now on.
     pub(crate) fn release(&self) {
+        self.released.store(true, Ordering::Release);
         // While CKPT is ours: the marker belongs to the process, and may be the next one's in it from then on.
         for file in [0, 1] {
             if self.marked[file].swap(false, Ordering::AcqRel)
@@ -127,6 +140,9 @@ impl FileLocks {
     /// [`Error::Io`] when the kernel does not answer, or another process is in the way; they are then looked for again the next time.
     pub(crate) fn mend(&self, handle: &mut Handle) -> Result<bool> {
         let lost = |file: usize| self.marked[file].load(Ordering::Acquire) && !self.stand(file);
+        if self.released.load(Ordering::Acquire) {
+            return Ok(false);
+        }
         if !lost(0) && !lost(1) {
             if !self.marked.iter().all(|marked| marked.load(Ordering::Acquire)) {
                 self.watch()?;
