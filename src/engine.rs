@@ -24,6 +24,7 @@ mod overlay;
 mod pieces;
 mod receive;
 mod repair;
+mod reserve;
 mod sync;
 mod unsynced;
 mod verify;
@@ -277,6 +278,11 @@ impl Engine {
 
     pub(crate) fn wal(&self) -> WalFigures {
         self.base.figures()
+    }
+
+    /// A commit found no room.
+    pub(crate) fn no_room(&self) {
+        self.base.node.no_room("SQLite found no room for a commit");
     }
 
     /// Fails, and stops for good, when the files at the paths are not those that are open, or somebody else wrote to the database.

@@ -35,6 +35,8 @@ pub(crate) enum Part {
     Checkpoint,
     /// Reads of the application.
     Reads,
+    /// The disk.
+    Room,
 }
 
 /// A running node, as its parts see it.
@@ -144,6 +146,17 @@ impl Node {
 
     pub(crate) fn astray(&self) -> bool {
         self.astray.load(Ordering::Relaxed)
+    }
+
+    /// Something of ours found no room on the disk.
+    pub(crate) fn no_room(&self, what: impl std::fmt::Display) {
+        if !self.has_problem(Part::Room) {
+            tracing::error!(database = self.database, %what, "the disk is full");
+        }
+        self.set_problem(
+            Part::Room,
+            Some(format!("the disk is full; reads go on, and writes when there is room: {what}")),
+        );
     }
 
     /// A read failed, and not for its own sake.

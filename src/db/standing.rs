@@ -82,7 +82,8 @@ impl Db {
             reasons.push("the primary is not reachable".to_string());
         }
         // What stops a replica stops no write: those are the primary's.
-        let stopped = status.role == Role::Primary && inner.node.has_problem(Part::Engine);
+        let stopped = status.role == Role::Primary
+            && [Part::Engine, Part::Room].iter().any(|part| inner.node.has_problem(*part));
         reasons.extend(inner.node.problem());
         Health {
             live,

@@ -4,11 +4,12 @@
 //! other. `<side>/epochs` holds the epoch history and is replaced by rename.
 
 use std::fs::{self, File, Metadata, OpenOptions};
-use std::io::{Read, Write};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::checksum::PageHash;
+use crate::engine::reserve;
 use crate::engine::wal_file::{read_exact_at, sync_directory, write_all_at};
 use crate::error::{Error, Result};
 use crate::page::PageNo;
@@ -339,18 +340,15 @@ pub(crate) fn write_epochs(side: &Path, history: &EpochHistory, own: bool) -> Re
     replace_file(side, "epochs", &bytes)
 }
 
-/// Replaces a small file by rename, durably.
+/// Replaces a small file by rename, durably; on a full disk by means of the reserve.
 pub(crate) fn replace_file(side: &Path, name: &str, bytes: &[u8]) -> Result<()> {
-    let (path, new) = (side.join(name), side.join(format!("{name}.new")));
-    let mut file = File::create(&new).map_err(Error::io("create", &new))?;
-    file.write_all(bytes).map_err(Error::io("write", &new))?;
-    file.sync_all().map_err(Error::io("fsync", &new))?;
-    fs::rename(&new, &path).map_err(Error::io("rename", &path))?;
-    sync_directory(side)
+    reserve::with(side, || reserve::replace(side, name, bytes))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
     use crate::checksum::Checksum;
     use crate::txid::{Epoch, EpochStart, Txid};

@@ -227,6 +227,9 @@ impl Apply {
         }
         if let Err(error) = step(self) {
             self.failed = true;
+            if error.no_room() {
+                self.node.no_room(&error);
+            }
             self.judge(&error);
             self.abort();
             *lock(&self.shared.failure) = Some(error);

@@ -189,6 +189,13 @@ impl Base {
         self.tip_moved.notify_all();
     }
 
+    /// Says so when an error is that of a full disk.
+    pub(super) fn note_room(&self, error: &Error) {
+        if error.no_room() {
+            self.node.no_room(error);
+        }
+    }
+
     /// Looks whether the files are those that were opened, and the database as this node left it, as far as nobody copies into it just now.
     ///
     /// # Errors

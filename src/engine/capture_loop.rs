@@ -246,6 +246,7 @@ impl CaptureLoop {
             // Full or failing disk: the WAL grows meanwhile, and nothing is lost.
             Err(error @ Error::Io { .. }) => {
                 tracing::warn!(%error, "the WAL could not be restarted");
+                self.base.note_room(&error);
                 self.base.node.set_problem(Part::Checkpoint, Some(error.to_string()));
             }
             Err(error) => return Err(error),
@@ -367,6 +368,7 @@ pub(super) fn append_or_gap(base: &Base, units: Bytes, after: Option<Position>) 
             Ok(()) => return,
             Err(error) => {
                 tracing::error!(%error, "the log can't be written: replicas that are behind will need a snapshot");
+                base.note_room(&error);
                 base.node.set_problem(Part::Log, Some(format!("the log can't be written: {error}")));
                 *broken = true;
             }

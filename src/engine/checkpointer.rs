@@ -8,6 +8,7 @@ use tokio::sync::watch;
 
 use crate::engine::base::{Base, lock};
 use crate::engine::checkpoint::backfill_some;
+use crate::engine::reserve;
 use crate::error::{Error, Result};
 use crate::node::Part;
 use crate::sqlite::Handle;
@@ -22,6 +23,8 @@ const PAUSE: Duration = Duration::from_secs(1);
 const APPLIED_SYNC: Duration = Duration::from_millis(200);
 /// How often the log is fsynced when nothing else asks for it.
 const LOG_SYNC: Duration = Duration::from_secs(1);
+/// How often the reserve is looked for, and made again on a disk that was full.
+const ROOM_LOOK: Duration = Duration::from_secs(1);
 /// The fewest frames that are worth a backfill.
 const FRAMES_MIN: u32 = 64;
 
@@ -51,8 +54,10 @@ impl Checkpointer {
     fn run(mut self) {
         let mut pause = Instant::now();
         let mut failing = false;
+        let mut room = None;
         while !self.base.stopping() {
             if Instant::now() >= pause {
+                self.keep_reserve(&mut room);
                 match self.look() {
                     Ok(()) if failing => {
                         failing = false;
@@ -62,6 +67,7 @@ impl Checkpointer {
                     // Told, and for good.
                     Err(_) if self.base.sound().is_err() => {}
                     Err(error) => {
+                        self.base.note_room(&error);
                         // The WAL grows meanwhile; nothing is lost, and the copy is made again from its begin.
                         if !failing {
                             tracing::warn!(%error, "a checkpoint failed and is tried again");
@@ -73,6 +79,24 @@ impl Checkpointer {
                 }
             }
             std::thread::park_timeout(LOOK);
+        }
+    }
+
+    /// Has a reserve for the day when the disk is full. Whether one can be made tells whether it is.
+    fn keep_reserve(&self, last: &mut Option<Instant>) {
+        let (node, side) = (&self.base.node, &self.base.options.side);
+        if last.is_some_and(|last| last.elapsed() < ROOM_LOOK) || self.base.check().is_err() {
+            return;
+        }
+        let first = last.replace(Instant::now()).is_none();
+        // At first in any case: who opened us may have found no room.
+        if !first && reserve::is_there(side) && !node.has_problem(Part::Room) {
+            return;
+        }
+        match reserve::make(side) {
+            Ok(()) => node.set_problem(Part::Room, None),
+            Err(error) if error.no_room() => node.no_room(error),
+            Err(error) => tracing::debug!(%error, "no reserve can be made"),
         }
     }
 

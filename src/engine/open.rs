@@ -14,6 +14,7 @@ use crate::engine::append::Appender;
 use crate::engine::base::{Base, Tip};
 use crate::engine::capture::{Capture, Sink};
 use crate::engine::checkpoint::{LOCK_STEP, begin_generation, try_for};
+use crate::engine::reserve;
 use crate::engine::wal_file::{EXTEND_MAX_BYTES, WalFile, sync_directory};
 use crate::engine::watch::Watch;
 use crate::error::{Error, Result, Unsupported};
@@ -282,6 +283,9 @@ impl Opened {
     /// Begins a WAL generation when there is none, so that every frame has salts of ours and an anchor.
     pub(super) fn begin_if_empty(&mut self) -> Result<()> {
         if self.base.tip().frame == 0 {
+            // Where there is no room for it, no other generation is given up for it.
+            let bytes = frame_offset(2, self.base.page_size);
+            reserve::with(&self.base.options.side, || self.base.wal.extend(bytes))?;
             begin_generation(&self.base, &mut self.handle, &self.base.tip())?;
         }
         Ok(())
@@ -292,7 +296,7 @@ impl Opened {
     pub(super) fn redo(mut self) -> Result<Opened> {
         let tip = self.base.tip();
         let Some(logged) = self.base.log.tip() else {
-            self.base.log.reset(tip.position)?;
+            self.reset_log(tip.position)?;
             return Ok(self);
         };
         if logged == tip.position {
@@ -322,8 +326,17 @@ impl Opened {
         // A replica's log goes on to say what its primary vouched for last: begun at this state it would vouch for it, also
         // for what somebody wrote here after the node died between its log and its WAL.
         let vouched = if self.primary { tip.position } else { logged };
-        self.base.log.reset(vouched)?;
+        self.reset_log(vouched)?;
         Ok(self)
+    }
+
+    /// Begins the log anew. Without room for that, the first record does.
+    fn reset_log(&self, at: Position) -> Result<()> {
+        let Err(error) = reserve::with(&self.base.options.side, || self.base.log.reset(at)) else {
+            return Ok(());
+        };
+        self.base.note_room(&error);
+        if error.no_room() { Ok(()) } else { Err(error) }
     }
 
     /// Keeps a log that does not belong to this database's state, and begins an empty one.
@@ -341,6 +354,7 @@ impl Opened {
         // One without room for it has room for commits all the same.
         if let Err(error) = self.base.wal.extend(self.base.options.wal_limit_bytes.min(EXTEND_MAX_BYTES)) {
             tracing::warn!(%error, "the WAL is not made longer in advance");
+            self.base.note_room(&error);
         }
         self.base.sync_wal()?;
         let now = self.base.watch.modified()?;
@@ -436,7 +450,19 @@ impl Sink for Rebuild {
         if self.tip.is_some_and(|t| t.number() == self.number) {
             self.mismatch |= after.is_some_and(|a| Some(a) != self.tip);
         } else if self.wanted() {
-            self.log.append(units, after)?;
+            let mut appended = self.log.append(units.clone(), after);
+            while appended.as_ref().is_err_and(Error::no_room) && self.log.drop_oldest() {
+                appended = self.log.append(units.clone(), after);
+            }
+            match appended {
+                // It begins anew behind these commits.
+                Err(error) if error.no_room() => {
+                    tracing::error!(%error, "the log can't be written: replicas that are behind will need a snapshot");
+                    self.append = false;
+                    return self.log.abort();
+                }
+                done => done?,
+            }
             if after.is_some() {
                 self.tip = after;
             }

@@ -155,7 +155,13 @@ impl Opening {
             Durability::Unsynced => unsynced::begin(&options.side)?,
         }
         // Another process that stayed in the database may have copied everything back while nobody minded.
-        checkpoint::keep_from_others(&opened.base, &mut opened.handle)?;
+        if let Err(error) = checkpoint::keep_from_others(&opened.base, &mut opened.handle) {
+            // It did it in the other way, which needs no room.
+            opened.base.note_room(&error);
+            if !error.no_room() {
+                return Err(error);
+            }
+        }
         opened.handle.unlock(Slot::WRITE, Lock::Exclusive)?;
         node.applied.replace(opened.history.clone(), Some(tip.position));
         tracing::info!(position = %tip.position, epoch = %opened.history.epoch(), "serving as the primary");

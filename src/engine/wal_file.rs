@@ -75,9 +75,17 @@ impl WalFile {
     }
 
     /// Makes the file at least this long, with zeros, so that an fsync after a commit has no new length to record. The
-    /// caller holds WRITE: nobody else may be writing frames there.
+    /// caller holds WRITE: nobody else may be writing frames there. Where there is no room for all of it, it takes none: others need some, too.
     pub(crate) fn extend(&self, bytes: u64) -> Result<()> {
-        let mut at = self.bytes()?;
+        let before = self.bytes()?;
+        self.extend_from(before, bytes).inspect_err(|_| {
+            if let Err(error) = self.truncate(before) {
+                tracing::warn!(%error, "the WAL stays longer than it has to be");
+            }
+        })
+    }
+
+    fn extend_from(&self, mut at: u64, bytes: u64) -> Result<()> {
         let zeros = vec![0; EXTEND_BYTES];
         while at < bytes {
             let count = (bytes - at).min(EXTEND_BYTES as u64);
