@@ -26,7 +26,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
-use crate::engine::{Follower, LostBranch};
+use crate::engine::{Follower, Lost};
 use crate::error::{Error, Result};
 use crate::node::Node;
 use crate::primary::Source;
@@ -291,17 +291,18 @@ impl Db {
         tokio::task::spawn_blocking(list).await.map_err(|_| Error::ShutDown)?
     }
 
-    /// The branches that heals have replaced on this node, oldest first: commits that were made here and are not in the primary's
-    /// history. What is kept of them is in `<database>-replite/lost` until somebody moves it away.
+    /// All that had to go from its place on this node, oldest first: branches that heals have replaced, which are commits that were made here and are not
+    /// in the primary's history; databases, logs and WALs that were put aside. It is kept in `<database>-replite/lost` until
+    /// somebody moves it away. What can't be read there is listed as such.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Corrupt`] and [`Error::Newer`] when what is kept can't be read; [`Error::ShutDown`].
+    /// [`Error::Io`]; [`Error::ShutDown`].
     ///
     /// # Cancel safety
     /// Nothing happens but reading.
-    pub async fn lost(&self) -> Result<Vec<LostBranch>> {
+    pub async fn lost(&self) -> Result<Vec<Lost>> {
         let side = snapshot::side(&self.inner.path);
-        tokio::task::spawn_blocking(move || LostBranch::list(&side)).await.map_err(|_| Error::ShutDown)?
+        tokio::task::spawn_blocking(move || Lost::list(&side)).await.map_err(|_| Error::ShutDown)?
     }
 
     /// Waits until `done` says so of this node's state; it is asked again after each change. For a replica that

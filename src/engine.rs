@@ -59,7 +59,7 @@ pub(crate) use crate::engine::fuzz::fuzz_seeds;
 pub(crate) use crate::engine::fuzz::{fuzz_btree, fuzz_lost, fuzz_side_files};
 #[cfg(test)]
 pub(crate) use crate::engine::heal::Heal;
-pub use crate::engine::lost::{LostBranch, LostRow, LostRows};
+pub use crate::engine::lost::{Lost, LostBranch, LostKind, LostRow, LostRows};
 pub(crate) use crate::engine::opening::Opening;
 #[cfg(test)]
 pub(crate) use crate::engine::overlay::{Overlay, Store};

@@ -45,7 +45,7 @@ mod wire;
 
 pub use checksum::Checksum;
 pub use db::{Commit, Config, ConnectionKind, Db, Events, Repair, Snapshot, WriterGuard};
-pub use engine::{Durability, LostBranch, LostRow, LostRows};
+pub use engine::{Durability, Lost, LostBranch, LostKind, LostRow, LostRows};
 pub use error::{Blame, Error, PeerProblem, Result, Unsupported};
 pub use page::{PageNo, PageSize};
 pub use proxy::{

@@ -1,8 +1,9 @@
 //! What every part of a running node shares: identity, keys, role, position, events, shutdown.
 
 use std::collections::BTreeMap;
+use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::{Duration, Instant};
 
 use tokio::sync::{broadcast, watch};
@@ -39,6 +40,14 @@ pub(crate) enum Part {
     Room,
 }
 
+struct CloseIdle(Box<dyn Fn() + Send + Sync>);
+
+impl fmt::Debug for CloseIdle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CloseIdle").finish_non_exhaustive()
+    }
+}
+
 /// A running node, as its parts see it.
 #[derive(Debug)]
 pub(crate) struct Node {
@@ -57,6 +66,10 @@ pub(crate) struct Node {
     problems: Mutex<BTreeMap<Part, String>>,
     /// The database's files are not those that were opened: nothing is read from them.
     astray: AtomicBool,
+    /// Counts how often the files were opened.
+    files: Arc<AtomicU64>,
+    /// Closes what is idle of connections to files that are not there any more.
+    close_idle: OnceLock<CloseIdle>,
     /// When a read failed, in milliseconds since `begun`, and one; zero: none has, or one has worked since.
     read_failed: AtomicU64,
     begun: Instant,
@@ -88,6 +101,8 @@ impl Node {
             lag: Mutex::new(None),
             problems: Mutex::default(),
             astray: AtomicBool::new(false),
+            files: Arc::default(),
+            close_idle: OnceLock::new(),
             read_failed: AtomicU64::new(0),
             begun: Instant::now(),
             events: broadcast::Sender::new(EVENTS_BEHIND_MAX),
@@ -142,6 +157,24 @@ impl Node {
     /// Says whether the database's files are others than those that were opened.
     pub(crate) fn set_astray(&self, astray: bool) {
         self.astray.store(astray, Ordering::Relaxed);
+    }
+
+    /// The files are opened anew: connections to what was there before are of no use.
+    pub(crate) fn renew_files(&self) {
+        self.files.fetch_add(1, Ordering::Release);
+        if let Some(CloseIdle(close)) = self.close_idle.get() {
+            close();
+        }
+    }
+
+    /// What closes them.
+    pub(crate) fn when_renewed(&self, close: impl Fn() + Send + Sync + 'static) {
+        let _ = self.close_idle.set(CloseIdle(Box::new(close)));
+    }
+
+    /// How often they were.
+    pub(crate) fn files(&self) -> Arc<AtomicU64> {
+        self.files.clone()
     }
 
     pub(crate) fn astray(&self) -> bool {

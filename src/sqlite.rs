@@ -7,7 +7,7 @@ mod locks;
 pub(crate) mod shm;
 
 pub(crate) use ffi::{CommitCount, Handle, Lock, Slot, hook_commits, last_code, unreadable};
-pub(crate) use locks::{FileLocks, close_unlocked};
+pub(crate) use locks::{Alone, FileLocks, close_unlocked, create};
 pub(crate) use shm::WalIndex;
 
 /// The oldest SQLite without the WAL-reset race.

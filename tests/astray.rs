@@ -229,3 +229,54 @@ fn health_follows_from_reads_that_fail() {
     let said = String::from_utf8_lossy(&output.stdout);
     assert!(said.contains("@recovered"), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
 }
+
+fn sum(db: &Db) -> Result<i64, Error> {
+    db.read(|c| Ok(c.query_row("SELECT count(*) FROM t", [], |r| r.get(0))?))
+}
+
+/// The same on a replica's files: they are opened anew, and led to the primary's state.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_whose_files_are_others_is_healed() {
+    for deed in ["mv", "cp", "rm -wal", "rm -shm", "rm ", "rm -replite", "wipe"] {
+        let dir = tempfile::tempdir().unwrap();
+        let (path, backup) = (dir.path().join("r").join("r.db"), dir.path().join("backup.db"));
+        std::fs::create_dir(path.parent().unwrap()).unwrap();
+        let p = opened(&dir.path().join("p.db")).await;
+        let r = follower(&path, &p).await;
+        for n in 0..500 {
+            insert(&p, "before", n).await;
+        }
+        p.snapshot_to(&backup).await.unwrap();
+        let mut last = insert(&p, "after", 0).await;
+        for n in 1..500 {
+            last = insert(&p, "after", n).await;
+        }
+        within("all", r.wait_for_timeout(last, LIMIT)).await.unwrap();
+        assert_eq!(count(&r), 1000);
+        match deed {
+            "wipe" => shell(&["find", text(path.parent().unwrap()), "-mindepth", "1", "-delete"]),
+            "mv" | "cp" => shell(&[deed, text(&backup), text(&path)]),
+            rm => shell(&["rm", "-r", text(&beside(&path, &rm[3..]))]),
+        }
+        let last = insert(&p, "later", 0).await;
+        let waited = r.wait_for_timeout(last, LIMIT / 2).await;
+        assert!(waited.is_ok(), "{deed}: {waited:?} {:?}", r.status());
+        until(deed, || {
+            let rows = sum(&r);
+            assert!(rows.as_ref().map_or(true, |rows| *rows >= 1000), "{deed}: {rows:?}");
+            rows.is_ok_and(|rows| rows == 1001)
+                && r.position() == p.position()
+                && r.status().problem.is_none()
+        });
+        assert!(r.health().can_read, "{deed}: {:?}", r.health());
+        assert!(r.verify().await.unwrap().holds(), "{deed}");
+        assert_same_pages(p.path(), &path);
+        // And it is what the next start finds.
+        r.shutdown().await;
+        let r = follower(&path, &p).await;
+        within("again", r.wait_for_timeout(last, LIMIT)).await.unwrap();
+        assert!(r.verify().await.unwrap().holds(), "{deed}");
+        r.shutdown().await;
+        p.shutdown().await;
+    }
+}

@@ -8,6 +8,7 @@ use std::path::PathBuf;
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
+use replite::rusqlite::Connection;
 use replite::{Db, Error, Event};
 
 use support::*;
@@ -178,14 +179,27 @@ async fn a_killed_replica_goes_on_where_it_was_also_within_its_snapshot() {
     let mut rng = StdRng::seed_from_u64(2);
     // Within the snapshot: as soon as some of it is there.
     let incoming = dir.path().join("r.db-replite").join("incoming").join("pages");
+    let length = |path: &std::path::Path| std::fs::metadata(path).map_or(0, |m| m.len());
+    let pages = |c: &Connection| c.query_row("PRAGMA page_count", [], |r| r.get::<_, i64>(0)).unwrap();
     for round in 0..4u64 {
         let process = start();
         process.expect("empty");
         let goal = (round + 1) * (8 << 20);
-        until("some of the snapshot", || {
-            std::fs::metadata(&incoming).is_ok_and(|m| m.len() > goal) || r.exists()
-        });
+        until("some of the snapshot", || length(&incoming) > goal || length(&r) > goal);
         process.kill();
+    }
+    // Within the copy into the database, which is empty to everybody until all of it is there.
+    for round in 0..4u64 {
+        let process = start();
+        let goal = (round + 1) * (8 << 20);
+        until("some of the copy", || length(&r) > goal);
+        process.kill();
+        let there = plain(&r);
+        if there.table_exists(None, "t").unwrap() {
+            let rows: i64 = there.query_row("SELECT count(*) FROM t", [], |r| r.get(0)).unwrap();
+            assert_eq!(rows, 40_000);
+        }
+        assert_eq!(image(&r).len() as i64 / 4096, pages(&there));
     }
     let mut n = 0;
     for round in 0..15 {
@@ -194,11 +208,11 @@ async fn a_killed_replica_goes_on_where_it_was_also_within_its_snapshot() {
             n += 1;
             insert(&db, "w", n).await;
         }
-        if round == 0 {
+        let begins = process.next_line().unwrap();
+        if round == 0 && begins == "empty" {
             process.expect("filled");
         } else {
-            let open = process.next_line().unwrap();
-            assert!(open.starts_with("open "), "round {round}: the state was kept, not {open}");
+            assert!(begins.starts_with("open "), "round {round}: the state was kept, not {begins}");
         }
         for _ in 0..rng.random_range(1..10) {
             n += 1;

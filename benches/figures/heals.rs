@@ -96,8 +96,9 @@ pub(crate) fn heals() {
                 while !matches!(events.next().await.expect("an event"), Event::Healed { .. }) {}
             });
             seconds.push(begin.elapsed().as_secs_f64());
-            let lost = runtime().block_on(replica.lost()).expect("branches").pop().expect("a branch");
-            ratios.push(bytes.load(Ordering::Relaxed) as f64 / (lost.pages * PAGE_BYTES) as f64);
+            let lost = runtime().block_on(replica.lost()).expect("a list").pop().expect("a branch");
+            let pages = lost.branch().expect("a branch").pages;
+            ratios.push(bytes.load(Ordering::Relaxed) as f64 / (pages * PAGE_BYTES) as f64);
             runtime().block_on(replica.shutdown());
         }
         let prefix = if compared { "heal_compare" } else { "heal" };

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::ops::Deref;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -27,6 +27,8 @@ pub(super) struct Pool {
     statements: usize,
     /// Whether what is at the path is what the node has open.
     expect: Expect,
+    /// Counts how often the node opened it.
+    files: Arc<AtomicU64>,
     prepare: Prepare,
     state: Mutex<State>,
     returned: Condvar,
@@ -44,6 +46,8 @@ struct Reader {
     connection: Connection,
     /// Set when a statement was prepared that may have changed how the connection behaves.
     changed: Arc<AtomicBool>,
+    /// Which opening of the files it is of.
+    files: u64,
 }
 
 impl Reader {
@@ -70,10 +74,11 @@ impl Pool {
         patience: Duration,
         statements: usize,
         expect: Expect,
+        files: Arc<AtomicU64>,
         prepare: Prepare,
     ) -> Pool {
         let state = Mutex::default();
-        Pool { path, most, patience, statements, expect, prepare, state, returned: Condvar::new() }
+        Pool { path, most, patience, statements, expect, files, prepare, state, returned: Condvar::new() }
     }
 
     /// A connection for the caller alone, until the lease is dropped. A nested call gets another one. It is waited for as long as is configured, or as
@@ -109,6 +114,7 @@ impl Pool {
     }
 
     fn open(&self) -> Result<Reader> {
+        let files = self.files.load(Ordering::Acquire);
         (self.expect)()?;
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         #[allow(unused_mut, reason = "rusqlite before 0.41 sets an authorizer through a shared reference")]
@@ -125,13 +131,23 @@ impl Pool {
             }
             Authorization::Allow
         }))?;
-        Ok(Reader { connection, changed })
+        Ok(Reader { connection, changed, files })
     }
 
     /// A connection is no more; whoever waits may open one.
     fn gone(&self) {
         self.lock().open -= 1;
         self.returned.notify_one();
+    }
+
+    /// Closes the idle connections to files that the node has not open any more; those in use close when they come back.
+    pub(super) fn renew(&self) {
+        let mut state = self.lock();
+        let idle = std::mem::take(&mut state.idle);
+        state.open -= idle.len();
+        drop(state);
+        drop(idle);
+        self.returned.notify_all();
     }
 
     /// Closes the idle connections; those in use close when they come back.
@@ -220,7 +236,7 @@ impl Deref for Lease<'_> {
 impl Drop for Lease<'_> {
     fn drop(&mut self) {
         let Some(reader) = self.reader.take() else { return };
-        if !reader.come_back() {
+        if !reader.come_back() || reader.files != self.pool.files.load(Ordering::Acquire) {
             let place = Place(self.pool);
             drop(reader);
             return drop(place);
@@ -249,7 +265,7 @@ mod tests {
             .unwrap()
             .execute_batch("CREATE TABLE IF NOT EXISTS t(a); INSERT INTO t VALUES (1)")
             .unwrap();
-        Pool::new(path, most, patience, 16, Box::new(|| Ok(())), Box::new(|_| Ok(())))
+        Pool::new(path, most, patience, 16, Box::new(|| Ok(())), Arc::default(), Box::new(|_| Ok(())))
     }
 
     /// Idle and open.

@@ -1,8 +1,9 @@
 //! The replica's owner thread: it verifies and applies what the stream brings.
 
+mod filling;
 mod healing;
+mod state;
 
-use std::fs;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -11,29 +12,25 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
-use crate::engine::EngineOptions;
-use crate::engine::anchor::{self, Anchor, Anchors, FileState, Witnesses, stamp};
+use crate::engine::anchor;
 use crate::engine::append::Appender;
-use crate::engine::base::lock;
+use crate::engine::base::{Base, lock};
 use crate::engine::capture_loop::warn_if_long;
 use crate::engine::checkpoint::{DRAIN_MAX, Restart, restart};
-use crate::engine::checkpointer::{Checkpointer, Replica};
 use crate::engine::follower::{Command, Shared, Standing};
 use crate::engine::intake::Intake;
-use crate::engine::open::{self, Opened};
-use crate::engine::receive::{self, Incoming, Ready};
-use crate::engine::wal_file::{WalFile, sync_directory};
-use crate::engine::{make_side, reader};
-use crate::error::{Error, Result, Unsupported};
-use crate::log::Log;
+use crate::engine::receive::{self, Incoming};
+use crate::engine::wal_file::sync_directory;
+use crate::engine::{EngineOptions, make_side};
+use crate::error::{Error, Result};
 use crate::node::{Node, Part};
 
-use crate::status::{Event, unix_millis};
+use crate::status::Event;
 use crate::txid::{EpochHistory, Place, Position};
-use crate::wal::{Salts, WalSum};
 use crate::wire::{Message, Unit, Want};
 
 use healing::{Healing, Pace, Suspect, WANTS_MAX};
+use state::State;
 
 /// Pause after a failed restart of the WAL, doubled each time.
 const RESTART_PAUSE: Duration = Duration::from_millis(50);
@@ -44,7 +41,7 @@ pub(super) struct Apply {
     node: Arc<Node>,
     shared: Arc<Shared>,
     commands: mpsc::WeakSender<Command>,
-    live: Option<Appender>,
+    state: State,
     checkpointer: Option<JoinHandle<()>>,
     incoming: Option<Incoming>,
     healing: Option<Healing>,
@@ -61,6 +58,8 @@ pub(super) struct Apply {
     next_history: Option<EpochHistory>,
     intake: Intake,
     failed: bool,
+    /// What is at the path could not be opened.
+    reopen: bool,
     restart_after: Instant,
     restart_pause: Duration,
     warned_frames: u32,
@@ -78,7 +77,7 @@ impl Apply {
             node,
             shared,
             commands,
-            live: None,
+            state: State::Closed,
             checkpointer: None,
             incoming: None,
             healing: None,
@@ -91,85 +90,22 @@ impl Apply {
             next_history: None,
             intake: Intake::default(),
             failed: false,
+            reopen: false,
             restart_after: Instant::now(),
             restart_pause: RESTART_PAUSE,
             warned_frames: 0,
         };
-        if apply.options.path.exists() {
-            apply.open_existing()?;
+        // A fill that was begun knows how large the primary's pages are.
+        let begun = receive::progress(&apply.options.side);
+        let size = begun.map(|progress| progress.page_size);
+        apply.open_path(size)?;
+        // Before the application's own connections are there.
+        if let (State::Empty(_), Some(size)) = (&apply.state, size)
+            && let Err(error) = apply.make_room(size)
+        {
+            tracing::warn!(%error, "the empty database does not have the primary's page size yet");
         }
         Ok(apply)
-    }
-
-    fn open_existing(&mut self) -> Result<()> {
-        match open::open(self.options.clone(), self.node.clone(), false) {
-            Ok(opened) if opened.exact => self.go_live(opened),
-            Ok(mut opened) => {
-                // Not a state of the cluster: never read from, and put aside when a snapshot takes its place.
-                let damage = opened.damage();
-                drop(opened);
-                self.say_unknown(
-                    &damage.map_or("it is no state of the cluster".into(), |why| {
-                        format!("it is damaged: {why}")
-                    }),
-                );
-                Ok(())
-            }
-            Err(Error::Damaged { what, .. }) => {
-                self.say_unknown(&format!("it is damaged: {what}"));
-                Ok(())
-            }
-            Err(Error::Unsupported { reason: Unsupported::NotWal(_), .. }) => {
-                self.say_unknown("it is no state of the cluster");
-                Ok(())
-            }
-            Err(error) => Err(error),
-        }
-    }
-
-    fn say_unknown(&self, why: &str) {
-        let text = format!(
-            "the database here is not read from: {why}; it is kept aside when a snapshot replaces it"
-        );
-        tracing::warn!(path = %self.options.path.display(), text);
-        self.node.set_problem(Part::State, Some(text));
-    }
-
-    fn go_live(&mut self, mut opened: Opened) -> Result<()> {
-        opened.begin_if_empty()?;
-        let mut opened = opened.redo()?;
-        opened.anchor()?;
-        let base = opened.base.clone();
-        self.history = opened.history;
-        let position = base.tip().position;
-        let commands = self.commands.clone();
-        let ready = move || {
-            if let Some(commands) = commands.upgrade() {
-                // When the queue is full, the thread looks by itself after the next batch.
-                let _ = commands.try_send(Command::Restart);
-            }
-        };
-        let replica = Replica { synced: self.shared.synced.clone(), ready: Box::new(ready) };
-        let checkpointer = Checkpointer {
-            base: base.clone(),
-            handle: reader(&base)?,
-            replica: Some(replica),
-            log_synced: Instant::now(),
-            applied_synced: Instant::now(),
-        };
-        if base.log.tip() != Some(position) {
-            tracing::warn!(%position, logged = ?base.log.tip(), "the last commits here came from no primary that is known");
-            let text =
-                "the last commits here came from no primary that is known; the primary decides on them";
-            self.node.set_problem(Part::State, Some(text.into()));
-        }
-        self.live = Some(Appender::new(base.clone(), opened.handle)?);
-        self.checkpointer = Some(checkpointer.spawn()?);
-        *lock(&self.shared.base) = Some(base);
-        self.node.applied.replace(self.history.clone(), Some(position));
-        self.shared.readable.send_replace(true);
-        tracing::info!(%position, "the replica's state is open");
-        Ok(())
     }
 
     pub(super) fn run(mut self, mut commands: mpsc::Receiver<Command>) {
@@ -177,6 +113,7 @@ impl Apply {
             if self.shared.stop.load(Ordering::Acquire) {
                 break;
             }
+            self.expect_files();
             match command {
                 Command::Units(units) => self.session(|apply| apply.units(units)),
                 Command::Standing(reply) => {
@@ -199,24 +136,63 @@ impl Apply {
         self.stop();
     }
 
+    /// Where the files are not those that were opened, nothing of the state here is believed: what is at the path is opened anew.
+    fn expect_files(&mut self) {
+        if self.reopen {
+            return self.open_anew();
+        }
+        let Some(live) = self.state.open() else { return };
+        let base = live.base.clone();
+        if base.expect_files().is_ok() || !base.lost() {
+            return;
+        }
+        let why = base.sound().err();
+        self.abort();
+        *lock(&self.shared.base) = None;
+        self.shared.readable.send_replace(false);
+        self.end_checkpointer(&base);
+        self.state.close();
+        drop(base);
+        // What was promised of that state is not.
+        self.history = EpochHistory::default();
+        self.node.applied.replace(EpochHistory::default(), None);
+        self.suspect = Suspect::No;
+        self.failed = true;
+        *lock(&self.shared.failure) = why;
+        self.open_anew();
+    }
+
+    /// Until it works: connections that somebody here or elsewhere still has to the old files may be in the way.
+    fn open_anew(&mut self) {
+        self.node.renew_files();
+        let opened = make_side(&self.options).and_then(|()| self.open_path(None));
+        self.node.set_astray(false);
+        self.reopen = opened.is_err();
+        let problem = opened.err().map(|error| format!("what is at the path now can't be opened: {error}"));
+        self.node.set_problem(Part::Engine, problem);
+    }
+
+    fn end_checkpointer(&mut self, base: &Base) {
+        base.stop.store(true, Ordering::Release);
+        if let Some(thread) = self.checkpointer.take() {
+            thread.thread().unpark();
+            let _ = thread.join();
+        }
+    }
+
     fn stop(&mut self) {
         self.abort();
         // With our connections the wal-index goes out of memory: nobody may ask for its figures any more.
         *lock(&self.shared.base) = None;
-        if let Some(mut live) = self.live.take() {
-            live.base.stop.store(true, Ordering::Release);
-            if let Some(thread) = self.checkpointer.take() {
-                thread.thread().unpark();
-                let _ = thread.join();
-            }
-            let rest = rest(&mut live);
-            if let Err(error) = rest {
+        if let Some(base) = self.state.known().map(|live| live.base.clone()) {
+            self.end_checkpointer(&base);
+        }
+        if let Some(live) = self.state.known() {
+            if let Err(error) = rest(live) {
                 tracing::warn!(%error, "the last anchor was not written; the next start reads the WAL instead");
             }
-            let base = live.base.clone();
-            drop(live);
-            base.release_locks();
         }
+        self.state.close();
         self.node.applied.close();
     }
 
@@ -237,7 +213,7 @@ impl Apply {
     }
 
     fn abort(&mut self) {
-        self.intake.abort(self.live.as_mut());
+        self.intake.abort(self.state.known());
         self.incoming = None;
         self.healing = None;
     }
@@ -250,7 +226,7 @@ impl Apply {
         let (wants, receiver) = mpsc::channel(WANTS_MAX);
         self.wants = Some(wants);
         let standing = Standing {
-            position: self.live.as_ref().map(Appender::position),
+            position: self.state.content().map(|live| live.position()),
             history: Arc::new(self.history.clone()),
             resume: receive::progress(&self.options.side).map(|p| (p.first, p.next)),
             suspect: self.suspect != Suspect::No,
@@ -260,7 +236,7 @@ impl Apply {
     }
 
     fn units(&mut self, units: Vec<Unit>) -> Result<()> {
-        if let Some(live) = &self.live {
+        if let Some(live) = self.state.known() {
             live.base.check()?;
         }
         for unit in &units {
@@ -270,7 +246,7 @@ impl Apply {
                 Message::SnapBegin(begin) => {
                     self.node.tell(Event::SnapshotStarted("this node has no state of the cluster".into()));
                     tracing::info!(first = %begin.first, from = %begin.from, "a snapshot begins");
-                    if self.live.is_some() {
+                    if self.state.content().is_some() {
                         return Err(Error::garbled("the primary", "a snapshot over a live database"));
                     }
                     self.incoming = Some(Incoming::begin(&self.options.side, begin)?);
@@ -283,7 +259,7 @@ impl Apply {
                     })?;
                 }
                 Message::Sent(sent) => self.sent(sent)?,
-                Message::SnapPiece { first, pages, .. } => match (&mut self.healing, &mut self.live) {
+                Message::SnapPiece { first, pages, .. } => match (&mut self.healing, self.state.content()) {
                     (Some(_), Some(live)) => {
                         let incoming = self.incoming.as_mut().ok_or_else(no_snapshot)?;
                         incoming.patch(first, pages, live)?;
@@ -292,24 +268,24 @@ impl Apply {
                 },
                 Message::SnapEnd(end) => {
                     let incoming = self.incoming.as_mut().ok_or_else(no_snapshot)?;
-                    if incoming.end(end, self.live.as_mut())? {
+                    if incoming.end(end, self.state.content())? {
                         self.adopt()?;
                     }
                 }
                 Message::TxnBegin(_) | Message::Page { .. } | Message::TxnEnd(_)
                     if self.incoming.is_none() =>
                 {
-                    let live = self.live.as_mut().ok_or_else(no_state)?;
+                    let live = self.state.known().ok_or_else(no_state)?;
                     self.intake.unit(live, unit, &message, &self.history)?;
                 }
                 Message::TxnBegin(begin) => self.incoming()?.txn_begin(begin)?,
                 Message::Page { number, hash, page } => {
                     let incoming = self.incoming.as_mut().ok_or_else(no_snapshot)?;
-                    incoming.page(number, hash, page, self.live.as_mut())?;
+                    incoming.page(number, hash, page, self.state.content())?;
                 }
                 Message::TxnEnd(end) => {
                     let incoming = self.incoming.as_mut().ok_or_else(no_snapshot)?;
-                    let exact = incoming.txn_end(end, self.live.as_mut())?;
+                    let exact = incoming.txn_end(end, self.state.content())?;
                     self.common(end.after)?;
                     if exact {
                         self.adopt()?;
@@ -327,7 +303,7 @@ impl Apply {
 
     /// The log gets the records first, then readers see them.
     fn publish(&mut self) -> Result<()> {
-        let Some(live) = &mut self.live else { return Ok(()) };
+        let Some(live) = self.state.known() else { return Ok(()) };
         self.intake.publish(live)?;
         let position = live.base.tip().position;
         if self.node.applied.position() != Some(position) {
@@ -337,16 +313,13 @@ impl Apply {
     }
 
     fn epochs(&mut self, history: EpochHistory) -> Result<()> {
-        let ours = match &self.live {
-            Some(live) => history.place(live.position().txid()) == Place::OnHistory,
-            None => false,
-        };
-        if !ours {
+        let ours = |live: &mut Appender| history.place(live.position().txid()) == Place::OnHistory;
+        if !self.state.known().is_some_and(ours) {
             self.next_history = Some(history);
         } else if history != self.history {
             anchor::write_epochs(&self.options.side, &history, false)?;
             self.history = history.clone();
-            self.node.applied.replace(history, self.live.as_ref().map(|l| l.base.tip().position));
+            self.node.applied.replace(history, self.state.known().map(|live| live.base.tip().position));
         }
         Ok(())
     }
@@ -363,7 +336,7 @@ impl Apply {
         match self.healing.take() {
             Some(healing) => self.adopt_heal(&healing, &ready, history)?,
             None => {
-                self.move_in(ready, history)?;
+                self.fill(&ready, history)?;
                 self.node.set_problem(Part::State, None);
                 tracing::info!(%position, "the snapshot is taken over");
                 self.node.tell(Event::SnapshotFinished(position));
@@ -373,77 +346,8 @@ impl Apply {
         Ok(())
     }
 
-    /// Where nothing is open: the file takes the database's place.
-    fn move_in(&mut self, ready: Ready, history: EpochHistory) -> Result<()> {
-        let Ready { directory, file: received, position, pages, .. } = ready;
-        // Before SQLite opens it: closing a descriptor of ours later would drop SQLite's lock on the file, and the
-        // next process to close the database would take itself for the last and delete the WAL.
-        drop(received);
-        let (path, side) = (&self.options.path, &self.options.side);
-        make_side(&self.options)?;
-        self.put_aside()?;
-        anchor::write_epochs(side, &history, false)?;
-        Log::open(&side.join("log"), self.options.log)?.reset(position)?;
-        let from = directory.join("pages");
-        let file = match stamp(&from, None)? {
-            Some(modified) => FileState::AtRest { position, modified },
-            None => FileState::Backfilling(Witnesses::default()),
-        };
-        let mut anchors = Anchors::open(side)?;
-        let anchor = Anchor {
-            generation: anchors.generation(),
-            salts: Salts::default(),
-            frame: 0,
-            sum: WalSum::default(),
-            position,
-            pages,
-            file,
-        };
-        // Before the rename: a file at the database's place always has its anchor.
-        anchors.write(anchor, true)?;
-        drop(anchors);
-        fs::rename(&from, path).map_err(Error::io("rename", path))?;
-        sync_parent(path)?;
-        let opened = open::open(self.options.clone(), self.node.clone(), false)?;
-        if !opened.exact || opened.base.tip().position != position {
-            return Err(Error::Mismatch {
-                expected: position.to_string(),
-                found: opened.base.tip().position.to_string(),
-            });
-        }
-        self.go_live(opened)
-    }
-
-    /// Keeps a database that is no state of the cluster.
-    fn put_aside(&self) -> Result<()> {
-        let path = &self.options.path;
-        if !path.exists() {
-            return Ok(());
-        }
-        let kept = self.options.side.join("lost").join(format!("database-{}", unix_millis()));
-        fs::create_dir_all(&kept).map_err(Error::io("create", &kept))?;
-        // The WAL first: a database without its WAL would look whole.
-        let wal = WalFile::path_of(path);
-        for from in [&wal, path] {
-            if let (true, Some(name)) = (from.exists(), from.file_name()) {
-                fs::rename(from, kept.join(name)).map_err(Error::io("rename", from))?;
-            }
-        }
-        let mut shm = path.as_os_str().to_owned();
-        shm.push("-shm");
-        match fs::remove_file(&shm) {
-            Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", &shm)(e)),
-            _ => {}
-        }
-        sync_directory(&kept)?;
-        sync_parent(path)?;
-        tracing::warn!(kept = %kept.display(), "the database that was here is put aside");
-        self.node.tell(Event::Kept(kept));
-        Ok(())
-    }
-
     fn maybe_restart(&mut self) -> Result<()> {
-        let Some(live) = &mut self.live else { return Ok(()) };
+        let Some(live) = self.state.known() else { return Ok(()) };
         if live.base.check().is_err()
             || live.base.wal_bytes() <= self.options.wal_limit_bytes
             || Instant::now() < self.restart_after

@@ -17,7 +17,7 @@ use crate::log::Log;
 use crate::node::{Node, Part};
 use crate::page::{PageNo, PageSize};
 use crate::sqlite::{FileLocks, Handle, Slot, WalIndex};
-use crate::status::Event;
+use crate::status::{Event, Role};
 use crate::txid::Position;
 use crate::wal::{FRAME_HEADER_BYTES, IndexHeader, Salts, WalSum, frame_bytes, frame_offset, region_of};
 
@@ -213,6 +213,14 @@ impl Base {
         self.watch.as_left().map_or(Ok(()), |found| Err(self.lose(&found)))
     }
 
+    /// Writes to the database file, which is then as this node left it. The caller holds `backfill`, or is alone.
+    pub(super) fn writing<T>(&self, write: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.expect_as_left()?;
+        let done = write();
+        self.watch.leave()?;
+        done
+    }
+
     /// Whether the files are not what they were.
     pub(super) fn lost(&self) -> bool {
         self.lost.load(Ordering::Acquire)
@@ -226,7 +234,14 @@ impl Base {
         if !known {
             self.node.set_astray(true);
             self.disown();
-            self.fail(&error);
+            if self.node.roles.borrow().role == Role::Replica {
+                // Which opens what is there, and is led to the primary's state.
+                let text = found.to_string();
+                tracing::error!(database = %self.options.path.display(), text, "the replica's files are opened anew");
+                self.node.set_problem(Part::Engine, Some(text));
+            } else {
+                self.fail(&error);
+            }
         }
         error
     }

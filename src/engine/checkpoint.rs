@@ -84,18 +84,17 @@ pub(super) fn copy(base: &Base, handle: &mut Handle, target: &Tip, done: u32) ->
         let count = ((target.frame - next + 1) as usize).min(run.len() / frame);
         base.wal.read(&mut run[..count * frame], frame_offset(next, base.page_size))?;
         // Each time: a large copy takes a while.
-        base.expect_as_left()?;
-        let written = (next..).zip(run[..count * frame].chunks_exact(frame)).try_for_each(|(at, bytes)| {
-            let page = base.index.page_of(at);
-            if page > target.pages || base.index.lookup(page, at, target.frame) != Some(at) {
-                return Ok(());
-            }
-            PageNo::new(page).map_or(Ok(()), |page| {
-                handle.write(&bytes[FRAME_HEADER_BYTES..], page.offset(base.page_size))
+        base.writing(|| {
+            (next..).zip(run[..count * frame].chunks_exact(frame)).try_for_each(|(at, bytes)| {
+                let page = base.index.page_of(at);
+                if page > target.pages || base.index.lookup(page, at, target.frame) != Some(at) {
+                    return Ok(());
+                }
+                PageNo::new(page).map_or(Ok(()), |page| {
+                    handle.write(&bytes[FRAME_HEADER_BYTES..], page.offset(base.page_size))
+                })
             })
-        });
-        base.watch.leave()?;
-        written?;
+        })?;
         next += count as u32;
         if base.stopping() {
             return Err(Error::ShutDown);
@@ -189,10 +188,7 @@ fn complete(base: &Arc<Base>, handle: &mut Handle, tip: &Tip) -> Result<bool> {
     let copied = copy(base, handle, tip, done).and_then(|()| {
         let bytes = u64::from(tip.pages) * u64::from(base.page_size.get());
         if handle.size()? > bytes {
-            base.expect_as_left()?;
-            let cut = handle.truncate(bytes);
-            base.watch.leave()?;
-            cut?;
+            base.writing(|| handle.truncate(bytes))?;
             handle.sync()?;
         }
         Ok(())

@@ -65,7 +65,11 @@ impl Checkpointer {
                     }
                     Ok(()) | Err(Error::ShutDown) => {}
                     // Told, and for good.
-                    Err(_) if self.base.sound().is_err() => {}
+                    Err(_) if self.base.sound().is_err() => {
+                        if let (true, Some(replica)) = (self.base.lost(), &self.replica) {
+                            (replica.ready)();
+                        }
+                    }
                     Err(error) => {
                         self.base.note_room(&error);
                         // The WAL grows meanwhile; nothing is lost, and the copy is made again from its begin.

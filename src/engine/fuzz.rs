@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use crate::engine::LostBranch;
+use crate::engine::Lost;
 use crate::engine::anchor::{Anchors, read_epochs};
 use crate::engine::lost::fuzz_btree_page;
 use crate::engine::receive;
@@ -64,8 +64,8 @@ pub(crate) fn fuzz_lost(data: &[u8]) {
         };
         fs::write(branch.join(name), bytes).expect("a file");
     }
-    let Ok(branches) = LostBranch::list(dir.path()) else { return };
-    for branch in branches {
+    let Ok(all) = Lost::list(dir.path()) else { return };
+    for branch in all.iter().filter_map(Lost::branch) {
         let _ = branch.transactions();
         let _ = branch.visit_pages(|_, _| Ok(()));
         let _ = branch.rows();

@@ -1,21 +1,23 @@
-//! `<side>/lost`: what a heal replaced, so that nothing that was committed anywhere is thrown away.
+//! `<side>/lost`: what a heal replaced, and what else could not stay, so that nothing that was committed anywhere is thrown away.
 //!
 //! A branch is a directory `branch-<position of its tip>` (behind that `-damaged-<time>` for pages that were none of that position's) with `branch.json` (what it is), `pages` (PAGE units: the image of each page
 //! that the heal replaced or dropped, as it was), `records` (its transactions, as they stood in the log, as far as they did) and `rows.jsonl`
 //! (which rows that concerned). It is written under another name, fsynced, and renamed before the heal changes anything.
 
 mod btree;
+mod list;
 mod rows;
 mod show;
 
 use std::fs::{self, File};
-use std::io::{BufWriter, Write};
+use std::io::{BufWriter, Seek, Write};
 use std::path::{Path, PathBuf};
 
 use bytes::BytesMut;
 use serde::{Deserialize, Serialize};
 
 use crate::checksum::PageHash;
+use crate::engine::EngineOptions;
 use crate::engine::append::Appender;
 use crate::engine::receive::Ready;
 use crate::engine::wal_file::sync_directory;
@@ -27,6 +29,7 @@ use crate::wire;
 
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
 pub(super) use btree::fuzz_btree_page;
+pub use list::{Lost, LostKind};
 pub(super) use rows::{Before, tell};
 pub use rows::{LostRow, LostRows};
 
@@ -79,26 +82,6 @@ impl LostBranch {
         &self.path
     }
 
-    /// All branches that are kept beside a database, oldest first.
-    pub(crate) fn list(side: &Path) -> Result<Vec<LostBranch>> {
-        let lost = side.join("lost");
-        let entries = match fs::read_dir(&lost) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(error) => return Err(Error::io("read", &lost)(error)),
-        };
-        let mut branches = Vec::new();
-        for entry in entries {
-            let path = entry.map_err(Error::io("read", &lost))?.path();
-            let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-            if name.starts_with(PREFIX) && !name.ends_with(".new") {
-                branches.push(LostBranch::read(path)?);
-            }
-        }
-        branches.sort_by_key(|b| b.unix_millis);
-        Ok(branches)
-    }
-
     fn read(path: PathBuf) -> Result<LostBranch> {
         let file = path.join("branch.json");
         let text = fs::read(&file).map_err(Error::io("read", &file))?;
@@ -130,12 +113,6 @@ pub(super) fn keep(side: &Path, live: &mut Appender, doomed: &Doomed<'_>) -> Res
         // An earlier heal got this far and no further.
         return LostBranch::read(path);
     }
-    // What an earlier try left that found no room counts for nothing.
-    let new = path.with_extension("new");
-    match fs::remove_dir_all(&new) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", &new)(e)),
-        _ => {}
-    }
     let log = live.base.log.clone();
     let (from, until) = (doomed.records_from.unwrap_or(log.complete()), log.complete());
     let pages = differing(live, doomed.ready)?;
@@ -145,7 +122,7 @@ pub(super) fn keep(side: &Path, live: &mut Appender, doomed: &Doomed<'_>) -> Res
     if used.saturating_add(needed) > doomed.quota_bytes {
         return Err(Error::LostFull { path: lost, used, needed, quota: doomed.quota_bytes });
     }
-    fs::create_dir_all(&new).map_err(Error::io("create", &new))?;
+    let new = begin_anew(path.with_extension("new"))?;
     write(&new.join("pages"), |out| write_pages(live, &pages, out))?;
     write(&new.join("records"), |out| log.bytes_between(from, until, |bytes| out.put(&bytes)))?;
     let branch = LostBranch {
@@ -163,11 +140,64 @@ pub(super) fn keep(side: &Path, live: &mut Appender, doomed: &Doomed<'_>) -> Res
     };
     let json = serde_json::to_vec_pretty(&branch).map_err(|e| Error::Stopped(e.to_string()))?;
     write(&new.join("branch.json"), |out| out.put(&json))?;
-    sync_directory(&new)?;
-    fs::rename(&new, &path).map_err(Error::io("rename", &new))?;
-    sync_directory(&lost)?;
-    sync_directory(side)?;
+    settle(side, &new, &path)?;
     Ok(branch)
+}
+
+/// Copies a database file that is about to be emptied, and what SQLite has beside it. Where to; durable on return.
+///
+/// # Errors
+/// As for [`keep`].
+pub(super) fn keep_file(options: &EngineOptions, mut file: &File) -> Result<PathBuf> {
+    let (database, lost) = (&options.path, options.side.join("lost"));
+    let named = |path: &Path| path.file_name().unwrap_or_default().to_owned();
+    let beside = ["-wal", "-journal"].map(|end| {
+        let mut path = database.as_os_str().to_owned();
+        path.push(end);
+        PathBuf::from(path)
+    });
+    let beside = beside.iter().filter(|path| path.exists());
+    let mut needed = file.metadata().map_err(Error::io("stat", database))?.len();
+    for path in beside.clone() {
+        needed += fs::metadata(path).map_err(Error::io("stat", path))?.len();
+    }
+    let used = bytes_below(&lost)?;
+    if used.saturating_add(needed) > options.lost_bytes {
+        return Err(Error::LostFull { path: lost, used, needed, quota: options.lost_bytes });
+    }
+    let new = begin_anew(lost.join("database.new"))?;
+    let copy = |from: &mut dyn std::io::Read, name| {
+        let to = new.join(name);
+        let mut copied = File::create(&to).map_err(Error::io("create", &to))?;
+        std::io::copy(from, &mut copied).map_err(Error::io("write", &to))?;
+        copied.sync_all().map_err(Error::io("fsync", &to))
+    };
+    file.rewind().map_err(Error::io("read", database))?;
+    copy(&mut file, named(database))?;
+    for path in beside {
+        copy(&mut File::open(path).map_err(Error::io("open", path))?, named(path))?;
+    }
+    let kept = lost.join(format!("database-{}", unix_millis()));
+    settle(&options.side, &new, &kept)?;
+    Ok(kept)
+}
+
+/// An empty directory; what an earlier try left that found no room counts for nothing.
+fn begin_anew(new: PathBuf) -> Result<PathBuf> {
+    match fs::remove_dir_all(&new) {
+        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", &new)(e)),
+        _ => {}
+    }
+    fs::create_dir_all(&new).map_err(Error::io("create", &new))?;
+    Ok(new)
+}
+
+/// Gives a directory its name when all that is in it is synced.
+fn settle(side: &Path, new: &Path, path: &Path) -> Result<()> {
+    sync_directory(new)?;
+    fs::rename(new, path).map_err(Error::io("rename", new))?;
+    sync_directory(&side.join("lost"))?;
+    sync_directory(side)
 }
 
 /// Our pages that are not in the state that comes, or are others there.

@@ -183,7 +183,9 @@ fn start(
 ) -> (Tip, Option<Anchor>) {
     let fits = |anchor: &&Anchor| {
         let mut bytes = [0; FRAME_HEADER_BYTES];
-        anchor.frame > 0
+        // One without an epoch names no state: what is counted from it would get a name that is another state's.
+        anchor.position.epoch().number() > 0
+            && anchor.frame > 0
             && anchor.frame <= header.max_frame
             && anchor.salts == header.salts
             && wal.read(&mut bytes, frame_offset(anchor.frame, size)).is_ok()

@@ -130,7 +130,7 @@ impl Handle {
         if code == ffi::SQLITE_IOERR_SHORT_READ { Ok(()) } else { self.check("read", code) }
     }
 
-    /// Writes to the database file. The caller holds the checkpoint lock and READ0, exclusive.
+    /// Writes to the database file. The caller holds the checkpoint lock, and READ0, exclusive, where readers may look.
     pub(crate) fn write(&mut self, bytes: &[u8], offset: u64) -> Result<()> {
         // unixWrite masks the length to 17 bits.
         assert!(bytes.len() < 128 * 1024, "a write of {} bytes would be cut", bytes.len());

@@ -19,6 +19,9 @@ use crate::sqlite::ffi::{Handle, Lock, Owner, Slot};
 
 /// SQLite's shared lock on the database file: every open connection of a WAL database has it.
 const SHARED: Place = Place { file: 0, start: 0x4000_0002, length: 510 };
+/// All that SQLite locks in a database file.
+#[cfg(all(target_os = "linux", target_pointer_width = "64"))]
+const WHOLE: Place = Place { file: 0, start: 0x4000_0000, length: 512 };
 /// In `-shm`: the process has it mapped. Who finds nobody there begins it anew.
 const MAPPED: Place = Place { file: 1, start: 128, length: 1 };
 /// The first of the eight locks of the wal-index.
@@ -221,11 +224,64 @@ impl FileLocks {
 impl Drop for FileLocks {
     fn drop(&mut self) {
         self.release();
-        if let Some(files) = self.files.take() {
-            PARKED.lock().unwrap_or_else(PoisonError::into_inner).extend(files);
-        }
-        close_unlocked();
+        park(self.files.take().into_iter().flatten());
     }
+}
+
+/// A database file that nobody has open in WAL mode or is reading or writing, here or elsewhere, for as long as this lives. Only Linux can tell.
+#[derive(Debug)]
+pub(crate) struct Alone(Option<File>);
+
+impl Alone {
+    /// Nothing when somebody else has the file.
+    pub(crate) fn with(path: &Path) -> Result<Option<Alone>> {
+        let file = File::options().read(true).write(true).open(path).map_err(Error::io("open", path))?;
+        let alone = Alone(Some(file));
+        #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
+        if let Some(file) = &alone.0
+            && !super::ffi::set_lock(file, Owner::Descriptor, Some(true), WHOLE.start, WHOLE.length)
+                .map_err(Error::io("lock", path))?
+        {
+            return Ok(None);
+        }
+        Ok(Some(alone))
+    }
+
+    pub(crate) fn file(&self) -> Option<&File> {
+        self.0.as_ref()
+    }
+}
+
+impl Drop for Alone {
+    fn drop(&mut self) {
+        #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
+        if let Some(file) = &self.0 {
+            // Should it stay, closing the descriptor gives it back.
+            let _ = super::ffi::set_lock(file, Owner::Descriptor, None, WHOLE.start, WHOLE.length);
+        }
+        park(self.0.take());
+    }
+}
+
+/// Makes an empty database file; false when there is one already.
+pub(crate) fn create(path: &Path) -> Result<bool> {
+    let mut options = File::options();
+    options.write(true).create_new(true);
+    #[cfg(unix)]
+    std::os::unix::fs::OpenOptionsExt::mode(&mut options, 0o600);
+    match options.open(path) {
+        Ok(file) => {
+            park([file]);
+            Ok(true)
+        }
+        Err(error) if error.kind() == std::io::ErrorKind::AlreadyExists => Ok(false),
+        Err(error) => Err(Error::io("create", path)(error)),
+    }
+}
+
+fn park(files: impl IntoIterator<Item = File>) {
+    PARKED.lock().unwrap_or_else(PoisonError::into_inner).extend(files);
+    close_unlocked();
 }
 
 /// Closes descriptors that are no longer used, as far as nobody holds a lock on their files: one of this process would be lost.

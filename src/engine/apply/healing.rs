@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use bytes::{Bytes, BytesMut};
 use tokio::sync::mpsc;
 
+use super::state::State;
 use super::{Apply, no_state};
 use crate::engine::anchor;
 use crate::engine::append::Appender;
@@ -18,7 +19,7 @@ use crate::log::Found;
 use crate::node::Part;
 use crate::page::{PageNo, PageSize};
 use crate::status::Event;
-use crate::txid::{EpochHistory, Position};
+use crate::txid::{EpochHistory, Place, Position};
 use crate::wire::{HealBegin, Sent, Want};
 
 /// Pause after a heal that followed another one closely, doubled each time.
@@ -29,8 +30,8 @@ pub(super) const WANTS_MAX: usize = 1;
 
 impl Apply {
     /// States of our log among which the primary may find the fork.
-    pub(super) fn marks(&self) -> Vec<Position> {
-        let Some(live) = &self.live else { return Vec::new() };
+    pub(super) fn marks(&mut self) -> Vec<Position> {
+        let Some(live) = self.state.known() else { return Vec::new() };
         // Commits that are not in the log touched pages that it does not know.
         if live.base.log.tip() != Some(live.position()) {
             return Vec::new();
@@ -43,7 +44,7 @@ impl Apply {
 
     /// What a failure of a stream says of our pages, or of the primary's log.
     pub(super) fn judge(&mut self, error: &Error) {
-        let Some(live) = &self.live else {
+        let Some(live) = self.state.content() else {
             // Pages of a snapshot that is gone on with, which were not looked at again: not once more.
             if let Error::Mismatch { .. } = error
                 && let Err(error) = receive::discard(&self.options.side)
@@ -52,13 +53,14 @@ impl Apply {
             }
             return;
         };
+        let position = live.base.tip().position;
         let compared = self.healing.as_ref().is_some_and(|healing| healing.heal.begin.compare);
         match error {
             // Pages that were verified when they came led elsewhere from ours.
             Error::Mismatch { .. } if !compared => self.suspect(Suspect::Pages),
             // Once may be the network, or a record that was just taken back.
             Error::Peer { problem: PeerProblem::Garbled(_), .. } if !compared => {
-                let at = Some(live.base.tip().position);
+                let at = Some(position);
                 if std::mem::replace(&mut self.garbled_at, at) == at && self.suspect == Suspect::No {
                     self.suspect(Suspect::Stream);
                 }
@@ -81,7 +83,7 @@ impl Apply {
     }
 
     pub(super) fn healing(&mut self) -> Result<(&mut Healing, &mut Incoming, &mut Appender)> {
-        match (&mut self.healing, &mut self.incoming, &mut self.live) {
+        match (&mut self.healing, &mut self.incoming, self.state.content()) {
             (Some(healing), Some(incoming), Some(live)) => Ok((healing, incoming, live)),
             _ => Err(Error::garbled("the primary", "a part of no heal")),
         }
@@ -90,8 +92,11 @@ impl Apply {
     /// The primary leads our state back to its own.
     pub(super) fn heal(&mut self, begin: HealBegin) -> Result<()> {
         self.pace.allow()?;
-        let Some(live) = &mut self.live else { return Err(no_state()) };
-        expect_page_size(live, begin.page_size)?;
+        let ours = self.state.content().ok_or_else(no_state)?.base.page_size;
+        if ours != begin.page_size {
+            return Err(self.other_page_size(ours, begin.page_size));
+        }
+        let live = self.state.content().ok_or_else(no_state)?;
         let why = match (begin.diverged, begin.compare) {
             (true, _) => "this node's state is not in the primary's history",
             (false, _) => "the primary's log does not reach back to this node's state",
@@ -120,6 +125,19 @@ impl Apply {
         Ok(())
     }
 
+    /// No transaction changes the size of pages.
+    fn other_page_size(&mut self, ours: PageSize, theirs: PageSize) -> Error {
+        if self.state.known().is_none() {
+            self.state.close();
+            return Error::Stopped(format!(
+                "the database here has pages of {ours:?}, the primary's of {theirs:?}: a snapshot replaces it"
+            ));
+        }
+        Error::Stopped(format!(
+            "the primary's page size is now {theirs:?}, this replica's {ours:?}: stop the node, move its database away and start it again"
+        ))
+    }
+
     pub(super) fn sent(&mut self, sent: Sent) -> Result<()> {
         let (healing, incoming, live) = self.healing()?;
         let next = incoming.with(live, |overlay, store| healing.heal.sent(overlay, store, sent))?;
@@ -131,7 +149,7 @@ impl Apply {
 
     /// A record of the primary's led to this state: the fork is not before it when we had it, too.
     pub(super) fn common(&mut self, after: Position) -> Result<()> {
-        let (Some(healing), Some(live)) = (&mut self.healing, &self.live) else { return Ok(()) };
+        let (Some(healing), Some(live)) = (&mut self.healing, self.state.known()) else { return Ok(()) };
         if healing.behind {
             let ours = live.base.log.find(after.number())?;
             healing.behind = matches!(ours, Found::At { before, .. } if before == after);
@@ -148,15 +166,16 @@ impl Apply {
         ready: &Ready,
         history: EpochHistory,
     ) -> Result<()> {
-        let Some(mut live) = self.live.take() else { return Err(no_state()) };
-        let result = self.heal_live(&mut live, healing, ready, &history);
+        let mut state = std::mem::replace(&mut self.state, State::Closed);
+        let live = state.content().ok_or_else(no_state)?;
+        let result = self.heal_live(live, healing, ready, &history);
         if result.is_err() {
             live.abort();
         }
-        self.live = Some(live);
+        self.state = state;
         let kept = result?;
-        self.history = history.clone();
-        self.node.applied.replace(history, Some(ready.position));
+        self.history = history;
+        self.serve()?;
         let kept = kept.map(|kept| self.tell_rows(kept, ready));
         self.suspect = Suspect::No;
         self.garbled_at = None;
@@ -208,8 +227,8 @@ impl Apply {
     }
 
     /// Notes which rows the lost branch had; the pages are kept already.
-    fn tell_rows(&self, (path, before): (PathBuf, Option<Before>), ready: &Ready) -> PathBuf {
-        if let (Some(live), Some(before)) = (&self.live, before)
+    fn tell_rows(&mut self, (path, before): (PathBuf, Option<Before>), ready: &Ready) -> PathBuf {
+        if let (Some(live), Some(before)) = (self.state.known(), before)
             && let Err(error) = lost::tell(&path, before, live, ready)
         {
             tracing::warn!(%error, branch = %path.display(), "the rows of a lost branch can't be told; its pages are kept");
@@ -220,6 +239,10 @@ impl Apply {
     /// Where the log's records begin that may be off the history.
     fn records_since_common(&self, live: &Appender, theirs: &EpochHistory) -> Option<u64> {
         let log = &live.base.log;
+        // A transaction's name is given once: the primary has this one, and all before it.
+        if log.tip().is_none_or(|logged| theirs.place(logged.txid()) == Place::OnHistory) {
+            return None;
+        }
         let from = self.history.common(theirs).max(log.start()?.number());
         match log.find(from) {
             Ok(Found::At { lsn, .. }) => Some(lsn),
@@ -303,14 +326,4 @@ fn ask(wants: &Option<mpsc::Sender<Want>>, want: Want) -> Result<()> {
     let gone = || Error::Stopped("the stream that a heal needs has ended".into());
     // One is under way at a time, so that there is always room while the stream stands.
     wants.as_ref().ok_or_else(gone)?.try_send(want).map_err(|_| gone())
-}
-
-fn expect_page_size(live: &Appender, theirs: PageSize) -> Result<()> {
-    if live.base.page_size == theirs {
-        return Ok(());
-    }
-    Err(Error::Stopped(format!(
-        "the primary's page size is now {theirs:?}, this replica's {:?}: stop the node, move its database away and start it again",
-        live.base.page_size
-    )))
 }

@@ -12,7 +12,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use replite::rusqlite::{self, TransactionBehavior};
-use replite::{Config, Db, Durability, Error, Event, Role};
+use replite::{Config, Db, Durability, Error, Event, Lost, Role};
 use replite_power::cuts::{Cut, choose, make, number, run, stopped, syncs};
 use replite_power::disk::{Disk, Names};
 use replite_power::model::{self, Said, say};
@@ -464,7 +464,8 @@ async fn stray_is_kept(db: &Db, side: &Path) -> Result<bool, String> {
     let has = |path: &Path, sql: &str| {
         plain(path).query_row(sql, [], |r| r.get::<_, i64>(0)).is_ok_and(|count| count > 0)
     };
-    for (number, branch) in db.lost().await.map_err(|e| e.to_string())?.iter().enumerate() {
+    let lost = db.lost().await.map_err(|e| e.to_string())?;
+    for (number, branch) in lost.iter().filter_map(Lost::branch).enumerate() {
         let copy = side.join(format!("exported-{number}.db"));
         branch.export(&copy).map_err(|e| e.to_string())?;
         if has(&copy, "SELECT count(*) FROM replite_pages WHERE instr(page, CAST('precious' AS BLOB))") {

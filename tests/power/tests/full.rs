@@ -198,7 +198,8 @@ fn replica_life(full: &str, url: &str, primary: &Db) -> u64 {
     let path = stage.watched().join("r.db");
     let variables = [("DB", path.to_str().unwrap()), ("URL", url), ("POWER_FULL", full)];
     let mut process = start(&stage, "following_process", &variables);
-    let there = || path.exists();
+    // Before that it is the one page of an empty database.
+    let there = || std::fs::metadata(&path).is_ok_and(|meta| meta.len() > 4096);
     until("the snapshot", there);
     for _ in 0..TRANSACTIONS / 2 {
         primary.write_blocking(|tx| Ok::<_, Error>(model::write(tx, "a")?)).unwrap();

@@ -1,0 +1,215 @@
+//! What is at the database's path, and how it becomes this replica's state.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use super::{Apply, sync_parent};
+use crate::engine::append::Appender;
+use crate::engine::base::{Base, lock};
+use crate::engine::checkpointer::{Checkpointer, Replica};
+use crate::engine::follower::Command;
+use crate::engine::open::{self, Opened};
+use crate::engine::{reader, receive};
+use crate::error::{Error, Result, Unsupported};
+use crate::node::Part;
+use crate::page::PageSize;
+use crate::sqlite::{self, Handle};
+use crate::txid::Place;
+
+/// What is at the database's path. What is open has CKPT and WRITE held.
+pub(super) enum State {
+    /// Nothing that could be filled as it is.
+    Closed,
+    /// A database without content, for a snapshot. Whoever has it open sees that come, and the file stays the same.
+    Empty(Appender),
+    /// A database that is no state of the cluster. Nobody reads it through this node; its pages are compared with the primary's.
+    Unknown(Appender),
+    /// A state of the cluster.
+    Known(Appender),
+}
+
+impl State {
+    /// The state of the cluster.
+    pub(super) fn known(&mut self) -> Option<&mut Appender> {
+        match self {
+            State::Known(live) => Some(live),
+            _ => None,
+        }
+    }
+
+    /// The database that a heal can lead to the primary's state, whatever it is now.
+    pub(super) fn content(&mut self) -> Option<&mut Appender> {
+        match self {
+            State::Known(live) | State::Unknown(live) => Some(live),
+            State::Closed | State::Empty(_) => None,
+        }
+    }
+
+    /// Whatever is open.
+    pub(super) fn open(&mut self) -> Option<&mut Appender> {
+        match self {
+            State::Known(live) | State::Unknown(live) | State::Empty(live) => Some(live),
+            State::Closed => None,
+        }
+    }
+
+    /// A database that a snapshot of this page size can fill.
+    pub(super) fn empty(&mut self, size: PageSize) -> Option<&mut Appender> {
+        match self {
+            State::Empty(live) if live.base.page_size == size => Some(live),
+            _ => None,
+        }
+    }
+
+    /// What is open, taken out.
+    fn take(&mut self) -> Option<Appender> {
+        match std::mem::replace(self, State::Closed) {
+            State::Known(live) | State::Unknown(live) | State::Empty(live) => Some(live),
+            State::Closed => None,
+        }
+    }
+
+    /// Closes what is open, and only then gives back what was held.
+    pub(super) fn close(&mut self) {
+        if let Some(live) = self.take() {
+            let base = live.base.clone();
+            drop(live);
+            base.release_locks();
+        }
+    }
+}
+
+impl Apply {
+    /// Opens what is at the path; where there is nothing, it is claimed by an empty database of this page size.
+    pub(super) fn open_path(&mut self, size: Option<PageSize>) -> Result<()> {
+        if sqlite::create(&self.options.path)? {
+            sync_parent(&self.options.path)?;
+        }
+        let mut opened = open::open(self.options.clone(), self.node.clone(), false);
+        if matches!(opened, Err(Error::Unsupported { reason: Unsupported::NotWal(_), .. })) {
+            self.turn_to_wal(size)?;
+            opened = open::open(self.options.clone(), self.node.clone(), false);
+        }
+        let mut opened = match opened {
+            Ok(opened) => opened,
+            Err(Error::Damaged { what, .. }) => {
+                self.say_damaged(&what);
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        if opened.exact && opened.base.tip().position.epoch().number() > 0 {
+            self.go_live(opened)
+        } else if is_empty(&opened)? {
+            self.state = State::Empty(self.begin(opened, false)?);
+            Ok(())
+        } else if let Some(why) = opened.damage() {
+            // Not begun: a new anchor would forget what is known of the damage.
+            self.say_damaged(why);
+            Ok(())
+        } else {
+            let live = self.begin(opened, false)?;
+            // What the file has of the WAL is not known either.
+            live.base.index.set_backfilled(0);
+            self.state = State::Unknown(live);
+            self.say_unread(
+                "it is no state of the cluster; what differs from the primary's is kept when it is replaced",
+            );
+            Ok(())
+        }
+    }
+
+    /// Of an empty file, which gets this page size, or of a database in rollback mode.
+    fn turn_to_wal(&self, size: Option<PageSize>) -> Result<()> {
+        let handle = Handle::open(&self.options.path, false)?;
+        if let Some(size) = size {
+            handle.connection().pragma_update(None, "page_size", size.get())?;
+        }
+        // Should it not become one, the next opening says so.
+        handle.connection().query_row("PRAGMA journal_mode = WAL", [], |_| Ok(()))?;
+        Ok(())
+    }
+
+    fn say_damaged(&self, why: &str) {
+        self.say_unread(&format!("it is damaged: {why}; it is kept aside when a snapshot replaces it"));
+    }
+
+    fn say_unread(&self, why: &str) {
+        let text = format!("the database here is not read from: {why}");
+        tracing::warn!(path = %self.options.path.display(), text);
+        self.node.set_problem(Part::State, Some(text));
+    }
+
+    /// Begins to own what was opened.
+    fn begin(&mut self, mut opened: Opened, redo: bool) -> Result<Appender> {
+        opened.begin_if_empty()?;
+        let mut opened = if redo { opened.redo()? } else { opened };
+        opened.anchor()?;
+        self.history = opened.history;
+        Appender::new(opened.base, opened.handle)
+    }
+
+    fn go_live(&mut self, opened: Opened) -> Result<()> {
+        // Where the epochs were lost, or are older than the log, its records lead nowhere; the primary sends them again.
+        let logged = opened.base.log.tip();
+        let redo = logged.is_none_or(|logged| opened.history.place(logged.txid()) == Place::OnHistory);
+        let live = self.begin(opened, redo)?;
+        let position = live.position();
+        if live.base.log.tip() != Some(position) {
+            tracing::warn!(%position, logged = ?live.base.log.tip(), "the last commits here came from no primary that is known");
+            let text =
+                "the last commits here came from no primary that is known; the primary decides on them";
+            self.node.set_problem(Part::State, Some(text.into()));
+        }
+        // Of a snapshot that was taken over before the node died.
+        if receive::progress(&self.options.side).is_some() {
+            receive::discard(&self.options.side)?;
+        }
+        self.state = State::Known(live);
+        self.serve()
+    }
+
+    /// What is open is a state of the cluster, from now on if it was not before: it is read from, and its WAL copied back.
+    pub(super) fn serve(&mut self) -> Result<()> {
+        let Some(live) = self.state.take() else { return Ok(()) };
+        let base = live.base.clone();
+        self.state = State::Known(live);
+        let position = base.tip().position;
+        self.node.applied.replace(self.history.clone(), Some(position));
+        if self.checkpointer.is_none() {
+            // Nothing would ever be copied back, nor read.
+            self.begin_service(&base).inspect_err(|error| base.fail(error))?;
+            tracing::info!(%position, "the replica's state is open");
+        }
+        Ok(())
+    }
+
+    fn begin_service(&mut self, base: &Arc<Base>) -> Result<()> {
+        let commands = self.commands.clone();
+        let ready = move || {
+            if let Some(commands) = commands.upgrade() {
+                // When the queue is full, the thread looks by itself after the next batch.
+                let _ = commands.try_send(Command::Restart);
+            }
+        };
+        let replica = Replica { synced: self.shared.synced.clone(), ready: Box::new(ready) };
+        let checkpointer = Checkpointer {
+            base: base.clone(),
+            handle: reader(base)?,
+            replica: Some(replica),
+            log_synced: Instant::now(),
+            applied_synced: Instant::now(),
+        };
+        self.checkpointer = Some(checkpointer.spawn()?);
+        *lock(&self.shared.base) = Some(base.clone());
+        self.shared.readable.send_replace(true);
+        Ok(())
+    }
+}
+
+/// Whether there is nothing that could be lost: one page, and no table in it.
+fn is_empty(opened: &Opened) -> Result<bool> {
+    let tables =
+        || opened.handle.connection().query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0));
+    Ok(opened.base.tip().pages <= 1 && tables().map(|tables: i64| tables == 0)?)
+}

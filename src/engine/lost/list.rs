@@ -1,0 +1,148 @@
+//! All that is kept in `<side>/lost`.
+
+use std::fs;
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::time::UNIX_EPOCH;
+
+use super::{LostBranch, PREFIX, bytes_below};
+use crate::error::{Error, Result};
+
+/// Something that is kept beside a database because it had to go from its place, a directory; see [`Db::lost`](crate::Db::lost).
+#[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub struct Lost {
+    /// What it is.
+    pub kind: LostKind,
+    /// Where it is kept.
+    pub path: PathBuf,
+    /// When it was put there, in milliseconds since 1970.
+    pub unix_millis: u64,
+    /// What it takes up of [`Config::lost_quota`](crate::Config::lost_quota).
+    pub bytes: u64,
+}
+
+/// What a [`Lost`] is.
+#[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum LostKind {
+    /// What a heal replaced: a branch of the history, or pages that were damaged.
+    Branch(Box<LostBranch>),
+    /// A database file, with the WAL or the journal that it had, that a snapshot could not be put into: it was damaged, or a foreign one with
+    /// pages of another size.
+    Database,
+    /// A log that did not lead to its database's state.
+    Log,
+    /// A WAL that was not its database's.
+    Wal,
+    /// What can't be read, or is of no kind that this version knows; and why.
+    Unreadable(String),
+}
+
+impl Lost {
+    /// The branch, if it is one.
+    pub fn branch(&self) -> Option<&LostBranch> {
+        match &self.kind {
+            LostKind::Branch(branch) => Some(branch),
+            _ => None,
+        }
+    }
+
+    /// All that is kept beside a database, oldest first.
+    pub(crate) fn list(side: &Path) -> Result<Vec<Lost>> {
+        let lost = side.join("lost");
+        let entries = match fs::read_dir(&lost) {
+            Ok(entries) => entries,
+            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(Error::io("read", &lost)(error)),
+        };
+        let mut all = Vec::new();
+        for entry in entries {
+            let entry = entry.map_err(Error::io("read", &lost))?;
+            let path = entry.path();
+            // What is not a directory is somebody else's; what is not complete has no name yet.
+            if !path.is_dir() || path.extension().is_some_and(|end| end == "new") {
+                continue;
+            }
+            all.push(Lost::look_at(path));
+        }
+        all.sort_by(|a, b| (a.unix_millis, &a.path).cmp(&(b.unix_millis, &b.path)));
+        Ok(all)
+    }
+
+    fn look_at(path: PathBuf) -> Lost {
+        let of_directory = || {
+            let time = fs::metadata(&path).and_then(|meta| meta.modified()).ok();
+            time.and_then(|time| time.duration_since(UNIX_EPOCH).ok()).map_or(0, |t| t.as_millis() as u64)
+        };
+        let unreadable = |why: String| (LostKind::Unreadable(why), of_directory());
+        let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let (kind, unix_millis) = match name.split_once('-') {
+            _ if name.starts_with(PREFIX) => match LostBranch::read(path.clone()) {
+                Ok(branch) => {
+                    let time = branch.unix_millis;
+                    (LostKind::Branch(Box::new(branch)), time)
+                }
+                Err(error) => unreadable(error.to_string()),
+            },
+            Some((kind, time)) => match (kind, time.parse()) {
+                ("database", Ok(time)) => (LostKind::Database, time),
+                ("log", Ok(time)) => (LostKind::Log, time),
+                ("wal", Ok(time)) => (LostKind::Wal, time),
+                _ => unreadable("it is of no known kind".into()),
+            },
+            None => unreadable("it is of no known kind".into()),
+        };
+        match bytes_below(&path) {
+            Ok(bytes) => Lost { kind, path, unix_millis, bytes },
+            Err(error) => Lost { kind: LostKind::Unreadable(error.to_string()), path, unix_millis, bytes: 0 },
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_that_is_kept_is_listed_and_what_cannot_be_read_hides_nothing() {
+        let dir = tempfile::tempdir().unwrap();
+        assert_eq!(Lost::list(dir.path()).unwrap(), []);
+        let lost = dir.path().join("lost");
+        let make = |name: &str, file: &str, bytes: &[u8]| {
+            fs::create_dir_all(lost.join(name)).unwrap();
+            fs::write(lost.join(name).join(file), bytes).unwrap();
+        };
+        let position = format!("{:016x}-{:016x}-{:016x}-{:032x}", 1, 2, 3, 4);
+        let json = format!(
+            r#"{{"format":1,"fork":null,"tip":"{position}","healed_to":"{position}","damaged":false,"unix_millis":3,
+                "page_size":512,"size_pages":1,"pages":1,"record_bytes":0}}"#
+        );
+        make("database-5", "app.db", &[0; 700]);
+        make("log-4", "0.log", &[0; 20]);
+        make("wal-2", "app.db-wal", &[0; 30]);
+        make("branch-a", "branch.json", json.as_bytes());
+        make("branch-b", "branch.json", b"{");
+        make("branch-c", "branch.json", br#"{"format":2}"#);
+        make("strange-1", "file", b"x");
+        make("database.new", "app.db", b"half");
+        make("branch-d.new", "pages", b"half");
+        fs::write(lost.join("branch-a.sqlite"), b"somebody's").unwrap();
+        let all = Lost::list(dir.path()).unwrap();
+        let named = |name: &str| all.iter().find(|one| one.path == lost.join(name)).unwrap();
+        assert_eq!(all.len(), 7);
+        let begin: Vec<_> = all[..4].iter().map(|one| (one.unix_millis, one.bytes)).collect();
+        assert_eq!(begin, [(2, 30), (3, json.len() as u64), (4, 20), (5, 700)]);
+        assert_eq!(named("wal-2").kind, LostKind::Wal);
+        assert_eq!(named("branch-a").branch().unwrap().tip.to_string(), position);
+        assert_eq!(named("log-4").kind, LostKind::Log);
+        assert_eq!(named("database-5").kind, LostKind::Database);
+        for (name, why) in [("branch-b", "corrupt"), ("branch-c", "version 2"), ("strange-1", "known kind")] {
+            let LostKind::Unreadable(said) = &named(name).kind else { panic!("{name}") };
+            assert!(
+                said.contains(why) && named(name).bytes > 0 && named(name).unix_millis > 5,
+                "{name}: {said}"
+            );
+        }
+    }
+}
