@@ -187,10 +187,10 @@ impl Apply {
         if let Some(base) = self.state.known().map(|live| live.base.clone()) {
             self.end_checkpointer(&base);
         }
-        if let Some(live) = self.state.known() {
-            if let Err(error) = rest(live) {
-                tracing::warn!(%error, "the last anchor was not written; the next start reads the WAL instead");
-            }
+        if let Some(live) = self.state.known()
+            && let Err(error) = rest(live)
+        {
+            tracing::warn!(%error, "the last anchor was not written; the next start reads the WAL instead");
         }
         self.state.close();
         self.node.applied.close();
