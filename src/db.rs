@@ -34,6 +34,7 @@ use crate::proxy::{PrimaryClient, ReplayLayer};
 use crate::secret::Secret;
 use crate::server::{Door, ReplicationService};
 use crate::session;
+use crate::sqlite::{last_code, unreadable};
 use crate::status::{Event, LoggedTransaction, PeerInfo, Role, RoleState};
 use crate::threads::blocking;
 use crate::token::Token;
@@ -49,7 +50,7 @@ pub use snapshot::Snapshot;
 pub use writer::{Commit, WriterGuard};
 
 use ending::Owner;
-use pool::Pool;
+use pool::{Lease, Pool};
 use verify::Verifier;
 use writer::{Hold, Writer};
 
@@ -203,8 +204,13 @@ impl Db {
         E: From<Error>,
     {
         self.inner.readable()?;
-        let lease = self.inner.pool.lease()?;
-        f(&lease)
+        let lease = self.inner.lease(None)?;
+        let result = f(&lease);
+        match &result {
+            Ok(_) => self.inner.node.read_worked(),
+            Err(_) => self.inner.judge(&lease),
+        }
+        result
     }
 
     /// [`Db::read`] on a thread where blocking is allowed.
@@ -467,8 +473,39 @@ fn seen<T>(commit: Commit<T>) -> Commit<T> {
 }
 
 impl Inner {
+    /// A connection to read with; after a time of one's own, or the configured one.
+    fn lease(&self, patience: Option<Duration>) -> Result<Lease<'_>> {
+        self.pool.lease(patience).inspect_err(|error| match error {
+            Error::Sqlite(rusqlite::Error::SqliteFailure(code, _)) if unreadable(code.extended_code) => {
+                self.node.read_failed(&error.to_string());
+            }
+            // Said by the engine.
+            _ => {}
+        })
+    }
+
+    /// Whether a read that failed says that the database can't be read.
+    fn judge(&self, lease: &Lease<'_>) {
+        let code = last_code(lease);
+        if unreadable(code) {
+            lease.spoil();
+            self.node.read_failed(&rusqlite::ffi::Error::new(code).to_string());
+        }
+    }
+
+    /// Fails when the files are not those that were opened.
+    fn expect_files(&self) -> Result<()> {
+        match &self.side {
+            Side::Primary { engine, .. } => engine.get()?.expect_files(),
+            Side::Replica { follower, .. } => follower.expect_files(),
+        }
+    }
+
     /// Fails while there is nothing to read.
     fn readable(&self) -> Result<()> {
+        if self.node.astray() {
+            return Err(Error::Stopped(self.node.problem().unwrap_or_default()));
+        }
         match &self.side {
             Side::Replica { readable, .. } if !*readable.borrow() => {
                 let problem = self.node.problem();

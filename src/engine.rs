@@ -28,10 +28,12 @@ mod pieces;
 mod receive;
 mod redo;
 mod repair;
+mod reserve;
 mod sync;
 mod unsynced;
 mod verify;
 mod wal_file;
+mod watch;
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, mpsc};
@@ -228,6 +230,8 @@ impl Engine {
     /// Call after COMMIT; `frame` is what the WAL hook said during it, if it was called. `None`: nothing written.
     pub(crate) fn committed(&self, begun: Begun, frame: Option<u32>) -> Result<Option<Txid>> {
         let Begun { before, change } = begun;
+        // Whether capture still looks at this commit can't be told.
+        self.base.sound()?;
         // An application that ends its transaction by itself and begins another lets others commit in between.
         let next = |frame| {
             let header = self.base.header().filter(|h| h.salts == before.salts && h.max_frame == frame);
@@ -297,6 +301,17 @@ impl Engine {
         self.base.figures()
     }
 
+    /// A commit found no room.
+    pub(crate) fn no_room(&self) {
+        self.base.node.no_room("SQLite found no room for a commit");
+    }
+
+    /// Fails, and stops for good, when the files at the paths are not those that are open, or somebody else wrote to the database.
+    pub(crate) fn expect_files(&self) -> Result<()> {
+        self.base.sound()?;
+        self.base.expect_files()
+    }
+
     /// Stops and joins the threads; all further calls fail with `ShutDown`. Blocks.
     pub(crate) fn close(&self) {
         stop_threads(&self.base, &self.threads, &self.waker);
@@ -321,6 +336,7 @@ fn stop_threads(base: &Base, threads: &Mutex<Vec<JoinHandle<()>>>, waker: &Waker
 
 /// A further connection to an open database.
 fn reader(base: &Base) -> Result<Handle> {
+    base.expect_files()?;
     let handle = Handle::open(base.path(), false)?;
     handle.connection().query_row("SELECT count(*) FROM sqlite_schema", [], |r| r.get::<_, i64>(0))?;
     Ok(handle)

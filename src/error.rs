@@ -307,6 +307,20 @@ pub enum PeerProblem {
 }
 
 impl Error {
+    /// Whether a disk, or somebody's share of it, is full.
+    pub(crate) fn no_room(&self) -> bool {
+        use std::io::ErrorKind::{QuotaExceeded, StorageFull};
+        match self {
+            // The log's own quota is no system's.
+            Error::Io { source, .. } => {
+                source.kind() == StorageFull
+                    || source.kind() == QuotaExceeded && source.raw_os_error().is_some()
+            }
+            Error::Sqlite(error) => error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull),
+            _ => false,
+        }
+    }
+
     /// Who must act.
     pub fn blame(&self) -> Blame {
         match self {

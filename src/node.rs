@@ -1,7 +1,10 @@
 //! What every part of a running node shares: identity, keys, role, position, events, shutdown.
 
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex};
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, OnceLock};
+use std::time::{Duration, Instant};
 
 use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
@@ -17,6 +20,8 @@ use crate::txid::Epoch;
 const EVENTS_BEHIND_MAX: usize = 256;
 /// What the problem begins with while replication has failed.
 const STOPPED: &str = "replication stopped: ";
+/// How long no read may have failed before one that works says that they work again.
+const READS_QUIET: Duration = Duration::from_secs(1);
 
 /// A part of a node that can have a problem.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
@@ -33,6 +38,18 @@ pub(crate) enum Part {
     Stream,
     Log,
     Checkpoint,
+    /// Reads of the application.
+    Reads,
+    /// The disk.
+    Room,
+}
+
+struct CloseIdle(Box<dyn Fn() + Send + Sync>);
+
+impl fmt::Debug for CloseIdle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("CloseIdle").finish_non_exhaustive()
+    }
 }
 
 /// A running node, as its parts see it.
@@ -51,6 +68,15 @@ pub(crate) struct Node {
     pub(crate) lag: Mutex<Option<Lag>>,
     /// Problems that last, each under the part of the node that has it, so that none hides another.
     problems: Mutex<BTreeMap<Part, String>>,
+    /// The database's files are not those that were opened: nothing is read from them.
+    astray: AtomicBool,
+    /// Counts how often the files were opened.
+    files: Arc<AtomicU64>,
+    /// Closes what is idle of connections to files that are not there any more.
+    close_idle: OnceLock<CloseIdle>,
+    /// When a read failed, in milliseconds since `begun`, and one; zero: none has, or one has worked since.
+    read_failed: AtomicU64,
+    begun: Instant,
     pub(crate) events: broadcast::Sender<Event>,
     /// Cancelled when the node stops: every task ends.
     pub(crate) stop: CancellationToken,
@@ -78,6 +104,11 @@ impl Node {
             roles: watch::Sender::new(state),
             lag: Mutex::new(None),
             problems: Mutex::default(),
+            astray: AtomicBool::new(false),
+            files: Arc::default(),
+            close_idle: OnceLock::new(),
+            read_failed: AtomicU64::new(0),
+            begun: Instant::now(),
             events: broadcast::Sender::new(EVENTS_BEHIND_MAX),
             drain: stop.child_token(),
             stop,
@@ -143,6 +174,72 @@ impl Node {
             Some(problem) => problems.insert(part, problem),
             None => problems.remove(&part),
         };
+    }
+
+    /// Whether a part has a problem.
+    pub(crate) fn has_problem(&self, part: Part) -> bool {
+        self.problems.lock().unwrap_or_else(|e| e.into_inner()).contains_key(&part)
+    }
+
+    /// Says whether the database's files are others than those that were opened.
+    pub(crate) fn set_astray(&self, astray: bool) {
+        self.astray.store(astray, Ordering::Relaxed);
+    }
+
+    /// The files are opened anew: connections to what was there before are of no use.
+    pub(crate) fn renew_files(&self) {
+        self.files.fetch_add(1, Ordering::Release);
+        if let Some(CloseIdle(close)) = self.close_idle.get() {
+            close();
+        }
+    }
+
+    /// What closes them.
+    pub(crate) fn when_renewed(&self, close: impl Fn() + Send + Sync + 'static) {
+        let _ = self.close_idle.set(CloseIdle(Box::new(close)));
+    }
+
+    /// How often they were.
+    pub(crate) fn files(&self) -> Arc<AtomicU64> {
+        self.files.clone()
+    }
+
+    pub(crate) fn astray(&self) -> bool {
+        self.astray.load(Ordering::Relaxed)
+    }
+
+    /// Something of ours found no room on the disk.
+    pub(crate) fn no_room(&self, what: impl std::fmt::Display) {
+        if !self.has_problem(Part::Room) {
+            tracing::error!(database = self.database, %what, "the disk is full");
+        }
+        self.set_problem(
+            Part::Room,
+            Some(format!("the disk is full; reads go on, and writes when there is room: {what}")),
+        );
+    }
+
+    /// A read failed, and not for its own sake.
+    pub(crate) fn read_failed(&self, why: &str) {
+        let now = self.begun.elapsed().as_millis() as u64 + 1;
+        if self.read_failed.swap(now, Ordering::Relaxed) == 0 {
+            tracing::error!(database = self.database, why, "the database can't be read");
+            self.set_problem(Part::Reads, Some(format!("the database can't be read: {why}")));
+        }
+    }
+
+    /// A read worked. Where some do and some don't, it is too early to say that all is well.
+    pub(crate) fn read_worked(&self) {
+        if self.reads_may_work() {
+            self.read_failed.store(0, Ordering::Relaxed);
+            self.set_problem(Part::Reads, None);
+        }
+    }
+
+    /// Whether reads failed, and none has for a while.
+    pub(crate) fn reads_may_work(&self) -> bool {
+        let failed = self.read_failed.load(Ordering::Relaxed);
+        failed != 0 && self.begun.elapsed() >= Duration::from_millis(failed) + READS_QUIET
     }
 
     /// All problems that last.

@@ -6,7 +6,7 @@ pub(crate) mod ffi;
 mod locks;
 pub(crate) mod shm;
 
-pub(crate) use ffi::{CommitCount, Handle, Lock, Slot, hook_commits};
+pub(crate) use ffi::{CommitCount, Handle, Lock, Slot, hook_commits, last_code, unreadable};
 pub(crate) use locks::{Alone, FileLocks, close_unlocked, park};
 pub(crate) use shm::WalIndex;
 

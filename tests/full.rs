@@ -118,3 +118,125 @@ async fn a_replica_without_room_says_so_and_goes_on_when_there_is_room() {
     db.shutdown().await;
     primary.shutdown().await;
 }
+
+/// A file that leaves no room for others. It is in the way until it is removed.
+#[cfg(target_os = "linux")]
+fn fill(directory: &std::path::Path) -> PathBuf {
+    use std::io::Write;
+
+    let ballast = directory.join("ballast");
+    let mut file = std::fs::File::create(&ballast).unwrap();
+    let mut block = vec![1; 1 << 20];
+    while !block.is_empty() {
+        if file.write_all(&block).is_err() {
+            block.truncate(block.len() / 2);
+        }
+    }
+    file.sync_all().unwrap();
+    ballast
+}
+
+/// Opens a primary, fills its disk and writes until there is no room. How many rows are there; killed or shut down.
+#[cfg(target_os = "linux")]
+async fn fill_below(path: &std::path::Path) -> (Db, PathBuf, i64) {
+    let db = Db::open(primary(path, 0)).await.unwrap();
+    for n in 0..50 {
+        insert(&db, "before", n).await;
+    }
+    until("the reserve", || path.with_file_name("p.db-replite").join("reserve").exists());
+    let ballast = fill(path.parent().unwrap());
+    let mut rows = 50;
+    let write = |tx: &mut replite::rusqlite::Transaction<'_>| {
+        Ok::<_, Error>(tx.execute("INSERT INTO t(who, v) VALUES ('full', randomblob(3000))", [])?)
+    };
+    // The log makes room once more, when it can't be written either.
+    let mut refused = 0;
+    while refused < 20 {
+        match db.write(write).await {
+            Ok(_) => (rows, refused) = (rows + 1, 0),
+            Err(_) => refused += 1,
+        }
+    }
+    let health = db.health();
+    assert!(health.can_read && !health.can_write, "{health:?}");
+    assert!(health.reasons.iter().any(|why| why.contains("the disk is full")), "{health:?}");
+    assert_eq!(count(&db), rows);
+    (db, ballast, rows)
+}
+
+#[test]
+#[ignore = "runs as the child of another test, on a disk of its own"]
+#[cfg(target_os = "linux")]
+fn filling_process() {
+    if is_child() {
+        let runtime = tokio::runtime::Runtime::new().unwrap();
+        let (_db, _, rows) = runtime.block_on(fill_below(&PathBuf::from(variable("DB"))));
+        speak(&format!("full {rows}"));
+        hear();
+    }
+}
+
+#[test]
+#[ignore = "runs as the child of another test, on a disk of its own"]
+#[cfg(target_os = "linux")]
+fn process_on_a_small_disk() {
+    if !is_child() {
+        return;
+    }
+    let path = PathBuf::from(variable("DB"));
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let rows: i64 = if variable("KILL") == "yes" {
+        let process = Process::start("filling_process", &[("DB", path.to_str().unwrap())]);
+        let said = process.expect("full");
+        process.kill();
+        said.split(' ').nth(1).unwrap().parse().unwrap()
+    } else {
+        runtime.block_on(async {
+            let (db, _, rows) = fill_below(&path).await;
+            db.shutdown().await;
+            rows
+        })
+    };
+    runtime.block_on(async {
+        // Twice: the first one has used the reserve.
+        for _ in 0..2 {
+            let db = Db::open(primary(&path, 0)).await.unwrap();
+            assert_eq!(count(&db), rows);
+            until("it is told", || !db.health().can_write);
+            assert!(db.health().can_read, "{:?}", db.health());
+            db.shutdown().await;
+        }
+        let db = Db::open(primary(&path, 0)).await.unwrap();
+        std::fs::remove_file(path.with_file_name("ballast")).unwrap();
+        until("there is room", || db.health().can_write);
+        assert_eq!(db.status().problem, None);
+        insert(&db, "after", 0).await;
+        assert_eq!(count(&db), rows + 1);
+        assert!(db.verify().await.unwrap().holds());
+        until("the reserve", || path.with_file_name("p.db-replite").join("reserve").exists());
+        db.shutdown().await;
+    });
+    speak("survived");
+}
+
+/// On a full disk a primary could not be opened, so that nobody could read; and while it ran, its health was good.
+#[test]
+#[cfg(target_os = "linux")]
+fn a_primary_on_a_full_disk_is_opened_and_read_and_says_that_it_can_not_write() {
+    for kill in ["no", "yes"] {
+        let dir = tempfile::tempdir().unwrap();
+        // A file system of memory, which nobody but this process sees.
+        let output = std::process::Command::new("unshare")
+            .args(["-rm", "sh", "-c", "mount -t tmpfs -o size=8m tmpfs \"$1\" && shift && exec \"$@\"", "sh"])
+            .arg(dir.path())
+            .arg(std::env::current_exe().unwrap())
+            .args(["process_on_a_small_disk", "--exact", "--nocapture", "--include-ignored"])
+            .env("REPLITE_TEST_CHILD", "1")
+            .env("DB", dir.path().join("p.db"))
+            .env("KILL", kill)
+            .output()
+            .unwrap();
+        let said = String::from_utf8_lossy(&output.stdout);
+        assert!(said.contains("@survived"), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
+    }
+}

@@ -173,3 +173,55 @@ async fn a_reader_whose_lock_was_dropped_keeps_its_state() {
     .await;
     p.shutdown().await;
 }
+
+/// Opens the database and closes it again, as often as it is told to, and says how often its locks were lost.
+#[test]
+#[ignore = "runs as the child of another test"]
+fn taking_over() {
+    if !is_child() {
+        return;
+    }
+    let path = PathBuf::from(variable("DB"));
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    loop {
+        speak("closed");
+        hear();
+        speak("opening");
+        let db = runtime.block_on(Db::open(primary(&path, 0))).unwrap();
+        // What a checkpoint needs is looked at before it.
+        let write = "INSERT INTO t(v) SELECT randomblob(2000) FROM t LIMIT 20";
+        until("a backfill", || {
+            db.write_blocking(|tx| {
+                tx.execute("INSERT INTO t(v) VALUES (1)", [])?;
+                Ok::<_, Error>(tx.execute(write, [])?)
+            })
+            .unwrap();
+            db.status().backfilled_frames > 0
+        });
+        speak(&format!("open {} {:?}", db.status().locks_lost, db.status().problem));
+        hear();
+        runtime.block_on(db.shutdown());
+    }
+}
+
+/// The one who leaves keeps its descriptors open for as long as the other has locks on the files, and its marker with them was taken for a
+/// loss: each orderly hand-over was told as an error.
+#[test]
+fn a_hand_over_to_another_process_is_no_loss() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("p.db");
+    let start = || Process::start("taking_over", &[("DB", path.to_str().unwrap())]);
+    let mut processes = [start(), start()];
+    processes.iter().for_each(|process| drop(process.expect("closed")));
+    processes[0].say("open");
+    for round in 0..6 {
+        let (here, there) = (round % 2, (round + 1) % 2);
+        assert_eq!(processes[here].expect("open"), "open 0 None", "round {round}");
+        // It waits for the lock that it needs for life.
+        processes[there].say("open");
+        processes[there].expect("opening");
+        processes[here].say("close");
+        processes[here].expect("closed");
+    }
+    processes.into_iter().for_each(|process| drop(process.kill()));
+}

@@ -1,6 +1,6 @@
 //! Opening a database as a node.
 
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -11,7 +11,7 @@ use uuid::Uuid;
 
 use crate::db::builder::{Config, ConnectionKind};
 use crate::db::ending::Owner;
-use crate::db::pool::Pool;
+use crate::db::pool::{Expect, Pool};
 use crate::db::verify::{Of, Verifier};
 use crate::db::writer::{Hold, Writer};
 use crate::db::{Db, Inner, Side, claims, identity, refuse, snapshot};
@@ -105,7 +105,7 @@ impl Begun {
             // With its owner: should nobody wait for it any more, it is closed.
             Ok(Owner(Arc::new(Inner {
                 verifier: Verifier::new(node.clone(), of, config.verify_limit),
-                pool: pool(&config, &path),
+                pool: pool(&config, &path, &side, node.files()),
                 node,
                 path,
                 side,
@@ -123,6 +123,12 @@ impl Begun {
             })))
         });
         let inner = inner.await?;
+        let pool = Arc::downgrade(&inner.0);
+        inner.node.when_renewed(move || {
+            if let Some(inner) = pool.upgrade() {
+                inner.pool.renew();
+            }
+        });
         doors.open();
         doors.leave_open();
         if let (Side::Replica { follower, .. }, Some(primary)) = (&inner.side, primary) {
@@ -175,7 +181,17 @@ fn serve(
     Ok(Side::Primary { engine: hold, writer })
 }
 
-fn pool(config: &Config, path: &std::path::Path) -> Pool {
+fn pool(config: &Config, path: &std::path::Path, side: &Side, files: Arc<AtomicU64>) -> Pool {
+    let expect: Expect = match side {
+        Side::Primary { engine, .. } => {
+            let engine = engine.clone();
+            Box::new(move || engine.get()?.expect_files())
+        }
+        Side::Replica { follower, .. } => {
+            let follower = follower.clone();
+            Box::new(move || follower.expect_files())
+        }
+    };
     let on_connect = config.on_connect.clone();
     let prepare = move |conn: &Connection| match &on_connect {
         Some(run) => run(conn, ConnectionKind::Reader),
@@ -186,6 +202,8 @@ fn pool(config: &Config, path: &std::path::Path) -> Pool {
         config.read_connections,
         config.read_timeout,
         config.statement_cache,
+        expect,
+        files,
         Box::new(prepare),
     )
 }

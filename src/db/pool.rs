@@ -3,7 +3,7 @@
 use std::fmt;
 use std::ops::Deref;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 
 type Prepare = Box<dyn Fn(&Connection) -> rusqlite::Result<()> + Send + Sync>;
+pub(super) type Expect = Box<dyn Fn() -> Result<()> + Send + Sync>;
 
 /// A bounded set of read-only connections.
 pub(super) struct Pool {
@@ -24,6 +25,10 @@ pub(super) struct Pool {
     most: usize,
     patience: Duration,
     statements: usize,
+    /// Whether what is at the path is what the node has open.
+    expect: Expect,
+    /// Counts how often the node opened it.
+    files: Arc<AtomicU64>,
     prepare: Prepare,
     state: Mutex<State>,
     returned: Condvar,
@@ -41,6 +46,8 @@ struct Reader {
     connection: Connection,
     /// Set when a statement was prepared that may have changed how the connection behaves.
     changed: Arc<AtomicBool>,
+    /// Which opening of the files it is of.
+    files: u64,
 }
 
 impl Reader {
@@ -66,14 +73,18 @@ impl Pool {
         most: usize,
         patience: Duration,
         statements: usize,
+        expect: Expect,
+        files: Arc<AtomicU64>,
         prepare: Prepare,
     ) -> Pool {
         let state = Mutex::default();
-        Pool { path, most, patience, statements, prepare, state, returned: Condvar::new() }
+        Pool { path, most, patience, statements, expect, files, prepare, state, returned: Condvar::new() }
     }
 
-    /// A connection for the caller alone, until the lease is dropped. A nested call gets another one.
-    pub(super) fn lease(&self) -> Result<Lease<'_>> {
+    /// A connection for the caller alone, until the lease is dropped. A nested call gets another one. It is waited for as long as is configured, or as
+    /// the caller has patience.
+    pub(super) fn lease(&self, patience: Option<Duration>) -> Result<Lease<'_>> {
+        let patience = patience.unwrap_or(self.patience);
         let mut state = self.lock();
         let mut end = None;
         loop {
@@ -91,10 +102,10 @@ impl Pool {
                 std::mem::forget(place);
                 return Ok(Lease { pool: self, reader: Some(reader) });
             }
-            let end = *end.get_or_insert_with(|| Instant::now() + self.patience);
+            let end = *end.get_or_insert_with(|| Instant::now() + patience);
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(Error::PoolExhausted { limit: self.most, waited: self.patience });
+                return Err(Error::PoolExhausted { limit: self.most, waited: patience });
             }
             state.waiting += 1;
             state = self.returned.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
@@ -103,6 +114,8 @@ impl Pool {
     }
 
     fn open(&self) -> Result<Reader> {
+        let files = self.files.load(Ordering::Acquire);
+        (self.expect)()?;
         let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         #[allow(unused_mut, reason = "rusqlite before 0.41 sets an authorizer through a shared reference")]
         let mut connection = Connection::open_with_flags(&self.path, flags)?;
@@ -118,13 +131,23 @@ impl Pool {
             }
             Authorization::Allow
         }))?;
-        Ok(Reader { connection, changed })
+        Ok(Reader { connection, changed, files })
     }
 
     /// A connection is no more; whoever waits may open one.
     fn gone(&self) {
         self.lock().open -= 1;
         self.returned.notify_one();
+    }
+
+    /// Closes the idle connections to files that the node has not open any more; those in use close when they come back.
+    pub(super) fn renew(&self) {
+        let mut state = self.lock();
+        let idle = std::mem::take(&mut state.idle);
+        state.open -= idle.len();
+        drop(state);
+        drop(idle);
+        self.returned.notify_all();
     }
 
     /// Closes the idle connections; those in use close when they come back.
@@ -190,6 +213,15 @@ pub(super) struct Lease<'a> {
     reader: Option<Reader>,
 }
 
+impl Lease<'_> {
+    /// The connection is not for the next one.
+    pub(super) fn spoil(&self) {
+        if let Some(reader) = &self.reader {
+            reader.changed.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
 impl Deref for Lease<'_> {
     type Target = Connection;
 
@@ -204,7 +236,7 @@ impl Deref for Lease<'_> {
 impl Drop for Lease<'_> {
     fn drop(&mut self) {
         let Some(reader) = self.reader.take() else { return };
-        if !reader.come_back() {
+        if !reader.come_back() || reader.files != self.pool.files.load(Ordering::Acquire) {
             let place = Place(self.pool);
             drop(reader);
             return drop(place);
@@ -233,7 +265,7 @@ mod tests {
             .unwrap()
             .execute_batch("CREATE TABLE IF NOT EXISTS t(a); INSERT INTO t VALUES (1)")
             .unwrap();
-        Pool::new(path, most, patience, 16, Box::new(|_| Ok(())))
+        Pool::new(path, most, patience, 16, Box::new(|| Ok(())), Arc::default(), Box::new(|_| Ok(())))
     }
 
     /// Idle and open.
@@ -251,20 +283,20 @@ mod tests {
     fn a_nested_read_has_its_own_connection_and_exhaustion_is_told() {
         let dir = tempfile::tempdir().unwrap();
         let pool = pool(&dir, 2, Duration::from_millis(20));
-        let (one, two) = (pool.lease().unwrap(), pool.lease().unwrap());
+        let (one, two) = (pool.lease(None).unwrap(), pool.lease(None).unwrap());
         assert_ne!(identity(&one), identity(&two));
-        assert!(matches!(pool.lease(), Err(Error::PoolExhausted { limit: 2, .. })));
+        assert!(matches!(pool.lease(None), Err(Error::PoolExhausted { limit: 2, .. })));
         drop(one);
-        pool.lease().unwrap();
+        pool.lease(None).unwrap();
     }
 
     #[test]
     fn a_waiter_gets_the_connection_that_comes_back() {
         let dir = tempfile::tempdir().unwrap();
         let pool = pool(&dir, 1, Duration::from_secs(60));
-        let lease = pool.lease().unwrap();
+        let lease = pool.lease(None).unwrap();
         std::thread::scope(|scope| {
-            let waiter = scope.spawn(|| pool.lease().map(drop));
+            let waiter = scope.spawn(|| pool.lease(None).map(drop));
             while pool.lock().waiting == 0 {
                 std::thread::yield_now();
             }
@@ -277,16 +309,17 @@ mod tests {
     fn a_connection_comes_back_rolled_back_and_a_changed_one_not_at_all() {
         let dir = tempfile::tempdir().unwrap();
         let pool = pool(&dir, 1, Duration::from_secs(1));
-        let lease = pool.lease().unwrap();
+        let lease = pool.lease(None).unwrap();
         lease.execute_batch("BEGIN; SELECT * FROM t").unwrap();
         drop(lease);
-        assert!(pool.lease().unwrap().is_autocommit());
-        pool.lease().unwrap().query_row("PRAGMA table_info(t)", [], |_| Ok(())).unwrap();
+        assert!(pool.lease(None).unwrap().is_autocommit());
+        pool.lease(None).unwrap().query_row("PRAGMA table_info(t)", [], |_| Ok(())).unwrap();
         assert_eq!(pool.lock().idle.len(), 1, "a pragma that only tells something");
-        pool.lease().unwrap().execute_batch("PRAGMA case_sensitive_like = 1").unwrap();
+        pool.lease(None).unwrap().execute_batch("PRAGMA case_sensitive_like = 1").unwrap();
         assert_eq!(pool.lock().idle.len(), 0);
         assert_eq!(pool.lock().open, 0);
-        let like: bool = pool.lease().unwrap().query_row("SELECT 'a' LIKE 'A'", [], |r| r.get(0)).unwrap();
+        let like: bool =
+            pool.lease(None).unwrap().query_row("SELECT 'a' LIKE 'A'", [], |r| r.get(0)).unwrap();
         assert!(like, "a fresh connection");
     }
 
@@ -307,12 +340,12 @@ mod tests {
             "PRAGMA query_only(1)",
             &attach,
         ] {
-            let lease = pool.lease().unwrap();
+            let lease = pool.lease(None).unwrap();
             // It works, and goes with the connection.
             lease.execute_batch(sql).unwrap_or_else(|e| panic!("{sql}: {e}"));
             drop(lease);
             assert_eq!(counts(&pool), (0, 0), "{sql}");
-            pool.lease().unwrap().query_row("SELECT * FROM t", [], |_| Ok(())).unwrap();
+            pool.lease(None).unwrap().query_row("SELECT * FROM t", [], |_| Ok(())).unwrap();
             assert_eq!(pool.lock().idle.len(), 1, "a plain read leaves nothing");
         }
     }
@@ -321,7 +354,7 @@ mod tests {
     fn a_connection_with_a_forgotten_statement_is_not_handed_on() {
         let dir = tempfile::tempdir().unwrap();
         let pool = pool(&dir, 1, Duration::from_secs(1));
-        let lease = pool.lease().unwrap();
+        let lease = pool.lease(None).unwrap();
         let mut statement = lease.prepare("SELECT a FROM t").unwrap();
         let mut rows = statement.query([]).unwrap();
         assert!(rows.next().unwrap().is_some());
@@ -342,22 +375,22 @@ mod tests {
             _ => Ok(()),
         };
         let pool = Pool { prepare: Box::new(prepare), ..plain };
-        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| pool.lease().map(drop)));
+        let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| pool.lease(None).map(drop)));
         assert!(panicked.is_err());
-        assert!(matches!(pool.lease(), Err(Error::Sqlite(_))));
+        assert!(matches!(pool.lease(None), Err(Error::Sqlite(_))));
         assert_eq!(pool.lock().open, 0);
-        pool.lease().unwrap();
+        pool.lease(None).unwrap();
     }
 
     #[test]
     fn readers_cannot_write_and_a_closed_pool_says_so() {
         let dir = tempfile::tempdir().unwrap();
         let pool = pool(&dir, 1, Duration::from_secs(1));
-        assert!(pool.lease().unwrap().execute_batch("INSERT INTO t VALUES (2)").is_err());
-        let lease = pool.lease().unwrap();
+        assert!(pool.lease(None).unwrap().execute_batch("INSERT INTO t VALUES (2)").is_err());
+        let lease = pool.lease(None).unwrap();
         pool.close();
         drop(lease);
         assert_eq!(pool.lock().open, 0);
-        assert!(matches!(pool.lease(), Err(Error::ShutDown)));
+        assert!(matches!(pool.lease(None), Err(Error::ShutDown)));
     }
 }

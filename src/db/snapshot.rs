@@ -71,6 +71,7 @@ impl Db {
 
     fn take_snapshot(&self) -> Result<Snapshot> {
         self.inner.readable()?;
+        self.inner.expect_files()?;
         let position = self.vouched()?;
         let path = side::of(&self.inner.path).join(format!("{TEMPORARY}{}", Uuid::new_v4()));
         let temporary = Temporary(path.clone());
@@ -84,6 +85,7 @@ impl Db {
 
     fn place_snapshot(&self, path: &Path) -> Result<Position> {
         self.inner.readable()?;
+        self.inner.expect_files()?;
         let path = plain(path)?;
         check(&path)?;
         let position = self.vouched()?;

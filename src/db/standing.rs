@@ -2,8 +2,10 @@
 
 use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
-use crate::db::{Db, Side};
+use crate::db::{Db, Inner, Side};
+use crate::node::Part;
 use crate::status::{Health, Role, Status};
 
 impl Db {
@@ -48,6 +50,8 @@ impl Db {
     ///
     /// `can_read` stays true for a grace time ([`Config::grace`](crate::Config::grace)) after the primary was lost: a balancer that
     /// drops every replica while the primary is away would make the outage itself.
+    /// It is false while reads fail, and none of them for what its statement asked: such as when the disk, or a descriptor, can't be had. Then this very
+    /// call reads a little, so that a node that nobody reads from recovers. `can_write` is false on a primary that has stopped.
     pub fn health(&self) -> Health {
         let inner = &self.inner;
         let status = self.status();
@@ -61,7 +65,12 @@ impl Db {
         if draining {
             reasons.push("draining".to_string());
         }
-        let state = inner.readable().map_err(|e| reasons.push(e.to_string())).is_ok();
+        // Where nobody reads, nobody else would find that it works again.
+        if inner.node.reads_may_work() {
+            inner.try_read();
+        }
+        let astray = inner.node.astray();
+        let state = inner.readable().map_err(|e| reasons.extend((!astray).then(|| e.to_string()))).is_ok();
         let fresh = match (status.role, status.lag) {
             (Role::Replica, Some(lag)) => u128::from(lag.millis) <= inner.grace.as_millis(),
             (Role::Replica, None) => inner.opened.elapsed() <= inner.grace,
@@ -73,12 +82,26 @@ impl Db {
         if live && status.primary.is_none() {
             reasons.push("the primary is not reachable".to_string());
         }
-        reasons.extend(status.problem.clone());
+        // What stops a replica stops no write: those are the primary's.
+        let stopped = status.role == Role::Primary
+            && [Part::Engine, Part::Room].iter().any(|part| inner.node.has_problem(*part));
+        reasons.extend(inner.node.problem());
         Health {
             live,
-            can_read: live && !draining && state && fresh,
-            can_write: live && !draining && status.primary.is_some(),
+            can_read: live && !draining && state && fresh && !inner.node.has_problem(Part::Reads),
+            can_write: live && !draining && status.primary.is_some() && !stopped,
             reasons,
+        }
+    }
+}
+
+impl Inner {
+    /// Reads as little as can be, to see whether that works.
+    fn try_read(&self) {
+        let Ok(lease) = self.lease(Some(Duration::ZERO)) else { return };
+        match lease.query_row("PRAGMA schema_version", [], |_| Ok(())) {
+            Ok(()) => self.node.read_worked(),
+            Err(_) => self.judge(&lease),
         }
     }
 }

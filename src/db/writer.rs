@@ -12,13 +12,13 @@ use std::thread::JoinHandle;
 use std::time::Duration;
 
 use rusqlite::config::DbConfig;
-use rusqlite::{Connection, DropBehavior, OpenFlags, Transaction, TransactionBehavior};
+use rusqlite::{Connection, DropBehavior, ErrorCode, OpenFlags, Transaction, TransactionBehavior};
 use tokio::sync::{Semaphore, mpsc as queue, oneshot};
 
 use crate::db::builder::{Config, ConnectionKind};
 use crate::engine::{Durability, Engine};
 use crate::error::{Error, Result};
-use crate::sqlite::CommitCount;
+use crate::sqlite::{CommitCount, last_code};
 use crate::threads::{self, aside, message};
 use crate::txid::Txid;
 
@@ -330,10 +330,19 @@ impl Shared {
         let begun = engine.begun()?;
         let result = catch_unwind(AssertUnwindSafe(|| run(&mut transaction)));
         let value = match result {
-            Ok(result) => result?,
+            Ok(result) => result.inspect_err(|_| {
+                if last_code(&transaction) & 0xff == rusqlite::ffi::SQLITE_FULL {
+                    engine.no_room();
+                }
+            })?,
             Err(panic) => return Err(Error::Panicked(message(&*panic)).into()),
         };
-        transaction.commit().map_err(sqlite)?;
+        transaction.commit().map_err(|error| {
+            if error.sqlite_error_code() == Some(ErrorCode::DiskFull) {
+                engine.no_room();
+            }
+            sqlite(error)
+        })?;
         let txid = engine.committed(begun, commits.one())?;
         Ok(Commit { value, txid })
     }

@@ -3,12 +3,13 @@
 //! `<side>/anchors` has two slots of 256 bytes, at 0 and 4096, written in turn, so that a torn write leaves the
 //! other. `<side>/epochs` holds the epoch history and is replaced by rename.
 
-use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::fs::{self, File, Metadata};
+use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::checksum::PageHash;
+use crate::engine::reserve;
 use crate::engine::wal_file::{read_exact_at, sync_directory, write_all_at};
 use crate::error::{Error, Result};
 use crate::page::PageNo;
@@ -277,25 +278,27 @@ impl Anchors {
     }
 }
 
-/// When the database file was last modified, in nanoseconds since 1970. By `stat`, which opens nothing.
-pub(crate) fn modified(path: &Path) -> Result<i64> {
-    let time = fs::metadata(path).and_then(|m| m.modified()).map_err(Error::io("stat", path))?;
+/// When a file was last modified, in nanoseconds since 1970.
+pub(crate) fn modified_of(meta: &Metadata, path: &Path) -> Result<i64> {
+    let time = meta.modified().map_err(Error::io("stat", path))?;
     Ok(time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as i64))
 }
 
 /// Gives a file a modification time that no later write will give it, and says which. The kernel takes the time of a write from a clock that may
 /// stand still for milliseconds, and some file systems keep whole seconds: two writes may have the same. Nothing where the time can't be set,
-/// which is for the file's owner to do. Nobody else may be writing.
-pub(crate) fn stamp(path: &Path) -> Result<Option<i64>> {
+/// which is for the file's owner to do. Nobody else may be writing. By its descriptor where there is one: at the path there may be another by now.
+pub(crate) fn stamp(path: &Path, open: Option<&File>) -> Result<Option<i64>> {
     /// What the coarsest file systems keep.
     const COARSEST_MICROS: i64 = 2_000_000;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_micros() as i64);
     for micros in [now, now - COARSEST_MICROS] {
-        if let Err(error) = set_modified(path, micros) {
+        if let Err(error) = set_modified(path, open, micros) {
             tracing::debug!(path = %path.display(), %error, "the modification time can't be set");
             return Ok(None);
         }
-        let found = modified(path)?;
+        let meta =
+            open.map_or_else(|| fs::metadata(path), File::metadata).map_err(Error::io("stat", path))?;
+        let found = modified_of(&meta, path)?;
         // One that was rounded may come again as long as its second lasts: then one that is over.
         if found == micros * 1000 || micros < now {
             return Ok(Some(found));
@@ -304,19 +307,23 @@ pub(crate) fn stamp(path: &Path) -> Result<Option<i64>> {
     Ok(None)
 }
 
-/// By name: to close a descriptor of a database would drop SQLite's locks on it.
+/// By name, or by a descriptor that stays open: to close one of a database would drop SQLite's locks on it.
 #[cfg(unix)]
-fn set_modified(path: &Path, micros: i64) -> std::io::Result<()> {
-    use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, UTIME_OMIT, utimensat};
+fn set_modified(path: &Path, open: Option<&File>, micros: i64) -> std::io::Result<()> {
+    use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, UTIME_OMIT, futimens, utimensat};
 
     let last_access = Timespec { tv_sec: 0, tv_nsec: UTIME_OMIT };
     let (tv_sec, rest) = (micros.div_euclid(1_000_000), micros.rem_euclid(1_000_000));
     let last_modification = Timespec { tv_sec, tv_nsec: (rest * 1000) as _ };
-    Ok(utimensat(CWD, path, &Timestamps { last_access, last_modification }, AtFlags::empty())?)
+    let times = Timestamps { last_access, last_modification };
+    match open {
+        Some(file) => Ok(futimens(file, &times)?),
+        None => Ok(utimensat(CWD, path, &times, AtFlags::empty())?),
+    }
 }
 
 #[cfg(not(unix))]
-fn set_modified(path: &Path, micros: i64) -> std::io::Result<()> {
+fn set_modified(path: &Path, _: Option<&File>, micros: i64) -> std::io::Result<()> {
     let time = UNIX_EPOCH + std::time::Duration::from_micros(micros.max(0) as u64);
     fs::OpenOptions::new().write(true).open(path)?.set_modified(time)
 }
@@ -364,18 +371,15 @@ pub(crate) fn write_epochs(side: &Path, history: &EpochHistory, own: bool) -> Re
     replace_file(side, "epochs", &bytes)
 }
 
-/// Replaces a small file by rename, durably.
+/// Replaces a small file by rename, durably; on a full disk by means of the reserve.
 pub(crate) fn replace_file(side: &Path, name: &str, bytes: &[u8]) -> Result<()> {
-    let (path, new) = (side.join(name), side.join(format!("{name}.new")));
-    let mut file = crate::side::create(&new)?;
-    file.write_all(bytes).map_err(Error::io("write", &new))?;
-    file.sync_all().map_err(Error::io("fsync", &new))?;
-    fs::rename(&new, &path).map_err(Error::io("rename", &path))?;
-    sync_directory(side)
+    reserve::with(side, || reserve::replace(side, name, bytes))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::io::Write;
+
     use super::*;
     use crate::checksum::Checksum;
     use crate::txid::{Epoch, EpochStart, Txid};
@@ -439,16 +443,17 @@ mod tests {
     #[test]
     fn a_stamped_time_is_the_files_and_no_other_writes() {
         let file = tempfile::NamedTempFile::new().unwrap();
-        let now = || modified(file.path()).unwrap();
-        for _ in 0..100 {
+        let now = || modified_of(&fs::metadata(file.path()).unwrap(), file.path()).unwrap();
+        for round in 0..100 {
             let before = now();
-            let stamped = stamp(file.path()).unwrap().unwrap();
+            let open = (round % 2 == 1).then_some(file.as_file());
+            let stamped = stamp(file.path(), open).unwrap().unwrap();
             assert_eq!(now(), stamped);
             assert_ne!(stamped, before);
             file.as_file().write_all(b"more").unwrap();
             assert_ne!(now(), stamped);
         }
-        assert!(stamp(Path::new("/nowhere")).unwrap().is_none());
+        assert!(stamp(Path::new("/nowhere"), None).unwrap().is_none());
     }
 
     #[test]

@@ -13,16 +13,16 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
-use crate::engine::EngineOptions;
 use crate::engine::anchor;
 use crate::engine::append::Appender;
-use crate::engine::base::lock;
+use crate::engine::base::{Base, lock};
 use crate::engine::capture_loop::warn_if_long;
 use crate::engine::checkpoint::{DRAIN_MAX, Restart, restart};
 use crate::engine::follower::{Command, Shared, Standing};
 use crate::engine::intake::Intake;
 use crate::engine::receive::{self, Incoming};
 use crate::engine::wal_file::sync_directory;
+use crate::engine::{EngineOptions, make_side};
 use crate::error::{Error, Result};
 use crate::node::{Node, Part};
 use crate::status::Event;
@@ -61,6 +61,8 @@ pub(super) struct Apply {
     next_history: Option<EpochHistory>,
     intake: Intake,
     failed: bool,
+    /// What is at the path could not be opened.
+    reopen: bool,
     restart_after: Instant,
     restart_pause: Duration,
     warned_frames: u32,
@@ -91,6 +93,7 @@ impl Apply {
             next_history: None,
             intake: Intake::default(),
             failed: false,
+            reopen: false,
             restart_after: Instant::now(),
             restart_pause: RESTART_PAUSE,
             warned_frames: 0,
@@ -121,6 +124,7 @@ impl Apply {
             if self.shared.stop.load(Ordering::Acquire) {
                 break;
             }
+            self.expect_files();
             match command {
                 Command::Units(units) => self.session(|apply| apply.units(units)),
                 Command::Standing(reply) => {
@@ -144,6 +148,51 @@ impl Apply {
         Ok(())
     }
 
+    /// Where the files are not those that were opened, nothing of the state here is believed: what is at the path is opened anew.
+    fn expect_files(&mut self) {
+        if self.reopen {
+            return self.open_anew();
+        }
+        let Some(live) = self.state.open() else { return };
+        let base = live.base.clone();
+        if base.expect_files().is_ok() || !base.lost() {
+            return;
+        }
+        let why = base.sound().err();
+        self.abort();
+        *lock(&self.shared.base) = None;
+        self.shared.readable.send_replace(false);
+        self.end_checkpointer(&base);
+        self.state.close();
+        drop(base);
+        // What was promised of that state is not.
+        self.history = EpochHistory::default();
+        self.node.applied.replace(EpochHistory::default(), None);
+        self.suspect = Suspect::No;
+        self.failed = true;
+        *lock(&self.shared.failure) = why;
+        self.open_anew();
+    }
+
+    /// Until it works: connections that somebody here or elsewhere still has to the old files may be in the way.
+    fn open_anew(&mut self) {
+        self.node.renew_files();
+        let opened = make_side(&self.options).and_then(|()| self.open_path(None));
+        self.node.set_astray(false);
+        self.reopen = opened.is_err();
+        let problem = opened.err().map(|error| format!("what is at the path now can't be opened: {error}"));
+        self.node.set_problem(Part::Engine, problem);
+    }
+
+    fn end_checkpointer(&mut self, base: &Base) {
+        base.stop.store(true, Ordering::Release);
+        if let Some(thread) = self.checkpointer.take() {
+            thread.thread().unpark();
+            // It has said how it ended.
+            let _ = thread.join();
+        }
+    }
+
     /// The end after a panic. Whoever feeds is told first, then everything is given back.
     fn fall(&mut self, error: &Error, commands: mpsc::Receiver<Command>) {
         *lock(&self.shared.fallen) = Some(error.cause());
@@ -164,12 +213,7 @@ impl Apply {
         let live = self.state.known();
         // A panic may have taken the one or the other.
         if let Some(base) = live.as_ref().map(|live| live.base.clone()).or(shared) {
-            base.stop.store(true, Ordering::Release);
-            if let Some(thread) = self.checkpointer.take() {
-                thread.thread().unpark();
-                // It has said how it ended.
-                let _ = thread.join();
-            }
+            self.end_checkpointer(&base);
             if let Some(live) = self.state.known() {
                 let rested = if orderly && !base.failed() { rest(live) } else { Ok(()) };
                 if let Err(error) = rested {
@@ -190,6 +234,9 @@ impl Apply {
         }
         if let Err(error) = step(self) {
             self.failed = true;
+            if error.no_room() {
+                self.node.no_room(&error);
+            }
             self.judge(&error);
             self.abort();
             *lock(&self.shared.failure) = Some(error);
@@ -371,6 +418,7 @@ fn rest(live: &mut Appender) -> Result<()> {
     let base = &live.base;
     base.log.sync()?;
     base.sync_wal()?;
+    base.expect_as_left()?;
     let file = base.left_behind(&mut live.handle)?;
     base.write_anchor(&base.tip(), file, true)
 }

@@ -2,21 +2,22 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 
 use bytes::BytesMut;
 
 use crate::checksum::PageHash;
-use crate::engine::anchor::{Anchor, Anchors, FileState, Witness, Witnesses, modified, stamp};
+use crate::engine::anchor::{Anchor, Anchors, FileState, Witness, Witnesses};
 use crate::engine::wal_file::WalFile;
+use crate::engine::watch::{Astray, Watch};
 use crate::engine::{Durability, EngineOptions, Piece, WalFigures, unsynced};
 use crate::error::{Error, Result};
 use crate::log::Log;
-use crate::node::Node;
+use crate::node::{Node, Part};
 use crate::page::{PageNo, PageSize};
 use crate::sqlite::{FileLocks, Handle, Slot, WalIndex};
-use crate::status::Event;
+use crate::status::{Event, Role};
 use crate::txid::Position;
 use crate::wal::{FRAME_HEADER_BYTES, IndexHeader, Salts, WalSum, frame_bytes, frame_offset, region_of};
 
@@ -54,10 +55,13 @@ pub(super) struct Base {
     /// Held by whoever copies frames into the database file.
     pub(super) backfill: Mutex<()>,
     pub(super) stop: AtomicBool,
-    locks: Option<FileLocks>,
+    locks: Option<Arc<FileLocks>>,
+    pub(super) watch: Watch,
     /// The log could not be written and waits for a whole transaction to begin again behind.
     pub(super) log_broken: Mutex<bool>,
     failed: Mutex<Option<String>>,
+    /// The files are not those that were opened, or not as they were left.
+    lost: AtomicBool,
 }
 
 impl Base {
@@ -71,7 +75,8 @@ impl Base {
         log: Arc<Log>,
         anchors: Anchors,
         tip: Tip,
-        locks: Option<FileLocks>,
+        locks: Option<Arc<FileLocks>>,
+        watch: Watch,
     ) -> Arc<Base> {
         Arc::new(Base {
             options,
@@ -88,8 +93,10 @@ impl Base {
             backfill: Mutex::new(()),
             stop: AtomicBool::new(false),
             locks,
+            watch,
             log_broken: Mutex::new(false),
             failed: Mutex::new(None),
+            lost: AtomicBool::new(false),
         })
     }
 
@@ -153,14 +160,17 @@ impl Base {
 
     /// Fails when the engine has stopped, and says why.
     pub(super) fn check(&self) -> Result<()> {
-        if let Some(why) = &*lock(&self.failed) {
-            return Err(Error::Stopped(why.clone()));
-        }
+        self.sound()?;
         if self.stopping() { Err(Error::ShutDown) } else { Ok(()) }
     }
 
     pub(super) fn stopping(&self) -> bool {
         self.stop.load(Ordering::Acquire)
+    }
+
+    /// Fails when the engine has stopped by a failure.
+    pub(super) fn sound(&self) -> Result<()> {
+        lock(&self.failed).as_ref().map_or(Ok(()), |why| Err(Error::Stopped(why.clone())))
     }
 
     /// Stops replication of this database for good, loudly.
@@ -182,6 +192,79 @@ impl Base {
     /// Whether it has failed, also when it is being closed.
     pub(super) fn failed(&self) -> bool {
         lock(&self.failed).is_some()
+    }
+
+    /// Says so when an error is that of a full disk.
+    pub(super) fn note_room(&self, error: &Error) {
+        if error.no_room() {
+            self.node.no_room(error);
+        }
+    }
+
+    /// Looks whether the files are those that were opened, and the database as this node left it, as far as nobody copies into it just now.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] when they are not. From then on nothing here is believed, nor written.
+    pub(super) fn expect_files(&self) -> Result<()> {
+        let found = match self.backfill.try_lock() {
+            Err(TryLockError::WouldBlock) => self.watch.astray(),
+            Ok(_) | Err(TryLockError::Poisoned(_)) => self.watch.as_left(),
+        };
+        found.map_or(Ok(()), |found| Err(self.lose(&found)))
+    }
+
+    /// The same for who holds `backfill`.
+    pub(super) fn expect_as_left(&self) -> Result<()> {
+        self.watch.as_left().map_or(Ok(()), |found| Err(self.lose(&found)))
+    }
+
+    /// Writes to the database file, which is then as this node left it. The caller holds `backfill`, or is alone.
+    pub(super) fn writing<T>(&self, write: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.expect_as_left()?;
+        let done = write();
+        self.watch.leave()?;
+        done
+    }
+
+    /// Whether the files are not what they were.
+    pub(super) fn lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
+    }
+
+    fn lose(&self, found: &Astray) -> Error {
+        let error = Error::Stopped(found.to_string());
+        // First: who commits from now on is refused, so that the last look of capture has all that was acknowledged.
+        let known = lock(&self.failed).replace(found.to_string()).is_some() && self.lost();
+        self.lost.store(true, Ordering::Release);
+        if !known {
+            self.node.set_astray(true);
+            self.disown();
+            if self.node.roles.borrow().role == Role::Replica {
+                // Which opens what is there, and is led to the primary's state.
+                let text = found.to_string();
+                tracing::error!(database = %self.options.path.display(), text, "the replica's files are opened anew");
+                self.node.set_problem(Part::Engine, Some(text));
+            } else {
+                self.tip_moved.notify_all();
+                self.node.fail(&error);
+            }
+        }
+        error
+    }
+
+    /// Has the next start believe nothing of the file but its hash. An anchor of a file at rest needs no more: it names that one's time.
+    fn disown(&self) {
+        let file = self.file_state();
+        if let FileState::AtRest { .. } = file {
+            return;
+        }
+        let nowhere = Tip { frame: 0, ..self.tip() };
+        // Both of them.
+        for _ in 0..2 {
+            if let Err(error) = self.write_anchor(&nowhere, file, true) {
+                tracing::error!(%error, "an anchor of files that are not there any more can't be replaced");
+            }
+        }
     }
 
     /// Takes locks again that this process's connections have lost, and says so.
@@ -211,7 +294,7 @@ impl Base {
 
     /// How often this process's connections have lost their locks.
     pub(super) fn locks_lost(&self) -> u64 {
-        self.locks.as_ref().map_or(0, FileLocks::losses)
+        self.locks.as_deref().map_or(0, FileLocks::losses)
     }
 
     /// Gives back what is held for life. The threads have ended.
@@ -305,12 +388,13 @@ impl Base {
         newest.unwrap_or(FileState::Backfilling(Witnesses::default()))
     }
 
-    /// What an anchor is to say of a file that alone is the state at `position`, and that nobody writes to.
+    /// What an anchor is to say of a file that alone is the state at `position`, and that nobody writes to. The caller holds `backfill`, or is alone.
     pub(super) fn at_rest(&self, position: Position) -> Result<FileState> {
-        let now = modified(self.path())?;
+        self.expect_as_left()?;
+        let now = self.watch.modified()?;
         let stamped = match self.file_state() {
             FileState::AtRest { modified, .. } if modified == now => Some(now),
-            _ => stamp(self.path())?,
+            _ => self.watch.stamp()?,
         };
         // Without such a time only a hash tells later, or the WAL.
         Ok(stamped.map_or(FileState::Backfilling(Witnesses::default()), |modified| FileState::AtRest {

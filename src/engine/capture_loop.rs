@@ -86,9 +86,16 @@ impl CaptureLoop {
         threads::start("replite-capture", self, CaptureLoop::watch, CaptureLoop::end)
     }
 
-    fn end(self, ended: Result<()>) {
-        if let Err(error) = ended {
-            self.base.fail(&error);
+    fn end(mut self, ended: Result<()>) {
+        match ended {
+            // Told, and for good. The log is what the next start has.
+            _ if self.base.lost() => {
+                if let Err(error) = self.last_words() {
+                    tracing::error!(%error, "the log does not have the last commits");
+                }
+            }
+            Err(error) => self.base.fail(&error),
+            Ok(()) => {}
         }
         self.base.node.applied.close();
         // CKPT goes: not while the other thread copies in its name.
@@ -102,7 +109,7 @@ impl CaptureLoop {
         let _ = self.waker.thread.set(std::thread::current());
         let (mut active, mut sleep) = (Instant::now(), SLEEP_MIN);
         let mut torn: Option<Instant> = None;
-        while !self.base.stopping() {
+        while !self.base.stopping() && !self.base.lost() {
             while let Ok(command) = self.commands.try_recv() {
                 self.obey(command)?;
             }
@@ -123,14 +130,26 @@ impl CaptureLoop {
                 continue;
             }
             let (index, frame) = (&self.base.index, self.capture.tip.frame);
-            self.waker.sleep(sleep, || index.glance().0 != frame || self.base.stopping());
+            let ended = || self.base.stopping() || self.base.lost();
+            self.waker.sleep(sleep, || index.glance().0 != frame || ended());
             sleep = (sleep * 2).min(self.base.options.poll_max);
+        }
+        if self.base.lost() {
+            return Ok(());
         }
         // What is committed is handed on, so that the next start finds log and anchor at the end.
         if let Some(header) = self.base.header() {
             self.capture(&header)?;
         }
         self.rest()
+    }
+
+    /// Brings what is committed to the log. Descriptor and mapping still have files that were removed.
+    fn last_words(&mut self) -> Result<()> {
+        if let Some(header) = self.base.header() {
+            self.capture(&header)?;
+        }
+        self.base.log.sync()
     }
 
     fn capture(&mut self, header: &crate::wal::IndexHeader) -> Result<()> {
@@ -149,6 +168,7 @@ impl CaptureLoop {
         // Not between the anchor of somebody who copies and what it says.
         let base = self.base.clone();
         let _nobody_copies = lock(&base.backfill);
+        self.base.expect_as_left()?;
         let file = self.base.left_behind(&mut self.capture.handle)?;
         self.base.write_anchor(&self.capture.tip, file, true)?;
         unsynced::end(&self.base.options.side)
@@ -230,6 +250,7 @@ impl CaptureLoop {
             // Full or failing disk: the WAL grows meanwhile, and nothing is lost.
             Err(error @ Error::Io { .. }) => {
                 tracing::warn!(%error, "the WAL could not be restarted");
+                self.base.note_room(&error);
                 self.base.node.set_problem(Part::Checkpoint, Some(error.to_string()));
             }
             Err(error) => return Err(error),
@@ -352,6 +373,7 @@ pub(super) fn append_or_gap(base: &Base, units: Bytes, after: Option<Position>) 
             Ok(()) => return,
             Err(error) => {
                 tracing::error!(%error, "the log can't be written: replicas that are behind will need a snapshot");
+                base.note_room(&error);
                 base.node.set_problem(Part::Log, Some(format!("the log can't be written: {error}")));
                 *broken = true;
             }

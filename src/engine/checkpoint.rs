@@ -38,6 +38,7 @@ pub(super) fn backfill_some(
     if base.check().is_err() || !base.header().is_some_and(ours) {
         return Ok(None);
     }
+    base.expect_as_left()?;
     let done = base.index.backfilled();
     base.map_to(handle, tip.frame)?;
     let safe = safe_frame(base, handle, tip.frame)?;
@@ -79,7 +80,10 @@ pub(super) fn copy(base: &Base, handle: &mut Handle, target: &Tip, done: u32) ->
     let mark = new_mark(before.max(bytes))?;
     let witnesses = base.witnesses(handle, done, target)?;
     base.write_anchor(target, FileState::Backfilling(witnesses.marked(Some(mark))), true)?;
-    set_mark(handle, mark);
+    base.writing(|| {
+        set_mark(handle, mark);
+        Ok(())
+    })?;
     base.index.set_attempted(target.frame);
     let frame = frame_bytes(base.page_size);
     let mut run = vec![0; (RUN_BYTES / frame).max(1) * frame];
@@ -87,21 +91,24 @@ pub(super) fn copy(base: &Base, handle: &mut Handle, target: &Tip, done: u32) ->
     while next <= target.frame {
         let count = ((target.frame - next + 1) as usize).min(run.len() / frame);
         base.wal.read(&mut run[..count * frame], frame_offset(next, base.page_size))?;
-        for (at, bytes) in (next..).zip(run[..count * frame].chunks_exact(frame)) {
-            let page = base.index.page_of(at);
-            if page > target.pages || base.index.lookup(page, at, target.frame) != Some(at) {
-                continue;
-            }
-            if let Some(page) = PageNo::new(page) {
-                handle.write(&bytes[FRAME_HEADER_BYTES..], page.offset(base.page_size))?;
-            }
-        }
+        // Each time: a large copy takes a while.
+        base.writing(|| {
+            (next..).zip(run[..count * frame].chunks_exact(frame)).try_for_each(|(at, bytes)| {
+                let page = base.index.page_of(at);
+                if page > target.pages || base.index.lookup(page, at, target.frame) != Some(at) {
+                    return Ok(());
+                }
+                PageNo::new(page).map_or(Ok(()), |page| {
+                    handle.write(&bytes[FRAME_HEADER_BYTES..], page.offset(base.page_size))
+                })
+            })
+        })?;
         next += count as u32;
         if base.stopping() {
             return Err(Error::ShutDown);
         }
     }
-    handle.truncate(before.max(bytes))?;
+    base.writing(|| handle.truncate(before.max(bytes)))?;
     handle.sync()
 }
 
@@ -190,6 +197,7 @@ pub(super) enum Restart {
 /// Begins the WAL anew. The caller holds CKPT and WRITE, and the tip is the header's end.
 pub(super) fn restart(base: &Arc<Base>, handle: &mut Handle, drain: Duration) -> Result<Restart> {
     let Ok(_one) = base.backfill.try_lock() else { return Ok(Restart::NotYet) };
+    base.expect_as_left()?;
     let tip = base.tip();
     if tip.frame.saturating_sub(base.index.backfilled()) > REST_MAX_FRAMES {
         return Ok(Restart::NotYet);
@@ -222,7 +230,7 @@ fn complete(base: &Arc<Base>, handle: &mut Handle, tip: &Tip) -> Result<bool> {
     let copied = copy(base, handle, tip, done).and_then(|()| {
         let bytes = u64::from(tip.pages) * u64::from(base.page_size.get());
         if handle.size()? > bytes {
-            handle.truncate(bytes)?;
+            base.writing(|| handle.truncate(bytes))?;
             handle.sync()?;
         }
         Ok(())

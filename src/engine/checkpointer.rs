@@ -8,6 +8,7 @@ use tokio::sync::watch;
 
 use crate::engine::base::{Base, lock};
 use crate::engine::checkpoint::backfill_some;
+use crate::engine::reserve;
 use crate::error::{Error, Result};
 use crate::node::Part;
 use crate::sqlite::Handle;
@@ -23,6 +24,8 @@ const PAUSE: Duration = Duration::from_secs(1);
 const APPLIED_SYNC: Duration = Duration::from_millis(200);
 /// How often the log is fsynced when nothing else asks for it.
 const LOG_SYNC: Duration = Duration::from_secs(1);
+/// How often the reserve is looked for, and made again on a disk that was full.
+const ROOM_LOOK: Duration = Duration::from_secs(1);
 /// The fewest frames that are worth a backfill.
 const FRAMES_MIN: u32 = 64;
 
@@ -53,15 +56,24 @@ impl Checkpointer {
     fn run(&mut self) -> Result<()> {
         let mut pause = Instant::now();
         let mut failing = false;
+        let mut room = None;
         while self.base.check().is_ok() {
             if Instant::now() >= pause {
+                self.keep_reserve(&mut room);
                 match self.look() {
                     Ok(()) if failing => {
                         failing = false;
                         self.base.node.set_problem(Part::Checkpoint, None);
                     }
                     Ok(()) | Err(Error::ShutDown) => {}
+                    // Told, and for good.
+                    Err(_) if self.base.sound().is_err() => {
+                        if let (true, Some(replica)) = (self.base.lost(), &self.replica) {
+                            (replica.ready)();
+                        }
+                    }
                     Err(error) => {
+                        self.base.note_room(&error);
                         // The WAL grows meanwhile; nothing is lost, and the copy is made again from its begin.
                         if !failing {
                             tracing::warn!(%error, "a checkpoint failed and is tried again");
@@ -77,7 +89,27 @@ impl Checkpointer {
         Ok(())
     }
 
+    /// Has a reserve for the day when the disk is full. Whether one can be made tells whether it is.
+    fn keep_reserve(&self, last: &mut Option<Instant>) {
+        let (node, side) = (&self.base.node, &self.base.options.side);
+        if last.is_some_and(|last| last.elapsed() < ROOM_LOOK) || self.base.check().is_err() {
+            return;
+        }
+        let first = last.replace(Instant::now()).is_none();
+        // At first in any case: who opened us may have found no room.
+        if !first && reserve::is_there(side) && !node.has_problem(Part::Room) {
+            return;
+        }
+        match reserve::make(side) {
+            Ok(()) => node.set_problem(Part::Room, None),
+            Err(error) if error.no_room() => node.no_room(error),
+            Err(error) => tracing::debug!(%error, "no reserve can be made"),
+        }
+    }
+
     fn look(&mut self) -> Result<()> {
+        self.base.check()?;
+        self.base.expect_files()?;
         self.base.mend_locks(&mut self.handle)?;
         let logged = self.sync_log();
         // The WAL is copied back all the same: a disk that fails the log would else make it grow for ever.

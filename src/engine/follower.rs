@@ -161,6 +161,12 @@ impl Follower {
         self.shared.heals.load(Ordering::Relaxed)
     }
 
+    /// Fails when the files at the paths are not those that are open, or somebody else wrote to the database.
+    pub(crate) fn expect_files(&self) -> Result<()> {
+        let base = lock(&self.shared.base).clone();
+        base.map_or(Ok(()), |base| base.expect_files())
+    }
+
     pub(crate) fn wal(&self) -> WalFigures {
         lock(&self.shared.base).as_ref().map_or(WalFigures::default(), |b| b.figures())
     }

@@ -231,7 +231,7 @@ impl Opened {
             tracing::warn!(position = %here, last = self.last_known(), "an older database was put in the place of this one, and is history from here on");
             self.set_log_aside()?;
             self.history = self.history.up_to(here);
-            return self.base.log.reset(here);
+            return self.reset_log(here);
         }
         if self.is_all(here)? {
             return Ok(());

@@ -8,13 +8,13 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::checksum::Checksum;
-use crate::engine::anchor::{Anchor, Anchors, FileState, modified};
+use crate::engine::anchor::{Anchor, Anchors, FileState};
 use crate::engine::base::{Base, Tip};
 use crate::engine::capture::{Capture, Sink};
 use crate::engine::checkpoint::{are_ours, is_marked};
 use crate::engine::open::Opened;
 use crate::engine::wal_file::WalFile;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::log::Log;
 use crate::page::{PageNo, PageSize};
 use crate::sqlite::Handle;
@@ -151,7 +151,7 @@ impl Opened {
         let base = self.base.clone();
         // Somebody wrote to the file since: old images that are read from it may be newer than they should be. Then only a full hash decides.
         let doubt = match anchor.file {
-            FileState::AtRest { modified: then, .. } => modified(base.path())? != then,
+            FileState::AtRest { modified: then, .. } => base.watch.modified()? != then,
             FileState::Backfilling(witnesses) => {
                 !newest
                     || !is_marked(&mut self.handle, witnesses.mark)?
@@ -224,7 +224,7 @@ impl Opened {
     /// The state that the file alone is, if it is as the newest anchor left it. The newest only: the time of an earlier one may be on the
     /// disk still when what was copied since is.
     pub(super) fn at_rest(&self) -> Result<Option<Position>> {
-        let now = modified(self.base.path())?;
+        let now = self.base.watch.modified()?;
         Ok(self.known.first().and_then(|anchor| match anchor.file {
             FileState::AtRest { position, modified } if modified == now => Some(position),
             _ => None,
@@ -306,7 +306,19 @@ impl Sink for Rebuild {
         if self.tip.is_some_and(|t| t.number() == self.number) {
             self.mismatch |= after.is_some_and(|a| Some(a) != self.tip);
         } else if self.wanted() {
-            self.log.append(units, after)?;
+            let mut appended = self.log.append(units.clone(), after);
+            while appended.as_ref().is_err_and(Error::no_room) && self.log.drop_oldest() {
+                appended = self.log.append(units.clone(), after);
+            }
+            match appended {
+                // It begins anew behind these commits.
+                Err(error) if error.no_room() => {
+                    tracing::error!(%error, "the log can't be written: replicas that are behind will need a snapshot");
+                    self.append = false;
+                    return self.log.abort();
+                }
+                done => done?,
+            }
             if after.is_some() {
                 self.tip = after;
             }

@@ -8,18 +8,20 @@ use rusqlite::Connection;
 use rusqlite::config::DbConfig;
 
 use crate::engine::EngineOptions;
-use crate::engine::anchor::{self, Anchor, Anchors, Epochs, FileState, modified};
+use crate::engine::anchor::{self, Anchor, Anchors, Epochs, FileState};
 use crate::engine::base::Base;
 use crate::engine::checkpoint::{LOCK_STEP, begin_generation, mark_again, try_for};
 use crate::engine::locate::{self, Wal};
+use crate::engine::reserve;
 use crate::engine::wal_file::{EXTEND_MAX_BYTES, WalFile};
+use crate::engine::watch::Watch;
 use crate::error::{Error, Result, Unsupported};
 use crate::log::Log;
 use crate::node::Node;
 use crate::page::PageSize;
 use crate::sqlite::{FileLocks, Handle, Lock, Slot, WalIndex};
 use crate::txid::{EpochHistory, Position};
-use crate::wal::{IndexHeader, region_of};
+use crate::wal::{IndexHeader, frame_offset, region_of};
 
 /// Longest wait for another process that checkpoints or writes at the moment of opening.
 const LOCKS_WAIT: Duration = Duration::from_secs(5);
@@ -59,12 +61,12 @@ pub(super) fn open(options: EngineOptions, node: Arc<Node>, primary: bool) -> Re
     let mut handle = Handle::open(&path, primary).map_err(|e| refine(e, &options))?;
     let page_size = prepare(&handle, &options, primary)?;
     let index = WalIndex::new(&mut handle)?;
-    let locks = FileLocks::open(&path)?;
+    let locks = FileLocks::open(&path)?.map(Arc::new);
     // A primary gives WRITE back; so it is SQLite's own lock there.
-    if !hold(&mut handle, locks.as_ref(), Slot::CHECKPOINT)? {
+    if !hold(&mut handle, locks.as_deref(), Slot::CHECKPOINT)? {
         return Err(Error::AlreadyOpen { path, holder: "another process" });
     }
-    if !hold(&mut handle, locks.as_ref().filter(|_| !primary), Slot::WRITE)? {
+    if !hold(&mut handle, locks.as_deref().filter(|_| !primary), Slot::WRITE)? {
         return Err(Error::Timeout {
             what: "the write lock, which another process holds".into(),
             after: LOCKS_WAIT,
@@ -97,7 +99,8 @@ pub(super) fn open(options: EngineOptions, node: Arc<Node>, primary: bool) -> Re
     }
     let (highest, highest_epoch) = locate::highest(&known, &log, &history);
     let tip = locate::end(&header, pages);
-    let base = Base::new(options, node, page_size, index, wal, log, anchors, tip, locks);
+    let watch = Watch::new(&options, locks.clone(), &wal)?;
+    let base = Base::new(options, node, page_size, index, wal, log, anchors, tip, locks, watch);
     let opened = Opened {
         base,
         handle,
@@ -209,6 +212,9 @@ impl Opened {
     /// Begins a WAL generation when there is none, so that every frame has salts of ours and an anchor.
     pub(super) fn begin_if_empty(&mut self) -> Result<()> {
         if self.base.tip().frame == 0 {
+            // Where there is no room for it, no other generation is given up for it.
+            let bytes = frame_offset(2, self.base.page_size);
+            reserve::with(&self.base.options.side, || self.base.wal.extend(bytes))?;
             begin_generation(&self.base, &mut self.handle, &self.base.tip())?;
         }
         Ok(())
@@ -220,16 +226,19 @@ pub(super) fn anchor(base: &Base, handle: &mut Handle) -> Result<()> {
     // One without room for it has room for commits all the same.
     if let Err(error) = base.wal.extend(base.options.wal_limit_bytes.min(EXTEND_MAX_BYTES)) {
         tracing::warn!(%error, "the WAL is not made longer in advance");
+        base.note_room(&error);
     }
     base.sync_wal()?;
-    let now = modified(base.path())?;
+    let now = base.watch.modified()?;
     let tip = base.tip();
     let file = match base.file_state() {
         state @ FileState::AtRest { modified, .. } if modified == now => state,
         // Somebody copied into it.
         _ => {
             let witnesses = base.witnesses(handle, 0, &tip)?;
-            FileState::Backfilling(witnesses.marked(mark_again(base, handle)?))
+            let mark = mark_again(base, handle)?;
+            base.watch.leave()?;
+            FileState::Backfilling(witnesses.marked(mark))
         }
     };
     base.write_anchor(&tip, file, true)

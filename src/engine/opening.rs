@@ -127,7 +127,13 @@ impl Opening {
             Durability::Unsynced => unsynced::begin(&options.side)?,
         }
         // Another process that stayed in the database may have copied everything back while nobody minded.
-        checkpoint::keep_from_others(&base, &mut handle)?;
+        if let Err(error) = checkpoint::keep_from_others(&base, &mut handle) {
+            // It did it in the other way, which needs no room.
+            base.note_room(&error);
+            if !error.no_room() {
+                return Err(error);
+            }
+        }
         handle.unlock(Slot::WRITE, Lock::Exclusive)?;
         node.applied.lead(history.clone(), tip.position);
         tracing::info!(position = %tip.position, epoch = %history.epoch(), "serving as the primary");

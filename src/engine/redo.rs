@@ -2,6 +2,7 @@
 
 use crate::engine::append::Appender;
 use crate::engine::open::Opened;
+use crate::engine::reserve;
 use crate::error::{Error, Result};
 use crate::log::{Found, Log};
 use crate::status::{Event, unix_millis};
@@ -24,7 +25,7 @@ impl Opened {
         let Some(logged) = self.base.log.tip() else {
             // A replica's log begins where a primary vouches for a state, not before.
             if self.primary {
-                self.base.log.reset(tip.position)?;
+                self.reset_log(tip.position)?;
             }
             return Ok(self);
         };
@@ -52,8 +53,17 @@ impl Opened {
         // A replica's log goes on to say what its primary vouched for last: begun at this state it would vouch for it, also
         // for what somebody wrote here after the node died between its log and its WAL.
         let vouched = if self.primary { tip.position } else { logged };
-        self.base.log.reset(vouched)?;
+        self.reset_log(vouched)?;
         Ok(self)
+    }
+
+    /// Begins the log anew. Without room for that, the first record does.
+    pub(super) fn reset_log(&self, at: Position) -> Result<()> {
+        let Err(error) = reserve::with(&self.base.options.side, || self.base.log.reset(at)) else {
+            return Ok(());
+        };
+        self.base.note_room(&error);
+        if error.no_room() { Ok(()) } else { Err(error) }
     }
 
     /// Keeps a log that does not lead on from this database's state, if it has any record. It has no position then.

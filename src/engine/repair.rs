@@ -28,6 +28,7 @@ impl Engine {
         let _nobody_copies = lock(&base.backfill);
         // Once capture has stopped, CKPT is no longer ours.
         base.check()?;
+        base.expect_as_left()?;
         if !try_for(&mut handle, Slot::READ0, Lock::Exclusive, DRAIN_MAX)? {
             return Err(Error::Timeout { what: "readers of the file".into(), after: DRAIN_MAX });
         }
@@ -70,8 +71,9 @@ impl Engine {
         // With its mark, unless there was one before.
         let cut = if at_rest { handle.truncate(length) } else { Ok(()) };
         let synced = cut.and(handle.sync());
+        let left = base.watch.leave();
         handle.unlock(Slot::READ0, Lock::Exclusive)?;
-        done.and(synced)?;
+        done.and(left).and(synced)?;
         // The file is what it was; only its modification time is another one.
         if let Some(anchor) = newest {
             let file = match anchor.file {

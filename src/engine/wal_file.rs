@@ -47,6 +47,11 @@ impl WalFile {
         Ok(WalFile { file, path, lost: AtomicBool::new(false) })
     }
 
+    /// The file itself, whatever is at its path by now.
+    pub(super) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// Makes the file's name durable. SQLite does that with its own first sync of a WAL that it made; ours are of the content only.
     pub(crate) fn sync_name(&self) -> Result<()> {
         let parent = self.path.parent().filter(|p| !p.as_os_str().is_empty());
@@ -77,9 +82,17 @@ impl WalFile {
     }
 
     /// Makes the file at least this long, with zeros, so that an fsync after a commit has no new length to record. The
-    /// caller holds WRITE: nobody else may be writing frames there.
+    /// caller holds WRITE: nobody else may be writing frames there. Where there is no room for all of it, it takes none: others need some, too.
     pub(crate) fn extend(&self, bytes: u64) -> Result<()> {
-        let mut at = self.bytes()?;
+        let before = self.bytes()?;
+        self.extend_from(before, bytes).inspect_err(|_| {
+            if let Err(error) = self.truncate(before) {
+                tracing::warn!(%error, "the WAL stays longer than it has to be");
+            }
+        })
+    }
+
+    fn extend_from(&self, mut at: u64, bytes: u64) -> Result<()> {
         let zeros = vec![0; EXTEND_BYTES];
         while at < bytes {
             let count = (bytes - at).min(EXTEND_BYTES as u64);

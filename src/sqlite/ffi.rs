@@ -301,6 +301,17 @@ fn fcntl_lock(
     if code == -1 { Err(io::Error::last_os_error()) } else { Ok(lock) }
 }
 
+/// The extended code of the last call on this connection that failed, or whatever the last one left.
+pub(crate) fn last_code(connection: &Connection) -> c_int {
+    // SAFETY: the connection is open, and used by this thread alone.
+    unsafe { ffi::sqlite3_extended_errcode(connection.handle()) }
+}
+
+/// Whether a code says that the database can't be read, rather than that a statement asked for something it can't have.
+pub(crate) fn unreadable(code: c_int) -> bool {
+    matches!(code & 0xff, ffi::SQLITE_IOERR | ffi::SQLITE_NOTADB | ffi::SQLITE_CORRUPT | ffi::SQLITE_CANTOPEN)
+}
+
 thread_local! {
     /// Commits of hooked connections on this thread, and the frame that the last of them ended with. The hook has no context of its own, so
     /// that nothing has to outlive the connection.

@@ -11,7 +11,7 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Result};
@@ -55,6 +55,9 @@ impl Place {
 pub(crate) struct FileLocks {
     files: Option<[File; 2]>,
     path: PathBuf,
+    /// Of which files the marker is this process's, or was until it was lost.
+    marked: [AtomicBool; 2],
+    released: AtomicBool,
     losses: AtomicU64,
     /// A bit for each read mark that may have been moved under a reader whose lock was lost.
     doubts: AtomicU8,
@@ -75,6 +78,8 @@ impl FileLocks {
         let locks = FileLocks {
             files,
             path: path.to_path_buf(),
+            marked: Default::default(),
+            released: AtomicBool::new(false),
             losses: AtomicU64::new(0),
             doubts: AtomicU8::new(0),
         };
@@ -83,10 +88,23 @@ impl FileLocks {
         Ok(Some(locks))
     }
 
-    /// Begins to watch. Only who holds CKPT does: a node that ended in another process may have been watching until then.
+    /// The database file.
+    pub(crate) fn database(&self) -> Option<&File> {
+        self.files.as_ref().map(|files| &files[0])
+    }
+
+    /// Its `-shm`.
+    pub(crate) fn shm(&self) -> Option<&File> {
+        self.files.as_ref().map(|files| &files[1])
+    }
+
+    /// Begins to watch. Only who holds CKPT does: a node that ended in another process has been watching until then. Where that one's marker is
+    /// still there, because its process ends just now, the file is watched from a later look on.
     pub(crate) fn watch(&self) -> Result<()> {
         for file in [0, 1] {
-            self.set(Owner::Process, Some(true), Place::marker(file))?;
+            if self.set(Owner::Process, Some(true), Place::marker(file))? {
+                self.marked[file].store(true, Ordering::Release);
+            }
         }
         Ok(())
     }
@@ -98,6 +116,15 @@ impl FileLocks {
 
     /// Gives back what is held. The connections have to be closed: others may be the last from now on.
     pub(crate) fn release(&self) {
+        self.released.store(true, Ordering::Release);
+        // While CKPT is ours: the marker belongs to the process, and may be the next one's in it from then on.
+        for file in [0, 1] {
+            if self.marked[file].swap(false, Ordering::AcqRel)
+                && let Err(error) = self.set(Owner::Process, None, Place::marker(file))
+            {
+                tracing::warn!(%error, "the watch over locks could not be ended");
+            }
+        }
         for place in [Place { file: 1, start: SLOTS, length: 9 }, SHARED] {
             if let Err(error) = self.set(Owner::Descriptor, None, place) {
                 tracing::warn!(%error, "a lock could not be given back");
@@ -115,7 +142,14 @@ impl FileLocks {
     /// # Errors
     /// [`Error::Io`] when the kernel does not answer, or another process is in the way; they are then looked for again the next time.
     pub(crate) fn mend(&self, handle: &mut Handle) -> Result<bool> {
-        if self.stand(0) && self.stand(1) {
+        let lost = |file: usize| self.marked[file].load(Ordering::Acquire) && !self.stand(file);
+        if self.released.load(Ordering::Acquire) {
+            return Ok(false);
+        }
+        if !lost(0) && !lost(1) {
+            if !self.marked.iter().all(|marked| marked.load(Ordering::Acquire)) {
+                self.watch()?;
+            }
             return Ok(false);
         }
         // What every open connection has for its life.

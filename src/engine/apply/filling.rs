@@ -96,14 +96,15 @@ fn copy(live: &mut Appender, ready: &Ready) -> Result<()> {
     let bytes = u64::from(ready.pages) * size as u64;
     // Of a larger one that did not come to its end.
     if live.handle.size()? > bytes {
-        live.handle.truncate(bytes)?;
+        live.base.writing(|| live.handle.truncate(bytes))?;
     }
     let mut run = vec![0; COPY_BYTES.max(size)];
     let mut next = 2;
     while let Some(first) = PageNo::new(next).filter(|_| next <= ready.pages) {
         let count = ((ready.pages - next + 1) as usize).min(run.len() / size);
         ready.read(first, &mut run[..count * size])?;
-        live.handle.write(&run[..count * size], first.offset(ready.page_size))?;
+        let at = first.offset(ready.page_size);
+        live.base.writing(|| live.handle.write(&run[..count * size], at))?;
         next += count as u32;
     }
     live.handle.sync()

@@ -47,6 +47,14 @@ impl State {
         }
     }
 
+    /// Whatever is open.
+    pub(super) fn open(&mut self) -> Option<&mut Appender> {
+        match self {
+            State::Known(live) | State::Unknown(live) | State::Empty(live) => Some(live),
+            State::Closed => None,
+        }
+    }
+
     /// A database that a snapshot of this page size can fill.
     pub(super) fn empty(&mut self, size: PageSize) -> Option<&mut Appender> {
         match self {
@@ -104,7 +112,10 @@ impl Apply {
                 Some(why) => format!("it is damaged: {why}"),
                 None => "it is no state of the cluster".into(),
             };
-            self.state = State::Unknown(self.begin(opened, false)?);
+            let live = self.begin(opened, false)?;
+            // What the file has of the WAL is not known either.
+            live.base.index.set_backfilled(0);
+            self.state = State::Unknown(live);
             self.say_unread(&format!("{why}; what differs from the primary's is kept when it is replaced"));
             Ok(())
         }
