@@ -3,36 +3,37 @@
 //! `<side>/reserve` is given up by the first small file that finds no room, and made again when there is some: which is also how a node
 //! finds out.
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::Write;
 use std::path::Path;
 
 use crate::engine::wal_file::sync_directory;
 use crate::error::{Error, Result};
+use crate::side;
 
 const NAME: &str = "reserve";
 /// For a WAL's first frames and the names of new files.
 const SPARE_BYTES: u64 = 16 * 1024;
 const BLOCK_BYTES: u64 = 4096;
 
-pub(super) fn is_there(side: &Path) -> bool {
-    side.join(NAME).exists()
+pub(super) fn is_there(directory: &Path) -> bool {
+    directory.join(NAME).exists()
 }
 
 /// Makes it, also in the place of one that is there. Its bytes are random: no file system makes less of them.
-pub(super) fn make(side: &Path) -> Result<()> {
-    let epochs = fs::metadata(side.join("epochs")).map_or(0, |meta| meta.len());
+pub(super) fn make(directory: &Path) -> Result<()> {
+    let epochs = fs::metadata(directory.join("epochs")).map_or(0, |meta| meta.len());
     let mut bytes = vec![0; (SPARE_BYTES + epochs.next_multiple_of(BLOCK_BYTES) + BLOCK_BYTES) as usize];
     getrandom::fill(&mut bytes).map_err(|e| Error::Stopped(format!("no random numbers: {e}")))?;
-    replace(side, NAME, &bytes)
+    replace(directory, NAME, &bytes)
 }
 
 /// Whether there was one.
-fn give_up(side: &Path) -> bool {
-    let gone = fs::remove_file(side.join(NAME)).is_ok();
+fn give_up(directory: &Path) -> bool {
+    let gone = fs::remove_file(directory.join(NAME)).is_ok();
     if gone {
-        tracing::warn!(side = %side.display(), "the disk is full: the reserve is given up");
-        if let Err(error) = sync_directory(side) {
+        tracing::warn!(directory = %directory.display(), "the disk is full: the reserve is given up");
+        if let Err(error) = sync_directory(directory) {
             tracing::warn!(%error, "its room may not be free yet");
         }
     }
@@ -41,11 +42,11 @@ fn give_up(side: &Path) -> bool {
 
 /// Does something that needs a little room, again without the reserve if there was none. What is replaced gives its own room back, so that there
 /// is a reserve again as a rule, before anybody else takes it: for the next start.
-pub(super) fn with<T>(side: &Path, mut run: impl FnMut() -> Result<T>) -> Result<T> {
+pub(super) fn with<T>(directory: &Path, mut run: impl FnMut() -> Result<T>) -> Result<T> {
     match run() {
-        Err(error) if error.no_room() && give_up(side) => {
+        Err(error) if error.no_room() && give_up(directory) => {
             let done = run();
-            if let Err(error) = make(side) {
+            if let Err(error) = make(directory) {
                 tracing::warn!(%error, "the reserve is made again when there is room");
             }
             done
@@ -57,7 +58,7 @@ pub(super) fn with<T>(side: &Path, mut run: impl FnMut() -> Result<T>) -> Result
 /// Replaces a small file by rename, durably. One that finds no room takes none.
 pub(super) fn replace(directory: &Path, name: &str, bytes: &[u8]) -> Result<()> {
     let (path, new) = (directory.join(name), directory.join(format!("{name}.new")));
-    let written = File::create(&new).map_err(Error::io("create", &new)).and_then(|mut file| {
+    let written = side::create(&new).and_then(|mut file| {
         file.write_all(bytes).map_err(Error::io("write", &new))?;
         file.sync_all().map_err(Error::io("fsync", &new))?;
         fs::rename(&new, &path).map_err(Error::io("rename", &path))
