@@ -113,6 +113,15 @@ impl Applied {
         self.watch.send_replace(position);
     }
 
+    /// Has no state and no history, for the time being: nothing is lost by that, and who waits goes on waiting.
+    pub(crate) fn forget(&self) {
+        let mut inner = self.lock();
+        inner.history = Arc::default();
+        inner.position = None;
+        drop(inner);
+        self.watch.send_replace(None);
+    }
+
     /// Ends all waits; nothing moves any more.
     pub(crate) fn close(&self) {
         let mut inner = self.lock();
@@ -345,6 +354,18 @@ mod tests {
         for wait in waits {
             wait.await.unwrap().unwrap();
         }
+    }
+
+    #[tokio::test]
+    async fn what_is_forgotten_is_not_lost() {
+        let applied = Applied::new();
+        applied.replace(history(&[(1, 1)]), Some(at(1, 3)));
+        applied.forget();
+        assert_eq!(applied.position(), None);
+        let waiting = applied.wait_for(at(1, 3).txid(), Duration::from_millis(1)).await;
+        assert!(matches!(waiting, Err(Error::Timeout { .. })), "{waiting:?}");
+        applied.replace(history(&[(1, 1)]), Some(at(1, 3)));
+        applied.wait_for(at(1, 3).txid(), Duration::from_millis(1)).await.unwrap();
     }
 
     #[test]

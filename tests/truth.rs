@@ -70,7 +70,10 @@ async fn restored(how: Restored) {
     }
     equal(&a, &b).await;
     match how {
-        Restored::Backup => shell(a.path(), &format!(".backup '{}'", saved.display())),
+        Restored::Backup => {
+            shell(a.path(), &format!(".backup '{}'", saved.display()));
+            a.shutdown().await;
+        }
         Restored::Copy | Restored::OldCopy => {
             a.shutdown().await;
             // All of it, in one file.

@@ -435,7 +435,9 @@ async fn a_state_that_sqlite_finds_broken_never_becomes_history() {
     let dir = tempfile::tempdir().unwrap();
     let (path, _) = closed_primary(dir.path(), 0).await;
     let whole = fs::read(&path).unwrap();
-    // Changed by somebody else, while the node was down, and at rest before: no question of a backfill.
+    // Changed by somebody else, while the node was down, and at rest before: no question of a backfill. The log would make it good.
+    let (log, aside) = (dir.path().join("p.db-replite/log"), dir.path().join("log"));
+    fs::rename(&log, &aside).unwrap();
     wipe(&path);
     let refused = Db::open(primary(&path, 0)).await;
     let Err(Error::Damaged { what, .. }) = refused else { panic!("{refused:?}") };
@@ -450,9 +452,17 @@ async fn a_state_that_sqlite_finds_broken_never_becomes_history() {
     shorten(&path);
     let refused = Db::open(primary(&path, 0)).await;
     assert!(
-        matches!(&refused, Err(Error::Damaged { what, .. }) if what.contains("malformed")),
+        matches!(&refused, Err(Error::Damaged { what, .. }) if what.contains("integrity_check")),
         "{refused:?}"
     );
+    // With its log it is what it was, and what was there instead is kept.
+    fs::remove_dir_all(&log).unwrap();
+    fs::rename(&aside, &log).unwrap();
+    let db = Db::open(primary(&path, 0)).await.unwrap();
+    assert_eq!(count(&db), 200);
+    assert!(db.verify().await.unwrap().holds());
+    assert!(db.lost().await.unwrap().iter().any(|lost| lost.branch().is_some_and(|branch| branch.damaged)));
+    db.shutdown().await;
     // The bytes as they were are the state that they were.
     fs::write(&path, whole).unwrap();
     let db = Db::open(primary(&path, 0)).await.unwrap();
@@ -462,8 +472,9 @@ async fn a_state_that_sqlite_finds_broken_never_becomes_history() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_damaged_replica_is_not_read_from_and_filled_anew() {
-    for (why, harm) in [("its WAL is gone", mix as fn(&Path, &[u8])), ("malformed", |path, _| shorten(path))]
+async fn a_damaged_replica_is_not_read_from_and_led_back() {
+    for (why, harm) in
+        [("its WAL is gone", mix as fn(&Path, &[u8])), ("no state of the cluster", |path, _| shorten(path))]
     {
         damaged_replica(why, harm).await;
     }
@@ -488,7 +499,7 @@ async fn damaged_replica(why: &str, harm: fn(&Path, &[u8])) {
     // Without its primary it has nothing to read, and says why.
     let target = Db::open(replica(&r, "http://127.0.0.1:1")).await.unwrap();
     let refused = target.read(|_| Ok::<_, Error>(()));
-    assert!(matches!(&refused, Err(Error::NoState(why)) if why.contains("damaged")), "{refused:?}");
+    assert!(matches!(&refused, Err(Error::NoState(told)) if told.contains(why)), "{refused:?}");
     assert!(target.status().problem.unwrap().contains(why));
     target.shutdown().await;
     let target = Db::open(replica(&r, &url)).await.unwrap();
@@ -496,14 +507,7 @@ async fn damaged_replica(why: &str, harm: fn(&Path, &[u8])) {
     target.wait_for_timeout(last, LIMIT).await.unwrap();
     assert_same_pages(&p, &r);
     assert!(target.verify().await.unwrap().holds());
-    let kept = fs::read_dir(dir.path().join("r.db-replite/lost"))
-        .unwrap()
-        .next()
-        .unwrap()
-        .unwrap()
-        .path()
-        .join("r.db");
-    assert!(kept.exists(), "what was there is kept");
+    assert!(!target.lost().await.unwrap().is_empty(), "what was there is kept");
     target.shutdown().await;
     source.shutdown().await;
 }

@@ -167,7 +167,7 @@ impl Apply {
         drop(base);
         // What was promised of that state is not.
         self.history = EpochHistory::default();
-        self.node.applied.replace(EpochHistory::default(), None);
+        self.node.applied.forget();
         self.suspect = Suspect::No;
         self.failed = true;
         *lock(&self.shared.failure) = why;

@@ -5,6 +5,7 @@ use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
 use std::path::Path;
 use std::process::{ChildStdin, Command, Stdio};
+use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
@@ -38,8 +39,16 @@ pub(crate) fn replica(path: &Path, url: &str) -> Config {
         .lease(lease::Fixed::replica_of(url))
 }
 
+/// A port that is free, and that no connection is given by chance while a node that had it is closed: below those that systems give away.
 pub(crate) fn free_port() -> u16 {
-    std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
+    static NEXT: AtomicU16 = AtomicU16::new(0);
+    let first = 10_000 + (std::process::id() % 400) as u16 * 50;
+    loop {
+        let port = first + NEXT.fetch_add(1, Ordering::Relaxed) % 50;
+        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
+            return port;
+        }
+    }
 }
 
 pub(crate) async fn insert(db: &Db, who: &'static str, n: i64) -> Txid {
