@@ -11,7 +11,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use http::Request;
-use replite::{Db, Error, Event, Position};
+use replite::{Db, Error, Event};
 use support::*;
 
 /// From the deed to the refusal; a machine that is busy with other tests takes its time, too.
