@@ -205,13 +205,12 @@ impl Log {
         synced
     }
 
-    /// Moves all records into another directory, which is made; what is left has no position until it is `reset`.
+    /// Moves all records into another directory; what is left has no position until it is `reset`.
     ///
     /// # Errors
     /// [`Error::Io`]. What was moved by then stays there; what was not is still the log, the newest part of it.
     pub(crate) fn move_to(&self, kept: &Path) -> Result<()> {
         self.sync()?;
-        crate::side::make_directory(kept)?;
         let mut state = self.lock();
         // Oldest first, so that what is left by a crash has no gap.
         while let Some(segment) = state.segments.front() {

@@ -305,6 +305,12 @@ impl EpochHistory {
         if begun && !ended { Place::OnHistory } else { Place::Lost }
     }
 
+    /// One that has nothing but a state, and what follows it in its epoch.
+    pub(crate) fn ending(state: Position) -> EpochHistory {
+        let (first, before) = (state.number() + 1, state.checksum());
+        EpochHistory { starts: vec![EpochStart { epoch: state.epoch(), first, before }] }
+    }
+
     /// Without the epochs that began after a state: their transactions are not in it.
     pub(crate) fn up_to(&self, state: Position) -> EpochHistory {
         let starts = self.starts.iter().filter(|start| start.first <= state.number() + 1);

@@ -221,6 +221,12 @@ pub(crate) struct Anchors {
     file: File,
     path: PathBuf,
     sequence: u64,
+    /// Of an anchor that was forgotten.
+    generation: u64,
+    /// The file was there, and no anchor was ever written to it.
+    unwritten: bool,
+    /// It was made just now.
+    made: bool,
     slots: [Option<(u64, Anchor)>; 2],
 }
 
@@ -232,6 +238,7 @@ impl Anchors {
         if created {
             sync_directory(side)?;
         }
+        let bytes = file.metadata().map_err(Error::io("stat", &path))?.len();
         let mut slots = [None; 2];
         for (slot, offset) in slots.iter_mut().zip(SLOT_OFFSETS) {
             let mut bytes = [0; SLOT_BYTES];
@@ -245,7 +252,8 @@ impl Anchors {
             }
         }
         let sequence = slots.iter().flatten().map(|(s, _)| *s).max().unwrap_or(0);
-        Ok(Anchors { file, path, sequence, slots })
+        let unwritten = !created && bytes <= SLOT_BYTES as u64 && slots[0].is_none();
+        Ok(Anchors { file, path, sequence, generation: 0, unwritten, made: created, slots })
     }
 
     /// The anchors that are there, newest first.
@@ -255,9 +263,33 @@ impl Anchors {
         all.into_iter().map(|(_, anchor)| anchor).collect()
     }
 
+    /// Whether a node that made the file died before it had written the first anchor: then nothing is missing.
+    pub(crate) fn unwritten(&self) -> bool {
+        self.unwritten
+    }
+
+    /// Beside a history there must have been anchors: a file that was made just now is not to be taken for that of a first start.
+    pub(crate) fn miss(&mut self) -> Result<()> {
+        if std::mem::take(&mut self.made) {
+            let bytes = SLOT_OFFSETS[1] + SLOT_BYTES as u64;
+            self.file.set_len(bytes).map_err(Error::io("extend", &self.path))?;
+            self.file.sync_all().map_err(Error::io("fsync", &self.path))?;
+        }
+        Ok(())
+    }
+
+    /// Forgets anchors that are of no use: the next one is written over them.
+    pub(crate) fn retain(&mut self, keep: impl Fn(&Anchor) -> bool) {
+        self.generation = self.generation();
+        for slot in &mut self.slots {
+            *slot = slot.filter(|(_, anchor)| keep(anchor));
+        }
+    }
+
     /// The highest generation that was ever used.
     pub(crate) fn generation(&self) -> u64 {
-        self.slots.iter().flatten().map(|(_, a)| a.generation).max().unwrap_or(0)
+        let known = self.slots.iter().flatten().map(|(_, a)| a.generation);
+        known.max().unwrap_or(0).max(self.generation)
     }
 
     /// Writes an anchor over the older one; durable on return when `durable`.

@@ -4,6 +4,7 @@ use std::collections::{HashMap, HashSet};
 
 use crate::checksum::PageHash;
 use crate::engine::anchor::{FileState, Witness, Witnesses};
+use crate::engine::base::lock;
 use crate::engine::judge::Doubt;
 use crate::engine::locate::Wal;
 use crate::engine::open::Opened;
@@ -14,6 +15,8 @@ use crate::wire::Message;
 
 /// Pages of the log that are remembered, some hundred bytes each.
 const PAGES_MAX: usize = 1 << 18;
+/// And of their earlier images.
+const EARLIER_MAX: usize = 1 << 20;
 
 const GONE: &str =
     "its WAL is gone, whose frames were being copied into it, so that the file alone is no committed state";
@@ -34,7 +37,8 @@ impl Opened {
     /// none, and must not be read.
     pub(super) fn damage(&mut self) -> Result<Option<Doubt>> {
         let Some(newest) = self.known.first().copied() else {
-            return Ok(Some(Doubt::TwoReadings(NO_ANCHORS)));
+            let first_start = lock(&self.base.anchors).unwritten();
+            return Ok((!first_start).then_some(Doubt::TwoReadings(NO_ANCHORS)));
         };
         if self.wal == Wal::Foreign && self.at_rest()?.is_some() {
             return Ok(Some(Doubt::TwoReadings(OTHER_WAL)));
@@ -59,11 +63,17 @@ impl Opened {
         if self.base.log.tip().is_none_or(|logged| logged.number() < self.last_known()) {
             return Ok(Some(Doubt::TwoReadings(NO_LOG)));
         }
-        Ok(self.goes_back()?.then_some(Doubt::TwoReadings(OLD_FILE)))
+        match self.goes_back() {
+            Ok(back) => Ok(back.then_some(Doubt::TwoReadings(OLD_FILE))),
+            Err(error) => {
+                tracing::warn!(%error, "the log can't tell whether the file goes with the WAL beside it");
+                Ok(Some(Doubt::TwoReadings(NO_LOG)))
+            }
+        }
     }
 
-    /// Whether a page of the file, which no WAL is over, is as an earlier record of the log has it, and not as the newest: no WAL is begun anew before
-    /// all of it was copied.
+    /// Whether pages of the file, which no WAL is over, are as earlier records of the log have them, and not as the newest: no WAL is begun anew before
+    /// all of it was copied. Ordinary SQL may put a single page back; page 1 never.
     fn goes_back(&mut self) -> Result<bool> {
         let (base, tip) = (self.base.clone(), self.base.tip());
         let log = &base.log;
@@ -75,14 +85,15 @@ impl Opened {
         log.records(lsn, log.complete(), |unit| {
             let message = unit.decode().map_err(|e| Error::garbled("the log", e.to_string()))?;
             if let Message::Page { number, hash, .. } = message
-                && newest.len() < PAGES_MAX
+                && (newest.len() < PAGES_MAX || newest.contains_key(&number))
                 && let Some(before) = newest.insert(number, hash)
+                && earlier.len() < EARLIER_MAX
             {
                 earlier.insert((number, before));
             }
             Ok(())
         })?;
-        let mut page = vec![0; base.page_size.bytes()];
+        let (mut page, mut back) = (vec![0; base.page_size.bytes()], 0);
         for (number, newest) in newest {
             if number.get() > tip.pages || base.index.lookup(number.get(), 1, tip.frame).is_some() {
                 continue;
@@ -90,10 +101,10 @@ impl Opened {
             self.handle.read(&mut page, number.offset(base.page_size))?;
             let hash = PageHash::of(number, &page);
             if hash != newest && earlier.contains(&(number, hash)) {
-                return Ok(true);
+                back += if number == PageNo::FIRST { 2 } else { 1 };
             }
         }
-        Ok(false)
+        Ok(back > 1)
     }
 
     /// The pages of which the file itself, whatever a newer WAL says, still has the image that the WAL would have replaced.
@@ -128,7 +139,6 @@ mod tests {
     use crate::txid::Position;
 
     use super::*;
-    use crate::engine::base::lock;
     use rusqlite::Connection;
 
     fn run(home: &Home, sql: &str) {

@@ -6,7 +6,7 @@ use rusqlite::Connection;
 
 use crate::engine::anchor::FileState;
 use crate::engine::capture_loop::open_epoch;
-use crate::engine::locate::Wal;
+use crate::engine::locate::{LogSays, Wal};
 use crate::engine::open::Opened;
 use crate::error::{Error, Result};
 use crate::page::PageNo;
@@ -32,7 +32,7 @@ const CUT: &str = "its WAL does not have what was on the disk there: it was cut 
 const STRAY: &str = "its directory of side files is older than its WAL, or lacks the anchors, so that nothing says which file the WAL goes with";
 const ALTERED: &str = "its file is not as it was left, nor has all of what its WAL has. Either somebody was killed while he copied the WAL back; or bytes were changed by other means than SQLite, or another file \
     was put in its place, and file and WAL together mix states";
-const NEVER_KNOWN: &str = "a replica opened it when it was no state of its cluster, and was never led to one. Either it is whole: then `Config::accept_damaged` loses nothing; or it was damaged before that";
+const NEVER_KNOWN: &str = "it was opened when it was no state of its cluster, or was being made good, and that did not come to its end. Either it is whole, or it was damaged before that, and mixes states";
 /// What an operator can do.
 const CURE: &str = "restore it from a copy that a replica makes (`Db::snapshot_to`) or from a backup, with its directory of side files moved away; \
     or open it once with `Config::accept_damaged`, which takes what SQLite reads, may mix states, and replaces what the replicas have";
@@ -49,7 +49,7 @@ impl Opened {
     /// # Errors
     /// [`Error::Damaged`] when no committed state can be proved, or when transactions that were on the disk here are in no file any more: nothing
     /// was changed then.
-    pub(super) fn judge(mut self) -> Result<Opened> {
+    pub(super) fn judge(mut self, may_miss: bool) -> Result<Opened> {
         let read = self.exact;
         self.name();
         if !self.exact && self.is_known() {
@@ -61,7 +61,7 @@ impl Opened {
             }
         }
         if self.exact {
-            self.reach()?;
+            self.reach(may_miss)?;
         }
         Ok(self)
     }
@@ -74,19 +74,30 @@ impl Opened {
             let (first, before) = (position.number() + 1, position.checksum());
             self.history.push(EpochStart { epoch: position.epoch(), first, before });
         }
-        self.exact &= self.history.place(position.txid()) == Place::OnHistory;
-        // Commits of strangers in an epoch that is another node's: that one has others under their numbers.
-        let logged = self.base.log.tip();
-        if self.exact && !self.own && logged.is_some_and(|logged| logged.number() < position.number()) {
-            self.exact = false;
-            self.proved = logged;
+        self.exact &= self.has(position);
+        if !self.exact {
+            return;
+        }
+        // Commits that the log contradicts; or, in an epoch that is another node's, does not have: that one has others under their numbers.
+        let logged = self.base.log.tip().filter(|logged| self.has(*logged));
+        let agreed = self.anchor.map(|anchor| anchor.position);
+        match self.log_says {
+            LogSays::Otherwise => {
+                let agrees = |state: &Position| self.leads_on_from(*state).is_ok_and(|lsn| lsn.is_some());
+                (self.exact, self.proved) = (false, agreed.filter(agrees));
+            }
+            LogSays::So if self.own || logged.is_some_and(|logged| logged.number() >= position.number()) => {}
+            LogSays::So => (self.exact, self.proved) = (false, logged),
+            // Found by its name, or at rest.
+            LogSays::Nothing if self.own || self.anchor.is_none() => {}
+            LogSays::Nothing => self.exact = false,
         }
     }
 
     /// Why the files, read as SQLite reads them, may be no state that was ever committed. Asked before an anchor is written.
     pub(super) fn doubt(&mut self) -> Result<Option<Doubt>> {
         if self.known.first().is_some_and(|anchor| anchor.position.epoch().number() == 0) {
-            return Ok(Some(Doubt::TwoReadings(NEVER_KNOWN)));
+            return Ok(Some(Doubt::Mixed(NEVER_KNOWN)));
         }
         Ok(match self.wal {
             Wal::Short => Some(Doubt::Mixed(CUT)),
@@ -103,7 +114,7 @@ impl Opened {
             Doubt::Mixed(why) => {
                 if self.wal.is_ours()
                     && let Some(tip) = self.file_alone()?
-                    && (self.is_older(tip.position) || self.is_all(tip.position)?)
+                    && (self.is_older(tip.position) || self.leads_to_all(tip.position)?)
                 {
                     self.drop_wal(why, tip)?;
                     return Ok(self);
@@ -194,9 +205,9 @@ impl Opened {
         Ok(logged.unwrap_or(from).number())
     }
 
-    /// Whether that is all that was here, or has to do.
-    pub(super) fn is_all(&self, from: Position) -> Result<bool> {
-        Ok(self.base.options.accept_damaged || self.reached(from)? >= self.last_known())
+    /// Whether that is all that was here.
+    pub(super) fn leads_to_all(&self, from: Position) -> Result<bool> {
+        Ok(self.reached(from)? >= self.last_known())
     }
 
     fn on_history(&self, positions: impl Iterator<Item = Position>) -> Option<u64> {
@@ -221,19 +232,18 @@ impl Opened {
     }
 
     /// A state was found that can be proved: whether it is all that was here.
-    fn reach(&mut self) -> Result<()> {
+    fn reach(&mut self, may_miss: bool) -> Result<()> {
         let here = self.base.tip().position;
-        if self.wal == Wal::Whole && self.anchor == self.known.first().copied() {
-            return Ok(());
-        }
-        if self.is_older(here) {
+        let whole = self.wal == Wal::Whole && self.anchor == self.known.first().copied();
+        if !whole && self.is_older(here) {
             // The file itself was later than this: no WAL was lost, but an older file was put in its place.
             tracing::warn!(position = %here, last = self.last_known(), "an older database was put in the place of this one, and is history from here on");
             self.set_log_aside()?;
             self.history = self.history.up_to(here);
             return self.reset_log(here);
         }
-        if self.is_all(here)? {
+        // What a power cut took of a primary that syncs nothing, its replicas are asked for.
+        if self.leads_to_all(here)? || self.base.options.accept_damaged || may_miss {
             return Ok(());
         }
         let (reached, last) = (self.reached(here)?, self.last_known());
@@ -249,7 +259,6 @@ impl Opened {
     /// in `lost`; and nothing counts as being in this history but what was proved to be before it, so that replicas keep what they have.
     pub(super) fn become_history(&mut self, known: bool) -> Result<()> {
         let mut tip = self.base.tip();
-        self.set_log_aside()?;
         self.history = match self.proved {
             Some(proved) => self.history.up_to(proved),
             None => EpochHistory::default(),
@@ -265,8 +274,11 @@ impl Opened {
         if known {
             tracing::warn!(position = %tip.position, "the database was changed by somebody else; its state becomes history");
         }
+        // First, so that what the log has is off this history if it is not moved any more.
+        crate::engine::anchor::write_epochs(&self.base.options.side, &self.history, true)?;
+        self.set_log_aside()?;
         self.base.leap(tip);
-        crate::engine::anchor::write_epochs(&self.base.options.side, &self.history, true)
+        Ok(())
     }
 }
 

@@ -15,11 +15,21 @@ use crate::engine::checkpoint::{are_ours, is_marked};
 use crate::engine::open::Opened;
 use crate::engine::wal_file::WalFile;
 use crate::error::{Error, Result};
-use crate::log::Log;
+use crate::log::{Found, Log};
 use crate::page::{PageNo, PageSize};
 use crate::sqlite::Handle;
-use crate::txid::{Epoch, EpochHistory, Position, Txid};
-use crate::wal::{FRAME_HEADER_BYTES, FrameHeader, IndexHeader, frame_offset};
+use crate::txid::{Epoch, EpochHistory, Place, Position, Txid};
+use crate::wal::{FRAME_HEADER_BYTES, FrameHeader, IndexHeader, Salts, frame_offset};
+
+/// What the log says of the states that were counted.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum LogSays {
+    /// It led to one of them, or goes on from the last.
+    So,
+    /// It has another state of one of their numbers.
+    Otherwise,
+    Nothing,
+}
 
 /// What the WAL is to the anchors.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -45,9 +55,14 @@ impl Wal {
             return Ok(Wal::Short);
         }
         if header.max_frame == 0 {
+            // SQLite has begun it anew, and got no further.
+            let foreign = header.salts != Salts::default() && !are_ours(header.salts);
             // Frames of ours behind a header that SQLite does not take for one.
-            let first = first_frame(wal, size)?;
-            return Ok(if first.is_some_and(|frame| known_of(frame.salts)) { Wal::Short } else { Wal::Gone });
+            return Ok(match first_frame(wal, size)?.filter(|_| !foreign) {
+                Some(first) if known_of(first.salts) => Wal::Short,
+                Some(first) if are_ours(first.salts) => Wal::Stray,
+                _ => Wal::Gone,
+            });
         }
         Ok(match known_of(header.salts) {
             true if known.first().is_some_and(|a| fits(a, wal, header, size)) => Wal::Whole,
@@ -82,16 +97,15 @@ fn fits(anchor: &Anchor, wal: &WalFile, header: &IndexHeader, size: PageSize) ->
         && FrameHeader::parse(&bytes).sum == anchor.sum
 }
 
-/// The anchors that count, newest first: not those of a commit frame that was never written.
+/// The anchors that count, newest first: not those of a commit frame that was never written, whose place is the next one's.
 pub(super) fn standing(
-    anchors: &Anchors,
+    anchors: &mut Anchors,
     wal: &WalFile,
     header: &IndexHeader,
     size: PageSize,
 ) -> Vec<Anchor> {
-    let mut known = anchors.newest_first();
-    known.retain(|anchor| !anchor.ahead || fits(anchor, wal, header, size));
-    known
+    anchors.retain(|anchor| !anchor.ahead || fits(anchor, wal, header, size));
+    anchors.newest_first()
 }
 
 /// The highest transaction and epoch numbers that anything beside the database speaks of.
@@ -151,52 +165,76 @@ impl Opened {
         let base = self.base.clone();
         // Somebody wrote to the file since: old images that are read from it may be newer than they should be. Then only a full hash decides.
         let doubt = match anchor.file {
-            FileState::AtRest { modified: then, .. } => base.watch.modified()? != then,
+            FileState::AtRest { modified: then, .. } => {
+                // After a power cut the time of an earlier anchor may be there still, with what was copied since.
+                let copied = matches!(self.known[0].file, FileState::Backfilling(_));
+                copied || base.watch.modified()? != then
+            }
             FileState::Backfilling(witnesses) => {
                 !newest
                     || !is_marked(&mut self.handle, witnesses.mark)?
                     || copied_beyond(&base, &mut self.handle, &anchor, header.max_frame)?
             }
         };
-        let append = self.primary && self.own;
-        let (tip, mut mismatch);
-        (self, tip, mismatch) = self.count(header, anchor, append && !doubt)?;
-        let hashed = match doubt || mismatch {
+        let append = self.primary && self.own && self.has(anchor.position);
+        let tip;
+        (self, tip) = self.count(header, anchor, append && !doubt)?;
+        let hashed = match doubt || self.log_says == LogSays::Otherwise {
             true => Some(base.hash_all(&mut self.handle, tip.frame, tip.pages)?),
             false => None,
         };
         self.exact = hashed.is_none_or(|sum| sum == tip.position.checksum());
-        if self.exact && doubt && append && !mismatch {
+        if self.exact && doubt && append && self.log_says != LogSays::Otherwise {
             // Only now that the numbers are known to be right.
-            (self, _, mismatch) = self.count(header, anchor, true)?;
-            self.exact &= !mismatch;
+            (self, _) = self.count(header, anchor, true)?;
         }
         self.base.set_tip(tip);
         (self.anchor, self.counted) = (Some(anchor), tip.position.number());
         Ok((self, hashed))
     }
 
-    /// The state at the WAL's end, counted from an anchor, and whether the log has another one of that number.
-    fn count(self, header: &IndexHeader, anchor: Anchor, append: bool) -> Result<(Opened, Tip, bool)> {
-        let begin = Tip {
-            frame: anchor.frame,
-            sum: anchor.sum,
-            position: anchor.position,
-            pages: anchor.pages,
-            ..end(header, 0)
-        };
+    /// Whether a state is in this node's history.
+    pub(super) fn has(&self, state: Position) -> bool {
+        self.history.place(state.txid()) == Place::OnHistory
+    }
+
+    /// The state at the WAL's end, counted from an anchor; and what the log says of it.
+    fn count(self, header: &IndexHeader, anchor: Anchor, append: bool) -> Result<(Opened, Tip)> {
+        let position = anchor.position;
+        let begin =
+            Tip { frame: anchor.frame, sum: anchor.sum, position, pages: anchor.pages, ..end(header, 0) };
         self.base.leap(begin);
-        let history = Arc::new(self.history.clone());
-        let mut capture = Capture::new(self.base.clone(), self.handle, begin, history);
+        // What follows a state that is off the history is not of it either, whatever epochs have its numbers there.
+        let history = match self.has(position) {
+            true => self.history.clone(),
+            false => EpochHistory::ending(position),
+        };
+        let mut capture = Capture::new(self.base.clone(), self.handle, begin, Arc::new(history));
         capture.batch_bytes = 0;
         let log = self.base.log.clone();
-        let mut sink = Rebuild { tip: log.tip(), log, append, number: 0, mismatch: false };
+        let confirmed = log.tip() == Some(position);
+        let mut sink = Rebuild { tip: log.tip(), log, append, number: 0, confirmed, mismatch: false };
         capture.advance(header, &mut sink)?;
         let tip = capture.tip;
-        if let Some(logged) = sink.tip.filter(|l| l.number() == tip.position.number()) {
-            sink.mismatch |= logged != tip.position;
+        if let Some(logged) = sink.tip {
+            // Of the anchor, or of the end: where the log has these numbers, it has these states.
+            for counted in [position, tip.position] {
+                if counted.number() == logged.number() {
+                    sink.mismatch |= logged != counted;
+                } else if counted.number() < logged.number()
+                    && let Found::At { before, .. } = self.base.log.find(counted.number())?
+                {
+                    sink.mismatch |= before != counted;
+                    sink.confirmed |= before == tip.position;
+                }
+            }
         }
-        Ok((Opened { handle: capture.handle, ..self }, tip, sink.mismatch))
+        let log_says = match (sink.mismatch, sink.confirmed) {
+            (true, _) => LogSays::Otherwise,
+            (false, true) => LogSays::So,
+            (false, false) => LogSays::Nothing,
+        };
+        Ok((Opened { handle: capture.handle, log_says, ..self }, tip))
     }
 
     /// Without a usable anchor: the file at rest, or the hash of everything, may be a state that is known by name.
@@ -286,6 +324,7 @@ struct Rebuild {
     append: bool,
     tip: Option<Position>,
     number: u64,
+    confirmed: bool,
     mismatch: bool,
 }
 
@@ -304,6 +343,7 @@ impl Sink for Rebuild {
 
     fn records(&mut self, units: Bytes, after: Option<Position>) -> Result<()> {
         if self.tip.is_some_and(|t| t.number() == self.number) {
+            self.confirmed |= after.is_some() && after == self.tip;
             self.mismatch |= after.is_some_and(|a| Some(a) != self.tip);
         } else if self.wanted() {
             let mut appended = self.log.append(units.clone(), after);

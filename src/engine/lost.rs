@@ -251,6 +251,25 @@ fn write(path: &Path, fill: impl FnOnce(&mut Output<'_>) -> Result<()>) -> Resul
     file.sync_all().map_err(Error::io("fsync", path))
 }
 
+/// A directory of this kind in `lost` that has a file with the very bytes of this one.
+pub(super) fn same_file(lost: &Path, prefix: &str, file: &Path) -> Result<Option<PathBuf>> {
+    let hash = |path: &Path| -> std::io::Result<blake3::Hash> {
+        let mut hasher = blake3::Hasher::new();
+        std::io::copy(&mut side::open(path)?, &mut hasher)?;
+        Ok(hasher.finalize())
+    };
+    let (Ok(entries), Some(name)) = (fs::read_dir(lost), file.file_name()) else { return Ok(None) };
+    let ours = hash(file).map_err(Error::io("read", file))?;
+    for entry in entries {
+        let path = entry.map_err(Error::io("read", lost))?.path();
+        let kind = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        if kind.starts_with(prefix) && hash(&path.join(name)).is_ok_and(|theirs| theirs == ours) {
+            return Ok(Some(path));
+        }
+    }
+    Ok(None)
+}
+
 /// Bytes of all files below a directory; none when it is not there.
 fn bytes_below(path: &Path) -> Result<u64> {
     let entries = match fs::read_dir(path) {

@@ -8,17 +8,19 @@ use std::time::Duration;
 use crate::engine::append::Appender;
 use crate::engine::apply::Differing;
 use crate::engine::base::Tip;
-use crate::engine::checkpoint::{begin_generation, lock_marks, unlock_marks};
+use crate::engine::checkpoint::{begin_generation, begin_unproved, lock_marks, unlock_marks};
 use crate::engine::locate::Wal;
 use crate::engine::lost::{self, Doomed};
 use crate::engine::open::Opened;
 use crate::engine::receive::{self, Incoming, Ready};
+use crate::engine::reserve;
 use crate::engine::wal_file::{WalFile, sync_directory};
 use crate::error::{Error, Result};
 use crate::page::PageNo;
 use crate::side;
 use crate::status::{Event, unix_millis};
 use crate::txid::{Place, Position};
+use crate::wal::frame_offset;
 use crate::wire::{HealBegin, Message, SnapEnd};
 
 /// Longest wait for readers of a WAL that is to be dropped.
@@ -51,11 +53,10 @@ impl Opened {
     /// Goes on without the WAL from the state that the file alone is.
     pub(super) fn drop_wal(&mut self, why: &str, tip: Tip) -> Result<()> {
         tracing::error!(path = %self.base.path().display(), position = %tip.position, why, "the file alone is a committed state; the WAL is put aside");
-        self.set_wal_aside()?;
         if !lock_marks(&mut self.handle, READERS_WAIT)? {
             return Err(Error::Timeout { what: "readers of a damaged WAL".into(), after: READERS_WAIT });
         }
-        let begun = begin_generation(&self.base, &mut self.handle, &tip);
+        let begun = self.set_wal_aside().and_then(|()| begin_generation(&self.base, &mut self.handle, &tip));
         unlock_marks(&mut self.handle)?;
         begun?;
         self.exact = self.history.place(tip.position.txid()) == Place::OnHistory;
@@ -68,7 +69,7 @@ impl Opened {
     pub(super) fn mend(self, why: &str) -> Result<Opened> {
         let log = self.base.log.clone();
         let (Some(from), Some(to)) = (log.start(), log.tip()) else { return Ok(self) };
-        if from == to || self.history.place(to.txid()) != Place::OnHistory || !self.is_all(to)? {
+        if from == to || self.history.place(to.txid()) != Place::OnHistory || !self.leads_to_all(to)? {
             return Ok(self);
         }
         tracing::warn!(path = %self.base.path().display(), why, "trying to make the database good from the log");
@@ -86,16 +87,20 @@ impl Opened {
             receive::discard(&side)?;
             return Ok(Opened { handle: live.handle, ..self });
         };
+        // All that may find no room, before anything is changed.
+        keep(&mut live, &ready)?;
         let opened = Opened { handle: live.handle, ..self };
         opened.set_wal_aside()?;
-        let tip = opened.base.tip();
+        let (base, tip) = (opened.base.clone(), opened.base.tip());
         if tip.frame > 0 {
-            opened.base.wal.cut_behind(tip.frame, tip.salts, opened.base.page_size)?;
+            base.wal.cut_behind(tip.frame, tip.salts, base.page_size)?;
+        } else {
+            reserve::with(&side, || base.wal.extend(frame_offset(2, base.page_size)))?;
         }
-        let mut live = Appender::new(opened.base.clone(), opened.handle)?;
+        let mut live = Appender::new(base.clone(), opened.handle)?;
         if tip.frame == 0 {
             // There is no generation to append to. That the file is at rest is not said: it is not.
-            let begun = crate::engine::checkpoint::begin_unproved(&opened.base, &mut live.handle, &tip)?;
+            let begun = begin_unproved(&base, &mut live.handle, &tip)?;
             live.resume(begun);
         }
         replace(&mut live, &ready)?;
@@ -110,12 +115,19 @@ impl Opened {
         if self.base.wal.bytes()? == 0 {
             return Ok(());
         }
-        let wal = WalFile::path_of(path);
-        let kept = self.base.options.side.join("lost").join(format!("wal-{}", unix_millis()));
+        let (wal, lost) = (WalFile::path_of(path), self.base.options.side.join("lost"));
+        if let Some(kept) = lost::same_file(&lost, "wal-", &wal)? {
+            // A start that came no further.
+            tracing::warn!(kept = %kept.display(), "the WAL is kept already");
+            return Ok(());
+        }
+        let kept = lost.join(format!("wal-{}", unix_millis()));
         side::make_directory(&kept)?;
         let to = kept.join(wal.file_name().unwrap_or_default());
         side::copy(&wal, &to)?;
         sync_directory(&kept)?;
+        sync_directory(&lost)?;
+        sync_directory(&self.base.options.side)?;
         tracing::warn!(kept = %kept.display(), "the WAL is kept as it was");
         self.base.node.tell(Event::Kept(kept));
         Ok(())
@@ -159,13 +171,19 @@ fn over_all(live: &mut Appender, from: Position, to: Position) -> Result<Ready> 
     incoming.finish()
 }
 
-/// Puts a state that was proved in the place of what is there, which is kept.
-fn replace(live: &mut Appender, ready: &Ready) -> Result<()> {
+/// Keeps what is about to be replaced.
+fn keep(live: &mut Appender, ready: &Ready) -> Result<()> {
     let base = live.base.clone();
     let quota_bytes = base.options.lost_bytes;
     let doomed = Doomed { ready, fork: None, records_from: None, quota_bytes, damaged: true };
     let kept = lost::keep(&base.options.side, live, &doomed)?;
     base.node.tell(Event::Kept(kept.path().to_owned()));
+    Ok(())
+}
+
+/// Puts a state that was proved in the place of what is there.
+fn replace(live: &mut Appender, ready: &Ready) -> Result<()> {
+    let base = live.base.clone();
     let mut differing = Differing::new(ready);
     live.replace(&mut |live| differing.next(live), ready.position, ready.pages, &mut |tip| {
         base.sync_wal()?;

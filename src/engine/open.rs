@@ -11,7 +11,7 @@ use crate::engine::EngineOptions;
 use crate::engine::anchor::{self, Anchor, Anchors, Epochs, FileState};
 use crate::engine::base::Base;
 use crate::engine::checkpoint::{LOCK_STEP, begin_generation, mark_again, try_for};
-use crate::engine::locate::{self, Wal};
+use crate::engine::locate::{self, LogSays, Wal};
 use crate::engine::reserve;
 use crate::engine::wal_file::{EXTEND_MAX_BYTES, WalFile};
 use crate::engine::watch::Watch;
@@ -46,6 +46,7 @@ pub(super) struct Opened {
     pub(super) anchor: Option<Anchor>,
     /// The number of the last commit in the WAL, counted from there.
     pub(super) counted: u64,
+    pub(super) log_says: LogSays,
     /// What the WAL is to the anchors.
     pub(super) wal: Wal,
     /// The highest transaction number that anything beside the database speaks of.
@@ -85,14 +86,17 @@ pub(super) fn open(options: EngineOptions, node: Arc<Node>, primary: bool) -> Re
     let wal = WalFile::open(&path)?;
     // It may have been made just now. Were it lost, a database into which it was being copied would be torn for good.
     wal.sync_name()?;
-    let anchors = Anchors::open(&options.side)?;
+    let mut anchors = Anchors::open(&options.side)?;
     let Epochs { mut history, mut own } = epochs(&options)?;
     let log = Log::open(&options.side.join("log"), options.log)?;
     if history.last().is_none() {
         // As far as the log reaches, it says which epoch each of its transactions is of.
         (history, own) = (log.epochs()?, false);
     }
-    let known = locate::standing(&anchors, &wal, &header, page_size);
+    if history.last().is_some() {
+        anchors.miss()?;
+    }
+    let known = locate::standing(&mut anchors, &wal, &header, page_size);
     let found = Wal::of(&known, &wal, &header, page_size)?;
     if header.max_frame > 0 && !primary {
         wal.cut_behind(header.max_frame, header.salts, page_size)?;
@@ -112,6 +116,7 @@ pub(super) fn open(options: EngineOptions, node: Arc<Node>, primary: bool) -> Re
         known,
         anchor: None,
         counted: 0,
+        log_says: LogSays::Nothing,
         wal: found,
         highest,
         highest_epoch,

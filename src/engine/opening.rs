@@ -36,7 +36,7 @@ impl Opening {
         let may_miss = unsynced::may_be_lost(&options.side)?;
         let opened = open::open(options.clone(), node.clone(), true)?;
         let known = opened.is_known();
-        let mut opened = opened.judge()?;
+        let mut opened = opened.judge(may_miss)?;
         if !opened.exact {
             opened.become_history(known)?;
         }
@@ -49,6 +49,9 @@ impl Opening {
                 opened.set_wal_aside()?;
             }
             wal.cut_behind(tip.frame, tip.salts, size)?;
+        } else if opened.wal.is_ours() {
+            // Its header was changed, or its first frame; there may be commits in it that no other file has.
+            opened.set_wal_aside()?;
         }
         opened.begin_if_empty()?;
         let Opened { base, handle, history, exact, highest_epoch, .. } = opened.redo()?;

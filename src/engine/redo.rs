@@ -3,8 +3,10 @@
 use crate::engine::append::Appender;
 use crate::engine::open::Opened;
 use crate::engine::reserve;
+use crate::engine::wal_file::sync_directory;
 use crate::error::{Error, Result};
 use crate::log::{Found, Log};
+use crate::side;
 use crate::status::{Event, unix_millis};
 use crate::txid::{EpochHistory, Position};
 use crate::wire::Message;
@@ -73,7 +75,12 @@ impl Opened {
             return Ok(());
         }
         let (from, to) = (log.start(), log.tip());
-        let kept = self.base.options.side.join("lost").join(format!("log-{}", unix_millis()));
+        let lost = self.base.options.side.join("lost");
+        let kept = lost.join(format!("log-{}", unix_millis()));
+        side::make_directory(&kept)?;
+        // Its name is durable before anything is moved there.
+        sync_directory(&lost)?;
+        sync_directory(&self.base.options.side)?;
         log.move_to(&kept)?;
         tracing::error!(kept = %kept.display(), ?from, ?to, "the log does not lead on from the database's state, and is put aside");
         self.base.node.tell(Event::Kept(kept));

@@ -3,11 +3,11 @@
 use crate::checksum::PageHash;
 use crate::engine::Engine;
 use crate::engine::anchor::{Anchor, FileState, Witness, Witnesses};
-use crate::engine::base::lock;
+use crate::engine::base::{Base, lock};
 use crate::engine::checkpoint::{DRAIN_MAX, mark_again, try_for};
 use crate::error::{Error, Result};
 use crate::page::PageNo;
-use crate::sqlite::{Lock, Slot};
+use crate::sqlite::{Handle, Lock, Slot};
 
 /// A page of the file, its wrong bytes by their hash, and the right ones.
 #[derive(Clone, Debug)]
@@ -32,56 +32,65 @@ impl Engine {
         if !try_for(&mut handle, Slot::READ0, Lock::Exclusive, DRAIN_MAX)? {
             return Err(Error::Timeout { what: "readers of the file".into(), after: DRAIN_MAX });
         }
-        // Should the node die in here, the file's new modification time says nothing: it is the state that it was, with some of its bad pages,
-        // of which the last are the witnesses.
         let newest = lock(&base.anchors).newest_first().first().copied();
-        let bad =
-            pages.iter().rev().map(|page| Witness::new(page.number, page.wrong)).take(Witnesses::MAX / 2);
-        let bad: Witnesses = match newest {
-            Some(Anchor { file: FileState::Backfilling(missing), .. }) => bad.chain(missing.iter()).collect(),
-            _ => bad.collect(),
-        };
-        let length = handle.size()?;
-        let bad = bad.marked(mark_again(base, &mut handle)?);
-        let marked = match newest {
-            Some(anchor) => lock(&base.anchors)
-                .write(Anchor { file: FileState::Backfilling(bad), ahead: false, ..anchor }, true),
-            None => Ok(()),
-        };
-        if let Err(error) = marked {
-            handle.unlock(Slot::READ0, Lock::Exclusive)?;
-            return Err(error);
-        }
-        let mut written = Vec::new();
-        let done = pages.iter().try_for_each(|page| {
-            let RightPage { number, wrong, right } = page;
-            let frame = base.header().map_or(base.tip().frame, |header| header.max_frame);
-            if base.index.lookup(number.get(), 1, frame).is_some() {
-                return Ok(());
-            }
-            let mut there = vec![0; base.page_size.bytes()];
-            handle.read(&mut there, number.offset(base.page_size))?;
-            if PageHash::of(*number, &there) == *wrong {
-                handle.write(right, number.offset(base.page_size))?;
-                written.push(*number);
-            }
-            Ok(())
-        });
-        let at_rest = matches!(newest, Some(Anchor { file: FileState::AtRest { .. }, .. }));
-        // With its mark, unless there was one before.
-        let cut = if at_rest { handle.truncate(length) } else { Ok(()) };
-        let synced = cut.and(handle.sync());
-        let left = base.watch.leave();
+        let written = base.writing(|| write_pages(base, &mut handle, newest, pages));
         handle.unlock(Slot::READ0, Lock::Exclusive)?;
-        done.and(left).and(synced)?;
+        let written = written?;
         // The file is what it was; only its modification time is another one.
         if let Some(anchor) = newest {
             let file = match anchor.file {
                 FileState::AtRest { position, .. } => base.at_rest(position)?,
-                state @ FileState::Backfilling(_) => state,
+                // The mark may be another one now.
+                FileState::Backfilling(missing) => {
+                    let mark = match base.file_state() {
+                        FileState::Backfilling(now) => now.mark,
+                        FileState::AtRest { .. } => missing.mark,
+                    };
+                    FileState::Backfilling(missing.marked(mark))
+                }
             };
             lock(&base.anchors).write(Anchor { file, ahead: false, ..anchor }, true)?;
         }
         Ok(written)
     }
+}
+
+/// Writes the pages into the file, durably, each where it has the bad bytes. READ0 and the right to copy are held.
+fn write_pages(
+    base: &Base,
+    handle: &mut Handle,
+    newest: Option<Anchor>,
+    pages: &[RightPage],
+) -> Result<Vec<PageNo>> {
+    // Should the node die in here, the file's new modification time says nothing: it is the state that it was, with some of its bad pages,
+    // of which the last are the witnesses.
+    let bad = pages.iter().rev().map(|page| Witness::new(page.number, page.wrong)).take(Witnesses::MAX / 2);
+    let bad: Witnesses = match newest {
+        Some(Anchor { file: FileState::Backfilling(missing), .. }) => bad.chain(missing.iter()).collect(),
+        _ => bad.collect(),
+    };
+    let length = handle.size()?;
+    let file = FileState::Backfilling(bad.marked(mark_again(base, handle)?));
+    if let Some(anchor) = newest {
+        lock(&base.anchors).write(Anchor { file, ahead: false, ..anchor }, true)?;
+    }
+    let mut written = Vec::new();
+    for RightPage { number, wrong, right } in pages {
+        let frame = base.header().map_or(base.tip().frame, |header| header.max_frame);
+        if base.index.lookup(number.get(), 1, frame).is_some() {
+            continue;
+        }
+        let mut there = vec![0; base.page_size.bytes()];
+        handle.read(&mut there, number.offset(base.page_size))?;
+        if PageHash::of(*number, &there) == *wrong {
+            handle.write(right, number.offset(base.page_size))?;
+            written.push(*number);
+        }
+    }
+    if matches!(newest, Some(Anchor { file: FileState::AtRest { .. }, .. })) {
+        // It is told by its time again.
+        handle.truncate(length)?;
+    }
+    handle.sync()?;
+    Ok(written)
 }

@@ -428,6 +428,8 @@ impl World {
                 let mut after = tree(&home.path("."));
                 after.retain(|name, _| before.contains_key(name));
                 assert!(after == before, "{what}: refused, and changed something: {why}");
+                let again = Engine::open(options(), node()).map(drop);
+                assert!(matches!(again, Err(Error::Damaged { .. })), "{what}: refused once: {again:?}");
                 let complete = database == Database::AsLeft
                     && matches!(newest, Newest::AtRest | Newest::Backfilling)
                     && matches!(log, LogFiles::Reaches | LogFiles::Ahead)

@@ -441,6 +441,29 @@ pub unsafe extern "C" fn utimensat(
     done
 }
 
+/// Sets an open file's times: noted as a write of nothing.
+///
+/// # Safety
+/// As the C library's function of this name.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn futimens(fd: c_int, times: *const libc::timespec) -> c_int {
+    let none = std::ptr::null::<c_char>();
+    // SAFETY: the arguments are those of the caller; without a path the call is about the descriptor.
+    let set = || (unsafe { libc::syscall(libc::SYS_utimensat, fd, none, times, 0) }) as c_int;
+    let Some((recorder, path, _)) = file(fd) else { return set() };
+    if recorder.no_times {
+        return fail(libc::EPERM);
+    }
+    let turn = Turn::take(recorder);
+    let done = set();
+    if done == 0
+        && let Some(stat) = stat(fd)
+    {
+        turn.note(WRITE, stat.st_ino, [0, modified(&stat)], [&path, b""], b"");
+    }
+    done
+}
+
 fn sync(fd: c_int, call: c_long, data_only: u64) -> c_int {
     // SAFETY: a call with plain numbers.
     let real = || (unsafe { libc::syscall(call, fd) }) as c_int;

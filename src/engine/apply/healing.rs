@@ -222,6 +222,7 @@ impl Apply {
             base.sync_wal()?;
             base.announce(tip, base.file_state())
         })?;
+        live.base.sync_wal()?;
         Ok(kept)
     }
 

@@ -18,6 +18,9 @@ use crate::side;
 use crate::sqlite::{Handle, park};
 use crate::txid::{Place, Position};
 
+/// How often a database is turned to WAL, should that not be possible and no reason be given.
+const TURNS: u32 = 8;
+
 /// What is at the database's path. What is open has CKPT and WRITE held.
 pub(super) enum State {
     /// Nothing that could be filled as it is.
@@ -129,11 +132,13 @@ impl Apply {
             connection.pragma_update(None, "page_size", size.get())?;
         }
         let turn = || connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get::<_, String>(0));
-        if turn()? != "wal" {
+        for _ in 0..TURNS {
+            if turn()? == "wal" {
+                break;
+            }
             // SQLite does not say why. A write that changes nothing does, where the disk is full.
             let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
             connection.pragma_update(None, "user_version", version)?;
-            turn()?;
         }
         Ok(())
     }
@@ -161,11 +166,12 @@ impl Apply {
         // Where the epochs were lost, or are older than the log, its records lead nowhere; the primary sends them again.
         let logged = opened.base.log.tip();
         let redo = logged.is_none_or(|logged| opened.history.place(logged.txid()) == Place::OnHistory);
-        // Before anchors are written over.
-        let anchored = lock(&opened.base.anchors).newest_first();
+        let anchored = opened.known.clone();
         let live = self.begin(opened, redo)?;
         let position = live.position();
         let vouched = last_vouched(logged, position, &anchored);
+        // A node that died while it was led back may have the epochs of the one history and the state of the other.
+        let vouched = vouched.filter(|state| self.history.place(state.txid()) == Place::OnHistory);
         if vouched != Some(position) {
             tracing::warn!(%position, ?vouched, "the last commits here came from no primary that is known");
             let text =

@@ -107,8 +107,9 @@ fn writing_process() {
     }
     let position = retry("the position", || db.writer()?.flush(), no_room);
     assert_eq!(position, None, "nothing was committed through the guard");
-    let health = db.health();
-    speak(&format!("rest {} {}", db.position().unwrap(), health.can_write));
+    // It finds out within a second that there is room again.
+    until("room", || db.health().can_write);
+    speak(&format!("rest {} {}", db.position().unwrap(), db.health().can_write));
     runtime.block_on(db.shutdown());
     speak("closed");
     hear();
