@@ -49,7 +49,7 @@ impl Opened {
     /// # Errors
     /// [`Error::Damaged`] when no committed state can be proved, or when transactions that were on the disk here are in no file any more: nothing
     /// was changed then.
-    pub(super) fn judge(mut self, may_miss: bool) -> Result<Opened> {
+    pub(super) fn judge(mut self, unsynced: bool) -> Result<Opened> {
         let read = self.exact;
         self.name();
         if !self.exact && self.is_known() {
@@ -61,7 +61,7 @@ impl Opened {
             }
         }
         if self.exact {
-            self.reach(may_miss)?;
+            self.reach(unsynced)?;
         }
         Ok(self)
     }
@@ -75,7 +75,7 @@ impl Opened {
             self.history.push(EpochStart { epoch: position.epoch(), first, before });
         }
         self.exact &= self.has(position);
-        if !self.exact {
+        if !self.exact || !self.chained {
             return;
         }
         // Commits that the log contradicts; or, in an epoch that is another node's, does not have: that one has others under their numbers.
@@ -88,8 +88,7 @@ impl Opened {
             }
             LogSays::So if self.own || logged.is_some_and(|logged| logged.number() >= position.number()) => {}
             LogSays::So => (self.exact, self.proved) = (false, logged),
-            // Found by its name, or at rest.
-            LogSays::Nothing if self.own || self.anchor.is_none() => {}
+            LogSays::Nothing if self.own => {}
             LogSays::Nothing => self.exact = false,
         }
     }
@@ -232,7 +231,7 @@ impl Opened {
     }
 
     /// A state was found that can be proved: whether it is all that was here.
-    fn reach(&mut self, may_miss: bool) -> Result<()> {
+    fn reach(&mut self, unsynced: bool) -> Result<()> {
         let here = self.base.tip().position;
         let whole = self.wal == Wal::Whole && self.anchor == self.known.first().copied();
         if !whole && self.is_older(here) {
@@ -243,7 +242,7 @@ impl Opened {
             return self.reset_log(here);
         }
         // What a power cut took of a primary that syncs nothing, its replicas are asked for.
-        if self.leads_to_all(here)? || self.base.options.accept_damaged || may_miss {
+        if self.leads_to_all(here)? || self.base.options.accept_damaged || unsynced {
             return Ok(());
         }
         let (reached, last) = (self.reached(here)?, self.last_known());

@@ -184,6 +184,7 @@ impl Opened {
             false => None,
         };
         self.exact = hashed.is_none_or(|sum| sum == tip.position.checksum());
+        self.chained = self.exact;
         if self.exact && doubt && append && self.log_says != LogSays::Otherwise {
             // Only now that the numbers are known to be right.
             (self, _) = self.count(header, anchor, true)?;

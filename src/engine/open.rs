@@ -47,6 +47,8 @@ pub(super) struct Opened {
     /// The number of the last commit in the WAL, counted from there.
     pub(super) counted: u64,
     pub(super) log_says: LogSays,
+    /// The state is exact by the chain of commits from that anchor.
+    pub(super) chained: bool,
     /// What the WAL is to the anchors.
     pub(super) wal: Wal,
     /// The highest transaction number that anything beside the database speaks of.
@@ -117,6 +119,7 @@ pub(super) fn open(options: EngineOptions, node: Arc<Node>, primary: bool) -> Re
         anchor: None,
         counted: 0,
         log_says: LogSays::Nothing,
+        chained: false,
         wal: found,
         highest,
         highest_epoch,

@@ -36,7 +36,7 @@ impl Opening {
         let may_miss = unsynced::may_be_lost(&options.side)?;
         let opened = open::open(options.clone(), node.clone(), true)?;
         let known = opened.is_known();
-        let mut opened = opened.judge(may_miss)?;
+        let mut opened = opened.judge(unsynced::was_open(&options.side))?;
         if !opened.exact {
             opened.become_history(known)?;
         }

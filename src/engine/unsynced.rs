@@ -23,6 +23,11 @@ pub(super) fn may_be_lost(side: &Path) -> Result<bool> {
     }
 }
 
+/// Whether the database was not closed by a primary that does not sync its commits.
+pub(super) fn was_open(side: &Path) -> bool {
+    side.join(NAME).exists()
+}
+
 /// From now on commits may be lost. Durable.
 pub(super) fn begin(side: &Path) -> Result<()> {
     replace_file(side, NAME, &boot_id())
