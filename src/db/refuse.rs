@@ -81,7 +81,7 @@ pub(super) fn side(path: &Path, replica: bool, mode: Option<u32>) -> Result<Path
     if path.exists() || !replica {
         let handle = Handle::open(path, !replica)?;
         if !replica {
-            turn_to_wal(path, handle.connection())?;
+            turn_to_wal(path, &handle)?;
         }
     }
     side::make(&side)?;
@@ -97,11 +97,11 @@ fn create_database(path: &Path, mode: Option<u32>) -> Result<()> {
     }
 }
 
-fn turn_to_wal(path: &Path, connection: &Connection) -> Result<()> {
-    let mode = |sql| connection.query_row(sql, [], |r| r.get::<_, String>(0));
+fn turn_to_wal(path: &Path, handle: &Handle) -> Result<()> {
+    let mode = |sql| handle.connection().query_row(sql, [], |r| r.get::<_, String>(0));
     let mut now = mode("PRAGMA journal_mode")?;
     if now != "wal" {
-        now = mode("PRAGMA journal_mode = WAL")?;
+        now = handle.turn_to_wal()?;
     }
     if now == "wal" {
         return Ok(());

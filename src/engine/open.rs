@@ -171,7 +171,7 @@ fn prepare(handle: &Handle, options: &EngineOptions, primary: bool) -> Result<Pa
         now => now?,
     };
     if now != "wal" && primary {
-        now = mode("PRAGMA journal_mode = WAL")?;
+        now = handle.turn_to_wal().map_err(|e| refine(e.into(), options))?;
     }
     if now != "wal" {
         return Err(Error::Unsupported { path: options.path.clone(), reason: Unsupported::NotWal(now) });

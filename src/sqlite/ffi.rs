@@ -100,6 +100,17 @@ impl Handle {
         &self.path
     }
 
+    /// Turns the database to WAL, and says which journal mode it has then. The statement's own commit comes after the row that says "wal", and may fail.
+    pub(crate) fn turn_to_wal(&self) -> rusqlite::Result<String> {
+        let mut statement = self.connection.prepare("PRAGMA journal_mode = WAL")?;
+        let mut rows = statement.query([])?;
+        let mut mode = String::new();
+        while let Some(row) = rows.next()? {
+            mode = row.get(0)?;
+        }
+        Ok(mode)
+    }
+
     fn methods(&self) -> &ffi::sqlite3_io_methods {
         // SAFETY: `file` stays open as long as `connection`, and the methods of an open file are set and constant.
         unsafe { &*(*self.file.as_ptr()).pMethods }

@@ -131,9 +131,8 @@ impl Apply {
         if let Some(size) = size {
             connection.pragma_update(None, "page_size", size.get())?;
         }
-        let turn = || connection.query_row("PRAGMA journal_mode = WAL", [], |row| row.get::<_, String>(0));
         for _ in 0..TURNS {
-            if turn()? == "wal" {
+            if handle.turn_to_wal()? == "wal" {
                 break;
             }
             // SQLite does not say why. A write that changes nothing does, where the disk is full.
