@@ -121,7 +121,8 @@ fn writing_process() {
         let mut said = 0;
         until("the target", || {
             say_positions(&runtime, &db, &mut said);
-            seq(&db) >= target
+            // One of its own epoch among them.
+            seq(&db) >= target && db.position().is_some_and(|p| p.epoch() == db.status().epoch)
         });
         say_positions(&runtime, &db, &mut said);
         speak("target");
