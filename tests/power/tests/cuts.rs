@@ -436,7 +436,8 @@ fn check_replica(dir: &Path, said: &Said, cut: &Cut, url: &str, primary: &Db) ->
         let db = open("http://127.0.0.1:1").await.map_err(|e| format!("it does not open: {e}"))?;
         let synced = said.replica_synced(cut.at);
         // What is there goes beyond what counts, or nothing is known to count, until the primary decides.
-        let unvouched = db.status().problem.is_some_and(|problem| problem.contains("no primary that is known"));
+        let unvouched =
+            db.status().problem.is_some_and(|problem| problem.contains("no primary that is known"));
         match db.position() {
             _ if unvouched && strayed => {}
             _ if unvouched => {
