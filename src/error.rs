@@ -147,8 +147,8 @@ pub enum Error {
         /// The newest version that can be read.
         supported: u32,
     },
-    /// The database file is no committed state: its WAL is gone while its pages were being copied back, or SQLite finds it broken. Nothing was
-    /// changed; the text says what is needed.
+    /// What is left of the database's files is no committed state that could be proved, can be read in two ways, or lacks transactions that were on the
+    /// disk. Nothing was changed. The text says what is, which transactions no file has any more, and what to do.
     #[error("{} is damaged: {what}", path.display())]
     Damaged {
         /// The database file.

@@ -359,10 +359,12 @@ impl Config {
         self
     }
 
-    /// Opens a primary's database that is damaged all the same: its WAL is gone, and frames of that were being copied into the file when the node
-    /// stopped, so that it may mix states and lack commits ([`Error::Damaged`]). When `PRAGMA integrity_check` finds no fault, what is there becomes
-    /// a new branch of history, which replaces what the replicas have. Better restore it from a replica: with this the loss is
-    /// accepted. Take it out of the configuration again when it has done its work.
+    /// Opens a primary's database that is refused ([`Error::Damaged`]) all the same. What SQLite reads in its files as they are becomes a new branch of
+    /// history, if `PRAGMA integrity_check` finds no fault in it, and replaces what the replicas have, which they keep ([`Db::lost`](crate::Db::lost)); a
+    /// state that can be proved goes on without the transactions that no file has any more. It may mix states and lack commits: better restore it from a replica. Where the
+    /// error names two readings, it is the one in which SQLite's is right. Take it out of the configuration again when it has done its work.
+    ///
+    /// The page "When something is wrong" (`docs/trouble.md`) has every text of that error, and what to do.
     #[must_use]
     pub fn accept_damaged(mut self, accept: bool) -> Config {
         self.accept_damaged = accept;
