@@ -55,7 +55,7 @@ async fn write_on(db: &Db) -> i64 {
         assert!(begin.elapsed() < TOLD_LIMIT, "writes go on");
         tokio::task::yield_now().await;
     }
-    unreachable!()
+    unreachable!("the numbers do not end")
 }
 
 /// A primary whose files are others is loud, and refuses all.

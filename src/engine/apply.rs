@@ -30,8 +30,6 @@ use crate::threads;
 use crate::txid::{EpochHistory, Place, Position};
 use crate::wire::{Message, Unit, Want};
 
-pub(super) use healing::Differing;
-
 use healing::{Healing, Pace, Suspect, WANTS_MAX};
 use state::State;
 

@@ -5,8 +5,9 @@
 
 use std::time::Duration;
 
+use bytes::{Bytes, BytesMut};
+
 use crate::engine::append::Appender;
-use crate::engine::apply::Differing;
 use crate::engine::base::Tip;
 use crate::engine::checkpoint::{begin_generation, begin_unproved, lock_marks, unlock_marks};
 use crate::engine::locate::Wal;
@@ -181,8 +182,8 @@ fn keep(live: &mut Appender, ready: &Ready) -> Result<()> {
     Ok(())
 }
 
-/// Puts a state that was proved in the place of what is there.
-fn replace(live: &mut Appender, ready: &Ready) -> Result<()> {
+/// Puts a state that was proved in the place of what is there, in one transaction in the WAL, which is on the disk then.
+pub(super) fn replace(live: &mut Appender, ready: &Ready) -> Result<()> {
     let base = live.base.clone();
     let mut differing = Differing::new(ready);
     live.replace(&mut |live| differing.next(live), ready.position, ready.pages, &mut |tip| {
@@ -190,4 +191,33 @@ fn replace(live: &mut Appender, ready: &Ready) -> Result<()> {
         base.announce(tip, base.file_state())
     })?;
     base.sync_wal()
+}
+
+/// The pages that a heal brought and that are not the same here, one after the other.
+struct Differing<'a> {
+    ready: &'a Ready,
+    next: Option<PageNo>,
+    ours: Vec<u8>,
+}
+
+impl<'a> Differing<'a> {
+    fn new(ready: &'a Ready) -> Differing<'a> {
+        Differing { ready, next: Some(PageNo::FIRST), ours: vec![0; ready.page_size.bytes()] }
+    }
+
+    fn next(&mut self, live: &mut Appender) -> Result<Option<(PageNo, Bytes)>> {
+        while let Some(number) = self.next.and_then(|next| self.ready.have.from(next).next()) {
+            self.next = number.get().checked_add(1).and_then(PageNo::new);
+            let mut theirs = BytesMut::zeroed(self.ours.len());
+            self.ready.read(number, &mut theirs)?;
+            let beyond = number.get() > live.base.tip().pages;
+            if !beyond {
+                live.read_current(number, &mut self.ours)?;
+            }
+            if beyond || self.ours[..] != theirs[..] {
+                return Ok(Some((number, theirs.freeze())));
+            }
+        }
+        Ok(None)
+    }
 }

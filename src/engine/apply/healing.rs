@@ -4,7 +4,6 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use bytes::{Bytes, BytesMut};
 use tokio::sync::mpsc;
 
 use super::state::State;
@@ -13,11 +12,12 @@ use crate::engine::anchor;
 use crate::engine::append::Appender;
 use crate::engine::heal::Heal;
 use crate::engine::lost::{self, Before, Doomed};
+use crate::engine::mend;
 use crate::engine::receive::{self, Incoming, Ready};
 use crate::error::{Error, PeerProblem, Result};
 use crate::log::Found;
 use crate::node::Part;
-use crate::page::{PageNo, PageSize};
+use crate::page::PageSize;
 use crate::status::Event;
 use crate::txid::{EpochHistory, Place, Position};
 use crate::wire::{HealBegin, Sent, Want};
@@ -216,13 +216,7 @@ impl Apply {
         }
         anchor::write_epochs(&self.options.side, history, false)?;
         live.base.log.reset(ready.position)?;
-        let base = live.base.clone();
-        let mut differing = Differing::new(ready);
-        live.replace(&mut |live| differing.next(live), ready.position, ready.pages, &mut |tip| {
-            base.sync_wal()?;
-            base.announce(tip, base.file_state())
-        })?;
-        live.base.sync_wal()?;
+        mend::replace(live, ready)?;
         Ok(kept)
     }
 
@@ -294,35 +288,6 @@ impl Pace {
         let often = self.last.is_some_and(|last| last.elapsed() < HEAL_PAUSE_MAX * 2);
         self.pause = if often { (self.pause * 2).clamp(HEAL_PAUSE, HEAL_PAUSE_MAX) } else { Duration::ZERO };
         self.last = Some(Instant::now());
-    }
-}
-
-/// The pages that a heal brought and that are not the same here, one after the other.
-pub(in crate::engine) struct Differing<'a> {
-    ready: &'a Ready,
-    next: Option<PageNo>,
-    ours: Vec<u8>,
-}
-
-impl<'a> Differing<'a> {
-    pub(in crate::engine) fn new(ready: &'a Ready) -> Differing<'a> {
-        Differing { ready, next: Some(PageNo::FIRST), ours: vec![0; ready.page_size.bytes()] }
-    }
-
-    pub(in crate::engine) fn next(&mut self, live: &mut Appender) -> Result<Option<(PageNo, Bytes)>> {
-        while let Some(number) = self.next.and_then(|next| self.ready.have.from(next).next()) {
-            self.next = number.get().checked_add(1).and_then(PageNo::new);
-            let mut theirs = BytesMut::zeroed(self.ours.len());
-            self.ready.read(number, &mut theirs)?;
-            let beyond = number.get() > live.base.tip().pages;
-            if !beyond {
-                live.read_current(number, &mut self.ours)?;
-            }
-            if beyond || self.ours[..] != theirs[..] {
-                return Ok(Some((number, theirs.freeze())));
-            }
-        }
-        Ok(None)
     }
 }
 
