@@ -40,7 +40,7 @@ async fn follower(path: &Path, of: &Db) -> Db {
     r
 }
 
-/// Writes until that is refused. How many rows were acknowledged.
+/// Writes until that is refused. How many rows were acknowledged; of the last one, refused, nobody knows.
 async fn write_on(db: &Db) -> i64 {
     let begin = Instant::now();
     for n in 0.. {
@@ -56,6 +56,12 @@ async fn write_on(db: &Db) -> i64 {
         tokio::task::yield_now().await;
     }
     unreachable!("the numbers do not end")
+}
+
+/// All that was acknowledged is there, and at most the one write that was under way when it was refused.
+fn assert_kept(db: &Db, acknowledged: i64, how: &str) {
+    let rows = count(db);
+    assert!((acknowledged..=acknowledged + 1).contains(&rows), "{how}: {rows} rows of {acknowledged}");
 }
 
 /// A primary whose files are others is loud, and refuses all.
@@ -106,13 +112,13 @@ async fn a_backup_put_over_the_file_of_a_running_primary_is_never_vouched_for() 
                 // With the right file all is there.
                 shell(&["mv", text(&right), text(&path)]);
                 let again = opened(&path).await;
-                assert_eq!(count(&again), 1000 + more);
+                assert_kept(&again, 1000 + more, how);
                 again.shutdown().await;
             }
             Ok(again) => {
                 assert!(again.verify().await.unwrap().holds(), "{how}");
                 // What was acknowledged is in the log.
-                assert_eq!(count(&again), 1000 + more, "{how}");
+                assert_kept(&again, 1000 + more, how);
                 again.shutdown().await;
             }
         }
