@@ -14,6 +14,9 @@ mod applied;
 mod axum;
 mod checksum;
 mod db;
+#[cfg(test)]
+#[path = "../tests/support/ends.rs"]
+mod ends;
 mod engine;
 mod error;
 #[cfg(any(test, all(fuzzing, feature = "testing")))]

@@ -48,8 +48,8 @@ fn primary_process() {
                 }
             });
         }
+        let _ends = Ends(&stop);
         assert_eq!(hear(), "stop");
-        stop.store(true, std::sync::atomic::Ordering::SeqCst);
     });
     let last = db.writer().unwrap().flush().unwrap();
     assert_eq!(last, None, "nothing was committed through the guard");

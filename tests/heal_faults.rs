@@ -164,6 +164,7 @@ async fn a_heal_whose_connection_breaks_goes_on_and_readers_see_one_side_or_the_
         let b = open(replica(&fork.path("b"), &format!("http://{}", wire.address))).await;
         let mut events = b.events();
         let stop = Arc::new(AtomicBool::new(false));
+        let ends = Ends(&stop);
         let readers: Vec<_> = (0..2)
             .map(|n| {
                 let (b, stop) = (b.clone(), stop.clone());
@@ -197,7 +198,7 @@ async fn a_heal_whose_connection_breaks_goes_on_and_readers_see_one_side_or_the_
         }
         let last: Txid = insert(&a, "last", 0).await;
         within("the last row", b.wait_for_timeout(last, LIMIT)).await.unwrap();
-        stop.store(true, Ordering::SeqCst);
+        drop(ends);
         for reader in readers {
             let seen = reader.join().unwrap();
             assert_eq!(seen.last().unwrap(), "kept");

@@ -101,16 +101,17 @@ async fn nobody_slips_in_while_they_are_dropped_all_the_time() {
     for n in 0..50 {
         insert(&p, "before", n).await;
     }
-    let dropping = AtomicBool::new(true);
+    let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
-            while dropping.load(Ordering::Relaxed) {
+            while !stop.load(Ordering::Relaxed) {
                 for db in [&p, &r] {
                     open_and_close(&shm(db.path()));
                     open_and_close(db.path());
                 }
             }
         });
+        let _ends = Ends(&stop);
         for _ in 0..20 {
             assert_eq!(elsewhere(p.path(), "PRAGMA wal_checkpoint(TRUNCATE)"), "Integer(1)");
             assert_eq!(elsewhere(p.path(), "PRAGMA journal_mode = DELETE"), "database is locked");
@@ -119,7 +120,6 @@ async fn nobody_slips_in_while_they_are_dropped_all_the_time() {
                 assert_eq!(elsewhere(r.path(), sql), "database is locked", "{sql}");
             }
         }
-        dropping.store(false, Ordering::Relaxed);
     });
     let last = insert(&p, "after", 1).await;
     r.wait_for_timeout(last, LIMIT).await.unwrap();

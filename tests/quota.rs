@@ -34,6 +34,7 @@ async fn the_logs_quota_is_kept_and_costs_no_commit() {
         [dir.path().join("p.db-replite/log"), dir.path().join("r.db-replite/log")],
         Arc::new(AtomicBool::new(false)),
     );
+    let ends = Ends(&stop);
     let (watched, seen) = (logs.clone(), stop.clone());
     let watch = std::thread::spawn(move || {
         let mut most = 0;
@@ -58,7 +59,7 @@ async fn the_logs_quota_is_kept_and_costs_no_commit() {
         within("the replica", b.wait_for_timeout(last, LIMIT)).await.unwrap();
         assert_same_pages(&p, &r);
     }
-    stop.store(true, Ordering::SeqCst);
+    drop(ends);
     let most = watch.join().unwrap();
     assert!(most > QUOTA / 4 && most <= QUOTA, "{most} bytes of {QUOTA}");
     within("the gap", async { while !matches!(events.next().await, Some(Event::LogGap(_))) {} }).await;

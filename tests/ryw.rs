@@ -109,6 +109,7 @@ async fn readers_beside_apply_are_never_refused_and_see_whole_transactions_only(
     let dir = tempfile::tempdir().unwrap();
     let (p, r, _wire) = behind(Duration::ZERO, &dir).await;
     let stop = Arc::new(AtomicBool::new(false));
+    let ends = Ends(&stop);
     let readers: Vec<_> = (0..3)
         .map(|_| {
             let (r, stop) = (r.clone(), stop.clone());
@@ -144,7 +145,7 @@ async fn readers_beside_apply_are_never_refused_and_see_whole_transactions_only(
         last = commit.txid;
     }
     r.wait_for_timeout(last.unwrap(), LIMIT).await.unwrap();
-    stop.store(true, Ordering::Relaxed);
+    drop(ends);
     for reader in readers {
         assert!(reader.join().unwrap() > 0);
     }

@@ -127,6 +127,7 @@ async fn it_holds_beside_writers_checkpoints_and_apply() {
     // Large enough that much is committed while it is hashed.
     fill(&primary, 5000).await;
     let stop = Arc::new(AtomicBool::new(false));
+    let ends = Ends(&stop);
     let writers: Vec<_> = (0..2i64)
         .map(|writer| {
             let (db, stop) = (primary.clone(), stop.clone());
@@ -164,7 +165,7 @@ async fn it_holds_beside_writers_checkpoints_and_apply() {
         }
     }
     foreign.kill();
-    stop.store(true, Ordering::Relaxed);
+    drop(ends);
     for writer in writers {
         writer.join().unwrap();
     }

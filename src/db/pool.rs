@@ -297,7 +297,7 @@ mod tests {
         let lease = pool.lease(None).unwrap();
         std::thread::scope(|scope| {
             let waiter = scope.spawn(|| pool.lease(None).map(drop));
-            while pool.lock().waiting == 0 {
+            while pool.lock().waiting == 0 && !waiter.is_finished() {
                 std::thread::yield_now();
             }
             drop(lease);

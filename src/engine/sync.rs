@@ -85,7 +85,7 @@ mod tests {
 
     use super::*;
     use crate::engine::Durability;
-    use crate::engine::tests::{Home, node};
+    use crate::engine::tests::{Home, node, until};
 
     /// A subscriber that panics with each event.
     struct Bomb;
@@ -138,9 +138,7 @@ mod tests {
         let (tell, told) = std::sync::mpsc::channel();
         let waiting = syncer.clone();
         std::thread::spawn(move || tell.send(waiting.sync(number)));
-        while lock(&syncer.state).wanted < number {
-            std::thread::yield_now();
-        }
+        until("the wait", || lock(&syncer.state).wanted >= number);
         // It waits, for it had the mutex from there on. Whoever led has ended, and says so to nobody.
         lock(&syncer.state).leading = false;
         break_wal(&path);

@@ -13,6 +13,7 @@ use rusqlite::Connection;
 use uuid::Uuid;
 
 use super::*;
+use crate::ends::Ends;
 use crate::log::Found;
 use crate::secret::Keyring;
 use crate::status::{Addresses, PeerInfo, Role};
@@ -68,7 +69,7 @@ pub(super) fn node() -> Arc<crate::node::Node> {
     crate::node::Node::new(me, "test".into(), "db".into(), Keyring::new(&[]).unwrap(), Role::Primary)
 }
 
-fn until(what: &str, mut done: impl FnMut() -> bool) {
+pub(super) fn until(what: &str, mut done: impl FnMut() -> bool) {
     let end = Instant::now() + Duration::from_secs(60);
     while !done() {
         assert!(Instant::now() < end, "timed out: {what}");
@@ -651,6 +652,7 @@ fn a_hash_at_open_says_how_far_it_has_come() {
     settled(&engine);
     let (base, seen) = (engine.base.clone(), AtomicBool::new(false));
     std::thread::scope(|scope| {
+        let ends = Ends(&seen);
         let opening = scope.spawn(|| {
             let mut handle = reader(&base).unwrap();
             while !seen.load(Ordering::Relaxed) {
@@ -661,7 +663,7 @@ fn a_hash_at_open_says_how_far_it_has_come() {
         until("its progress", || {
             base.node.problem().is_some_and(|p| p.starts_with("hashing the database: "))
         });
-        seen.store(true, Ordering::Relaxed);
+        drop(ends);
         opening.join().unwrap();
     });
     assert_eq!(base.node.problem(), None);

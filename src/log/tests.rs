@@ -7,6 +7,7 @@ use tempfile::TempDir;
 
 use super::*;
 use crate::checksum::{Checksum, PageHash};
+use crate::ends::Ends;
 use crate::page::{PageNo, PageSize};
 use crate::txid::{Epoch, Txid};
 use crate::wire::{self, Decoder, Kind, Message, SEGMENT_BYTES, TxnBegin, TxnEnd};
@@ -446,6 +447,7 @@ fn a_reader_beside_an_appender_sees_the_same_bytes() {
     let log = filled(&dir, 0, options);
     let done = AtomicBool::new(false);
     std::thread::scope(|scope| {
+        let ends = Ends(&done);
         let readers: Vec<_> = (0..2)
             .map(|_| {
                 scope.spawn(|| {
@@ -480,7 +482,7 @@ fn a_reader_beside_an_appender_sees_the_same_bytes() {
                 assert!(matches!(log.find(n / 2).unwrap(), Found::At { .. }));
             }
         }
-        done.store(true, Ordering::Release);
+        drop(ends);
         for reader in readers {
             let (hash, disk) = reader.join().unwrap();
             assert_eq!(hash, expected.finalize());

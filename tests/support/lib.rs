@@ -193,6 +193,15 @@ impl Process {
     }
 }
 
+/// Not even a test that fails leaves a process behind: its outputs are this process's own, so whoever reads those would wait for it.
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended by itself.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
 /// Whether this process is a child that [`Process::start`] made; a test function for children returns at once if not.
 pub(crate) fn is_child() -> bool {
     std::env::var_os("REPLITE_TEST_CHILD").is_some()
@@ -217,8 +226,11 @@ pub(crate) fn hear() -> String {
     line.trim().to_string()
 }
 
+mod ends;
 #[path = "../../src/testing/link.rs"]
 mod link;
+
+pub(crate) use ends::Ends;
 
 /// A TCP proxy on loopback that delays each piece of data, and cuts connections when told to.
 pub(crate) struct Wire {

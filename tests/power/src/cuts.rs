@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Mutex, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 
 use rand::rngs::StdRng;
 use rand::seq::SliceRandom;
@@ -123,11 +123,13 @@ pub fn run(
     let room = fast_directory();
     let failures: Mutex<Vec<(Cut, String)>> = Mutex::new(Vec::new());
     let (sender, receiver) = mpsc::sync_channel::<(PathBuf, Cut)>(4);
-    let receiver = Mutex::new(receiver);
+    // Gone with the last worker: what is sent to nobody is an error.
+    let receiver = Arc::new(Mutex::new(receiver));
     std::thread::scope(|scope| {
-        let (receiver, failures) = (&receiver, &failures);
-        let workers: Vec<_> = (0..2)
-            .map(|_| {
+        let failures = &failures;
+        let workers: Vec<_> = [receiver.clone(), receiver]
+            .into_iter()
+            .map(|receiver| {
                 scope.spawn(move || {
                     loop {
                         let next = receiver.lock().unwrap().recv();

@@ -118,6 +118,7 @@ fn writing_process() {
                 });
             });
         }
+        let _ends = Ends(&stop);
         let mut said = 0;
         until("the target", || {
             say_positions(&runtime, &db, &mut said);
@@ -126,9 +127,7 @@ fn writing_process() {
         });
         say_positions(&runtime, &db, &mut said);
         speak("target");
-        if hear() == "stop" {
-            stop.store(true, Ordering::SeqCst);
-        }
+        assert_eq!(hear(), "stop");
     });
     runtime.block_on(db.shutdown());
     speak("closed");
