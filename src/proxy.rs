@@ -19,6 +19,7 @@ pub(crate) mod headers;
 mod hop;
 mod keep;
 mod layer;
+mod preface;
 mod prepare;
 mod reply;
 mod route;

@@ -68,7 +68,7 @@ where
             };
             let token = answer.headers().get(TOKEN).and_then(|token| token.to_str().ok());
             if let Some(token) = token.and_then(|text| shared.tokens.verify(text)) {
-                session::committed(token.txid());
+                session::committed(&shared.node, token.txid());
             }
             Ok(answer.map(ReplayResponseBody::answer))
         })

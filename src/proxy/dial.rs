@@ -12,7 +12,6 @@ use hyper::body::Incoming;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::net::TcpStream;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tower::Service;
@@ -21,6 +20,7 @@ use crate::net::{PING_INTERVAL, PING_TIMEOUT};
 use crate::proxy::BoxError;
 use crate::proxy::body::{Patient, ReplayRequestBody};
 use crate::proxy::keep::Keep;
+use crate::proxy::preface::{Mute, Proven, says_no_http2};
 
 /// How long an unused connection is kept: less than any server or proxy on the way is likely to allow, because a
 /// request that meets a closing connection has an unknown outcome.
@@ -33,6 +33,15 @@ const KEEPALIVE_SECONDS: u64 = 15;
 /// A body on its way to the primary.
 pub(super) type Outgoing = Patient<ReplayRequestBody<http_body_util::Empty<bytes::Bytes>>>;
 
+/// What a node is spoken to in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Protocol {
+    Http1,
+    Http2,
+    /// HTTP/2, and HTTP/1.1 to a node that does not speak it.
+    Http2IfSpoken,
+}
+
 /// Why there is no response.
 #[derive(Debug)]
 pub(super) enum SendError {
@@ -40,6 +49,8 @@ pub(super) enum SendError {
     Unreachable(BoxError),
     /// The connection closed before the request was put on it.
     NotSent(BoxError),
+    /// The server speaks no HTTP/2; the request was not put on the connection.
+    NoHttp2(BoxError),
     /// The client stopped sending.
     SlowClient,
     /// What the client sent is no body, or it left within it.
@@ -55,6 +66,7 @@ pub(super) enum SendError {
 pub(super) struct Dialer {
     http1: Client<Connector, Outgoing>,
     http2: Client<Connector, Outgoing>,
+    mute: Mute,
 }
 
 impl Dialer {
@@ -63,7 +75,8 @@ impl Dialer {
         http.set_nodelay(true);
         http.set_keepalive(Some(Duration::from_secs(KEEPALIVE_SECONDS)));
         http.set_connect_timeout(Some(connect));
-        let connector = Connector { http, limit: connect };
+        let connector = Connector { http, limit: connect, http2: None };
+        let mute = Mute::default();
         let mut builder = Client::builder(Spawn { stop });
         builder
             .pool_timer(TokioTimer::new())
@@ -79,8 +92,8 @@ impl Dialer {
             .http2_adaptive_window(true)
             .http2_keep_alive_interval(PING_INTERVAL)
             .http2_keep_alive_timeout(PING_TIMEOUT)
-            .build(connector);
-        Dialer { http1, http2 }
+            .build(Connector { http2: Some(mute.clone()), ..connector });
+        Dialer { http1, http2, mute }
     }
 
     /// Sends a request and waits for the response's head. The body is not touched before a connection stands.
@@ -97,6 +110,7 @@ impl Dialer {
     ) -> Result<Response<Incoming>, SendError> {
         let outgoing = Patient::new(ReplayRequestBody::kept(body.clone()), Some(idle));
         let client = if http2 { &self.http2 } else { &self.http1 };
+        let server = head.uri().authority().cloned();
         let response = client.request(head.map(|()| outgoing));
         tokio::pin!(response);
         loop {
@@ -104,7 +118,10 @@ impl Dialer {
             let due = body.deadline(idle, answer).min(Instant::now() + answer);
             tokio::select! {
                 biased;
-                got = &mut response => return got.map_err(|e| sort(e, body, idle)),
+                got = &mut response => return got.map_err(|e| match sort(e, body, idle) {
+                    SendError::NotSent(error) if http2 && self.mute.is(server.as_ref()) => SendError::NoHttp2(error),
+                    other => other,
+                }),
                 () = tokio::time::sleep_until(due) => {}
             }
             if body.deadline(idle, answer) <= Instant::now() {
@@ -117,6 +134,9 @@ impl Dialer {
 fn sort(error: hyper_util::client::legacy::Error, body: &Keep, idle: Duration) -> SendError {
     if error.is_connect() {
         return SendError::Unreachable(error.into());
+    }
+    if says_no_http2(&error) {
+        return SendError::NoHttp2(error.into());
     }
     let source = error.source().and_then(|s| s.downcast_ref::<hyper::Error>());
     // So hyper calls a request that it hands back unwritten.
@@ -137,10 +157,12 @@ fn sort(error: hyper_util::client::legacy::Error, body: &Keep, idle: Duration) -
 struct Connector {
     http: HttpConnector,
     limit: Duration,
+    /// Set for HTTP/2: who gave no proof of it.
+    http2: Option<Mute>,
 }
 
 impl Service<Uri> for Connector {
-    type Response = TokioIo<TcpStream>;
+    type Response = TokioIo<Proven>;
     type Error = BoxError;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, BoxError>> + Send>>;
 
@@ -149,11 +171,17 @@ impl Service<Uri> for Connector {
     }
 
     fn call(&mut self, uri: Uri) -> Self::Future {
+        let (limit, mute, server) = (self.limit, self.http2.clone(), uri.authority().cloned());
         let connecting = self.http.call(uri);
-        let limit = self.limit;
         Box::pin(async move {
             match tokio::time::timeout(limit, connecting).await {
-                Ok(connected) => connected.map_err(Into::into),
+                Ok(connected) => {
+                    let stream = connected?.into_inner();
+                    Ok(TokioIo::new(match mute {
+                        Some(mute) => Proven::doubted(stream, server, mute),
+                        None => Proven::known(stream),
+                    }))
+                }
                 Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut).into()),
             }
         })

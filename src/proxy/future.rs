@@ -14,7 +14,7 @@ use pin_project_lite::pin_project;
 use tokio::task::futures::TaskLocalFuture;
 use tower::Service;
 
-use crate::proxy::body::{Answer, ReplayRequestBody, ReplayResponseBody};
+use crate::proxy::body::{Answer, ReplayResponseBody};
 use crate::proxy::failure::Reason;
 use crate::proxy::keep::Keep;
 use crate::proxy::layer::Shared;
@@ -28,7 +28,7 @@ pin_project! {
     /// Dropping it before it is done drops the handler's future, or closes the connection to the primary.
     pub struct ResponseFuture<S, B>
     where
-        S: Service<Request<ReplayRequestBody<B>>>,
+        S: Service<Request<B>>,
     {
         shared: Arc<Shared>,
         #[pin]
@@ -42,11 +42,11 @@ pin_project! {
     #[project = StateProj]
     enum State<S, B>
     where
-        S: Service<Request<ReplayRequestBody<B>>>,
+        S: Service<Request<B>>,
     {
         Untouched { #[pin] future: S::Future },
         Local { #[pin] future: TaskLocalFuture<Session, S::Future>, run: LocalRun },
-        Prepare { preparing: Preparing, resume: Option<Resume<S>> },
+        Prepare { preparing: Preparing, resume: Option<Resume<S, B>> },
         Done { answer: Option<Response<Answer>> },
     }
 }
@@ -60,8 +60,10 @@ pub(super) struct LocalRun {
 }
 
 /// A request that may run here later.
-pub(super) struct Resume<S> {
+pub(super) struct Resume<S, B> {
     pub(super) service: S,
+    /// Makes the body that the service takes of the one that was kept.
+    pub(super) body: fn(Keep) -> B,
     pub(super) parts: Parts,
     pub(super) session: Session,
     pub(super) secure: bool,
@@ -70,7 +72,7 @@ pub(super) struct Resume<S> {
 
 impl<S, B> ResponseFuture<S, B>
 where
-    S: Service<Request<ReplayRequestBody<B>>>,
+    S: Service<Request<B>>,
 {
     pub(super) fn untouched(shared: Arc<Shared>, future: S::Future) -> Self {
         ResponseFuture { shared, state: State::Untouched { future } }
@@ -80,13 +82,7 @@ where
         ResponseFuture { shared, state: State::Done { answer: Some(answer) } }
     }
 
-    pub(super) fn local(
-        shared: Arc<Shared>,
-        service: S,
-        parts: Parts,
-        body: ReplayRequestBody<B>,
-        run: LocalRun,
-    ) -> Self {
+    pub(super) fn local(shared: Arc<Shared>, service: S, parts: Parts, body: B, run: LocalRun) -> Self {
         ResponseFuture { shared, state: State::local(service, parts, body, run) }
     }
 
@@ -95,7 +91,7 @@ where
         need: Need,
         head: Arc<Head>,
         body: Keep,
-        resume: Resume<S>,
+        resume: Resume<S, B>,
     ) -> Self {
         let preparing = Box::pin(prepare(shared.clone(), need, head, body));
         ResponseFuture { shared, state: State::Prepare { preparing, resume: Some(resume) } }
@@ -104,9 +100,9 @@ where
 
 impl<S, B> State<S, B>
 where
-    S: Service<Request<ReplayRequestBody<B>>>,
+    S: Service<Request<B>>,
 {
-    fn local(mut service: S, mut parts: Parts, body: ReplayRequestBody<B>, run: LocalRun) -> Self {
+    fn local(mut service: S, mut parts: Parts, body: B, run: LocalRun) -> Self {
         parts.extensions.insert(run.session.clone());
         let request = Request::from_parts(parts, body);
         // Some services work in `call` already.
@@ -117,7 +113,7 @@ where
 
 impl<S, B, RB> Future for ResponseFuture<S, B>
 where
-    S: Service<Request<ReplayRequestBody<B>>, Response = Response<RB>>,
+    S: Service<Request<B>, Response = Response<RB>>,
 {
     type Output = Result<Response<ReplayResponseBody<RB>>, S::Error>;
 
@@ -140,7 +136,14 @@ where
                     }
                 }
                 StateProj::Prepare { preparing, resume } => {
-                    match (ready!(preparing.as_mut().poll(cx)), resume.take()) {
+                    let verdict = ready!(preparing.as_mut().poll(cx));
+                    let resume = resume.take();
+                    if !matches!(verdict, Verdict::Here(_))
+                        && let Some(resume) = &resume
+                    {
+                        resume.session.set_sent();
+                    }
+                    match (verdict, resume) {
                         (Verdict::Answer(answer), _) => State::Done { answer: Some(*answer) },
                         (Verdict::Failed(reason), _) => {
                             State::Done { answer: Some(failure(this.shared, reason)) }
@@ -162,12 +165,13 @@ where
     }
 }
 
-/// The way to the primary for a request whose handler needed it, if nothing was committed here.
+/// The way to the primary for a request whose handler needed it, if nothing was committed here, and no other database's layer sent it anywhere.
 fn replay<S, B>(shared: &Arc<Shared>, run: &mut LocalRun) -> Option<State<S, B>>
 where
-    S: Service<Request<ReplayRequestBody<B>>>,
+    S: Service<Request<B>>,
 {
-    if !run.session.primary_needed() || run.session.committed().is_some() {
+    let session = &run.session;
+    if !session.primary_needed() || session.committed_anywhere() || session.sent() {
         return None;
     }
     let (head, keep) = run.replay.take()?;
@@ -178,24 +182,25 @@ where
             None => return Some(State::Done { answer: Some(failure(shared, Reason::BodyTooLarge)) }),
         },
     };
+    session.set_sent();
     let preparing = Box::pin(prepare(shared.clone(), Need::Primary, head, body));
     Some(State::Prepare { preparing, resume: None })
 }
 
-impl<S> Resume<S> {
-    fn run<B>(self, body: Keep) -> State<S, B>
+impl<S, B> Resume<S, B> {
+    fn run(self, body: Keep) -> State<S, B>
     where
-        S: Service<Request<ReplayRequestBody<B>>>,
+        S: Service<Request<B>>,
     {
         let replay = self.replay.map(|head| (head, Some(body.clone())));
         let run = LocalRun { session: self.session, secure: self.secure, replay };
-        State::local(self.service, self.parts, ReplayRequestBody::kept(body), run)
+        State::local(self.service, self.parts, (self.body)(body), run)
     }
 }
 
 impl<S, B> fmt::Debug for ResponseFuture<S, B>
 where
-    S: Service<Request<ReplayRequestBody<B>>>,
+    S: Service<Request<B>>,
 {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("ResponseFuture(..)")
