@@ -106,7 +106,7 @@ impl<B> std::fmt::Debug for ReplayRequestBody<B> {
 }
 
 pin_project! {
-    /// A response's body: the wrapped service's own, the primary's, or a few words of the layer.
+    /// A response's body: the wrapped service's own, the primary's, or a few words of the layer. With the feature `axum` the layer's responses have an axum `Body`.
     pub struct ReplayResponseBody<RB> {
         #[pin]
         kind: ResponseKind<RB>,
@@ -122,6 +122,7 @@ pin_project! {
 }
 
 impl<RB> ReplayResponseBody<RB> {
+    #[cfg(not(feature = "axum"))]
     pub(super) fn local(body: RB) -> Self {
         ReplayResponseBody { kind: ResponseKind::Local { body } }
     }

@@ -20,7 +20,7 @@ use crate::net::{PING_INTERVAL, PING_TIMEOUT};
 use crate::proxy::BoxError;
 use crate::proxy::body::{Patient, ReplayRequestBody};
 use crate::proxy::keep::Keep;
-use crate::proxy::preface::{Mute, Proven, says_no_http2};
+use crate::proxy::preface::{Proof, Proven};
 
 /// How long an unused connection is kept: less than any server or proxy on the way is likely to allow, because a
 /// request that meets a closing connection has an unknown outcome.
@@ -66,7 +66,6 @@ pub(super) enum SendError {
 pub(super) struct Dialer {
     http1: Client<Connector, Outgoing>,
     http2: Client<Connector, Outgoing>,
-    mute: Mute,
 }
 
 impl Dialer {
@@ -75,8 +74,7 @@ impl Dialer {
         http.set_nodelay(true);
         http.set_keepalive(Some(Duration::from_secs(KEEPALIVE_SECONDS)));
         http.set_connect_timeout(Some(connect));
-        let connector = Connector { http, limit: connect, http2: None };
-        let mute = Mute::default();
+        let connector = Connector { http, limit: connect, http2: false };
         let mut builder = Client::builder(Spawn { stop });
         builder
             .pool_timer(TokioTimer::new())
@@ -92,8 +90,8 @@ impl Dialer {
             .http2_adaptive_window(true)
             .http2_keep_alive_interval(PING_INTERVAL)
             .http2_keep_alive_timeout(PING_TIMEOUT)
-            .build(Connector { http2: Some(mute.clone()), ..connector });
-        Dialer { http1, http2, mute }
+            .build(Connector { http2: true, ..connector });
+        Dialer { http1, http2 }
     }
 
     /// Sends a request and waits for the response's head. The body is not touched before a connection stands.
@@ -110,7 +108,6 @@ impl Dialer {
     ) -> Result<Response<Incoming>, SendError> {
         let outgoing = Patient::new(ReplayRequestBody::kept(body.clone()), Some(idle));
         let client = if http2 { &self.http2 } else { &self.http1 };
-        let server = head.uri().authority().cloned();
         let response = client.request(head.map(|()| outgoing));
         tokio::pin!(response);
         loop {
@@ -118,10 +115,7 @@ impl Dialer {
             let due = body.deadline(idle, answer).min(Instant::now() + answer);
             tokio::select! {
                 biased;
-                got = &mut response => return got.map_err(|e| match sort(e, body, idle) {
-                    SendError::NotSent(error) if http2 && self.mute.is(server.as_ref()) => SendError::NoHttp2(error),
-                    other => other,
-                }),
+                got = &mut response => return got.map_err(|e| sort(e, body, idle)),
                 () = tokio::time::sleep_until(due) => {}
             }
             if body.deadline(idle, answer) <= Instant::now() {
@@ -135,7 +129,7 @@ fn sort(error: hyper_util::client::legacy::Error, body: &Keep, idle: Duration) -
     if error.is_connect() {
         return SendError::Unreachable(error.into());
     }
-    if says_no_http2(&error) {
+    if error.connect_info().is_some_and(Proof::is_missing) {
         return SendError::NoHttp2(error.into());
     }
     let source = error.source().and_then(|s| s.downcast_ref::<hyper::Error>());
@@ -157,8 +151,8 @@ fn sort(error: hyper_util::client::legacy::Error, body: &Keep, idle: Duration) -
 struct Connector {
     http: HttpConnector,
     limit: Duration,
-    /// Set for HTTP/2: who gave no proof of it.
-    http2: Option<Mute>,
+    /// For HTTP/2, of which the server has to give proof.
+    http2: bool,
 }
 
 impl Service<Uri> for Connector {
@@ -171,17 +165,11 @@ impl Service<Uri> for Connector {
     }
 
     fn call(&mut self, uri: Uri) -> Self::Future {
-        let (limit, mute, server) = (self.limit, self.http2.clone(), uri.authority().cloned());
+        let (limit, http2) = (self.limit, self.http2);
         let connecting = self.http.call(uri);
         Box::pin(async move {
             match tokio::time::timeout(limit, connecting).await {
-                Ok(connected) => {
-                    let stream = connected?.into_inner();
-                    Ok(TokioIo::new(match mute {
-                        Some(mute) => Proven::doubted(stream, server, mute),
-                        None => Proven::known(stream),
-                    }))
-                }
+                Ok(connected) => Ok(TokioIo::new(Proven::new(connected?.into_inner(), http2))),
                 Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut).into()),
             }
         })

@@ -9,12 +9,16 @@ use std::task::{Context, Poll, ready};
 use bytes::Bytes;
 use http::request::Parts;
 use http::{Request, Response};
+#[cfg(feature = "axum")]
+use http_body::Body;
 use http_body_util::Empty;
 use pin_project_lite::pin_project;
 use tokio::task::futures::TaskLocalFuture;
 use tower::Service;
 
-use crate::proxy::body::{Answer, ReplayResponseBody};
+#[cfg(feature = "axum")]
+use crate::proxy::BoxError;
+use crate::proxy::body::Answer;
 use crate::proxy::failure::Reason;
 use crate::proxy::keep::Keep;
 use crate::proxy::layer::Shared;
@@ -111,19 +115,52 @@ where
     }
 }
 
+#[cfg(feature = "axum")]
+impl<S, B, RB> Future for ResponseFuture<S, B>
+where
+    S: Service<Request<B>, Response = Response<RB>>,
+    RB: Body<Data = Bytes> + Send + 'static,
+    RB::Error: Into<BoxError>,
+{
+    type Output = Result<Response<axum::body::Body>, S::Error>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        // A body of axum's own goes through as it is.
+        self.poll_with(cx, axum::body::Body::new, axum::body::Body::new)
+    }
+}
+
+#[cfg(not(feature = "axum"))]
 impl<S, B, RB> Future for ResponseFuture<S, B>
 where
     S: Service<Request<B>, Response = Response<RB>>,
 {
-    type Output = Result<Response<ReplayResponseBody<RB>>, S::Error>;
+    type Output = Result<Response<crate::proxy::ReplayResponseBody<RB>>, S::Error>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        use crate::proxy::ReplayResponseBody;
+
+        self.poll_with(cx, ReplayResponseBody::local, ReplayResponseBody::answer)
+    }
+}
+
+impl<S, B, RB> ResponseFuture<S, B>
+where
+    S: Service<Request<B>, Response = Response<RB>>,
+{
+    /// Polls; the functions make the response's body of the wrapped service's, and of the layer's own.
+    fn poll_with<O>(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        local: fn(RB) -> O,
+        own: fn(Answer) -> O,
+    ) -> Poll<Result<Response<O>, S::Error>> {
         let mut this = self.project();
         loop {
             let next = match this.state.as_mut().project() {
                 StateProj::Untouched { future } => {
                     let response = ready!(future.poll(cx))?;
-                    return Poll::Ready(Ok(response.map(ReplayResponseBody::local)));
+                    return Poll::Ready(Ok(response.map(local)));
                 }
                 StateProj::Local { future, run } => {
                     let mut response = ready!(future.poll(cx))?;
@@ -131,7 +168,7 @@ where
                         Some(next) => next,
                         None => {
                             set_token(this.shared, &run.session, run.secure, response.headers_mut());
-                            return Poll::Ready(Ok(response.map(ReplayResponseBody::local)));
+                            return Poll::Ready(Ok(response.map(local)));
                         }
                     }
                 }
@@ -157,7 +194,7 @@ where
                 }
                 StateProj::Done { answer } => {
                     let answer = answer.take().expect("a future must not be polled after it is done");
-                    return Poll::Ready(Ok(answer.map(ReplayResponseBody::answer)));
+                    return Poll::Ready(Ok(answer.map(own)));
                 }
             };
             this.state.set(next);

@@ -1,18 +1,16 @@
 //! HTTP/2 by prior knowledge, to a server that may not speak it: nothing of a request goes out before the server has shown that it does.
 
-use std::error::Error as StdError;
 use std::io;
 use std::pin::Pin;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker, ready};
 
-use http::uri::Authority;
+use http::Extensions;
 use hyper_util::client::legacy::connect::{Connected, Connection};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
-/// What the connection's error says, by which it is known: the libraries above hand on only an error's words.
-const NO_HTTP2: &str = "the server does not speak HTTP/2";
 /// The client's preface begins with these bytes, and goes on with a SETTINGS frame (RFC 9113, 3.4).
 const MAGIC_BYTES: usize = 24;
 /// A frame's head: three bytes of length, one of type, ...
@@ -21,51 +19,29 @@ const LENGTH_BYTES: usize = 3;
 /// The type of the first frame of either side.
 const SETTINGS: u8 = 4;
 
-/// Whether a request failed because the server does not speak HTTP/2. Then it was not sent.
-pub(super) fn says_no_http2(error: &(dyn StdError + 'static)) -> bool {
-    let mut cause = Some(error);
-    while let Some(error) = cause {
-        if error.to_string() == NO_HTTP2 {
-            return true;
-        }
-        cause = error.source();
-    }
-    false
-}
+/// Whether a connection's server has shown that it speaks HTTP/2. Before that no request is on it.
+#[derive(Clone)]
+pub(super) struct Proof(Arc<AtomicBool>);
 
-/// Which server was asked last in HTTP/2 and did not show that it speaks it. A request that was to go on such a connection, and did not, fails without a cause of its own.
-#[derive(Clone, Debug, Default)]
-pub(super) struct Mute(Arc<Mutex<Option<Authority>>>);
-
-impl Mute {
-    pub(super) fn is(&self, server: Option<&Authority>) -> bool {
-        server.is_some() && self.lock().as_ref() == server
-    }
-
-    fn tell(&self, server: Option<&Authority>, mute: bool) {
-        let mut last = self.lock();
-        if mute {
-            *last = server.cloned();
-        } else if last.as_ref() == server {
-            *last = None;
-        }
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<Authority>> {
-        self.0.lock().unwrap_or_else(|e| e.into_inner())
+impl Proof {
+    /// Whether a connection, on which a request failed, has given none.
+    pub(super) fn is_missing(connection: &Connected) -> bool {
+        let mut extras = Extensions::new();
+        connection.get_extras(&mut extras);
+        extras.get::<Proof>().is_some_and(|proof| !proof.0.load(Ordering::Acquire))
     }
 }
 
 /// A connection that fails when the server's first frame is not that of HTTP/2, and lets only the client's preface out before.
 pub(super) struct Proven {
     stream: TcpStream,
+    proof: Proof,
     /// None once the server has shown that it speaks HTTP/2, and where nobody asks.
     doubt: Option<Doubt>,
 }
 
+#[derive(Default)]
 struct Doubt {
-    server: Option<Authority>,
-    mute: Mute,
     /// How much went out, and the length of the SETTINGS frame as far as it did.
     written: usize,
     length: [u8; LENGTH_BYTES],
@@ -77,32 +53,18 @@ struct Doubt {
 }
 
 impl Proven {
-    /// A connection whose server is believed.
-    pub(super) fn known(stream: TcpStream) -> Proven {
-        Proven { stream, doubt: None }
-    }
-
-    /// A connection for HTTP/2.
-    pub(super) fn doubted(stream: TcpStream, server: Option<Authority>, mute: Mute) -> Proven {
-        let doubt = Doubt {
-            server,
-            mute,
-            written: 0,
-            length: [0; LENGTH_BYTES],
-            read: 0,
-            head: [0; LENGTH_BYTES + 1],
-            writer: None,
-        };
-        Proven { stream, doubt: Some(doubt) }
+    /// A connection; in doubt, if it is for HTTP/2.
+    pub(super) fn new(stream: TcpStream, http2: bool) -> Proven {
+        Proven { stream, proof: Proof(Arc::new(AtomicBool::new(!http2))), doubt: http2.then(Doubt::default) }
     }
 }
 
-impl Doubt {
-    fn no_http2(&self) -> io::Error {
-        self.mute.tell(self.server.as_ref(), true);
-        io::Error::new(io::ErrorKind::InvalidData, NO_HTTP2)
-    }
+/// What is said of a server that answered anything else, or closed.
+fn no_http2() -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, "the server does not speak HTTP/2")
+}
 
+impl Doubt {
     /// How much of the bytes may go out.
     fn allowed(&self, bytes: &[u8]) -> usize {
         let length = self.length.iter().fold(0, |length, byte| length << 8 | usize::from(*byte));
@@ -148,13 +110,13 @@ impl AsyncRead for Proven {
         match read.map_or(Some(false), |()| doubt.came(&buffer.filled()[before..])) {
             None => Poll::Ready(Ok(())),
             Some(true) => {
-                doubt.mute.tell(doubt.server.as_ref(), false);
+                this.proof.0.store(true, Ordering::Release);
                 if let Some(writer) = this.doubt.take().and_then(|doubt| doubt.writer) {
                     writer.wake();
                 }
                 Poll::Ready(Ok(()))
             }
-            Some(false) => Poll::Ready(Err(doubt.no_http2())),
+            Some(false) => Poll::Ready(Err(no_http2())),
         }
     }
 }
@@ -174,7 +136,7 @@ impl AsyncWrite for Proven {
                 doubt.wrote(&bytes[..written]);
                 Ok(written)
             }
-            Err(_) => Err(doubt.no_http2()),
+            Err(_) => Err(no_http2()),
         })
     }
 
@@ -205,6 +167,6 @@ impl AsyncWrite for Proven {
 
 impl Connection for Proven {
     fn connected(&self) -> Connected {
-        self.stream.connected()
+        self.stream.connected().extra(self.proof.clone())
     }
 }

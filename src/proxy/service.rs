@@ -53,15 +53,17 @@ enum Plan {
     Prepare(Need),
 }
 
-/// With the feature `axum` the wrapped service gets axum's `Body`, as its own middlewares want it, whatever body came in.
+/// With the feature `axum` the wrapped service gets axum's `Body`, as axum's own middlewares want it, and so does the caller, as `axum::serve` wants it.
 #[cfg(feature = "axum")]
 impl<S, B, RB> Service<Request<B>> for ReplayService<S>
 where
     S: Service<Request<axum::body::Body>, Response = Response<RB>> + Clone,
     B: Body<Data = Bytes> + Send + 'static,
     B::Error: Into<BoxError>,
+    RB: Body<Data = Bytes> + Send + 'static,
+    RB::Error: Into<BoxError>,
 {
-    type Response = Response<super::ReplayResponseBody<RB>>;
+    type Response = Response<axum::body::Body>;
     type Error = S::Error;
     type Future = ResponseFuture<S, axum::body::Body>;
 
@@ -75,7 +77,7 @@ where
     }
 }
 
-/// The wrapped service gets the body that came in, in one of the layer's own. With the feature `axum` it gets axum's.
+/// The wrapped service gets the body that came in, in one of the layer's own, and so does the caller the response's. With the feature `axum` these are axum's.
 #[cfg(not(feature = "axum"))]
 impl<S, B, RB> Service<Request<B>> for ReplayService<S>
 where

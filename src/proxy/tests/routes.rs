@@ -17,7 +17,7 @@ use hyper_util::service::TowerToHyperService;
 use tower::{Layer, ServiceBuilder, ServiceExt, service_fn};
 
 use super::world::*;
-use crate::proxy::{BoxError, ReplayLayer, ReplayResponseBody, Route, Upgrades};
+use crate::proxy::{BoxError, ReplayLayer, Route, Upgrades};
 use crate::status::Role;
 use crate::token::Token;
 
@@ -164,7 +164,7 @@ async fn the_layer_goes_around_any_tower_service() {
     let layer = ReplayLayer::new(node(1, Role::Primary));
     // Any body, also one that can't move or is boxed as tonic's.
     let service = ServiceBuilder::new().layer(layer.clone()).service(service_fn(hello));
-    let response: Result<Response<ReplayResponseBody<Full<Bytes>>>, std::fmt::Error> =
+    let response: Result<Response<axum::body::Body>, std::fmt::Error> =
         service.oneshot(Request::new(Fixed(PhantomPinned))).await;
     assert_eq!(text(response.unwrap()).await, "hello");
     let boxed: UnsyncBoxBody<Bytes, BoxError> = Empty::new().map_err(|e| match e {}).boxed_unsync();
