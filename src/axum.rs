@@ -2,8 +2,8 @@
 
 use std::convert::Infallible;
 
-use axum_core::extract::{FromRequestParts, OptionalFromRequestParts};
-use axum_core::response::{IntoResponse, Response};
+use axum::extract::{FromRequestParts, OptionalFromRequestParts};
+use axum::response::{IntoResponse, Response};
 use http::header::{CACHE_CONTROL, RETRY_AFTER};
 use http::request::Parts;
 use http::{HeaderValue, StatusCode};
@@ -30,8 +30,8 @@ impl IntoResponse for Error {
         if status == StatusCode::SERVICE_UNAVAILABLE {
             headers.insert(RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER_SECONDS));
         }
-        if matches!(self, Error::NotPrimary { .. }) {
-            session::primary_needed();
+        if let Error::NotPrimary { primary } = &self {
+            session::this_primary_needed(primary.as_deref());
             // The layer takes this back when the handler committed something before.
             headers.insert(OUTCOME, HeaderValue::from_static(Outcome::NotExecuted.as_str()));
         }
@@ -53,7 +53,8 @@ fn sort(error: &Error) -> (StatusCode, &'static str) {
     }
 }
 
-/// The request's session; 500 where the replay layer is not around the handler.
+/// The request's session; 500 where the replay layer is not around the handler. Below the layers of several databases it is the innermost one's: the others by
+/// [`Db::session`](crate::Db::session).
 impl<S: Sync> FromRequestParts<S> for Session {
     type Rejection = (StatusCode, &'static str);
 

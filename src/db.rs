@@ -33,7 +33,7 @@ use crate::primary::Source;
 use crate::proxy::{PrimaryClient, ReplayLayer};
 use crate::secret::Secret;
 use crate::server::{Door, ReplicationService};
-use crate::session;
+use crate::session::{self, Session};
 use crate::sqlite::{last_code, unreadable};
 use crate::status::{Event, LoggedTransaction, PeerInfo, Role, RoleState};
 use crate::threads::blocking;
@@ -150,7 +150,7 @@ impl Db {
         E: From<Error> + Send + 'static,
     {
         let commit = self.writer_side()?.write(f).await?;
-        Ok(seen(commit))
+        Ok(self.seen(commit))
     }
 
     /// [`Db::write`] on the caller's thread, which may block. The fastest way to write from a thread. Inside of a write to another
@@ -165,7 +165,7 @@ impl Db {
         E: From<Error>,
     {
         let commit = self.writer_side()?.write_blocking(f)?;
-        Ok(seen(commit))
+        Ok(self.seen(commit))
     }
 
     /// The full writer connection, for what a closure can't do: `VACUUM`, pragmas, a migration tool. All other writes
@@ -183,7 +183,7 @@ impl Db {
             _ if self.inner.closed.load(Ordering::Acquire) => Err(Error::ShutDown),
             Side::Primary { writer, .. } => Ok(writer),
             Side::Replica { .. } => {
-                session::primary_needed();
+                session::primary_needed(&self.inner.node);
                 let primary = self.inner.node.roles.borrow().primary.clone();
                 Err(Error::NotPrimary { primary: primary.map(Box::new) })
             }
@@ -256,7 +256,7 @@ impl Db {
     /// Nothing happens but the waiting.
     pub async fn wait_for_timeout(&self, txid: Txid, limit: Duration) -> Result<()> {
         self.inner.node.applied.wait_for(txid, limit).await?;
-        session::waited(txid);
+        session::waited(&self.inner.node, txid);
         Ok(())
     }
 
@@ -458,18 +458,23 @@ impl Db {
         Token::sign(&self.inner.node, txid)
     }
 
+    /// What the request that this task works for did to this database; none where the database's replay layer is not around.
+    pub fn session(&self) -> Option<Session> {
+        Session::current_of(&self.inner.node)
+    }
+
+    /// Tells the request's session of a commit.
+    fn seen<T>(&self, commit: Commit<T>) -> Commit<T> {
+        if let Some(txid) = commit.txid {
+            session::committed(&self.inner.node, txid);
+        }
+        commit
+    }
+
     /// The transaction of a token's text; none when it is not one of this database, or its proof does not hold.
     pub fn verify_token(&self, text: &str) -> Option<Txid> {
         Token::verify(&self.inner.node, text)
     }
-}
-
-/// Tells the request's session of a commit.
-fn seen<T>(commit: Commit<T>) -> Commit<T> {
-    if let Some(txid) = commit.txid {
-        session::committed(txid);
-    }
-    commit
 }
 
 impl Inner {

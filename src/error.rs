@@ -34,6 +34,11 @@ pub enum Error {
     /// The configuration contradicts itself or lacks something.
     #[error("configuration: {0}")]
     Config(String),
+    /// A secret that could be guessed.
+    #[error(
+        "no secret to rely on: {0}; make one with `openssl rand -base64 32`, or derive one from a phrase (Secret::from_phrase)"
+    )]
+    WeakSecret(&'static str),
     /// A text is not of the form that it should have.
     #[error("not a valid {what}: {text:?}")]
     InvalidText {
@@ -325,6 +330,7 @@ impl Error {
     pub fn blame(&self) -> Blame {
         match self {
             Error::Config(_)
+            | Error::WeakSecret(_)
             | Error::InvalidText { .. }
             | Error::Unsupported { .. }
             | Error::AlreadyOpen { .. }

@@ -177,8 +177,7 @@ pub fn http(data: &[u8]) {
 }
 
 fn keys() -> Keyring {
-    let secret = Secret::new([7; 32]).expect("long enough");
-    Keyring::new(&[secret]).expect("one secret")
+    Keyring::new(&[Secret::fixed([7; 32])]).expect("one secret")
 }
 
 /// The heads of an exchange.

@@ -9,7 +9,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use uuid::Uuid;
 
 use crate::error::{Error, PeerProblem, Result};
-use crate::secret::{Keyring, PROOF_BYTES, Purpose};
+use crate::secret::{Keyring, PROOF_BYTES, Purpose, unhex};
 use crate::wire::{self, HEADER_BYTES, HELLO_PROOF_BYTES, Hello, Message};
 
 /// The version of the stream's protocol.
@@ -263,25 +263,13 @@ fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
-fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
-    let digits = text.as_bytes();
-    if digits.len() != 2 * N || !digits.iter().all(u8::is_ascii_hexdigit) {
-        return None;
-    }
-    let mut bytes = [0; N];
-    for (byte, pair) in bytes.iter_mut().zip(text.as_bytes().chunks_exact(2)) {
-        *byte = u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()?;
-    }
-    Some(bytes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::secret::Secret;
 
     fn keys(byte: u8) -> Keyring {
-        Keyring::new(&[Secret::new([byte; 16]).unwrap()]).unwrap()
+        Keyring::new(&[Secret::fixed([byte; 32])]).unwrap()
     }
 
     fn knock() -> Knock {

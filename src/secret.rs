@@ -11,30 +11,183 @@ use crate::error::Error;
 pub(crate) const PROOF_BYTES: usize = 32;
 /// Bytes of a proof where 32 would be too long to carry, such as in a cookie.
 pub(crate) const SHORT_PROOF_BYTES: usize = 16;
-/// The fewest bytes of a secret: 128 bits, if they are random.
-pub(crate) const SECRET_MIN_BYTES: usize = 16;
+/// Bytes of a secret: 256 bits, if they are random.
+const SECRET_BYTES: usize = 32;
+/// The fewest different bytes of a secret. Random ones have fewer once in 2^51 times.
+const DIFFERENT_MIN: usize = 16;
+/// The same of a phrase, and its fewest and most bytes.
+const PHRASE_DIFFERENT_MIN: usize = 8;
+const PHRASE_MIN_BYTES: usize = 16;
+const PHRASE_MAX_BYTES: usize = 1024;
+/// What a guess at a phrase costs: Argon2id with this much memory, in KiB, ...
+const PHRASE_MEMORY_KIB: u32 = 64 * 1024;
+/// ... gone through so often, by one thread.
+const PHRASE_PASSES: u32 = 3;
 /// The most secrets that are valid at one time.
 pub(crate) const SECRETS_MAX: usize = 8;
 
-/// A shared secret of a cluster. It never travels and never appears in `Debug` output.
+/// A shared secret of a cluster: 32 random bytes. It never travels and never appears in `Debug` output.
+///
+/// Whoever holds a proof that was made with it, such as a client its token, can try guesses at the secret without asking anybody. That is of no use against random
+/// bytes, and of much against what people think up. So a text is taken for a secret only in the forms that hold 32 bytes; a phrase has a constructor of its own, which
+/// makes each guess expensive.
 #[derive(Clone)]
-pub struct Secret(Arc<[u8]>);
+pub struct Secret([u8; SECRET_BYTES]);
 
 impl Secret {
-    /// A secret from its bytes; use at least 16 random ones.
+    /// A new random secret. All nodes need the same: see [`Secret::to_text`].
     ///
     /// # Errors
-    /// [`Error::Config`] when it is shorter than 16 bytes.
-    pub fn new(bytes: impl AsRef<[u8]>) -> Result<Secret, Error> {
-        let bytes = bytes.as_ref();
-        if bytes.len() < SECRET_MIN_BYTES {
-            return Err(Error::Config(format!(
-                "the secret has {} bytes; at least {SECRET_MIN_BYTES} are needed",
-                bytes.len()
-            )));
+    /// [`Error::Stopped`] when the operating system has no random numbers.
+    pub fn generate() -> Result<Secret, Error> {
+        let mut bytes = [0; SECRET_BYTES];
+        loop {
+            getrandom::fill(&mut bytes).map_err(|e| Error::Stopped(format!("no random numbers: {e}")))?;
+            // One that its own text form would be refused for is drawn again; that is once in some billions.
+            let secret = Secret(bytes);
+            if Secret::new(secret.to_text()).is_ok() {
+                return Ok(secret);
+            }
         }
-        Ok(Secret(bytes.into()))
     }
+
+    /// A secret from its text: 32 bytes as 43 digits of base64, with `+/` or `-_`, and with or without the `=` at the end, or as 64 hexadecimal digits. White space around
+    /// it is ignored. `openssl rand -base64 32` and `openssl rand -hex 32` make one, and so do [`Secret::generate`] and [`Secret::to_text`].
+    ///
+    /// ```
+    /// use replite::Secret;
+    ///
+    /// let text = Secret::generate()?.to_text(); // once, to be kept where the nodes find it
+    /// let secret = Secret::new(text)?;
+    /// assert!(Secret::new("aaaaaaaaaaaaaaaa").is_err());
+    /// # let _ = secret;
+    /// # Ok::<_, replite::Error>(())
+    /// ```
+    ///
+    /// # Errors
+    /// [`Error::WeakSecret`] for any other text, and for one that can't be random: most of its bytes alike, or without any upper-case or any lower-case letter in base64. That it
+    /// is random can't be seen from it.
+    pub fn new(text: impl AsRef<str>) -> Result<Secret, Error> {
+        let text = text.as_ref().trim();
+        if let Some(bytes) = unhex(text) {
+            return Secret::from_bytes(bytes);
+        }
+        let bytes = unbase64(text)
+            .ok_or(Error::WeakSecret("it is neither 32 bytes in base64 nor 64 hexadecimal digits"))?;
+        let digits = text.as_bytes();
+        if !digits.iter().any(u8::is_ascii_uppercase) || !digits.iter().any(u8::is_ascii_lowercase) {
+            return Err(Error::WeakSecret("its letters are of one case, so it is not random"));
+        }
+        Secret::from_bytes(bytes)
+    }
+
+    /// A secret from its bytes, which must be random.
+    ///
+    /// # Errors
+    /// [`Error::WeakSecret`] when most of them are alike.
+    pub fn from_bytes(bytes: [u8; SECRET_BYTES]) -> Result<Secret, Error> {
+        if different(&bytes) < DIFFERENT_MIN {
+            return Err(Error::WeakSecret("most of its bytes are alike"));
+        }
+        Ok(Secret(bytes))
+    }
+
+    /// A secret from a phrase that people can remember, by Argon2id (version 19, 64 MiB, 3 passes, 1 lane). The salt is the BLAKE3 hash, in a context of its own, of the cluster's name
+    /// ([`Config::cluster`](crate::Config::cluster)): every node of the cluster derives the same secret from the same phrase and name, and a guess counts for one cluster only.
+    ///
+    /// It blocks for some tenths of a second and takes the memory for as long. A random secret is better: a phrase is as good as it is hard to guess. White space around
+    /// it is ignored; all else counts, byte for byte.
+    ///
+    /// # Errors
+    /// [`Error::WeakSecret`] when it has fewer than 16 bytes or fewer than 8 different ones, [`Error::Config`] when it has more than 1024, or there is no memory.
+    pub fn from_phrase(phrase: impl AsRef<str>, cluster: &str) -> Result<Secret, Error> {
+        let phrase = phrase.as_ref().trim().as_bytes();
+        if phrase.len() < PHRASE_MIN_BYTES {
+            return Err(Error::WeakSecret("a phrase has 16 bytes at least"));
+        }
+        if different(phrase) < PHRASE_DIFFERENT_MIN {
+            return Err(Error::WeakSecret("most of the phrase's bytes are alike"));
+        }
+        if phrase.len() > PHRASE_MAX_BYTES {
+            return Err(Error::Config(format!("the secret's phrase has more than {PHRASE_MAX_BYTES} bytes")));
+        }
+        let salt = blake3::derive_key("replite 2026 v1 phrase salt", cluster.as_bytes());
+        let mut bytes = [0; SECRET_BYTES];
+        let failed = |error| Error::Config(format!("no secret can be derived from the phrase: {error}"));
+        let cost = argon2::Params::new(PHRASE_MEMORY_KIB, PHRASE_PASSES, 1, Some(SECRET_BYTES));
+        argon2::Argon2::new(argon2::Algorithm::Argon2id, argon2::Version::V0x13, cost.map_err(failed)?)
+            .hash_password_into(phrase, &salt, &mut bytes)
+            .map_err(failed)?;
+        Ok(Secret(bytes))
+    }
+
+    /// The text form, for an environment variable or a file of the other nodes: 43 digits of URL-safe base64 (letters, digits, `-` and `_`). Whoever reads it is a member of the cluster.
+    pub fn to_text(&self) -> String {
+        let mut text = String::new();
+        for three in self.0.chunks(3) {
+            let bits =
+                three.iter().fold(0, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - three.len()));
+            for digit in 0..=three.len() {
+                text.push(char::from(DIGITS[(bits >> (18 - 6 * digit)) as usize & 63]));
+            }
+        }
+        text
+    }
+
+    /// One for tests, whatever its bytes.
+    #[cfg(any(test, all(fuzzing, feature = "testing")))]
+    pub(crate) fn fixed(bytes: [u8; SECRET_BYTES]) -> Secret {
+        Secret(bytes)
+    }
+}
+
+/// The digits of URL-safe base64.
+const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
+
+/// How many different bytes there are.
+fn different(bytes: &[u8]) -> usize {
+    let mut seen = [false; 256];
+    bytes.iter().filter(|byte| !std::mem::replace(&mut seen[usize::from(**byte)], true)).count()
+}
+
+/// The bytes of either base64 alphabet, and nothing else: the bits beyond the last byte are zero.
+fn unbase64(text: &str) -> Option<[u8; SECRET_BYTES]> {
+    let digits = if text.len() == 44 { text.strip_suffix('=')? } else { text };
+    if digits.len() != 43 {
+        return None;
+    }
+    let mut bytes = [0; SECRET_BYTES];
+    let (mut bits, mut have, mut filled) = (0u32, 0, 0);
+    for digit in digits.bytes() {
+        let digit = match digit {
+            b'+' => b'-',
+            b'/' => b'_',
+            other => other,
+        };
+        bits = bits << 6 | DIGITS.iter().position(|d| *d == digit)? as u32;
+        have += 6;
+        if have >= 8 {
+            have -= 8;
+            bytes[filled] = (bits >> have) as u8;
+            bits &= (1 << have) - 1;
+            filled += 1;
+        }
+    }
+    (bits == 0).then_some(bytes)
+}
+
+/// Reads exactly `N` bytes of hex, and nothing else.
+pub(crate) fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
+    let digits = text.as_bytes();
+    if digits.len() != 2 * N {
+        return None;
+    }
+    let digit = |b: u8| char::from(b).to_digit(16).map(|d| d as u8);
+    let mut bytes = [0; N];
+    for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
+        *byte = digit(pair[0])? << 4 | digit(pair[1])?;
+    }
+    Some(bytes)
 }
 
 impl fmt::Debug for Secret {
@@ -152,10 +305,12 @@ fn derive(secrets: &[Secret]) -> Result<Arc<[Keys]>, Error> {
     if secrets.len() > SECRETS_MAX {
         return Err(Error::Config(format!("at most {SECRETS_MAX} secrets can be valid at once")));
     }
-    let none = [Secret(Arc::from(*b"no secret"))];
-    let secrets = if secrets.is_empty() { &none } else { secrets };
     let all = [Purpose::Knock, Purpose::Answer, Purpose::Hello, Purpose::Token, Purpose::Hop];
-    Ok(secrets.iter().map(|s| all.map(|p| blake3::derive_key(p.context(), &s.0))).collect())
+    let keys = |secret: &[u8]| all.map(|purpose| blake3::derive_key(purpose.context(), secret));
+    if secrets.is_empty() {
+        return Ok([keys(b"no secret")].into());
+    }
+    Ok(secrets.iter().map(|secret| keys(&secret.0)).collect())
 }
 
 /// BLAKE3 keyed, over each part behind its length, so that no two lists of parts are alike.
@@ -174,7 +329,7 @@ mod tests {
 
     #[test]
     fn a_proof_holds_for_its_purpose_parts_and_secret_only() {
-        let (old, new) = (Secret::new([1; 16]).unwrap(), Secret::new([2; 16]).unwrap());
+        let (old, new) = (Secret::fixed([1; 32]), Secret::fixed([2; 32]));
         let ring = Keyring::new(&[new.clone(), old.clone()]).unwrap();
         let proof = Keyring::new(std::slice::from_ref(&old)).unwrap().prove(Purpose::Token, &[b"ab", b"c"]);
         assert!(ring.verify(Purpose::Token, &[b"ab", b"c"], &proof), "an old secret still verifies");
@@ -186,11 +341,75 @@ mod tests {
         assert!(ring.rotate(&[]).is_err());
     }
 
+    #[track_caller]
+    fn is_weak(made: Result<Secret, Error>) {
+        let Err(error) = made else { panic!("not refused") };
+        assert!(matches!(error, Error::WeakSecret(_)), "{error}");
+        assert!(error.to_string().contains("openssl rand -base64 32"), "{error}");
+    }
+
     #[test]
-    fn secrets_redact_themselves_and_have_a_least_length() {
-        let secret = Secret::new("correct horse battery").unwrap();
+    fn a_secret_is_thirty_two_random_bytes_in_one_of_its_forms() {
+        let secret = Secret::generate().unwrap();
+        assert_ne!(secret.0, Secret::generate().unwrap().0);
+        let text = secret.to_text();
+        assert_eq!(text.len(), 43);
+        assert!(text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b)), "{text}");
+        let standard = text.replace('-', "+").replace('_', "/");
+        let hex: String = secret.0.iter().map(|b| format!("{b:02x}")).collect();
+        for form in
+            [&text, &standard, &format!("{standard}="), &hex, &hex.to_uppercase(), &format!(" {text}\n")]
+        {
+            assert_eq!(Secret::new(form).unwrap().0, secret.0, "{form}");
+        }
+        // RFC 4648's digits, by another's tool: `printf .. | base64`.
+        let known = Secret::new("AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHv8=").unwrap();
+        assert_eq!(known.0[..31], std::array::from_fn::<u8, 31, _>(|n| n as u8));
+        assert_eq!(known.to_text(), "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHv8");
+    }
+
+    #[test]
+    fn what_people_think_up_is_no_secret() {
+        for text in [
+            "",
+            "aaaaaaaaaaaaaaaa",
+            "correct horse battery staple",
+            "sixteen bytes or more, and random",
+            // The right lengths.
+            &"a".repeat(43),
+            &"A".repeat(43),
+            &"ab".repeat(32),
+            &"0123456789abcdef".repeat(4),
+            "correct-horse-battery-staple-and-some-other",
+            "correct-horse-battery-staple-and-some-otheq",
+            "CORRECT-HORSE-BATTERY-STAPLE-AND-SOME-OTHEQ",
+            "tK2v0CZkYt8bM5WJ3uH1nQxPp7sDfLrEaG6yVoXiN4d=",
+            "tK2v0CZkYt8bM5WJ3uH1nQxPp7sDfLrEaG6yVoXiN4c==",
+            "tK2v0CZkYt8bM5WJ3uH1nQxPp7sDfLrEaG6yVoXiN4",
+            "tK2v0CZkYt8bM5WJ3uH1nQxPp7sDfLrEaG6yVoXi\u{e9}4c",
+        ] {
+            is_weak(Secret::new(text));
+        }
+        is_weak(Secret::from_bytes([7; 32]));
+        is_weak(Secret::from_phrase("too short", "notes"));
+        is_weak(Secret::from_phrase("a".repeat(40), "notes"));
+        assert!(matches!(Secret::from_phrase("many words ".repeat(100), "notes"), Err(Error::Config(_))));
+    }
+
+    /// The parameters are part of the format: nodes of two versions derive the same.
+    #[test]
+    fn a_phrase_gives_each_cluster_one_secret_of_its_own() {
+        let phrase = "correct horse battery staple";
+        let secret = Secret::from_phrase(phrase, "notes").unwrap();
+        assert_eq!(secret.to_text(), "LQsWPAhQpLOFKV3cE2jjoxM7aDbGRiXmlRJwgrxcpfY");
+        assert_eq!(Secret::from_phrase(format!("{phrase}\n"), "notes").unwrap().0, secret.0);
+        assert_ne!(Secret::from_phrase(phrase, "shop").unwrap().0, secret.0);
+    }
+
+    #[test]
+    fn secrets_redact_themselves() {
+        let secret = Secret::fixed([1; 32]);
         assert_eq!(format!("{secret:?}"), "Secret(..)");
-        assert!(!format!("{:?}", Keyring::new(&[secret]).unwrap()).contains("horse"));
-        assert!(Secret::new("short").is_err());
+        assert_eq!(format!("{:?}", Keyring::new(&[secret]).unwrap()), "Keyring(..)");
     }
 }

@@ -1,18 +1,26 @@
-//! The request-scoped session: what a request's handler did to the database.
+//! The request-scoped session: what a request's handler did to a database.
 
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
+use crate::node::Node;
+#[cfg(feature = "axum")]
+use crate::status::{PeerInfo, Role};
 use crate::token::{Token, Tokens};
-use crate::txid::Txid;
+use crate::txid::{Place, Txid};
 
 tokio::task_local! {
+    /// The innermost layer's; those of the layers around it hang on it.
     static CURRENT: Session;
 }
 
-/// What one request did to the database. The replay layer puts it into the request's extensions and around the
+/// What one request did to one database. The database's replay layer puts it into the request's extensions and around the
 /// task that runs the handler; writes and waits report into it by themselves there. Work that the handler spawned onto other
 /// tasks reports through a clone: with [`Session::scope`], or by [`Session::observe`].
+///
+/// Below the layers of several databases a request has a session of each. A commit counts in that of its own database; [`Db::session`](crate::Db::session) gives it. The one in
+/// the extensions, and [`Session::current`], is the innermost layer's; as the task's, it stands for all of them.
 #[derive(Clone)]
 pub struct Session(Arc<Inner>);
 
@@ -20,6 +28,18 @@ struct Inner {
     tokens: Arc<Tokens>,
     request: Option<Token>,
     done: Mutex<Done>,
+    /// That of the layer around this one's.
+    outer: Option<Session>,
+    fate: Arc<Fate>,
+}
+
+/// What holds for the request as a whole, whatever its databases.
+#[derive(Default)]
+struct Fate {
+    /// Something was committed, to whatever database.
+    committed: AtomicBool,
+    /// It was sent to another node.
+    sent: AtomicBool,
 }
 
 #[derive(Clone, Copy, Default)]
@@ -31,8 +51,9 @@ struct Done {
 }
 
 impl Session {
-    pub(crate) fn new(tokens: Arc<Tokens>, request: Option<Token>) -> Session {
-        Session(Arc::new(Inner { tokens, request, done: Mutex::default() }))
+    pub(crate) fn new(tokens: Arc<Tokens>, request: Option<Token>, outer: Option<Session>) -> Session {
+        let fate = outer.as_ref().map_or_else(Arc::default, |outer| outer.0.fate.clone());
+        Session(Arc::new(Inner { tokens, request, done: Mutex::default(), outer, fate }))
     }
 
     /// The session of the request that this task works for, if there is one.
@@ -40,12 +61,24 @@ impl Session {
         CURRENT.try_with(Session::clone).ok()
     }
 
-    /// Reports a commit; of several, the highest counts.
+    /// The session of the request that this task works for with a database.
+    pub(crate) fn current_of(node: &Node) -> Option<Session> {
+        Session::current()?.of(node).cloned()
+    }
+
+    /// Reports a commit; of several, the highest counts. Where the request has sessions of several databases it counts in that of its own, which
+    /// is told by its epoch.
     pub fn observe(&self, txid: impl Into<Option<Txid>>) {
         if let Some(txid) = txid.into() {
-            let mut done = self.lock();
-            done.committed = done.committed.max(Some(txid));
+            let knows = |session: &&Session| session.node().applied.place(txid) != Place::Unknown;
+            self.all().find(knows).unwrap_or(self).committed_here(txid);
         }
+    }
+
+    fn committed_here(&self, txid: Txid) {
+        self.0.fate.committed.store(true, Ordering::Relaxed);
+        let mut done = self.lock();
+        done.committed = done.committed.max(Some(txid));
     }
 
     /// Reports that only the primary can do what the request asks for. On a replica the layer then sends the
@@ -57,6 +90,20 @@ impl Session {
     /// The highest transaction that the request committed.
     pub fn committed(&self) -> Option<Txid> {
         self.lock().committed
+    }
+
+    /// Whether the request committed anything, to whatever database: then it must not run again, and its outcome is not that of a request that did nothing.
+    pub(crate) fn committed_anywhere(&self) -> bool {
+        self.0.fate.committed.load(Ordering::Relaxed)
+    }
+
+    /// Whether a layer sent the request to another node, where it may have run.
+    pub(crate) fn sent(&self) -> bool {
+        self.0.fate.sent.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn set_sent(&self) {
+        self.0.fate.sent.store(true, Ordering::Relaxed);
     }
 
     /// The highest transaction that the request committed or waited for: what its client has seen.
@@ -81,7 +128,7 @@ impl Session {
         self.seen().map(|txid| self.0.tokens.sign(txid))
     }
 
-    /// Runs a future, such as one that is about to be spawned, as part of this session.
+    /// Runs a future, such as one that is about to be spawned, as part of this session, and of those of the request's other databases.
     ///
     /// # Cancel safety
     /// As safe as the future itself.
@@ -99,6 +146,19 @@ impl Session {
         CURRENT.sync_scope(self, run)
     }
 
+    /// This session and those around it.
+    fn all(&self) -> impl Iterator<Item = &Session> {
+        std::iter::successors(Some(self), |session| session.0.outer.as_ref())
+    }
+
+    fn of(&self, node: &Node) -> Option<&Session> {
+        self.all().find(|session| std::ptr::eq(session.node(), node))
+    }
+
+    fn node(&self) -> &Node {
+        self.0.tokens.node()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Done> {
         self.0.done.lock().unwrap_or_else(|e| e.into_inner())
     }
@@ -108,6 +168,7 @@ impl fmt::Debug for Session {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let done = *self.lock();
         f.debug_struct("Session")
+            .field("database", &self.node().database)
             .field("committed", &done.committed)
             .field("primary_needed", &done.primary_needed)
             .finish_non_exhaustive()
@@ -115,58 +176,147 @@ impl fmt::Debug for Session {
 }
 
 /// Reported by `Db::write` and friends, on the caller's task.
-pub(crate) fn committed(txid: Txid) {
+pub(crate) fn committed(node: &Node, txid: Txid) {
     // Outside of a request nobody wants to know.
-    let _ = CURRENT.try_with(|session| session.observe(txid));
+    let _ = CURRENT.try_with(|session| match session.of(node) {
+        Some(session) => session.committed_here(txid),
+        // No layer of this database is around; the request must not run twice all the same.
+        None => session.0.fate.committed.store(true, Ordering::Relaxed),
+    });
 }
 
 /// Reported by `Db::wait_for`, on the caller's task.
-pub(crate) fn waited(txid: Txid) {
+pub(crate) fn waited(node: &Node, txid: Txid) {
     let _ = CURRENT.try_with(|session| {
+        let Some(session) = session.of(node) else { return };
         let mut done = session.lock();
         done.seen = done.seen.max(Some(txid));
     });
 }
 
-/// Reported by whatever found that only the primary could have done it.
-pub(crate) fn primary_needed() {
-    let _ = CURRENT.try_with(Session::need_primary);
+/// Reported by `Db::write` on a replica.
+pub(crate) fn primary_needed(node: &Node) {
+    let _ = CURRENT.try_with(|session| {
+        if let Some(session) = session.of(node) {
+            session.need_primary();
+        }
+    });
+}
+
+/// Reported by whoever has only the error: that this is the primary that was needed. The write may have been tried where no session was around, such as on a thread of its own.
+#[cfg(feature = "axum")]
+pub(crate) fn this_primary_needed(primary: Option<&PeerInfo>) {
+    let _ = CURRENT.try_with(|session| {
+        if session.all().any(Session::primary_needed) {
+            return;
+        }
+        let replicas = || session.all().filter(|s| s.node().roles.borrow().role != Role::Primary);
+        let named = |s: &&Session| {
+            let roles = s.node().roles.borrow();
+            primary.is_some_and(|primary| roles.primary.as_ref().is_some_and(|p| p.node == primary.node))
+        };
+        if let Some(session) = replicas().find(named).or_else(|| replicas().next()) {
+            session.need_primary();
+        }
+    });
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::node::Node;
+    use crate::checksum::Checksum;
     use crate::secret::Keyring;
-    use crate::status::{Addresses, PeerInfo, Role};
-    use crate::txid::Epoch;
+    use crate::status::Addresses;
+    use crate::txid::{Epoch, EpochHistory, EpochStart};
     use uuid::Uuid;
+
+    fn node(database: &str, role: Role) -> Arc<Node> {
+        let me = PeerInfo { node: Uuid::new_v4(), incarnation: Uuid::nil(), addresses: Addresses::default() };
+        Node::new(me, "c".into(), database.into(), Keyring::new(&[]).unwrap(), role)
+    }
+
+    fn txid(epoch: u64, n: u64) -> Txid {
+        Txid::new(Epoch::new(1, epoch), n)
+    }
 
     #[tokio::test]
     async fn reports_reach_the_session_of_the_task_and_of_spawned_work_that_was_scoped() {
-        let me = PeerInfo { node: Uuid::nil(), incarnation: Uuid::nil(), addresses: Addresses::default() };
-        let node = Node::new(me, "c".into(), "d".into(), Keyring::new(&[]).unwrap(), Role::Primary);
-        let session = Session::new(Arc::new(Tokens::new(node.clone())), None);
-        fn txid(n: u64) -> Txid {
-            Txid::new(Epoch::new(1, 1), n)
-        }
-        committed(txid(9));
-        primary_needed();
+        let node = node("d", Role::Primary);
+        let session = Session::new(Arc::new(Tokens::new(node.clone())), None, None);
+        committed(&node, txid(1, 9));
+        primary_needed(&node);
         session
             .clone()
             .scope(async {
-                committed(txid(2));
-                let inner = Session::current().unwrap();
-                tokio::spawn(inner.scope(async { committed(txid(3)) })).await.unwrap();
-                committed(txid(1));
+                committed(&node, txid(1, 2));
+                let (inner, node) = (Session::current().unwrap(), node.clone());
+                tokio::spawn(inner.scope(async move { committed(&node, txid(1, 3)) })).await.unwrap();
             })
             .await;
-        assert_eq!(session.committed(), Some(txid(3)));
+        session.clone().enter(|| committed(&node, txid(1, 1)));
+        assert_eq!(session.committed(), Some(txid(1, 3)));
         assert!(!session.primary_needed());
         session.observe(None);
-        assert_eq!(Token::verify(&node, session.token().unwrap().as_str()), Some(txid(3)));
-        session.clone().enter(primary_needed);
+        assert_eq!(Token::verify(&node, session.token().unwrap().as_str()), Some(txid(1, 3)));
+        session.clone().enter(|| primary_needed(&node));
         assert!(session.primary_needed());
         assert!(Session::current().is_none());
+    }
+
+    #[test]
+    fn each_database_has_a_session_of_its_own() {
+        let (a, b, none) = (node("a", Role::Primary), node("b", Role::Replica), node("none", Role::Primary));
+        for (node, epoch) in [(&a, 1), (&b, 2)] {
+            let mut history = EpochHistory::default();
+            history.push(EpochStart { epoch: Epoch::new(1, epoch), first: 1, before: Checksum::EMPTY });
+            node.applied.replace(history, None);
+        }
+        let sessions = || {
+            let outer = Session::new(Arc::new(Tokens::new(a.clone())), None, None);
+            (outer.clone(), Session::new(Arc::new(Tokens::new(b.clone())), None, Some(outer)))
+        };
+        let (outer, inner) = sessions();
+        inner.clone().enter(|| {
+            waited(&a, txid(1, 3));
+            assert!(!outer.committed_anywhere());
+            committed(&a, txid(1, 5));
+            committed(&b, txid(2, 7));
+            assert_eq!(Session::current_of(&a).unwrap().committed(), Some(txid(1, 5)));
+            assert!(Session::current_of(&none).is_none());
+        });
+        assert_eq!((outer.committed(), inner.committed()), (Some(txid(1, 5)), Some(txid(2, 7))));
+        // By the epoch, also through the wrong one; and what is not known goes where it was put.
+        inner.observe(txid(1, 9));
+        outer.observe(txid(1, 8));
+        inner.observe(txid(3, 1));
+        assert_eq!((outer.committed(), inner.committed()), (Some(txid(1, 9)), Some(txid(3, 1))));
+        // A database without a layer.
+        let (outer, inner) = sessions();
+        inner.clone().enter(|| committed(&none, txid(4, 1)));
+        assert_eq!((outer.committed(), inner.committed()), (None, None));
+        assert!(outer.committed_anywhere() && inner.committed_anywhere());
+
+        let (outer, inner) = sessions();
+        inner.clone().enter(|| primary_needed(&b));
+        assert_eq!((outer.primary_needed(), inner.primary_needed()), (false, true));
+        // By the error alone: where this is not the primary, and if there are several, whose primary it names.
+        let other = node("x", Role::Replica);
+        let of = |node: &Arc<Node>, outer| Session::new(Arc::new(Tokens::new(node.clone())), None, outer);
+        a.roles.send_modify(|state| state.role = Role::Replica);
+        for (node, named) in [(&a, &other), (&b, &none)] {
+            node.roles.send_modify(|state| state.primary = Some(named.me.clone()));
+        }
+        for (named, expected) in
+            [(Some(&other.me), (true, false)), (Some(&none.me), (false, true)), (None, (false, true))]
+        {
+            let (outer, inner) = sessions();
+            inner.clone().enter(|| this_primary_needed(named));
+            assert_eq!((outer.primary_needed(), inner.primary_needed()), expected);
+        }
+        a.roles.send_modify(|state| state.role = Role::Primary);
+        let outer = of(&b, None);
+        let inner = of(&a, Some(outer.clone()));
+        inner.clone().enter(|| this_primary_needed(None));
+        assert_eq!((outer.primary_needed(), inner.primary_needed()), (true, false));
     }
 }

@@ -138,7 +138,7 @@ impl Builder {
             return Err(Error::Config("a cluster has at least one node".into()));
         }
         let directory = directory()?;
-        let secret = Secret::new(uuid::Uuid::new_v4().as_bytes())?;
+        let secret = Secret::generate()?;
         let app: Make<S> = Arc::new(app);
         let mut nodes: Vec<Node<S>> = Vec::new();
         let links: Links = Arc::default();

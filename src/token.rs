@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::node::Node;
-use crate::secret::{Purpose, SHORT_PROOF_BYTES};
+use crate::secret::{Purpose, SHORT_PROOF_BYTES, unhex};
 use crate::txid::{Epoch, Txid};
 
 /// The version that begins each token.
@@ -80,6 +80,10 @@ impl Tokens {
         Tokens { node, tag }
     }
 
+    pub(crate) fn node(&self) -> &Node {
+        &self.node
+    }
+
     pub(crate) fn tag(&self) -> &str {
         &self.tag
     }
@@ -138,20 +142,6 @@ impl fmt::Display for Hex<'_> {
     }
 }
 
-/// Reads exactly `N` bytes of hex, and nothing else.
-pub(crate) fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
-    let digits = text.as_bytes();
-    if digits.len() != 2 * N {
-        return None;
-    }
-    let digit = |b: u8| char::from(b).to_digit(16).map(|d| d as u8);
-    let mut bytes = [0; N];
-    for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
-        *byte = digit(pair[0])? << 4 | digit(pair[1])?;
-    }
-    Some(bytes)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -161,7 +151,7 @@ mod tests {
 
     fn node(secret: u8, database: &str) -> Arc<Node> {
         let me = PeerInfo { node: Uuid::nil(), incarnation: Uuid::nil(), addresses: Addresses::default() };
-        let keys = Keyring::new(&[Secret::new([secret; 16]).unwrap()]).unwrap();
+        let keys = Keyring::new(&[Secret::fixed([secret; 32])]).unwrap();
         Node::new(me, "c".into(), database.into(), keys, Role::Replica)
     }
 

@@ -8,7 +8,7 @@ use replite::{Addresses, Config, Db, Error, Role, Secret, lease};
 const LIMIT: Duration = Duration::from_secs(30);
 
 fn secret() -> Secret {
-    Secret::new("a secret for tests only").unwrap()
+    Secret::new("tK2v0CZkYt8bM5WJ3uH1nQxPp7sDfLrEaG6yVoXiN4c").unwrap()
 }
 
 async fn primary(dir: &Path) -> Db {

@@ -22,7 +22,7 @@ async fn a_peer_with_another_secret_cluster_or_database_gets_nothing_and_says_wh
     let url = p.node().addresses.replication.clone();
     let at = |name: &str| replica(&dir.path().join(name), &url);
     let wrong = [
-        (at("a.db").secret(Secret::new("quite another secret").unwrap()), "secret"),
+        (at("a.db").secret(Secret::generate().unwrap()), "secret"),
         (at("b.db").cluster("other"), "cluster"),
         (at("c.db").database("other"), "database"),
     ];

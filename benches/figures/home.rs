@@ -26,7 +26,7 @@ pub(crate) fn directory() -> tempfile::TempDir {
 pub(crate) fn config(path: &Path) -> Config {
     Config::new(path)
         .database("bench")
-        .secret(Secret::new("a secret for benchmarks only").expect("long enough"))
+        .secret(Secret::new("tK2v0CZkYt8bM5WJ3uH1nQxPp7sDfLrEaG6yVoXiN4c").expect("32 bytes"))
 }
 
 pub(crate) fn primary(path: &Path, durability: Durability) -> Db {

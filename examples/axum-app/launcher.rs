@@ -163,7 +163,7 @@ fn secret(data: &Path) -> Result<String, Error> {
     if let Ok(secret) = fs::read_to_string(&path) {
         return Ok(secret);
     }
-    let secret = format!("{}{}", uuid::Uuid::new_v4().simple(), uuid::Uuid::new_v4().simple());
+    let secret = replite::Secret::generate()?.to_text();
     let mut options = fs::OpenOptions::new();
     options.write(true).create_new(true);
     #[cfg(unix)]

@@ -51,7 +51,7 @@ struct NodeArguments {
     /// The URLs of all instances, for the page.
     #[arg(long, value_delimiter = ',')]
     peers: Vec<String>,
-    /// The cluster's secret, 16 bytes at least.
+    /// The cluster's secret: what `openssl rand -base64 32` prints, or a phrase.
     #[arg(long, env = "REPLITE_SECRET", hide_env_values = true)]
     secret: String,
     /// End when standard input ends: so no instance outlives its launcher.

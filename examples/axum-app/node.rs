@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::{Error, NodeArguments, api, store};
 
+const CLUSTER: &str = "notes";
 /// How long connections may take to end. With what `Db::shutdown` may take, and the rest of main, a shutdown stays
 /// below the launcher's limit.
 const CONNECTIONS_LIMIT: Duration = Duration::from_secs(2);
@@ -26,9 +27,9 @@ pub(crate) async fn run(arguments: NodeArguments) -> Result<(), Error> {
         copy(import, &path)?;
     }
     let config = Config::new(&path)
-        .cluster("notes")
+        .cluster(CLUSTER)
         .advertise(&url)
-        .secret(Secret::new(&arguments.secret)?)
+        .secret(secret(&arguments.secret)?)
         .migrate(store::migrate)
         .lease(if is_primary {
             lease::Fixed::primary()
@@ -59,6 +60,14 @@ pub(crate) async fn run(arguments: NodeArguments) -> Result<(), Error> {
     }
     db.shutdown().await;
     Ok(())
+}
+
+/// The cluster's secret. Anything that is none is taken for a phrase, which takes a moment.
+fn secret(text: &str) -> Result<Secret, replite::Error> {
+    Secret::new(text).or_else(|error| {
+        tracing::warn!("a phrase is used for the secret: {error}");
+        Secret::from_phrase(text, CLUSTER)
+    })
 }
 
 /// Returns when standard input ends.

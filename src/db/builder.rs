@@ -46,14 +46,14 @@ type Migrate = Arc<dyn Fn(&mut Connection) -> Result<()> + Send + Sync>;
 
 /// How a node is set up; given to [`Db::open`](crate::Db::open), which checks it.
 ///
-/// ```
+/// ```no_run
 /// use replite::{Config, Secret, lease};
 ///
-/// # fn main() -> Result<(), replite::Error> {
+/// # fn main() -> Result<(), Box<dyn std::error::Error>> {
 /// let config = Config::new("data/app.db")
 ///     .advertise("http://10.0.0.2:8080")
 ///     .lease(lease::Fixed::replica_of("http://10.0.0.1:8080"))
-///     .secret(Secret::new("sixteen bytes or more, and random")?);
+///     .secret(Secret::new(std::env::var("REPLITE_SECRET")?)?); // from `openssl rand -base64 32`
 /// # let _ = config;
 /// # Ok(())
 /// # }
@@ -175,7 +175,7 @@ impl Config {
         self
     }
 
-    /// The cluster's secret. Without one, replication works between processes of one machine only, over
+    /// The cluster's secret, the same on all nodes: [`Secret::new`] says how to make one. Without one, replication works between processes of one machine only, over
     /// [`Config::listen`] on a loopback address.
     #[must_use]
     pub fn secret(self, secret: Secret) -> Config {
@@ -543,7 +543,7 @@ mod tests {
 
     #[test]
     fn a_secret_never_shows() {
-        let config = Config::new("a.db").secret(Secret::new("correct horse battery staple").unwrap());
+        let config = Config::new("a.db").secret(Secret::fixed([7; 32]));
         assert!(!format!("{config:?}").contains("horse"));
     }
 

@@ -59,7 +59,7 @@ impl Db {
     ///     let listener = tokio::net::TcpListener::bind("0.0.0.0:8080").await?;
     ///     let config = Config::new("data/app.db")
     ///         .advertise("http://10.0.0.1:8080")
-    ///         .secret(Secret::new(std::env::var("SECRET")?)?);
+    ///         .secret(Secret::new(std::env::var("REPLITE_SECRET")?)?);
     ///     let db = Db::open(config).await?;
     ///     let app = Router::new() // your routes; their long responses end with `db.draining()`
     ///         .layer(db.replay_layer())

@@ -20,10 +20,11 @@ use crate::txid::{Epoch, EpochHistory, EpochStart, Position, Txid};
 use crate::wire::{self, Message, TxnBegin, TxnEnd};
 
 /// The secret of these tests' cluster, and another.
-pub(crate) const SECRET: [u8; 16] = [1; 16];
+pub(crate) const SECRET: [u8; 32] = [1; 32];
 
 pub(crate) fn keys(secret: &[u8]) -> Keyring {
-    let secrets: Vec<_> = (!secret.is_empty()).then(|| Secret::new(secret).unwrap()).into_iter().collect();
+    let secrets: Vec<_> =
+        (!secret.is_empty()).then(|| Secret::fixed(secret.try_into().unwrap())).into_iter().collect();
     Keyring::new(&secrets).unwrap()
 }
 

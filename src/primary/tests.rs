@@ -390,7 +390,7 @@ async fn garbage_from_a_replica_ends_its_stream_with_a_reason() {
 
 #[tokio::test(start_paused = true)]
 async fn a_peer_without_a_good_hello_gets_not_one_byte() {
-    let other = super::fake::node(2, &[9; 16], Role::Replica);
+    let other = super::fake::node(2, &[9; 32], Role::Replica);
     for garbage in [None, Some(Bytes::from_static(&[0xff; 64])), Some(Bytes::new())] {
         let (_, _, source) = Stream::start(1);
         let knock = Knock {

@@ -16,7 +16,7 @@ use crate::proxy::keep::{Keep, ToItsEnd};
 
 pin_project! {
     /// A request's body as the wrapped service gets it: the one that came in, which the layer may be able to take
-    /// back for the primary.
+    /// back for the primary. With the feature `axum` it is inside of an axum `Body`.
     pub struct ReplayRequestBody<B> {
         #[pin]
         kind: RequestKind<B>,
@@ -47,6 +47,19 @@ impl<B> ReplayRequestBody<B> {
     /// A body that can be taken back.
     pub(super) fn kept(keep: Keep) -> Self {
         ReplayRequestBody { kind: RequestKind::Kept { keep } }
+    }
+
+    /// The same for axum's services. Its own body goes through as it is.
+    #[cfg(feature = "axum")]
+    pub(super) fn into_axum(self) -> axum::body::Body
+    where
+        B: Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<BoxError>,
+    {
+        match self.kind {
+            RequestKind::Plain { body } => axum::body::Body::new(body),
+            kind => axum::body::Body::new(ReplayRequestBody { kind }),
+        }
     }
 }
 
@@ -93,7 +106,7 @@ impl<B> std::fmt::Debug for ReplayRequestBody<B> {
 }
 
 pin_project! {
-    /// A response's body: the wrapped service's own, the primary's, or a few words of the layer.
+    /// A response's body: the wrapped service's own, the primary's, or a few words of the layer. With the feature `axum` the layer's responses have an axum `Body`.
     pub struct ReplayResponseBody<RB> {
         #[pin]
         kind: ResponseKind<RB>,
@@ -109,6 +122,7 @@ pin_project! {
 }
 
 impl<RB> ReplayResponseBody<RB> {
+    #[cfg(not(feature = "axum"))]
     pub(super) fn local(body: RB) -> Self {
         ReplayResponseBody { kind: ResponseKind::Local { body } }
     }

@@ -16,7 +16,7 @@ use crate::proxy::BoxError;
 use crate::proxy::body::ReplayResponseBody;
 use crate::proxy::failure::Failure;
 use crate::proxy::forward::{Sender, forward};
-use crate::proxy::headers::{TOKEN, strip_reserved};
+use crate::proxy::headers::{strip_reserved, tokens};
 use crate::proxy::keep::Keep;
 use crate::proxy::layer::Shared;
 use crate::proxy::prepare::{Head, Verdict};
@@ -66,9 +66,9 @@ where
                 Verdict::Failed(reason) => return Err(Failure::new(reason)),
                 Verdict::Here(_) => unreachable!("only a client's request runs where it is"),
             };
-            let token = answer.headers().get(TOKEN).and_then(|token| token.to_str().ok());
-            if let Some(token) = token.and_then(|text| shared.tokens.verify(text)) {
-                session::committed(token.txid());
+            // There may be some of other databases beside it.
+            if let Some(token) = tokens(answer.headers()).find_map(|text| shared.tokens.verify(text)) {
+                session::committed(&shared.node, token.txid());
             }
             Ok(answer.map(ReplayResponseBody::answer))
         })

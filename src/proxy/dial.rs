@@ -12,7 +12,6 @@ use hyper::body::Incoming;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
-use tokio::net::TcpStream;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tower::Service;
@@ -21,6 +20,7 @@ use crate::net::{PING_INTERVAL, PING_TIMEOUT};
 use crate::proxy::BoxError;
 use crate::proxy::body::{Patient, ReplayRequestBody};
 use crate::proxy::keep::Keep;
+use crate::proxy::preface::{Proof, Proven};
 
 /// How long an unused connection is kept: less than any server or proxy on the way is likely to allow, because a
 /// request that meets a closing connection has an unknown outcome.
@@ -33,6 +33,15 @@ const KEEPALIVE_SECONDS: u64 = 15;
 /// A body on its way to the primary.
 pub(super) type Outgoing = Patient<ReplayRequestBody<http_body_util::Empty<bytes::Bytes>>>;
 
+/// What a node is spoken to in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Protocol {
+    Http1,
+    Http2,
+    /// HTTP/2, and HTTP/1.1 to a node that does not speak it.
+    Http2IfSpoken,
+}
+
 /// Why there is no response.
 #[derive(Debug)]
 pub(super) enum SendError {
@@ -40,6 +49,8 @@ pub(super) enum SendError {
     Unreachable(BoxError),
     /// The connection closed before the request was put on it.
     NotSent(BoxError),
+    /// The server speaks no HTTP/2; the request was not put on the connection.
+    NoHttp2(BoxError),
     /// The client stopped sending.
     SlowClient,
     /// What the client sent is no body, or it left within it.
@@ -63,7 +74,7 @@ impl Dialer {
         http.set_nodelay(true);
         http.set_keepalive(Some(Duration::from_secs(KEEPALIVE_SECONDS)));
         http.set_connect_timeout(Some(connect));
-        let connector = Connector { http, limit: connect };
+        let connector = Connector { http, limit: connect, http2: false };
         let mut builder = Client::builder(Spawn { stop });
         builder
             .pool_timer(TokioTimer::new())
@@ -79,7 +90,7 @@ impl Dialer {
             .http2_adaptive_window(true)
             .http2_keep_alive_interval(PING_INTERVAL)
             .http2_keep_alive_timeout(PING_TIMEOUT)
-            .build(connector);
+            .build(Connector { http2: true, ..connector });
         Dialer { http1, http2 }
     }
 
@@ -118,6 +129,9 @@ fn sort(error: hyper_util::client::legacy::Error, body: &Keep, idle: Duration) -
     if error.is_connect() {
         return SendError::Unreachable(error.into());
     }
+    if error.connect_info().is_some_and(Proof::is_missing) {
+        return SendError::NoHttp2(error.into());
+    }
     let source = error.source().and_then(|s| s.downcast_ref::<hyper::Error>());
     // So hyper calls a request that it hands back unwritten.
     if source.is_some_and(hyper::Error::is_canceled) {
@@ -137,10 +151,12 @@ fn sort(error: hyper_util::client::legacy::Error, body: &Keep, idle: Duration) -
 struct Connector {
     http: HttpConnector,
     limit: Duration,
+    /// For HTTP/2, of which the server has to give proof.
+    http2: bool,
 }
 
 impl Service<Uri> for Connector {
-    type Response = TokioIo<TcpStream>;
+    type Response = TokioIo<Proven>;
     type Error = BoxError;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, BoxError>> + Send>>;
 
@@ -149,11 +165,11 @@ impl Service<Uri> for Connector {
     }
 
     fn call(&mut self, uri: Uri) -> Self::Future {
+        let (limit, http2) = (self.limit, self.http2);
         let connecting = self.http.call(uri);
-        let limit = self.limit;
         Box::pin(async move {
             match tokio::time::timeout(limit, connecting).await {
-                Ok(connected) => connected.map_err(Into::into),
+                Ok(connected) => Ok(TokioIo::new(Proven::new(connected?.into_inner(), http2))),
                 Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut).into()),
             }
         })

@@ -44,6 +44,8 @@ pub enum Reason {
     NotApplied,
     /// The request came back to the node that sent it, or nodes disagree on who the primary is.
     Loop,
+    /// The request was sent on as often as may be, by the layers of several databases: it needs the primaries of all of them, and these are on different nodes.
+    Apart,
     /// An upgrade request, which the configuration refuses on a replica.
     Upgrade,
     /// `CONNECT`, which is not forwarded.
@@ -84,7 +86,7 @@ impl Failure {
             | Reason::BodyTooLarge
             | Reason::NotApplied
             | Reason::Upgrade => (StatusCode::SERVICE_UNAVAILABLE, Outcome::NotExecuted),
-            Reason::Loop => (StatusCode::LOOP_DETECTED, Outcome::NotExecuted),
+            Reason::Loop | Reason::Apart => (StatusCode::LOOP_DETECTED, Outcome::NotExecuted),
             Reason::Method => (StatusCode::METHOD_NOT_ALLOWED, Outcome::NotExecuted),
             Reason::Misdirected => (StatusCode::MISDIRECTED_REQUEST, Outcome::NotExecuted),
             // The primary's handler saw the beginning of the body and may have acted on it.
@@ -104,6 +106,9 @@ impl Failure {
             Reason::BodyTooLarge => "the request needs the primary, but its body was too large to be kept",
             Reason::NotApplied => "this node is behind, and there is no primary to ask",
             Reason::Loop => "the request came back, or the nodes disagree on the primary",
+            Reason::Apart => {
+                "the request needs the primaries of several databases, which are on different nodes"
+            }
             Reason::Upgrade => "upgrades are served by the primary only",
             Reason::Method => "the method can't be served",
             Reason::SlowClient => "the request's body stopped",

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 use crate::proxy::BoxError;
 use crate::proxy::body::{Answer, Patient};
 use crate::proxy::detour::detour;
-use crate::proxy::dial::SendError;
+use crate::proxy::dial::{Protocol, SendError};
 use crate::proxy::failure::Reason;
 use crate::proxy::headers::{HOP, PRIMARY, strip_answer};
 use crate::proxy::hop::{About, HOPS_MAX, Hint, Hop};
@@ -34,9 +34,22 @@ pub(super) enum Sender {
 
 /// Sends the request to the primary, holding it while there is none.
 pub(super) async fn forward(shared: &Shared, head: &Head, body: Keep, sender: Sender) -> Verdict {
+    if !head.definite {
+        return Verdict::Failed(Reason::Ambiguous);
+    }
     let until = Instant::now() + shared.options.hold;
     let again = u8::from(is_safe(&head.method));
-    let mut trip = Trip { shared, head, body, hops: 1, stale: STALE_MAX, again, next: None, avoid: None };
+    let mut trip = Trip {
+        shared,
+        head,
+        body,
+        hops: head.came.saturating_add(1),
+        http1: false,
+        stale: STALE_MAX,
+        again,
+        next: None,
+        avoid: None,
+    };
     loop {
         let target = match trip.next.take() {
             Some(target) => target,
@@ -55,6 +68,9 @@ pub(super) async fn forward(shared: &Shared, head: &Head, body: Keep, sender: Se
                 return Verdict::Answer(Box::new(answer));
             }
         }
+        if trip.hops > HOPS_MAX {
+            return Verdict::Failed(Reason::Apart);
+        }
         if let ControlFlow::Break(verdict) = trip.visit(target).await {
             return verdict;
         }
@@ -66,8 +82,10 @@ struct Trip<'a> {
     shared: &'a Shared,
     head: &'a Head,
     body: Keep,
-    /// The node that is asked now is the first, second, ...
+    /// The node that is asked now is the first, second, ... of all that the request was sent to.
     hops: u8,
+    /// The node does not speak HTTP/2, which was only wished for.
+    http1: bool,
     stale: u8,
     /// How often the request may be sent again though it may have run: for safe methods only.
     again: u8,
@@ -94,7 +112,8 @@ impl Trip<'_> {
             }
         };
         let (idle, answer) = (shared.options.idle, shared.options.answer);
-        let response = match shared.dialer.send(request, self.head.http2, &self.body, idle, answer).await {
+        let http2 = self.head.protocol != Protocol::Http1 && !self.http1;
+        let response = match shared.dialer.send(request, http2, &self.body, idle, answer).await {
             Ok(response) => response,
             Err(error) => return self.failed(target, error),
         };
@@ -138,13 +157,19 @@ impl Trip<'_> {
 
     fn failed(&mut self, target: Target, error: SendError) -> Step {
         match error {
+            SendError::NoHttp2(error) if !self.http1 && self.head.protocol == Protocol::Http2IfSpoken => {
+                tracing::debug!(%error, ?target, "the request goes in HTTP/1.1");
+                self.http1 = true;
+                self.next = Some(target);
+                self.recall(Reason::Unreachable)
+            }
             SendError::NotSent(error) if self.stale > 0 => {
                 tracing::debug!(%error, ?target, "a pooled connection was closed; another is tried");
                 self.stale -= 1;
                 self.next = Some(target);
                 self.recall(Reason::Unreachable)
             }
-            SendError::NotSent(error) | SendError::Unreachable(error) => {
+            SendError::NotSent(error) | SendError::NoHttp2(error) | SendError::Unreachable(error) => {
                 tracing::warn!(
                     error = &*error as &dyn std::error::Error,
                     ?target,

@@ -9,12 +9,16 @@ use std::task::{Context, Poll, ready};
 use bytes::Bytes;
 use http::request::Parts;
 use http::{Request, Response};
+#[cfg(feature = "axum")]
+use http_body::Body;
 use http_body_util::Empty;
 use pin_project_lite::pin_project;
 use tokio::task::futures::TaskLocalFuture;
 use tower::Service;
 
-use crate::proxy::body::{Answer, ReplayRequestBody, ReplayResponseBody};
+#[cfg(feature = "axum")]
+use crate::proxy::BoxError;
+use crate::proxy::body::Answer;
 use crate::proxy::failure::Reason;
 use crate::proxy::keep::Keep;
 use crate::proxy::layer::Shared;
@@ -28,7 +32,7 @@ pin_project! {
     /// Dropping it before it is done drops the handler's future, or closes the connection to the primary.
     pub struct ResponseFuture<S, B>
     where
-        S: Service<Request<ReplayRequestBody<B>>>,
+        S: Service<Request<B>>,
     {
         shared: Arc<Shared>,
         #[pin]
@@ -42,11 +46,11 @@ pin_project! {
     #[project = StateProj]
     enum State<S, B>
     where
-        S: Service<Request<ReplayRequestBody<B>>>,
+        S: Service<Request<B>>,
     {
         Untouched { #[pin] future: S::Future },
         Local { #[pin] future: TaskLocalFuture<Session, S::Future>, run: LocalRun },
-        Prepare { preparing: Preparing, resume: Option<Resume<S>> },
+        Prepare { preparing: Preparing, resume: Option<Resume<S, B>> },
         Done { answer: Option<Response<Answer>> },
     }
 }
@@ -60,8 +64,10 @@ pub(super) struct LocalRun {
 }
 
 /// A request that may run here later.
-pub(super) struct Resume<S> {
+pub(super) struct Resume<S, B> {
     pub(super) service: S,
+    /// Makes the body that the service takes of the one that was kept.
+    pub(super) body: fn(Keep) -> B,
     pub(super) parts: Parts,
     pub(super) session: Session,
     pub(super) secure: bool,
@@ -70,7 +76,7 @@ pub(super) struct Resume<S> {
 
 impl<S, B> ResponseFuture<S, B>
 where
-    S: Service<Request<ReplayRequestBody<B>>>,
+    S: Service<Request<B>>,
 {
     pub(super) fn untouched(shared: Arc<Shared>, future: S::Future) -> Self {
         ResponseFuture { shared, state: State::Untouched { future } }
@@ -80,13 +86,7 @@ where
         ResponseFuture { shared, state: State::Done { answer: Some(answer) } }
     }
 
-    pub(super) fn local(
-        shared: Arc<Shared>,
-        service: S,
-        parts: Parts,
-        body: ReplayRequestBody<B>,
-        run: LocalRun,
-    ) -> Self {
+    pub(super) fn local(shared: Arc<Shared>, service: S, parts: Parts, body: B, run: LocalRun) -> Self {
         ResponseFuture { shared, state: State::local(service, parts, body, run) }
     }
 
@@ -95,7 +95,7 @@ where
         need: Need,
         head: Arc<Head>,
         body: Keep,
-        resume: Resume<S>,
+        resume: Resume<S, B>,
     ) -> Self {
         let preparing = Box::pin(prepare(shared.clone(), need, head, body));
         ResponseFuture { shared, state: State::Prepare { preparing, resume: Some(resume) } }
@@ -104,9 +104,9 @@ where
 
 impl<S, B> State<S, B>
 where
-    S: Service<Request<ReplayRequestBody<B>>>,
+    S: Service<Request<B>>,
 {
-    fn local(mut service: S, mut parts: Parts, body: ReplayRequestBody<B>, run: LocalRun) -> Self {
+    fn local(mut service: S, mut parts: Parts, body: B, run: LocalRun) -> Self {
         parts.extensions.insert(run.session.clone());
         let request = Request::from_parts(parts, body);
         // Some services work in `call` already.
@@ -115,19 +115,52 @@ where
     }
 }
 
+#[cfg(feature = "axum")]
 impl<S, B, RB> Future for ResponseFuture<S, B>
 where
-    S: Service<Request<ReplayRequestBody<B>>, Response = Response<RB>>,
+    S: Service<Request<B>, Response = Response<RB>>,
+    RB: Body<Data = Bytes> + Send + 'static,
+    RB::Error: Into<BoxError>,
 {
-    type Output = Result<Response<ReplayResponseBody<RB>>, S::Error>;
+    type Output = Result<Response<axum::body::Body>, S::Error>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        // A body of axum's own goes through as it is.
+        self.poll_with(cx, axum::body::Body::new, axum::body::Body::new)
+    }
+}
+
+#[cfg(not(feature = "axum"))]
+impl<S, B, RB> Future for ResponseFuture<S, B>
+where
+    S: Service<Request<B>, Response = Response<RB>>,
+{
+    type Output = Result<Response<crate::proxy::ReplayResponseBody<RB>>, S::Error>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        use crate::proxy::ReplayResponseBody;
+
+        self.poll_with(cx, ReplayResponseBody::local, ReplayResponseBody::answer)
+    }
+}
+
+impl<S, B, RB> ResponseFuture<S, B>
+where
+    S: Service<Request<B>, Response = Response<RB>>,
+{
+    /// Polls; the functions make the response's body of the wrapped service's, and of the layer's own.
+    fn poll_with<O>(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        local: fn(RB) -> O,
+        own: fn(Answer) -> O,
+    ) -> Poll<Result<Response<O>, S::Error>> {
         let mut this = self.project();
         loop {
             let next = match this.state.as_mut().project() {
                 StateProj::Untouched { future } => {
                     let response = ready!(future.poll(cx))?;
-                    return Poll::Ready(Ok(response.map(ReplayResponseBody::local)));
+                    return Poll::Ready(Ok(response.map(local)));
                 }
                 StateProj::Local { future, run } => {
                     let mut response = ready!(future.poll(cx))?;
@@ -135,12 +168,19 @@ where
                         Some(next) => next,
                         None => {
                             set_token(this.shared, &run.session, run.secure, response.headers_mut());
-                            return Poll::Ready(Ok(response.map(ReplayResponseBody::local)));
+                            return Poll::Ready(Ok(response.map(local)));
                         }
                     }
                 }
                 StateProj::Prepare { preparing, resume } => {
-                    match (ready!(preparing.as_mut().poll(cx)), resume.take()) {
+                    let verdict = ready!(preparing.as_mut().poll(cx));
+                    let resume = resume.take();
+                    if !matches!(verdict, Verdict::Here(_))
+                        && let Some(resume) = &resume
+                    {
+                        resume.session.set_sent();
+                    }
+                    match (verdict, resume) {
                         (Verdict::Answer(answer), _) => State::Done { answer: Some(*answer) },
                         (Verdict::Failed(reason), _) => {
                             State::Done { answer: Some(failure(this.shared, reason)) }
@@ -154,7 +194,7 @@ where
                 }
                 StateProj::Done { answer } => {
                     let answer = answer.take().expect("a future must not be polled after it is done");
-                    return Poll::Ready(Ok(answer.map(ReplayResponseBody::answer)));
+                    return Poll::Ready(Ok(answer.map(own)));
                 }
             };
             this.state.set(next);
@@ -162,12 +202,13 @@ where
     }
 }
 
-/// The way to the primary for a request whose handler needed it, if nothing was committed here.
+/// The way to the primary for a request whose handler needed it, if nothing was committed here, and no other database's layer sent it anywhere.
 fn replay<S, B>(shared: &Arc<Shared>, run: &mut LocalRun) -> Option<State<S, B>>
 where
-    S: Service<Request<ReplayRequestBody<B>>>,
+    S: Service<Request<B>>,
 {
-    if !run.session.primary_needed() || run.session.committed().is_some() {
+    let session = &run.session;
+    if !session.primary_needed() || session.committed_anywhere() || session.sent() {
         return None;
     }
     let (head, keep) = run.replay.take()?;
@@ -178,24 +219,25 @@ where
             None => return Some(State::Done { answer: Some(failure(shared, Reason::BodyTooLarge)) }),
         },
     };
+    session.set_sent();
     let preparing = Box::pin(prepare(shared.clone(), Need::Primary, head, body));
     Some(State::Prepare { preparing, resume: None })
 }
 
-impl<S> Resume<S> {
-    fn run<B>(self, body: Keep) -> State<S, B>
+impl<S, B> Resume<S, B> {
+    fn run(self, body: Keep) -> State<S, B>
     where
-        S: Service<Request<ReplayRequestBody<B>>>,
+        S: Service<Request<B>>,
     {
         let replay = self.replay.map(|head| (head, Some(body.clone())));
         let run = LocalRun { session: self.session, secure: self.secure, replay };
-        State::local(self.service, self.parts, ReplayRequestBody::kept(body), run)
+        State::local(self.service, self.parts, (self.body)(body), run)
     }
 }
 
 impl<S, B> fmt::Debug for ResponseFuture<S, B>
 where
-    S: Service<Request<ReplayRequestBody<B>>>,
+    S: Service<Request<B>>,
 {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("ResponseFuture(..)")

@@ -9,6 +9,7 @@ use http::header::{
 };
 use http::request::Parts;
 use http::uri::Scheme;
+use hyper::ext::Protocol;
 
 /// A token, on requests and responses.
 pub(crate) const TOKEN: HeaderName = HeaderName::from_static("replite-token");
@@ -39,6 +40,8 @@ const HOP_BY_HOP: [&str; 7] = [
 
 /// Cookie headers that are searched for our cookie; browsers send one, HTTP/2 may split it.
 const COOKIE_HEADERS_MAX: usize = 64;
+/// Cookies of our name, and tokens in headers, that are looked at. A sibling domain may have set some of the cookies; those with the longest path come first.
+const TOKENS_MAX: usize = 8;
 
 /// Removes the headers that only nodes may send, so that no client can pretend to be one.
 pub(super) fn strip_reserved(headers: &mut HeaderMap) {
@@ -85,15 +88,21 @@ fn lists(value: &HeaderValue, word: &str) -> bool {
     value.to_str().is_ok_and(|v| v.split(',').any(|item| item.trim().eq_ignore_ascii_case(word)))
 }
 
-/// Whether the request asks for another protocol, such as a WebSocket: a GET with an `Upgrade` header, or an extended CONNECT. With any
-/// other method the header is an offer that need not be taken, and so is the one to go on in HTTP/2, which some
+/// Which of these protocols the request asks for, such as `websocket`: a GET with an `Upgrade` header, or an extended CONNECT. With any
+/// other method, and for any other protocol, the header is an offer that need not be taken (RFC 9110, 7.8), such as the one to go on in HTTP/2, which some
 /// clients make with each first request.
-pub(super) fn is_upgrade(parts: &Parts) -> bool {
-    let other = |v: &HeaderValue| !v.as_bytes().trim_ascii().eq_ignore_ascii_case(b"h2c");
-    let by_header = parts.method == Method::GET
-        && parts.headers.get_all(UPGRADE).iter().any(other)
-        && parts.headers.get_all(CONNECTION).iter().any(|v| lists(v, "upgrade"));
-    by_header || parts.extensions.get::<hyper::ext::Protocol>().is_some()
+pub(super) fn upgrade<'a>(parts: &'a Parts, protocols: &[String]) -> Option<&'a str> {
+    let known = |asked: &&str| {
+        let name = asked.split('/').next().unwrap_or_default();
+        protocols.iter().any(|protocol| protocol.eq_ignore_ascii_case(name))
+    };
+    if let Some(protocol) = parts.extensions.get::<Protocol>() {
+        return Some(protocol.as_str()).filter(known);
+    }
+    let asks =
+        parts.method == Method::GET && parts.headers.get_all(CONNECTION).iter().any(|v| lists(v, "upgrade"));
+    let offers = parts.headers.get_all(UPGRADE).iter().filter_map(|v| v.to_str().ok());
+    offers.flat_map(|v| v.split(',')).map(str::trim).filter(|_| asks).find(known)
 }
 
 /// Whether the client speaks https, as far as this node or the proxies before it know.
@@ -133,14 +142,22 @@ pub(super) fn add_forwarded(headers: &mut HeaderMap, client: Option<IpAddr>, sch
     }
 }
 
-/// The value of the first cookie of this name.
-pub(super) fn cookie<'a>(headers: &'a HeaderMap, name: &str) -> Option<&'a str> {
+/// The values of the first cookies of this name.
+pub(super) fn cookies<'a>(headers: &'a HeaderMap, name: &str) -> impl Iterator<Item = &'a str> {
     let values = headers.get_all(COOKIE).iter().take(COOKIE_HEADERS_MAX);
     values
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(';'))
-        .find_map(|pair| pair.trim_start().strip_prefix(name)?.strip_prefix('='))
-        .map(|value| value.trim_end().trim_matches('"'))
+        // Others' cookies may have bytes that are no text.
+        .flat_map(|value| value.as_bytes().split(|byte| *byte == b';'))
+        .filter_map(|pair| std::str::from_utf8(pair.trim_ascii()).ok())
+        .filter_map(move |pair| pair.strip_prefix(name)?.strip_prefix('='))
+        .map(|value| value.trim_matches('"'))
+        .take(TOKENS_MAX)
+}
+
+/// The first tokens in the headers: one for each database, and each in a header of its own or behind a comma.
+pub(super) fn tokens(headers: &HeaderMap) -> impl Iterator<Item = &str> {
+    let values = headers.get_all(TOKEN).iter().filter_map(|value| value.to_str().ok());
+    values.flat_map(|value| value.split(',')).map(str::trim).take(TOKENS_MAX)
 }
 
 /// Removes from an answer what only nodes are told.
@@ -161,7 +178,8 @@ pub(crate) fn fuzz_headers(headers: HeaderMap) {
     let mut request = http::Request::new(());
     *request.headers_mut() = headers;
     let (mut parts, ()) = request.into_parts();
-    let _ = (is_upgrade(&parts), is_https(&parts), cookie(&parts.headers, "replite"));
+    let _ = (upgrade(&parts, &["websocket".into()]), is_https(&parts));
+    let _ = (cookies(&parts.headers, "replite").count(), tokens(&parts.headers).count());
     add_forwarded(&mut parts.headers, Some(IpAddr::from([10, 0, 0, 1])), None);
     strip_reserved(&mut parts.headers);
     strip_hop_by_hop(&mut parts.headers);
@@ -219,11 +237,43 @@ mod tests {
     }
 
     #[test]
-    fn one_cookie_is_found_among_others() {
-        let h = map(&[("cookie", "a=1; replite_ab=yes; replite_a=no"), ("cookie", "z=\"q\"")]);
-        assert_eq!(cookie(&h, "replite_ab"), Some("yes"));
-        assert_eq!(cookie(&h, "replite_a"), Some("no"));
-        assert_eq!(cookie(&h, "z"), Some("q"));
-        assert_eq!(cookie(&h, "replite"), None);
+    fn cookies_of_a_name_are_found_among_others() {
+        let h = map(&[("cookie", "a=1; replite_ab=yes; replite_a=no"), ("cookie", "z=\"q\"; replite_ab=2")]);
+        let all = |name: &'static str| cookies(&h, name).collect::<Vec<_>>();
+        assert_eq!(all("replite_ab"), ["yes", "2"]);
+        assert_eq!(all("replite_a"), ["no"]);
+        assert_eq!(all("z"), ["q"]);
+        assert!(all("replite").is_empty());
+        let mut foreign = HeaderMap::new();
+        foreign.insert(COOKIE, HeaderValue::from_bytes(b"x=\xe9; a=1; y=\xff").unwrap());
+        assert_eq!(cookies(&foreign, "a").collect::<Vec<_>>(), ["1"]);
+        let many = map(&[("cookie", "a=1; a=2; a=3; a=4; a=5"), ("cookie", "a=6; a=7; a=8; a=9")]);
+        assert_eq!(cookies(&many, "a").last(), Some("8"));
+        let h = map(&[("replite-token", "a, b"), ("replite-token", "c")]);
+        assert_eq!(tokens(&h).collect::<Vec<_>>(), ["a", "b", "c"]);
+    }
+
+    #[test]
+    fn only_known_protocols_are_upgrades() {
+        let known = ["websocket".to_string(), "mine".to_string()];
+        let ask = |method: Method, connection: &'static str, offers: &[&'static str]| {
+            let mut request = http::Request::new(());
+            *request.method_mut() = method;
+            *request.headers_mut() = map(&[("connection", connection)]);
+            for offer in offers {
+                request.headers_mut().append(UPGRADE, HeaderValue::from_static(offer));
+            }
+            upgrade(&request.into_parts().0, &known).map(str::to_string)
+        };
+        assert_eq!(ask(Method::GET, "keep-alive, Upgrade", &["WebSocket"]).as_deref(), Some("WebSocket"));
+        assert_eq!(ask(Method::GET, "upgrade", &["h2c", "x, mine/2"]).as_deref(), Some("mine/2"));
+        for offers in [&["anything"][..], &["h2c"], &["websockets"], &["x/websocket"], &[""], &[]] {
+            assert_eq!(ask(Method::GET, "upgrade", offers), None, "{offers:?}");
+        }
+        assert_eq!(ask(Method::POST, "upgrade", &["websocket"]), None);
+        assert_eq!(ask(Method::GET, "close", &["websocket"]), None);
+        let mut request = http::Request::new(());
+        request.extensions_mut().insert(Protocol::from_static("websocket"));
+        assert!(upgrade(&request.into_parts().0, &known).is_some());
     }
 }

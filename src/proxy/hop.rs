@@ -3,11 +3,11 @@
 use http::{HeaderValue, Method};
 use uuid::Uuid;
 
-use crate::secret::{Keyring, PROOF_BYTES, Purpose, SHORT_PROOF_BYTES};
-use crate::token::{Hex, unhex};
+use crate::secret::{Keyring, PROOF_BYTES, Purpose, SHORT_PROOF_BYTES, unhex};
+use crate::token::Hex;
 use crate::txid::Epoch;
 
-/// Nodes that a request is offered to, one after the other, before it is given up.
+/// Nodes that a request is offered to, one after the other and by whatever layers, before it is given up.
 pub(super) const HOPS_MAX: u8 = 3;
 
 const VERSION: &str = "v1";
@@ -25,6 +25,20 @@ pub(super) struct Hop {
     pub(super) from: Uuid,
     /// The newest epoch that the sender knows.
     pub(super) epoch: Epoch,
+}
+
+/// The hop that a request came by, in its extensions: the outermost layer takes it out of the headers, and it may be meant for one below, which has
+/// another database, and other keys.
+#[derive(Clone)]
+pub(super) struct Came(pub(super) HeaderValue);
+
+impl Came {
+    /// How often the request was sent on, by the layers of all databases. Not proved: a layer can't prove the hop of another's. Whoever makes one up has his own
+    /// request refused, and nothing else.
+    pub(super) fn count(&self) -> u8 {
+        let count = || self.0.to_str().ok()?.split('.').nth(1)?.parse().ok();
+        count().unwrap_or(0)
+    }
 }
 
 /// What a hop's proof covers beside the hop itself.
@@ -128,7 +142,7 @@ mod tests {
     use crate::secret::Secret;
 
     fn keys(byte: u8) -> Keyring {
-        Keyring::new(&[Secret::new([byte; 16]).unwrap()]).unwrap()
+        Keyring::new(&[Secret::fixed([byte; 32])]).unwrap()
     }
 
     const HOP: Hop = Hop { count: 2, from: Uuid::from_u128(7), epoch: Epoch::new(4, 9) };
@@ -151,6 +165,10 @@ mod tests {
         assert_eq!(Hop::verify(&HeaderValue::try_from(forged).unwrap(), about), None);
         for text in ["", ".", "v1", "v1.1..", "v1.1.x.y.z", &"v1.".repeat(1000)] {
             assert_eq!(Hop::verify(&HeaderValue::try_from(text).unwrap(), about), None);
+        }
+        assert_eq!(Came(value).count(), 2, "also for who can't prove it");
+        for (text, count) in [("", 0), ("v1", 0), ("v1.x.y", 0), ("v1.300.y", 0), ("v1.255.y", 255)] {
+            assert_eq!(Came(HeaderValue::from_static(text)).count(), count, "{text}");
         }
     }
 

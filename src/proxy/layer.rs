@@ -39,11 +39,12 @@ pub enum SessionTokens {
     Monotonic,
 }
 
-/// What becomes of upgrade requests, such as WebSockets.
+/// What becomes of upgrade requests, such as WebSockets, whose [`Route`] is `LocalThenReplay`. With `Local` they are served by the node that got them, whatever is said here;
+/// with `Primary` they are carried to the primary, or refused.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub enum Upgrades {
-    /// They are served by the node that got them.
+    /// They are served by the node that got them, once it has the transaction of the request's token.
     #[default]
     Local,
     /// They are served by the primary: replicas carry the bytes both ways.
@@ -85,7 +86,7 @@ pub enum SameSite {
 /// clients read their own writes on every node.
 ///
 /// It goes around everything that belongs to running a handler, and below what each node does for each request (trace, request id, CORS, limits): one tested order is in
-/// `docs/stack.md`. Below axum's `nest` see [`ReplayLayer::original_uri`].
+/// `docs/stack.md`. With the feature `axum` it goes wherever axum takes a layer. An application with two databases has two layers: `docs/guide.md` says how.
 #[derive(Clone)]
 pub struct ReplayLayer {
     pub(super) shared: Arc<Shared>,
@@ -111,6 +112,8 @@ pub(super) struct Options {
     pub(super) matched_path: Option<Hook<Parts, Option<String>>>,
     pub(super) endpoint: String,
     pub(super) upgrades: Upgrades,
+    /// Names of protocols that requests are upgraded to.
+    pub(super) protocols: Vec<String>,
     pub(super) forwarding: Forwarding,
     pub(super) http2: bool,
     pub(super) budget: Budget,
@@ -137,6 +140,19 @@ pub(super) struct Cookie {
     pub(super) secure: Option<bool>,
 }
 
+type Look<O> = fn(&Parts) -> Option<O>;
+
+#[cfg(feature = "axum")]
+const ORIGINAL_URI: Option<Look<Uri>> =
+    Some(|parts| parts.extensions.get::<axum::extract::OriginalUri>().map(|uri| uri.0.clone()));
+#[cfg(feature = "axum")]
+const MATCHED_PATH: Option<Look<String>> =
+    Some(|parts| parts.extensions.get::<axum::extract::MatchedPath>().map(|path| path.as_str().to_owned()));
+#[cfg(not(feature = "axum"))]
+const ORIGINAL_URI: Option<Look<Uri>> = None;
+#[cfg(not(feature = "axum"))]
+const MATCHED_PATH: Option<Look<String>> = None;
+
 impl ReplayLayer {
     pub(crate) fn new(node: Arc<Node>) -> ReplayLayer {
         let tokens = Arc::new(Tokens::new(node.clone()));
@@ -151,9 +167,10 @@ impl ReplayLayer {
             route: None,
             prefixes: Vec::new(),
             patterns: Vec::new(),
-            matched_path: None,
+            matched_path: MATCHED_PATH.map(|path| Arc::new(path) as Hook<_, _>),
             endpoint: "/_replite".into(),
             upgrades: Upgrades::Local,
+            protocols: vec!["websocket".into()],
             forwarding: Forwarding::Proxy,
             http2: false,
             budget: Budget::new(BUFFER_REQUEST_BYTES, BUFFER_PROCESS_BYTES),
@@ -165,7 +182,7 @@ impl ReplayLayer {
             session: SessionTokens::Writes,
             cookie,
             failure: None,
-            original_uri: None,
+            original_uri: ORIGINAL_URI.map(|uri| Arc::new(uri) as Hook<_, _>),
             client_ip: None,
         };
         let dialer = Dialer::new(Duration::from_secs(1), node.stop.clone());
@@ -173,13 +190,13 @@ impl ReplayLayer {
         ReplayLayer { shared: Arc::new(shared) }
     }
 
-    /// Where requests run, in place of [`Route::by_method`]. It is asked for each request but upgrades, those of the
+    /// Where requests run, in place of [`Route::by_method`]. It is asked for each request but those of the
     /// replication endpoint and those that [`ReplayLayer::route_prefix`] or [`ReplayLayer::route_matched`] decide on.
     pub fn route(self, route: impl Fn(&Parts) -> Route + Send + Sync + 'static) -> Self {
         self.with(|o| o.route = Some(Arc::new(route)))
     }
 
-    /// Where requests to this path and below run, whatever their method; of several, the first given counts.
+    /// Where requests to this path and below run, whatever their method; of several, the first given counts. Below axum's `nest` the path is what it leaves of it.
     ///
     /// # Panics
     /// When more than 64 prefixes are given.
@@ -189,7 +206,7 @@ impl ReplayLayer {
     }
 
     /// Where requests to this route of the application's router run, whatever their method: the route as it was given to the router, such as
-    /// `/oauth/{provider}/callback`. It needs [`ReplayLayer::matched_path`].
+    /// `/oauth/{provider}/callback`. It needs [`ReplayLayer::matched_path`], or the feature `axum`.
     ///
     /// # Panics
     /// When more than 64 routes are given.
@@ -198,8 +215,8 @@ impl ReplayLayer {
         self.with(|o| o.patterns.push((pattern.into(), route)))
     }
 
-    /// The router's route that a request matched, for [`ReplayLayer::route_matched`]. With axum, and the layer added by `Router::layer` or `route_layer`:
-    /// `|parts| parts.extensions.get::<MatchedPath>().map(|path| path.as_str().to_owned())`.
+    /// The router's route that a request matched, for [`ReplayLayer::route_matched`]. With the feature `axum` it is known by itself where the layer was added by `Router::layer` or
+    /// `route_layer`.
     pub fn matched_path(self, path: impl Fn(&Parts) -> Option<String> + Send + Sync + 'static) -> Self {
         self.with(|o| o.matched_path = Some(Arc::new(path)))
     }
@@ -208,6 +225,15 @@ impl ReplayLayer {
     /// empty path says that it is not mounted below this layer.
     pub fn endpoint(self, path: impl Into<String>) -> Self {
         self.with(|o| o.endpoint = path.into().trim_end_matches('/').to_owned())
+    }
+
+    /// A protocol that requests may be upgraded to, beside `websocket`. The `Upgrade` header of any other counts for nothing here: the request is one like all others.
+    ///
+    /// # Panics
+    /// When more than 64 protocols are given.
+    pub fn upgrade_protocol(self, name: impl Into<String>) -> Self {
+        assert!(self.shared.options.protocols.len() <= PREFIXES_MAX, "more than {PREFIXES_MAX} protocols");
+        self.with(|o| o.protocols.push(name.into()))
     }
 
     /// What becomes of upgrade requests.
@@ -320,8 +346,7 @@ impl ReplayLayer {
         self.with(|o| o.failure = Some(Arc::new(response)))
     }
 
-    /// The URI as it came, where it was changed before the layer. Below axum's `nest`:
-    /// `|parts| parts.extensions.get::<OriginalUri>().map(|uri| uri.0.clone())`.
+    /// The URI as it came, where it was changed before the layer, as below axum's `nest`: with the feature `axum` that one is known by itself.
     pub fn original_uri(self, uri: impl Fn(&Parts) -> Option<Uri> + Send + Sync + 'static) -> Self {
         self.with(|o| o.original_uri = Some(Arc::new(uri)))
     }

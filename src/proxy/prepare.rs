@@ -13,9 +13,11 @@ use tokio::time::Instant;
 
 use crate::error::Error;
 use crate::proxy::body::Answer;
+use crate::proxy::dial::Protocol;
 use crate::proxy::failure::{Failure, Reason};
 use crate::proxy::forward::{Sender, forward};
 use crate::proxy::headers;
+use crate::proxy::hop::Came;
 use crate::proxy::keep::Keep;
 use crate::proxy::layer::{Options, Shared};
 use crate::proxy::tunnel::Upgrade;
@@ -31,8 +33,12 @@ pub(super) struct Head {
     pub(super) headers: HeaderMap,
     /// Set when the request asks for another protocol, which the primary is to speak.
     pub(super) upgrade: Option<Upgrade>,
-    /// Whether the primary is spoken to in HTTP/2.
-    pub(super) http2: bool,
+    /// What the primary is spoken to in.
+    pub(super) protocol: Protocol,
+    /// Whether every server on its way reads it alike; else it is not sent on.
+    pub(super) definite: bool,
+    /// How often it was sent on before, by any node and layer.
+    pub(super) came: u8,
 }
 
 impl Head {
@@ -42,7 +48,13 @@ impl Head {
             target: target(parts, options),
             headers: parts.headers.clone(),
             upgrade: None,
-            http2: options.http2 || wants_trailers(parts),
+            protocol: match options.http2 {
+                true => Protocol::Http2,
+                false if wants_trailers(parts) => Protocol::Http2IfSpoken,
+                false => Protocol::Http1,
+            },
+            definite: is_definite(parts, options),
+            came: parts.extensions.get::<Came>().map_or(0, Came::count),
         };
         headers::strip_hop_by_hop(&mut head.headers);
         // HTTP/2 has the host in the URI. A client that says both is left to the app, which sees the same on every node.
@@ -60,27 +72,35 @@ impl Head {
     }
 
     /// The head of a request for another protocol.
-    pub(super) fn of_upgrade(parts: &Parts, options: &Options) -> Head {
+    fn of_upgrade(parts: &Parts, options: &Options, protocol: &str) -> Head {
         let mut head = Head::of(parts, options);
-        head.upgrade = Upgrade::of(parts);
+        head.upgrade = Upgrade::of(parts, protocol);
         if let Some(upgrade) = &head.upgrade {
             head.method = upgrade.method(&head.method);
             // An upgrade is a matter of HTTP/1.1.
-            head.http2 = false;
+            head.protocol = Protocol::Http1;
             upgrade.ask(&mut head.headers);
         }
         head
     }
+
+    /// The head of a client's request, whether or not it asks for another protocol.
+    pub(super) fn of_client(parts: &Parts, options: &Options) -> Head {
+        match headers::upgrade(parts, &options.protocols) {
+            Some(protocol) => Head::of_upgrade(parts, options, protocol),
+            None => Head::of(parts, options),
+        }
+    }
 }
 
 /// gRPC, and whoever else asks for trailers in HTTP/2, gets ones that nobody announced, which HTTP/1.1 has no place for. A server that was asked in
-/// HTTP/2 speaks it on the primary, too.
+/// HTTP/2 mostly speaks it on the primary, too.
 fn wants_trailers(parts: &Parts) -> bool {
     parts.version == Version::HTTP_2 && parts.headers.contains_key(TE)
 }
 
 /// Whether a request names one resource at one host, so that every server on its way reads it alike.
-pub(super) fn is_definite(parts: &Parts, options: &Options) -> bool {
+fn is_definite(parts: &Parts, options: &Options) -> bool {
     parts.headers.get_all(HOST).iter().nth(1).is_none() && target(parts, options).starts_with('/')
 }
 

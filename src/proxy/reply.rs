@@ -1,7 +1,7 @@
 //! What a local handler's response gets from its session: the token, as header and cookie.
 
 use http::header::CACHE_CONTROL;
-use http::{HeaderMap, HeaderValue};
+use http::{HeaderMap, HeaderName, HeaderValue};
 
 use crate::proxy::failure::Outcome;
 use crate::proxy::headers::{OUTCOME, TOKEN, add_cookie};
@@ -13,8 +13,10 @@ use crate::txid::Place;
 /// Sets the token of what the request committed, waited for, or read.
 pub(super) fn set_token(shared: &Shared, session: &Session, secure: bool, headers: &mut HeaderMap) {
     let committed = session.committed();
-    if committed.is_some() && headers.get(OUTCOME).is_some_and(|o| o == Outcome::NotExecuted.as_str()) {
-        // An error's response can't know what was committed before it: sending again would not be safe.
+    if session.committed_anywhere()
+        && headers.get(OUTCOME).is_some_and(|o| o == Outcome::NotExecuted.as_str())
+    {
+        // An error's response can't know what was committed before it, to this or another database: sending again would not be safe.
         headers.insert(OUTCOME, HeaderValue::from_static(Outcome::Unknown.as_str()));
     }
     let newest = match shared.options.session {
@@ -34,8 +36,18 @@ pub(super) fn set_token(shared: &Shared, session: &Session, secure: bool, header
         return;
     }
     let token = shared.tokens.sign(known.map_or(newest, |known| known.max(newest)));
+    // A response of another node's, which another database's layer got, may carry one of this database already.
+    let mine = |value: &HeaderValue| value.to_str().ok().and_then(|text| shared.tokens.verify(text));
+    let (old, others): (Vec<_>, Vec<_>) =
+        headers.get_all(TOKEN).iter().cloned().partition(|v| mine(v).is_some());
+    if old.iter().filter_map(mine).any(|old| old.txid() >= token.txid()) {
+        return;
+    }
     let Ok(value) = HeaderValue::from_str(token.as_str()) else { return };
     headers.insert(TOKEN, value);
+    for other in others {
+        headers.append(TOKEN, other);
+    }
     let cookie = &shared.options.cookie;
     if let Some(name) = &cookie.name
         && make_private(headers)
@@ -45,24 +57,69 @@ pub(super) fn set_token(shared: &Shared, session: &Session, secure: bool, header
     }
 }
 
+/// What a header says of caches that many clients share.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Sharing {
+    Wanted,
+    Forbidden,
+    /// Nothing, so that some would, and may be told not to.
+    Open,
+}
+
 /// Keeps shared caches from giving one client's cookie to others. False when the app wants the response shared:
 /// then there must be no cookie on it.
+///
+/// Beside `Cache-Control` there are headers for some caches only, which go before it there: RFC 9213's `CDN-Cache-Control` and its kin, which all end like that, and older ones.
 fn make_private(headers: &mut HeaderMap) -> bool {
-    let mut said = false;
-    for value in headers.get_all(CACHE_CONTROL) {
-        let text = value.to_str().unwrap_or_default();
-        for directive in text.split(',') {
-            let name = directive.split('=').next().unwrap_or_default().trim();
-            if name.eq_ignore_ascii_case("public") || name.eq_ignore_ascii_case("s-maxage") {
-                return false;
-            }
-            said |= ["private", "no-store"].iter().any(|word| name.eq_ignore_ascii_case(word));
+    let mut open = Vec::new();
+    for name in headers.keys() {
+        match sharing(name, headers) {
+            Some(Sharing::Wanted) => return false,
+            Some(Sharing::Open) => open.push(name.clone()),
+            Some(Sharing::Forbidden) | None => {}
         }
     }
-    if !said {
-        headers.append(CACHE_CONTROL, HeaderValue::from_static("private"));
+    if !headers.contains_key(CACHE_CONTROL) {
+        open.push(CACHE_CONTROL);
+    }
+    for name in open {
+        let word = if name == CACHE_CONTROL { "private" } else { "no-store" };
+        headers.append(name, HeaderValue::from_static(word));
     }
     true
+}
+
+/// None for a header that is not about caches.
+fn sharing(name: &HeaderName, headers: &HeaderMap) -> Option<Sharing> {
+    let targeted = match name.as_str() {
+        "cache-control" => false,
+        // Seconds, or an instant behind an `@`; nginx's.
+        "x-accel-expires" => {
+            let off = headers.get_all(name).iter().all(|value| value.as_bytes().trim_ascii() == b"0");
+            return Some(if off { Sharing::Forbidden } else { Sharing::Wanted });
+        }
+        "surrogate-control" | "edge-control" => true,
+        name if name.ends_with("-cache-control") => true,
+        _ => return None,
+    };
+    let (mut wanted, mut forbidden, mut off) = (false, false, false);
+    for directive in headers.get_all(name).iter().flat_map(|v| v.as_bytes().split(|b| *b == b',')) {
+        let directive = directive.trim_ascii();
+        let is = |word: &str| {
+            let name = directive.split(|b| *b == b'=').next().unwrap_or_default();
+            name.trim_ascii().eq_ignore_ascii_case(word.as_bytes())
+        };
+        wanted |= is("public") || is("s-maxage");
+        forbidden |= is("private") || is("no-store");
+        off |= is("no-cache") || directive.eq_ignore_ascii_case(b"max-age=0");
+    }
+    Some(match (wanted, forbidden) {
+        (true, _) => Sharing::Wanted,
+        (_, true) => Sharing::Forbidden,
+        // Who speaks to shared caches by name means that they store it.
+        _ if targeted && !off => Sharing::Wanted,
+        _ => Sharing::Open,
+    })
 }
 
 fn cookie_text(cookie: &Cookie, name: &str, token: &Token, secure: bool) -> String {
@@ -96,6 +153,38 @@ mod tests {
             }
             assert_eq!(make_private(&mut headers), cookie, "{before:?}");
             assert_eq!(headers.get_all(CACHE_CONTROL).iter().collect::<Vec<_>>(), after);
+        }
+    }
+
+    #[test]
+    fn headers_for_some_shared_caches_count_like_the_one_for_all() {
+        for name in [
+            "cdn-cache-control",
+            "cloudflare-cdn-cache-control",
+            "vercel-cdn-cache-control",
+            "netlify-cdn-cache-control",
+            "akamai-cache-control",
+            "x-litespeed-cache-control",
+            "surrogate-control",
+            "edge-control",
+            "x-accel-expires",
+        ] {
+            let accel = name == "x-accel-expires";
+            for (value, cookie, appended) in [
+                (if accel { "60" } else { "max-age=60" }, false, false),
+                (if accel { "@1800000000" } else { "max-age=60, stale-while-revalidate=9" }, false, false),
+                (if accel { "0" } else { "no-store" }, true, false),
+                (if accel { "0" } else { "max-age=0" }, true, !accel),
+            ] {
+                let mut headers = HeaderMap::new();
+                headers.insert(CACHE_CONTROL, HeaderValue::from_static("private"));
+                headers.insert(name, HeaderValue::from_static(value));
+                assert_eq!(make_private(&mut headers), cookie, "{name}: {value}");
+                let mut expected = vec![value];
+                expected.extend(appended.then_some("no-store"));
+                assert_eq!(headers.get_all(name).iter().collect::<Vec<_>>(), expected, "{name}");
+                assert_eq!(headers.get_all(CACHE_CONTROL).iter().collect::<Vec<_>>(), ["private"]);
+            }
         }
     }
 }

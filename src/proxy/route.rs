@@ -2,6 +2,7 @@
 
 use http::Method;
 use http::request::Parts;
+use hyper::ext::Protocol;
 
 /// Where a request is to run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -17,9 +18,11 @@ pub enum Route {
 
 impl Route {
     /// Where a request runs when nothing else is configured: `GET`, `HEAD`, `OPTIONS` and `TRACE` are
-    /// [`Route::LocalThenReplay`], all others [`Route::Primary`].
+    /// [`Route::LocalThenReplay`], all others [`Route::Primary`]. An extended `CONNECT`, by which HTTP/2 asks for a WebSocket, counts as the `GET` that it is
+    /// in HTTP/1.1.
     pub fn by_method(parts: &Parts) -> Route {
-        if !is_safe(&parts.method) {
+        let extended = parts.method == Method::CONNECT && parts.extensions.get::<Protocol>().is_some();
+        if !is_safe(&parts.method) && !extended {
             Route::Primary
         } else if parts.uri.path() == "*" {
             // `OPTIONS *` is about the server itself and has no URL to be forwarded to.

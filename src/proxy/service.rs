@@ -17,11 +17,11 @@ use crate::proxy::BoxError;
 use crate::proxy::body::{Answer, ReplayRequestBody};
 use crate::proxy::failure::{Failure, Reason};
 use crate::proxy::future::{LocalRun, ResponseFuture, Resume};
-use crate::proxy::headers::{self, HOP, PRIMARY, TOKEN};
-use crate::proxy::hop::{About, HOPS_MAX, Hint, Hop};
+use crate::proxy::headers::{self, HOP, PRIMARY};
+use crate::proxy::hop::{About, Came, HOPS_MAX, Hint, Hop};
 use crate::proxy::keep::Keep;
-use crate::proxy::layer::{Options, Shared, Upgrades};
-use crate::proxy::prepare::{Head, Need, failure, is_definite, target};
+use crate::proxy::layer::{Shared, Upgrades};
+use crate::proxy::prepare::{Head, Need, failure, target};
 use crate::proxy::route::Route;
 use crate::session::Session;
 use crate::status::Role;
@@ -53,6 +53,32 @@ enum Plan {
     Prepare(Need),
 }
 
+/// With the feature `axum` the wrapped service gets axum's `Body`, as axum's own middlewares want it, and so does the caller, as `axum::serve` wants it.
+#[cfg(feature = "axum")]
+impl<S, B, RB> Service<Request<B>> for ReplayService<S>
+where
+    S: Service<Request<axum::body::Body>, Response = Response<RB>> + Clone,
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<BoxError>,
+    RB: Body<Data = Bytes> + Send + 'static,
+    RB::Error: Into<BoxError>,
+{
+    type Response = Response<axum::body::Body>;
+    type Error = S::Error;
+    type Future = ResponseFuture<S, axum::body::Body>;
+
+    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
+        self.inner.poll_ready(cx)
+    }
+
+    fn call(&mut self, request: Request<B>) -> ResponseFuture<S, axum::body::Body> {
+        let kept = |keep| ReplayRequestBody::<B>::kept(keep).into_axum();
+        self.start(request, ReplayRequestBody::into_axum, kept)
+    }
+}
+
+/// The wrapped service gets the body that came in, in one of the layer's own, and so does the caller the response's. With the feature `axum` these are axum's.
+#[cfg(not(feature = "axum"))]
 impl<S, B, RB> Service<Request<B>> for ReplayService<S>
 where
     S: Service<Request<ReplayRequestBody<B>>, Response = Response<RB>> + Clone,
@@ -61,34 +87,53 @@ where
 {
     type Response = Response<super::ReplayResponseBody<RB>>;
     type Error = S::Error;
-    type Future = ResponseFuture<S, B>;
+    type Future = ResponseFuture<S, ReplayRequestBody<B>>;
 
     fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), S::Error>> {
         self.inner.poll_ready(cx)
     }
 
-    fn call(&mut self, request: Request<B>) -> ResponseFuture<S, B> {
+    fn call(&mut self, request: Request<B>) -> ResponseFuture<S, ReplayRequestBody<B>> {
+        self.start(request, |body| body, ReplayRequestBody::kept)
+    }
+}
+
+impl<S> ReplayService<S> {
+    /// Begins with a request; the functions make the body that the wrapped service takes.
+    fn start<B, H>(
+        &mut self,
+        request: Request<B>,
+        hand: fn(ReplayRequestBody<B>) -> H,
+        kept: fn(Keep) -> H,
+    ) -> ResponseFuture<S, H>
+    where
+        S: Service<Request<H>> + Clone,
+        B: Body<Data = Bytes> + Send + 'static,
+        B::Error: Into<BoxError>,
+    {
         // The one that was polled ready is used; the clone takes its place.
         let clone = self.inner.clone();
         let mut service = mem::replace(&mut self.inner, clone);
         let shared = &self.shared;
         if shared.options.is_endpoint(request.uri().path()) {
-            let future = service.call(request.map(ReplayRequestBody::plain));
+            let future = service.call(request.map(|body| hand(ReplayRequestBody::plain(body))));
             return ResponseFuture::untouched(shared.clone(), future);
         }
         let (mut parts, body) = request.into_parts();
         let (plan, token) = plan(shared, &mut parts);
-        let session = Session::new(shared.tokens.clone(), token);
+        // The layer of another database may be around this one.
+        let outer = parts.extensions.get::<Session>().cloned();
+        let session = Session::new(shared.tokens.clone(), token, outer);
         let secure = headers::is_https(&parts);
         match plan {
             Plan::Answer(answer) => ResponseFuture::done(shared.clone(), *answer),
             Plan::Local { replay } => {
-                let head = replay.then(|| Arc::new(Head::of(&parts, &shared.options)));
+                let head = replay.then(|| Arc::new(Head::of_client(&parts, &shared.options)));
                 let (keep, body) = if replay && !body.is_end_stream() {
                     let keep = Keep::new(body, &shared.options.budget);
-                    (Some(keep.clone()), ReplayRequestBody::kept(keep))
+                    (Some(keep.clone()), kept(keep))
                 } else {
-                    (None, ReplayRequestBody::plain(body))
+                    (None, hand(ReplayRequestBody::plain(body)))
                 };
                 let run = LocalRun { session, secure, replay: head.map(|head| (head, keep)) };
                 ResponseFuture::local(shared.clone(), service, parts, body, run)
@@ -100,16 +145,13 @@ where
                     ReplayRequestBody::to_its_end(Keep::new(body, &shared.options.budget))
                 };
                 let run = LocalRun { session, secure, replay: None };
-                ResponseFuture::local(shared.clone(), service, parts, body, run)
-            }
-            Plan::Prepare(_) if !is_definite(&parts, &shared.options) => {
-                ResponseFuture::done(shared.clone(), failure(shared, Reason::Ambiguous))
+                ResponseFuture::local(shared.clone(), service, parts, hand(body), run)
             }
             Plan::Prepare(need) => {
-                let head = Arc::new(head(&parts, &shared.options));
+                let head = Arc::new(Head::of_client(&parts, &shared.options));
                 let replay = matches!(need, Need::Applied(_)).then(|| head.clone());
                 let body = Keep::new(body, &shared.options.budget);
-                let resume = Resume { service, parts, session, secure, replay };
+                let resume = Resume { service, body: kept, parts, session, secure, replay };
                 ResponseFuture::prepare(shared.clone(), need, head, body, resume)
             }
         }
@@ -118,11 +160,14 @@ where
 
 fn plan(shared: &Shared, parts: &mut Parts) -> (Plan, Option<Token>) {
     // Few of a client's requests have it; then it was made up, or it is a node's.
-    let hop = parts.headers.remove(HOP);
+    if let Some(value) = parts.headers.remove(HOP) {
+        parts.extensions.insert(Came(value));
+    }
     headers::strip_reserved(&mut parts.headers);
+    let options = &shared.options;
     let primary = shared.node.roles.borrow().role == Role::Primary;
-    if let Some(value) = hop
-        && let Some((hop, text)) = verified(shared, parts, &value)
+    if let Some(Came(value)) = parts.extensions.get::<Came>()
+        && let Some((hop, text)) = verified(shared, parts, value)
     {
         if hop.from == shared.node.me.node || hop.count > HOPS_MAX {
             return (answer(shared, Reason::Loop), None);
@@ -132,7 +177,7 @@ fn plan(shared: &Shared, parts: &mut Parts) -> (Plan, Option<Token>) {
         }
         return (Plan::Hop, request_token(shared, parts));
     }
-    let upgrade = headers::is_upgrade(parts);
+    let upgrade = headers::upgrade(parts, &options.protocols).is_some();
     if parts.method == Method::CONNECT && !upgrade {
         return (answer(shared, Reason::Method), None);
     }
@@ -140,27 +185,19 @@ fn plan(shared: &Shared, parts: &mut Parts) -> (Plan, Option<Token>) {
     if primary {
         return (Plan::Local { replay: false }, token);
     }
-    if upgrade {
-        let plan = match shared.options.upgrades {
-            Upgrades::Local => Plan::Local { replay: false },
-            Upgrades::Primary => Plan::Prepare(Need::Primary),
-            Upgrades::Refuse => answer(shared, Reason::Upgrade),
-        };
-        return (plan, token);
-    }
-    let plan = match shared.options.route(parts) {
+    let plan = match options.route(parts) {
         Route::Local => Plan::Local { replay: false },
+        _ if upgrade && options.upgrades == Upgrades::Refuse => answer(shared, Reason::Upgrade),
         Route::Primary => Plan::Prepare(Need::Primary),
+        Route::LocalThenReplay if upgrade && options.upgrades == Upgrades::Primary => {
+            Plan::Prepare(Need::Primary)
+        }
         Route::LocalThenReplay => match &token {
             Some(token) => Plan::Prepare(Need::Applied(token.txid())),
             None => Plan::Local { replay: true },
         },
     };
     (plan, token)
-}
-
-fn head(parts: &Parts, options: &Options) -> Head {
-    if headers::is_upgrade(parts) { Head::of_upgrade(parts, options) } else { Head::of(parts, options) }
 }
 
 fn answer(shared: &Shared, reason: Reason) -> Plan {
@@ -195,18 +232,17 @@ fn misdirected(shared: &Shared, hop: &str) -> Plan {
     Plan::Answer(Box::new(response))
 }
 
-/// The newest valid token of the request's header and cookie. Numbers of two branches say nothing of what is newer: one that is lost comes last, and one
+/// The newest valid token of the request's headers and cookies. Numbers of two branches say nothing of what is newer: one that is lost comes last, and one
 /// that is not known here first.
 fn request_token(shared: &Shared, parts: &Parts) -> Option<Token> {
-    let header = parts.headers.get(TOKEN).and_then(|v| v.to_str().ok());
     let name = shared.options.cookie.name.as_ref();
-    let cookie = name.and_then(|name| headers::cookie(&parts.headers, name));
-    let verify = |text: Option<&str>| text.and_then(|text| shared.tokens.verify(text));
+    let cookies = name.into_iter().flat_map(|name| headers::cookies(&parts.headers, name));
+    let valid = headers::tokens(&parts.headers).chain(cookies).filter_map(|text| shared.tokens.verify(text));
     let rank = |token: &Token| {
         let place = shared.node.applied.place(token.txid());
         (place != Place::Lost, place == Place::Unknown, token.txid())
     };
-    [verify(header), verify(cookie)].into_iter().flatten().max_by_key(rank)
+    valid.max_by_key(rank)
 }
 
 /// Keeps the promise that the layer works where axum's `Router::layer` does.

@@ -24,16 +24,11 @@ pub(super) struct Upgrade {
 }
 
 impl Upgrade {
-    /// The upgrade that a request asks for; none where the server can't do it.
-    pub(super) fn of(parts: &Parts) -> Option<Upgrade> {
+    /// The upgrade to this protocol that a request asks for; none where the server can't do it.
+    pub(super) fn of(parts: &Parts, protocol: &str) -> Option<Upgrade> {
         let client = parts.extensions.get::<OnUpgrade>()?.clone();
-        match parts.extensions.get::<Protocol>() {
-            Some(protocol) => {
-                let protocol = HeaderValue::from_str(protocol.as_str()).ok()?;
-                Some(Upgrade { client, protocol, extended: true })
-            }
-            None => Some(Upgrade { client, protocol: parts.headers.get(UPGRADE)?.clone(), extended: false }),
-        }
+        let protocol = HeaderValue::from_str(protocol).ok()?;
+        Some(Upgrade { client, protocol, extended: parts.extensions.get::<Protocol>().is_some() })
     }
 
     /// The method by which the primary is asked: over HTTP/1.1 an extended CONNECT is a GET.

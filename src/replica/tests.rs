@@ -505,7 +505,7 @@ async fn an_absurd_hello_is_refused_and_honest_replicas_go_on() {
 
 #[tokio::test]
 async fn a_replica_waits_for_its_primary_and_says_a_problem_once() {
-    let primary = Primary::start(&[7; 16]).await;
+    let primary = Primary::start(&[7; 32]).await;
     let replica = node(2, &SECRET, Role::Replica);
     let feed = FakeFeed::new(&replica, EpochHistory::default(), None);
     let tracker = TaskTracker::new();
@@ -515,8 +515,8 @@ async fn a_replica_waits_for_its_primary_and_says_a_problem_once() {
         tokio::task::yield_now().await;
     }
     assert!(replica.problem().unwrap().contains("secret"));
-    let (old, new) = (crate::secret::Secret::new([7; 16]), crate::secret::Secret::new(SECRET));
-    primary.node.keys.rotate(&[new.unwrap(), old.unwrap()]).unwrap();
+    let (old, new) = (crate::secret::Secret::fixed([7; 32]), crate::secret::Secret::fixed(SECRET));
+    primary.node.keys.rotate(&[new, old]).unwrap();
     let position = primary.node.applied.position().unwrap();
     reaches(&replica, position).await;
     while replica.problem().is_some() {

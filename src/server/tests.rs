@@ -71,7 +71,7 @@ async fn refused(service: &ReplicationService, request: Request<Untouched>) -> (
 #[tokio::test]
 async fn strangers_get_a_bare_404_for_every_path_and_method() {
     let (service, ..) = service(&SECRET, Door::Mounted);
-    let wrong = knock().headers(&keys(&[2; 16])).unwrap();
+    let wrong = knock().headers(&keys(&[2; 32])).unwrap();
     for headers in [HeaderMap::new(), wrong] {
         for path in ["/", "/v1/stream", "/_replite/v1/stream", "/v2/stream", "/a?b=c"] {
             for method in [Method::GET, Method::POST, Method::HEAD, Method::OPTIONS, Method::CONNECT] {

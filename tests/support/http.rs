@@ -150,7 +150,7 @@ impl Example {
         let url = format!("http://{address}");
         let example = Example::start(|c| {
             c.args(["node", "--listen", &address, "--primary", &url, "--data"]).arg(data).args(options);
-            c.env("REPLITE_SECRET", "a secret for tests only");
+            c.env("REPLITE_SECRET", "tK2v0CZkYt8bM5WJ3uH1nQxPp7sDfLrEaG6yVoXiN4c");
         });
         (example, url)
     }

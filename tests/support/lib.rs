@@ -15,8 +15,9 @@ use replite::{Config, Db, Error, Secret, Txid, lease};
 /// Longest wait for anything.
 pub(crate) const LIMIT: Duration = Duration::from_secs(60);
 
+/// The secret of all tests' clusters.
 pub(crate) fn secret() -> Secret {
-    Secret::new("a secret for tests only").unwrap()
+    Secret::new("tK2v0CZkYt8bM5WJ3uH1nQxPp7sDfLrEaG6yVoXiN4c").unwrap()
 }
 
 pub(crate) const SCHEMA: &str = "CREATE TABLE IF NOT EXISTS t(id INTEGER PRIMARY KEY, who, n, v)";

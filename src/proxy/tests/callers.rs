@@ -7,14 +7,14 @@ use tower::ServiceExt;
 
 use super::world::*;
 use crate::proxy::{Outcome, PrimaryClient, Reason, ReplayLayer};
-use crate::session::{self, Session};
+use crate::session::Session;
 use crate::status::{Addresses, PeerInfo, Role};
 use crate::token::Tokens;
 
 /// An app that commits and says what it got.
 fn committing() -> Router {
     Router::new().fallback(|request: Request<Body>| async move {
-        session::committed(txid(12));
+        Session::current().unwrap().observe(txid(12));
         mirror(request).await
     })
 }
@@ -27,7 +27,7 @@ fn post(path: &str) -> Request<TestBody> {
 async fn a_job_on_a_replica_reaches_the_primary_and_its_session_hears_of_the_commit() {
     let pair = Pair::new(committing(), Router::new().fallback(|| async { "here" }), |l| l).await;
     let client = ReplayLayer::new(pair.replica_node.clone()).primary_client();
-    let session = Session::new(Tokens::new(pair.replica_node.clone()).into(), None);
+    let session = Session::new(Tokens::new(pair.replica_node.clone()).into(), None, None);
     let call = client.clone().oneshot(post("/jobs?x=1"));
     let response = session.clone().scope(call).await.unwrap();
     assert_eq!(session.committed(), Some(txid(12)));

@@ -8,6 +8,8 @@ use axum::body::Body;
 use axum::extract::Extension;
 use http::{Request, StatusCode};
 use http_body_util::BodyExt;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::TcpStream;
 
 use super::world::*;
 use crate::checksum::Checksum;
@@ -122,7 +124,7 @@ async fn writer(options: impl FnOnce(ReplayLayer) -> ReplayLayer) -> (Server, Ar
     let app = Router::new().fallback(|request: Request<Body>| async move {
         let path = request.uri().path()[1..].to_owned();
         if let Ok(number) = path.parse() {
-            session::committed(txid(number));
+            Session::current().unwrap().observe(txid(number));
         }
         let control = request.headers().get("x-control").cloned();
         axum::response::AppendHeaders(control.map(|c| ("cache-control", c)))
@@ -179,7 +181,8 @@ async fn the_token_of_a_response_is_the_newer_of_request_and_commit() {
 #[tokio::test]
 async fn what_a_handler_waited_for_is_handed_on_to_its_client() {
     let node = node(2, Role::Replica);
-    let app = Router::new().fallback(|| async { session::waited(txid(9)) });
+    let waits = node.clone();
+    let app = Router::new().fallback(|| async move { session::waited(&waits, txid(9)) });
     let server = Server::start(app.layer(ReplayLayer::new(node.clone()))).await;
     let request = || Request::get(server.url());
     let response = send(request().body(full("")).unwrap()).await;
@@ -214,7 +217,7 @@ async fn above_the_cap_on_waiters_the_primary_is_asked() {
 #[tokio::test]
 async fn two_applications_on_one_host_do_not_disturb_each_other() {
     let other = |database: &str, secret: u8| {
-        let keys = Keyring::new(&[Secret::new([secret; 16]).unwrap()]).unwrap();
+        let keys = Keyring::new(&[Secret::fixed([secret; 32])]).unwrap();
         let node = Node::new(peer(7, ""), "c".into(), database.into(), keys, Role::Primary);
         let token = Token::sign(&node, txid(99));
         format!("replite_{}={token}", node.database_tag())
@@ -239,10 +242,34 @@ async fn two_applications_on_one_host_do_not_disturb_each_other() {
 }
 
 #[tokio::test]
+async fn of_several_cookies_of_its_name_the_newest_that_verifies_counts() {
+    let (server, _primary, node) = reader(|l| l.read_wait_limit(SHORT)).await;
+    let name = format!("replite_{}", node.database_tag());
+    let token = |number| format!("{name}={}", Token::sign(&node, txid(number)));
+    let (old, new) = (token(3), token(12));
+    for cookies in [
+        vec![format!("{old}; {new}")],
+        vec![format!("{new}; {old}")],
+        vec![format!("{name}=v1.x; {new}")],
+        vec![format!("{name}=; {name}; a=b; {new}")],
+        vec![old.clone(), new.clone()],
+    ] {
+        let mut request = Request::get(server.url());
+        for cookie in &cookies {
+            request = request.header("cookie", cookie);
+        }
+        // It is waited for in vain.
+        assert_eq!(text(send(request.body(full("")).unwrap()).await).await, "primary", "{cookies:?}");
+    }
+    let old = Request::get(server.url()).header("cookie", old).body(full("")).unwrap();
+    assert_eq!(text(send(old).await).await, "10");
+}
+
+#[tokio::test]
 async fn tokens_of_an_old_secret_hold_until_it_is_dropped() {
     let (server, _primary, node) = reader(|l| l.read_wait_limit(SHORT)).await;
     let old = Token::sign(&node, txid(12)).to_string();
-    let secret = |byte| Secret::new([byte; 16]).unwrap();
+    let secret = |byte| Secret::fixed([byte; 32]);
     node.keys.rotate(&[secret(9), secret(7)]).unwrap();
     assert_ne!(Token::sign(&node, txid(12)).to_string(), old);
     assert_eq!(text(send(get(&server, &old)).await).await, "primary", "it was waited for, in vain");
@@ -285,7 +312,7 @@ async fn needy(read: usize, commits: bool) -> (Pair, Arc<AtomicUsize>) {
         if commits {
             session.observe(txid(11));
         }
-        session::primary_needed();
+        session.need_primary();
         (StatusCode::SERVICE_UNAVAILABLE, [("replite-outcome", "not-executed")], "app")
     });
     let pair =
@@ -306,6 +333,18 @@ async fn a_read_that_needed_the_primary_runs_there_after_all() {
     let request = pair.post("/a").header("replite-token", token).body(full("hello")).unwrap();
     assert!(text(send(request).await).await.ends_with("\n\nhello"));
     assert_eq!(runs.load(Ordering::Relaxed), 3);
+}
+
+#[tokio::test]
+async fn what_could_be_read_in_two_ways_is_not_replayed_either() {
+    let (pair, runs) = needy(10_000, false).await;
+    let mut stream = TcpStream::connect(pair.replica.address).await.unwrap();
+    stream.write_all(b"GET /a HTTP/1.1\r\nhost: a\r\nhost: b\r\nconnection: close\r\n\r\n").await.unwrap();
+    let mut answer = String::new();
+    stream.read_to_string(&mut answer).await.unwrap();
+    assert!(answer.starts_with("HTTP/1.1 400 "), "{answer}");
+    assert!(answer.contains("replite-outcome: not-executed"), "{answer}");
+    assert_eq!(runs.load(Ordering::Relaxed), 1);
 }
 
 #[tokio::test]

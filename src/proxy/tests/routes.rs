@@ -12,32 +12,53 @@ use http::{Request, Response};
 use http_body::{Body, Frame};
 use http_body_util::combinators::UnsyncBoxBody;
 use http_body_util::{BodyExt, Empty, Full};
-use hyper::body::Incoming;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::service::TowerToHyperService;
-use tower::{Layer, Service, ServiceBuilder, ServiceExt, service_fn};
+use tower::{Layer, ServiceBuilder, ServiceExt, service_fn};
 
 use super::world::*;
-use crate::proxy::{BoxError, ReplayLayer, ReplayRequestBody, ReplayResponseBody, Route, Upgrades};
+use crate::proxy::{BoxError, ReplayLayer, Route, Upgrades};
 use crate::status::Role;
+use crate::token::Token;
 
 #[tokio::test]
 async fn upgrades_stay_here_or_are_refused_and_connect_is_no_request_for_an_app() {
-    let upgrade = |server: &Server| {
-        let request = Request::get(server.url()).header("connection", "Upgrade").header("upgrade", "x");
+    let ask = |method: &str, server: &Server, protocol: &str| {
+        let request = Request::builder().method(method).uri(server.url());
+        let request = request.header("connection", "Upgrade").header("upgrade", protocol);
         request.body(full("")).unwrap()
     };
     let (server, _node) = replica_of("http://127.0.0.1:1", |l| l).await;
-    assert_eq!(text(send(upgrade(&server)).await).await, "here");
-    let (server, _node) = replica_of("http://127.0.0.1:1", |l| l.upgrades(Upgrades::Refuse)).await;
-    is(&send(upgrade(&server)).await, 503, "not-executed");
+    assert_eq!(text(send(ask("GET", &server, "websocket")).await).await, "here");
+    let (server, _node) =
+        replica_of("http://127.0.0.1:1", |l| l.upgrades(Upgrades::Refuse).upgrade_protocol("mine")).await;
+    is(&send(ask("GET", &server, "websocket")).await, 503, "not-executed");
+    is(&send(ask("GET", &server, "mine/1")).await, 503, "not-executed");
+    assert_eq!(text(send(ask("GET", &server, "anything")).await).await, "here");
     // No way for a write to be served here.
     let (server, _node) = replica_of("http://127.0.0.1:1", |l| l).await;
-    let write = Request::post(server.url()).header("connection", "Upgrade").header("upgrade", "x");
-    is(&send(write.body(full("")).unwrap()).await, 503, "not-executed");
+    is(&send(ask("POST", &server, "websocket")).await, 503, "not-executed");
     let service = ReplayLayer::new(node(1, Role::Primary)).layer(service_fn(hello));
     let request = Request::connect("example.org:443").body(Empty::<Bytes>::new()).unwrap();
     is(&service.oneshot(request).await.unwrap(), 405, "not-executed");
+}
+
+#[tokio::test]
+async fn an_upgrade_goes_where_its_route_says_and_waits_for_its_token() {
+    let pair = Pair::new(
+        Router::new().fallback(|| async { "primary" }),
+        Router::new().fallback(|| async { "here" }),
+        |l| l.route_prefix("/primary", Route::Primary).read_wait_limit(SHORT),
+    );
+    let pair = pair.await;
+    let token = Token::sign(&pair.replica_node, txid(99)).to_string();
+    for protocol in ["websocket", "anything", "h2c"] {
+        let ask = |path: &str| pair.get(path).header("connection", "Upgrade").header("upgrade", protocol);
+        assert_eq!(text(send(ask("/x").body(full("")).unwrap()).await).await, "here", "{protocol}");
+        assert_eq!(text(send(ask("/primary").body(full("")).unwrap()).await).await, "primary", "{protocol}");
+        let behind = ask("/x").header("replite-token", &token);
+        assert_eq!(text(send(behind.body(full("")).unwrap()).await).await, "primary", "{protocol}");
+    }
 }
 
 #[tokio::test]
@@ -100,9 +121,6 @@ async fn a_route_of_the_router_decides_whatever_its_parameters_are() {
     let replica = node(2, Role::Replica);
     follow(&replica, 1, Some(peer(1, &primary.url())));
     let layer = ReplayLayer::new(replica)
-        .matched_path(|parts| {
-            parts.extensions.get::<axum::extract::MatchedPath>().map(|path| path.as_str().to_owned())
-        })
         .route_matched("/oauth/{provider}/callback", Route::Primary)
         .route_matched("/hooks/{*rest}", Route::Local);
     let app = Router::new()
@@ -122,7 +140,7 @@ async fn a_route_of_the_router_decides_whatever_its_parameters_are() {
 }
 
 /// An app whose error is its own.
-async fn hello<B>(_: Request<ReplayRequestBody<B>>) -> Result<Response<Full<Bytes>>, std::fmt::Error> {
+async fn hello<B>(_: Request<B>) -> Result<Response<Full<Bytes>>, std::fmt::Error> {
     Ok(Response::new(Full::new(Bytes::from_static(b"hello"))))
 }
 
@@ -145,9 +163,9 @@ impl Body for Fixed {
 async fn the_layer_goes_around_any_tower_service() {
     let layer = ReplayLayer::new(node(1, Role::Primary));
     // Any body, also one that can't move or is boxed as tonic's.
-    let mut service = ServiceBuilder::new().layer(layer.clone()).service(service_fn(hello));
-    let response: Result<Response<ReplayResponseBody<Full<Bytes>>>, std::fmt::Error> =
-        service.ready().await.unwrap().call(Request::new(Fixed(PhantomPinned))).await;
+    let service = ServiceBuilder::new().layer(layer.clone()).service(service_fn(hello));
+    let response: Result<Response<axum::body::Body>, std::fmt::Error> =
+        service.oneshot(Request::new(Fixed(PhantomPinned))).await;
     assert_eq!(text(response.unwrap()).await, "hello");
     let boxed: UnsyncBoxBody<Bytes, BoxError> = Empty::new().map_err(|e| match e {}).boxed_unsync();
     let response = layer.layer(service_fn(hello)).oneshot(Request::new(boxed)).await.unwrap();
@@ -164,7 +182,7 @@ async fn the_layer_goes_around_any_tower_service() {
 
 #[tokio::test]
 async fn the_layer_works_on_plain_hyper() {
-    let service = ReplayLayer::new(node(1, Role::Primary)).layer(service_fn(hello::<Incoming>));
+    let service = ReplayLayer::new(node(1, Role::Primary)).layer(service_fn(hello));
     let (client, server) = tokio::io::duplex(4096);
     let serving = tokio::spawn(async move {
         let builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());

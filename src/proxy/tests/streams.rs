@@ -15,11 +15,14 @@ use http_body_util::BodyExt;
 use http_body_util::channel::Channel;
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::TokioExecutor;
-use tokio::io::AsyncWriteExt;
+use hyper_util::rt::{TokioExecutor, TokioIo};
+use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 
 use super::world::*;
+use crate::proxy::ReplayLayer;
+use crate::status::Role;
 
 fn nothing() -> Router {
     Router::new().fallback(|| async { "here" })
@@ -146,18 +149,51 @@ async fn each_side_speaks_http_1_or_2_and_grpc_has_its_trailers() {
     }
 }
 
-#[tokio::test]
-async fn a_primary_without_http_2_fails_the_request_at_once() {
+/// A server that answers the preface of HTTP/2 with these words and closes.
+async fn refusing(words: &'static [u8]) -> String {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
     tokio::spawn(async move {
         while let Ok((mut stream, _)) = listener.accept().await {
-            let _ = stream.write_all(b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n").await;
+            let mut preface = [0; 24];
+            let _ = stream.read_exact(&mut preface).await;
+            let _ = stream.write_all(words).await;
         }
     });
-    let (replica, _node) = replica_of(&url, |l| l.http2(true)).await;
-    let response = send(Request::post(replica.url()).body(full("x")).unwrap()).await;
-    // Whether the request was put on the connection before it broke is a matter of chance.
-    let outcome = response.headers()["replite-outcome"].to_str().unwrap();
-    assert!(matches!((response.status().as_u16(), outcome), (503, "not-executed") | (504, "unknown")));
+    url
+}
+
+#[tokio::test]
+async fn nothing_is_sent_to_a_primary_that_does_not_show_that_it_speaks_http_2() {
+    for words in [&b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n"[..], b"", b"H", b"\0\0\0\x07\0"] {
+        let (replica, _node) = replica_of(&refusing(words).await, |l| l.http2(true)).await;
+        for _ in 0..20 {
+            let response = send(Request::post(replica.url()).body(full("x")).unwrap()).await;
+            is(&response, 503, "not-executed");
+        }
+    }
+}
+
+#[tokio::test]
+async fn who_asks_for_trailers_is_forwarded_in_http_1_to_a_primary_that_has_no_http_2() {
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let app = Router::new().fallback(grpc_like).layer(ReplayLayer::new(node(1, Role::Primary)));
+    tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            let service = TowerToHyperService::new(app.clone());
+            let http1 = hyper::server::conn::http1::Builder::new();
+            tokio::spawn(http1.serve_connection(TokioIo::new(stream), service));
+        }
+    });
+    let (replica, _node) = replica_of(&url, |l| l).await;
+    let client: Client<HttpConnector, TestBody> =
+        Client::builder(TokioExecutor::new()).http2_only(true).build_http();
+    for _ in 0..20 {
+        let request = Request::post(replica.url()).header("te", "trailers");
+        let response = client.request(request.body(full("x".repeat(50_000))).unwrap()).await.unwrap();
+        assert_eq!(response.status(), 200);
+        let answer = text(response).await;
+        assert!(answer.starts_with("HTTP/1.1 xx") && answer.len() > 50_000, "{answer:.100}");
+    }
 }

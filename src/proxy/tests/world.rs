@@ -51,7 +51,7 @@ pub(super) fn node(id: u128, role: Role) -> Arc<Node> {
 }
 
 pub(super) fn node_of(me: PeerInfo, role: Role) -> Arc<Node> {
-    let keys = Keyring::new(&[Secret::new([7; 16]).unwrap()]).unwrap();
+    let keys = Keyring::new(&[Secret::fixed([7; 32])]).unwrap();
     let node = Node::new(me, "c".into(), "app".into(), keys, role);
     let mut history = EpochHistory::default();
     history.push(EpochStart { epoch: epoch(1), first: 1, before: Checksum::EMPTY });
