@@ -188,6 +188,14 @@ impl Process {
         self.lines.iter().collect()
     }
 
+    /// SIGTERM, and its end.
+    pub(crate) fn end(mut self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        let status = self.child.wait().unwrap();
+        assert!(status.success(), "{status}");
+    }
+
     pub(crate) fn id(&self) -> u32 {
         self.child.id()
     }
