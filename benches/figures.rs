@@ -1,5 +1,7 @@
 //! Figures: ratios to raw SQLite, measured side by side in one run. `cargo bench --bench figures -- NAME` runs one.
 
+#[path = "../tests/support/app.rs"]
+mod app;
 #[path = "figures/commits.rs"]
 mod commits;
 #[path = "figures/doors.rs"]
@@ -8,10 +10,14 @@ mod doors;
 mod heals;
 #[path = "figures/home.rs"]
 mod home;
+#[path = "../tests/support/http.rs"]
+mod http_support;
 #[path = "figures/reads.rs"]
 mod reads;
 #[path = "figures/streams.rs"]
 mod streams;
+#[path = "../tests/support/lib.rs"]
+mod support;
 #[path = "figures/verify.rs"]
 mod verify;
 
@@ -20,7 +26,7 @@ use std::time::Instant;
 /// Figures that are measured together, and what measures them.
 type Figure = (&'static [&'static str], fn());
 
-const FIGURES: [Figure; 18] = [
+const FIGURES: [Figure; 19] = [
     (&["commit_normal_ratio"], commits::normal),
     (&["commit_full_ratio"], commits::full),
     (&["group_commit_ratio"], commits::group),
@@ -33,6 +39,7 @@ const FIGURES: [Figure; 18] = [
     (&["snapshot_cp_ratio", "big_txn_memory_mib"], streams::bulk),
     (&["layer_get_us", "replay_post_us"], doors::layer),
     (&["proxy_req_per_s_ratio", "proxy_plain_req_per_s_ratio"], doors::forwarded),
+    (&["orderly_restart_failed", "orderly_restart_longest_ms"], doors::restarted),
     (&["verify_gb_per_s", "verify_ratio"], verify::whole),
     (&["wait_wakeup_us"], streams::wakeups),
     (&["temporary_db_ms"], doors::temporary),
@@ -44,6 +51,9 @@ const FIGURES: [Figure; 18] = [
 fn main() {
     if home::child() || verify::child() {
         return;
+    }
+    if support::is_child() {
+        return app::run_node();
     }
     if let Some(path) = std::env::var_os("REPLITE_BENCH_DOOMED") {
         return heals::doomed(path.as_ref());

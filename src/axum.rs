@@ -7,6 +7,7 @@ use axum::response::{IntoResponse, Response};
 use http::header::{CACHE_CONTROL, RETRY_AFTER};
 use http::request::Parts;
 use http::{HeaderValue, StatusCode};
+use rusqlite::ErrorCode;
 
 use crate::error::Error;
 use crate::proxy::headers::OUTCOME;
@@ -32,8 +33,10 @@ impl IntoResponse for Error {
         }
         if let Error::NotPrimary { primary } = &self {
             session::this_primary_needed(primary.as_deref());
-            // The layer takes this back when the handler committed something before.
-            headers.insert(OUTCOME, HeaderValue::from_static(Outcome::NotExecuted.as_str()));
+        }
+        // The layer takes this back when the handler committed something before.
+        if let Some(outcome) = Outcome::of(&self) {
+            headers.insert(OUTCOME, HeaderValue::from_static(outcome.as_str()));
         }
         response
     }
@@ -45,6 +48,13 @@ fn sort(error: &Error) -> (StatusCode, &'static str) {
         Error::NoState(_) => (StatusCode::SERVICE_UNAVAILABLE, "this node has no state yet\n"),
         Error::PoolExhausted { .. } | Error::TooMany { .. } => {
             (StatusCode::SERVICE_UNAVAILABLE, "too many requests at once\n")
+        }
+        Error::Busy { .. } => (StatusCode::SERVICE_UNAVAILABLE, "another program writes to the database\n"),
+        Error::Sqlite(error) if error.sqlite_error_code() == Some(ErrorCode::DatabaseBusy) => {
+            (StatusCode::SERVICE_UNAVAILABLE, "the database is in use\n")
+        }
+        Error::Sqlite(_) if error.no_room() => {
+            (StatusCode::SERVICE_UNAVAILABLE, "there is no room at the moment\n")
         }
         Error::ShutDown => (StatusCode::SERVICE_UNAVAILABLE, "this node is shutting down\n"),
         Error::Timeout { .. } => (StatusCode::GATEWAY_TIMEOUT, "not done in time\n"),
@@ -85,19 +95,32 @@ mod tests {
     fn errors_become_responses_that_leak_nothing() {
         let timeout = Error::Timeout { what: "secret.db".into(), after: Duration::from_secs(1) };
         let io = Error::io("open", "/secret.db")(std::io::Error::other("x"));
-        for (error, status, retry) in [
+        let sqlite = |code| rusqlite::Error::SqliteFailure(rusqlite::ffi::Error::new(code), None);
+        let second = Duration::from_secs(1);
+        for (error, status, not_executed) in [
             (Error::NotPrimary { primary: None }, 503, true),
-            (Error::NoState("x".into()), 503, true),
-            (Error::TooMany { what: "x", limit: 1 }, 503, true),
+            (Error::of_begin(sqlite(rusqlite::ffi::SQLITE_BUSY_RECOVERY), second), 503, true),
+            (Error::ShutDown, 503, true),
+            // Perhaps by an fsync that failed after the commit.
+            (Error::Stopped("/secret.db".into()), 500, false),
+            // Statements before may have done something elsewhere.
+            (Error::Sqlite(sqlite(rusqlite::ffi::SQLITE_BUSY)), 503, false),
+            (Error::Sqlite(sqlite(rusqlite::ffi::SQLITE_FULL)), 503, false),
+            (Error::NoState("x".into()), 503, false),
+            (Error::PoolExhausted { limit: 1, waited: second }, 503, false),
+            (Error::TooMany { what: "x", limit: 1 }, 503, false),
             (timeout, 504, false),
             (io, 500, false),
+            (Error::of_begin(sqlite(rusqlite::ffi::SQLITE_IOERR), second), 500, false),
             (Error::Sqlite(rusqlite::Error::InvalidQuery), 500, false),
         ] {
-            let outcome = matches!(error, Error::NotPrimary { .. });
+            let name = error.to_string();
             let response = error.into_response();
-            assert_eq!(response.status().as_u16(), status);
-            assert_eq!(response.headers().contains_key(RETRY_AFTER), retry);
-            assert_eq!(response.headers().contains_key(OUTCOME), outcome);
+            let headers = response.headers();
+            assert_eq!(response.status().as_u16(), status, "{name}");
+            assert_eq!(headers.contains_key(RETRY_AFTER), status == 503, "{name}");
+            let outcome = headers.get(OUTCOME).map(|outcome| outcome.to_str().unwrap());
+            assert_eq!(outcome, not_executed.then_some("not-executed"), "{name}");
         }
     }
 }

@@ -139,7 +139,8 @@ impl Db {
     ///
     /// # Errors
     /// What `f` returned, or one of our own through `E: From<Error>`: [`Error::NotPrimary`] on a replica, [`Error::Panicked`],
-    /// [`Error::Reentrant`] inside of another write, [`Error::Sqlite`] when BEGIN or COMMIT fail, [`Error::ShutDown`].
+    /// [`Error::Reentrant`] inside of another write, [`Error::Busy`] when another connection writes for longer than five seconds,
+    /// [`Error::Sqlite`] when BEGIN fails for another reason or COMMIT does, [`Error::ShutDown`].
     ///
     /// # Cancel safety
     /// Dropped before the writer has begun with it, the closure never runs. Dropped after that, it runs and commits.

@@ -81,6 +81,12 @@ pub enum Error {
     /// The replica has no state yet: it waits for its primary or is being filled.
     #[error("no state to read yet: {0}")]
     NoState(String),
+    /// Another connection, mostly one of another process, wrote for as long as a write waits for it. Nothing of the write was run.
+    #[error("another connection kept the database from being written to for {waited:?}")]
+    Busy {
+        /// How long was waited.
+        waited: Duration,
+    },
     /// Every pooled connection stayed in use for as long as the limit allows.
     #[error("all {limit} read connections stayed in use for {waited:?}")]
     PoolExhausted {
@@ -326,6 +332,14 @@ impl Error {
         }
     }
 
+    /// The error of a write that could not begin, after so much time.
+    pub(crate) fn of_begin(error: rusqlite::Error, waited: Duration) -> Error {
+        if error.sqlite_error_code() == Some(rusqlite::ErrorCode::DatabaseBusy) {
+            return Error::Busy { waited };
+        }
+        Error::Sqlite(error)
+    }
+
     /// Who must act.
     pub fn blame(&self) -> Blame {
         match self {
@@ -339,6 +353,7 @@ impl Error {
             | Error::NotPrimary { .. }
             | Error::ShutDown
             | Error::NoState(_)
+            | Error::Busy { .. }
             | Error::PoolExhausted { .. }
             | Error::Timeout { .. }
             | Error::TooMany { .. }

@@ -83,6 +83,17 @@ pub(crate) struct Node {
     /// Cancelled before that, when the application's server is to end: long streams end and nothing new is begun, but what
     /// runs already runs on.
     pub(crate) drain: CancellationToken,
+    /// Requests that are on their way to another node's application, and have no answer yet.
+    forwards: watch::Sender<usize>,
+}
+
+/// A request on its way; counted until this is dropped.
+pub(crate) struct Forward<'a>(&'a watch::Sender<usize>);
+
+impl Drop for Forward<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|number| *number -= 1);
+    }
 }
 
 impl Node {
@@ -111,6 +122,7 @@ impl Node {
             begun: Instant::now(),
             events: broadcast::Sender::new(EVENTS_BEHIND_MAX),
             drain: stop.child_token(),
+            forwards: watch::Sender::new(0),
             stop,
         })
     }
@@ -155,6 +167,19 @@ impl Node {
         if changed {
             self.tell(Event::Role(state));
         }
+    }
+
+    /// Counts a request from now on, before anybody looks up where to send it: so no request that is not counted goes to a primary
+    /// that is not the primary any more.
+    pub(crate) fn forward(&self) -> Forward<'_> {
+        self.forwards.send_modify(|number| *number += 1);
+        Forward(&self.forwards)
+    }
+
+    /// Returns when all requests that were on their way are answered.
+    pub(crate) async fn forwards_answered(&self) {
+        // The sender is ours.
+        let _ = self.forwards.subscribe().wait_for(|number| *number == 0).await;
     }
 
     /// The first eight hex digits that tell this database's tokens and cookies from those of others.

@@ -20,6 +20,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
+use tokio_util::sync::CancellationToken;
 
 use crate::engine::{Engine, Piece};
 use crate::error::{Error, PeerProblem, Result};
@@ -54,7 +55,9 @@ const COMPARISONS_MAX: usize = 2;
 const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
 /// A replica that has not acknowledged for this long is gone; it acknowledges each second.
 const ACK_TIMEOUT: Duration = Duration::from_secs(15);
-/// How long a stream may go on when the node drains, until it has sent what is captured.
+/// How long a node that drains waits for what its replicas have sent to its application.
+const LAST_REQUESTS_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long a stream may go on after that, until it has sent what is captured.
 const LAST_RECORDS_TIMEOUT: Duration = Duration::from_secs(1);
 /// Why a stream ends when the node does.
 const SHUTTING_DOWN: &str = "shutting down";
@@ -327,9 +330,10 @@ pub(crate) async fn serve(source: Arc<Source>, guest: Guest, upstream: Incoming,
     let (questions, answers) = source.lines.open(&peer);
     let mut pump = Pump::new(node.clone(), supply, outlet, questions, source.comparisons.clone());
     let (asks, wants) = mpsc::channel(WANTS_MAX);
+    let quiet = pump.quiet();
     let end = tokio::select! {
         end = pump.run(&hello, wants) => end,
-        end = acks(&mut units, &seat, &asks, &answers) => end,
+        end = acks(&mut units, &seat, &asks, &answers, &quiet) => end,
         () = cut_off(&node) => End::Said(SHUTTING_DOWN.into()),
         // What it commits from now on comes to nobody.
         () = node.stopped() => End::Said(STOPPED.into()),
@@ -356,7 +360,7 @@ async fn last_word(outlet: Option<Outlet>, end: End) {
 async fn cut_off(node: &Node) {
     node.drain.cancelled().await;
     // Without a limit a replica that takes nothing would hold up the end of the application's server.
-    let _ = tokio::time::timeout(LAST_RECORDS_TIMEOUT, node.stop.cancelled()).await;
+    let _ = tokio::time::timeout(LAST_REQUESTS_TIMEOUT + LAST_RECORDS_TIMEOUT, node.stop.cancelled()).await;
 }
 
 fn left(node: &Node, peer: &PeerInfo, end: &End) {
@@ -404,7 +408,13 @@ async fn hello(node: &Node, guest: &Guest, units: &mut Units) -> Result<Hello> {
 }
 
 /// Reads acknowledgements, and what a heal asks for, until the replica leaves, is silent for too long or sends something else.
-async fn acks(units: &mut Units, seat: &Seat, asks: &mpsc::Sender<Want>, answers: &Answers) -> End {
+async fn acks(
+    units: &mut Units,
+    seat: &Seat,
+    asks: &mpsc::Sender<Want>,
+    answers: &Answers,
+    quiet: &CancellationToken,
+) -> End {
     let peer = seat.node().to_string();
     loop {
         let unit = match tokio::time::timeout(ACK_TIMEOUT, units.next()).await {
@@ -423,6 +433,7 @@ async fn acks(units: &mut Units, seat: &Seat, asks: &mpsc::Sender<Want>, answers
             }
             Ok(Message::SnapPiece { first, pages, .. }) if answers.pages(first, pages) => {}
             Ok(Message::Sent(sent)) if answers.end(sent) => {}
+            Ok(Message::Drain) => quiet.cancel(),
             Ok(Message::Goodbye(_)) => return End::Left,
             Ok(_) => {
                 let what = format!("{:?} in place of an acknowledgement", unit.kind);

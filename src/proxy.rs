@@ -17,6 +17,7 @@ mod forward;
 mod future;
 pub(crate) mod headers;
 mod hop;
+mod http2;
 mod keep;
 mod layer;
 mod preface;

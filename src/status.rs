@@ -67,7 +67,8 @@ pub struct RoleState {
     pub role: Role,
     /// The newest epoch that this node knows.
     pub epoch: Epoch,
-    /// The primary (this node itself, when it is the primary), once it is known and reachable.
+    /// The primary (this node itself, when it is the primary), once it is known and reachable; none while it is about to end
+    /// and takes no more requests.
     pub primary: Option<PeerInfo>,
 }
 

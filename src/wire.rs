@@ -38,6 +38,7 @@
 //! | 15 | SUMS | first page (4), pages in each sum (4), sums of page hashes (16 each) |
 //! | 16 | WANT | runs: first page (4), count of pages (4), the hash of each page as it is here (16 each; zeros: it is not here) |
 //! | 17 | SENT | position of the last page that was read, pages in the database there (4) |
+//! | 18 | DRAIN | none. From the primary: its application is about to end, so send it no more requests. From the replica: all that it had sent are answered |
 //! | 13 | SEGMENT | address of the segment's first record byte (8), position before its first record, address where the segment before it ends (8; all ones: it follows none) |
 //!
 //! The header's layout and the hash of SEGMENT never change with the version, so that every version can tell a
@@ -136,14 +137,15 @@ pub(crate) enum Kind {
     Sums = 15,
     Want = 16,
     Sent = 17,
+    Drain = 18,
 }
 
 impl Kind {
     fn from_u8(kind: u8) -> Option<Kind> {
         use Kind::*;
-        const ALL: [Kind; 17] = [
+        const ALL: [Kind; 18] = [
             TxnBegin, Page, TxnEnd, Hello, Welcome, Epochs, Heartbeat, Ack, SnapBegin, SnapPiece, SnapEnd,
-            Goodbye, Segment, HealBegin, Sums, Want, Sent,
+            Goodbye, Segment, HealBegin, Sums, Want, Sent, Drain,
         ];
         let kind = ALL.get(usize::from(kind).checked_sub(1)?).copied();
         debug_assert!(kind.is_none_or(|k| ALL[k as usize - 1] == k), "the list is not in order");
@@ -229,6 +231,8 @@ pub(crate) enum Message<'a> {
     },
     Want(Want),
     Sent(Sent),
+    /// No more requests are to come, or will come.
+    Drain,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

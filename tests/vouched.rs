@@ -33,7 +33,7 @@ async fn add(State(db): State<Db>, text: String) -> Result<(), Error> {
 }
 
 fn app(db: &Db) -> Router {
-    let layer = db.replay_layer().read_wait_limit(SHORT);
+    let layer = db.replay_layer().read_wait_limit(SHORT).hold_limits(SHORT, 8);
     Router::new().route("/notes", get(list).post(add)).with_state(db.clone()).layer(layer)
 }
 

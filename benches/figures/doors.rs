@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use tower::ServiceExt;
 
 use crate::home::{SCHEMA, config, directory, runtime};
-use crate::{figure, quantile};
+use crate::{app, figure, quantile};
 
 const RUNS: usize = 7;
 
@@ -167,4 +167,24 @@ pub(crate) fn temporary() {
         runtime().block_on(db.shutdown());
     }
     figure("temporary_db_ms", "ms", times);
+}
+
+/// Eight clients of a replica whose primary is restarted in good order, again and again; all in processes of their own.
+pub(crate) fn restarted() {
+    const RESTARTS: usize = 50;
+    for (http2, how) in [(false, "forwarded in HTTP/1.1"), (true, "forwarded in HTTP/2")] {
+        let setting = app::Setting { http2, own_listener: false };
+        // On a thread of the runtime, as waiting for processes blocks.
+        let run = async move { app::restarts("node", setting, RESTARTS).await };
+        let seen = runtime().block_on(async { runtime().spawn(run).await.expect("a task") });
+        for failed in &seen.failed {
+            eprintln!("{failed}");
+        }
+        println!(
+            "orderly_restart_failed: {} of {} requests, {RESTARTS} restarts, {how}",
+            seen.failed.len(),
+            seen.requests
+        );
+        println!("orderly_restart_longest_ms: {:.0} ms", seen.longest.as_secs_f64() * 1e3);
+    }
 }

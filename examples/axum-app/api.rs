@@ -109,21 +109,22 @@ impl From<replite::rusqlite::Error> for Failure {
 
 impl IntoResponse for Failure {
     fn into_response(self) -> Response {
-        let (status, text) = match self {
-            Failure::Refused(status, text) => (status, text),
-            Failure::Db(
-                error @ (Error::NotPrimary { .. }
-                | Error::NoState(_)
-                | Error::PoolExhausted { .. }
-                | Error::TooMany { .. }
-                | Error::ShutDown),
-            ) => (StatusCode::SERVICE_UNAVAILABLE, error.to_string()),
+        match self {
+            Failure::Refused(status, text) => (status, Json(json!({ "error": text }))).into_response(),
             Failure::Db(error) => {
-                tracing::error!(%error, "a request failed");
-                (StatusCode::INTERNAL_SERVER_ERROR, "internal error".into())
+                let later = error.to_string();
+                // Status and headers say whether to try again, and whether that is safe; the words are ours.
+                let (mut head, _) = error.into_response().into_parts();
+                for about_the_words in [header::CONTENT_TYPE, header::CONTENT_LENGTH] {
+                    head.headers.remove(about_the_words);
+                }
+                let text = match head.status {
+                    StatusCode::SERVICE_UNAVAILABLE => later.as_str(),
+                    _ => "internal error",
+                };
+                (head.status, head.headers, Json(json!({ "error": text }))).into_response()
             }
-        };
-        (status, Json(json!({ "error": text }))).into_response()
+        }
     }
 }
 

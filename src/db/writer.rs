@@ -9,7 +9,7 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, DropBehavior, ErrorCode, OpenFlags, Transaction, TransactionBehavior};
@@ -323,8 +323,9 @@ impl Shared {
     {
         let sqlite = |e: rusqlite::Error| E::from(Error::Sqlite(e));
         let commits = CommitCount::begin();
-        let mut transaction =
-            Transaction::new_unchecked(connection, TransactionBehavior::Immediate).map_err(sqlite)?;
+        let asked = Instant::now();
+        let mut transaction = Transaction::new_unchecked(connection, TransactionBehavior::Immediate)
+            .map_err(|error| Error::of_begin(error, asked.elapsed()))?;
         transaction.set_drop_behavior(DropBehavior::Rollback);
         let engine = self.engine.get()?;
         let begun = engine.begun()?;

@@ -7,13 +7,14 @@ use std::time::{Duration, SystemTime};
 use bytes::{Bytes, BytesMut};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::boundary::Boundary;
 use super::outlet::{Closed, Outlet};
 use super::plan::{Decision, plan};
 use super::questions::Questions;
-use super::{Hold, SHUTTING_DOWN, Supply, blocking};
+use super::{Hold, LAST_REQUESTS_TIMEOUT, SHUTTING_DOWN, Supply, blocking};
 use crate::checksum::{Checksum, PageHash};
 use crate::engine::{PIECE_BYTES, Piece, answer};
 use crate::error::{Error, Result};
@@ -71,6 +72,10 @@ pub(super) struct Pump {
     questions: Questions,
     /// Turns to compare all pages.
     comparisons: Arc<Semaphore>,
+    /// Until when it is waited for the replica's requests, once it was told that this node drains.
+    draining: Option<Instant>,
+    /// Cancelled when the replica has said that all of them are answered.
+    quiet: CancellationToken,
 }
 
 impl Pump {
@@ -83,7 +88,24 @@ impl Pump {
     ) -> Pump {
         let boundary = Boundary::default();
         let (told, last_beat) = (Arc::default(), Instant::now());
-        Pump { node, supply, outlet, boundary, told, last_beat, questions, comparisons }
+        let quiet = CancellationToken::new();
+        Pump {
+            node,
+            supply,
+            outlet,
+            boundary,
+            told,
+            last_beat,
+            questions,
+            comparisons,
+            draining: None,
+            quiet,
+        }
+    }
+
+    /// To be cancelled when the replica has said that it sends no more requests.
+    pub(super) fn quiet(&self) -> CancellationToken {
+        self.quiet.clone()
     }
 
     /// The way out, when a last unit may be put on it.
@@ -209,6 +231,7 @@ impl Pump {
             };
             // After reading: what was read may belong to an epoch that was opened in between.
             self.tell_epochs().await?;
+            self.tell_drain().await?;
             if self.boundary.is_clean()
                 && let Some(want) = self.questions.now()
             {
@@ -227,7 +250,8 @@ impl Pump {
                         self.say(&[Message::Want(want)]).await?;
                     }
                     () = tokio::time::sleep_until(self.last_beat + BEAT) => self.beat().await?,
-                    () = self.node.drain.cancelled() => {
+                    () = self.node.drain.cancelled(), if self.draining.is_none() && self.boundary.is_clean() => {}
+                    () = requests_answered(self.draining, &self.quiet) => {
                         // What was acknowledged to a client by now may not have come into the log yet.
                         let log = log.clone();
                         blocking(move || log.settle()).await?;
@@ -405,12 +429,22 @@ impl Pump {
         Ok(())
     }
 
+    /// Tells the replica, once, that this node drains: it is to send no more requests.
+    async fn tell_drain(&mut self) -> Result<(), Closed> {
+        if self.draining.is_some() || !self.node.drain.is_cancelled() || !self.boundary.is_clean() {
+            return Ok(());
+        }
+        self.draining = Some(Instant::now() + LAST_REQUESTS_TIMEOUT);
+        self.say(&[Message::Drain]).await
+    }
+
     async fn beat_if_due(&mut self) -> Result<(), Closed> {
         if self.last_beat.elapsed() >= BEAT { self.beat().await } else { Ok(()) }
     }
 
     async fn beat(&mut self) -> Result<(), Closed> {
         self.last_beat = Instant::now();
+        self.tell_drain().await?;
         match self.node.applied.position() {
             Some(position) if self.boundary.is_clean() => {
                 self.say(&[Message::Heartbeat(Heartbeat { position, unix_micros: unix_micros() })]).await
@@ -425,6 +459,15 @@ impl Pump {
             wire::encode(message, &mut bytes);
         }
         self.outlet.send(bytes.freeze()).await
+    }
+}
+
+/// Returns when the requests that a replica had sent before it was told of the drain are answered, or have taken too long: what they
+/// commit goes to the replica, too.
+async fn requests_answered(until: Option<Instant>, quiet: &CancellationToken) {
+    match until {
+        Some(until) => drop(tokio::time::timeout_at(until, quiet.cancelled()).await),
+        None => std::future::pending().await,
     }
 }
 

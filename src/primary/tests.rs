@@ -438,13 +438,38 @@ async fn a_node_that_drains_sends_what_is_committed_and_ends_its_streams() {
     assert_eq!(stream.plan().await, Plan::Log);
     fake.late.store(2, Ordering::SeqCst);
     node.drain.cancel();
-    for _ in 0..2 {
+    assert_eq!(stream.kind().await, Kind::Drain);
+    let begun = tokio::time::Instant::now();
+    // What a request of this replica commits, before all of them are answered.
+    fake.commit(1);
+    for answered in [false, true, true] {
+        if answered {
+            let _ = stream.up.try_send(http_body::Frame::data(encoded(&Message::Drain)));
+        }
         for kind in [Kind::TxnBegin, Kind::Page, Kind::TxnEnd] {
             assert_eq!(stream.kind().await, kind);
         }
     }
     assert_eq!(stream.goodbye().await, "shutting down");
     source.deserted().await;
+    assert!(begun.elapsed() < LAST_REQUESTS_TIMEOUT, "nothing more was waited for");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_node_that_drains_does_not_wait_long_for_the_requests_of_a_replica() {
+    let primary = Stream::start(1);
+    let (node, fake) = (primary.0.clone(), primary.1.clone());
+    let mut stream = Stream::join(primary, Some(at(1, 0)), history(&[(1, 1)]), None).await;
+    assert_eq!(stream.plan().await, Plan::Log);
+    fake.late.store(1, Ordering::SeqCst);
+    node.drain.cancel();
+    let begun = tokio::time::Instant::now();
+    let mut kinds = Vec::new();
+    while kinds.last() != Some(&Kind::Goodbye) {
+        kinds.push(stream.kind().await);
+    }
+    assert_eq!(kinds, [Kind::Drain, Kind::TxnBegin, Kind::Page, Kind::TxnEnd, Kind::Goodbye]);
+    assert_eq!(begun.elapsed().as_secs(), LAST_REQUESTS_TIMEOUT.as_secs());
 }
 
 #[tokio::test(start_paused = true)]

@@ -16,15 +16,15 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tower::Service;
 
-use crate::net::{PING_INTERVAL, PING_TIMEOUT};
 use crate::proxy::BoxError;
 use crate::proxy::body::{Patient, ReplayRequestBody};
+use crate::proxy::http2::Http2;
 use crate::proxy::keep::Keep;
-use crate::proxy::preface::{Proof, Proven};
+use crate::proxy::preface::Proven;
 
 /// How long an unused connection is kept: less than any server or proxy on the way is likely to allow, because a
 /// request that meets a closing connection has an unknown outcome.
-const POOL_IDLE_SECONDS: u64 = 15;
+pub(super) const POOL_IDLE_SECONDS: u64 = 15;
 /// Unused connections that are kept to one node.
 const POOL_IDLE_MAX: usize = 64;
 /// TCP probes an idle connection after so many seconds, so that a dead machine is noticed.
@@ -47,10 +47,12 @@ pub(super) enum Protocol {
 pub(super) enum SendError {
     /// There was no connection, and it is no use to try another.
     Unreachable(BoxError),
-    /// The connection closed before the request was put on it.
-    NotSent(BoxError),
-    /// The server speaks no HTTP/2; the request was not put on the connection.
+    /// The connection closed before the request was put on it, or the node said that it has not begun it.
+    NotBegun(BoxError),
+    /// The server shows no HTTP/2; the request was not put on the connection.
     NoHttp2(BoxError),
+    /// The request's `Host` is no host.
+    BadHost,
     /// The client stopped sending.
     SlowClient,
     /// What the client sent is no body, or it left within it.
@@ -65,7 +67,7 @@ pub(super) enum SendError {
 #[derive(Clone, Debug)]
 pub(super) struct Dialer {
     http1: Client<Connector, Outgoing>,
-    http2: Client<Connector, Outgoing>,
+    http2: Http2,
 }
 
 impl Dialer {
@@ -75,23 +77,16 @@ impl Dialer {
         http.set_keepalive(Some(Duration::from_secs(KEEPALIVE_SECONDS)));
         http.set_connect_timeout(Some(connect));
         let connector = Connector { http, limit: connect, http2: false };
-        let mut builder = Client::builder(Spawn { stop });
-        builder
+        let spawn = Spawn { stop };
+        let http1 = Client::builder(spawn.clone())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(Duration::from_secs(POOL_IDLE_SECONDS))
             .pool_max_idle_per_host(POOL_IDLE_MAX)
             // What may be sent again is decided by `forward`, which knows the method.
             .retry_canceled_requests(false)
-            .set_host(false);
-        let http1 = builder.build(connector.clone());
-        let http2 = builder
-            .http2_only(true)
-            .timer(TokioTimer::new())
-            .http2_adaptive_window(true)
-            .http2_keep_alive_interval(PING_INTERVAL)
-            .http2_keep_alive_timeout(PING_TIMEOUT)
-            .build(Connector { http2: true, ..connector });
-        Dialer { http1, http2 }
+            .set_host(false)
+            .build(connector.clone());
+        Dialer { http1, http2: Http2::new(Connector { http2: true, ..connector }, spawn) }
     }
 
     /// Sends a request and waits for the response's head. The body is not touched before a connection stands.
@@ -107,15 +102,21 @@ impl Dialer {
         answer: Duration,
     ) -> Result<Response<Incoming>, SendError> {
         let outgoing = Patient::new(ReplayRequestBody::kept(body.clone()), Some(idle));
-        let client = if http2 { &self.http2 } else { &self.http1 };
-        let response = client.request(head.map(|()| outgoing));
+        let request = head.map(|()| outgoing);
+        let response = async {
+            if http2 {
+                self.http2.request(request).await
+            } else {
+                self.http1.request(request).await.map_err(sort)
+            }
+        };
         tokio::pin!(response);
         loop {
             // The deadline comes nearer when the body ends, but never nearer than `answer` from then.
             let due = body.deadline(idle, answer).min(Instant::now() + answer);
             tokio::select! {
                 biased;
-                got = &mut response => return got.map_err(|e| sort(e, body, idle)),
+                got = &mut response => return got.map_err(|e| blame(e, body, idle)),
                 () = tokio::time::sleep_until(due) => {}
             }
             if body.deadline(idle, answer) <= Instant::now() {
@@ -125,32 +126,35 @@ impl Dialer {
     }
 }
 
-fn sort(error: hyper_util::client::legacy::Error, body: &Keep, idle: Duration) -> SendError {
+fn sort(error: hyper_util::client::legacy::Error) -> SendError {
     if error.is_connect() {
         return SendError::Unreachable(error.into());
-    }
-    if error.connect_info().is_some_and(Proof::is_missing) {
-        return SendError::NoHttp2(error.into());
     }
     let source = error.source().and_then(|s| s.downcast_ref::<hyper::Error>());
     // So hyper calls a request that it hands back unwritten.
     if source.is_some_and(hyper::Error::is_canceled) {
-        return SendError::NotSent(error.into());
-    }
-    if body.starving() && body.deadline(idle, idle) <= Instant::now() {
-        return SendError::SlowClient;
-    }
-    if body.failed() {
-        return SendError::BadBody(error.into());
+        return SendError::NotBegun(error.into());
     }
     SendError::Broken(error.into())
 }
 
+/// A connection may have broken because of what the client sent, or did not send.
+fn blame(error: SendError, body: &Keep, idle: Duration) -> SendError {
+    let SendError::Broken(error) = error else { return error };
+    if body.starving() && body.deadline(idle, idle) <= Instant::now() {
+        return SendError::SlowClient;
+    }
+    if body.failed() {
+        return SendError::BadBody(error);
+    }
+    SendError::Broken(error)
+}
+
 /// Opens TCP connections within a limit that covers the look-up of names, too.
 #[derive(Clone, Debug)]
-struct Connector {
+pub(super) struct Connector {
     http: HttpConnector,
-    limit: Duration,
+    pub(super) limit: Duration,
     /// For HTTP/2, of which the server has to give proof.
     http2: bool,
 }
@@ -178,7 +182,7 @@ impl Service<Uri> for Connector {
 
 /// Runs the connections' tasks until the node stops, so that none outlives it.
 #[derive(Clone, Debug)]
-struct Spawn {
+pub(super) struct Spawn {
     stop: CancellationToken,
 }
 

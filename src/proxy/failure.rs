@@ -4,6 +4,7 @@ use bytes::Bytes;
 use http::header::{CACHE_CONTROL, CONTENT_TYPE, RETRY_AFTER};
 use http::{HeaderValue, Response, StatusCode};
 
+use crate::error::Error;
 use crate::proxy::headers::OUTCOME;
 
 /// After how many seconds a client is asked to try again.
@@ -19,6 +20,16 @@ pub enum Outcome {
 }
 
 impl Outcome {
+    /// What this error tells of the request that fails because of it: that the write which it ends was not begun. None where the error
+    /// alone does not tell, as when SQLite refuses a statement, which may come after others. For responses of the application's own
+    /// making; those that axum makes of an [`Error`] have it. The layer takes it back when the request has committed something before.
+    pub fn of(error: &Error) -> Option<Outcome> {
+        match error {
+            Error::NotPrimary { .. } | Error::Busy { .. } | Error::ShutDown => Some(Outcome::NotExecuted),
+            _ => None,
+        }
+    }
+
     /// The value of the `replite-outcome` header.
     pub fn as_str(self) -> &'static str {
         match self {
@@ -36,11 +47,11 @@ pub enum Reason {
     NoPrimary,
     /// As many requests as may be are held already.
     TooManyHeld,
-    /// The primary could not be reached.
+    /// The primary could not be reached, or did not begin the request, within the hold limit.
     Unreachable,
     /// The handler needed the primary, but the request's body was too large to be kept for it.
     BodyTooLarge,
-    /// This node did not reach the transaction of the request's token in time, and there was no primary to ask.
+    /// This node did not reach the transaction of the request's token within the hold limit, and there was no primary to ask.
     NotApplied,
     /// The request came back to the node that sent it, or nodes disagree on who the primary is.
     Loop,
@@ -50,7 +61,7 @@ pub enum Reason {
     Upgrade,
     /// `CONNECT`, which is not forwarded.
     Method,
-    /// The request has several `Host` headers, or a target without a path: servers could read it in two ways.
+    /// The request has several `Host` headers, or one that HTTP/2 can't carry, or a target without a path: servers could read it in two ways.
     Ambiguous,
     /// The client stopped sending the request's body.
     SlowClient,

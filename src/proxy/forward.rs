@@ -1,6 +1,7 @@
 //! Sending a request to the primary, wherever that turns out to be.
 
 use std::ops::ControlFlow;
+use std::time::Duration;
 
 use http::header::{CONTENT_TYPE, HOST};
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, Version};
@@ -16,12 +17,16 @@ use crate::proxy::headers::{HOP, PRIMARY, strip_answer};
 use crate::proxy::hop::{About, HOPS_MAX, Hint, Hop};
 use crate::proxy::keep::Keep;
 use crate::proxy::layer::Shared;
-use crate::proxy::prepare::{Head, Target, Verdict, find};
+use crate::proxy::prepare::{Head, Target, Verdict, find, look, wait};
 use crate::proxy::route::is_safe;
 use crate::txid::Epoch;
 
-/// Tries on a further connection after one that closed before the request was put on it.
+/// Tries at once on a further connection after one on which the request was not begun.
 const STALE_MAX: u8 = 3;
+/// The first pause before a primary is tried again that could not be reached; each is twice the one before it.
+const PAUSE_FIRST: Duration = Duration::from_millis(10);
+/// And the longest.
+const PAUSE_MAX: Duration = Duration::from_millis(200);
 
 /// Who sends a request.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -39,6 +44,7 @@ pub(super) async fn forward(shared: &Shared, head: &Head, body: Keep, sender: Se
     }
     let until = Instant::now() + shared.options.hold;
     let again = u8::from(is_safe(&head.method));
+    let (next, avoid, rest) = (None, None, None);
     let mut trip = Trip {
         shared,
         head,
@@ -47,16 +53,20 @@ pub(super) async fn forward(shared: &Shared, head: &Head, body: Keep, sender: Se
         http1: false,
         stale: STALE_MAX,
         again,
-        next: None,
-        avoid: None,
+        next,
+        avoid,
+        pause: PAUSE_FIRST,
+        rest,
     };
     loop {
-        let target = match trip.next.take() {
-            Some(target) => target,
-            None => match find(shared, until, trip.avoid.as_ref()).await {
-                Ok(target) => target,
-                Err(reason) => return Verdict::Failed(reason),
-            },
+        let on_its_way = shared.node.forward();
+        let target = trip.next.take().or_else(|| look(shared, trip.avoid.as_ref()));
+        let Some(target) = target else {
+            drop(on_its_way);
+            if let Err(reason) = find(shared, until, trip.avoid.as_ref()).await {
+                return Verdict::Failed(reason);
+            }
+            continue;
         };
         if sender == Sender::Client {
             if target == Target::Here {
@@ -73,6 +83,12 @@ pub(super) async fn forward(shared: &Shared, head: &Head, body: Keep, sender: Se
         }
         if let ControlFlow::Break(verdict) = trip.visit(target).await {
             return verdict;
+        }
+        drop(on_its_way);
+        if let Some(pause) = trip.rest.take()
+            && let Err(reason) = wait(shared, until, pause).await
+        {
+            return Verdict::Failed(reason);
         }
     }
 }
@@ -93,6 +109,10 @@ struct Trip<'a> {
     next: Option<Target>,
     /// Who said that it is not the primary, without knowing better.
     avoid: Option<Target>,
+    /// How long the next pause is.
+    pause: Duration,
+    /// A pause that is due.
+    rest: Option<Duration>,
 }
 
 type Step = ControlFlow<Verdict>;
@@ -101,7 +121,7 @@ impl Trip<'_> {
     async fn visit(&mut self, target: Target) -> Step {
         let shared = self.shared;
         let (url, hop) = match &target {
-            Target::There(epoch, url) => (url.as_str(), Some((*epoch, self.hop(*epoch)))),
+            Target::There { url, epoch, .. } => (url.as_str(), Some((*epoch, self.hop(*epoch)))),
             Target::Here => (shared.node.me.addresses.app.as_str(), None),
         };
         let request = match request(self.head, url, hop.as_ref().map(|(_, text)| text.as_str())) {
@@ -146,7 +166,7 @@ impl Trip<'_> {
             // It knows no better: held until this node does.
             self.avoid = Some(asked);
         } else if hint.epoch.number() > epoch.number() {
-            self.next = Some(Target::There(hint.epoch, hint.url));
+            self.next = Some(Target::There { url: hint.url, epoch: hint.epoch, incarnation: None });
         } else {
             tracing::warn!(?asked, ?hint, "nodes disagree on who the primary is");
             return self.fail(Reason::Loop);
@@ -160,23 +180,24 @@ impl Trip<'_> {
             SendError::NoHttp2(error) if !self.http1 && self.head.protocol == Protocol::Http2IfSpoken => {
                 tracing::debug!(%error, ?target, "the request goes in HTTP/1.1");
                 self.http1 = true;
-                self.next = Some(target);
-                self.recall(Reason::Unreachable)
+                self.retry(target, Reason::Unreachable)
             }
-            SendError::NotSent(error) if self.stale > 0 => {
-                tracing::debug!(%error, ?target, "a pooled connection was closed; another is tried");
+            SendError::NotBegun(error) if self.stale > 0 => {
+                tracing::debug!(%error, ?target, "a connection was closed before the request was begun; another is tried");
                 self.stale -= 1;
-                self.next = Some(target);
-                self.recall(Reason::Unreachable)
+                self.retry(target, Reason::Unreachable)
             }
-            SendError::NotSent(error) | SendError::NoHttp2(error) | SendError::Unreachable(error) => {
-                tracing::warn!(
-                    error = &*error as &dyn std::error::Error,
-                    ?target,
-                    "the primary can't be reached"
-                );
-                self.fail(Reason::Unreachable)
+            SendError::NotBegun(error) | SendError::NoHttp2(error) | SendError::Unreachable(error) => {
+                if self.pause == PAUSE_FIRST {
+                    let error = &*error as &dyn std::error::Error;
+                    tracing::warn!(error, ?target, "the primary can't be reached; it is tried again");
+                }
+                self.http1 = false;
+                self.rest = Some(self.pause);
+                self.pause = (self.pause * 2).min(PAUSE_MAX);
+                self.retry(target, Reason::Unreachable)
             }
+            SendError::BadHost => self.fail(Reason::Ambiguous),
             SendError::SlowClient => self.fail(Reason::SlowClient),
             SendError::BadBody(error) => {
                 // Not louder: any client can do this.
@@ -197,10 +218,16 @@ impl Trip<'_> {
                     return self.fail(Reason::Broken);
                 }
                 self.again -= 1;
-                self.next = Some(target);
-                self.recall(Reason::Broken)
+                self.retry(target, Reason::Broken)
             }
         }
+    }
+
+    /// Another try. Where to is looked up again, because the primary may have said meanwhile that it takes no more; but for an
+    /// address that another node gave.
+    fn retry(&mut self, target: Target, or: Reason) -> Step {
+        self.next = Some(target).filter(|target| matches!(target, Target::There { incarnation: None, .. }));
+        self.recall(or)
     }
 
     /// Takes the body back for another try.

@@ -247,7 +247,7 @@ impl ReplayLayer {
     }
 
     /// Whether the primary's application is spoken to in HTTP/2 (without TLS, by prior knowledge), and not in HTTP/1.1. Requests that came in HTTP/2 and
-    /// ask for trailers (`te`), such as gRPC's, always are.
+    /// ask for trailers (`te`), such as gRPC's, always are. The client's host is the request's authority then.
     pub fn http2(self, yes: bool) -> Self {
         self.with(|o| o.http2 = yes)
     }
@@ -264,12 +264,13 @@ impl ReplayLayer {
         self.with(|o| o.budget = Budget::new(request, process))
     }
 
-    /// For how long (5 s) and how many requests (1024) wait while there is no primary.
+    /// For how long (5 s) and how many requests (1024) wait while there is no primary, or it can't be reached. Sent again is only what was not begun there.
     pub fn hold_limits(self, time: Duration, number: usize) -> Self {
         self.with(|o| (o.hold, o.held_max) = (time, number))
     }
 
-    /// For how long a read waits for the transaction of its token (2 s) before the primary is asked.
+    /// For how long a read waits for the transaction of its token (2 s) before the primary is asked. While there is none, it waits on like a
+    /// request that is held.
     pub fn read_wait_limit(self, limit: Duration) -> Self {
         self.with(|o| o.read_wait = limit)
     }

@@ -6,7 +6,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker, ready};
 
-use http::Extensions;
 use hyper_util::client::legacy::connect::{Connected, Connection};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
@@ -20,15 +19,12 @@ const LENGTH_BYTES: usize = 3;
 const SETTINGS: u8 = 4;
 
 /// Whether a connection's server has shown that it speaks HTTP/2. Before that no request is on it.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub(super) struct Proof(Arc<AtomicBool>);
 
 impl Proof {
-    /// Whether a connection, on which a request failed, has given none.
-    pub(super) fn is_missing(connection: &Connected) -> bool {
-        let mut extras = Extensions::new();
-        connection.get_extras(&mut extras);
-        extras.get::<Proof>().is_some_and(|proof| !proof.0.load(Ordering::Acquire))
+    pub(super) fn is_missing(&self) -> bool {
+        !self.0.load(Ordering::Acquire)
     }
 }
 
@@ -56,6 +52,17 @@ impl Proven {
     /// A connection; in doubt, if it is for HTTP/2.
     pub(super) fn new(stream: TcpStream, http2: bool) -> Proven {
         Proven { stream, proof: Proof(Arc::new(AtomicBool::new(!http2))), doubt: http2.then(Doubt::default) }
+    }
+
+    pub(super) fn proof(&self) -> Proof {
+        self.proof.clone()
+    }
+}
+
+/// For the pool of connections in HTTP/1.1.
+impl Connection for Proven {
+    fn connected(&self) -> Connected {
+        self.stream.connected()
     }
 }
 
@@ -162,11 +169,5 @@ impl AsyncWrite for Proven {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
-    }
-}
-
-impl Connection for Proven {
-    fn connected(&self) -> Connected {
-        self.stream.connected().extra(self.proof.clone())
     }
 }

@@ -3,6 +3,7 @@
 use std::net::IpAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 use http::header::{COOKIE, HOST, TE};
 use http::request::Parts;
@@ -10,6 +11,7 @@ use http::uri::Scheme;
 use http::{HeaderMap, HeaderValue, Method, Response, Version};
 use http_body_util::Full;
 use tokio::time::Instant;
+use uuid::Uuid;
 
 use crate::error::Error;
 use crate::proxy::body::Answer;
@@ -152,22 +154,37 @@ pub(super) fn failure(shared: &Shared, reason: Reason) -> Response<Answer> {
 
 /// Brings a request to where it can run.
 pub(super) async fn prepare(shared: Arc<Shared>, need: Need, head: Arc<Head>, body: Keep) -> Verdict {
+    let held_until = Instant::now() + shared.options.hold;
     if let Need::Applied(txid) = need {
-        match shared.node.applied.wait_for(txid, shared.options.read_wait).await {
-            Ok(()) => return Verdict::Here(body),
-            Err(Error::Lost { .. }) => {
-                tracing::debug!(%txid, "a token's transaction was lost with its branch; it counts as absent");
-                return Verdict::Here(body);
-            }
-            Err(error) => tracing::debug!(%error, "a read asks the primary, because this node is behind"),
+        if applied(&shared, txid, shared.options.read_wait).await {
+            return Verdict::Here(body);
         }
-        // A read that waited already is not held on top.
-        let known = look(&shared.node.roles.borrow(), &shared, None).is_some();
-        if !known {
+        // While there is nobody to ask, it waits on for whichever comes first: a primary that goes down in good order has sent all that it
+        // acknowledged, but for what took it too long.
+        let left = held_until.saturating_duration_since(Instant::now());
+        let found = tokio::select! {
+            biased;
+            found = find(&shared, held_until, None) => found.is_ok(),
+            true = applied(&shared, txid, left) => return Verdict::Here(body),
+        };
+        if !found {
             return Verdict::Failed(Reason::NotApplied);
         }
+        tracing::debug!(%txid, "a read asks the primary, because this node is behind");
     }
     forward(&shared, &head, body, Sender::Client).await
+}
+
+/// Whether a token's transaction is here within the limit, or will never be.
+async fn applied(shared: &Shared, txid: Txid, limit: Duration) -> bool {
+    match shared.node.applied.wait_for(txid, limit).await {
+        Ok(()) => true,
+        Err(Error::Lost { .. }) => {
+            tracing::debug!(%txid, "a token's transaction was lost with its branch; it counts as absent");
+            true
+        }
+        Err(_) => false,
+    }
 }
 
 /// Where the primary is.
@@ -175,37 +192,62 @@ pub(super) async fn prepare(shared: Arc<Shared>, need: Need, head: Arc<Head>, bo
 pub(super) enum Target {
     /// This node.
     Here,
-    /// Another node's app, and the newest epoch known when that was learnt.
-    There(Epoch, String),
+    /// Another node's app.
+    There {
+        url: String,
+        /// The newest epoch known when that was learnt.
+        epoch: Epoch,
+        /// The process that is the primary; none where the address is what another node said. One that starts again is another one.
+        incarnation: Option<Uuid>,
+    },
 }
 
-/// Finds the primary, waiting until the instant if there is none. A target to avoid counts as none: it has said
-/// that it is not the primary.
-pub(super) async fn find(shared: &Shared, until: Instant, avoid: Option<&Target>) -> Result<Target, Reason> {
-    if let Some(found) = look(&shared.node.roles.borrow(), shared, avoid) {
-        return Ok(found);
+/// Waits until there is a primary, at most until the instant. A target to avoid counts as none: it has said that it is not the
+/// primary.
+pub(super) async fn find(shared: &Shared, until: Instant, avoid: Option<&Target>) -> Result<(), Reason> {
+    if look(shared, avoid).is_some() {
+        return Ok(());
     }
     let _held = Held::enter(&shared.held, shared.options.held_max).ok_or(Reason::TooManyHeld)?;
     let mut roles = shared.node.roles.subscribe();
-    let mut found = None;
+    let mut found = false;
     let seen = roles.wait_for(|state| {
-        found = look(state, shared, avoid);
-        found.is_some() || state.role == Role::Stopped
+        found = look_in(state, shared, avoid).is_some();
+        found || state.role == Role::Stopped
     });
     tokio::select! {
         _ = tokio::time::timeout_at(until, seen) => {}
         // What is held was not sent to anybody, so that its client can safely try another node.
         () = shared.node.drain.cancelled() => {}
     }
-    found.ok_or(Reason::NoPrimary)
+    if found { Ok(()) } else { Err(Reason::NoPrimary) }
 }
 
-fn look(state: &RoleState, shared: &Shared, avoid: Option<&Target>) -> Option<Target> {
+/// Waits before the primary is tried again, which could not be reached: less when something else is heard of it.
+pub(super) async fn wait(shared: &Shared, until: Instant, pause: Duration) -> Result<(), Reason> {
+    let _held = Held::enter(&shared.held, shared.options.held_max).ok_or(Reason::TooManyHeld)?;
+    let mut roles = shared.node.roles.subscribe();
+    tokio::select! {
+        () = tokio::time::sleep_until(until.min(Instant::now() + pause)) => {}
+        // The sender is the node's own.
+        _ = roles.changed() => {}
+        () = shared.node.drain.cancelled() => return Err(Reason::Unreachable),
+    }
+    if Instant::now() < until { Ok(()) } else { Err(Reason::Unreachable) }
+}
+
+/// The primary, as far as it is known.
+pub(super) fn look(shared: &Shared, avoid: Option<&Target>) -> Option<Target> {
+    look_in(&shared.node.roles.borrow(), shared, avoid)
+}
+
+fn look_in(state: &RoleState, shared: &Shared, avoid: Option<&Target>) -> Option<Target> {
     if state.role == Role::Primary {
         return Some(Target::Here);
     }
     let primary = state.primary.as_ref().filter(|p| p.node != shared.node.me.node)?;
-    let there = Target::There(state.epoch, primary.addresses.app.clone());
+    let (url, incarnation) = (primary.addresses.app.clone(), Some(primary.incarnation));
+    let there = Target::There { url, epoch: state.epoch, incarnation };
     (avoid != Some(&there)).then_some(there)
 }
 

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
+use http::header::HOST;
 use http::request::Parts;
-use http::{Method, Request, Response};
+use http::{HeaderValue, Method, Request, Response};
 use http_body::Body;
 use http_body_util::Full;
 use tower::Service;
@@ -174,6 +175,13 @@ fn plan(shared: &Shared, parts: &mut Parts) -> (Plan, Option<Token>) {
         }
         if !primary {
             return (misdirected(shared, text), None);
+        }
+        // The app sees the same on every node, however it was asked.
+        if !parts.headers.contains_key(HOST)
+            && let Some(host) =
+                parts.uri.authority().and_then(|host| HeaderValue::from_str(host.as_str()).ok())
+        {
+            parts.headers.insert(HOST, host);
         }
         return (Plan::Hop, request_token(shared, parts));
     }

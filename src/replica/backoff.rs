@@ -4,8 +4,8 @@ use std::time::Duration;
 
 /// First wait: a primary that restarts is back within it, more or less.
 const FIRST: Duration = Duration::from_millis(50);
-/// Longest wait: what a replica may be late after a long outage.
-const LONGEST: Duration = Duration::from_secs(5);
+/// Longest wait: what a replica may be late after an outage. Requests that are held for the primary have to wait for it, too.
+const LONGEST: Duration = Duration::from_secs(1);
 
 /// Doubles from try to try; each wait is drawn from its upper half, so that replicas don't come all at once.
 #[derive(Debug)]

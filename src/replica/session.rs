@@ -10,6 +10,7 @@ use http::StatusCode;
 use http_body_util::channel::Sender;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::lag::Lagging;
@@ -55,6 +56,8 @@ pub(super) struct Session<'a, F> {
     asked: Option<mpsc::Receiver<Want>>,
     /// Whether it ended because what it delivered could not be taken over.
     choked: AtomicBool,
+    /// Cancelled when the primary takes no more requests.
+    drained: CancellationToken,
 }
 
 impl<'a, F: Feed> Session<'a, F> {
@@ -78,6 +81,7 @@ impl<'a, F: Feed> Session<'a, F> {
             peer: None,
             delivered: AtomicBool::new(false),
             choked: AtomicBool::new(false),
+            drained: CancellationToken::new(),
         }
     }
 
@@ -139,7 +143,7 @@ impl<'a, F: Feed> Session<'a, F> {
         // What was decided says whether the primary has the state that is here.
         self.feed.feed(vec![first]).await?;
         let asked = self.asked.take();
-        let acks = acknowledge(self.node, self.feed, wants, asked, request);
+        let acks = acknowledge(self.node, self.feed, wants, asked, request, self.drained.clone());
         tokio::select! {
             ended = self.receive(&mut units, reporter) => ended,
             () = acks => Err(self.blame(PeerProblem::Connection("it takes no acknowledgements".into()))),
@@ -236,7 +240,17 @@ impl<'a, F: Feed> Session<'a, F> {
     fn follows(&mut self, epoch: Epoch, peer: PeerInfo) {
         self.epoch = Some(epoch);
         self.peer = Some(peer.clone());
-        self.node.set_role(RoleState { role: Role::Replica, epoch, primary: Some(peer) });
+        let primary = (!self.drained.is_cancelled()).then_some(peer);
+        self.node.set_role(RoleState { role: Role::Replica, epoch, primary });
+    }
+
+    /// The primary's application is about to end. Requests for it are held from now on, as those without a primary are.
+    fn drain(&mut self) {
+        tracing::info!(primary = %self.primary, "the primary takes no more requests");
+        self.drained.cancel();
+        if let (Some(epoch), Some(peer)) = (self.epoch, self.peer.clone()) {
+            self.follows(epoch, peer);
+        }
     }
 
     async fn receive(&mut self, units: &mut Units<'_>, reporter: &mut Reporter) -> Result<Infallible> {
@@ -292,6 +306,11 @@ impl<'a, F: Feed> Session<'a, F> {
                 };
                 // One at a time.
                 self.questions.try_send(want).map_err(|_| self.garbled("a second question".into()))?;
+                return Ok(());
+            }
+            Kind::Drain => {
+                self.decode(&unit)?;
+                self.drain();
                 return Ok(());
             }
             Kind::Hello | Kind::Welcome | Kind::Ack | Kind::Segment => {
@@ -363,7 +382,13 @@ async fn acknowledge<F: Feed>(
     mut wants: mpsc::Receiver<Want>,
     mut asked: Option<mpsc::Receiver<Want>>,
     mut request: Sender<Bytes, Infallible>,
+    drained: CancellationToken,
 ) {
+    let mut answered = std::pin::pin!(async {
+        drained.cancelled().await;
+        node.forwards_answered().await;
+    });
+    let mut quiet = false;
     let mut synced = feed.synced();
     let mut said: Option<(Ack, Instant)> = None;
     let mut synced_moves = true;
@@ -389,6 +414,12 @@ async fn acknowledge<F: Feed>(
                     Bytes::new()
                 });
                 if request.send_data(answer).await.is_err() {
+                    return;
+                }
+            }
+            () = &mut answered, if !quiet => {
+                quiet = true;
+                if request.send_data(encoded(&Message::Drain)).await.is_err() {
                     return;
                 }
             }

@@ -467,6 +467,32 @@ async fn a_replica_is_filled_follows_is_seen_and_comes_back() {
     stop(&primary.node, &primary.tracker).await;
 }
 
+#[tokio::test]
+async fn a_primary_that_drains_gets_no_more_requests_and_waits_for_those_on_their_way() {
+    let primary = Primary::start(&SECRET).await;
+    primary.fake.commit(1);
+    let replica = node(2, &SECRET, Role::Replica);
+    let feed = FakeFeed::new(&replica, EpochHistory::default(), None);
+    let tracker = TaskTracker::new();
+    spawn(replica.clone(), feed, primary.to.clone(), &tracker);
+    reaches(&replica, at(1, 1)).await;
+    let mut roles = replica.roles.subscribe();
+    roles.wait_for(|state| state.primary.is_some()).await.unwrap();
+    let request = replica.forward();
+    primary.node.drain.cancel();
+    roles.wait_for(|state| state.primary.is_none()).await.unwrap();
+    // What the request commits comes here before the stream ends.
+    primary.fake.commit(1);
+    tokio::time::timeout(Duration::from_secs(20), reaches(&replica, at(1, 2))).await.expect("its commit");
+    assert_eq!(primary.source.replicas().len(), 1);
+    drop(request);
+    primary.source.deserted().await;
+    reaches(&replica, at(1, 2)).await;
+    assert!(replica.roles.borrow().primary.is_none());
+    stop(&replica, &tracker).await;
+    stop(&primary.node, &primary.tracker).await;
+}
+
 /// A hello that named the epoch 2^62 had the primary go there, and from then on refuse everybody who had heard of that.
 #[tokio::test]
 async fn an_absurd_hello_is_refused_and_honest_replicas_go_on() {

@@ -132,6 +132,7 @@ fn put_fields(message: &Message<'_>, out: &mut BytesMut) -> Kind {
             out.put_u32_le(m.pages);
             Kind::Sent
         }
+        Message::Drain => Kind::Drain,
         Message::Goodbye(m) => {
             let cut = cut_at(&m.reason, REASON_MAX_BYTES);
             out.put_slice(&m.reason.as_bytes()[..cut]);

@@ -98,6 +98,7 @@ pub(super) fn decode(kind: Kind, hash: [u8; 16], unit: &[u8]) -> Result<Message<
         Kind::Sums => f.sums()?,
         Kind::Want => Message::Want(f.want()?),
         Kind::Sent => Message::Sent(Sent { position: f.position()?, pages: f.u32()? }),
+        Kind::Drain => Message::Drain,
         Kind::Goodbye => Message::Goodbye(f.goodbye()?),
         Kind::Segment => Message::Segment(Segment {
             start: f.address()?,

@@ -1,5 +1,5 @@
 //! What the cluster tests share: nodes in processes of their own, a TCP proxy that delays and cuts, comparisons.
-#![allow(dead_code, reason = "each test binary uses its part of it")]
+#![allow(dead_code, unused_imports, reason = "each test binary uses its part of it")]
 
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
@@ -187,6 +187,14 @@ impl Process {
         self.child.wait().unwrap();
         // The reader's end closes with the pipe.
         self.lines.iter().collect()
+    }
+
+    /// SIGTERM, and its end.
+    pub(crate) fn end(mut self) {
+        let pid = rustix::process::Pid::from_child(&self.child);
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
+        let status = self.child.wait().unwrap();
+        assert!(status.success(), "{status}");
     }
 
     pub(crate) fn id(&self) -> u32 {

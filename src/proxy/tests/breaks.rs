@@ -128,15 +128,93 @@ async fn a_client_that_expects_100_continue_gets_it_when_the_primary_wants_the_b
 async fn a_primary_that_is_not_there_executed_nothing() {
     let gone = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     for url in [format!("http://{gone}"), "https://127.0.0.1:1".into(), "not a url".into()] {
-        let (replica, _node) = replica_of(&url, |l| l).await;
+        let (replica, _node) = replica_of(&url, |l| l.hold_limits(SHORT, 8)).await;
         is(&send(Request::post(replica.url()).body(full("x")).unwrap()).await, 503, "not-executed");
+    }
+}
+
+#[tokio::test]
+async fn a_primary_that_does_not_listen_yet_is_waited_for() {
+    let address = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    for http2 in [false, true] {
+        let (replica, node) = replica_of(&format!("http://{address}"), |l| l.http2(http2)).await;
+        let waiting = tokio::spawn(send(Request::post(replica.url()).body(full("late")).unwrap()));
+        while node.roles.receiver_count() == 0 {
+            tokio::task::yield_now().await;
+        }
+        let listener = TcpListener::bind(address).await.unwrap();
+        let (end, ended) = tokio::sync::oneshot::channel::<()>();
+        let app = Router::new().fallback(mirror);
+        let server = axum::serve(listener, app).with_graceful_shutdown(async { drop(ended.await) });
+        let server = tokio::spawn(server.into_future());
+        assert!(text(waiting.await.unwrap()).await.ends_with("late"));
+        node.stop.cancel();
+        drop(end);
+        server.await.unwrap().unwrap();
+    }
+}
+
+/// A server that says this to its first request in HTTP/2, and then closes the connection; and that is another one from then on.
+async fn says_once(word: &'static [u8]) -> (String, mpsc::UnboundedReceiver<String>) {
+    let (seen, requests) = mpsc::unbounded_channel();
+    let app = Router::new().fallback(move |body: String| async move {
+        seen.send(body.clone()).unwrap();
+        body
+    });
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        stream.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
+        let mut preface = [0; 24];
+        stream.read_exact(&mut preface).await.unwrap();
+        // Its head and its body.
+        let mut whole = false;
+        while !whole {
+            let mut head = [0; 9];
+            stream.read_exact(&mut head).await.unwrap();
+            let mut payload = vec![0; usize::from(head[1]) << 8 | usize::from(head[2])];
+            stream.read_exact(&mut payload).await.unwrap();
+            // DATA with END_STREAM.
+            whole = head[3] == 0 && head[4] & 1 == 1;
+        }
+        stream.write_all(word).await.unwrap();
+        // Not dropped: what is unread would turn the end into a reset.
+        stream.shutdown().await.unwrap();
+        axum::serve(listener, app).await.unwrap();
+    });
+    (url, requests)
+}
+
+#[tokio::test]
+async fn what_a_primary_has_not_begun_by_its_word_is_sent_again_whole() {
+    let go_away: &[u8] = &[0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    // And that the connection takes no others.
+    let refused: &[u8] =
+        &[0, 0, 4, 3, 0, 0, 0, 0, 1, 0, 0, 0, 7, 0, 0, 8, 7, 0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0];
+    for word in [go_away, refused] {
+        let (url, mut requests) = says_once(word).await;
+        let (replica, _node) = replica_of(&url, |l| l.http2(true)).await;
+        let response = send(Request::post(replica.url()).body(full("once")).unwrap()).await;
+        assert_eq!((response.status().as_u16(), text(response).await.as_str()), (200, "once"), "{word:?}");
+        assert_eq!(requests.recv().await.unwrap(), "once");
+        assert!(requests.try_recv().is_err());
+    }
+    // An internal error of the stream says nothing of what came before it, nor does the end of the connection.
+    let failed: &[u8] = &[0, 0, 4, 3, 0, 0, 0, 0, 1, 0, 0, 0, 2];
+    for word in [failed, &[]] {
+        let (url, mut requests) = says_once(word).await;
+        let (replica, _node) = replica_of(&url, |l| l.http2(true)).await;
+        let response = send(Request::post(replica.url()).body(full("once")).unwrap()).await;
+        is(&response, 504, "unknown");
+        assert!(requests.try_recv().is_err());
     }
 }
 
 #[tokio::test]
 async fn the_app_can_make_the_failure_responses_its_own() {
     let (replica, _node) = replica_of("http://127.0.0.1:1", |l| {
-        l.on_failure(|failure| {
+        l.hold_limits(SHORT, 8).on_failure(|failure| {
             assert_eq!(failure.reason, Reason::Unreachable);
             let mut response = http::Response::new(Bytes::from_static(b"sorry"));
             *response.status_mut() = failure.status;
@@ -287,6 +365,7 @@ async fn an_address_that_swallows_connections_is_given_up_in_time() {
     {
         filling.push(stream);
     }
-    let (replica, _node) = replica_of(&format!("http://{address}"), |l| l.connect_limit(SHORT)).await;
+    let (replica, _node) =
+        replica_of(&format!("http://{address}"), |l| l.connect_limit(SHORT).hold_limits(SHORT, 8)).await;
     is(&send(Request::post(replica.url()).body(full("x")).unwrap()).await, 503, "not-executed");
 }

@@ -70,7 +70,7 @@ async fn a_failure_is_an_error_that_says_what_is_known() {
     assert_eq!((failure.reason, failure.outcome), (Reason::NoPrimary, Outcome::NotExecuted));
     assert_eq!(failure.to_string(), "there is no primary at the moment");
     follow(&node, 1, Some(peer(1, "http://127.0.0.1:1")));
-    let failure = client(ReplayLayer::new(node)).oneshot(post("/")).await.unwrap_err();
+    let failure = client(ReplayLayer::new(node).hold_limits(SHORT, 1)).oneshot(post("/")).await.unwrap_err();
     assert_eq!((failure.reason, failure.outcome), (Reason::Unreachable, Outcome::NotExecuted));
 }
 

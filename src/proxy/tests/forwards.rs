@@ -21,7 +21,7 @@ use tokio::net::TcpStream;
 use super::world::*;
 use crate::proxy::ReplayLayer;
 use crate::proxy::hop::{About, HOPS_MAX, Hop};
-use crate::status::Role;
+use crate::status::{PeerInfo, Role};
 
 async fn echo(request: Request<Body>) -> Response<Body> {
     Response::builder().header("trailer", "x-sum").body(request.into_body()).unwrap()
@@ -252,6 +252,16 @@ async fn a_node_that_is_not_the_primary_points_to_it_before_it_reads_the_body() 
     first_node.roles.subscribe().borrow_and_update();
     follow(&first_node, 3, Some(peer(3, &third.url())));
     assert_eq!(text(waiting.await.unwrap()).await, "z");
+    // A primary that has stopped, and started again where it was.
+    let (again, again_node) = replica_of(&second.url(), |l| l).await;
+    let waiting = tokio::spawn(send(Request::post(again.url()).body(full(b"again".to_vec())).unwrap()));
+    while again_node.roles.receiver_count() == 0 {
+        tokio::task::yield_now().await;
+    }
+    second_node.roles.send_modify(|state| state.role = Role::Primary);
+    let process = PeerInfo { incarnation: uuid::Uuid::from_u128(1), ..peer(1, &second.url()) };
+    follow(&again_node, 1, Some(process));
+    assert_eq!(waiting.await.unwrap().status(), 200);
 }
 
 #[tokio::test]

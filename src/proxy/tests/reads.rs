@@ -110,12 +110,37 @@ async fn a_token_of_an_epoch_that_is_not_known_here_is_never_taken_for_lost() {
 
 #[tokio::test]
 async fn a_read_that_waited_too_long_goes_to_the_primary_or_says_so() {
-    let (server, _primary, node) = reader(|l| l.read_wait_limit(SHORT)).await;
+    let (server, _primary, node) = reader(|l| l.read_wait_limit(SHORT).hold_limits(SHORT, 8)).await;
     let far = Token::sign(&node, Txid::new(Epoch::new(u64::MAX, 1), u64::MAX));
     assert_eq!(text(send(get(&server, far.as_str())).await).await, "primary");
     follow(&node, 1, None);
     is(&send(get(&server, far.as_str())).await, 503, "not-executed");
     assert_eq!(text(send(get(&server, "")).await).await, "10");
+}
+
+#[tokio::test]
+async fn without_a_primary_a_read_waits_for_its_transaction_as_long_as_a_request_is_held() {
+    let (server, primary, node) = reader(|l| l.read_wait_limit(SHORT).hold_limits(LONG, 8)).await;
+    follow(&node, 1, None);
+    let token = Token::sign(&node, txid(11));
+    let read = || tokio::spawn(send(get(&server, token.as_str())));
+    let held = async |node: &Node| {
+        let waits = async {
+            while node.roles.receiver_count() == 0 {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(LONG, waits).await.expect("it is held");
+    };
+    let waiting = read();
+    held(&node).await;
+    follow(&node, 1, Some(peer(1, &primary.url())));
+    assert_eq!(text(waiting.await.unwrap()).await, "primary");
+    follow(&node, 1, None);
+    let waiting = read();
+    held(&node).await;
+    node.applied.advance(at(11));
+    assert_eq!(text(waiting.await.unwrap()).await, "11");
 }
 
 /// A primary whose app commits the transaction that the path names.
