@@ -35,6 +35,9 @@ impl IntoResponse for Error {
             // The layer takes this back when the handler committed something before.
             headers.insert(OUTCOME, HeaderValue::from_static(Outcome::NotExecuted.as_str()));
         }
+        if matches!(self, Error::OutcomeUnknown(_)) {
+            headers.insert(OUTCOME, HeaderValue::from_static(Outcome::Unknown.as_str()));
+        }
         response
     }
 }
@@ -48,6 +51,9 @@ fn sort(error: &Error) -> (StatusCode, &'static str) {
         }
         Error::ShutDown => (StatusCode::SERVICE_UNAVAILABLE, "this node is shutting down\n"),
         Error::Timeout { .. } => (StatusCode::GATEWAY_TIMEOUT, "not done in time\n"),
+        Error::OutcomeUnknown(_) => {
+            (StatusCode::INTERNAL_SERVER_ERROR, "it is not known whether this was done\n")
+        }
         Error::Lost { .. } => (StatusCode::CONFLICT, "the transaction was lost with its branch\n"),
         _ => (StatusCode::INTERNAL_SERVER_ERROR, "internal error\n"),
     }
@@ -90,13 +96,18 @@ mod tests {
             (Error::TooMany { what: "x", limit: 1 }, 503, true),
             (timeout, 504, false),
             (io, 500, false),
+            (Error::OutcomeUnknown("secret.db".into()), 500, false),
             (Error::Sqlite(rusqlite::Error::InvalidQuery), 500, false),
         ] {
-            let outcome = matches!(error, Error::NotPrimary { .. });
+            let outcome = match error {
+                Error::NotPrimary { .. } => Some("not-executed"),
+                Error::OutcomeUnknown(_) => Some("unknown"),
+                _ => None,
+            };
             let response = error.into_response();
             assert_eq!(response.status().as_u16(), status);
             assert_eq!(response.headers().contains_key(RETRY_AFTER), retry);
-            assert_eq!(response.headers().contains_key(OUTCOME), outcome);
+            assert_eq!(response.headers().get(OUTCOME).map(|value| value.to_str().unwrap()), outcome);
         }
     }
 }

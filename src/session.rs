@@ -28,6 +28,8 @@ struct Done {
     /// What was waited for, and is seen here.
     seen: Option<Txid>,
     primary_needed: bool,
+    /// Whether a write is kept is not known.
+    unknown: bool,
 }
 
 impl Session {
@@ -68,6 +70,11 @@ impl Session {
     /// Whether it was reported that the primary is needed.
     pub fn primary_needed(&self) -> bool {
         self.lock().primary_needed
+    }
+
+    /// Whether there was a write of which it is not known whether it is kept.
+    pub(crate) fn outcome_unknown(&self) -> bool {
+        self.lock().unknown
     }
 
     /// The token that came with the request, if it was valid.
@@ -118,6 +125,11 @@ impl fmt::Debug for Session {
 pub(crate) fn committed(txid: Txid) {
     // Outside of a request nobody wants to know.
     let _ = CURRENT.try_with(|session| session.observe(txid));
+}
+
+/// Reported by `Db::write` and friends, on the caller's task: [`Error::OutcomeUnknown`](crate::Error::OutcomeUnknown).
+pub(crate) fn outcome_unknown() {
+    let _ = CURRENT.try_with(|session| session.lock().unknown = true);
 }
 
 /// Reported by `Db::wait_for`, on the caller's task.

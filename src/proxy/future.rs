@@ -19,7 +19,7 @@ use crate::proxy::failure::Reason;
 use crate::proxy::keep::Keep;
 use crate::proxy::layer::Shared;
 use crate::proxy::prepare::{Head, Need, Verdict, failure, prepare};
-use crate::proxy::reply::set_token;
+use crate::proxy::reply::{set_outcome, set_token};
 use crate::session::Session;
 
 pin_project! {
@@ -134,6 +134,7 @@ where
                     match replay(this.shared, run) {
                         Some(next) => next,
                         None => {
+                            set_outcome(&run.session, response.status(), response.headers_mut());
                             set_token(this.shared, &run.session, run.secure, response.headers_mut());
                             return Poll::Ready(Ok(response.map(ReplayResponseBody::local)));
                         }
@@ -162,12 +163,13 @@ where
     }
 }
 
-/// The way to the primary for a request whose handler needed it, if nothing was committed here.
+/// The way to the primary for a request whose handler needed it, if nothing was committed here, nor may have been.
 fn replay<S, B>(shared: &Arc<Shared>, run: &mut LocalRun) -> Option<State<S, B>>
 where
     S: Service<Request<ReplayRequestBody<B>>>,
 {
-    if !run.session.primary_needed() || run.session.committed().is_some() {
+    let session = &run.session;
+    if !session.primary_needed() || session.committed().is_some() || session.outcome_unknown() {
         return None;
     }
     let (head, keep) = run.replay.take()?;
