@@ -58,6 +58,9 @@ fn sort(error: &Error) -> (StatusCode, &'static str) {
         }
         Error::ShutDown => (StatusCode::SERVICE_UNAVAILABLE, "this node is shutting down\n"),
         Error::Timeout { .. } => (StatusCode::GATEWAY_TIMEOUT, "not done in time\n"),
+        Error::OutcomeUnknown(_) => {
+            (StatusCode::INTERNAL_SERVER_ERROR, "it is not known whether this was done\n")
+        }
         Error::Lost { .. } => (StatusCode::CONFLICT, "the transaction was lost with its branch\n"),
         _ => (StatusCode::INTERNAL_SERVER_ERROR, "internal error\n"),
     }
@@ -101,7 +104,7 @@ mod tests {
             (Error::NotPrimary { primary: None }, 503, true),
             (Error::of_begin(sqlite(rusqlite::ffi::SQLITE_BUSY_RECOVERY), second), 503, true),
             (Error::ShutDown, 503, true),
-            // Perhaps by an fsync that failed after the commit.
+            // An operator has to act: another try does not help.
             (Error::Stopped("/secret.db".into()), 500, false),
             // Statements before may have done something elsewhere.
             (Error::Sqlite(sqlite(rusqlite::ffi::SQLITE_BUSY)), 503, false),
@@ -111,16 +114,21 @@ mod tests {
             (Error::TooMany { what: "x", limit: 1 }, 503, false),
             (timeout, 504, false),
             (io, 500, false),
+            (Error::OutcomeUnknown("secret.db".into()), 500, false),
             (Error::of_begin(sqlite(rusqlite::ffi::SQLITE_IOERR), second), 500, false),
             (Error::Sqlite(rusqlite::Error::InvalidQuery), 500, false),
         ] {
             let name = error.to_string();
+            let expected = match error {
+                Error::OutcomeUnknown(_) => Some("unknown"),
+                _ => not_executed.then_some("not-executed"),
+            };
             let response = error.into_response();
             let headers = response.headers();
             assert_eq!(response.status().as_u16(), status, "{name}");
             assert_eq!(headers.contains_key(RETRY_AFTER), status == 503, "{name}");
             let outcome = headers.get(OUTCOME).map(|outcome| outcome.to_str().unwrap());
-            assert_eq!(outcome, not_executed.then_some("not-executed"), "{name}");
+            assert_eq!(outcome, expected, "{name}");
         }
     }
 }

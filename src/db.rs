@@ -52,7 +52,7 @@ pub use writer::{Commit, WriterGuard};
 use ending::Owner;
 use pool::{Lease, Pool};
 use verify::Verifier;
-use writer::{Hold, Writer};
+use writer::{Failed, Hold, Writer};
 
 /// A replicated SQLite database: one node's handle. Clones share it.
 ///
@@ -140,7 +140,9 @@ impl Db {
     /// # Errors
     /// What `f` returned, or one of our own through `E: From<Error>`: [`Error::NotPrimary`] on a replica, [`Error::Panicked`],
     /// [`Error::Reentrant`] inside of another write, [`Error::Busy`] when another connection writes for longer than five seconds,
-    /// [`Error::Sqlite`] when BEGIN fails for another reason or COMMIT does, [`Error::ShutDown`].
+    /// [`Error::Sqlite`] when BEGIN fails for another reason or COMMIT does, [`Error::Stopped`] after a failure of replication,
+    /// [`Error::Timeout`] when what others committed is not captured, [`Error::ShutDown`]. With all of these nothing was committed. Only [`Error::OutcomeUnknown`] leaves open
+    /// whether the write is kept.
     ///
     /// # Cancel safety
     /// Dropped before the writer has begun with it, the closure never runs. Dropped after that, it runs and commits.
@@ -150,8 +152,7 @@ impl Db {
         T: Send + 'static,
         E: From<Error> + Send + 'static,
     {
-        let commit = self.writer_side()?.write(f).await?;
-        Ok(self.seen(commit))
+        self.told(self.writer_side()?.write(f).await)
     }
 
     /// [`Db::write`] on the caller's thread, which may block. The fastest way to write from a thread. Inside of a write to another
@@ -165,8 +166,7 @@ impl Db {
         F: FnOnce(&mut Transaction<'_>) -> Result<T, E>,
         E: From<Error>,
     {
-        let commit = self.writer_side()?.write_blocking(f)?;
-        Ok(self.seen(commit))
+        self.told(self.writer_side()?.write_blocking(f))
     }
 
     /// The full writer connection, for what a closure can't do: `VACUUM`, pragmas, a migration tool. All other writes
@@ -174,7 +174,7 @@ impl Db {
     ///
     /// # Errors
     /// [`Error::NotPrimary`] on a replica, [`Error::BlockingInAsync`] on a thread that runs async tasks, [`Error::Reentrant`] inside of
-    /// a write, [`Error::ShutDown`].
+    /// a write, [`Error::Stopped`] after a failure of replication, [`Error::ShutDown`].
     pub fn writer(&self) -> Result<WriterGuard<'_>> {
         self.writer_side()?.guard()
     }
@@ -464,12 +464,14 @@ impl Db {
         Session::current_of(&self.inner.node)
     }
 
-    /// Tells the request's session of a commit.
-    fn seen<T>(&self, commit: Commit<T>) -> Commit<T> {
-        if let Some(txid) = commit.txid {
-            session::committed(&self.inner.node, txid);
+    /// Tells the request's session what came of a write.
+    fn told<T, E: From<Error>>(&self, written: Result<Commit<T>, Failed<E>>) -> Result<Commit<T>, E> {
+        match &written {
+            Ok(Commit { txid: Some(txid), .. }) => session::committed(&self.inner.node, *txid),
+            Err(Failed::Ours(Error::OutcomeUnknown(_))) => session::outcome_unknown(),
+            _ => {}
         }
-        commit
+        written.map_err(Failed::into_one)
     }
 
     /// The transaction of a token's text; none when it is not one of this database, or its proof does not hold.

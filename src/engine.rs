@@ -21,6 +21,7 @@ mod judge;
 mod locate;
 mod lost;
 mod mend;
+mod numbers;
 mod open;
 mod opening;
 mod overlay;
@@ -130,14 +131,6 @@ struct Mark {
     number: u64,
 }
 
-/// What the writer knew when its transaction held the write lock.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Begun {
-    before: Mark,
-    /// The wal-index's count of commits.
-    change: u32,
-}
-
 /// A run of pages for a snapshot.
 #[derive(Debug)]
 pub(crate) struct Piece {
@@ -209,64 +202,6 @@ impl Engine {
             self.base.fail(&Error::Stopped("a thread of the engine has ended".into()));
         }
         self.base.check()
-    }
-
-    /// Call after BEGIN IMMEDIATE, on the thread whose connection holds the write lock.
-    pub(crate) fn begun(&self) -> Result<Begun> {
-        self.check()?;
-        let header =
-            self.base.header().ok_or_else(|| Error::Stopped("the wal-index header is torn".into()))?;
-        let here = |mark: &Mark| mark.salts == header.salts && mark.frame == header.max_frame;
-        if let Some(mark) = lock(&self.last).filter(here) {
-            return Ok(Begun { before: mark, change: header.change });
-        }
-        // Somebody else committed, or the WAL was restarted: capture knows, or will in a moment.
-        self.waker.wake();
-        let tip = self.base.wait_tip(header.salts, header.max_frame)?;
-        let before = Mark { salts: tip.salts, frame: tip.frame, number: tip.position.number() };
-        Ok(Begun { before, change: header.change })
-    }
-
-    /// Call after COMMIT; `frame` is what the WAL hook said during it, if it was called. `None`: nothing written.
-    pub(crate) fn committed(&self, begun: Begun, frame: Option<u32>) -> Result<Option<Txid>> {
-        let Begun { before, change } = begun;
-        // Whether capture still looks at this commit can't be told.
-        self.base.sound()?;
-        // An application that ends its transaction by itself and begins another lets others commit in between.
-        let next = |frame| {
-            let header = self.base.header().filter(|h| h.salts == before.salts && h.max_frame == frame);
-            header.is_some_and(|h| h.change == change.wrapping_add(1))
-        };
-        if let Some(frame) = frame
-            && (frame != before.frame + 1 || self.base.index.page_of(frame) > 1)
-            && next(frame)
-        {
-            let number = before.number + 1;
-            *lock(&self.last) = Some(Mark { salts: before.salts, frame, number });
-            self.waker.wake();
-            let epoch = self.base.node.applied.history().epoch_of(number);
-            return Ok(epoch.map(|epoch| Txid::new(epoch, number)));
-        }
-        // No hook was called (nothing was written, or the app replaced our hook), or the commit may be one that
-        // does not count: what capture makes of it decides.
-        let end = match (frame, self.base.header()) {
-            (Some(frame), _) => frame,
-            (None, Some(h)) if h.salts == before.salts && h.max_frame == before.frame => return Ok(None),
-            (None, Some(h)) if h.salts == before.salts => h.max_frame,
-            (None, _) => before.frame + 1,
-        };
-        self.waker.wake();
-        let tip = self.base.wait_tip(before.salts, end)?;
-        Ok((tip.position.number() > before.number).then(|| tip.position.txid()))
-    }
-
-    /// The last transaction that is committed, captured to its end. Blocks for as long as capture takes.
-    pub(crate) fn captured(&self) -> Result<Txid> {
-        self.base.check()?;
-        let header =
-            self.base.header().ok_or_else(|| Error::Stopped("the wal-index header is torn".into()))?;
-        self.waker.wake();
-        Ok(self.base.wait_tip(header.salts, header.max_frame)?.position.txid())
     }
 
     /// Blocks until the transaction is on the disk; callers share one fsync.

@@ -201,6 +201,15 @@ pub enum Error {
         source: io::Error,
     },
 
+    /// A write was committed, or may have been, but replication stopped, was shut down or got no further before its number was known and it was on the
+    /// disk; the text says why. Whether it is kept is not known: it is not rolled back, reads of this node may have it and replicas may get it, and a
+    /// failing disk, a power cut or the cure for what went wrong may take it away again. When the database is open anew, what it has is what was kept. Look there
+    /// before the same is done again, or see to it that doing it twice does no harm.
+    ///
+    /// All other errors of a write say that nothing of it was committed, but for what the application committed by itself inside of its closure.
+    #[error("it is not known whether the write is kept: {0}")]
+    OutcomeUnknown(String),
+
     // ---- us
     /// Replication of this database has stopped because something that must hold did not.
     #[error("replication stopped: {0}")]
@@ -365,7 +374,7 @@ impl Error {
             Error::Corrupt { .. } | Error::Newer { .. } | Error::Damaged { .. } | Error::Mismatch { .. } => {
                 Blame::Disk
             }
-            Error::Io { .. } | Error::LostFull { .. } => Blame::Outside,
+            Error::Io { .. } | Error::LostFull { .. } | Error::OutcomeUnknown(_) => Blame::Outside,
             Error::Stopped(_) => Blame::Replite,
         }
     }
@@ -373,9 +382,14 @@ impl Error {
     /// Why replication has stopped, if this is what stops it.
     pub(crate) fn cause(&self) -> String {
         match self {
-            Error::Stopped(why) => why.clone(),
+            Error::Stopped(why) | Error::OutcomeUnknown(why) => why.clone(),
             other => other.to_string(),
         }
+    }
+
+    /// What it means for a write that may have been committed.
+    pub(crate) fn of_a_commit(self) -> Error {
+        Error::OutcomeUnknown(self.cause())
     }
 
     pub(crate) fn io(op: &'static str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> Error {

@@ -38,6 +38,8 @@ struct Inner {
 struct Fate {
     /// Something was committed, to whatever database.
     committed: AtomicBool,
+    /// Of a write it is not known whether it is kept.
+    unknown: AtomicBool,
     /// It was sent to another node.
     sent: AtomicBool,
 }
@@ -117,6 +119,11 @@ impl Session {
         self.lock().primary_needed
     }
 
+    /// Whether there was a write of which it is not known whether it is kept.
+    pub(crate) fn outcome_unknown(&self) -> bool {
+        self.0.fate.unknown.load(Ordering::Relaxed)
+    }
+
     /// The token that came with the request, if it was valid.
     pub fn request_token(&self) -> Option<&Token> {
         self.0.request.as_ref()
@@ -183,6 +190,11 @@ pub(crate) fn committed(node: &Node, txid: Txid) {
         // No layer of this database is around; the request must not run twice all the same.
         None => session.0.fate.committed.store(true, Ordering::Relaxed),
     });
+}
+
+/// Reported by `Db::write` and friends, on the caller's task: [`Error::OutcomeUnknown`](crate::Error::OutcomeUnknown).
+pub(crate) fn outcome_unknown() {
+    let _ = CURRENT.try_with(|session| session.0.fate.unknown.store(true, Ordering::Relaxed));
 }
 
 /// Reported by `Db::wait_for`, on the caller's task.

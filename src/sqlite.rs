@@ -6,9 +6,44 @@ pub(crate) mod ffi;
 mod locks;
 pub(crate) mod shm;
 
-pub(crate) use ffi::{CommitCount, Handle, Lock, Slot, hook_commits, last_code, unreadable};
+use std::path::Path;
+use std::time::Duration;
+
+use rusqlite::config::DbConfig;
+use rusqlite::{Connection, OpenFlags};
+
+pub(crate) use ffi::{CommitHook, Handle, Lock, Slot, last_code, unreadable};
 pub(crate) use locks::{Alone, FileLocks, close_unlocked, park};
 pub(crate) use shm::WalIndex;
 
 /// The oldest SQLite without the WAL-reset race.
 pub(crate) const OLDEST: (i32, &str) = (3_051_003, "3.51.3");
+
+/// How long SQLite itself waits where connections can be in each other's way.
+pub(crate) const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Opens a connection to a database of a node. It is defended: see [`defend`].
+pub(crate) fn connect(path: &Path, flags: OpenFlags) -> rusqlite::Result<Connection> {
+    let connection = connect_alone(path, flags)?;
+    connection.busy_timeout(BUSY_TIMEOUT)?;
+    // Closing it must not copy a WAL back and delete it: its commits are counted from there.
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+    Ok(connection)
+}
+
+/// The same to a database that no node has, and that is to be a plain file when it is closed.
+pub(crate) fn connect_alone(path: &Path, flags: OpenFlags) -> rusqlite::Result<Connection> {
+    // An application that turns SQLite's shared cache on would have our connections share locks and uncommitted pages.
+    let private = OpenFlags::SQLITE_OPEN_PRIVATE_CACHE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let connection = Connection::open_with_flags(path, flags | private)?;
+    defend(&connection, true)?;
+    Ok(connection)
+}
+
+/// Whether SQL may do nothing that makes a database's file one that SQLite can't read, and the schema call no function and no virtual table but those that
+/// are marked innocuous. Off is what SQLite does by itself.
+pub(crate) fn defend(connection: &Connection, on: bool) -> rusqlite::Result<()> {
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, on)?;
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, !on)?;
+    Ok(())
+}

@@ -80,6 +80,7 @@ pub struct Config {
     pub(super) wait_timeout: Duration,
     pub(super) write_queue: usize,
     pub(super) statement_cache: usize,
+    pub(super) trust_schema: bool,
     pub(super) allow_network_filesystem: bool,
     pub(super) grace: Duration,
     pub(super) verify_every: Option<Duration>,
@@ -128,6 +129,7 @@ impl Config {
             wait_timeout: Duration::from_secs(5),
             write_queue: 1024,
             statement_cache: 64,
+            trust_schema: false,
             allow_network_filesystem: false,
             grace: Duration::from_secs(60),
             verify_every: None,
@@ -314,6 +316,24 @@ impl Config {
     #[must_use]
     pub fn statement_cache(mut self, most: usize) -> Config {
         self.statement_cache = most;
+        self
+    }
+
+    /// Opens the application's connections with SQLite's own defaults in place of the safe ones. If not set,
+    /// [`SQLITE_DBCONFIG_DEFENSIVE`](https://www.sqlite.org/c3ref/c_dbconfig_defensive.html) is on and
+    /// [`trusted_schema`](https://www.sqlite.org/pragma.html#pragma_trusted_schema) off, as SQLite advises, so that neither SQL that somebody
+    /// slipped in nor a database file that came from elsewhere can do more than change rows. What an application may miss then:
+    ///
+    /// - `PRAGMA writable_schema`, `PRAGMA schema_version = N` and `PRAGMA journal_mode = OFF` do nothing, and the tables in which FTS5 and other virtual tables
+    ///   keep what is theirs, and `sqlite_dbpage`, can't be written.
+    /// - Functions of the application, and of extensions, fail in views, triggers, CHECK, DEFAULT, generated columns and indexes, unless they
+    ///   are registered as innocuous (`FunctionFlags::SQLITE_INNOCUOUS`). So do virtual tables in views and triggers: FTS5 and R-Tree, which are marked so, work there,
+    ///   but for FTS5's `MATCH` and its functions, such as `bm25`.
+    ///
+    /// Statements of the application's own may use all of them either way. `Config::on_connect` can set one of the two for one of the connections.
+    #[must_use]
+    pub fn trust_schema(mut self, trust: bool) -> Config {
+        self.trust_schema = trust;
         self
     }
 

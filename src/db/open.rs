@@ -22,6 +22,7 @@ use crate::node::Node;
 use crate::primary::{Recovery, Source};
 use crate::secret::Keyring;
 use crate::server::{Door, ReplicationService};
+use crate::sqlite::defend;
 use crate::status::{Addresses, PeerInfo, Role};
 
 /// See [`Db::open`].
@@ -192,10 +193,10 @@ fn pool(config: &Config, path: &std::path::Path, side: &Side, files: Arc<AtomicU
             Box::new(move || follower.expect_files())
         }
     };
-    let on_connect = config.on_connect.clone();
-    let prepare = move |conn: &Connection| match &on_connect {
-        Some(run) => run(conn, ConnectionKind::Reader),
-        None => Ok(()),
+    let (on_connect, trust) = (config.on_connect.clone(), config.trust_schema);
+    let prepare = move |conn: &Connection| {
+        defend(conn, !trust)?;
+        on_connect.as_ref().map_or(Ok(()), |run| run(conn, ConnectionKind::Reader))
     };
     Pool::new(
         path.to_path_buf(),

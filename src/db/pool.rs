@@ -7,14 +7,11 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use rusqlite::config::DbConfig;
 use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
 use rusqlite::{Connection, OpenFlags};
 
 use crate::error::{Error, Result};
-
-/// How long SQLite itself waits where a reader can be in somebody's way: for microseconds, while a WAL is restarted.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+use crate::sqlite::connect;
 
 type Prepare = Box<dyn Fn(&Connection) -> rusqlite::Result<()> + Send + Sync>;
 pub(super) type Expect = Box<dyn Fn() -> Result<()> + Send + Sync>;
@@ -116,11 +113,8 @@ impl Pool {
     fn open(&self) -> Result<Reader> {
         let files = self.files.load(Ordering::Acquire);
         (self.expect)()?;
-        let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         #[allow(unused_mut, reason = "rusqlite before 0.41 sets an authorizer through a shared reference")]
-        let mut connection = Connection::open_with_flags(&self.path, flags)?;
-        connection.busy_timeout(BUSY_TIMEOUT)?;
-        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+        let mut connection = connect(&self.path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
         connection.set_prepared_statement_cache_capacity(self.statements);
         (self.prepare)(&connection)?;
         let changed = Arc::new(AtomicBool::new(false));

@@ -3,12 +3,12 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use rusqlite::{Connection, OpenFlags};
+use rusqlite::OpenFlags;
 
 use crate::db::claims::Claim;
 use crate::error::{Error, Result, Unsupported};
 use crate::side;
-use crate::sqlite::{Handle, OLDEST, park};
+use crate::sqlite::{Handle, OLDEST, connect, park};
 
 /// Checks the place and the file; gives the path without symbolic links and the claim on it.
 pub(super) fn claim(path: &Path, allow_network: bool) -> Result<(PathBuf, Claim)> {
@@ -126,11 +126,7 @@ fn writable(directory: &Path) -> std::io::Result<()> {
 
 /// Lets SQLite look at the file, without changing it.
 fn is_database(path: &Path) -> Result<()> {
-    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let connection = Connection::open_with_flags(path, flags)?;
-    connection.busy_timeout(std::time::Duration::from_secs(5))?;
-    // Closing this connection must not copy a WAL back and delete it: its commits are counted from there.
-    connection.set_db_config(rusqlite::config::DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+    let connection = connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
     match connection.query_row("SELECT count(*) FROM sqlite_schema", [], |r| r.get::<_, i64>(0)) {
         Ok(_) => Ok(()),
         Err(e) if e.sqlite_error_code() == Some(rusqlite::ErrorCode::NotADatabase) => {
@@ -177,6 +173,7 @@ fn network_name(magic: u64) -> Option<&'static str> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use rusqlite::Connection;
 
     #[test]
     #[cfg(target_os = "linux")]

@@ -5,8 +5,8 @@ use std::pin::Pin;
 use std::task::{Context, Poll};
 use std::{fs, io};
 
-use rusqlite::Connection;
 use rusqlite::backup::{Backup, StepResult};
+use rusqlite::{Connection, OpenFlags};
 use tokio::io::{AsyncRead, ReadBuf};
 use uuid::Uuid;
 
@@ -14,6 +14,7 @@ use crate::db::refuse::sync_directory;
 use crate::db::{Db, claims};
 use crate::error::{Error, Result};
 use crate::side;
+use crate::sqlite::connect_alone;
 use crate::txid::Position;
 
 /// What the names of temporary copies begin with.
@@ -106,7 +107,7 @@ impl Db {
 
     fn copy(&self, new: &Path) -> Result<()> {
         self.read(|conn| {
-            let mut target = Connection::open(new)?;
+            let mut target = connect_alone(new, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
             copy_whole(conn, &mut target)?;
             // A plain file of its own, without a WAL beside it.
             target.pragma_update(None, "journal_mode", "DELETE")?;

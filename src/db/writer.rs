@@ -9,16 +9,15 @@ use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use rusqlite::config::DbConfig;
 use rusqlite::{Connection, DropBehavior, ErrorCode, OpenFlags, Transaction, TransactionBehavior};
 use tokio::sync::{Semaphore, mpsc as queue, oneshot};
 
 use crate::db::builder::{Config, ConnectionKind};
 use crate::engine::{Durability, Engine};
 use crate::error::{Error, Result};
-use crate::sqlite::{CommitCount, last_code};
+use crate::sqlite::{self, CommitHook, defend, last_code};
 use crate::threads::{self, aside, message};
 use crate::txid::Txid;
 
@@ -27,8 +26,6 @@ pub use guard::WriterGuard;
 use guard::Settings;
 use inside::{Inside, may_block};
 
-/// How long a write waits for another process that writes.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// Commits that may wait for an fsync; the writer then waits, too.
 const UNSYNCED_MAX: usize = 4096;
 
@@ -55,7 +52,8 @@ impl Hold {
 pub struct Commit<T> {
     /// What the closure returned.
     pub value: T,
-    /// The transaction, to wait for or to hand to a client; none when nothing was written.
+    /// The transaction, to wait for or to hand to a client; none when nothing was written, or nothing else than was there. Never that of somebody else, unless the closure
+    /// committed by itself and ended with a transaction that wrote nothing: then it may be a later one.
     pub txid: Option<Txid>,
 }
 
@@ -78,16 +76,45 @@ struct Shared {
     room: Semaphore,
     engine: Arc<Hold>,
     durability: Durability,
-    connection: Mutex<Option<Connection>>,
+    connection: Mutex<Option<Open>>,
     /// How the connection has to be when its borrower gives it back.
     settings: Settings,
     /// Commits that were handed to the sync thread and are not acknowledged yet.
     unsynced: AtomicUsize,
 }
 
+/// The connection, and the count of its commits.
+struct Open {
+    connection: Connection,
+    commits: CommitHook,
+}
+
+/// Why a write failed.
+pub(super) enum Failed<E> {
+    /// The application's closure said so.
+    App(E),
+    Ours(Error),
+}
+
+impl<E> From<Error> for Failed<E> {
+    fn from(error: Error) -> Failed<E> {
+        Failed::Ours(error)
+    }
+}
+
+impl<E: From<Error>> Failed<E> {
+    /// The application's error, on the application's own thread, which its conversion may panic on.
+    pub(super) fn into_one(self) -> E {
+        match self {
+            Failed::App(error) => error,
+            Failed::Ours(error) => error.into(),
+        }
+    }
+}
+
 /// One async write.
 trait Job: Send {
-    fn run(self: Box<Self>, shared: &Shared, connection: &mut Connection) -> Option<Unsynced>;
+    fn run(self: Box<Self>, shared: &Shared, open: &mut Open) -> Option<Unsynced>;
     fn refuse(self: Box<Self>, why: Error);
 }
 
@@ -105,26 +132,27 @@ impl Unsynced {
 
 struct Write<T, E, F> {
     run: F,
-    reply: oneshot::Sender<Result<Commit<T>, E>>,
+    reply: oneshot::Sender<Result<Commit<T>, Failed<E>>>,
 }
 
 impl<T, E, F> Job for Write<T, E, F>
 where
     F: FnOnce(&mut Transaction<'_>) -> Result<T, E> + Send,
     T: Send + 'static,
-    E: From<Error> + Send + 'static,
+    E: Send + 'static,
 {
-    fn run(self: Box<Self>, shared: &Shared, connection: &mut Connection) -> Option<Unsynced> {
+    fn run(self: Box<Self>, shared: &Shared, open: &mut Open) -> Option<Unsynced> {
         let Write { run, reply } = *self;
         if reply.is_closed() {
             return None; // Its caller left before it began: it never runs.
         }
-        match shared.transact(connection, run) {
+        match shared.transact(open, run) {
             Ok(Commit { value, txid: Some(txid) }) if shared.durability == Durability::Synced => {
                 let acknowledge = Box::new(move |synced: Result<()>| {
-                    let result = synced.map(|()| Commit { value, txid: Some(txid) });
+                    let result =
+                        synced.map(|()| Commit { value, txid: Some(txid) }).map_err(Error::of_a_commit);
                     // A caller that left does not want to know.
-                    let _ = reply.send(result.map_err(E::from));
+                    let _ = reply.send(result.map_err(Failed::Ours));
                 });
                 Some(Unsynced { txid, acknowledge })
             }
@@ -136,7 +164,7 @@ where
     }
 
     fn refuse(self: Box<Self>, why: Error) {
-        let _ = self.reply.send(Err(why.into()));
+        let _ = self.reply.send(Err(Failed::Ours(why)));
     }
 }
 
@@ -149,12 +177,12 @@ impl fmt::Debug for Writer {
 impl Writer {
     /// Opens the connection, runs the application's migrations on it, and starts the threads.
     pub(super) fn open(config: &Config, path: &Path, engine: &Arc<Hold>) -> Result<Writer> {
-        let (connection, settings) = connect(config, path)?;
+        let (open, settings) = connect(config, path)?;
         let shared = Arc::new(Shared {
             room: Semaphore::new(config.write_queue),
             engine: engine.clone(),
             durability: config.durability,
-            connection: Mutex::new(Some(connection)),
+            connection: Mutex::new(Some(open)),
             settings,
             unsynced: AtomicUsize::new(0),
         });
@@ -177,11 +205,11 @@ impl Writer {
     }
 
     /// Runs a closure in a transaction, on the writer's thread.
-    pub(super) async fn write<T, E, F>(&self, run: F) -> Result<Commit<T>, E>
+    pub(super) async fn write<T, E, F>(&self, run: F) -> Result<Commit<T>, Failed<E>>
     where
         F: FnOnce(&mut Transaction<'_>) -> Result<T, E> + Send + 'static,
         T: Send + 'static,
-        E: From<Error> + Send + 'static,
+        E: Send + 'static,
     {
         if Inside::is(self.shared.address()) {
             return Err(Error::Reentrant.into());
@@ -195,31 +223,27 @@ impl Writer {
         }
         // Given back when the job is taken out.
         room.forget();
-        answer.await.unwrap_or_else(|_| Err(self.no_answer().into()))
-    }
-
-    /// Why a write that was queued has no answer.
-    fn no_answer(&self) -> Error {
-        if lock(&self.jobs).is_none() || self.shared.failed() {
-            return self.shared.refusal();
-        }
-        Error::Panicked("the outcome is not known: a destructor or a conversion of the error did".into())
+        // What is queued is refused by name.
+        let panicked =
+            || Error::OutcomeUnknown("a panic outside of the closure, while it ran or after that".into());
+        answer.await.unwrap_or_else(|_| Err(panicked().into()))
     }
 
     /// The same on the caller's thread.
-    pub(super) fn write_blocking<T, E, F>(&self, run: F) -> Result<Commit<T>, E>
+    pub(super) fn write_blocking<T, E, F>(&self, run: F) -> Result<Commit<T>, Failed<E>>
     where
         F: FnOnce(&mut Transaction<'_>) -> Result<T, E>,
-        E: From<Error>,
     {
         may_block()?;
         let (inside, mut connection) = self.shared.enter()?;
         let Some(open) = connection.as_mut() else { return Err(Error::ShutDown.into()) };
+        // Held until the commit is on the disk, whoever closes the database meanwhile.
+        let engine = self.shared.engine.get()?;
         let commit = self.shared.transact(open, run)?;
         // The next one commits while this one waits for the disk, so that both share an fsync.
         drop((connection, inside));
         if let (Some(txid), Durability::Synced) = (commit.txid, self.shared.durability) {
-            self.shared.engine.get()?.sync(txid)?;
+            engine.sync(txid).map_err(Error::of_a_commit)?;
         }
         Ok(commit)
     }
@@ -244,7 +268,7 @@ impl Writer {
             // The last handle went inside of a write, or with its result: the threads end by themselves behind it.
             return;
         }
-        drop(lock(&self.shared.connection).take());
+        self.shared.close();
         for thread in threads {
             // It has said how it ended.
             let _ = thread.join();
@@ -253,15 +277,15 @@ impl Writer {
 }
 
 /// Opens the connection as the application and we want it, and has the database migrated.
-fn connect(config: &Config, path: &Path) -> Result<(Connection, Settings)> {
-    let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-    let mut connection = Connection::open_with_flags(path, flags)?;
-    connection.busy_timeout(BUSY_TIMEOUT)?;
-    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+fn connect(config: &Config, path: &Path) -> Result<(Open, Settings)> {
+    let mut connection = sqlite::connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+    defend(&connection, !config.trust_schema)?;
     connection.set_prepared_statement_cache_capacity(config.statement_cache);
     // COMMIT does not fsync; the shared fsync does, for all that wait.
     connection.pragma_update(None, "synchronous", "NORMAL")?;
     connection.pragma_update(None, "wal_autocheckpoint", 0)?;
+    // Before the application may set an authorizer of its own.
+    guard::refuse_exclusive(&mut connection)?;
     if let Some(run) = &config.on_connect {
         run(&connection, ConnectionKind::Writer)?;
     }
@@ -274,7 +298,8 @@ fn connect(config: &Config, path: &Path) -> Result<(Connection, Settings)> {
         }
     }
     settings.restore(&connection)?;
-    Ok((connection, settings))
+    let commits = CommitHook::put_on(&connection);
+    Ok((Open { connection, commits }, settings))
 }
 
 impl Shared {
@@ -284,7 +309,7 @@ impl Shared {
     }
 
     /// Waits for the connection.
-    fn enter(&self) -> Result<(Inside, MutexGuard<'_, Option<Connection>>)> {
+    fn enter(&self) -> Result<(Inside, MutexGuard<'_, Option<Open>>)> {
         let inside = Inside::enter(self.address())?;
         Ok((inside, lock(&self.connection)))
     }
@@ -293,8 +318,11 @@ impl Shared {
         self.engine.get()?.sync(txid)
     }
 
-    fn failed(&self) -> bool {
-        matches!(self.refusal(), Error::Stopped(_))
+    /// Closes the connection.
+    fn close(&self) {
+        if let Some(Open { connection, commits }) = lock(&self.connection).take() {
+            commits.take_off(&connection);
+        }
     }
 
     /// Why there are no writes any more.
@@ -316,35 +344,52 @@ impl Shared {
         }
     }
 
-    fn transact<T, E, F>(&self, connection: &mut Connection, run: F) -> Result<Commit<T>, E>
+    /// Every error but [`Error::OutcomeUnknown`] says that nothing was committed.
+    fn transact<T, E, F>(&self, open: &mut Open, run: F) -> Result<Commit<T>, Failed<E>>
     where
         F: FnOnce(&mut Transaction<'_>) -> Result<T, E>,
-        E: From<Error>,
     {
-        let sqlite = |e: rusqlite::Error| E::from(Error::Sqlite(e));
-        let commits = CommitCount::begin();
-        let asked = Instant::now();
-        let mut transaction = Transaction::new_unchecked(connection, TransactionBehavior::Immediate)
-            .map_err(|error| Error::of_begin(error, asked.elapsed()))?;
-        transaction.set_drop_behavior(DropBehavior::Rollback);
+        let sqlite = Error::Sqlite;
+        let Open { connection, commits } = open;
         let engine = self.engine.get()?;
+        engine.ready()?;
+        commits.again(connection);
+        commits.reset();
+        let asked = Instant::now();
+        let begin = || Transaction::new_unchecked(connection, TransactionBehavior::Immediate);
+        let mut transaction = match begin() {
+            // An application that set something which lets nobody write gets its next writes done all the same.
+            Err(_) if self.settings.mend(connection).map_err(sqlite)? => begin(),
+            begun => begun,
+        }
+        .map_err(|error| Error::of_begin(error, asked.elapsed()))?;
+        transaction.set_drop_behavior(DropBehavior::Rollback);
         let begun = engine.begun()?;
         let result = catch_unwind(AssertUnwindSafe(|| run(&mut transaction)));
         let value = match result {
-            Ok(result) => result.inspect_err(|_| {
+            Ok(Ok(value)) => value,
+            Ok(Err(error)) => {
                 if last_code(&transaction) & 0xff == rusqlite::ffi::SQLITE_FULL {
                     engine.no_room();
                 }
-            })?,
+                return Err(Failed::App(error));
+            }
             Err(panic) => return Err(Error::Panicked(message(&*panic)).into()),
         };
+        let begun = engine.ending(begun)?;
+        // It may have committed by itself, and taken our hook away.
+        let earlier = !commits.again(&transaction) || commits.count() > 0;
+        commits.reset();
         transaction.commit().map_err(|error| {
             if error.sqlite_error_code() == Some(ErrorCode::DiskFull) {
                 engine.no_room();
             }
-            sqlite(error)
+            match engine.may_have_committed(begun) {
+                true => sqlite(error).of_a_commit(),
+                false => sqlite(error),
+            }
         })?;
-        let txid = engine.committed(begun, commits.one())?;
+        let txid = engine.committed(begun, commits.last(), earlier)?;
         Ok(Commit { value, txid })
     }
 }
@@ -381,8 +426,8 @@ fn run_jobs(
             }
         }
     }
-    // Taken already, unless this thread itself dropped the last handle.
-    drop(lock(&shared.connection).take());
+    // Done already, unless this thread itself dropped the last handle.
+    shared.close();
     Ok(())
 }
 
@@ -407,7 +452,7 @@ fn run_syncs((shared, unsynced): &mut (Arc<Shared>, mpsc::Receiver<Unsynced>)) -
 }
 
 /// Runs code of the application on one of our threads, which has to outlive a panic in it: in a destructor of a value that nobody
-/// waits for any more, or in its conversion of our error.
+/// waits for any more.
 fn survive<T>(run: impl FnOnce() -> T) -> Option<T> {
     match catch_unwind(AssertUnwindSafe(run)) {
         Ok(value) => Some(value),
@@ -442,7 +487,7 @@ mod tests {
         jobs.send(Box::new(Write { run, reply }) as Box<dyn Job>).unwrap_or_else(|_| panic!("it is open"));
         writer.shared.end(Err(Error::Stopped("by intent".into())), Some(receiver));
         let stopped = |error: Error| matches!(error, Error::Stopped(why) if why == "by intent");
-        assert!(stopped(answer.await.unwrap().unwrap_err()), "queued");
+        assert!(stopped(answer.await.unwrap().map_err(Failed::into_one).unwrap_err()), "queued");
         assert!(stopped(db.write(run).await.unwrap_err()), "later");
         let blocking = db.clone();
         let refused = tokio::task::spawn_blocking(move || blocking.write_blocking(run)).await.unwrap();

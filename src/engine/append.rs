@@ -58,7 +58,7 @@ struct Txn {
 impl Appender {
     pub(super) fn new(base: Arc<Base>, handle: Handle) -> Result<Appender> {
         let tip = base.tip();
-        let header = base.header().ok_or_else(|| Error::Stopped("the wal-index header is torn".into()))?;
+        let header = base.settled_header()?;
         Ok(Appender {
             cache: HashCache::new(),
             run: tip,

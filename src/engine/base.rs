@@ -9,6 +9,7 @@ use bytes::BytesMut;
 
 use crate::checksum::PageHash;
 use crate::engine::anchor::{Anchor, Anchors, FileState, Witness, Witnesses};
+use crate::engine::numbers::{Asked, Patience, Progress};
 use crate::engine::wal_file::WalFile;
 use crate::engine::watch::{Astray, Watch};
 use crate::engine::{Durability, EngineOptions, Piece, WalFigures, unsynced};
@@ -24,8 +25,10 @@ use crate::wal::{FRAME_HEADER_BYTES, IndexHeader, Salts, WalSum, frame_bytes, fr
 /// Commit boundaries that are remembered within a generation, so that a backfill that readers hold back can still
 /// stop at a known position.
 const BOUNDARIES_MAX: usize = 1024;
-/// Longest wait for the capture thread to reach a commit that is in the WAL already.
-const CAPTURE_WAIT: Duration = Duration::from_secs(30);
+/// How long somebody may take to write the wal-index's header, for which SQLite needs less than a microsecond unless the system takes its processor away;
+/// and how long between two looks.
+const HEADER_WAIT: Duration = Duration::from_millis(200);
+const HEADER_STEP: Duration = Duration::from_micros(100);
 
 /// The last commit that this node has taken in.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -48,6 +51,8 @@ pub(super) struct Base {
     pub(super) log: Arc<Log>,
     tip: Mutex<Tip>,
     tip_moved: Condvar,
+    pub(super) progress: Progress,
+    pub(super) asked: Mutex<Asked>,
     boundaries: Mutex<Vec<Tip>>,
     pub(super) anchors: Mutex<Anchors>,
     /// Read-held while a page is looked up and read; write-held while the WAL is restarted.
@@ -87,6 +92,8 @@ impl Base {
             log,
             tip: Mutex::new(tip),
             tip_moved: Condvar::new(),
+            progress: Progress::default(),
+            asked: Mutex::default(),
             boundaries: Mutex::new(vec![tip]),
             anchors: Mutex::new(anchors),
             generation: RwLock::new(()),
@@ -136,25 +143,37 @@ impl Base {
         lock(&self.boundaries).iter().rev().find(|t| t.frame <= frame).copied()
     }
 
+    /// No backfill ends between this frame and the last one that was taken.
+    pub(super) fn forget_boundaries(&self, from: u32) {
+        lock(&self.boundaries).retain(|tip| tip.frame < from);
+    }
+
+    /// Capture has taken a commit.
+    pub(super) fn taken(&self, before: &Tip, now: &Tip) {
+        let asked = lock(&self.asked).hear(before, now);
+        if asked {
+            // Who has looked already waits by the time that this has the lock.
+            drop(lock(&self.tip));
+            self.tip_moved.notify_all();
+        }
+    }
+
     /// Waits until the tip has reached the frame, or the WAL was restarted (then it had).
     pub(super) fn wait_tip(&self, salts: Salts, frame: u32) -> Result<Tip> {
-        let end = Instant::now() + CAPTURE_WAIT;
+        self.wait_captured(|tip| (tip.salts != salts || tip.frame >= frame).then_some(*tip))
+    }
+
+    /// Waits until capture has done something, for as long as it does anything.
+    pub(super) fn wait_captured<T>(&self, done: impl Fn(&Tip) -> Option<T>) -> Result<T> {
+        let mut patience = Patience::new(&self.progress, Instant::now());
         let mut tip = lock(&self.tip);
         loop {
             self.check()?;
-            if tip.salts != salts || tip.frame >= frame {
-                return Ok(*tip);
+            if let Some(found) = done(&tip) {
+                return Ok(found);
             }
-            let left = end.saturating_duration_since(Instant::now());
-            if left.is_zero() {
-                return Err(Error::Timeout {
-                    what: format!("capture of frame {frame}"),
-                    after: CAPTURE_WAIT,
-                });
-            }
-            // Short waits, so that a failure or a stop is seen too.
-            let wait = left.min(Duration::from_millis(50));
-            tip = self.tip_moved.wait_timeout(tip, wait).unwrap_or_else(PoisonError::into_inner).0;
+            let left = patience.left(&self.progress, Instant::now())?;
+            tip = self.tip_moved.wait_timeout(tip, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
@@ -304,7 +323,24 @@ impl Base {
         }
     }
 
-    /// The header, read again for a while if somebody is writing it just now.
+    /// The header, which somebody else may be writing for a moment.
+    pub(super) fn settled_header(&self) -> Result<IndexHeader> {
+        let end = Instant::now() + HEADER_WAIT;
+        loop {
+            if let Some(header) = self.header() {
+                return Ok(header);
+            }
+            if Instant::now() >= end {
+                return Err(Error::Timeout {
+                    what: "the wal-index's header, which somebody is in the middle of writing".into(),
+                    after: HEADER_WAIT,
+                });
+            }
+            std::thread::sleep(HEADER_STEP);
+        }
+    }
+
+    /// The header, if nobody is writing it just now.
     pub(super) fn header(&self) -> Option<IndexHeader> {
         for _ in 0..1000 {
             if let Some(header) = self.index.header() {
@@ -327,6 +363,15 @@ impl Base {
             Some(found) => self.read_frame(found, buffer),
             None => handle.read(buffer, page.offset(self.page_size)),
         }
+    }
+
+    /// Whether two frames have the same page image.
+    pub(super) fn is_same_image(&self, one: u32, other: u32) -> Result<bool> {
+        let mut images = [vec![0; self.page_size.bytes()], vec![0; self.page_size.bytes()]];
+        for (image, frame) in images.iter_mut().zip([one, other]) {
+            self.read_frame(frame, image)?;
+        }
+        Ok(images[0] == images[1])
     }
 
     pub(super) fn read_frame(&self, frame: u32, buffer: &mut [u8]) -> Result<()> {

@@ -7,7 +7,7 @@ use std::time::SystemTime;
 use bytes::{Bytes, BytesMut};
 
 use crate::checksum::{Checksum, PageHash};
-use crate::engine::base::{Base, HashCache, Tip};
+use crate::engine::base::{Base, HashCache, Tip, lock};
 use crate::error::{Error, Result};
 use crate::page::PageNo;
 use crate::sqlite::Handle;
@@ -39,6 +39,8 @@ pub(super) struct Capture {
     pub(super) history: Arc<EpochHistory>,
     /// Records are handed on when they are together larger than this.
     pub(super) batch_bytes: usize,
+    /// SQLite wrote these frames, which may repeat a commit. A node, as a replica, writes each as the transaction that it is.
+    pub(super) repeats: bool,
     /// Losses of locks that the tip was looked at after.
     losses: u64,
     run: Vec<u8>,
@@ -69,6 +71,7 @@ impl Capture {
             tip,
             history,
             batch_bytes: BATCH_BYTES,
+            repeats: true,
             losses: 0,
         }
     }
@@ -163,6 +166,7 @@ impl Capture {
     fn find_end(&self, first: u32, max: u32) -> Result<Commit> {
         let mut bytes = [0; FRAME_HEADER_BYTES];
         for frame in first..=max {
+            self.base.progress.step();
             self.base.wal.read(&mut bytes, frame_offset(frame, self.base.page_size))?;
             let head = self.frame_header(&bytes, frame)?;
             if head.commit != 0 {
@@ -184,9 +188,9 @@ impl Capture {
             let Some(number) = PageNo::new(FrameHeader::parse(header).page) else { continue };
             self.take_page(&mut record, number, PageHash::of(number, page), page)?;
         }
-        if self.is_identity(&record) {
+        if self.is_repeated(&record) {
             self.out.truncate(mark);
-            self.tip = Tip { frame: commit.last, sum: commit.sum, ..self.tip };
+            self.move_on(Tip { frame: commit.last, sum: commit.sum, ..self.tip });
             return Ok(());
         }
         self.finish(record)
@@ -200,6 +204,7 @@ impl Capture {
         self.push_begin();
         let mut image = vec![0; self.base.page_size.bytes()];
         for frame in commit.first..=commit.last {
+            self.base.progress.step();
             let page = self.base.index.page_of(frame);
             if self.base.index.lookup(page, commit.first, commit.last) != Some(frame) {
                 continue;
@@ -237,6 +242,7 @@ impl Capture {
 
     /// The hash of a page as of the commit before.
     fn old_hash(&mut self, number: PageNo) -> Result<PageHash> {
+        self.base.progress.step();
         if let Some(hash) = self.cache.get(number) {
             return Ok(hash);
         }
@@ -247,13 +253,21 @@ impl Capture {
         read.map(|()| hash)
     }
 
-    /// A commit of nothing but an unchanged page 1 is our own, made to move the WAL on; it is no transaction.
-    fn is_identity(&self, record: &Record) -> bool {
+    /// A commit of nothing but an unchanged page 1 is our own, made to move the WAL on; it is no transaction. Neither is one of nothing but the frame
+    /// before it, as SQLite makes them behind a commit where the disk may harm a sector when it writes to it (`psow=0`).
+    fn is_repeated(&self, record: &Record) -> bool {
+        let page = record.last_page;
         record.commit.first == record.commit.last
             && record.changed == 1
-            && record.last_page == 1
             && record.same
             && record.commit.pages == self.tip.pages
+            && (page == 1 || self.repeats && self.base.index.page_of(self.tip.frame) == page)
+    }
+
+    /// The next commit is taken.
+    fn move_on(&mut self, tip: Tip) {
+        let before = std::mem::replace(&mut self.tip, tip);
+        self.base.taken(&before, &tip);
     }
 
     /// The epoch of the transaction that follows the tip.
@@ -279,15 +293,7 @@ impl Capture {
         let size = self.base.page_size;
         let new_pages = new_pages.filter(|n| !n.is_lock_page(size));
         if new_pages.clone().count() != record.grown as usize {
-            for number in new_pages {
-                if self.base.index.lookup(number.get(), commit.first, commit.last).is_none() {
-                    // Never written by the transaction: what a reader of that page gets, a replica must get too.
-                    let mut page = vec![0; self.base.page_size.bytes()];
-                    self.base.read_page(&mut self.handle, number, commit.last, &mut page)?;
-                    let hash = PageHash::of(number, &page);
-                    self.take_page(&mut record, number, hash, &page)?;
-                }
-            }
+            self.take_unwritten(&mut record, new_pages)?;
         }
         let txid = Txid::new(self.epoch(), self.tip.position.number() + 1);
         let after = Position::new(txid, record.sum);
@@ -295,8 +301,48 @@ impl Capture {
             SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_micros() as u64);
         let end = TxnEnd { after, pages: commit.pages, changed: record.changed, unix_micros };
         wire::encode(&Message::TxnEnd(end), &mut self.out);
-        self.tip =
-            Tip { frame: commit.last, sum: commit.sum, position: after, pages: commit.pages, ..self.tip };
+        let (frame, sum, pages) = (commit.last, commit.sum, commit.pages);
+        self.move_on(Tip { frame, sum, position: after, pages, ..self.tip });
+        Ok(())
+    }
+
+    /// Takes the pages by which the database grew, and that the transaction did not write: what a reader of them gets, a replica must get too.
+    fn take_unwritten(&mut self, record: &mut Record, new_pages: impl Iterator<Item = PageNo>) -> Result<()> {
+        let (base, commit, size) = (self.base.clone(), record.commit, self.base.page_size);
+        // They stay as they are read here, whatever is copied, and whenever.
+        let _nobody_copies = lock(&base.backfill);
+        let mut older = u32::MAX;
+        for number in new_pages {
+            if base.index.lookup(number.get(), commit.first, commit.last).is_some() {
+                continue;
+            }
+            let mut page = vec![0; size.bytes()];
+            if let Some(frame) = base.index.lookup(number.get(), 1, commit.last) {
+                older = older.min(frame);
+                base.read_frame(frame, &mut page)?;
+            } else {
+                self.cut_mark(number)?;
+                self.handle.read(&mut page, number.offset(size))?;
+            }
+            self.take_page(record, number, PageHash::of(number, &page), &page)?;
+        }
+        // A frame of when the database was as long before. It was not copied while the database was shorter; now it has to be.
+        if older <= base.index.backfilled() {
+            base.index.set_backfilled(older - 1);
+        }
+        base.forget_boundaries(older);
+        Ok(())
+    }
+
+    /// Takes the file's mark off, if it lies where this page is. The caller holds `backfill`.
+    fn cut_mark(&mut self, number: PageNo) -> Result<()> {
+        let size = u64::from(self.base.page_size.get());
+        let bytes = self.handle.size()?;
+        let whole = bytes / size * size;
+        if bytes > whole && whole == number.offset(self.base.page_size) {
+            let base = self.base.clone();
+            base.writing(|| self.handle.truncate(whole))?;
+        }
         Ok(())
     }
 

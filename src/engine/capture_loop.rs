@@ -20,6 +20,7 @@ use crate::sqlite::{Lock, Slot};
 use crate::status::Event;
 use crate::threads;
 use crate::txid::{Epoch, EpochStart, NUMBER_MAX, Position};
+use crate::wal::IndexHeader;
 
 /// After the last commit the thread keeps looking for this long before it sleeps: a wake-up costs more.
 const SPIN: Duration = Duration::from_micros(30);
@@ -152,7 +153,7 @@ impl CaptureLoop {
         self.base.log.sync()
     }
 
-    fn capture(&mut self, header: &crate::wal::IndexHeader) -> Result<()> {
+    fn capture(&mut self, header: &IndexHeader) -> Result<()> {
         let mut sink = ToLog { base: &self.base, syncer: &self.syncer };
         // Always the end, whoever asked for it: part of a record may be out, and nothing can be put behind that.
         self.capture.advance(header, &mut sink).map_err(|error| match error {
@@ -224,8 +225,7 @@ impl CaptureLoop {
 
     /// Captures to the very end. WRITE is held.
     fn settled(&mut self) -> Result<()> {
-        let header =
-            self.base.header().ok_or_else(|| Error::Stopped("the wal-index header is torn".into()))?;
+        let header = self.mended_header()?;
         self.capture(&header)
     }
 
@@ -265,7 +265,11 @@ impl CaptureLoop {
         if !try_for(&mut self.capture.handle, Slot::WRITE, Lock::Exclusive, WRITE_WAIT)? {
             return Ok(false);
         }
+        let base = self.base.clone();
+        // What was committed is taken; the rest is the disk's.
+        let on_disk = base.progress.on_disk();
         let result = self.restart_locked();
+        drop(on_disk);
         self.capture.handle.unlock(Slot::WRITE, Lock::Exclusive)?;
         result
     }
@@ -286,23 +290,28 @@ impl CaptureLoop {
         done
     }
 
-    /// A foreign writer died inside of its header write. Readers and writers would have SQLite recover, for which it needs
-    /// CKPT, which we hold for life. One of the header's two copies is whole: it takes the place of the other.
+    /// Has the header whole again after a foreign writer died inside of its header write. Readers and writers would have SQLite recover, for which it
+    /// needs CKPT, which we hold for life.
     fn mend_header(&mut self) -> Result<()> {
         if !self.capture.handle.try_lock(Slot::WRITE, Lock::Exclusive)? {
             return Ok(()); // Somebody writes: the header may be about to be whole.
         }
-        let mended = match (self.base.header(), self.base.index.header_left()) {
-            (Some(_), _) => Ok(()),
+        let mended = self.mended_header();
+        self.capture.handle.unlock(Slot::WRITE, Lock::Exclusive)?;
+        mended.map(drop)
+    }
+
+    /// The header, with WRITE held: nobody is writing it. Should it be torn, one of its two copies is whole, and takes the place of the other.
+    fn mended_header(&self) -> Result<IndexHeader> {
+        match (self.base.header(), self.base.index.header_left()) {
+            (Some(header), _) => Ok(header),
             (None, Some(left)) => {
                 tracing::warn!("a writer died while it published its commit; the wal-index is mended");
                 self.base.index.publish(&left);
-                Ok(())
+                Ok(left)
             }
             (None, None) => Err(Error::Stopped("both copies of the wal-index header are torn".into())),
-        };
-        self.capture.handle.unlock(Slot::WRITE, Lock::Exclusive)?;
-        mended
+        }
     }
 }
 
@@ -345,6 +354,7 @@ struct ToLog<'a> {
 
 impl Sink for ToLog<'_> {
     fn committed(&mut self, number: u64) -> Result<()> {
+        let _on_disk = self.base.progress.on_disk();
         match self.base.options.durability {
             Durability::Synced => self.syncer.sync(number),
             Durability::Unsynced => Ok(()),
@@ -352,6 +362,7 @@ impl Sink for ToLog<'_> {
     }
 
     fn records(&mut self, units: Bytes, after: Option<Position>) -> Result<()> {
+        let _on_disk = self.base.progress.on_disk();
         append_or_gap(self.base, units, after);
         if let Some(after) = after {
             self.base.node.applied.advance(after);

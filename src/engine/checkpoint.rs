@@ -328,7 +328,7 @@ fn overwrite(base: &Base, handle: &Handle, new: &Tip, bytes: &[u8]) -> Result<()
 /// WRITE is held and the tip is the header's end.
 fn append_identity(base: &Arc<Base>, handle: &mut Handle) -> Result<Tip> {
     let tip = base.tip();
-    let header = base.header().ok_or_else(|| Error::Stopped("the wal-index header is torn".into()))?;
+    let header = base.settled_header()?;
     let mut page = vec![0; base.page_size.bytes()];
     base.read_page(handle, PageNo::FIRST, tip.frame, &mut page)?;
     let frame = tip.frame + 1;

@@ -212,6 +212,7 @@ impl Opened {
         };
         let mut capture = Capture::new(self.base.clone(), self.handle, begin, Arc::new(history));
         capture.batch_bytes = 0;
+        capture.repeats = self.primary && self.own;
         let log = self.base.log.clone();
         let confirmed = log.tip() == Some(position);
         let mut sink = Rebuild { tip: log.tip(), log, append, number: 0, confirmed, mismatch: false };

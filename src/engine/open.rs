@@ -19,7 +19,7 @@ use crate::error::{Error, Result, Unsupported};
 use crate::log::Log;
 use crate::node::Node;
 use crate::page::PageSize;
-use crate::sqlite::{FileLocks, Handle, Lock, Slot, WalIndex};
+use crate::sqlite::{FileLocks, Handle, Lock, Slot, WalIndex, defend};
 use crate::txid::{EpochHistory, Position};
 use crate::wal::{IndexHeader, frame_offset, region_of};
 
@@ -165,6 +165,8 @@ fn prepare(handle: &Handle, options: &EngineOptions, primary: bool) -> Result<Pa
     let mut now = match mode("PRAGMA journal_mode") {
         Err(Error::Damaged { .. }) => {
             // It is shorter than its first page says, which SQLite puts up with in this mode. Nothing is written in it.
+            // The defence would undo that.
+            defend(connection, false)?;
             connection.set_db_config(DbConfig::SQLITE_DBCONFIG_WRITABLE_SCHEMA, true)?;
             mode("PRAGMA journal_mode")?
         }

@@ -8,6 +8,7 @@ use crate::engine::checkpoint::{DRAIN_MAX, mark_again, try_for};
 use crate::error::{Error, Result};
 use crate::page::PageNo;
 use crate::sqlite::{Handle, Lock, Slot};
+use crate::threads::caught;
 
 /// A page of the file, its wrong bytes by their hash, and the right ones.
 #[derive(Clone, Debug)]
@@ -33,7 +34,8 @@ impl Engine {
             return Err(Error::Timeout { what: "readers of the file".into(), after: DRAIN_MAX });
         }
         let newest = lock(&base.anchors).newest_first().first().copied();
-        let written = base.writing(|| write_pages(base, &mut handle, newest, pages));
+        let write = || base.writing(|| write_pages(base, &mut handle, newest, pages));
+        let written = caught("a repair", write).flatten();
         handle.unlock(Slot::READ0, Lock::Exclusive)?;
         let written = written?;
         // The file is what it was; only its modification time is another one.
@@ -76,7 +78,9 @@ fn write_pages(
     }
     let mut written = Vec::new();
     for RightPage { number, wrong, right } in pages {
-        let frame = base.header().map_or(base.tip().frame, |header| header.max_frame);
+        let frame = base.settled_header()?.max_frame;
+        // Somebody may have committed more than capture has taken.
+        base.map_to(handle, frame)?;
         if base.index.lookup(number.get(), 1, frame).is_some() {
             continue;
         }
@@ -93,4 +97,39 @@ fn write_pages(
     }
     handle.sync()?;
     Ok(written)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::engine::tests::{Home, open_plain, settled, until};
+
+    #[test]
+    fn a_repair_looks_for_its_pages_in_all_that_was_committed() {
+        let home = Home::new();
+        let foreign = open_plain(&home.path("p.db"));
+        foreign.execute_batch("PRAGMA page_size = 512; CREATE TABLE t(a); INSERT INTO t VALUES (1)").unwrap();
+        let engine = home.primary("p.db");
+        settled(&engine);
+        // Capture waits for the disk, and takes nothing more.
+        engine.syncer.hold(true);
+        foreign.execute_batch("INSERT INTO t VALUES (2)").unwrap();
+        let taken = engine.base.header().unwrap().max_frame;
+        until("the fsync", || engine.base.progress.is_on_disk());
+        // More than one region of the wal-index.
+        foreign.execute_batch("INSERT INTO t VALUES (zeroblob(3000000))").unwrap();
+        assert!(engine.base.header().unwrap().max_frame > taken + 5000);
+        let page = RightPage {
+            number: PageNo::FIRST,
+            wrong: PageHash::of(PageNo::FIRST, &[0; 512]),
+            right: vec![0; 512].into(),
+        };
+        let repaired = engine.repair(&[page]);
+        let free = lock(&engine.second).try_lock(Slot::READ0, Lock::Exclusive);
+        engine.syncer.hold(false);
+        assert_eq!(repaired.unwrap(), [], "the WAL has it");
+        assert!(free.unwrap(), "the lock is given back");
+        lock(&engine.second).unlock(Slot::READ0, Lock::Exclusive).unwrap();
+        settled(&engine);
+    }
 }

@@ -71,6 +71,13 @@ impl Syncer {
         }
     }
 
+    /// Has whoever wants an fsync wait for one, as on a disk that takes its time.
+    #[cfg(test)]
+    pub(super) fn hold(&self, hold: bool) {
+        lock(&self.state).leading = hold;
+        self.changed.notify_all();
+    }
+
     /// Notes that everything up to `number` came to the disk by other means.
     pub(super) fn synced(&self, number: u64) {
         let mut state = lock(&self.state);

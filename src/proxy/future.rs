@@ -23,7 +23,7 @@ use crate::proxy::failure::Reason;
 use crate::proxy::keep::Keep;
 use crate::proxy::layer::Shared;
 use crate::proxy::prepare::{Head, Need, Verdict, failure, prepare};
-use crate::proxy::reply::set_token;
+use crate::proxy::reply::{set_outcome, set_token};
 use crate::session::Session;
 
 pin_project! {
@@ -167,6 +167,7 @@ where
                     match replay(this.shared, run) {
                         Some(next) => next,
                         None => {
+                            set_outcome(&run.session, response.status(), response.headers_mut());
                             set_token(this.shared, &run.session, run.secure, response.headers_mut());
                             return Poll::Ready(Ok(response.map(local)));
                         }
@@ -202,13 +203,17 @@ where
     }
 }
 
-/// The way to the primary for a request whose handler needed it, if nothing was committed here, and no other database's layer sent it anywhere.
+/// The way to the primary for a request whose handler needed it, if nothing was committed here, nor may have been, and no other database's layer sent it anywhere.
 fn replay<S, B>(shared: &Arc<Shared>, run: &mut LocalRun) -> Option<State<S, B>>
 where
     S: Service<Request<B>>,
 {
     let session = &run.session;
-    if !session.primary_needed() || session.committed_anywhere() || session.sent() {
+    if !session.primary_needed()
+        || session.committed_anywhere()
+        || session.outcome_unknown()
+        || session.sent()
+    {
         return None;
     }
     let (head, keep) = run.replay.take()?;

@@ -1,7 +1,7 @@
 //! What a local handler's response gets from its session: the token, as header and cookie.
 
 use http::header::CACHE_CONTROL;
-use http::{HeaderMap, HeaderName, HeaderValue};
+use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
 use crate::proxy::failure::Outcome;
 use crate::proxy::headers::{OUTCOME, TOKEN, add_cookie};
@@ -10,15 +10,19 @@ use crate::session::Session;
 use crate::token::Token;
 use crate::txid::Place;
 
+/// Says of a response that tells of a failure what is known of the outcome.
+pub(super) fn set_outcome(session: &Session, status: StatusCode, headers: &mut HeaderMap) {
+    let unknown = session.outcome_unknown();
+    let says_not = headers.get(OUTCOME).is_some_and(|o| o == Outcome::NotExecuted.as_str());
+    // An error's response can't know what was committed before it, to this or another database: sending again would not be safe.
+    if says_not && (unknown || session.committed_anywhere()) || unknown && status.is_server_error() {
+        headers.insert(OUTCOME, HeaderValue::from_static(Outcome::Unknown.as_str()));
+    }
+}
+
 /// Sets the token of what the request committed, waited for, or read.
 pub(super) fn set_token(shared: &Shared, session: &Session, secure: bool, headers: &mut HeaderMap) {
     let committed = session.committed();
-    if session.committed_anywhere()
-        && headers.get(OUTCOME).is_some_and(|o| o == Outcome::NotExecuted.as_str())
-    {
-        // An error's response can't know what was committed before it, to this or another database: sending again would not be safe.
-        headers.insert(OUTCOME, HeaderValue::from_static(Outcome::Unknown.as_str()));
-    }
     let newest = match shared.options.session {
         SessionTokens::Writes => session.seen(),
         SessionTokens::Monotonic => session.seen().max(shared.node.applied.position().map(|p| p.txid())),

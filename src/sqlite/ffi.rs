@@ -4,16 +4,16 @@
 //! other connection; and no descriptor of the database is ever closed beside SQLite, which would drop the
 //! process's POSIX locks.
 
-use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::{io, ptr};
 
-use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags, ffi};
 
 use crate::error::{Error, Result, Unsupported};
+use crate::sqlite::connect;
 use crate::wal::REGION_BYTES;
 
 /// One of the eight locks of the wal-index.
@@ -73,13 +73,11 @@ unsafe impl Send for Handle {}
 impl Handle {
     /// Opens a connection, and reads once so that SQLite recovers the WAL and maps the wal-index.
     pub(crate) fn open(path: &Path, create: bool) -> Result<Handle> {
-        let mut flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let mut flags = OpenFlags::SQLITE_OPEN_READ_WRITE;
         if create {
             flags |= OpenFlags::SQLITE_OPEN_CREATE;
         }
-        let connection = Connection::open_with_flags(path, flags)?;
-        connection.busy_timeout(std::time::Duration::from_secs(5))?;
-        connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)?;
+        let connection = connect(path, flags)?;
         let unsupported = |reason| Error::Unsupported { path: path.to_path_buf(), reason };
         let file = main_file(&connection).ok_or_else(|| unsupported(Unsupported::NoSharedMemory))?;
         let handle = Handle { file, path: path.to_path_buf(), held: Vec::new(), connection };
@@ -323,53 +321,86 @@ pub(crate) fn unreadable(code: c_int) -> bool {
     matches!(code & 0xff, ffi::SQLITE_IOERR | ffi::SQLITE_NOTADB | ffi::SQLITE_CORRUPT | ffi::SQLITE_CANTOPEN)
 }
 
-thread_local! {
-    /// Commits of hooked connections on this thread, and the frame that the last of them ended with. The hook has no context of its own, so
-    /// that nothing has to outlive the connection.
-    static COMMITS: Cell<(u32, u32)> = const { Cell::new((0, 0)) };
+/// Commits of one connection to its main database.
+#[derive(Debug, Default)]
+struct Commits {
+    count: AtomicU32,
+    /// The frame that the last of them ended with.
+    frame: AtomicU32,
 }
 
-/// Has this connection's commits to its main database counted by [`CommitCount`], in place of any other WAL hook. Through SQLite itself,
-/// because rusqlite's method is another one in each version.
-pub(crate) fn hook_commits(connection: &Connection) {
-    unsafe extern "C" fn hook(
-        _: *mut c_void,
-        _: *mut ffi::sqlite3,
-        name: *const c_char,
-        frames: c_int,
-    ) -> c_int {
-        // SAFETY: SQLite gives the database's name, ended by a zero.
-        let name = unsafe { CStr::from_ptr(name) };
-        // An attached database has frames of its own.
-        if name == c"main" {
-            COMMITS.set((COMMITS.get().0.saturating_add(1), frames as u32));
-        }
-        ffi::SQLITE_OK
-    }
-    // SAFETY: the connection is open, and the hook needs no context.
-    unsafe { ffi::sqlite3_wal_hook(connection.handle(), Some(hook), ptr::null_mut()) };
-}
-
-/// Counts the commits of this thread from its making until it is dropped. Counts may be nested.
+/// Counts the commits of one connection to its main database by its WAL hook, on whatever thread they are made.
 #[derive(Debug)]
-pub(crate) struct CommitCount {
-    outer: (u32, u32),
+pub(crate) struct CommitHook {
+    /// Given to SQLite. Freed by `take_off` alone: whoever borrows a connection may keep it, and put another in its place.
+    commits: &'static Commits,
+    /// Another hook was found where this one should have been, so that a connection may have this one that is not known here.
+    strayed: bool,
 }
 
-impl CommitCount {
-    pub(crate) fn begin() -> CommitCount {
-        CommitCount { outer: COMMITS.replace((0, 0)) }
+impl CommitHook {
+    /// Hooks a connection. Through SQLite itself, because rusqlite's method is another one in each version.
+    pub(crate) fn put_on(connection: &Connection) -> CommitHook {
+        let hook = CommitHook { commits: Box::leak(Box::default()), strayed: false };
+        hook.swap(connection, true);
+        hook
     }
 
-    /// The frame that the one commit ended with; nothing when there was none, or more than one.
-    pub(crate) fn one(&self) -> Option<u32> {
-        let (count, frame) = COMMITS.get();
-        (count == 1).then_some(frame)
+    /// Puts the hook on again, in place of any other. Whether it was still there.
+    pub(crate) fn again(&mut self, connection: &Connection) -> bool {
+        let stayed = self.swap(connection, true);
+        self.strayed |= !stayed;
+        stayed
+    }
+
+    /// Forgets what was counted.
+    pub(crate) fn reset(&self) {
+        self.commits.count.store(0, Ordering::Relaxed);
+    }
+
+    /// How many commits there were since.
+    pub(crate) fn count(&self) -> u32 {
+        self.commits.count.load(Ordering::Relaxed)
+    }
+
+    /// The frame that the last of them ended with.
+    pub(crate) fn last(&self) -> Option<u32> {
+        (self.count() > 0).then(|| self.commits.frame.load(Ordering::Relaxed))
+    }
+
+    /// Takes the hook off a connection that is about to be closed.
+    pub(crate) fn take_off(self, connection: &Connection) {
+        if self.swap(connection, false) && !self.strayed {
+            // SAFETY: it was leaked by `put_on`, no connection has it any more, and it is never used again.
+            drop(unsafe { Box::from_raw(ptr::from_ref(self.commits).cast_mut()) });
+        }
+    }
+
+    /// Whether this hook was the connection's, which has it, or none, now.
+    fn swap(&self, connection: &Connection, on: bool) -> bool {
+        let context = ptr::from_ref(self.commits).cast_mut().cast::<c_void>();
+        let (hook, context_then) =
+            if on { (Some(count_commit as _), context) } else { (None, ptr::null_mut()) };
+        // SAFETY: the connection is open, and the context lives for as long as a connection has it.
+        let before = unsafe { ffi::sqlite3_wal_hook(connection.handle(), hook, context_then) };
+        before == context
     }
 }
 
-impl Drop for CommitCount {
-    fn drop(&mut self) {
-        COMMITS.set(self.outer);
+unsafe extern "C" fn count_commit(
+    context: *mut c_void,
+    _: *mut ffi::sqlite3,
+    name: *const c_char,
+    frames: c_int,
+) -> c_int {
+    // SAFETY: SQLite gives the database's name, ended by a zero.
+    let name = unsafe { CStr::from_ptr(name) };
+    // An attached database has frames of its own.
+    if name == c"main" {
+        // SAFETY: the context is that of a `CommitHook`, whose `Commits` is freed only when no connection has the hook.
+        let commits = unsafe { &*context.cast::<Commits>() };
+        commits.frame.store(frames as u32, Ordering::Relaxed);
+        commits.count.fetch_add(1, Ordering::Relaxed);
     }
+    ffi::SQLITE_OK
 }

@@ -6,12 +6,14 @@ use std::sync::MutexGuard;
 use std::time::Duration;
 
 use rusqlite::Connection;
+use rusqlite::config::DbConfig;
+use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
 
-use super::Shared;
 use super::inside::Inside;
+use super::{Open, Shared};
 use crate::engine::Durability;
-use crate::error::Result;
-use crate::sqlite::hook_commits;
+use crate::error::{Error, Result};
+use crate::session;
 use crate::txid::Txid;
 
 /// The full writer connection, for whoever holds this guard; all other writes wait.
@@ -19,13 +21,12 @@ use crate::txid::Txid;
 /// Transactions are the holder's own business; one that is open when the guard is dropped is rolled back. Commits
 /// are captured and shipped like all others. [`WriterGuard::flush`] makes them durable and tells the last one.
 ///
-/// What the holder changed of the connection stays, but for the WAL hook, `synchronous`, `wal_autocheckpoint` and the busy timeout:
-/// those are as they were before when the guard is dropped.
+/// What the holder changed of the connection stays, but for what the node relies on: the WAL hook, `synchronous`, `wal_autocheckpoint`, `query_only`, the
+/// busy timeout, and the flags of `sqlite3_db_config` that defend the schema are as they were before when the guard is dropped.
+/// `PRAGMA locking_mode = EXCLUSIVE` is not authorized: nobody could read or write any more. Another journal mode than WAL is refused by SQLite ("locked").
 pub struct WriterGuard<'a> {
-    connection: MutexGuard<'a, Option<Connection>>,
+    open: MutexGuard<'a, Option<Open>>,
     shared: &'a Shared,
-    /// The last transaction before the guard.
-    before: u64,
     /// Keeps the guard on the thread that took it.
     _inside: Inside,
 }
@@ -33,29 +34,41 @@ pub struct WriterGuard<'a> {
 impl<'a> WriterGuard<'a> {
     /// The connection is open.
     pub(super) fn new(
-        connection: MutexGuard<'a, Option<Connection>>,
+        mut open: MutexGuard<'a, Option<Open>>,
         shared: &'a Shared,
         inside: Inside,
     ) -> Result<WriterGuard<'a>> {
-        let before = shared.engine.get()?.captured()?.number();
-        Ok(WriterGuard { connection, shared, before, _inside: inside })
+        shared.engine.get()?.check()?;
+        if let Some(Open { connection, commits }) = open.as_mut() {
+            commits.again(connection);
+            commits.reset();
+        }
+        Ok(WriterGuard { open, shared, _inside: inside })
     }
 
-    /// Waits until everything that was committed is durable; says the last transaction since the guard was taken
-    /// or last flushed.
+    /// Waits until everything that was committed is durable. If something was committed through this guard since it was taken or last flushed, says the last
+    /// transaction by now: that one, or one of somebody else behind it. It waits for capture for as long as that makes progress.
     ///
     /// # Errors
-    /// [`Error::Stopped`](crate::Error::Stopped) when replication has stopped, [`Error::ShutDown`](crate::Error::ShutDown) after a
-    /// shutdown.
+    /// [`Error::OutcomeUnknown`](crate::Error::OutcomeUnknown) when something was committed through this guard and can't be vouched for. When nothing was,
+    /// [`Error::Stopped`](crate::Error::Stopped) after a failure of replication, [`Error::ShutDown`](crate::Error::ShutDown) after a shutdown,
+    /// [`Error::Timeout`](crate::Error::Timeout).
     pub fn flush(&mut self) -> Result<Option<Txid>> {
-        let engine = self.shared.engine.get()?;
-        let last = engine.captured()?;
-        if self.shared.durability == Durability::Synced {
-            engine.sync(last)?;
+        let Some(Open { connection, commits }) = self.open.as_mut() else { return Err(Error::ShutDown) };
+        // Who took our hook away may have committed anything.
+        let may_have = !commits.again(connection) || commits.count() > 0;
+        commits.reset();
+        let last = self.shared.engine.get().and_then(|engine| {
+            let last = engine.captured()?;
+            if self.shared.durability == Durability::Synced {
+                engine.sync(last)?;
+            }
+            Ok(last)
+        });
+        match may_have {
+            true => last.map(Some).map_err(Error::of_a_commit).inspect_err(|_| session::outcome_unknown()),
+            false => last.map(|_| None),
         }
-        let new = last.number() > self.before;
-        self.before = last.number();
-        Ok(new.then_some(last))
     }
 }
 
@@ -69,8 +82,8 @@ impl Deref for WriterGuard<'_> {
     type Target = Connection;
 
     fn deref(&self) -> &Connection {
-        match &*self.connection {
-            Some(connection) => connection,
+        match &*self.open {
+            Some(open) => &open.connection,
             None => unreachable!("a guard is made for an open connection, and keeps it so"),
         }
     }
@@ -78,8 +91,8 @@ impl Deref for WriterGuard<'_> {
 
 impl DerefMut for WriterGuard<'_> {
     fn deref_mut(&mut self) -> &mut Connection {
-        match &mut *self.connection {
-            Some(connection) => connection,
+        match &mut *self.open {
+            Some(open) => &mut open.connection,
             None => unreachable!("a guard is made for an open connection, and keeps it so"),
         }
     }
@@ -95,6 +108,9 @@ impl Drop for WriterGuard<'_> {
             // Commits are captured all the same; they may cost more.
             tracing::warn!(%error, "the writer connection could not be set right");
         }
+        if let Some(Open { connection, commits }) = self.open.as_mut() {
+            commits.again(connection);
+        }
     }
 }
 
@@ -103,43 +119,195 @@ impl Drop for WriterGuard<'_> {
 pub(super) struct Settings {
     synchronous: i64,
     busy: Duration,
+    flags: [bool; FLAGS.len()],
 }
+
+const FLAGS: [DbConfig; 4] = [
+    DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE,
+    DbConfig::SQLITE_DBCONFIG_DEFENSIVE,
+    DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA,
+    DbConfig::SQLITE_DBCONFIG_WRITABLE_SCHEMA,
+];
 
 impl Settings {
     pub(super) fn of(connection: &Connection) -> rusqlite::Result<Settings> {
         let synchronous = connection.pragma_query_value(None, "synchronous", |r| r.get(0))?;
         let busy: i64 = connection.pragma_query_value(None, "busy_timeout", |r| r.get(0))?;
-        Ok(Settings { synchronous, busy: Duration::from_millis(busy.max(0) as u64) })
+        let mut flags = [false; FLAGS.len()];
+        for (flag, which) in flags.iter_mut().zip(FLAGS) {
+            *flag = connection.db_config(which)?;
+        }
+        Ok(Settings { synchronous, busy: Duration::from_millis(busy.max(0) as u64), flags })
     }
 
-    /// Sets all of it again, and our WAL hook.
+    /// Sets all of it again. This takes every WAL hook away.
     pub(super) fn restore(self, connection: &Connection) -> rusqlite::Result<()> {
         connection.busy_timeout(self.busy)?;
+        for (flag, which) in self.flags.into_iter().zip(FLAGS) {
+            connection.set_db_config(which, flag)?;
+        }
+        self.mend(connection)?;
         connection.pragma_update(None, "synchronous", self.synchronous)?;
-        // This takes every WAL hook away, so ours comes after it.
-        connection.pragma_update(None, "wal_autocheckpoint", 0)?;
-        hook_commits(connection);
-        Ok(())
+        connection.pragma_update(None, "wal_autocheckpoint", 0)
     }
+
+    /// Takes back what lets nobody write. Whether there was anything.
+    pub(super) fn mend(self, connection: &Connection) -> rusqlite::Result<bool> {
+        let query_only: bool = connection.pragma_query_value(None, "query_only", |r| r.get(0))?;
+        if query_only {
+            connection.pragma_update(None, "query_only", false)?;
+        }
+        let mode: String = connection.pragma_query_value(None, "locking_mode", |r| r.get(0))?;
+        let exclusive = mode.eq_ignore_ascii_case("exclusive");
+        if exclusive {
+            // It counts from the next read on.
+            connection
+                .execute_batch("PRAGMA locking_mode = NORMAL; SELECT count(*) FROM main.sqlite_schema")?;
+        }
+        Ok(query_only || exclusive)
+    }
+}
+
+/// Refuses to let SQLite lock everybody else out, our own other connections among them: it would keep from the file whoever comes, and write nothing itself.
+pub(super) fn refuse_exclusive(connection: &mut Connection) -> rusqlite::Result<()> {
+    connection.authorizer(Some(|context: AuthContext<'_>| match context.action {
+        AuthAction::Pragma { pragma_name, pragma_value: Some(value) }
+            if pragma_name.eq_ignore_ascii_case("locking_mode")
+                && value.eq_ignore_ascii_case("exclusive") =>
+        {
+            Authorization::Deny
+        }
+        _ => Authorization::Allow,
+    }))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
+    use rusqlite::Connection;
+    use rusqlite::config::DbConfig;
+
     use crate::db::{Config, Db};
-    use crate::sqlite::CommitCount;
+    use crate::error::{Error, Result};
+
+    async fn opened(dir: &tempfile::TempDir) -> Db {
+        let config = Config::new(dir.path().join("a.db")).migrate(|c| c.execute_batch("CREATE TABLE t(a)"));
+        Db::open(config).await.unwrap()
+    }
+
+    fn insert(db: &Db) -> Result<Option<crate::txid::Txid>> {
+        db.write_blocking(|tx| Ok::<_, Error>(tx.execute("INSERT INTO t VALUES (1)", [])?)).map(|c| c.txid)
+    }
 
     #[tokio::test]
     async fn the_wal_hook_is_back_after_a_guard() {
         let dir = tempfile::tempdir().unwrap();
-        let config = Config::new(dir.path().join("a.db")).migrate(|c| c.execute_batch("CREATE TABLE t(a)"));
-        let db = Db::open(config).await.unwrap();
+        let db = opened(&dir).await;
         let copy = db.clone();
         tokio::task::spawn_blocking(move || {
             // This takes the hook away.
             copy.writer().unwrap().execute_batch("PRAGMA wal_autocheckpoint = 1000").unwrap();
-            let count = CommitCount::begin();
-            copy.writer().unwrap().execute_batch("INSERT INTO t VALUES (1)").unwrap();
-            assert!(count.one().is_some(), "it told of the commit");
+            let mut guard = copy.writer().unwrap();
+            guard.execute_batch("INSERT INTO t VALUES (1)").unwrap();
+            assert_eq!(
+                guard.open.as_ref().map(|open| open.commits.count()),
+                Some(1),
+                "it told of the commit"
+            );
+            assert!(guard.flush().unwrap().is_some());
+            assert!(guard.flush().unwrap().is_none());
+        })
+        .await
+        .unwrap();
+        db.shutdown().await;
+    }
+
+    #[tokio::test]
+    async fn whatever_a_guard_left_behind_the_next_write_works() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = opened(&dir).await;
+        let copy = db.clone();
+        tokio::task::spawn_blocking(move || {
+            for sql in [
+                "PRAGMA locking_mode = EXCLUSIVE",
+                "PRAGMA main.locking_mode = exclusive",
+                "PRAGMA journal_mode = DELETE",
+                "PRAGMA journal_mode = OFF",
+                "PRAGMA query_only = 1",
+                "PRAGMA busy_timeout = 0",
+                "PRAGMA synchronous = OFF",
+                "PRAGMA wal_autocheckpoint = 1",
+                "PRAGMA journal_size_limit = 0",
+                "BEGIN EXCLUSIVE",
+                "BEGIN",
+            ] {
+                let guard = copy.writer().unwrap();
+                guard.busy_timeout(Duration::ZERO).unwrap();
+                let done = guard.execute_batch(sql);
+                assert_eq!(
+                    done.is_err(),
+                    sql.contains("ing_mode =") || sql.contains("journal_mode = D"),
+                    "{sql}: {done:?}"
+                );
+                // Whether it works or not.
+                let _ = guard.execute_batch("INSERT INTO t VALUES (1)");
+                drop(guard);
+                let txid = insert(&copy).unwrap_or_else(|error| panic!("{sql}: {error}"));
+                assert!(txid.is_some(), "{sql}");
+                // So does a connection that comes new.
+                let path = copy.path().to_path_buf();
+                Connection::open(path).unwrap().execute_batch("INSERT INTO t VALUES (1)").unwrap();
+            }
+            // The same in a closure, which nothing follows that would set it right.
+            let read_only = |tx: &mut rusqlite::Transaction<'_>| {
+                Ok::<_, Error>(tx.execute_batch("PRAGMA query_only = 1")?)
+            };
+            copy.write_blocking(read_only).unwrap();
+            assert!(insert(&copy).unwrap().is_some());
+        })
+        .await
+        .unwrap();
+        assert!(db.status().problem.is_none());
+        db.shutdown().await;
+    }
+
+    /// With an authorizer of its own an application can do it all the same.
+    #[tokio::test]
+    async fn an_exclusive_lock_is_given_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = opened(&dir).await;
+        let copy = db.clone();
+        tokio::task::spawn_blocking(move || {
+            let mut guard = copy.writer().unwrap();
+            let allow = |_: rusqlite::hooks::AuthContext<'_>| rusqlite::hooks::Authorization::Allow;
+            guard.authorizer(Some(allow)).unwrap();
+            guard.busy_timeout(Duration::ZERO).unwrap();
+            guard.execute_batch("PRAGMA locking_mode = EXCLUSIVE").unwrap();
+            let _ = guard.execute_batch("INSERT INTO t VALUES (1)");
+            drop(guard);
+            assert!(insert(&copy).unwrap().is_some());
+            Connection::open(copy.path()).unwrap().execute_batch("INSERT INTO t VALUES (1)").unwrap();
+        })
+        .await
+        .unwrap();
+        db.shutdown().await;
+    }
+
+    #[tokio::test]
+    async fn the_defence_is_up_again_after_a_guard() {
+        let dir = tempfile::tempdir().unwrap();
+        let db = opened(&dir).await;
+        let copy = db.clone();
+        tokio::task::spawn_blocking(move || {
+            let guard = copy.writer().unwrap();
+            guard.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, false).unwrap();
+            guard.execute_batch("PRAGMA trusted_schema = 1; PRAGMA writable_schema = 1").unwrap();
+            drop(guard);
+            let guard = copy.writer().unwrap();
+            assert!(guard.db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE).unwrap());
+            assert!(!guard.db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA).unwrap());
+            assert!(!guard.db_config(DbConfig::SQLITE_DBCONFIG_WRITABLE_SCHEMA).unwrap());
         })
         .await
         .unwrap();

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::log::logged;
 use crate::page::PageNo;
 use crate::side;
+use crate::sqlite::connect_alone;
 use crate::status::LoggedTransaction;
 use crate::wire::{Decoder, HEADER_BYTES, Message, Unit};
 
@@ -83,8 +84,7 @@ impl LostBranch {
     }
 
     fn fill(&self, to: &Path) -> Result<()> {
-        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
-        let mut file = Connection::open_with_flags(to, flags)?;
+        let mut file = connect_alone(to, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
         let tx = file.transaction()?;
         tx.execute_batch(
             "CREATE TABLE replite_branch (name TEXT PRIMARY KEY, value) WITHOUT ROWID;

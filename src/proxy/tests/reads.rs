@@ -323,6 +323,19 @@ async fn a_monotonic_session_never_goes_back_in_time() {
 
 /// A replica whose app reads `read` bytes of the body, may commit, and then finds that it needs the primary.
 async fn needy(read: usize, commits: bool) -> (Pair, Arc<AtomicUsize>) {
+    needy_and(read, move |session| {
+        if commits {
+            session.observe(txid(11));
+        }
+    })
+    .await
+}
+
+/// The same, and what else it does to the database.
+async fn needy_and(
+    read: usize,
+    does: impl Fn(&Session) + Clone + Send + Sync + 'static,
+) -> (Pair, Arc<AtomicUsize>) {
     let runs = Arc::new(AtomicUsize::new(0));
     let counted = runs.clone();
     let app = Router::new().fallback(move |session: Extension<Session>, body: Body| async move {
@@ -334,9 +347,7 @@ async fn needy(read: usize, commits: bool) -> (Pair, Arc<AtomicUsize>) {
         {
             length += frame.unwrap().into_data().unwrap().len();
         }
-        if commits {
-            session.observe(txid(11));
-        }
+        does(&session);
         session.need_primary();
         (StatusCode::SERVICE_UNAVAILABLE, [("replite-outcome", "not-executed")], "app")
     });
@@ -389,4 +400,22 @@ async fn what_committed_here_is_never_replayed_and_never_called_not_executed() {
     assert_eq!(token_of(&pair.primary_node, &response), Some(11));
     assert_eq!(text(response).await, "app");
     assert_eq!(runs.load(Ordering::Relaxed), 1);
+}
+
+#[tokio::test]
+async fn what_may_have_been_committed_here_is_neither_replayed_nor_called_not_executed() {
+    let (pair, runs) = needy_and(0, |_| session::outcome_unknown()).await;
+    let response = send(pair.get("/a").body(full("")).unwrap()).await;
+    assert_eq!(response.headers()["replite-outcome"], "unknown");
+    assert_eq!(text(response).await, "app");
+    assert_eq!(runs.load(Ordering::Relaxed), 1);
+    // An app that says nothing of the outcome says nothing wrong; but its client is told.
+    let app = Router::new().fallback(|request: Request<Body>| async move {
+        session::outcome_unknown();
+        if request.uri().path() == "/handled" { StatusCode::OK } else { StatusCode::INTERNAL_SERVER_ERROR }
+    });
+    let server = Server::start(app.layer(ReplayLayer::new(node(1, Role::Primary)))).await;
+    is(&send(get(&server, "")).await, 500, "unknown");
+    let handled = Request::get(format!("{}/handled", server.url())).body(full("")).unwrap();
+    assert!(!send(handled).await.headers().contains_key("replite-outcome"));
 }
