@@ -21,6 +21,7 @@ mod judge;
 mod locate;
 mod lost;
 mod mend;
+mod newest;
 mod open;
 mod opening;
 mod overlay;

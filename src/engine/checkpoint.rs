@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::anchor::{Anchor, FileState, Mark, Witnesses};
 use crate::engine::base::{Base, Tip, lock};
+use crate::engine::newest::{Found, Newest};
 use crate::error::{Error, Result};
 use crate::page::PageNo;
 use crate::sqlite::{Handle, Lock, Slot};
@@ -17,8 +18,10 @@ use crate::wal::{
 
 /// Frames that may be left to copy while the write lock is held.
 pub(super) const REST_MAX_FRAMES: u32 = 256;
-/// Frames are read from the WAL in runs of about this size.
+/// Pages are copied in runs of about this size, before each of which the files are looked at.
 const RUN_BYTES: usize = 256 * 1024;
+/// The most that is written to the file at once.
+const WRITE_BYTES: usize = 64 * 1024;
 /// Longest that new writers wait while readers drain from the WAL.
 pub(super) const DRAIN_MAX: Duration = Duration::from_millis(30);
 /// Pause between tries of a lock that is held for microseconds by others.
@@ -85,31 +88,56 @@ pub(super) fn copy(base: &Base, handle: &mut Handle, target: &Tip, done: u32) ->
         Ok(())
     })?;
     base.index.set_attempted(target.frame);
-    let frame = frame_bytes(base.page_size);
-    let mut run = vec![0; (RUN_BYTES / frame).max(1) * frame];
-    let mut next = done + 1;
-    while next <= target.frame {
-        let count = ((target.frame - next + 1) as usize).min(run.len() / frame);
-        base.wal.read(&mut run[..count * frame], frame_offset(next, base.page_size))?;
-        // Each time: a large copy takes a while.
-        base.writing(|| {
-            (next..).zip(run[..count * frame].chunks_exact(frame)).try_for_each(|(at, bytes)| {
-                let page = base.index.page_of(at);
-                if page > target.pages || base.index.lookup(page, at, target.frame) != Some(at) {
-                    return Ok(());
-                }
-                PageNo::new(page).map_or(Ok(()), |page| {
-                    handle.write(&bytes[FRAME_HEADER_BYTES..], page.offset(base.page_size))
-                })
-            })
-        })?;
-        next += count as u32;
-        if base.stopping() {
-            return Err(Error::ShutDown);
+    let (mut newest, mut pages, mut images) =
+        (Newest::ascending(&base.index, done + 1, target.frame), Vec::new(), Images::default());
+    let first = PageNo::FIRST.get();
+    let run = (RUN_BYTES / base.page_size.bytes()).max(1);
+    while newest.next(&mut pages) {
+        pages.retain(|(page, _)| *page > first && *page <= target.pages);
+        for run in pages.chunks(run) {
+            // Each time: a large copy takes a while.
+            base.writing(|| images.copy(base, handle, run))?;
+            if base.stopping() {
+                return Err(Error::ShutDown);
+            }
         }
+    }
+    // The last: while it is the older one, not all was copied.
+    if let Some(frame) = base.index.lookup(first, done + 1, target.frame) {
+        base.writing(|| images.copy(base, handle, &[(first, frame)]))?;
     }
     base.writing(|| handle.truncate(before.max(bytes)))?;
     handle.sync()
+}
+
+/// What is on its way from the WAL to the file.
+#[derive(Default)]
+struct Images {
+    frames: Vec<u8>,
+    pages: Vec<u8>,
+}
+
+impl Images {
+    /// Copies pages from their frames, neighbours by one write; frames that are neighbours are read at once.
+    fn copy(&mut self, base: &Base, handle: &mut Handle, run: &[Found]) -> Result<()> {
+        let (size, frame) = (base.page_size.bytes(), frame_bytes(base.page_size));
+        for neighbours in run.chunk_by(|(one, _), (other, _)| one + 1 == *other) {
+            for pages in neighbours.chunks((WRITE_BYTES / size).max(1)) {
+                self.pages.clear();
+                for frames in pages.chunk_by(|(_, one), (_, other)| one + 1 == *other) {
+                    self.frames.resize(frames.len() * frame, 0);
+                    base.wal.read(&mut self.frames, frame_offset(frames[0].1, base.page_size))?;
+                    for frame in self.frames.chunks_exact(frame) {
+                        self.pages.extend_from_slice(&frame[FRAME_HEADER_BYTES..]);
+                    }
+                }
+                if let Some(page) = PageNo::new(pages[0].0) {
+                    handle.write(&self.pages, page.offset(base.page_size))?;
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A mark behind the end of a file of so many bytes.
