@@ -322,11 +322,12 @@ impl Shared {
         E: From<Error>,
     {
         let sqlite = |e: rusqlite::Error| E::from(Error::Sqlite(e));
+        let engine = self.engine.get()?;
+        engine.pace();
         let commits = CommitCount::begin();
         let mut transaction =
             Transaction::new_unchecked(connection, TransactionBehavior::Immediate).map_err(sqlite)?;
         transaction.set_drop_behavior(DropBehavior::Rollback);
-        let engine = self.engine.get()?;
         let begun = engine.begun()?;
         let result = catch_unwind(AssertUnwindSafe(|| run(&mut transaction)));
         let value = match result {

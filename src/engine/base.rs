@@ -9,6 +9,7 @@ use bytes::BytesMut;
 
 use crate::checksum::PageHash;
 use crate::engine::anchor::{Anchor, Anchors, FileState, Witness, Witnesses};
+use crate::engine::bound::Bound;
 use crate::engine::newest::{Found, Newest};
 use crate::engine::wal_file::WalFile;
 use crate::engine::watch::{Astray, Watch};
@@ -56,6 +57,7 @@ pub(super) struct Base {
     /// Held by whoever copies frames into the database file.
     pub(super) backfill: Mutex<()>,
     pub(super) stop: AtomicBool,
+    pub(super) bound: Bound,
     locks: Option<Arc<FileLocks>>,
     pub(super) watch: Watch,
     /// The log could not be written and waits for a whole transaction to begin again behind.
@@ -93,6 +95,7 @@ impl Base {
             generation: RwLock::new(()),
             backfill: Mutex::new(()),
             stop: AtomicBool::new(false),
+            bound: Bound::default(),
             locks,
             watch,
             log_broken: Mutex::new(false),

@@ -26,6 +26,8 @@ const WRITE_BYTES: usize = 64 * 1024;
 pub(super) const DRAIN_MAX: Duration = Duration::from_millis(30);
 /// Pause between tries of a lock that is held for microseconds by others.
 pub(super) const LOCK_STEP: Duration = Duration::from_micros(30);
+/// The same for locks of readers that take long.
+const LONG_STEP: Duration = Duration::from_millis(1);
 
 /// Copies what readers allow, without stopping anybody. Returns the frame that the file now stands at.
 pub(super) fn backfill_some(
@@ -46,9 +48,10 @@ pub(super) fn backfill_some(
     base.map_to(handle, tip.frame)?;
     let safe = safe_frame(base, handle, tip.frame)?;
     let Some(target) = base.boundary(safe).filter(|t| t.salts == tip.salts && t.frame > done) else {
+        base.bound.pin(safe < tip.frame);
         return Ok(None);
     };
-    if !try_for(handle, Slot::READ0, Lock::Exclusive, DRAIN_MAX)? {
+    if !lock_file(base, handle)? {
         return Ok(None);
     }
     let result = copy(base, handle, &target, done);
@@ -59,8 +62,17 @@ pub(super) fn backfill_some(
     let full = base.header().is_none_or(|h| h.max_frame <= target.frame);
     let visible = if full && !may_complete { target.frame - 1 } else { target.frame };
     base.index.set_backfilled(visible);
+    base.bound.pin(false);
     rest(base, &target)?;
     Ok(Some(visible))
+}
+
+/// Takes READ0, which readers have who use no frame of the WAL.
+fn lock_file(base: &Base, handle: &mut Handle) -> Result<bool> {
+    let locked = try_for(handle, Slot::READ0, Lock::Exclusive, DRAIN_MAX)?;
+    base.bound.mark(0, (!locked).then_some(0));
+    base.bound.pin(!locked);
+    Ok(locked)
 }
 
 /// Notes that the file alone is the state at `target`.
@@ -180,18 +192,24 @@ fn safe_frame(base: &Base, handle: &mut Handle, max: u32) -> Result<u32> {
     let mut safe = max;
     // The marks are looked at as they are now, and no loss of locks is behind them that nobody saw.
     base.mend_locks(handle)?;
+    let newest = base.index.glance().0;
     for mark in 1..5 {
         let doubt = base.doubts(Slot::read(mark));
         let frame = if doubt { 0 } else { base.index.read_mark(mark) };
         if frame >= safe && !doubt {
+            if frame >= newest {
+                base.bound.mark(mark, None);
+            }
             continue;
         }
         if handle.try_lock(Slot::read(mark), Lock::Exclusive)? {
             base.index.set_read_mark(mark, if mark == 1 { safe } else { READ_MARK_UNUSED });
             handle.unlock(Slot::read(mark), Lock::Exclusive)?;
             base.doubt_no_more(Slot::read(mark));
+            base.bound.mark(mark, None);
         } else {
             safe = frame;
+            base.bound.mark(mark, (frame < newest).then_some(frame));
         }
     }
     Ok(safe)
@@ -233,7 +251,7 @@ pub(super) fn restart(base: &Arc<Base>, handle: &mut Handle, drain: Duration) ->
     if !complete(base, handle, &tip)? {
         return Ok(Restart::Readers);
     }
-    if !lock_marks(handle, drain)? {
+    if !lock_marks(base, handle, drain)? {
         return Ok(Restart::Readers);
     }
     let begun = {
@@ -250,9 +268,11 @@ fn complete(base: &Arc<Base>, handle: &mut Handle, tip: &Tip) -> Result<bool> {
     if done >= tip.frame {
         return Ok(true);
     }
-    if safe_frame(base, handle, tip.frame)? < tip.frame
-        || !try_for(handle, Slot::READ0, Lock::Exclusive, DRAIN_MAX)?
-    {
+    if safe_frame(base, handle, tip.frame)? < tip.frame {
+        base.bound.pin(true);
+        return Ok(false);
+    }
+    if !lock_file(base, handle)? {
         return Ok(false);
     }
     let copied = copy(base, handle, tip, done).and_then(|()| {
@@ -275,16 +295,19 @@ pub(super) fn unlock_marks(handle: &mut Handle) -> Result<()> {
 }
 
 /// Takes READ1..4, or none of them.
-pub(super) fn lock_marks(handle: &mut Handle, limit: Duration) -> Result<bool> {
-    let end = Instant::now() + limit;
+pub(super) fn lock_marks(base: &Base, handle: &mut Handle, limit: Duration) -> Result<bool> {
+    let begun = Instant::now();
     for mark in 1..5 {
-        let left = end.saturating_duration_since(Instant::now());
-        let locked = try_for(handle, Slot::read(mark), Lock::Exclusive, left);
-        if !matches!(locked, Ok(true)) {
-            for held in 1..mark {
-                handle.unlock(Slot::read(held), Lock::Exclusive)?;
+        while !handle.try_lock(Slot::read(mark), Lock::Exclusive)? {
+            // All is copied: nobody joins it any more.
+            base.bound.mark(mark, Some(base.index.read_mark(mark)));
+            base.bound.pin(true);
+            if begun.elapsed() >= limit || base.stopping() {
+                (1..mark).try_for_each(|held| handle.unlock(Slot::read(held), Lock::Exclusive))?;
+                return Ok(false);
             }
-            return locked;
+            // Who stays for longer is not looked for as often.
+            std::thread::sleep(if begun.elapsed() < DRAIN_MAX { LOCK_STEP } else { LONG_STEP });
         }
     }
     Ok(true)
@@ -324,6 +347,7 @@ fn begin_over(base: &Arc<Base>, handle: &mut Handle, tip: &Tip, file: FileState)
         error
     })?;
     base.set_tip(new);
+    base.bound.restarted();
     Ok(new)
 }
 

@@ -37,7 +37,9 @@ impl<'a> WriterGuard<'a> {
         shared: &'a Shared,
         inside: Inside,
     ) -> Result<WriterGuard<'a>> {
-        let before = shared.engine.get()?.captured()?.number();
+        let engine = shared.engine.get()?;
+        engine.pace();
+        let before = engine.captured()?.number();
         Ok(WriterGuard { connection, shared, before, _inside: inside })
     }
 
