@@ -673,5 +673,6 @@ fn a_hash_at_open_says_how_far_it_has_come() {
         seen.store(true, Ordering::Relaxed);
         opening.join().unwrap();
     });
-    assert_eq!(base.node.problem(), None);
+    // The large transaction may be a problem of its own for a moment.
+    until("its end", || base.node.problem().is_none());
 }
