@@ -238,7 +238,9 @@ pub enum WalReason {
 impl fmt::Display for WalReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            WalReason::Readers => "readers stay in it (transactions that are open for seconds, or a verification)",
+            WalReason::Readers => {
+                "readers stay in it (transactions that are open for seconds, or a verification)"
+            }
             WalReason::LargeTransaction => "a large transaction is being copied back",
             WalReason::OpenTransaction => "a writer leaves its transaction open",
             WalReason::Slow => "the disk takes longer to copy it back than it was written",

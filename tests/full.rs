@@ -130,7 +130,8 @@ fn replica_with_a_full_file() {
     runtime.block_on(async {
         let db = Db::open(replica(&PathBuf::from(variable("DB")), &variable("URL"))).await.unwrap();
         let mut events = db.events();
-        within("the stream", async { while !matches!(events.next().await, Some(Event::Connected(_))) {} }).await;
+        within("the stream", async { while !matches!(events.next().await, Some(Event::Connected(_))) {} })
+            .await;
         tokio::spawn(async move {
             while let Some(event) = events.next().await {
                 if let Event::Disconnected(why) = event {
@@ -141,7 +142,7 @@ fn replica_with_a_full_file() {
         speak("ready");
         let last: replite::Txid = tokio::task::spawn_blocking(hear).await.unwrap().parse().unwrap();
         let applied = db.wait_for_timeout(last, LIMIT).await;
-        until("it is told", || db.status().problem.is_some_and(|p| p.contains("the disk is full")));
+        until("it is told", || db.status().problem.is_some_and(|p| p.contains("can't be copied back")));
         speak(&format!("applied {applied:?} {}", db.status().problem.unwrap_or_default()));
     });
     hear();

@@ -135,7 +135,11 @@ impl Peak {
 
     fn expect_at_most(&self, bytes: u64) {
         let peak = self.bytes.load(Ordering::Relaxed);
-        assert!(peak <= bytes, "the WAL had {peak} bytes, {:.1} times its limit", peak as f64 / bytes as f64 * 8.0);
+        assert!(
+            peak <= bytes,
+            "the WAL had {peak} bytes, {:.1} times its limit",
+            peak as f64 / bytes as f64 * 8.0
+        );
     }
 }
 

@@ -105,18 +105,16 @@ fn beside(path: &Path, mut write: impl FnMut(i64)) -> (f64, f64) {
 
 /// A foreign writer that syncs nothing, in another process.
 fn foreign(path: &Path) -> (f64, f64) {
-    let output = this()
-        .env("REPLITE_BENCH_WRITER", path)
-        .stderr(Stdio::inherit())
-        .output()
-        .expect("a process");
+    let output =
+        this().env("REPLITE_BENCH_WRITER", path).stderr(Stdio::inherit()).output().expect("a process");
     let text = String::from_utf8(output.stdout).expect("text");
     let mut numbers = text.split_whitespace().map(|n| n.parse().expect("a number"));
     (numbers.next().expect("a rate"), numbers.next().expect("a peak"))
 }
 
 pub(crate) fn bounded() {
-    let loads = [("foreign", (0, 0)), ("foreign_8x20ms", (8, 20)), ("foreign_3x1500ms", (3, 1500)), ("own", (0, 0))];
+    let loads =
+        [("foreign", (0, 0)), ("foreign_8x20ms", (8, 20)), ("foreign_3x1500ms", (3, 1500)), ("own", (0, 0))];
     for (load, reading) in loads {
         let (mut peaks, mut ratios, mut rates, mut raw_peaks) = (vec![], vec![], vec![], vec![]);
         for _ in 0..RUNS {

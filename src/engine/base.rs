@@ -424,7 +424,8 @@ impl Base {
                 if found.len() == Witnesses::MAX {
                     break;
                 }
-                let Some(page) = PageNo::new(page).filter(|page| at >= wanted && page.get() <= tip.pages) else {
+                let Some(page) = PageNo::new(page).filter(|page| at >= wanted && page.get() <= tip.pages)
+                else {
                     continue;
                 };
                 if found.iter().any(|witness| witness.page() == page) {

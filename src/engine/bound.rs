@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::anchor::FileState;
 use crate::engine::base::{Base, lock};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::node::Part;
 use crate::status::{Checkpoint, Event, WalReason};
 use crate::wal::frame_bytes;
@@ -188,6 +188,11 @@ impl Base {
             && tip.frame == frames
             && matches!(self.file_state(), FileState::AtRest { position, .. } if position == tip.position)
     }
+}
+
+/// What the problem is while copying fails.
+pub(super) fn cannot_copy(error: &Error) -> String {
+    format!("the WAL can't be copied back: {error}")
 }
 
 /// Has the WAL begun anew, and waits for it. Blocks for at most so long.

@@ -215,9 +215,8 @@ impl BrakeLoop {
         self.behind = behind > if self.behind { 0 } else { usual };
         let patience = if self.behind { Some(COPY_MAX) } else { base.patience(frames) };
         let pinned = base.bound.pinned() && !self.behind;
-        let resting = |rest: &Rest| {
-            Instant::now() < rest.until && frames < rest.at && (pinned || !rest.readers)
-        };
+        let resting =
+            |rest: &Rest| Instant::now() < rest.until && frames < rest.at && (pinned || !rest.readers);
         let resting = self.rest.as_ref().is_some_and(resting);
         match (held, patience) {
             (None, Some(_)) if resting => Ok(if pinned { STEP * 5 } else { STEP }),

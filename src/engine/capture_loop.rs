@@ -10,9 +10,9 @@ use bytes::Bytes;
 use crate::engine::Durability;
 use crate::engine::anchor;
 use crate::engine::base::{Base, lock};
-use crate::engine::capture::{Capture, Sink};
-use crate::engine::bound::BRAKE_TIMES;
+use crate::engine::bound::{BRAKE_TIMES, cannot_copy};
 use crate::engine::brake::Brake;
+use crate::engine::capture::{Capture, Sink};
 use crate::engine::checkpoint::{self, DRAIN_MAX, Restart, keep_from_others, restart};
 use crate::engine::sync::Syncer;
 use crate::engine::unsynced;
@@ -243,7 +243,8 @@ impl CaptureLoop {
 
     fn maybe_restart(&mut self) -> Result<()> {
         let held = self.brake.holds();
-        let due = self.base.wal_bytes() > self.base.options.wal_limit_bytes && Instant::now() >= self.restart_after;
+        let due =
+            self.base.wal_bytes() > self.base.options.wal_limit_bytes && Instant::now() >= self.restart_after;
         if !(held || due) || Instant::now() < self.failed_until {
             return Ok(());
         }
@@ -265,7 +266,7 @@ impl CaptureLoop {
             Err(error @ Error::Io { .. }) => {
                 tracing::warn!(%error, "the WAL could not be restarted");
                 self.base.note_room(&error);
-                self.base.node.set_problem(Part::Checkpoint, Some(error.to_string()));
+                self.base.node.set_problem(Part::Checkpoint, Some(cannot_copy(&error)));
                 self.failed_until = Instant::now() + FAILURE_PAUSE;
             }
             Err(error) => return Err(error),

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use crate::engine::base::{Base, lock};
+use crate::engine::bound::cannot_copy;
 use crate::engine::checkpoint::{REST_MAX_FRAMES, backfill_some};
 use crate::engine::reserve;
 use crate::error::{Error, Result};
@@ -77,7 +78,7 @@ impl Checkpointer {
                         // The WAL grows meanwhile; nothing is lost, and the copy is made again from its begin.
                         if !failing {
                             tracing::warn!(%error, "a checkpoint failed and is tried again");
-                            self.base.node.set_problem(Part::Checkpoint, Some(error.to_string()));
+                            self.base.node.set_problem(Part::Checkpoint, Some(cannot_copy(&error)));
                         }
                         failing = true;
                         pause = Instant::now() + PAUSE;

@@ -198,8 +198,7 @@ impl WalIndex {
         let mut frame = first.max(1);
         while frame <= last {
             let at = region_of(frame);
-            let Some(region) =
-                self.regions.read().unwrap_or_else(PoisonError::into_inner).get(at).copied()
+            let Some(region) = self.regions.read().unwrap_or_else(PoisonError::into_inner).get(at).copied()
             else {
                 return;
             };

@@ -1,15 +1,15 @@
 //! A replica's WAL is begun anew, and applying waits for that when the WAL is too long.
 
+use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use super::Apply;
 use crate::engine::append::Appender;
-use crate::engine::bound::{BRAKE_TIMES, REST_TIMES, Teller};
+use crate::engine::bound::{BRAKE_TIMES, REST_TIMES, Teller, cannot_copy};
 use crate::engine::capture_loop::FAILURE_PAUSE;
 use crate::engine::checkpoint::{DRAIN_MAX, Restart, restart};
 use crate::error::{Error, Result};
 use crate::node::Part;
-use std::sync::atomic::Ordering;
 
 /// Pause after a restart of the WAL that readers were in the way of, doubled each time.
 const RESTART_PAUSE: Duration = Duration::from_millis(50);
@@ -85,7 +85,7 @@ impl Apply {
                     Err(error @ Error::Io { .. }) => {
                         tracing::warn!(%error, "the WAL could not be restarted");
                         base.note_room(&error);
-                        self.node.set_problem(Part::Checkpoint, Some(error.to_string()));
+                        self.node.set_problem(Part::Checkpoint, Some(cannot_copy(&error)));
                         bounded.failed_until = now + FAILURE_PAUSE;
                     }
                     Err(error) => return Err(error),
