@@ -124,7 +124,9 @@ pub(crate) fn bounded() {
             let reading_raw = readers(&theirs, reading);
             let (base, raw_peak) = if load == "own" {
                 let mut insert = connection.prepare(WRITE).expect("sql");
-                beside(&theirs, |n| drop(insert.execute([n]).expect("a row")))
+                beside(&theirs, |n| {
+                    insert.execute([n]).expect("a row");
+                })
             } else {
                 foreign(&theirs)
             };
