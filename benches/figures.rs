@@ -20,13 +20,15 @@ mod streams;
 mod support;
 #[path = "figures/verify.rs"]
 mod verify;
+#[path = "figures/wal.rs"]
+mod wal;
 
 use std::time::Instant;
 
 /// Figures that are measured together, and what measures them.
 type Figure = (&'static [&'static str], fn());
 
-const FIGURES: [Figure; 19] = [
+const FIGURES: [Figure; 20] = [
     (&["commit_normal_ratio"], commits::normal),
     (&["commit_full_ratio"], commits::full),
     (&["group_commit_ratio"], commits::group),
@@ -46,10 +48,11 @@ const FIGURES: [Figure; 19] = [
     (&["heal_seconds", "heal_bytes_ratio", "heal_compare_seconds", "heal_compare_bytes_ratio"], heals::heals),
     (&["open_after_kill_ms"], heals::open_after_kill),
     (&["hash_us_per_page"], heals::hashes),
+    (&["wal_peak_mib", "wal_commits_ratio"], wal::bounded),
 ];
 
 fn main() {
-    if home::child() || verify::child() {
+    if home::child() || verify::child() || wal::child() {
         return;
     }
     if support::is_child() {

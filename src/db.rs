@@ -1,6 +1,7 @@
 //! The handle that an application holds.
 
 mod builder;
+mod checkpoint;
 mod claims;
 mod ending;
 mod identity;

@@ -6,6 +6,8 @@ mod anchor;
 mod append;
 mod apply;
 mod base;
+mod bound;
+mod brake;
 mod capture;
 mod capture_loop;
 mod checkpoint;
@@ -21,6 +23,7 @@ mod judge;
 mod locate;
 mod lost;
 mod mend;
+mod newest;
 mod numbers;
 mod open;
 mod opening;
@@ -44,6 +47,7 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 
 use crate::engine::base::{Base, lock};
+use crate::engine::brake::{Brake, BrakeLoop, Write};
 use crate::engine::capture::Capture;
 use crate::engine::capture_loop::{CaptureLoop, Command, Waker};
 use crate::engine::checkpointer::Checkpointer;
@@ -52,6 +56,7 @@ use crate::error::{Error, Result};
 use crate::log::{Log, LogOptions};
 use crate::page::{PageNo, PageSize};
 use crate::sqlite::Handle;
+use crate::status::Checkpoint;
 use crate::txid::{EpochHistory, Position, Txid};
 use crate::wal::Salts;
 
@@ -115,6 +120,7 @@ pub(crate) struct Engine {
     base: Arc<Base>,
     syncer: Arc<Syncer>,
     waker: Arc<Waker>,
+    brake: Arc<Brake>,
     commands: mpsc::SyncSender<Command>,
     /// Reads the file for snapshots.
     second: Arc<Mutex<Handle>>,
@@ -163,6 +169,7 @@ impl Engine {
         let syncer = Arc::new(Syncer::new(base.clone(), tip.position.number()));
         let waker = Arc::new(Waker::default());
         let (commands, receiver) = mpsc::sync_channel(4);
+        let brake = Arc::new(Brake::new(&base, Write::new(reader(&base)?)));
         let capture_loop = CaptureLoop {
             base: base.clone(),
             capture: Capture::new(base.clone(), handle, tip, Arc::new(history)),
@@ -171,7 +178,8 @@ impl Engine {
             commands: receiver,
             restart_after: Instant::now(),
             restart_pause: Duration::from_millis(50),
-            warned_frames: 0,
+            failed_until: Instant::now(),
+            brake: brake.clone(),
         };
         let checkpointer = Checkpointer {
             base: base.clone(),
@@ -181,10 +189,14 @@ impl Engine {
             applied_synced: Instant::now(),
         };
         let (last, threads) = Default::default();
-        let engine = Engine { base, syncer, waker, commands, second, last, threads };
-        // Closed again should the second not start.
+        let engine = Engine { base, syncer, waker, brake, commands, second, last, threads };
+        // Closed again should another not start.
         lock(&engine.threads).push(capture_loop.start()?);
-        lock(&engine.threads).push(checkpointer.spawn()?);
+        let checkpointer = checkpointer.spawn()?;
+        let (thread, base) = (checkpointer.thread().clone(), engine.base.clone());
+        lock(&engine.threads).push(checkpointer);
+        let brake = BrakeLoop::start(base, engine.brake.clone(), engine.waker.clone(), thread)?;
+        lock(&engine.threads).push(brake);
         Ok(engine)
     }
 
@@ -202,6 +214,17 @@ impl Engine {
             self.base.fail(&Error::Stopped("a thread of the engine has ended".into()));
         }
         self.base.check()
+    }
+
+    /// Call before BEGIN: waits, for a bounded time, while the WAL is longer than it may be.
+    pub(crate) fn pace(&self) {
+        self.brake.wait(&self.base);
+    }
+
+    /// Copies all that is committed back and begins the WAL anew. Blocks for at most so long.
+    pub(crate) fn checkpoint(&self, limit: Duration) -> Result<Checkpoint> {
+        self.check()?;
+        bound::checkpoint(&self.base, limit, || self.brake.wake())
     }
 
     /// Blocks until the transaction is on the disk; callers share one fsync.

@@ -28,7 +28,7 @@ pub(crate) fn count(database: &str, event: &Event) {
         Event::VerificationFailed(_) => verified("differs"),
         Event::Repaired { pages, .. } => add("replite_repaired_pages_total", pages.len() as u64),
         Event::LogGap(_) => add("replite_log_gaps_total", 1),
-        Event::WalGrows(_) => add("replite_wal_grows_total", 1),
+        Event::WalGrows { .. } => add("replite_wal_grows_total", 1),
         Event::LocksLost { .. } => add("replite_locks_lost_total", 1),
         Event::Stopped(_) => add("replite_stopped_total", 1),
         Event::Role(_)

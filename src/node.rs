@@ -38,6 +38,8 @@ pub(crate) enum Part {
     Stream,
     Log,
     Checkpoint,
+    /// The WAL is much longer than its limit.
+    Wal,
     /// Reads of the application.
     Reads,
     /// The disk.

@@ -219,6 +219,54 @@ pub struct Health {
     pub reasons: Vec<String>,
 }
 
+/// Why a WAL is not begun anew.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum WalReason {
+    /// A reader stays inside of one transaction, or readers that take long follow each other without a gap. Nobody is held back for one that stays for more than a
+    /// few seconds: the WAL grows until it leaves.
+    Readers,
+    /// One transaction made it as long as that. It becomes shorter once all is copied back.
+    LargeTransaction,
+    /// A writer leaves its transaction open.
+    OpenTransaction,
+    /// Copying back, or bringing it to the log, takes longer than writing did: a slow disk.
+    Slow,
+    /// Copying back fails; the other problems say how.
+    Failing,
+}
+
+impl fmt::Display for WalReason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            WalReason::Readers => {
+                "readers stay in it (transactions that are open for seconds, or a verification)"
+            }
+            WalReason::LargeTransaction => "a large transaction is being copied back",
+            WalReason::OpenTransaction => "a writer leaves its transaction open",
+            WalReason::Slow => "the disk takes longer to copy it back than it was written",
+            WalReason::Failing => "copying it back fails",
+        })
+    }
+}
+
+/// What came of [`Db::checkpoint`](crate::Db::checkpoint).
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum Checkpoint {
+    /// Everything that was committed before the call is in the database file and on the disk, and the WAL has begun anew.
+    Done,
+    /// Not within the limit. Everything goes on as before.
+    Busy {
+        /// The WAL's length in frames.
+        frames: u32,
+        /// How many of them are copied back.
+        backfilled: u32,
+        /// What was in the way.
+        why: WalReason,
+    },
+}
+
 /// Something worth telling an operator. All of them are logged, too.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -259,8 +307,16 @@ pub enum Event {
     LogGap(Position),
     /// Local history that the primary does not have was put aside before it was replaced.
     Kept(std::path::PathBuf),
-    /// The WAL can't be restarted because readers stay in it; its length in frames.
-    WalGrows(u32),
+    /// The WAL is beyond twice its limit ([`Config::wal_limit`](crate::Config::wal_limit)) and was not begun anew within a second, or is beyond four
+    /// times. Told once for each doubling; [`Status::problem`] says so for as long as it lasts.
+    WalGrows {
+        /// Its length in bytes.
+        bytes: u64,
+        /// Its limit in bytes.
+        limit: u64,
+        /// What is in the way.
+        why: WalReason,
+    },
     /// The locks of this process's connections on the database were gone, and were taken again: something in this process opened and closed the
     /// database or its `-shm` by other means than SQLite. What a node holds for life is held otherwise (on Linux) and was not lost; but a write that was under way
     /// in this process may have met one of another process.

@@ -119,6 +119,83 @@ async fn a_replica_without_room_says_so_and_goes_on_when_there_is_room() {
     primary.shutdown().await;
 }
 
+/// A replica whose database file may not grow, while its WAL and its log may.
+#[test]
+#[ignore = "runs as the child of another test"]
+fn replica_with_a_full_file() {
+    if !is_child() {
+        return;
+    }
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    runtime.block_on(async {
+        let db = Db::open(replica(&PathBuf::from(variable("DB")), &variable("URL"))).await.unwrap();
+        let mut events = db.events();
+        within("the stream", async { while !matches!(events.next().await, Some(Event::Connected(_))) {} })
+            .await;
+        tokio::spawn(async move {
+            while let Some(event) = events.next().await {
+                if let Event::Disconnected(why) = event {
+                    speak(&format!("disconnected {why}"));
+                }
+            }
+        });
+        speak("ready");
+        let last: replite::Txid = tokio::task::spawn_blocking(hear).await.unwrap().parse().unwrap();
+        let applied = db.wait_for_timeout(last, LIMIT).await;
+        until("it is told", || db.status().problem.is_some_and(|p| p.contains("can't be copied back")));
+        speak(&format!("applied {applied:?} {}", db.status().problem.unwrap_or_default()));
+    });
+    hear();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_replica_without_room_for_its_database_file_says_so_and_goes_on_in_its_wal() {
+    let dir = tempfile::tempdir().unwrap();
+    let (p, r) = (dir.path().join("p.db"), dir.path().join("r.db"));
+    let primary = Db::open(primary(&p, 0)).await.unwrap();
+    let url = primary.node().addresses.replication.clone();
+    let write = |tx: &mut replite::rusqlite::Transaction<'_>| {
+        Ok::<_, Error>(tx.execute("INSERT INTO t(who, v) VALUES ('row', randomblob(4000))", [])?)
+    };
+    for _ in 0..500 {
+        primary.write(write).await.unwrap();
+    }
+    // By a snapshot, so that its log is empty.
+    let db = Db::open(replica(&r, &url)).await.unwrap();
+    within("ready", db.ready()).await.unwrap();
+    let last = insert(&primary, "before", 0).await;
+    db.wait_for_timeout(last, LIMIT).await.unwrap();
+    assert_eq!(db.checkpoint(LIMIT).await.unwrap(), replite::Checkpoint::Done);
+    db.shutdown().await;
+    let bytes = std::fs::metadata(&r).unwrap().len();
+    let variables = [("DB", r.to_str().unwrap()), ("URL", url.as_str())];
+    let mut process = Process::start_limited("replica_with_a_full_file", &variables, Some(bytes));
+    process.expect("ready");
+    let mut last = None;
+    // More than its WAL is to have, and not twice as much as that.
+    for _ in 0..60 {
+        last = primary.write(write).await.unwrap().txid;
+    }
+    process.say(&last.unwrap().to_string());
+    let line = loop {
+        let line = process.next_line().expect("the replica goes on");
+        assert!(!line.starts_with("disconnected"), "{line}");
+        if line.starts_with("applied") {
+            break line;
+        }
+    };
+    assert!(line.starts_with("applied Ok"), "{line}");
+    process.kill();
+    let db = Db::open(replica(&r, &url)).await.unwrap();
+    let last = insert(&primary, "after", 0).await;
+    db.wait_for_timeout(last, LIMIT).await.unwrap();
+    within("its own", primary.wait_for(last)).await.unwrap();
+    assert_eq!(db.checkpoint(LIMIT).await.unwrap(), replite::Checkpoint::Done);
+    assert_same_pages(&p, &r);
+    db.shutdown().await;
+    primary.shutdown().await;
+}
+
 /// A file that leaves no room for others. It is in the way until it is removed.
 #[cfg(target_os = "linux")]
 fn fill(directory: &std::path::Path) -> PathBuf {

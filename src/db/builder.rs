@@ -205,7 +205,9 @@ impl Config {
         self
     }
 
-    /// The WAL's length in bytes at which it is begun anew. 4 MiB if not set, as SQLite's own.
+    /// The WAL's length in bytes at which it is begun anew. 4 MiB if not set, as SQLite's own. Beyond twice that writers are held back until it is copied back, and it
+    /// stays within eight times, but for a transaction that is larger and for a reader that stays inside of one for seconds; see
+    /// [`Event::WalGrows`](crate::Event::WalGrows).
     #[must_use]
     pub fn wal_limit(mut self, bytes: u64) -> Config {
         self.wal_limit_bytes = bytes;

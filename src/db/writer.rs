@@ -352,6 +352,7 @@ impl Shared {
         let sqlite = Error::Sqlite;
         let Open { connection, commits } = open;
         let engine = self.engine.get()?;
+        engine.pace();
         engine.ready()?;
         commits.again(connection);
         commits.reset();

@@ -81,6 +81,11 @@ impl Appender {
         self.run.position
     }
 
+    /// The last frame of the last whole transaction that was taken.
+    pub(super) fn last_frame(&self) -> u32 {
+        self.run.frame
+    }
+
     /// Whether a transaction has begun and not ended.
     pub(super) fn in_transaction(&self) -> bool {
         self.txn.is_some()
@@ -155,6 +160,7 @@ impl Appender {
             return Err(mismatch(end.after, found));
         }
         self.push_held(end.pages)?;
+        self.base.bound.transaction(self.last_frame - self.run.frame);
         self.run =
             Tip { frame: self.last_frame, sum: self.sum, position: end.after, pages: end.pages, ..self.run };
         Ok(())

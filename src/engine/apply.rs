@@ -1,5 +1,6 @@
 //! The replica's owner thread: it verifies and applies what the stream brings.
 
+mod bounded;
 mod filling;
 mod healing;
 mod state;
@@ -9,15 +10,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
 use crate::engine::anchor;
 use crate::engine::append::Appender;
 use crate::engine::base::{Base, lock};
-use crate::engine::capture_loop::warn_if_long;
-use crate::engine::checkpoint::{DRAIN_MAX, Restart, restart};
 use crate::engine::follower::{Command, Shared, Standing};
 use crate::engine::intake::Intake;
 use crate::engine::receive::{self, Incoming};
@@ -30,12 +28,9 @@ use crate::threads;
 use crate::txid::{EpochHistory, Place, Position};
 use crate::wire::{Message, Unit, Want};
 
+use bounded::{Bounded, is_long};
 use healing::{Healing, Pace, Suspect, WANTS_MAX};
 use state::State;
-
-/// Pause after a failed restart of the WAL, doubled each time.
-const RESTART_PAUSE: Duration = Duration::from_millis(50);
-const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
 
 pub(super) struct Apply {
     options: EngineOptions,
@@ -61,9 +56,7 @@ pub(super) struct Apply {
     failed: bool,
     /// What is at the path could not be opened.
     reopen: bool,
-    restart_after: Instant,
-    restart_pause: Duration,
-    warned_frames: u32,
+    bounded: Bounded,
 }
 
 impl Apply {
@@ -92,9 +85,7 @@ impl Apply {
             intake: Intake::default(),
             failed: false,
             reopen: false,
-            restart_after: Instant::now(),
-            restart_pause: RESTART_PAUSE,
-            warned_frames: 0,
+            bounded: Bounded::new(),
         };
         // A fill that was begun knows how large the primary's pages are.
         let begun = receive::progress(&apply.options.side);
@@ -307,6 +298,10 @@ impl Apply {
                 {
                     let live = self.state.known().ok_or_else(no_state)?;
                     self.intake.unit(live, unit, &message, &self.history)?;
+                    // Else the WAL is not begun anew before a batch happens to end with a transaction.
+                    if matches!(message, Message::TxnEnd(_)) && is_long(live) {
+                        self.publish()?;
+                    }
                 }
                 Message::TxnBegin(begin) => self.incoming()?.txn_begin(begin)?,
                 Message::Page { number, hash, page } => {
@@ -375,31 +370,6 @@ impl Apply {
             }
         }
         receive::discard(&self.options.side)?;
-        Ok(())
-    }
-
-    fn maybe_restart(&mut self) -> Result<()> {
-        let Some(live) = self.state.known() else { return Ok(()) };
-        if live.base.check().is_err()
-            || live.base.wal_bytes() <= self.options.wal_limit_bytes
-            || Instant::now() < self.restart_after
-            || live.in_transaction()
-        {
-            return Ok(());
-        }
-        match restart(&live.base.clone(), &mut live.handle, DRAIN_MAX)? {
-            Restart::Done(tip) => {
-                live.resume(tip);
-                self.restart_pause = RESTART_PAUSE;
-                self.warned_frames = 0;
-            }
-            Restart::NotYet => {}
-            Restart::Readers => {
-                self.restart_after = Instant::now() + self.restart_pause;
-                self.restart_pause = (self.restart_pause * 2).min(RESTART_PAUSE_MAX);
-                warn_if_long(&live.base, &mut self.warned_frames);
-            }
-        }
         Ok(())
     }
 }

@@ -9,6 +9,8 @@ use bytes::BytesMut;
 
 use crate::checksum::PageHash;
 use crate::engine::anchor::{Anchor, Anchors, FileState, Witness, Witnesses};
+use crate::engine::bound::Bound;
+use crate::engine::newest::{Found, Newest};
 use crate::engine::numbers::{Asked, Patience, Progress};
 use crate::engine::wal_file::WalFile;
 use crate::engine::watch::{Astray, Watch};
@@ -60,6 +62,7 @@ pub(super) struct Base {
     /// Held by whoever copies frames into the database file.
     pub(super) backfill: Mutex<()>,
     pub(super) stop: AtomicBool,
+    pub(super) bound: Bound,
     locks: Option<Arc<FileLocks>>,
     pub(super) watch: Watch,
     /// The log could not be written and waits for a whole transaction to begin again behind.
@@ -99,6 +102,7 @@ impl Base {
             generation: RwLock::new(()),
             backfill: Mutex::new(()),
             stop: AtomicBool::new(false),
+            bound: Bound::default(),
             locks,
             watch,
             log_broken: Mutex::new(false),
@@ -448,36 +452,39 @@ impl Base {
         }))
     }
 
-    /// Pages behind frame `copied` whose images at `tip` the file does not have yet: the first page, without which a database does not grow, those
-    /// of the last frames, which are copied last and written often, and some between. Where there are others, none whose bytes come back by
+    /// Pages behind frame `copied` whose images at `tip` the file does not have yet: the first page, without which a database does not grow,
+    /// and which is copied last; the highest ones, which are copied before it; and some between. Where there are others, none whose bytes come back by
     /// themselves when a table is emptied.
     pub(super) fn witnesses(&self, handle: &mut Handle, copied: u32, tip: &Tip) -> Result<Witnesses> {
         const LAST: usize = Witnesses::MAX / 2;
         let (mut found, mut empty) = (Vec::<Witness>::new(), Vec::new());
         let (mut image, mut there) = (vec![0; self.page_size.bytes()], vec![0; self.page_size.bytes()]);
+        let mut newest = Newest::descending(&self.index, copied + 1, tip.frame);
         let first = self.index.lookup(PageNo::FIRST.get(), copied + 1, tip.frame);
-        let step = (tip.frame.saturating_sub(copied) / (Witnesses::MAX - LAST) as u32).max(1);
-        // Beyond the last ones, a frame is looked at when one of each step is not found yet.
-        let mut wanted = tip.frame;
-        for frame in first.into_iter().chain((copied + 1..=tip.frame).rev()) {
-            if found.len() == Witnesses::MAX {
-                break;
-            }
-            if frame > wanted {
-                continue;
-            }
-            let Some(page) = PageNo::new(self.index.page_of(frame)) else { continue };
-            let newest = self.index.lookup(page.get(), frame, tip.frame) == Some(frame);
-            if page.get() > tip.pages || !newest || found.iter().any(|witness| witness.page() == page) {
-                continue;
-            }
-            self.read_frame(frame, &mut image)?;
-            if let Err(error) = handle.read(&mut there, page.offset(self.page_size)) {
-                // It is about to be written over.
-                tracing::warn!(%error, ?page, "an image that the WAL replaces can't be read");
-                continue;
-            }
-            if image != there {
+        let mut pages: Vec<Found> = first.map(|frame| (PageNo::FIRST.get(), frame)).into_iter().collect();
+        loop {
+            // Beyond the last ones, a page is looked at when one of each step is not found yet.
+            let (step, mut wanted) = ((pages.len() / (Witnesses::MAX - LAST)).max(1), 0);
+            for (at, (page, frame)) in pages.iter().copied().enumerate() {
+                if found.len() == Witnesses::MAX {
+                    break;
+                }
+                let Some(page) = PageNo::new(page).filter(|page| at >= wanted && page.get() <= tip.pages)
+                else {
+                    continue;
+                };
+                if found.iter().any(|witness| witness.page() == page) {
+                    continue;
+                }
+                self.read_frame(frame, &mut image)?;
+                if let Err(error) = handle.read(&mut there, page.offset(self.page_size)) {
+                    // It is about to be written over.
+                    tracing::warn!(%error, ?page, "an image that the WAL replaces can't be read");
+                    continue;
+                }
+                if image == there {
+                    continue;
+                }
                 let witness = Witness::new(page, PageHash::of(page, &there));
                 if page != PageNo::FIRST && is_empty_leaf(&there) {
                     if empty.len() < Witnesses::MAX && !empty.contains(&witness) {
@@ -487,11 +494,13 @@ impl Base {
                 }
                 found.push(witness);
                 if found.len() >= LAST {
-                    wanted = frame.saturating_sub(step);
+                    wanted = at + step;
                 }
             }
+            if found.len() == Witnesses::MAX || !newest.next(&mut pages) {
+                return Ok(found.into_iter().chain(empty).collect());
+            }
         }
-        Ok(found.into_iter().chain(empty).collect())
     }
 
     /// What the last anchor says of the file; nobody copies any more.

@@ -284,6 +284,7 @@ impl Capture {
     /// Accounts for dropped and unwritten pages and ends the record.
     fn finish(&mut self, mut record: Record) -> Result<()> {
         let commit = record.commit;
+        self.base.bound.transaction(commit.last - commit.first + 1);
         for number in (commit.pages + 1..=self.tip.pages).filter_map(PageNo::new) {
             if !number.is_lock_page(self.base.page_size) {
                 record.sum = record.sum.without(self.old_hash(number)?);

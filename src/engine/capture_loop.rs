@@ -10,13 +10,14 @@ use bytes::Bytes;
 use crate::engine::Durability;
 use crate::engine::anchor;
 use crate::engine::base::{Base, lock};
+use crate::engine::bound::{BRAKE_TIMES, cannot_copy};
+use crate::engine::brake::Brake;
 use crate::engine::capture::{Capture, Sink};
-use crate::engine::checkpoint::{self, DRAIN_MAX, Restart, keep_from_others, restart, try_for};
+use crate::engine::checkpoint::{self, DRAIN_MAX, Restart, keep_from_others, restart};
 use crate::engine::sync::Syncer;
 use crate::engine::unsynced;
 use crate::error::{Error, Result};
 use crate::node::Part;
-use crate::sqlite::{Lock, Slot};
 use crate::status::Event;
 use crate::threads;
 use crate::txid::{Epoch, EpochStart, NUMBER_MAX, Position};
@@ -31,6 +32,8 @@ const WRITE_WAIT: Duration = Duration::from_millis(20);
 /// Pause after a failed restart, doubled each time.
 const RESTART_PAUSE: Duration = Duration::from_millis(50);
 const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Pause after a failed checkpoint.
+pub(super) const FAILURE_PAUSE: Duration = Duration::from_secs(1);
 /// A header that stays torn for so long, with the write lock free, was left by a writer that died.
 const TORN_AFTER: Duration = Duration::from_millis(20);
 
@@ -79,7 +82,9 @@ pub(super) struct CaptureLoop {
     pub(super) commands: mpsc::Receiver<Command>,
     pub(super) restart_after: Instant,
     pub(super) restart_pause: Duration,
-    pub(super) warned_frames: u32,
+    /// The disk gets a pause after a failure.
+    pub(super) failed_until: Instant,
+    pub(super) brake: Arc<Brake>,
 }
 
 impl CaptureLoop {
@@ -154,7 +159,8 @@ impl CaptureLoop {
     }
 
     fn capture(&mut self, header: &IndexHeader) -> Result<()> {
-        let mut sink = ToLog { base: &self.base, syncer: &self.syncer };
+        self.brake.passed(header.max_frame);
+        let mut sink = ToLog { base: &self.base, syncer: &self.syncer, brake: &self.brake };
         // Always the end, whoever asked for it: part of a record may be out, and nothing can be put behind that.
         self.capture.advance(header, &mut sink).map_err(|error| match error {
             Error::Stopped(_) | Error::ShutDown => error,
@@ -195,7 +201,13 @@ impl CaptureLoop {
         // No commit may be under way: its writer would name it by the old epoch. That writer may wait for capture, which
         // therefore goes on meanwhile.
         let end = Instant::now() + EPOCH_WAIT;
-        while !try_for(&mut self.capture.handle, Slot::WRITE, Lock::Exclusive, EPOCH_STEP)? {
+        let brake = self.brake.clone();
+        let mut write = loop {
+            let mut write = lock(&brake.write);
+            if write.take(EPOCH_STEP)? {
+                break write;
+            }
+            drop(write);
             if self.base.stopping() {
                 return Err(Error::ShutDown);
             }
@@ -205,7 +217,7 @@ impl CaptureLoop {
             if let Some(header) = self.base.header() {
                 self.capture(&header)?;
             }
-        }
+        };
         let result = self.settled().and_then(|()| {
             if self.base.options.durability == Durability::Unsynced {
                 // An epoch must not be on the disk before the transactions that it follows.
@@ -219,7 +231,7 @@ impl CaptureLoop {
             self.capture.history = Arc::new(history);
             Ok(())
         });
-        self.capture.handle.unlock(Slot::WRITE, Lock::Exclusive)?;
+        write.give_back()?;
         result
     }
 
@@ -230,53 +242,63 @@ impl CaptureLoop {
     }
 
     fn maybe_restart(&mut self) -> Result<()> {
-        if self.base.wal_bytes() <= self.base.options.wal_limit_bytes || Instant::now() < self.restart_after {
+        let held = self.brake.holds();
+        let due =
+            self.base.wal_bytes() > self.base.options.wal_limit_bytes && Instant::now() >= self.restart_after;
+        if !(held || due) || Instant::now() < self.failed_until {
             return Ok(());
         }
         let rest = self.capture.tip.frame.saturating_sub(self.base.index.backfilled());
         if rest > checkpoint::REST_MAX_FRAMES {
             return Ok(());
         }
-        let done = self.restart();
-        match done {
+        match self.restart() {
             Ok(true) => {
                 self.restart_pause = RESTART_PAUSE;
-                self.warned_frames = 0;
                 self.base.node.set_problem(Part::Checkpoint, None);
                 return Ok(());
             }
+            // It is tried again and again.
+            Ok(false) if held => return Ok(()),
             // The node is being closed: it ends with the loop, in order.
             Ok(false) | Err(Error::ShutDown) => {}
             // Full or failing disk: the WAL grows meanwhile, and nothing is lost.
             Err(error @ Error::Io { .. }) => {
                 tracing::warn!(%error, "the WAL could not be restarted");
                 self.base.note_room(&error);
-                self.base.node.set_problem(Part::Checkpoint, Some(error.to_string()));
+                self.base.node.set_problem(Part::Checkpoint, Some(cannot_copy(&error)));
+                self.failed_until = Instant::now() + FAILURE_PAUSE;
             }
             Err(error) => return Err(error),
         }
         self.restart_after = Instant::now() + self.restart_pause;
         self.restart_pause = (self.restart_pause * 2).min(RESTART_PAUSE_MAX);
-        warn_if_long(&self.base, &mut self.warned_frames);
         Ok(())
     }
 
     fn restart(&mut self) -> Result<bool> {
-        if !try_for(&mut self.capture.handle, Slot::WRITE, Lock::Exclusive, WRITE_WAIT)? {
+        let brake = self.brake.clone();
+        // Who has it otherwise is about to take it for us.
+        let Ok(mut write) = brake.write.try_lock() else { return Ok(false) };
+        if !write.take(WRITE_WAIT)? {
             return Ok(false);
         }
         let base = self.base.clone();
         // What was committed is taken; the rest is the disk's.
         let on_disk = base.progress.on_disk();
-        let result = self.restart_locked();
+        let left = write.until.map_or(DRAIN_MAX, |until| until.saturating_duration_since(Instant::now()));
+        let result = self.restart_locked(left.max(DRAIN_MAX));
         drop(on_disk);
-        self.capture.handle.unlock(Slot::WRITE, Lock::Exclusive)?;
+        if matches!(result, Ok(true)) {
+            brake.release(&self.base, &mut write, self.base.limit_frames(BRAKE_TIMES, 1))?;
+        }
+        write.give_back()?;
         result
     }
 
-    fn restart_locked(&mut self) -> Result<bool> {
+    fn restart_locked(&mut self, drain: Duration) -> Result<bool> {
         self.settled()?;
-        let done = match restart(&self.base, &mut self.capture.handle, DRAIN_MAX) {
+        let done = match restart(&self.base, &mut self.capture.handle, drain) {
             Ok(Restart::Done(tip)) => {
                 self.capture.tip = tip;
                 self.syncer.synced(tip.position.number());
@@ -293,11 +315,13 @@ impl CaptureLoop {
     /// Has the header whole again after a foreign writer died inside of its header write. Readers and writers would have SQLite recover, for which it
     /// needs CKPT, which we hold for life.
     fn mend_header(&mut self) -> Result<()> {
-        if !self.capture.handle.try_lock(Slot::WRITE, Lock::Exclusive)? {
+        let brake = self.brake.clone();
+        let Ok(mut write) = brake.write.try_lock() else { return Ok(()) };
+        if !write.take(Duration::ZERO)? {
             return Ok(()); // Somebody writes: the header may be about to be whole.
         }
         let mended = self.mended_header();
-        self.capture.handle.unlock(Slot::WRITE, Lock::Exclusive)?;
+        write.give_back()?;
         mended.map(drop)
     }
 
@@ -336,20 +360,11 @@ pub(super) fn open_epoch(
     Ok(())
 }
 
-/// Says it once for each doubling when readers keep the WAL from being restarted.
-pub(super) fn warn_if_long(base: &Base, warned: &mut u32) {
-    let frames = base.tip().frame;
-    if base.wal_bytes() > base.options.wal_limit_bytes.saturating_mul(4) && frames / 2 > *warned {
-        *warned = frames;
-        tracing::warn!(frames, "readers stay in the WAL, so that it grows beyond its limit");
-        base.node.tell(Event::WalGrows(frames));
-    }
-}
-
 /// Hands records to the log, after they are on the disk in the WAL.
 struct ToLog<'a> {
     base: &'a Arc<Base>,
     syncer: &'a Syncer,
+    brake: &'a Brake,
 }
 
 impl Sink for ToLog<'_> {
@@ -364,6 +379,8 @@ impl Sink for ToLog<'_> {
     fn records(&mut self, units: Bytes, after: Option<Position>) -> Result<()> {
         let _on_disk = self.base.progress.on_disk();
         append_or_gap(self.base, units, after);
+        // Others write while this is done.
+        self.brake.passed(self.base.index.glance().0);
         if let Some(after) = after {
             self.base.node.applied.advance(after);
         }

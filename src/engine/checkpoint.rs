@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::anchor::{Anchor, FileState, Mark, Witnesses};
 use crate::engine::base::{Base, Tip, lock};
+use crate::engine::newest::{Found, Newest};
 use crate::error::{Error, Result};
 use crate::page::PageNo;
 use crate::sqlite::{Handle, Lock, Slot};
@@ -17,12 +18,16 @@ use crate::wal::{
 
 /// Frames that may be left to copy while the write lock is held.
 pub(super) const REST_MAX_FRAMES: u32 = 256;
-/// Frames are read from the WAL in runs of about this size.
+/// Pages are copied in runs of about this size, before each of which the files are looked at.
 const RUN_BYTES: usize = 256 * 1024;
+/// The most that is written to the file at once.
+const WRITE_BYTES: usize = 64 * 1024;
 /// Longest that new writers wait while readers drain from the WAL.
 pub(super) const DRAIN_MAX: Duration = Duration::from_millis(30);
 /// Pause between tries of a lock that is held for microseconds by others.
 pub(super) const LOCK_STEP: Duration = Duration::from_micros(30);
+/// The same for locks of readers that take long.
+const LONG_STEP: Duration = Duration::from_millis(1);
 
 /// Copies what readers allow, without stopping anybody. Returns the frame that the file now stands at.
 pub(super) fn backfill_some(
@@ -43,9 +48,10 @@ pub(super) fn backfill_some(
     base.map_to(handle, tip.frame)?;
     let safe = safe_frame(base, handle, tip.frame)?;
     let Some(target) = base.boundary(safe).filter(|t| t.salts == tip.salts && t.frame > done) else {
+        base.bound.pin(safe < tip.frame);
         return Ok(None);
     };
-    if !try_for(handle, Slot::READ0, Lock::Exclusive, DRAIN_MAX)? {
+    if !lock_file(base, handle)? {
         return Ok(None);
     }
     let result = copy(base, handle, &target, done);
@@ -56,8 +62,17 @@ pub(super) fn backfill_some(
     let full = base.header().is_none_or(|h| h.max_frame <= target.frame);
     let visible = if full && !may_complete { target.frame - 1 } else { target.frame };
     base.index.set_backfilled(visible);
+    base.bound.pin(false);
     rest(base, &target)?;
     Ok(Some(visible))
+}
+
+/// Takes READ0, which readers have who use no frame of the WAL.
+fn lock_file(base: &Base, handle: &mut Handle) -> Result<bool> {
+    let locked = try_for(handle, Slot::READ0, Lock::Exclusive, DRAIN_MAX)?;
+    base.bound.mark(0, (!locked).then_some(0));
+    base.bound.pin(!locked);
+    Ok(locked)
 }
 
 /// Notes that the file alone is the state at `target`.
@@ -85,31 +100,56 @@ pub(super) fn copy(base: &Base, handle: &mut Handle, target: &Tip, done: u32) ->
         Ok(())
     })?;
     base.index.set_attempted(target.frame);
-    let frame = frame_bytes(base.page_size);
-    let mut run = vec![0; (RUN_BYTES / frame).max(1) * frame];
-    let mut next = done + 1;
-    while next <= target.frame {
-        let count = ((target.frame - next + 1) as usize).min(run.len() / frame);
-        base.wal.read(&mut run[..count * frame], frame_offset(next, base.page_size))?;
-        // Each time: a large copy takes a while.
-        base.writing(|| {
-            (next..).zip(run[..count * frame].chunks_exact(frame)).try_for_each(|(at, bytes)| {
-                let page = base.index.page_of(at);
-                if page > target.pages || base.index.lookup(page, at, target.frame) != Some(at) {
-                    return Ok(());
-                }
-                PageNo::new(page).map_or(Ok(()), |page| {
-                    handle.write(&bytes[FRAME_HEADER_BYTES..], page.offset(base.page_size))
-                })
-            })
-        })?;
-        next += count as u32;
-        if base.stopping() {
-            return Err(Error::ShutDown);
+    let (mut newest, mut pages, mut images) =
+        (Newest::ascending(&base.index, done + 1, target.frame), Vec::new(), Images::default());
+    let first = PageNo::FIRST.get();
+    let run = (RUN_BYTES / base.page_size.bytes()).max(1);
+    while newest.next(&mut pages) {
+        pages.retain(|(page, _)| *page > first && *page <= target.pages);
+        for run in pages.chunks(run) {
+            // Each time: a large copy takes a while.
+            base.writing(|| images.copy(base, handle, run))?;
+            if base.stopping() {
+                return Err(Error::ShutDown);
+            }
         }
+    }
+    // The last: while it is the older one, not all was copied.
+    if let Some(frame) = base.index.lookup(first, done + 1, target.frame) {
+        base.writing(|| images.copy(base, handle, &[(first, frame)]))?;
     }
     base.writing(|| handle.truncate(before.max(bytes)))?;
     handle.sync()
+}
+
+/// What is on its way from the WAL to the file.
+#[derive(Default)]
+struct Images {
+    frames: Vec<u8>,
+    pages: Vec<u8>,
+}
+
+impl Images {
+    /// Copies pages from their frames, neighbours by one write; frames that are neighbours are read at once.
+    fn copy(&mut self, base: &Base, handle: &mut Handle, run: &[Found]) -> Result<()> {
+        let (size, frame) = (base.page_size.bytes(), frame_bytes(base.page_size));
+        for neighbours in run.chunk_by(|(one, _), (other, _)| one + 1 == *other) {
+            for pages in neighbours.chunks((WRITE_BYTES / size).max(1)) {
+                self.pages.clear();
+                for frames in pages.chunk_by(|(_, one), (_, other)| one + 1 == *other) {
+                    self.frames.resize(frames.len() * frame, 0);
+                    base.wal.read(&mut self.frames, frame_offset(frames[0].1, base.page_size))?;
+                    for frame in self.frames.chunks_exact(frame) {
+                        self.pages.extend_from_slice(&frame[FRAME_HEADER_BYTES..]);
+                    }
+                }
+                if let Some(page) = PageNo::new(pages[0].0) {
+                    handle.write(&self.pages, page.offset(base.page_size))?;
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// A mark behind the end of a file of so many bytes.
@@ -152,18 +192,24 @@ fn safe_frame(base: &Base, handle: &mut Handle, max: u32) -> Result<u32> {
     let mut safe = max;
     // The marks are looked at as they are now, and no loss of locks is behind them that nobody saw.
     base.mend_locks(handle)?;
+    let newest = base.index.glance().0;
     for mark in 1..5 {
         let doubt = base.doubts(Slot::read(mark));
         let frame = if doubt { 0 } else { base.index.read_mark(mark) };
         if frame >= safe && !doubt {
+            if frame >= newest {
+                base.bound.mark(mark, None);
+            }
             continue;
         }
         if handle.try_lock(Slot::read(mark), Lock::Exclusive)? {
             base.index.set_read_mark(mark, if mark == 1 { safe } else { READ_MARK_UNUSED });
             handle.unlock(Slot::read(mark), Lock::Exclusive)?;
             base.doubt_no_more(Slot::read(mark));
+            base.bound.mark(mark, None);
         } else {
             safe = frame;
+            base.bound.mark(mark, (frame < newest).then_some(frame));
         }
     }
     Ok(safe)
@@ -205,7 +251,7 @@ pub(super) fn restart(base: &Arc<Base>, handle: &mut Handle, drain: Duration) ->
     if !complete(base, handle, &tip)? {
         return Ok(Restart::Readers);
     }
-    if !lock_marks(handle, drain)? {
+    if !lock_marks(base, handle, drain)? {
         return Ok(Restart::Readers);
     }
     let begun = {
@@ -222,9 +268,11 @@ fn complete(base: &Arc<Base>, handle: &mut Handle, tip: &Tip) -> Result<bool> {
     if done >= tip.frame {
         return Ok(true);
     }
-    if safe_frame(base, handle, tip.frame)? < tip.frame
-        || !try_for(handle, Slot::READ0, Lock::Exclusive, DRAIN_MAX)?
-    {
+    if safe_frame(base, handle, tip.frame)? < tip.frame {
+        base.bound.pin(true);
+        return Ok(false);
+    }
+    if !lock_file(base, handle)? {
         return Ok(false);
     }
     let copied = copy(base, handle, tip, done).and_then(|()| {
@@ -247,16 +295,19 @@ pub(super) fn unlock_marks(handle: &mut Handle) -> Result<()> {
 }
 
 /// Takes READ1..4, or none of them.
-pub(super) fn lock_marks(handle: &mut Handle, limit: Duration) -> Result<bool> {
-    let end = Instant::now() + limit;
+pub(super) fn lock_marks(base: &Base, handle: &mut Handle, limit: Duration) -> Result<bool> {
+    let begun = Instant::now();
     for mark in 1..5 {
-        let left = end.saturating_duration_since(Instant::now());
-        let locked = try_for(handle, Slot::read(mark), Lock::Exclusive, left);
-        if !matches!(locked, Ok(true)) {
-            for held in 1..mark {
-                handle.unlock(Slot::read(held), Lock::Exclusive)?;
+        while !handle.try_lock(Slot::read(mark), Lock::Exclusive)? {
+            // All is copied: nobody joins it any more.
+            base.bound.mark(mark, Some(base.index.read_mark(mark)));
+            base.bound.pin(true);
+            if begun.elapsed() >= limit || base.stopping() {
+                (1..mark).try_for_each(|held| handle.unlock(Slot::read(held), Lock::Exclusive))?;
+                return Ok(false);
             }
-            return locked;
+            // Who stays for longer is not looked for as often.
+            std::thread::sleep(if begun.elapsed() < DRAIN_MAX { LOCK_STEP } else { LONG_STEP });
         }
     }
     Ok(true)
@@ -296,6 +347,7 @@ fn begin_over(base: &Arc<Base>, handle: &mut Handle, tip: &Tip, file: FileState)
         error
     })?;
     base.set_tip(new);
+    base.bound.restarted();
     Ok(new)
 }
 

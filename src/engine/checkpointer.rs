@@ -7,7 +7,8 @@ use std::time::{Duration, Instant};
 use tokio::sync::watch;
 
 use crate::engine::base::{Base, lock};
-use crate::engine::checkpoint::backfill_some;
+use crate::engine::bound::cannot_copy;
+use crate::engine::checkpoint::{REST_MAX_FRAMES, backfill_some};
 use crate::engine::reserve;
 use crate::error::{Error, Result};
 use crate::node::Part;
@@ -77,7 +78,7 @@ impl Checkpointer {
                         // The WAL grows meanwhile; nothing is lost, and the copy is made again from its begin.
                         if !failing {
                             tracing::warn!(%error, "a checkpoint failed and is tried again");
-                            self.base.node.set_problem(Part::Checkpoint, Some(error.to_string()));
+                            self.base.node.set_problem(Part::Checkpoint, Some(cannot_copy(&error)));
                         }
                         failing = true;
                         pause = Instant::now() + PAUSE;
@@ -143,10 +144,18 @@ impl Checkpointer {
         let worth = ((limit / 4).min(u64::from(u32::MAX)) as u32).max(FRAMES_MIN);
         let behind = frames.saturating_sub(self.base.index.backfilled());
         let long = u64::from(frames) > limit;
-        if behind > worth || (long && behind > FRAMES_MIN) {
+        let due = if self.base.bound.squeezed() {
+            // What is left then is copied by who begins the WAL anew.
+            behind > REST_MAX_FRAMES
+        } else {
+            behind > worth || (long && behind > FRAMES_MIN)
+        };
+        if due {
             backfill_some(&self.base, &mut self.handle, self.replica.is_some())?;
         }
-        if long && let Some(replica) = &self.replica {
+        if (long || self.base.bound.asked().is_some())
+            && let Some(replica) = &self.replica
+        {
             (replica.ready)();
         }
         Ok(())

@@ -10,11 +10,12 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::engine::apply::Apply;
 use crate::engine::base::{Base, lock};
-use crate::engine::{EngineOptions, WalFigures, answer, make_side, reader};
+use crate::engine::{EngineOptions, WalFigures, answer, bound, make_side, reader};
 use crate::error::{Error, Result};
 use crate::log::Log;
 use crate::node::Node;
 use crate::page::PageNo;
+use crate::status::Checkpoint;
 use crate::txid::{EpochHistory, Position};
 use crate::wire::{self, Message, Unit, Want};
 
@@ -165,6 +166,14 @@ impl Follower {
     pub(crate) fn expect_files(&self) -> Result<()> {
         let base = lock(&self.shared.base).clone();
         base.map_or(Ok(()), |base| base.expect_files())
+    }
+
+    /// Copies all that is applied back and begins the WAL anew. Blocks for at most so long.
+    pub(crate) fn checkpoint(&self, limit: Duration) -> Result<Checkpoint> {
+        let base = lock(&self.shared.base).clone();
+        let base = base.ok_or_else(|| Error::NoState("the replica is not filled yet".into()))?;
+        // The checkpointer has the apply thread look each time that it looks itself.
+        bound::checkpoint(&base, limit, || {})
     }
 
     pub(crate) fn wal(&self) -> WalFigures {

@@ -225,6 +225,7 @@ impl Engine {
     fn note(&self, begun: Begun, frame: u32, number: u64) -> Option<Txid> {
         *lock(&self.last) = Some(Mark { salts: begun.salts, frame, number });
         self.waker.wake();
+        self.brake.passed(frame);
         self.txid(number)
     }
 

@@ -193,6 +193,23 @@ impl WalIndex {
             .map_or(0, |region| region.word(page_number_offset(frame)).load(Ordering::Relaxed))
     }
 
+    /// Shows the page of each of these frames, in order. Regions that are not mapped here yet are left out.
+    pub(crate) fn each_page(&self, first: u32, last: u32, mut see: impl FnMut(u32, u32)) {
+        let mut frame = first.max(1);
+        while frame <= last {
+            let at = region_of(frame);
+            let Some(region) = self.regions.read().unwrap_or_else(PoisonError::into_inner).get(at).copied()
+            else {
+                return;
+            };
+            let end = region_zero(at + 1).min(last);
+            for frame in frame..=end {
+                see(frame, region.word(page_number_offset(frame)).load(Ordering::Relaxed));
+            }
+            frame = end + 1;
+        }
+    }
+
     /// The newest frame in `min..=max` that holds the page.
     pub(crate) fn lookup(&self, page: u32, min: u32, max: u32) -> Option<u32> {
         if max == 0 || min > max {

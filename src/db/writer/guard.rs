@@ -38,7 +38,9 @@ impl<'a> WriterGuard<'a> {
         shared: &'a Shared,
         inside: Inside,
     ) -> Result<WriterGuard<'a>> {
-        shared.engine.get()?.check()?;
+        let engine = shared.engine.get()?;
+        engine.check()?;
+        engine.pace();
         if let Some(Open { connection, commits }) = open.as_mut() {
             commits.again(connection);
             commits.reset();
