@@ -151,7 +151,7 @@ fn over_all(live: &mut Appender, from: Position, to: Position) -> Result<Ready> 
     let begin = HealBegin { from, page_size: base.page_size, pages, compare: true, diverged: true };
     let there = base.tip().pages;
     let mut incoming = Incoming::over(side, begin, there)?;
-    incoming.with(live, |overlay, store| {
+    incoming.with(Some(live), |overlay, store| {
         let mut next = 1;
         while let Some(first) = PageNo::new(next).filter(|_| next <= there) {
             overlay.count_in(first, SPAN_PAGES.min(there - next + 1), store)?;

@@ -58,7 +58,7 @@ impl Home {
         Engine::open(self.options(name), node()).unwrap()
     }
 
-    fn follower(&self, name: &str) -> Follower {
+    pub(super) fn follower(&self, name: &str) -> Follower {
         Follower::open(self.options(name), node()).unwrap()
     }
 }
@@ -68,7 +68,7 @@ pub(super) fn node() -> Arc<crate::node::Node> {
     crate::node::Node::new(me, "test".into(), "db".into(), Keyring::new(&[]).unwrap(), Role::Primary)
 }
 
-fn until(what: &str, mut done: impl FnMut() -> bool) {
+pub(super) fn until(what: &str, mut done: impl FnMut() -> bool) {
     let end = Instant::now() + Duration::from_secs(60);
     while !done() {
         assert!(Instant::now() < end, "timed out: {what}");
@@ -86,11 +86,11 @@ pub(super) fn settled(engine: &Engine) -> Position {
     engine.base.tip().position
 }
 
-fn applied(follower: &Follower) -> Option<Position> {
+pub(super) fn applied(follower: &Follower) -> Option<Position> {
     lock(&follower.shared.base).as_ref().map(|b| b.tip().position)
 }
 
-fn send(follower: &Follower, units: BytesMut) -> Result<()> {
+pub(super) fn send(follower: &Follower, units: BytesMut) -> Result<()> {
     let mut decoder = Decoder::default();
     decoder.push(units.freeze());
     let mut all = Vec::new();
@@ -103,7 +103,7 @@ fn send(follower: &Follower, units: BytesMut) -> Result<()> {
     })
 }
 
-fn standing(follower: &Follower) -> (Standing, tokio::sync::mpsc::Receiver<wire::Want>) {
+pub(super) fn standing(follower: &Follower) -> (Standing, tokio::sync::mpsc::Receiver<wire::Want>) {
     tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(follower.standing()).unwrap()
 }
 
@@ -188,7 +188,7 @@ fn whole_units(bytes: &[u8]) -> usize {
     at
 }
 
-fn catch_up(engine: &Engine, follower: &Follower) {
+pub(super) fn catch_up(engine: &Engine, follower: &Follower) {
     feed(engine, follower, &mut || {}).unwrap();
     let goal = settled(engine);
     until("apply", || {

@@ -7,7 +7,7 @@ use bytes::{Bytes, BytesMut};
 
 use super::scan::{Edge, HEAD_BYTES, Index, Stretch, hop};
 use super::state::{Seg, State};
-use super::{Found, Log, files};
+use super::{CURE, Found, Log, files};
 use crate::error::{Error, Result};
 use crate::side;
 
@@ -55,6 +55,7 @@ impl Log {
             path: search.path,
             offset: HEAD_BYTES + search.stretch.from - search.stretch.segment,
             what: format!("the record after transaction {number} is missing"),
+            cure: CURE,
         })
     }
 

@@ -164,7 +164,10 @@ impl Pump {
             let (node, supply, hello) = (self.node.clone(), self.supply.clone(), hello.clone());
             let decided = blocking(move || {
                 let history = node.applied.history();
-                let tip = node.applied.position().ok_or_else(|| Error::NoState("no position yet".into()))?;
+                // A record is in the log, and may have gone out from there, before the position says so.
+                let (said, logged) = (node.applied.position(), supply.tip());
+                let tip = said.into_iter().chain(logged).max_by_key(|at| at.number());
+                let tip = tip.ok_or_else(|| Error::NoState("no position yet".into()))?;
                 let decision = plan(&history, tip, |number| supply.find(number), &hello)?;
                 match decision {
                     Decision::Raise { above } => {
