@@ -268,7 +268,7 @@ pub enum Event {
         /// The replica that had the right images.
         from: PeerInfo,
     },
-    /// The log lost its past: replicas behind this position need a snapshot.
+    /// The log lost its past: replicas behind this position compare their pages.
     LogGap(Position),
     /// Local history that the primary does not have was put aside before it was replaced.
     Kept(std::path::PathBuf),

@@ -165,6 +165,27 @@ async fn a_replica_that_is_seeded_with_a_copy_gets_only_what_was_written_since()
         assert_eq!(target.status().heals, 0);
         target.shutdown().await;
     }
+    // All files of a replica that is stopped: it goes on from its log.
+    let (from, to) = (dir.path().join("backup.db"), dir.path().join("copy.db"));
+    let beside = |path: &Path, end: &str| PathBuf::from(format!("{}{end}", path.display()));
+    fs::copy(&from, &to).unwrap();
+    fs::copy(beside(&from, "-wal"), beside(&to, "-wal")).unwrap();
+    fork::copy_tree(&beside(&from, "-replite"), &beside(&to, "-replite"));
+    let last = insert(&source, "again", 0).await;
+    let target = Db::open(replica(&to, &source.node().addresses.replication)).await.unwrap();
+    within("the last", target.wait_for_timeout(last, LIMIT)).await.unwrap();
+    assert_eq!(target.status().heals, 0);
+    assert_same_pages(&p, &to);
+    target.shutdown().await;
+    // The file of one that is stopped, alone.
+    let alone = dir.path().join("alone.db");
+    fs::copy(&to, &alone).unwrap();
+    let target = Db::open(replica(&alone, &source.node().addresses.replication)).await.unwrap();
+    let replaced = healed_without_snapshot(&mut target.events()).await;
+    assert!(replaced < pages / 10, "{replaced} of {pages} pages");
+    within("the last", target.wait_for_timeout(last, LIMIT)).await.unwrap();
+    assert_same_pages(&p, &alone);
+    target.shutdown().await;
     source.shutdown().await;
 }
 

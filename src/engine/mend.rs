@@ -160,14 +160,11 @@ fn over_all(live: &mut Appender, from: Position, to: Position) -> Result<Ready> 
         Ok(())
     })?;
     incoming.end(SnapEnd { exact_at: to, pages }, Some(live))?;
-    log.records(lsn, log.complete(), |unit| {
-        let message = unit.decode().map_err(|e| Error::garbled("the log", e.to_string()))?;
-        match message {
-            Message::TxnBegin(begin) => incoming.txn_begin(begin),
-            Message::Page { number, hash, page } => incoming.page(number, hash, page, Some(live)),
-            Message::TxnEnd(end) => incoming.txn_end(end, Some(live)).map(drop),
-            _ => Ok(()),
-        }
+    log.records(lsn, log.complete(), |_, message| match message {
+        Message::TxnBegin(begin) => incoming.txn_begin(begin),
+        Message::Page { number, hash, page } => incoming.page(number, hash, page, Some(live)),
+        Message::TxnEnd(end) => incoming.txn_end(end, Some(live)).map(drop),
+        _ => Ok(()),
     })?;
     incoming.finish()
 }

@@ -245,7 +245,7 @@ fn logged(base: &Arc<Base>, at: Position) -> Result<HashMap<PageNo, PageHash>> {
     let Found::At { mut lsn, .. } = log.find(start.number())? else { return Ok(known) };
     let pin = log.pin(lsn);
     let mut decoder = Decoder::default();
-    let garbled = |e: crate::wire::WireError| Error::garbled("the log", e.to_string());
+    let corrupt = |lsn, e: crate::wire::WireError| log.corrupt(lsn, e.to_string());
     loop {
         stopped(base)?;
         let bytes = log.read_disk(lsn, LOG_BYTES)?;
@@ -254,8 +254,8 @@ fn logged(base: &Arc<Base>, at: Position) -> Result<HashMap<PageNo, PageHash>> {
         }
         lsn += bytes.len() as u64;
         decoder.push(bytes);
-        while let Some(unit) = decoder.next().map_err(garbled)? {
-            match unit.decode().map_err(garbled)? {
+        while let Some(unit) = decoder.next().map_err(|e| corrupt(lsn, e))? {
+            match unit.decode().map_err(|e| corrupt(lsn, e))? {
                 // Its hash was verified: a damaged log names no page.
                 Message::Page { number, hash, .. }
                     if known.len() < KNOWN_MAX || known.contains_key(&number) =>

@@ -123,6 +123,16 @@ impl Log {
         }
     }
 
+    /// What a bad byte at an address, or close to it, is.
+    pub(crate) fn corrupt(&self, lsn: u64, what: String) -> Error {
+        let state = self.lock();
+        let (path, offset) = match segment_at(&state, lsn) {
+            Some(segment) => (segment.path.clone(), HEAD_BYTES + lsn - segment.start),
+            None => (self.dir.clone(), 0),
+        };
+        Error::Corrupt { path, offset, what, cure: CURE }
+    }
+
     fn gone(&self, lsn: u64) -> Error {
         let source =
             io::Error::new(io::ErrorKind::NotFound, format!("address {lsn} is not in the log any more"));

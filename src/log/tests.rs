@@ -284,7 +284,15 @@ fn damage_in_an_older_segment_is_an_error_where_it_is_met() {
     bytes[SEGMENT_BYTES + 1] ^= 0xff;
     fs::write(&first, bytes).unwrap();
     let log = open(&dir);
-    assert!(matches!(log.find(3), Err(Error::Corrupt { .. })));
+    let told = log.find(3).unwrap_err();
+    assert!(matches!(&told, Error::Corrupt { path, .. } if *path == first), "{told}");
+    assert!(
+        told.to_string().contains("has transactions for replicas")
+            && told.to_string().contains("move the directory")
+    );
+    let Found::At { lsn: until, .. } = log.find(39).unwrap() else { panic!() };
+    let told = log.records(0, until, |_, _| Ok(())).unwrap_err();
+    assert!(matches!(&told, Error::Corrupt { path, .. } if *path == first), "{told}");
     assert!(matches!(log.find(39).unwrap(), Found::At { .. }));
 }
 

@@ -168,7 +168,15 @@ impl Pump {
                 let (said, logged) = (node.applied.position(), supply.tip());
                 let tip = said.into_iter().chain(logged).max_by_key(|at| at.number());
                 let tip = tip.ok_or_else(|| Error::NoState("no position yet".into()))?;
-                let decision = plan(&history, tip, |number| supply.find(number), &hello)?;
+                let find = |number| match supply.find(number) {
+                    // The log is of no use there, and the pages are.
+                    Err(error @ Error::Corrupt { .. }) => {
+                        tracing::error!(%error, node = %hello.peer.node, "a replica's place in the log can't be found");
+                        Ok(Found::Behind)
+                    }
+                    found => found,
+                };
+                let decision = plan(&history, tip, find, &hello)?;
                 match decision {
                     Decision::Raise { above } => {
                         tracing::warn!(above, node = %hello.peer.node, "a replica knows a newer epoch");

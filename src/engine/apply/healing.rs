@@ -59,8 +59,8 @@ impl Apply {
         match error {
             // Pages that were verified when they came led elsewhere from ours.
             Error::Mismatch { .. } if !compared => self.suspect(Suspect::Pages),
-            // Once may be the network, or a record that was just taken back.
-            Error::Peer { problem: PeerProblem::Garbled(_), .. } if !compared => {
+            // Once may be the network, or a record that was just taken back. Our own log may not be readable either.
+            Error::Peer { problem: PeerProblem::Garbled(_), .. } | Error::Corrupt { .. } if !compared => {
                 let at = Some(position);
                 if std::mem::replace(&mut self.garbled_at, at) == at && self.suspect == Suspect::No {
                     self.suspect(Suspect::Stream);
