@@ -98,7 +98,11 @@ impl Log {
                 at += unit.raw.len() as u64;
             }
             Ok(())
-        })
+        })?;
+        match decoder.buffered() {
+            0 => Ok(()),
+            _ => Err(self.corrupt(at, "a unit goes on beyond its record".into())),
+        }
     }
 
     /// The bytes between two record boundaries, in pieces. Blocks.
