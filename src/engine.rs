@@ -13,6 +13,7 @@ mod capture_loop;
 mod checkpoint;
 mod checkpointer;
 mod damage;
+mod doubt;
 mod follower;
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
 mod fuzz;
@@ -21,6 +22,7 @@ mod heal;
 mod intake;
 mod judge;
 mod locate;
+mod logging;
 mod lost;
 mod mend;
 mod newest;
@@ -54,6 +56,7 @@ use crate::engine::checkpointer::Checkpointer;
 use crate::engine::sync::Syncer;
 use crate::error::{Error, Result};
 use crate::log::{Log, LogOptions};
+use crate::node::Part;
 use crate::page::{PageNo, PageSize};
 use crate::sqlite::Handle;
 use crate::status::Checkpoint;
@@ -164,6 +167,9 @@ impl Engine {
     }
 
     fn start(base: Arc<Base>, handle: Handle, history: EpochHistory) -> Result<Engine> {
+        if let Some(found) = doubt::text(&base.options.side) {
+            base.node.set_problem(Part::Pages, Some(found));
+        }
         let tip = base.tip();
         let second = Arc::new(Mutex::new(reader(&base)?));
         let syncer = Arc::new(Syncer::new(base.clone(), tip.position.number()));

@@ -55,6 +55,12 @@ pub enum Error {
         /// Why.
         reason: Unsupported,
     },
+    /// There is a file of this name already, which is not replaced: remove it, or give another name.
+    #[error("{} is there already and is not replaced: remove it, or give another name", path.display())]
+    FileExists {
+        /// The file.
+        path: PathBuf,
+    },
     /// Another `Db` of this process, or another process, has the database open as a node already.
     #[error("{} is open as a node already, in {holder}", path.display())]
     AlreadyOpen {
@@ -138,8 +144,8 @@ pub enum Error {
     },
 
     // ---- the bytes on the disk
-    /// A file's bytes are not what was written.
-    #[error("{} is corrupt at byte {offset}: {what}", path.display())]
+    /// A file's bytes are not what was written. The text says what the file is for, and what to do.
+    #[error("{} is corrupt at byte {offset}: {what}; it {cure}", path.display())]
     Corrupt {
         /// The file.
         path: PathBuf,
@@ -147,6 +153,8 @@ pub enum Error {
         offset: u64,
         /// What is wrong there.
         what: String,
+        /// What the file is for, and what to do.
+        cure: &'static str,
     },
     /// A file was written by a newer version. It was left as it is.
     #[error("{} has format version {found}; this version reads up to {supported}", path.display())]
@@ -357,6 +365,7 @@ impl Error {
             | Error::InvalidText { .. }
             | Error::Unsupported { .. }
             | Error::AlreadyOpen { .. }
+            | Error::FileExists { .. }
             | Error::Reentrant
             | Error::BlockingInAsync
             | Error::NotPrimary { .. }

@@ -129,7 +129,7 @@ fn read_log<'a>(segments: impl Iterator<Item = &'a [u8]>) {
         if let Ok(Found::At { lsn, before }) = log.find(number) {
             assert!(lsn <= log.complete() && before.number() == number);
             let _ = (log.read_disk(lsn, 1 << 16), log.step_over(lsn), log.touched(before));
-            let _ = log.records(lsn, log.complete(), |_| Ok(()));
+            let _ = log.records(lsn, log.complete(), |_, _| Ok(()));
         }
     }
     let _ = (log.marks(), log.list(0, 1000), log.state_with(Checksum::EMPTY));

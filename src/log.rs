@@ -30,7 +30,7 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use tokio::sync::watch;
@@ -47,7 +47,7 @@ mod scan;
 mod state;
 mod tail;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 pub(crate) use branch::Touched;
 #[cfg(test)]
@@ -56,6 +56,9 @@ pub(crate) use list::logged;
 use state::State;
 use tail::Tail;
 
+/// Of a segment that is corrupt.
+const CURE: &str = "has transactions for replicas that are behind, and for what a damaged database lacks: verify the database, and when that is sound, \
+    stop the node, move the directory of the log away and start it again; replicas that are behind compare their pages then";
 /// Files of dropped segments that may wait for the next sync to be removed.
 const GARBAGE_MAX: usize = 2;
 
@@ -64,7 +67,7 @@ pub(crate) struct LogOptions {
     pub(crate) segment_bytes: u64,
     /// Segments are dropped, oldest first, when all together are larger than this ...
     pub(crate) keep_bytes: u64,
-    /// ... or when their newest record is older than this.
+    /// ... or when their newest record was appended longer ago than this, counted from when the log was opened at the earliest.
     pub(crate) keep_age: Duration,
     /// Segments that a connected replica still needs are kept up to this size all together; it is never exceeded.
     pub(crate) quota_bytes: u64,
@@ -80,6 +83,8 @@ pub(crate) struct Log {
     state: Mutex<State>,
     tail: Mutex<Tail>,
     end: watch::Sender<u64>,
+    /// Held in an fsync: of two at a time, one alone is told of a failure.
+    syncing: Mutex<()>,
 }
 
 /// What `Log::find` says.
@@ -102,7 +107,7 @@ impl Log {
     /// are cut off or dropped, and a log line says so.
     pub(crate) fn open(dir: &Path, options: LogOptions) -> Result<Arc<Log>> {
         let mut state = recover::recover(dir)?;
-        state.retain(&options, SystemTime::now());
+        state.retain(&options, Instant::now());
         files::remove(&std::mem::take(&mut state.garbage));
         Ok(Arc::new(Log {
             dir: dir.to_path_buf(),
@@ -110,6 +115,7 @@ impl Log {
             end: watch::Sender::new(state.end),
             tail: Mutex::new(Tail::new(options.tail_bytes)),
             state: Mutex::new(state),
+            syncing: Mutex::new(()),
         }))
     }
 
@@ -136,10 +142,11 @@ impl Log {
 
     /// Appends whole units: a part of one record, or the rest of one and whole records after it. `after` is the
     /// position after them when they end a record.
-    /// On an error the log is as before the call; the caller then declares a gap by `reset`.
+    /// On an error the log is as before the call.
     ///
     /// # Errors
-    /// [`Error::Io`], such as for a full disk, or a record that the quota has no room for; [`Error::Stopped`] when the log was never `reset`.
+    /// [`Error::Io`], such as for a full disk, a record that the quota has no room for, or a log that is [doubtful](Log::doubtful); [`Error::Stopped`] when the log
+    /// was never `reset`.
     pub(crate) fn append(&self, units: Bytes, after: Option<Position>) -> Result<()> {
         if units.is_empty() {
             return Ok(());
@@ -156,7 +163,7 @@ impl Log {
         // Under the lock, so that the end never seems to fall.
         self.end.send_replace(state.end);
         if begun {
-            state.retain(&self.options, SystemTime::now());
+            state.retain(&self.options, Instant::now());
         }
         // A removal takes milliseconds, which a commit should not wait for; but the disk is finite.
         let full = state.garbage.len() > GARBAGE_MAX;
@@ -190,7 +197,29 @@ impl Log {
     /// [`Error::Io`] when the new segment can't be written. The records are dropped nevertheless, and the next
     /// append tries again.
     pub(crate) fn reset(&self, at: Position) -> Result<()> {
-        let mut state = self.lock();
+        self.forget(self.lock(), at)
+    }
+
+    /// Whether an fsync failed, so that the log takes nothing before it is `reset`.
+    pub(crate) fn doubtful(&self) -> bool {
+        self.lock().doubtful
+    }
+
+    /// Drops all records of a log that is doubtful and whose last one is whole. Where the next one must follow; nothing when it is not so.
+    ///
+    /// # Errors
+    /// As for [`Log::reset`].
+    pub(crate) fn renew(&self) -> Result<Option<Position>> {
+        let state = self.lock();
+        match state.tip {
+            Some(tip) if state.doubtful && state.complete == state.end => {
+                self.forget(state, tip).map(|()| Some(tip))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    fn forget(&self, mut state: MutexGuard<'_, State>, at: Position) -> Result<()> {
         let gone = state.forget(Some(at));
         self.moved(&state);
         let begun = state.begin_segment(&self.dir).or_else(|_| {
@@ -243,10 +272,12 @@ impl Log {
     /// fsyncs what was appended, and removes the files of segments that were dropped. Appends go on meanwhile.
     ///
     /// # Errors
-    /// [`Error::Io`]; what was appended since the last success may then be lost, so the caller resets.
+    /// [`Error::Io`]; what was appended since the last success may then be lost, and stays so whatever a later call would find: the log is doubtful.
     pub(crate) fn sync(&self) -> Result<()> {
+        let _one = self.syncing.lock().unwrap_or_else(|e| e.into_inner());
         let (files, dir) = {
             let mut state = self.lock();
+            state.expect_sound(&self.dir)?;
             (state.unsynced(), std::mem::take(&mut state.dir_dirty))
         };
         let mut synced =
@@ -254,13 +285,13 @@ impl Log {
         if dir {
             synced = synced.and_then(|()| files::sync_dir(&self.dir));
         }
-        if synced.is_err() {
-            self.lock().dir_dirty |= dir;
-            return synced;
-        }
         let mut state = self.lock();
+        state.dir_dirty |= dir && synced.is_err();
+        state.noted(synced)?;
+        // One that is made beside this may have been told instead.
+        state.expect_sound(&self.dir)?;
         state.rotated.retain(|(file, _)| !files.iter().any(|(synced, _)| Arc::ptr_eq(file, synced)));
-        state.retain(&self.options, SystemTime::now());
+        state.retain(&self.options, Instant::now());
         let gone = std::mem::take(&mut state.garbage);
         drop(state);
         files::remove(&gone);
@@ -290,7 +321,7 @@ impl Log {
     fn retain(&self, change: impl FnOnce(&mut State)) {
         let mut state = self.lock();
         change(&mut state);
-        state.retain(&self.options, SystemTime::now());
+        state.retain(&self.options, Instant::now());
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {

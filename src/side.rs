@@ -160,7 +160,41 @@ pub(crate) fn create_like(path: &Path, like: &Path) -> Result<File> {
     }
     #[cfg(not(unix))]
     let _ = like;
-    options.create_new(true).open(path).map_err(Error::io("create", path))
+    options.create_new(true).open(path).map_err(|error| match error.kind() {
+        io::ErrorKind::AlreadyExists => Error::FileExists { path: path.to_path_buf() },
+        _ => Error::io("create", path)(error),
+    })
+}
+
+/// Gives a complete file its name, where nothing has that.
+///
+/// # Errors
+/// [`Error::FileExists`], [`Error::Io`].
+pub(crate) fn place(new: &Path, path: &Path) -> Result<()> {
+    // Unlike a rename, a link replaces nothing.
+    match fs::hard_link(new, path) {
+        Ok(()) => fs::remove_file(new).map_err(Error::io("remove", new)),
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
+            Err(Error::FileExists { path: path.to_path_buf() })
+        }
+        // Some file systems have none.
+        Err(_) => {
+            absent(path)?;
+            fs::rename(new, path).map_err(Error::io("rename", path))
+        }
+    }
+}
+
+/// Fails where something has this name, be it a link to nothing.
+///
+/// # Errors
+/// [`Error::FileExists`], [`Error::Io`].
+pub(crate) fn absent(path: &Path) -> Result<()> {
+    match fs::symlink_metadata(path) {
+        Ok(_) => Err(Error::FileExists { path: path.to_path_buf() }),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
+        Err(error) => Err(Error::io("stat", path)(error)),
+    }
 }
 
 /// Makes an empty database file of this mode; SQLite gives it to all that belongs to it. To close what is returned may take SQLite's locks on it away:

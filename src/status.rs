@@ -162,6 +162,20 @@ impl Verification {
     pub fn holds(&self) -> bool {
         self.found == self.expected()
     }
+
+    /// What is wrong, for people: the first few of the bad pages.
+    pub(crate) fn problem(&self) -> String {
+        const SHOWN: usize = 16;
+        let bad = &self.bad_pages;
+        let of = format!("the pages are not those of position {}", self.position);
+        if bad.is_empty() {
+            return format!("{of}: the log does not tell which of them are bad");
+        }
+        let shown: Vec<String> = bad.iter().take(SHOWN).map(ToString::to_string).collect();
+        let more = if bad.len() > SHOWN { format!(" and {} more", bad.len() - SHOWN) } else { String::new() };
+        let others = if self.all_named { "" } else { ", and others that the log does not tell of" };
+        format!("{of}: bad are {}{more}{others}", shown.join(", "))
+    }
 }
 
 /// A transaction in the retained log.
@@ -303,7 +317,7 @@ pub enum Event {
         /// The replica that had the right images.
         from: PeerInfo,
     },
-    /// The log lost its past: replicas behind this position need a snapshot.
+    /// The log lost its past: replicas behind this position compare their pages.
     LogGap(Position),
     /// Local history that the primary does not have was put aside before it was replaced.
     Kept(std::path::PathBuf),

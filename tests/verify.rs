@@ -254,6 +254,66 @@ async fn a_byte_that_somebody_writes_beneath_running_nodes_is_found_and_the_prob
     source.shutdown().await;
 }
 
+/// Found by nobody but the verification, and by none after a restart: the next transactions went over it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_a_verification_found_is_known_after_a_restart_until_it_is_healed() {
+    const NOBODY: &str = "http://127.0.0.1:1";
+    let dir = tempfile::tempdir().unwrap();
+    let (p, r, port) = (dir.path().join("p.db"), dir.path().join("r.db"), free_port());
+    let url = format!("http://127.0.0.1:{port}");
+    let source = Db::open(primary(&p, port)).await.unwrap();
+    let target = Db::open(replica(&r, &url)).await.unwrap();
+    within("ready", target.ready()).await.unwrap();
+    let last = fill(&source, 200).await;
+    target.wait_for_timeout(last, LIMIT).await.unwrap();
+    for db in [&source, &target] {
+        until_in_the_file(db, last).await;
+        db.shutdown().await;
+    }
+    let (of_p, of_r) = (marker_in(&p) + 100, marker_in(&r) + 100);
+    // What was found, by whoever runs there; it is the same with each start from then on.
+    let found = |db: &Db| {
+        let problem = db.status().problem.unwrap_or_default();
+        problem.contains("the pages are not those of position").then_some(problem)
+    };
+    flip(&p, of_p);
+    flip(&r, of_r);
+    for (path, config) in [(&p, primary(&p, port)), (&r, replica(&r, NOBODY))] {
+        let db = Db::open(config.clone()).await.unwrap();
+        assert_eq!(found(&db), None);
+        assert!(!db.verify().await.unwrap().holds());
+        assert!(found(&db).is_some());
+        db.shutdown().await;
+        for _ in 0..2 {
+            let db = Db::open(config.clone()).await.unwrap();
+            assert!(found(&db).is_some(), "{}: {:?}", path.display(), db.status().problem);
+            db.shutdown().await;
+        }
+    }
+    // The disk of the primary has the right bytes again, which a verification finds.
+    flip(&p, of_p);
+    let source = Db::open(primary(&p, port)).await.unwrap();
+    assert!(found(&source).is_some());
+    assert!(source.verify().await.unwrap().holds());
+    assert_eq!(source.status().problem, None);
+    let source = {
+        source.shutdown().await;
+        Db::open(primary(&p, port)).await.unwrap()
+    };
+    assert_eq!(found(&source), None);
+    // The replica is healed, without a further verification.
+    let target = Db::open(replica(&r, &url)).await.unwrap();
+    until("the heal", || target.status().heals == 1);
+    until("all is well", || target.status().problem.is_none());
+    assert!(target.verify().await.unwrap().holds());
+    assert_same_pages(&p, &r);
+    target.shutdown().await;
+    let target = Db::open(replica(&r, NOBODY)).await.unwrap();
+    assert_eq!(found(&target), None);
+    target.shutdown().await;
+    source.shutdown().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn it_runs_by_itself_from_time_to_time() {
     let dir = tempfile::tempdir().unwrap();

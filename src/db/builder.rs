@@ -223,8 +223,8 @@ impl Config {
         self
     }
 
-    /// How much of the past is kept for replicas that were away: up to so many bytes, and for so long. 1 GiB and
-    /// a day if not set. A replica that was away for longer is filled by a snapshot.
+    /// How much of the past is kept for replicas that were away: up to so many bytes, and for so long, counted from when the node was started at the
+    /// earliest. 1 GiB and a day if not set. A replica that was away for longer compares its pages with the primary's.
     #[must_use]
     pub fn log_retention(mut self, bytes: u64, age: Duration) -> Config {
         (self.log_bytes, self.log_age) = (bytes, age);

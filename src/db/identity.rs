@@ -123,7 +123,8 @@ pub(crate) fn fuzz_identity_seed() -> Vec<u8> {
 }
 
 fn corrupt(path: &Path, what: &str) -> Error {
-    Error::Corrupt { path: path.to_path_buf(), offset: 0, what: what.into() }
+    let cure = "says which node this is, and no more than that: remove it, and the node gets a new id";
+    Error::Corrupt { path: path.to_path_buf(), offset: 0, what: what.into(), cure }
 }
 
 /// What tells a directory from its copy: device and inode. Zeros where there is no such thing.

@@ -13,10 +13,14 @@ use crate::page::PageNo;
 use crate::primary::{Line, QUESTION_BYTES};
 use crate::status::{Event, PeerInfo, Verification};
 use crate::threads::blocking;
-use crate::wire::{Want, WantRun};
+use crate::txid::Position;
+use crate::wire::{WANT_MAX_PAGES, Want, WantRun};
 
-/// Pages that may differ between a primary and a replica that is asked. More is no damage, but another state.
-const CANDIDATES_MAX: usize = 4096;
+/// Pages that a verification has named, with the hashes of what they must be.
+struct Bad {
+    at: Position,
+    right: BTreeMap<PageNo, PageHash>,
+}
 
 /// Pages of a primary's database whose bytes are wrong, and their right images, which a replica had; see [`Db::offered_repair`].
 #[derive(Debug)]
@@ -32,12 +36,16 @@ pub struct Repair {
 }
 
 impl Db {
-    /// On a primary: verifies, and when the pages are not those of the position, asks the connected replicas for the right ones. That they are the
-    /// right ones is proved by the checksum, so that a replica with damaged pages of its own is not believed. Nothing is changed before
-    /// [`Repair::apply`]. None when all pages are right.
+    /// On a primary: verifies, and when the pages are not those of the position, asks the connected replicas for the right images of those that are named
+    /// bad ([`Verification::bad_pages`]). Each must have the hash that this node's own log has of the page, so that no replica is believed, be it damaged or
+    /// lying. Nothing is changed before [`Repair::apply`]. None when all pages are right.
+    ///
+    /// A page that no transaction in the retained log has changed is not named. The position's checksum alone, a sum over all pages, guards against accidents, not
+    /// against who makes pages up until the sum comes out: so nobody's word is taken for such pages. Where there are any, the database that a replica has is the
+    /// way out; see "A primary's pages are bad" in `docs/trouble.md`.
     ///
     /// # Errors
-    /// As for [`Db::verify`]; [`Error::NotPrimary`] on a replica, which heals itself; [`Error::Damaged`] when no replica has what is missing, with what
+    /// As for [`Db::verify`]; [`Error::NotPrimary`] on a replica, which heals itself; [`Error::Damaged`] when no page is named, or no replica has the right images, with what
     /// is known of the pages.
     ///
     /// # Cancel safety
@@ -52,9 +60,13 @@ impl Db {
         if verification.holds() {
             return Ok(None);
         }
+        let (reading, named) = (engine.clone(), verification.clone());
+        let right = blocking(move || reading.right_hashes(&named)).await?;
+        let bad = Bad { at: verification.position, right };
         let mut why = String::new();
-        for line in self.inner.source.lines() {
-            match proven(&line, &engine, &verification).await {
+        // Nothing to ask for where the log names none.
+        for line in self.inner.source.lines().into_iter().filter(|_| !bad.right.is_empty()) {
+            match proven(&line, &engine, &bad).await {
                 Ok(pages) => {
                     let (db, from) = (self.clone(), line.peer);
                     return Ok(Some(Repair { verification, from, db, engine, pages }));
@@ -63,17 +75,15 @@ impl Db {
             }
         }
         let what = format!(
-            "its pages are not those of position {}, {} of them are known by number ({:?}), and no connected replica has the right ones{why}",
-            verification.position,
-            verification.bad_pages.len(),
-            verification.bad_pages
+            "{}; what no connected replica has, or the log does not name, can't be repaired{why}: put the database of a replica in its place",
+            verification.problem()
         );
         Err(Error::Damaged { path: self.inner.path.clone(), what })
     }
 }
 
 impl Repair {
-    /// The bad pages.
+    /// The bad pages that are written.
     pub fn pages(&self) -> Vec<PageNo> {
         self.pages.iter().map(|page| page.number).collect()
     }
@@ -94,53 +104,46 @@ impl Repair {
     }
 }
 
-/// The pages that a replica has otherwise, if they make this node's pages those of the position.
-async fn proven(line: &Line, engine: &Arc<Engine>, verification: &Verification) -> Result<Vec<RightPage>> {
-    let mut candidates: BTreeMap<PageNo, RightPage> = BTreeMap::new();
+/// The right images of the bad pages, if a replica has them all. Each is known by its own hash: what a replica sends besides is not looked at.
+async fn proven(line: &Line, engine: &Arc<Engine>, bad: &Bad) -> Result<Vec<RightPage>> {
     let size = engine.page_size();
-    let per_question = (QUESTION_BYTES / size.bytes()) as u32;
-    let mut next = PageNo::new(1);
-    while let Some(first) = next.filter(|next| next.get() <= verification.pages) {
-        let reading = engine.clone();
-        let piece = blocking(move || reading.read_piece(first, QUESTION_BYTES)).await?;
-        let ours = |at: u32| {
-            let page = &piece.data[at as usize * size.bytes()..][..size.bytes()];
-            PageNo::new(first.get() + at).map(|number| PageHash::of(number, page))
-        };
-        let count = (piece.data.len() / size.bytes()) as u32;
-        let hashes = (0..count).filter_map(ours).map(PageHash::to_bytes).collect();
-        let answer = line.ask(Want { runs: vec![WantRun { first, hashes }] }).await?;
-        if answer.at.is_none_or(|at| at.position.number() < verification.position.number()) {
+    let mut found: BTreeMap<PageNo, RightPage> = BTreeMap::new();
+    let numbers: Vec<PageNo> = bad.right.keys().copied().collect();
+    for some in numbers.chunks((QUESTION_BYTES / size.bytes()).min(WANT_MAX_PAGES)) {
+        let (reading, some) = (engine.clone(), some.to_vec());
+        let wrong: Vec<(PageNo, PageHash)> = blocking(move || {
+            let read = |number| Ok((number, PageHash::of(number, &reading.read_piece(number, 1)?.data)));
+            some.into_iter().map(read).collect::<Result<_>>()
+        })
+        .await?;
+        let run =
+            |(first, hash): &(PageNo, PageHash)| WantRun { first: *first, hashes: vec![hash.to_bytes()] };
+        let answer = line.ask(Want { runs: wrong.iter().map(run).collect() }).await?;
+        if answer.at.is_none_or(|at| at.position.number() < bad.at.number()) {
             return Err(Error::NoState("it is behind the state that was verified".into()));
         }
+        let wrong: BTreeMap<_, _> = wrong.into_iter().collect();
         for (begin, pages) in answer.pages {
             for (number, page) in (begin.get()..).zip(pages.chunks_exact(size.bytes())) {
-                let at = number.checked_sub(first.get()).filter(|at| *at < count);
-                if let (Some(wrong), Some(number)) = (at.and_then(ours), PageNo::new(number)) {
-                    let right = Bytes::copy_from_slice(page);
-                    candidates.insert(number, RightPage { number, wrong, right });
+                if let Some(number) = PageNo::new(number)
+                    && let Some(wrong) = wrong.get(&number).copied()
+                    && bad.right.get(&number) == Some(&PageHash::of(number, page))
+                {
+                    found.insert(number, RightPage { number, wrong, right: Bytes::copy_from_slice(page) });
                 }
             }
         }
-        if candidates.len() > CANDIDATES_MAX {
-            return Err(Error::TooMany { what: "pages that differ", limit: CANDIDATES_MAX });
-        }
-        next = first.get().checked_add(count.max(per_question.min(1))).and_then(PageNo::new);
     }
-    // What was written since the verification differs for that reason.
-    let (log, position) = (engine.log().clone(), verification.position);
-    match blocking(move || log.touched(position)).await? {
-        Some(touched) => candidates.retain(|number, _| !touched.pages.contains(*number)),
-        None => {
-            return Err(Error::NoState("the log does not reach back to the state that was verified".into()));
-        }
+    // What was written since the verification is not what it was then.
+    let (log, at) = (engine.log().clone(), bad.at);
+    let Some(touched) = blocking(move || log.touched(at)).await? else {
+        return Err(Error::NoState("the log does not reach back to the state that was verified".into()));
+    };
+    found.retain(|number, _| !touched.pages.contains(*number));
+    let lacks = |number: &PageNo| !touched.pages.contains(*number) && !found.contains_key(number);
+    let missing: Vec<PageNo> = numbers.into_iter().filter(lacks).collect();
+    if missing.is_empty() {
+        return Ok(found.into_values().collect());
     }
-    let led = candidates.values().fold(verification.found, |sum, page| {
-        sum.without(page.wrong).with(PageHash::of(page.number, &page.right))
-    });
-    if led != verification.expected() {
-        let (expected, found) = (verification.expected().to_string(), led.to_string());
-        return Err(Error::Mismatch { expected, found });
-    }
-    Ok(candidates.into_values().collect())
+    Err(Error::NoState(format!("it does not have the right images of {missing:?}")))
 }

@@ -24,11 +24,11 @@ const REPLAYED: [&str; 2] = ["-wal", "-journal"];
 
 impl Db {
     /// Copies a committed state into a new plain SQLite file, while everything goes on. The position that is
-    /// returned is in that state; later transactions may be, too. The file appears at `path`, in place of one that is there, only
-    /// when it is complete and on the disk. Who can't read the database can't read it.
+    /// returned is in that state; later transactions may be, too. The file appears at `path` only
+    /// when it is complete and on the disk; nothing is replaced. Who can't read the database can't read it.
     ///
     /// # Errors
-    /// As for [`Db::read_async`], [`Error::NoState`] also while no primary vouches for what is here, [`Error::Io`] when the file can't be written, and [`Error::Config`] when `path` belongs to a
+    /// As for [`Db::read_async`], [`Error::NoState`] also while no primary vouches for what is here, [`Error::FileExists`] when something of that name is there, [`Error::Io`] when the file can't be written, and [`Error::Config`] when `path` belongs to a
     /// database that is open as a node in this process, or has a `-wal` or `-journal` of an earlier file beside it.
     ///
     /// # Cancel safety
@@ -95,7 +95,7 @@ impl Db {
         let placed = made.and_then(|()| self.copy(&new)).and_then(|()| {
             // Meanwhile somebody may have opened a database there.
             check(&path)?;
-            fs::rename(&new, &path).map_err(Error::io("rename", &path))?;
+            side::place(&new, &path)?;
             sync_directory(path.parent().unwrap_or(Path::new(".")))
         });
         if placed.is_err() {
@@ -180,11 +180,12 @@ fn plain(path: &Path) -> Result<PathBuf> {
     Ok(fs::canonicalize(directory).map_err(Error::io("open directory", directory))?.join(name))
 }
 
-/// Refuses what must not be replaced.
+/// Refuses what must not be replaced, and where SQLite would find another file's changes.
 fn check(path: &Path) -> Result<()> {
     if claims::belongs_to_open(path)? {
         return Err(Error::Config(format!("{} belongs to a database that is open here", path.display())));
     }
+    side::absent(path)?;
     for suffix in REPLAYED {
         let left = beside(path, suffix);
         if left.symlink_metadata().is_ok() {

@@ -173,9 +173,8 @@ impl Verifier {
             self.node.tell(Event::Verified(verification.clone()));
             return;
         }
-        let bad = in_words(verification);
-        tracing::error!(%position, %found, pages, bad, "the pages are not those of the position");
-        let problem = format!("the pages are not those of position {position}: {bad}");
+        let problem = verification.problem();
+        tracing::error!(%position, %found, pages, "{problem}");
         self.node.set_problem(Part::Pages, Some(problem));
         self.node.tell(Event::VerificationFailed(verification.clone()));
         self.suspect();
@@ -225,19 +224,6 @@ impl Verifier {
 enum Begun {
     Ours(oneshot::Receiver<Result<Verification>>),
     Theirs(watch::Receiver<Option<Verification>>),
-}
-
-/// The bad pages for people: the first few.
-fn in_words(verification: &Verification) -> String {
-    const SHOWN: usize = 16;
-    let bad = &verification.bad_pages;
-    if bad.is_empty() {
-        return "the log does not tell which of them are bad".into();
-    }
-    let shown: Vec<String> = bad.iter().take(SHOWN).map(ToString::to_string).collect();
-    let more = if bad.len() > SHOWN { format!(" and {} more", bad.len() - SHOWN) } else { String::new() };
-    let others = if verification.all_named { "" } else { ", and others that the log does not tell of" };
-    format!("bad are {}{more}{others}", shown.join(", "))
 }
 
 fn jittered(period: Duration, percent: u64) -> Duration {

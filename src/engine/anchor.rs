@@ -376,7 +376,8 @@ pub(crate) fn read_epochs(side: &Path) -> Result<Epochs> {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Epochs::default()),
         Err(e) => return Err(Error::io("open", &path)(e)),
     };
-    let corrupt = |what: &str| Error::Corrupt { path: path.clone(), offset: 0, what: what.into() };
+    let cure = "says which transactions are of which epoch; it is put aside as `epochs.corrupt`, and made good from the log at the next start";
+    let corrupt = |what: &str| Error::Corrupt { path: path.clone(), offset: 0, what: what.into(), cure };
     let (body, check) = bytes.split_last_chunk::<16>().ok_or_else(|| corrupt("too short"))?;
     if blake3::hash(body).as_bytes()[..16] != *check || body.len() < 12 || body[..8] != EPOCHS_MAGIC {
         return Err(corrupt("its checksum does not match"));

@@ -18,9 +18,9 @@ use crate::engine::append::Appender;
 use crate::engine::base::{Base, lock};
 use crate::engine::follower::{Command, Shared, Standing};
 use crate::engine::intake::Intake;
-use crate::engine::receive::{self, Incoming};
+use crate::engine::receive::{self, Incoming, Under};
 use crate::engine::wal_file::sync_directory;
-use crate::engine::{EngineOptions, make_side};
+use crate::engine::{EngineOptions, logging, make_side};
 use crate::error::{Error, Result};
 use crate::node::{Node, Part};
 use crate::status::Event;
@@ -45,6 +45,8 @@ pub(super) struct Apply {
     /// What the primary is asked for on the way back.
     wants: Option<mpsc::Sender<Want>>,
     suspect: Suspect,
+    /// What is open can't be led to the primary's state, and is replaced by a snapshot; read from until then, where it is a state of the cluster.
+    refill: bool,
     /// Where a stream brought garbage before.
     garbled_at: Option<Position>,
     /// Heals that were finished.
@@ -78,6 +80,7 @@ impl Apply {
             pace: Pace::default(),
             wants: None,
             suspect: Suspect::No,
+            refill: false,
             garbled_at: None,
             healed: 0,
             history: EpochHistory::default(),
@@ -88,8 +91,7 @@ impl Apply {
             bounded: Bounded::new(),
         };
         // A fill that was begun knows how large the primary's pages are.
-        let begun = receive::progress(&apply.options.side);
-        let size = begun.map(|progress| progress.page_size);
+        let size = receive::page_size(&apply.options.side);
         apply.open_path(size)?;
         // Before the application's own connections are there.
         if let (State::Empty(_), Some(size)) = (&apply.state, size)
@@ -149,15 +151,14 @@ impl Apply {
         }
         let why = base.sound().err();
         self.abort();
-        *lock(&self.shared.base) = None;
-        self.shared.readable.send_replace(false);
-        self.end_checkpointer(&base);
+        self.end_service(&base);
         self.state.close();
         drop(base);
         // What was promised of that state is not.
         self.history = EpochHistory::default();
         self.node.applied.forget();
         self.suspect = Suspect::No;
+        self.refill = false;
         self.failed = true;
         *lock(&self.shared.failure) = why;
         self.open_anew();
@@ -171,6 +172,13 @@ impl Apply {
         self.reopen = opened.is_err();
         let problem = opened.err().map(|error| format!("what is at the path now can't be opened: {error}"));
         self.node.set_problem(Part::Engine, problem);
+    }
+
+    /// Nobody reads what is open any more, and nothing is copied back.
+    fn end_service(&mut self, base: &Base) {
+        *lock(&self.shared.base) = None;
+        self.shared.readable.send_replace(false);
+        self.end_checkpointer(base);
     }
 
     fn end_checkpointer(&mut self, base: &Base) {
@@ -245,12 +253,19 @@ impl Apply {
         self.next_history = None;
         let (wants, receiver) = mpsc::channel(WANTS_MAX);
         self.wants = Some(wants);
+        // What is to be filled anew is nothing to go on from.
+        let position = self.state.content().filter(|_| !self.refill).map(|live| live.position());
+        let side = &self.options.side;
         let standing = Standing {
-            position: self.state.content().map(|live| live.position()),
+            position,
             history: Arc::new(self.history.clone()),
-            resume: receive::progress(&self.options.side).map(|p| (p.first, p.next)),
-            suspect: self.suspect != Suspect::No,
-            marks: self.marks(),
+            resume: receive::progress(side).map(|p| (p.first, p.next)),
+            suspect: match position {
+                Some(_) => self.suspect != Suspect::No,
+                // Pages that an earlier comparison brought.
+                None => receive::held_size(side).is_some(),
+            },
+            marks: if position.is_some() { self.marks() } else { Vec::new() },
         };
         (standing, receiver)
     }
@@ -262,12 +277,12 @@ impl Apply {
         for unit in &units {
             let message = unit.decode().map_err(|e| Error::garbled("the primary", e.to_string()))?;
             match message {
-                Message::Welcome(welcome) => self.welcome(welcome.plan),
+                Message::Welcome(welcome) => self.welcome(welcome.plan)?,
                 Message::Epochs(history) => self.epochs(history)?,
                 Message::SnapBegin(begin) => {
                     self.node.tell(Event::SnapshotStarted("this node has no state of the cluster".into()));
                     tracing::info!(first = %begin.first, from = %begin.from, "a snapshot begins");
-                    if self.state.content().is_some() {
+                    if self.below().is_some() {
                         return Err(Error::garbled("the primary", "a snapshot over a live database"));
                     }
                     self.incoming = Some(Incoming::begin(&self.options.side, begin)?);
@@ -280,16 +295,16 @@ impl Apply {
                     })?;
                 }
                 Message::Sent(sent) => self.sent(sent)?,
-                Message::SnapPiece { first, pages, .. } => match (&mut self.healing, self.state.content()) {
-                    (Some(_), Some(live)) => {
-                        let incoming = self.incoming.as_mut().ok_or_else(no_snapshot)?;
-                        incoming.patch(first, pages, live)?;
+                Message::SnapPiece { first, pages, .. } => match &self.healing {
+                    Some(_) => {
+                        let (_, incoming, under) = self.healing()?;
+                        incoming.patch(first, pages, under)?;
                     }
-                    _ => self.incoming()?.piece(first, pages)?,
+                    None => self.incoming()?.0.piece(first, pages)?,
                 },
                 Message::SnapEnd(end) => {
-                    let incoming = self.incoming.as_mut().ok_or_else(no_snapshot)?;
-                    if incoming.end(end, self.state.content())? {
+                    let (incoming, under) = self.incoming()?;
+                    if incoming.end(end, under)? {
                         self.adopt()?;
                     }
                 }
@@ -303,14 +318,14 @@ impl Apply {
                         self.publish()?;
                     }
                 }
-                Message::TxnBegin(begin) => self.incoming()?.txn_begin(begin)?,
+                Message::TxnBegin(begin) => self.incoming()?.0.txn_begin(begin)?,
                 Message::Page { number, hash, page } => {
-                    let incoming = self.incoming.as_mut().ok_or_else(no_snapshot)?;
-                    incoming.page(number, hash, page, self.state.content())?;
+                    let (incoming, under) = self.incoming()?;
+                    incoming.page(number, hash, page, under)?;
                 }
                 Message::TxnEnd(end) => {
-                    let incoming = self.incoming.as_mut().ok_or_else(no_snapshot)?;
-                    let exact = incoming.txn_end(end, self.state.content())?;
+                    let (incoming, under) = self.incoming()?;
+                    let exact = incoming.txn_end(end, under)?;
                     self.common(end.after)?;
                     if exact {
                         self.adopt()?;
@@ -322,8 +337,15 @@ impl Apply {
         self.publish()
     }
 
-    fn incoming(&mut self) -> Result<&mut Incoming> {
-        self.incoming.as_mut().ok_or_else(no_snapshot)
+    /// What comes, and what lies under it.
+    fn incoming(&mut self) -> Result<(&mut Incoming, Under<'_>)> {
+        let under = self.state.content().filter(|_| !self.refill);
+        Ok((self.incoming.as_mut().ok_or_else(no_snapshot)?, under))
+    }
+
+    /// The database that what comes leads to the primary's state. None: that is filled anew.
+    fn below(&mut self) -> Under<'_> {
+        self.state.content().filter(|_| !self.refill)
     }
 
     /// The log gets the records first, then readers see them.
@@ -360,7 +382,7 @@ impl Apply {
         if history.place(position.txid()) != Place::OnHistory {
             return Err(Error::garbled("the primary", "a snapshot that is not in its own history"));
         }
-        match self.healing.take() {
+        match self.healing.take().filter(|_| self.below().is_some()) {
             Some(healing) => self.adopt_heal(&healing, &ready, history)?,
             None => {
                 self.fill(&ready, history)?;
@@ -384,7 +406,7 @@ impl Drop for Apply {
 /// Leaves everything so that the next start needs no replay.
 fn rest(live: &mut Appender) -> Result<()> {
     let base = &live.base;
-    base.log.sync()?;
+    logging::sync(base)?;
     base.sync_wal()?;
     base.expect_as_left()?;
     let file = base.left_behind(&mut live.handle)?;

@@ -157,6 +157,7 @@ impl Capture {
                 path: crate::engine::wal_file::WalFile::path_of(self.base.path()),
                 offset: frame_offset(frame, self.base.page_size),
                 what: "a committed frame is of another generation".into(),
+                cure: "has SQLite's commits, and somebody else wrote to it: start the node again, which finds out from the log what it has",
             });
         }
         Ok(head)

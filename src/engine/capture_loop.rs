@@ -14,11 +14,11 @@ use crate::engine::bound::{BRAKE_TIMES, cannot_copy};
 use crate::engine::brake::Brake;
 use crate::engine::capture::{Capture, Sink};
 use crate::engine::checkpoint::{self, DRAIN_MAX, Restart, keep_from_others, restart};
+use crate::engine::logging::{self, append_or_gap};
 use crate::engine::sync::Syncer;
 use crate::engine::unsynced;
 use crate::error::{Error, Result};
 use crate::node::Part;
-use crate::status::Event;
 use crate::threads;
 use crate::txid::{Epoch, EpochStart, NUMBER_MAX, Position};
 use crate::wal::IndexHeader;
@@ -41,6 +41,9 @@ const TORN_AFTER: Duration = Duration::from_millis(20);
 /// was committed meanwhile.
 const EPOCH_WAIT: Duration = Duration::from_secs(5);
 const EPOCH_STEP: Duration = Duration::from_millis(1);
+/// How long an append to the log is tried that fails, and not for want of room, and how long between two tries.
+const APPEND_WAIT: Duration = Duration::from_secs(5);
+const APPEND_STEP: Duration = Duration::from_millis(20);
 
 /// Wakes the capture thread; free when it is awake.
 #[derive(Debug, Default)]
@@ -155,7 +158,7 @@ impl CaptureLoop {
         if let Some(header) = self.base.header() {
             self.capture(&header)?;
         }
-        self.base.log.sync()
+        logging::sync(&self.base)
     }
 
     fn capture(&mut self, header: &IndexHeader) -> Result<()> {
@@ -171,7 +174,7 @@ impl CaptureLoop {
     /// Leaves everything so that the next start needs no replay.
     fn rest(&mut self) -> Result<()> {
         self.base.sync_wal()?;
-        self.base.log.sync()?;
+        logging::sync(&self.base)?;
         // Not between the anchor of somebody who copies and what it says.
         let base = self.base.clone();
         let _nobody_copies = lock(&base.backfill);
@@ -377,43 +380,28 @@ impl Sink for ToLog<'_> {
     }
 
     fn records(&mut self, units: Bytes, after: Option<Position>) -> Result<()> {
-        let _on_disk = self.base.progress.on_disk();
-        append_or_gap(self.base, units, after);
+        let on_disk = self.base.progress.on_disk();
+        let (begun, mut failed) = (Instant::now(), false);
+        while let Err(error) = append_or_gap(self.base, units.clone(), after) {
+            // Such as for want of descriptors.
+            let text = format!("the log can't be written: {error}");
+            if begun.elapsed() >= APPEND_WAIT || self.base.stopping() {
+                return Err(Error::Stopped(text));
+            }
+            failed = true;
+            self.base.node.set_problem(Part::Log, Some(text));
+            std::thread::sleep(APPEND_STEP);
+        }
+        drop(on_disk);
+        if failed && !*lock(&self.base.log_broken) {
+            self.base.node.set_problem(Part::Log, None);
+        }
         // Others write while this is done.
         self.brake.passed(self.base.index.glance().0);
         if let Some(after) = after {
             self.base.node.applied.advance(after);
         }
         Ok(())
-    }
-}
-
-/// Appends to the log. A log that can't be written never stops a commit: it loses its past instead, and says so.
-pub(super) fn append_or_gap(base: &Base, units: Bytes, after: Option<Position>) {
-    let mut broken = lock(&base.log_broken);
-    if !*broken {
-        let mut appended = base.log.append(units.clone(), after);
-        // A full disk costs the oldest records first.
-        while appended.is_err() && base.log.drop_oldest() {
-            appended = base.log.append(units.clone(), after);
-        }
-        match appended {
-            Ok(()) => return,
-            Err(error) => {
-                tracing::error!(%error, "the log can't be written: replicas that are behind will need a snapshot");
-                base.note_room(&error);
-                base.node.set_problem(Part::Log, Some(format!("the log can't be written: {error}")));
-                *broken = true;
-            }
-        }
-    }
-    // It begins again behind a whole transaction, as soon as the disk allows.
-    if let Some(after) = after
-        && base.log.reset(after).is_ok()
-    {
-        *broken = false;
-        base.node.set_problem(Part::Log, None);
-        base.node.tell(Event::LogGap(after));
     }
 }
 

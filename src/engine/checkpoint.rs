@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use crate::engine::anchor::{Anchor, FileState, Mark, Witnesses};
 use crate::engine::base::{Base, Tip, lock};
+use crate::engine::logging;
 use crate::engine::newest::{Found, Newest};
 use crate::error::{Error, Result};
 use crate::page::PageNo;
@@ -86,7 +87,7 @@ pub(super) fn copy(base: &Base, handle: &mut Handle, target: &Tip, done: u32) ->
     // What is copied must be on the disk in the WAL first, and in the log: after this, the file can't
     // go back to the state that the log's tip may need.
     base.sync_wal()?;
-    if let Err(error) = base.log.sync() {
+    if let Err(error) = logging::sync(base) {
         tracing::warn!(%error, "the log can't be synced before a backfill");
     }
     let bytes = u64::from(target.pages) * u64::from(base.page_size.get());

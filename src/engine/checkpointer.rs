@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use crate::engine::base::{Base, lock};
 use crate::engine::bound::cannot_copy;
 use crate::engine::checkpoint::{REST_MAX_FRAMES, backfill_some};
-use crate::engine::reserve;
+use crate::engine::{logging, reserve};
 use crate::error::{Error, Result};
 use crate::node::Part;
 use crate::sqlite::Handle;
@@ -122,7 +122,7 @@ impl Checkpointer {
         if self.log_synced.elapsed() > LOG_SYNC && !*lock(&self.base.log_broken) {
             // Here, so that no append ever has to do it.
             self.log_synced = Instant::now();
-            self.base.log.sync()?;
+            logging::sync(&self.base)?;
         }
         if let Some(replica) = &self.replica {
             // What a primary vouches for: nothing else is acknowledged.
@@ -130,7 +130,7 @@ impl Checkpointer {
             if *replica.synced.borrow() != position && self.applied_synced.elapsed() >= APPLIED_SYNC {
                 self.applied_synced = Instant::now();
                 // The log first: a record that the WAL has and the log lacks would not be vouched for.
-                self.base.log.sync()?;
+                logging::sync(&self.base)?;
                 self.base.sync_wal()?;
                 replica.synced.send_replace(position);
             }

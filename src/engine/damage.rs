@@ -8,7 +8,7 @@ use crate::engine::base::lock;
 use crate::engine::judge::Doubt;
 use crate::engine::locate::Wal;
 use crate::engine::open::Opened;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::log::Found;
 use crate::page::PageNo;
 use crate::wire::Message;
@@ -82,8 +82,7 @@ impl Opened {
             return Ok(false);
         };
         let (mut newest, mut earlier) = (HashMap::new(), HashSet::new());
-        log.records(lsn, log.complete(), |unit| {
-            let message = unit.decode().map_err(|e| Error::garbled("the log", e.to_string()))?;
+        log.records(lsn, log.complete(), |_, message| {
             if let Message::Page { number, hash, .. } = message
                 && (newest.len() < PAGES_MAX || newest.contains_key(&number))
                 && let Some(before) = newest.insert(number, hash)
@@ -139,6 +138,7 @@ mod tests {
     use crate::txid::Position;
 
     use super::*;
+    use crate::error::Error;
     use rusqlite::Connection;
 
     fn run(home: &Home, sql: &str) {

@@ -3,8 +3,7 @@
 use bytes::BytesMut;
 
 use crate::engine::append::Appender;
-use crate::engine::base::lock;
-use crate::engine::capture_loop::append_or_gap;
+use crate::engine::logging::{append_or_gap, begin_anew};
 use crate::error::Result;
 use crate::node::Part;
 use crate::txid::EpochHistory;
@@ -33,7 +32,8 @@ impl Intake {
                 live.begin(begin, history)?;
                 // The primary vouches for a state that is not the log's, such as after a power cut.
                 if self.buffer.is_empty() && live.base.log.tip() != Some(begin.before) {
-                    begin_log_anew(live, begin.before);
+                    begin_anew(&live.base, begin.before)?;
+                    live.base.node.set_problem(Part::State, None);
                 }
             }
             Message::Page { number, hash, .. } => live.page(number, hash, &unit.raw, HEADER_BYTES + 4)?,
@@ -52,19 +52,20 @@ impl Intake {
         if self.whole > 0 {
             let records = self.buffer.split_to(self.whole).freeze();
             self.whole = 0;
-            append_or_gap(&live.base, records, Some(live.position()));
-        }
-        if !self.buffer.is_empty() {
-            append_or_gap(&live.base, self.buffer.split().freeze(), None);
+            append_or_gap(&live.base, records, Some(live.position()))?;
         }
         if let Err(error) = live.publish() {
             // The log has the records already. They come again, and must not stand in it twice.
-            if let Err(error) = live.base.log.reset(live.base.tip().position) {
-                tracing::warn!(%error, "the log could not be begun anew");
+            if let Err(error) = begin_anew(&live.base, live.base.tip().position) {
+                tracing::warn!(%error, "the log is begun anew behind the next transaction");
             }
             return Err(error);
         }
-        Ok(())
+        if self.buffer.is_empty() {
+            Ok(())
+        } else {
+            append_or_gap(&live.base, self.buffer.split().freeze(), None)
+        }
     }
 
     /// Forgets what is not published, here, in the appender and in the log.
@@ -77,16 +78,5 @@ impl Intake {
                 tracing::warn!(%error, "the log's unfinished record could not be taken back");
             }
         }
-    }
-}
-
-/// From here on the log says what is vouched for.
-pub(super) fn begin_log_anew(live: &Appender, at: crate::txid::Position) {
-    if *lock(&live.base.log_broken) {
-        return;
-    }
-    match live.base.log.reset(at) {
-        Ok(()) => live.base.node.set_problem(Part::State, None),
-        Err(error) => tracing::warn!(%error, "the log could not be begun anew"),
     }
 }

@@ -36,6 +36,8 @@ pub use rows::{LostRow, LostRows};
 
 const FORMAT: u32 = 1;
 const PREFIX: &str = "branch-";
+/// Of a file of a branch that is corrupt.
+const CURE: &str = "is a copy of what was replaced, which the node does not need: take what can be read from the other files of its directory, then move that away";
 
 /// A branch of the history that this node had and that a heal replaced by the primary's; see [`Db::lost`](crate::Db::lost).
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -86,8 +88,12 @@ impl LostBranch {
     fn read(path: PathBuf) -> Result<LostBranch> {
         let file = path.join("branch.json");
         let text = side::read(&file).map_err(Error::io("read", &file))?;
-        let corrupt =
-            |e: serde_json::Error| Error::Corrupt { path: file.clone(), offset: 0, what: e.to_string() };
+        let corrupt = |e: serde_json::Error| Error::Corrupt {
+            path: file.clone(),
+            offset: 0,
+            what: e.to_string(),
+            cure: CURE,
+        };
         let value: serde_json::Value = serde_json::from_slice(&text).map_err(corrupt)?;
         let found = value.get("format").and_then(serde_json::Value::as_u64).unwrap_or(0);
         if found > u64::from(FORMAT) {

@@ -151,7 +151,7 @@ fn over_all(live: &mut Appender, from: Position, to: Position) -> Result<Ready> 
     let begin = HealBegin { from, page_size: base.page_size, pages, compare: true, diverged: true };
     let there = base.tip().pages;
     let mut incoming = Incoming::over(side, begin, there)?;
-    incoming.with(live, |overlay, store| {
+    incoming.with(Some(live), |overlay, store| {
         let mut next = 1;
         while let Some(first) = PageNo::new(next).filter(|_| next <= there) {
             overlay.count_in(first, SPAN_PAGES.min(there - next + 1), store)?;
@@ -160,14 +160,11 @@ fn over_all(live: &mut Appender, from: Position, to: Position) -> Result<Ready> 
         Ok(())
     })?;
     incoming.end(SnapEnd { exact_at: to, pages }, Some(live))?;
-    log.records(lsn, log.complete(), |unit| {
-        let message = unit.decode().map_err(|e| Error::garbled("the log", e.to_string()))?;
-        match message {
-            Message::TxnBegin(begin) => incoming.txn_begin(begin),
-            Message::Page { number, hash, page } => incoming.page(number, hash, page, Some(live)),
-            Message::TxnEnd(end) => incoming.txn_end(end, Some(live)).map(drop),
-            _ => Ok(()),
-        }
+    log.records(lsn, log.complete(), |_, message| match message {
+        Message::TxnBegin(begin) => incoming.txn_begin(begin),
+        Message::Page { number, hash, page } => incoming.page(number, hash, page, Some(live)),
+        Message::TxnEnd(end) => incoming.txn_end(end, Some(live)).map(drop),
+        _ => Ok(()),
     })?;
     incoming.finish()
 }

@@ -1,7 +1,8 @@
 //! A state on its way in: pages in a file beside the database that, over what is here already, become exact and are verified.
 //!
 //! `<side>/incoming/pages` holds the pages at their places, `<side>/incoming/state` how far a snapshot has come,
-//! `<side>/incoming/held` which pages a comparison brought. Pages may come newer than the position they were read at; the log
+//! `<side>/incoming/held` which pages a comparison has. A snapshot that can't be gone on with, because the primary's log does not reach back to its begin any more,
+//! becomes a comparison over what came of it. Pages may come newer than the position they were read at; the log
 //! records that follow are applied to the file until the state that the primary names, and then the checksum decides.
 
 use std::fs::{self, File};
@@ -21,7 +22,8 @@ use crate::wal::le_u32;
 use crate::wire::{HealBegin, SnapBegin, SnapEnd, TxnBegin, TxnEnd};
 
 const MAGIC: [u8; 8] = *b"repincom";
-const HELD_MAGIC: [u8; 8] = *b"repheld1";
+const HELD_MAGIC: [u8; 8] = *b"repheld2";
+const HELD_HEAD_BYTES: usize = 8 + 4 + 4;
 const VERSION: u32 = 1;
 const STATE_BYTES: usize = 8 + 4 + 4 + 4 + Position::BYTES + 16;
 /// Progress is made durable after so many bytes.
@@ -168,9 +170,12 @@ impl Incoming {
         Ok(incoming)
     }
 
-    /// Begins a heal over a live database of so many pages, whose state is led back by what comes.
+    /// Begins a heal over a live database of so many pages, whose state is led back by what comes; over none, what came of a snapshot is.
     pub(super) fn over(side: &Path, begin: HealBegin, pages: u32) -> Result<Incoming> {
-        let held = begin.compare.then(|| read_held(side, begin.page_size)).flatten();
+        let mut held = begin.compare.then(|| read_held(side, begin.page_size)).flatten();
+        if begin.compare && held.is_none() {
+            held = hold_progress(side, begin.page_size)?;
+        }
         if held.is_none() {
             discard(side)?;
         }
@@ -182,8 +187,7 @@ impl Incoming {
             match held {
                 Some(have) => incoming.overlay.resume(have),
                 None => {
-                    let head = [HELD_MAGIC.as_slice(), &begin.page_size.get().to_le_bytes()].concat();
-                    file.write_all(&head).map_err(Error::io("write", &path))?;
+                    file.write_all(&held_head(begin.page_size, 0)).map_err(Error::io("write", &path))?;
                 }
             }
             incoming.held = Some(file);
@@ -250,9 +254,9 @@ impl Incoming {
     }
 
     /// A run of pages that a heal asked for.
-    pub(super) fn patch(&mut self, first: PageNo, pages: &[u8], live: &mut Appender) -> Result<()> {
+    pub(super) fn patch(&mut self, first: PageNo, pages: &[u8], live: Under<'_>) -> Result<()> {
         self.count(first, pages)?;
-        let (overlay, mut store) = self.parts(Some(live));
+        let (overlay, mut store) = self.parts(live);
         overlay.patch(first, pages, &mut store)
     }
 
@@ -267,7 +271,7 @@ impl Incoming {
 
     /// The pieces are complete. True when the state is exact already.
     pub(super) fn end(&mut self, end: SnapEnd, live: Under<'_>) -> Result<bool> {
-        if live.is_none() && !self.overlay.ended() {
+        if live.is_none() && self.held.is_none() && !self.overlay.ended() {
             self.save_progress(self.overlay.position())?;
         }
         let (overlay, mut store) = self.parts(live);
@@ -298,10 +302,10 @@ impl Incoming {
     /// Does something with the pages that a heal compares.
     pub(super) fn with<T>(
         &mut self,
-        live: &mut Appender,
+        live: Under<'_>,
         run: impl FnOnce(&mut Overlay, &mut dyn Store) -> Result<T>,
     ) -> Result<T> {
-        let (overlay, mut store) = self.parts(Some(live));
+        let (overlay, mut store) = self.parts(live);
         run(overlay, &mut store)
     }
 
@@ -314,19 +318,51 @@ impl Incoming {
     }
 }
 
-/// The pages that an earlier comparison brought, if they are of this size.
+/// Has the pages that came of a snapshot, if they are of this size, be those that a comparison has.
+fn hold_progress(side: &Path, page_size: PageSize) -> Result<Option<PageSet>> {
+    let Some(next) = progress(side).filter(|p| p.page_size == page_size).map(|p| p.next.get()) else {
+        return Ok(None);
+    };
+    let directory = side.join("incoming");
+    replace_file(&directory, "held", &held_head(page_size, next - 1))?;
+    // With both of them there, the snapshot would be gone on with, over pages that are newer by then: as good.
+    let state = directory.join("state");
+    fs::remove_file(&state).map_err(Error::io("remove", &state))?;
+    Ok(read_held(side, page_size))
+}
+
+/// The size of the primary's pages, where some are on their way in.
+pub(super) fn page_size(side: &Path) -> Option<PageSize> {
+    progress(side).map(|progress| progress.page_size).or_else(|| held_size(side))
+}
+
+/// The size of the pages that an earlier comparison has.
+pub(super) fn held_size(side: &Path) -> Option<PageSize> {
+    let mut head = [0; HELD_HEAD_BYTES];
+    side::open(&side.join("incoming").join("held")).ok()?.read_exact(&mut head).ok()?;
+    PageSize::new(le_u32(&head[8..])).ok().filter(|_| head.starts_with(&HELD_MAGIC))
+}
+
+/// What the file begins with: pages up to `last` are there.
+fn held_head(page_size: PageSize, last: u32) -> Vec<u8> {
+    [&HELD_MAGIC[..], &page_size.get().to_le_bytes(), &last.to_le_bytes()].concat()
+}
+
+/// The pages that an earlier comparison has, if they are of this size.
 pub(super) fn read_held(side: &Path, page_size: PageSize) -> Option<PageSet> {
     let directory = side.join("incoming");
     let there = fs::metadata(directory.join("pages")).ok()?.len() / u64::from(page_size.get());
     let mut bytes = Vec::new();
     // A number may stand there more than once; a file that was not written by us is not read to its end.
-    let most = 12 + 4 * there.saturating_mul(16);
+    let most = HELD_HEAD_BYTES as u64 + 4 * there.saturating_mul(16);
     side::open(&directory.join("held")).ok()?.take(most).read_to_end(&mut bytes).ok()?;
     let numbers = bytes.strip_prefix(HELD_MAGIC.as_slice())?.strip_prefix(&page_size.get().to_le_bytes())?;
+    let (last, numbers) = numbers.split_first_chunk::<4>()?;
     let mut have = PageSet::default();
-    let numbers = numbers.chunks_exact(4).filter_map(|n| PageNo::new(le_u32(n)));
+    let numbers =
+        numbers.chunks_exact(4).map(le_u32).chain(1..=u64::from(u32::from_le_bytes(*last)).min(there) as u32);
     // What such a page holds is compared like any other.
-    numbers.filter(|n| u64::from(n.get()) <= there).for_each(|n| have.insert(n));
+    numbers.filter_map(PageNo::new).filter(|n| u64::from(n.get()) <= there).for_each(|n| have.insert(n));
     Some(have)
 }
 

@@ -4,7 +4,7 @@ use crate::engine::append::Appender;
 use crate::engine::open::Opened;
 use crate::engine::reserve;
 use crate::engine::wal_file::sync_directory;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::log::{Found, Log};
 use crate::side;
 use crate::status::{Event, unix_millis};
@@ -90,15 +90,12 @@ impl Opened {
 
 /// Applies the log's records from an LSN to its end.
 fn apply_log(appender: &mut Appender, log: &Log, lsn: u64, history: &EpochHistory) -> Result<()> {
-    log.records(lsn, log.complete(), |unit| {
-        let message = unit.decode().map_err(|e| Error::garbled("the log", e.to_string()))?;
-        match message {
-            Message::TxnBegin(begin) => appender.begin(begin, history),
-            Message::Page { number, hash, .. } => {
-                appender.page(number, hash, &unit.raw, crate::wire::HEADER_BYTES + 4)
-            }
-            Message::TxnEnd(end) => appender.end(end).and_then(|()| appender.publish()),
-            _ => Ok(()),
+    log.records(lsn, log.complete(), |unit, message| match message {
+        Message::TxnBegin(begin) => appender.begin(begin, history),
+        Message::Page { number, hash, .. } => {
+            appender.page(number, hash, &unit.raw, crate::wire::HEADER_BYTES + 4)
         }
+        Message::TxnEnd(end) => appender.end(end).and_then(|()| appender.publish()),
+        _ => Ok(()),
     })
 }

@@ -59,7 +59,7 @@ impl Home {
         Engine::open(self.options(name), node()).unwrap()
     }
 
-    fn follower(&self, name: &str) -> Follower {
+    pub(super) fn follower(&self, name: &str) -> Follower {
         Follower::open(self.options(name), node()).unwrap()
     }
 }
@@ -87,11 +87,11 @@ pub(super) fn settled(engine: &Engine) -> Position {
     engine.base.tip().position
 }
 
-fn applied(follower: &Follower) -> Option<Position> {
+pub(super) fn applied(follower: &Follower) -> Option<Position> {
     lock(&follower.shared.base).as_ref().map(|b| b.tip().position)
 }
 
-fn send(follower: &Follower, units: BytesMut) -> Result<()> {
+pub(super) fn send(follower: &Follower, units: BytesMut) -> Result<()> {
     let mut decoder = Decoder::default();
     decoder.push(units.freeze());
     let mut all = Vec::new();
@@ -104,7 +104,7 @@ fn send(follower: &Follower, units: BytesMut) -> Result<()> {
     })
 }
 
-fn standing(follower: &Follower) -> (Standing, tokio::sync::mpsc::Receiver<wire::Want>) {
+pub(super) fn standing(follower: &Follower) -> (Standing, tokio::sync::mpsc::Receiver<wire::Want>) {
     tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(follower.standing()).unwrap()
 }
 
@@ -189,7 +189,7 @@ fn whole_units(bytes: &[u8]) -> usize {
     at
 }
 
-fn catch_up(engine: &Engine, follower: &Follower) {
+pub(super) fn catch_up(engine: &Engine, follower: &Follower) {
     feed(engine, follower, &mut || {}).unwrap();
     let goal = settled(engine);
     until("apply", || {

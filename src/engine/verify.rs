@@ -1,6 +1,6 @@
 //! Verification: all pages of one state are hashed beside readers and writers, and compared with the position.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, TryLockError};
@@ -9,13 +9,14 @@ use std::time::{Duration, Instant};
 use crate::checksum::{Checksum, PageHash};
 use crate::engine::base::{Base, Tip, lock};
 use crate::engine::hash::Whole;
-use crate::engine::{Engine, Follower, reader};
+use crate::engine::{Engine, Follower, doubt, reader};
 use crate::error::{Error, Result};
 use crate::log::Found;
 use crate::page::PageNo;
 use crate::sqlite::{Handle, Lock, Slot};
 use crate::status::{Verification, unix_millis};
 use crate::threads::caught;
+use crate::txid::Position;
 use crate::wire::{Decoder, Message};
 
 /// Longest wait for one of SQLite's four read marks.
@@ -38,6 +39,13 @@ impl Engine {
     pub(crate) fn verify(&self, bytes_per_second: Option<NonZeroU64>) -> Result<Verification> {
         self.base.check()?;
         verify(&self.base, reader(&self.base)?, bytes_per_second)
+    }
+
+    /// The right hashes of the pages that a verification has named, by the log. Blocks.
+    pub(crate) fn right_hashes(&self, verification: &Verification) -> Result<BTreeMap<PageNo, PageHash>> {
+        let known = logged(&self.base, verification.position)?;
+        let named = |number: &PageNo| Some((*number, *known.get(number)?));
+        Ok(verification.bad_pages.iter().filter_map(named).collect())
     }
 }
 
@@ -72,7 +80,9 @@ fn verify(base: &Arc<Base>, mut handle: Handle, limit: Option<NonZeroU64>) -> Re
         finished_ms: 0,
         elapsed_ms: 0,
     };
-    if !verification.holds() {
+    if verification.holds() {
+        doubt::end(&base.options.side);
+    } else {
         let named = name_bad_pages(base, &mut handle, &tip, found);
         (verification.bad_pages, verification.all_named) = match named {
             Err(error @ (Error::ShutDown | Error::Stopped(_))) => return Err(error),
@@ -82,6 +92,7 @@ fn verify(base: &Arc<Base>, mut handle: Handle, limit: Option<NonZeroU64>) -> Re
             }
             Ok(named) => named,
         };
+        doubt::begin(&base.options.side, &verification.problem());
     }
     verification.finished_ms = unix_millis();
     verification.elapsed_ms = begun.elapsed().as_millis() as u64;
@@ -207,7 +218,7 @@ fn name_bad_pages(
     tip: &Tip,
     found: Checksum,
 ) -> Result<(Vec<PageNo>, bool)> {
-    let mut known: Vec<(PageNo, PageHash)> = logged(base, tip)?.into_iter().collect();
+    let mut known: Vec<(PageNo, PageHash)> = logged(base, tip.position)?.into_iter().collect();
     known.sort_unstable_by_key(|(number, _)| *number);
     let (mut bad, mut mended) = (Vec::new(), found);
     let mut page = vec![0; base.page_size.bytes()];
@@ -226,15 +237,15 @@ fn name_bad_pages(
     Ok((bad, mended == tip.position.checksum()))
 }
 
-/// The hash of each page that the retained log has an image of, as of the tip. None when the log does not reach to it.
-fn logged(base: &Arc<Base>, tip: &Tip) -> Result<HashMap<PageNo, PageHash>> {
+/// The hash of each page that the retained log has an image of, as of a state. None when the log does not reach to it.
+fn logged(base: &Arc<Base>, at: Position) -> Result<HashMap<PageNo, PageHash>> {
     let log = &base.log;
     let mut known = HashMap::new();
     let Some(start) = log.start() else { return Ok(known) };
     let Found::At { mut lsn, .. } = log.find(start.number())? else { return Ok(known) };
     let pin = log.pin(lsn);
     let mut decoder = Decoder::default();
-    let garbled = |e: crate::wire::WireError| Error::garbled("the log", e.to_string());
+    let corrupt = |lsn, e: crate::wire::WireError| log.corrupt(lsn, e.to_string());
     loop {
         stopped(base)?;
         let bytes = log.read_disk(lsn, LOG_BYTES)?;
@@ -243,8 +254,8 @@ fn logged(base: &Arc<Base>, tip: &Tip) -> Result<HashMap<PageNo, PageHash>> {
         }
         lsn += bytes.len() as u64;
         decoder.push(bytes);
-        while let Some(unit) = decoder.next().map_err(garbled)? {
-            match unit.decode().map_err(garbled)? {
+        while let Some(unit) = decoder.next().map_err(|e| corrupt(lsn, e))? {
+            match unit.decode().map_err(|e| corrupt(lsn, e))? {
                 // Its hash was verified: a damaged log names no page.
                 Message::Page { number, hash, .. }
                     if known.len() < KNOWN_MAX || known.contains_key(&number) =>
@@ -253,10 +264,10 @@ fn logged(base: &Arc<Base>, tip: &Tip) -> Result<HashMap<PageNo, PageHash>> {
                 }
                 Message::TxnEnd(end) => {
                     known.retain(|number, _| number.get() <= end.pages);
-                    if end.after == tip.position {
+                    if end.after == at {
                         return Ok(known);
                     }
-                    if end.after.number() >= tip.position.number() {
+                    if end.after.number() >= at.number() {
                         return Ok(HashMap::new());
                     }
                 }

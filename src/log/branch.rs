@@ -2,7 +2,7 @@
 use bytes::Bytes;
 
 use super::{Found, Log};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::page::PageSet;
 use crate::txid::Position;
 use crate::wire::{Decoder, MARKS_MAX, Message, Unit};
@@ -44,7 +44,7 @@ impl Log {
     /// What the transactions after `state`, one of [`Log::marks`], did; `None` when the log does not reach back to it any more.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Corrupt`], and a unit that does not decode.
+    /// [`Error::Io`](crate::Error::Io); [`Error::Corrupt`](crate::Error::Corrupt).
     pub(crate) fn touched(&self, state: Position) -> Result<Option<Touched>> {
         let Found::At { lsn, before } = self.find(state.number())? else { return Ok(None) };
         if before != state {
@@ -54,8 +54,8 @@ impl Log {
         if let Some(number) = state.number().checked_sub(1)
             && let Found::At { lsn: earlier, .. } = self.find(number)?
         {
-            self.records(earlier, lsn, |unit| {
-                if let Message::TxnEnd(end) = decode(&unit)? {
+            self.records(earlier, lsn, |_, message| {
+                if let Message::TxnEnd(end) = message {
                     size = Some(end.pages);
                 }
                 Ok(())
@@ -63,8 +63,8 @@ impl Log {
         }
         let least = size.unwrap_or(u32::MAX);
         let mut touched = Touched { pages: PageSet::default(), size, least, lsn };
-        self.records(lsn, self.complete(), |unit| {
-            match decode(&unit)? {
+        self.records(lsn, self.complete(), |_, message| {
+            match message {
                 Message::Page { number, .. } => touched.pages.insert(number),
                 Message::TxnEnd(end) => touched.least = touched.least.min(end.pages),
                 _ => {}
@@ -82,21 +82,27 @@ impl Log {
     /// Visits the units from one record boundary to another. Blocks.
     ///
     /// # Errors
-    /// [`Error::Io`], also when the bytes were dropped meanwhile; bytes that are no units; what `visit` returns.
+    /// [`Error::Io`](crate::Error::Io), also when the bytes were dropped meanwhile; [`Error::Corrupt`](crate::Error::Corrupt); what `visit` returns.
     pub(crate) fn records(
         &self,
         lsn: u64,
         until: u64,
-        mut visit: impl FnMut(Unit) -> Result<()>,
+        mut visit: impl FnMut(&Unit, Message<'_>) -> Result<()>,
     ) -> Result<()> {
         let mut decoder = Decoder::default();
+        let mut at = lsn;
         self.bytes_between(lsn, until, |bytes| {
             decoder.push(bytes);
-            while let Some(unit) = decoder.next().map_err(garbled)? {
-                visit(unit)?;
+            while let Some(unit) = decoder.next().map_err(|e| self.corrupt(at, e.to_string()))? {
+                visit(&unit, unit.decode().map_err(|e| self.corrupt(at, e.to_string()))?)?;
+                at += unit.raw.len() as u64;
             }
             Ok(())
-        })
+        })?;
+        match decoder.buffered() {
+            0 => Ok(()),
+            _ => Err(self.corrupt(at, "a unit goes on beyond its record".into())),
+        }
     }
 
     /// The bytes between two record boundaries, in pieces. Blocks.
@@ -126,12 +132,4 @@ pub(crate) fn mark_numbers(start: u64, tip: u64) -> impl Iterator<Item = u64> {
     let doubling = (0..MARKS_MAX as u32 - 1).map(move |power| tip.saturating_sub(1 << power));
     let oldest = (start < tip).then_some(start);
     doubling.take_while(move |number| *number > start).chain(oldest)
-}
-
-fn decode(unit: &Unit) -> Result<Message<'_>> {
-    unit.decode().map_err(garbled)
-}
-
-fn garbled(error: crate::wire::WireError) -> Error {
-    Error::garbled("the log", error.to_string())
 }

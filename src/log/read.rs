@@ -7,7 +7,7 @@ use bytes::{Bytes, BytesMut};
 
 use super::scan::{Edge, HEAD_BYTES, Index, Stretch, hop};
 use super::state::{Seg, State};
-use super::{Found, Log, files};
+use super::{CURE, Found, Log, files};
 use crate::error::{Error, Result};
 use crate::side;
 
@@ -55,6 +55,7 @@ impl Log {
             path: search.path,
             offset: HEAD_BYTES + search.stretch.from - search.stretch.segment,
             what: format!("the record after transaction {number} is missing"),
+            cure: CURE,
         })
     }
 
@@ -120,6 +121,16 @@ impl Log {
             }
             _ => lsn,
         }
+    }
+
+    /// What a bad byte at an address, or close to it, is.
+    pub(crate) fn corrupt(&self, lsn: u64, what: String) -> Error {
+        let state = self.lock();
+        let (path, offset) = match segment_at(&state, lsn) {
+            Some(segment) => (segment.path.clone(), HEAD_BYTES + lsn - segment.start),
+            None => (self.dir.clone(), 0),
+        };
+        Error::Corrupt { path, offset, what, cure: CURE }
     }
 
     fn gone(&self, lsn: u64) -> Error {

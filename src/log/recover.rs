@@ -3,7 +3,7 @@ use std::collections::VecDeque;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::Instant;
 
 use bytes::Bytes;
 
@@ -20,7 +20,6 @@ struct Candidate {
     /// `None`: its head is torn or corrupt.
     head: Option<Segment>,
     length: u64,
-    modified: SystemTime,
 }
 
 impl Candidate {
@@ -70,7 +69,7 @@ pub(super) fn recover(dir: &Path) -> Result<State> {
         start: head.start,
         end,
         before: head.before,
-        newest: last.modified,
+        newest: Instant::now(),
         index: Some(found.index),
     });
     Ok(state)
@@ -97,7 +96,7 @@ fn run_before(candidates: &mut Vec<Candidate>, mut next: Segment) -> Result<VecD
             index = Some(found.index);
         }
         let Some(candidate) = candidates.pop() else { break };
-        let (start, before, newest) = (head.start, head.before, candidate.modified);
+        let (start, before, newest) = (head.start, head.before, Instant::now());
         run.push_front(Seg { path: candidate.path, start, end, before, newest, index });
         next = head;
     }
@@ -138,7 +137,6 @@ fn list(dir: &Path) -> Result<Vec<Candidate>> {
 fn examine(path: PathBuf, start: u64) -> Result<Candidate> {
     let file = side::open(&path).map_err(Error::io("open", &path))?;
     let meta = file.metadata().map_err(Error::io("stat", &path))?;
-    let modified = meta.modified().unwrap_or_else(|_| SystemTime::now());
     let mut raw = [0; SEGMENT_BYTES];
     let whole = files::read_at(&file, &mut raw, 0).map_err(Error::io("read", &path))? == SEGMENT_BYTES;
     if whole && let Some(found) = Unit::newer_segment(&raw) {
@@ -146,7 +144,7 @@ fn examine(path: PathBuf, start: u64) -> Result<Candidate> {
     }
     let head =
         read_head(raw).filter(|head| whole && head.start == start && head.follows.is_none_or(|f| f <= start));
-    Ok(Candidate { path, head, length: meta.len(), modified })
+    Ok(Candidate { path, head, length: meta.len() })
 }
 
 fn read_head(raw: [u8; SEGMENT_BYTES]) -> Option<Segment> {

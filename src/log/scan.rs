@@ -5,7 +5,7 @@ use std::path::Path;
 
 use bytes::{Bytes, BytesMut};
 
-use super::files;
+use super::{CURE, files};
 use crate::error::{Error, Result};
 use crate::txid::{Epoch, Position};
 use crate::wire::{Decoder, HEADER_BYTES, Header, Kind, Message, SEGMENT_BYTES, Segment, TxnEnd, Unit};
@@ -153,8 +153,12 @@ pub(super) fn hop(
     mut visit: impl FnMut(u64, Edge) -> ControlFlow<()>,
 ) -> Result<()> {
     let offset_of = |lsn: u64| HEAD_BYTES + lsn - stretch.segment;
-    let corrupt =
-        |lsn, what: String| Error::Corrupt { path: path.to_path_buf(), offset: offset_of(lsn), what };
+    let corrupt = |lsn, what: String| Error::Corrupt {
+        path: path.to_path_buf(),
+        offset: offset_of(lsn),
+        what,
+        cure: CURE,
+    };
     let mut window = [0; HOP_READ_BYTES];
     // The address of the window's first byte, and how many are in it.
     let (mut base, mut filled) = (stretch.from, 0);

@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::Instant;
 
 use bytes::BytesMut;
 
@@ -26,8 +26,8 @@ pub(super) struct Seg {
     pub(super) end: u64,
     /// The position before its first record.
     pub(super) before: Position,
-    /// When its newest record was appended.
-    pub(super) newest: SystemTime,
+    /// When its newest record was appended, or the log was opened if that was later: the clock of the system may jump, and no record goes for that.
+    pub(super) newest: Instant,
     /// `None` until somebody searches in it: a segment of an earlier opening.
     pub(super) index: Option<Index>,
 }
@@ -59,6 +59,8 @@ pub(super) struct State {
     /// The address after the last complete record.
     pub(super) complete: u64,
     pub(super) tip: Option<Position>,
+    /// An fsync failed. No later one tells what of the records is on the disk, so that nothing is appended or said to be synced before they are forgotten.
+    pub(super) doubtful: bool,
     /// The last segment's file has bytes beyond `end` that could not be cut off.
     pub(super) sealed: bool,
     /// By id, the address from which on a reader needs the log.
@@ -88,6 +90,7 @@ impl State {
         if self.tip.is_none() {
             return Err(Error::Stopped("an append to a log that has no position".to_owned()));
         }
+        self.expect_sound(dir)?;
         if self.bytes() + HEAD_BYTES + units.len() as u64 > options.quota_bytes {
             let source = io::Error::new(io::ErrorKind::QuotaExceeded, "the log's own quota");
             return Err(Error::Io { op: "append to the log in", path: dir.to_path_buf(), source });
@@ -100,11 +103,12 @@ impl State {
         let (Some(segment), Some(file)) = (self.segments.back_mut(), &self.file) else {
             return Err(Error::Stopped("a log without a segment to append to".to_owned()));
         };
+        let offset = HEAD_BYTES + segment.end - segment.start;
+        self.sealed = self.sealed && file.set_len(offset).is_err();
         if self.sealed {
             let source = io::Error::other("an earlier write failed and could not be taken back");
             return Err(Error::Io { op: "append to", path: segment.path.clone(), source });
         }
-        let offset = HEAD_BYTES + segment.end - segment.start;
         if let Err(source) = files::write_all_at(file, units, offset) {
             // What was written of it must not stand behind the end: a later, shorter append would leave its rest.
             self.sealed = file.set_len(offset).is_err();
@@ -115,7 +119,7 @@ impl State {
         {
             index.note(tip.number(), self.end);
         }
-        segment.newest = SystemTime::now();
+        segment.newest = Instant::now();
         segment.end += units.len() as u64;
         self.end = segment.end;
         if after.is_some() {
@@ -144,7 +148,8 @@ impl State {
         // The one before is fsynced by now as a rule: `sync` had a whole segment's time for it.
         while self.rotated.len() >= ROTATED_UNSYNCED_MAX {
             let (file, path) = &self.rotated[0];
-            file.sync_data().map_err(Error::io("fsync", path))?;
+            let synced = file.sync_data().map_err(Error::io("fsync", path));
+            self.noted(synced)?;
             self.rotated.remove(0);
         }
         let start = self.end;
@@ -161,7 +166,7 @@ impl State {
             self.rotated.push((file, last.path.clone()));
         }
         self.file = Some(Arc::new(file));
-        let (newest, index) = (SystemTime::now(), Some(Index::default()));
+        let (newest, index) = (Instant::now(), Some(Index::default()));
         self.segments.push_back(Seg { path, start, end: start, before, newest, index });
         self.dir_dirty = true;
         Ok(())
@@ -169,10 +174,26 @@ impl State {
 
     /// Makes the head of a new segment durable.
     pub(super) fn sync_head(&mut self, dir: &Path) -> Result<()> {
-        if let (Some(file), Some(last)) = (&self.file, self.segments.back()) {
-            file.sync_data().map_err(Error::io("fsync", &last.path))?;
+        let head = match (&self.file, self.segments.back()) {
+            (Some(file), Some(last)) => file.sync_data().map_err(Error::io("fsync", &last.path)),
+            _ => Ok(()),
+        };
+        self.noted(head.and_then(|()| files::sync_dir(dir)))
+    }
+
+    /// The result of an fsync. One that failed is not forgotten.
+    pub(super) fn noted(&mut self, synced: Result<()>) -> Result<()> {
+        self.doubtful |= synced.is_err();
+        synced
+    }
+
+    /// Fails when an fsync has.
+    pub(super) fn expect_sound(&self, dir: &Path) -> Result<()> {
+        if !self.doubtful {
+            return Ok(());
         }
-        files::sync_dir(dir)
+        let source = io::Error::other("an fsync failed, and what it left on the disk is not known");
+        Err(Error::Io { op: "go on with the log in", path: dir.to_path_buf(), source })
     }
 
     /// Takes back what is at and after `lsn`, a record boundary at which the position was `tip`. The log goes on
@@ -207,6 +228,7 @@ impl State {
         (self.complete, self.tip) = (self.end, tip);
         self.file = None;
         self.sealed = false;
+        self.doubtful = false;
         self.rotated.clear();
         self.dir_dirty = true;
         gone
@@ -219,7 +241,7 @@ impl State {
     }
 
     /// Forgets the oldest segments that are no longer to be kept; never the last one.
-    pub(super) fn retain(&mut self, options: &LogOptions, now: SystemTime) {
+    pub(super) fn retain(&mut self, options: &LogOptions, now: Instant) {
         if self.segments.len() < 2 {
             return;
         }
@@ -227,7 +249,7 @@ impl State {
         let pinned = self.pins.values().min().copied();
         while self.segments.len() > 1 {
             let oldest = &self.segments[0];
-            let old = now.duration_since(oldest.newest).is_ok_and(|age| age > options.keep_age);
+            let old = now.saturating_duration_since(oldest.newest) > options.keep_age;
             let needed = pinned.is_some_and(|lsn| lsn < oldest.end) && bytes <= options.quota_bytes;
             if needed || !(old || bytes > options.keep_bytes) {
                 break;

@@ -11,6 +11,7 @@ use crate::ends::Ends;
 use crate::page::{PageNo, PageSize};
 use crate::txid::{Epoch, Txid};
 use crate::wire::{self, Decoder, Kind, Message, SEGMENT_BYTES, TxnBegin, TxnEnd};
+use std::time::SystemTime;
 
 const OPTIONS: LogOptions = LogOptions {
     segment_bytes: 4000,
@@ -284,7 +285,15 @@ fn damage_in_an_older_segment_is_an_error_where_it_is_met() {
     bytes[SEGMENT_BYTES + 1] ^= 0xff;
     fs::write(&first, bytes).unwrap();
     let log = open(&dir);
-    assert!(matches!(log.find(3), Err(Error::Corrupt { .. })));
+    let told = log.find(3).unwrap_err();
+    assert!(matches!(&told, Error::Corrupt { path, .. } if *path == first), "{told}");
+    assert!(
+        told.to_string().contains("has transactions for replicas")
+            && told.to_string().contains("move the directory")
+    );
+    let Found::At { lsn: until, .. } = log.find(39).unwrap() else { panic!() };
+    let told = log.records(0, until, |_, _| Ok(())).unwrap_err();
+    assert!(matches!(&told, Error::Corrupt { path, .. } if *path == first), "{told}");
     assert!(matches!(log.find(39).unwrap(), Found::At { .. }));
 }
 
@@ -416,19 +425,21 @@ fn the_oldest_segments_go_by_size_by_age_and_not_while_pinned() {
     assert_records(&log, first, n);
     drop(log);
 
-    // By age: all but the current one, when the log is opened and when it is synced.
+    // By age, which no clock of the system tells: not what the files say, but for how long the records have been there since the log was opened.
     for file in files_of(&dir) {
         let file = fs::OpenOptions::new().write(true).open(file).unwrap();
         file.set_modified(SystemTime::now() - Duration::from_secs(7200)).unwrap();
     }
     assert!(files_of(&dir).len() > 1);
-    let log = Log::open(dir.path(), LogOptions { keep_age: Duration::from_secs(86_400), ..sized }).unwrap();
-    assert!(files_of(&dir).len() > 1);
-    drop(log);
     let log = Log::open(dir.path(), sized).unwrap();
-    assert_eq!(files_of(&dir).len(), 1);
+    assert!(files_of(&dir).len() > 1, "its clock may have been wrong, or is now");
+    drop(log);
+    let log = Log::open(dir.path(), LogOptions { keep_age: Duration::ZERO, ..sized }).unwrap();
+    until_one_is_left(&dir, &log);
     assert_eq!(log.tip(), Some(position(n + 1)));
     assert!(!log.drop_oldest());
+    drop(log);
+    let log = Log::open(dir.path(), sized).unwrap();
     for _ in 0..10 {
         n += 1;
         put(&log, n + 1, 1);
@@ -597,4 +608,111 @@ fn transactions_are_listed_across_segments_and_from_any_place() {
     assert_eq!(log.list(0, 100).unwrap().len() as u64, 41 - first);
     let empty = tempfile::tempdir().unwrap();
     assert!(open(&empty).list(0, 10).unwrap().is_empty());
+}
+
+/// All but the current segment are older than no time at all.
+fn until_one_is_left(dir: &TempDir, log: &Log) {
+    let end = Instant::now() + Duration::from_secs(60);
+    while files_of(dir).len() > 1 {
+        assert!(Instant::now() < end, "what is old is kept");
+        log.sync().unwrap();
+    }
+}
+
+/// Descriptors of a file that stand for another one until this is dropped.
+#[cfg(target_os = "linux")]
+pub(crate) struct Broken {
+    right: Vec<(i32, std::os::fd::OwnedFd)>,
+    stand_for: std::path::PathBuf,
+}
+
+#[cfg(target_os = "linux")]
+impl Broken {
+    /// For one that takes all that is written and can't be synced, or for one that can't be written.
+    pub(crate) fn at(path: &Path, writable: bool) -> Broken {
+        let stand_for = if writable { Path::new("/dev/null") } else { path };
+        let other = fs::File::options().read(true).write(writable).open(stand_for).unwrap();
+        let mut right = Vec::new();
+        for entry in fs::read_dir("/proc/self/fd").unwrap().flatten() {
+            let number = entry.file_name().to_str().unwrap().parse().unwrap();
+            if number != std::os::fd::AsRawFd::as_raw_fd(&other)
+                && fs::read_link(entry.path()).is_ok_and(|to| to == path)
+            {
+                right.push((number, lead(number, &other)));
+            }
+        }
+        assert!(!right.is_empty(), "{} is not open", path.display());
+        Broken { right, stand_for: stand_for.to_path_buf() }
+    }
+}
+
+#[cfg(target_os = "linux")]
+impl Drop for Broken {
+    fn drop(&mut self) {
+        for (number, right) in &self.right {
+            // One that was closed meanwhile may have its number for another file.
+            if fs::read_link(format!("/proc/self/fd/{number}")).is_ok_and(|to| to == self.stand_for) {
+                drop(lead(*number, right));
+            }
+        }
+    }
+}
+
+/// Has a descriptor stand for what another does; what it stood for.
+#[cfg(target_os = "linux")]
+fn lead(number: i32, to: &impl std::os::fd::AsRawFd) -> std::os::fd::OwnedFd {
+    use std::os::fd::BorrowedFd;
+    // SAFETY: the log whose descriptor it is lives on; only what the number stands for changes.
+    unsafe {
+        let before = BorrowedFd::borrow_raw(number).try_clone_to_owned().unwrap();
+        assert_eq!(libc::dup2(to.as_raw_fd(), number), number);
+        before
+    }
+}
+
+/// The second fsync says that all is well, as it does on a system that has thrown away what it could not write.
+#[test]
+#[cfg(target_os = "linux")]
+fn after_an_fsync_that_failed_nothing_counts_as_synced_until_the_records_are_forgotten() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = filled(&dir, 20, OPTIONS);
+    log.sync().unwrap();
+    let current = files_of(&dir).into_iter().max().unwrap();
+    {
+        let _broken = Broken::at(&current, true);
+        put(&log, 21, 1);
+        assert!(log.sync().is_err());
+    }
+    assert!(log.sync().is_err(), "what the first one lost is forgotten");
+    let refused = log.append(record(22, 1), Some(position(22)));
+    assert!(refused.is_err(), "{refused:?}");
+    assert_eq!(log.tip(), Some(position(21)));
+    assert_eq!(log.renew().unwrap(), Some(position(21)));
+    assert_eq!(log.renew().unwrap(), None);
+    assert_eq!((log.start(), log.tip()), (Some(position(21)), Some(position(21))));
+    log.sync().unwrap();
+    put(&log, 22, 1);
+    log.sync().unwrap();
+    assert_eq!(files_of(&dir).len(), 1);
+    drop(log);
+    let log = open(&dir);
+    assert_eq!(log.start(), Some(position(21)));
+    assert_records(&log, 22, 22);
+    // Within a record it waits for the end of that; and it is the same when a new segment has the one before synced.
+    let half = record(23, 2);
+    log.append(half.slice(..100), None).unwrap();
+    let broken = Broken::at(&files_of(&dir)[0], true);
+    assert!(log.sync().is_err());
+    assert_eq!(log.renew().unwrap(), None);
+    log.reset(position(23)).unwrap();
+    drop(broken);
+    let broken = Broken::at(&files_of(&dir)[0], true);
+    let mut n = 24;
+    while log.append(record(n, 8), Some(position(n))).is_ok() {
+        assert!(n < 100, "no new segment, or none that is synced");
+        n += 1;
+    }
+    drop(broken);
+    assert!(log.doubtful() && log.sync().is_err());
+    assert_eq!(log.renew().unwrap(), Some(position(n - 1)));
 }

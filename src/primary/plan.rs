@@ -21,13 +21,14 @@ const _: () = assert!(RAISED_MAX + RAISE_STEP_MAX < NUMBER_MAX);
 pub(crate) enum Decision {
     /// Send the log's bytes from here on.
     Log { lsn: u64 },
-    /// It has nothing: send a snapshot.
+    /// It has nothing, or nothing that could be gone on with: send a snapshot.
     Snapshot,
     /// Go on with a snapshot at page `from`, then send the log's bytes from `lsn` on.
     Resume { first: Position, from: PageNo, lsn: u64 },
     /// It left our history, at `from` or later: send the pages that it asks for, then the log's bytes from `lsn` on.
     Heal { from: Position, lsn: u64 },
-    /// Send sums over all pages, then the pages that it asks for. `diverged`: it may have what is not in our history.
+    /// Send sums over all pages, then the pages that it asks for: over its state, or over what came of a snapshot that can't be gone on with. `diverged`: it may have what is not in
+    /// our history.
     Compare { diverged: bool },
     /// The replica knows an epoch that ours does not exceed: open one above it and decide again.
     Raise { above: u64 },
@@ -67,12 +68,20 @@ pub(crate) fn plan(
         return Ok(if near { Decision::Raise { above } } else { Decision::TooFar { theirs, ours } });
     }
     let Some(position) = hello.position else {
-        if let Some((first, from)) = hello.resume
-            && let Standing::Continues { lsn } = stands(history, tip, &mut find, first)?
-        {
-            return Ok(Decision::Resume { first, from, lsn });
-        }
-        return Ok(Decision::Snapshot);
+        let Some((first, from)) = hello.resume else {
+            // What an earlier comparison brought is of no one position.
+            return Ok(if hello.suspect {
+                Decision::Compare { diverged: false }
+            } else {
+                Decision::Snapshot
+            });
+        };
+        return Ok(match stands(history, tip, &mut find, first)? {
+            Standing::Continues { lsn } => Decision::Resume { first, from, lsn },
+            _ if from == PageNo::FIRST => Decision::Snapshot,
+            // The log does not reach back any more: a snapshot from page 1 on would end like this again.
+            _ => Decision::Compare { diverged: false },
+        });
     };
     let standing = stands(history, tip, &mut find, position)?;
     if hello.suspect {
@@ -304,8 +313,16 @@ mod tests {
         let page = PageNo::new(500).unwrap();
         let resume = |p| answer(&Hello { resume: Some((p, page)), ..hello(None, ours()) });
         assert_eq!(resume(at(OLD, 30)), Decision::Resume { first: at(OLD, 30), from: page, lsn: 300 });
-        assert_eq!(resume(at(OLD, 19)), Decision::Snapshot, "the log dropped it");
-        assert_eq!(resume(other(at(OLD, 30))), Decision::Snapshot, "of another history");
+        let compare = Decision::Compare { diverged: false };
+        assert_eq!(resume(at(OLD, 19)), compare, "the log dropped it");
+        assert_eq!(resume(other(at(OLD, 30))), compare, "of another history");
+        let nothing = Hello { resume: Some((at(OLD, 19), PageNo::FIRST)), ..hello(None, ours()) };
+        assert_eq!(answer(&nothing), Decision::Snapshot, "no page came");
+        assert_eq!(
+            answer(&Hello { suspect: true, ..hello(None, ours()) }),
+            compare,
+            "what a comparison brought"
+        );
         let live = Hello { resume: Some((at(OLD, 30), page)), ..hello(Some(at(NOW, 70)), ours()) };
         assert_eq!(answer(&live), Decision::Log { lsn: 700 }, "the log needs no snapshot");
     }

@@ -186,8 +186,19 @@ impl Pump {
             let (node, supply, hello) = (self.node.clone(), self.supply.clone(), hello.clone());
             let decided = blocking(move || {
                 let history = node.applied.history();
-                let tip = node.applied.position().ok_or_else(|| Error::NoState("no position yet".into()))?;
-                let decision = plan(&history, tip, |number| supply.find(number), &hello)?;
+                // A record is in the log, and may have gone out from there, before the position says so.
+                let (said, logged) = (node.applied.position(), supply.tip());
+                let tip = said.into_iter().chain(logged).max_by_key(|at| at.number());
+                let tip = tip.ok_or_else(|| Error::NoState("no position yet".into()))?;
+                let find = |number| match supply.find(number) {
+                    // The log is of no use there, and the pages are.
+                    Err(error @ Error::Corrupt { .. }) => {
+                        tracing::error!(%error, node = %hello.peer.node, "a replica's place in the log can't be found");
+                        Ok(Found::Behind)
+                    }
+                    found => found,
+                };
+                let decision = plan(&history, tip, find, &hello)?;
                 match decision {
                     Decision::Raise { above } => {
                         tracing::warn!(above, node = %hello.peer.node, "a replica knows a newer epoch");

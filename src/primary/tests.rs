@@ -183,6 +183,34 @@ async fn the_log_follows_from_memory_and_disk_with_heartbeats_between() {
     assert_eq!(stream.kind().await, Kind::TxnBegin);
 }
 
+/// A record goes out from the log before the position says so: whoever has it then must not be taken for one with a history of its own.
+#[tokio::test]
+async fn a_replica_that_has_more_than_the_position_says_goes_on_with_the_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let keep_age = Duration::from_secs(3600);
+    let options = LogOptions {
+        segment_bytes: 1 << 20,
+        keep_bytes: 1 << 20,
+        keep_age,
+        quota_bytes: 1 << 20,
+        tail_bytes: 0,
+    };
+    let log = Log::open(dir.path(), options).unwrap();
+    log.reset(at(1, 0)).unwrap();
+    let mut record = BytesMut::new();
+    let page_size = PageSize::new(512).unwrap();
+    let begin = wire::TxnBegin { before: at(1, 0), epoch: Epoch::new(1, 1), page_size };
+    wire::encode(&Message::TxnBegin(begin), &mut record);
+    let end = wire::TxnEnd { after: at(1, 1), pages: 1, changed: 0, unix_micros: 0 };
+    wire::encode(&Message::TxnEnd(end), &mut record);
+    log.append(record.freeze(), Some(at(1, 1))).unwrap();
+    let (node, _, source) = Stream::start(1);
+    assert_eq!(node.applied.position(), Some(at(1, 0)));
+    let primary = (node, Arc::new(OverLog(log)), source);
+    let mut stream = Stream::join(primary, Some(at(1, 1)), history(&[(1, 1)]), None).await;
+    assert_eq!(stream.plan().await, Plan::Log);
+}
+
 #[tokio::test]
 async fn a_real_log_is_followed_from_disk_over_segments_and_over_what_was_taken_back() {
     let dir = tempfile::tempdir().unwrap();

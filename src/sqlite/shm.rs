@@ -12,6 +12,9 @@ use crate::wal::{
     slot_of,
 };
 
+/// Of a wal-index that is corrupt.
+const CURE: &str = "is SQLite's wal-index, with no data of its own: close all connections to the database, remove it, and start the node again";
+
 /// The file of a database's wal-index.
 fn shm_path(handle: &Handle) -> std::path::PathBuf {
     let mut path = handle.path().as_os_str().to_owned();
@@ -91,6 +94,7 @@ impl WalIndex {
                 path: shm_path(handle),
                 offset: (at * REGION_BYTES) as u64,
                 what: "the wal-index is shorter than its header says".into(),
+                cure: CURE,
             })?;
             regions.push(Region(pointer));
         }
@@ -257,6 +261,7 @@ impl WalIndex {
             what: format!(
                 "the wal-index has no room for frame {frame}, though a region has two slots for each of its frames"
             ),
+            cure: CURE,
         })
     }
 

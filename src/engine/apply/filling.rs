@@ -4,14 +4,15 @@ use std::fs;
 
 use bytes::BytesMut;
 
+use super::healing::Suspect;
 use super::state::State;
 use super::{Apply, sync_parent};
 use crate::checksum::PageHash;
 use crate::engine::anchor::{self, FileState, Witness};
 use crate::engine::append::Appender;
 use crate::engine::checkpoint::backfill_some;
-use crate::engine::lost;
 use crate::engine::receive::Ready;
+use crate::engine::{doubt, lost};
 use crate::error::{Error, Result};
 use crate::node::Part;
 use crate::page::{PageNo, PageSize};
@@ -21,6 +22,14 @@ use crate::txid::EpochHistory;
 
 /// Bytes that are copied at a time; SQLite's handle takes less than 128 KiB.
 const COPY_BYTES: usize = 64 * 1024;
+
+/// What was open before there was to be room.
+#[derive(Clone, Copy)]
+enum Before {
+    Closed,
+    Empty,
+    Content,
+}
 
 impl Apply {
     /// Pages go into the file behind its end, where nobody sees them; then one commit of the first page makes all of them the database.
@@ -36,6 +45,9 @@ impl Apply {
             return Err(error);
         }
         self.history = history;
+        doubt::end(&self.options.side);
+        self.suspect = Suspect::No;
+        self.node.set_problem(Part::Pages, None);
         self.serve(Some(ready.position))?;
         // The file alone is then the state, as if it had always been: should somebody delete the WAL, nothing is lost.
         if let Some(live) = self.state.known()
@@ -51,11 +63,27 @@ impl Apply {
         if self.state.empty(size).is_some() {
             return Ok(());
         }
-        let was_empty = matches!(self.state, State::Empty(_));
+        let before = match self.state {
+            State::Closed => Before::Closed,
+            State::Empty(_) => Before::Empty,
+            State::Known(_) | State::Unknown(_) => Before::Content,
+        };
+        if let Some(base) = self.state.content().map(|live| live.base.clone()) {
+            self.node.renew_files();
+            self.end_service(&base);
+            self.node.applied.forget();
+        }
         self.state.close();
-        let cleared = self.clear(!was_empty);
-        if cleared.is_ok() || was_empty {
-            self.open_path(Some(size))?;
+        let cleared = self.clear(!matches!(before, Before::Empty));
+        match (&cleared, before) {
+            (Ok(()), _) => {
+                self.refill = false;
+                self.open_path(Some(size))?;
+            }
+            (Err(_), Before::Empty) => self.open_path(Some(size))?,
+            // It is read from again.
+            (Err(_), Before::Content) => self.open_path(None)?,
+            (Err(_), Before::Closed) => {}
         }
         cleared
     }

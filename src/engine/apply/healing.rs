@@ -10,10 +10,11 @@ use super::state::State;
 use super::{Apply, no_state};
 use crate::engine::anchor;
 use crate::engine::append::Appender;
+use crate::engine::doubt;
 use crate::engine::heal::Heal;
 use crate::engine::lost::{self, Before, Doomed};
 use crate::engine::mend;
-use crate::engine::receive::{self, Incoming, Ready};
+use crate::engine::receive::{self, Incoming, Ready, Under};
 use crate::error::{Error, PeerProblem, Result};
 use crate::log::Found;
 use crate::node::Part;
@@ -44,7 +45,7 @@ impl Apply {
 
     /// What a failure of a stream says of our pages, or of the primary's log.
     pub(super) fn judge(&mut self, error: &Error) {
-        let Some(live) = self.state.content() else {
+        let Some(live) = self.below() else {
             // Pages of a snapshot that is gone on with, which were not looked at again: not once more.
             if let Error::Mismatch { .. } = error
                 && let Err(error) = receive::discard(&self.options.side)
@@ -58,8 +59,8 @@ impl Apply {
         match error {
             // Pages that were verified when they came led elsewhere from ours.
             Error::Mismatch { .. } if !compared => self.suspect(Suspect::Pages),
-            // Once may be the network, or a record that was just taken back.
-            Error::Peer { problem: PeerProblem::Garbled(_), .. } if !compared => {
+            // Once may be the network, or a record that was just taken back. Our own log may not be readable either.
+            Error::Peer { problem: PeerProblem::Garbled(_), .. } | Error::Corrupt { .. } if !compared => {
                 let at = Some(position);
                 if std::mem::replace(&mut self.garbled_at, at) == at && self.suspect == Suspect::No {
                     self.suspect(Suspect::Stream);
@@ -79,18 +80,26 @@ impl Apply {
         };
         tracing::error!(path = %self.options.path.display(), text);
         self.node.set_problem(Part::State, Some(text.into()));
+        if what == Suspect::Pages && doubt::text(&self.options.side).is_none() {
+            doubt::begin(&self.options.side, text);
+        }
         self.suspect = what;
     }
 
-    pub(super) fn healing(&mut self) -> Result<(&mut Healing, &mut Incoming, &mut Appender)> {
-        match (&mut self.healing, &mut self.incoming, self.state.content()) {
-            (Some(healing), Some(incoming), Some(live)) => Ok((healing, incoming, live)),
+    /// What is under way, and what lies under the pages that come.
+    pub(super) fn healing(&mut self) -> Result<(&mut Healing, &mut Incoming, Under<'_>)> {
+        let under = self.state.content().filter(|_| !self.refill);
+        match (&mut self.healing, &mut self.incoming) {
+            (Some(healing), Some(incoming)) => Ok((healing, incoming, under)),
             _ => Err(Error::garbled("the primary", "a part of no heal")),
         }
     }
 
     /// The primary leads our state back to its own.
     pub(super) fn heal(&mut self, begin: HealBegin) -> Result<()> {
+        if self.below().is_none() {
+            return self.go_on_filling(begin);
+        }
         self.pace.allow()?;
         let ours = self.state.content().ok_or_else(no_state)?.base.page_size;
         if ours != begin.page_size {
@@ -112,7 +121,7 @@ impl Apply {
             let touched =
                 touched.ok_or_else(|| Error::garbled("the primary", "a fork that this log does not have"))?;
             let mut heal = Heal::since(begin, &touched);
-            let want = incoming.with(live, |overlay, store| {
+            let want = incoming.with(Some(live), |overlay, store| {
                 overlay.trust(tip.position.checksum());
                 overlay.drop_above(touched.least, store)?;
                 heal.want(overlay, store)
@@ -125,17 +134,28 @@ impl Apply {
         Ok(())
     }
 
-    /// No transaction changes the size of pages.
-    fn other_page_size(&mut self, ours: PageSize, theirs: PageSize) -> Error {
-        if self.state.known().is_none() {
-            self.state.close();
-            return Error::Stopped(format!(
-                "the database here has pages of {ours:?}, the primary's of {theirs:?}: a snapshot replaces it"
-            ));
+    /// What came of a snapshot is compared, for the primary's log does not reach back to its begin any more.
+    fn go_on_filling(&mut self, begin: HealBegin) -> Result<()> {
+        if !begin.compare {
+            return Err(no_state());
         }
-        Error::Stopped(format!(
-            "the primary's page size is now {theirs:?}, this replica's {ours:?}: stop the node, move its database away and start it again"
-        ))
+        self.node.tell(Event::SnapshotStarted("what came of a snapshot before is compared".into()));
+        tracing::info!(from = %begin.from, "what came of a snapshot is compared with the primary's pages");
+        self.incoming = Some(Incoming::over(&self.options.side, begin, 0)?);
+        let heal = Heal::compare(begin);
+        self.healing = Some(Healing { heal, fork: None, records_from: None, behind: false });
+        Ok(())
+    }
+
+    /// No transaction changes the size of pages: the next stream brings a snapshot. The primary's history has no state from before its pages had
+    /// that size, so that what is here is kept.
+    fn other_page_size(&mut self, ours: PageSize, theirs: PageSize) -> Error {
+        self.refill = true;
+        let text = format!(
+            "the database here has pages of {ours:?}, the primary's of {theirs:?}: a snapshot replaces it"
+        );
+        self.node.set_problem(Part::State, Some(text.clone()));
+        Error::Stopped(text)
     }
 
     pub(super) fn sent(&mut self, sent: Sent) -> Result<()> {
@@ -177,6 +197,7 @@ impl Apply {
         self.history = history;
         self.serve(Some(ready.position))?;
         let kept = kept.map(|kept| self.tell_rows(kept, ready));
+        doubt::end(&self.options.side);
         self.suspect = Suspect::No;
         self.garbled_at = None;
         self.pace.done();

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use super::healing::Suspect;
 use super::vouched::last_vouched;
 use super::{Apply, sync_parent};
 use crate::engine::append::Appender;
@@ -10,7 +11,7 @@ use crate::engine::base::{Base, lock};
 use crate::engine::checkpointer::{Checkpointer, Replica};
 use crate::engine::follower::Command;
 use crate::engine::open::{self, Opened};
-use crate::engine::{reader, receive};
+use crate::engine::{doubt, reader, receive};
 use crate::error::{Error, Result, Unsupported};
 use crate::node::Part;
 use crate::page::PageSize;
@@ -177,11 +178,15 @@ impl Apply {
                 "the last commits here came from no primary that is known; the primary decides on them";
             self.node.set_problem(Part::State, Some(text.into()));
         }
-        // Of a snapshot that was taken over before the node died.
-        if receive::progress(&self.options.side).is_some() {
+        // Of a snapshot that was taken over before the node died; one with pages of another size is to replace what is here.
+        if receive::progress(&self.options.side).is_some_and(|begun| begun.page_size == live.base.page_size) {
             receive::discard(&self.options.side)?;
         }
         self.state = State::Known(live);
+        if let Some(found) = doubt::text(&self.options.side) {
+            self.node.set_problem(Part::Pages, Some(found));
+            self.suspect(Suspect::Pages);
+        }
         self.serve(vouched)
     }
 
@@ -192,12 +197,16 @@ impl Apply {
         let base = live.base.clone();
         self.state = State::Known(live);
         let position = base.tip().position;
-        self.node.applied.replace(self.history.clone(), vouched);
         if self.checkpointer.is_none() {
             // Nothing would ever be copied back, nor read.
             self.begin_service(&base).inspect_err(|error| base.fail(error))?;
             tracing::info!(%position, "the replica's state is open");
         }
+        // At one moment to whoever looks: who has waited for a transaction can read it, and who may read has a position.
+        self.shared.readable.send_modify(|readable| {
+            self.node.applied.replace(self.history.clone(), vouched);
+            *readable = true;
+        });
         Ok(())
     }
 
@@ -219,7 +228,6 @@ impl Apply {
         };
         self.checkpointer = Some(checkpointer.spawn()?);
         *lock(&self.shared.base) = Some(base.clone());
-        self.shared.readable.send_replace(true);
         Ok(())
     }
 }

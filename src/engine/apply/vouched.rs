@@ -2,21 +2,23 @@
 
 use super::Apply;
 use crate::engine::anchor::Anchor;
-use crate::engine::intake::begin_log_anew;
+use crate::engine::logging::begin_anew;
+use crate::error::Result;
 use crate::node::Part;
 use crate::txid::Position;
 use crate::wire::Plan;
 
 impl Apply {
     /// A primary that goes on with its log has the very state that the hello named, and vouches for it.
-    pub(super) fn welcome(&mut self, plan: Plan) {
-        let Some(live) = self.state.known() else { return };
+    pub(super) fn welcome(&mut self, plan: Plan) -> Result<()> {
+        let Some(live) = self.state.known() else { return Ok(()) };
         let position = live.position();
         if plan == Plan::Log && self.node.applied.position() != Some(position) {
-            begin_log_anew(live, position);
+            begin_anew(&live.base, position)?;
             self.node.set_problem(Part::State, None);
             self.node.applied.advance(position);
         }
+        Ok(())
     }
 }
 

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
 use super::btree::{self, Pages};
-use super::{Output, write};
+use super::{CURE, Output, write};
 use crate::engine::append::Appender;
 use crate::engine::base::{Base, Tip};
 use crate::engine::reader;
@@ -222,7 +222,7 @@ pub(super) fn read(path: &Path) -> Result<Option<LostRows>> {
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(Error::io("open", &path)(error)),
     };
-    let corrupt = |offset, what: String| Error::Corrupt { path: path.clone(), offset, what };
+    let corrupt = |offset, what: String| Error::Corrupt { path: path.clone(), offset, what, cure: CURE };
     let mut told = LostRows::default();
     let mut offset = 0;
     for line in BufReader::new(file).lines() {

@@ -8,8 +8,8 @@ use bytes::{Bytes, BytesMut};
 use rusqlite::{Connection, OpenFlags};
 use serde_json::{Map, Value};
 
-use super::LostBranch;
 use super::rows::{self, LostRows, quoted};
+use super::{CURE, LostBranch};
 use crate::engine::wal_file::sync_directory;
 use crate::error::{Error, Result};
 use crate::log::logged;
@@ -70,7 +70,7 @@ impl LostBranch {
     /// there is a table `lost_<name>` with those rows, under their columns, behind `replite_rowid`.
     ///
     /// # Errors
-    /// [`Error::Io`], also when the file is there already; [`Error::Sqlite`]; [`Error::Corrupt`].
+    /// [`Error::FileExists`], [`Error::Io`]; [`Error::Sqlite`]; [`Error::Corrupt`].
     pub fn export(&self, to: &Path) -> Result<()> {
         let made = side::create_like(to, &self.path().join("pages"));
         // Closed before SQLite opens it: a later close would drop its locks.
@@ -132,7 +132,7 @@ impl LostBranch {
         let path = self.path().join(name);
         let mut file = side::open(&path).map_err(Error::io("open", &path))?;
         let (mut decoder, mut offset) = (Decoder::default(), 0u64);
-        let corrupt = |offset, what: String| Error::Corrupt { path: path.clone(), offset, what };
+        let corrupt = |offset, what: String| Error::Corrupt { path: path.clone(), offset, what, cure: CURE };
         loop {
             let mut buffer = BytesMut::zeroed(READ_BYTES);
             let got = match file.read(&mut buffer) {
