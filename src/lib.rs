@@ -59,8 +59,8 @@ pub use secret::Secret;
 pub use server::{ReplicationBody, ReplicationService};
 pub use session::Session;
 pub use status::{
-    Addresses, Event, Health, Lag, LoggedTransaction, PeerInfo, ReplicaStatus, Role, RoleState, Status,
-    Verification,
+    Addresses, Event, Health, Lag, LoggedTransaction, PeerInfo, PublicStatus, ReplicaStatus, Role, RoleState,
+    Status, Verification,
 };
 pub use token::Token;
 pub use txid::{Epoch, Position, Txid};

@@ -111,13 +111,14 @@ impl IntoResponse for Failure {
     fn into_response(self) -> Response {
         let (status, text) = match self {
             Failure::Refused(status, text) => (status, text),
+            // The error's own text may have addresses and paths.
             Failure::Db(
-                error @ (Error::NotPrimary { .. }
+                Error::NotPrimary { .. }
                 | Error::NoState(_)
                 | Error::PoolExhausted { .. }
                 | Error::TooMany { .. }
-                | Error::ShutDown),
-            ) => (StatusCode::SERVICE_UNAVAILABLE, error.to_string()),
+                | Error::ShutDown,
+            ) => (StatusCode::SERVICE_UNAVAILABLE, "not at the moment; try again".into()),
             Failure::Db(error) => {
                 tracing::error!(%error, "a request failed");
                 (StatusCode::INTERNAL_SERVER_ERROR, "internal error".into())
@@ -226,18 +227,19 @@ async fn node(State(app): Shared) -> impl IntoResponse {
     ([(header::CACHE_CONTROL, "no-store")], Json(describe(&app)))
 }
 
+/// What everybody may see. The texts of problems, and inner addresses, are for operators: in the log.
 fn describe(app: &App) -> Value {
-    let status = app.db.status();
+    let full = app.db.status();
+    let status = full.public();
     json!({
-        "id": status.node,
+        "id": full.node,
         "url": app.url,
         "role": status.role,
-        "primary": status.primary.map(|p| p.addresses.app),
-        "epoch": status.epoch,
+        "epoch": full.epoch,
         "txid": status.position.map(|p| p.number()),
         "checksum": status.position.map(|p| p.checksum().to_string()),
         "lag_ms": status.lag.map_or(0, |l| l.millis),
-        "problem": status.problem,
+        "problems": status.problems,
     })
 }
 
@@ -278,7 +280,12 @@ async fn healthz(State(app): Shared) -> impl IntoResponse {
     let health = app.db.health();
     let well = health.can_read && health.can_write;
     let status = if well { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(json!({ "health": health, "status": app.db.status() })))
+    // Where this is not for everybody, `health` and `status()` tell more.
+    let (can_read, can_write) = (health.can_read, health.can_write);
+    (
+        status,
+        Json(json!({ "can_read": can_read, "can_write": can_write, "status": app.db.status().public() })),
+    )
 }
 
 /// Asks another instance.

@@ -17,7 +17,7 @@ use crate::engine::unsynced;
 use crate::error::{Error, Result};
 use crate::node::Part;
 use crate::sqlite::{Lock, Slot};
-use crate::status::Event;
+use crate::status::{Event, Role};
 use crate::threads;
 use crate::txid::{Epoch, EpochStart, NUMBER_MAX, Position};
 
@@ -372,9 +372,10 @@ pub(super) fn append_or_gap(base: &Base, units: Bytes, after: Option<Position>) 
         match appended {
             Ok(()) => return,
             Err(error) => {
-                tracing::error!(%error, "the log can't be written: replicas that are behind will need a snapshot");
+                let means = what_a_gap_means(base.node.roles.borrow().role);
                 base.note_room(&error);
-                base.node.set_problem(Part::Log, Some(format!("the log can't be written: {error}")));
+                base.node.set_problem(Part::Log, Some(format!("the log can't be written: {error}; {means}")));
+                tracing::error!(%error, "the log can't be written: {means}");
                 *broken = true;
             }
         }
@@ -389,11 +390,29 @@ pub(super) fn append_or_gap(base: &Base, units: Bytes, after: Option<Position>) 
     }
 }
 
+/// What comes of a log that lost its past.
+fn what_a_gap_means(role: Role) -> &'static str {
+    match role {
+        Role::Replica => {
+            "what the primary commits still comes; should it lead this node back, it has to compare all pages"
+        }
+        _ => "commits go on; replicas that are behind have to compare all their pages with this node's",
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::checksum::Checksum;
     use crate::txid::{EpochHistory, Txid};
+
+    #[test]
+    fn a_log_that_lost_its_past_means_no_snapshot_and_less_on_a_replica() {
+        let (primary, replica) = (what_a_gap_means(Role::Primary), what_a_gap_means(Role::Replica));
+        assert!(primary.contains("replicas that are behind have to compare"), "{primary}");
+        assert!(!replica.contains("replicas") && replica.contains("still comes"), "{replica}");
+        assert!(!format!("{primary}{replica}").contains("snapshot"));
+    }
 
     #[test]
     fn an_epoch_that_leaves_no_room_for_a_higher_one_is_refused_and_overflows_nothing() {

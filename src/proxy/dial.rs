@@ -17,7 +17,6 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tower::Service;
 
-use crate::net::{PING_INTERVAL, PING_TIMEOUT};
 use crate::proxy::BoxError;
 use crate::proxy::body::{Patient, ReplayRequestBody};
 use crate::proxy::keep::Keep;
@@ -29,6 +28,11 @@ const POOL_IDLE_SECONDS: u64 = 15;
 const POOL_IDLE_MAX: usize = 64;
 /// TCP probes an idle connection after so many seconds, so that a dead machine is noticed.
 const KEEPALIVE_SECONDS: u64 = 15;
+
+/// How often an HTTP/2 connection is pinged, and for how long a ping may stay unanswered, so that a dead machine is noticed while a
+/// request waits for it.
+const PING_INTERVAL: Duration = Duration::from_secs(5);
+const PING_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A body on its way to the primary.
 pub(super) type Outgoing = Patient<ReplayRequestBody<http_body_util::Empty<bytes::Bytes>>>;
