@@ -184,6 +184,14 @@ pub enum Error {
         found: String,
     },
 
+    /// A heal waits, because another one ended a short while ago: something leads this node's state astray again and again.
+    #[error(
+        "this node was healed a moment ago, and its state is off the primary's again: the next heal begins {pause:?} after the last; look for what writes to its file, or for a second primary"
+    )]
+    HealPaused {
+        /// The pause between two heals, at present.
+        pause: Duration,
+    },
     /// A heal waits: what it would replace can't be kept, because too much of that kind is kept already. Move some of it away.
     #[error("{} has {used} bytes and {needed} more must be kept, which is more than {quota}: move some of it away", path.display())]
     LostFull {
@@ -285,11 +293,16 @@ pub enum PeerProblem {
         begins: String,
     },
     /// It answers an empty 404, which says as little as it can.
-    #[error("an empty 404: its secret is another one, or no endpoint is mounted at this path")]
+    #[error(
+        "an empty 404: its secret is another one, or no endpoint is mounted at this path; compare the secrets of both nodes, and the URL"
+    )]
     NotFound,
     /// The secret was not proved: the peers' secrets differ.
-    #[error("it did not prove the cluster's secret")]
+    #[error("it did not prove the cluster's secret: both nodes need a secret in common")]
     Secret,
+    /// It proved a secret that is not valid here any more; see [`Db::rotate_secrets`](crate::Db::rotate_secrets).
+    #[error("the secret that it proved is not valid here any more")]
+    SecretDropped,
     /// It speaks another version of the protocol.
     #[error("it speaks protocol version {theirs}; this node speaks {ours}")]
     Version {
@@ -332,6 +345,29 @@ pub enum PeerProblem {
     /// It ended the stream with a reason.
     #[error("it ended the stream: {0}")]
     Goodbye(String),
+}
+
+/// Whether a character can be shown in a line as it is: it is no control character, and none that is not seen but turns others around, or ends the line.
+pub(crate) fn is_plain(c: char) -> bool {
+    let unseen = matches!(c, '\u{61c}' | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
+    !c.is_control() && !unseen
+}
+
+/// A text of somebody else as it may stand in logs and problems: in one line, and of so many bytes at most.
+pub(crate) fn shown(text: &str, max_bytes: usize) -> String {
+    let mut out = String::new();
+    for c in text.chars() {
+        if out.len() >= max_bytes {
+            out.push('…');
+            break;
+        }
+        match c {
+            c if is_plain(c) => out.push(c),
+            '\n' | '\r' | '\t' => out.extend(c.escape_default()),
+            c => out.extend(c.escape_unicode()),
+        }
+    }
+    out
 }
 
 impl Error {
@@ -383,7 +419,10 @@ impl Error {
             Error::Corrupt { .. } | Error::Newer { .. } | Error::Damaged { .. } | Error::Mismatch { .. } => {
                 Blame::Disk
             }
-            Error::Io { .. } | Error::LostFull { .. } | Error::OutcomeUnknown(_) => Blame::Outside,
+            Error::Io { .. }
+            | Error::LostFull { .. }
+            | Error::HealPaused { .. }
+            | Error::OutcomeUnknown(_) => Blame::Outside,
             Error::Stopped(_) => Blame::Replite,
         }
     }
@@ -412,5 +451,19 @@ impl Error {
 
     pub(crate) fn garbled(peer: impl Into<String>, what: impl Into<String>) -> Error {
         Error::peer(peer, PeerProblem::Garbled(what.into()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn texts_of_others_are_shown_in_one_bounded_line() {
+        assert_eq!(shown("räksmörgås \"日本\" a\\b", 100), "räksmörgås \"日本\" a\\b");
+        let evil = "ok\n2026-01-01 ERROR forged\r\t\u{1b}[2J\u{202e}x\u{2028}\u{85}";
+        let line = "ok\\n2026-01-01 ERROR forged\\r\\t\\u{1b}[2J\\u{202e}x\\u{2028}\\u{85}";
+        assert_eq!(shown(evil, 100), line);
+        assert_eq!(shown(&"ä".repeat(1000), 10), "äääää…");
     }
 }

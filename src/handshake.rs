@@ -8,8 +8,8 @@ use bytes::BytesMut;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use uuid::Uuid;
 
-use crate::error::{Error, PeerProblem, Result};
-use crate::secret::{Keyring, PROOF_BYTES, Purpose, unhex};
+use crate::error::{Error, PeerProblem, Result, shown};
+use crate::secret::{Keyring, PROOF_BYTES, Proved, Purpose, unhex};
 use crate::wire::{self, HEADER_BYTES, HELLO_PROOF_BYTES, Hello, Message};
 
 /// The version of the stream's protocol.
@@ -20,6 +20,8 @@ pub(crate) const STREAM_PATH: &str = "/v1/stream";
 pub(crate) const CONTENT_TYPE: &str = "application/vnd.replite.stream";
 /// Bytes of a nonce.
 const NONCE_BYTES: usize = 32;
+/// Bytes of a refusal's words that are shown.
+const SHOWN_MAX_BYTES: usize = 128;
 const _: () = assert!(HELLO_PROOF_BYTES == PROOF_BYTES);
 
 const H_VERSION: HeaderName = HeaderName::from_static("replite-version");
@@ -74,8 +76,15 @@ impl Knock {
         Ok(headers)
     }
 
-    /// Reads a knock; nothing when anything is missing, garbled or not proved.
-    pub(crate) fn read(headers: &HeaderMap, keys: &Keyring) -> Option<Knock> {
+    /// Reads a knock.
+    pub(crate) fn read(headers: &HeaderMap, keys: &Keyring) -> Result<Knock, Stranger> {
+        let (knock, proof) = Knock::fields(headers).ok_or(Stranger::Passer)?;
+        let version = knock.version.to_le_bytes();
+        let proved = keys.verify(Purpose::Knock, &knock.parts(&version), &proof);
+        if proved { Ok(knock) } else { Err(Stranger::OtherSecret(knock.node)) }
+    }
+
+    fn fields(headers: &HeaderMap) -> Option<(Knock, [u8; PROOF_BYTES])> {
         let knock = Knock {
             version: field(headers, &H_VERSION)?.parse().ok()?,
             cluster: field(headers, &H_CLUSTER)?.to_owned(),
@@ -84,9 +93,8 @@ impl Knock {
             incarnation: field(headers, &H_INCARNATION)?.parse().ok()?,
             nonce: unhex(field(headers, &H_NONCE)?)?,
         };
-        let proof: [u8; PROOF_BYTES] = unhex(field(headers, &H_PROOF)?)?;
-        let version = knock.version.to_le_bytes();
-        keys.verify(Purpose::Knock, &knock.parts(&version), &proof).then_some(knock)
+        let proof = unhex(field(headers, &H_PROOF)?)?;
+        Some((knock, proof))
     }
 
     fn proof(&self, keys: &Keyring) -> [u8; PROOF_BYTES] {
@@ -103,6 +111,15 @@ impl Knock {
             version,
         ]
     }
+}
+
+/// Somebody who does not prove the secret, and learns nothing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Stranger {
+    /// What it sends is no knock.
+    Passer,
+    /// A whole knock, by another secret; the node that it says to be.
+    OtherSecret(Uuid),
 }
 
 impl Answer {
@@ -128,7 +145,7 @@ impl Answer {
         headers: &HeaderMap,
         knock: &Knock,
         keys: &Keyring,
-    ) -> Option<Result<Answer, PeerProblem>> {
+    ) -> Option<Result<(Answer, Proved), PeerProblem>> {
         let version: u32 = field(headers, &H_VERSION)?.parse().ok()?;
         let proof: [u8; PROOF_BYTES] = unhex(field(headers, &H_PROOF)?)?;
         let answer = Answer {
@@ -139,8 +156,8 @@ impl Answer {
         if version != VERSION {
             return Some(Err(PeerProblem::Version { theirs: version, ours: VERSION }));
         }
-        let proved = keys.verify(Purpose::Answer, &answer.parts(knock, &version.to_le_bytes()), &proof);
-        Some(if proved { Ok(answer) } else { Err(PeerProblem::Secret) })
+        let proved = keys.proved(Purpose::Answer, &answer.parts(knock, &version.to_le_bytes()), &proof);
+        Some(proved.map(|proved| (answer, proved)).ok_or(PeerProblem::Secret))
     }
 
     fn parts<'a>(&'a self, knock: &'a Knock, version: &'a [u8]) -> [&'a [u8]; 7] {
@@ -162,7 +179,7 @@ pub(crate) fn seal_hello(hello: &mut Hello, knock: &Knock, answer: &Nonce, keys:
     hello.proof = keys.prove(Purpose::Hello, &[&knock.nonce, answer, &rest]);
 }
 
-/// Whether a hello belongs to this knock and proves that its sender saw our nonce. `payload` is the hello's
+/// By which secret a hello proves that its sender saw our nonce, if it does and belongs to this knock. `payload` is the hello's
 /// unit's: the proof is over the bytes that came, not over what we would have sent.
 pub(crate) fn hello_holds(
     hello: &Hello,
@@ -170,11 +187,10 @@ pub(crate) fn hello_holds(
     knock: &Knock,
     answer: &Nonce,
     keys: &Keyring,
-) -> bool {
+) -> Option<Proved> {
     let rest = payload.get(HELLO_PROOF_BYTES..).unwrap_or_default();
-    keys.verify(Purpose::Hello, &[&knock.nonce, answer, rest], &hello.proof)
-        && hello.peer.node == knock.node
-        && hello.peer.incarnation == knock.incarnation
+    let fits = hello.peer.node == knock.node && hello.peer.incarnation == knock.incarnation;
+    keys.proved(Purpose::Hello, &[&knock.nonce, answer, rest], &hello.proof).filter(|_| fits)
 }
 
 /// What a hello's proof covers: its payload behind the proof.
@@ -237,15 +253,15 @@ impl Refusal {
     pub(crate) fn read(headers: &HeaderMap, database: &str) -> Option<PeerProblem> {
         let word = field(headers, &H_REFUSED)?;
         let (word, value) = word.split_once('=').unwrap_or((word, ""));
-        let short = |text: &str| text.chars().take(128).collect::<String>();
         Some(match word {
             "version" => PeerProblem::Version { theirs: value.parse().unwrap_or(0), ours: VERSION },
-            "cluster" => PeerProblem::Cluster(short(value)),
+            // An error's text shows it escaped.
+            "cluster" => PeerProblem::Cluster(value.chars().take(SHOWN_MAX_BYTES).collect()),
             "database" => PeerProblem::Database(database.to_owned()),
             "not-primary" => PeerProblem::NotPrimary,
             "duplicate-node" => PeerProblem::DuplicateNode,
             "http2" => PeerProblem::NotHttp2,
-            other => PeerProblem::Refused(short(other)),
+            other => PeerProblem::Refused(shown(other, SHOWN_MAX_BYTES)),
         })
     }
 }
@@ -286,12 +302,13 @@ mod tests {
     #[test]
     fn a_knock_survives_its_headers_and_holds_for_every_field() {
         let headers = knock().headers(&keys(1)).unwrap();
-        assert_eq!(Knock::read(&headers, &keys(1)), Some(knock()));
-        assert_eq!(Knock::read(&headers, &keys(2)), None, "another secret");
+        assert_eq!(Knock::read(&headers, &keys(1)), Ok(knock()));
+        let other = Err(Stranger::OtherSecret(knock().node));
+        assert_eq!(Knock::read(&headers, &keys(2)), other, "another secret");
         for name in [H_VERSION, H_CLUSTER, H_DATABASE, H_NODE, H_INCARNATION, H_NONCE, H_PROOF] {
             let mut missing = headers.clone();
             missing.remove(&name);
-            assert_eq!(Knock::read(&missing, &keys(1)), None, "without {name}");
+            assert_eq!(Knock::read(&missing, &keys(1)), Err(Stranger::Passer), "without {name}");
         }
         for (name, value) in [
             (H_VERSION, "2".to_string()),
@@ -306,7 +323,7 @@ mod tests {
         ] {
             let mut changed = headers.clone();
             changed.insert(name.clone(), text(&value).unwrap());
-            assert_eq!(Knock::read(&changed, &keys(1)), None, "{name} changed");
+            assert!(Knock::read(&changed, &keys(1)).is_err(), "{name} changed");
         }
     }
 
@@ -315,7 +332,7 @@ mod tests {
         let answer = Answer { node: Uuid::from_u128(5), incarnation: Uuid::from_u128(6), nonce: [9; 32] };
         let headers = answer.headers(&knock(), &keys(1)).unwrap();
         let read = |headers: &HeaderMap, knock: &Knock, k| Answer::read(headers, knock, &keys(k));
-        assert_eq!(read(&headers, &knock(), 1).unwrap().unwrap(), answer);
+        assert_eq!(read(&headers, &knock(), 1).unwrap().unwrap().0, answer);
         assert!(matches!(read(&headers, &knock(), 2), Some(Err(PeerProblem::Secret))));
         let other = Knock { nonce: [8; 32], ..knock() };
         assert!(matches!(read(&headers, &other, 1), Some(Err(PeerProblem::Secret))), "a recorded answer");

@@ -62,8 +62,8 @@ pub use secret::Secret;
 pub use server::{ReplicationBody, ReplicationService};
 pub use session::Session;
 pub use status::{
-    Addresses, Checkpoint, Event, Health, Lag, LoggedTransaction, PeerInfo, ReplicaStatus, Role, RoleState,
-    Status, Verification, WalReason,
+    Addresses, Checkpoint, Event, Health, Lag, LoggedTransaction, PeerInfo, PublicStatus, ReplicaStatus,
+    Role, RoleState, Status, Verification, WalReason,
 };
 pub use token::Token;
 pub use txid::{Epoch, Position, Txid};

@@ -31,6 +31,7 @@ pub(crate) fn count(database: &str, event: &Event) {
         Event::WalGrows { .. } => add("replite_wal_grows_total", 1),
         Event::LocksLost { .. } => add("replite_locks_lost_total", 1),
         Event::Stopped(_) => add("replite_stopped_total", 1),
+        Event::OtherSecret { times, .. } => add("replite_other_secret_total", *times),
         Event::Role(_)
         | Event::Connected(_)
         | Event::SnapshotStarted(_)

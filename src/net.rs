@@ -6,12 +6,14 @@ mod url;
 
 use std::future::Future;
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
 use http_body::Body;
 use http_body_util::BodyExt;
 use http_body_util::combinators::UnsyncBoxBody;
+use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 #[cfg(test)]
@@ -25,14 +27,57 @@ pub(crate) use url::Endpoint;
 pub(crate) const STREAM_WINDOW_BYTES: u32 = 8 * 1024 * 1024;
 /// The same for a connection.
 pub(crate) const CONNECTION_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
-/// Largest HTTP/2 frame, in bytes: fewer frames cost less on a snapshot.
-pub(crate) const FRAME_MAX_BYTES: u32 = 1024 * 1024;
-/// How often an HTTP/2 ping is sent.
-pub(crate) const PING_INTERVAL: Duration = Duration::from_secs(5);
-/// A connection whose pings stay unanswered for this long is dead.
-pub(crate) const PING_TIMEOUT: Duration = Duration::from_secs(10);
+/// Largest HTTP/2 frame, in bytes: what is in one is seen when all of it has come, which takes some seconds on a slow link.
+pub(crate) const FRAME_MAX_BYTES: u32 = 64 * 1024;
 
 const _: () = assert!(CONNECTION_WINDOW_BYTES >= STREAM_WINDOW_BYTES);
+
+/// What has come on a connection, whatever it was: a link that is slow is not silent. No HTTP/2 pings are sent to find out, for their
+/// answers wait behind all that a full link has still to carry.
+#[derive(Debug)]
+pub(crate) struct Heard {
+    since: Instant,
+    /// Microseconds since then, when the last bytes came.
+    last: AtomicU64,
+    /// The same, since when somebody waits for more; [`NOBODY`] if nobody does.
+    awaited: AtomicU64,
+    bytes: AtomicU64,
+}
+
+/// While what came is still being dealt with, no more may be let come.
+const NOBODY: u64 = u64::MAX;
+
+impl Heard {
+    pub(crate) fn new() -> Heard {
+        let (last, awaited, bytes) = (AtomicU64::new(0), AtomicU64::new(NOBODY), AtomicU64::new(0));
+        Heard { since: Instant::now(), last, awaited, bytes }
+    }
+
+    pub(crate) fn note(&self, bytes: usize) {
+        self.last.store(self.micros(), Ordering::Relaxed);
+        self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// From now on somebody waits for more, or not.
+    pub(crate) fn wait(&self, yes: bool) {
+        self.awaited.store(if yes { self.micros() } else { NOBODY }, Ordering::Relaxed);
+    }
+
+    /// For how long nothing has come, although somebody waits.
+    pub(crate) fn silence(&self) -> Duration {
+        let (last, awaited) = (self.last.load(Ordering::Relaxed), self.awaited.load(Ordering::Relaxed));
+        Duration::from_micros(self.micros().saturating_sub(last.max(awaited)))
+    }
+
+    fn micros(&self) -> u64 {
+        self.since.elapsed().as_micros() as u64
+    }
+
+    /// How many bytes have come.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.bytes.load(Ordering::Relaxed)
+    }
+}
 
 /// A body's bytes, as they arrive.
 pub(crate) struct Incoming(UnsyncBoxBody<Bytes, io::Error>);

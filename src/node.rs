@@ -1,5 +1,7 @@
 //! What every part of a running node shares: identity, keys, role, position, events, shutdown.
 
+mod seldom;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -8,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
+use uuid::Uuid;
 
 use crate::applied::Applied;
 use crate::error::Error;
@@ -15,6 +18,8 @@ use crate::secret::Keyring;
 use crate::status::{Event, Lag, PeerInfo, Role, RoleState};
 use crate::threads::aside;
 use crate::txid::Epoch;
+
+pub(crate) use seldom::Seldom;
 
 /// Events that a slow receiver may be behind before it misses some.
 const EVENTS_BEHIND_MAX: usize = 256;
@@ -36,6 +41,10 @@ pub(crate) enum Part {
     Pages,
     /// The stream from the primary.
     Stream,
+    /// How far a replica is behind, and at what pace it comes nearer.
+    Behind,
+    /// Peers that have another secret.
+    Strangers,
     Log,
     Checkpoint,
     /// The WAL is much longer than its limit.
@@ -44,6 +53,26 @@ pub(crate) enum Part {
     Reads,
     /// The disk.
     Room,
+}
+
+impl Part {
+    /// What is wrong with it, where nobody is to learn more.
+    fn in_public(self) -> &'static str {
+        match self {
+            Part::Engine => "replication stopped",
+            Part::Hashing => "the database is being checked",
+            Part::State => "the database is being led to the primary's state",
+            Part::Pages => "a verification found bad pages",
+            Part::Stream => "the primary can't be followed",
+            Part::Behind => "this instance is behind the primary",
+            Part::Strangers => "a peer was refused",
+            Part::Log => "the log can't be written",
+            Part::Checkpoint => "the write-ahead log can't be copied back",
+            Part::Wal => "the write-ahead log grows",
+            Part::Reads => "the database can't be read",
+            Part::Room => "the disk is full",
+        }
+    }
 }
 
 struct CloseIdle(Box<dyn Fn() + Send + Sync>);
@@ -79,6 +108,8 @@ pub(crate) struct Node {
     /// When a read failed, in milliseconds since `begun`, and one; zero: none has, or one has worked since.
     read_failed: AtomicU64,
     begun: Instant,
+    /// Knocks with another secret.
+    strangers: Seldom,
     pub(crate) events: broadcast::Sender<Event>,
     /// Cancelled when the node stops: every task ends.
     pub(crate) stop: CancellationToken,
@@ -122,6 +153,7 @@ impl Node {
             close_idle: OnceLock::new(),
             read_failed: AtomicU64::new(0),
             begun: Instant::now(),
+            strangers: Seldom::default(),
             events: broadcast::Sender::new(EVENTS_BEHIND_MAX),
             drain: stop.child_token(),
             forwards: watch::Sender::new(0),
@@ -269,11 +301,34 @@ impl Node {
         failed != 0 && self.begun.elapsed() >= Duration::from_millis(failed) + READS_QUIET
     }
 
+    /// Somebody knocked with another secret, who says to be this node. As often as strangers like, so it is told now and then.
+    pub(crate) fn other_secret(&self, node: Uuid) {
+        let Some(times) = self.strangers.happened() else { return };
+        let problem = format!(
+            "somebody who says to be node {node} knocks with another secret and is let in nowhere: if it is one of yours, give it the cluster's secret"
+        );
+        self.set_problem(Part::Strangers, Some(problem));
+        tracing::warn!(database = self.database, %node, times, "refused: a peer has another secret than this node");
+        self.tell(Event::OtherSecret { node, times });
+    }
+
     /// All problems that last.
     pub(crate) fn problem(&self) -> Option<String> {
-        let problems = self.problems.lock().unwrap_or_else(|e| e.into_inner());
-        let all: Vec<&str> = problems.values().map(String::as_str).collect();
+        let all = self.all_problems(|_, text| text.to_string());
         (!all.is_empty()).then(|| all.join("; "))
+    }
+
+    /// The same without anything that only operators should know.
+    pub(crate) fn public_problems(&self) -> Vec<&'static str> {
+        self.all_problems(|part, _| part.in_public())
+    }
+
+    fn all_problems<T>(&self, say: impl Fn(Part, &str) -> T) -> Vec<T> {
+        let mut problems = self.problems.lock().unwrap_or_else(|e| e.into_inner());
+        if !self.strangers.lasts() {
+            problems.remove(&Part::Strangers);
+        }
+        problems.iter().map(|(part, text)| say(*part, text)).collect()
     }
 
     /// Why replication has failed, if it has.
@@ -288,5 +343,22 @@ impl Node {
 
     pub(crate) fn set_lag(&self, lag: Option<Lag>) {
         *self.lag.lock().unwrap_or_else(|e| e.into_inner()) = lag;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::primary::fake::{SECRET, node};
+
+    #[test]
+    fn what_is_public_of_problems_says_what_is_and_nothing_more() {
+        let node = node(1, &SECRET, Role::Replica);
+        assert_eq!((node.problem(), node.public_problems()), (None, vec![]));
+        node.set_problem(Part::Log, Some("write /home/me/app.db-replite/log/1.log: no space".into()));
+        node.set_problem(Part::Stream, Some("peer http://10.0.0.7:7000/_replite: it is away".into()));
+        assert!(node.problem().unwrap().contains("/home/me"));
+        let public = node.public_problems();
+        assert_eq!(public, ["the primary can't be followed", "the log can't be written"]);
     }
 }

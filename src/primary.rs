@@ -1,6 +1,7 @@
 //! Serves this node's history to followers: catch up from the log or by a snapshot, then every commit.
 
 mod boundary;
+mod clock;
 #[cfg(test)]
 pub(crate) mod fake;
 #[cfg(test)]
@@ -13,6 +14,7 @@ mod recovery;
 mod registry;
 #[cfg(test)]
 mod tests;
+mod upstream;
 
 use std::io;
 use std::sync::Arc;
@@ -20,29 +22,30 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
-use tokio_util::sync::CancellationToken;
 
 use crate::engine::{Engine, Piece};
-use crate::error::{Error, PeerProblem, Result};
-use crate::handshake::{self, Knock, Nonce};
+use crate::error::{Error, Result};
+use crate::handshake::{Knock, Nonce};
 use crate::log::{Found, Pin};
 use crate::net::Incoming;
-use crate::node::Node;
+use crate::node::{Node, Seldom};
 use crate::page::{PageNo, PageSize};
 use crate::status::{Event, PeerInfo, ReplicaStatus};
 use crate::threads::blocking;
 use crate::txid::Position;
-use crate::wire::{self, Decoder, Goodbye, Hello, Kind, Message, Unit, Want, WireError};
+use crate::wire::{self, Goodbye, Hello, Message};
 
 pub(crate) use outlet::{Inlet, Outlet, queue};
 pub(crate) use questions::{Line, QUESTION_BYTES};
 pub(crate) use recovery::Recovery;
 pub(crate) use registry::Conflict;
 
+use clock::ReplicaClock;
 use outlet::Closed;
 use pump::{End, Pump};
-use questions::{Answers, Lines};
-use registry::{Registry, Seat};
+use questions::Lines;
+use registry::Registry;
+use upstream::{Units, acks, hello};
 
 /// Replicas that are served at one time, a database.
 pub(crate) const STREAMS_MAX: usize = 64;
@@ -51,10 +54,6 @@ pub(crate) const STREAMS_MAX: usize = 64;
 pub(crate) const HANDSHAKES_MAX: usize = 32;
 /// Replicas whose pages are compared with ours at one time; more wait. Each costs a hash of the whole database.
 const COMPARISONS_MAX: usize = 2;
-/// Longest wait for a hello after a knock.
-const HELLO_TIMEOUT: Duration = Duration::from_secs(10);
-/// A replica that has not acknowledged for this long is gone; it acknowledges each second.
-const ACK_TIMEOUT: Duration = Duration::from_secs(15);
 /// How long a node that drains waits for what its replicas have sent to its application.
 const LAST_REQUESTS_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a stream may go on after that, until it has sent what is captured.
@@ -63,6 +62,8 @@ const LAST_RECORDS_TIMEOUT: Duration = Duration::from_secs(1);
 const SHUTTING_DOWN: &str = "shutting down";
 /// What a peer is told when this node's replication has failed.
 const STOPPED: &str = "replication stopped on the primary";
+/// Why a stream ends when the secret that let it in was dropped.
+const DROPPED: &str = "the secret that this stream was opened with is not valid any more";
 /// Why a stream ends when the same node opened another.
 const REPLACED: &str = "a newer stream of this node took over";
 /// Questions of a heal that may wait to be answered: who asks waits for the answer before the next one.
@@ -172,6 +173,7 @@ pub(crate) struct Source {
     streams: Arc<Semaphore>,
     handshakes: Arc<Semaphore>,
     comparisons: Arc<Semaphore>,
+    refusals: Seldom,
 }
 
 impl Source {
@@ -185,6 +187,7 @@ impl Source {
             streams: Arc::new(Semaphore::new(STREAMS_MAX)),
             handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
             comparisons: Arc::new(Semaphore::new(COMPARISONS_MAX)),
+            refusals: Seldom::default(),
         })
     }
 
@@ -240,6 +243,14 @@ impl Source {
         }
     }
 
+    /// A peer is not let in. Who recorded a knock can have that as often as he likes, so it is told now and then.
+    pub(crate) fn refused(&self, knock: &Knock, why: impl std::fmt::Display) {
+        match self.refusals.happened() {
+            Some(times) => tracing::warn!(node = %knock.node, times, "refused a peer: {why}"),
+            None => tracing::debug!(node = %knock.node, "refused a peer: {why}"),
+        }
+    }
+
     /// The replicas that are connected.
     pub(crate) fn replicas(&self) -> Vec<ReplicaStatus> {
         self.registry.list()
@@ -285,20 +296,20 @@ pub(crate) struct Guest {
 /// Serves one follower until it leaves, lags, lies or the node stops.
 pub(crate) async fn serve(source: Arc<Source>, guest: Guest, upstream: Incoming, outlet: Outlet) {
     let node = source.node.clone();
-    let mut units = Units { upstream, decoder: Decoder::default() };
+    let mut units = Units::new(upstream);
     let hello = tokio::select! {
         hello = hello(&node, &guest, &mut units) => hello,
         () = node.drain.cancelled() => Err(Error::ShutDown),
     };
-    let hello = match hello {
+    let (hello, proved) = match hello {
         Ok(hello) => hello,
         Err(error) => {
-            tracing::warn!(node = %guest.knock.node, %error, "refused a peer");
+            source.refused(&guest.knock, error);
             // Nothing was proved by a fresh nonce, so nothing is said: the stream breaks off.
             return;
         }
     };
-    let Guest { place, .. } = guest;
+    let Guest { place, knock, .. } = guest;
     let peer = hello.peer.clone();
     let Ok(_stream) = source.streams.clone().try_acquire_owned() else {
         return farewell(outlet, "too many replicas".into()).await;
@@ -307,7 +318,7 @@ pub(crate) async fn serve(source: Arc<Source>, guest: Guest, upstream: Incoming,
     let seat = match source.registry.join(&peer) {
         Ok(seat) => seat,
         Err(Conflict) => {
-            tracing::warn!(node = %peer.node, "refused a second process with this node id");
+            source.refused(&knock, "another live process has this node id");
             return farewell(outlet, "duplicate node id".into()).await;
         }
     };
@@ -318,6 +329,7 @@ pub(crate) async fn serve(source: Arc<Source>, guest: Guest, upstream: Incoming,
         supply = source.supply(&hello, &mut units, &outlet) => supply,
         () = node.drain.cancelled() => Err(End::Said(SHUTTING_DOWN.into())),
         () = seat.replaced() => Err(End::Said(REPLACED.into())),
+        () = node.keys.dropped(proved) => Err(End::Said(DROPPED.into())),
     };
     let supply = match supply {
         Ok(supply) => supply,
@@ -328,16 +340,19 @@ pub(crate) async fn serve(source: Arc<Source>, guest: Guest, upstream: Incoming,
         }
     };
     let (questions, answers) = source.lines.open(&peer);
-    let mut pump = Pump::new(node.clone(), supply, outlet, questions, source.comparisons.clone());
+    let clock = ReplicaClock::default();
+    let turns = source.comparisons.clone();
+    let mut pump = Pump::new(node.clone(), supply, outlet, questions, (turns, clock.clone()));
     let (asks, wants) = mpsc::channel(WANTS_MAX);
     let quiet = pump.quiet();
     let end = tokio::select! {
         end = pump.run(&hello, wants) => end,
-        end = acks(&mut units, &seat, &asks, &answers, &quiet) => end,
+        end = acks(&mut units, &seat, &clock, &asks, &answers, &quiet) => end,
         () = cut_off(&node) => End::Said(SHUTTING_DOWN.into()),
         // What it commits from now on comes to nobody.
         () = node.stopped() => End::Said(STOPPED.into()),
         () = seat.replaced() => End::Said(REPLACED.into()),
+        () = node.keys.dropped(proved) => End::Said(DROPPED.into()),
     };
     left(&node, &peer, &end);
     drop(seat);
@@ -365,7 +380,7 @@ async fn cut_off(node: &Node) {
 
 fn left(node: &Node, peer: &PeerInfo, end: &End) {
     match end {
-        End::Left => tracing::info!(node = %peer.node, "a replica left"),
+        End::Left => tracing::info!(node = %peer.node, "a replica left, or its connection broke"),
         End::Said(reason) => tracing::info!(node = %peer.node, reason, "a replica's stream was ended"),
         End::Failed(error) => tracing::warn!(node = %peer.node, %error, "a replica's stream failed"),
     }
@@ -385,89 +400,9 @@ async fn farewell(outlet: Outlet, reason: String) {
     }
 }
 
-async fn hello(node: &Node, guest: &Guest, units: &mut Units) -> Result<Hello> {
-    let peer = guest.knock.node.to_string();
-    let unit = match tokio::time::timeout(HELLO_TIMEOUT, units.next()).await {
-        Ok(unit) => unit.map_err(|e| Error::garbled(&peer, e.to_string()))?,
-        Err(_) => return Err(Error::peer(peer, PeerProblem::Silent(HELLO_TIMEOUT))),
-    };
-    let Some(unit) = unit else {
-        return Err(Error::peer(peer, PeerProblem::Connection("ended before its hello".into())));
-    };
-    if unit.kind != Kind::Hello {
-        return Err(Error::garbled(peer, format!("{:?} in place of a hello", unit.kind)));
-    }
-    let message = unit.decode().map_err(|e| Error::garbled(&peer, e.to_string()))?;
-    let Message::Hello(hello) = message else {
-        return Err(Error::garbled(peer, "a hello that is none"));
-    };
-    if !handshake::hello_holds(&hello, unit.payload(), &guest.knock, &guest.nonce, &node.keys) {
-        return Err(Error::peer(peer, PeerProblem::Secret));
-    }
-    Ok(hello)
-}
-
-/// Reads acknowledgements, and what a heal asks for, until the replica leaves, is silent for too long or sends something else.
-async fn acks(
-    units: &mut Units,
-    seat: &Seat,
-    asks: &mpsc::Sender<Want>,
-    answers: &Answers,
-    quiet: &CancellationToken,
-) -> End {
-    let peer = seat.node().to_string();
-    loop {
-        let unit = match tokio::time::timeout(ACK_TIMEOUT, units.next()).await {
-            Ok(Ok(Some(unit))) => unit,
-            Ok(Ok(None)) => return End::Left,
-            Ok(Err(error)) => return End::Failed(Error::garbled(peer, error.to_string())),
-            Err(_) => return End::Said(format!("no acknowledgement for {ACK_TIMEOUT:?}")),
-        };
-        match unit.decode() {
-            Ok(Message::Ack(ack)) => seat.heard(ack),
-            Ok(Message::Want(want)) => {
-                // One question at a time, and none outside of a heal.
-                if asks.try_send(want).is_err() {
-                    return End::Failed(Error::garbled(peer, "a question out of place"));
-                }
-            }
-            Ok(Message::SnapPiece { first, pages, .. }) if answers.pages(first, pages) => {}
-            Ok(Message::Sent(sent)) if answers.end(sent) => {}
-            Ok(Message::Drain) => quiet.cancel(),
-            Ok(Message::Goodbye(_)) => return End::Left,
-            Ok(_) => {
-                let what = format!("{:?} in place of an acknowledgement", unit.kind);
-                return End::Failed(Error::garbled(peer, what));
-            }
-            Err(error) => return End::Failed(Error::garbled(peer, error.to_string())),
-        }
-    }
-}
-
 impl From<Closed> for End {
     fn from(_: Closed) -> End {
         End::Left
-    }
-}
-
-/// The units of a request's body.
-struct Units {
-    upstream: Incoming,
-    decoder: Decoder,
-}
-
-impl Units {
-    /// The next unit; `None` when the body ended, or broke off, as connections do.
-    async fn next(&mut self) -> Result<Option<Unit>, WireError> {
-        loop {
-            if let Some(unit) = self.decoder.next()? {
-                return Ok(Some(unit));
-            }
-            match self.upstream.next().await {
-                Some(Ok(bytes)) => self.decoder.push(bytes),
-                Some(Err(_)) | None => return Ok(None),
-            }
-        }
     }
 }
 

@@ -3,9 +3,11 @@
 mod backoff;
 mod lag;
 mod lend;
+mod pace;
 mod session;
 #[cfg(test)]
 mod tests;
+mod units;
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -39,6 +41,8 @@ pub(crate) trait Feed: Send + Sync + 'static {
     fn answer(&self, want: Want) -> impl Future<Output = Result<Bytes>> + Send;
     /// See [`Follower::log`].
     fn log(&self) -> Option<Arc<Log>>;
+    /// See [`Follower::taken`].
+    fn taken(&self) -> u64;
     /// See [`Follower::synced`].
     fn synced(&self) -> watch::Receiver<Option<Position>>;
 }
@@ -59,6 +63,10 @@ impl Feed for Follower {
 
     fn log(&self) -> Option<Arc<Log>> {
         Follower::log(self)
+    }
+
+    fn taken(&self) -> u64 {
+        Follower::taken(self)
     }
 
     fn synced(&self) -> watch::Receiver<Option<Position>> {
@@ -131,6 +139,15 @@ fn without_primary(node: &Node, epoch: Epoch) {
     node.set_role(RoleState { role: Role::Replica, epoch, primary: None });
 }
 
+/// What an error of a stream means: not all of them are the primary's, or the link's.
+fn what_ended(error: &Error) -> &'static str {
+    match error {
+        Error::Peer { .. } => "can't follow the primary; trying again",
+        Error::HealPaused { .. } => "the next heal waits",
+        _ => "what comes from the primary can't be taken in here; trying again",
+    }
+}
+
 /// Says each problem once, however often it is met in a row.
 struct Reporter {
     node: Arc<Node>,
@@ -151,7 +168,7 @@ impl Reporter {
         self.node.tell(Event::Connected(peer.clone()));
     }
 
-    /// The stream does its work: what was wrong is over.
+    /// Something was taken in: what was wrong is over.
     fn healthy(&mut self) {
         if self.said.take().is_some() {
             self.node.set_problem(Part::Stream, None);
@@ -171,7 +188,8 @@ impl Reporter {
         if matches!(error, Error::ShutDown) {
             tracing::debug!(primary = %self.primary, "the follower is shut down");
         } else {
-            tracing::warn!(primary = %self.primary, problem, "can't follow the primary; trying again");
+            let what = what_ended(error);
+            tracing::warn!(primary = %self.primary, problem, "{what}");
         }
         self.said = Some(problem);
     }

@@ -1,9 +1,10 @@
 //! The cluster's secrets and the keyed proofs that are made from them.
 
 use std::fmt;
-use std::sync::{Arc, RwLock};
+use std::sync::Arc;
 
 use subtle::ConstantTimeEq;
+use tokio::sync::watch;
 
 use crate::error::Error;
 
@@ -227,10 +228,20 @@ impl Purpose {
 
 type Keys = [[u8; 32]; Purpose::COUNT];
 
+/// Which secret something was proved with, as long as a stream lives that was let in by that. Says nothing of the secret, and appears in no output.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Proved([u8; 32]);
+
+impl fmt::Debug for Proved {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Proved(..)")
+    }
+}
+
 /// The keys of the secrets that are valid now, newest first. Shared: a rotation is seen everywhere at once.
 #[derive(Clone)]
 pub(crate) struct Keyring {
-    keys: Arc<RwLock<Arc<[Keys]>>>,
+    keys: Arc<watch::Sender<Arc<[Keys]>>>,
     open: bool,
 }
 
@@ -239,7 +250,7 @@ impl Keyring {
     /// Without a secret the proofs are made with a published key and prove nothing.
     pub(crate) fn new(secrets: &[Secret]) -> Result<Keyring, Error> {
         let open = secrets.is_empty();
-        Ok(Keyring { keys: Arc::new(RwLock::new(derive(secrets)?)), open })
+        Ok(Keyring { keys: Arc::new(watch::Sender::new(derive(secrets)?)), open })
     }
 
     /// Whether there is no secret.
@@ -254,8 +265,7 @@ impl Keyring {
                 "a rotation can neither add the first secret nor drop the last".into(),
             ));
         }
-        let keys = derive(secrets)?;
-        *self.keys.write().unwrap_or_else(|e| e.into_inner()) = keys;
+        self.keys.send_replace(derive(secrets)?);
         Ok(())
     }
 
@@ -266,8 +276,21 @@ impl Keyring {
 
     /// Whether a proof over the parts was made with a secret that is valid now.
     pub(crate) fn verify(&self, purpose: Purpose, parts: &[&[u8]], proof: &[u8]) -> bool {
+        self.proved(purpose, parts, proof).is_some()
+    }
+
+    /// With which secret a proof over the parts was made, if that is valid now.
+    pub(crate) fn proved(&self, purpose: Purpose, parts: &[&[u8]], proof: &[u8]) -> Option<Proved> {
         let keys = self.current();
-        keys.iter().any(|k| bool::from(keyed(&k[purpose as usize], parts).as_slice().ct_eq(proof)))
+        let made = |k: &&Keys| bool::from(keyed(&k[purpose as usize], parts).as_slice().ct_eq(proof));
+        keys.iter().find(made).map(name)
+    }
+
+    /// Returns when that secret is not valid any more.
+    pub(crate) async fn dropped(&self, proved: Proved) {
+        let gone = |keys: &Arc<[Keys]>| !keys.iter().any(|k| name(k) == proved);
+        // The sender is ours.
+        let _ = self.keys.subscribe().wait_for(gone).await;
     }
 
     /// The first bytes of a proof.
@@ -291,7 +314,7 @@ impl Keyring {
     }
 
     fn current(&self) -> Arc<[Keys]> {
-        self.keys.read().unwrap_or_else(|e| e.into_inner()).clone()
+        self.keys.borrow().clone()
     }
 }
 
@@ -311,6 +334,10 @@ fn derive(secrets: &[Secret]) -> Result<Arc<[Keys]>, Error> {
         return Ok([keys(b"no secret")].into());
     }
     Ok(secrets.iter().map(|secret| keys(&secret.0)).collect())
+}
+
+fn name(keys: &Keys) -> Proved {
+    Proved(keyed(&keys[Purpose::Hello as usize], &[b"name"]))
 }
 
 /// BLAKE3 keyed, over each part behind its length, so that no two lists of parts are alike.
@@ -339,6 +366,21 @@ mod tests {
         ring.rotate(&[new]).unwrap();
         assert!(!ring.verify(Purpose::Token, &[b"ab", b"c"], &proof), "rotated away");
         assert!(ring.rotate(&[]).is_err());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_secret_is_dropped_when_a_rotation_leaves_it_out() {
+        let [old, new] = [1, 2].map(|byte| Secret::fixed([byte; 32]));
+        let ring = Keyring::new(std::slice::from_ref(&old)).unwrap();
+        let proof = ring.prove(Purpose::Hello, &[b"a"]);
+        let proved = ring.proved(Purpose::Hello, &[b"a"], &proof).unwrap();
+        let mut dropped = std::pin::pin!(ring.dropped(proved));
+        let second = std::time::Duration::from_secs(1);
+        ring.rotate(&[new.clone(), old]).unwrap();
+        assert!(tokio::time::timeout(second, &mut dropped).await.is_err(), "it is still valid");
+        ring.rotate(&[new]).unwrap();
+        tokio::time::timeout(second, dropped).await.unwrap();
+        assert_eq!(format!("{proved:?}"), "Proved(..)");
     }
 
     #[track_caller]

@@ -17,7 +17,7 @@ use http_body::Body;
 use tokio_util::task::TaskTracker;
 use tower::Service;
 
-use crate::handshake::{self, Answer, Knock, Refusal, STREAM_PATH};
+use crate::handshake::{self, Answer, Knock, Refusal, STREAM_PATH, Stranger};
 use crate::net::Incoming;
 use crate::node::Node;
 use crate::primary::{self, Guest, Outlet, Source};
@@ -76,8 +76,15 @@ impl ReplicationService {
             }
             return not_found();
         }
-        let Some(knock) = Knock::read(request.headers(), &node.keys) else {
-            return not_found();
+        let knock = match Knock::read(request.headers(), &node.keys) {
+            Ok(knock) => knock,
+            Err(stranger) => {
+                // What this node says to its operator, the stranger does not see.
+                if let Stranger::OtherSecret(claimed) = stranger {
+                    aside(|| node.other_secret(claimed));
+                }
+                return not_found();
+            }
         };
         match self.admit(&request, knock) {
             Ok((guest, response)) => {
@@ -133,7 +140,7 @@ impl ReplicationService {
             return Err(Refusal::NotPrimary(primary));
         }
         if source.conflict(&knock).is_some() {
-            tracing::warn!(node = %knock.node, "refused a second process with this node id");
+            source.refused(&knock, "another live process has this node id");
             return Err(Refusal::DuplicateNode);
         }
         let place = source.place().ok_or(Refusal::Busy)?;

@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
 use crate::checksum::Checksum;
+use crate::error::is_plain;
 use crate::page::PageNo;
 use crate::txid::{Epoch, Position};
 
@@ -44,9 +45,18 @@ pub struct Addresses {
     /// The URL under which clients reach this very node, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub public: Option<String>,
-    /// A small bounded map, such as a machine id or a region.
+    /// A small bounded map, such as a machine id or a region. Control characters are refused, here as in addresses: other nodes show it.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
+}
+
+impl Addresses {
+    /// Whether all of it can stand in a line of text as it is.
+    pub(crate) fn are_plain(&self) -> bool {
+        let labels = self.labels.iter().flat_map(|(key, value)| [key, value]);
+        let all = [&self.replication, &self.app].into_iter().chain(&self.public).chain(labels);
+        all.flat_map(|text| text.chars()).all(is_plain)
+    }
 }
 
 /// What is known of another node.
@@ -98,7 +108,7 @@ pub struct Status {
     pub wal_frames: u32,
     /// See `wal_frames`.
     pub backfilled_frames: u32,
-    /// The state before the oldest transaction in the retained log: a replica that is behind it needs a snapshot.
+    /// The state before the oldest transaction in the retained log: a replica that is behind it has to compare its pages with the primary's.
     pub log_start: Option<Position>,
     /// The retained log's size in bytes.
     pub log_bytes: u64,
@@ -111,8 +121,40 @@ pub struct Status {
     pub recovered: u64,
     /// What the last verification found, if there was one since the node started; see [`Db::verify`](crate::Db::verify).
     pub verification: Option<Verification>,
-    /// The last problem, while it lasts.
+    /// What is wrong, while it lasts, in words for operators: they may have paths, addresses and what other nodes said. See [`Status::public`].
     pub problem: Option<String>,
+    /// What of it anybody may know.
+    #[serde(skip)]
+    pub(crate) public_problems: Vec<&'static str>,
+}
+
+impl Status {
+    /// What of it may be shown to everybody, such as on a page without a login: no paths, addresses, ids, or texts of others.
+    pub fn public(&self) -> PublicStatus {
+        PublicStatus {
+            role: self.role,
+            position: self.position,
+            lag: self.lag,
+            replicas: self.replicas.len(),
+            problems: self.public_problems.clone(),
+        }
+    }
+}
+
+/// What of a [`Status`] may be shown to everybody; made by [`Status::public`].
+#[derive(Clone, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
+pub struct PublicStatus {
+    /// What the node does.
+    pub role: Role,
+    /// The state that it has.
+    pub position: Option<Position>,
+    /// On a replica: how far it is behind.
+    pub lag: Option<Lag>,
+    /// On a primary: how many replicas are connected.
+    pub replicas: usize,
+    /// What is wrong with the node, a few words each, always the same ones.
+    pub problems: Vec<&'static str>,
 }
 
 /// How far a replica is behind its primary.
@@ -120,9 +162,10 @@ pub struct Status {
 pub struct Lag {
     /// Transactions that the primary has and this node does not, as of the last word from it.
     pub transactions: u64,
-    /// Milliseconds since this node last had everything that the primary was known to have.
+    /// The age of the state here, in milliseconds: so long ago, or later, the primary had nothing that this node does not have. The primary says where
+    /// it stands once a second, so that this goes up to about 1,000 on a replica that has everything.
     pub millis: u64,
-    /// Whether the stream stands.
+    /// Whether the stream stands, and something came on it in the last few seconds.
     pub connected: bool,
 }
 
@@ -229,7 +272,7 @@ pub struct Health {
     pub can_read: bool,
     /// Writes can be carried out here or by the primary.
     pub can_write: bool,
-    /// Why not, in words.
+    /// Why not, in words for operators, like those of [`Status::problem`]: not for a page that everybody sees.
     pub reasons: Vec<String>,
 }
 
@@ -317,7 +360,7 @@ pub enum Event {
         /// The replica that had the right images.
         from: PeerInfo,
     },
-    /// The log lost its past: replicas behind this position compare their pages.
+    /// The log lost its past: it begins anew at this position. On a primary, replicas that are behind it have to compare their pages.
     LogGap(Position),
     /// Local history that the primary does not have was put aside before it was replaced.
     Kept(std::path::PathBuf),
@@ -344,6 +387,13 @@ pub enum Event {
     Verified(Verification),
     /// All pages were hashed, and are not those of the position: the disk, or somebody else than SQLite, changed the files.
     VerificationFailed(Verification),
+    /// Somebody knocked at this node's replication endpoint with another secret; at most one such event a minute.
+    OtherSecret {
+        /// The id of the node that it says to be; anybody can say that.
+        node: Uuid,
+        /// How often that happened since the last such event.
+        times: u64,
+    },
     /// Replication of this database has stopped.
     Stopped(String),
     /// Events were missed because this receiver was too slow.

@@ -65,7 +65,7 @@ fn directory() -> Result<TempDir> {
 /// A primary and its replicas in one process, over real sockets on loopback, each with its own files and its own instance of the
 /// application. The first node is the primary.
 ///
-/// Faults are made to happen: [`Node::lag`], [`Node::pause`], [`Node::cut`], [`Node::kill`]. Requests are given to a node's application by
+/// Faults are made to happen: [`Node::lag`], [`Node::throttle`], [`Node::pause`], [`Node::cut`], [`Node::kill`]. Requests are given to a node's application by
 /// `oneshot`, or sent to its [`Node::url`].
 ///
 /// ```
@@ -284,6 +284,11 @@ impl<S: Application> Node<S> {
     /// From now on everything between this replica and the primary arrives so much later, either way.
     pub fn lag(&self, delay: Duration) {
         self.each_link(|link| link.delay(delay));
+    }
+
+    /// From now on so many bytes a second go between this replica and the primary, each way; with none, as many as come.
+    pub fn throttle(&self, rate: Option<u64>) {
+        self.each_link(|link| link.throttle(rate));
     }
 
     /// From now on nothing moves between this replica and the primary, though the connection stands; until [`Node::resume`].

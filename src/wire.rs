@@ -28,9 +28,9 @@
 //! | 4 | HELLO | proof (32), optional position, a byte 0 or a byte 1 and what a snapshot is resumed with: position, page number (4); suspect (1: 0 or 1), count of marks (1) and as many positions, peer, epoch history |
 //! | 5 | WELCOME | epoch, plan (1: see [`Plan`]), position, page size (4), peer |
 //! | 6 | EPOCHS | epoch history: count (4), then per epoch: epoch, first transaction (8), checksum before it (16) |
-//! | 7 | HEARTBEAT | position, microseconds since 1970 (8) |
-//! | 8 | ACK | optional position applied, optional position synced |
-//! | 9 | SNAP_BEGIN | position of the first piece, first page (4), page size (4) |
+//! | 7 | HEARTBEAT | position, microseconds of the replica's clock (8): those of its last ACK, and what has passed since |
+//! | 8 | ACK | optional position applied, optional position synced, microseconds of the replica's clock (8) |
+//! | 9 | SNAP_BEGIN | position of the first piece, first page (4), page size (4), pages in the database now (4) |
 //! | 10 | SNAP_PIECE | first page (4), position, pages |
 //! | 11 | SNAP_END | position at which the snapshot, or the heal, is exact; pages in the database there (4) |
 //! | 12 | GOODBYE | reason: UTF-8, at most [`REASON_MAX_BYTES`] |
@@ -57,7 +57,7 @@ mod fields;
 mod tests;
 
 pub(crate) use decoder::{Decoder, Header};
-pub(crate) use encode::{encode, encode_page, peer_fits};
+pub(crate) use encode::{encode, encode_page, encode_pieces, peer_fits};
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
 pub(crate) use fields::sealed;
 #[cfg(test)]
@@ -69,6 +69,8 @@ pub(crate) const PAYLOAD_MAX_BYTES: usize = 1024 * 1024 + 64 * 1024;
 pub(crate) const HEADER_BYTES: usize = 24;
 /// The version of the units, one for all kinds.
 pub(crate) const VERSION: u16 = 1;
+/// Bytes of the pages of a snapshot piece that we send, unless one page is more. What came of one before a connection breaks has come for nothing: so they are small.
+const PIECE_BYTES: usize = 32 * 1024;
 /// The most that the pages of one snapshot piece may come to.
 pub(crate) const PIECE_MAX_BYTES: usize = 1024 * 1024;
 /// Longest JSON of a peer: room for four URLs and a few dozen labels.
@@ -296,13 +298,16 @@ pub(crate) struct Welcome {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Heartbeat {
     pub(crate) position: Position,
-    pub(crate) unix_micros: u64,
+    /// At the earliest, the replica's own [`Ack::clock`] when this was said: how old it is when it comes is told by one clock.
+    pub(crate) clock: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Ack {
     pub(crate) applied: Option<Position>,
     pub(crate) synced: Option<Position>,
+    /// Microseconds since the replica dialled.
+    pub(crate) clock: u64,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -312,6 +317,8 @@ pub(crate) struct SnapBegin {
     /// The page that the pieces begin with: 1, or more when an earlier snapshot is resumed.
     pub(crate) from: PageNo,
     pub(crate) page_size: PageSize,
+    /// How many pages the database has now; for people, who want to know how far a snapshot is.
+    pub(crate) pages: u32,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

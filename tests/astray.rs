@@ -203,7 +203,14 @@ async fn the_applications_readiness_follows() {
     let note = Request::post(format!("{url}/api/notes")).header("content-type", "application/json");
     let answer = http.send(note.body(r#"{"text":"lost"}"#).unwrap()).await.unwrap();
     assert!(answer.status >= 500, "{answer:?}");
-    assert_eq!(status("/healthz").await, 503);
+    let health = http.get(&format!("{url}/healthz")).await.unwrap();
+    assert_eq!(health.status, 503);
+    // What everybody can ask for has no paths.
+    let node = http.get(&format!("{url}/api/node")).await.unwrap();
+    for answer in [health.text(), node.text()] {
+        assert!(answer.contains("replication stopped"), "{answer}");
+        assert!(!answer.contains(text(dir.path())) && !answer.contains("notes.db"), "{answer}");
+    }
     drop(example);
 }
 

@@ -15,7 +15,7 @@ use axum::response::{Html, IntoResponse, Redirect};
 use http_body_util::{BodyExt, Empty};
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::TokioExecutor;
-use replite::{Addresses, Config, Db, Secret};
+use replite::{Addresses, Config, Db, Event, Events, Secret};
 use support::*;
 use tokio::net::TcpListener;
 use tower_http::compression::CompressionLayer;
@@ -63,7 +63,7 @@ async fn a_stream_below_a_timeout_begins_again_where_it_was_cut() {
         last = Some(insert(&p, "x", n).await);
         if n % 5 == 4 {
             // Silence is what the layer cuts.
-            while !matches!(within("a cut", events.next()).await, Some(replite::Event::Disconnected(_))) {}
+            while !matches!(within("a cut", events.next()).await, Some(Event::Disconnected(_))) {}
         }
     }
     r.wait_for_timeout(last.unwrap(), LIMIT).await.unwrap();
@@ -281,6 +281,58 @@ async fn addresses_and_labels_are_known_on_the_other_side_also_in_ipv6() {
         let request = Request::post(format!("http://{address}/")).body(Empty::new()).unwrap();
         let response = client.request(request).await.unwrap();
         assert_eq!(response.status(), 200, "{ip}");
+        r.shutdown().await;
+        p.shutdown().await;
+    }
+}
+
+/// The text with which a stream ends.
+async fn ended(events: &mut Events) -> String {
+    within("the end of a stream", async {
+        loop {
+            match events.next().await {
+                Some(Event::Disconnected(why)) => return why,
+                Some(_) => {}
+                None => panic!("the node ended"),
+            }
+        }
+    })
+    .await
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn streams_of_a_dropped_secret_end_on_both_sides() {
+    for by_server in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let p = Db::open(primary(&dir.path().join("p.db"), 0).secrets([key(1)])).await.unwrap();
+        let url = p.node().addresses.replication.clone();
+        let r = Db::open(replica(&dir.path().join("r.db"), &url).secrets([key(1)])).await.unwrap();
+        within("ready", r.ready()).await.unwrap();
+        let (mut told, mut events) = (p.events(), r.events());
+        // As long as it is valid, whatever its place, nothing ends.
+        for node in [&p, &r] {
+            node.rotate_secrets(&[key(1), key(2)]).unwrap();
+            node.rotate_secrets(&[key(2), key(1)]).unwrap();
+        }
+        let last = insert(&p, "x", 1).await;
+        r.wait_for_timeout(last, LIMIT).await.unwrap();
+        let (one, other) = if by_server { (&p, &r) } else { (&r, &p) };
+        other.rotate_secrets(&[key(1)]).unwrap();
+        one.rotate_secrets(&[key(2)]).unwrap();
+        let why = ended(&mut events).await;
+        assert!(why.contains("secret") && why.contains("not valid"), "{by_server}: {why}");
+        // And none begins. Both operators are told.
+        until("the replica says so", || r.status().problem.is_some_and(|p| p.contains("an empty 404")));
+        within("the primary says so", async {
+            while !matches!(told.next().await, Some(Event::OtherSecret { node, .. }) if node == r.node().node)
+            {
+            }
+        })
+        .await;
+        assert!(p.status().problem.unwrap().contains("another secret"));
+        let before = r.position();
+        insert(&p, "x", 2).await;
+        assert!(!r.health().can_write && r.position() == before);
         r.shutdown().await;
         p.shutdown().await;
     }

@@ -112,14 +112,14 @@ impl IntoResponse for Failure {
         match self {
             Failure::Refused(status, text) => (status, Json(json!({ "error": text }))).into_response(),
             Failure::Db(error) => {
-                let later = error.to_string();
-                // Status and headers say whether to try again, and whether that is safe; the words are ours.
+                tracing::error!(%error, "a request failed");
+                // Status and headers say whether to try again, and whether that is safe; the words are ours, for the error's own may have addresses and paths.
                 let (mut head, _) = error.into_response().into_parts();
                 for about_the_words in [header::CONTENT_TYPE, header::CONTENT_LENGTH] {
                     head.headers.remove(about_the_words);
                 }
                 let text = match head.status {
-                    StatusCode::SERVICE_UNAVAILABLE => later.as_str(),
+                    StatusCode::SERVICE_UNAVAILABLE => "not at the moment; try again",
                     _ => "internal error",
                 };
                 (head.status, head.headers, Json(json!({ "error": text }))).into_response()
@@ -227,18 +227,19 @@ async fn node(State(app): Shared) -> impl IntoResponse {
     ([(header::CACHE_CONTROL, "no-store")], Json(describe(&app)))
 }
 
+/// What everybody may see. The texts of problems, and inner addresses, are for operators: in the log.
 fn describe(app: &App) -> Value {
-    let status = app.db.status();
+    let full = app.db.status();
+    let status = full.public();
     json!({
-        "id": status.node,
+        "id": full.node,
         "url": app.url,
         "role": status.role,
-        "primary": status.primary.map(|p| p.addresses.app),
-        "epoch": status.epoch,
+        "epoch": full.epoch,
         "txid": status.position.map(|p| p.number()),
         "checksum": status.position.map(|p| p.checksum().to_string()),
         "lag_ms": status.lag.map_or(0, |l| l.millis),
-        "problem": status.problem,
+        "problems": status.problems,
     })
 }
 
@@ -279,7 +280,12 @@ async fn healthz(State(app): Shared) -> impl IntoResponse {
     let health = app.db.health();
     let well = health.can_read && health.can_write;
     let status = if well { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(json!({ "health": health, "status": app.db.status() })))
+    // Where this is not for everybody, `health` and `status()` tell more.
+    let (can_read, can_write) = (health.can_read, health.can_write);
+    (
+        status,
+        Json(json!({ "can_read": can_read, "can_write": can_write, "status": app.db.status().public() })),
+    )
 }
 
 /// Asks another instance.

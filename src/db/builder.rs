@@ -454,6 +454,9 @@ impl Config {
                 "at most {LABELS_MAX} labels of at most {LABEL_MAX_BYTES} bytes are possible"
             )));
         }
+        if !self.addresses.are_plain() {
+            return Err(Error::Config("addresses and labels can't have control characters".into()));
+        }
         let told = PeerInfo {
             node: uuid::Uuid::nil(),
             incarnation: uuid::Uuid::nil(),

@@ -43,6 +43,7 @@ impl Db {
             log_bytes: log.map_or(0, |log| log.bytes()),
             verification: inner.verifier.last(),
             problem: node.problem(),
+            public_problems: node.public_problems(),
         }
     }
 
@@ -82,6 +83,8 @@ impl Db {
         if live && status.primary.is_none() {
             reasons.push("the primary is not reachable".to_string());
         }
+        // The stream stands, but nothing comes: the primary may be gone. What was heard is among the problems.
+        let silent = status.role == Role::Replica && status.lag.is_some_and(|lag| !lag.connected);
         // What stops a replica stops no write: those are the primary's.
         let stopped = status.role == Role::Primary
             && [Part::Engine, Part::Room].iter().any(|part| inner.node.has_problem(*part));
@@ -89,7 +92,7 @@ impl Db {
         Health {
             live,
             can_read: live && !draining && state && fresh && !inner.node.has_problem(Part::Reads),
-            can_write: live && !draining && status.primary.is_some() && !stopped,
+            can_write: live && !draining && status.primary.is_some() && !silent && !stopped,
             reasons,
         }
     }

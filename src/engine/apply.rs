@@ -26,7 +26,7 @@ use crate::node::{Node, Part};
 use crate::status::Event;
 use crate::threads;
 use crate::txid::{EpochHistory, Place, Position};
-use crate::wire::{Message, Unit, Want};
+use crate::wire::{Kind, Message, Unit, Want};
 
 use bounded::{Bounded, is_long};
 use healing::{Healing, Pace, Suspect, WANTS_MAX};
@@ -242,7 +242,12 @@ impl Apply {
 
     fn abort(&mut self) {
         self.intake.abort(self.state.known());
-        self.incoming = None;
+        // What came of a snapshot stays, so that the next stream goes on from there.
+        if let Some(mut incoming) = self.incoming.take()
+            && let Err(error) = incoming.keep()
+        {
+            tracing::warn!(%error, "the pages that came last of a snapshot are not kept");
+        }
         self.healing = None;
     }
 
@@ -334,7 +339,12 @@ impl Apply {
                 _ => return Err(Error::garbled("the primary", "a unit that does not belong into a stream")),
             }
         }
-        self.publish()
+        self.publish()?;
+        let data = |unit: &Unit| !matches!(unit.kind, Kind::Welcome | Kind::Epochs);
+        if units.iter().any(data) {
+            self.shared.taken.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
     }
 
     /// What comes, and what lies under it.

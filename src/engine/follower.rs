@@ -46,6 +46,8 @@ pub(super) struct Shared {
     pub(super) stop: AtomicBool,
     /// Heals that were finished since the node started.
     pub(super) heals: AtomicU64,
+    /// Batches that were taken in.
+    pub(super) taken: AtomicU64,
 }
 
 impl Shared {
@@ -104,6 +106,7 @@ impl Follower {
             fallen: Mutex::new(None),
             stop: AtomicBool::new(false),
             heals: AtomicU64::new(0),
+            taken: AtomicU64::new(0),
         });
         let apply = Apply::open(options, node, shared.clone(), commands.downgrade())?;
         let thread = apply.start(receiver)?;
@@ -150,6 +153,11 @@ impl Follower {
     pub(crate) fn answers(&self) -> impl FnOnce(Want) -> Result<Bytes> + Send + 'static {
         let shared = self.shared.clone();
         move |want| shared.answer(&want)
+    }
+
+    /// Grows when something of what was fed has been taken in, as far as it went.
+    pub(crate) fn taken(&self) -> u64 {
+        self.shared.taken.load(Ordering::Relaxed)
     }
 
     /// The newest position that is fsynced.

@@ -355,7 +355,7 @@ impl Sink for Rebuild {
             match appended {
                 // It begins anew behind these commits.
                 Err(error) if error.no_room() => {
-                    tracing::error!(%error, "the log can't be written: replicas that are behind will need a snapshot");
+                    tracing::error!(%error, "the log can't be written and loses its past: it begins anew behind the last commit");
                     self.append = false;
                     return self.log.abort();
                 }

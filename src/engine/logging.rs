@@ -10,7 +10,7 @@ use bytes::Bytes;
 use crate::engine::base::{Base, lock};
 use crate::error::{Error, Result};
 use crate::node::Part;
-use crate::status::Event;
+use crate::status::{Event, Role};
 use crate::txid::Position;
 
 /// Whether records must go to make room.
@@ -86,9 +86,20 @@ pub(super) fn sync(base: &Base) -> Result<()> {
 }
 
 fn say_broken(base: &Base, error: &Error) {
-    tracing::error!(%error, "the log can't be written: replicas that are behind compare their pages");
+    let means = what_a_gap_means(base.node.roles.borrow().role);
+    tracing::error!(%error, "the log can't be written: {means}");
     base.note_room(error);
-    base.node.set_problem(Part::Log, Some(format!("the log can't be written: {error}")));
+    base.node.set_problem(Part::Log, Some(format!("the log can't be written: {error}; {means}")));
+}
+
+/// What comes of a log that lost its past.
+fn what_a_gap_means(role: Role) -> &'static str {
+    match role {
+        Role::Replica => {
+            "what the primary commits still comes; should it lead this node back, it has to compare all pages"
+        }
+        _ => "commits go on; replicas that are behind have to compare all their pages with this node's",
+    }
 }
 
 #[cfg(all(test, target_os = "linux"))]
@@ -106,7 +117,7 @@ mod tests {
     use crate::log::Found;
     use crate::log::tests::Broken;
     use crate::node::Part;
-    use crate::status::Event;
+    use crate::status::{Event, Role};
     use crate::wire::{self, Message, Plan, Welcome};
 
     /// The one segment of a primary's log, by the path that its descriptor has.
@@ -123,6 +134,15 @@ mod tests {
         plain.execute_batch("CREATE TABLE t(a); INSERT INTO t VALUES (1)").unwrap();
         settled(&engine);
         (engine, plain)
+    }
+
+    #[test]
+    fn a_log_that_lost_its_past_means_no_snapshot_and_less_on_a_replica() {
+        let (primary, replica) =
+            (super::what_a_gap_means(Role::Primary), super::what_a_gap_means(Role::Replica));
+        assert!(primary.contains("replicas that are behind have to compare"), "{primary}");
+        assert!(!replica.contains("replicas") && replica.contains("still comes"), "{replica}");
+        assert!(!format!("{primary}{replica}").contains("snapshot"));
     }
 
     #[test]

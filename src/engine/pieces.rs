@@ -6,7 +6,7 @@ use crate::checksum::PageHash;
 use crate::engine::Piece;
 use crate::error::Result;
 use crate::page::{PageNo, PageSize};
-use crate::wire::{self, Message, Sent, WantRun};
+use crate::wire::{self, Sent, WantRun};
 
 /// Bytes of pages that are read at one moment. Small, because the checkpointer waits meanwhile.
 pub(crate) const PIECE_BYTES: usize = 256 * 1024;
@@ -54,6 +54,6 @@ fn encode_differing(first: PageNo, piece: &Piece, hashes: &[[u8; 16]], size: Pag
             end += 1;
         }
         let pages = &piece.data[begin * size.bytes()..end * size.bytes()];
-        wire::encode(&Message::SnapPiece { first: number, position: piece.position, pages }, out);
+        wire::encode_pieces(number, piece.position, pages, size.bytes(), out);
     }
 }

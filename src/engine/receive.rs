@@ -8,6 +8,7 @@
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::checksum::PageHash;
 use crate::engine::anchor::replace_file;
@@ -26,8 +27,9 @@ const HELD_MAGIC: [u8; 8] = *b"repheld2";
 const HELD_HEAD_BYTES: usize = 8 + 4 + 4;
 const VERSION: u32 = 1;
 const STATE_BYTES: usize = 8 + 4 + 4 + 4 + Position::BYTES + 16;
-/// Progress is made durable after so many bytes.
+/// Progress is made durable after so many bytes, or after so long.
 const PROGRESS_BYTES: u64 = 64 << 20;
+const PROGRESS_EVERY: Duration = Duration::from_secs(5);
 /// Bytes that are read at a time when pages that came earlier are hashed again.
 const HASH_CHUNK_BYTES: usize = 1 << 20;
 
@@ -41,6 +43,7 @@ pub(super) struct Incoming {
     /// The page that the next piece of a snapshot begins with.
     next: u32,
     since_progress: u64,
+    last_progress: Instant,
     overlay: Overlay,
 }
 
@@ -146,7 +149,8 @@ impl Incoming {
         side::make_directory(&directory)?;
         let (file, _) = side::open_or_create(&directory.join("pages"))?;
         let overlay = Overlay::new(page_size, first, below);
-        Ok(Incoming { directory, file, held: None, next: 1, since_progress: 0, overlay })
+        let last_progress = Instant::now();
+        Ok(Incoming { directory, file, held: None, next: 1, since_progress: 0, last_progress, overlay })
     }
 
     /// Begins a snapshot, or goes on with the one that [`progress`] told of.
@@ -231,7 +235,7 @@ impl Incoming {
         let check = blake3::hash(&bytes);
         bytes.extend_from_slice(&check.as_bytes()[..16]);
         replace_file(&self.directory, "state", &bytes)?;
-        self.since_progress = 0;
+        (self.since_progress, self.last_progress) = (0, Instant::now());
         Ok(())
     }
 
@@ -246,11 +250,19 @@ impl Incoming {
         self.overlay.append(first, pages);
         self.next += count;
         self.since_progress += pages.len() as u64;
-        if self.since_progress >= PROGRESS_BYTES {
-            // No record was applied yet, so that this is still the position of the first piece.
-            self.save_progress(self.overlay.position())?;
+        if self.since_progress >= PROGRESS_BYTES || self.last_progress.elapsed() >= PROGRESS_EVERY {
+            self.keep()?;
         }
         Ok(())
+    }
+
+    /// Makes durable how far a snapshot has come.
+    pub(super) fn keep(&mut self) -> Result<()> {
+        if self.since_progress == 0 {
+            return Ok(());
+        }
+        // Pieces came last and no record was applied yet, so that this is still the position of the first piece.
+        self.save_progress(self.overlay.position())
     }
 
     /// A run of pages that a heal asked for.
@@ -385,7 +397,7 @@ mod tests {
 
     fn begin(from: PageNo) -> SnapBegin {
         let first = Position::new(Txid::new(Epoch::new(1, 2), 3), crate::Checksum::EMPTY);
-        SnapBegin { first, from, page_size: PageSize::new(512).unwrap() }
+        SnapBegin { first, from, page_size: PageSize::new(512).unwrap(), pages: 4 }
     }
 
     /// Leaves a snapshot of four pages behind, with its progress.

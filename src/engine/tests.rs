@@ -137,7 +137,7 @@ fn feed(engine: &Engine, follower: &Follower, pieces_between: &mut dyn FnMut()) 
             lsn
         }
         (None, Found::At { lsn, .. }) => {
-            let begin = SnapBegin { first, from: PageNo::FIRST, page_size };
+            let begin = SnapBegin { first, from: PageNo::FIRST, page_size, pages: 0 };
             wire::encode(&Message::SnapBegin(begin), &mut out);
             let last = send_pieces(engine, &mut out, pieces_between);
             until("capture", || engine.base.tip().position.number() >= last.position.number());

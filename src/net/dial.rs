@@ -18,10 +18,9 @@ use tokio_util::sync::{CancellationToken, DropGuard, WaitForCancellationFutureOw
 use tokio_util::task::TaskTracker;
 
 use super::{
-    CONNECTION_WINDOW_BYTES, Endpoint, FRAME_MAX_BYTES, Incoming, PING_INTERVAL, PING_TIMEOUT,
-    STREAM_WINDOW_BYTES, Tracked, chain,
+    CONNECTION_WINDOW_BYTES, Endpoint, FRAME_MAX_BYTES, Heard, Incoming, STREAM_WINDOW_BYTES, Tracked, chain,
 };
-use crate::error::PeerProblem;
+use crate::error::{PeerProblem, shown};
 
 /// Longest wait for a TCP connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -31,8 +30,16 @@ const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Pieces of the request's body that wait to be sent: a hello and a few acknowledgements.
 const REQUEST_PIECES_MAX: usize = 8;
+/// Bytes of a connection's error that are shown.
+const SHOWN_MAX_BYTES: usize = 512;
 /// First bytes of a peer that are kept to tell HTTP/1 from HTTP/2.
 const FIRST_BYTES: usize = 16;
+/// What HTTP/2 begins with: a preface, and settings, here none.
+const HTTP2_BEGINS: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\x04\0\0\0\0\0";
+/// What HTTP/1 answers with.
+const HTTP1_BEGINS: &[u8] = b"HTTP/1.";
+/// The type of the frame that HTTP/2 answers with: settings.
+const SETTINGS: u8 = 4;
 /// Largest head of a response, in bytes.
 const HEAD_MAX_BYTES: u32 = 16 * 1024;
 
@@ -42,6 +49,8 @@ pub(crate) struct Opened {
     pub(crate) headers: HeaderMap,
     pub(crate) body: Incoming,
     pub(crate) request: Sender<Bytes, Infallible>,
+    /// What comes on the connection.
+    pub(crate) heard: Arc<Heard>,
     /// Keeps the connection open.
     pub(crate) guard: DropGuard,
 }
@@ -60,10 +69,13 @@ pub(crate) async fn open(
     tracker: &TaskTracker,
 ) -> Result<Opened, PeerProblem> {
     let io = connect(to).await?;
-    let opened = open_on(io, to, path, headers, tracker).await;
+    let heard = Arc::new(Heard::new());
+    let opened = exchange_on(io, to, path, headers, tracker, &heard).await;
     match opened {
-        // A server without HTTP/2 mostly hangs up on our preface without a word: ask in its own language.
-        Err(PeerProblem::Connection(_)) if speaks_http1(to).await => Err(PeerProblem::NotHttp2),
+        // A server without HTTP/2 mostly hangs up on our preface without a word. So does a link that breaks: asked once more, it tells.
+        Err(PeerProblem::Connection(_)) if heard.bytes() == 0 && lacks_http2(to).await => {
+            Err(PeerProblem::NotHttp2)
+        }
         opened => opened,
     }
 }
@@ -81,6 +93,7 @@ async fn connect(to: &Endpoint) -> Result<TcpStream, PeerProblem> {
 }
 
 /// The same on a connection that stands already.
+#[cfg(test)]
 pub(crate) async fn open_on<I>(
     io: I,
     to: &Endpoint,
@@ -91,10 +104,24 @@ pub(crate) async fn open_on<I>(
 where
     I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
+    exchange_on(io, to, path, headers, tracker, &Arc::new(Heard::new())).await
+}
+
+async fn exchange_on<I>(
+    io: I,
+    to: &Endpoint,
+    path: &str,
+    headers: HeaderMap,
+    tracker: &TaskTracker,
+    heard: &Arc<Heard>,
+) -> Result<Opened, PeerProblem>
+where
+    I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+{
     let cut = CancellationToken::new();
     let guard = cut.clone().drop_guard();
     let first = Arc::new(Mutex::new(Vec::new()));
-    let io = Watched { io, first: first.clone(), cut: Box::pin(cut.cancelled_owned()) };
+    let io = Watched { io, first: first.clone(), heard: heard.clone(), cut: Box::pin(cut.cancelled_owned()) };
     let exchange = exchange(io, to, path, headers, tracker);
     let result = match tokio::time::timeout(HEAD_TIMEOUT, exchange).await {
         Ok(result) => result,
@@ -104,7 +131,8 @@ where
         Ok((response, request)) => {
             let (head, body) = response.into_parts();
             let body = Incoming::new(body);
-            Ok(Opened { status: head.status, headers: head.headers, body, request, guard })
+            let heard = heard.clone();
+            Ok(Opened { status: head.status, headers: head.headers, body, request, heard, guard })
         }
         Err(_) if first.lock().unwrap_or_else(|e| e.into_inner()).starts_with(b"HTTP/") => {
             Err(PeerProblem::NotHttp2)
@@ -125,16 +153,14 @@ async fn exchange<I>(
 where
     I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
-    let broken = |e: hyper::Error| PeerProblem::Connection(chain(&e));
+    // A peer may give reasons of its own.
+    let broken = |e: hyper::Error| PeerProblem::Connection(shown(&chain(&e), SHOWN_MAX_BYTES));
     let (mut sender, connection) = hyper::client::conn::http2::Builder::new(Tracked(tracker.clone()))
         .timer(TokioTimer::new())
         .initial_stream_window_size(STREAM_WINDOW_BYTES)
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_frame_size(FRAME_MAX_BYTES)
         .max_header_list_size(HEAD_MAX_BYTES)
-        .keep_alive_interval(PING_INTERVAL)
-        .keep_alive_timeout(PING_TIMEOUT)
-        .keep_alive_while_idle(true)
         .handshake(TokioIo::new(io))
         .await
         .map_err(broken)?;
@@ -155,23 +181,34 @@ where
     Ok((response, body_sender))
 }
 
-/// Whether a peer that hung up on HTTP/2 answers HTTP/1.
-async fn speaks_http1(to: &Endpoint) -> bool {
-    let probe = async {
-        let mut io = connect(to).await.ok()?;
-        let request = format!("HEAD / HTTP/1.1\r\nhost: {}\r\nconnection: close\r\n\r\n", to.authority());
-        io.write_all(request.as_bytes()).await.ok()?;
-        let mut first = [0; 7];
-        io.read_exact(&mut first).await.ok()?;
-        Some(first == *b"HTTP/1.")
-    };
-    matches!(tokio::time::timeout(PROBE_TIMEOUT, probe).await, Ok(Some(true)))
+/// Whether a peer that hung up on HTTP/2 does so again, and answers HTTP/1.
+async fn lacks_http2(to: &Endpoint) -> bool {
+    match answer_to(to, HTTP2_BEGINS).await {
+        Some(first) if first[3] == SETTINGS => return false,
+        Some(first) if first.starts_with(HTTP1_BEGINS) => return true,
+        _ => {}
+    }
+    let request = format!("HEAD / HTTP/1.1\r\nhost: {}\r\nconnection: close\r\n\r\n", to.authority());
+    answer_to(to, request.as_bytes()).await.is_some_and(|first| first.starts_with(HTTP1_BEGINS))
 }
 
-/// A connection that remembers its first bytes and can be cut from outside: hyper's own tasks end with it.
+/// The first bytes of what a peer answers: as many as a frame's header has.
+async fn answer_to(to: &Endpoint, request: &[u8]) -> Option<[u8; 9]> {
+    let probe = async {
+        let mut io = connect(to).await.ok()?;
+        io.write_all(request).await.ok()?;
+        let mut first = [0; 9];
+        io.read_exact(&mut first).await.ok()?;
+        Some(first)
+    };
+    tokio::time::timeout(PROBE_TIMEOUT, probe).await.ok()?
+}
+
+/// A connection that remembers its first bytes, notes when some come, and can be cut from outside: hyper's own tasks end with it.
 struct Watched<I> {
     io: I,
     first: Arc<Mutex<Vec<u8>>>,
+    heard: Arc<Heard>,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
 }
 
@@ -186,7 +223,9 @@ impl<I: AsyncRead + Unpin> AsyncRead for Watched<I> {
         }
         let before = buf.filled().len();
         let read = Pin::new(&mut self.io).poll_read(cx, buf);
-        if read.is_ready() {
+        let came = buf.filled().len() - before;
+        if read.is_ready() && came > 0 {
+            self.heard.note(came);
             let mut first = self.first.lock().unwrap_or_else(|e| e.into_inner());
             let missing = FIRST_BYTES.saturating_sub(first.len());
             first.extend(buf.filled()[before..].iter().take(missing));

@@ -21,9 +21,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::{Service, ServiceExt};
 
-use super::{
-    CONNECTION_WINDOW_BYTES, FRAME_MAX_BYTES, PING_INTERVAL, PING_TIMEOUT, STREAM_WINDOW_BYTES, Tracked,
-};
+use super::{CONNECTION_WINDOW_BYTES, FRAME_MAX_BYTES, STREAM_WINDOW_BYTES, Tracked};
 use crate::error::{Error, Result};
 use crate::threads::{aside, caught_task};
 
@@ -184,9 +182,7 @@ fn builder(tracker: TaskTracker) -> auto::Builder<Tracked> {
         .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
         .max_frame_size(FRAME_MAX_BYTES)
         .max_concurrent_streams(STREAMS_MAX)
-        .max_header_list_size(HEAD_MAX_BYTES)
-        .keep_alive_interval(PING_INTERVAL)
-        .keep_alive_timeout(PING_TIMEOUT);
+        .max_header_list_size(HEAD_MAX_BYTES);
     builder
 }
 

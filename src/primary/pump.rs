@@ -2,7 +2,7 @@
 
 use std::io;
 use std::sync::Arc;
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
@@ -11,6 +11,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::AbortOnDropHandle;
 
 use super::boundary::Boundary;
+use super::clock::ReplicaClock;
 use super::outlet::{Closed, Outlet};
 use super::plan::{Decision, plan};
 use super::questions::Questions;
@@ -34,7 +35,7 @@ const PIECES_AT_ONCE: usize = 4;
 const RUN_PAGES_AT_ONCE: usize = 256;
 /// Such goes that wait to be sent: reading, hashing and sending overlap.
 const GOES_AHEAD: usize = 2;
-/// How often the position is said. A replica takes ten seconds of silence for a dead primary.
+/// How often the position is said. A replica that hears nothing for some seconds says so, and takes ten seconds of silence for a dead primary.
 const BEAT: Duration = Duration::from_secs(1);
 /// Longest wait until the log has what the first snapshot piece was read at.
 const LOG_LAG_MAX: Duration = Duration::from_secs(10);
@@ -76,6 +77,7 @@ pub(super) struct Pump {
     draining: Option<Instant>,
     /// Cancelled when the replica has said that all of them are answered.
     quiet: CancellationToken,
+    clock: ReplicaClock,
 }
 
 impl Pump {
@@ -84,7 +86,7 @@ impl Pump {
         supply: Arc<dyn Supply>,
         outlet: Outlet,
         questions: Questions,
-        comparisons: Arc<Semaphore>,
+        (comparisons, clock): (Arc<Semaphore>, ReplicaClock),
     ) -> Pump {
         let boundary = Boundary::default();
         let (told, last_beat) = (Arc::default(), Instant::now());
@@ -100,6 +102,7 @@ impl Pump {
             comparisons,
             draining: None,
             quiet,
+            clock,
         }
     }
 
@@ -297,7 +300,13 @@ impl Pump {
                 None => {
                     let at = *first.insert(resumed.unwrap_or(go.position));
                     let page_size = self.supply.page_size();
-                    self.say(&[Message::SnapBegin(SnapBegin { first: at, from, page_size })]).await?;
+                    self.say(&[Message::SnapBegin(SnapBegin {
+                        first: at,
+                        from,
+                        page_size,
+                        pages: go.pages,
+                    })])
+                    .await?;
                     at
                 }
             };
@@ -458,7 +467,7 @@ impl Pump {
         self.tell_drain().await?;
         match self.node.applied.position() {
             Some(position) if self.boundary.is_clean() => {
-                self.say(&[Message::Heartbeat(Heartbeat { position, unix_micros: unix_micros() })]).await
+                self.say(&[Message::Heartbeat(Heartbeat { position, clock: self.clock.now() })]).await
             }
             _ => Ok(()),
         }
@@ -558,9 +567,9 @@ fn read_ahead(
 
 fn read_go(supply: &dyn Supply, from: PageNo) -> Result<(Go, PageNo)> {
     let mut bytes = BytesMut::with_capacity(PIECES_AT_ONCE * (PIECE_BYTES + 1024));
+    let page = supply.page_size().bytes();
     read_pieces(supply, from, |first, piece| {
-        let message = Message::SnapPiece { first, position: piece.position, pages: &piece.data };
-        wire::encode(&message, &mut bytes);
+        wire::encode_pieces(first, piece.position, &piece.data, page, &mut bytes)
     })
     .map(|(first, last, next)| {
         let Sent { position, pages } = first;
@@ -619,8 +628,4 @@ fn read_pieces(
     }
     let first = begun.ok_or_else(|| Error::Stopped("a snapshot without pieces".into()))?;
     Ok((first, None, next))
-}
-
-fn unix_micros() -> u64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_micros() as u64)
 }

@@ -4,15 +4,15 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::error::{Error, PeerProblem, Result};
 use crate::page::PageNo;
 use crate::status::PeerInfo;
 use crate::wire::{Sent, Want};
 
-/// Longest wait for an answer.
-const ANSWER_TIMEOUT: Duration = Duration::from_secs(30);
+/// Longest wait for the next pages of an answer. All of them may take long on a slow link.
+const SILENCE_MAX: Duration = Duration::from_secs(30);
 /// The most bytes of an answer: twice what is asked for at once.
 const ANSWER_MAX_BYTES: usize = 2 * QUESTION_BYTES;
 /// Bytes of pages that are asked for at once.
@@ -27,7 +27,7 @@ pub(crate) struct Answer {
     pub(crate) at: Option<Sent>,
 }
 
-type Asked = (Want, oneshot::Sender<Answer>);
+type Asked = (Want, oneshot::Sender<Answer>, watch::Sender<()>);
 
 /// A way to ask one replica, as long as its stream stands.
 #[derive(Clone, Debug)]
@@ -42,13 +42,20 @@ impl Line {
         let peer = || self.peer.node.to_string();
         let gone = || Error::peer(peer(), PeerProblem::Connection("it left, or its stream is busy".into()));
         let (reply, answer) = oneshot::channel();
+        let (coming, mut comes) = watch::channel(());
         let asked = async {
-            self.questions.send((want, reply)).await.map_err(|_| gone())?;
+            self.questions.send((want, reply, coming)).await.map_err(|_| gone())?;
             answer.await.map_err(|_| gone())
         };
-        match tokio::time::timeout(ANSWER_TIMEOUT, asked).await {
-            Ok(answer) => answer,
-            Err(_) => Err(Error::peer(peer(), PeerProblem::Silent(ANSWER_TIMEOUT))),
+        let mut asked = std::pin::pin!(asked);
+        loop {
+            tokio::select! {
+                answer = &mut asked => return answer,
+                Ok(()) = comes.changed() => {}
+                () = tokio::time::sleep(SILENCE_MAX) => {
+                    return Err(Error::peer(peer(), PeerProblem::Silent(SILENCE_MAX)));
+                }
+            }
         }
     }
 }
@@ -88,15 +95,14 @@ impl Questions {
     /// No question is lost by dropping the future.
     pub(super) async fn next(&mut self) -> Want {
         match self.receiver.recv().await {
-            Some((want, reply)) => self.pending.begin(want, reply),
+            Some(asked) => self.pending.begin(asked),
             None => std::future::pending().await,
         }
     }
 
     /// The next question if there is one.
     pub(super) fn now(&mut self) -> Option<Want> {
-        let (want, reply) = self.receiver.try_recv().ok()?;
-        Some(self.pending.begin(want, reply))
+        Some(self.pending.begin(self.receiver.try_recv().ok()?))
     }
 }
 
@@ -109,13 +115,15 @@ struct Pending {
     answer: Answer,
     bytes: usize,
     reply: oneshot::Sender<Answer>,
+    /// Pages have come.
+    coming: watch::Sender<()>,
 }
 
 impl Answers {
-    fn begin(&self, want: Want, reply: oneshot::Sender<Answer>) -> Want {
+    fn begin(&self, (want, reply, coming): Asked) -> Want {
         // An earlier asker may have given up. Should its answer still come, it is taken for this one's, by which nothing is
         // proved; and the stream ends with the answer that nobody asked for then.
-        *lock(&self.0) = Some(Pending { answer: Answer::default(), bytes: 0, reply });
+        *lock(&self.0) = Some(Pending { answer: Answer::default(), bytes: 0, reply, coming });
         want
     }
 
@@ -125,6 +133,7 @@ impl Answers {
             Some(pending) if pending.bytes + pages.len() <= ANSWER_MAX_BYTES => {
                 pending.bytes += pages.len();
                 pending.answer.pages.push((first, Bytes::copy_from_slice(pages)));
+                pending.coming.send_replace(());
                 true
             }
             _ => false,

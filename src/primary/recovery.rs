@@ -9,8 +9,9 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use uuid::Uuid;
 
+use super::blocking;
 use super::outlet::Outlet;
-use super::{Units, blocking};
+use super::upstream::Units;
 use crate::engine::Opening;
 use crate::error::{Error, PeerProblem, Result};
 use crate::node::Node;
@@ -160,9 +161,7 @@ impl Recovery {
     async fn take(self: &Arc<Self>, asking: u64, peer: &PeerInfo, units: &mut Units) -> Result<()> {
         let peer = peer.node.to_string();
         loop {
-            let next = tokio::time::timeout(SILENCE_MAX, units.next()).await;
-            let next = next.map_err(|_| Error::peer(&peer, PeerProblem::Silent(SILENCE_MAX)))?;
-            let mut unit = next.map_err(|e| Error::garbled(&peer, e.to_string()))?;
+            let mut unit = units.next(SILENCE_MAX).await.map_err(|e| e.at(&peer))?;
             let mut batch: Vec<Unit> = Vec::new();
             let end = loop {
                 match unit.take() {
@@ -175,7 +174,7 @@ impl Recovery {
                     None => break None,
                 }
                 // What has come with it.
-                match units.decoder.next() {
+                match units.now() {
                     Ok(next) => unit = next,
                     Err(error) => break Some(Err(Error::garbled(&peer, error.to_string()))),
                 }

@@ -107,6 +107,16 @@ impl Seat {
         }
     }
 
+    /// Something came from the replica, though no acknowledgement.
+    pub(crate) fn alive(&self) {
+        let mut seats = self.registry.lock();
+        if let Some(entry) = seats.by_node.get_mut(&self.node)
+            && entry.serial == self.serial
+        {
+            entry.heard = Instant::now();
+        }
+    }
+
     /// Returns when a newer stream of the same node took the seat.
     pub(crate) async fn replaced(&self) {
         self.replaced.cancelled().await;
@@ -145,7 +155,7 @@ mod tests {
         assert_eq!(registry.list().len(), 1, "the older seat does not take the newer one away");
         assert_eq!(registry.join(&peer(1, 2)).unwrap_err(), Conflict);
         tokio::time::advance(ALIVE - Duration::from_millis(1)).await;
-        second.heard(Ack { applied: None, synced: None });
+        second.heard(Ack { applied: None, synced: None, clock: 0 });
         tokio::time::advance(ALIVE - Duration::from_millis(1)).await;
         assert_eq!(registry.conflict(Uuid::from_u128(1), Uuid::from_u128(2)), Some(Conflict));
         tokio::time::advance(Duration::from_millis(1)).await;

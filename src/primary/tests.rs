@@ -4,13 +4,16 @@ use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use http_body_util::channel::{Channel, Sender};
+use uuid::Uuid;
 
 use super::fake::{Fake, SECRET, at, history, node};
+use super::upstream::SILENCE_MAX;
 use super::*;
+use crate::handshake;
 use crate::log::{Log, LogOptions};
 use crate::status::Role;
 use crate::txid::{Epoch, EpochHistory};
-use crate::wire::{Ack, Plan};
+use crate::wire::{Ack, Decoder, Kind, Plan, Unit};
 
 /// A supply over a real log.
 struct OverLog(Arc<Log>);
@@ -380,26 +383,56 @@ async fn acknowledgements_are_shown_and_their_absence_ends_the_stream() {
     assert_eq!(stream.plan().await, Plan::Log);
     let mut events = stream.node.events.subscribe();
     for _ in 0..3 {
-        tokio::time::sleep(ACK_TIMEOUT - Duration::from_secs(1)).await;
-        let ack = Ack { applied: Some(at(1, 9)), synced: Some(at(1, 8)) };
+        tokio::time::sleep(SILENCE_MAX - Duration::from_secs(1)).await;
+        let ack = Ack { applied: Some(at(1, 9)), synced: Some(at(1, 8)), clock: 0 };
         stream.up.send_data(encoded(&Message::Ack(ack))).await.unwrap();
     }
     while stream.source.replicas()[0].applied.is_none() {
         tokio::task::yield_now().await;
     }
     assert_eq!(stream.source.replicas()[0].synced, Some(at(1, 8)));
-    assert_eq!(stream.goodbye().await, format!("no acknowledgement for {ACK_TIMEOUT:?}"));
+    assert_eq!(stream.goodbye().await, format!("nothing was heard from this replica for {SILENCE_MAX:?}"));
     assert!(matches!(events.recv().await.unwrap(), Event::ReplicaLeft(peer) if peer.node.as_u128() == 2));
+}
+
+/// On a slow link one unit takes its time.
+#[tokio::test(start_paused = true)]
+async fn any_part_of_a_unit_is_a_sign_of_life() {
+    let mut stream = Stream::join(Stream::start(1), Some(at(1, 0)), history(&[(1, 1)]), None).await;
+    assert_eq!(stream.plan().await, Plan::Log);
+    let ack = encoded(&Message::Ack(Ack { applied: Some(at(1, 9)), synced: None, clock: 7 }));
+    for part in ack.chunks(ack.len() / 4) {
+        tokio::time::sleep(SILENCE_MAX - Duration::from_secs(1)).await;
+        stream.up.send_data(Bytes::copy_from_slice(part)).await.unwrap();
+    }
+    while stream.source.replicas()[0].applied.is_none() {
+        tokio::task::yield_now().await;
+    }
+    let other = Uuid::from_u128(77);
+    let second = Knock { incarnation: other, ..knock_of(2) };
+    assert!(stream.source.conflict(&second).is_some(), "it is alive");
+}
+
+fn knock_of(id: u128) -> Knock {
+    let follower = super::fake::node(id, &SECRET, Role::Replica);
+    Knock {
+        version: 1,
+        cluster: "test".into(),
+        database: "app".into(),
+        node: follower.me.node,
+        incarnation: follower.me.incarnation,
+        nonce: [3; 32],
+    }
 }
 
 #[tokio::test(start_paused = true)]
 async fn garbage_from_a_replica_ends_its_stream_with_a_reason() {
-    let ack = encoded(&Message::Ack(Ack { applied: Some(at(1, 1)), synced: None }));
+    let ack = encoded(&Message::Ack(Ack { applied: Some(at(1, 1)), synced: None, clock: 0 }));
     let mut flipped = ack.to_vec();
     flipped[30] ^= 1;
     let mut huge = ack.to_vec();
     huge[..4].copy_from_slice(&u32::MAX.to_le_bytes());
-    let beat = wire::Heartbeat { position: at(1, 1), unix_micros: 0 };
+    let beat = wire::Heartbeat { position: at(1, 1), clock: 0 };
     let wrong = encoded(&Message::Heartbeat(beat)).to_vec();
     for (bytes, word) in [(flipped, "hash"), (huge, "limit"), (wrong, "Heartbeat")] {
         let mut stream = Stream::join(Stream::start(1), Some(at(1, 0)), history(&[(1, 1)]), None).await;

@@ -14,18 +14,19 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::lag::Lagging;
+use super::pace::Coming;
+use super::units::{Units, foreign};
 use super::{Feed, Reporter, lend};
 use crate::engine::Standing;
-use crate::error::{Error, PeerProblem, Result};
+use crate::error::{Error, PeerProblem, Result, shown};
 use crate::handshake::{self, Answer, Knock, Refusal};
-use crate::net::{self, Endpoint, Incoming, Opened};
+use crate::net::{self, Endpoint, Heard, Incoming, Opened};
 use crate::node::Node;
+use crate::secret::Proved;
 use crate::status::{PeerInfo, Role, RoleState};
 use crate::txid::{Epoch, EpochHistory, Position};
-use crate::wire::{self, Ack, Decoder, Goodbye, Hello, Kind, Message, Plan, Unit, Want, Welcome};
+use crate::wire::{self, Ack, Goodbye, Hello, Kind, Message, Plan, Unit, Want, Welcome};
 
-/// A primary that said nothing for this long is gone; it says its position each second.
-const SILENCE_MAX: Duration = Duration::from_secs(10);
 /// Acknowledgements of what is applied come at most this often; those of what is synced at once.
 const ACK_PAUSE: Duration = Duration::from_millis(100);
 /// An acknowledgement comes at least this often, also as a sign of life.
@@ -34,10 +35,8 @@ const ACK_EVERY: Duration = Duration::from_secs(1);
 const BATCH_MAX_BYTES: usize = 1024 * 1024;
 /// Questions of the primary that wait: it asks one at a time, and may have given one up.
 const QUESTIONS_MAX: usize = 2;
-/// Bytes of a foreign answer that are shown.
-const BEGINS_MAX_BYTES: usize = 200;
-/// Longest wait for them.
-const BEGINS_TIMEOUT: Duration = Duration::from_secs(1);
+/// Bytes of a goodbye that are shown.
+const GOODBYE_MAX_BYTES: usize = 1024;
 
 /// One try to follow.
 pub(super) struct Session<'a, F> {
@@ -46,11 +45,17 @@ pub(super) struct Session<'a, F> {
     primary: &'a Endpoint,
     tracker: &'a TaskTracker,
     lagging: &'a Lagging,
+    /// What acknowledgements say the time since.
+    dialled: Instant,
+    /// What had been taken in when this session began.
+    taken: u64,
     /// The newest epoch that this node knows.
     epoch: Option<Epoch>,
     peer: Option<PeerInfo>,
     /// Whether the stream delivered something.
     delivered: AtomicBool,
+    /// Whether the primary said that it has no more than this node.
+    level: bool,
     /// What the primary asks.
     questions: mpsc::Sender<Want>,
     asked: Option<mpsc::Receiver<Want>>,
@@ -77,9 +82,12 @@ impl<'a, F: Feed> Session<'a, F> {
             primary,
             tracker,
             lagging,
+            dialled: Instant::now(),
+            taken: feed.taken(),
             epoch: None,
             peer: None,
             delivered: AtomicBool::new(false),
+            level: false,
             choked: AtomicBool::new(false),
             drained: CancellationToken::new(),
         }
@@ -122,19 +130,36 @@ impl<'a, F: Feed> Session<'a, F> {
         knock: Knock,
         reporter: &mut Reporter,
     ) -> Result<Infallible> {
-        let Opened { status, headers, mut body, mut request, guard: _guard } = opened;
-        let answer = match self.read_head(status, &headers, &knock) {
+        let Opened { status, headers, mut body, request, heard, guard: _guard } = opened;
+        let (answer, proved) = match self.read_head(status, &headers, &knock) {
             Ok(answer) => answer,
             Err(Some(problem)) => return Err(self.blame(problem)),
             Err(None) => return Err(self.blame(foreign(status, &headers, &mut body).await)),
         };
+        let keys = self.node.keys.clone();
+        let dropped = Err(self.blame(PeerProblem::SecretDropped));
+        tokio::select! {
+            ended = self.follow(&knock, &answer, (body, heard), request, reporter) => ended,
+            () = keys.dropped(proved) => dropped,
+        }
+    }
+
+    /// Everything after the primary has proved the secret.
+    async fn follow(
+        &mut self,
+        knock: &Knock,
+        answer: &Answer,
+        (body, heard): (Incoming, Arc<Heard>),
+        mut request: Sender<Bytes, Infallible>,
+        reporter: &mut Reporter,
+    ) -> Result<Infallible> {
         let (standing, wants) = self.feed.standing().await?;
         self.epoch = Some(standing.history.epoch());
-        self.hello(&standing, &knock, &answer, &mut request).await?;
-        let mut units = Units { body, decoder: Decoder::default(), primary: self.primary };
+        self.hello(&standing, knock, answer, &mut request).await?;
+        let mut units = Units::new(body, heard.clone(), self.primary);
         let first = units.next().await?;
-        let welcome = self.welcome(&first, &answer, standing.history.epoch())?;
-        self.lagging.connected(welcome.position);
+        let welcome = self.welcome(&first, answer, standing.history.epoch())?;
+        self.lagging.connected(welcome.position, self.dialled, heard);
         self.follows(welcome.epoch, welcome.peer.clone());
         reporter.connected(&welcome.peer, welcome.plan);
         if welcome.plan == Plan::Recover {
@@ -143,10 +168,11 @@ impl<'a, F: Feed> Session<'a, F> {
         // What was decided says whether the primary has the state that is here.
         self.feed.feed(vec![first]).await?;
         let asked = self.asked.take();
-        let acks = acknowledge(self.node, self.feed, wants, asked, request, self.drained.clone());
+        let waiting = (wants, asked);
+        let acks = acknowledge(self.node, self.feed, self.dialled, waiting, request, self.drained.clone());
         tokio::select! {
             ended = self.receive(&mut units, reporter) => ended,
-            () = acks => Err(self.blame(PeerProblem::Connection("it takes no acknowledgements".into()))),
+            () = acks => Err(self.blame(PeerProblem::Connection("nothing more can be sent on it".into()))),
         }
     }
 
@@ -156,7 +182,7 @@ impl<'a, F: Feed> Session<'a, F> {
         status: StatusCode,
         headers: &http::HeaderMap,
         knock: &Knock,
-    ) -> Result<Answer, Option<PeerProblem>> {
+    ) -> Result<(Answer, Proved), Option<PeerProblem>> {
         if status == StatusCode::OK {
             return Answer::read(headers, knock, &self.node.keys).ok_or(None)?.map_err(Some);
         }
@@ -273,7 +299,7 @@ impl<'a, F: Feed> Session<'a, F> {
             self.hand_over(batch).await?;
             // What came before the bad unit was good and is taken over first.
             end?;
-            if self.delivered.load(Ordering::Relaxed) {
+            if self.level || self.feed.taken() != self.taken {
                 reporter.healthy();
             }
         }
@@ -282,15 +308,17 @@ impl<'a, F: Feed> Session<'a, F> {
     /// Deals with what concerns the stream; data goes into the batch.
     fn sort(&mut self, unit: Unit, batch: &mut Vec<Unit>) -> Result<()> {
         match unit.kind {
-            Kind::TxnBegin | Kind::Page | Kind::TxnEnd => {}
-            Kind::SnapBegin | Kind::SnapPiece | Kind::SnapEnd => {}
-            Kind::HealBegin | Kind::Sums | Kind::Sent => {}
+            Kind::Page | Kind::TxnEnd | Kind::Sums | Kind::Sent => {}
+            Kind::TxnBegin | Kind::SnapBegin | Kind::SnapPiece | Kind::SnapEnd | Kind::HealBegin => {
+                self.note(&unit);
+            }
             Kind::Epochs => self.epochs(&unit)?,
             Kind::Heartbeat => {
                 let Message::Heartbeat(beat) = self.decode(&unit)? else {
                     return Err(self.garbled("a heartbeat that is none".into()));
                 };
-                self.lagging.heard(beat.position);
+                self.lagging.beat(beat.position, self.when(beat.clock));
+                self.level |= self.node.applied.position() == Some(beat.position);
                 self.delivered.store(true, Ordering::Relaxed);
                 return Ok(());
             }
@@ -321,6 +349,32 @@ impl<'a, F: Feed> Session<'a, F> {
         Ok(())
     }
 
+    /// When this node's clock was so many microseconds; nothing comes from the future.
+    fn when(&self, clock: u64) -> Instant {
+        self.dialled + self.dialled.elapsed().min(Duration::from_micros(clock))
+    }
+
+    /// Notes how far it is, for status. What is wrong with a unit is said by who takes it in.
+    fn note(&self, unit: &Unit) {
+        let bytes = |pages: u32, size: u64| u64::from(pages) * size;
+        match unit.decode() {
+            Ok(Message::TxnBegin(begin)) => self.lagging.heard(begin.before.number().saturating_add(1)),
+            Ok(Message::SnapBegin(begin)) => {
+                let size = u64::from(begin.page_size.get());
+                let (have, total) = (bytes(begin.from.get() - 1, size), bytes(begin.pages, size));
+                self.lagging.comes(|coming| *coming = Coming::Snapshot { have, total });
+            }
+            Ok(Message::SnapPiece { pages, .. }) => self.lagging.comes(|coming| {
+                if let Coming::Snapshot { have, .. } = coming {
+                    *have += pages.len() as u64;
+                }
+            }),
+            Ok(Message::HealBegin(_)) => self.lagging.comes(|coming| *coming = Coming::Heal),
+            Ok(Message::SnapEnd(_)) => self.lagging.comes(|coming| *coming = Coming::Log),
+            _ => {}
+        }
+    }
+
     fn epochs(&mut self, unit: &Unit) -> Result<()> {
         let Message::Epochs(history) = self.decode(unit)? else {
             return Err(self.garbled("epochs that are none".into()));
@@ -340,7 +394,7 @@ impl<'a, F: Feed> Session<'a, F> {
         };
         // Its hash is looked at here, too: a bad one is the follower's to refuse.
         if let Ok(Message::TxnEnd(end)) = batch[last].decode() {
-            self.lagging.heard(end.after);
+            self.lagging.heard(end.after.number());
         }
         self.take(batch).await
     }
@@ -371,7 +425,7 @@ impl<'a, F: Feed> Session<'a, F> {
     }
 
     fn goodbye(&self, reason: String) -> Error {
-        self.blame(PeerProblem::Goodbye(reason))
+        self.blame(PeerProblem::Goodbye(shown(&reason, GOODBYE_MAX_BYTES)))
     }
 }
 
@@ -379,8 +433,8 @@ impl<'a, F: Feed> Session<'a, F> {
 async fn acknowledge<F: Feed>(
     node: &Node,
     feed: &F,
-    mut wants: mpsc::Receiver<Want>,
-    mut asked: Option<mpsc::Receiver<Want>>,
+    dialled: Instant,
+    (mut wants, mut asked): (mpsc::Receiver<Want>, Option<mpsc::Receiver<Want>>),
     mut request: Sender<Bytes, Infallible>,
     drained: CancellationToken,
 ) {
@@ -390,16 +444,18 @@ async fn acknowledge<F: Feed>(
     });
     let mut quiet = false;
     let mut synced = feed.synced();
-    let mut said: Option<(Ack, Instant)> = None;
+    let mut said = None;
     let mut synced_moves = true;
     loop {
-        let ack = Ack { applied: node.applied.position(), synced: *synced.borrow_and_update() };
-        let due = said.is_none_or(|(last, at)| last != ack || at.elapsed() >= ACK_EVERY);
+        let has = (node.applied.position(), *synced.borrow_and_update());
+        let due = said.is_none_or(|(last, at): (_, Instant)| last != has || at.elapsed() >= ACK_EVERY);
         if due {
+            let clock = dialled.elapsed().as_micros() as u64;
+            let ack = Ack { applied: has.0, synced: has.1, clock };
             if request.send_data(encoded(&Message::Ack(ack))).await.is_err() {
                 return;
             }
-            said = Some((ack, Instant::now()));
+            said = Some((has, Instant::now()));
         }
         tokio::select! {
             Some(want) = wants.recv() => {
@@ -440,81 +496,4 @@ fn encoded(message: &Message<'_>) -> Bytes {
     let mut bytes = BytesMut::new();
     wire::encode(message, &mut bytes);
     bytes.freeze()
-}
-
-/// What an answer that is not ours is taken for.
-async fn foreign(status: StatusCode, headers: &http::HeaderMap, body: &mut Incoming) -> PeerProblem {
-    let mut begins = Vec::new();
-    let read = async {
-        while begins.len() < BEGINS_MAX_BYTES {
-            let Some(Ok(bytes)) = body.next().await else { break };
-            begins.extend(bytes.iter().take(BEGINS_MAX_BYTES - begins.len()));
-        }
-    };
-    // What has come by then is shown.
-    let _ = tokio::time::timeout(BEGINS_TIMEOUT, read).await;
-    let content_type = headers.get(http::header::CONTENT_TYPE);
-    if status == StatusCode::NOT_FOUND && content_type.is_none() && begins.is_empty() {
-        // This is how we answer strangers.
-        return PeerProblem::NotFound;
-    }
-    let shown = |bytes: &[u8]| String::from_utf8_lossy(bytes).chars().take(BEGINS_MAX_BYTES).collect();
-    PeerProblem::NotReplite {
-        status: status.as_u16(),
-        content_type: content_type.map_or(String::new(), |t| shown(t.as_bytes())),
-        begins: shown(&begins),
-    }
-}
-
-/// The units of a response's body.
-struct Units<'a> {
-    body: Incoming,
-    decoder: Decoder,
-    primary: &'a Endpoint,
-}
-
-impl Units<'_> {
-    /// The next unit; an error at the end, after silence and for garbage.
-    async fn next(&mut self) -> Result<Unit> {
-        loop {
-            if let Some(unit) = self.cut()? {
-                return Ok(unit);
-            }
-            match tokio::time::timeout(SILENCE_MAX, self.body.next()).await {
-                Ok(bytes) => self.push(bytes)?,
-                Err(_) => return Err(self.blame(PeerProblem::Silent(SILENCE_MAX))),
-            }
-        }
-    }
-
-    /// The next unit if it has arrived already.
-    async fn now(&mut self) -> Result<Option<Unit>> {
-        loop {
-            if let Some(unit) = self.cut()? {
-                return Ok(Some(unit));
-            }
-            tokio::select! {
-                biased;
-                bytes = self.body.next() => self.push(bytes)?,
-                () = std::future::ready(()) => return Ok(None),
-            }
-        }
-    }
-
-    fn cut(&mut self) -> Result<Option<Unit>> {
-        self.decoder.next().map_err(|e| self.blame(PeerProblem::Garbled(e.to_string())))
-    }
-
-    fn push(&mut self, bytes: Option<std::io::Result<Bytes>>) -> Result<()> {
-        match bytes {
-            Some(Ok(bytes)) => self.decoder.push(bytes),
-            Some(Err(_)) => return Err(self.blame(PeerProblem::Connection("the stream broke off".into()))),
-            None => return Err(self.blame(PeerProblem::Connection("the stream ended".into()))),
-        }
-        Ok(())
-    }
-
-    fn blame(&self, problem: PeerProblem) -> Error {
-        Error::peer(self.primary.to_string(), problem)
-    }
 }

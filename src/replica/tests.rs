@@ -94,6 +94,10 @@ impl Feed for FakeFeed {
         None
     }
 
+    fn taken(&self) -> u64 {
+        self.kinds.lock().unwrap().len() as u64
+    }
+
     fn synced(&self) -> watch::Receiver<Option<Position>> {
         self.synced.subscribe()
     }
@@ -111,6 +115,17 @@ impl Try {
         let node = node(2, &SECRET, Role::Replica);
         let feed = FakeFeed::new(&node, history(&[(1, 1), (3, 1)]), Some(at(1, 0)));
         Try { node, feed, tracker: TaskTracker::new() }
+    }
+
+    fn knock(&self) -> Knock {
+        Knock {
+            version: 1,
+            cluster: self.node.cluster.clone(),
+            database: self.node.database.clone(),
+            node: self.node.me.node,
+            incarnation: self.node.me.incarnation,
+            nonce: [3; 32],
+        }
     }
 
     /// How the try ended.
@@ -291,6 +306,70 @@ async fn peers_without_http2_are_recognised() {
     assert!(matches!(Try::new().against(&to).await, PeerProblem::NotHttp2));
 }
 
+/// The connection was cut before the server said a word, and the server has both languages.
+#[tokio::test]
+async fn a_link_that_is_cut_is_no_peer_without_http2_nor_one_with_another_secret() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let to = endpoint(&listener);
+    tokio::spawn(async move {
+        let (mut io, _) = listener.accept().await.unwrap();
+        let _ = io.read(&mut [0; 16]).await;
+        drop(io);
+        while let Ok((io, _)) = listener.accept().await {
+            tokio::spawn(async move {
+                let service =
+                    hyper::service::service_fn(|_| async { Ok::<_, Infallible>(reply(200, None, "")) });
+                let builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
+                let _ = builder.serve_connection(TokioIo::new(io), service).await;
+            });
+        }
+    });
+    let problem = Try::new().against(&to).await;
+    assert!(matches!(problem, PeerProblem::Connection(_)), "{problem}");
+    // It broke after the head of a 404, of which a whole one would be empty.
+    let to = answering(|_| {
+        let (sender, body) = Channel::<Bytes, std::io::Error>::new(1);
+        tokio::spawn(async move {
+            tokio::time::sleep(Duration::from_millis(50)).await;
+            sender.abort(std::io::ErrorKind::ConnectionReset.into());
+        });
+        let mut response = Response::new(body.boxed_unsync());
+        *response.status_mut() = http::StatusCode::NOT_FOUND;
+        response
+    })
+    .await;
+    let problem = Try::new().against(&to).await;
+    assert_eq!(problem.to_string(), "connection failed: it broke within an answer");
+}
+
+#[tokio::test]
+async fn what_a_peer_says_is_shown_in_one_line() {
+    let reason = "bye\n2026-01-01 ERROR\u{1b}[2J forged".to_string();
+    let bye = encoded(&[welcome(3), Message::Goodbye(Goodbye { reason })]);
+    let problem = Try::new().against(&saying(bye).await).await.to_string();
+    assert_eq!(problem, r"it ended the stream: bye\n2026-01-01 ERROR\u{1b}[2J forged");
+    let to = answering(|_| reply(500, Some("text/plain"), "oh\nno\u{1b}[2J")).await;
+    let problem = Try::new().against(&to).await.to_string();
+    assert!(problem.ends_with(r#"begins "oh\nno\u{1b}[2J""#), "{problem}");
+    let to = answering(|_| {
+        let mut response = reply(503, None, "");
+        let word = http::HeaderValue::from_bytes("later\u{9b}x".as_bytes()).unwrap();
+        response.headers_mut().insert("replite-refused", word);
+        response
+    })
+    .await;
+    assert_eq!(Try::new().against(&to).await.to_string(), r"it refused: later\u{9b}x");
+}
+
+#[test]
+fn a_failure_of_this_node_is_not_told_as_the_primary_s() {
+    let peer = Error::peer("a", PeerProblem::NotPrimary);
+    assert_eq!(what_ended(&peer), "can't follow the primary; trying again");
+    assert_eq!(what_ended(&Error::HealPaused { pause: Duration::ZERO }), "the next heal waits");
+    let full = Error::Stopped("the disk".into());
+    assert!(what_ended(&full).starts_with("what comes from the primary can't be taken in here"));
+}
+
 #[tokio::test]
 async fn nobody_and_those_who_hang_up_are_connection_problems() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -319,14 +398,14 @@ async fn a_superseded_primary_is_never_applied() {
 #[tokio::test]
 async fn garbage_from_a_primary_is_typed_and_what_came_before_it_is_kept() {
     let good = encoded(&transaction());
-    let beat = encoded(&[Message::Heartbeat(Heartbeat { position: at(3, 1), unix_micros: 0 })]);
+    let beat = encoded(&[Message::Heartbeat(Heartbeat { position: at(3, 1), clock: 0 })]);
     let mut flipped = beat.to_vec();
     flipped[40] ^= 0x10;
     let mut huge = beat.to_vec();
     huge[..4].copy_from_slice(&u32::MAX.to_le_bytes());
     let mut unknown = beat.to_vec();
     unknown[4] = 200;
-    let ack = encoded(&[Message::Ack(wire::Ack { applied: None, synced: None })]).to_vec();
+    let ack = encoded(&[Message::Ack(wire::Ack { applied: None, synced: None, clock: 0 })]).to_vec();
     for (bad, word) in [(flipped, "hash"), (huge, "limit"), (unknown, "unknown"), (ack, "unexpected Ack")] {
         let bytes = [encoded(&[welcome(3)]), good.clone(), bad.into()].concat();
         let run = Try::new();
@@ -361,14 +440,7 @@ async fn a_silent_primary_is_given_up() {
         response
     }));
     let to = Endpoint::parse("http://primary:1").unwrap();
-    let knock = Knock {
-        version: 1,
-        cluster: run.node.cluster.clone(),
-        database: run.node.database.clone(),
-        node: run.node.me.node,
-        incarnation: run.node.me.incarnation,
-        nonce: [3; 32],
-    };
+    let knock = run.knock();
     let headers = knock.headers(&keys(&SECRET)).unwrap();
     let opened = net::open_on(ours, &to, handshake::STREAM_PATH, headers, &run.tracker).await.unwrap();
     let lagging = Lagging::new();
@@ -379,6 +451,47 @@ async fn a_silent_primary_is_given_up() {
     assert!(matches!(error, Error::Peer { problem: PeerProblem::Silent(_), .. }), "{error}");
     assert_eq!(began.elapsed().as_secs(), 10);
     assert!(!session.was_fruitful());
+}
+
+/// A heartbeat alone is no success: what the primary has beyond this node may be what can't come.
+#[tokio::test(start_paused = true)]
+async fn a_problem_lasts_until_something_is_taken_in() {
+    let run = Try::new();
+    let (ours, theirs) = tokio::io::duplex(64 * 1024);
+    let (senders, mut sender) = mpsc::unbounded_channel();
+    tokio::spawn(serve_h2(theirs, move |headers| {
+        let (response, sender) = streaming(&headers);
+        senders.send(sender).unwrap();
+        response
+    }));
+    let to = Endpoint::parse("http://primary:1").unwrap();
+    let knock = run.knock();
+    let headers = knock.headers(&keys(&SECRET)).unwrap();
+    let opened = net::open_on(ours, &to, handshake::STREAM_PATH, headers, &run.tracker).await.unwrap();
+    let mut sender = sender.recv().await.unwrap();
+    let lagging = Lagging::new();
+    let mut session = Session::new(&run.node, &*run.feed, &to, &run.tracker, &lagging);
+    run.node.set_problem(Part::Stream, Some("nothing was heard for 10s".into()));
+    let mut reporter = Reporter::new(run.node.clone(), to.clone());
+    let problem = || run.node.problem_of(Part::Stream);
+    let says = async {
+        let beat = |number| encoded(&[Message::Heartbeat(Heartbeat { position: at(3, number), clock: 0 })]);
+        sender.send_data(encoded(&[welcome(3)])).await.unwrap();
+        for _ in 0..3 {
+            sender.send_data(beat(1)).await.unwrap();
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            assert!(problem().is_some(), "nothing was taken in yet");
+        }
+        sender.send_data(encoded(&transaction())).await.unwrap();
+        sender.send_data(beat(1)).await.unwrap();
+        while problem().is_some() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::select! {
+        ended = session.stream(opened, knock, &mut reporter) => panic!("{ended:?}"),
+        () = says => {}
+    }
 }
 
 /// A real primary on loopback.

@@ -117,7 +117,7 @@ async fn without_a_secret_only_the_own_listener_answers() {
     let body = http_body_util::Empty::<Bytes>::new();
     let answered = own.oneshot(request(knock().headers(&keys(&[])).unwrap(), body)).await.unwrap();
     assert_eq!(answered.status(), StatusCode::OK);
-    let answer = Answer::read(answered.headers(), &knock(), &keys(&[])).unwrap().unwrap();
+    let answer = Answer::read(answered.headers(), &knock(), &keys(&[])).unwrap().unwrap().0;
     assert_eq!(answer.node, Uuid::from_u128(1));
     assert_eq!(answered.headers()["cache-control"], "no-store, no-transform");
     assert_eq!(answered.headers()["content-type"], handshake::CONTENT_TYPE);
@@ -135,4 +135,22 @@ fn the_service_is_what_routers_ask_for() {
     let (service, ..) = service(&SECRET, Door::Mounted);
     mountable(&service);
     let _: axum::Router = axum::Router::new().nest_service("/_replite", service);
+}
+
+/// A replica with another secret saw a bare 404, and nobody was told on the primary; who knocks often does not fill its logs.
+#[tokio::test]
+async fn a_knock_with_another_secret_is_told_to_the_operator_now_and_then() {
+    let (service, _, node) = service(&SECRET, Door::Mounted);
+    let mut events = node.events.subscribe();
+    assert_bare_404(&service, request(HeaderMap::new(), Untouched)).await;
+    assert_eq!(node.problem(), None, "who only passes by is nobody's problem");
+    for id in 0..1000 {
+        let knock = Knock { node: Uuid::from_u128(id), ..knock() };
+        assert_bare_404(&service, request(knock.headers(&keys(&[2; 16])).unwrap(), Untouched)).await;
+    }
+    let problem = node.problem().unwrap();
+    assert!(problem.contains(&Uuid::nil().to_string()) && problem.contains("another secret"), "{problem}");
+    let told = events.try_recv().unwrap();
+    assert!(matches!(told, crate::status::Event::OtherSecret { times: 1, .. }), "{told:?}");
+    assert!(events.try_recv().is_err(), "one of a thousand is told");
 }

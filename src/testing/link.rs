@@ -1,4 +1,4 @@
-//! A TCP connection with faults: a proxy on loopback that delays, holds and cuts.
+//! A TCP connection with faults: a proxy on loopback that delays, slows down, holds and cuts.
 
 use std::io;
 use std::net::SocketAddr;
@@ -14,11 +14,15 @@ use tokio::time::Instant;
 const PIECES_MAX: usize = 256;
 /// Bytes of a piece.
 const PIECE_BYTES: usize = 64 * 1024;
+/// Pieces a second of a connection that is slowed down.
+const TICKS_PER_S: u64 = 20;
 
 #[derive(Clone, Debug)]
 struct Faults {
     to: SocketAddr,
     delay: Duration,
+    /// Bytes a second, in each direction of each connection; none: as many as come.
+    rate: Option<u64>,
     /// Bytes stay where they are.
     paused: bool,
     /// No connection is let in.
@@ -39,7 +43,8 @@ impl Link {
     pub(crate) async fn start(to: SocketAddr, delay: Duration) -> io::Result<Link> {
         let listener = TcpListener::bind((to.ip(), 0)).await?;
         let address = listener.local_addr()?;
-        let faults = watch::Sender::new(Faults { to, delay, paused: false, closed: false, cuts: 0 });
+        let faults =
+            watch::Sender::new(Faults { to, delay, rate: None, paused: false, closed: false, cuts: 0 });
         let accepting = tokio::spawn(accept(listener, faults.subscribe()));
         Ok(Link { address, faults, accepting })
     }
@@ -57,6 +62,11 @@ impl Link {
     /// How much later each piece of data arrives, either way; for what comes from now on.
     pub(crate) fn delay(&self, delay: Duration) {
         self.faults.send_modify(|f| f.delay = delay);
+    }
+
+    /// How many bytes a second come through, either way; none: all.
+    pub(crate) fn throttle(&self, rate: Option<u64>) {
+        self.faults.send_modify(|f| f.rate = rate);
     }
 
     /// Whether the bytes stand still, either way.
@@ -115,7 +125,13 @@ async fn carry(
     let read = async move {
         let mut buffer = vec![0; PIECE_BYTES];
         loop {
-            let n = from.read(&mut buffer).await?;
+            let rate = delays.borrow().rate;
+            let most = rate.map_or(PIECE_BYTES, |rate| (rate / TICKS_PER_S) as usize).clamp(1, PIECE_BYTES);
+            let n = from.read(&mut buffer[..most]).await?;
+            if let Some(rate) = rate {
+                tokio::time::sleep(Duration::from_secs(n as u64) / rate.clamp(1, u32::MAX.into()) as u32)
+                    .await;
+            }
             let due = Instant::now() + delays.borrow().delay;
             if n == 0 || sender.send((due, buffer[..n].to_vec())).await.is_err() {
                 return Ok::<_, io::Error>(());

@@ -4,7 +4,7 @@ use bytes::{BufMut, BytesMut};
 use super::fields::hash_of;
 use super::{
     FOLLOWS_NONE, HEADER_BYTES, Hello, Kind, MARKS_MAX, Message, PAYLOAD_MAX_BYTES, PEER_MAX_BYTES,
-    REASON_MAX_BYTES, SnapBegin, VERSION, Welcome,
+    PIECE_BYTES, REASON_MAX_BYTES, SnapBegin, VERSION, Welcome,
 };
 use crate::checksum::PageHash;
 use crate::page::PageNo;
@@ -42,6 +42,23 @@ pub(crate) fn encode_page(number: PageNo, hash: PageHash, page: &[u8], out: &mut
     out.put_slice(&hash.to_bytes());
     out.put_u32_le(number.get());
     out.put_slice(page);
+}
+
+/// Writes pages in a row as snapshot pieces.
+pub(crate) fn encode_pieces(
+    first: PageNo,
+    position: Position,
+    pages: &[u8],
+    page_bytes: usize,
+    out: &mut BytesMut,
+) {
+    let at_once = (PIECE_BYTES / page_bytes).max(1);
+    for (piece, pages) in pages.chunks(at_once * page_bytes).enumerate() {
+        let Some(first) = first.get().checked_add((piece * at_once) as u32).and_then(PageNo::new) else {
+            return;
+        };
+        encode(&Message::SnapPiece { first, position, pages }, out);
+    }
 }
 
 /// Whether a peer can be told to others in full. If not, its labels, and then its addresses, are left out.
@@ -84,12 +101,13 @@ fn put_fields(message: &Message<'_>, out: &mut BytesMut) -> Kind {
         }
         Message::Heartbeat(m) => {
             out.put_slice(&m.position.to_bytes());
-            out.put_u64_le(m.unix_micros);
+            out.put_u64_le(m.clock);
             Kind::Heartbeat
         }
         Message::Ack(m) => {
             put_optional(m.applied, out);
             put_optional(m.synced, out);
+            out.put_u64_le(m.clock);
             Kind::Ack
         }
         Message::SnapBegin(m) => put_snap_begin(m, out),
@@ -180,6 +198,7 @@ fn put_snap_begin(m: &SnapBegin, out: &mut BytesMut) -> Kind {
     out.put_slice(&m.first.to_bytes());
     out.put_u32_le(m.from.get());
     out.put_u32_le(m.page_size.get());
+    out.put_u32_le(m.pages);
     Kind::SnapBegin
 }
 

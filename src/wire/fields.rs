@@ -69,15 +69,17 @@ pub(super) fn decode(kind: Kind, hash: [u8; 16], unit: &[u8]) -> Result<Message<
         Kind::Hello => Message::Hello(f.hello()?),
         Kind::Welcome => Message::Welcome(f.welcome()?),
         Kind::Epochs => Message::Epochs(f.history()?),
-        Kind::Heartbeat => Message::Heartbeat(Heartbeat { position: f.position()?, unix_micros: f.u64()? }),
+        Kind::Heartbeat => Message::Heartbeat(Heartbeat { position: f.position()?, clock: f.u64()? }),
         Kind::Ack => Message::Ack(Ack {
             applied: f.optional(Fields::position)?,
             synced: f.optional(Fields::position)?,
+            clock: f.u64()?,
         }),
         Kind::SnapBegin => Message::SnapBegin(SnapBegin {
             first: f.position()?,
             from: f.page_no()?,
             page_size: f.page_size()?,
+            pages: f.u32()?,
         }),
         Kind::SnapPiece => {
             let (first, position, pages) = (f.page_no()?, f.position()?, f.rest());
@@ -186,8 +188,13 @@ impl<'a> Fields<'a> {
         if length > PEER_MAX_BYTES {
             return Err(WireError::Fields("a peer's description that is too long"));
         }
-        serde_json::from_slice(self.bytes(length)?)
-            .map_err(|_| WireError::Fields("a peer that is no such JSON"))
+        let peer: PeerInfo = serde_json::from_slice(self.bytes(length)?)
+            .map_err(|_| WireError::Fields("a peer that is no such JSON"))?;
+        // Else they would stand in logs, problems and pages.
+        if !peer.addresses.are_plain() {
+            return Err(WireError::Fields("addresses or labels with control characters"));
+        }
+        Ok(peer)
     }
 
     fn hello(&mut self) -> Result<Hello, WireError> {

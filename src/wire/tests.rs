@@ -72,10 +72,10 @@ fn every_kind() -> Vec<Message<'static>> {
         welcome(Plan::Compare),
         welcome(Plan::Recover),
         Message::Epochs(history()),
-        Message::Heartbeat(Heartbeat { position: position(6), unix_micros: 12 }),
-        Message::Ack(Ack { applied: None, synced: None }),
-        Message::Ack(Ack { applied: Some(position(8)), synced: Some(position(7)) }),
-        Message::SnapBegin(SnapBegin { first: position(1), from: page_no(2), page_size: size() }),
+        Message::Heartbeat(Heartbeat { position: position(6), clock: 12 }),
+        Message::Ack(Ack { applied: None, synced: None, clock: 0 }),
+        Message::Ack(Ack { applied: Some(position(8)), synced: Some(position(7)), clock: 1 << 40 }),
+        Message::SnapBegin(SnapBegin { first: position(1), from: page_no(2), page_size: size(), pages: 11 }),
         Message::SnapPiece { first: page_no(2), position: position(9), pages: &PAGES },
         Message::SnapEnd(SnapEnd { exact_at: position(11), pages: 12 }),
         Message::HealBegin(HealBegin {
@@ -315,7 +315,7 @@ fn fields_outside_their_bounds_are_refused_behind_a_good_hash() {
         }
     }
     let with = |number| Position::new(Txid::new(position(1).epoch(), number), position(1).checksum());
-    let beat = |number| Message::Heartbeat(Heartbeat { position: with(number), unix_micros: 0 });
+    let beat = |number| Message::Heartbeat(Heartbeat { position: with(number), clock: 0 });
     assert!(!fields_error(encoded(&beat(NUMBER_MAX))));
     assert!(fields_error(encoded(&beat(NUMBER_MAX + 1))), "a number that no history gets to");
     let segment = |start| Message::Segment(Segment { start, before: position(1), follows: None });
@@ -409,8 +409,10 @@ fn texts_that_are_too_long_are_told_in_short() {
 
 #[test]
 fn unknown_kinds_are_skipped_when_they_may_be_and_their_hash_holds() {
-    let (skip, ack) =
-        (sealed(200, 1, b"from the future"), encoded(&Message::Ack(Ack { applied: None, synced: None })));
+    let (skip, ack) = (
+        sealed(200, 1, b"from the future"),
+        encoded(&Message::Ack(Ack { applied: None, synced: None, clock: 0 })),
+    );
     let mut decoder = Decoder::default();
     for bytes in [&skip, &skip, &ack] {
         decoder.push(bytes.clone());
@@ -485,5 +487,34 @@ proptest! {
         drain(chunked(raw.into(), sizes));
         // Behind a good hash, so that the fields are reached.
         drain(chunked(sealed(kind % 14, 0, &noise), vec![1000]));
+    }
+}
+
+/// Such as could write lines of their own into the logs of others.
+#[test]
+fn peers_with_control_characters_are_refused() {
+    let with = |change: fn(&mut Addresses)| {
+        let mut peer = peer();
+        change(&mut peer.addresses);
+        let welcome = Welcome {
+            peer,
+            epoch: Epoch::new(4, 4),
+            plan: Plan::Log,
+            position: position(3),
+            page_size: size(),
+        };
+        let unit = first(encoded(&Message::Welcome(welcome))).unwrap().unwrap();
+        unit.decode().map(drop)
+    };
+    assert_eq!(with(|_| {}), Ok(()));
+    for change in [
+        |a: &mut Addresses| a.replication = "http://a\n2026 ERROR".into(),
+        |a: &mut Addresses| a.app.push('\u{1b}'),
+        |a: &mut Addresses| a.public = Some("http://a\r".into()),
+        |a: &mut Addresses| drop(a.labels.insert("region".into(), "a\u{202e}b".into())),
+        |a: &mut Addresses| drop(a.labels.insert("a\nb".into(), "x".into())),
+    ] {
+        let refused = with(change);
+        assert_eq!(refused, Err(WireError::Fields("addresses or labels with control characters")));
     }
 }

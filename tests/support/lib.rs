@@ -258,6 +258,11 @@ impl Wire {
         self.link.cut();
     }
 
+    /// So many bytes a second come through, either way.
+    pub(crate) fn throttle(&self, rate: u64) {
+        self.link.throttle(Some(rate));
+    }
+
     /// Whether new connections are let in.
     pub(crate) fn let_in(&self, yes: bool) {
         self.link.let_in(yes);

@@ -297,10 +297,7 @@ pub(super) struct Pace {
 impl Pace {
     fn allow(&self) -> Result<()> {
         match self.last {
-            Some(last) if last.elapsed() < self.pause => Err(Error::Timeout {
-                what: "a pause after the heal before this one".into(),
-                after: self.pause.saturating_sub(last.elapsed()),
-            }),
+            Some(last) if last.elapsed() < self.pause => Err(Error::HealPaused { pause: self.pause }),
             _ => Ok(()),
         }
     }
@@ -316,4 +313,20 @@ fn ask(wants: &Option<mpsc::Sender<Want>>, want: Want) -> Result<()> {
     let gone = || Error::Stopped("the stream that a heal needs has ended".into());
     // One is under way at a time, so that there is always room while the stream stands.
     wants.as_ref().ok_or_else(gone)?.try_send(want).map_err(|_| gone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pause_between_heals_is_told_as_one() {
+        let pace = Pace { last: Some(Instant::now()), pause: Duration::from_secs(8) };
+        let said = pace.allow().unwrap_err().to_string();
+        assert!(
+            said.contains("the next heal begins 8s after the last") && said.contains("look for"),
+            "{said}"
+        );
+        assert!(!said.contains("timed out"));
+    }
 }
