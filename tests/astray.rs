@@ -82,6 +82,8 @@ async fn write_on(db: &Db) -> Written {
 
 /// A primary whose files are others is loud, and refuses all.
 fn assert_stopped(db: &Db, word: &str) {
+    // Who writes hears it first.
+    until("it is told", || !db.health().live);
     let health = db.health();
     assert!(!health.live && !health.can_read && !health.can_write, "{health:?}");
     let problem = db.status().problem.unwrap();
@@ -139,6 +141,35 @@ async fn a_backup_put_over_the_file_of_a_running_primary_is_never_vouched_for() 
             }
         }
     }
+}
+
+/// A transaction that has read what somebody put over the file is not committed, however soon that is.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_transaction_that_read_a_file_that_was_written_over_is_not_committed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (path, backup) = (dir.path().join("p.db"), dir.path().join("backup.db"));
+    let p = opened(&path).await;
+    insert(&p, "before", 0).await;
+    p.snapshot_to(&backup).await.unwrap();
+    for n in 0..500 {
+        insert(&p, "after", n).await;
+    }
+    // All of it is in the file, from where it is read.
+    let done = p.checkpoint(LIMIT).await.unwrap();
+    assert!(matches!(done, replite::Checkpoint::Done), "{done:?}");
+    let to = path.clone();
+    let write = p.write(move |tx| {
+        shell(&["cp", text(&backup), text(&to)]);
+        Ok::<_, Error>(tx.execute("INSERT INTO t(n) VALUES (1)", [])?)
+    });
+    let refused = write.await;
+    assert!(matches!(&refused, Err(Error::Stopped(why)) if why.contains("somebody else")), "{refused:?}");
+    assert_stopped(&p, "somebody else");
+    p.shutdown().await;
+    let again = opened(&path).await;
+    assert_eq!(count(&again), 501);
+    assert!(again.verify().await.unwrap().holds());
+    again.shutdown().await;
 }
 
 /// Without its WAL, or any other of its files, a primary acknowledged writes that nobody could read, and was healthy.

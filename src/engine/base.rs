@@ -241,6 +241,20 @@ impl Base {
         self.watch.as_left().map_or(Ok(()), |found| Err(self.lose(&found)))
     }
 
+    /// Whether nobody else wrote to the database until now, when a transaction has read all that it reads: what is read from such a file is not
+    /// committed. While frames are being copied into it, who copies looks.
+    ///
+    /// # Errors
+    /// As for [`Base::expect_files`].
+    pub(super) fn expect_unwritten(&self) -> Result<()> {
+        let _nobody_copies = match self.backfill.try_lock() {
+            Ok(held) => held,
+            Err(TryLockError::Poisoned(held)) => held.into_inner(),
+            Err(TryLockError::WouldBlock) => return Ok(()),
+        };
+        self.watch.written().map_or(Ok(()), |found| Err(self.lose(&found)))
+    }
+
     /// Writes to the database file, which is then as this node left it. The caller holds `backfill`, or is alone.
     pub(super) fn writing<T>(&self, write: impl FnOnce() -> Result<T>) -> Result<T> {
         self.expect_as_left()?;

@@ -163,9 +163,10 @@ impl Engine {
         Ok(Begun { salts: header.salts, frame: header.max_frame, change: header.change, again: false })
     }
 
-    /// Call before COMMIT: an application that ended the transaction and began another has let others commit in between.
+    /// Call before COMMIT: what was read is of the file that this node left, and an application that ended the transaction and began another has let others commit in between.
     pub(crate) fn ending(&self, begun: Begun) -> Result<Begun> {
         self.check()?;
+        self.base.expect_unwritten()?;
         let header = self.base.settled_header()?;
         if (header.salts, header.max_frame, header.change) == (begun.salts, begun.frame, begun.change) {
             return Ok(begun);

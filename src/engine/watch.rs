@@ -129,10 +129,13 @@ impl Watch {
 
     /// The same, and whether the database file is as it was left. Nobody here may be writing to it.
     pub(super) fn as_left(&self) -> Option<Astray> {
-        self.astray().or_else(|| match self.now() {
-            Ok(now) if now != *lock(&self.left) => Some(Astray::Written(self.database.clone())),
-            _ => None,
-        })
+        self.astray().or_else(|| self.written())
+    }
+
+    /// Whether somebody else wrote to the file that is open here. Nobody here may be writing to it.
+    pub(super) fn written(&self) -> Option<Astray> {
+        let now = self.now().ok()?;
+        (now != *lock(&self.left)).then(|| Astray::Written(self.database.clone()))
     }
 
     /// This node has written to the database file.

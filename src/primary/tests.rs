@@ -9,6 +9,7 @@ use uuid::Uuid;
 use super::fake::{Fake, SECRET, at, history, node};
 use super::upstream::SILENCE_MAX;
 use super::*;
+use crate::ends::comes;
 use crate::handshake;
 use crate::log::{Log, LogOptions};
 use crate::status::Role;
@@ -387,9 +388,7 @@ async fn acknowledgements_are_shown_and_their_absence_ends_the_stream() {
         let ack = Ack { applied: Some(at(1, 9)), synced: Some(at(1, 8)), clock: 0 };
         stream.up.send_data(encoded(&Message::Ack(ack))).await.unwrap();
     }
-    while stream.source.replicas()[0].applied.is_none() {
-        tokio::task::yield_now().await;
-    }
+    comes("an acknowledgement", || stream.source.replicas()[0].applied.is_some()).await;
     assert_eq!(stream.source.replicas()[0].synced, Some(at(1, 8)));
     assert_eq!(stream.goodbye().await, format!("nothing was heard from this replica for {SILENCE_MAX:?}"));
     assert!(matches!(events.recv().await.unwrap(), Event::ReplicaLeft(peer) if peer.node.as_u128() == 2));
@@ -405,9 +404,7 @@ async fn any_part_of_a_unit_is_a_sign_of_life() {
         tokio::time::sleep(SILENCE_MAX - Duration::from_secs(1)).await;
         stream.up.send_data(Bytes::copy_from_slice(part)).await.unwrap();
     }
-    while stream.source.replicas()[0].applied.is_none() {
-        tokio::task::yield_now().await;
-    }
+    comes("an acknowledgement", || stream.source.replicas()[0].applied.is_some()).await;
     let other = Uuid::from_u128(77);
     let second = Knock { incarnation: other, ..knock_of(2) };
     assert!(stream.source.conflict(&second).is_some(), "it is alive");

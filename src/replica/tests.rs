@@ -16,6 +16,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
+use crate::ends::comes;
 use crate::error::PeerProblem;
 use crate::handshake::{self, Answer, Knock, Refusal};
 use crate::net::{self, Listener};
@@ -552,12 +553,8 @@ async fn a_replica_is_filled_follows_is_seen_and_comes_back() {
     primary.fake.commit(2000);
     reaches(&replica, at(1, 7)).await;
     // Acknowledged by itself, within a second.
-    while primary.source.replicas().first().and_then(|r| r.synced) != Some(at(1, 7)) {
-        tokio::task::yield_now().await;
-    }
-    while replica.lag.lock().unwrap().is_none_or(|lag| !lag.connected || lag.transactions > 0) {
-        tokio::task::yield_now().await;
-    }
+    comes("the acknowledgement", || primary.source.replicas().first().and_then(|r| r.synced) == Some(at(1, 7))).await;
+    comes("a replica that is level", || replica.lag.lock().unwrap().is_some_and(|lag| lag.connected && lag.transactions == 0)).await;
 
     // Its next standing is where it was: only the log comes.
     feed.kinds.lock().unwrap().clear();
@@ -574,9 +571,7 @@ async fn a_replica_is_filled_follows_is_seen_and_comes_back() {
     assert!(said.iter().any(|e| e.starts_with("Connected")), "{said:?}");
 
     stop(&replica, &tracker).await;
-    while !primary.source.replicas().is_empty() {
-        tokio::task::yield_now().await;
-    }
+    comes("the replica leaves", || primary.source.replicas().is_empty()).await;
     stop(&primary.node, &primary.tracker).await;
 }
 
@@ -650,17 +645,13 @@ async fn a_replica_waits_for_its_primary_and_says_a_problem_once() {
     let tracker = TaskTracker::new();
     let mut events = replica.events.subscribe();
     spawn(replica.clone(), feed.clone(), primary.to.clone(), &tracker);
-    while replica.problem().is_none() {
-        tokio::task::yield_now().await;
-    }
+    comes("a problem", || replica.problem().is_some()).await;
     assert!(replica.problem().unwrap().contains("secret"));
     let (old, new) = (crate::secret::Secret::fixed([7; 32]), crate::secret::Secret::fixed(SECRET));
     primary.node.keys.rotate(&[new, old]).unwrap();
     let position = primary.node.applied.position().unwrap();
     reaches(&replica, position).await;
-    while replica.problem().is_some() {
-        tokio::task::yield_now().await;
-    }
+    comes("no problem", || replica.problem().is_none()).await;
     assert!(
         !std::iter::from_fn(|| events.try_recv().ok())
             .any(|e| matches!(e, crate::status::Event::Disconnected(_)))
@@ -669,9 +660,7 @@ async fn a_replica_waits_for_its_primary_and_says_a_problem_once() {
     // The primary stops: the stream ends with a word, and the role says that it is away.
     stop(&primary.node, &primary.tracker).await;
     replica.roles.subscribe().wait_for(|s| s.primary.is_none()).await.unwrap();
-    while replica.problem().is_none() {
-        tokio::task::yield_now().await;
-    }
+    comes("a problem", || replica.problem().is_some()).await;
     stop(&replica, &tracker).await;
 }
 
@@ -682,9 +671,7 @@ async fn two_processes_with_one_id_do_not_push_each_other_out() {
     let feed = FakeFeed::new(&replica, EpochHistory::default(), None);
     let tracker = TaskTracker::new();
     spawn(replica.clone(), feed, primary.to.clone(), &tracker);
-    while primary.source.replicas().is_empty() {
-        tokio::task::yield_now().await;
-    }
+    comes("the replica", || !primary.source.replicas().is_empty()).await;
     let copied = Try::new();
     let mut me = copied.node.me.clone();
     me.incarnation = uuid::Uuid::from_u128(77);
@@ -718,9 +705,7 @@ async fn the_listener_outlives_strangers_and_garbage() {
     let run = Try::new();
     let token = CancellationToken::new();
     let joined = async {
-        while primary.source.replicas().is_empty() {
-            tokio::task::yield_now().await;
-        }
+        comes("the replica", || !primary.source.replicas().is_empty()).await;
         token.cancel();
     };
     tokio::select! {

@@ -12,9 +12,6 @@ use std::time::{Duration, Instant};
 use replite::rusqlite::Connection;
 use replite::{Config, Db, Error, Secret, Txid, lease};
 
-/// Longest wait for anything.
-pub(crate) const LIMIT: Duration = Duration::from_secs(60);
-
 /// The secret of all tests' clusters.
 pub(crate) fn secret() -> Secret {
     Secret::new("tK2v0CZkYt8bM5WJ3uH1nQxPp7sDfLrEaG6yVoXiN4c").unwrap()
@@ -239,7 +236,7 @@ mod ends;
 #[path = "../../src/testing/link.rs"]
 mod link;
 
-pub(crate) use ends::Ends;
+pub(crate) use ends::{Ends, LIMIT, comes};
 
 /// A TCP proxy on loopback that delays each piece of data, and cuts connections when told to.
 pub(crate) struct Wire {

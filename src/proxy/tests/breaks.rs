@@ -40,9 +40,7 @@ async fn a_request_is_held_until_a_primary_appears() {
     let primary = Server::start(Router::new().fallback(mirror)).await;
     let (replica, node) = replica_of("", |l| l).await;
     let waiting = tokio::spawn(send(Request::post(replica.url()).body(full("late")).unwrap()));
-    while node.roles.receiver_count() == 0 {
-        tokio::task::yield_now().await;
-    }
+    comes("a request that is held", || node.roles.receiver_count() > 0).await;
     follow(&node, 2, Some(peer(1, &primary.url())));
     assert!(text(waiting.await.unwrap()).await.ends_with("late"));
 }
@@ -51,9 +49,7 @@ async fn a_request_is_held_until_a_primary_appears() {
 async fn a_held_request_runs_here_when_this_node_becomes_the_primary() {
     let (replica, node) = replica_of("", |l| l).await;
     let waiting = tokio::spawn(send(Request::post(replica.url()).body(full("late")).unwrap()));
-    while node.roles.receiver_count() == 0 {
-        tokio::task::yield_now().await;
-    }
+    comes("a request that is held", || node.roles.receiver_count() > 0).await;
     node.roles.send_modify(|state| state.role = Role::Primary);
     assert_eq!(text(waiting.await.unwrap()).await, "here");
 }
@@ -66,9 +62,7 @@ async fn holding_is_bounded_in_time_and_number() {
     let (replica, node2) = replica_of("", |l| l.hold_limits(LONG, 1)).await;
     let post = || Request::post(replica.url()).body(full("x")).unwrap();
     let held = tokio::spawn(send(post()));
-    while node2.roles.receiver_count() == 0 {
-        tokio::task::yield_now().await;
-    }
+    comes("a request that is held", || node2.roles.receiver_count() > 0).await;
     is(&send(post()).await, 503, "not-executed");
     // A node that stops holds nobody.
     node2.stop.cancel();
@@ -139,9 +133,7 @@ async fn a_primary_that_does_not_listen_yet_is_waited_for() {
     for http2 in [false, true] {
         let (replica, node) = replica_of(&format!("http://{address}"), |l| l.http2(http2)).await;
         let waiting = tokio::spawn(send(Request::post(replica.url()).body(full("late")).unwrap()));
-        while node.roles.receiver_count() == 0 {
-            tokio::task::yield_now().await;
-        }
+        comes("a request that is held", || node.roles.receiver_count() > 0).await;
         let listener = TcpListener::bind(address).await.unwrap();
         let (end, ended) = tokio::sync::oneshot::channel::<()>();
         let app = Router::new().fallback(mirror);

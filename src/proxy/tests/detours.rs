@@ -73,9 +73,7 @@ async fn without_a_primary_a_request_is_held_and_then_sent_on() {
     follow(&pair.replica_node, 2, None);
     let request = pair.post("/x").body(full("x")).unwrap();
     let waiting = tokio::spawn(send(request));
-    while pair.replica_node.roles.receiver_count() == 0 {
-        tokio::task::yield_now().await;
-    }
+    comes("a request that is held", || pair.replica_node.roles.receiver_count() > 0).await;
     follow(&pair.replica_node, 3, Some(advertised(&pair.primary.url())));
     assert_eq!(waiting.await.unwrap().status(), 307);
 }

@@ -255,9 +255,7 @@ async fn a_node_that_is_not_the_primary_points_to_it_before_it_reads_the_body() 
     // A primary that has stopped, and started again where it was.
     let (again, again_node) = replica_of(&second.url(), |l| l).await;
     let waiting = tokio::spawn(send(Request::post(again.url()).body(full(b"again".to_vec())).unwrap()));
-    while again_node.roles.receiver_count() == 0 {
-        tokio::task::yield_now().await;
-    }
+    comes("a request that is held", || again_node.roles.receiver_count() > 0).await;
     second_node.roles.send_modify(|state| state.role = Role::Primary);
     let process = PeerInfo { incarnation: uuid::Uuid::from_u128(1), ..peer(1, &second.url()) };
     follow(&again_node, 1, Some(process));

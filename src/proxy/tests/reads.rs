@@ -124,14 +124,7 @@ async fn without_a_primary_a_read_waits_for_its_transaction_as_long_as_a_request
     follow(&node, 1, None);
     let token = Token::sign(&node, txid(11));
     let read = || tokio::spawn(send(get(&server, token.as_str())));
-    let held = async |node: &Node| {
-        let waits = async {
-            while node.roles.receiver_count() == 0 {
-                tokio::task::yield_now().await;
-            }
-        };
-        tokio::time::timeout(LONG, waits).await.expect("it is held");
-    };
+    let held = async |node: &Node| comes("a request that is held", || node.roles.receiver_count() > 0).await;
     let waiting = read();
     held(&node).await;
     follow(&node, 1, Some(peer(1, &primary.url())));

@@ -110,9 +110,7 @@ async fn a_socket_waits_for_a_primary_and_may_find_it_here() {
     follow(&pair.replica_node, 2, None);
     let address = url(&pair.replica);
     let waiting = tokio::spawn(async move { connect_async(address).await.unwrap().0 });
-    while pair.replica_node.roles.receiver_count() == 0 {
-        tokio::task::yield_now().await;
-    }
+    comes("a request that is held", || pair.replica_node.roles.receiver_count() > 0).await;
     pair.replica_node.roles.send_modify(|state| state.role = Role::Primary);
     let mut socket = within(waiting).await.unwrap();
     assert_eq!(says(&mut socket, "a").await, "here:a");

@@ -22,6 +22,7 @@ use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use crate::checksum::Checksum;
+pub(super) use crate::ends::comes;
 use crate::node::Node;
 use crate::proxy::ReplayLayer;
 use crate::secret::{Keyring, Secret};
