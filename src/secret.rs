@@ -3,6 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use base64ct::{Base64Unpadded, Base64UrlUnpadded, Encoding};
 use subtle::ConstantTimeEq;
 use tokio::sync::watch;
 
@@ -124,15 +125,7 @@ impl Secret {
 
     /// The text form, for an environment variable or a file of the other nodes: 43 digits of URL-safe base64 (letters, digits, `-` and `_`). Whoever reads it is a member of the cluster.
     pub fn to_text(&self) -> String {
-        let mut text = String::new();
-        for three in self.0.chunks(3) {
-            let bits =
-                three.iter().fold(0, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - three.len()));
-            for digit in 0..=three.len() {
-                text.push(char::from(DIGITS[(bits >> (18 - 6 * digit)) as usize & 63]));
-            }
-        }
-        text
+        Base64UrlUnpadded::encode_string(&self.0)
     }
 
     /// One for tests, whatever its bytes.
@@ -142,39 +135,24 @@ impl Secret {
     }
 }
 
-/// The digits of URL-safe base64.
-const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
-
 /// How many different bytes there are.
 fn different(bytes: &[u8]) -> usize {
     let mut seen = [false; 256];
     bytes.iter().filter(|byte| !std::mem::replace(&mut seen[usize::from(**byte)], true)).count()
 }
 
-/// The bytes of either base64 alphabet, and nothing else: the bits beyond the last byte are zero.
+/// The bytes of either base64 alphabet, with or without padding, and nothing else: the bits beyond the last byte are zero.
 fn unbase64(text: &str) -> Option<[u8; SECRET_BYTES]> {
     let digits = if text.len() == 44 { text.strip_suffix('=')? } else { text };
     if digits.len() != 43 {
         return None;
     }
     let mut bytes = [0; SECRET_BYTES];
-    let (mut bits, mut have, mut filled) = (0u32, 0, 0);
-    for digit in digits.bytes() {
-        let digit = match digit {
-            b'+' => b'-',
-            b'/' => b'_',
-            other => other,
-        };
-        bits = bits << 6 | DIGITS.iter().position(|d| *d == digit)? as u32;
-        have += 6;
-        if have >= 8 {
-            have -= 8;
-            bytes[filled] = (bits >> have) as u8;
-            bits &= (1 << have) - 1;
-            filled += 1;
-        }
-    }
-    (bits == 0).then_some(bytes)
+    let decoded = match digits.contains(['+', '/']) {
+        true => Base64Unpadded::decode(digits, &mut bytes),
+        false => Base64UrlUnpadded::decode(digits, &mut bytes),
+    };
+    decoded.is_ok_and(|decoded| decoded.len() == SECRET_BYTES).then_some(bytes)
 }
 
 /// Reads exactly `N` bytes of hex, and nothing else.

@@ -553,8 +553,14 @@ async fn a_replica_is_filled_follows_is_seen_and_comes_back() {
     primary.fake.commit(2000);
     reaches(&replica, at(1, 7)).await;
     // Acknowledged by itself, within a second.
-    comes("the acknowledgement", || primary.source.replicas().first().and_then(|r| r.synced) == Some(at(1, 7))).await;
-    comes("a replica that is level", || replica.lag.lock().unwrap().is_some_and(|lag| lag.connected && lag.transactions == 0)).await;
+    comes("the acknowledgement", || {
+        primary.source.replicas().first().and_then(|r| r.synced) == Some(at(1, 7))
+    })
+    .await;
+    comes("a replica that is level", || {
+        replica.lag.lock().unwrap().is_some_and(|lag| lag.connected && lag.transactions == 0)
+    })
+    .await;
 
     // Its next standing is where it was: only the log comes.
     feed.kinds.lock().unwrap().clear();
