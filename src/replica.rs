@@ -176,7 +176,8 @@ impl Reporter {
     }
 
     fn ended(&mut self, error: &Error) {
-        let problem = error.to_string();
+        // This stream has stopped, and not replication.
+        let problem = error.cause();
         self.node.set_problem(Part::Stream, Some(problem.clone()));
         if std::mem::take(&mut self.connected) {
             self.node.tell(Event::Disconnected(problem.clone()));

@@ -146,7 +146,7 @@ async fn a_knock_with_another_secret_is_told_to_the_operator_now_and_then() {
     assert_eq!(node.problem(), None, "who only passes by is nobody's problem");
     for id in 0..1000 {
         let knock = Knock { node: Uuid::from_u128(id), ..knock() };
-        assert_bare_404(&service, request(knock.headers(&keys(&[2; 16])).unwrap(), Untouched)).await;
+        assert_bare_404(&service, request(knock.headers(&keys(&[2; 32])).unwrap(), Untouched)).await;
     }
     let problem = node.problem().unwrap();
     assert!(problem.contains(&Uuid::nil().to_string()) && problem.contains("another secret"), "{problem}");
