@@ -52,6 +52,7 @@ pub(crate) mod tests;
 pub(crate) use branch::Touched;
 #[cfg(test)]
 pub(crate) use branch::mark_numbers;
+pub(crate) use files::no_room;
 pub(crate) use list::logged;
 use state::State;
 use tail::Tail;
@@ -222,7 +223,10 @@ impl Log {
     fn forget(&self, mut state: MutexGuard<'_, State>, at: Position) -> Result<()> {
         let gone = state.forget(Some(at));
         self.moved(&state);
-        let begun = state.begin_segment(&self.dir).or_else(|_| {
+        let begun = state.begin_segment(&self.dir).or_else(|error| {
+            if !files::no_room(&error) {
+                return Err(error);
+            }
             // The old segments may be what fills the disk.
             files::remove(&gone);
             state.begin_segment(&self.dir)

@@ -36,7 +36,7 @@ struct Inner {
 /// What holds for the request as a whole, whatever its databases.
 #[derive(Default)]
 struct Fate {
-    /// Something was committed, to whatever database.
+    /// Something was committed, to whatever database, or may have been done elsewhere.
     committed: AtomicBool,
     /// Of a write it is not known whether it is kept.
     unknown: AtomicBool,
@@ -195,6 +195,11 @@ pub(crate) fn committed(node: &Node, txid: Txid) {
 /// Reported by `Db::write` and friends, on the caller's task: [`Error::OutcomeUnknown`](crate::Error::OutcomeUnknown).
 pub(crate) fn outcome_unknown() {
     let _ = CURRENT.try_with(|session| session.0.fate.unknown.store(true, Ordering::Relaxed));
+}
+
+/// Reported by whatever has, or may have, done something elsewhere that must not be done again.
+pub(crate) fn had_effects() {
+    let _ = CURRENT.try_with(|session| session.0.fate.committed.store(true, Ordering::Relaxed));
 }
 
 /// Reported by `Db::wait_for`, on the caller's task.

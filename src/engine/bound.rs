@@ -73,6 +73,7 @@ impl Bound {
     pub(super) fn restarted(&self) {
         self.restarts.fetch_add(1, Ordering::AcqRel);
         *lock(&self.asked) = None;
+        self.squeeze(false);
         self.largest.store(0, Ordering::Relaxed);
         let mut readers = lock(&self.readers);
         let longest = readers.longest / 2;

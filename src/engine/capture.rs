@@ -312,7 +312,9 @@ impl Capture {
     fn take_unwritten(&mut self, record: &mut Record, new_pages: impl Iterator<Item = PageNo>) -> Result<()> {
         let (base, commit, size) = (self.base.clone(), record.commit, self.base.page_size);
         // They stay as they are read here, whatever is copied, and whenever.
+        let on_disk = base.progress.on_disk();
         let _nobody_copies = lock(&base.backfill);
+        drop(on_disk);
         let mut older = u32::MAX;
         for number in new_pages {
             if base.index.lookup(number.get(), commit.first, commit.last).is_some() {

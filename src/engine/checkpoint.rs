@@ -2,7 +2,7 @@
 //!
 //! Everybody else's checkpoints are refused while we hold the CKPT lock; these are ours.
 
-use std::sync::Arc;
+use std::sync::{Arc, TryLockError};
 use std::time::{Duration, Instant};
 
 use crate::engine::anchor::{Anchor, FileState, Mark, Witnesses};
@@ -243,7 +243,11 @@ pub(super) enum Restart {
 
 /// Begins the WAL anew. The caller holds CKPT and WRITE, and the tip is the header's end.
 pub(super) fn restart(base: &Arc<Base>, handle: &mut Handle, drain: Duration) -> Result<Restart> {
-    let Ok(_one) = base.backfill.try_lock() else { return Ok(Restart::NotYet) };
+    let _one = match base.backfill.try_lock() {
+        Ok(held) => held,
+        Err(TryLockError::Poisoned(held)) => held.into_inner(),
+        Err(TryLockError::WouldBlock) => return Ok(Restart::NotYet),
+    };
     base.expect_as_left()?;
     let tip = base.tip();
     if tip.frame.saturating_sub(base.index.backfilled()) > REST_MAX_FRAMES {
@@ -255,12 +259,27 @@ pub(super) fn restart(base: &Arc<Base>, handle: &mut Handle, drain: Duration) ->
     if !lock_marks(base, handle, drain)? {
         return Ok(Restart::Readers);
     }
+    if !is_the_end(base, &tip)? {
+        unlock_marks(handle)?;
+        return Ok(Restart::Readers);
+    }
     let begun = {
         let _nobody_reads_frames = base.generation.write().unwrap_or_else(std::sync::PoisonError::into_inner);
         begin_generation(base, handle, &tip)
     };
     unlock_marks(handle)?;
     begun.map(Restart::Done)
+}
+
+/// Whether the tip is the header's end still. WRITE is held; but a descriptor that was closed in this process may have dropped it, which is seen a while
+/// later, and readers were waited for.
+fn is_the_end(base: &Base, tip: &Tip) -> Result<bool> {
+    match base.header() {
+        Some(header) if header.salts != tip.salts || header.max_frame < tip.frame => {
+            Err(Error::Stopped("somebody else began the WAL anew, whose locks were dropped here".into()))
+        }
+        header => Ok(header.is_some_and(|header| header.max_frame == tip.frame)),
+    }
 }
 
 /// Copies the rest and says that all is copied; false while a reader is in the way.
@@ -299,13 +318,17 @@ pub(super) fn unlock_marks(handle: &mut Handle) -> Result<()> {
 pub(super) fn lock_marks(base: &Base, handle: &mut Handle, limit: Duration) -> Result<bool> {
     let begun = Instant::now();
     for mark in 1..5 {
-        while !handle.try_lock(Slot::read(mark), Lock::Exclusive)? {
+        loop {
+            let locked = handle.try_lock(Slot::read(mark), Lock::Exclusive);
+            if let Ok(true) = locked {
+                break;
+            }
             // All is copied: nobody joins it any more.
             base.bound.mark(mark, Some(base.index.read_mark(mark)));
             base.bound.pin(true);
-            if begun.elapsed() >= limit || base.stopping() {
+            if locked.is_err() || begun.elapsed() >= limit || base.stopping() {
                 (1..mark).try_for_each(|held| handle.unlock(Slot::read(held), Lock::Exclusive))?;
-                return Ok(false);
+                return locked;
             }
             // Who stays for longer is not looked for as often.
             std::thread::sleep(if begun.elapsed() < DRAIN_MAX { LOCK_STEP } else { LONG_STEP });
@@ -401,7 +424,8 @@ fn append_identity(base: &Arc<Base>, handle: &mut Handle) -> Result<Tip> {
 /// WRITE is held and the tip is the header's end.
 pub(super) fn keep_from_others(base: &Arc<Base>, handle: &mut Handle) -> Result<Tip> {
     let tip = base.tip();
-    if base.index.backfilled() < tip.frame {
+    // Frames of somebody else are not backfilled either.
+    if base.index.backfilled() < tip.frame || !is_the_end(base, &tip)? {
         return Ok(tip);
     }
     let kept = append_identity(base, handle);

@@ -14,8 +14,8 @@ use crate::engine::capture::{Capture, Sink};
 use crate::engine::checkpoint::{are_ours, is_marked};
 use crate::engine::open::Opened;
 use crate::engine::wal_file::WalFile;
-use crate::error::{Error, Result};
-use crate::log::{Found, Log};
+use crate::error::Result;
+use crate::log::{Found, Log, no_room};
 use crate::page::{PageNo, PageSize};
 use crate::sqlite::Handle;
 use crate::txid::{Epoch, EpochHistory, Place, Position, Txid};
@@ -349,12 +349,12 @@ impl Sink for Rebuild {
             self.mismatch |= after.is_some_and(|a| Some(a) != self.tip);
         } else if self.wanted() {
             let mut appended = self.log.append(units.clone(), after);
-            while appended.as_ref().is_err_and(Error::no_room) && self.log.drop_oldest() {
+            while appended.as_ref().is_err_and(no_room) && self.log.drop_oldest() {
                 appended = self.log.append(units.clone(), after);
             }
             match appended {
                 // It begins anew behind these commits.
-                Err(error) if error.no_room() => {
+                Err(error) if no_room(&error) => {
                     tracing::error!(%error, "the log can't be written and loses its past: it begins anew behind the last commit");
                     self.append = false;
                     return self.log.abort();

@@ -3,20 +3,14 @@
 //! A full disk, or the log's own quota, never stops a commit: the log loses its past instead, and says so. What an fsync that failed left on the disk no later one
 //! tells, so that the log is begun anew at its tip. Nothing else is mended by dropping records: such a failure ends what wanted to append.
 
-use std::io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
-
 use bytes::Bytes;
 
 use crate::engine::base::{Base, lock};
 use crate::error::{Error, Result};
+use crate::log::no_room;
 use crate::node::Part;
 use crate::status::{Event, Role};
 use crate::txid::Position;
-
-/// Whether records must go to make room.
-fn no_room(error: &Error) -> bool {
-    matches!(error, Error::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded | FileTooLarge))
-}
 
 /// Appends to the log.
 ///
@@ -76,8 +70,10 @@ pub(super) fn sync(base: &Base) -> Result<()> {
     let Err(error) = base.log.sync() else { return Ok(()) };
     // No append between the two.
     let broken = lock(&base.log_broken);
-    if let Some(at) = base.log.renew()?
+    let renewed = base.log.renew();
+    if !matches!(renewed, Ok(None))
         && !*broken
+        && let Some(at) = base.log.tip()
     {
         tracing::error!(%error, %at, "the log can't be synced, and is begun anew: replicas that are behind compare their pages");
         base.node.tell(Event::LogGap(at));

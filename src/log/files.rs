@@ -40,9 +40,17 @@ pub(super) fn remove(paths: &[PathBuf]) {
 pub(super) fn sync_dir(dir: &Path) -> Result<()> {
     // Elsewhere a directory can't be opened as a file, and its entries are durable with their files.
     if cfg!(unix) {
-        File::open(dir).and_then(|dir| dir.sync_all()).map_err(Error::io("fsync", dir))?;
+        // A descriptor that could not be had says nothing of what is on the disk.
+        let opened = File::open(dir).map_err(Error::io("open", dir))?;
+        opened.sync_all().map_err(Error::io("fsync", dir))?;
     }
     Ok(())
+}
+
+/// Whether records must go to make room: a disk, a quota of the system's, the limit of a file's size, or the log's own quota.
+pub(crate) fn no_room(error: &Error) -> bool {
+    use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    matches!(error, Error::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded | FileTooLarge))
 }
 
 /// Reads until `buffer` is full or the file ends; says how much there was.

@@ -181,9 +181,9 @@ impl State {
         self.noted(head.and_then(|()| files::sync_dir(dir)))
     }
 
-    /// The result of an fsync. One that failed is not forgotten.
+    /// The result of an fsync. One that failed is not forgotten; one that could not be tried is tried again.
     pub(super) fn noted(&mut self, synced: Result<()>) -> Result<()> {
-        self.doubtful |= synced.is_err();
+        self.doubtful |= matches!(synced, Err(Error::Io { op: "fsync", .. }));
         synced
     }
 

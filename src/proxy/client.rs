@@ -14,12 +14,13 @@ use tower::Service;
 
 use crate::proxy::BoxError;
 use crate::proxy::body::ReplayResponseBody;
-use crate::proxy::failure::Failure;
+use crate::proxy::failure::{Failure, Outcome};
 use crate::proxy::forward::{Sender, forward};
 use crate::proxy::headers::{strip_reserved, tokens};
 use crate::proxy::keep::Keep;
 use crate::proxy::layer::Shared;
 use crate::proxy::prepare::{Head, Verdict};
+use crate::proxy::route::is_safe;
 use crate::session;
 
 /// A tower service that sends requests to the primary's application, wherever that is: for jobs, WebSocket handlers and
@@ -61,11 +62,21 @@ where
         let head = Head::of(&parts, &shared.options);
         let body = Keep::new(body, &shared.options.budget);
         Box::pin(async move {
-            let answer = match forward(&shared, &head, body, Sender::Caller).await {
+            let effects = !is_safe(&head.method);
+            let answer = match forward(&shared, &head, body, Sender::Caller, true).await {
                 Verdict::Answer(answer) => *answer,
-                Verdict::Failed(reason) => return Err(Failure::new(reason)),
+                Verdict::Failed(reason) => {
+                    let failure = Failure::new(reason);
+                    if effects && failure.outcome == Outcome::Unknown {
+                        session::had_effects();
+                    }
+                    return Err(failure);
+                }
                 Verdict::Here(_) => unreachable!("only a client's request runs where it is"),
             };
+            if effects {
+                session::had_effects();
+            }
             // There may be some of other databases beside it.
             if let Some(token) = tokens(answer.headers()).find_map(|text| shared.tokens.verify(text)) {
                 session::committed(&shared.node, token.txid());

@@ -20,7 +20,7 @@ use crate::proxy::BoxError;
 use crate::proxy::body::{Patient, ReplayRequestBody};
 use crate::proxy::http2::Http2;
 use crate::proxy::keep::Keep;
-use crate::proxy::preface::Proven;
+use crate::proxy::preface::Watched;
 
 /// How long an unused connection is kept: less than any server or proxy on the way is likely to allow, because a
 /// request that meets a closing connection has an unknown outcome.
@@ -160,7 +160,7 @@ pub(super) struct Connector {
 }
 
 impl Service<Uri> for Connector {
-    type Response = TokioIo<Proven>;
+    type Response = TokioIo<Watched>;
     type Error = BoxError;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, BoxError>> + Send>>;
 
@@ -173,7 +173,7 @@ impl Service<Uri> for Connector {
         let connecting = self.http.call(uri);
         Box::pin(async move {
             match tokio::time::timeout(limit, connecting).await {
-                Ok(connected) => Ok(TokioIo::new(Proven::new(connected?.into_inner(), http2))),
+                Ok(connected) => Ok(TokioIo::new(Watched::new(connected?.into_inner(), http2))),
                 Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut).into()),
             }
         })

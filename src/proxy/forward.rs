@@ -12,7 +12,7 @@ use crate::proxy::BoxError;
 use crate::proxy::body::{Answer, Patient};
 use crate::proxy::detour::detour;
 use crate::proxy::dial::{Protocol, SendError};
-use crate::proxy::failure::Reason;
+use crate::proxy::failure::{Failure, Outcome, Reason};
 use crate::proxy::headers::{HOP, PRIMARY, strip_answer};
 use crate::proxy::hop::{About, HOPS_MAX, Hint, Hop};
 use crate::proxy::keep::Keep;
@@ -38,12 +38,20 @@ pub(super) enum Sender {
 }
 
 /// Sends the request to the primary, holding it while there is none.
-pub(super) async fn forward(shared: &Shared, head: &Head, body: Keep, sender: Sender) -> Verdict {
+///
+/// It is sent once more after a broken connection if its method is safe, and it is `repeatable`: what has to run on the primary may have effects, whatever
+/// its method.
+pub(super) async fn forward(
+    shared: &Shared,
+    head: &Head,
+    body: Keep,
+    sender: Sender,
+    repeatable: bool,
+) -> Verdict {
     if !head.definite {
         return Verdict::Failed(Reason::Ambiguous);
     }
     let until = Instant::now() + shared.options.hold;
-    let again = u8::from(is_safe(&head.method));
     let (next, avoid, rest) = (None, None, None);
     let mut trip = Trip {
         shared,
@@ -52,7 +60,8 @@ pub(super) async fn forward(shared: &Shared, head: &Head, body: Keep, sender: Se
         hops: head.came.saturating_add(1),
         http1: false,
         stale: STALE_MAX,
-        again,
+        again: u8::from(repeatable && is_safe(&head.method)),
+        broke: false,
         next,
         avoid,
         pause: PAUSE_FIRST,
@@ -64,7 +73,7 @@ pub(super) async fn forward(shared: &Shared, head: &Head, body: Keep, sender: Se
         let Some(target) = target else {
             drop(on_its_way);
             if let Err(reason) = find(shared, until, trip.avoid.as_ref()).await {
-                return Verdict::Failed(reason);
+                return trip.failed_by(reason);
             }
             continue;
         };
@@ -79,7 +88,7 @@ pub(super) async fn forward(shared: &Shared, head: &Head, body: Keep, sender: Se
             }
         }
         if trip.hops > HOPS_MAX {
-            return Verdict::Failed(Reason::Apart);
+            return trip.failed_by(Reason::Apart);
         }
         if let ControlFlow::Break(verdict) = trip.visit(target).await {
             return verdict;
@@ -88,7 +97,7 @@ pub(super) async fn forward(shared: &Shared, head: &Head, body: Keep, sender: Se
         if let Some(pause) = trip.rest.take()
             && let Err(reason) = wait(shared, until, pause).await
         {
-            return Verdict::Failed(reason);
+            return trip.failed_by(reason);
         }
     }
 }
@@ -103,8 +112,10 @@ struct Trip<'a> {
     /// The node does not speak HTTP/2, which was only wished for.
     http1: bool,
     stale: u8,
-    /// How often the request may be sent again though it may have run: for safe methods only.
+    /// How often the request may be sent again though it may have run.
     again: u8,
+    /// A connection broke while it may have run.
+    broke: bool,
     /// Where to go next, if that is known already.
     next: Option<Target>,
     /// Who said that it is not the primary, without knowing better.
@@ -214,6 +225,7 @@ impl Trip<'_> {
                     ?target,
                     "the connection to the primary broke"
                 );
+                self.broke = true;
                 if self.again == 0 {
                     return self.fail(Reason::Broken);
                 }
@@ -242,7 +254,13 @@ impl Trip<'_> {
     }
 
     fn fail(&self, reason: Reason) -> Step {
-        ControlFlow::Break(Verdict::Failed(reason))
+        ControlFlow::Break(self.failed_by(reason))
+    }
+
+    /// What is said in the end. After a connection that broke it is not known any more that the request did not run.
+    fn failed_by(&self, reason: Reason) -> Verdict {
+        let forgets = self.broke && Failure::new(reason).outcome == Outcome::NotExecuted;
+        Verdict::Failed(if forgets { Reason::Broken } else { reason })
     }
 }
 

@@ -16,12 +16,12 @@ use tokio::time::Instant;
 use tower::Service;
 
 use crate::proxy::dial::{Connector, Outgoing, POOL_IDLE_SECONDS, SendError, Spawn};
-use crate::proxy::preface::Proof;
+use crate::proxy::preface::Shown;
 
 /// How often a connection with requests on it is pinged.
-const PING_INTERVAL: Duration = Duration::from_secs(5);
-/// One whose pings stay unanswered for this long is dead.
-const PING_TIMEOUT: Duration = Duration::from_secs(10);
+const PING_INTERVAL: Duration = Duration::from_secs(10);
+/// One whose pings stay unanswered for this long is dead. On a slow link they come behind all that is on its way.
+const PING_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The connection to the node that was asked last.
 #[derive(Clone, Debug)]
@@ -35,7 +35,7 @@ pub(super) struct Http2 {
 struct Open {
     to: Authority,
     way: SendRequest<Outgoing>,
-    proof: Proof,
+    shown: Shown,
     used: Instant,
 }
 
@@ -54,14 +54,12 @@ impl Http2 {
     ) -> Result<Response<Incoming>, SendError> {
         let to = name(&mut request)?;
         // Who waits for another's try to connect does not wait longer than that one.
-        let (mut way, proof) = match tokio::time::timeout(self.connector.limit, self.way(to)).await {
+        let (mut way, shown) = match tokio::time::timeout(self.connector.limit, self.way(to)).await {
             Ok(way) => way?,
             Err(_) => return Err(SendError::Unreachable("no connection in time".into())),
         };
         way.send_request(request).await.map_err(|error| {
-            if proof.is_missing() {
-                SendError::NoHttp2(error.into())
-            } else if was_not_begun(&error) {
+            if was_not_begun(&error, &shown) {
                 SendError::NotBegun(error.into())
             } else {
                 SendError::Broken(error.into())
@@ -69,8 +67,8 @@ impl Http2 {
         })
     }
 
-    /// A way onto the connection, which is opened if need be.
-    async fn way(&self, to: Authority) -> Result<(SendRequest<Outgoing>, Proof), SendError> {
+    /// A way onto the connection, which is opened if need be. Its server has shown that it speaks HTTP/2.
+    async fn way(&self, to: Authority) -> Result<(SendRequest<Outgoing>, Shown), SendError> {
         let mut open = self.open.lock().await;
         if let Some(open) = &mut *open
             && open.to == to
@@ -78,12 +76,12 @@ impl Http2 {
             && open.used.elapsed() < Duration::from_secs(POOL_IDLE_SECONDS)
         {
             open.used = Instant::now();
-            return Ok((open.way.clone(), open.proof.clone()));
+            return Ok((open.way.clone(), open.shown.clone()));
         }
         let uri = Uri::builder().scheme(Scheme::HTTP).authority(to.clone()).path_and_query("/").build();
         let uri = uri.map_err(|error| SendError::Unreachable(error.into()))?;
         let io = self.connector.clone().call(uri).await.map_err(SendError::Unreachable)?;
-        let proof = io.inner().proof();
+        let mut shown = io.inner().shown();
         let mut builder = Builder::new(self.spawn.clone());
         builder
             .timer(TokioTimer::new())
@@ -91,13 +89,18 @@ impl Http2 {
             .keep_alive_interval(PING_INTERVAL)
             .keep_alive_timeout(PING_TIMEOUT);
         let (way, connection) =
-            builder.handshake(io).await.map_err(|error| SendError::NoHttp2(error.into()))?;
+            builder.handshake(io).await.map_err(|error| SendError::Unreachable(error.into()))?;
         self.spawn.execute(async move {
             // Each request on it hears of its end.
             let _ = connection.await;
         });
-        *open = Some(Open { to, way: way.clone(), proof: proof.clone(), used: Instant::now() });
-        Ok((way, proof))
+        match shown.speaks().await {
+            Some(true) => {}
+            Some(false) => return Err(SendError::NoHttp2("the server does not speak HTTP/2".into())),
+            None => return Err(SendError::Unreachable("the connection broke at once".into())),
+        }
+        *open = Some(Open { to, way: way.clone(), shown: shown.clone(), used: Instant::now() });
+        Ok((way, shown))
     }
 }
 
@@ -117,8 +120,9 @@ fn name<B>(request: &mut Request<B>) -> Result<Authority, SendError> {
 }
 
 /// Whether the node has said, or nobody was told, so that the request was not begun there: it was never put on the connection, it came behind the last
-/// one that the node says it looked at, or it was refused.
-fn was_not_begun(error: &hyper::Error) -> bool {
+/// one that the node says it looked at, or it was refused. A node that goes away says first that it does, and later which was the last: an error
+/// between the two tells nothing of a request that was put on the connection in that moment.
+fn was_not_begun(error: &hyper::Error, shown: &Shown) -> bool {
     if error.is_canceled() {
         return true;
     }
@@ -126,7 +130,7 @@ fn was_not_begun(error: &hyper::Error) -> bool {
         return false;
     };
     let refused = error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM);
-    error.is_remote() && (error.is_go_away() || refused)
+    error.is_remote() && (error.is_go_away() && shown.said_last() || refused)
 }
 
 #[cfg(test)]

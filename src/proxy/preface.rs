@@ -1,109 +1,125 @@
-//! HTTP/2 by prior knowledge, to a server that may not speak it: nothing of a request goes out before the server has shown that it does.
+//! What a server's bytes say of HTTP/2: whether it speaks it, and which request it began last.
+//!
+//! HTTP/2 is spoken by prior knowledge to a server that may not speak it, so that no request goes out before the server has shown that it does: its
+//! first frame is one of settings (RFC 9113, 3.4). And a server that goes away first says so with the highest of all numbers, which says nothing of any
+//! request (6.8); only a later, lower one tells which it has not begun.
 
 use std::io;
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::task::{Context, Poll, Waker, ready};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::task::{Context, Poll, ready};
 
 use hyper_util::client::legacy::connect::{Connected, Connection};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
+use tokio::sync::watch;
 
-/// The client's preface begins with these bytes, and goes on with a SETTINGS frame (RFC 9113, 3.4).
-const MAGIC_BYTES: usize = 24;
-/// A frame's head: three bytes of length, one of type, ...
-const FRAME_HEAD_BYTES: usize = 9;
-const LENGTH_BYTES: usize = 3;
-/// The type of the first frame of either side.
+/// A frame's head: three bytes of length, one of type, one of flags, four of the stream's number.
+const HEAD_BYTES: usize = 9;
 const SETTINGS: u8 = 4;
+const GOAWAY: u8 = 7;
+/// The highest number of a stream.
+const STREAM_MAX: u32 = (1 << 31) - 1;
 
-/// Whether a connection's server has shown that it speaks HTTP/2. Before that no request is on it.
+/// What a connection's server has shown.
 #[derive(Clone, Debug)]
-pub(super) struct Proof(Arc<AtomicBool>);
+pub(super) struct Shown {
+    /// Whether it speaks HTTP/2, once that is known.
+    speaks: watch::Receiver<Option<bool>>,
+    /// The last stream of its last word that it goes away.
+    last: Arc<AtomicU32>,
+}
 
-impl Proof {
-    pub(super) fn is_missing(&self) -> bool {
-        !self.0.load(Ordering::Acquire)
+impl Shown {
+    /// Waits until it is known whether the server speaks HTTP/2. None when the connection broke before.
+    pub(super) async fn speaks(&mut self) -> Option<bool> {
+        self.speaks.wait_for(Option::is_some).await.ok().and_then(|speaks| *speaks)
+    }
+
+    /// Whether it went away with a word on which requests it has not begun.
+    pub(super) fn said_last(&self) -> bool {
+        self.last.load(Ordering::Acquire) < STREAM_MAX
     }
 }
 
-/// A connection that fails when the server's first frame is not that of HTTP/2, and lets only the client's preface out before.
-pub(super) struct Proven {
+/// A connection whose server's frames are looked at, if it is for HTTP/2.
+pub(super) struct Watched {
     stream: TcpStream,
-    proof: Proof,
-    /// None once the server has shown that it speaks HTTP/2, and where nobody asks.
-    doubt: Option<Doubt>,
+    shown: Shown,
+    frames: Option<Frames>,
 }
 
-#[derive(Default)]
-struct Doubt {
-    /// How much went out, and the length of the SETTINGS frame as far as it did.
-    written: usize,
-    length: [u8; LENGTH_BYTES],
-    /// How much came in, and the head of the first frame.
+impl Watched {
+    pub(super) fn new(stream: TcpStream, http2: bool) -> Watched {
+        let (speaks, known) = watch::channel(None);
+        let shown = Shown { speaks: known, last: Arc::new(AtomicU32::new(STREAM_MAX)) };
+        let frames =
+            http2.then(|| Frames { speaks, last: shown.last.clone(), head: [0; _], read: 0, left: 0 });
+        Watched { stream, shown, frames }
+    }
+
+    pub(super) fn shown(&self) -> Shown {
+        self.shown.clone()
+    }
+}
+
+/// The server's frames, as far as they have come.
+struct Frames {
+    speaks: watch::Sender<Option<bool>>,
+    last: Arc<AtomicU32>,
+    /// The head of the frame, and the first bytes of a payload that is looked at.
+    head: [u8; HEAD_BYTES + 4],
     read: usize,
-    head: [u8; LENGTH_BYTES + 1],
-    /// Who wants to write more.
-    writer: Option<Waker>,
+    /// What else of it is to come.
+    left: usize,
 }
 
-impl Proven {
-    /// A connection; in doubt, if it is for HTTP/2.
-    pub(super) fn new(stream: TcpStream, http2: bool) -> Proven {
-        Proven { stream, proof: Proof(Arc::new(AtomicBool::new(!http2))), doubt: http2.then(Doubt::default) }
-    }
-
-    pub(super) fn proof(&self) -> Proof {
-        self.proof.clone()
-    }
-}
-
-/// For the pool of connections in HTTP/1.1.
-impl Connection for Proven {
-    fn connected(&self) -> Connected {
-        self.stream.connected()
-    }
-}
-
-/// What is said of a server that answered anything else, or closed.
-fn no_http2() -> io::Error {
-    io::Error::new(io::ErrorKind::InvalidData, "the server does not speak HTTP/2")
-}
-
-impl Doubt {
-    /// How much of the bytes may go out.
-    fn allowed(&self, bytes: &[u8]) -> usize {
-        let length = self.length.iter().fold(0, |length, byte| length << 8 | usize::from(*byte));
-        // The length has to be known first.
-        let end = match self.written < MAGIC_BYTES + LENGTH_BYTES {
-            true => MAGIC_BYTES + LENGTH_BYTES,
-            false => MAGIC_BYTES + FRAME_HEAD_BYTES + length,
-        };
-        bytes.len().min(end - self.written)
-    }
-
-    fn wrote(&mut self, bytes: &[u8]) {
-        for byte in bytes {
-            if let Some(at) = self.written.checked_sub(MAGIC_BYTES).filter(|at| *at < LENGTH_BYTES) {
-                self.length[at] = *byte;
+impl Frames {
+    /// Looks at what came.
+    ///
+    /// # Errors
+    /// When it is not HTTP/2.
+    fn came(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        if bytes.is_empty() && self.speaks.borrow().is_none() {
+            return Err(self.no_http2());
+        }
+        while !bytes.is_empty() {
+            if self.left > 0 {
+                let skipped = self.left.min(bytes.len());
+                (self.left, bytes) = (self.left - skipped, &bytes[skipped..]);
+                continue;
             }
-            self.written += 1;
+            self.head[self.read] = bytes[0];
+            (self.read, bytes) = (self.read + 1, &bytes[1..]);
+            if self.read == 4 && self.speaks.borrow().is_none() {
+                if self.head[3] != SETTINGS {
+                    return Err(self.no_http2());
+                }
+                self.speaks.send_replace(Some(true));
+            }
+            let length =
+                usize::from(self.head[0]) << 16 | usize::from(self.head[1]) << 8 | usize::from(self.head[2]);
+            let looked_at = if self.head[3] == GOAWAY { length.min(4) } else { 0 };
+            if self.read < HEAD_BYTES + looked_at || self.read < HEAD_BYTES {
+                continue;
+            }
+            if looked_at == 4 {
+                let [.., a, b, c, d] = self.head;
+                self.last.store(u32::from_be_bytes([a, b, c, d]) & STREAM_MAX, Ordering::Release);
+            }
+            (self.read, self.left) = (0, length - looked_at);
         }
+        Ok(())
     }
 
-    /// Whether what came is HTTP/2, if that is known by now.
-    fn came(&mut self, bytes: &[u8]) -> Option<bool> {
-        for byte in bytes {
-            let Some(slot) = self.head.get_mut(self.read) else { break };
-            *slot = *byte;
-            self.read += 1;
-        }
-        (self.read == self.head.len() || bytes.is_empty()).then_some(self.head[LENGTH_BYTES] == SETTINGS)
+    fn no_http2(&self) -> io::Error {
+        self.speaks.send_replace(Some(false));
+        io::Error::new(io::ErrorKind::InvalidData, "the server does not speak HTTP/2")
     }
 }
 
-impl AsyncRead for Proven {
+impl AsyncRead for Watched {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -111,40 +127,17 @@ impl AsyncRead for Proven {
     ) -> Poll<io::Result<()>> {
         let this = &mut *self;
         let before = buffer.filled().len();
-        let read = ready!(Pin::new(&mut this.stream).poll_read(cx, buffer));
-        let Some(doubt) = &mut this.doubt else { return Poll::Ready(read) };
-        // One that does not understand may just close, or reset what it has not read.
-        match read.map_or(Some(false), |()| doubt.came(&buffer.filled()[before..])) {
-            None => Poll::Ready(Ok(())),
-            Some(true) => {
-                this.proof.0.store(true, Ordering::Release);
-                if let Some(writer) = this.doubt.take().and_then(|doubt| doubt.writer) {
-                    writer.wake();
-                }
-                Poll::Ready(Ok(()))
-            }
-            Some(false) => Poll::Ready(Err(no_http2())),
-        }
+        ready!(Pin::new(&mut this.stream).poll_read(cx, buffer))?;
+        Poll::Ready(match &mut this.frames {
+            Some(frames) => frames.came(&buffer.filled()[before..]),
+            None => Ok(()),
+        })
     }
 }
 
-impl AsyncWrite for Proven {
+impl AsyncWrite for Watched {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        let this = &mut *self;
-        let Some(doubt) = &mut this.doubt else { return Pin::new(&mut this.stream).poll_write(cx, bytes) };
-        let allowed = doubt.allowed(bytes);
-        if allowed == 0 && !bytes.is_empty() {
-            doubt.writer = Some(cx.waker().clone());
-            return Poll::Pending;
-        }
-        let written = ready!(Pin::new(&mut this.stream).poll_write(cx, &bytes[..allowed]));
-        Poll::Ready(match written {
-            Ok(written) => {
-                doubt.wrote(&bytes[..written]);
-                Ok(written)
-            }
-            Err(_) => Err(no_http2()),
-        })
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
 
     fn poll_write_vectored(
@@ -152,11 +145,7 @@ impl AsyncWrite for Proven {
         cx: &mut Context<'_>,
         pieces: &[io::IoSlice<'_>],
     ) -> Poll<io::Result<usize>> {
-        if self.doubt.is_none() {
-            return Pin::new(&mut self.stream).poll_write_vectored(cx, pieces);
-        }
-        let first = pieces.iter().find(|piece| !piece.is_empty());
-        self.poll_write(cx, first.map_or(&[], |piece| piece))
+        Pin::new(&mut self.stream).poll_write_vectored(cx, pieces)
     }
 
     fn is_write_vectored(&self) -> bool {
@@ -169,5 +158,55 @@ impl AsyncWrite for Proven {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+/// For the pool of connections in HTTP/1.1.
+impl Connection for Watched {
+    fn connected(&self) -> Connected {
+        self.stream.connected()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn frames() -> (Frames, Shown) {
+        let (speaks, known) = watch::channel(None);
+        let shown = Shown { speaks: known, last: Arc::new(AtomicU32::new(STREAM_MAX)) };
+        (Frames { speaks, last: shown.last.clone(), head: [0; _], read: 0, left: 0 }, shown)
+    }
+
+    #[test]
+    fn the_last_stream_of_a_server_that_goes_away_is_known_however_its_bytes_come() {
+        let mut bytes = vec![0, 0, 6, SETTINGS, 0, 0, 0, 0, 0, 0, 4, 0, 0, GOAWAY, GOAWAY];
+        bytes.extend([0, 0, 5, 0, 0, 0, 0, 0, 1, 0, 0, 8, GOAWAY, 0]);
+        let first = bytes.len();
+        bytes.extend([0, 0, 10, GOAWAY, 0, 0, 0, 0, 0, 0x7f, 0xff, 0xff, 0xff, 0, 0, 0, 0, b'n', b'o']);
+        let vague = bytes.len();
+        bytes.extend([0, 0, 8, GOAWAY, 0, 0, 0, 0, 0, 0x80, 0, 1, 5, 0, 0, 0, 0]);
+        for size in 1..=bytes.len() {
+            let (mut frames, shown) = frames();
+            let mut came = 0;
+            for piece in bytes.chunks(size) {
+                frames.came(piece).unwrap();
+                came += piece.len();
+                assert_eq!(*shown.speaks.borrow(), (came >= 4).then_some(true));
+                assert!(came > vague || !shown.said_last(), "{first} {vague} {came}");
+            }
+            assert!(shown.said_last());
+            assert_eq!(shown.last.load(Ordering::Relaxed), 0x105);
+            frames.came(b"").unwrap();
+        }
+    }
+
+    #[test]
+    fn what_else_comes_first_or_nothing_is_no_http_2() {
+        for words in [&b"HTTP/1.1 400 Bad Request"[..], b"", b"\0\0\0\x07\0"] {
+            let (mut frames, shown) = frames();
+            frames.came(words).unwrap_err();
+            assert_eq!(*shown.speaks.borrow(), Some(false));
+        }
     }
 }

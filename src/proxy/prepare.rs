@@ -172,7 +172,7 @@ pub(super) async fn prepare(shared: Arc<Shared>, need: Need, head: Arc<Head>, bo
         }
         tracing::debug!(%txid, "a read asks the primary, because this node is behind");
     }
-    forward(&shared, &head, body, Sender::Client).await
+    forward(&shared, &head, body, Sender::Client, matches!(need, Need::Applied(_))).await
 }
 
 /// Whether a token's transaction is here within the limit, or will never be.

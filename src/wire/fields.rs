@@ -231,7 +231,7 @@ impl<'a> Fields<'a> {
         while !self.0.is_empty() {
             let (first, count) = (self.page_no()?, self.u32()? as usize);
             pages += count;
-            if count == 0 || pages > WANT_MAX_PAGES {
+            if count == 0 || count > SPAN_MAX_PAGES as usize || pages > WANT_MAX_PAGES {
                 return Err(WireError::Fields("a run of no pages, or too many pages are asked for"));
             }
             let (hashes, _) = self.bytes(count * 16)?.as_chunks();

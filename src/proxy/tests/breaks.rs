@@ -15,6 +15,7 @@ use tokio::task::JoinSet;
 use super::world::*;
 use crate::proxy::{Reason, Route};
 use crate::status::Role;
+use crate::token::Token;
 
 /// A server that reads a request's head and then does what the test says with the connection.
 async fn fake<F>(mut act: impl FnMut(TcpStream) -> F + Send + 'static) -> String
@@ -231,10 +232,35 @@ async fn a_primary_that_dies_with_the_request_leaves_the_outcome_unknown() {
     is(&send(Request::post(replica.url()).body(full("x")).unwrap()).await, 504, "unknown");
     seen.recv().await.unwrap();
     assert!(seen.try_recv().is_err(), "a write is sent once");
+    // Whatever its method: a link in a mail is a GET, too.
     is(&send(Request::get(replica.url()).body(full("")).unwrap()).await, 504, "unknown");
     seen.recv().await.unwrap();
-    seen.try_recv().expect("a safe method is tried twice");
+    assert!(seen.try_recv().is_err(), "what has to run on the primary is sent once");
+
+    // A read that only looks for a node which is far enough.
+    let (replica, node) = replica_of(&url, |l| l.read_wait_limit(SHORT)).await;
+    let token = Token::sign(&node, txid(99));
+    let read = Request::get(replica.url()).header("replite-token", token.as_str());
+    is(&send(read.body(full("")).unwrap()).await, 504, "unknown");
+    seen.recv().await.unwrap();
+    seen.try_recv().expect("a read is tried twice");
     assert!(seen.try_recv().is_err());
+}
+
+/// It took the request, and nobody is there when a read is tried again: nobody can say that it did not run.
+#[tokio::test]
+async fn what_may_have_run_is_not_called_not_executed_when_the_next_try_finds_nobody() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        drop(listener);
+        let _ = stream.read(&mut [0; 64]).await;
+    });
+    let (replica, node) = replica_of(&url, |l| l.read_wait_limit(SHORT).hold_limits(SHORT, 8)).await;
+    let token = Token::sign(&node, txid(99));
+    let read = Request::get(replica.url()).header("replite-token", token.as_str());
+    is(&send(read.body(full("")).unwrap()).await, 504, "unknown");
 }
 
 #[tokio::test]
