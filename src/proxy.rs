@@ -5,8 +5,8 @@
 //! from a state that has that transaction.
 //!
 //! The way of a request: `service` plans it, `future` drives the plan, `prepare` waits and holds, `forward` sends
-//! to the primary over `dial`, and `reply` sets tokens on what a local handler answered. `preface` asks a server
-//! whether it speaks HTTP/2. `tunnel` and `detour` are other ways to the primary, `client` is for callers that are no request's handler.
+//! to the primary over `dial`, and `reply` sets tokens on what a local handler answered. `http2` is its connection in HTTP/2,
+//! and `preface` looks whether the server speaks that. `tunnel` and `detour` are other ways to the primary, `client` is for callers that are no request's handler.
 
 mod body;
 mod client;

@@ -171,6 +171,24 @@ mod tests {
     }
 
     #[test]
+    fn a_transaction_larger_than_the_logs_quota_that_the_log_lacks_keeps_nobody_from_starting() {
+        let home = Home::new();
+        let (engine, plain) = primary(&home);
+        plain.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).unwrap();
+        engine.close();
+        plain.execute("INSERT INTO t VALUES (zeroblob(3000000))", []).unwrap();
+        for _ in 0..2 {
+            let mut options = home.options("p.db");
+            options.log.quota_bytes = 1 << 20;
+            let engine = Engine::open(options, node()).unwrap();
+            let position = settled(&engine);
+            assert_eq!(engine.log().tip(), Some(position));
+            assert_eq!(plain.query_row("SELECT count(*) FROM t", [], |r| r.get::<_, i64>(0)).unwrap(), 2);
+            engine.close();
+        }
+    }
+
+    #[test]
     fn an_append_that_works_again_soon_is_made_up_for() {
         let home = Home::new();
         let (engine, plain) = primary(&home);

@@ -658,6 +658,41 @@ fn a_new_epoch_that_waits_for_a_writer_does_not_keep_that_writer_from_capture() 
     }
 }
 
+/// A descriptor that was closed in this process drops its locks, and the other process that commits then is not written over, whatever was made ready.
+#[test]
+fn the_wal_is_not_begun_anew_over_a_commit_that_came_while_readers_were_waited_for() {
+    let home = Home::new();
+    let plain = open_plain(&home.path("p.db"));
+    plain.execute_batch("CREATE TABLE t(id INTEGER PRIMARY KEY, k, v); INSERT INTO t(k) VALUES (1)").unwrap();
+    let engine = home.primary("p.db");
+    plain.execute_batch("INSERT INTO t(k) VALUES (2)").unwrap();
+    settled(&engine);
+    let mut other = Connection::open(home.path("p.db")).unwrap();
+    let reader_of_all = other.transaction().unwrap();
+    reader_of_all.query_row("SELECT count(*) FROM t", [], |_| Ok(())).unwrap();
+    let base = engine.base.clone();
+    let begun = std::thread::scope(|scope| {
+        // As who holds WRITE does it; but nobody does.
+        let restarts = scope.spawn(|| {
+            let mut handle = reader(&base).unwrap();
+            let begun = checkpoint::restart(&base, &mut handle, Duration::from_secs(60)).unwrap();
+            let tip = checkpoint::keep_from_others(&base, &mut handle).unwrap();
+            (matches!(begun, checkpoint::Restart::Done(_)), tip)
+        });
+        until("the copy", || base.index.backfilled() == base.tip().frame && base.bound.pinned());
+        plain.execute_batch("INSERT INTO t(k) VALUES (3)").unwrap();
+        drop(reader_of_all);
+        restarts.join().unwrap()
+    });
+    assert!(!begun.0, "it was begun over the commit");
+    let rows = |connection: &Connection| {
+        connection.query_row("SELECT count(*) FROM t", [], |r| r.get::<_, i64>(0)).unwrap()
+    };
+    assert_eq!((rows(&plain), rows(&other)), (3, 3));
+    settled(&engine);
+    assert_exact(&engine);
+}
+
 #[test]
 fn a_hash_at_open_says_how_far_it_has_come() {
     let home = Home::new();
