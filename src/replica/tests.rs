@@ -491,7 +491,7 @@ async fn a_problem_lasts_until_something_is_taken_in() {
     };
     tokio::select! {
         ended = session.stream(opened, knock, &mut reporter) => panic!("{ended:?}"),
-        () = says => {}
+        said = tokio::time::timeout(Duration::from_secs(60), says) => said.expect("the problem is over"),
     }
 }
 
