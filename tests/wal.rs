@@ -41,7 +41,7 @@ fn foreign_writer() {
             speak(&format!("failed {error}"));
             return;
         }
-        if n % 50 == 0 {
+        if n % 50 == 0 || !pace.is_zero() {
             speak(&format!("rows {n}"));
         }
         if !pace.is_zero() {
@@ -255,6 +255,51 @@ async fn our_own_writer_at_full_speed_leaves_the_wal_bounded() {
     };
     tokio::task::spawn_blocking(write).await.unwrap();
     peak.expect_at_most(8 * MIB);
+    db.shutdown().await;
+}
+
+/// Readers that stay until others have committed are waited for in vain, again and again. In between our own writer, which is woken, took the lock before
+/// anybody who only looks for it now and then.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_process_gets_to_write_beside_our_own_writer_at_full_speed() {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("p.db");
+    let db = Db::open(alone(&path, 256 * 1024).durability(Durability::Unsynced)).await.unwrap();
+    let (stop, commits) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    let ends = Ends(&stop);
+    let mut threads: Vec<_> = (0..2)
+        .map(|_| {
+            let (db, stop, commits) = (db.clone(), stop.clone(), commits.clone());
+            std::thread::spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    let sql =
+                        "INSERT OR REPLACE INTO t(id, v) VALUES (abs(random() % 500), randomblob(3000))";
+                    db.write_blocking(|tx| Ok::<_, Error>(tx.execute(sql, [])?)).unwrap();
+                    commits.fetch_add(1, Ordering::Relaxed);
+                }
+            })
+        })
+        .collect();
+    let (reader, ended) = (plain(&path), stop.clone());
+    threads.push(std::thread::spawn(move || {
+        let committed = |more: u64| {
+            let from = commits.load(Ordering::Relaxed);
+            until("commits", || {
+                ended.load(Ordering::Relaxed) || commits.load(Ordering::Relaxed) >= from + more
+            });
+        };
+        while !ended.load(Ordering::Relaxed) {
+            reader.execute_batch("BEGIN; SELECT count(*) FROM t").unwrap();
+            committed(5);
+            reader.execute_batch("COMMIT").unwrap();
+            committed(30);
+        }
+    }));
+    let foreign = writer(&path, "NORMAL", 1_000);
+    written(&foreign, 25);
+    drop(ends);
+    threads.into_iter().for_each(|thread| thread.join().unwrap());
+    drop(foreign);
     db.shutdown().await;
 }
 

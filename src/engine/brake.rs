@@ -21,6 +21,9 @@ const STEP: Duration = Duration::from_millis(1);
 const TRY: Duration = Duration::from_millis(20);
 /// Longest pause in which writers get through on a slow disk. SQLite looks for a lock each 100 ms at least.
 const GAP: Duration = Duration::from_millis(250);
+/// SQLite looks for a lock that it waits for so often at least. Whoever was held back for longer gets the lock before our own writer, which would
+/// take it the moment that it is free, and again and again.
+const OTHERS_FIRST: Duration = Duration::from_millis(120);
 /// Longest that our own writer is held back at a time.
 const WRITER_MAX: Duration = Duration::from_secs(5);
 
@@ -29,13 +32,15 @@ const WRITER_MAX: Duration = Duration::from_secs(5);
 pub(super) struct Write {
     handle: Handle,
     taken: bool,
+    /// Since when.
+    since: Option<Instant>,
     /// Until when it is held for the sake of the WAL's length, if it is.
     pub(super) until: Option<Instant>,
 }
 
 impl Write {
     pub(super) fn new(handle: Handle) -> Write {
-        Write { handle, taken: false, until: None }
+        Write { handle, taken: false, since: None, until: None }
     }
 
     /// Takes WRITE, if it is not held already.
@@ -52,6 +57,8 @@ impl Write {
                     return Ok(false);
                 }
                 pause();
+            } else {
+                self.since = Some(Instant::now());
             }
         }
         Ok(true)
@@ -77,7 +84,8 @@ pub(super) struct Brake {
     held: AtomicBool,
     /// The frame beyond which it is to be pulled.
     at: AtomicU32,
-    gate: Mutex<()>,
+    /// Until when our own writer lets others go first.
+    gate: Mutex<Option<Instant>>,
     opened: Condvar,
     thread: OnceLock<Thread>,
 }
@@ -89,7 +97,7 @@ impl Brake {
             on: AtomicBool::new(false),
             held: AtomicBool::new(false),
             at: AtomicU32::new(base.limit_frames(BRAKE_TIMES, 1)),
-            gate: Mutex::new(()),
+            gate: Mutex::new(None),
             opened: Condvar::new(),
             thread: OnceLock::new(),
         }
@@ -123,16 +131,25 @@ impl Brake {
         while self.on.load(Ordering::Acquire) && base.check().is_ok() && Instant::now() < end {
             gate = self.opened.wait_timeout(gate, LOOK).unwrap_or_else(PoisonError::into_inner).0;
         }
+        let others = gate.take();
+        drop(gate);
+        if let Some(others) = others {
+            std::thread::sleep(others.saturating_duration_since(Instant::now()));
+        }
     }
 
     /// Lets all writers go on, until the WAL has more than so many frames.
     pub(super) fn release(&self, base: &Base, write: &mut Write, at: u32) -> Result<()> {
         write.until = None;
+        let held = write.since.filter(|_| write.taken).map(|since| since.elapsed());
         let given_back = write.give_back();
         self.at.store(at, Ordering::Relaxed);
         self.held.store(false, Ordering::Release);
         base.bound.squeeze(false);
-        let gate = lock(&self.gate);
+        let mut gate = lock(&self.gate);
+        if held.is_some_and(|held| held >= OTHERS_FIRST) {
+            *gate = Some(Instant::now() + OTHERS_FIRST);
+        }
         self.on.store(false, Ordering::Release);
         drop(gate);
         self.opened.notify_all();
