@@ -1,16 +1,16 @@
 //! The handle that an application holds.
 
-mod builder;
 mod checkpoint;
-mod claims;
-mod ending;
+mod config;
 mod identity;
 mod open;
+mod open_files;
 mod pool;
-mod refuse;
+mod preflight;
 mod repair;
+mod shutdown;
 mod snapshot;
-mod standing;
+mod status;
 mod verify;
 mod writer;
 
@@ -27,13 +27,13 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
-use crate::engine::{Follower, Lost};
+use crate::context::NodeContext;
+use crate::engine::{Lost, ReplicaEngine};
 use crate::error::{Error, Result};
-use crate::node::Node;
-use crate::primary::Source;
+use crate::primary::ReplicaServer;
 use crate::proxy::{PrimaryClient, ReplayLayer};
 use crate::secret::Secret;
-use crate::server::{Door, ReplicationService};
+use crate::server::{Mount, ReplicationService};
 use crate::session::{self, Session};
 use crate::sqlite::{last_code, unreadable};
 use crate::status::{Event, LoggedTransaction, PeerInfo, Role, RoleState};
@@ -41,7 +41,7 @@ use crate::threads::blocking;
 use crate::token::Token;
 use crate::txid::{Place, Position, Txid};
 
-pub use builder::{Config, ConnectionKind};
+pub use config::{Config, ConnectionKind};
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
 pub(crate) use identity::fuzz_identity;
 #[cfg(test)]
@@ -50,10 +50,10 @@ pub use repair::Repair;
 pub use snapshot::Snapshot;
 pub use writer::{Commit, WriterGuard};
 
-use ending::Owner;
 use pool::{Lease, Pool};
+use shutdown::LastHandle;
 use verify::Verifier;
-use writer::{Failed, Hold, Writer};
+use writer::{EngineSlot, Failed, Writer};
 
 /// A replicated SQLite database: one node's handle. Clones share it.
 ///
@@ -62,16 +62,16 @@ use writer::{Failed, Hold, Writer};
 /// that was acknowledged. [`Db::shutdown`] also waits for replicas to get what was captured, and returns when all is done.
 #[derive(Clone, Debug)]
 pub struct Db {
-    inner: Arc<Owner>,
+    inner: Arc<LastHandle>,
 }
 
 struct Inner {
-    node: Arc<Node>,
+    node: Arc<NodeContext>,
     path: PathBuf,
     pool: Pool,
-    side: Side,
+    side: Running,
     verifier: Arc<Verifier>,
-    source: Arc<Source>,
+    source: Arc<ReplicaServer>,
     tracker: TaskTracker,
     wait_timeout: Duration,
     grace: Duration,
@@ -84,15 +84,15 @@ struct Inner {
     closed: AtomicBool,
     /// Cancelled when everything has ended.
     ended: CancellationToken,
-    claim: Mutex<Option<claims::Claim>>,
+    claim: Mutex<Option<open_files::Claim>>,
     /// Dropped last.
     _keep: Option<Arc<dyn Any + Send + Sync>>,
 }
 
 /// What the role is made of.
-enum Side {
-    Primary { engine: Arc<Hold>, writer: Writer },
-    Replica { follower: Arc<Follower>, readable: watch::Receiver<bool> },
+enum Running {
+    Primary { engine: Arc<EngineSlot>, writer: Writer },
+    Replica { follower: Arc<ReplicaEngine>, readable: watch::Receiver<bool> },
 }
 
 impl fmt::Debug for Inner {
@@ -183,8 +183,8 @@ impl Db {
     fn writer_side(&self) -> Result<&Writer> {
         match &self.inner.side {
             _ if self.inner.closed.load(Ordering::Acquire) => Err(Error::ShutDown),
-            Side::Primary { writer, .. } => Ok(writer),
-            Side::Replica { .. } => {
+            Running::Primary { writer, .. } => Ok(writer),
+            Running::Replica { .. } => {
                 session::primary_needed(&self.inner.node);
                 let primary = self.inner.node.roles.borrow().primary.clone();
                 Err(Error::NotPrimary { primary: primary.map(Box::new) })
@@ -266,8 +266,8 @@ impl Db {
     #[cfg(feature = "testing")]
     pub(crate) fn captured(&self) -> Result<Txid> {
         match &self.inner.side {
-            Side::Primary { engine, .. } => engine.get()?.captured(),
-            Side::Replica { .. } => Err(Error::NotPrimary { primary: None }),
+            Running::Primary { engine, .. } => engine.get()?.captured(),
+            Running::Replica { .. } => Err(Error::NotPrimary { primary: None }),
         }
     }
 
@@ -287,8 +287,8 @@ impl Db {
             Some((_, Place::OnHistory)) | None => {}
         }
         let log = match &self.inner.side {
-            Side::Primary { engine, .. } => Some(engine.get()?.log().clone()),
-            Side::Replica { follower, .. } => follower.log(),
+            Running::Primary { engine, .. } => Some(engine.get()?.log().clone()),
+            Running::Replica { follower, .. } => follower.log(),
         };
         let Some(log) = log else { return Ok(Vec::new()) };
         blocking(move || log.list(after.map_or(0, Txid::number), most)).await
@@ -304,7 +304,7 @@ impl Db {
     /// # Cancel safety
     /// Nothing happens but reading.
     pub async fn lost(&self) -> Result<Vec<Lost>> {
-        let side = crate::side::of(&self.inner.path);
+        let side = crate::files::of(&self.inner.path);
         blocking(move || Lost::list(&side)).await
     }
 
@@ -402,7 +402,7 @@ impl Db {
     /// # Cancel safety
     /// Nothing happens but the waiting.
     pub async fn ready(&self) -> Result<()> {
-        let Side::Replica { readable, .. } = &self.inner.side else { return Ok(()) };
+        let Running::Replica { readable, .. } = &self.inner.side else { return Ok(()) };
         let mut readable = readable.clone();
         tokio::select! {
             biased;
@@ -428,7 +428,7 @@ impl Db {
     /// a secret: behind a reverse proxy everybody comes from a loopback address. An own listener
     /// ([`Config::listen`]) that the public can't reach is the better choice.
     pub fn service(&self) -> ReplicationService {
-        self.inner.service(Door::Mounted)
+        self.inner.service(Mount::Mounted)
     }
 
     /// The layer that lets every node take every request: those that may change something go to the primary, and clients
@@ -505,8 +505,8 @@ impl Inner {
     /// Fails when the files are not those that were opened.
     fn expect_files(&self) -> Result<()> {
         match &self.side {
-            Side::Primary { engine, .. } => engine.get()?.expect_files(),
-            Side::Replica { follower, .. } => follower.expect_files(),
+            Running::Primary { engine, .. } => engine.get()?.expect_files(),
+            Running::Replica { follower, .. } => follower.expect_files(),
         }
     }
 
@@ -516,7 +516,7 @@ impl Inner {
             return Err(Error::Stopped(self.node.problem().unwrap_or_default()));
         }
         match &self.side {
-            Side::Replica { readable, .. } if !*readable.borrow() => {
+            Running::Replica { readable, .. } if !*readable.borrow() => {
                 let problem = self.node.problem();
                 Err(Error::NoState(problem.unwrap_or_else(|| "the replica is not filled yet".into())))
             }
@@ -524,7 +524,7 @@ impl Inner {
         }
     }
 
-    fn service(&self, door: Door) -> ReplicationService {
+    fn service(&self, door: Mount) -> ReplicationService {
         ReplicationService::new(self.node.clone(), self.source.clone(), self.tracker.clone(), door)
     }
 }

@@ -9,10 +9,10 @@ use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use uuid::Uuid;
 
+use crate::context::NodeContext;
 use crate::handshake::{Answer, Knock, Refusal};
-use crate::log::{Found, Log, LogOptions};
+use crate::log::{Log, LogOptions, Lookup};
 use crate::net::Endpoint;
-use crate::node::Node;
 use crate::page::PageSize;
 use crate::secret::{Keyring, Secret};
 use crate::status::{Addresses, PeerInfo, Role};
@@ -126,7 +126,7 @@ fn read_log<'a>(segments: impl Iterator<Item = &'a [u8]>) {
     let tip = log.tip().map_or(0, Position::number);
     let start = log.start().map_or(0, Position::number);
     for number in [0, start, start.saturating_add(1), tip / 2, tip.saturating_sub(1), tip, u64::MAX] {
-        if let Ok(Found::At { lsn, before }) = log.find(number) {
+        if let Ok(Lookup::At { lsn, before }) = log.find(number) {
             assert!(lsn <= log.complete() && before.number() == number);
             let _ = (log.read_disk(lsn, 1 << 16), log.step_over(lsn), log.touched(before));
             let _ = log.records(lsn, log.complete(), |_, _| Ok(()));
@@ -157,7 +157,7 @@ pub fn wal(data: &[u8]) {
     }
 }
 
-/// Lines `name: value` as headers.
+/// PeerChannels `name: value` as headers.
 fn headers(data: &[u8]) -> HeaderMap {
     let mut headers = HeaderMap::new();
     for line in data.split(|byte| *byte == b'\n').take(64) {
@@ -217,7 +217,7 @@ pub fn texts(data: &[u8]) {
     }
     let _ = Endpoint::parse(text);
     let me = PeerInfo { node: Uuid::nil(), incarnation: Uuid::nil(), addresses: Addresses::default() };
-    let node = Node::new(me, "test".into(), "app".into(), keys(), Role::Primary);
+    let node = NodeContext::new(me, "test".into(), "app".into(), keys(), Role::Primary);
     if let Some(txid) = Token::verify(&node, text) {
         // Hex digits have two forms.
         assert!(Token::sign(&node, txid).as_str().eq_ignore_ascii_case(text));
@@ -325,7 +325,7 @@ x-forwarded-for: 1.1.1.1, 2.2.2.2\nx-forwarded-proto: https\nte: trailers\nrepli
         let txid = Txid::new(Epoch::new(3, 0xfeed), 77);
         let position = Position::new(txid, Checksum::from_u128(5));
         let me = PeerInfo { node: Uuid::nil(), incarnation: Uuid::nil(), addresses: Addresses::default() };
-        let node = Node::new(me, "test".into(), "app".into(), self::keys(), Role::Primary);
+        let node = NodeContext::new(me, "test".into(), "app".into(), self::keys(), Role::Primary);
         write("texts", "txid", txid.to_string().as_bytes());
         write("texts", "position", position.to_string().as_bytes());
         write("texts", "token", Token::sign(&node, txid).as_str().as_bytes());

@@ -13,23 +13,25 @@ mod applied;
 #[cfg(feature = "axum")]
 mod axum;
 mod checksum;
+mod context;
 mod db;
 #[cfg(test)]
 #[path = "../tests/support/ends.rs"]
 mod ends;
 mod engine;
 mod error;
+mod files;
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
 #[doc(hidden)]
 #[cfg_attr(test, allow(dead_code, unreachable_pub, reason = "public for the fuzz targets"))]
 pub mod fuzz;
 mod handshake;
 pub mod lease;
+mod lock;
 mod log;
 #[cfg(feature = "metrics")]
 mod metrics;
 mod net;
-mod node;
 mod page;
 mod primary;
 mod proxy;
@@ -37,7 +39,6 @@ mod replica;
 mod secret;
 mod server;
 mod session;
-mod side;
 mod sqlite;
 mod status;
 #[cfg(feature = "testing")]

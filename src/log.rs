@@ -38,24 +38,24 @@ use tokio::sync::watch;
 use crate::error::{Error, Result};
 use crate::txid::Position;
 
-mod branch;
-mod files;
-mod list;
+mod marks;
 mod read;
 mod recover;
 mod scan;
+mod segments;
 mod state;
 mod tail;
 #[cfg(test)]
 pub(crate) mod tests;
+mod transactions;
 
-pub(crate) use branch::Touched;
+pub(crate) use marks::Touched;
 #[cfg(test)]
-pub(crate) use branch::mark_numbers;
-pub(crate) use files::no_room;
-pub(crate) use list::logged;
+pub(crate) use marks::mark_numbers;
+pub(crate) use segments::no_room;
 use state::State;
 use tail::Tail;
+pub(crate) use transactions::logged;
 
 /// Of a segment that is corrupt.
 const CURE: &str = "has transactions for replicas that are behind, and for what a damaged database lacks: verify the database, and when that is sound, \
@@ -90,14 +90,14 @@ pub(crate) struct Log {
 
 /// What `Log::find` says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Found {
+pub(crate) enum Lookup {
     /// The record that follows the transaction with the asked number begins at `lsn`, and states `before`.
     /// Also for the tip: then `lsn` is the end of the last complete record.
     At { lsn: u64, before: Position },
     /// Older than the log reaches.
-    Behind,
+    TooOld,
     /// Newer than the log's tip.
-    Beyond,
+    NotYet,
 }
 
 impl Log {
@@ -109,7 +109,7 @@ impl Log {
     pub(crate) fn open(dir: &Path, options: LogOptions) -> Result<Arc<Log>> {
         let mut state = recover::recover(dir)?;
         state.retain(&options, Instant::now());
-        files::remove(&std::mem::take(&mut state.garbage));
+        segments::remove(&std::mem::take(&mut state.garbage));
         Ok(Arc::new(Log {
             dir: dir.to_path_buf(),
             options,
@@ -156,7 +156,7 @@ impl Log {
         let made_room = state.make_room(&self.options, units.len() as u64);
         if made_room {
             // Now, not with the next sync: the quota is of the disk.
-            files::remove(&std::mem::take(&mut state.garbage));
+            segments::remove(&std::mem::take(&mut state.garbage));
         }
         let lsn = state.end;
         let begun = state.append(&self.dir, &self.options, &units, after)?;
@@ -170,7 +170,7 @@ impl Log {
         let full = state.garbage.len() > GARBAGE_MAX;
         let gone = if full { std::mem::take(&mut state.garbage) } else { Vec::new() };
         drop(state);
-        files::remove(&gone);
+        segments::remove(&gone);
         Ok(())
     }
 
@@ -188,7 +188,7 @@ impl Log {
         let (gone, done) = state.take_back(&self.dir, lsn, tip);
         self.moved(&state);
         drop(state);
-        files::remove(&gone);
+        segments::remove(&gone);
         done
     }
 
@@ -224,17 +224,17 @@ impl Log {
         let gone = state.forget(Some(at));
         self.moved(&state);
         let begun = state.begin_segment(&self.dir).or_else(|error| {
-            if !files::no_room(&error) {
+            if !segments::no_room(&error) {
                 return Err(error);
             }
             // The old segments may be what fills the disk.
-            files::remove(&gone);
+            segments::remove(&gone);
             state.begin_segment(&self.dir)
         });
         // Before the old segments are gone, so that a crash leaves the old log or the new one.
         let synced = begun.and_then(|()| state.sync_head(&self.dir));
         drop(state);
-        files::remove(&gone);
+        segments::remove(&gone);
         synced
     }
 
@@ -255,8 +255,8 @@ impl Log {
         state.forget(None);
         self.moved(&state);
         drop(state);
-        files::sync_dir(kept)?;
-        files::sync_dir(&self.dir)
+        segments::sync_dir(kept)?;
+        segments::sync_dir(&self.dir)
     }
 
     /// Drops the oldest segment, whoever needs it, to make room on a full disk. False when only the current one
@@ -269,7 +269,7 @@ impl Log {
         }
         state.dir_dirty |= !gone.is_empty();
         drop(state);
-        files::remove(&gone);
+        segments::remove(&gone);
         !gone.is_empty()
     }
 
@@ -287,7 +287,7 @@ impl Log {
         let mut synced =
             files.iter().try_for_each(|(f, path)| f.sync_data().map_err(Error::io("fsync", path)));
         if dir {
-            synced = synced.and_then(|()| files::sync_dir(&self.dir));
+            synced = synced.and_then(|()| segments::sync_dir(&self.dir));
         }
         let mut state = self.lock();
         state.dir_dirty |= dir && synced.is_err();
@@ -298,7 +298,7 @@ impl Log {
         state.retain(&self.options, Instant::now());
         let gone = std::mem::take(&mut state.garbage);
         drop(state);
-        files::remove(&gone);
+        segments::remove(&gone);
         Ok(())
     }
 

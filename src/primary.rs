@@ -1,20 +1,20 @@
 //! Serves this node's history to followers: catch up from the log or by a snapshot, then every commit.
 
+mod acks;
 mod boundary;
 mod clock;
 #[cfg(test)]
 pub(crate) mod fake;
 #[cfg(test)]
 mod model;
-mod outlet;
+mod page_requests;
 mod plan;
-mod pump;
-mod questions;
 mod recovery;
 mod registry;
+mod send_queue;
+mod stream;
 #[cfg(test)]
 mod tests;
-mod upstream;
 
 use std::io;
 use std::sync::Arc;
@@ -23,29 +23,29 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
-use crate::engine::{Engine, Piece};
+use crate::context::{NodeContext, Seldom};
+use crate::engine::{Piece, PrimaryEngine};
 use crate::error::{Error, Result};
 use crate::handshake::{Knock, Nonce};
-use crate::log::{Found, Pin};
+use crate::log::{Lookup, Pin};
 use crate::net::Incoming;
-use crate::node::{Node, Seldom};
 use crate::page::{PageNo, PageSize};
 use crate::status::{Event, PeerInfo, ReplicaStatus};
 use crate::threads::blocking;
 use crate::txid::Position;
 use crate::wire::{self, Goodbye, Hello, Message};
 
-pub(crate) use outlet::{Inlet, Outlet, queue};
-pub(crate) use questions::{Line, QUESTION_BYTES};
+pub(crate) use page_requests::{PeerChannel, QUESTION_BYTES};
 pub(crate) use recovery::Recovery;
 pub(crate) use registry::Conflict;
+pub(crate) use send_queue::{StreamReceiver, StreamSender, queue};
 
+use acks::{Units, acks, hello};
 use clock::ReplicaClock;
-use outlet::Closed;
-use pump::{End, Pump};
-use questions::Lines;
+use page_requests::PeerChannels;
 use registry::Registry;
-use upstream::{Units, acks, hello};
+use send_queue::Closed;
+use stream::{End, ReplicaStream};
 
 /// Replicas that are served at one time, a database.
 pub(crate) const STREAMS_MAX: usize = 64;
@@ -71,8 +71,8 @@ const WANTS_MAX: usize = 1;
 /// Longest wait until a last word is handed to the connection.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What a stream needs of the database that it serves: see [`Engine`] and [`Log`](crate::log::Log).
-pub(crate) trait Supply: Send + Sync + 'static {
+/// What a stream needs of the database that it serves: see [`PrimaryEngine`] and [`Log`](crate::log::Log).
+pub(crate) trait StreamSource: Send + Sync + 'static {
     fn page_size(&self) -> PageSize;
     /// Blocks.
     fn read_piece(&self, first: PageNo, max_bytes: usize) -> Result<Piece>;
@@ -83,32 +83,32 @@ pub(crate) trait Supply: Send + Sync + 'static {
     fn tip(&self) -> Option<Position>;
     fn end(&self) -> u64;
     /// Blocks.
-    fn find(&self, number: u64) -> Result<Found>;
+    fn find(&self, number: u64) -> Result<Lookup>;
     fn read_memory(&self, lsn: u64, max: usize) -> Option<Bytes>;
     /// Blocks.
     fn read_disk(&self, lsn: u64, max: usize) -> Result<Bytes>;
     /// Where a reader that stands between two records goes on after a record was taken back there.
     fn step_over(&self, lsn: u64) -> u64;
     fn watch(&self) -> watch::Receiver<u64>;
-    fn pin(&self, lsn: u64) -> Box<dyn Hold>;
+    fn pin(&self, lsn: u64) -> Box<dyn LogPin>;
 }
 
 /// Keeps the log from an address on, until it is dropped.
-pub(crate) trait Hold: Send + Sync {
+pub(crate) trait LogPin: Send + Sync {
     fn advance(&self, lsn: u64);
 }
 
-impl Supply for Engine {
+impl StreamSource for PrimaryEngine {
     fn page_size(&self) -> PageSize {
-        Engine::page_size(self)
+        PrimaryEngine::page_size(self)
     }
 
     fn read_piece(&self, first: PageNo, max_bytes: usize) -> Result<Piece> {
-        Engine::read_piece(self, first, max_bytes)
+        PrimaryEngine::read_piece(self, first, max_bytes)
     }
 
     fn raise_epoch(&self, above: u64) -> Result<()> {
-        Engine::raise_epoch(self, above)
+        PrimaryEngine::raise_epoch(self, above)
     }
 
     fn settle(&self) -> Result<()> {
@@ -123,7 +123,7 @@ impl Supply for Engine {
         self.log().end()
     }
 
-    fn find(&self, number: u64) -> Result<Found> {
+    fn find(&self, number: u64) -> Result<Lookup> {
         self.log().find(number)
     }
 
@@ -143,12 +143,12 @@ impl Supply for Engine {
         self.log().watch()
     }
 
-    fn pin(&self, lsn: u64) -> Box<dyn Hold> {
+    fn pin(&self, lsn: u64) -> Box<dyn LogPin> {
         Box::new(self.log().pin(lsn))
     }
 }
 
-impl Hold for Pin {
+impl LogPin for Pin {
     fn advance(&self, lsn: u64) {
         Pin::advance(self, lsn);
     }
@@ -156,34 +156,34 @@ impl Hold for Pin {
 
 /// What a node has to serve.
 #[derive(Clone)]
-enum Stock {
+enum Serving {
     /// It is not the primary.
     Nothing,
     /// It will be, when replicas had the time to give back what a power cut took.
     Recovery(Arc<Recovery>),
-    Supply(Arc<dyn Supply>),
+    StreamSource(Arc<dyn StreamSource>),
 }
 
 /// What there is to serve on this node, if it is the primary, and who is being served.
-pub(crate) struct Source {
-    node: Arc<Node>,
-    stock: watch::Sender<Stock>,
+pub(crate) struct ReplicaServer {
+    node: Arc<NodeContext>,
+    stock: watch::Sender<Serving>,
     registry: Registry,
-    lines: Lines,
+    lines: PeerChannels,
     streams: Arc<Semaphore>,
     handshakes: Arc<Semaphore>,
     comparisons: Arc<Semaphore>,
     refusals: Seldom,
 }
 
-impl Source {
+impl ReplicaServer {
     /// A source that has nothing yet.
-    pub(crate) fn new(node: Arc<Node>) -> Arc<Source> {
-        Arc::new(Source {
+    pub(crate) fn new(node: Arc<NodeContext>) -> Arc<ReplicaServer> {
+        Arc::new(ReplicaServer {
             node,
-            stock: watch::Sender::new(Stock::Nothing),
+            stock: watch::Sender::new(Serving::Nothing),
             registry: Registry::default(),
-            lines: Lines::default(),
+            lines: PeerChannels::default(),
             streams: Arc::new(Semaphore::new(STREAMS_MAX)),
             handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
             comparisons: Arc::new(Semaphore::new(COMPARISONS_MAX)),
@@ -193,18 +193,18 @@ impl Source {
 
     /// From now on this node is the primary with this database, or (`None`) it is not the primary.
     /// Streams that are under way keep what they had; they end with the node or with their engine.
-    pub(crate) fn set(&self, supply: Option<Arc<dyn Supply>>) {
-        self.stock.send_replace(supply.map_or(Stock::Nothing, Stock::Supply));
+    pub(crate) fn set(&self, supply: Option<Arc<dyn StreamSource>>) {
+        self.stock.send_replace(supply.map_or(Serving::Nothing, Serving::StreamSource));
     }
 
     /// Until it is served, replicas are asked for what the database may miss.
     pub(crate) fn recover(&self, recovery: Arc<Recovery>) {
-        self.stock.send_replace(Stock::Recovery(recovery));
+        self.stock.send_replace(Serving::Recovery(recovery));
     }
 
     /// Whether this node is the primary, or is about to be.
     pub(crate) fn serves(&self) -> bool {
-        !matches!(*self.stock.borrow(), Stock::Nothing)
+        !matches!(*self.stock.borrow(), Serving::Nothing)
     }
 
     /// What there is to serve, once it is there; an end for a replica that gave what this node lacked.
@@ -212,11 +212,11 @@ impl Source {
         &self,
         hello: &Hello,
         units: &mut Units,
-        outlet: &Outlet,
-    ) -> Result<Arc<dyn Supply>, End> {
+        outlet: &StreamSender,
+    ) -> Result<Arc<dyn StreamSource>, End> {
         let mut stock = self.stock.subscribe();
         let recovery = match &*stock.borrow() {
-            Stock::Recovery(recovery) => Some(recovery.clone()),
+            Serving::Recovery(recovery) => Some(recovery.clone()),
             _ => None,
         };
         if let Some(recovery) = recovery {
@@ -227,7 +227,7 @@ impl Source {
                     return Err(End::Said(end));
                 }
                 tokio::select! {
-                    over = stock.wait_for(|stock| !matches!(stock, Stock::Recovery(_))) => {
+                    over = stock.wait_for(|stock| !matches!(stock, Serving::Recovery(_))) => {
                         over.map_err(|_| Error::ShutDown)?;
                         break;
                     }
@@ -236,9 +236,9 @@ impl Source {
                 }
             }
         }
-        let stock = stock.wait_for(|stock| !matches!(stock, Stock::Recovery(_))).await;
+        let stock = stock.wait_for(|stock| !matches!(stock, Serving::Recovery(_))).await;
         match &*stock.map_err(|_| Error::ShutDown)? {
-            Stock::Supply(supply) => Ok(supply.clone()),
+            Serving::StreamSource(supply) => Ok(supply.clone()),
             _ => Err(End::Said(SHUTTING_DOWN.into())),
         }
     }
@@ -257,7 +257,7 @@ impl Source {
     }
 
     /// Ways to ask the replicas that are connected.
-    pub(crate) fn lines(&self) -> Vec<Line> {
+    pub(crate) fn lines(&self) -> Vec<PeerChannel> {
         self.lines.list()
     }
 
@@ -286,7 +286,7 @@ impl Source {
 }
 
 /// A peer whose knock was answered.
-pub(crate) struct Guest {
+pub(crate) struct Peer {
     pub(crate) knock: Knock,
     /// The nonce that it was answered with.
     pub(crate) nonce: Nonce,
@@ -294,7 +294,7 @@ pub(crate) struct Guest {
 }
 
 /// Serves one follower until it leaves, lags, lies or the node stops.
-pub(crate) async fn serve(source: Arc<Source>, guest: Guest, upstream: Incoming, outlet: Outlet) {
+pub(crate) async fn serve(source: Arc<ReplicaServer>, guest: Peer, upstream: Incoming, outlet: StreamSender) {
     let node = source.node.clone();
     let mut units = Units::new(upstream);
     let hello = tokio::select! {
@@ -309,7 +309,7 @@ pub(crate) async fn serve(source: Arc<Source>, guest: Guest, upstream: Incoming,
             return;
         }
     };
-    let Guest { place, knock, .. } = guest;
+    let Peer { place, knock, .. } = guest;
     let peer = hello.peer.clone();
     let Ok(_stream) = source.streams.clone().try_acquire_owned() else {
         return farewell(outlet, "too many replicas".into()).await;
@@ -342,7 +342,7 @@ pub(crate) async fn serve(source: Arc<Source>, guest: Guest, upstream: Incoming,
     let (questions, answers) = source.lines.open(&peer);
     let clock = ReplicaClock::default();
     let turns = source.comparisons.clone();
-    let mut pump = Pump::new(node.clone(), supply, outlet, questions, (turns, clock.clone()));
+    let mut pump = ReplicaStream::new(node.clone(), supply, outlet, questions, (turns, clock.clone()));
     let (asks, wants) = mpsc::channel(WANTS_MAX);
     let quiet = pump.quiet();
     let end = tokio::select! {
@@ -360,7 +360,7 @@ pub(crate) async fn serve(source: Arc<Source>, guest: Guest, upstream: Incoming,
 }
 
 /// Says why a stream ends, where it may still be said.
-async fn last_word(outlet: Option<Outlet>, end: End) {
+async fn last_word(outlet: Option<StreamSender>, end: End) {
     let reason = match end {
         End::Left => return,
         End::Said(reason) => reason,
@@ -372,13 +372,13 @@ async fn last_word(outlet: Option<Outlet>, end: End) {
 }
 
 /// Returns when a stream must end, whether it has sent everything or not.
-async fn cut_off(node: &Node) {
+async fn cut_off(node: &NodeContext) {
     node.drain.cancelled().await;
     // Without a limit a replica that takes nothing would hold up the end of the application's server.
     let _ = tokio::time::timeout(LAST_REQUESTS_TIMEOUT + LAST_RECORDS_TIMEOUT, node.stop.cancelled()).await;
 }
 
-fn left(node: &Node, peer: &PeerInfo, end: &End) {
+fn left(node: &NodeContext, peer: &PeerInfo, end: &End) {
     match end {
         End::Left => tracing::info!(node = %peer.node, "a replica left, or its connection broke"),
         End::Said(reason) => tracing::info!(node = %peer.node, reason, "a replica's stream was ended"),
@@ -388,7 +388,7 @@ fn left(node: &Node, peer: &PeerInfo, end: &End) {
 }
 
 /// The last word, and a clean end; a peer that takes nothing any more gets a broken stream instead.
-async fn farewell(outlet: Outlet, reason: String) {
+async fn farewell(outlet: StreamSender, reason: String) {
     let last = async {
         let mut bytes = BytesMut::new();
         wire::encode(&Message::Goodbye(Goodbye { reason }), &mut bytes);

@@ -10,7 +10,6 @@
 
 mod body;
 mod client;
-mod detour;
 mod dial;
 mod failure;
 mod forward;
@@ -18,10 +17,11 @@ mod future;
 pub(crate) mod headers;
 mod hop;
 mod http2;
-mod keep;
 mod layer;
 mod preface;
 mod prepare;
+mod redirect;
+mod replay_body;
 mod reply;
 mod route;
 mod service;

@@ -1,10 +1,10 @@
 //! Follows a primary: connect, verify, hand over what comes, acknowledge, back off.
 
 mod backoff;
+mod connection;
+mod give_back;
 mod lag;
-mod lend;
 mod pace;
-mod session;
 #[cfg(test)]
 mod tests;
 mod units;
@@ -17,43 +17,43 @@ use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::TaskTracker;
 
-use crate::engine::{Follower, Standing};
+use crate::context::{NodeContext, Part};
+use crate::engine::{ReplicaEngine, Standing};
 use crate::error::{Error, Result};
 use crate::log::Log;
 use crate::net::Endpoint;
-use crate::node::{Node, Part};
 use crate::status::{Event, Role, RoleState};
 use crate::threads::{aside, blocking, caught_task};
 use crate::txid::{Epoch, Position};
 use crate::wire::{Unit, Want};
 
 use backoff::Backoff;
+use connection::PrimaryConnection;
 use lag::Lagging;
-use session::Session;
 
 /// What takes over the primary's history on this node.
 pub(crate) trait Feed: Send + Sync + 'static {
-    /// See [`Follower::standing`].
+    /// See [`ReplicaEngine::standing`].
     fn standing(&self) -> impl Future<Output = Result<(Standing, mpsc::Receiver<Want>)>> + Send;
-    /// The stream's units, from the welcome on; see [`Follower::feed`].
+    /// The stream's units, from the welcome on; see [`ReplicaEngine::feed`].
     fn feed(&self, units: Vec<Unit>) -> impl Future<Output = Result<()>> + Send;
-    /// The pages of the answer to a primary's question, encoded; see [`Follower::answers`].
+    /// The pages of the answer to a primary's question, encoded; see [`ReplicaEngine::answers`].
     fn answer(&self, want: Want) -> impl Future<Output = Result<Bytes>> + Send;
-    /// See [`Follower::log`].
+    /// See [`ReplicaEngine::log`].
     fn log(&self) -> Option<Arc<Log>>;
-    /// See [`Follower::taken`].
+    /// See [`ReplicaEngine::taken`].
     fn taken(&self) -> u64;
-    /// See [`Follower::synced`].
+    /// See [`ReplicaEngine::synced`].
     fn synced(&self) -> watch::Receiver<Option<Position>>;
 }
 
-impl Feed for Follower {
+impl Feed for ReplicaEngine {
     async fn standing(&self) -> Result<(Standing, mpsc::Receiver<Want>)> {
-        Follower::standing(self).await
+        ReplicaEngine::standing(self).await
     }
 
     async fn feed(&self, units: Vec<Unit>) -> Result<()> {
-        Follower::feed(self, units).await
+        ReplicaEngine::feed(self, units).await
     }
 
     async fn answer(&self, want: Want) -> Result<Bytes> {
@@ -62,25 +62,25 @@ impl Feed for Follower {
     }
 
     fn log(&self) -> Option<Arc<Log>> {
-        Follower::log(self)
+        ReplicaEngine::log(self)
     }
 
     fn taken(&self) -> u64 {
-        Follower::taken(self)
+        ReplicaEngine::taken(self)
     }
 
     fn synced(&self) -> watch::Receiver<Option<Position>> {
-        Follower::synced(self)
+        ReplicaEngine::synced(self)
     }
 }
 
 /// Starts to follow the primary at `primary`, until the node stops. All tasks are the tracker's.
-pub(crate) fn spawn<F: Feed>(node: Arc<Node>, feed: Arc<F>, primary: Endpoint, tracker: &TaskTracker) {
+pub(crate) fn spawn<F: Feed>(node: Arc<NodeContext>, feed: Arc<F>, primary: Endpoint, tracker: &TaskTracker) {
     let task = follow(node, feed, primary, tracker.clone());
     tracker.spawn(task);
 }
 
-async fn follow<F: Feed>(node: Arc<Node>, feed: Arc<F>, primary: Endpoint, tracker: TaskTracker) {
+async fn follow<F: Feed>(node: Arc<NodeContext>, feed: Arc<F>, primary: Endpoint, tracker: TaskTracker) {
     let lagging = Lagging::new();
     let always = async {
         let mut backoff = Backoff::default();
@@ -108,7 +108,7 @@ async fn follow<F: Feed>(node: Arc<Node>, feed: Arc<F>, primary: Endpoint, track
 
 /// One stream after the other.
 async fn streams<F: Feed>(
-    node: &Arc<Node>,
+    node: &Arc<NodeContext>,
     feed: &F,
     primary: &Endpoint,
     tracker: &TaskTracker,
@@ -118,7 +118,7 @@ async fn streams<F: Feed>(
     let mut reporter = Reporter::new(node.clone(), primary.clone());
     without_primary(node, node.applied.history().epoch());
     loop {
-        let mut session = Session::new(node, feed, primary, tracker, lagging);
+        let mut session = PrimaryConnection::new(node, feed, primary, tracker, lagging);
         let error = session.run(&mut reporter).await;
         if session.was_fruitful() {
             backoff.reset();
@@ -134,7 +134,7 @@ async fn streams<F: Feed>(
     }
 }
 
-fn without_primary(node: &Node, epoch: Epoch) {
+fn without_primary(node: &NodeContext, epoch: Epoch) {
     let epoch = epoch.max(node.roles.borrow().epoch);
     node.set_role(RoleState { role: Role::Replica, epoch, primary: None });
 }
@@ -150,14 +150,14 @@ fn what_ended(error: &Error) -> &'static str {
 
 /// Says each problem once, however often it is met in a row.
 struct Reporter {
-    node: Arc<Node>,
+    node: Arc<NodeContext>,
     primary: Endpoint,
     said: Option<String>,
     connected: bool,
 }
 
 impl Reporter {
-    fn new(node: Arc<Node>, primary: Endpoint) -> Reporter {
+    fn new(node: Arc<NodeContext>, primary: Endpoint) -> Reporter {
         let said = node.problem_of(Part::Stream);
         Reporter { node, primary, said, connected: false }
     }

@@ -17,10 +17,10 @@ use http_body::Body;
 use tokio_util::task::TaskTracker;
 use tower::Service;
 
+use crate::context::NodeContext;
 use crate::handshake::{self, Answer, Knock, Refusal, STREAM_PATH, Stranger};
 use crate::net::Incoming;
-use crate::node::Node;
-use crate::primary::{self, Guest, Outlet, Source};
+use crate::primary::{self, Peer, ReplicaServer, StreamSender};
 use crate::status::Role;
 use crate::threads::{aside, caught_task};
 
@@ -28,7 +28,7 @@ pub use body::ReplicationBody;
 
 /// Through which door requests come.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Door {
+pub(crate) enum Mount {
     /// The node's own listener; without a secret it is bound to a loopback address.
     Own,
     /// The application's server. Behind a reverse proxy every peer is a loopback one, so without a secret
@@ -46,20 +46,20 @@ pub struct ReplicationService {
 }
 
 struct Shared {
-    node: Arc<Node>,
-    source: Arc<Source>,
+    node: Arc<NodeContext>,
+    source: Arc<ReplicaServer>,
     tracker: TaskTracker,
-    door: Door,
+    door: Mount,
     warned: AtomicBool,
 }
 
 impl ReplicationService {
     /// A service for one door. Streams run as tasks of the tracker.
     pub(crate) fn new(
-        node: Arc<Node>,
-        source: Arc<Source>,
+        node: Arc<NodeContext>,
+        source: Arc<ReplicaServer>,
         tracker: TaskTracker,
-        door: Door,
+        door: Mount,
     ) -> ReplicationService {
         let shared = Shared { node, source, tracker, door, warned: AtomicBool::new(false) };
         ReplicationService { shared: Arc::new(shared) }
@@ -70,7 +70,7 @@ impl ReplicationService {
         B: Body + Send + 'static,
     {
         let Shared { node, door, .. } = &*self.shared;
-        if node.keys.is_open() && *door == Door::Mounted {
+        if node.keys.is_open() && *door == Mount::Mounted {
             if !self.shared.warned.swap(true, Ordering::Relaxed) {
                 tracing::warn!("the mounted replication endpoint serves nobody: no secret is configured");
             }
@@ -115,7 +115,7 @@ impl ReplicationService {
         &self,
         request: &Request<B>,
         knock: Knock,
-    ) -> Result<(Guest, (Outlet, Response<ReplicationBody>)), Refusal> {
+    ) -> Result<(Peer, (StreamSender, Response<ReplicationBody>)), Refusal> {
         let Shared { node, source, .. } = &*self.shared;
         if !request.uri().path().ends_with(STREAM_PATH) || request.method() != Method::POST {
             return Err(Refusal::Path);
@@ -154,7 +154,7 @@ impl ReplicationService {
         let (outlet, body) = ReplicationBody::stream();
         let mut response = Response::new(body);
         *response.headers_mut() = headers;
-        Ok((Guest { knock, nonce, place }, (outlet, response)))
+        Ok((Peer { knock, nonce, place }, (outlet, response)))
     }
 }
 

@@ -4,7 +4,7 @@ use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::node::Node;
+use crate::context::NodeContext;
 #[cfg(feature = "axum")]
 use crate::status::{PeerInfo, Role};
 use crate::token::{Token, Tokens};
@@ -64,7 +64,7 @@ impl Session {
     }
 
     /// The session of the request that this task works for with a database.
-    pub(crate) fn current_of(node: &Node) -> Option<Session> {
+    pub(crate) fn current_of(node: &NodeContext) -> Option<Session> {
         Session::current()?.of(node).cloned()
     }
 
@@ -158,11 +158,11 @@ impl Session {
         std::iter::successors(Some(self), |session| session.0.outer.as_ref())
     }
 
-    fn of(&self, node: &Node) -> Option<&Session> {
+    fn of(&self, node: &NodeContext) -> Option<&Session> {
         self.all().find(|session| std::ptr::eq(session.node(), node))
     }
 
-    fn node(&self) -> &Node {
+    fn node(&self) -> &NodeContext {
         self.0.tokens.node()
     }
 
@@ -183,7 +183,7 @@ impl fmt::Debug for Session {
 }
 
 /// Reported by `Db::write` and friends, on the caller's task.
-pub(crate) fn committed(node: &Node, txid: Txid) {
+pub(crate) fn committed(node: &NodeContext, txid: Txid) {
     // Outside of a request nobody wants to know.
     let _ = CURRENT.try_with(|session| match session.of(node) {
         Some(session) => session.committed_here(txid),
@@ -203,7 +203,7 @@ pub(crate) fn had_effects() {
 }
 
 /// Reported by `Db::wait_for`, on the caller's task.
-pub(crate) fn waited(node: &Node, txid: Txid) {
+pub(crate) fn waited(node: &NodeContext, txid: Txid) {
     let _ = CURRENT.try_with(|session| {
         let Some(session) = session.of(node) else { return };
         let mut done = session.lock();
@@ -212,7 +212,7 @@ pub(crate) fn waited(node: &Node, txid: Txid) {
 }
 
 /// Reported by `Db::write` on a replica.
-pub(crate) fn primary_needed(node: &Node) {
+pub(crate) fn primary_needed(node: &NodeContext) {
     let _ = CURRENT.try_with(|session| {
         if let Some(session) = session.of(node) {
             session.need_primary();
@@ -247,9 +247,9 @@ mod tests {
     use crate::txid::{Epoch, EpochHistory, EpochStart};
     use uuid::Uuid;
 
-    fn node(database: &str, role: Role) -> Arc<Node> {
+    fn node(database: &str, role: Role) -> Arc<NodeContext> {
         let me = PeerInfo { node: Uuid::new_v4(), incarnation: Uuid::nil(), addresses: Addresses::default() };
-        Node::new(me, "c".into(), database.into(), Keyring::new(&[]).unwrap(), role)
+        NodeContext::new(me, "c".into(), database.into(), Keyring::new(&[]).unwrap(), role)
     }
 
     fn txid(epoch: u64, n: u64) -> Txid {
@@ -318,7 +318,8 @@ mod tests {
         assert_eq!((outer.primary_needed(), inner.primary_needed()), (false, true));
         // By the error alone: where this is not the primary, and if there are several, whose primary it names.
         let other = node("x", Role::Replica);
-        let of = |node: &Arc<Node>, outer| Session::new(Arc::new(Tokens::new(node.clone())), None, outer);
+        let of =
+            |node: &Arc<NodeContext>, outer| Session::new(Arc::new(Tokens::new(node.clone())), None, outer);
         a.roles.send_modify(|state| state.role = Role::Replica);
         for (node, named) in [(&a, &other), (&b, &none)] {
             node.roles.send_modify(|state| state.primary = Some(named.me.clone()));

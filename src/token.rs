@@ -3,7 +3,7 @@
 use std::fmt;
 use std::sync::Arc;
 
-use crate::node::Node;
+use crate::context::NodeContext;
 use crate::secret::{Purpose, SHORT_PROOF_BYTES, unhex};
 use crate::txid::{Epoch, Txid};
 
@@ -29,12 +29,12 @@ pub struct Token {
 
 impl Token {
     /// A token for the transaction, with a proof by this node's newest secret.
-    pub(crate) fn sign(node: &Node, txid: Txid) -> Token {
+    pub(crate) fn sign(node: &NodeContext, txid: Txid) -> Token {
         sign(node, &node.database_tag(), txid)
     }
 
     /// The transaction of a token's text, if it is one of this database and its proof holds.
-    pub(crate) fn verify(node: &Node, text: &str) -> Option<Txid> {
+    pub(crate) fn verify(node: &NodeContext, text: &str) -> Option<Txid> {
         verify(node, &node.database_tag(), text)
     }
 
@@ -70,17 +70,17 @@ impl serde::Serialize for Token {
 /// A node's way to sign and verify tokens, with the database's tag worked out once.
 #[derive(Debug)]
 pub(crate) struct Tokens {
-    node: Arc<Node>,
+    node: Arc<NodeContext>,
     tag: String,
 }
 
 impl Tokens {
-    pub(crate) fn new(node: Arc<Node>) -> Tokens {
+    pub(crate) fn new(node: Arc<NodeContext>) -> Tokens {
         let tag = node.database_tag();
         Tokens { node, tag }
     }
 
-    pub(crate) fn node(&self) -> &Node {
+    pub(crate) fn node(&self) -> &NodeContext {
         &self.node
     }
 
@@ -98,14 +98,14 @@ impl Tokens {
     }
 }
 
-fn sign(node: &Node, tag: &str, txid: Txid) -> Token {
+fn sign(node: &NodeContext, tag: &str, txid: Txid) -> Token {
     let proof = node.keys.prove_short(Purpose::Token, &proved(tag, &txid_bytes(txid)));
     let (epoch, number) = (txid.epoch(), txid.number());
     let text = format!("{VERSION}.{tag}.{epoch}.{number:016x}.{}", Hex(&proof));
     Token { txid, text: text.into() }
 }
 
-fn verify(node: &Node, tag: &str, text: &str) -> Option<Txid> {
+fn verify(node: &NodeContext, tag: &str, text: &str) -> Option<Txid> {
     if text.len() != TEXT_BYTES || !text.is_ascii() {
         return None;
     }
@@ -149,10 +149,10 @@ mod tests {
     use crate::status::{Addresses, PeerInfo, Role};
     use uuid::Uuid;
 
-    fn node(secret: u8, database: &str) -> Arc<Node> {
+    fn node(secret: u8, database: &str) -> Arc<NodeContext> {
         let me = PeerInfo { node: Uuid::nil(), incarnation: Uuid::nil(), addresses: Addresses::default() };
         let keys = Keyring::new(&[Secret::fixed([secret; 32])]).unwrap();
-        Node::new(me, "c".into(), database.into(), keys, Role::Replica)
+        NodeContext::new(me, "c".into(), database.into(), keys, Role::Replica)
     }
 
     const TXID: Txid = Txid::new(Epoch::new(3, 0xfeed), 77);

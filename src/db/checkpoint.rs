@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Db, Side};
+use crate::db::{Db, Running};
 use crate::error::Result;
 use crate::status::Checkpoint;
 use crate::threads::blocking;
@@ -24,8 +24,8 @@ impl Db {
     pub async fn checkpoint(&self, limit: Duration) -> Result<Checkpoint> {
         let db = self.clone();
         blocking(move || match &db.inner.side {
-            Side::Primary { engine, .. } => engine.get()?.checkpoint(limit),
-            Side::Replica { follower, .. } => follower.checkpoint(limit),
+            Running::Primary { engine, .. } => engine.get()?.checkpoint(limit),
+            Running::Replica { follower, .. } => follower.checkpoint(limit),
         })
         .await
     }

@@ -8,9 +8,8 @@ use std::path::Path;
 
 use uuid::Uuid;
 
-use crate::engine::replace_file;
 use crate::error::{Error, Result};
-use crate::side;
+use crate::files::{self, replace_file};
 
 const MAGIC: [u8; 8] = *b"repnodid";
 const VERSION: u32 = 1;
@@ -27,7 +26,7 @@ pub(super) fn node_id(side: &Path, cluster: &str, database: &str) -> Result<Uuid
         Err(e) => return Err(Error::io("stat", &path)(e)),
         Ok(meta) if meta.len() > MAX_BYTES => return Err(corrupt(&path, "too long")),
         Ok(_) => {
-            let bytes = side::read(&path).map_err(Error::io("read", &path))?;
+            let bytes = files::read(&path).map_err(Error::io("read", &path))?;
             let known = decode(&path, &bytes)?;
             for (what, theirs, ours) in
                 [("cluster", &known.cluster, cluster), ("database", &known.database, database)]

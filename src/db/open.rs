@@ -9,19 +9,19 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use uuid::Uuid;
 
-use crate::db::builder::{Config, ConnectionKind};
-use crate::db::ending::Owner;
+use crate::context::NodeContext;
+use crate::db::config::{Config, ConnectionKind};
 use crate::db::pool::{Expect, Pool};
+use crate::db::shutdown::LastHandle;
 use crate::db::verify::{Of, Verifier};
-use crate::db::writer::{Hold, Writer};
-use crate::db::{Db, Inner, Side, claims, identity, refuse, snapshot};
-use crate::engine::{Follower, Opening};
+use crate::db::writer::{EngineSlot, Writer};
+use crate::db::{Db, Inner, Running, identity, open_files, preflight, snapshot};
+use crate::engine::{Opening, ReplicaEngine};
 use crate::error::{Error, Result};
 use crate::net::{Endpoint, Listener};
-use crate::node::Node;
-use crate::primary::{Recovery, Source};
+use crate::primary::{Recovery, ReplicaServer};
 use crate::secret::Keyring;
-use crate::server::{Door, ReplicationService};
+use crate::server::{Mount, ReplicationService};
 use crate::sqlite::defend;
 use crate::status::{Addresses, PeerInfo, Role};
 
@@ -36,7 +36,7 @@ pub(super) async fn open(config: Config) -> Result<Db> {
     let addresses = config.advertised(listener.as_ref().map(Listener::address));
     let follows = primary.is_some();
     let begun = blocking(move || Begun::new(config, keys, addresses, follows)).await?;
-    let mut doors = Doors::new(&begun, listener);
+    let mut doors = ListenerGuard::new(&begun, listener);
     let opened = begun.finish(&mut doors, primary).await;
     if opened.is_err() {
         doors.close().await;
@@ -48,24 +48,24 @@ pub(super) async fn open(config: Config) -> Result<Db> {
 struct Begun {
     config: Config,
     path: std::path::PathBuf,
-    claim: claims::Claim,
-    node: Arc<Node>,
-    source: Arc<Source>,
+    claim: open_files::Claim,
+    node: Arc<NodeContext>,
+    source: Arc<ReplicaServer>,
     tracker: TaskTracker,
     files: Files,
 }
 
 enum Files {
     Primary(Box<Opening>),
-    Replica(Arc<Follower>),
+    Replica(Arc<ReplicaEngine>),
 }
 
 impl Begun {
     /// Blocks.
     fn new(config: Config, keys: Keyring, addresses: Addresses, follows: bool) -> Result<Begun> {
         let database = config.database_name()?;
-        let (path, claim) = refuse::claim(&config.path, config.allow_network_filesystem)?;
-        let side = refuse::side(&path, follows, config.database_mode)?;
+        let (path, claim) = preflight::claim(&config.path, config.allow_network_filesystem)?;
+        let side = preflight::side(&path, follows, config.database_mode)?;
         snapshot::clear(&path);
         let me = PeerInfo {
             node: identity::node_id(&side, &config.cluster, &database)?,
@@ -73,18 +73,18 @@ impl Begun {
             addresses,
         };
         let role = if follows { Role::Replica } else { Role::Primary };
-        let node = Node::new(me, config.cluster.clone(), database, keys, role);
+        let node = NodeContext::new(me, config.cluster.clone(), database, keys, role);
         let options = config.engine_options(path.clone(), side);
         let files = match follows {
-            true => Files::Replica(Arc::new(Follower::open(options, node.clone())?)),
+            true => Files::Replica(Arc::new(ReplicaEngine::open(options, node.clone())?)),
             false => Files::Primary(Box::new(Opening::begin(options, node.clone())?)),
         };
-        let (source, tracker) = (Source::new(node.clone()), TaskTracker::new());
+        let (source, tracker) = (ReplicaServer::new(node.clone()), TaskTracker::new());
         Ok(Begun { config, path, claim, node, source, tracker, files })
     }
 
     /// Makes the node complete and starts its tasks, on the runtime of the caller.
-    async fn finish(self, doors: &mut Doors, primary: Option<Endpoint>) -> Result<Db> {
+    async fn finish(self, doors: &mut ListenerGuard, primary: Option<Endpoint>) -> Result<Db> {
         let Begun { config, path, claim, node, source, tracker, files } = self;
         let (files, recovered) = match files {
             Files::Primary(opening) if opening.may_miss() && !config.recovery_wait.is_zero() => {
@@ -97,14 +97,14 @@ impl Begun {
         let inner = blocking(move || {
             let side = match files {
                 Files::Primary(opening) => serve(*opening, &config, &path, &node, &source)?,
-                Files::Replica(follower) => Side::Replica { readable: follower.readable(), follower },
+                Files::Replica(follower) => Running::Replica { readable: follower.readable(), follower },
             };
             let of = match &side {
-                Side::Primary { engine, .. } => Of::Primary(engine.clone()),
-                Side::Replica { follower, .. } => Of::Replica(follower.clone()),
+                Running::Primary { engine, .. } => Of::Primary(engine.clone()),
+                Running::Replica { follower, .. } => Of::Replica(follower.clone()),
             };
             // With its owner: should nobody wait for it any more, it is closed.
-            Ok(Owner(Arc::new(Inner {
+            Ok(LastHandle(Arc::new(Inner {
                 verifier: Verifier::new(node.clone(), of, config.verify_limit),
                 pool: pool(&config, &path, &side, node.files()),
                 node,
@@ -132,7 +132,7 @@ impl Begun {
         });
         doors.open();
         doors.leave_open();
-        if let (Side::Replica { follower, .. }, Some(primary)) = (&inner.side, primary) {
+        if let (Running::Replica { follower, .. }, Some(primary)) = (&inner.side, primary) {
             crate::replica::spawn(inner.node.clone(), follower.clone(), primary, &inner.tracker);
         }
         if let Some(period) = verify_every {
@@ -143,7 +143,11 @@ impl Begun {
 }
 
 /// Has replicas give back what a power cut took. How many transactions these were.
-async fn recover(opening: Box<Opening>, doors: &mut Doors, limit: Duration) -> Result<(Box<Opening>, u64)> {
+async fn recover(
+    opening: Box<Opening>,
+    doors: &mut ListenerGuard,
+    limit: Duration,
+) -> Result<(Box<Opening>, u64)> {
     if doors.listener.is_none() {
         tracing::warn!(
             "the last commits may have been lost with the machine's power; replicas can't be asked for them without a listener of this node's own"
@@ -168,27 +172,27 @@ fn serve(
     opening: Opening,
     config: &Config,
     path: &std::path::Path,
-    node: &Arc<Node>,
-    source: &Arc<Source>,
-) -> Result<Side> {
+    node: &Arc<NodeContext>,
+    source: &Arc<ReplicaServer>,
+) -> Result<Running> {
     let engine = Arc::new(opening.finish()?);
-    let hold = Arc::new(Hold::new(engine.clone()));
+    let hold = Arc::new(EngineSlot::new(engine.clone()));
     let writer = Writer::open(config, path, &hold)?;
     node.roles.send_modify(|state| {
         state.epoch = node.applied.history().epoch();
         state.primary = Some(node.me.clone());
     });
     source.set(Some(engine));
-    Ok(Side::Primary { engine: hold, writer })
+    Ok(Running::Primary { engine: hold, writer })
 }
 
-fn pool(config: &Config, path: &std::path::Path, side: &Side, files: Arc<AtomicU64>) -> Pool {
+fn pool(config: &Config, path: &std::path::Path, side: &Running, files: Arc<AtomicU64>) -> Pool {
     let expect: Expect = match side {
-        Side::Primary { engine, .. } => {
+        Running::Primary { engine, .. } => {
             let engine = engine.clone();
             Box::new(move || engine.get()?.expect_files())
         }
-        Side::Replica { follower, .. } => {
+        Running::Replica { follower, .. } => {
             let follower = follower.clone();
             Box::new(move || follower.expect_files())
         }
@@ -210,24 +214,24 @@ fn pool(config: &Config, path: &std::path::Path, side: &Side, files: Arc<AtomicU
 }
 
 /// The node's own listener, which may be served before the node is complete. Dropped before `leave_open`, it ends.
-struct Doors {
-    node: Arc<Node>,
-    source: Arc<Source>,
+struct ListenerGuard {
+    node: Arc<NodeContext>,
+    source: Arc<ReplicaServer>,
     tracker: TaskTracker,
     listener: Option<Listener>,
     left_open: bool,
 }
 
-impl Doors {
-    fn new(begun: &Begun, listener: Option<Listener>) -> Doors {
+impl ListenerGuard {
+    fn new(begun: &Begun, listener: Option<Listener>) -> ListenerGuard {
         let (node, source, tracker) = (begun.node.clone(), begun.source.clone(), begun.tracker.clone());
-        Doors { node, source, tracker, listener, left_open: false }
+        ListenerGuard { node, source, tracker, listener, left_open: false }
     }
 
     fn open(&mut self) {
         let Some(listener) = self.listener.take() else { return };
-        let Doors { node, source, tracker, .. } = self;
-        let service = ReplicationService::new(node.clone(), source.clone(), tracker.clone(), Door::Own);
+        let ListenerGuard { node, source, tracker, .. } = self;
+        let service = ReplicationService::new(node.clone(), source.clone(), tracker.clone(), Mount::Own);
         tracker.spawn(listener.serve(service, tracker.clone(), node.stop.clone()));
     }
 
@@ -249,7 +253,7 @@ impl Doors {
     }
 }
 
-impl Drop for Doors {
+impl Drop for ListenerGuard {
     fn drop(&mut self) {
         if !self.left_open {
             self.end();

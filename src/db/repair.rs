@@ -6,11 +6,11 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::checksum::PageHash;
-use crate::db::{Db, Side};
-use crate::engine::{Engine, RightPage};
+use crate::db::{Db, Running};
+use crate::engine::{PrimaryEngine, RightPage};
 use crate::error::{Error, Result};
 use crate::page::PageNo;
-use crate::primary::{Line, QUESTION_BYTES};
+use crate::primary::{PeerChannel, QUESTION_BYTES};
 use crate::status::{Event, PeerInfo, Verification};
 use crate::threads::blocking;
 use crate::txid::Position;
@@ -31,7 +31,7 @@ pub struct Repair {
     /// The replica that has the right images.
     pub from: PeerInfo,
     db: Db,
-    engine: Arc<Engine>,
+    engine: Arc<PrimaryEngine>,
     pages: Vec<RightPage>,
 }
 
@@ -51,7 +51,7 @@ impl Db {
     /// # Cancel safety
     /// Nothing happens but reading and asking.
     pub async fn offered_repair(&self) -> Result<Option<Repair>> {
-        let Side::Primary { engine, .. } = &self.inner.side else {
+        let Running::Primary { engine, .. } = &self.inner.side else {
             let primary = self.inner.node.roles.borrow().primary.clone();
             return Err(Error::NotPrimary { primary: primary.map(Box::new) });
         };
@@ -105,7 +105,7 @@ impl Repair {
 }
 
 /// The right images of the bad pages, if a replica has them all. Each is known by its own hash: what a replica sends besides is not looked at.
-async fn proven(line: &Line, engine: &Arc<Engine>, bad: &Bad) -> Result<Vec<RightPage>> {
+async fn proven(line: &PeerChannel, engine: &Arc<PrimaryEngine>, bad: &Bad) -> Result<Vec<RightPage>> {
     let size = engine.page_size();
     let mut found: BTreeMap<PageNo, RightPage> = BTreeMap::new();
     let numbers: Vec<PageNo> = bad.right.keys().copied().collect();

@@ -10,10 +10,10 @@ use rusqlite::{Connection, OpenFlags};
 use tokio::io::{AsyncRead, ReadBuf};
 use uuid::Uuid;
 
-use crate::db::refuse::sync_directory;
-use crate::db::{Db, claims};
+use crate::db::preflight::sync_directory;
+use crate::db::{Db, open_files};
 use crate::error::{Error, Result};
-use crate::side;
+use crate::files;
 use crate::sqlite::connect_alone;
 use crate::txid::Position;
 
@@ -74,12 +74,12 @@ impl Db {
         self.inner.readable()?;
         self.inner.expect_files()?;
         let position = self.vouched()?;
-        let path = side::of(&self.inner.path).join(format!("{TEMPORARY}{}", Uuid::new_v4()));
+        let path = files::of(&self.inner.path).join(format!("{TEMPORARY}{}", Uuid::new_v4()));
         let temporary = Temporary(path.clone());
         // SQLite writes into what is there.
-        drop(side::create(&path)?);
+        drop(files::create(&path)?);
         self.copy(&path)?;
-        let file = side::open(&path).map_err(Error::io("open", &path))?;
+        let file = files::open(&path).map_err(Error::io("open", &path))?;
         let bytes = file.metadata().map_err(Error::io("stat", &path))?.len();
         Ok(Snapshot { file: tokio::fs::File::from_std(file), position, bytes, _temporary: temporary })
     }
@@ -91,11 +91,11 @@ impl Db {
         check(&path)?;
         let position = self.vouched()?;
         let new = beside(&path, &format!(".new-{}", Uuid::new_v4()));
-        let made = side::create_like(&new, &self.inner.path).map(drop);
+        let made = files::create_like(&new, &self.inner.path).map(drop);
         let placed = made.and_then(|()| self.copy(&new)).and_then(|()| {
             // Meanwhile somebody may have opened a database there.
             check(&path)?;
-            side::place(&new, &path)?;
+            files::place(&new, &path)?;
             sync_directory(path.parent().unwrap_or(Path::new(".")))
         });
         if placed.is_err() {
@@ -163,7 +163,7 @@ impl Drop for Temporary {
 
 /// Removes copies that a process left behind which was killed.
 pub(super) fn clear(database: &Path) {
-    let Ok(entries) = fs::read_dir(side::of(database)) else { return };
+    let Ok(entries) = fs::read_dir(files::of(database)) else { return };
     for entry in entries.flatten() {
         if entry.file_name().to_string_lossy().starts_with(TEMPORARY) {
             drop(Temporary(entry.path()));
@@ -182,10 +182,10 @@ fn plain(path: &Path) -> Result<PathBuf> {
 
 /// Refuses what must not be replaced, and where SQLite would find another file's changes.
 fn check(path: &Path) -> Result<()> {
-    if claims::belongs_to_open(path)? {
+    if open_files::belongs_to_open(path)? {
         return Err(Error::Config(format!("{} belongs to a database that is open here", path.display())));
     }
-    side::absent(path)?;
+    files::absent(path)?;
     for suffix in REPLAYED {
         let left = beside(path, suffix);
         if left.symlink_metadata().is_ok() {

@@ -7,11 +7,11 @@ use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
 
+use crate::context::{NodeContext, Part};
 use crate::db::Db;
-use crate::db::writer::Hold;
-use crate::engine::Follower;
+use crate::db::writer::EngineSlot;
+use crate::engine::ReplicaEngine;
 use crate::error::{Error, Result};
-use crate::node::{Node, Part};
 use crate::status::{Event, Verification};
 use crate::threads::{self, aside, caught_task};
 
@@ -54,13 +54,13 @@ impl Db {
 
 /// What is verified.
 pub(super) enum Of {
-    Primary(Arc<Hold>),
-    Replica(Arc<Follower>),
+    Primary(Arc<EngineSlot>),
+    Replica(Arc<ReplicaEngine>),
 }
 
 /// Runs a database's verifications, one at a time, each on a thread of its own.
 pub(super) struct Verifier {
-    node: Arc<Node>,
+    node: Arc<NodeContext>,
     of: Of,
     bytes_per_second: Option<NonZeroU64>,
     state: Mutex<State>,
@@ -76,7 +76,7 @@ struct State {
 }
 
 impl Verifier {
-    pub(super) fn new(node: Arc<Node>, of: Of, bytes_per_second: Option<NonZeroU64>) -> Arc<Verifier> {
+    pub(super) fn new(node: Arc<NodeContext>, of: Of, bytes_per_second: Option<NonZeroU64>) -> Arc<Verifier> {
         Arc::new(Verifier { node, of, bytes_per_second, state: Mutex::default() })
     }
 

@@ -1,7 +1,7 @@
 //! The one connection that writes, the thread that runs async writes on it, and the one that shares their fsyncs.
 
 mod guard;
-mod inside;
+mod reentrancy;
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -14,8 +14,8 @@ use std::time::Instant;
 use rusqlite::{Connection, DropBehavior, ErrorCode, OpenFlags, Transaction, TransactionBehavior};
 use tokio::sync::{Semaphore, mpsc as queue, oneshot};
 
-use crate::db::builder::{Config, ConnectionKind};
-use crate::engine::{Durability, Engine};
+use crate::db::config::{Config, ConnectionKind};
+use crate::engine::{Durability, PrimaryEngine};
 use crate::error::{Error, Result};
 use crate::sqlite::{self, CommitHook, defend, last_code};
 use crate::threads::{self, aside, message};
@@ -24,24 +24,24 @@ use crate::txid::Txid;
 pub use guard::WriterGuard;
 
 use guard::Settings;
-use inside::{Inside, may_block};
+use reentrancy::{Inside, may_block};
 
 /// Commits that may wait for an fsync; the writer then waits, too.
 const UNSYNCED_MAX: usize = 4096;
 
 /// The engine, until it is closed: a handle that outlives its database keeps no file of it open.
-pub(super) struct Hold(Mutex<Option<Arc<Engine>>>);
+pub(super) struct EngineSlot(Mutex<Option<Arc<PrimaryEngine>>>);
 
-impl Hold {
-    pub(super) fn new(engine: Arc<Engine>) -> Hold {
-        Hold(Mutex::new(Some(engine)))
+impl EngineSlot {
+    pub(super) fn new(engine: Arc<PrimaryEngine>) -> EngineSlot {
+        EngineSlot(Mutex::new(Some(engine)))
     }
 
-    pub(super) fn get(&self) -> Result<Arc<Engine>> {
+    pub(super) fn get(&self) -> Result<Arc<PrimaryEngine>> {
         lock(&self.0).clone().ok_or(Error::ShutDown)
     }
 
-    pub(super) fn take(&self) -> Option<Arc<Engine>> {
+    pub(super) fn take(&self) -> Option<Arc<PrimaryEngine>> {
         lock(&self.0).take()
     }
 }
@@ -74,7 +74,7 @@ pub(super) struct Writer {
 struct Shared {
     /// Bounds the queue.
     room: Semaphore,
-    engine: Arc<Hold>,
+    engine: Arc<EngineSlot>,
     durability: Durability,
     connection: Mutex<Option<Open>>,
     /// How the connection has to be when its borrower gives it back.
@@ -176,7 +176,7 @@ impl fmt::Debug for Writer {
 
 impl Writer {
     /// Opens the connection, runs the application's migrations on it, and starts the threads.
-    pub(super) fn open(config: &Config, path: &Path, engine: &Arc<Hold>) -> Result<Writer> {
+    pub(super) fn open(config: &Config, path: &Path, engine: &Arc<EngineSlot>) -> Result<Writer> {
         let (open, settings) = connect(config, path)?;
         let shared = Arc::new(Shared {
             room: Semaphore::new(config.write_queue),
@@ -475,13 +475,13 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::db::{Db, Side};
+    use crate::db::{Db, Running};
 
     #[tokio::test(flavor = "multi_thread")]
     async fn after_the_end_of_a_thread_what_is_queued_and_what_comes_later_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let db = Db::open(Config::new(dir.path().join("a.db"))).await.unwrap();
-        let Side::Primary { writer, .. } = &db.inner.side else { panic!("a primary") };
+        let Running::Primary { writer, .. } = &db.inner.side else { panic!("a primary") };
         let run = |tx: &mut Transaction<'_>| Ok::<_, Error>(tx.execute("CREATE TABLE t(a)", [])?);
         let (jobs, receiver) = queue::unbounded_channel();
         let (reply, answer) = oneshot::channel();

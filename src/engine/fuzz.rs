@@ -3,10 +3,10 @@
 use std::fs;
 use std::path::Path;
 
-use crate::engine::Lost;
-use crate::engine::anchor::{Anchors, read_epochs};
+use crate::engine::file::anchor::Anchors;
+use crate::engine::file::epochs::read_epochs;
 use crate::engine::lost::fuzz_btree_page;
-use crate::engine::receive;
+use crate::engine::{Lost, incoming};
 use crate::page::PageSize;
 
 /// Bytes behind the hash that most side files end with.
@@ -25,8 +25,8 @@ pub(crate) fn fuzz_side_files(data: &[u8]) {
             let _ = (anchors.newest_first(), anchors.generation());
         }
         let _ = read_epochs(side);
-        let _ = receive::progress(side);
-        let _ = receive::read_held(side, PageSize::new(512).expect("a page size"));
+        let _ = incoming::progress(side);
+        let _ = incoming::read_held(side, PageSize::new(512).expect("a page size"));
     };
     for bytes in [data.to_vec(), sealed(data)] {
         for name in ["anchors", "epochs", "incoming/state", "incoming/held"] {
@@ -76,7 +76,8 @@ pub(crate) fn fuzz_lost(data: &[u8]) {
 /// What the corpus begins with.
 #[cfg(test)]
 pub(crate) fn fuzz_seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
-    use crate::engine::anchor::{replace_file, write_epochs};
+    use crate::engine::file::epochs::write_epochs;
+    use crate::files::replace_file;
     use crate::txid::EpochHistory;
     let dir = tempfile::tempdir().expect("a directory");
     write_epochs(dir.path(), &EpochHistory::default(), true).expect("a file");

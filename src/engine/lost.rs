@@ -5,9 +5,9 @@
 //! (which rows that concerned). It is written under another name, fsynced, and renamed before the heal changes anything.
 
 mod btree;
+mod export;
 mod list;
 mod rows;
-mod show;
 
 use std::fs::{self, File};
 use std::io::{BufWriter, Seek, Write};
@@ -17,13 +17,12 @@ use bytes::BytesMut;
 use serde::{Deserialize, Serialize};
 
 use crate::checksum::PageHash;
-use crate::engine::EngineOptions;
-use crate::engine::append::Appender;
-use crate::engine::receive::Ready;
-use crate::engine::wal_file::sync_directory;
+use crate::engine::history::wal_appender::WalAppender;
+use crate::engine::incoming::Ready;
+use crate::engine::options::EngineOptions;
 use crate::error::{Error, Result};
+use crate::files::{self, sync_directory};
 use crate::page::{PageNo, PageSet};
-use crate::side;
 use crate::status::unix_millis;
 use crate::txid::Position;
 use crate::wire;
@@ -68,7 +67,7 @@ pub struct LostBranch {
 }
 
 /// What a heal is about to replace.
-pub(super) struct Doomed<'a> {
+pub(super) struct Replaced<'a> {
     pub(super) ready: &'a Ready,
     /// The last state known to be common, and where the records after it begin in the log.
     pub(super) fork: Option<Position>,
@@ -87,7 +86,7 @@ impl LostBranch {
 
     fn read(path: PathBuf) -> Result<LostBranch> {
         let file = path.join("branch.json");
-        let text = side::read(&file).map_err(Error::io("read", &file))?;
+        let text = files::read(&file).map_err(Error::io("read", &file))?;
         let corrupt = |e: serde_json::Error| Error::Corrupt {
             path: file.clone(),
             offset: 0,
@@ -108,7 +107,7 @@ impl LostBranch {
 ///
 /// # Errors
 /// [`Error::Io`]; [`Error::LostFull`] when the quota does not allow it: nothing may be replaced then.
-pub(super) fn keep(side: &Path, live: &mut Appender, doomed: &Doomed<'_>) -> Result<LostBranch> {
+pub(super) fn keep(side: &Path, live: &mut WalAppender, doomed: &Replaced<'_>) -> Result<LostBranch> {
     let tip = live.base.tip();
     let lost = side.join("lost");
     let mut name = format!("{PREFIX}{}", tip.position);
@@ -175,7 +174,7 @@ pub(super) fn keep_file(options: &EngineOptions, mut file: &File) -> Result<Path
     let new = begin_anew(lost.join("database.new"))?;
     let copy = |from: &mut dyn std::io::Read, name| {
         let to = new.join(name);
-        let mut copied = side::create(&to)?;
+        let mut copied = files::create(&to)?;
         std::io::copy(from, &mut copied).map_err(Error::io("write", &to))?;
         copied.sync_all().map_err(Error::io("fsync", &to))
     };
@@ -195,7 +194,7 @@ fn begin_anew(new: PathBuf) -> Result<PathBuf> {
         Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", &new)(e)),
         _ => {}
     }
-    side::make_directory(&new)?;
+    files::make_directory(&new)?;
     Ok(new)
 }
 
@@ -208,7 +207,7 @@ fn settle(side: &Path, new: &Path, path: &Path) -> Result<()> {
 }
 
 /// Our pages that are not in the state that comes, or are others there.
-fn differing(live: &mut Appender, ready: &Ready) -> Result<PageSet> {
+fn differing(live: &mut WalAppender, ready: &Ready) -> Result<PageSet> {
     let ours = live.base.tip().pages;
     let mut pages = PageSet::default();
     let (mut here, mut there) = (vec![0; ready.page_size.bytes()], vec![0; ready.page_size.bytes()]);
@@ -224,7 +223,7 @@ fn differing(live: &mut Appender, ready: &Ready) -> Result<PageSet> {
     Ok(pages)
 }
 
-fn write_pages(live: &mut Appender, pages: &PageSet, out: &mut Output<'_>) -> Result<()> {
+fn write_pages(live: &mut WalAppender, pages: &PageSet, out: &mut Output<'_>) -> Result<()> {
     let mut page = vec![0; live.base.page_size.bytes()];
     let mut unit = BytesMut::new();
     for number in pages.iter() {
@@ -250,7 +249,7 @@ impl Output<'_> {
 
 /// Writes a file and fsyncs it.
 fn write(path: &Path, fill: impl FnOnce(&mut Output<'_>) -> Result<()>) -> Result<()> {
-    let file = side::create(path)?;
+    let file = files::create(path)?;
     let mut output = Output { path, out: BufWriter::new(file) };
     fill(&mut output)?;
     let file = output.out.into_inner().map_err(|e| Error::io("write", path)(e.into_error()))?;
@@ -261,7 +260,7 @@ fn write(path: &Path, fill: impl FnOnce(&mut Output<'_>) -> Result<()>) -> Resul
 pub(super) fn same_file(lost: &Path, prefix: &str, file: &Path) -> Result<Option<PathBuf>> {
     let hash = |path: &Path| -> std::io::Result<blake3::Hash> {
         let mut hasher = blake3::Hasher::new();
-        std::io::copy(&mut side::open(path)?, &mut hasher)?;
+        std::io::copy(&mut files::open(path)?, &mut hasher)?;
         Ok(hasher.finalize())
     };
     let (Ok(entries), Some(name)) = (fs::read_dir(lost), file.file_name()) else { return Ok(None) };

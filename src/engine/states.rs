@@ -11,10 +11,14 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use rusqlite::Connection;
 
-use super::*;
-use crate::engine::anchor::{FileState, Mark};
-use crate::engine::checkpoint::backfill_some;
+use crate::engine::checkpoint::backfill::backfill_some;
+use crate::engine::file::anchor::FileState;
+use crate::engine::file::witnesses::Mark;
 use crate::engine::tests::{Home, node, settled};
+use crate::engine::*;
+use crate::error::Error;
+use crate::lock::lock;
+use crate::page::PageSize;
 use crate::wal::{FRAME_HEADER_BYTES, FrameHeader, frame_bytes, frame_offset};
 
 const PAGE: usize = 512;
@@ -146,7 +150,7 @@ impl Maker {
     }
 
     /// One transaction: two rows get values that never were, and sometimes there is one more.
-    fn write(&mut self, engine: &Engine) {
+    fn write(&mut self, engine: &PrimaryEngine) {
         let n = self.number as i64;
         let sql = format!(
             "BEGIN IMMEDIATE; UPDATE t SET v = randomblob(300) WHERE n IN ({}, {}); {} COMMIT",
@@ -158,7 +162,7 @@ impl Maker {
         self.note(engine);
     }
 
-    fn note(&mut self, engine: &Engine) {
+    fn note(&mut self, engine: &PrimaryEngine) {
         self.number = settled(engine).number();
         let image = image(&self.path("a.db"));
         self.committed.insert(image, (format!("state {}", self.number), Some(self.number)));
@@ -210,11 +214,11 @@ impl World {
             )
             .unwrap();
         let mut maker = Maker { home, number: 0, committed: HashMap::new() };
-        let generation = |engine: &Engine| lock(&engine.base.anchors).generation();
+        let generation = |engine: &PrimaryEngine| lock(&engine.base.anchors).generation();
         // A first generation, and what it left.
         let mut options = maker.home.options("a.db");
         options.wal_limit_bytes = 8 << 10;
-        let engine = Engine::open(options.clone(), node()).unwrap();
+        let engine = PrimaryEngine::open(options.clone(), node()).unwrap();
         maker.note(&engine);
         let first = generation(&engine);
         while generation(&engine) < first + 2 {
@@ -224,7 +228,7 @@ impl World {
         drop(engine);
         let older = maker.files();
         let older_number = maker.number;
-        let engine = Engine::open(options.clone(), node()).unwrap();
+        let engine = PrimaryEngine::open(options.clone(), node()).unwrap();
         maker.note(&engine);
         let second = generation(&engine);
         while generation(&engine) < second + 2 {
@@ -234,7 +238,7 @@ impl World {
         drop(engine);
         // The generation that is looked at: nobody copies but we.
         options.wal_limit_bytes = 64 << 20;
-        let engine = Engine::open(options, node()).unwrap();
+        let engine = PrimaryEngine::open(options, node()).unwrap();
         maker.note(&engine);
         for _ in 0..4 {
             maker.write(&engine);
@@ -417,7 +421,7 @@ impl World {
         };
         let what = format!("{combination:?}");
         let told = std::cell::RefCell::new(String::new());
-        let engine = match Engine::open(options(), node()) {
+        let engine = match PrimaryEngine::open(options(), node()) {
             Ok(engine) => engine,
             Err(Error::Damaged { what: why, .. }) => {
                 let says = ["transaction", "Either", "integrity_check"].iter().any(|word| why.contains(word));
@@ -428,7 +432,7 @@ impl World {
                 let mut after = tree(&home.path("."));
                 after.retain(|name, _| before.contains_key(name));
                 assert!(after == before, "{what}: refused, and changed something: {why}");
-                let again = Engine::open(options(), node()).map(drop);
+                let again = PrimaryEngine::open(options(), node()).map(drop);
                 assert!(matches!(again, Err(Error::Damaged { .. })), "{what}: refused once: {again:?}");
                 let complete = database == Database::AsLeft
                     && matches!(newest, Newest::AtRest | Newest::Backfilling)
@@ -469,7 +473,7 @@ impl World {
         if foreign && number.is_some() && read.is_none_or(|(_, number)| number.is_none()) {
             assert!(kept("branch-") || kept("wal-"), "{what}: {name}, and what others committed is nowhere");
         }
-        let again = Engine::open(options(), node())
+        let again = PrimaryEngine::open(options(), node())
             .unwrap_or_else(|error| panic!("{what}: opened once, then: {error}"));
         assert_eq!(settled(&again), position, "{what}: {name}");
         again.close();
@@ -484,7 +488,7 @@ impl World {
         let mut options = home.options("a.db");
         options.wal_limit_bytes = 64 << 20;
         let follower =
-            Follower::open(options, node()).unwrap_or_else(|error| panic!("{combination:?}: {error}"));
+            ReplicaEngine::open(options, node()).unwrap_or_else(|error| panic!("{combination:?}: {error}"));
         let position = lock(&follower.shared.base).as_ref().map(|base| base.tip().position);
         let readable = *follower.readable().borrow();
         let name = match position.filter(|_| readable) {

@@ -12,11 +12,16 @@ use rand::{Rng, SeedableRng};
 use rusqlite::Connection;
 use uuid::Uuid;
 
-use super::*;
 use crate::ends::Ends;
-use crate::log::Found;
+use crate::engine::file::database::reader;
+use crate::engine::*;
+use crate::error::{Error, Result};
+use crate::lock::lock;
+use crate::log::{LogOptions, Lookup};
+use crate::page::PageNo;
 use crate::secret::Keyring;
 use crate::status::{Addresses, PeerInfo, Role};
+use crate::txid::{Position, Txid};
 use crate::wire::{self, Decoder, HealBegin, Message, SnapBegin, SnapEnd};
 
 pub(super) struct Home {
@@ -55,18 +60,24 @@ impl Home {
         }
     }
 
-    pub(super) fn primary(&self, name: &str) -> Engine {
-        Engine::open(self.options(name), node()).unwrap()
+    pub(super) fn primary(&self, name: &str) -> PrimaryEngine {
+        PrimaryEngine::open(self.options(name), node()).unwrap()
     }
 
-    pub(super) fn follower(&self, name: &str) -> Follower {
-        Follower::open(self.options(name), node()).unwrap()
+    pub(super) fn follower(&self, name: &str) -> ReplicaEngine {
+        ReplicaEngine::open(self.options(name), node()).unwrap()
     }
 }
 
-pub(super) fn node() -> Arc<crate::node::Node> {
+pub(super) fn node() -> Arc<crate::context::NodeContext> {
     let me = PeerInfo { node: Uuid::now_v7(), incarnation: Uuid::new_v4(), addresses: Addresses::default() };
-    crate::node::Node::new(me, "test".into(), "db".into(), Keyring::new(&[]).unwrap(), Role::Primary)
+    crate::context::NodeContext::new(
+        me,
+        "test".into(),
+        "db".into(),
+        Keyring::new(&[]).unwrap(),
+        Role::Primary,
+    )
 }
 
 pub(super) fn until(what: &str, mut done: impl FnMut() -> bool) {
@@ -78,7 +89,7 @@ pub(super) fn until(what: &str, mut done: impl FnMut() -> bool) {
 }
 
 /// Waits until the engine has taken in everything that was committed, and says the position.
-pub(super) fn settled(engine: &Engine) -> Position {
+pub(super) fn settled(engine: &PrimaryEngine) -> Position {
     until("capture", || {
         engine.base.check().unwrap();
         engine.base.header().is_some_and(|h| h.max_frame == engine.base.tip().frame)
@@ -87,11 +98,11 @@ pub(super) fn settled(engine: &Engine) -> Position {
     engine.base.tip().position
 }
 
-pub(super) fn applied(follower: &Follower) -> Option<Position> {
+pub(super) fn applied(follower: &ReplicaEngine) -> Option<Position> {
     lock(&follower.shared.base).as_ref().map(|b| b.tip().position)
 }
 
-pub(super) fn send(follower: &Follower, units: BytesMut) -> Result<()> {
+pub(super) fn send(follower: &ReplicaEngine, units: BytesMut) -> Result<()> {
     let mut decoder = Decoder::default();
     decoder.push(units.freeze());
     let mut all = Vec::new();
@@ -104,13 +115,13 @@ pub(super) fn send(follower: &Follower, units: BytesMut) -> Result<()> {
     })
 }
 
-pub(super) fn standing(follower: &Follower) -> (Standing, tokio::sync::mpsc::Receiver<wire::Want>) {
+pub(super) fn standing(follower: &ReplicaEngine) -> (Standing, tokio::sync::mpsc::Receiver<wire::Want>) {
     tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(follower.standing()).unwrap()
 }
 
 /// Does what the stream does: continues from the log where that is possible, else sends a snapshot to who has nothing,
 /// and all pages to who has something else.
-fn feed(engine: &Engine, follower: &Follower, pieces_between: &mut dyn FnMut()) -> Result<()> {
+fn feed(engine: &PrimaryEngine, follower: &ReplicaEngine, pieces_between: &mut dyn FnMut()) -> Result<()> {
     let (standing, mut wants) = standing(follower);
     let mut out = BytesMut::new();
     wire::encode(&Message::Epochs((*engine.base.node.applied.history()).clone()), &mut out);
@@ -118,8 +129,8 @@ fn feed(engine: &Engine, follower: &Follower, pieces_between: &mut dyn FnMut()) 
     let first = engine.base.tip().position;
     let page_size = engine.page_size();
     let mut lsn = match (found, engine.log().find(first.number()).unwrap()) {
-        (Some((position, Found::At { lsn, before })), _) if position == before => lsn,
-        (Some(_), Found::At { lsn, .. }) => {
+        (Some((position, Lookup::At { lsn, before })), _) if position == before => lsn,
+        (Some(_), Lookup::At { lsn, .. }) => {
             let pages = engine.base.tip().pages;
             let begin = HealBegin { from: first, page_size, pages, compare: true, diverged: true };
             wire::encode(&Message::HealBegin(begin), &mut out);
@@ -136,7 +147,7 @@ fn feed(engine: &Engine, follower: &Follower, pieces_between: &mut dyn FnMut()) 
             wire::encode(&Message::SnapEnd(SnapEnd { exact_at: first, pages }), &mut out);
             lsn
         }
-        (None, Found::At { lsn, .. }) => {
+        (None, Lookup::At { lsn, .. }) => {
             let begin = SnapBegin { first, from: PageNo::FIRST, page_size, pages: 0 };
             wire::encode(&Message::SnapBegin(begin), &mut out);
             let last = send_pieces(engine, &mut out, pieces_between);
@@ -162,7 +173,7 @@ fn feed(engine: &Engine, follower: &Follower, pieces_between: &mut dyn FnMut()) 
 }
 
 /// All pages, and the empty piece behind the last.
-fn send_pieces(engine: &Engine, out: &mut BytesMut, between: &mut dyn FnMut()) -> Piece {
+fn send_pieces(engine: &PrimaryEngine, out: &mut BytesMut, between: &mut dyn FnMut()) -> Piece {
     let mut next = PageNo::FIRST;
     loop {
         let piece = engine.read_piece(next, 16 * 1024).unwrap();
@@ -189,7 +200,7 @@ fn whole_units(bytes: &[u8]) -> usize {
     at
 }
 
-pub(super) fn catch_up(engine: &Engine, follower: &Follower) {
+pub(super) fn catch_up(engine: &PrimaryEngine, follower: &ReplicaEngine) {
     feed(engine, follower, &mut || {}).unwrap();
     let goal = settled(engine);
     until("apply", || {
@@ -298,7 +309,7 @@ fn random_sql_of_a_foreign_connection_arrives_page_by_page_at_every_page_size() 
 }
 
 /// The kept checksum is that of all pages.
-pub(super) fn assert_exact(engine: &Engine) {
+pub(super) fn assert_exact(engine: &PrimaryEngine) {
     let position = settled(engine);
     until("a hash of one generation", || {
         let mut handle = lock(&engine.second);
@@ -557,20 +568,24 @@ fn nothing_is_copied_back_in_the_name_of_a_generation_that_is_gone() {
     let plain = open_plain(&home.path("p.db"));
     plain.execute_batch("PRAGMA journal_mode = WAL; CREATE TABLE t(id INTEGER PRIMARY KEY, k, v)").unwrap();
     let engine =
-        Engine::open(EngineOptions { wal_limit_bytes: 1 << 20, ..home.options("p.db") }, node()).unwrap();
+        PrimaryEngine::open(EngineOptions { wal_limit_bytes: 1 << 20, ..home.options("p.db") }, node())
+            .unwrap();
     for _ in 0..60 {
         plain.execute_batch("INSERT INTO t(k, v) VALUES (1, randomblob(3000))").unwrap();
     }
     settled(&engine);
     let tip = engine.base.tip();
     // What must not happen: all is said to be copied, and a writer begins the WAL anew.
-    let copied = checkpoint::backfill_some(&engine.base, &mut lock(&engine.second), true).unwrap();
+    let copied = checkpoint::backfill::backfill_some(&engine.base, &mut lock(&engine.second), true).unwrap();
     engine.base.index.set_backfilled(tip.frame);
     plain.execute_batch("INSERT INTO t(k, v) VALUES (2, 'x')").unwrap();
     let header = engine.base.header().unwrap();
     assert!(header.salts != tip.salts && header.max_frame < tip.frame, "{copied:?}");
     until("the stop", || matches!(engine.base.check(), Err(Error::Stopped(_))));
-    assert_eq!(checkpoint::backfill_some(&engine.base, &mut lock(&engine.second), false).unwrap(), None);
+    assert_eq!(
+        checkpoint::backfill::backfill_some(&engine.base, &mut lock(&engine.second), false).unwrap(),
+        None
+    );
     // More than that would hide the new frames from every reader.
     assert!(engine.base.index.backfilled() <= header.max_frame);
     plain.execute_batch("INSERT INTO t(k, v) VALUES (2, 'y')").unwrap();
@@ -588,7 +603,8 @@ fn no_state_before_one_that_replaced_it_is_anchored() {
     plain.execute_batch("PRAGMA journal_mode = WAL; CREATE TABLE t(id INTEGER PRIMARY KEY, k, v)").unwrap();
     // No restart of the WAL takes the frames away meanwhile.
     let engine =
-        Engine::open(EngineOptions { wal_limit_bytes: 1 << 20, ..home.options("p.db") }, node()).unwrap();
+        PrimaryEngine::open(EngineOptions { wal_limit_bytes: 1 << 20, ..home.options("p.db") }, node())
+            .unwrap();
     for _ in 0..5 {
         plain.execute_batch("INSERT INTO t(k, v) VALUES (1, randomblob(3000))").unwrap();
         settled(&engine);
@@ -675,9 +691,9 @@ fn the_wal_is_not_begun_anew_over_a_commit_that_came_while_readers_were_waited_f
         // As who holds WRITE does it; but nobody does.
         let restarts = scope.spawn(|| {
             let mut handle = reader(&base).unwrap();
-            let begun = checkpoint::restart(&base, &mut handle, Duration::from_secs(60)).unwrap();
-            let tip = checkpoint::keep_from_others(&base, &mut handle).unwrap();
-            (matches!(begun, checkpoint::Restart::Done(_)), tip)
+            let begun = checkpoint::restart::restart(&base, &mut handle, Duration::from_secs(60)).unwrap();
+            let tip = checkpoint::restart::keep_from_others(&base, &mut handle).unwrap();
+            (matches!(begun, checkpoint::restart::Restart::Done(_)), tip)
         });
         until("the copy", || base.index.backfilled() == base.tip().frame && base.bound.pinned());
         plain.execute_batch("INSERT INTO t(k) VALUES (3)").unwrap();

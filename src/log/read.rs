@@ -7,9 +7,9 @@ use bytes::{Bytes, BytesMut};
 
 use super::scan::{Edge, HEAD_BYTES, Index, Stretch, hop};
 use super::state::{Seg, State};
-use super::{CURE, Found, Log, files};
+use super::{CURE, Log, Lookup, segments};
 use crate::error::{Error, Result};
-use crate::side;
+use crate::files;
 
 /// Where a search begins.
 struct Search {
@@ -24,15 +24,15 @@ impl Log {
     /// # Errors
     /// [`Error::Io`]; [`Error::Corrupt`] when a segment of an earlier opening is damaged: then nothing can be
     /// streamed from before the damage.
-    pub(crate) fn find(&self, number: u64) -> Result<Found> {
+    pub(crate) fn find(&self, number: u64) -> Result<Lookup> {
         let search = match self.search(number) {
             Ok(search) => search,
             Err(found) => return Ok(found),
         };
-        let file = match side::open(&search.path) {
+        let file = match files::open(&search.path) {
             Ok(file) => file,
             // Dropped since the lock was given back.
-            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Found::Behind),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Lookup::TooOld),
             Err(error) => return Err(Error::io("open", &search.path)(error)),
         };
         let mut index = Index::default();
@@ -41,7 +41,7 @@ impl Log {
             let Edge::Begin(before) = edge else { return ControlFlow::Continue(()) };
             index.note(before.number(), lsn);
             if before.number() == number {
-                found = Some(Found::At { lsn, before });
+                found = Some(Lookup::At { lsn, before });
             }
             if found.is_some() && search.indexed { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
         })?;
@@ -60,15 +60,15 @@ impl Log {
     }
 
     /// The stretch of a segment to search in, or the answer.
-    fn search(&self, number: u64) -> Result<Search, Found> {
+    fn search(&self, number: u64) -> Result<Search, Lookup> {
         let state = self.lock();
-        let tip = state.tip.ok_or(Found::Behind)?;
+        let tip = state.tip.ok_or(Lookup::TooOld)?;
         if number >= tip.number() {
-            let at_tip = Found::At { lsn: state.complete, before: tip };
-            return Err(if number == tip.number() { at_tip } else { Found::Beyond });
+            let at_tip = Lookup::At { lsn: state.complete, before: tip };
+            return Err(if number == tip.number() { at_tip } else { Lookup::NotYet });
         }
         let after = state.segments.partition_point(|s| s.before.number() <= number);
-        let segment = after.checked_sub(1).map(|i| &state.segments[i]).ok_or(Found::Behind)?;
+        let segment = after.checked_sub(1).map(|i| &state.segments[i]).ok_or(Lookup::TooOld)?;
         let from = segment.index.as_ref().map(|i| i.before(number).unwrap_or(segment.start));
         Ok(Search {
             path: segment.path.clone(),
@@ -99,13 +99,13 @@ impl Log {
             let segment = segment_at(&state, lsn).filter(|s| lsn < s.end).ok_or_else(|| self.gone(lsn))?;
             (segment.path.clone(), HEAD_BYTES + lsn - segment.start, segment.end - lsn)
         };
-        let file = match side::open(&path) {
+        let file = match files::open(&path) {
             Ok(file) => file,
             Err(error) if error.kind() == io::ErrorKind::NotFound => return Err(self.gone(lsn)),
             Err(error) => return Err(Error::io("open", &path)(error)),
         };
         let mut buffer = BytesMut::zeroed(usize::try_from(length).unwrap_or(usize::MAX).min(max));
-        let got = files::read_at(&file, &mut buffer, offset).map_err(Error::io("read", &path))?;
+        let got = segments::read_at(&file, &mut buffer, offset).map_err(Error::io("read", &path))?;
         // Cut since the lock was given back.
         if got < buffer.len() { Err(self.gone(lsn)) } else { Ok(buffer.freeze()) }
     }

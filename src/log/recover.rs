@@ -7,11 +7,11 @@ use std::time::Instant;
 
 use bytes::Bytes;
 
-use super::files;
 use super::scan::{HEAD_BYTES, Scan, scan};
+use super::segments;
 use super::state::{Seg, State};
 use crate::error::{Error, Result};
-use crate::side;
+use crate::files;
 use crate::wire::{Decoder, Message, SEGMENT_BYTES, Segment, Unit, VERSION};
 
 /// A file with the name of a segment.
@@ -30,7 +30,7 @@ impl Candidate {
 
 /// Reads a log's directory and repairs it. Nothing is changed before all of it was read.
 pub(super) fn recover(dir: &Path) -> Result<State> {
-    side::make_directory(dir)?;
+    files::make_directory(dir)?;
     let mut candidates = list(dir)?;
     let mut drop = Vec::new();
     while let Some(torn) = candidates.pop_if(|c| c.head.is_none()) {
@@ -38,7 +38,7 @@ pub(super) fn recover(dir: &Path) -> Result<State> {
         drop.push(torn.path);
     }
     let Some((last, head)) = candidates.pop().and_then(|c| c.head.map(|head| (c, head))) else {
-        files::remove(&drop);
+        segments::remove(&drop);
         return Ok(State::default());
     };
     let found = verify(&last, head, last.length)?;
@@ -53,15 +53,15 @@ pub(super) fn recover(dir: &Path) -> Result<State> {
         tracing::warn!(path = %lost.path.display(), bytes = lost.length, "a log segment before a gap is dropped");
     }
     drop.splice(..0, candidates.into_iter().map(|c| c.path));
-    files::remove(&drop);
-    let file = files::open_to_write(&last.path)?;
+    segments::remove(&drop);
+    let file = segments::open_to_write(&last.path)?;
     if cut {
         let length = HEAD_BYTES + end - head.start;
         file.set_len(length).map_err(Error::io("truncate", &last.path))?;
         file.sync_all().map_err(Error::io("fsync", &last.path))?;
     }
     if cut || !drop.is_empty() {
-        files::sync_dir(dir)?;
+        segments::sync_dir(dir)?;
     }
     state.file = Some(Arc::new(file));
     state.segments.push_back(Seg {
@@ -104,7 +104,7 @@ fn run_before(candidates: &mut Vec<Candidate>, mut next: Segment) -> Result<VecD
 }
 
 fn verify(candidate: &Candidate, head: Segment, until: u64) -> Result<Scan> {
-    let file = side::open(&candidate.path).map_err(Error::io("open", &candidate.path))?;
+    let file = files::open(&candidate.path).map_err(Error::io("open", &candidate.path))?;
     scan(&file, &candidate.path, head, until)
 }
 
@@ -126,7 +126,7 @@ fn list(dir: &Path) -> Result<Vec<Candidate>> {
     for entry in fs::read_dir(dir).map_err(Error::io("list", dir))? {
         let entry = entry.map_err(Error::io("list", dir))?;
         let name = entry.file_name();
-        if let Some(start) = name.to_str().and_then(files::start_of) {
+        if let Some(start) = name.to_str().and_then(segments::start_of) {
             found.push((start, entry.path()));
         }
     }
@@ -135,10 +135,10 @@ fn list(dir: &Path) -> Result<Vec<Candidate>> {
 }
 
 fn examine(path: PathBuf, start: u64) -> Result<Candidate> {
-    let file = side::open(&path).map_err(Error::io("open", &path))?;
+    let file = files::open(&path).map_err(Error::io("open", &path))?;
     let meta = file.metadata().map_err(Error::io("stat", &path))?;
     let mut raw = [0; SEGMENT_BYTES];
-    let whole = files::read_at(&file, &mut raw, 0).map_err(Error::io("read", &path))? == SEGMENT_BYTES;
+    let whole = segments::read_at(&file, &mut raw, 0).map_err(Error::io("read", &path))? == SEGMENT_BYTES;
     if whole && let Some(found) = Unit::newer_segment(&raw) {
         return Err(Error::Newer { path, found: found.into(), supported: VERSION.into() });
     }

@@ -9,9 +9,9 @@ use std::time::Instant;
 use bytes::BytesMut;
 
 use super::scan::{HEAD_BYTES, Index};
-use super::{LogOptions, files};
+use super::{LogOptions, segments};
 use crate::error::{Error, Result};
-use crate::side;
+use crate::files;
 use crate::txid::Position;
 use crate::wire::{self, Message, Segment};
 
@@ -43,7 +43,7 @@ impl Seg {
 
 /// Cuts a segment's file where the segment ends. Should this fail, the next segment's head still says where.
 fn truncate(segment: &Seg) -> Result<(Arc<File>, PathBuf)> {
-    let file = files::open_to_write(&segment.path)?;
+    let file = segments::open_to_write(&segment.path)?;
     let length = HEAD_BYTES + segment.end - segment.start;
     file.set_len(length).map_err(Error::io("truncate", &segment.path))?;
     Ok((Arc::new(file), segment.path.clone()))
@@ -109,7 +109,7 @@ impl State {
             let source = io::Error::other("an earlier write failed and could not be taken back");
             return Err(Error::Io { op: "append to", path: segment.path.clone(), source });
         }
-        if let Err(source) = files::write_all_at(file, units, offset) {
+        if let Err(source) = segments::write_all_at(file, units, offset) {
             // What was written of it must not stand behind the end: a later, shorter append would leave its rest.
             self.sealed = file.set_len(offset).is_err();
             return Err(Error::Io { op: "append to", path: segment.path.clone(), source });
@@ -153,13 +153,13 @@ impl State {
             self.rotated.remove(0);
         }
         let start = self.end;
-        let path = files::path(dir, start);
-        let file = side::create(&path)?;
+        let path = segments::path(dir, start);
+        let file = files::create(&path)?;
         let mut head = BytesMut::new();
         let follows = self.segments.back().map(|s| s.end);
         wire::encode(&Message::Segment(Segment { start, before, follows }), &mut head);
-        if let Err(source) = files::write_all_at(&file, &head, 0) {
-            files::remove(std::slice::from_ref(&path));
+        if let Err(source) = segments::write_all_at(&file, &head, 0) {
+            segments::remove(std::slice::from_ref(&path));
             return Err(Error::Io { op: "write", path, source });
         }
         if let (Some(file), Some(last)) = (self.file.take(), self.segments.back()) {
@@ -178,7 +178,7 @@ impl State {
             (Some(file), Some(last)) => file.sync_data().map_err(Error::io("fsync", &last.path)),
             _ => Ok(()),
         };
-        self.noted(head.and_then(|()| files::sync_dir(dir)))
+        self.noted(head.and_then(|()| segments::sync_dir(dir)))
     }
 
     /// The result of an fsync. One that failed is not forgotten; one that could not be tried is tried again.

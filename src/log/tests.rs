@@ -79,7 +79,7 @@ fn contents(dir: &TempDir) -> BTreeMap<PathBuf, Vec<u8>> {
 
 /// All bytes from transaction `number` on, read from disk in small pieces.
 fn read_from(log: &Log, number: u64) -> Vec<u8> {
-    let Found::At { mut lsn, before } = log.find(number).unwrap() else { panic!("{number} is not there") };
+    let Lookup::At { mut lsn, before } = log.find(number).unwrap() else { panic!("{number} is not there") };
     assert_eq!(before, position(number));
     let mut all = Vec::new();
     loop {
@@ -109,14 +109,14 @@ fn an_empty_log_has_no_position_and_a_reset_gives_it_one() {
     let dir = tempfile::tempdir().unwrap();
     let log = open(&dir);
     assert_eq!((log.tip(), log.start(), log.end(), log.bytes()), (None, None, 0, 0));
-    assert_eq!(log.find(0).unwrap(), Found::Behind);
+    assert_eq!(log.find(0).unwrap(), Lookup::TooOld);
     assert!(matches!(log.append(record(1, 1), None), Err(Error::Stopped(_))));
     log.reset(position(41)).unwrap();
     drop(log);
     let log = open(&dir);
     assert_eq!((log.tip(), log.start(), log.bytes()), (Some(position(41)), Some(position(41)), HEAD));
-    assert_eq!(log.find(41).unwrap(), Found::At { lsn: 0, before: position(41) });
-    assert_eq!((log.find(40).unwrap(), log.find(42).unwrap()), (Found::Behind, Found::Beyond));
+    assert_eq!(log.find(41).unwrap(), Lookup::At { lsn: 0, before: position(41) });
+    assert_eq!((log.find(40).unwrap(), log.find(42).unwrap()), (Lookup::TooOld, Lookup::NotYet));
     assert!(log.read_disk(0, 10).unwrap().is_empty());
     assert!(log.read_disk(1, 10).is_err());
     assert!(log.read_memory(0, 10).is_none());
@@ -133,7 +133,7 @@ fn records_rotate_are_found_and_read_alike_from_memory_and_disk() {
             let expected: Vec<u8> = (n + 1..=60).flat_map(|n| record(n, 1)).collect();
             assert!(read_from(&log, n) == expected, "from {n}, reopened: {reopened}");
         }
-        assert_eq!(log.find(61).unwrap(), Found::Beyond);
+        assert_eq!(log.find(61).unwrap(), Lookup::NotYet);
     }
     let (mut lsn, mut all) = (0, Vec::new());
     while let Some(piece) = log.read_memory(lsn, 100) {
@@ -161,7 +161,7 @@ fn a_record_in_parts_stays_in_one_segment_and_counts_when_it_ends() {
     }
     assert_eq!(files_of(&dir).len(), 1);
     let found = log.find(2).unwrap();
-    assert!(matches!(found, Found::At { lsn, .. } if lsn < log.end()));
+    assert!(matches!(found, Lookup::At { lsn, .. } if lsn < log.end()));
     // Reopened without its end: gone.
     let copy = copy_of(&dir);
     log.append(big.slice(most..), Some(position(3))).unwrap();
@@ -291,10 +291,10 @@ fn damage_in_an_older_segment_is_an_error_where_it_is_met() {
         told.to_string().contains("has transactions for replicas")
             && told.to_string().contains("move the directory")
     );
-    let Found::At { lsn: until, .. } = log.find(39).unwrap() else { panic!() };
+    let Lookup::At { lsn: until, .. } = log.find(39).unwrap() else { panic!() };
     let told = log.records(0, until, |_, _| Ok(())).unwrap_err();
     assert!(matches!(&told, Error::Corrupt { path, .. } if *path == first), "{told}");
-    assert!(matches!(log.find(39).unwrap(), Found::At { .. }));
+    assert!(matches!(log.find(39).unwrap(), Lookup::At { .. }));
 }
 
 #[test]
@@ -335,7 +335,7 @@ fn an_abort_takes_back_the_unfinished_record_and_never_reuses_an_address() {
     }
     assert_eq!(log.step_over(clean), log.end());
     assert_eq!(log.step_over(clean + 1), clean + 1);
-    assert_eq!(log.find(5).unwrap(), Found::At { lsn: log.end(), before: position(5) });
+    assert_eq!(log.find(5).unwrap(), Lookup::At { lsn: log.end(), before: position(5) });
     put(&log, 6, 1);
     assert!(log.read_memory(old_end + 1, usize::MAX).unwrap() == record(6, 1));
     assert_eq!(log.step_over(clean), old_end + 1);
@@ -378,7 +378,7 @@ fn a_reset_declares_a_gap() {
     log.reset(position(100)).unwrap();
     assert!(log.end() > old_end + 900);
     assert!(log.read_disk(old_end, 1).is_err() && log.read_memory(0, 1).is_none());
-    assert_eq!((log.find(20).unwrap(), log.find(99).unwrap()), (Found::Behind, Found::Behind));
+    assert_eq!((log.find(20).unwrap(), log.find(99).unwrap()), (Lookup::TooOld, Lookup::TooOld));
     assert_eq!(files_of(&dir).len(), 1);
     assert_records(&open(&copy_of(&dir)), 101, 100);
     put(&log, 101, 1);
@@ -396,7 +396,7 @@ fn the_oldest_segments_go_by_size_by_age_and_not_while_pinned() {
     let sized = LogOptions { keep_bytes: 12_000, quota_bytes: 20_000, ..OPTIONS };
     let log = filled(&dir, 100, sized);
     assert!(log.bytes() <= 12_000 + 5_000, "{}", log.bytes());
-    assert_eq!(log.find(0).unwrap(), Found::Behind);
+    assert_eq!(log.find(0).unwrap(), Lookup::TooOld);
     assert!(log.read_disk(0, 1).is_err());
     assert!(files_of(&dir).len() <= log.lock().segments.len() + GARBAGE_MAX, "{:?}", files_of(&dir));
     log.sync().unwrap();
@@ -404,7 +404,7 @@ fn the_oldest_segments_go_by_size_by_age_and_not_while_pinned() {
     assert_eq!(on_disk, log.bytes());
 
     let start = log.start().unwrap().number();
-    let Found::At { lsn, .. } = log.find(start).unwrap() else { panic!() };
+    let Lookup::At { lsn, .. } = log.find(start).unwrap() else { panic!() };
     let pin = log.pin(lsn);
     let mut n = 100;
     while log.bytes() < 19_000 {
@@ -417,7 +417,7 @@ fn the_oldest_segments_go_by_size_by_age_and_not_while_pinned() {
         put(&log, n, 1);
     }
     assert!(log.start().unwrap().number() > start && log.bytes() < 26_000, "a pin has no limit");
-    let Found::At { lsn, .. } = log.find(n).unwrap() else { panic!() };
+    let Lookup::At { lsn, .. } = log.find(n).unwrap() else { panic!() };
     pin.advance(lsn);
     assert!(log.bytes() <= 12_000);
     drop(pin);
@@ -490,7 +490,7 @@ fn a_reader_beside_an_appender_sees_the_same_bytes() {
             expected.update(&bytes);
             if n % 500 == 0 {
                 log.sync().unwrap();
-                assert!(matches!(log.find(n / 2).unwrap(), Found::At { .. }));
+                assert!(matches!(log.find(n / 2).unwrap(), Lookup::At { .. }));
             }
         }
         drop(ends);
@@ -515,7 +515,7 @@ fn the_index_leads_past_records_larger_than_its_step() {
         let mut lsn = 0;
         for (n, pages) in sizes.into_iter().enumerate() {
             let n = n as u64;
-            assert_eq!(log.find(n).unwrap(), Found::At { lsn, before: position(n) });
+            assert_eq!(log.find(n).unwrap(), Lookup::At { lsn, before: position(n) });
             lsn += record(n + 1, pages).len() as u64;
         }
         assert_eq!(log.end(), lsn);

@@ -17,10 +17,10 @@ use tokio::net::TcpStream;
 use tokio_util::sync::{CancellationToken, DropGuard, WaitForCancellationFutureOwned};
 use tokio_util::task::TaskTracker;
 
-use super::{
+use crate::error::{PeerProblem, shown};
+use crate::net::{
     CONNECTION_WINDOW_BYTES, Endpoint, FRAME_MAX_BYTES, Heard, Incoming, STREAM_WINDOW_BYTES, Tracked, chain,
 };
-use crate::error::{PeerProblem, shown};
 
 /// Longest wait for a TCP connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);

@@ -21,8 +21,8 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::{Service, ServiceExt};
 
-use super::{CONNECTION_WINDOW_BYTES, FRAME_MAX_BYTES, STREAM_WINDOW_BYTES, Tracked};
 use crate::error::{Error, Result};
+use crate::net::{CONNECTION_WINDOW_BYTES, FRAME_MAX_BYTES, STREAM_WINDOW_BYTES, Tracked};
 use crate::threads::{aside, caught_task};
 
 /// Connections at one time; more wait in the kernel's queue.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::PageNo;
+use crate::page::PageNo;
 
 /// Pages that one block of the set stands for.
 const BLOCK_PAGES: u32 = 4096;

@@ -7,13 +7,13 @@ use bytes::{Bytes, BytesMut};
 use tokio::sync::watch;
 use uuid::Uuid;
 
-use super::{Hold, Supply};
 use crate::checksum::{Checksum, PageHash};
+use crate::context::NodeContext;
 use crate::engine::Piece;
 use crate::error::{Error, Result};
-use crate::log::Found;
-use crate::node::Node;
+use crate::log::Lookup;
 use crate::page::{PageNo, PageSize};
+use crate::primary::{LogPin, StreamSource};
 use crate::secret::{Keyring, Secret};
 use crate::status::{Addresses, PeerInfo, Role};
 use crate::txid::{Epoch, EpochHistory, EpochStart, Position, Txid};
@@ -28,13 +28,13 @@ pub(crate) fn keys(secret: &[u8]) -> Keyring {
     Keyring::new(&secrets).unwrap()
 }
 
-pub(crate) fn node(id: u128, secret: &[u8], role: Role) -> Arc<Node> {
+pub(crate) fn node(id: u128, secret: &[u8], role: Role) -> Arc<NodeContext> {
     let me = PeerInfo {
         node: Uuid::from_u128(id),
         incarnation: Uuid::from_u128(id + 1000),
         addresses: Addresses { replication: format!("http://node{id}/_replite"), ..Addresses::default() },
     };
-    Node::new(me, "test".into(), "app".into(), keys(secret), role)
+    NodeContext::new(me, "test".into(), "app".into(), keys(secret), role)
 }
 
 pub(crate) fn history(epochs: &[(u64, u64)]) -> EpochHistory {
@@ -52,7 +52,7 @@ pub(crate) fn at(epoch: u64, number: u64) -> Position {
 
 /// A log and a database of pages that only have sizes.
 pub(crate) struct Fake {
-    node: Arc<Node>,
+    node: Arc<NodeContext>,
     inner: Mutex<Inner>,
     end: watch::Sender<u64>,
     /// Bytes before this address were dropped.
@@ -73,7 +73,7 @@ struct Inner {
 
 impl Fake {
     /// In epoch 1, before the first transaction.
-    pub(crate) fn new(node: Arc<Node>, pages: u32) -> Arc<Fake> {
+    pub(crate) fn new(node: Arc<NodeContext>, pages: u32) -> Arc<Fake> {
         node.applied.replace(history(&[(1, 1)]), Some(at(1, 0)));
         Arc::new(Fake {
             node,
@@ -119,11 +119,11 @@ impl Fake {
 
 struct NoHold;
 
-impl Hold for NoHold {
+impl LogPin for NoHold {
     fn advance(&self, _lsn: u64) {}
 }
 
-impl Supply for Fake {
+impl StreamSource for Fake {
     fn page_size(&self) -> PageSize {
         PageSize::new(512).unwrap()
     }
@@ -159,13 +159,13 @@ impl Supply for Fake {
         *self.end.borrow()
     }
 
-    fn find(&self, number: u64) -> Result<Found> {
+    fn find(&self, number: u64) -> Result<Lookup> {
         let inner = self.lock();
         let Some(&(before, lsn)) = inner.records.iter().find(|r| r.0.number() == number) else {
-            return Ok(Found::Beyond);
+            return Ok(Lookup::NotYet);
         };
         let dropped = lsn < self.dropped.load(Ordering::SeqCst);
-        Ok(if dropped { Found::Behind } else { Found::At { lsn, before } })
+        Ok(if dropped { Lookup::TooOld } else { Lookup::At { lsn, before } })
     }
 
     fn read_memory(&self, lsn: u64, max: usize) -> Option<Bytes> {
@@ -192,7 +192,7 @@ impl Supply for Fake {
         self.end.subscribe()
     }
 
-    fn pin(&self, _lsn: u64) -> Box<dyn Hold> {
+    fn pin(&self, _lsn: u64) -> Box<dyn LogPin> {
         Box::new(NoHold)
     }
 }

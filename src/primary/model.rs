@@ -11,12 +11,12 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use uuid::Uuid;
 
-use super::plan::{Decision, plan};
 use crate::checksum::{Checksum, PageHash};
 use crate::engine::{Heal, Overlay, Store};
 use crate::error::Result;
-use crate::log::{Found, Touched, mark_numbers};
+use crate::log::{Lookup, Touched, mark_numbers};
 use crate::page::{PageNo, PageSet, PageSize};
+use crate::primary::plan::{Decision, plan};
 use crate::status::{Addresses, PeerInfo};
 use crate::txid::{Epoch, EpochHistory, EpochStart, Place, Position, Txid};
 use crate::wire::{HealBegin, Hello, Sent, SnapEnd, TxnBegin, TxnEnd, Want};
@@ -151,12 +151,12 @@ impl Node {
         self.history = kept;
     }
 
-    fn find(&self, number: u64) -> Found {
+    fn find(&self, number: u64) -> Lookup {
         let number = number as usize;
         match number {
-            _ if number < self.log.0 => Found::Behind,
-            _ if number > self.log.1 => Found::Beyond,
-            _ => Found::At { lsn: number as u64, before: self.states[number].position },
+            _ if number < self.log.0 => Lookup::TooOld,
+            _ if number > self.log.1 => Lookup::NotYet,
+            _ => Lookup::At { lsn: number as u64, before: self.states[number].position },
         }
     }
 

@@ -1,7 +1,7 @@
 //! What a replica needs, decided from what it says and what the log has.
 
 use crate::error::Result;
-use crate::log::Found;
+use crate::log::Lookup;
 use crate::page::PageNo;
 use crate::txid::{Epoch, EpochHistory, NUMBER_MAX, Place, Position};
 use crate::wire::{self, Hello};
@@ -57,7 +57,7 @@ impl Decision {
 pub(crate) fn plan(
     history: &EpochHistory,
     tip: Position,
-    mut find: impl FnMut(u64) -> Result<Found>,
+    mut find: impl FnMut(u64) -> Result<Lookup>,
     hello: &Hello,
 ) -> Result<Decision> {
     let (ours, theirs) = (history.epoch(), hello.history.epoch());
@@ -114,7 +114,7 @@ enum Standing {
 fn stands(
     history: &EpochHistory,
     tip: Position,
-    find: &mut impl FnMut(u64) -> Result<Found>,
+    find: &mut impl FnMut(u64) -> Result<Lookup>,
     position: Position,
 ) -> Result<Standing> {
     let off = history.place(position.txid()) != Place::OnHistory
@@ -124,9 +124,9 @@ fn stands(
         return Ok(Standing::Off);
     }
     Ok(match find(position.number())? {
-        Found::At { lsn, before } if before == position => Standing::Continues { lsn },
-        Found::At { .. } => Standing::Off,
-        Found::Behind | Found::Beyond => Standing::Behind,
+        Lookup::At { lsn, before } if before == position => Standing::Continues { lsn },
+        Lookup::At { .. } => Standing::Off,
+        Lookup::TooOld | Lookup::NotYet => Standing::Behind,
     })
 }
 
@@ -165,13 +165,13 @@ mod tests {
     }
 
     /// A log from 20 to the tip, 100; each record is ten bytes long.
-    fn find(number: u64) -> Result<Found> {
+    fn find(number: u64) -> Result<Lookup> {
         Ok(match number {
-            0..20 => Found::Behind,
+            0..20 => Lookup::TooOld,
             20..=100 => {
-                Found::At { lsn: number * 10, before: at(if number < 50 { OLD } else { NOW }, number) }
+                Lookup::At { lsn: number * 10, before: at(if number < 50 { OLD } else { NOW }, number) }
             }
-            _ => Found::Beyond,
+            _ => Lookup::NotYet,
         })
     }
 
@@ -280,7 +280,7 @@ mod tests {
                 let lie = hello(None, history(&[(claim, 1)]));
                 let find = |number: u64| {
                     let before = states.get(number as usize);
-                    Ok(before.map_or(Found::Beyond, |&before| Found::At { lsn: number, before }))
+                    Ok(before.map_or(Lookup::NotYet, |&before| Lookup::At { lsn: number, before }))
                 };
                 match plan(&ours, tip, find, &lie).unwrap() {
                     Decision::Raise { above } => {

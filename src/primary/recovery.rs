@@ -9,12 +9,12 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use super::blocking;
-use super::outlet::Outlet;
-use super::upstream::Units;
+use crate::context::NodeContext;
 use crate::engine::Opening;
 use crate::error::{Error, PeerProblem, Result};
-use crate::node::Node;
+use crate::primary::acks::Units;
+use crate::primary::blocking;
+use crate::primary::send_queue::StreamSender;
 use crate::status::PeerInfo;
 use crate::txid::{Place, Position};
 use crate::wire::{self, Hello, Kind, Message, Plan, Unit, Welcome};
@@ -93,10 +93,10 @@ impl Recovery {
     /// Takes what this replica has, if it has what this node lacks. Why its stream ends then: it comes again, and is served.
     pub(super) async fn ask(
         self: &Arc<Self>,
-        node: &Node,
+        node: &NodeContext,
         hello: &Hello,
         units: &mut Units,
-        outlet: &Outlet,
+        outlet: &StreamSender,
     ) -> Option<String> {
         // Before its turn, so that it is waited for.
         self.lock().note(hello);
@@ -232,7 +232,7 @@ impl State {
     }
 
     /// What a replica is told that has more; nothing when it has not.
-    fn welcome(&self, node: &Node, hello: &Hello) -> Option<Welcome> {
+    fn welcome(&self, node: &NodeContext, hello: &Hello) -> Option<Welcome> {
         let opening = self.opening.as_ref()?;
         self.ahead(hello)?;
         let tip = opening.tip();

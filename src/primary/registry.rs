@@ -21,11 +21,11 @@ pub(crate) struct Conflict;
 
 #[derive(Debug, Default, Clone)]
 pub(crate) struct Registry {
-    seats: Arc<Mutex<Seats>>,
+    seats: Arc<Mutex<ReplicaSlots>>,
 }
 
 #[derive(Debug, Default)]
-struct Seats {
+struct ReplicaSlots {
     by_node: HashMap<Uuid, Entry>,
     serial: u64,
 }
@@ -40,7 +40,7 @@ struct Entry {
 
 /// A replica's place; it is free again when this is dropped.
 #[derive(Debug)]
-pub(crate) struct Seat {
+pub(crate) struct ReplicaSlot {
     registry: Registry,
     node: Uuid,
     serial: u64,
@@ -55,7 +55,7 @@ impl Registry {
 
     /// Takes a seat. Of two streams of one process the newest wins: the older one is a connection that broke
     /// without our knowing. Of two processes with one id the one that is there and alive wins.
-    pub(crate) fn join(&self, peer: &PeerInfo) -> Result<Seat, Conflict> {
+    pub(crate) fn join(&self, peer: &PeerInfo) -> Result<ReplicaSlot, Conflict> {
         let mut seats = self.lock();
         if let Some(conflict) = conflict(&seats, peer.node, peer.incarnation) {
             return Err(conflict);
@@ -70,7 +70,7 @@ impl Registry {
             older.replaced.cancel();
         }
         drop(seats);
-        Ok(Seat { registry: self.clone(), node: peer.node, serial, replaced })
+        Ok(ReplicaSlot { registry: self.clone(), node: peer.node, serial, replaced })
     }
 
     pub(crate) fn list(&self) -> Vec<ReplicaStatus> {
@@ -79,18 +79,18 @@ impl Registry {
         list
     }
 
-    fn lock(&self) -> MutexGuard<'_, Seats> {
+    fn lock(&self) -> MutexGuard<'_, ReplicaSlots> {
         self.seats.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 
-fn conflict(seats: &Seats, node: Uuid, incarnation: Uuid) -> Option<Conflict> {
+fn conflict(seats: &ReplicaSlots, node: Uuid, incarnation: Uuid) -> Option<Conflict> {
     let entry = seats.by_node.get(&node)?;
     let other = entry.status.peer.incarnation != incarnation;
     (other && entry.heard.elapsed() < ALIVE).then_some(Conflict)
 }
 
-impl Seat {
+impl ReplicaSlot {
     pub(crate) fn node(&self) -> Uuid {
         self.node
     }
@@ -123,7 +123,7 @@ impl Seat {
     }
 }
 
-impl Drop for Seat {
+impl Drop for ReplicaSlot {
     fn drop(&mut self) {
         let mut seats = self.registry.lock();
         if seats.by_node.get(&self.node).is_some_and(|e| e.serial == self.serial) {

@@ -6,12 +6,12 @@ use bytes::Bytes;
 use http_body_util::channel::{Channel, Sender};
 use uuid::Uuid;
 
-use super::fake::{Fake, SECRET, at, history, node};
-use super::upstream::SILENCE_MAX;
-use super::*;
 use crate::ends::comes;
 use crate::handshake;
 use crate::log::{Log, LogOptions};
+use crate::primary::acks::SILENCE_MAX;
+use crate::primary::fake::{Fake, SECRET, at, history, node};
+use crate::primary::*;
 use crate::status::Role;
 use crate::txid::{Epoch, EpochHistory};
 use crate::wire::{Ack, Decoder, Kind, Plan, Unit};
@@ -19,7 +19,7 @@ use crate::wire::{Ack, Decoder, Kind, Plan, Unit};
 /// A supply over a real log.
 struct OverLog(Arc<Log>);
 
-impl Supply for OverLog {
+impl StreamSource for OverLog {
     fn page_size(&self) -> PageSize {
         PageSize::new(512).unwrap()
     }
@@ -38,7 +38,7 @@ impl Supply for OverLog {
     fn end(&self) -> u64 {
         self.0.end()
     }
-    fn find(&self, number: u64) -> Result<Found> {
+    fn find(&self, number: u64) -> Result<Lookup> {
         self.0.find(number)
     }
     fn read_memory(&self, lsn: u64, max: usize) -> Option<Bytes> {
@@ -53,17 +53,17 @@ impl Supply for OverLog {
     fn watch(&self) -> watch::Receiver<u64> {
         self.0.watch()
     }
-    fn pin(&self, lsn: u64) -> Box<dyn Hold> {
+    fn pin(&self, lsn: u64) -> Box<dyn LogPin> {
         Box::new(self.0.pin(lsn))
     }
 }
 
 /// A primary that serves one follower, and the follower's two ends.
 struct Stream {
-    node: Arc<Node>,
-    source: Arc<Source>,
+    node: Arc<NodeContext>,
+    source: Arc<ReplicaServer>,
     up: Sender<Bytes, io::Error>,
-    down: Inlet,
+    down: StreamReceiver,
     decoder: Decoder,
     task: tokio::task::JoinHandle<()>,
 }
@@ -75,17 +75,17 @@ fn encoded(message: &Message<'_>) -> Bytes {
 }
 
 impl Stream {
-    fn start(pages: u32) -> (Arc<Node>, Arc<Fake>, Arc<Source>) {
+    fn start(pages: u32) -> (Arc<NodeContext>, Arc<Fake>, Arc<ReplicaServer>) {
         let node = node(1, &SECRET, Role::Primary);
         let fake = Fake::new(node.clone(), pages);
-        let source = Source::new(node.clone());
+        let source = ReplicaServer::new(node.clone());
         source.set(Some(fake.clone()));
         (node, fake, source)
     }
 
     /// Joins; the follower has id 2.
     async fn join(
-        (node, supply, source): (Arc<Node>, Arc<impl Supply>, Arc<Source>),
+        (node, supply, source): (Arc<NodeContext>, Arc<impl StreamSource>, Arc<ReplicaServer>),
         position: Option<Position>,
         history: EpochHistory,
         resume: Option<(Position, PageNo)>,
@@ -107,7 +107,7 @@ impl Stream {
         let (mut up, body) = Channel::new(4);
         let (outlet, down) = queue();
         let place = source.place().unwrap();
-        let guest = Guest { knock, nonce: [4; 32], place };
+        let guest = Peer { knock, nonce: [4; 32], place };
         let task = tokio::spawn(serve(source.clone(), guest, Incoming::new(body), outlet));
         up.send_data(encoded(&Message::Hello(hello))).await.unwrap();
         Stream { node, source, up, down, decoder: Decoder::default(), task }
@@ -239,7 +239,7 @@ async fn a_real_log_is_followed_from_disk_over_segments_and_over_what_was_taken_
     }
     let node = super::fake::node(1, &SECRET, Role::Primary);
     node.applied.replace(history(&[(1, 1)]), Some(at(1, 1000)));
-    let source = Source::new(node.clone());
+    let source = ReplicaServer::new(node.clone());
     let primary = (node, Arc::new(OverLog(log.clone())), source);
     let mut stream = Stream::join(primary, Some(at(1, 3)), history(&[(1, 1)]), None).await;
     assert_eq!(stream.plan().await, Plan::Log);
@@ -274,7 +274,7 @@ async fn a_real_log_is_followed_from_disk_over_segments_and_over_what_was_taken_
                 break;
             }
             Message::Goodbye(goodbye) => {
-                assert_eq!((&*goodbye.reason, begun), (pump::FELL_BEHIND, 1));
+                assert_eq!((&*goodbye.reason, begun), (stream::FELL_BEHIND, 1));
                 break;
             }
             _ => {}
@@ -468,7 +468,7 @@ async fn a_peer_without_a_good_hello_gets_not_one_byte() {
         let (mut up, body) = Channel::<_, io::Error>::new(4);
         let (outlet, mut down) = queue();
         let place = source.place().unwrap();
-        let guest = Guest { knock, nonce: [4; 32], place };
+        let guest = Peer { knock, nonce: [4; 32], place };
         let task = tokio::spawn(serve(source.clone(), guest, Incoming::new(body), outlet));
         up.send_data(garbage.unwrap_or(sealed)).await.unwrap();
         // With nothing sent, the wait for a hello ends by itself; `up` stays open.

@@ -12,7 +12,7 @@ use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep};
 
 use crate::proxy::BoxError;
-use crate::proxy::keep::{Keep, ToItsEnd};
+use crate::proxy::replay_body::{DrainOnDrop, Keep};
 
 pin_project! {
     /// A request's body as the wrapped service gets it: the one that came in, which the layer may be able to take
@@ -28,7 +28,7 @@ pin_project! {
     enum RequestKind<B> {
         Plain { #[pin] body: B },
         Kept { keep: Keep },
-        ToItsEnd { body: ToItsEnd },
+        DrainOnDrop { body: DrainOnDrop },
     }
 }
 
@@ -41,7 +41,7 @@ impl<B> ReplayRequestBody<B> {
     /// A body that is read to its end, also when the handler leaves a rest.
     pub(super) fn to_its_end(keep: Keep) -> Self {
         keep.release();
-        ReplayRequestBody { kind: RequestKind::ToItsEnd { body: ToItsEnd(keep) } }
+        ReplayRequestBody { kind: RequestKind::DrainOnDrop { body: DrainOnDrop(keep) } }
     }
 
     /// A body that can be taken back.
@@ -78,7 +78,7 @@ where
         match self.project().kind.project() {
             RequestProj::Plain { body } => body.poll_frame(cx).map_err(Into::into),
             RequestProj::Kept { keep } => keep.poll_frame(cx),
-            RequestProj::ToItsEnd { body } => body.0.poll_frame(cx),
+            RequestProj::DrainOnDrop { body } => body.0.poll_frame(cx),
         }
     }
 
@@ -86,7 +86,7 @@ where
         match &self.kind {
             RequestKind::Plain { body } => body.is_end_stream(),
             RequestKind::Kept { keep } => keep.is_end_stream(),
-            RequestKind::ToItsEnd { body } => body.0.is_end_stream(),
+            RequestKind::DrainOnDrop { body } => body.0.is_end_stream(),
         }
     }
 
@@ -94,7 +94,7 @@ where
         match &self.kind {
             RequestKind::Plain { body } => body.size_hint(),
             RequestKind::Kept { keep } => keep.size_hint(),
-            RequestKind::ToItsEnd { body } => body.0.size_hint(),
+            RequestKind::DrainOnDrop { body } => body.0.size_hint(),
         }
     }
 }
@@ -181,7 +181,7 @@ impl<RB> std::fmt::Debug for ReplayResponseBody<RB> {
 /// The body of a response that the wrapped service did not make.
 pub(super) enum Answer {
     /// The primary's.
-    Primary(Patient<Incoming>),
+    Primary(IdleTimeoutBody<Incoming>),
     /// The layer's own.
     Own(Full<Bytes>),
 }
@@ -216,7 +216,7 @@ impl Body for Answer {
 }
 
 /// A body that fails when nothing comes for too long.
-pub(super) struct Patient<B> {
+pub(super) struct IdleTimeoutBody<B> {
     body: B,
     /// None: any pause is fine, as in an event stream.
     idle: Option<Duration>,
@@ -225,13 +225,13 @@ pub(super) struct Patient<B> {
     sleep: Option<Pin<Box<Sleep>>>,
 }
 
-impl<B> Patient<B> {
-    pub(super) fn new(body: B, idle: Option<Duration>) -> Patient<B> {
-        Patient { body, idle, since: None, sleep: None }
+impl<B> IdleTimeoutBody<B> {
+    pub(super) fn new(body: B, idle: Option<Duration>) -> IdleTimeoutBody<B> {
+        IdleTimeoutBody { body, idle, since: None, sleep: None }
     }
 }
 
-impl<B> Body for Patient<B>
+impl<B> Body for IdleTimeoutBody<B>
 where
     B: Body<Data = Bytes> + Unpin,
     B::Error: Into<BoxError>,

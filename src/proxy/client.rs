@@ -17,9 +17,9 @@ use crate::proxy::body::ReplayResponseBody;
 use crate::proxy::failure::{Failure, Outcome};
 use crate::proxy::forward::{Sender, forward};
 use crate::proxy::headers::{strip_reserved, tokens};
-use crate::proxy::keep::Keep;
 use crate::proxy::layer::Shared;
 use crate::proxy::prepare::{Head, Verdict};
+use crate::proxy::replay_body::Keep;
 use crate::proxy::route::is_safe;
 use crate::session;
 

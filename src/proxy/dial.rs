@@ -17,10 +17,10 @@ use tokio_util::sync::CancellationToken;
 use tower::Service;
 
 use crate::proxy::BoxError;
-use crate::proxy::body::{Patient, ReplayRequestBody};
+use crate::proxy::body::{IdleTimeoutBody, ReplayRequestBody};
 use crate::proxy::http2::Http2;
-use crate::proxy::keep::Keep;
 use crate::proxy::preface::Watched;
+use crate::proxy::replay_body::Keep;
 
 /// How long an unused connection is kept: less than any server or proxy on the way is likely to allow, because a
 /// request that meets a closing connection has an unknown outcome.
@@ -31,7 +31,7 @@ const POOL_IDLE_MAX: usize = 64;
 const KEEPALIVE_SECONDS: u64 = 15;
 
 /// A body on its way to the primary.
-pub(super) type Outgoing = Patient<ReplayRequestBody<http_body_util::Empty<bytes::Bytes>>>;
+pub(super) type Outgoing = IdleTimeoutBody<ReplayRequestBody<http_body_util::Empty<bytes::Bytes>>>;
 
 /// What a node is spoken to in.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -101,7 +101,7 @@ impl Dialer {
         idle: Duration,
         answer: Duration,
     ) -> Result<Response<Incoming>, SendError> {
-        let outgoing = Patient::new(ReplayRequestBody::kept(body.clone()), Some(idle));
+        let outgoing = IdleTimeoutBody::new(ReplayRequestBody::kept(body.clone()), Some(idle));
         let request = head.map(|()| outgoing);
         let response = async {
             if http2 {

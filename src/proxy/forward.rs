@@ -9,15 +9,15 @@ use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use crate::proxy::BoxError;
-use crate::proxy::body::{Answer, Patient};
-use crate::proxy::detour::detour;
+use crate::proxy::body::{Answer, IdleTimeoutBody};
 use crate::proxy::dial::{Protocol, SendError};
 use crate::proxy::failure::{Failure, Outcome, Reason};
 use crate::proxy::headers::{HOP, PRIMARY, strip_answer};
 use crate::proxy::hop::{About, HOPS_MAX, Hint, Hop};
-use crate::proxy::keep::Keep;
 use crate::proxy::layer::Shared;
 use crate::proxy::prepare::{Head, Target, Verdict, find, look, wait};
+use crate::proxy::redirect::detour;
+use crate::proxy::replay_body::Keep;
 use crate::proxy::route::is_safe;
 use crate::txid::Epoch;
 
@@ -315,7 +315,7 @@ fn relay(shared: &Shared, head: &Head, mut response: Response<Incoming>) -> Resp
     let events =
         parts.headers.get(CONTENT_TYPE).is_some_and(|t| t.as_bytes().starts_with(b"text/event-stream"));
     let idle = (!events).then_some(shared.options.idle);
-    let mut response = Response::from_parts(parts, Answer::Primary(Patient::new(body, idle)));
+    let mut response = Response::from_parts(parts, Answer::Primary(IdleTimeoutBody::new(body, idle)));
     if let Some(upgrade) = &head.upgrade {
         upgrade.answer(&mut response);
     }

@@ -20,9 +20,9 @@ use tower::Service;
 use crate::proxy::BoxError;
 use crate::proxy::body::Answer;
 use crate::proxy::failure::Reason;
-use crate::proxy::keep::Keep;
 use crate::proxy::layer::Shared;
 use crate::proxy::prepare::{Head, Need, Verdict, failure, prepare};
+use crate::proxy::replay_body::Keep;
 use crate::proxy::reply::{set_outcome, set_token};
 use crate::session::Session;
 

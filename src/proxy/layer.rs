@@ -11,11 +11,11 @@ use http::request::Parts;
 use http::{Response, Uri};
 use tower::Layer;
 
-use crate::node::Node;
+use crate::context::NodeContext;
 use crate::proxy::client::PrimaryClient;
 use crate::proxy::dial::Dialer;
 use crate::proxy::failure::Failure;
-use crate::proxy::keep::Budget;
+use crate::proxy::replay_body::Budget;
 use crate::proxy::route::{Route, is_below};
 use crate::proxy::service::ReplayService;
 use crate::token::Tokens;
@@ -95,7 +95,7 @@ pub struct ReplayLayer {
 /// What all services of one layer share.
 #[derive(Clone)]
 pub(super) struct Shared {
-    pub(super) node: Arc<Node>,
+    pub(super) node: Arc<NodeContext>,
     pub(super) tokens: Arc<Tokens>,
     pub(super) dialer: Dialer,
     pub(super) held: Arc<AtomicUsize>,
@@ -154,7 +154,7 @@ const ORIGINAL_URI: Option<Look<Uri>> = None;
 const MATCHED_PATH: Option<Look<String>> = None;
 
 impl ReplayLayer {
-    pub(crate) fn new(node: Arc<Node>) -> ReplayLayer {
+    pub(crate) fn new(node: Arc<NodeContext>) -> ReplayLayer {
         let tokens = Arc::new(Tokens::new(node.clone()));
         let cookie = Cookie {
             name: Some(format!("replite_{}", tokens.tag())),

@@ -6,9 +6,9 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::pace::{Coming, Pace};
+use crate::context::{NodeContext, Part};
 use crate::net::Heard;
-use crate::node::{Node, Part};
+use crate::replica::pace::{Coming, Pace};
 use crate::status::Lag;
 use crate::txid::Position;
 
@@ -86,7 +86,7 @@ impl Lagging {
     }
 
     /// Writes the figures where status looks for them.
-    pub(super) fn publish(&self, node: &Node) {
+    pub(super) fn publish(&self, node: &NodeContext) {
         let applied = node.applied.position().map(Position::number);
         let mut known = self.lock();
         let now = Instant::now();
@@ -98,7 +98,7 @@ impl Lagging {
     }
 
     /// Publishes again and again.
-    pub(super) async fn keep_published(&self, node: &Node) {
+    pub(super) async fn keep_published(&self, node: &NodeContext) {
         loop {
             self.publish(node);
             tokio::time::sleep(PUBLISH_EVERY).await;

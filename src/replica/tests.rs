@@ -15,20 +15,20 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use super::*;
 use crate::ends::comes;
 use crate::error::PeerProblem;
 use crate::handshake::{self, Answer, Knock, Refusal};
 use crate::net::{self, Listener};
-use crate::primary::Source;
+use crate::primary::ReplicaServer;
 use crate::primary::fake::{Fake, SECRET, at, history, keys, node};
-use crate::server::{Door, ReplicationService};
+use crate::replica::*;
+use crate::server::{Mount, ReplicationService};
 use crate::txid::EpochHistory;
 use crate::wire::{self, Goodbye, Heartbeat, Kind, Message, Plan, TxnBegin, TxnEnd, Welcome};
 
 /// Takes over positions and nothing else.
 struct FakeFeed {
-    node: Arc<Node>,
+    node: Arc<NodeContext>,
     standing: Mutex<Standing>,
     kinds: Mutex<Vec<Kind>>,
     /// Errors to give, one a call.
@@ -37,7 +37,7 @@ struct FakeFeed {
 }
 
 impl FakeFeed {
-    fn new(node: &Arc<Node>, epochs: EpochHistory, position: Option<Position>) -> Arc<FakeFeed> {
+    fn new(node: &Arc<NodeContext>, epochs: EpochHistory, position: Option<Position>) -> Arc<FakeFeed> {
         node.applied.replace(epochs.clone(), position);
         let history = Arc::new(epochs);
         let standing = Standing { position, history, resume: None, suspect: false, marks: Vec::new() };
@@ -106,7 +106,7 @@ impl Feed for FakeFeed {
 
 /// One try of a replica with this history against a peer on loopback.
 struct Try {
-    node: Arc<Node>,
+    node: Arc<NodeContext>,
     feed: Arc<FakeFeed>,
     tracker: TaskTracker,
 }
@@ -132,7 +132,7 @@ impl Try {
     /// How the try ended.
     async fn against(&self, primary: &Endpoint) -> PeerProblem {
         let lagging = Lagging::new();
-        let mut session = Session::new(&self.node, &*self.feed, primary, &self.tracker, &lagging);
+        let mut session = PrimaryConnection::new(&self.node, &*self.feed, primary, &self.tracker, &lagging);
         let mut reporter = Reporter::new(self.node.clone(), primary.clone());
         let error = session.run(&mut reporter).await;
         drop(session);
@@ -445,7 +445,7 @@ async fn a_silent_primary_is_given_up() {
     let headers = knock.headers(&keys(&SECRET)).unwrap();
     let opened = net::open_on(ours, &to, handshake::STREAM_PATH, headers, &run.tracker).await.unwrap();
     let lagging = Lagging::new();
-    let mut session = Session::new(&run.node, &*run.feed, &to, &run.tracker, &lagging);
+    let mut session = PrimaryConnection::new(&run.node, &*run.feed, &to, &run.tracker, &lagging);
     let mut reporter = Reporter::new(run.node.clone(), to.clone());
     let began = tokio::time::Instant::now();
     let error = session.stream(opened, knock, &mut reporter).await.unwrap_err();
@@ -471,7 +471,7 @@ async fn a_problem_lasts_until_something_is_taken_in() {
     let opened = net::open_on(ours, &to, handshake::STREAM_PATH, headers, &run.tracker).await.unwrap();
     let mut sender = sender.recv().await.unwrap();
     let lagging = Lagging::new();
-    let mut session = Session::new(&run.node, &*run.feed, &to, &run.tracker, &lagging);
+    let mut session = PrimaryConnection::new(&run.node, &*run.feed, &to, &run.tracker, &lagging);
     run.node.set_problem(Part::Stream, Some("nothing was heard for 10s".into()));
     let mut reporter = Reporter::new(run.node.clone(), to.clone());
     let problem = || run.node.problem_of(Part::Stream);
@@ -497,9 +497,9 @@ async fn a_problem_lasts_until_something_is_taken_in() {
 
 /// A real primary on loopback.
 struct Primary {
-    node: Arc<Node>,
+    node: Arc<NodeContext>,
     fake: Arc<Fake>,
-    source: Arc<Source>,
+    source: Arc<ReplicaServer>,
     tracker: TaskTracker,
     to: Endpoint,
 }
@@ -508,10 +508,10 @@ impl Primary {
     async fn start(secret: &[u8]) -> Primary {
         let node = node(1, secret, Role::Primary);
         let fake = Fake::new(node.clone(), 3000);
-        let source = Source::new(node.clone());
+        let source = ReplicaServer::new(node.clone());
         source.set(Some(fake.clone()));
         let tracker = TaskTracker::new();
-        let service = ReplicationService::new(node.clone(), source.clone(), tracker.clone(), Door::Own);
+        let service = ReplicationService::new(node.clone(), source.clone(), tracker.clone(), Mount::Own);
         let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), true).await.unwrap();
         let to = Endpoint::parse(&format!("http://{}", listener.address())).unwrap();
         tracker.spawn(listener.serve(service, tracker.clone(), node.stop.clone()));
@@ -519,12 +519,12 @@ impl Primary {
     }
 }
 
-async fn reaches(node: &Node, position: Position) {
+async fn reaches(node: &NodeContext, position: Position) {
     let mut watch = node.applied.watch();
     watch.wait_for(|at| *at == Some(position)).await.unwrap();
 }
 
-async fn stop(node: &Node, tracker: &TaskTracker) {
+async fn stop(node: &NodeContext, tracker: &TaskTracker) {
     node.stop.cancel();
     tracker.close();
     tokio::time::timeout(Duration::from_secs(5), tracker.wait()).await.expect("a task stays");
@@ -681,7 +681,7 @@ async fn two_processes_with_one_id_do_not_push_each_other_out() {
     let copied = Try::new();
     let mut me = copied.node.me.clone();
     me.incarnation = uuid::Uuid::from_u128(77);
-    let node = Node::new(me, "test".into(), "app".into(), keys(&SECRET), Role::Replica);
+    let node = NodeContext::new(me, "test".into(), "app".into(), keys(&SECRET), Role::Replica);
     let copied = Try { node, ..copied };
     assert!(matches!(copied.against(&primary.to).await, PeerProblem::DuplicateNode));
     assert_eq!(primary.source.replicas().len(), 1);
@@ -724,10 +724,10 @@ async fn the_listener_outlives_strangers_and_garbage() {
 #[tokio::test]
 async fn the_mounted_endpoint_of_an_axum_server_serves() {
     let primary = node(1, &SECRET, Role::Primary);
-    let source = Source::new(primary.clone());
+    let source = ReplicaServer::new(primary.clone());
     source.set(Some(Fake::new(primary.clone(), 10)));
     let streams = TaskTracker::new();
-    let service = ReplicationService::new(primary.clone(), source, streams.clone(), Door::Mounted);
+    let service = ReplicationService::new(primary.clone(), source, streams.clone(), Mount::Mounted);
     let app = axum::Router::new().nest_service("/_replite", service);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let to = endpoint(&listener);

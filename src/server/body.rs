@@ -7,18 +7,18 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 
-use crate::primary::{Inlet, Outlet, queue};
+use crate::primary::{StreamReceiver, StreamSender, queue};
 
 /// The body of a replication response: empty, or a stream that lasts as long as the replica stays.
 #[derive(Debug)]
-pub struct ReplicationBody(Option<Inlet>);
+pub struct ReplicationBody(Option<StreamReceiver>);
 
 impl ReplicationBody {
     pub(super) fn empty() -> ReplicationBody {
         ReplicationBody(None)
     }
 
-    pub(super) fn stream() -> (Outlet, ReplicationBody) {
+    pub(super) fn stream() -> (StreamSender, ReplicationBody) {
         let (outlet, inlet) = queue();
         (outlet, ReplicationBody(Some(inlet)))
     }
@@ -40,7 +40,7 @@ impl Body for ReplicationBody {
     }
 
     fn is_end_stream(&self) -> bool {
-        self.0.as_ref().is_none_or(Inlet::is_ended)
+        self.0.as_ref().is_none_or(StreamReceiver::is_ended)
     }
 
     fn size_hint(&self) -> SizeHint {

@@ -9,8 +9,8 @@ use http_body_util::BodyExt;
 use tower::ServiceExt;
 use uuid::Uuid;
 
-use super::*;
 use crate::primary::fake::{Fake, SECRET, keys, node};
+use crate::server::*;
 use crate::status::Role;
 
 /// A body that must not be touched.
@@ -39,9 +39,9 @@ fn knock() -> Knock {
     }
 }
 
-fn service(secret: &[u8], door: Door) -> (ReplicationService, Arc<Source>, Arc<Node>) {
+fn service(secret: &[u8], door: Mount) -> (ReplicationService, Arc<ReplicaServer>, Arc<NodeContext>) {
     let node = node(1, secret, Role::Primary);
-    let source = Source::new(node.clone());
+    let source = ReplicaServer::new(node.clone());
     source.set(Some(Fake::new(node.clone(), 1)));
     (ReplicationService::new(node.clone(), source.clone(), TaskTracker::new(), door), source, node)
 }
@@ -70,7 +70,7 @@ async fn refused(service: &ReplicationService, request: Request<Untouched>) -> (
 
 #[tokio::test]
 async fn strangers_get_a_bare_404_for_every_path_and_method() {
-    let (service, ..) = service(&SECRET, Door::Mounted);
+    let (service, ..) = service(&SECRET, Mount::Mounted);
     let wrong = knock().headers(&keys(&[2; 32])).unwrap();
     for headers in [HeaderMap::new(), wrong] {
         for path in ["/", "/v1/stream", "/_replite/v1/stream", "/v2/stream", "/a?b=c"] {
@@ -86,7 +86,7 @@ async fn strangers_get_a_bare_404_for_every_path_and_method() {
 
 #[tokio::test]
 async fn who_proved_the_secret_learns_why_he_is_refused() {
-    let (service, source, node) = service(&SECRET, Door::Mounted);
+    let (service, source, node) = service(&SECRET, Mount::Mounted);
     let ask = |knock: Knock| request(knock.headers(&keys(&SECRET)).unwrap(), Untouched);
     let is = |status, word: &str| (status, word.to_owned());
     assert_eq!(refused(&service, ask(Knock { version: 2, ..knock() })).await, is(409, "version=1"));
@@ -111,9 +111,9 @@ async fn who_proved_the_secret_learns_why_he_is_refused() {
 #[tokio::test]
 async fn without_a_secret_only_the_own_listener_answers() {
     let ask = |headers| request(headers, Untouched);
-    let (mounted, ..) = service(&[], Door::Mounted);
+    let (mounted, ..) = service(&[], Mount::Mounted);
     assert_bare_404(&mounted, ask(knock().headers(&keys(&[])).unwrap())).await;
-    let (own, ..) = service(&[], Door::Own);
+    let (own, ..) = service(&[], Mount::Own);
     let body = http_body_util::Empty::<Bytes>::new();
     let answered = own.oneshot(request(knock().headers(&keys(&[])).unwrap(), body)).await.unwrap();
     assert_eq!(answered.status(), StatusCode::OK);
@@ -132,7 +132,7 @@ fn the_service_is_what_routers_ask_for() {
         S::Future: Send + 'static,
     {
     }
-    let (service, ..) = service(&SECRET, Door::Mounted);
+    let (service, ..) = service(&SECRET, Mount::Mounted);
     mountable(&service);
     let _: axum::Router = axum::Router::new().nest_service("/_replite", service);
 }
@@ -140,7 +140,7 @@ fn the_service_is_what_routers_ask_for() {
 /// A replica with another secret saw a bare 404, and nobody was told on the primary; who knocks often does not fill its logs.
 #[tokio::test]
 async fn a_knock_with_another_secret_is_told_to_the_operator_now_and_then() {
-    let (service, _, node) = service(&SECRET, Door::Mounted);
+    let (service, _, node) = service(&SECRET, Mount::Mounted);
     let mut events = node.events.subscribe();
     assert_bare_404(&service, request(HeaderMap::new(), Untouched)).await;
     assert_eq!(node.problem(), None, "who only passes by is nobody's problem");

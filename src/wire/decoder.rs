@@ -3,7 +3,7 @@ use std::collections::VecDeque;
 
 use bytes::{Buf, Bytes, BytesMut};
 
-use super::{HEADER_BYTES, Kind, MAY_SKIP, PAYLOAD_MAX_BYTES, Unit, VERSION, WireError, fields};
+use crate::wire::{HEADER_BYTES, Kind, MAY_SKIP, PAYLOAD_MAX_BYTES, Unit, VERSION, WireError, fields};
 
 /// A unit's header, its numbers within bounds. Whether its hash holds is not known yet.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -1,15 +1,15 @@
 //! Units to bytes.
 use bytes::{BufMut, BytesMut};
 
-use super::fields::hash_of;
-use super::{
-    FOLLOWS_NONE, HEADER_BYTES, Hello, Kind, MARKS_MAX, Message, PAYLOAD_MAX_BYTES, PEER_MAX_BYTES,
-    PIECE_BYTES, REASON_MAX_BYTES, SnapBegin, VERSION, Welcome,
-};
 use crate::checksum::PageHash;
 use crate::page::PageNo;
 use crate::status::{Addresses, PeerInfo};
 use crate::txid::Position;
+use crate::wire::fields::hash_of;
+use crate::wire::{
+    FOLLOWS_NONE, HEADER_BYTES, Hello, Kind, MARKS_MAX, Message, PAYLOAD_MAX_BYTES, PEER_MAX_BYTES,
+    PIECE_BYTES, REASON_MAX_BYTES, SnapBegin, VERSION, Welcome,
+};
 
 /// Encodes a unit behind `out`.
 ///

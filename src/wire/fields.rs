@@ -1,13 +1,13 @@
 //! A unit's hash, and its fields out of verified bytes.
-use super::{
-    ADDRESS_MAX, Ack, FOLLOWS_NONE, Goodbye, HEADER_BYTES, HELLO_PROOF_BYTES, HealBegin, Heartbeat, Hello,
-    Kind, MARKS_MAX, Message, PEER_MAX_BYTES, Plan, REASON_MAX_BYTES, SPAN_MAX_PAGES, Segment, Sent,
-    SnapBegin, SnapEnd, TxnBegin, TxnEnd, UNIT_KEY, WANT_MAX_PAGES, Want, WantRun, Welcome, WireError,
-};
 use crate::checksum::PageHash;
 use crate::page::{PageNo, PageSize};
 use crate::status::PeerInfo;
 use crate::txid::{Epoch, EpochHistory, Position};
+use crate::wire::{
+    ADDRESS_MAX, Ack, FOLLOWS_NONE, Goodbye, HEADER_BYTES, HELLO_PROOF_BYTES, HealBegin, Heartbeat, Hello,
+    Kind, MARKS_MAX, Message, PEER_MAX_BYTES, Plan, REASON_MAX_BYTES, SPAN_MAX_PAGES, Segment, Sent,
+    SnapBegin, SnapEnd, TxnBegin, TxnEnd, UNIT_KEY, WANT_MAX_PAGES, Want, WantRun, Welcome, WireError,
+};
 
 /// The hash of a unit that is no page, from its header and payload; what stands in the hash's place is left out.
 pub(super) fn hash_of(unit: &[u8]) -> [u8; 16] {

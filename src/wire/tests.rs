@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 use uuid::Uuid;
 
-use super::*;
 use crate::checksum::Checksum;
 use crate::status::Addresses;
 use crate::txid::{EpochStart, NUMBER_MAX, Txid};
+use crate::wire::*;
 
 fn position(n: u64) -> Position {
     Position::new(Txid::new(Epoch::new(3, 0xabcd), n), Checksum::from_u128(u128::from(n) << 70 | 5))

@@ -9,8 +9,8 @@ use rusqlite::Connection;
 use rusqlite::config::DbConfig;
 use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
 
-use super::inside::Inside;
-use super::{Open, Shared};
+use crate::db::writer::reentrancy::Inside;
+use crate::db::writer::{Open, Shared};
 use crate::engine::Durability;
 use crate::error::{Error, Result};
 use crate::session;

@@ -5,7 +5,7 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 use std::time::UNIX_EPOCH;
 
-use super::{LostBranch, PREFIX, bytes_below};
+use crate::engine::lost::{LostBranch, PREFIX, bytes_below};
 use crate::error::{Error, Result};
 
 /// Something that is kept beside a database because it had to go from its place, a directory; see [`Db::lost`](crate::Db::lost).

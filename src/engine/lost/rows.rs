@@ -10,12 +10,11 @@ use rusqlite::{Connection, OptionalExtension};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use super::btree::{self, Pages};
-use super::{CURE, Output, write};
-use crate::engine::append::Appender;
-use crate::engine::base::{Base, Tip};
-use crate::engine::reader;
-use crate::engine::receive::Ready;
+use crate::engine::file::database::{OpenDatabase, Tip, reader};
+use crate::engine::history::wal_appender::WalAppender;
+use crate::engine::incoming::Ready;
+use crate::engine::lost::btree::{self, Pages};
+use crate::engine::lost::{CURE, Output, write};
 use crate::error::{Error, Result};
 use crate::page::{PageNo, PageSet};
 use crate::sqlite::Handle;
@@ -59,7 +58,7 @@ pub(in crate::engine) struct Before {
 
 impl Before {
     /// Holds the state that readers see now.
-    pub(in crate::engine) fn hold(live: &Appender) -> Result<Before> {
+    pub(in crate::engine) fn hold(live: &WalAppender) -> Result<Before> {
         let handle = reader(&live.base)?;
         handle.connection().execute_batch("BEGIN")?;
         handle.connection().query_row("SELECT count(*) FROM sqlite_schema", [], |_| Ok(()))?;
@@ -68,7 +67,7 @@ impl Before {
 }
 
 /// Tells the rows of a branch that was kept at `path`.
-pub(in crate::engine) fn tell(path: &Path, before: Before, live: &Appender, ready: &Ready) -> Result<()> {
+pub(in crate::engine) fn tell(path: &Path, before: Before, live: &WalAppender, ready: &Ready) -> Result<()> {
     let base = &live.base;
     let mut after = reader(base)?;
     after.connection().execute_batch("BEGIN")?;
@@ -100,7 +99,7 @@ pub(in crate::engine) fn tell(path: &Path, before: Before, live: &Appender, read
 
 /// The ids of the rows on touched leaf pages, by table, and whether there are more.
 fn candidates(
-    base: &Base,
+    base: &OpenDatabase,
     handle: &mut Handle,
     tip: &Tip,
     touched: &PageSet,
@@ -217,7 +216,7 @@ fn json(value: ValueRef<'_>) -> Value {
 /// What was told; `None` when the process ended before it was.
 pub(super) fn read(path: &Path) -> Result<Option<LostRows>> {
     let path = path.join(FILE);
-    let file = match crate::side::open(&path) {
+    let file = match crate::files::open(&path) {
         Ok(file) => file,
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
         Err(error) => return Err(Error::io("open", &path)(error)),

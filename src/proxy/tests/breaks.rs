@@ -12,7 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use super::world::*;
+use crate::proxy::tests::world::*;
 use crate::proxy::{Reason, Route};
 use crate::status::Role;
 use crate::token::Token;

@@ -5,7 +5,7 @@ use axum::body::Body;
 use http::Request;
 use tower::ServiceExt;
 
-use super::world::*;
+use crate::proxy::tests::world::*;
 use crate::proxy::{Outcome, PrimaryClient, Reason, ReplayLayer};
 use crate::session::Session;
 use crate::status::{Addresses, PeerInfo, Role};

@@ -4,8 +4,8 @@ use axum::Router;
 use http::{Request, Response};
 use hyper::body::Incoming;
 
-use super::world::*;
 use crate::proxy::Forwarding;
+use crate::proxy::tests::world::*;
 use crate::status::PeerInfo;
 
 fn advertised(url: &str) -> PeerInfo {

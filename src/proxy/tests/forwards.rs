@@ -18,9 +18,9 @@ use hyper_util::rt::TokioExecutor;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use super::world::*;
 use crate::proxy::ReplayLayer;
 use crate::proxy::hop::{About, HOPS_MAX, Hop};
+use crate::proxy::tests::world::*;
 use crate::status::{PeerInfo, Role};
 
 async fn echo(request: Request<Body>) -> Response<Body> {

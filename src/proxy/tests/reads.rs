@@ -11,9 +11,9 @@ use http_body_util::BodyExt;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use super::world::*;
 use crate::checksum::Checksum;
-use crate::node::Node;
+use crate::context::NodeContext;
+use crate::proxy::tests::world::*;
 use crate::proxy::{ReplayLayer, Route, SameSite, SessionTokens};
 use crate::secret::{Keyring, Secret};
 use crate::session::{self, Session};
@@ -22,7 +22,7 @@ use crate::token::Token;
 use crate::txid::{Epoch, EpochHistory, EpochStart, Txid};
 
 /// An app that answers with the number of the transaction that it sees.
-fn sees(node: &Arc<Node>) -> Router {
+fn sees(node: &Arc<NodeContext>) -> Router {
     let node = node.clone();
     Router::new().fallback(move || async move { node.applied.position().unwrap().number().to_string() })
 }
@@ -31,7 +31,7 @@ fn primary_app() -> Router {
     Router::new().fallback(|| async { "primary" })
 }
 
-async fn reader(options: impl FnOnce(ReplayLayer) -> ReplayLayer) -> (Server, Server, Arc<Node>) {
+async fn reader(options: impl FnOnce(ReplayLayer) -> ReplayLayer) -> (Server, Server, Arc<NodeContext>) {
     let primary = Server::start(primary_app().layer(ReplayLayer::new(node(1, Role::Primary)))).await;
     let replica = node(2, Role::Replica);
     follow(&replica, 1, Some(peer(1, &primary.url())));
@@ -76,7 +76,7 @@ async fn tokens_that_are_forged_garbled_or_lost_are_as_good_as_none() {
 }
 
 /// The node had this epoch, and follows another branch since.
-fn leave(node: &Node, epoch: Epoch) {
+fn leave(node: &NodeContext, epoch: Epoch) {
     let history = (*node.applied.history()).clone();
     let mut other = EpochHistory::default();
     other.push(EpochStart { epoch, first: 1, before: Checksum::EMPTY });
@@ -124,7 +124,8 @@ async fn without_a_primary_a_read_waits_for_its_transaction_as_long_as_a_request
     follow(&node, 1, None);
     let token = Token::sign(&node, txid(11));
     let read = || tokio::spawn(send(get(&server, token.as_str())));
-    let held = async |node: &Node| comes("a request that is held", || node.roles.receiver_count() > 0).await;
+    let held =
+        async |node: &NodeContext| comes("a request that is held", || node.roles.receiver_count() > 0).await;
     let waiting = read();
     held(&node).await;
     follow(&node, 1, Some(peer(1, &primary.url())));
@@ -137,7 +138,7 @@ async fn without_a_primary_a_read_waits_for_its_transaction_as_long_as_a_request
 }
 
 /// A primary whose app commits the transaction that the path names.
-async fn writer(options: impl FnOnce(ReplayLayer) -> ReplayLayer) -> (Server, Arc<Node>) {
+async fn writer(options: impl FnOnce(ReplayLayer) -> ReplayLayer) -> (Server, Arc<NodeContext>) {
     let node = node(1, Role::Primary);
     let app = Router::new().fallback(|request: Request<Body>| async move {
         let path = request.uri().path()[1..].to_owned();
@@ -154,7 +155,7 @@ fn post(server: &Server, path: &str) -> http::request::Builder {
     Request::post(format!("{}{path}", server.url()))
 }
 
-fn token_of<B>(node: &Node, response: &http::Response<B>) -> Option<u64> {
+fn token_of<B>(node: &NodeContext, response: &http::Response<B>) -> Option<u64> {
     let text = response.headers().get("replite-token")?.to_str().unwrap();
     Some(Token::verify(node, text).unwrap().number())
 }
@@ -236,7 +237,7 @@ async fn above_the_cap_on_waiters_the_primary_is_asked() {
 async fn two_applications_on_one_host_do_not_disturb_each_other() {
     let other = |database: &str, secret: u8| {
         let keys = Keyring::new(&[Secret::fixed([secret; 32])]).unwrap();
-        let node = Node::new(peer(7, ""), "c".into(), database.into(), keys, Role::Primary);
+        let node = NodeContext::new(peer(7, ""), "c".into(), database.into(), keys, Role::Primary);
         let token = Token::sign(&node, txid(99));
         format!("replite_{}={token}", node.database_tag())
     };

@@ -16,7 +16,7 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use hyper_util::service::TowerToHyperService;
 use tower::{Layer, ServiceBuilder, ServiceExt, service_fn};
 
-use super::world::*;
+use crate::proxy::tests::world::*;
 use crate::proxy::{BoxError, ReplayLayer, Route, Upgrades};
 use crate::status::Role;
 use crate::token::Token;

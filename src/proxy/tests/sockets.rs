@@ -14,7 +14,7 @@ use tokio_tungstenite::tungstenite::protocol::Role as End;
 use tokio_tungstenite::tungstenite::{Error, Message};
 use tokio_tungstenite::{WebSocketStream, connect_async};
 
-use super::world::*;
+use crate::proxy::tests::world::*;
 use crate::proxy::{Forwarding, Upgrades};
 use crate::status::Role;
 

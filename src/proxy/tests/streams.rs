@@ -20,8 +20,8 @@ use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::sync::mpsc;
 
-use super::world::*;
 use crate::proxy::ReplayLayer;
+use crate::proxy::tests::world::*;
 use crate::status::Role;
 
 fn nothing() -> Router {

@@ -22,8 +22,8 @@ use tokio::task::JoinHandle;
 use uuid::Uuid;
 
 use crate::checksum::Checksum;
+use crate::context::NodeContext;
 pub(super) use crate::ends::comes;
-use crate::node::Node;
 use crate::proxy::ReplayLayer;
 use crate::secret::{Keyring, Secret};
 use crate::status::{Addresses, PeerInfo, Role, RoleState};
@@ -47,13 +47,13 @@ pub(super) fn at(number: u64) -> Position {
 }
 
 /// A node at transaction 10 of epoch 1.
-pub(super) fn node(id: u128, role: Role) -> Arc<Node> {
+pub(super) fn node(id: u128, role: Role) -> Arc<NodeContext> {
     node_of(peer(id, ""), role)
 }
 
-pub(super) fn node_of(me: PeerInfo, role: Role) -> Arc<Node> {
+pub(super) fn node_of(me: PeerInfo, role: Role) -> Arc<NodeContext> {
     let keys = Keyring::new(&[Secret::fixed([7; 32])]).unwrap();
-    let node = Node::new(me, "c".into(), "app".into(), keys, role);
+    let node = NodeContext::new(me, "c".into(), "app".into(), keys, role);
     let mut history = EpochHistory::default();
     history.push(EpochStart { epoch: epoch(1), first: 1, before: Checksum::EMPTY });
     node.applied.replace(history, Some(at(10)));
@@ -61,7 +61,7 @@ pub(super) fn node_of(me: PeerInfo, role: Role) -> Arc<Node> {
 }
 
 /// Tells a node who the primary is.
-pub(super) fn follow(node: &Node, number: u64, primary: Option<PeerInfo>) {
+pub(super) fn follow(node: &NodeContext, number: u64, primary: Option<PeerInfo>) {
     node.roles.send_replace(RoleState { role: Role::Replica, epoch: epoch(number), primary });
 }
 
@@ -93,9 +93,9 @@ impl Drop for Server {
 /// A primary with this app, and a replica in front of it with another.
 pub(super) struct Pair {
     pub(super) primary: Server,
-    pub(super) primary_node: Arc<Node>,
+    pub(super) primary_node: Arc<NodeContext>,
     pub(super) replica: Server,
-    pub(super) replica_node: Arc<Node>,
+    pub(super) replica_node: Arc<NodeContext>,
 }
 
 impl Pair {
@@ -126,7 +126,7 @@ impl Pair {
 pub(super) async fn replica_of(
     url: &str,
     options: impl FnOnce(ReplayLayer) -> ReplayLayer,
-) -> (Server, Arc<Node>) {
+) -> (Server, Arc<NodeContext>) {
     let node = node(2, Role::Replica);
     follow(&node, 1, (!url.is_empty()).then(|| peer(1, url)));
     let app = Router::new().fallback(|| async { "here" });

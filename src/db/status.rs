@@ -1,0 +1,110 @@
+//! How the node stands: status and health.
+
+use std::sync::PoisonError;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use crate::context::Part;
+use crate::db::{Db, Inner, Running};
+use crate::status::{Health, Role, Status};
+
+impl Db {
+    /// How this node stands, for people and dashboards.
+    pub fn status(&self) -> Status {
+        let inner = &self.inner;
+        let node = &inner.node;
+        let roles = node.roles.borrow().clone();
+        let (wal, log) = match &inner.side {
+            Running::Primary { engine, .. } => match engine.get() {
+                Ok(engine) => (engine.wal(), Some(engine.log().clone())),
+                Err(_) => Default::default(),
+            },
+            Running::Replica { follower, .. } => (follower.wal(), follower.log()),
+        };
+        Status {
+            node: node.me.node,
+            incarnation: node.me.incarnation,
+            database: node.database.clone(),
+            role: roles.role,
+            epoch: roles.epoch,
+            position: node.applied.position(),
+            primary: roles.primary,
+            lag: *node.lag.lock().unwrap_or_else(PoisonError::into_inner),
+            replicas: inner.source.replicas(),
+            wal_frames: wal.frames,
+            backfilled_frames: wal.backfilled,
+            log_start: log.as_ref().and_then(|log| log.start()),
+            locks_lost: wal.locks_lost,
+            heals: match &inner.side {
+                Running::Primary { .. } => 0,
+                Running::Replica { follower, .. } => follower.heals(),
+            },
+            recovered: inner.recovered,
+            log_bytes: log.map_or(0, |log| log.bytes()),
+            verification: inner.verifier.last(),
+            problem: node.problem(),
+            public_problems: node.public_problems(),
+        }
+    }
+
+    /// Whether this node can do its work.
+    ///
+    /// `can_read` stays true for a grace time ([`Config::grace`](crate::Config::grace)) after the primary was lost: a balancer that
+    /// drops every replica while the primary is away would make the outage itself.
+    /// It is false while reads fail, and none of them for what its statement asked: such as when the disk, or a descriptor, can't be had. Then this very
+    /// call reads a little, so that a node that nobody reads from recovers. `can_write` is false on a primary that has stopped.
+    pub fn health(&self) -> Health {
+        let inner = &self.inner;
+        let status = self.status();
+        let mut reasons = Vec::new();
+        let closed = inner.closed.load(Ordering::Acquire);
+        let live = !closed && status.role != Role::Stopped;
+        if closed {
+            reasons.push("shut down".to_string());
+        }
+        let draining = inner.node.drain.is_cancelled();
+        if draining {
+            reasons.push("draining".to_string());
+        }
+        // Where nobody reads, nobody else would find that it works again.
+        if inner.node.reads_may_work() {
+            inner.try_read();
+        }
+        let astray = inner.node.astray();
+        let state = inner.readable().map_err(|e| reasons.extend((!astray).then(|| e.to_string()))).is_ok();
+        let fresh = match (status.role, status.lag) {
+            (Role::Replica, Some(lag)) => u128::from(lag.millis) <= inner.grace.as_millis(),
+            (Role::Replica, None) => inner.opened.elapsed() <= inner.grace,
+            _ => true,
+        };
+        if !fresh {
+            reasons.push(format!("nothing new from the primary for longer than {:?}", inner.grace));
+        }
+        if live && status.primary.is_none() {
+            reasons.push("the primary is not reachable".to_string());
+        }
+        // The stream stands, but nothing comes: the primary may be gone. What was heard is among the problems.
+        let silent = status.role == Role::Replica && status.lag.is_some_and(|lag| !lag.connected);
+        // What stops a replica stops no write: those are the primary's.
+        let stopped = status.role == Role::Primary
+            && [Part::Engine, Part::Room].iter().any(|part| inner.node.has_problem(*part));
+        reasons.extend(inner.node.problem());
+        Health {
+            live,
+            can_read: live && !draining && state && fresh && !inner.node.has_problem(Part::Reads),
+            can_write: live && !draining && status.primary.is_some() && !silent && !stopped,
+            reasons,
+        }
+    }
+}
+
+impl Inner {
+    /// Reads as little as can be, to see whether that works.
+    fn try_read(&self) {
+        let Ok(lease) = self.lease(Some(Duration::ZERO)) else { return };
+        match lease.query_row("PRAGMA schema_version", [], |_| Ok(())) {
+            Ok(()) => self.node.read_worked(),
+            Err(_) => self.judge(&lease),
+        }
+    }
+}

@@ -1,0 +1,158 @@
+//! A replica's database, there or yet to come, and the thread that owns it.
+
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use bytes::Bytes;
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::context::NodeContext;
+use crate::engine::apply::inbox::Command;
+use crate::engine::apply::inbox::Shared;
+use crate::engine::apply::inbox::Standing;
+use crate::engine::apply::thread::Apply;
+use crate::engine::checkpoint::bound;
+use crate::engine::figures::WalFigures;
+use crate::engine::options::EngineOptions;
+use crate::error::{Error, Result};
+use crate::files;
+use crate::lock::lock;
+use crate::log::Log;
+use crate::status::Checkpoint;
+use crate::txid::Position;
+use crate::wire::{Unit, Want};
+
+/// Batches that may wait for the apply thread; the stream reads on only when one is taken.
+const QUEUE_MAX: usize = 8;
+
+/// Pause between looks at a full queue while the thread is to end.
+const QUEUE_FULL_STEP: Duration = Duration::from_millis(1);
+
+/// A replica's database and its apply thread.
+#[derive(Debug)]
+pub(crate) struct ReplicaEngine {
+    commands: mpsc::Sender<Command>,
+    pub(in crate::engine) shared: Arc<Shared>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl ReplicaEngine {
+    /// Opens what is there and starts the apply thread. Blocks.
+    pub(crate) fn open(options: EngineOptions, node: Arc<NodeContext>) -> Result<ReplicaEngine> {
+        files::make(&options.side)?;
+        let (commands, receiver) = mpsc::channel(QUEUE_MAX);
+        let shared = Arc::new(Shared {
+            base: Mutex::new(None),
+            readable: watch::Sender::new(false),
+            synced: watch::Sender::new(None),
+            failure: Mutex::new(None),
+            fallen: Mutex::new(None),
+            stop: AtomicBool::new(false),
+            heals: AtomicU64::new(0),
+            taken: AtomicU64::new(0),
+        });
+        let apply = Apply::open(options, node, shared.clone(), commands.downgrade())?;
+        let thread = apply.start(receiver)?;
+        Ok(ReplicaEngine { commands, shared, thread: Mutex::new(Some(thread)) })
+    }
+
+    /// True once the database file can be opened and read.
+    pub(crate) fn readable(&self) -> watch::Receiver<bool> {
+        self.shared.readable.subscribe()
+    }
+
+    /// Forgets what an earlier stream left unfinished and says where the replica stands. What comes out of the channel is to be asked of
+    /// the primary while the stream stands.
+    pub(crate) async fn standing(&self) -> Result<(Standing, mpsc::Receiver<Want>)> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(Command::Standing(reply)).await.map_err(|_| self.gone())?;
+        answer.await.map_err(|_| self.gone())
+    }
+
+    /// Hands over data units in order; waits while the bounded queue is full. An error of the apply thread comes
+    /// back from this or a later call, also one without units; the stream must then be ended.
+    pub(crate) async fn feed(&self, units: Vec<Unit>) -> Result<()> {
+        if let Some(error) = lock(&self.shared.failure).take() {
+            return Err(error);
+        }
+        if units.is_empty() {
+            return Ok(());
+        }
+        self.commands.send(Command::Units(units)).await.map_err(|_| self.gone())
+    }
+
+    /// Why the thread is not there any more.
+    fn gone(&self) -> Error {
+        lock(&self.shared.fallen).clone().map_or(Error::ShutDown, Error::Stopped)
+    }
+
+    /// Has all pages compared with the primary's, and healed: they are not what the position says. Blocks.
+    pub(crate) fn suspect(&self) {
+        // A thread that has ended has nothing to heal any more.
+        let _ = self.commands.blocking_send(Command::Suspect);
+    }
+
+    /// Reads pages that the primary asks for, and encodes those that it does not have so. Blocks; see [`Shared::answer`].
+    pub(crate) fn answers(&self) -> impl FnOnce(Want) -> Result<Bytes> + Send + 'static {
+        let shared = self.shared.clone();
+        move |want| shared.answer(&want)
+    }
+
+    /// Grows when something of what was fed has been taken in, as far as it went.
+    pub(crate) fn taken(&self) -> u64 {
+        self.shared.taken.load(Ordering::Relaxed)
+    }
+
+    /// The newest position that is fsynced.
+    pub(crate) fn synced(&self) -> watch::Receiver<Option<Position>> {
+        self.shared.synced.subscribe()
+    }
+
+    /// Heals that were finished since the node started.
+    pub(crate) fn heals(&self) -> u64 {
+        self.shared.heals.load(Ordering::Relaxed)
+    }
+
+    /// Fails when the files at the paths are not those that are open, or somebody else wrote to the database.
+    pub(crate) fn expect_files(&self) -> Result<()> {
+        let base = lock(&self.shared.base).clone();
+        base.map_or(Ok(()), |base| base.expect_files())
+    }
+
+    /// Copies all that is applied back and begins the WAL anew. Blocks for at most so long.
+    pub(crate) fn checkpoint(&self, limit: Duration) -> Result<Checkpoint> {
+        let base = lock(&self.shared.base).clone();
+        let base = base.ok_or_else(|| Error::NoState("the replica is not filled yet".into()))?;
+        // The checkpointer has the apply thread look each time that it looks itself.
+        bound::checkpoint(&base, limit, || {})
+    }
+
+    pub(crate) fn wal(&self) -> WalFigures {
+        lock(&self.shared.base).as_ref().map_or(WalFigures::default(), |b| b.figures())
+    }
+
+    /// The replica's log, once it has a state.
+    pub(crate) fn log(&self) -> Option<Arc<Log>> {
+        lock(&self.shared.base).as_ref().map(|b| b.log.clone())
+    }
+
+    /// Stops and joins the threads. Blocks.
+    pub(crate) fn close(&self) {
+        let Some(thread) = lock(&self.thread).take() else { return };
+        self.shared.stop.store(true, Ordering::Release);
+        // In a full queue the thread sees the flag; in an empty one only a command wakes it.
+        while let Err(mpsc::error::TrySendError::Full(_)) = self.commands.try_send(Command::Stop) {
+            std::thread::sleep(QUEUE_FULL_STEP);
+        }
+        // It has said how it ended.
+        let _ = thread.join();
+    }
+}
+
+impl Drop for ReplicaEngine {
+    fn drop(&mut self) {
+        self.close();
+    }
+}

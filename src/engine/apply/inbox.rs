@@ -1,0 +1,75 @@
+//! What goes to the apply thread, and what the thread tells the outside.
+
+use std::sync::atomic::{AtomicBool, AtomicU64};
+use std::sync::{Arc, Mutex};
+
+use bytes::{Bytes, BytesMut};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::engine::file::database::{OpenDatabase, reader};
+use crate::engine::source::answer;
+use crate::error::{Error, Result};
+use crate::lock::lock;
+use crate::page::PageNo;
+use crate::txid::{EpochHistory, Position};
+use crate::wire::{self, Message, Unit, Want};
+
+/// What the apply thread tells the outside.
+#[derive(Debug)]
+pub(in crate::engine) struct Shared {
+    pub(in crate::engine) base: Mutex<Option<Arc<OpenDatabase>>>,
+    pub(in crate::engine) readable: watch::Sender<bool>,
+    pub(in crate::engine) synced: watch::Sender<Option<Position>>,
+    /// Why the current stream can't go on.
+    pub(in crate::engine) failure: Mutex<Option<Error>>,
+    /// Why the thread has ended, if that was a failure.
+    pub(in crate::engine) fallen: Mutex<Option<String>>,
+    pub(in crate::engine) stop: AtomicBool,
+    /// Heals that were finished since the node started.
+    pub(in crate::engine) heals: AtomicU64,
+    /// Batches that were taken in.
+    pub(in crate::engine) taken: AtomicU64,
+}
+
+impl Shared {
+    /// The state can't be closed while a piece is read.
+    pub(in crate::engine) fn answer(&self, want: &Want) -> Result<Bytes> {
+        let nothing = || Error::NoState("nothing to compare with yet".into());
+        let (mut handle, size) = {
+            let base = lock(&self.base);
+            let base = base.as_ref().ok_or_else(nothing)?;
+            (reader(base)?, base.page_size)
+        };
+        let read = |first, most| {
+            let base = lock(&self.base);
+            base.as_ref().ok_or_else(nothing)?.read_piece(&mut handle, first, most)
+        };
+        let (bytes, sent) = answer(read, size, &want.runs)?;
+        let mut out = BytesMut::from(bytes);
+        wire::encode(&Message::Sent(sent), &mut out);
+        Ok(out.freeze())
+    }
+}
+
+pub(in crate::engine) enum Command {
+    Units(Vec<Unit>),
+    Standing(oneshot::Sender<(Standing, mpsc::Receiver<Want>)>),
+    /// The WAL may be ready to be restarted.
+    Restart,
+    /// The pages are not what the position says.
+    Suspect,
+    Stop,
+}
+
+/// Where a replica stands, for its hello.
+#[derive(Clone, Debug)]
+pub(crate) struct Standing {
+    pub(crate) position: Option<Position>,
+    pub(crate) history: Arc<EpochHistory>,
+    /// A snapshot that was begun: the position of its first piece, and the first page that is missing.
+    pub(crate) resume: Option<(Position, PageNo)>,
+    /// The pages may not be what the position says: all of them are to be compared.
+    pub(crate) suspect: bool,
+    /// Earlier states, newest first, among which the fork is looked for.
+    pub(crate) marks: Vec<Position>,
+}

@@ -1,0 +1,442 @@
+//! The replica's owner thread: it verifies and applies what the stream brings.
+
+mod bounded;
+mod filling;
+mod healing;
+mod state;
+mod vouched;
+
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+
+use tokio::sync::mpsc;
+
+use crate::context::{NodeContext, Part};
+use crate::engine::apply::inbox::{Command, Shared, Standing};
+use crate::engine::file::database::OpenDatabase;
+use crate::engine::file::epochs::write_epochs;
+use crate::engine::history::append_or_gap;
+use crate::engine::history::record_intake::RecordIntake;
+use crate::engine::history::wal_appender::WalAppender;
+use crate::engine::incoming::{self, IncomingState, Under};
+use crate::engine::options::EngineOptions;
+use crate::error::{Error, Result};
+use crate::files;
+use crate::files::sync_directory;
+use crate::lock::lock;
+use crate::status::Event;
+use crate::threads;
+use crate::txid::{EpochHistory, Place, Position};
+use crate::wire::{Kind, Message, Unit, Want};
+
+use bounded::{Bounded, is_long};
+use healing::{Healing, Pace, Suspect, WANTS_MAX};
+use state::State;
+
+pub(in crate::engine) struct Apply {
+    options: EngineOptions,
+    node: Arc<NodeContext>,
+    shared: Arc<Shared>,
+    commands: mpsc::WeakSender<Command>,
+    state: State,
+    checkpointer: Option<JoinHandle<()>>,
+    incoming: Option<IncomingState>,
+    healing: Option<Healing>,
+    pace: Pace,
+    /// What the primary is asked for on the way back.
+    wants: Option<mpsc::Sender<Want>>,
+    suspect: Suspect,
+    /// What is open can't be led to the primary's state, and is replaced by a snapshot; read from until then, where it is a state of the cluster.
+    refill: bool,
+    /// Where a stream brought garbage before.
+    garbled_at: Option<Position>,
+    /// Heals that were finished.
+    healed: u64,
+    history: EpochHistory,
+    /// A history that this node's state is not in; it becomes ours with the snapshot that follows.
+    next_history: Option<EpochHistory>,
+    intake: RecordIntake,
+    failed: bool,
+    /// What is at the path could not be opened.
+    reopen: bool,
+    bounded: Bounded,
+}
+
+impl Apply {
+    pub(in crate::engine) fn open(
+        options: EngineOptions,
+        node: Arc<NodeContext>,
+        shared: Arc<Shared>,
+        commands: mpsc::WeakSender<Command>,
+    ) -> Result<Apply> {
+        let mut apply = Apply {
+            options,
+            node,
+            shared,
+            commands,
+            state: State::Closed,
+            checkpointer: None,
+            incoming: None,
+            healing: None,
+            pace: Pace::default(),
+            wants: None,
+            suspect: Suspect::No,
+            refill: false,
+            garbled_at: None,
+            healed: 0,
+            history: EpochHistory::default(),
+            next_history: None,
+            intake: RecordIntake::default(),
+            failed: false,
+            reopen: false,
+            bounded: Bounded::new(),
+        };
+        // A fill that was begun knows how large the primary's pages are.
+        let size = incoming::page_size(&apply.options.side);
+        apply.open_path(size)?;
+        // Before the application's own connections are there.
+        if let (State::Empty(_), Some(size)) = (&apply.state, size)
+            && let Err(error) = apply.make_room(size)
+        {
+            tracing::warn!(%error, "the empty database does not have the primary's page size yet");
+        }
+        Ok(apply)
+    }
+
+    pub(in crate::engine) fn start(self, commands: mpsc::Receiver<Command>) -> Result<JoinHandle<()>> {
+        let work = |(apply, commands): &mut (Apply, _)| apply.run(commands);
+        threads::start("replite-apply", (self, commands), work, |(mut apply, commands), ended| match ended {
+            Ok(()) => apply.stop(true),
+            Err(error) => apply.fall(&error, commands),
+        })
+    }
+
+    fn run(&mut self, commands: &mut mpsc::Receiver<Command>) -> Result<()> {
+        while let Some(command) = commands.blocking_recv() {
+            if self.shared.stop.load(Ordering::Acquire) {
+                break;
+            }
+            self.expect_files();
+            match command {
+                Command::Units(units) => self.session(|apply| apply.units(units)),
+                Command::Standing(reply) => {
+                    let _ = reply.send(self.standing());
+                }
+                Command::Restart => {
+                    if let Err(error) = self.maybe_restart() {
+                        tracing::warn!(%error, "the WAL could not be restarted");
+                    }
+                }
+                Command::Suspect => {
+                    self.suspect(Suspect::Pages);
+                    // A new stream begins with a hello that says so.
+                    let stop = Error::Stopped("a verification failed; the pages are compared".into());
+                    self.session(|_| Err(stop));
+                }
+                Command::Stop => break,
+            }
+        }
+        self.abort();
+        Ok(())
+    }
+
+    /// Where the files are not those that were opened, nothing of the state here is believed: what is at the path is opened anew.
+    fn expect_files(&mut self) {
+        if self.reopen {
+            return self.open_anew();
+        }
+        let Some(live) = self.state.open() else { return };
+        let base = live.base.clone();
+        if base.expect_files().is_ok() || !base.lost() {
+            return;
+        }
+        let why = base.sound().err();
+        self.abort();
+        self.end_service(&base);
+        self.state.close();
+        drop(base);
+        // What was promised of that state is not.
+        self.history = EpochHistory::default();
+        self.node.applied.forget();
+        self.suspect = Suspect::No;
+        self.refill = false;
+        self.failed = true;
+        *lock(&self.shared.failure) = why;
+        self.open_anew();
+    }
+
+    /// Until it works: connections that somebody here or elsewhere still has to the old files may be in the way.
+    fn open_anew(&mut self) {
+        self.node.renew_files();
+        let opened = files::make(&self.options.side).and_then(|()| self.open_path(None));
+        self.node.set_astray(false);
+        self.reopen = opened.is_err();
+        let problem = opened.err().map(|error| format!("what is at the path now can't be opened: {error}"));
+        self.node.set_problem(Part::Engine, problem);
+    }
+
+    /// Nobody reads what is open any more, and nothing is copied back.
+    fn end_service(&mut self, base: &OpenDatabase) {
+        *lock(&self.shared.base) = None;
+        self.shared.readable.send_replace(false);
+        self.end_checkpointer(base);
+    }
+
+    fn end_checkpointer(&mut self, base: &OpenDatabase) {
+        base.stop.store(true, Ordering::Release);
+        if let Some(thread) = self.checkpointer.take() {
+            thread.thread().unpark();
+            // It has said how it ended.
+            let _ = thread.join();
+        }
+    }
+
+    /// The end after a panic. Whoever feeds is told first, then everything is given back.
+    fn fall(&mut self, error: &Error, commands: mpsc::Receiver<Command>) {
+        *lock(&self.shared.fallen) = Some(error.cause());
+        drop(commands);
+        self.shared.readable.send_replace(false);
+        let base = lock(&self.shared.base).clone();
+        match base {
+            Some(base) => base.fail(error),
+            None => self.node.fail(error),
+        }
+        self.stop(false);
+    }
+
+    /// Gives everything back. What was open when the thread failed is left as it is, like after a kill.
+    fn stop(&mut self, orderly: bool) {
+        // With our connections the wal-index goes out of memory: nobody may ask for its figures any more.
+        let shared = lock(&self.shared.base).take();
+        let live = self.state.known();
+        // A panic may have taken the one or the other.
+        if let Some(base) = live.as_ref().map(|live| live.base.clone()).or(shared) {
+            self.end_checkpointer(&base);
+            if let Some(live) = self.state.known() {
+                let rested = if orderly && !base.failed() { rest(live) } else { Ok(()) };
+                if let Err(error) = rested {
+                    tracing::warn!(%error, "the last anchor was not written; the next start reads the WAL instead");
+                }
+            }
+            self.state.close();
+            base.release_locks();
+        }
+        self.state.close();
+        self.node.applied.close();
+    }
+
+    /// Runs a step of a stream; a failure ends that stream and is told to whoever feeds it.
+    fn session(&mut self, step: impl FnOnce(&mut Apply) -> Result<()>) {
+        if self.failed {
+            return;
+        }
+        if let Err(error) = step(self) {
+            self.failed = true;
+            if error.no_room() {
+                self.node.no_room(&error);
+            }
+            self.judge(&error);
+            self.abort();
+            *lock(&self.shared.failure) = Some(error);
+        }
+    }
+
+    fn abort(&mut self) {
+        self.intake.abort(self.state.known());
+        // What came of a snapshot stays, so that the next stream goes on from there.
+        if let Some(mut incoming) = self.incoming.take()
+            && let Err(error) = incoming.keep()
+        {
+            tracing::warn!(%error, "the pages that came last of a snapshot are not kept");
+        }
+        self.healing = None;
+    }
+
+    fn standing(&mut self) -> (Standing, mpsc::Receiver<Want>) {
+        self.abort();
+        self.failed = false;
+        *lock(&self.shared.failure) = None;
+        self.next_history = None;
+        let (wants, receiver) = mpsc::channel(WANTS_MAX);
+        self.wants = Some(wants);
+        // What is to be filled anew is nothing to go on from.
+        let position = self.state.content().filter(|_| !self.refill).map(|live| live.position());
+        let side = &self.options.side;
+        let standing = Standing {
+            position,
+            history: Arc::new(self.history.clone()),
+            resume: incoming::progress(side).map(|p| (p.first, p.next)),
+            suspect: match position {
+                Some(_) => self.suspect != Suspect::No,
+                // Pages that an earlier comparison brought.
+                None => incoming::held_size(side).is_some(),
+            },
+            marks: if position.is_some() { self.marks() } else { Vec::new() },
+        };
+        (standing, receiver)
+    }
+
+    fn units(&mut self, units: Vec<Unit>) -> Result<()> {
+        if let Some(live) = self.state.known() {
+            live.base.check()?;
+        }
+        for unit in &units {
+            let message = unit.decode().map_err(|e| Error::garbled("the primary", e.to_string()))?;
+            match message {
+                Message::Welcome(welcome) => self.welcome(welcome.plan)?,
+                Message::Epochs(history) => self.epochs(history)?,
+                Message::SnapBegin(begin) => {
+                    self.node.tell(Event::SnapshotStarted("this node has no state of the cluster".into()));
+                    tracing::info!(first = %begin.first, from = %begin.from, "a snapshot begins");
+                    if self.below().is_some() {
+                        return Err(Error::garbled("the primary", "a snapshot over a live database"));
+                    }
+                    self.incoming = Some(IncomingState::begin(&self.options.side, begin)?);
+                }
+                Message::HealBegin(begin) => self.heal(begin)?,
+                Message::Sums { first, span, sums } => {
+                    let (healing, incoming, live) = self.healing()?;
+                    incoming.with(live, |overlay, store| {
+                        healing.heal.sums(overlay, store, (first, span, sums))
+                    })?;
+                }
+                Message::Sent(sent) => self.sent(sent)?,
+                Message::SnapPiece { first, pages, .. } => match &self.healing {
+                    Some(_) => {
+                        let (_, incoming, under) = self.healing()?;
+                        incoming.patch(first, pages, under)?;
+                    }
+                    None => self.incoming()?.0.piece(first, pages)?,
+                },
+                Message::SnapEnd(end) => {
+                    let (incoming, under) = self.incoming()?;
+                    if incoming.end(end, under)? {
+                        self.adopt()?;
+                    }
+                }
+                Message::TxnBegin(_) | Message::Page { .. } | Message::TxnEnd(_)
+                    if self.incoming.is_none() =>
+                {
+                    let live = self.state.known().ok_or_else(no_state)?;
+                    self.intake.unit(live, unit, &message, &self.history)?;
+                    // Else the WAL is not begun anew before a batch happens to end with a transaction.
+                    if matches!(message, Message::TxnEnd(_)) && is_long(live) {
+                        self.publish()?;
+                    }
+                }
+                Message::TxnBegin(begin) => self.incoming()?.0.txn_begin(begin)?,
+                Message::Page { number, hash, page } => {
+                    let (incoming, under) = self.incoming()?;
+                    incoming.page(number, hash, page, under)?;
+                }
+                Message::TxnEnd(end) => {
+                    let (incoming, under) = self.incoming()?;
+                    let exact = incoming.txn_end(end, under)?;
+                    self.common(end.after)?;
+                    if exact {
+                        self.adopt()?;
+                    }
+                }
+                _ => return Err(Error::garbled("the primary", "a unit that does not belong into a stream")),
+            }
+        }
+        self.publish()?;
+        let data = |unit: &Unit| !matches!(unit.kind, Kind::Welcome | Kind::Epochs);
+        if units.iter().any(data) {
+            self.shared.taken.fetch_add(1, Ordering::Relaxed);
+        }
+        Ok(())
+    }
+
+    /// What comes, and what lies under it.
+    fn incoming(&mut self) -> Result<(&mut IncomingState, Under<'_>)> {
+        let under = self.state.content().filter(|_| !self.refill);
+        Ok((self.incoming.as_mut().ok_or_else(no_snapshot)?, under))
+    }
+
+    /// The database that what comes leads to the primary's state. None: that is filled anew.
+    fn below(&mut self) -> Under<'_> {
+        self.state.content().filter(|_| !self.refill)
+    }
+
+    /// The log gets the records first, then readers see them.
+    fn publish(&mut self) -> Result<()> {
+        let Some(live) = self.state.known() else { return Ok(()) };
+        let before = live.base.tip().position;
+        self.intake.publish(live)?;
+        let position = live.base.tip().position;
+        // Else nobody may vouch for what is here.
+        if position != before {
+            self.node.applied.advance(position);
+        }
+        self.maybe_restart()
+    }
+
+    fn epochs(&mut self, history: EpochHistory) -> Result<()> {
+        let ours = |live: &mut WalAppender| history.place(live.position().txid()) == Place::OnHistory;
+        if !self.state.known().is_some_and(ours) {
+            self.next_history = Some(history);
+        } else if history != self.history {
+            write_epochs(&self.options.side, &history, false)?;
+            self.history = history.clone();
+            self.node.applied.replace(history, self.node.applied.position());
+        }
+        Ok(())
+    }
+
+    /// What came is exact: it becomes this node's state.
+    fn adopt(&mut self) -> Result<()> {
+        let Some(incoming) = self.incoming.take() else { return Ok(()) };
+        let ready = incoming.finish()?;
+        let position = ready.position;
+        let history = self.next_history.take().unwrap_or_else(|| self.history.clone());
+        if history.place(position.txid()) != Place::OnHistory {
+            return Err(Error::garbled("the primary", "a snapshot that is not in its own history"));
+        }
+        match self.healing.take().filter(|_| self.below().is_some()) {
+            Some(healing) => self.adopt_heal(&healing, &ready, history)?,
+            None => {
+                self.fill(&ready, history)?;
+                self.node.set_problem(Part::State, None);
+                tracing::info!(%position, "the snapshot is taken over");
+                self.node.tell(Event::SnapshotFinished(position));
+            }
+        }
+        incoming::discard(&self.options.side)?;
+        Ok(())
+    }
+}
+
+impl Drop for Apply {
+    fn drop(&mut self) {
+        // Also where no thread was started. After an orderly end there is nothing left to give back.
+        self.stop(false);
+    }
+}
+
+/// Leaves everything so that the next start needs no replay.
+fn rest(live: &mut WalAppender) -> Result<()> {
+    let base = &live.base;
+    append_or_gap::sync(base)?;
+    base.sync_wal()?;
+    base.expect_as_left()?;
+    let file = base.left_behind(&mut live.handle)?;
+    base.write_anchor(&base.tip(), file, true)
+}
+
+fn no_snapshot() -> Error {
+    Error::garbled("the primary", "a piece of no snapshot")
+}
+
+fn no_state() -> Error {
+    Error::garbled("the primary", "a transaction before the snapshot that it needs")
+}
+
+fn sync_parent(path: &Path) -> Result<()> {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => sync_directory(parent),
+        _ => sync_directory(Path::new(".")),
+    }
+}

@@ -1,0 +1,107 @@
+//! A replica's WAL is begun anew, and applying waits for that when the WAL is too long.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crate::context::Part;
+use crate::engine::apply::thread::Apply;
+use crate::engine::checkpoint::bound::{BRAKE_TIMES, FAILURE_PAUSE, REST_TIMES, Teller, cannot_copy};
+use crate::engine::checkpoint::restart::{DRAIN_MAX, Restart, restart};
+use crate::engine::history::wal_appender::WalAppender;
+use crate::error::{Error, Result};
+
+/// Pause after a restart of the WAL that readers were in the way of, doubled each time.
+const RESTART_PAUSE: Duration = Duration::from_millis(50);
+const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// Between two tries while the copy is waited for.
+const STEP: Duration = Duration::from_millis(1);
+
+/// When it is tried again.
+pub(super) struct Bounded {
+    restart_after: Instant,
+    restart_pause: Duration,
+    /// The disk gets a pause after a failure.
+    failed_until: Instant,
+    /// Readers were waited for in vain.
+    rest_until: Instant,
+    teller: Teller,
+}
+
+impl Bounded {
+    pub(super) fn new() -> Bounded {
+        let now = Instant::now();
+        Bounded {
+            restart_after: now,
+            restart_pause: RESTART_PAUSE,
+            failed_until: now,
+            rest_until: now,
+            teller: Teller::default(),
+        }
+    }
+}
+
+/// Whether so much was applied that the WAL is to be begun anew first.
+pub(super) fn is_long(live: &WalAppender) -> bool {
+    live.last_frame() > live.base.limit_frames(BRAKE_TIMES, 1)
+}
+
+impl Apply {
+    /// Begins the WAL anew when it is long. When it is too long that is waited for, as long as it is worth while: whoever feeds waits meanwhile, and
+    /// no reader does.
+    pub(super) fn maybe_restart(&mut self) -> Result<()> {
+        let begun = Instant::now();
+        loop {
+            let now = Instant::now();
+            let Some(live) = self.state.known() else { return Ok(()) };
+            let (base, bounded) = (live.base.clone(), &mut self.bounded);
+            if base.check().is_err() || live.in_transaction() {
+                return Ok(());
+            }
+            let frames = base.tip().frame;
+            bounded.teller.look(&base, frames, false);
+            let asked = base.bound.asked().is_some();
+            if !asked && base.wal_bytes() <= self.options.wal_limit_bytes {
+                return Ok(());
+            }
+            let waits = (asked || is_long(live)) && (now >= bounded.rest_until || !base.bound.pinned());
+            let patience = if waits { base.patience(frames) } else { None };
+            let left = patience.map_or(Duration::ZERO, |patience| patience.saturating_sub(begun.elapsed()));
+            if (patience.is_some() || now >= bounded.restart_after) && now >= bounded.failed_until {
+                match restart(&base, &mut live.handle, left.max(DRAIN_MAX)) {
+                    Ok(Restart::Done(tip)) => {
+                        live.resume(tip);
+                        bounded.restart_pause = RESTART_PAUSE;
+                        bounded.teller.look(&base, tip.frame, false);
+                        self.node.set_problem(Part::Checkpoint, None);
+                        return Ok(());
+                    }
+                    Ok(Restart::Readers) if patience.is_none() => {
+                        bounded.restart_after = now + bounded.restart_pause;
+                        bounded.restart_pause = (bounded.restart_pause * 2).min(RESTART_PAUSE_MAX);
+                    }
+                    Ok(Restart::NotYet | Restart::Readers) => {}
+                    // Full or failing disk: the WAL grows meanwhile, and nothing is lost.
+                    Err(error @ Error::Io { .. }) => {
+                        tracing::warn!(%error, "the WAL could not be restarted");
+                        base.note_room(&error);
+                        self.node.set_problem(Part::Checkpoint, Some(cannot_copy(&error)));
+                        bounded.failed_until = now + FAILURE_PAUSE;
+                    }
+                    Err(error) => return Err(error),
+                }
+            }
+            if left.is_zero() || self.shared.stop.load(Ordering::Acquire) {
+                base.bound.squeeze(false);
+                if waits && base.bound.pinned() {
+                    bounded.rest_until = now + begun.elapsed() * if asked { 1 } else { REST_TIMES };
+                }
+                return Ok(());
+            }
+            base.bound.squeeze(true);
+            if let Some(checkpointer) = &self.checkpointer {
+                checkpointer.thread().unpark();
+            }
+            std::thread::sleep(STEP);
+        }
+    }
+}

@@ -1,0 +1,161 @@
+//! How a snapshot becomes this node's state, in the file that is at the path: never in another file under the same name, for others may have it open.
+
+use std::fs;
+
+use bytes::BytesMut;
+
+use crate::checksum::PageHash;
+use crate::context::Part;
+use crate::engine::apply::thread::healing::Suspect;
+use crate::engine::apply::thread::state::State;
+use crate::engine::apply::thread::{Apply, sync_parent};
+use crate::engine::checkpoint::backfill::backfill_some;
+use crate::engine::file::anchor::FileState;
+use crate::engine::file::doubt;
+use crate::engine::file::epochs::write_epochs;
+use crate::engine::file::witnesses::Witness;
+use crate::engine::history::wal_appender::WalAppender;
+use crate::engine::incoming::Ready;
+use crate::engine::lost;
+use crate::error::{Error, Result};
+use crate::page::{PageNo, PageSize};
+use crate::sqlite::Alone;
+use crate::status::Event;
+use crate::txid::EpochHistory;
+
+/// Bytes that are copied at a time; SQLite's handle takes less than 128 KiB.
+const COPY_BYTES: usize = 64 * 1024;
+
+/// What was open before there was to be room.
+#[derive(Clone, Copy)]
+enum Before {
+    Closed,
+    Empty,
+    Content,
+}
+
+impl Apply {
+    /// Pages go into the file behind its end, where nobody sees them; then one commit of the first page makes all of them the database.
+    pub(super) fn fill(&mut self, ready: &Ready, history: EpochHistory) -> Result<()> {
+        self.make_room(ready.page_size)?;
+        let changed = || Error::Stopped("somebody wrote to the database here while a snapshot came".into());
+        let live = self.state.empty(ready.page_size).ok_or_else(changed)?;
+        copy(live, ready)?;
+        write_epochs(&self.options.side, &history, false)?;
+        live.base.log.reset(ready.position)?;
+        if let Err(error) = commit(live, ready) {
+            live.abort();
+            return Err(error);
+        }
+        self.history = history;
+        doubt::end(&self.options.side);
+        self.suspect = Suspect::No;
+        self.node.set_problem(Part::Pages, None);
+        self.serve(Some(ready.position))?;
+        // The file alone is then the state, as if it had always been: should somebody delete the WAL, nothing is lost.
+        if let Some(live) = self.state.known()
+            && let Err(error) = backfill_some(&live.base.clone(), &mut live.handle, true)
+        {
+            tracing::warn!(%error, "the first page of the snapshot is not copied back yet");
+        }
+        Ok(())
+    }
+
+    /// Sees to it that an empty database with pages of this size is open.
+    pub(super) fn make_room(&mut self, size: PageSize) -> Result<()> {
+        if self.state.empty(size).is_some() {
+            return Ok(());
+        }
+        let before = match self.state {
+            State::Closed => Before::Closed,
+            State::Empty(_) => Before::Empty,
+            State::Known(_) | State::Unknown(_) => Before::Content,
+        };
+        if let Some(base) = self.state.content().map(|live| live.base.clone()) {
+            self.node.renew_files();
+            self.end_service(&base);
+            self.node.applied.forget();
+        }
+        self.state.close();
+        let cleared = self.clear(!matches!(before, Before::Empty));
+        match (&cleared, before) {
+            (Ok(()), _) => {
+                self.refill = false;
+                self.open_path(Some(size))?;
+            }
+            (Err(_), Before::Empty) => self.open_path(Some(size))?,
+            // It is read from again.
+            (Err(_), Before::Content) => self.open_path(None)?,
+            (Err(_), Before::Closed) => {}
+        }
+        cleared
+    }
+
+    /// Empties the file, after what it has is kept. Not while somebody else has it open: to SQLite that would be damage.
+    fn clear(&self, keep: bool) -> Result<()> {
+        let path = &self.options.path;
+        let Some(alone) = Alone::with(path)? else {
+            let text = "a snapshot has come that the database here can't take in as it is, and others have that open: \
+                it is replaced as soon as all of their connections are closed";
+            self.node.set_problem(Part::State, Some(text.into()));
+            return Err(Error::Stopped(text.into()));
+        };
+        let Some(file) = alone.file() else { return Ok(()) };
+        if keep {
+            let kept = lost::keep_file(&self.options, file)?;
+            tracing::warn!(kept = %kept.display(), "the database that was here is kept aside");
+            self.node.tell(Event::Kept(kept));
+        }
+        for end in ["-wal", "-journal", "-shm"] {
+            let mut beside = path.as_os_str().to_owned();
+            beside.push(end);
+            match fs::remove_file(&beside) {
+                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
+                    return Err(Error::io("remove", &beside)(e));
+                }
+                _ => {}
+            }
+        }
+        sync_parent(path)?;
+        file.set_len(0).and_then(|()| file.sync_all()).map_err(Error::io("truncate", path))
+    }
+}
+
+/// Copies all pages but the first to their places, and makes them durable. A database of one page has no use for them yet, and CKPT and WRITE are held.
+fn copy(live: &mut WalAppender, ready: &Ready) -> Result<()> {
+    let size = ready.page_size.bytes();
+    let bytes = u64::from(ready.pages) * size as u64;
+    // Of a larger one that did not come to its end.
+    if live.handle.size()? > bytes {
+        live.base.writing(|| live.handle.truncate(bytes))?;
+    }
+    let mut run = vec![0; COPY_BYTES.max(size)];
+    let mut next = 2;
+    while let Some(first) = PageNo::new(next).filter(|_| next <= ready.pages) {
+        let count = ((ready.pages - next + 1) as usize).min(run.len() / size);
+        ready.read(first, &mut run[..count * size])?;
+        let at = first.offset(ready.page_size);
+        live.base.writing(|| live.handle.write(&run[..count * size], at))?;
+        next += count as u32;
+    }
+    live.handle.sync()
+}
+
+/// Durable on return.
+fn commit(live: &mut WalAppender, ready: &Ready) -> Result<()> {
+    let base = live.base.clone();
+    let (mut first, mut there) =
+        (BytesMut::zeroed(ready.page_size.bytes()), vec![0; ready.page_size.bytes()]);
+    ready.read(PageNo::FIRST, &mut first)?;
+    live.handle.read(&mut there, 0)?;
+    // While the file has the first page of an empty database, it is no state without its WAL.
+    let witness =
+        (there[..] != first[..]).then(|| Witness::new(PageNo::FIRST, PageHash::of(PageNo::FIRST, &there)));
+    let file = FileState::Backfilling(witness.into_iter().collect());
+    let mut page = Some((PageNo::FIRST, first.freeze()));
+    live.replace(&mut |_| Ok(page.take()), ready.position, ready.pages, &mut |tip| {
+        base.sync_wal()?;
+        base.announce(tip, file)
+    })?;
+    base.sync_wal()
+}

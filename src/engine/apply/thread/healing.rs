@@ -1,0 +1,332 @@
+//! The apply thread's part in heals: when one begins, what is kept, and how its pages become one transaction.
+
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use tokio::sync::mpsc;
+
+use crate::context::Part;
+use crate::engine::apply::thread::state::State;
+use crate::engine::apply::thread::{Apply, no_state};
+use crate::engine::file::doubt;
+use crate::engine::file::epochs::write_epochs;
+use crate::engine::history::wal_appender::WalAppender;
+use crate::engine::incoming::heal::Heal;
+use crate::engine::incoming::{self, IncomingState, Ready, Under};
+use crate::engine::lost::{self, Before, Replaced};
+use crate::engine::recover::mend;
+use crate::error::{Error, PeerProblem, Result};
+use crate::log::Lookup;
+use crate::page::PageSize;
+use crate::status::Event;
+use crate::txid::{EpochHistory, Place, Position};
+use crate::wire::{HealBegin, Sent, Want};
+
+/// Pause after a heal that followed another one closely, doubled each time.
+const HEAL_PAUSE: Duration = Duration::from_secs(1);
+const HEAL_PAUSE_MAX: Duration = Duration::from_secs(60);
+/// Questions of a heal that may be on their way: one.
+pub(super) const WANTS_MAX: usize = 1;
+
+impl Apply {
+    /// States of our log among which the primary may find the fork.
+    pub(super) fn marks(&mut self) -> Vec<Position> {
+        let Some(live) = self.state.known() else { return Vec::new() };
+        // Commits that are not in the log touched pages that it does not know.
+        if live.base.log.tip() != Some(live.position()) {
+            return Vec::new();
+        }
+        live.base.log.marks().unwrap_or_else(|error| {
+            tracing::warn!(%error, "the log can't be searched for the fork");
+            Vec::new()
+        })
+    }
+
+    /// What a failure of a stream says of our pages, or of the primary's log.
+    pub(super) fn judge(&mut self, error: &Error) {
+        let Some(live) = self.below() else {
+            // Pages of a snapshot that is gone on with, which were not looked at again: not once more.
+            if let Error::Mismatch { .. } = error
+                && let Err(error) = incoming::discard(&self.options.side)
+            {
+                tracing::warn!(%error, "a snapshot that can't be made exact is not forgotten");
+            }
+            return;
+        };
+        let position = live.base.tip().position;
+        let compared = self.healing.as_ref().is_some_and(|healing| healing.heal.begin.compare);
+        match error {
+            // Pages that were verified when they came led elsewhere from ours.
+            Error::Mismatch { .. } if !compared => self.suspect(Suspect::Pages),
+            // Once may be the network, or a record that was just taken back. Our own log may not be readable either.
+            Error::Peer { problem: PeerProblem::Garbled(_), .. } | Error::Corrupt { .. } if !compared => {
+                let at = Some(position);
+                if std::mem::replace(&mut self.garbled_at, at) == at && self.suspect == Suspect::No {
+                    self.suspect(Suspect::Stream);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    pub(super) fn suspect(&mut self, what: Suspect) {
+        let text = match what {
+            Suspect::No => return,
+            Suspect::Stream => "the primary's log can't be read on from here: all pages are compared",
+            Suspect::Pages => {
+                "pages here are not what the position says: all are compared with the primary's"
+            }
+        };
+        tracing::error!(path = %self.options.path.display(), text);
+        self.node.set_problem(Part::State, Some(text.into()));
+        if what == Suspect::Pages && doubt::text(&self.options.side).is_none() {
+            doubt::begin(&self.options.side, text);
+        }
+        self.suspect = what;
+    }
+
+    /// What is under way, and what lies under the pages that come.
+    pub(super) fn healing(&mut self) -> Result<(&mut Healing, &mut IncomingState, Under<'_>)> {
+        let under = self.state.content().filter(|_| !self.refill);
+        match (&mut self.healing, &mut self.incoming) {
+            (Some(healing), Some(incoming)) => Ok((healing, incoming, under)),
+            _ => Err(Error::garbled("the primary", "a part of no heal")),
+        }
+    }
+
+    /// The primary leads our state back to its own.
+    pub(super) fn heal(&mut self, begin: HealBegin) -> Result<()> {
+        if self.below().is_none() {
+            return self.go_on_filling(begin);
+        }
+        self.pace.allow()?;
+        let ours = self.state.content().ok_or_else(no_state)?.base.page_size;
+        if ours != begin.page_size {
+            return Err(self.other_page_size(ours, begin.page_size));
+        }
+        let live = self.state.content().ok_or_else(no_state)?;
+        let why = match (begin.diverged, begin.compare) {
+            (true, _) => "this node's state is not in the primary's history",
+            (false, _) => "the primary's log does not reach back to this node's state",
+        };
+        let tip = live.base.tip();
+        tracing::warn!(position = %tip.position, from = %begin.from, compare = begin.compare, "a heal begins: {why}");
+        self.node.tell(Event::HealStarted(why.into()));
+        let mut incoming = IncomingState::over(&self.options.side, begin, tip.pages)?;
+        let healing = if begin.compare {
+            Healing { heal: Heal::compare(begin), fork: None, records_from: None, behind: false }
+        } else {
+            let touched = live.base.log.touched(begin.from)?;
+            let touched =
+                touched.ok_or_else(|| Error::garbled("the primary", "a fork that this log does not have"))?;
+            let mut heal = Heal::since(begin, &touched);
+            let want = incoming.with(Some(live), |overlay, store| {
+                overlay.trust(tip.position.checksum());
+                overlay.drop_above(touched.least, store)?;
+                heal.want(overlay, store)
+            })?;
+            ask(&self.wants, want)?;
+            Healing { heal, fork: Some(begin.from), records_from: Some(touched.lsn), behind: true }
+        };
+        self.incoming = Some(incoming);
+        self.healing = Some(healing);
+        Ok(())
+    }
+
+    /// What came of a snapshot is compared, for the primary's log does not reach back to its begin any more.
+    fn go_on_filling(&mut self, begin: HealBegin) -> Result<()> {
+        if !begin.compare {
+            return Err(no_state());
+        }
+        self.node.tell(Event::SnapshotStarted("what came of a snapshot before is compared".into()));
+        tracing::info!(from = %begin.from, "what came of a snapshot is compared with the primary's pages");
+        self.incoming = Some(IncomingState::over(&self.options.side, begin, 0)?);
+        let heal = Heal::compare(begin);
+        self.healing = Some(Healing { heal, fork: None, records_from: None, behind: false });
+        Ok(())
+    }
+
+    /// No transaction changes the size of pages: the next stream brings a snapshot. The primary's history has no state from before its pages had
+    /// that size, so that what is here is kept.
+    fn other_page_size(&mut self, ours: PageSize, theirs: PageSize) -> Error {
+        self.refill = true;
+        let text = format!(
+            "the database here has pages of {ours:?}, the primary's of {theirs:?}: a snapshot replaces it"
+        );
+        self.node.set_problem(Part::State, Some(text.clone()));
+        Error::Stopped(text)
+    }
+
+    pub(super) fn sent(&mut self, sent: Sent) -> Result<()> {
+        let (healing, incoming, live) = self.healing()?;
+        let next = incoming.with(live, |overlay, store| healing.heal.sent(overlay, store, sent))?;
+        match next {
+            Some(want) => ask(&self.wants, want),
+            None => Ok(()),
+        }
+    }
+
+    /// A record of the primary's led to this state: the fork is not before it when we had it, too.
+    pub(super) fn common(&mut self, after: Position) -> Result<()> {
+        let (Some(healing), Some(live)) = (&mut self.healing, self.state.known()) else { return Ok(()) };
+        if healing.behind {
+            let ours = live.base.log.find(after.number())?;
+            healing.behind = matches!(ours, Lookup::At { before, .. } if before == after);
+            if let (true, Lookup::At { lsn, .. }) = (healing.behind, ours) {
+                (healing.fork, healing.records_from) = (Some(after), Some(lsn));
+            }
+        }
+        Ok(())
+    }
+
+    pub(super) fn adopt_heal(
+        &mut self,
+        healing: &Healing,
+        ready: &Ready,
+        history: EpochHistory,
+    ) -> Result<()> {
+        let mut state = std::mem::replace(&mut self.state, State::Closed);
+        let live = state.content().ok_or_else(no_state)?;
+        let result = self.heal_live(live, healing, ready, &history);
+        if result.is_err() {
+            live.abort();
+        }
+        self.state = state;
+        let kept = result?;
+        self.history = history;
+        self.serve(Some(ready.position))?;
+        let kept = kept.map(|kept| self.tell_rows(kept, ready));
+        doubt::end(&self.options.side);
+        self.suspect = Suspect::No;
+        self.garbled_at = None;
+        self.pace.done();
+        self.healed += 1;
+        self.shared.heals.store(self.healed, Ordering::Relaxed);
+        self.node.set_problem(Part::State, None);
+        self.node.set_problem(Part::Pages, None);
+        let pages = ready.have.len() as u64;
+        tracing::info!(position = %ready.position, pages, "healed");
+        self.node.tell(Event::Healed { position: ready.position, pages, lost: kept });
+        Ok(())
+    }
+
+    /// Keeps what is off the history; then the pages that differ become one transaction, which readers see as a whole.
+    fn heal_live(
+        &self,
+        live: &mut WalAppender,
+        healing: &Healing,
+        ready: &Ready,
+        history: &EpochHistory,
+    ) -> Result<Option<(PathBuf, Option<Before>)>> {
+        let vouched = live.base.log.tip() == Some(live.base.tip().position);
+        let mut kept = None;
+        let damaged = self.suspect == Suspect::Pages;
+        if healing.heal.begin.diverged || !vouched || damaged {
+            let records_from = healing.records_from.or_else(|| self.records_since_common(live, history));
+            let (fork, quota_bytes) = (healing.fork, self.options.lost_bytes);
+            let branch = lost::keep(
+                &self.options.side,
+                live,
+                &Replaced { ready, fork, records_from, quota_bytes, damaged },
+            )?;
+            tracing::error!(kept = %branch.path().display(), tip = %branch.tip, "this node had commits that are not in the primary's history; they are kept");
+            self.node.tell(Event::Kept(branch.path().to_owned()));
+            // Pages that are damaged may say nothing of rows.
+            kept = Some((branch.path().to_owned(), Before::hold(live).ok()));
+        }
+        write_epochs(&self.options.side, history, false)?;
+        live.base.log.reset(ready.position)?;
+        mend::replace(live, ready)?;
+        Ok(kept)
+    }
+
+    /// Notes which rows the lost branch had; the pages are kept already.
+    fn tell_rows(&mut self, (path, before): (PathBuf, Option<Before>), ready: &Ready) -> PathBuf {
+        if let (Some(live), Some(before)) = (self.state.known(), before)
+            && let Err(error) = lost::tell(&path, before, live, ready)
+        {
+            tracing::warn!(%error, branch = %path.display(), "the rows of a lost branch can't be told; its pages are kept");
+        }
+        path
+    }
+
+    /// Where the log's records begin that may be off the history.
+    fn records_since_common(&self, live: &WalAppender, theirs: &EpochHistory) -> Option<u64> {
+        let log = &live.base.log;
+        // A transaction's name is given once: the primary has this one, and all before it.
+        if log.tip().is_none_or(|logged| theirs.place(logged.txid()) == Place::OnHistory) {
+            return None;
+        }
+        let from = self.history.common(theirs).max(log.start()?.number());
+        match log.find(from) {
+            Ok(Lookup::At { lsn, .. }) => Some(lsn),
+            _ => None,
+        }
+    }
+}
+
+/// Why all pages are to be compared, although the position is in the primary's history.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Suspect {
+    No,
+    /// What comes from the primary's log makes no sense.
+    Stream,
+    /// The pages here may not be what the position says.
+    Pages,
+}
+
+/// A heal and what is known of the branch that it ends.
+pub(super) struct Healing {
+    pub(super) heal: Heal,
+    /// The last state that is known to be in both histories.
+    fork: Option<Position>,
+    /// Where our records after it begin in the log.
+    records_from: Option<u64>,
+    /// The primary's records may still be such as we had.
+    behind: bool,
+}
+
+/// How often heals may follow each other.
+#[derive(Debug, Default)]
+pub(super) struct Pace {
+    last: Option<Instant>,
+    pause: Duration,
+}
+
+impl Pace {
+    fn allow(&self) -> Result<()> {
+        match self.last {
+            Some(last) if last.elapsed() < self.pause => Err(Error::HealPaused { pause: self.pause }),
+            _ => Ok(()),
+        }
+    }
+
+    fn done(&mut self) {
+        let often = self.last.is_some_and(|last| last.elapsed() < HEAL_PAUSE_MAX * 2);
+        self.pause = if often { (self.pause * 2).clamp(HEAL_PAUSE, HEAL_PAUSE_MAX) } else { Duration::ZERO };
+        self.last = Some(Instant::now());
+    }
+}
+
+fn ask(wants: &Option<mpsc::Sender<Want>>, want: Want) -> Result<()> {
+    let gone = || Error::Stopped("the stream that a heal needs has ended".into());
+    // One is under way at a time, so that there is always room while the stream stands.
+    wants.as_ref().ok_or_else(gone)?.try_send(want).map_err(|_| gone())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pause_between_heals_is_told_as_one() {
+        let pace = Pace { last: Some(Instant::now()), pause: Duration::from_secs(8) };
+        let said = pace.allow().unwrap_err().to_string();
+        assert!(
+            said.contains("the next heal begins 8s after the last") && said.contains("look for"),
+            "{said}"
+        );
+        assert!(!said.contains("timed out"));
+    }
+}

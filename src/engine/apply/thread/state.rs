@@ -1,0 +1,243 @@
+//! What is at the database's path, and how it becomes this replica's state.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use crate::context::Part;
+use crate::engine::apply::inbox::Command;
+use crate::engine::apply::thread::healing::Suspect;
+use crate::engine::apply::thread::vouched::last_vouched;
+use crate::engine::apply::thread::{Apply, sync_parent};
+use crate::engine::checkpoint::thread::{Checkpointer, Replica};
+use crate::engine::file::database::{OpenDatabase, reader};
+use crate::engine::file::doubt;
+use crate::engine::history::wal_appender::WalAppender;
+use crate::engine::incoming;
+use crate::engine::recover::{self, Opened};
+use crate::error::{Error, Result, Unsupported};
+use crate::files;
+use crate::lock::lock;
+use crate::page::PageSize;
+use crate::sqlite::{Handle, park};
+use crate::txid::{Place, Position};
+
+/// How often a database is turned to WAL, should that not be possible and no reason be given.
+const TURNS: u32 = 8;
+
+/// What is at the database's path. What is open has CKPT and WRITE held.
+pub(super) enum State {
+    /// Nothing that could be filled as it is.
+    Closed,
+    /// A database without content, for a snapshot. Whoever has it open sees that come, and the file stays the same.
+    Empty(WalAppender),
+    /// A database that is no state of the cluster. Nobody reads it through this node; its pages are compared with the primary's.
+    Unknown(WalAppender),
+    /// A state of the cluster.
+    Known(WalAppender),
+}
+
+impl State {
+    /// The state of the cluster.
+    pub(super) fn known(&mut self) -> Option<&mut WalAppender> {
+        match self {
+            State::Known(live) => Some(live),
+            _ => None,
+        }
+    }
+
+    /// The database that a heal can lead to the primary's state, whatever it is now.
+    pub(super) fn content(&mut self) -> Option<&mut WalAppender> {
+        match self {
+            State::Known(live) | State::Unknown(live) => Some(live),
+            State::Closed | State::Empty(_) => None,
+        }
+    }
+
+    /// Whatever is open.
+    pub(super) fn open(&mut self) -> Option<&mut WalAppender> {
+        match self {
+            State::Known(live) | State::Unknown(live) | State::Empty(live) => Some(live),
+            State::Closed => None,
+        }
+    }
+
+    /// A database that a snapshot of this page size can fill.
+    pub(super) fn empty(&mut self, size: PageSize) -> Option<&mut WalAppender> {
+        match self {
+            State::Empty(live) if live.base.page_size == size => Some(live),
+            _ => None,
+        }
+    }
+
+    /// What is open, taken out.
+    fn take(&mut self) -> Option<WalAppender> {
+        match std::mem::replace(self, State::Closed) {
+            State::Known(live) | State::Unknown(live) | State::Empty(live) => Some(live),
+            State::Closed => None,
+        }
+    }
+
+    /// Closes what is open, and only then gives back what was held.
+    pub(super) fn close(&mut self) {
+        if let Some(live) = self.take() {
+            let base = live.base.clone();
+            drop(live);
+            base.release_locks();
+        }
+    }
+}
+
+impl Apply {
+    /// Opens what is at the path; where there is nothing, it is claimed by an empty database of this page size.
+    pub(super) fn open_path(&mut self, size: Option<PageSize>) -> Result<()> {
+        if !self.options.path.exists() {
+            let mode = self.options.database_mode.unwrap_or(files::PRIVATE);
+            park([files::create_database(&self.options.path, mode)?]);
+            sync_parent(&self.options.path)?;
+        }
+        let mut opened = recover::open(self.options.clone(), self.node.clone(), false);
+        if matches!(opened, Err(Error::Unsupported { reason: Unsupported::NotWal(_), .. })) {
+            self.turn_to_wal(size)?;
+            opened = recover::open(self.options.clone(), self.node.clone(), false);
+        }
+        let mut opened = match opened {
+            Ok(opened) => opened,
+            Err(Error::Damaged { what, .. }) => {
+                self.say_damaged(&what);
+                return Ok(());
+            }
+            Err(error) => return Err(error),
+        };
+        if opened.exact && opened.base.tip().position.epoch().number() > 0 {
+            self.go_live(opened)
+        } else if is_empty(&opened)? {
+            self.state = State::Empty(self.begin(opened, false)?);
+            Ok(())
+        } else {
+            let why = match opened.doubt()? {
+                Some(why) => format!("it is damaged: {why}"),
+                None => "it is no state of the cluster".into(),
+            };
+            let live = self.begin(opened, false)?;
+            // What the file has of the WAL is not known either.
+            live.base.index.set_backfilled(0);
+            self.state = State::Unknown(live);
+            self.say_unread(&format!("{why}; what differs from the primary's is kept when it is replaced"));
+            Ok(())
+        }
+    }
+
+    /// Of an empty file, which gets this page size, or of a database in rollback mode.
+    fn turn_to_wal(&self, size: Option<PageSize>) -> Result<()> {
+        let handle = Handle::open(&self.options.path, false)?;
+        let connection = handle.connection();
+        if let Some(size) = size {
+            connection.pragma_update(None, "page_size", size.get())?;
+        }
+        for _ in 0..TURNS {
+            if handle.turn_to_wal()? == "wal" {
+                break;
+            }
+            // SQLite does not say why. A write that changes nothing does, where the disk is full.
+            let version: i64 = connection.query_row("PRAGMA user_version", [], |row| row.get(0))?;
+            connection.pragma_update(None, "user_version", version)?;
+        }
+        Ok(())
+    }
+
+    fn say_damaged(&self, why: &str) {
+        self.say_unread(&format!("it is damaged: {why}; it is kept aside when a snapshot replaces it"));
+    }
+
+    fn say_unread(&self, why: &str) {
+        let text = format!("the database here is not read from: {why}");
+        tracing::warn!(path = %self.options.path.display(), text);
+        self.node.set_problem(Part::State, Some(text));
+    }
+
+    /// Begins to own what was opened.
+    fn begin(&mut self, mut opened: Opened, redo: bool) -> Result<WalAppender> {
+        opened.begin_if_empty()?;
+        let mut opened = if redo { opened.redo()? } else { opened };
+        recover::anchor(&opened.base, &mut opened.handle)?;
+        self.history = opened.history;
+        WalAppender::new(opened.base, opened.handle)
+    }
+
+    fn go_live(&mut self, opened: Opened) -> Result<()> {
+        // Where the epochs were lost, or are older than the log, its records lead nowhere; the primary sends them again.
+        let logged = opened.base.log.tip();
+        let redo = logged.is_none_or(|logged| opened.history.place(logged.txid()) == Place::OnHistory);
+        let anchored = opened.known.clone();
+        let live = self.begin(opened, redo)?;
+        let position = live.position();
+        let vouched = last_vouched(logged, position, &anchored);
+        // A node that died while it was led back may have the epochs of the one history and the state of the other.
+        let vouched = vouched.filter(|state| self.history.place(state.txid()) == Place::OnHistory);
+        if vouched != Some(position) {
+            tracing::warn!(%position, ?vouched, "the last commits here came from no primary that is known");
+            let text =
+                "the last commits here came from no primary that is known; the primary decides on them";
+            self.node.set_problem(Part::State, Some(text.into()));
+        }
+        // Of a snapshot that was taken over before the node died; one with pages of another size is to replace what is here.
+        if incoming::progress(&self.options.side).is_some_and(|begun| begun.page_size == live.base.page_size)
+        {
+            incoming::discard(&self.options.side)?;
+        }
+        self.state = State::Known(live);
+        if let Some(found) = doubt::text(&self.options.side) {
+            self.node.set_problem(Part::Pages, Some(found));
+            self.suspect(Suspect::Pages);
+        }
+        self.serve(vouched)
+    }
+
+    /// What is open is a state of the cluster, from now on if it was not before: it is read from, and its WAL copied back.
+    /// A primary vouches for the state `vouched`.
+    pub(super) fn serve(&mut self, vouched: Option<Position>) -> Result<()> {
+        let Some(live) = self.state.take() else { return Ok(()) };
+        let base = live.base.clone();
+        self.state = State::Known(live);
+        let position = base.tip().position;
+        if self.checkpointer.is_none() {
+            // Nothing would ever be copied back, nor read.
+            self.begin_service(&base).inspect_err(|error| base.fail(error))?;
+            tracing::info!(%position, "the replica's state is open");
+        }
+        // At one moment to whoever looks: who has waited for a transaction can read it, and who may read has a position.
+        self.shared.readable.send_modify(|readable| {
+            self.node.applied.replace(self.history.clone(), vouched);
+            *readable = true;
+        });
+        Ok(())
+    }
+
+    fn begin_service(&mut self, base: &Arc<OpenDatabase>) -> Result<()> {
+        let commands = self.commands.clone();
+        let ready = move || {
+            if let Some(commands) = commands.upgrade() {
+                // When the queue is full, the thread looks by itself after the next batch.
+                let _ = commands.try_send(Command::Restart);
+            }
+        };
+        let replica = Replica { synced: self.shared.synced.clone(), ready: Box::new(ready) };
+        let checkpointer = Checkpointer {
+            base: base.clone(),
+            handle: reader(base)?,
+            replica: Some(replica),
+            log_synced: Instant::now(),
+            applied_synced: Instant::now(),
+        };
+        self.checkpointer = Some(checkpointer.spawn()?);
+        *lock(&self.shared.base) = Some(base.clone());
+        Ok(())
+    }
+}
+
+/// Whether there is nothing that could be lost: one page, and no table in it.
+fn is_empty(opened: &Opened) -> Result<bool> {
+    let tables =
+        || opened.handle.connection().query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0));
+    Ok(opened.base.tip().pages <= 1 && tables().map(|tables: i64| tables == 0)?)
+}

@@ -1,0 +1,302 @@
+//! What keeps a primary's WAL short while others write faster than it is copied back: our own writer waits, and WRITE is held.
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
+use std::thread::{JoinHandle, Thread};
+use std::time::{Duration, Instant};
+
+use crate::engine::capture::waker::Waker;
+use crate::engine::checkpoint::backfill::LOCK_STEP;
+use crate::engine::checkpoint::bound::{BRAKE_TIMES, COPY_MAX, LATE_TIMES, REST_TIMES, Teller};
+use crate::engine::file::database::OpenDatabase;
+use crate::error::Result;
+use crate::lock::lock;
+use crate::sqlite::{Handle, Lock, Slot};
+use crate::threads;
+
+/// How often the WAL's length is looked at; capture and our own writer say when it is too long, but may be waiting for a disk.
+const LOOK: Duration = Duration::from_millis(50);
+/// The same while somebody is held back.
+const STEP: Duration = Duration::from_millis(1);
+/// How long WRITE is tried for at a time, without sleeping: who writes all the time leaves it free for microseconds.
+const TRY: Duration = Duration::from_millis(20);
+/// Longest pause in which writers get through on a slow disk. SQLite looks for a lock each 100 ms at least.
+const GAP: Duration = Duration::from_millis(250);
+/// SQLite looks for a lock that it waits for so often at least. Whoever was held back for longer gets the lock before our own writer, which would
+/// take it the moment that it is free, and again and again.
+const OTHERS_FIRST: Duration = Duration::from_millis(120);
+/// Longest that our own writer is held back at a time.
+const WRITER_MAX: Duration = Duration::from_secs(5);
+
+/// The lock of writers, of which one thread or the other makes use.
+#[derive(Debug)]
+pub(in crate::engine) struct Write {
+    handle: Handle,
+    taken: bool,
+    /// Since when.
+    since: Option<Instant>,
+    /// Until when it is held for the sake of the WAL's length, if it is.
+    pub(in crate::engine) until: Option<Instant>,
+}
+
+impl Write {
+    pub(in crate::engine) fn new(handle: Handle) -> Write {
+        Write { handle, taken: false, since: None, until: None }
+    }
+
+    /// Takes WRITE, if it is not held already.
+    pub(in crate::engine) fn take(&mut self, limit: Duration) -> Result<bool> {
+        self.take_by(limit, || std::thread::sleep(LOCK_STEP))
+    }
+
+    fn take_by(&mut self, limit: Duration, pause: impl Fn()) -> Result<bool> {
+        let end = Instant::now() + limit;
+        while !self.taken {
+            self.taken = self.handle.try_lock(Slot::WRITE, Lock::Exclusive)?;
+            if !self.taken {
+                if Instant::now() >= end {
+                    return Ok(false);
+                }
+                pause();
+            } else {
+                self.since = Some(Instant::now());
+            }
+        }
+        Ok(true)
+    }
+
+    /// Gives it back, unless it is held for the WAL's length. Not everything may count as backfilled.
+    pub(in crate::engine) fn give_back(&mut self) -> Result<()> {
+        if self.taken && self.until.is_none() {
+            self.taken = false;
+            self.handle.unlock(Slot::WRITE, Lock::Exclusive)?;
+        }
+        Ok(())
+    }
+}
+
+/// What writers, capture and the thread have in common.
+#[derive(Debug)]
+pub(in crate::engine) struct Brake {
+    pub(in crate::engine) write: Mutex<Write>,
+    /// Our own writer waits.
+    on: AtomicBool,
+    /// WRITE is held.
+    held: AtomicBool,
+    /// The frame beyond which it is to be pulled.
+    at: AtomicU32,
+    /// Until when our own writer lets others go first.
+    gate: Mutex<Option<Instant>>,
+    opened: Condvar,
+    thread: OnceLock<Thread>,
+}
+
+impl Brake {
+    pub(in crate::engine) fn new(base: &OpenDatabase, write: Write) -> Brake {
+        Brake {
+            write: Mutex::new(write),
+            on: AtomicBool::new(false),
+            held: AtomicBool::new(false),
+            at: AtomicU32::new(base.limit_frames(BRAKE_TIMES, 1)),
+            gate: Mutex::new(None),
+            opened: Condvar::new(),
+            thread: OnceLock::new(),
+        }
+    }
+
+    /// The WAL has this many frames. Costs nothing while they are few.
+    pub(in crate::engine) fn passed(&self, frame: u32) {
+        if frame > self.at.load(Ordering::Relaxed) && !self.on.swap(true, Ordering::AcqRel) {
+            self.wake();
+        }
+    }
+
+    pub(in crate::engine) fn wake(&self) {
+        if let Some(thread) = self.thread.get() {
+            thread.unpark();
+        }
+    }
+
+    /// Whether WRITE is held until the WAL has begun anew.
+    pub(in crate::engine) fn holds(&self) -> bool {
+        self.held.load(Ordering::Acquire)
+    }
+
+    /// Blocks our own writer while it is held back.
+    pub(in crate::engine) fn wait(&self, base: &OpenDatabase) {
+        if !self.on.load(Ordering::Acquire) {
+            return;
+        }
+        let end = Instant::now() + WRITER_MAX;
+        let mut gate = lock(&self.gate);
+        while self.on.load(Ordering::Acquire) && base.check().is_ok() && Instant::now() < end {
+            gate = self.opened.wait_timeout(gate, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        let others = gate.take();
+        drop(gate);
+        if let Some(others) = others {
+            std::thread::sleep(others.saturating_duration_since(Instant::now()));
+        }
+    }
+
+    /// Lets all writers go on, until the WAL has more than so many frames.
+    pub(in crate::engine) fn release(&self, base: &OpenDatabase, write: &mut Write, at: u32) -> Result<()> {
+        write.until = None;
+        let held = write.since.filter(|_| write.taken).map(|since| since.elapsed());
+        let given_back = write.give_back();
+        self.at.store(at, Ordering::Relaxed);
+        self.held.store(false, Ordering::Release);
+        base.bound.squeeze(false);
+        let mut gate = lock(&self.gate);
+        if held.is_some_and(|held| held >= OTHERS_FIRST) {
+            *gate = Some(Instant::now() + OTHERS_FIRST);
+        }
+        self.on.store(false, Ordering::Release);
+        drop(gate);
+        self.opened.notify_all();
+        given_back
+    }
+}
+
+/// When it is pulled again.
+struct Rest {
+    until: Instant,
+    /// Or when the WAL has so many frames.
+    at: u32,
+    /// Readers were waited for in vain; it counts as long as they are what is in the way.
+    readers: bool,
+}
+
+/// The thread that pulls it and lets go.
+pub(in crate::engine) struct BrakeLoop {
+    base: Arc<OpenDatabase>,
+    brake: Arc<Brake>,
+    capture: Arc<Waker>,
+    checkpointer: Thread,
+    teller: Teller,
+    /// Since when WRITE is held, or tried for.
+    since: Option<Instant>,
+    rest: Option<Rest>,
+    /// New generations that it knows of.
+    restarts: u64,
+    /// Capture is further behind than the WAL may be long.
+    behind: bool,
+}
+
+impl BrakeLoop {
+    pub(in crate::engine) fn start(
+        base: Arc<OpenDatabase>,
+        brake: Arc<Brake>,
+        capture: Arc<Waker>,
+        checkpointer: Thread,
+    ) -> Result<JoinHandle<()>> {
+        let (teller, restarts) = (Teller::default(), base.bound.restarts());
+        let (since, rest, behind) = (None, None, false);
+        let state = BrakeLoop { base, brake, capture, checkpointer, teller, since, rest, restarts, behind };
+        threads::start("replite-brake", state, BrakeLoop::run, |this, ended| {
+            if let Err(error) = ended {
+                this.base.fail(&error);
+            }
+            let at = this.base.limit_frames(BRAKE_TIMES, 1);
+            // The process's end, or the connection's, gives it back otherwise.
+            let _ = this.brake.release(&this.base, &mut lock(&this.brake.write), at);
+        })
+    }
+
+    fn run(&mut self) -> Result<()> {
+        let _ = self.brake.thread.set(std::thread::current());
+        while self.base.check().is_ok() {
+            let step = self.look()?;
+            std::thread::park_timeout(step);
+        }
+        Ok(())
+    }
+
+    /// Pulls it, lets go, or waits on; how long until the next look.
+    fn look(&mut self) -> Result<Duration> {
+        let (brake, base) = (self.brake.clone(), self.base.clone());
+        let (frames, usual) = (base.index.glance().0, base.limit_frames(BRAKE_TIMES, 1));
+        if self.restarts != base.bound.restarts() {
+            (self.restarts, self.since, self.rest) = (base.bound.restarts(), None, None);
+        }
+        let held = self.since.map(|since| since.elapsed());
+        // Somebody's transaction is open, and stays so.
+        let open = held.is_some_and(|held| held > GAP) && !brake.holds();
+        self.teller.look(&base, frames, open);
+        if frames <= usual && base.bound.asked().is_none() {
+            (self.since, self.rest) = (None, None);
+            self.let_all(usual)?;
+            return Ok(LOOK);
+        }
+        // Whatever readers do: what is not in the log yet is bounded, too.
+        let behind = frames.saturating_sub(base.tip().frame);
+        self.behind = behind > if self.behind { 0 } else { usual };
+        let patience = if self.behind { Some(COPY_MAX) } else { base.patience(frames) };
+        let pinned = base.bound.pinned() && !self.behind;
+        let resting =
+            |rest: &Rest| Instant::now() < rest.until && frames < rest.at && (pinned || !rest.readers);
+        let resting = self.rest.as_ref().is_some_and(resting);
+        match (held, patience) {
+            (None, Some(_)) if resting => Ok(if pinned { STEP * 5 } else { STEP }),
+            (None, Some(patience)) => {
+                let since = *self.since.insert(Instant::now());
+                self.pull(since + patience)
+            }
+            // Readers who stay. It is looked again whether they still do.
+            (None, None) => {
+                self.let_all(base.tip().frame.saturating_add(usual))?;
+                Ok(STEP * 5)
+            }
+            (Some(held), Some(patience)) if held < patience => {
+                self.pull(Instant::now() + patience.saturating_sub(held))
+            }
+            (Some(held), _) => self.let_go(frames, held),
+        }
+    }
+
+    /// Nobody is held back until the WAL has so many frames.
+    fn let_all(&self, at: u32) -> Result<()> {
+        let brake = &self.brake;
+        if !brake.on.load(Ordering::Acquire) && !brake.holds() && brake.at.load(Ordering::Relaxed) == at {
+            return Ok(());
+        }
+        brake.release(&self.base, &mut lock(&brake.write), at)
+    }
+
+    /// Holds our own writer back, and everybody once WRITE is free. Capture and the checkpointer do the rest.
+    fn pull(&mut self, until: Instant) -> Result<Duration> {
+        let brake = &self.brake;
+        brake.on.store(true, Ordering::Release);
+        self.base.bound.squeeze(true);
+        let mut write = lock(&brake.write);
+        // Capture may have been through meanwhile.
+        if self.restarts == self.base.bound.restarts() && write.take_by(TRY, std::hint::spin_loop)? {
+            write.until = Some(until);
+            brake.held.store(true, Ordering::Release);
+        }
+        drop(write);
+        self.checkpointer.unpark();
+        self.capture.wake();
+        Ok(STEP)
+    }
+
+    /// Not within the time: some get through, or all of them go on for a while.
+    fn let_go(&mut self, frames: u32, held: Duration) -> Result<Duration> {
+        let (base, brake) = (&self.base, &self.brake);
+        let late = frames > base.limit_frames(LATE_TIMES, 1);
+        let readers = base.bound.pinned() && !self.behind;
+        let (pause, more) = match (readers, base.bound.asked()) {
+            // It was held for capture, which is through.
+            (true, _) if held < COPY_MAX => (Duration::ZERO, base.limit_frames(BRAKE_TIMES, 1)),
+            (true, Some(_)) => (held, u32::MAX),
+            (true, None) if late => (held * REST_TIMES, u32::MAX),
+            (true, None) => (held * REST_TIMES, base.limit_frames(1, 1)),
+            (false, _) if late => (GAP, 1),
+            (false, _) => (GAP, base.limit_frames(1, 4)),
+        };
+        let at = frames.saturating_add(more);
+        (self.since, self.rest) = (None, Some(Rest { until: Instant::now() + pause, at, readers }));
+        brake.release(base, &mut lock(&brake.write), at - 1)?;
+        Ok(STEP)
+    }
+}

@@ -1,0 +1,162 @@
+//! One fsync of the WAL for all commits that wait for one.
+
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
+
+use crate::engine::file::database::OpenDatabase;
+use crate::error::{Error, Result};
+use crate::lock::lock;
+use crate::threads::caught;
+
+/// Which commits are on the disk, and who is bringing more of them there.
+#[derive(Debug)]
+pub(in crate::engine) struct GroupSync {
+    base: Arc<OpenDatabase>,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+#[derive(Debug)]
+struct State {
+    /// Every transaction up to this number is on the disk.
+    synced: u64,
+    /// The highest number that anybody waits for. Each of them was in the WAL before it was asked for.
+    wanted: u64,
+    /// Somebody is in fsync.
+    leading: bool,
+    /// An fsync failed. What it left on the disk is not known and no later one can tell, so no commit
+    /// is acknowledged any more.
+    failed: Option<String>,
+}
+
+impl GroupSync {
+    /// Everything up to `synced` is on the disk already.
+    pub(in crate::engine) fn new(base: Arc<OpenDatabase>, synced: u64) -> GroupSync {
+        let state = State { synced, wanted: synced, leading: false, failed: None };
+        GroupSync { base, state: Mutex::new(state), changed: Condvar::new() }
+    }
+
+    /// Blocks until the transaction, which is in the WAL, is on the disk. The first to come fsyncs for all
+    /// who have come by then; the others wait.
+    pub(in crate::engine) fn sync(&self, number: u64) -> Result<()> {
+        let mut state = lock(&self.state);
+        state.wanted = state.wanted.max(number);
+        loop {
+            if state.synced >= number {
+                return Ok(());
+            }
+            if let Some(why) = &state.failed {
+                return Err(Error::Stopped(why.clone()));
+            }
+            if state.leading {
+                state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                continue;
+            }
+            state.leading = true;
+            let target = state.wanted;
+            drop(state);
+            // A panic is a failure like others: the lead is given up, whatever happens.
+            let result = caught("an fsync of the WAL", || self.base.sync_wal()).flatten();
+            state = lock(&self.state);
+            state.leading = false;
+            match &result {
+                Ok(()) => state.synced = state.synced.max(target),
+                Err(error) => state.failed = Some(error.to_string()),
+            }
+            self.changed.notify_all();
+            if let Err(error) = result {
+                // The others are not held up by what the application does with the news.
+                drop(state);
+                self.base.fail(&error);
+                state = lock(&self.state);
+            }
+        }
+    }
+
+    /// Has whoever wants an fsync wait for one, as on a disk that takes its time.
+    #[cfg(test)]
+    pub(in crate::engine) fn hold(&self, hold: bool) {
+        lock(&self.state).leading = hold;
+        self.changed.notify_all();
+    }
+
+    /// Notes that everything up to `number` came to the disk by other means.
+    pub(in crate::engine) fn synced(&self, number: u64) {
+        let mut state = lock(&self.state);
+        state.synced = state.synced.max(number);
+        self.changed.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+    use crate::engine::options::Durability;
+    use crate::engine::tests::{Home, node, until};
+
+    /// A subscriber that panics with each event.
+    struct Bomb;
+
+    impl tracing::Subscriber for Bomb {
+        fn enabled(&self, _: &tracing::Metadata<'_>) -> bool {
+            true
+        }
+        fn new_span(&self, _: &tracing::span::Attributes<'_>) -> tracing::span::Id {
+            tracing::span::Id::from_u64(1)
+        }
+        fn record(&self, _: &tracing::span::Id, _: &tracing::span::Record<'_>) {}
+        fn record_follows_from(&self, _: &tracing::span::Id, _: &tracing::span::Id) {}
+        fn event(&self, _: &tracing::Event<'_>) {
+            panic!("the subscriber panics");
+        }
+        fn enter(&self, _: &tracing::span::Id) {}
+        fn exit(&self, _: &tracing::span::Id) {}
+    }
+
+    /// Has the descriptor of the WAL be one that can't be synced.
+    #[cfg(target_os = "linux")]
+    fn break_wal(path: &std::path::Path) {
+        use std::os::fd::AsRawFd;
+        let wal = crate::engine::file::wal_file::WalFile::path_of(path);
+        let null = std::fs::File::open("/dev/null").unwrap();
+        let mut broken = 0;
+        for entry in std::fs::read_dir("/proc/self/fd").unwrap().flatten() {
+            if std::fs::read_link(entry.path()).is_ok_and(|to| to == wal) {
+                let number = entry.file_name().to_str().unwrap().parse().unwrap();
+                // SAFETY: both are open; only what the number stands for changes.
+                assert_eq!(unsafe { libc::dup2(null.as_raw_fd(), number) }, number);
+                broken += 1;
+            }
+        }
+        assert!(broken > 0);
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn whoever_waits_for_an_fsync_that_fails_is_told_also_when_the_telling_panics() {
+        let home = Home::new();
+        let mut options = home.options("p.db");
+        options.durability = Durability::Unsynced;
+        let path = std::fs::canonicalize(options.path.parent().unwrap()).unwrap().join("p.db");
+        let engine = crate::engine::PrimaryEngine::open(options, node()).unwrap();
+        let syncer = engine.syncer.clone();
+        let number = engine.captured().unwrap().number() + 1;
+        lock(&syncer.state).leading = true;
+        let (tell, told) = std::sync::mpsc::channel();
+        let waiting = syncer.clone();
+        std::thread::spawn(move || tell.send(waiting.sync(number)));
+        until("the wait", || lock(&syncer.state).wanted >= number);
+        // It waits, for it had the mutex from there on. Whoever led has ended, and says so to nobody.
+        lock(&syncer.state).leading = false;
+        break_wal(&path);
+        let led = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            tracing::subscriber::with_default(Bomb, || syncer.sync(number))
+        }));
+        let waited = told.recv_timeout(Duration::from_secs(60)).expect("it waits for ever");
+        assert!(matches!(waited, Err(Error::Stopped(_))), "{waited:?}");
+        assert!(matches!(led, Ok(Err(Error::Stopped(_)))), "{led:?}");
+        assert!(matches!(engine.begun(), Err(Error::Stopped(_))));
+        assert!(engine.base.node.failure().is_some());
+    }
+}

@@ -1,0 +1,199 @@
+//! A primary's open database, and its threads.
+
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crate::context::Part;
+use crate::engine::capture::brake::{Brake, BrakeLoop, Write};
+use crate::engine::capture::group_sync::GroupSync;
+#[cfg(test)]
+use crate::engine::capture::startup::Opening;
+use crate::engine::capture::thread::{CaptureLoop, Command};
+use crate::engine::capture::waker::Waker;
+use crate::engine::checkpoint::bound;
+use crate::engine::checkpoint::thread::Checkpointer;
+use crate::engine::figures::WalFigures;
+use crate::engine::file::database::{OpenDatabase, reader};
+use crate::engine::file::doubt;
+use crate::engine::history::wal_records::Capture;
+#[cfg(test)]
+use crate::engine::options::EngineOptions;
+use crate::engine::source::Piece;
+use crate::error::{Error, Result};
+use crate::lock::lock;
+use crate::log::Log;
+use crate::page::{PageNo, PageSize};
+use crate::sqlite::Handle;
+use crate::status::Checkpoint;
+use crate::txid::{EpochHistory, Txid};
+use crate::wal::Salts;
+
+/// A primary's open database.
+#[derive(Debug)]
+pub(crate) struct PrimaryEngine {
+    pub(in crate::engine) base: Arc<OpenDatabase>,
+    pub(in crate::engine) syncer: Arc<GroupSync>,
+    pub(in crate::engine) waker: Arc<Waker>,
+    pub(in crate::engine) brake: Arc<Brake>,
+    pub(in crate::engine) commands: mpsc::SyncSender<Command>,
+    /// Reads the file for snapshots.
+    pub(in crate::engine) second: Arc<Mutex<Handle>>,
+    /// Where our own writer's last commit ended, so that the next one need not wait for capture.
+    pub(in crate::engine) last: Mutex<Option<Mark>>,
+    pub(in crate::engine) threads: Mutex<Vec<JoinHandle<()>>>,
+}
+
+/// A commit's place in the WAL and its number.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(in crate::engine) struct Mark {
+    pub(in crate::engine) salts: Salts,
+    pub(in crate::engine) frame: u32,
+    pub(in crate::engine) number: u64,
+}
+
+impl PrimaryEngine {
+    /// Opens the database as the primary, with what this node has of it. Blocks.
+    #[cfg(test)]
+    pub(crate) fn open(
+        options: EngineOptions,
+        node: Arc<crate::context::NodeContext>,
+    ) -> Result<PrimaryEngine> {
+        Opening::begin(options, node)?.finish()
+    }
+
+    pub(in crate::engine) fn start(
+        base: Arc<OpenDatabase>,
+        handle: Handle,
+        history: EpochHistory,
+    ) -> Result<PrimaryEngine> {
+        if let Some(found) = doubt::text(&base.options.side) {
+            base.node.set_problem(Part::Pages, Some(found));
+        }
+        let tip = base.tip();
+        let second = Arc::new(Mutex::new(reader(&base)?));
+        let syncer = Arc::new(GroupSync::new(base.clone(), tip.position.number()));
+        let waker = Arc::new(Waker::default());
+        let (commands, receiver) = mpsc::sync_channel(4);
+        let brake = Arc::new(Brake::new(&base, Write::new(reader(&base)?)));
+        let capture_loop = CaptureLoop {
+            base: base.clone(),
+            capture: Capture::new(base.clone(), handle, tip, Arc::new(history)),
+            syncer: syncer.clone(),
+            waker: waker.clone(),
+            commands: receiver,
+            restart_after: Instant::now(),
+            restart_pause: Duration::from_millis(50),
+            failed_until: Instant::now(),
+            brake: brake.clone(),
+        };
+        let checkpointer = Checkpointer {
+            base: base.clone(),
+            handle: reader(&base)?,
+            replica: None,
+            log_synced: Instant::now(),
+            applied_synced: Instant::now(),
+        };
+        let (last, threads) = Default::default();
+        let engine = PrimaryEngine { base, syncer, waker, brake, commands, second, last, threads };
+        // Closed again should another not start.
+        lock(&engine.threads).push(capture_loop.start()?);
+        let checkpointer = checkpointer.spawn()?;
+        let (thread, base) = (checkpointer.thread().clone(), engine.base.clone());
+        lock(&engine.threads).push(checkpointer);
+        let brake = BrakeLoop::start(base, engine.brake.clone(), engine.waker.clone(), thread)?;
+        lock(&engine.threads).push(brake);
+        Ok(engine)
+    }
+
+    /// Stops replication of this database for good, loudly.
+    pub(crate) fn fail(&self, error: &Error) {
+        self.base.fail(error);
+    }
+
+    /// Fails when no commit can be vouched for any more, and says why.
+    pub(crate) fn check(&self) -> Result<()> {
+        self.base.check()?;
+        // They end by themselves only after a failure; should one have ended in some other way, it is one now.
+        if lock(&self.threads).iter().any(JoinHandle::is_finished) {
+            self.base.check()?;
+            self.base.fail(&Error::Stopped("a thread of the engine has ended".into()));
+        }
+        self.base.check()
+    }
+
+    /// Call before BEGIN: waits, for a bounded time, while the WAL is longer than it may be.
+    pub(crate) fn pace(&self) {
+        self.brake.wait(&self.base);
+    }
+
+    /// Copies all that is committed back and begins the WAL anew. Blocks for at most so long.
+    pub(crate) fn checkpoint(&self, limit: Duration) -> Result<Checkpoint> {
+        self.check()?;
+        bound::checkpoint(&self.base, limit, || self.brake.wake())
+    }
+
+    /// Blocks until the transaction is on the disk; callers share one fsync.
+    pub(crate) fn sync(&self, txid: Txid) -> Result<()> {
+        self.syncer.sync(txid.number())
+    }
+
+    /// Opens a new epoch with a number above `above`, because a peer with a higher one was heard. Blocks.
+    pub(crate) fn raise_epoch(&self, above: u64) -> Result<()> {
+        let (reply, answer) = mpsc::sync_channel(1);
+        let gone = || self.base.check().err().unwrap_or(Error::ShutDown);
+        self.commands.send(Command::RaiseEpoch(above, reply)).map_err(|_| gone())?;
+        self.waker.wake();
+        answer.recv().map_err(|_| gone())?
+    }
+
+    pub(crate) fn log(&self) -> &Arc<Log> {
+        &self.base.log
+    }
+
+    pub(crate) fn page_size(&self) -> PageSize {
+        self.base.page_size
+    }
+
+    /// Reads up to `max_bytes` (at least one page) of pages from `first` on. Blocks.
+    pub(crate) fn read_piece(&self, first: PageNo, max_bytes: usize) -> Result<Piece> {
+        self.base.check()?;
+        self.base.read_piece(&mut lock(&self.second), first, max_bytes)
+    }
+
+    pub(crate) fn wal(&self) -> WalFigures {
+        self.base.figures()
+    }
+
+    /// A commit found no room.
+    pub(crate) fn no_room(&self) {
+        self.base.node.no_room("SQLite found no room for a commit");
+    }
+
+    /// Fails, and stops for good, when the files at the paths are not those that are open, or somebody else wrote to the database.
+    pub(crate) fn expect_files(&self) -> Result<()> {
+        self.base.sound()?;
+        self.base.expect_files()
+    }
+
+    /// Stops and joins the threads; all further calls fail with `ShutDown`. Blocks.
+    pub(crate) fn close(&self) {
+        stop_threads(&self.base, &self.threads, &self.waker);
+    }
+}
+
+impl Drop for PrimaryEngine {
+    fn drop(&mut self) {
+        self.close();
+    }
+}
+
+fn stop_threads(base: &OpenDatabase, threads: &Mutex<Vec<JoinHandle<()>>>, waker: &Waker) {
+    base.stop.store(true, std::sync::atomic::Ordering::Release);
+    waker.wake();
+    for thread in std::mem::take(&mut *lock(threads)) {
+        thread.thread().unpark();
+        // It has said how it ended.
+        let _ = thread.join();
+    }
+}

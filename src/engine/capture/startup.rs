@@ -1,0 +1,359 @@
+//! A primary's database on its way to be served, and what replicas give back to it.
+
+use std::sync::Arc;
+
+use crate::context::NodeContext;
+use crate::engine::capture::handle::PrimaryEngine;
+use crate::engine::checkpoint::restart::keep_from_others;
+use crate::engine::file::epochs::write_epochs;
+use crate::engine::file::unsynced_marker;
+use crate::engine::history::epoch::open_epoch;
+use crate::engine::history::record_intake::RecordIntake;
+use crate::engine::history::wal_appender::WalAppender;
+use crate::engine::options::{Durability, EngineOptions};
+use crate::engine::recover::{self, Opened};
+use crate::error::{Error, Result};
+use crate::files;
+use crate::page::PageSize;
+use crate::sqlite::{Lock, Slot};
+use crate::txid::{EpochHistory, Position};
+use crate::wire::Unit;
+
+/// A primary's database whose position is known, and that nobody can write to yet. Until it is served, transactions that a power cut took may
+/// be taken back from replicas.
+#[derive(Debug)]
+pub(crate) struct Opening {
+    node: Arc<NodeContext>,
+    live: WalAppender,
+    intake: RecordIntake,
+    /// Bytes of the transaction that has begun and not ended.
+    unfinished_bytes: u64,
+    history: EpochHistory,
+    exact: bool,
+    highest_epoch: u64,
+    may_miss: bool,
+}
+
+impl Opening {
+    /// Opens (and creates) the database, finds the position, and makes good from the log what the WAL lost. Blocks.
+    pub(crate) fn begin(options: EngineOptions, node: Arc<NodeContext>) -> Result<Opening> {
+        files::make(&options.side)?;
+        let may_miss = unsynced_marker::may_be_lost(&options.side)?;
+        let opened = recover::open(options.clone(), node.clone(), true)?;
+        let known = opened.is_known();
+        let mut opened = opened.judge(unsynced_marker::was_open(&options.side))?;
+        if !opened.exact {
+            opened.become_history(known)?;
+        }
+        // Not before it is judged: a refusal leaves all as it was.
+        let tip = opened.base.tip();
+        if tip.frame > 0 {
+            let (wal, size) = (&opened.base.wal, opened.base.page_size);
+            if wal.behind(tip.frame, tip.salts, size)?.is_some_and(|behind| behind.commits) {
+                // What a power cut left there was never acknowledged. But a bit that flips before it leaves the same.
+                opened.set_wal_aside()?;
+            }
+            wal.cut_behind(tip.frame, tip.salts, size)?;
+        } else if opened.wal.is_ours() {
+            // Its header was changed, or its first frame; there may be commits in it that no other file has.
+            opened.set_wal_aside()?;
+        }
+        opened.begin_if_empty()?;
+        let Opened { base, handle, history, exact, highest_epoch, .. } = opened.redo()?;
+        let live = WalAppender::new(base, handle)?;
+        let (intake, unfinished_bytes) = (RecordIntake::default(), 0);
+        Ok(Opening { node, live, intake, unfinished_bytes, history, exact, highest_epoch, may_miss })
+    }
+
+    /// Whether replicas may have transactions that follow this node's state, and that it lost.
+    pub(crate) fn may_miss(&self) -> bool {
+        self.may_miss && self.exact
+    }
+
+    pub(crate) fn tip(&self) -> Position {
+        self.live.position()
+    }
+
+    pub(crate) fn history(&self) -> &EpochHistory {
+        &self.history
+    }
+
+    pub(crate) fn page_size(&self) -> PageSize {
+        self.live.base.page_size
+    }
+
+    /// Takes units of records that follow the tip. Each whole transaction stays, whatever comes after it. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::Mismatch`] and [`Error::Peer`] when they don't follow, or are no records; [`Error::Io`].
+    pub(crate) fn take(&mut self, units: &[Unit]) -> Result<()> {
+        let taken = units.iter().try_for_each(|unit| self.take_unit(unit));
+        let published = self.intake.publish(&mut self.live);
+        taken.and(published)
+    }
+
+    fn take_unit(&mut self, unit: &Unit) -> Result<()> {
+        let message = unit.decode().map_err(|e| Error::garbled("a replica", e.to_string()))?;
+        if !self.intake.unit(&mut self.live, unit, &message, &self.history)? {
+            return Err(Error::garbled("a replica", format!("{:?} in place of a record", unit.kind)));
+        }
+        // No log has a longer one: it would push all others out.
+        self.unfinished_bytes = match self.live.in_transaction() {
+            true => self.unfinished_bytes + unit.raw.len() as u64,
+            false => 0,
+        };
+        if self.unfinished_bytes > self.live.base.options.log.quota_bytes {
+            return Err(Error::garbled("a replica", "a transaction larger than the log's quota"));
+        }
+        Ok(())
+    }
+
+    /// Forgets a transaction that did not come to its end.
+    pub(crate) fn abort(&mut self) {
+        self.intake.abort(Some(&mut self.live));
+        self.unfinished_bytes = 0;
+    }
+
+    /// Opens a new epoch and starts the threads. Blocks.
+    pub(crate) fn finish(mut self) -> Result<PrimaryEngine> {
+        self.abort();
+        let Opening { node, live, mut history, exact, highest_epoch, .. } = self;
+        let WalAppender { base, mut handle, .. } = live;
+        let (options, tip) = (base.options.clone(), base.tip());
+        // What was begun and not ended goes; and an epoch must not be on the disk before the transactions that it follows.
+        base.wal.cut_behind(tip.frame, tip.salts, base.page_size)?;
+        base.sync_wal()?;
+        if exact {
+            history = history.up_to(tip.position);
+            open_epoch(&mut history, highest_epoch, tip.position)?;
+            write_epochs(&options.side, &history, true)?;
+        }
+        recover::anchor(&base, &mut handle)?;
+        // The anchor's WAL is synced; what comes now may not be.
+        match options.durability {
+            Durability::Synced => unsynced_marker::end(&options.side)?,
+            Durability::Unsynced => unsynced_marker::begin(&options.side)?,
+        }
+        // Another process that stayed in the database may have copied everything back while nobody minded.
+        if let Err(error) = keep_from_others(&base, &mut handle) {
+            // It did it in the other way, which needs no room.
+            base.note_room(&error);
+            if !error.no_room() {
+                return Err(error);
+            }
+        }
+        handle.unlock(Slot::WRITE, Lock::Exclusive)?;
+        node.applied.lead(history.clone(), tip.position);
+        tracing::info!(position = %tip.position, epoch = %history.epoch(), "serving as the primary");
+        PrimaryEngine::start(base, handle, history)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use bytes::{Bytes, BytesMut};
+    use rusqlite::Connection;
+
+    use super::*;
+    use crate::checksum::PageHash;
+    use crate::engine::tests::{Home, node, settled};
+    use crate::log::Lookup;
+    use crate::page::PageNo;
+    use crate::txid::Txid;
+    use crate::wire::{Decoder, Message, TxnBegin, TxnEnd, encode, encode_page};
+
+    fn units(bytes: &[u8]) -> Vec<Unit> {
+        let mut decoder = Decoder::default();
+        decoder.push(Bytes::copy_from_slice(bytes));
+        std::iter::from_fn(|| decoder.next().unwrap()).collect()
+    }
+
+    fn copy(from: &Path, to: &Path) {
+        if from.is_dir() {
+            fs::create_dir_all(to).unwrap();
+            for entry in fs::read_dir(from).unwrap() {
+                let name = entry.unwrap().file_name();
+                // What is being replaced may be gone by now.
+                if !name.to_string_lossy().ends_with(".new") {
+                    copy(&from.join(&name), &to.join(&name));
+                }
+            }
+        } else {
+            fs::copy(from, to).unwrap();
+        }
+    }
+
+    /// A primary with three more transactions than a copy of its files, and their records.
+    fn behind(home: &Home) -> (Position, Vec<Vec<Unit>>) {
+        let engine = home.primary("a.db");
+        let writer = Connection::open(home.path("a.db")).unwrap();
+        writer.execute_batch("CREATE TABLE t(a); INSERT INTO t VALUES (0)").unwrap();
+        let first = settled(&engine);
+        for end in ["", "-wal", "-replite"] {
+            copy(&home.path(&format!("a.db{end}")), &home.path(&format!("b.db{end}")));
+        }
+        fs::write(home.path("b.db-replite").join("unsynced"), "another boot").unwrap();
+        for n in 1..=3 {
+            writer.execute("INSERT INTO t VALUES (randomblob(?1 * 5000))", [n]).unwrap();
+        }
+        let tip = settled(&engine);
+        let log = engine.log();
+        let lsn = |number| match log.find(number).unwrap() {
+            Lookup::At { lsn, .. } => lsn,
+            found => panic!("{found:?}"),
+        };
+        let record = |number| {
+            let (from, to) = (lsn(number - 1), lsn(number));
+            units(&log.read_disk(from, (to - from) as usize).unwrap())
+        };
+        let records = (first.number() + 1..=tip.number()).map(record).collect();
+        drop(writer);
+        (tip, records)
+    }
+
+    #[test]
+    fn records_that_follow_are_taken_and_no_others() {
+        let home = Home::new();
+        let (tip, records) = behind(&home);
+        let mut opening = Opening::begin(home.options("b.db"), node()).unwrap();
+        let before = opening.tip();
+        assert!(opening.may_miss());
+        assert_eq!((before.number(), records.len()), (tip.number() - 3, 3));
+
+        let mut forged = BytesMut::new();
+        let (page, number) = (vec![7; 4096], PageNo::new(2).unwrap());
+        let begin = TxnBegin { before, epoch: before.epoch(), page_size: opening.page_size() };
+        encode(&Message::TxnBegin(begin), &mut forged);
+        encode_page(number, PageHash::of(number, &page), &page, &mut forged);
+        let after = Position::new(Txid::new(before.epoch(), before.number() + 1), tip.checksum());
+        encode(&Message::TxnEnd(TxnEnd { after, pages: 2, changed: 1, unix_micros: 0 }), &mut forged);
+        // With a page that the database does not have afterwards.
+        let mut beyond = BytesMut::new();
+        let number = PageNo::new(1000).unwrap();
+        let hash = PageHash::of(number, &page);
+        encode(&Message::TxnBegin(begin), &mut beyond);
+        encode_page(number, hash, &page, &mut beyond);
+        let after = Position::new(after.txid(), before.checksum().with(hash));
+        let pages = opening.live.base.tip().pages;
+        encode(&Message::TxnEnd(TxnEnd { after, pages, changed: 1, unix_micros: 0 }), &mut beyond);
+        let mut epochs = BytesMut::new();
+        encode(&Message::Epochs(opening.history().clone()), &mut epochs);
+        let mut garbled = records[0][1].clone();
+        let mut bytes = garbled.raw.to_vec();
+        bytes[100] ^= 1;
+        garbled.raw = bytes.into();
+        for (what, units) in [
+            ("a later record", records[1].clone()),
+            ("a record whose pages lead elsewhere", units(&forged)),
+            ("a page beyond the end", units(&beyond)),
+            ("no record", units(&epochs)),
+            ("a flipped bit", vec![records[0][0].clone(), garbled]),
+            ("a page of no record", records[0][1..].to_vec()),
+        ] {
+            let error = opening.take(&units).expect_err(what);
+            assert!(matches!(error, Error::Mismatch { .. } | Error::Peer { .. }), "{what}: {error:?}");
+            opening.abort();
+            assert_eq!(opening.tip(), before, "{what}");
+        }
+
+        // What is whole stays, whatever comes behind it.
+        opening.take(&[&records[0][..], &records[2][..]].concat()).unwrap_err();
+        opening.abort();
+        assert_eq!(opening.tip().number(), before.number() + 1);
+        // Cut off within the next one, twice; the second time for good.
+        opening.take(&records[1][..2]).unwrap();
+        opening.abort();
+        opening.take(&records[1]).unwrap();
+        opening.take(&records[2][..2]).unwrap();
+        let engine = opening.finish().unwrap();
+        let position = settled(&engine);
+        assert_eq!(position.number(), tip.number() - 1);
+        assert_eq!(engine.log().tip(), Some(position));
+        let rows = |name: &str| {
+            let sql = "SELECT count(*), sum(length(a)) FROM t";
+            let connection = Connection::open(home.path(name)).unwrap();
+            connection.query_row(sql, [], |r| Ok((r.get::<_, i64>(0)?, r.get::<_, i64>(1)?))).unwrap()
+        };
+        assert_eq!(rows("b.db"), (3, 1 + 5000 + 10_000));
+        Connection::open(home.path("b.db")).unwrap().execute("INSERT INTO t VALUES (1)", []).unwrap();
+        let position = settled(&engine);
+        let Lookup::At { lsn, .. } = engine.log().find(before.number()).unwrap() else { panic!("not found") };
+        let mut numbers = Vec::new();
+        let mut within = false;
+        let check = |_: &Unit, message: Message<'_>| {
+            match message {
+                Message::TxnBegin(_) => assert!(!std::mem::replace(&mut within, true), "half a record"),
+                Message::TxnEnd(end) => {
+                    numbers.push(end.after.number());
+                    within = false;
+                }
+                _ => {}
+            }
+            Ok(())
+        };
+        engine.log().records(lsn, engine.log().complete(), check).unwrap();
+        assert_eq!(numbers, (before.number() + 1..=position.number()).collect::<Vec<_>>());
+        engine.close();
+        assert!(!home.path("b.db-replite").join("unsynced").exists());
+        let again = Opening::begin(home.options("b.db"), node()).unwrap();
+        assert_eq!(again.tip(), position);
+        assert!(!again.may_miss());
+    }
+
+    #[test]
+    fn a_transaction_that_no_log_would_have_is_refused_before_it_fills_the_disk() {
+        let home = Home::new();
+        let (_, records) = behind(&home);
+        let mut options = home.options("b.db");
+        options.log.quota_bytes = 4000;
+        let mut opening = Opening::begin(options, node()).unwrap();
+        let before = opening.tip();
+        // Its end does not even come.
+        let error = opening.take(&records[0][..2]).unwrap_err();
+        assert!(matches!(&error, Error::Peer { .. }) && error.to_string().contains("quota"), "{error}");
+        opening.abort();
+        assert_eq!(opening.tip(), before);
+    }
+
+    /// The disk kept the end of the WAL and not its middle, and the log goes a part of the way: what is written once more from the log is what
+    /// was there, bit for bit, and the end follows from it.
+    #[test]
+    fn frames_behind_a_hole_do_not_come_back_when_the_log_fills_it() {
+        let home = Home::new();
+        let engine = home.primary("a.db");
+        let writer = Connection::open(home.path("a.db")).unwrap();
+        writer.execute_batch("CREATE TABLE t(a)").unwrap();
+        let mut frames = Vec::new();
+        for n in 0..10 {
+            writer.execute("INSERT INTO t VALUES (?1)", [n]).unwrap();
+            let position = settled(&engine);
+            frames.push((position, engine.wal().frames));
+        }
+        let Lookup::At { lsn, .. } = engine.log().find(frames[7].0.number()).unwrap() else {
+            panic!("not found")
+        };
+        for end in ["", "-wal", "-replite"] {
+            copy(&home.path(&format!("a.db{end}")), &home.path(&format!("b.db{end}")));
+        }
+        let wal = fs::File::options().write(true).open(home.path("b.db-wal")).unwrap();
+        let hole = crate::wal::frame_offset(frames[4].1, engine.page_size());
+        std::os::unix::fs::FileExt::write_all_at(&wal, &[0xff; 512], hole + 1000).unwrap();
+        let log = home.path("b.db-replite").join("log").join("0000000000000000.log");
+        let log = fs::File::options().write(true).open(log).unwrap();
+        log.set_len(crate::wire::SEGMENT_BYTES as u64 + lsn + 100).unwrap();
+        let rows = || {
+            let connection = Connection::open(home.path("b.db")).unwrap();
+            connection.query_row("SELECT count(*) FROM t", [], |r| r.get::<_, i64>(0)).unwrap()
+        };
+        for _ in 0..3 {
+            let engine = PrimaryEngine::open(home.options("b.db"), node()).unwrap();
+            assert_eq!(settled(&engine), frames[7].0);
+            assert_eq!(rows(), 8);
+            engine.close();
+        }
+        assert_eq!(rows(), 8);
+    }
+}

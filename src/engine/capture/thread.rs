@@ -1,0 +1,361 @@
+//! The primary's owner thread: it watches the wal-index, captures commits, restarts the WAL, changes epochs.
+
+use std::sync::{Arc, mpsc};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
+
+use crate::context::Part;
+use crate::engine::capture::brake::Brake;
+use crate::engine::capture::group_sync::GroupSync;
+use crate::engine::capture::waker::Waker;
+use crate::engine::checkpoint::backfill;
+use crate::engine::checkpoint::bound::FAILURE_PAUSE;
+use crate::engine::checkpoint::bound::{BRAKE_TIMES, cannot_copy};
+use crate::engine::checkpoint::restart::{DRAIN_MAX, Restart, keep_from_others, restart};
+use crate::engine::file::database::OpenDatabase;
+use crate::engine::file::epochs::write_epochs;
+use crate::engine::file::unsynced_marker;
+use crate::engine::history::append_or_gap::{self, append_or_gap};
+use crate::engine::history::epoch::open_epoch;
+use crate::engine::history::wal_records::{Capture, Sink};
+use crate::engine::options::Durability;
+use crate::error::{Error, Result};
+use crate::lock::lock;
+use crate::threads;
+use crate::txid::Position;
+use crate::wal::IndexHeader;
+
+/// After the last commit the thread keeps looking for this long before it sleeps: a wake-up costs more.
+const SPIN: Duration = Duration::from_micros(30);
+/// First sleep when nothing happens; doubled up to the option's `poll_max`.
+const SLEEP_MIN: Duration = Duration::from_millis(1);
+/// How long the write lock is tried for when the WAL is to be restarted.
+const WRITE_WAIT: Duration = Duration::from_millis(20);
+/// Pause after a failed restart, doubled each time.
+const RESTART_PAUSE: Duration = Duration::from_millis(50);
+const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
+/// A header that stays torn for so long, with the write lock free, was left by a writer that died.
+const TORN_AFTER: Duration = Duration::from_millis(20);
+
+/// How long the write lock is tried for when an epoch is to be opened, and how long between two looks at what else
+/// was committed meanwhile.
+const EPOCH_WAIT: Duration = Duration::from_secs(5);
+const EPOCH_STEP: Duration = Duration::from_millis(1);
+/// How long an append to the log is tried that fails, and not for want of room, and how long between two tries.
+const APPEND_WAIT: Duration = Duration::from_secs(5);
+const APPEND_STEP: Duration = Duration::from_millis(20);
+
+/// A request to the thread.
+pub(in crate::engine) enum Command {
+    /// Open an epoch with a number above this one.
+    RaiseEpoch(u64, mpsc::SyncSender<Result<()>>),
+}
+
+pub(in crate::engine) struct CaptureLoop {
+    pub(in crate::engine) base: Arc<OpenDatabase>,
+    pub(in crate::engine) capture: Capture,
+    pub(in crate::engine) syncer: Arc<GroupSync>,
+    pub(in crate::engine) waker: Arc<Waker>,
+    pub(in crate::engine) commands: mpsc::Receiver<Command>,
+    pub(in crate::engine) restart_after: Instant,
+    pub(in crate::engine) restart_pause: Duration,
+    /// The disk gets a pause after a failure.
+    pub(in crate::engine) failed_until: Instant,
+    pub(in crate::engine) brake: Arc<Brake>,
+}
+
+impl CaptureLoop {
+    pub(in crate::engine) fn start(self) -> Result<JoinHandle<()>> {
+        threads::start("replite-capture", self, CaptureLoop::watch, CaptureLoop::end)
+    }
+
+    fn end(mut self, ended: Result<()>) {
+        match ended {
+            // Told, and for good. The log is what the next start has.
+            _ if self.base.lost() => {
+                if let Err(error) = self.last_words() {
+                    tracing::error!(%error, "the log does not have the last commits");
+                }
+            }
+            Err(error) => self.base.fail(&error),
+            Ok(()) => {}
+        }
+        self.base.node.applied.close();
+        // CKPT goes: not while the other thread copies in its name.
+        let base = self.base.clone();
+        let _nobody_copies = lock(&base.backfill);
+        drop(self.capture);
+        base.release_locks();
+    }
+
+    fn watch(&mut self) -> Result<()> {
+        let _ = self.waker.thread.set(std::thread::current());
+        let (mut active, mut sleep) = (Instant::now(), SLEEP_MIN);
+        let mut torn: Option<Instant> = None;
+        while !self.base.stopping() && !self.base.lost() {
+            while let Ok(command) = self.commands.try_recv() {
+                self.obey(command)?;
+            }
+            // All of it, not the frame count alone: a writer that died after the first copy that it writes, which is the
+            // second, has left the count as it was, and nobody else can read or write until that is mended.
+            match self.base.header() {
+                Some(h) if h.max_frame != self.capture.tip.frame || h.salts != self.capture.tip.salts => {
+                    self.capture(&h)?;
+                    (active, sleep, torn) = (Instant::now(), SLEEP_MIN, None);
+                }
+                Some(_) => torn = None,
+                None if torn.get_or_insert_with(Instant::now).elapsed() > TORN_AFTER => self.mend_header()?,
+                None => {}
+            }
+            self.maybe_restart()?;
+            if active.elapsed() < SPIN {
+                std::hint::spin_loop();
+                continue;
+            }
+            let (index, frame) = (&self.base.index, self.capture.tip.frame);
+            let ended = || self.base.stopping() || self.base.lost();
+            self.waker.sleep(sleep, || index.glance().0 != frame || ended());
+            sleep = (sleep * 2).min(self.base.options.poll_max);
+        }
+        if self.base.lost() {
+            return Ok(());
+        }
+        // What is committed is handed on, so that the next start finds log and anchor at the end.
+        if let Some(header) = self.base.header() {
+            self.capture(&header)?;
+        }
+        self.rest()
+    }
+
+    /// Brings what is committed to the log. Descriptor and mapping still have files that were removed.
+    fn last_words(&mut self) -> Result<()> {
+        if let Some(header) = self.base.header() {
+            self.capture(&header)?;
+        }
+        append_or_gap::sync(&self.base)
+    }
+
+    fn capture(&mut self, header: &IndexHeader) -> Result<()> {
+        self.brake.passed(header.max_frame);
+        let mut sink = ToLog { base: &self.base, syncer: &self.syncer, brake: &self.brake };
+        // Always the end, whoever asked for it: part of a record may be out, and nothing can be put behind that.
+        self.capture.advance(header, &mut sink).map_err(|error| match error {
+            Error::Stopped(_) | Error::ShutDown => error,
+            other => Error::Stopped(other.to_string()),
+        })
+    }
+
+    /// Leaves everything so that the next start needs no replay.
+    fn rest(&mut self) -> Result<()> {
+        self.base.sync_wal()?;
+        append_or_gap::sync(&self.base)?;
+        // Not between the anchor of somebody who copies and what it says.
+        let base = self.base.clone();
+        let _nobody_copies = lock(&base.backfill);
+        self.base.expect_as_left()?;
+        let file = self.base.left_behind(&mut self.capture.handle)?;
+        self.base.write_anchor(&self.capture.tip, file, true)?;
+        unsynced_marker::end(&self.base.options.side)
+    }
+
+    fn obey(&mut self, command: Command) -> Result<()> {
+        match command {
+            Command::RaiseEpoch(above, reply) => {
+                let result = self.raise_epoch(above);
+                let failed = matches!(&result, Err(Error::Stopped(_)));
+                let copy = if let Err(e) = &result { Err(Error::Stopped(e.to_string())) } else { Ok(()) };
+                // The asker may have gone; the epoch is open all the same.
+                let _ = reply.send(result);
+                if failed { copy } else { Ok(()) }
+            }
+        }
+    }
+
+    fn raise_epoch(&mut self, above: u64) -> Result<()> {
+        if self.capture.history.epoch().number() > above {
+            return Ok(());
+        }
+        // No commit may be under way: its writer would name it by the old epoch. That writer may wait for capture, which
+        // therefore goes on meanwhile.
+        let end = Instant::now() + EPOCH_WAIT;
+        let brake = self.brake.clone();
+        let mut write = loop {
+            let mut write = lock(&brake.write);
+            if write.take(EPOCH_STEP)? {
+                break write;
+            }
+            drop(write);
+            if self.base.stopping() {
+                return Err(Error::ShutDown);
+            }
+            if Instant::now() >= end {
+                return Err(Error::Timeout { what: "the write lock".into(), after: EPOCH_WAIT });
+            }
+            if let Some(header) = self.base.header() {
+                self.capture(&header)?;
+            }
+        };
+        let result = self.settled().and_then(|()| {
+            if self.base.options.durability == Durability::Unsynced {
+                // An epoch must not be on the disk before the transactions that it follows.
+                self.base.sync_wal()?;
+            }
+            let mut history = (*self.capture.history).clone();
+            open_epoch(&mut history, above, self.capture.tip.position)?;
+            write_epochs(&self.base.options.side, &history, true)?;
+            self.base.node.applied.lead(history.clone(), self.capture.tip.position);
+            self.base.node.roles.send_modify(|state| state.epoch = history.epoch());
+            self.capture.history = Arc::new(history);
+            Ok(())
+        });
+        write.give_back()?;
+        result
+    }
+
+    /// Captures to the very end. WRITE is held.
+    fn settled(&mut self) -> Result<()> {
+        let header = self.mended_header()?;
+        self.capture(&header)
+    }
+
+    fn maybe_restart(&mut self) -> Result<()> {
+        let held = self.brake.holds();
+        let due =
+            self.base.wal_bytes() > self.base.options.wal_limit_bytes && Instant::now() >= self.restart_after;
+        if !(held || due) || Instant::now() < self.failed_until {
+            return Ok(());
+        }
+        let rest = self.capture.tip.frame.saturating_sub(self.base.index.backfilled());
+        if rest > backfill::REST_MAX_FRAMES {
+            return Ok(());
+        }
+        match self.restart() {
+            Ok(true) => {
+                self.restart_pause = RESTART_PAUSE;
+                self.base.node.set_problem(Part::Checkpoint, None);
+                return Ok(());
+            }
+            // It is tried again and again.
+            Ok(false) if held => return Ok(()),
+            // The node is being closed: it ends with the loop, in order.
+            Ok(false) | Err(Error::ShutDown) => {}
+            // Full or failing disk: the WAL grows meanwhile, and nothing is lost.
+            Err(error @ Error::Io { .. }) => {
+                tracing::warn!(%error, "the WAL could not be restarted");
+                self.base.note_room(&error);
+                self.base.node.set_problem(Part::Checkpoint, Some(cannot_copy(&error)));
+                self.failed_until = Instant::now() + FAILURE_PAUSE;
+            }
+            Err(error) => return Err(error),
+        }
+        self.restart_after = Instant::now() + self.restart_pause;
+        self.restart_pause = (self.restart_pause * 2).min(RESTART_PAUSE_MAX);
+        Ok(())
+    }
+
+    fn restart(&mut self) -> Result<bool> {
+        let brake = self.brake.clone();
+        // Who has it otherwise is about to take it for us.
+        let Ok(mut write) = brake.write.try_lock() else { return Ok(false) };
+        if !write.take(WRITE_WAIT)? {
+            return Ok(false);
+        }
+        let base = self.base.clone();
+        // What was committed is taken; the rest is the disk's.
+        let on_disk = base.progress.on_disk();
+        let left = write.until.map_or(DRAIN_MAX, |until| until.saturating_duration_since(Instant::now()));
+        let result = self.restart_locked(left.max(DRAIN_MAX));
+        drop(on_disk);
+        if matches!(result, Ok(true)) {
+            brake.release(&self.base, &mut write, self.base.limit_frames(BRAKE_TIMES, 1))?;
+        }
+        write.give_back()?;
+        result
+    }
+
+    fn restart_locked(&mut self, drain: Duration) -> Result<bool> {
+        self.settled()?;
+        let done = match restart(&self.base, &mut self.capture.handle, drain) {
+            Ok(Restart::Done(tip)) => {
+                self.capture.tip = tip;
+                self.syncer.synced(tip.position.number());
+                return Ok(true);
+            }
+            Ok(_) => Ok(false),
+            Err(error) => Err(error),
+        };
+        // Whatever happened: WRITE is not given back while everything counts as backfilled.
+        self.capture.tip = keep_from_others(&self.base, &mut self.capture.handle)?;
+        done
+    }
+
+    /// Has the header whole again after a foreign writer died inside of its header write. Readers and writers would have SQLite recover, for which it
+    /// needs CKPT, which we hold for life.
+    fn mend_header(&mut self) -> Result<()> {
+        let brake = self.brake.clone();
+        let Ok(mut write) = brake.write.try_lock() else { return Ok(()) };
+        if !write.take(Duration::ZERO)? {
+            return Ok(()); // Somebody writes: the header may be about to be whole.
+        }
+        let mended = self.mended_header();
+        write.give_back()?;
+        mended.map(drop)
+    }
+
+    /// The header, with WRITE held: nobody is writing it. Should it be torn, one of its two copies is whole, and takes the place of the other.
+    fn mended_header(&self) -> Result<IndexHeader> {
+        match (self.base.header(), self.base.index.header_left()) {
+            (Some(header), _) => Ok(header),
+            (None, Some(left)) => {
+                tracing::warn!("a writer died while it published its commit; the wal-index is mended");
+                self.base.index.publish(&left);
+                Ok(left)
+            }
+            (None, None) => Err(Error::Stopped("both copies of the wal-index header are torn".into())),
+        }
+    }
+}
+
+/// Hands records to the log, after they are on the disk in the WAL.
+struct ToLog<'a> {
+    base: &'a Arc<OpenDatabase>,
+    syncer: &'a GroupSync,
+    brake: &'a Brake,
+}
+
+impl Sink for ToLog<'_> {
+    fn committed(&mut self, number: u64) -> Result<()> {
+        let _on_disk = self.base.progress.on_disk();
+        match self.base.options.durability {
+            Durability::Synced => self.syncer.sync(number),
+            Durability::Unsynced => Ok(()),
+        }
+    }
+
+    fn records(&mut self, units: Bytes, after: Option<Position>) -> Result<()> {
+        let on_disk = self.base.progress.on_disk();
+        let (begun, mut failed) = (Instant::now(), false);
+        while let Err(error) = append_or_gap(self.base, units.clone(), after) {
+            // Such as for want of descriptors.
+            let text = format!("the log can't be written: {error}");
+            if begun.elapsed() >= APPEND_WAIT || self.base.stopping() {
+                return Err(Error::Stopped(text));
+            }
+            failed = true;
+            self.base.node.set_problem(Part::Log, Some(text));
+            std::thread::sleep(APPEND_STEP);
+        }
+        drop(on_disk);
+        if failed && !*lock(&self.base.log_broken) {
+            self.base.node.set_problem(Part::Log, None);
+        }
+        // Others write while this is done.
+        self.brake.passed(self.base.index.glance().0);
+        if let Some(after) = after {
+            self.base.node.applied.advance(after);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,285 @@
+//! Verification: all pages of one state are hashed beside readers and writers, and compared with the position.
+
+use std::collections::{BTreeMap, HashMap};
+use std::num::NonZeroU64;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, TryLockError};
+use std::time::{Duration, Instant};
+
+use crate::checksum::{Checksum, PageHash};
+use crate::engine::apply::handle::ReplicaEngine;
+use crate::engine::capture::handle::PrimaryEngine;
+use crate::engine::file::database::{OpenDatabase, Tip, reader};
+use crate::engine::file::doubt;
+use crate::engine::file::hash::Whole;
+use crate::error::{Error, Result};
+use crate::lock::lock;
+use crate::log::Lookup;
+use crate::page::PageNo;
+use crate::sqlite::{Handle, Lock, Slot};
+use crate::status::{Verification, unix_millis};
+use crate::threads::caught;
+use crate::txid::Position;
+use crate::wire::{Decoder, Message};
+
+/// Longest wait for one of SQLite's four read marks.
+const MARK_WAIT: Duration = Duration::from_secs(10);
+/// Pause between two tries of them.
+const MARK_STEP: Duration = Duration::from_millis(1);
+/// A limited verification sleeps in steps of at most this, so that it sees the node's end.
+const SLEEP_STEP: Duration = Duration::from_millis(10);
+/// Databases of fewer runs than this are hashed by one thread.
+const TWO_THREADS_RUNS: u32 = 256;
+/// Bytes of the log that are read at a time.
+const LOG_BYTES: usize = 1 << 20;
+/// Pages whose hashes are remembered from the log, at most, of some 32 bytes each; bad ones among the others stay unnamed.
+const KNOWN_MAX: usize = 1 << 20;
+/// The most pages that are named.
+const BAD_MAX: usize = Verification::BAD_PAGES_MAX;
+
+impl PrimaryEngine {
+    /// Hashes the whole database at its last transaction. Blocks for as long as that takes.
+    pub(crate) fn verify(&self, bytes_per_second: Option<NonZeroU64>) -> Result<Verification> {
+        self.base.check()?;
+        verify(&self.base, reader(&self.base)?, bytes_per_second)
+    }
+
+    /// The right hashes of the pages that a verification has named, by the log. Blocks.
+    pub(crate) fn right_hashes(&self, verification: &Verification) -> Result<BTreeMap<PageNo, PageHash>> {
+        let known = logged(&self.base, verification.position)?;
+        let named = |number: &PageNo| Some((*number, *known.get(number)?));
+        Ok(verification.bad_pages.iter().filter_map(named).collect())
+    }
+}
+
+impl ReplicaEngine {
+    /// Hashes the whole database at the last transaction that was applied. Blocks for as long as that takes.
+    pub(crate) fn verify(&self, bytes_per_second: Option<NonZeroU64>) -> Result<Verification> {
+        let (base, handle) = {
+            // The apply thread takes the base out before it closes its connections: until then the wal-index is mapped, and
+            // our connection keeps it so.
+            let shared = lock(&self.shared.base);
+            let base =
+                shared.clone().ok_or_else(|| Error::NoState("the replica is not filled yet".into()))?;
+            let handle = reader(&base)?;
+            (base, handle)
+        };
+        base.check()?;
+        verify(&base, handle, bytes_per_second)
+    }
+}
+
+fn verify(base: &Arc<OpenDatabase>, mut handle: Handle, limit: Option<NonZeroU64>) -> Result<Verification> {
+    let begun = Instant::now();
+    let tip = pin(base, &mut handle)?;
+    let found = hash(base, &mut handle, &tip, limit)?;
+    let mut verification = Verification {
+        position: tip.position,
+        found,
+        pages: tip.pages,
+        bytes: u64::from(tip.pages) * u64::from(base.page_size.get()),
+        bad_pages: Vec::new(),
+        all_named: true,
+        finished_ms: 0,
+        elapsed_ms: 0,
+    };
+    if verification.holds() {
+        doubt::end(&base.options.side);
+    } else {
+        let named = name_bad_pages(base, &mut handle, &tip, found);
+        (verification.bad_pages, verification.all_named) = match named {
+            Err(error @ (Error::ShutDown | Error::Stopped(_))) => return Err(error),
+            Err(error) => {
+                tracing::warn!(%error, "the log does not tell which pages are bad");
+                (Vec::new(), false)
+            }
+            Ok(named) => named,
+        };
+        doubt::begin(&base.options.side, &verification.problem());
+    }
+    verification.finished_ms = unix_millis();
+    verification.elapsed_ms = begun.elapsed().as_millis() as u64;
+    Ok(verification)
+}
+
+/// Whether the node ends, whoever ends it.
+fn stopped(base: &OpenDatabase) -> Result<()> {
+    if base.stopping() || base.node.stop.is_cancelled() { Err(Error::ShutDown) } else { Ok(()) }
+}
+
+/// Holds the state at the tip still, for as long as the handle lives: no frame after it is copied into the file, and the WAL is not begun
+/// anew. By a read mark, as a reader does it, but at the tip, whose position is known, and never at READ0, which would keep all frames out
+/// of the file.
+fn pin(base: &OpenDatabase, handle: &mut Handle) -> Result<Tip> {
+    let mut end = Instant::now() + MARK_WAIT;
+    while Instant::now() < end {
+        stopped(base)?;
+        match base.backfill.try_lock() {
+            // A copy that is under way is waited for in steps, because the node may end meanwhile.
+            Err(TryLockError::WouldBlock) => end = Instant::now() + MARK_WAIT,
+            // Between the look at the tip and the lock nobody copies frames behind it, nor begins the WAL anew.
+            _nobody_copies => {
+                let tip = base.tip();
+                if pin_at(base, handle, tip.frame)? {
+                    return Ok(tip);
+                }
+            }
+        }
+        std::thread::sleep(MARK_STEP);
+    }
+    let what = "a read mark: readers hold all of them at newer states".into();
+    Err(Error::Timeout { what, after: MARK_WAIT })
+}
+
+fn pin_at(base: &OpenDatabase, handle: &mut Handle, frame: u32) -> Result<bool> {
+    for mark in 1..5 {
+        let slot = Slot::read(mark);
+        if handle.try_lock(slot, Lock::Exclusive)? {
+            base.index.set_read_mark(mark, frame);
+            handle.unlock(slot, Lock::Exclusive)?;
+            if share(base, handle, mark, frame)? {
+                return Ok(true);
+            }
+        }
+    }
+    // All are in use: one that stands at an older frame protects what comes after it as well.
+    for mark in 1..5 {
+        if share(base, handle, mark, frame)? {
+            return Ok(true);
+        }
+    }
+    Ok(false)
+}
+
+/// Shares a mark if it protects the frame. Once it is shared nobody moves it.
+fn share(base: &OpenDatabase, handle: &mut Handle, mark: usize, frame: u32) -> Result<bool> {
+    let slot = Slot::read(mark);
+    if !handle.try_lock(slot, Lock::Shared)? {
+        return Ok(false);
+    }
+    // A reader may have moved it between.
+    if base.index.read_mark(mark) <= frame && !base.doubts(slot) {
+        return Ok(true);
+    }
+    handle.unlock(slot, Lock::Shared)?;
+    Ok(false)
+}
+
+/// The sum over all pages at the tip, which is pinned. Sums commute, so that two threads may share the runs.
+fn hash(base: &OpenDatabase, handle: &mut Handle, tip: &Tip, limit: Option<NonZeroU64>) -> Result<Checksum> {
+    let whole = Whole::new(base, tip.frame, tip.pages);
+    let (next, begun) = (AtomicU32::new(0), Instant::now());
+    let work = |handle: &mut Handle| {
+        let (mut sum, mut buffer) = (Checksum::EMPTY, Vec::new());
+        loop {
+            let run = next.fetch_add(1, Ordering::Relaxed);
+            if run >= whole.runs() {
+                return Ok(sum);
+            }
+            let added = pause(base, whole.pages_before(run), begun, limit)
+                .and_then(|()| whole.add_run(handle, run, &mut buffer, sum));
+            // The other thread need not go on either.
+            sum = added.inspect_err(|_| next.store(whole.runs(), Ordering::Relaxed))?;
+        }
+    };
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
+    if limit.is_some() || cores < 2 || whole.runs() < TWO_THREADS_RUNS {
+        return work(handle);
+    }
+    let mut second = reader(base)?;
+    std::thread::scope(|scope| {
+        let helper = std::thread::Builder::new().name("replite-verify-2".into());
+        let other = helper
+            .spawn_scoped(scope, || caught("replite-verify-2", || work(&mut second)).flatten())
+            .map_err(Error::io("spawn", "replite-verify-2"))?;
+        let ours = work(handle);
+        let theirs = other.join().unwrap_or(Err(Error::ShutDown));
+        Ok(ours?.plus(theirs?))
+    })
+}
+
+/// Sleeps for as long as the limit asks for after so many pages.
+fn pause(base: &OpenDatabase, pages: u32, begun: Instant, limit: Option<NonZeroU64>) -> Result<()> {
+    let due = limit.map_or(Duration::ZERO, |limit| {
+        let bytes = u128::from(pages) * u128::from(base.page_size.get());
+        Duration::from_millis((bytes * 1000 / u128::from(limit.get())) as u64)
+    });
+    loop {
+        stopped(base)?;
+        let left = due.saturating_sub(begun.elapsed());
+        if left.is_zero() {
+            return Ok(());
+        }
+        std::thread::sleep(left.min(SLEEP_STEP));
+    }
+}
+
+/// The pages that are not what the newest record says that has them, and whether they are the whole difference.
+fn name_bad_pages(
+    base: &Arc<OpenDatabase>,
+    handle: &mut Handle,
+    tip: &Tip,
+    found: Checksum,
+) -> Result<(Vec<PageNo>, bool)> {
+    let mut known: Vec<(PageNo, PageHash)> = logged(base, tip.position)?.into_iter().collect();
+    known.sort_unstable_by_key(|(number, _)| *number);
+    let (mut bad, mut mended) = (Vec::new(), found);
+    let mut page = vec![0; base.page_size.bytes()];
+    for (number, right) in known {
+        stopped(base)?;
+        base.read_page(handle, number, tip.frame, &mut page)?;
+        let wrong = PageHash::of(number, &page);
+        if wrong != right {
+            mended = mended.without(wrong).with(right);
+            if bad.len() == BAD_MAX {
+                return Ok((bad, false));
+            }
+            bad.push(number);
+        }
+    }
+    Ok((bad, mended == tip.position.checksum()))
+}
+
+/// The hash of each page that the retained log has an image of, as of a state. None when the log does not reach to it.
+fn logged(base: &Arc<OpenDatabase>, at: Position) -> Result<HashMap<PageNo, PageHash>> {
+    let log = &base.log;
+    let mut known = HashMap::new();
+    let Some(start) = log.start() else { return Ok(known) };
+    let Lookup::At { mut lsn, .. } = log.find(start.number())? else { return Ok(known) };
+    let pin = log.pin(lsn);
+    let mut decoder = Decoder::default();
+    let corrupt = |lsn, e: crate::wire::WireError| log.corrupt(lsn, e.to_string());
+    loop {
+        stopped(base)?;
+        let bytes = log.read_disk(lsn, LOG_BYTES)?;
+        if bytes.is_empty() {
+            return Ok(HashMap::new());
+        }
+        lsn += bytes.len() as u64;
+        decoder.push(bytes);
+        while let Some(unit) = decoder.next().map_err(|e| corrupt(lsn, e))? {
+            match unit.decode().map_err(|e| corrupt(lsn, e))? {
+                // Its hash was verified: a damaged log names no page.
+                Message::Page { number, hash, .. }
+                    if known.len() < KNOWN_MAX || known.contains_key(&number) =>
+                {
+                    known.insert(number, hash);
+                }
+                Message::TxnEnd(end) => {
+                    known.retain(|number, _| number.get() <= end.pages);
+                    if end.after == at {
+                        return Ok(known);
+                    }
+                    if end.after.number() >= at.number() {
+                        return Ok(HashMap::new());
+                    }
+                }
+                _ => {}
+            }
+        }
+        if decoder.buffered() == 0 {
+            pin.advance(lsn);
+            lsn = log.step_over(lsn);
+        }
+    }
+}

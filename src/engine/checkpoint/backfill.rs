@@ -1,0 +1,237 @@
+//! Copying frames back into the database file, and beginning the WAL anew.
+//!
+//! Everybody else's checkpoints are refused while we hold the CKPT lock; these are ours.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::engine::checkpoint::restart::DRAIN_MAX;
+use crate::engine::file::anchor::FileState;
+use crate::engine::file::database::{OpenDatabase, Tip};
+use crate::engine::file::newest::{Found, Newest};
+use crate::engine::file::witnesses::Mark;
+use crate::engine::history::append_or_gap;
+use crate::error::{Error, Result};
+use crate::lock::lock;
+use crate::page::PageNo;
+use crate::sqlite::{Handle, Lock, Slot};
+use crate::wal::{FRAME_HEADER_BYTES, IndexHeader, READ_MARK_UNUSED, frame_bytes, frame_offset};
+
+/// Frames that may be left to copy while the write lock is held.
+pub(in crate::engine) const REST_MAX_FRAMES: u32 = 256;
+/// Pages are copied in runs of about this size, before each of which the files are looked at.
+const RUN_BYTES: usize = 256 * 1024;
+/// The most that is written to the file at once.
+const WRITE_BYTES: usize = 64 * 1024;
+/// Pause between tries of a lock that is held for microseconds by others.
+pub(in crate::engine) const LOCK_STEP: Duration = Duration::from_micros(30);
+
+/// Copies what readers allow, without stopping anybody. Returns the frame that the file now stands at.
+pub(in crate::engine) fn backfill_some(
+    base: &Arc<OpenDatabase>,
+    handle: &mut Handle,
+    may_complete: bool,
+) -> Result<Option<u32>> {
+    let _one = lock(&base.backfill);
+    let tip = base.tip();
+    // Once capture has stopped, CKPT is no longer ours; and frames of a generation that is not the tip's are never ours
+    // to copy, nor to count.
+    let ours = |h: IndexHeader| h.salts == tip.salts && h.max_frame >= tip.frame;
+    if base.check().is_err() || !base.header().is_some_and(ours) {
+        return Ok(None);
+    }
+    base.expect_as_left()?;
+    let done = base.index.backfilled();
+    base.map_to(handle, tip.frame)?;
+    let safe = safe_frame(base, handle, tip.frame)?;
+    let Some(target) = base.boundary(safe).filter(|t| t.salts == tip.salts && t.frame > done) else {
+        base.bound.pin(safe < tip.frame);
+        return Ok(None);
+    };
+    if !lock_file(base, handle)? {
+        return Ok(None);
+    }
+    let result = copy(base, handle, &target, done);
+    handle.unlock(Slot::READ0, Lock::Exclusive)?;
+    result?;
+    // A writer that sees everything backfilled may restart the WAL by itself. Only who holds the write
+    // lock for life may say "everything".
+    let full = base.header().is_none_or(|h| h.max_frame <= target.frame);
+    let visible = if full && !may_complete { target.frame - 1 } else { target.frame };
+    base.index.set_backfilled(visible);
+    base.bound.pin(false);
+    rest(base, &target)?;
+    Ok(Some(visible))
+}
+
+/// Takes READ0, which readers have who use no frame of the WAL.
+pub(in crate::engine) fn lock_file(base: &OpenDatabase, handle: &mut Handle) -> Result<bool> {
+    let locked = try_for(handle, Slot::READ0, Lock::Exclusive, DRAIN_MAX)?;
+    base.bound.mark(0, (!locked).then_some(0));
+    base.bound.pin(!locked);
+    Ok(locked)
+}
+
+/// Notes that the file alone is the state at `target`.
+pub(in crate::engine) fn rest(base: &OpenDatabase, target: &Tip) -> Result<()> {
+    let file = base.at_rest(target.position)?;
+    base.write_anchor(target, file, false)
+}
+
+/// Copies the newest image of each page in `done+1 ..= target` and fsyncs. READ0 is held, exclusive.
+pub(in crate::engine) fn copy(
+    base: &OpenDatabase,
+    handle: &mut Handle,
+    target: &Tip,
+    done: u32,
+) -> Result<()> {
+    // What is copied must be on the disk in the WAL first, and in the log: after this, the file can't
+    // go back to the state that the log's tip may need.
+    base.sync_wal()?;
+    if let Err(error) = append_or_gap::sync(base) {
+        tracing::warn!(%error, "the log can't be synced before a backfill");
+    }
+    let bytes = u64::from(target.pages) * u64::from(base.page_size.get());
+    // What was there before, but for a mark that an earlier copy has left.
+    let before = handle.size()? / u64::from(base.page_size.get()) * u64::from(base.page_size.get());
+    let mark = new_mark(before.max(bytes))?;
+    let witnesses = base.witnesses(handle, done, target)?;
+    base.write_anchor(target, FileState::Backfilling(witnesses.marked(Some(mark))), true)?;
+    base.writing(|| {
+        set_mark(handle, mark);
+        Ok(())
+    })?;
+    base.index.set_attempted(target.frame);
+    let (mut newest, mut pages, mut images) =
+        (Newest::ascending(&base.index, done + 1, target.frame), Vec::new(), Images::default());
+    let first = PageNo::FIRST.get();
+    let run = (RUN_BYTES / base.page_size.bytes()).max(1);
+    while newest.next(&mut pages) {
+        pages.retain(|(page, _)| *page > first && *page <= target.pages);
+        for run in pages.chunks(run) {
+            // Each time: a large copy takes a while.
+            base.writing(|| images.copy(base, handle, run))?;
+            if base.stopping() {
+                return Err(Error::ShutDown);
+            }
+        }
+    }
+    // The last: while it is the older one, not all was copied.
+    if let Some(frame) = base.index.lookup(first, done + 1, target.frame) {
+        base.writing(|| images.copy(base, handle, &[(first, frame)]))?;
+    }
+    base.writing(|| handle.truncate(before.max(bytes)))?;
+    handle.sync()
+}
+
+/// What is on its way from the WAL to the file.
+#[derive(Default)]
+struct Images {
+    frames: Vec<u8>,
+    pages: Vec<u8>,
+}
+
+impl Images {
+    /// Copies pages from their frames, neighbours by one write; frames that are neighbours are read at once.
+    fn copy(&mut self, base: &OpenDatabase, handle: &mut Handle, run: &[Found]) -> Result<()> {
+        let (size, frame) = (base.page_size.bytes(), frame_bytes(base.page_size));
+        for neighbours in run.chunk_by(|(one, _), (other, _)| one + 1 == *other) {
+            for pages in neighbours.chunks((WRITE_BYTES / size).max(1)) {
+                self.pages.clear();
+                for frames in pages.chunk_by(|(_, one), (_, other)| one + 1 == *other) {
+                    self.frames.resize(frames.len() * frame, 0);
+                    base.wal.read(&mut self.frames, frame_offset(frames[0].1, base.page_size))?;
+                    for frame in self.frames.chunks_exact(frame) {
+                        self.pages.extend_from_slice(&frame[FRAME_HEADER_BYTES..]);
+                    }
+                }
+                if let Some(page) = PageNo::new(pages[0].0) {
+                    handle.write(&self.pages, page.offset(base.page_size))?;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// A mark behind the end of a file of so many bytes.
+fn new_mark(offset: u64) -> Result<Mark> {
+    let mut nonce = [0; Mark::BYTES];
+    getrandom::fill(&mut nonce).map_err(|e| Error::Stopped(format!("no random numbers: {e}")))?;
+    Ok(Mark { offset, nonce })
+}
+
+/// Without it only a hash of everything tells later that the file is still this one.
+fn set_mark(handle: &mut Handle, mark: Mark) {
+    if let Err(error) = handle.write(&mark.nonce, mark.offset) {
+        tracing::debug!(%error, "the file is not marked");
+    }
+}
+
+/// Whether the file is still the one that was marked: nobody has put another in its place, nor cut it.
+pub(in crate::engine) fn is_marked(handle: &mut Handle, mark: Option<Mark>) -> Result<bool> {
+    let Some(mark) = mark else { return Ok(false) };
+    let mut found = [0; Mark::BYTES];
+    handle.read(&mut found, mark.offset)?;
+    Ok(found == mark.nonce && handle.size()? == mark.offset + Mark::BYTES as u64)
+}
+
+/// Marks a file whose content was proved, and that has no time which says so. The mark that it has already stays.
+pub(in crate::engine) fn mark_again(base: &OpenDatabase, handle: &mut Handle) -> Result<Option<Mark>> {
+    if let FileState::Backfilling(witnesses) = base.file_state()
+        && is_marked(handle, witnesses.mark)?
+    {
+        return Ok(witnesses.mark);
+    }
+    let size = u64::from(base.page_size.get());
+    let mark = new_mark((handle.size()? / size).max(u64::from(base.tip().pages)) * size)?;
+    set_mark(handle, mark);
+    Ok(Some(mark))
+}
+
+/// The last frame that no reader needs to stay out of the file.
+pub(in crate::engine) fn safe_frame(base: &OpenDatabase, handle: &mut Handle, max: u32) -> Result<u32> {
+    let mut safe = max;
+    // The marks are looked at as they are now, and no loss of locks is behind them that nobody saw.
+    base.mend_locks(handle)?;
+    let newest = base.index.glance().0;
+    for mark in 1..5 {
+        let doubt = base.doubts(Slot::read(mark));
+        let frame = if doubt { 0 } else { base.index.read_mark(mark) };
+        if frame >= safe && !doubt {
+            if frame >= newest {
+                base.bound.mark(mark, None);
+            }
+            continue;
+        }
+        if handle.try_lock(Slot::read(mark), Lock::Exclusive)? {
+            base.index.set_read_mark(mark, if mark == 1 { safe } else { READ_MARK_UNUSED });
+            handle.unlock(Slot::read(mark), Lock::Exclusive)?;
+            base.doubt_no_more(Slot::read(mark));
+            base.bound.mark(mark, None);
+        } else {
+            safe = frame;
+            base.bound.mark(mark, (frame < newest).then_some(frame));
+        }
+    }
+    Ok(safe)
+}
+
+/// Tries a lock again and again, in short steps, for a bounded time.
+pub(in crate::engine) fn try_for(
+    handle: &mut Handle,
+    slot: Slot,
+    lock: Lock,
+    limit: Duration,
+) -> Result<bool> {
+    let end = Instant::now() + limit;
+    loop {
+        if handle.try_lock(slot, lock)? {
+            return Ok(true);
+        }
+        if Instant::now() >= end {
+            return Ok(false);
+        }
+        std::thread::sleep(LOCK_STEP);
+    }
+}

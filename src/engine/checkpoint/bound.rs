@@ -1,0 +1,165 @@
+//! How long the WAL may become, what keeps it from being begun anew, and for how long who writes is held back for its sake.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use crate::context::Part;
+use crate::engine::file::anchor::FileState;
+use crate::engine::file::database::OpenDatabase;
+use crate::error::{Error, Result};
+use crate::lock::lock;
+use crate::status::{Checkpoint, Event, WalReason};
+use crate::wal::frame_bytes;
+
+/// Beyond so many times its limit, who writes is held back until the WAL has begun anew.
+pub(in crate::engine) const BRAKE_TIMES: u32 = 2;
+/// Beyond so many times its limit, readers are waited for as long as it may be, and next to nothing is let through on a slow disk.
+pub(in crate::engine) const LATE_TIMES: u32 = 4;
+/// Longest that writers are held back for a copy, without a pause in which some get through.
+pub(in crate::engine) const COPY_MAX: Duration = Duration::from_secs(1);
+/// Longest that they are for readers at the limit; it grows with the square of the WAL's length.
+const READERS_AT_LIMIT: Duration = Duration::from_millis(250);
+/// Longest at all: the usual busy timeout is 5 s.
+const READERS_MAX: Duration = Duration::from_secs(4);
+/// Pause after a failed checkpoint.
+pub(in crate::engine) const FAILURE_PAUSE: Duration = Duration::from_secs(1);
+/// A reader that has stayed for less is no reason to speak of.
+const READER_SHORT: Duration = Duration::from_millis(100);
+/// Writers go on for so many times as long as they were held back for readers in vain.
+pub(in crate::engine) const REST_TIMES: u32 = 10;
+/// How often somebody who waits for a new beginning looks for it.
+const ASK_STEP: Duration = Duration::from_millis(2);
+/// The WAL has been beyond twice its limit for so long when that is told, and for so long beyond four times.
+const TELL_AFTER: Duration = Duration::from_secs(1);
+const TELL_AFTER_LATE: Duration = Duration::from_millis(250);
+
+impl OpenDatabase {
+    /// How many frames make so many times the limit, or a part of it.
+    pub(in crate::engine) fn limit_frames(&self, times: u32, part: u32) -> u32 {
+        let frames = self.options.wal_limit_bytes / frame_bytes(self.page_size) as u64;
+        (frames.saturating_mul(times.into()) / u64::from(part)).clamp(1, u32::MAX.into()) as u32
+    }
+
+    /// How long it is worth while to hold back who writes, for a WAL of so many frames; nothing when it would be in vain.
+    pub(in crate::engine) fn patience(&self, frames: u32) -> Option<Duration> {
+        let asked = self.bound.asked();
+        let late = frames > self.limit_frames(LATE_TIMES, 1);
+        let readers = lock(&self.bound.readers);
+        if !readers.pinned {
+            // What the disk refuses, no waiting brings there.
+            let futile = self.node.has_problem(Part::Checkpoint) && !late && asked.is_none();
+            let most = asked.filter(|_| frames <= self.limit_frames(BRAKE_TIMES, 1)).unwrap_or(COPY_MAX);
+            return (!futile).then_some(COPY_MAX.min(most));
+        }
+        let oldest = readers.oldest();
+        if oldest > READERS_MAX {
+            return None;
+        }
+        if let Some(left) = asked {
+            return Some(left.min(READERS_MAX));
+        }
+        let times = f64::from(frames) / f64::from(self.limit_frames(1, 1));
+        let most = READERS_AT_LIMIT.mul_f64((times * times).min(64.0)).min(READERS_MAX);
+        // Those that are there now, and then those that came meanwhile.
+        let needed = readers.longest.max(oldest) * 2;
+        (late || needed <= most).then_some(most)
+    }
+
+    /// Why a WAL of so many frames is not begun anew. Somebody's transaction may be what keeps WRITE from being taken.
+    pub(in crate::engine) fn why_long(&self, frames: u32, open: bool) -> WalReason {
+        let pinned = self.bound.pinned();
+        let stay = lock(&self.bound.readers).oldest() >= READER_SHORT;
+        if pinned && stay {
+            WalReason::Readers
+        } else if self.bound.largest.load(Ordering::Relaxed) > frames / 2 {
+            WalReason::LargeTransaction
+        } else if pinned {
+            WalReason::Readers
+        } else if open {
+            WalReason::OpenTransaction
+        } else if self.node.has_problem(Part::Checkpoint) {
+            WalReason::Failing
+        } else {
+            WalReason::Slow
+        }
+    }
+
+    /// Whether the database file alone is all that is committed, and the WAL has nothing but page 1 as it is there.
+    fn begun_anew(&self) -> bool {
+        let (tip, frames) = (self.tip(), self.index.glance().0);
+        frames <= 1
+            && tip.frame == frames
+            && matches!(self.file_state(), FileState::AtRest { position, .. } if position == tip.position)
+    }
+}
+
+/// What the problem is while copying fails.
+pub(in crate::engine) fn cannot_copy(error: &Error) -> String {
+    format!("the WAL can't be copied back: {error}")
+}
+
+/// Has the WAL begun anew, and waits for it. Blocks for at most so long.
+pub(in crate::engine) fn checkpoint(
+    base: &OpenDatabase,
+    limit: Duration,
+    wake: impl Fn(),
+) -> Result<Checkpoint> {
+    let (end, before) = (Instant::now() + limit, base.bound.restarts());
+    loop {
+        base.check()?;
+        if base.bound.restarts() != before || base.begun_anew() {
+            return Ok(Checkpoint::Done);
+        }
+        if Instant::now() >= end {
+            let (frames, backfilled) = (base.index.glance().0, base.index.backfilled());
+            return Ok(Checkpoint::Busy { frames, backfilled, why: base.why_long(frames, false) });
+        }
+        // Again and again: who asked before may have been served in between.
+        base.bound.ask(end);
+        wake();
+        std::thread::sleep(ASK_STEP.min(end.saturating_duration_since(Instant::now())));
+    }
+}
+
+/// Says when the WAL is beyond twice its limit.
+#[derive(Debug, Default)]
+pub(in crate::engine) struct Teller {
+    since: Option<Instant>,
+    /// What was told, and how many frames there were. It is told once for each doubling.
+    told: Option<(WalReason, u32)>,
+}
+
+impl Teller {
+    pub(in crate::engine) fn look(&mut self, base: &OpenDatabase, frames: u32, open: bool) {
+        if frames <= base.limit_frames(BRAKE_TIMES, 1) {
+            if self.told.is_some() {
+                base.node.set_problem(Part::Wal, None);
+            }
+            *self = Teller::default();
+            return;
+        }
+        let since = *self.since.get_or_insert_with(Instant::now);
+        let (why, limit) = (base.why_long(frames, open), base.options.wal_limit_bytes);
+        let after = match frames > base.limit_frames(LATE_TIMES, 1) {
+            true if why == WalReason::LargeTransaction => Duration::ZERO,
+            true => TELL_AFTER_LATE,
+            false => TELL_AFTER,
+        };
+        if since.elapsed() < after {
+            return;
+        }
+        let doubled = self.told.is_none_or(|(_, told)| frames / 2 >= told);
+        if !doubled && self.told.is_some_and(|(told, _)| told == why) {
+            return;
+        }
+        let bytes = u64::from(frames) * frame_bytes(base.page_size) as u64;
+        let text = format!("the WAL has {bytes} bytes, its limit is {limit}: {why}");
+        if doubled {
+            tracing::warn!(database = %base.path().display(), "{text}");
+            base.node.tell(Event::WalGrows { bytes, limit, why });
+        }
+        base.node.set_problem(Part::Wal, Some(text));
+        let told = self.told.map_or(frames, |(_, told)| if doubled { frames } else { told });
+        self.told = Some((why, told));
+    }
+}

@@ -1,0 +1,176 @@
+//! How the WAL is begun anew under readers, and kept from being begun anew by others.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::engine::checkpoint::backfill::REST_MAX_FRAMES;
+use crate::engine::checkpoint::backfill::{LOCK_STEP, copy, lock_file, rest, safe_frame};
+use crate::engine::checkpoint::generation::begin_generation;
+use crate::engine::file::database::{OpenDatabase, Tip, index_header};
+use crate::error::Error;
+use crate::error::Result;
+use crate::page::PageNo;
+use crate::sqlite::{Handle, Lock, Slot};
+use crate::wal::{frame_offset, push_frame};
+use std::sync::TryLockError;
+
+/// Longest that new writers wait while readers drain from the WAL.
+pub(in crate::engine) const DRAIN_MAX: Duration = Duration::from_millis(30);
+/// The same for locks of readers that take long.
+const LONG_STEP: Duration = Duration::from_millis(1);
+
+/// What came of trying to restart the WAL.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(in crate::engine) enum Restart {
+    /// A new generation began; the tip is its first frame.
+    Done(Tip),
+    /// Too much is left to copy, or somebody else copies.
+    NotYet,
+    /// Everything is copied, but readers stayed in the WAL.
+    Readers,
+}
+
+/// Begins the WAL anew. The caller holds CKPT and WRITE, and the tip is the header's end.
+pub(in crate::engine) fn restart(
+    base: &Arc<OpenDatabase>,
+    handle: &mut Handle,
+    drain: Duration,
+) -> Result<Restart> {
+    let _one = match base.backfill.try_lock() {
+        Ok(held) => held,
+        Err(TryLockError::Poisoned(held)) => held.into_inner(),
+        Err(TryLockError::WouldBlock) => return Ok(Restart::NotYet),
+    };
+    base.expect_as_left()?;
+    let tip = base.tip();
+    if tip.frame.saturating_sub(base.index.backfilled()) > REST_MAX_FRAMES {
+        return Ok(Restart::NotYet);
+    }
+    if !complete(base, handle, &tip)? {
+        return Ok(Restart::Readers);
+    }
+    if !lock_marks(base, handle, drain)? {
+        return Ok(Restart::Readers);
+    }
+    if !is_the_end(base, &tip)? {
+        unlock_marks(handle)?;
+        return Ok(Restart::Readers);
+    }
+    let begun = {
+        let _nobody_reads_frames = base.generation.write().unwrap_or_else(std::sync::PoisonError::into_inner);
+        begin_generation(base, handle, &tip)
+    };
+    unlock_marks(handle)?;
+    begun.map(Restart::Done)
+}
+
+/// Whether the tip is the header's end still. WRITE is held; but a descriptor that was closed in this process may have dropped it, which is seen a while
+/// later, and readers were waited for.
+fn is_the_end(base: &OpenDatabase, tip: &Tip) -> Result<bool> {
+    match base.header() {
+        Some(header) if header.salts != tip.salts || header.max_frame < tip.frame => {
+            Err(Error::Stopped("somebody else began the WAL anew, whose locks were dropped here".into()))
+        }
+        header => Ok(header.is_some_and(|header| header.max_frame == tip.frame)),
+    }
+}
+
+/// Copies the rest and says that all is copied; false while a reader is in the way.
+fn complete(base: &Arc<OpenDatabase>, handle: &mut Handle, tip: &Tip) -> Result<bool> {
+    let done = base.index.backfilled();
+    if done >= tip.frame {
+        return Ok(true);
+    }
+    if safe_frame(base, handle, tip.frame)? < tip.frame {
+        base.bound.pin(true);
+        return Ok(false);
+    }
+    if !lock_file(base, handle)? {
+        return Ok(false);
+    }
+    let copied = copy(base, handle, tip, done).and_then(|()| {
+        let bytes = u64::from(tip.pages) * u64::from(base.page_size.get());
+        if handle.size()? > bytes {
+            base.writing(|| handle.truncate(bytes))?;
+            handle.sync()?;
+        }
+        Ok(())
+    });
+    handle.unlock(Slot::READ0, Lock::Exclusive)?;
+    copied?;
+    base.index.set_backfilled(tip.frame);
+    rest(base, tip)?;
+    Ok(true)
+}
+
+pub(in crate::engine) fn unlock_marks(handle: &mut Handle) -> Result<()> {
+    (1..5).try_for_each(|mark| handle.unlock(Slot::read(mark), Lock::Exclusive))
+}
+
+/// Takes READ1..4, or none of them.
+pub(in crate::engine) fn lock_marks(
+    base: &OpenDatabase,
+    handle: &mut Handle,
+    limit: Duration,
+) -> Result<bool> {
+    let begun = Instant::now();
+    for mark in 1..5 {
+        loop {
+            let locked = handle.try_lock(Slot::read(mark), Lock::Exclusive);
+            if let Ok(true) = locked {
+                break;
+            }
+            // All is copied: nobody joins it any more.
+            base.bound.mark(mark, Some(base.index.read_mark(mark)));
+            base.bound.pin(true);
+            if locked.is_err() || begun.elapsed() >= limit || base.stopping() {
+                (1..mark).try_for_each(|held| handle.unlock(Slot::read(held), Lock::Exclusive))?;
+                return locked;
+            }
+            // Who stays for longer is not looked for as often.
+            std::thread::sleep(if begun.elapsed() < DRAIN_MAX { LOCK_STEP } else { LONG_STEP });
+        }
+    }
+    Ok(true)
+}
+
+/// Rewrites page 1 as it is, so that the WAL has a frame that is not backfilled and nobody else restarts it.
+/// WRITE is held and the tip is the header's end.
+fn append_identity(base: &Arc<OpenDatabase>, handle: &mut Handle) -> Result<Tip> {
+    let tip = base.tip();
+    let header = base.settled_header()?;
+    let mut page = vec![0; base.page_size.bytes()];
+    base.read_page(handle, PageNo::FIRST, tip.frame, &mut page)?;
+    let frame = tip.frame + 1;
+    base.map_to(handle, frame)?;
+    let mut bytes = Vec::new();
+    let sum = push_frame(&mut bytes, PageNo::FIRST, tip.pages, tip.salts, &page, tip.sum, header.big_endian);
+    base.wal.write(&bytes, frame_offset(frame, base.page_size))?;
+    base.index.clean_above(tip.frame);
+    base.index.append(handle, frame, 1)?;
+    let new = Tip { frame, sum, ..tip };
+    base.index.publish(&index_header(base, &new, header.change.wrapping_add(1), header.big_endian));
+    base.set_tip(new);
+    Ok(new)
+}
+
+/// Sees to it that nobody else restarts the WAL once WRITE is given back: not everything may count as backfilled then.
+/// WRITE is held and the tip is the header's end.
+pub(in crate::engine) fn keep_from_others(base: &Arc<OpenDatabase>, handle: &mut Handle) -> Result<Tip> {
+    let tip = base.tip();
+    // Frames of somebody else are not backfilled either.
+    if base.index.backfilled() < tip.frame || !is_the_end(base, &tip)? {
+        return Ok(tip);
+    }
+    let kept = append_identity(base, handle);
+    if kept.is_err() {
+        // No room for a frame. Then the last one counts as not backfilled, and the header changes, so that a reader
+        // who has seen everything backfilled can't become a writer.
+        base.index.set_backfilled(tip.frame.saturating_sub(1));
+        if let Some(header) = base.header() {
+            let change = header.change.wrapping_add(1);
+            base.index.publish(&index_header(base, &tip, change, header.big_endian));
+        }
+    }
+    kept
+}

@@ -1,0 +1,165 @@
+//! The thread that copies frames back into the database file, and on a replica syncs what was applied.
+
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use tokio::sync::watch;
+
+use crate::context::Part;
+use crate::engine::checkpoint::backfill::{REST_MAX_FRAMES, backfill_some};
+use crate::engine::checkpoint::bound::cannot_copy;
+use crate::engine::file::database::OpenDatabase;
+use crate::engine::history::append_or_gap;
+use crate::error::{Error, Result};
+use crate::files::reserve;
+use crate::lock::lock;
+use crate::sqlite::Handle;
+use crate::threads;
+use crate::txid::Position;
+use crate::wal::frame_bytes;
+
+/// How often the thread looks.
+const LOOK: Duration = Duration::from_millis(50);
+/// Pause after a failure.
+const PAUSE: Duration = Duration::from_secs(1);
+/// How often a replica fsyncs what it applied.
+const APPLIED_SYNC: Duration = Duration::from_millis(200);
+/// How often the log is fsynced when nothing else asks for it.
+const LOG_SYNC: Duration = Duration::from_secs(1);
+/// How often the reserve is looked for, and made again on a disk that was full.
+const ROOM_LOOK: Duration = Duration::from_secs(1);
+/// The fewest frames that are worth a backfill.
+const FRAMES_MIN: u32 = 64;
+
+pub(in crate::engine) struct Checkpointer {
+    pub(in crate::engine) base: Arc<OpenDatabase>,
+    pub(in crate::engine) handle: Handle,
+    /// On a replica, whose write lock is held for life.
+    pub(in crate::engine) replica: Option<Replica>,
+    pub(in crate::engine) log_synced: Instant,
+    pub(in crate::engine) applied_synced: Instant,
+}
+
+pub(in crate::engine) struct Replica {
+    pub(in crate::engine) synced: watch::Sender<Option<Position>>,
+    /// Tells the apply thread that the WAL may be ready for a restart.
+    pub(in crate::engine) ready: Box<dyn Fn() + Send>,
+}
+
+impl Checkpointer {
+    pub(in crate::engine) fn spawn(self) -> Result<JoinHandle<()>> {
+        threads::start("replite-ckpt", self, Checkpointer::run, |this, ended| {
+            if let Err(error) = ended {
+                this.base.fail(&error);
+            }
+        })
+    }
+
+    fn run(&mut self) -> Result<()> {
+        let mut pause = Instant::now();
+        let mut failing = false;
+        let mut room = None;
+        while self.base.check().is_ok() {
+            if Instant::now() >= pause {
+                self.keep_reserve(&mut room);
+                match self.look() {
+                    Ok(()) if failing => {
+                        failing = false;
+                        self.base.node.set_problem(Part::Checkpoint, None);
+                    }
+                    Ok(()) | Err(Error::ShutDown) => {}
+                    // Told, and for good.
+                    Err(_) if self.base.sound().is_err() => {
+                        if let (true, Some(replica)) = (self.base.lost(), &self.replica) {
+                            (replica.ready)();
+                        }
+                    }
+                    Err(error) => {
+                        self.base.note_room(&error);
+                        // The WAL grows meanwhile; nothing is lost, and the copy is made again from its begin.
+                        if !failing {
+                            tracing::warn!(%error, "a checkpoint failed and is tried again");
+                            self.base.node.set_problem(Part::Checkpoint, Some(cannot_copy(&error)));
+                        }
+                        failing = true;
+                        pause = Instant::now() + PAUSE;
+                    }
+                }
+            }
+            std::thread::park_timeout(LOOK);
+        }
+        Ok(())
+    }
+
+    /// Has a reserve for the day when the disk is full. Whether one can be made tells whether it is.
+    fn keep_reserve(&self, last: &mut Option<Instant>) {
+        let (node, side) = (&self.base.node, &self.base.options.side);
+        if last.is_some_and(|last| last.elapsed() < ROOM_LOOK) || self.base.check().is_err() {
+            return;
+        }
+        let first = last.replace(Instant::now()).is_none();
+        // At first in any case: who opened us may have found no room.
+        if !first && reserve::is_there(side) && !node.has_problem(Part::Room) {
+            return;
+        }
+        match reserve::make(side) {
+            Ok(()) => node.set_problem(Part::Room, None),
+            Err(error) if error.no_room() => node.no_room(error),
+            Err(error) => tracing::debug!(%error, "no reserve can be made"),
+        }
+    }
+
+    fn look(&mut self) -> Result<()> {
+        self.base.check()?;
+        self.base.expect_files()?;
+        self.base.mend_locks(&mut self.handle)?;
+        let logged = self.sync_log();
+        // The WAL is copied back all the same: a disk that fails the log would else make it grow for ever.
+        let copied = self.copy_back();
+        logged.and(copied)
+    }
+
+    fn sync_log(&mut self) -> Result<()> {
+        if self.log_synced.elapsed() > LOG_SYNC && !*lock(&self.base.log_broken) {
+            // Here, so that no append ever has to do it.
+            self.log_synced = Instant::now();
+            append_or_gap::sync(&self.base)?;
+        }
+        if let Some(replica) = &self.replica {
+            // What a primary vouches for: nothing else is acknowledged.
+            let position = self.base.node.applied.position();
+            if *replica.synced.borrow() != position && self.applied_synced.elapsed() >= APPLIED_SYNC {
+                self.applied_synced = Instant::now();
+                // The log first: a record that the WAL has and the log lacks would not be vouched for.
+                append_or_gap::sync(&self.base)?;
+                self.base.sync_wal()?;
+                replica.synced.send_replace(position);
+            }
+        }
+        Ok(())
+    }
+
+    fn copy_back(&mut self) -> Result<()> {
+        let frames = self.base.tip().frame;
+        let limit = self.base.options.wal_limit_bytes / frame_bytes(self.base.page_size) as u64;
+        let worth = ((limit / 4).min(u64::from(u32::MAX)) as u32).max(FRAMES_MIN);
+        let behind = frames.saturating_sub(self.base.index.backfilled());
+        let long = u64::from(frames) > limit;
+        let due = if self.base.bound.squeezed() {
+            // What is left then is copied by who begins the WAL anew.
+            behind > REST_MAX_FRAMES
+        } else {
+            behind > worth || (long && behind > FRAMES_MIN)
+        };
+        if due {
+            backfill_some(&self.base, &mut self.handle, self.replica.is_some())?;
+        }
+        if (long || self.base.bound.asked().is_some())
+            && let Some(replica) = &self.replica
+        {
+            (replica.ready)();
+        }
+        Ok(())
+    }
+}

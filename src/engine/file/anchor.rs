@@ -1,0 +1,327 @@
+//! Anchors: which position a frame of the WAL stands for, kept beside the database.
+//!
+//! `<side>/anchors` has two slots of 256 bytes, at 0 and 4096, written in turn, so that a torn write leaves the
+//! other. `<side>/epochs` holds the epoch history and is replaced by rename.
+
+use std::fs::File;
+use std::path::{Path, PathBuf};
+
+use crate::engine::file::witnesses::Mark;
+use crate::engine::file::witnesses::Witness;
+use crate::engine::file::witnesses::Witnesses;
+use crate::error::{Error, Result};
+use crate::files::{read_exact_at, sync_directory, write_all_at};
+use crate::txid::Position;
+use crate::wal::{Salts, WalSum, le_u32};
+
+const MAGIC: [u8; 8] = *b"repanchr";
+const VERSION: u32 = 1;
+const SLOT_BYTES: usize = 256;
+/// The slots lie in different sectors and pages of any disk.
+const SLOT_OFFSETS: [u64; 2] = [0, 4096];
+const CHECK_AT: usize = SLOT_BYTES - 16;
+const WITNESSES_AT: usize = 144;
+const _: () = assert!(WITNESSES_AT + Witnesses::MAX * Witness::BYTES <= CHECK_AT);
+
+/// What was known of the database file alone when an anchor was written.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum FileState {
+    /// The file alone, without the WAL, is the state at `position`, and nobody has written to it since
+    /// `modified` (nanoseconds since 1970).
+    AtRest { position: Position, modified: i64 },
+    /// Frames up to the anchor are being copied into it, or may have been: it need not be a committed state.
+    Backfilling(Witnesses),
+}
+
+/// The position that a frame of the WAL stands for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Anchor {
+    /// Counts the WAL generations that this node began; never reused, so that salts are not either.
+    pub(crate) generation: u64,
+    pub(crate) salts: Salts,
+    /// A commit frame of that generation; zero: only what `file` says counts.
+    pub(crate) frame: u32,
+    pub(crate) sum: WalSum,
+    pub(crate) position: Position,
+    /// The database's size in pages.
+    pub(crate) pages: u32,
+    pub(crate) file: FileState,
+    /// Written before its commit frame, which may not have come to be: then the anchor counts for nothing.
+    pub(crate) ahead: bool,
+}
+
+/// Bits of a slot's state word.
+const BACKFILLING: u32 = 1;
+const AHEAD: u32 = 2;
+
+impl Anchor {
+    fn encode(&self, sequence: u64) -> [u8; SLOT_BYTES] {
+        let mut b = [0; SLOT_BYTES];
+        b[0..8].copy_from_slice(&MAGIC);
+        b[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        b[12..16].copy_from_slice(&self.frame.to_le_bytes());
+        b[16..24].copy_from_slice(&sequence.to_le_bytes());
+        b[24..32].copy_from_slice(&self.generation.to_le_bytes());
+        b[32..40].copy_from_slice(&self.salts.0);
+        b[40..44].copy_from_slice(&self.sum.0.to_le_bytes());
+        b[44..48].copy_from_slice(&self.sum.1.to_le_bytes());
+        b[48..88].copy_from_slice(&self.position.to_bytes());
+        b[88..92].copy_from_slice(&self.pages.to_le_bytes());
+        let ahead = if self.ahead { AHEAD } else { 0 };
+        match self.file {
+            FileState::AtRest { position, modified } => {
+                b[92..96].copy_from_slice(&ahead.to_le_bytes());
+                b[96..104].copy_from_slice(&modified.to_le_bytes());
+                b[104..144].copy_from_slice(&position.to_bytes());
+            }
+            FileState::Backfilling(witnesses) => {
+                b[92..96].copy_from_slice(&(BACKFILLING | ahead).to_le_bytes());
+                if let Some(Mark { offset, nonce }) = witnesses.mark {
+                    b[96..104].copy_from_slice(&offset.to_le_bytes());
+                    b[104..120].copy_from_slice(&nonce);
+                }
+                for (place, witness) in
+                    b[WITNESSES_AT..CHECK_AT].chunks_exact_mut(Witness::BYTES).zip(witnesses.iter())
+                {
+                    place.copy_from_slice(&witness.to_bytes());
+                }
+            }
+        }
+        let check = blake3::hash(&b[..CHECK_AT]);
+        b[CHECK_AT..].copy_from_slice(&check.as_bytes()[..16]);
+        b
+    }
+
+    fn decode(b: &[u8; SLOT_BYTES]) -> Result<Option<(u64, Anchor)>, u32> {
+        if b[0..8] != MAGIC || blake3::hash(&b[..CHECK_AT]).as_bytes()[..16] != b[CHECK_AT..] {
+            return Ok(None);
+        }
+        let version = le_u32(&b[8..12]);
+        if version > VERSION {
+            return Err(version);
+        }
+        let long =
+            |at: usize| u64::from(le_u32(&b[at..at + 4])) | u64::from(le_u32(&b[at + 4..at + 8])) << 32;
+        let position = |at: usize| {
+            let mut bytes = [0; Position::BYTES];
+            bytes.copy_from_slice(&b[at..at + Position::BYTES]);
+            Position::from_bytes(&bytes)
+        };
+        let mut salts = [0; 8];
+        salts.copy_from_slice(&b[32..40]);
+        let Some(at_frame) = position(48) else { return Ok(None) };
+        let state = le_u32(&b[92..96]);
+        let file = if state & BACKFILLING == 0 {
+            let Some(position) = position(104) else { return Ok(None) };
+            FileState::AtRest { position, modified: long(96) as i64 }
+        } else {
+            let mut nonce = [0; Mark::BYTES];
+            nonce.copy_from_slice(&b[104..120]);
+            // The end of no database is at its begin.
+            let mark = Some(Mark { offset: long(96), nonce }).filter(|mark| mark.offset > 0);
+            FileState::Backfilling(Witnesses::decode(&b[WITNESSES_AT..CHECK_AT]).marked(mark))
+        };
+        let anchor = Anchor {
+            generation: long(24),
+            salts: Salts(salts),
+            frame: le_u32(&b[12..16]),
+            sum: WalSum(le_u32(&b[40..44]), le_u32(&b[44..48])),
+            position: at_frame,
+            pages: le_u32(&b[88..92]),
+            file,
+            ahead: state & AHEAD != 0,
+        };
+        Ok(Some((long(16), anchor)))
+    }
+}
+
+/// The two anchors and the epoch history of a database.
+#[derive(Debug)]
+pub(crate) struct Anchors {
+    file: File,
+    path: PathBuf,
+    sequence: u64,
+    /// Of an anchor that was forgotten.
+    generation: u64,
+    /// The file was there, and no anchor was ever written to it.
+    unwritten: bool,
+    /// It was made just now.
+    made: bool,
+    slots: [Option<(u64, Anchor)>; 2],
+}
+
+impl Anchors {
+    /// Opens the file, or makes an empty one.
+    pub(crate) fn open(side: &Path) -> Result<Anchors> {
+        let path = side.join("anchors");
+        let (file, created) = crate::files::open_or_create(&path)?;
+        if created {
+            sync_directory(side)?;
+        }
+        let bytes = file.metadata().map_err(Error::io("stat", &path))?.len();
+        let mut slots = [None; 2];
+        for (slot, offset) in slots.iter_mut().zip(SLOT_OFFSETS) {
+            let mut bytes = [0; SLOT_BYTES];
+            // A file that is too short has no such slot yet.
+            if read_exact_at(&file, &mut bytes, offset).is_ok() {
+                *slot = Anchor::decode(&bytes).map_err(|found| Error::Newer {
+                    path: path.clone(),
+                    found,
+                    supported: VERSION,
+                })?;
+            }
+        }
+        let sequence = slots.iter().flatten().map(|(s, _)| *s).max().unwrap_or(0);
+        let unwritten = !created && bytes <= SLOT_BYTES as u64 && slots[0].is_none();
+        Ok(Anchors { file, path, sequence, generation: 0, unwritten, made: created, slots })
+    }
+
+    /// The anchors that are there, newest first.
+    pub(crate) fn newest_first(&self) -> Vec<Anchor> {
+        let mut all: Vec<_> = self.slots.iter().flatten().copied().collect();
+        all.sort_by_key(|(sequence, _)| std::cmp::Reverse(*sequence));
+        all.into_iter().map(|(_, anchor)| anchor).collect()
+    }
+
+    /// Whether a node that made the file died before it had written the first anchor: then nothing is missing.
+    pub(crate) fn unwritten(&self) -> bool {
+        self.unwritten
+    }
+
+    /// Beside a history there must have been anchors: a file that was made just now is not to be taken for that of a first start.
+    pub(crate) fn miss(&mut self) -> Result<()> {
+        if std::mem::take(&mut self.made) {
+            let bytes = SLOT_OFFSETS[1] + SLOT_BYTES as u64;
+            self.file.set_len(bytes).map_err(Error::io("extend", &self.path))?;
+            self.file.sync_all().map_err(Error::io("fsync", &self.path))?;
+        }
+        Ok(())
+    }
+
+    /// Forgets anchors that are of no use: the next one is written over them.
+    pub(crate) fn retain(&mut self, keep: impl Fn(&Anchor) -> bool) {
+        self.generation = self.generation();
+        for slot in &mut self.slots {
+            *slot = slot.filter(|(_, anchor)| keep(anchor));
+        }
+    }
+
+    /// The highest generation that was ever used.
+    pub(crate) fn generation(&self) -> u64 {
+        let known = self.slots.iter().flatten().map(|(_, a)| a.generation);
+        known.max().unwrap_or(0).max(self.generation)
+    }
+
+    /// Writes an anchor over the older one; durable on return when `durable`.
+    pub(crate) fn write(&mut self, anchor: Anchor, durable: bool) -> Result<()> {
+        let older = match (&self.slots[0], &self.slots[1]) {
+            (None, _) => 0,
+            (_, None) => 1,
+            (Some((a, _)), Some((b, _))) => usize::from(a > b),
+        };
+        self.sequence += 1;
+        let bytes = anchor.encode(self.sequence);
+        write_all_at(&self.file, &bytes, SLOT_OFFSETS[older]).map_err(Error::io("write", &self.path))?;
+        if durable {
+            self.file.sync_data().map_err(Error::io("fsync", &self.path))?;
+        }
+        self.slots[older] = Some((self.sequence, anchor));
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::io::Write;
+
+    use super::*;
+    use crate::checksum::{Checksum, PageHash};
+    use crate::engine::file::modified::modified_of;
+    use crate::engine::file::modified::stamp;
+    use crate::page::PageNo;
+    use crate::txid::{Epoch, Txid};
+
+    fn anchor(frame: u32) -> Anchor {
+        let position = Position::new(Txid::new(Epoch::new(2, 9), 77), Checksum::from_u128(5));
+        Anchor {
+            generation: 3,
+            salts: Salts([1, 2, 3, 4, 5, 6, 7, 8]),
+            frame,
+            sum: WalSum(10, 11),
+            position,
+            pages: 12,
+            file: FileState::AtRest { position, modified: -5 },
+            ahead: frame.is_multiple_of(2),
+        }
+    }
+
+    #[test]
+    fn a_torn_slot_leaves_the_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut anchors = Anchors::open(dir.path()).unwrap();
+        assert!(anchors.newest_first().is_empty());
+        for frame in 1..=3 {
+            anchors.write(anchor(frame), true).unwrap();
+        }
+        let again = Anchors::open(dir.path()).unwrap();
+        assert_eq!(again.newest_first(), vec![anchor(3), anchor(2)]);
+        // Frame 3 went over frame 1, into the first slot.
+        for at in 0..SLOT_BYTES {
+            let path = dir.path().join("anchors");
+            let whole = fs::read(&path).unwrap();
+            let mut torn = whole.clone();
+            torn[at] ^= 0x40;
+            fs::write(&path, &torn).unwrap();
+            assert_eq!(Anchors::open(dir.path()).unwrap().newest_first(), vec![anchor(2)], "byte {at}");
+            fs::write(&path, &whole[..at]).unwrap();
+            assert!(Anchors::open(dir.path()).unwrap().newest_first().is_empty());
+            fs::write(&path, &whole).unwrap();
+        }
+    }
+
+    #[test]
+    fn who_was_copying_and_which_pages_were_missing_comes_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut anchors = Anchors::open(dir.path()).unwrap();
+        let number = |n| PageNo::new(n).unwrap();
+        let all = (1..=20).map(|n| Witness::new(number(n), PageHash::of(number(n), &[n as u8; 512])));
+        for count in [0, 1, Witnesses::MAX, Witnesses::MAX + 5] {
+            let witnesses: Witnesses = all.clone().take(count).collect();
+            let written = Anchor { file: FileState::Backfilling(witnesses), ..anchor(1) };
+            anchors.write(written, true).unwrap();
+            assert_eq!(Anchors::open(dir.path()).unwrap().newest_first()[0], written);
+            assert_eq!(
+                witnesses.iter().collect::<Vec<_>>(),
+                all.clone().take(count.min(8)).collect::<Vec<_>>()
+            );
+        }
+    }
+
+    #[test]
+    fn a_stamped_time_is_the_files_and_no_other_writes() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let now = || modified_of(&fs::metadata(file.path()).unwrap(), file.path()).unwrap();
+        for round in 0..100 {
+            let before = now();
+            let open = (round % 2 == 1).then_some(file.as_file());
+            let stamped = stamp(file.path(), open).unwrap().unwrap();
+            assert_eq!(now(), stamped);
+            assert_ne!(stamped, before);
+            file.as_file().write_all(b"more").unwrap();
+            assert_ne!(now(), stamped);
+        }
+        assert!(stamp(Path::new("/nowhere"), None).unwrap().is_none());
+    }
+
+    #[test]
+    fn a_newer_file_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut bytes = anchor(1).encode(1);
+        bytes[8] = 2;
+        let check = blake3::hash(&bytes[..CHECK_AT]);
+        bytes[CHECK_AT..].copy_from_slice(&check.as_bytes()[..16]);
+        fs::write(dir.path().join("anchors"), bytes).unwrap();
+        assert!(matches!(Anchors::open(dir.path()), Err(Error::Newer { found: 2, .. })));
+    }
+}

@@ -1,0 +1,461 @@
+//! What the threads of one open database share: the wal-index, the WAL, the tip, and how a page is read as of a frame.
+
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, TryLockError};
+use std::time::{Duration, Instant};
+
+use crate::context::{NodeContext, Part};
+use crate::engine::figures::WalFigures;
+use crate::engine::file::anchor::{Anchor, Anchors, FileState};
+use crate::engine::file::progress::{Asked, Patience, Progress};
+use crate::engine::file::unsynced_marker;
+use crate::engine::file::wal_bound::Bound;
+use crate::engine::file::wal_file::WalFile;
+use crate::engine::file::watch::{Astray, Watch};
+use crate::engine::file::witnesses::Witnesses;
+use crate::engine::options::{Durability, EngineOptions};
+use crate::error::{Error, Result};
+use crate::lock::lock;
+use crate::log::Log;
+use crate::page::PageSize;
+use crate::sqlite::{FileLocks, Handle, Slot, WalIndex};
+use crate::status::{Event, Role};
+use crate::txid::Position;
+use crate::wal::{IndexHeader, Salts, WalSum, frame_bytes};
+
+/// Commit boundaries that are remembered within a generation, so that a backfill that readers hold back can still
+/// stop at a known position.
+const BOUNDARIES_MAX: usize = 1024;
+/// How long somebody may take to write the wal-index's header, for which SQLite needs less than a microsecond unless the system takes its processor away;
+/// and how long between two looks.
+const HEADER_WAIT: Duration = Duration::from_millis(200);
+const HEADER_STEP: Duration = Duration::from_micros(100);
+
+/// The last commit that this node has taken in.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(in crate::engine) struct Tip {
+    pub(in crate::engine) salts: Salts,
+    pub(in crate::engine) frame: u32,
+    pub(in crate::engine) sum: WalSum,
+    pub(in crate::engine) position: Position,
+    pub(in crate::engine) pages: u32,
+}
+
+/// State that is common to a primary and a replica with an open file.
+#[derive(Debug)]
+pub(in crate::engine) struct OpenDatabase {
+    pub(in crate::engine) options: EngineOptions,
+    pub(in crate::engine) node: Arc<NodeContext>,
+    pub(in crate::engine) page_size: PageSize,
+    pub(in crate::engine) index: WalIndex,
+    pub(in crate::engine) wal: WalFile,
+    pub(in crate::engine) log: Arc<Log>,
+    tip: Mutex<Tip>,
+    tip_moved: Condvar,
+    pub(in crate::engine) progress: Progress,
+    pub(in crate::engine) asked: Mutex<Asked>,
+    boundaries: Mutex<Vec<Tip>>,
+    pub(in crate::engine) anchors: Mutex<Anchors>,
+    /// Read-held while a page is looked up and read; write-held while the WAL is restarted.
+    pub(in crate::engine) generation: RwLock<()>,
+    /// Held by whoever copies frames into the database file.
+    pub(in crate::engine) backfill: Mutex<()>,
+    pub(in crate::engine) stop: AtomicBool,
+    pub(in crate::engine) bound: Bound,
+    locks: Option<Arc<FileLocks>>,
+    pub(in crate::engine) watch: Watch,
+    /// The log could not be written and waits for a whole transaction to begin again behind.
+    pub(in crate::engine) log_broken: Mutex<bool>,
+    failed: Mutex<Option<String>>,
+    /// The files are not those that were opened, or not as they were left.
+    lost: AtomicBool,
+}
+
+impl OpenDatabase {
+    #[expect(clippy::too_many_arguments, reason = "the parts of one struct, made in one place")]
+    pub(in crate::engine) fn new(
+        options: EngineOptions,
+        node: Arc<NodeContext>,
+        page_size: PageSize,
+        index: WalIndex,
+        wal: WalFile,
+        log: Arc<Log>,
+        anchors: Anchors,
+        tip: Tip,
+        locks: Option<Arc<FileLocks>>,
+        watch: Watch,
+    ) -> Arc<OpenDatabase> {
+        Arc::new(OpenDatabase {
+            options,
+            node,
+            page_size,
+            index,
+            wal,
+            log,
+            tip: Mutex::new(tip),
+            tip_moved: Condvar::new(),
+            progress: Progress::default(),
+            asked: Mutex::default(),
+            boundaries: Mutex::new(vec![tip]),
+            anchors: Mutex::new(anchors),
+            generation: RwLock::new(()),
+            backfill: Mutex::new(()),
+            stop: AtomicBool::new(false),
+            bound: Bound::default(),
+            locks,
+            watch,
+            log_broken: Mutex::new(false),
+            failed: Mutex::new(None),
+            lost: AtomicBool::new(false),
+        })
+    }
+
+    pub(in crate::engine) fn tip(&self) -> Tip {
+        *lock(&self.tip)
+    }
+
+    /// Moves the tip; waiters in this crate and outside are woken by the caller through `node.applied`.
+    pub(in crate::engine) fn set_tip(&self, tip: Tip) {
+        let before = std::mem::replace(&mut *lock(&self.tip), tip);
+        let mut boundaries = lock(&self.boundaries);
+        if before.salts != tip.salts {
+            boundaries.clear();
+        }
+        if boundaries.len() == BOUNDARIES_MAX {
+            // Every second one suffices: a backfill only stops a little earlier.
+            let mut keep = false;
+            boundaries.retain(|_| {
+                keep = !keep;
+                keep
+            });
+        }
+        boundaries.push(tip);
+        drop(boundaries);
+        self.tip_moved.notify_all();
+    }
+
+    /// Moves the tip to a state that does not follow from the commits before it. From now on no boundary before it is one:
+    /// an anchor there would have its commit counted like any other.
+    pub(in crate::engine) fn leap(&self, tip: Tip) {
+        lock(&self.boundaries).clear();
+        self.set_tip(tip);
+    }
+
+    /// The newest known commit boundary at or before `frame`.
+    pub(in crate::engine) fn boundary(&self, frame: u32) -> Option<Tip> {
+        lock(&self.boundaries).iter().rev().find(|t| t.frame <= frame).copied()
+    }
+
+    /// No backfill ends between this frame and the last one that was taken.
+    pub(in crate::engine) fn forget_boundaries(&self, from: u32) {
+        lock(&self.boundaries).retain(|tip| tip.frame < from);
+    }
+
+    /// Capture has taken a commit.
+    pub(in crate::engine) fn taken(&self, before: &Tip, now: &Tip) {
+        let asked = lock(&self.asked).hear(before, now);
+        if asked {
+            // Who has looked already waits by the time that this has the lock.
+            drop(lock(&self.tip));
+            self.tip_moved.notify_all();
+        }
+    }
+
+    /// Waits until the tip has reached the frame, or the WAL was restarted (then it had).
+    pub(in crate::engine) fn wait_tip(&self, salts: Salts, frame: u32) -> Result<Tip> {
+        self.wait_captured(|tip| (tip.salts != salts || tip.frame >= frame).then_some(*tip))
+    }
+
+    /// Waits until capture has done something, for as long as it does anything.
+    pub(in crate::engine) fn wait_captured<T>(&self, done: impl Fn(&Tip) -> Option<T>) -> Result<T> {
+        let mut patience = Patience::new(&self.progress, Instant::now());
+        let mut tip = lock(&self.tip);
+        loop {
+            self.check()?;
+            if let Some(found) = done(&tip) {
+                return Ok(found);
+            }
+            let left = patience.left(&self.progress, Instant::now())?;
+            tip = self.tip_moved.wait_timeout(tip, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+    }
+
+    /// Fails when the engine has stopped, and says why.
+    pub(in crate::engine) fn check(&self) -> Result<()> {
+        self.sound()?;
+        if self.stopping() { Err(Error::ShutDown) } else { Ok(()) }
+    }
+
+    pub(in crate::engine) fn stopping(&self) -> bool {
+        self.stop.load(Ordering::Acquire)
+    }
+
+    /// Fails when the engine has stopped by a failure.
+    pub(in crate::engine) fn sound(&self) -> Result<()> {
+        lock(&self.failed).as_ref().map_or(Ok(()), |why| Err(Error::Stopped(why.clone())))
+    }
+
+    /// Stops replication of this database for good, loudly.
+    pub(in crate::engine) fn fail(&self, error: &Error) {
+        if matches!(error, Error::ShutDown) {
+            return;
+        }
+        {
+            let mut failed = lock(&self.failed);
+            if failed.is_some() {
+                return; // The first failure is the cause of the others.
+            }
+            *failed = Some(error.cause());
+        }
+        self.tip_moved.notify_all();
+        self.node.fail(error);
+    }
+
+    /// Whether it has failed, also when it is being closed.
+    pub(in crate::engine) fn failed(&self) -> bool {
+        lock(&self.failed).is_some()
+    }
+
+    /// Says so when an error is that of a full disk.
+    pub(in crate::engine) fn note_room(&self, error: &Error) {
+        if error.no_room() {
+            self.node.no_room(error);
+        }
+    }
+
+    /// Looks whether the files are those that were opened, and the database as this node left it, as far as nobody copies into it just now.
+    ///
+    /// # Errors
+    /// [`Error::Stopped`] when they are not. From then on nothing here is believed, nor written.
+    pub(in crate::engine) fn expect_files(&self) -> Result<()> {
+        let found = match self.backfill.try_lock() {
+            Err(TryLockError::WouldBlock) => self.watch.astray(),
+            Ok(_) | Err(TryLockError::Poisoned(_)) => self.watch.as_left(),
+        };
+        found.map_or(Ok(()), |found| Err(self.lose(&found)))
+    }
+
+    /// The same for who holds `backfill`.
+    pub(in crate::engine) fn expect_as_left(&self) -> Result<()> {
+        self.watch.as_left().map_or(Ok(()), |found| Err(self.lose(&found)))
+    }
+
+    /// Whether nobody else wrote to the database until now, when a transaction has read all that it reads: what is read from such a file is not
+    /// committed. While frames are being copied into it, who copies looks.
+    ///
+    /// # Errors
+    /// As for [`OpenDatabase::expect_files`].
+    pub(in crate::engine) fn expect_unwritten(&self) -> Result<()> {
+        let _nobody_copies = match self.backfill.try_lock() {
+            Ok(held) => held,
+            Err(TryLockError::Poisoned(held)) => held.into_inner(),
+            Err(TryLockError::WouldBlock) => return Ok(()),
+        };
+        self.watch.written().map_or(Ok(()), |found| Err(self.lose(&found)))
+    }
+
+    /// Writes to the database file, which is then as this node left it. The caller holds `backfill`, or is alone.
+    pub(in crate::engine) fn writing<T>(&self, write: impl FnOnce() -> Result<T>) -> Result<T> {
+        self.expect_as_left()?;
+        let done = write();
+        self.watch.leave()?;
+        done
+    }
+
+    /// Whether the files are not what they were.
+    pub(in crate::engine) fn lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
+    }
+
+    fn lose(&self, found: &Astray) -> Error {
+        let error = Error::Stopped(found.to_string());
+        // First: who commits from now on is refused, so that the last look of capture has all that was acknowledged.
+        let known = lock(&self.failed).replace(found.to_string()).is_some() && self.lost();
+        self.lost.store(true, Ordering::Release);
+        if !known {
+            self.node.set_astray(true);
+            self.disown();
+            if self.node.roles.borrow().role == Role::Replica {
+                // Which opens what is there, and is led to the primary's state.
+                let text = found.to_string();
+                tracing::error!(database = %self.options.path.display(), text, "the replica's files are opened anew");
+                self.node.set_problem(Part::Engine, Some(text));
+            } else {
+                self.tip_moved.notify_all();
+                self.node.fail(&error);
+            }
+        }
+        error
+    }
+
+    /// Has the next start believe nothing of the file but its hash. An anchor of a file at rest needs no more: it names that one's time.
+    fn disown(&self) {
+        let file = self.file_state();
+        if let FileState::AtRest { .. } = file {
+            return;
+        }
+        let nowhere = Tip { frame: 0, ..self.tip() };
+        // Both of them.
+        for _ in 0..2 {
+            if let Err(error) = self.write_anchor(&nowhere, file, true) {
+                tracing::error!(%error, "an anchor of files that are not there any more can't be replaced");
+            }
+        }
+    }
+
+    /// Takes locks again that this process's connections have lost, and says so.
+    pub(in crate::engine) fn mend_locks(&self, handle: &mut Handle) -> Result<()> {
+        let Some(locks) = &self.locks else { return Ok(()) };
+        if locks.mend(handle)? {
+            let (database, times) = (self.options.path.clone(), locks.losses());
+            tracing::error!(
+                database = %database.display(), times,
+                "locks were dropped and are taken again: something in this process opened and closed the database by other means than SQLite; use `Db::snapshot_to` for copies"
+            );
+            self.node.tell(Event::LocksLost { database, times });
+        }
+        Ok(())
+    }
+
+    /// Whether a reader of this process may need an older state than the read mark of this slot says; it is asked until it was seen without one.
+    pub(in crate::engine) fn doubts(&self, slot: Slot) -> bool {
+        self.locks.as_ref().is_some_and(|locks| locks.doubts(slot))
+    }
+
+    pub(in crate::engine) fn doubt_no_more(&self, slot: Slot) {
+        if let Some(locks) = &self.locks {
+            locks.doubt_no_more(slot);
+        }
+    }
+
+    /// How often this process's connections have lost their locks.
+    pub(in crate::engine) fn locks_lost(&self) -> u64 {
+        self.locks.as_deref().map_or(0, FileLocks::losses)
+    }
+
+    /// Gives back what is held for life. The threads have ended.
+    pub(in crate::engine) fn release_locks(&self) {
+        if let Some(locks) = &self.locks {
+            locks.release();
+        }
+    }
+
+    /// The header, which somebody else may be writing for a moment.
+    pub(in crate::engine) fn settled_header(&self) -> Result<IndexHeader> {
+        let end = Instant::now() + HEADER_WAIT;
+        loop {
+            if let Some(header) = self.header() {
+                return Ok(header);
+            }
+            if Instant::now() >= end {
+                return Err(Error::Timeout {
+                    what: "the wal-index's header, which somebody is in the middle of writing".into(),
+                    after: HEADER_WAIT,
+                });
+            }
+            std::thread::sleep(HEADER_STEP);
+        }
+    }
+
+    /// The header, if nobody is writing it just now.
+    pub(in crate::engine) fn header(&self) -> Option<IndexHeader> {
+        for _ in 0..1000 {
+            if let Some(header) = self.index.header() {
+                return Some(header);
+            }
+            std::hint::spin_loop();
+        }
+        None
+    }
+
+    /// Syncs the WAL. After a failure nobody knows what of it is on the disk, on this boot of the machine or another.
+    pub(in crate::engine) fn sync_wal(&self) -> Result<()> {
+        let synced = self.wal.sync();
+        if synced.is_err() && self.options.durability == Durability::Unsynced {
+            unsynced_marker::doubt(&self.options.side);
+        }
+        synced
+    }
+
+    /// What the newest anchor says of the database file.
+    pub(in crate::engine) fn file_state(&self) -> FileState {
+        let newest = lock(&self.anchors).newest_first().first().map(|a| a.file);
+        newest.unwrap_or(FileState::Backfilling(Witnesses::default()))
+    }
+
+    /// What an anchor is to say of a file that alone is the state at `position`, and that nobody writes to. The caller holds `backfill`, or is alone.
+    pub(in crate::engine) fn at_rest(&self, position: Position) -> Result<FileState> {
+        self.expect_as_left()?;
+        let now = self.watch.modified()?;
+        let stamped = match self.file_state() {
+            FileState::AtRest { modified, .. } if modified == now => Some(now),
+            _ => self.watch.stamp()?,
+        };
+        // Without such a time only a hash tells later, or the WAL.
+        Ok(stamped.map_or(FileState::Backfilling(Witnesses::default()), |modified| FileState::AtRest {
+            position,
+            modified,
+        }))
+    }
+
+    /// Writes an anchor for a commit boundary of the generation that is current.
+    pub(in crate::engine) fn write_anchor(&self, tip: &Tip, file: FileState, durable: bool) -> Result<()> {
+        self.put_anchor(tip, file, false, durable)
+    }
+
+    /// Writes, durably, the anchor of a commit frame that is about to be written, and that says which state it leads to.
+    pub(in crate::engine) fn announce(&self, tip: &Tip, file: FileState) -> Result<()> {
+        self.put_anchor(tip, file, true, true)
+    }
+
+    fn put_anchor(&self, tip: &Tip, file: FileState, ahead: bool, durable: bool) -> Result<()> {
+        let mut anchors = lock(&self.anchors);
+        let anchor = Anchor {
+            generation: anchors.generation(),
+            salts: tip.salts,
+            frame: tip.frame,
+            sum: tip.sum,
+            position: tip.position,
+            pages: tip.pages,
+            file,
+            ahead,
+        };
+        anchors.write(anchor, durable)
+    }
+
+    /// The length of the WAL's part that counts.
+    pub(in crate::engine) fn wal_bytes(&self) -> u64 {
+        u64::from(self.tip().frame) * frame_bytes(self.page_size) as u64
+    }
+
+    pub(in crate::engine) fn figures(&self) -> WalFigures {
+        WalFigures {
+            locks_lost: self.locks_lost(),
+            frames: self.tip().frame,
+            backfilled: self.index.backfilled(),
+        }
+    }
+
+    pub(in crate::engine) fn path(&self) -> &PathBuf {
+        &self.options.path
+    }
+}
+
+/// The index header that makes a tip the end of the WAL.
+pub(in crate::engine) fn index_header(
+    base: &OpenDatabase,
+    tip: &Tip,
+    change: u32,
+    big_endian: bool,
+) -> IndexHeader {
+    IndexHeader::of(base.page_size, change, big_endian, tip.frame, tip.pages, tip.sum, tip.salts)
+}
+
+/// A further connection to an open database.
+pub(in crate::engine) fn reader(base: &OpenDatabase) -> Result<Handle> {
+    base.expect_files()?;
+    let handle = Handle::open(base.path(), false)?;
+    handle.connection().query_row("SELECT count(*) FROM sqlite_schema", [], |r| r.get::<_, i64>(0))?;
+    Ok(handle)
+}

@@ -1,0 +1,145 @@
+//! The `-wal` file, read, written and synced by position.
+//!
+//! SQLite puts no lock on this file, so that, unlike the database and the `-shm`, it may have descriptors of ours.
+
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use crate::error::{Error, Result};
+use crate::files::read_exact_at;
+use crate::files::sync_directory;
+use crate::files::write_all_at;
+use crate::page::PageSize;
+use crate::wal::{FRAME_HEADER_BYTES, FrameHeader, Salts, frame_bytes, frame_offset};
+
+/// Zeros that are written at a time.
+const EXTEND_BYTES: usize = 1 << 20;
+/// The longest part of a WAL that is made before it is needed.
+pub(crate) const EXTEND_MAX_BYTES: u64 = 16 << 20;
+
+/// The WAL file of an open database. It is neither renamed nor deleted while a connection of ours is open.
+#[derive(Debug)]
+pub(crate) struct WalFile {
+    file: File,
+    path: PathBuf,
+    /// An fsync failed. The kernel says so once, to one of the threads that sync; what is missing on the disk since
+    /// then, a later success does not bring there.
+    lost: AtomicBool,
+}
+
+/// What lies behind the last commit.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Behind {
+    /// The end of a commit, which does not follow from what is before it.
+    pub(crate) commits: bool,
+}
+
+impl WalFile {
+    /// The path of a database's WAL.
+    pub(crate) fn path_of(database: &Path) -> PathBuf {
+        let mut name = database.as_os_str().to_owned();
+        name.push("-wal");
+        name.into()
+    }
+
+    pub(crate) fn open(database: &Path) -> Result<WalFile> {
+        let path = WalFile::path_of(database);
+        let file = OpenOptions::new().read(true).write(true).open(&path).map_err(Error::io("open", &path))?;
+        Ok(WalFile { file, path, lost: AtomicBool::new(false) })
+    }
+
+    /// The file itself, whatever is at its path by now.
+    pub(in crate::engine) fn file(&self) -> &File {
+        &self.file
+    }
+
+    /// Makes the file's name durable. SQLite does that with its own first sync of a WAL that it made; ours are of the content only.
+    pub(crate) fn sync_name(&self) -> Result<()> {
+        let parent = self.path.parent().filter(|p| !p.as_os_str().is_empty());
+        sync_directory(parent.unwrap_or(Path::new(".")))
+    }
+
+    pub(crate) fn read(&self, buffer: &mut [u8], offset: u64) -> Result<()> {
+        read_exact_at(&self.file, buffer, offset).map_err(Error::io("read", &self.path))
+    }
+
+    pub(crate) fn write(&self, bytes: &[u8], offset: u64) -> Result<()> {
+        write_all_at(&self.file, bytes, offset).map_err(Error::io("write", &self.path))
+    }
+
+    pub(crate) fn sync(&self) -> Result<()> {
+        if self.lost.load(Ordering::Acquire) {
+            let source = io::Error::other("an earlier fsync failed, and what it left out is not known");
+            return Err(Error::Io { op: "fsync", path: self.path.clone(), source });
+        }
+        self.file.sync_data().map_err(|source| {
+            self.lost.store(true, Ordering::Release);
+            Error::Io { op: "fsync", path: self.path.clone(), source }
+        })
+    }
+
+    pub(crate) fn bytes(&self) -> Result<u64> {
+        Ok(self.file.metadata().map_err(Error::io("stat", &self.path))?.len())
+    }
+
+    /// Makes the file at least this long, with zeros, so that an fsync after a commit has no new length to record. The
+    /// caller holds WRITE: nobody else may be writing frames there. Where there is no room for all of it, it takes none: others need some, too.
+    pub(crate) fn extend(&self, bytes: u64) -> Result<()> {
+        let before = self.bytes()?;
+        self.extend_from(before, bytes).inspect_err(|_| {
+            if let Err(error) = self.truncate(before) {
+                tracing::warn!(%error, "the WAL stays longer than it has to be");
+            }
+        })
+    }
+
+    fn extend_from(&self, mut at: u64, bytes: u64) -> Result<()> {
+        let zeros = vec![0; EXTEND_BYTES];
+        while at < bytes {
+            let count = (bytes - at).min(EXTEND_BYTES as u64);
+            self.write(&zeros[..count as usize], at)?;
+            at += count;
+        }
+        Ok(())
+    }
+
+    /// Whether frames of this generation lie behind the last commit, and whether one of them ends a commit.
+    pub(crate) fn behind(&self, last: u32, salts: Salts, size: PageSize) -> Result<Option<Behind>> {
+        let bytes = self.bytes()?;
+        let mut header = [0; FRAME_HEADER_BYTES];
+        let mut found = None;
+        for frame in last + 1.. {
+            let offset = frame_offset(frame, size);
+            if offset + frame_bytes(size) as u64 > bytes {
+                break;
+            }
+            self.read(&mut header, offset)?;
+            let head = FrameHeader::parse(&header);
+            if head.salts == salts {
+                found = Some(Behind { commits: head.commit != 0 });
+                if head.commit != 0 {
+                    break;
+                }
+            }
+        }
+        Ok(found)
+    }
+
+    /// Cuts off frames of this generation behind the last commit, if there are any: what a dead writer or a power cut left there. They may be
+    /// whole and continue a commit that is written once more, bit for bit, in the place of one that was lost; then they would
+    /// count. The caller holds WRITE.
+    pub(crate) fn cut_behind(&self, last: u32, salts: Salts, size: PageSize) -> Result<()> {
+        if self.behind(last, salts, size)?.is_some() {
+            tracing::info!("frames behind the last commit are cut off the WAL");
+            self.truncate(frame_offset(last + 1, size))?;
+            return self.sync();
+        }
+        Ok(())
+    }
+
+    pub(crate) fn truncate(&self, bytes: u64) -> Result<()> {
+        self.file.set_len(bytes).map_err(Error::io("truncate", &self.path))
+    }
+}

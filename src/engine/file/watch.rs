@@ -1,0 +1,180 @@
+//! Whether the files at the paths are those that a node has open, and the database file is as the node left it.
+//!
+//! SQLite, and a descriptor, go on with a file that was removed or replaced; and whoever copies another one over the database asks for
+//! no lock. So each file is known by its device and inode, and the database file, which nobody but us writes to while we hold CKPT, by its
+//! modification time and length.
+
+use std::fmt;
+use std::fs::{self, File, Metadata};
+use std::io;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use crate::engine::file::modified::{modified_of, stamp};
+use crate::engine::file::wal_file::WalFile;
+use crate::engine::options::EngineOptions;
+use crate::error::{Error, Result};
+use crate::lock::lock;
+use crate::sqlite::FileLocks;
+
+/// Device and inode.
+type Inode = (u64, u64);
+
+/// The files of one open database.
+#[derive(Debug)]
+pub(in crate::engine) struct Watch {
+    files: Vec<Known>,
+    database: PathBuf,
+    /// With the database's descriptor, where there is one.
+    locks: Option<Arc<FileLocks>>,
+    left: Mutex<Left>,
+}
+
+/// A file, or directory, by what it was when it was opened.
+#[derive(Debug)]
+struct Known {
+    what: What,
+    path: PathBuf,
+    inode: Option<Inode>,
+}
+
+/// How the database file is while nobody writes to it.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Left {
+    modified: i64,
+    bytes: u64,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(in crate::engine) enum What {
+    Database,
+    Wal,
+    Shm,
+    Side,
+}
+
+/// What is wrong with a file.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(in crate::engine) enum Astray {
+    Gone(What, PathBuf),
+    Another(What, PathBuf),
+    /// The database file was written to by somebody else.
+    Written(PathBuf),
+}
+
+impl fmt::Display for Astray {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let (what, path, now) = match self {
+            Astray::Gone(what, path) => (*what, path, "was removed"),
+            Astray::Another(what, path) => (*what, path, "is another file than the one that was opened"),
+            Astray::Written(path) => (What::Database, path, "was written to by somebody else"),
+        };
+        let cure = match (what, self) {
+            (What::Wal | What::Shm, _) => {
+                "what is committed is in the log: start the node again, which makes it good from there"
+            }
+            (What::Side, _) => {
+                "put it back, if it was moved, and start the node again; without it the log and the history are gone, and replicas compare their pages"
+            }
+            (What::Database, Astray::Gone(..)) => {
+                "what is committed is in the log: put the file back, or an older copy, and start the node again"
+            }
+            (What::Database, _) => {
+                "stop the node, put the right file there, of a replica or a backup, with no `-wal` of another beside it, and start it again"
+            }
+        };
+        write!(f, "{} {now} while it was open here; nothing more is written; {cure}", path.display())
+    }
+}
+
+impl Watch {
+    /// Knows the files as they are from now on. The caller has them open, and holds CKPT.
+    pub(in crate::engine) fn new(
+        options: &EngineOptions,
+        locks: Option<Arc<FileLocks>>,
+        wal: &WalFile,
+    ) -> Result<Watch> {
+        let (database, mut shm) = (options.path.clone(), options.path.as_os_str().to_owned());
+        shm.push("-shm");
+        let opened = |file: Option<&File>| file.map(|file| file.metadata());
+        let known = |what, path: PathBuf, opened: Option<io::Result<Metadata>>| -> Result<Known> {
+            let meta = opened.unwrap_or_else(|| fs::metadata(&path)).map_err(Error::io("stat", &path))?;
+            Ok(Known { what, path, inode: inode(&meta) })
+        };
+        let files = vec![
+            known(What::Database, database.clone(), opened(locks.as_deref().and_then(FileLocks::database)))?,
+            known(What::Wal, WalFile::path_of(&database), opened(Some(wal.file())))?,
+            known(What::Shm, shm.into(), opened(locks.as_deref().and_then(FileLocks::shm)))?,
+            known(What::Side, options.side.clone(), None)?,
+        ];
+        let watch = Watch { files, database, locks, left: Mutex::new(Left { modified: 0, bytes: 0 }) };
+        watch.leave()?;
+        Ok(watch)
+    }
+
+    /// What is wrong with the files at the paths; nothing as a rule. A path that can't be looked at says nothing.
+    pub(in crate::engine) fn astray(&self) -> Option<Astray> {
+        self.files.iter().find_map(|known| match fs::metadata(&known.path) {
+            Ok(meta) if inode(&meta) == known.inode => None,
+            Ok(_) => Some(Astray::Another(known.what, known.path.clone())),
+            Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
+                Some(Astray::Gone(known.what, known.path.clone()))
+            }
+            Err(error) => {
+                tracing::debug!(path = %known.path.display(), %error, "a file can't be looked at");
+                None
+            }
+        })
+    }
+
+    /// The same, and whether the database file is as it was left. Nobody here may be writing to it.
+    pub(in crate::engine) fn as_left(&self) -> Option<Astray> {
+        self.astray().or_else(|| self.written())
+    }
+
+    /// Whether somebody else wrote to the file that is open here. Nobody here may be writing to it.
+    pub(in crate::engine) fn written(&self) -> Option<Astray> {
+        let now = self.now().ok()?;
+        (now != *lock(&self.left)).then(|| Astray::Written(self.database.clone()))
+    }
+
+    /// This node has written to the database file.
+    pub(in crate::engine) fn leave(&self) -> Result<()> {
+        *lock(&self.left) = self.now()?;
+        Ok(())
+    }
+
+    /// When the database file was last modified.
+    pub(in crate::engine) fn modified(&self) -> Result<i64> {
+        Ok(self.now()?.modified)
+    }
+
+    /// Gives the database file, as it was left, a time that no later write will give it. See [`stamp`].
+    pub(in crate::engine) fn stamp(&self) -> Result<Option<i64>> {
+        let stamped = stamp(&self.database, self.descriptor());
+        self.leave()?;
+        stamped
+    }
+
+    fn now(&self) -> Result<Left> {
+        let meta = self.descriptor().map_or_else(|| fs::metadata(&self.database), File::metadata);
+        let meta = meta.map_err(Error::io("stat", &self.database))?;
+        Ok(Left { modified: modified_of(&meta, &self.database)?, bytes: meta.len() })
+    }
+
+    fn descriptor(&self) -> Option<&File> {
+        self.locks.as_deref().and_then(FileLocks::database)
+    }
+}
+
+/// Elsewhere only whether a file is there is looked at.
+#[cfg(unix)]
+fn inode(meta: &Metadata) -> Option<Inode> {
+    use std::os::unix::fs::MetadataExt;
+    Some((meta.dev(), meta.ino()))
+}
+
+#[cfg(not(unix))]
+fn inode(_: &Metadata) -> Option<Inode> {
+    None
+}

@@ -1,0 +1,84 @@
+//! Finds the pages that are to be witnesses.
+
+use crate::checksum::PageHash;
+use crate::engine::file::anchor::FileState;
+use crate::engine::file::database::{OpenDatabase, Tip};
+use crate::engine::file::newest::{Found, Newest};
+use crate::engine::file::witnesses::{Witness, Witnesses};
+use crate::error::Result;
+use crate::page::PageNo;
+use crate::sqlite::Handle;
+
+impl OpenDatabase {
+    /// Pages behind frame `copied` whose images at `tip` the file does not have yet: the first page, without which a database does not grow,
+    /// and which is copied last; the highest ones, which are copied before it; and some between. Where there are others, none whose bytes come back by
+    /// themselves when a table is emptied.
+    pub(in crate::engine) fn witnesses(
+        &self,
+        handle: &mut Handle,
+        copied: u32,
+        tip: &Tip,
+    ) -> Result<Witnesses> {
+        const LAST: usize = Witnesses::MAX / 2;
+        let (mut found, mut empty) = (Vec::<Witness>::new(), Vec::new());
+        let (mut image, mut there) = (vec![0; self.page_size.bytes()], vec![0; self.page_size.bytes()]);
+        let mut newest = Newest::descending(&self.index, copied + 1, tip.frame);
+        let first = self.index.lookup(PageNo::FIRST.get(), copied + 1, tip.frame);
+        let mut pages: Vec<Found> = first.map(|frame| (PageNo::FIRST.get(), frame)).into_iter().collect();
+        loop {
+            // Beyond the last ones, a page is looked at when one of each step is not found yet.
+            let (step, mut wanted) = ((pages.len() / (Witnesses::MAX - LAST)).max(1), 0);
+            for (at, (page, frame)) in pages.iter().copied().enumerate() {
+                if found.len() == Witnesses::MAX {
+                    break;
+                }
+                let Some(page) = PageNo::new(page).filter(|page| at >= wanted && page.get() <= tip.pages)
+                else {
+                    continue;
+                };
+                if found.iter().any(|witness| witness.page() == page) {
+                    continue;
+                }
+                self.read_frame(frame, &mut image)?;
+                if let Err(error) = handle.read(&mut there, page.offset(self.page_size)) {
+                    // It is about to be written over.
+                    tracing::warn!(%error, ?page, "an image that the WAL replaces can't be read");
+                    continue;
+                }
+                if image == there {
+                    continue;
+                }
+                let witness = Witness::new(page, PageHash::of(page, &there));
+                if page != PageNo::FIRST && is_empty_leaf(&there) {
+                    if empty.len() < Witnesses::MAX && !empty.contains(&witness) {
+                        empty.push(witness);
+                    }
+                    continue;
+                }
+                found.push(witness);
+                if found.len() >= LAST {
+                    wanted = at + step;
+                }
+            }
+            if found.len() == Witnesses::MAX || !newest.next(&mut pages) {
+                return Ok(found.into_iter().chain(empty).collect());
+            }
+        }
+    }
+
+    /// What the last anchor says of the file; nobody copies any more.
+    pub(in crate::engine) fn left_behind(&self, handle: &mut Handle) -> Result<FileState> {
+        match self.file_state() {
+            state @ FileState::AtRest { .. } => Ok(state),
+            FileState::Backfilling(before) => {
+                let witnesses = self.witnesses(handle, 0, &self.tip())?;
+                Ok(FileState::Backfilling(witnesses.marked(before.mark)))
+            }
+        }
+    }
+}
+
+/// Whether a page is a leaf of a table or an index, and has no row.
+fn is_empty_leaf(page: &[u8]) -> bool {
+    matches!(page, [10 | 13, _, _, 0, 0, ..])
+}

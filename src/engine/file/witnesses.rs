@@ -1,0 +1,90 @@
+//! Pages that tell whether somebody copied all of the WAL back, and how a file is known again that frames are being copied into.
+
+use crate::checksum::PageHash;
+use crate::page::PageNo;
+use crate::wal::le_u32;
+
+/// A page that the WAL has and that the file has an older image of, by that image's hash. While the file has it still, nobody has copied all of
+/// the WAL back; and SQLite gives up no WAL before that.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Witness {
+    page: PageNo,
+    older: [u8; 8],
+}
+
+impl Witness {
+    /// Of one in an anchor.
+    pub(in crate::engine) const BYTES: usize = 12;
+
+    pub(crate) fn new(page: PageNo, older: PageHash) -> Witness {
+        let hash = older.to_bytes();
+        let mut older = [0; 8];
+        older.copy_from_slice(&hash[..8]);
+        Witness { page, older }
+    }
+
+    /// The page's number, little-endian, and the first eight bytes of the hash.
+    pub(in crate::engine) fn to_bytes(self) -> [u8; Witness::BYTES] {
+        let mut bytes = [0; Witness::BYTES];
+        bytes[..4].copy_from_slice(&self.page.get().to_le_bytes());
+        bytes[4..].copy_from_slice(&self.older);
+        bytes
+    }
+
+    pub(crate) fn page(self) -> PageNo {
+        self.page
+    }
+}
+
+/// What is written behind the end of a file that frames are being copied into: whoever puts another file in its place, or cuts it, takes that away.
+/// To SQLite it is nothing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Mark {
+    pub(crate) offset: u64,
+    pub(crate) nonce: [u8; Mark::BYTES],
+}
+
+impl Mark {
+    pub(crate) const BYTES: usize = 16;
+}
+
+/// Some pages of those that a copy changes, as many as an anchor has room for; and how the file is known again.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) struct Witnesses {
+    pages: [Option<Witness>; Witnesses::MAX],
+    pub(crate) mark: Option<Mark>,
+}
+
+impl Witnesses {
+    pub(crate) const MAX: usize = 8;
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = Witness> + '_ {
+        self.pages.iter().flatten().copied()
+    }
+
+    pub(crate) fn marked(self, mark: Option<Mark>) -> Witnesses {
+        Witnesses { mark, ..self }
+    }
+
+    pub(in crate::engine) fn decode(bytes: &[u8]) -> Witnesses {
+        bytes
+            .chunks_exact(Witness::BYTES)
+            .filter_map(|b| {
+                let mut older = [0; 8];
+                older.copy_from_slice(&b[4..]);
+                Some(Witness { page: PageNo::new(le_u32(b))?, older })
+            })
+            .collect()
+    }
+}
+
+/// The first ones, as many as there is room for.
+impl FromIterator<Witness> for Witnesses {
+    fn from_iter<I: IntoIterator<Item = Witness>>(all: I) -> Witnesses {
+        let mut witnesses = Witnesses::default();
+        for (place, witness) in witnesses.pages.iter_mut().zip(all) {
+            *place = Some(witness);
+        }
+        witnesses
+    }
+}

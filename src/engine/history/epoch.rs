@@ -1,0 +1,45 @@
+//! A new epoch of the history.
+
+use crate::error::{Error, Result};
+use crate::txid::{Epoch, EpochStart, NUMBER_MAX, Position};
+
+/// Adds an epoch with a number above `above` and all known ones.
+pub(in crate::engine) fn open_epoch(
+    history: &mut crate::txid::EpochHistory,
+    above: u64,
+    position: Position,
+) -> Result<()> {
+    let mut branch = [0; 8];
+    getrandom::fill(&mut branch).map_err(|e| Error::Stopped(format!("no random numbers: {e}")))?;
+    let above = history.epoch().number().max(above);
+    let number = above
+        .checked_add(1)
+        .filter(|number| *number <= NUMBER_MAX)
+        .ok_or_else(|| Error::garbled("a peer", "an epoch that leaves no room for a higher one"))?;
+    history.push(EpochStart {
+        epoch: Epoch::new(number, u64::from_le_bytes(branch)),
+        first: position.number() + 1,
+        before: position.checksum(),
+    });
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checksum::Checksum;
+    use crate::txid::{EpochHistory, Txid};
+
+    #[test]
+    fn an_epoch_that_leaves_no_room_for_a_higher_one_is_refused_and_overflows_nothing() {
+        let tip = Position::new(Txid::new(Epoch::new(1, 1), 4), Checksum::EMPTY);
+        let opened = |above| {
+            let mut history = EpochHistory::default();
+            open_epoch(&mut history, above, tip).map(|()| history.epoch().number())
+        };
+        assert_eq!(opened(NUMBER_MAX - 1).unwrap(), NUMBER_MAX);
+        for above in [NUMBER_MAX, NUMBER_MAX + 1, u64::MAX] {
+            assert!(matches!(opened(above), Err(Error::Peer { .. })), "{above}");
+        }
+    }
+}

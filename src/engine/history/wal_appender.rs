@@ -1,0 +1,323 @@
+//! A replica's side of the WAL: verified transactions become frames that readers see at once.
+
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+
+use crate::checksum::{Checksum, PageHash};
+use crate::engine::file::database::{OpenDatabase, Tip, index_header};
+use crate::engine::file::hash_cache::HashCache;
+use crate::error::{Error, Result};
+use crate::lock::lock;
+use crate::page::PageNo;
+use crate::sqlite::Handle;
+use crate::txid::{Epoch, EpochHistory, Position};
+use crate::wal::{FRAME_HEADER_BYTES, WalSum, frame_bytes, frame_offset, push_frame, region_of};
+use crate::wire::{TxnBegin, TxnEnd};
+
+/// Frames are written to the WAL when they are together larger than this.
+const WRITE_BYTES: usize = 512 * 1024;
+
+/// Appends transactions to the WAL. CKPT and WRITE are held by `handle` as long as it lives.
+#[derive(Debug)]
+pub(in crate::engine) struct WalAppender {
+    pub(in crate::engine) base: Arc<OpenDatabase>,
+    pub(in crate::engine) handle: Handle,
+    cache: HashCache,
+    /// The state after the last whole transaction that was taken, published or not.
+    run: Tip,
+    /// What readers see.
+    published: Tip,
+    txn: Option<Txn>,
+    /// Frames that are not in the file yet; the first of them is `buffered + 1`.
+    frames: Vec<u8>,
+    buffered: u32,
+    /// The last page that came: only the next unit tells whether it ends its transaction.
+    held: Option<(PageNo, Bytes)>,
+    last_frame: u32,
+    sum: WalSum,
+    big_endian: bool,
+    page: Vec<u8>,
+}
+
+/// The most pages of a database (SQLite's limit).
+const PAGES_MAX: u32 = u32::MAX - 1;
+
+/// A page and its number.
+pub(in crate::engine) type NumberedPage = (PageNo, Bytes);
+
+/// The transaction that is coming in.
+#[derive(Debug)]
+struct Txn {
+    begin: TxnBegin,
+    checksum: Checksum,
+    changed: u32,
+    /// The highest page number.
+    highest: u32,
+}
+
+impl WalAppender {
+    pub(in crate::engine) fn new(base: Arc<OpenDatabase>, handle: Handle) -> Result<WalAppender> {
+        let tip = base.tip();
+        let header = base.settled_header()?;
+        Ok(WalAppender {
+            cache: HashCache::new(),
+            run: tip,
+            published: tip,
+            txn: None,
+            frames: Vec::new(),
+            buffered: tip.frame,
+            held: None,
+            last_frame: tip.frame,
+            sum: tip.sum,
+            big_endian: header.big_endian,
+            page: vec![0; base.page_size.bytes()],
+            base,
+            handle,
+        })
+    }
+
+    /// The position after the last whole transaction that was taken.
+    pub(in crate::engine) fn position(&self) -> Position {
+        self.run.position
+    }
+
+    /// The last frame of the last whole transaction that was taken.
+    pub(in crate::engine) fn last_frame(&self) -> u32 {
+        self.run.frame
+    }
+
+    /// Whether a transaction has begun and not ended.
+    pub(in crate::engine) fn in_transaction(&self) -> bool {
+        self.txn.is_some()
+    }
+
+    /// A record begins.
+    pub(in crate::engine) fn begin(&mut self, begin: TxnBegin, history: &EpochHistory) -> Result<()> {
+        if self.txn.is_some() {
+            return Err(out_of_order("a transaction begins inside of another"));
+        }
+        if begin.page_size != self.base.page_size {
+            return Err(out_of_order("a transaction of another page size"));
+        }
+        if begin.before != self.run.position {
+            return Err(mismatch(self.run.position, begin.before));
+        }
+        self.expect_epoch(begin.epoch, history)?;
+        self.txn = Some(Txn { begin, checksum: self.run.position.checksum(), changed: 0, highest: 0 });
+        Ok(())
+    }
+
+    fn expect_epoch(&self, epoch: Epoch, history: &EpochHistory) -> Result<()> {
+        match history.epoch_of(self.run.position.number() + 1) {
+            Some(known) if known == epoch => Ok(()),
+            known => Err(mismatch(known.unwrap_or(Epoch::new(0, 0)), epoch)),
+        }
+    }
+
+    /// A changed page of the record, its hash verified.
+    pub(in crate::engine) fn page(
+        &mut self,
+        number: PageNo,
+        hash: PageHash,
+        unit: &Bytes,
+        offset: usize,
+    ) -> Result<()> {
+        let page = unit.slice(offset..);
+        if page.len() != self.base.page_size.bytes() || number.is_lock_page(self.base.page_size) {
+            return Err(out_of_order("a page that the database can't have"));
+        }
+        if self.txn.is_none() {
+            return Err(out_of_order("a page outside of a transaction"));
+        }
+        let old = if number.get() <= self.run.pages { Some(self.old_hash(number)?) } else { None };
+        if let Some(txn) = &mut self.txn {
+            if let Some(old) = old {
+                txn.checksum = txn.checksum.without(old);
+            }
+            txn.checksum = txn.checksum.with(hash);
+            txn.changed += 1;
+            txn.highest = txn.highest.max(number.get());
+        }
+        self.cache.set(number, hash);
+        self.push_held(0)?;
+        self.held = Some((number, page));
+        Ok(())
+    }
+
+    /// The record ends: its pages must lead to the position that it states.
+    pub(in crate::engine) fn end(&mut self, end: TxnEnd) -> Result<()> {
+        let Some(txn) = self.txn.take() else {
+            return Err(out_of_order("a transaction ends that did not begin"));
+        };
+        // Such a page would count and not be there.
+        if txn.highest > end.pages || end.pages > PAGES_MAX {
+            return Err(out_of_order("a transaction with pages that the database can't have"));
+        }
+        let mut checksum = txn.checksum;
+        for number in (end.pages + 1..=self.run.pages).filter_map(PageNo::new) {
+            if !number.is_lock_page(self.base.page_size) {
+                checksum = checksum.without(self.old_hash(number)?);
+            }
+        }
+        let found =
+            Position::new(crate::txid::Txid::new(txn.begin.epoch, self.run.position.number() + 1), checksum);
+        // A commit frame says the size; of zero pages it would be none.
+        if found != end.after || end.changed != txn.changed || txn.changed == 0 || end.pages == 0 {
+            return Err(mismatch(end.after, found));
+        }
+        self.push_held(end.pages)?;
+        self.base.bound.transaction(self.last_frame - self.run.frame);
+        self.run =
+            Tip { frame: self.last_frame, sum: self.sum, position: end.after, pages: end.pages, ..self.run };
+        Ok(())
+    }
+
+    /// Writes the page that was held back as a frame; `commit` is the database's size when it ends a transaction.
+    fn push_held(&mut self, commit: u32) -> Result<()> {
+        let Some((number, page)) = self.held.take() else { return Ok(()) };
+        let frame = self.last_frame + 1;
+        if self.frames.is_empty() {
+            self.buffered = self.last_frame;
+        }
+        self.base.index.ensure(&mut self.handle, region_of(frame), true)?;
+        self.sum =
+            push_frame(&mut self.frames, number, commit, self.run.salts, &page, self.sum, self.big_endian);
+        self.base.index.append(&self.handle, frame, number.get())?;
+        self.last_frame = frame;
+        if self.frames.len() >= WRITE_BYTES {
+            self.write_frames()?;
+        }
+        Ok(())
+    }
+
+    fn write_frames(&mut self) -> Result<()> {
+        if !self.frames.is_empty() {
+            let offset = frame_offset(self.buffered + 1, self.base.page_size);
+            self.base.wal.write(&self.frames, offset)?;
+            self.frames.clear();
+        }
+        Ok(())
+    }
+
+    /// The hash of a page as of the last whole transaction.
+    fn old_hash(&mut self, number: PageNo) -> Result<PageHash> {
+        if let Some(hash) = self.cache.get(number) {
+            return Ok(hash);
+        }
+        let frame = frame_bytes(self.base.page_size);
+        let hash = match self.base.index.lookup(number.get(), 1, self.run.frame) {
+            // Not in the file yet.
+            Some(found) if !self.frames.is_empty() && found > self.buffered => {
+                let at = (found - self.buffered - 1) as usize * frame + FRAME_HEADER_BYTES;
+                PageHash::of(number, &self.frames[at..at + self.base.page_size.bytes()])
+            }
+            Some(found) => {
+                self.base.read_frame(found, &mut self.page)?;
+                PageHash::of(number, &self.page)
+            }
+            None => {
+                self.handle.read(&mut self.page, number.offset(self.base.page_size))?;
+                PageHash::of(number, &self.page)
+            }
+        };
+        Ok(hash)
+    }
+
+    /// Makes all whole transactions visible to readers.
+    pub(in crate::engine) fn publish(&mut self) -> Result<()> {
+        if self.run == self.published {
+            return Ok(());
+        }
+        self.write_frames()?;
+        let change = self.base.index.glance().1;
+        self.base.index.publish(&index_header(
+            &self.base,
+            &self.run,
+            change.wrapping_add(1),
+            self.big_endian,
+        ));
+        self.published = self.run;
+        self.base.set_tip(self.run);
+        Ok(())
+    }
+
+    /// Forgets what is not published.
+    pub(in crate::engine) fn abort(&mut self) {
+        self.txn = None;
+        self.held = None;
+        self.frames.clear();
+        self.cache.clear();
+        if self.last_frame != self.published.frame {
+            self.base.index.clean_above(self.published.frame);
+        }
+        self.run = self.published;
+        self.buffered = self.run.frame;
+        self.last_frame = self.run.frame;
+        self.sum = self.run.sum;
+    }
+
+    /// Goes on from a tip that a restart of the WAL, or another hand, has set.
+    pub(in crate::engine) fn resume(&mut self, tip: Tip) {
+        debug_assert!(self.txn.is_none() && self.frames.is_empty());
+        self.run = tip;
+        self.published = tip;
+        self.last_frame = tip.frame;
+        self.buffered = tip.frame;
+        self.sum = tip.sum;
+        self.big_endian = cfg!(target_endian = "big");
+    }
+
+    /// Writes one commit of given pages that leads to a state which was verified elsewhere: a snapshot over a live
+    /// database. `next` yields each page that differs; `before_commit` is called with the tip that the
+    /// commit frame will be, before that frame is written.
+    pub(in crate::engine) fn replace(
+        &mut self,
+        next: &mut dyn FnMut(&mut WalAppender) -> Result<Option<NumberedPage>>,
+        position: Position,
+        size: u32,
+        before_commit: &mut dyn FnMut(&Tip) -> Result<()>,
+    ) -> Result<()> {
+        self.abort();
+        while let Some(page) = next(self)? {
+            self.push_held(0)?;
+            self.held = Some(page);
+        }
+        if self.held.is_none() {
+            // Nothing differs but the name of the state: page 1 as it is carries the commit.
+            let mut page = BytesMut::zeroed(self.base.page_size.bytes());
+            self.base.read_page(&mut self.handle, PageNo::FIRST, self.run.frame, &mut page)?;
+            self.held = Some((PageNo::FIRST, page.freeze()));
+        }
+        self.write_frames()?;
+        self.push_held(size)?;
+        self.run = Tip { frame: self.last_frame, sum: self.sum, position, pages: size, ..self.run };
+        let base = self.base.clone();
+        // A copy that readers stop before this commit would put its anchors over the one that tells what it is.
+        let _nobody_copies = lock(&base.backfill);
+        before_commit(&self.run)?;
+        self.publish()?;
+        base.leap(self.run);
+        Ok(())
+    }
+
+    pub(in crate::engine) fn read_current(&mut self, number: PageNo, buffer: &mut [u8]) -> Result<()> {
+        self.base.read_page(&mut self.handle, number, self.published.frame, buffer)
+    }
+
+    /// Reads the pages of a run, as readers see them.
+    pub(in crate::engine) fn read_run(&mut self, first: PageNo, buffer: &mut [u8]) -> Result<()> {
+        if buffer.is_empty() {
+            return Ok(());
+        }
+        self.base.read_run(&mut self.handle, first, self.published.frame, buffer)
+    }
+}
+
+fn out_of_order(what: &str) -> Error {
+    Error::garbled("the primary", what)
+}
+
+fn mismatch(expected: impl ToString, found: impl ToString) -> Error {
+    Error::Mismatch { expected: expected.to_string(), found: found.to_string() }
+}

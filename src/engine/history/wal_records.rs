@@ -1,0 +1,408 @@
+//! Committed frames become transaction records.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::SystemTime;
+
+use bytes::{Bytes, BytesMut};
+
+use crate::checksum::{Checksum, PageHash};
+use crate::engine::file::database::{OpenDatabase, Tip};
+use crate::engine::file::hash_cache::HashCache;
+use crate::error::{Error, Result};
+use crate::lock::lock;
+use crate::page::PageNo;
+use crate::sqlite::Handle;
+use crate::txid::{Epoch, EpochHistory, Position, Txid};
+use crate::wal::{FRAME_HEADER_BYTES, FrameHeader, IndexHeader, WalSum, frame_bytes, frame_offset};
+use crate::wire::{self, HEADER_BYTES, Message, TxnBegin, TxnEnd};
+
+/// Frames are read in runs of about this size; a transaction that is larger is captured page by page.
+const RUN_BYTES: usize = 512 * 1024;
+/// Records of one batch, in bytes, unless told otherwise.
+const BATCH_BYTES: usize = 512 * 1024;
+
+/// Takes encoded records. `after` is there when the bytes end with a whole record.
+pub(in crate::engine) trait Sink {
+    /// Called before the first byte of anything up to this transaction is handed on.
+    fn committed(&mut self, number: u64) -> Result<()>;
+    fn records(&mut self, units: Bytes, after: Option<Position>) -> Result<()>;
+}
+
+/// Reads what was committed after a tip. One thread uses it.
+#[derive(Debug)]
+pub(in crate::engine) struct Capture {
+    pub(in crate::engine) base: Arc<OpenDatabase>,
+    pub(in crate::engine) handle: Handle,
+    pub(in crate::engine) cache: HashCache,
+    /// The last commit that was read; handed on are all of them when `advance` has returned.
+    pub(in crate::engine) tip: Tip,
+    /// Says the epoch of each transaction.
+    pub(in crate::engine) history: Arc<EpochHistory>,
+    /// Records are handed on when they are together larger than this.
+    pub(in crate::engine) batch_bytes: usize,
+    /// SQLite wrote these frames, which may repeat a commit. A node, as a replica, writes each as the transaction that it is.
+    pub(in crate::engine) repeats: bool,
+    /// Losses of locks that the tip was looked at after.
+    losses: u64,
+    run: Vec<u8>,
+    out: BytesMut,
+    page: Vec<u8>,
+}
+
+/// One commit's frames, first to last, and what the last says.
+#[derive(Clone, Copy, Debug)]
+struct Commit {
+    first: u32,
+    last: u32,
+    pages: u32,
+    sum: WalSum,
+}
+
+impl Capture {
+    pub(in crate::engine) fn new(
+        base: Arc<OpenDatabase>,
+        handle: Handle,
+        tip: Tip,
+        history: Arc<EpochHistory>,
+    ) -> Capture {
+        let size = base.page_size;
+        let frames = (RUN_BYTES / frame_bytes(size)).max(1);
+        Capture {
+            run: vec![0; frames * frame_bytes(size)],
+            page: vec![0; size.bytes()],
+            out: BytesMut::new(),
+            cache: HashCache::new(),
+            base,
+            handle,
+            tip,
+            history,
+            batch_bytes: BATCH_BYTES,
+            repeats: true,
+            losses: 0,
+        }
+    }
+
+    /// Reads all commits up to the header's end and hands them on.
+    pub(in crate::engine) fn advance(&mut self, header: &IndexHeader, sink: &mut dyn Sink) -> Result<()> {
+        if header.salts != self.tip.salts || header.max_frame < self.tip.frame {
+            return Err(Error::Stopped(format!(
+                "the WAL was restarted by somebody else (frame {} became {})",
+                self.tip.frame, header.max_frame
+            )));
+        }
+        if self.base.locks_lost() != self.losses {
+            self.losses = self.base.locks_lost();
+            self.expect_tip()?;
+        }
+        self.base.map_to(&mut self.handle, header.max_frame)?;
+        let frame = frame_bytes(self.base.page_size);
+        while self.tip.frame < header.max_frame {
+            let first = self.tip.frame + 1;
+            let count = ((header.max_frame - self.tip.frame) as usize).min(self.run.len() / frame);
+            let mut run = std::mem::take(&mut self.run);
+            let read =
+                self.base.wal.read(&mut run[..count * frame], frame_offset(first, self.base.page_size));
+            let taken = read.and_then(|()| self.take_run(&run[..count * frame], first, sink));
+            self.run = run;
+            if !taken? {
+                let commit = self.find_end(first, header.max_frame)?;
+                self.take_large(commit, sink)?;
+                self.hand_on(sink)?;
+            }
+        }
+        if self.tip.sum != header.frame_sum {
+            return Err(Error::Stopped(format!(
+                "frame {} of the WAL has another checksum than its index says",
+                header.max_frame
+            )));
+        }
+        self.hand_on(sink)
+    }
+
+    /// The commit that was taken last is still there: of two writers, one without its lock, each may have written over the other's.
+    fn expect_tip(&self) -> Result<()> {
+        if self.tip.frame == 0 {
+            return Ok(());
+        }
+        let mut bytes = [0; FRAME_HEADER_BYTES];
+        self.base.wal.read(&mut bytes, frame_offset(self.tip.frame, self.base.page_size))?;
+        let found = FrameHeader::parse(&bytes);
+        if (found.sum, found.salts) == (self.tip.sum, self.tip.salts) {
+            return Ok(());
+        }
+        Err(Error::Stopped(format!(
+            "frame {} of the WAL was written over after it was committed",
+            self.tip.frame
+        )))
+    }
+
+    /// Takes the commits that lie wholly in the run; false when not even one does.
+    fn take_run(&mut self, run: &[u8], first: u32, sink: &mut dyn Sink) -> Result<bool> {
+        let frame = frame_bytes(self.base.page_size);
+        let (mut begin, mut taken) = (0, false);
+        for at in 0..run.len() / frame {
+            let head = self.frame_header(&run[at * frame..], first + at as u32)?;
+            if head.commit == 0 {
+                continue;
+            }
+            let last = first + at as u32;
+            let commit = Commit { first: first + begin as u32, last, pages: head.commit, sum: head.sum };
+            self.take_small(commit, &run[begin * frame..(at + 1) * frame])?;
+            if self.out.len() > self.batch_bytes {
+                self.hand_on(sink)?;
+            }
+            (begin, taken) = (at + 1, true);
+        }
+        Ok(taken)
+    }
+
+    fn frame_header(&self, bytes: &[u8], frame: u32) -> Result<FrameHeader> {
+        let head = FrameHeader::parse(bytes);
+        if head.salts != self.tip.salts || head.page == 0 {
+            return Err(Error::Corrupt {
+                path: crate::engine::file::wal_file::WalFile::path_of(self.base.path()),
+                offset: frame_offset(frame, self.base.page_size),
+                what: "a committed frame is of another generation".into(),
+                cure: "has SQLite's commits, and somebody else wrote to it: start the node again, which finds out from the log what it has",
+            });
+        }
+        Ok(head)
+    }
+
+    /// Finds the commit frame of a transaction that is longer than a run.
+    fn find_end(&self, first: u32, max: u32) -> Result<Commit> {
+        let mut bytes = [0; FRAME_HEADER_BYTES];
+        for frame in first..=max {
+            self.base.progress.step();
+            self.base.wal.read(&mut bytes, frame_offset(frame, self.base.page_size))?;
+            let head = self.frame_header(&bytes, frame)?;
+            if head.commit != 0 {
+                return Ok(Commit { first, last: frame, pages: head.commit, sum: head.sum });
+            }
+        }
+        Err(Error::Stopped(format!("the WAL's index ends at frame {max}, which is no commit")))
+    }
+
+    /// A commit whose frames are all at hand.
+    fn take_small(&mut self, commit: Commit, frames: &[u8]) -> Result<()> {
+        let frame = frame_bytes(self.base.page_size);
+        let newest = newest_images(frames, frame);
+        let mut record = Record::begin(self, commit);
+        let mark = self.out.len();
+        self.push_begin();
+        for at in newest {
+            let (header, page) = frames[at * frame..(at + 1) * frame].split_at(FRAME_HEADER_BYTES);
+            let Some(number) = PageNo::new(FrameHeader::parse(header).page) else { continue };
+            self.take_page(&mut record, number, PageHash::of(number, page), page)?;
+        }
+        if self.is_repeated(&record) {
+            self.out.truncate(mark);
+            self.move_on(Tip { frame: commit.last, sum: commit.sum, ..self.tip });
+            return Ok(());
+        }
+        self.finish(record)
+    }
+
+    /// A commit that is read page by page, and handed on in pieces.
+    fn take_large(&mut self, commit: Commit, sink: &mut dyn Sink) -> Result<()> {
+        self.hand_on(sink)?;
+        sink.committed(self.tip.position.number() + 1)?;
+        let mut record = Record::begin(self, commit);
+        self.push_begin();
+        let mut image = vec![0; self.base.page_size.bytes()];
+        for frame in commit.first..=commit.last {
+            self.base.progress.step();
+            let page = self.base.index.page_of(frame);
+            if self.base.index.lookup(page, commit.first, commit.last) != Some(frame) {
+                continue;
+            }
+            let Some(number) = PageNo::new(page) else { continue };
+            self.base.read_frame(frame, &mut image)?;
+            self.take_page(&mut record, number, PageHash::of(number, &image), &image)?;
+            if self.out.len() >= BATCH_BYTES {
+                sink.records(self.out.split().freeze(), None)?;
+            }
+        }
+        self.finish(record)
+    }
+
+    /// Enters one changed page into the record.
+    fn take_page(&mut self, record: &mut Record, number: PageNo, hash: PageHash, page: &[u8]) -> Result<()> {
+        // Pages that the transaction itself dropped again are in the WAL, but not in the database.
+        if number.get() > record.commit.pages || number.is_lock_page(self.base.page_size) {
+            return Ok(());
+        }
+        if number.get() <= self.tip.pages {
+            let old = self.old_hash(number)?;
+            record.same = hash == old;
+            record.sum = record.sum.without(old);
+        } else {
+            record.grown += 1;
+        }
+        record.sum = record.sum.with(hash);
+        record.changed += 1;
+        record.last_page = number.get();
+        self.cache.set(number, hash);
+        wire::encode_page(number, hash, page, &mut self.out);
+        Ok(())
+    }
+
+    /// The hash of a page as of the commit before.
+    fn old_hash(&mut self, number: PageNo) -> Result<PageHash> {
+        self.base.progress.step();
+        if let Some(hash) = self.cache.get(number) {
+            return Ok(hash);
+        }
+        let mut page = std::mem::take(&mut self.page);
+        let read = self.base.read_page(&mut self.handle, number, self.tip.frame, &mut page);
+        let hash = PageHash::of(number, &page);
+        self.page = page;
+        read.map(|()| hash)
+    }
+
+    /// A commit of nothing but an unchanged page 1 is our own, made to move the WAL on; it is no transaction. Neither is one of nothing but the frame
+    /// before it, as SQLite makes them behind a commit where the disk may harm a sector when it writes to it (`psow=0`).
+    fn is_repeated(&self, record: &Record) -> bool {
+        let page = record.last_page;
+        record.commit.first == record.commit.last
+            && record.changed == 1
+            && record.same
+            && record.commit.pages == self.tip.pages
+            && (page == 1 || self.repeats && self.base.index.page_of(self.tip.frame) == page)
+    }
+
+    /// The next commit is taken.
+    fn move_on(&mut self, tip: Tip) {
+        let before = std::mem::replace(&mut self.tip, tip);
+        self.base.taken(&before, &tip);
+    }
+
+    /// The epoch of the transaction that follows the tip.
+    fn epoch(&self) -> Epoch {
+        self.history.epoch_of(self.tip.position.number() + 1).unwrap_or(self.tip.position.epoch())
+    }
+
+    fn push_begin(&mut self) {
+        let begin =
+            TxnBegin { before: self.tip.position, epoch: self.epoch(), page_size: self.base.page_size };
+        wire::encode(&Message::TxnBegin(begin), &mut self.out);
+    }
+
+    /// Accounts for dropped and unwritten pages and ends the record.
+    fn finish(&mut self, mut record: Record) -> Result<()> {
+        let commit = record.commit;
+        self.base.bound.transaction(commit.last - commit.first + 1);
+        for number in (commit.pages + 1..=self.tip.pages).filter_map(PageNo::new) {
+            if !number.is_lock_page(self.base.page_size) {
+                record.sum = record.sum.without(self.old_hash(number)?);
+            }
+        }
+        let new_pages = (self.tip.pages + 1..=commit.pages).filter_map(PageNo::new);
+        let size = self.base.page_size;
+        let new_pages = new_pages.filter(|n| !n.is_lock_page(size));
+        if new_pages.clone().count() != record.grown as usize {
+            self.take_unwritten(&mut record, new_pages)?;
+        }
+        let txid = Txid::new(self.epoch(), self.tip.position.number() + 1);
+        let after = Position::new(txid, record.sum);
+        let unix_micros =
+            SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_micros() as u64);
+        let end = TxnEnd { after, pages: commit.pages, changed: record.changed, unix_micros };
+        wire::encode(&Message::TxnEnd(end), &mut self.out);
+        let (frame, sum, pages) = (commit.last, commit.sum, commit.pages);
+        self.move_on(Tip { frame, sum, position: after, pages, ..self.tip });
+        Ok(())
+    }
+
+    /// Takes the pages by which the database grew, and that the transaction did not write: what a reader of them gets, a replica must get too.
+    fn take_unwritten(&mut self, record: &mut Record, new_pages: impl Iterator<Item = PageNo>) -> Result<()> {
+        let (base, commit, size) = (self.base.clone(), record.commit, self.base.page_size);
+        // They stay as they are read here, whatever is copied, and whenever.
+        let on_disk = base.progress.on_disk();
+        let _nobody_copies = lock(&base.backfill);
+        drop(on_disk);
+        let mut older = u32::MAX;
+        for number in new_pages {
+            if base.index.lookup(number.get(), commit.first, commit.last).is_some() {
+                continue;
+            }
+            let mut page = vec![0; size.bytes()];
+            if let Some(frame) = base.index.lookup(number.get(), 1, commit.last) {
+                older = older.min(frame);
+                base.read_frame(frame, &mut page)?;
+            } else {
+                self.cut_mark(number)?;
+                self.handle.read(&mut page, number.offset(size))?;
+            }
+            self.take_page(record, number, PageHash::of(number, &page), &page)?;
+        }
+        // A frame of when the database was as long before. It was not copied while the database was shorter; now it has to be.
+        if older <= base.index.backfilled() {
+            base.index.set_backfilled(older - 1);
+        }
+        base.forget_boundaries(older);
+        Ok(())
+    }
+
+    /// Takes the file's mark off, if it lies where this page is. The caller holds `backfill`.
+    fn cut_mark(&mut self, number: PageNo) -> Result<()> {
+        let size = u64::from(self.base.page_size.get());
+        let bytes = self.handle.size()?;
+        let whole = bytes / size * size;
+        if bytes > whole && whole == number.offset(self.base.page_size) {
+            let base = self.base.clone();
+            base.writing(|| self.handle.truncate(whole))?;
+        }
+        Ok(())
+    }
+
+    /// Hands on what was encoded, and moves the shared tip.
+    fn hand_on(&mut self, sink: &mut dyn Sink) -> Result<()> {
+        if !self.out.is_empty() {
+            sink.committed(self.tip.position.number())?;
+            sink.records(self.out.split().freeze(), Some(self.tip.position))?;
+            // One allocation serves many batches, as long as nobody keeps the old ones.
+            self.out.reserve(BATCH_BYTES / 8 + HEADER_BYTES);
+        }
+        if self.base.tip() != self.tip {
+            self.base.set_tip(self.tip);
+        }
+        Ok(())
+    }
+}
+
+/// A record while it is being made.
+#[derive(Debug)]
+struct Record {
+    commit: Commit,
+    sum: Checksum,
+    changed: u32,
+    /// Pages beyond the size before the commit.
+    grown: u32,
+    last_page: u32,
+    /// Whether the last page was the same before.
+    same: bool,
+}
+
+impl Record {
+    fn begin(capture: &Capture, commit: Commit) -> Record {
+        let sum = capture.tip.position.checksum();
+        Record { commit, sum, changed: 0, grown: 0, last_page: 0, same: false }
+    }
+}
+
+/// The places, in order, of the last image of each page in a run of frames.
+fn newest_images(frames: &[u8], frame: usize) -> Vec<usize> {
+    let count = frames.len() / frame;
+    if count == 1 {
+        return vec![0];
+    }
+    let mut newest = HashMap::with_capacity(count);
+    for at in 0..count {
+        newest.insert(FrameHeader::parse(&frames[at * frame..]).page, at);
+    }
+    let mut places: Vec<usize> = newest.into_values().collect();
+    places.sort_unstable();
+    places
+}

@@ -1,0 +1,268 @@
+//! Opening a database file: checks, locks, and what its files are.
+
+mod integrity;
+mod judge;
+pub(in crate::engine) mod mend;
+pub(in crate::engine) mod position;
+mod redo;
+
+use std::fs;
+use std::sync::Arc;
+use std::time::Duration;
+
+use rusqlite::Connection;
+use rusqlite::config::DbConfig;
+
+use crate::context::NodeContext;
+use crate::engine::checkpoint::backfill::{LOCK_STEP, mark_again, try_for};
+use crate::engine::checkpoint::generation::begin_generation;
+use crate::engine::file::anchor::{Anchor, Anchors, FileState};
+use crate::engine::file::database::OpenDatabase;
+use crate::engine::file::epochs::Epochs;
+use crate::engine::file::epochs::read_epochs;
+use crate::engine::file::wal_file::{EXTEND_MAX_BYTES, WalFile};
+use crate::engine::file::watch::Watch;
+use crate::engine::options::EngineOptions;
+use crate::engine::recover::position::{LogSays, Wal};
+use crate::error::{Error, Result, Unsupported};
+use crate::files::reserve;
+use crate::log::Log;
+use crate::page::PageSize;
+use crate::sqlite::{FileLocks, Handle, Lock, Slot, WalIndex, defend};
+use crate::txid::{EpochHistory, Position};
+use crate::wal::{IndexHeader, frame_offset, region_of};
+
+/// Longest wait for another process that checkpoints or writes at the moment of opening.
+const LOCKS_WAIT: Duration = Duration::from_secs(5);
+
+/// An opened database, CKPT and WRITE held by `handle`.
+#[derive(Debug)]
+pub(in crate::engine) struct Opened {
+    pub(in crate::engine) base: Arc<OpenDatabase>,
+    pub(in crate::engine) handle: Handle,
+    pub(in crate::engine) primary: bool,
+    /// This node opened the newest epoch: commits that the log does not have are of that epoch, and become records of it. On any other
+    /// node they are nobody's.
+    pub(in crate::engine) own: bool,
+    pub(in crate::engine) history: EpochHistory,
+    /// Whether the position in the tip is known to be that of the bytes.
+    pub(in crate::engine) exact: bool,
+    /// A state of the history that is known to be before the one in the tip, which has no name itself.
+    pub(in crate::engine) proved: Option<Position>,
+    /// The anchors that count, newest first.
+    pub(in crate::engine) known: Vec<Anchor>,
+    /// The one whose frame is in the WAL, from which the commits were counted.
+    pub(in crate::engine) anchor: Option<Anchor>,
+    /// The number of the last commit in the WAL, counted from there.
+    pub(in crate::engine) counted: u64,
+    pub(in crate::engine) log_says: LogSays,
+    /// The state is exact by the chain of commits from that anchor.
+    pub(in crate::engine) chained: bool,
+    /// What the WAL is to the anchors.
+    pub(in crate::engine) wal: Wal,
+    /// The highest transaction number that anything beside the database speaks of.
+    pub(in crate::engine) highest: u64,
+    /// The highest epoch number likewise.
+    pub(in crate::engine) highest_epoch: u64,
+}
+
+/// Opens the file, takes the locks and finds the position. The files' content is not changed, but for the journal
+/// mode of a primary's database and for records that its log lacks.
+pub(in crate::engine) fn open(
+    options: EngineOptions,
+    node: Arc<NodeContext>,
+    primary: bool,
+) -> Result<Opened> {
+    let path = options.path.clone();
+    let mut handle = Handle::open(&path, primary).map_err(|e| refine(e, &options))?;
+    let page_size = prepare(&handle, &options, primary)?;
+    let index = WalIndex::new(&mut handle)?;
+    let locks = FileLocks::open(&path)?.map(Arc::new);
+    // A primary gives WRITE back; so it is SQLite's own lock there.
+    if !hold(&mut handle, locks.as_deref(), Slot::CHECKPOINT)? {
+        return Err(Error::AlreadyOpen { path, holder: "another process" });
+    }
+    if !hold(&mut handle, locks.as_deref().filter(|_| !primary), Slot::WRITE)? {
+        return Err(Error::Timeout {
+            what: "the write lock, which another process holds".into(),
+            after: LOCKS_WAIT,
+        });
+    }
+    if let Some(locks) = &locks {
+        locks.watch()?;
+    }
+    let header = index.header().ok_or_else(|| Error::Stopped("the wal-index has no sound header".into()))?;
+    if header.max_frame > 0 {
+        index.ensure(&mut handle, region_of(header.max_frame), true)?;
+        // While others have the file open, the index outlives a process that dies in a transaction, and with it what that one entered.
+        index.clean_above(header.max_frame);
+    }
+    let pages = page_count(&mut handle, &header, page_size)?;
+    let wal = WalFile::open(&path)?;
+    // It may have been made just now. Were it lost, a database into which it was being copied would be torn for good.
+    wal.sync_name()?;
+    let mut anchors = Anchors::open(&options.side)?;
+    let Epochs { mut history, mut own } = epochs(&options)?;
+    let log = Log::open(&options.side.join("log"), options.log)?;
+    if history.last().is_none() {
+        // As far as the log reaches, it says which epoch each of its transactions is of.
+        (history, own) = (log.epochs()?, false);
+    }
+    if history.last().is_some() {
+        anchors.miss()?;
+    }
+    let known = position::standing(&mut anchors, &wal, &header, page_size);
+    let found = Wal::of(&known, &wal, &header, page_size)?;
+    if header.max_frame > 0 && !primary {
+        wal.cut_behind(header.max_frame, header.salts, page_size)?;
+    }
+    let (highest, highest_epoch) = position::highest(&known, &log, &history);
+    let tip = position::end(&header, pages);
+    let watch = Watch::new(&options, locks.clone(), &wal)?;
+    let base = OpenDatabase::new(options, node, page_size, index, wal, log, anchors, tip, locks, watch);
+    let opened = Opened {
+        base,
+        handle,
+        primary,
+        own,
+        history,
+        exact: false,
+        proved: None,
+        known,
+        anchor: None,
+        counted: 0,
+        log_says: LogSays::Nothing,
+        chained: false,
+        wal: found,
+        highest,
+        highest_epoch,
+    };
+    opened.locate(&header, pages)
+}
+
+/// Takes a lock for the life of the database: one that nobody in this process can drop by mistake, where there is such a thing.
+fn hold(handle: &mut Handle, locks: Option<&FileLocks>, slot: Slot) -> Result<bool> {
+    let Some(locks) = locks else { return try_for(handle, slot, Lock::Exclusive, LOCKS_WAIT) };
+    let end = std::time::Instant::now() + LOCKS_WAIT;
+    while !locks.try_hold(slot)? {
+        if std::time::Instant::now() >= end {
+            return Ok(false);
+        }
+        std::thread::sleep(LOCK_STEP);
+    }
+    Ok(true)
+}
+
+/// Says what a failure to open means.
+fn refine(error: Error, options: &EngineOptions) -> Error {
+    match &error {
+        Error::Sqlite(e) if e.sqlite_error_code() == Some(rusqlite::ErrorCode::NotADatabase) => {
+            Error::Unsupported { path: options.path.clone(), reason: Unsupported::NotADatabase }
+        }
+        Error::Sqlite(e) if e.sqlite_error_code() == Some(rusqlite::ErrorCode::DatabaseCorrupt) => {
+            Error::Damaged {
+                path: options.path.clone(),
+                what: format!("SQLite says: {e}; restore it from a replica or a backup"),
+            }
+        }
+        _ => error,
+    }
+}
+
+/// Turns a primary's database to WAL, reads once so that SQLite recovers, and says the page size.
+fn prepare(handle: &Handle, options: &EngineOptions, primary: bool) -> Result<PageSize> {
+    let connection = handle.connection();
+    let mode = |sql: &str| -> Result<String> {
+        connection.query_row(sql, [], |r| r.get(0)).map_err(|e| refine(e.into(), options))
+    };
+    let mut now = match mode("PRAGMA journal_mode") {
+        Err(Error::Damaged { .. }) => {
+            // It is shorter than its first page says, which SQLite puts up with in this mode. Nothing is written in it.
+            // The defence would undo that.
+            defend(connection, false)?;
+            connection.set_db_config(DbConfig::SQLITE_DBCONFIG_WRITABLE_SCHEMA, true)?;
+            mode("PRAGMA journal_mode")?
+        }
+        now => now?,
+    };
+    if now != "wal" && primary {
+        now = handle.turn_to_wal().map_err(|e| refine(e.into(), options))?;
+    }
+    if now != "wal" {
+        return Err(Error::Unsupported { path: options.path.clone(), reason: Unsupported::NotWal(now) });
+    }
+    let read = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |r| r.get::<_, i64>(0));
+    match read {
+        // What its pages are is found out by their hashes; the log may make them good.
+        Err(e) if e.sqlite_error_code() == Some(rusqlite::ErrorCode::DatabaseCorrupt) => {
+            tracing::warn!(path = %options.path.display(), error = %e, "SQLite can't read the schema");
+        }
+        read => drop(read.map_err(|e| refine(e.into(), options))?),
+    }
+    PageSize::new(pragma_u32(connection, "page_size")?)
+}
+
+fn pragma_u32(connection: &Connection, name: &str) -> Result<u32> {
+    Ok(connection.query_row(&format!("PRAGMA {name}"), [], |r| r.get(0))?)
+}
+
+/// The database's size as of the last commit.
+fn page_count(handle: &mut Handle, header: &IndexHeader, size: PageSize) -> Result<u32> {
+    // An index that was made for an empty WAL does not say.
+    if header.max_frame > 0 {
+        return Ok(header.pages);
+    }
+    pragma_u32(handle.connection(), "page_count").or_else(|_| {
+        let pages = handle.size()? / u64::from(size.get());
+        Ok(u32::try_from(pages).unwrap_or(u32::MAX))
+    })
+}
+
+/// Reads the epoch history. One that can't be read is put aside, and made good from the log as far as that reaches.
+fn epochs(options: &EngineOptions) -> Result<Epochs> {
+    match read_epochs(&options.side) {
+        Err(error @ Error::Corrupt { .. }) => {
+            tracing::error!(%error, "the epoch history is put aside");
+            let (from, to) = (options.side.join("epochs"), options.side.join("epochs.corrupt"));
+            fs::rename(&from, &to).map_err(Error::io("rename", &from))?;
+            Ok(Epochs::default())
+        }
+        other => other,
+    }
+}
+
+impl Opened {
+    /// Begins a WAL generation when there is none, so that every frame has salts of ours and an anchor.
+    pub(in crate::engine) fn begin_if_empty(&mut self) -> Result<()> {
+        if self.base.tip().frame == 0 {
+            // Where there is no room for it, no other generation is given up for it.
+            let bytes = frame_offset(2, self.base.page_size);
+            reserve::with(&self.base.options.side, || self.base.wal.extend(bytes))?;
+            begin_generation(&self.base, &mut self.handle, &self.base.tip())?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes an anchor at the tip, and makes the WAL as long as it will be. WRITE is held.
+pub(in crate::engine) fn anchor(base: &OpenDatabase, handle: &mut Handle) -> Result<()> {
+    // One without room for it has room for commits all the same.
+    if let Err(error) = base.wal.extend(base.options.wal_limit_bytes.min(EXTEND_MAX_BYTES)) {
+        tracing::warn!(%error, "the WAL is not made longer in advance");
+        base.note_room(&error);
+    }
+    base.sync_wal()?;
+    let now = base.watch.modified()?;
+    let tip = base.tip();
+    let file = match base.file_state() {
+        state @ FileState::AtRest { modified, .. } if modified == now => state,
+        // Somebody copied into it.
+        _ => {
+            let witnesses = base.witnesses(handle, 0, &tip)?;
+            let mark = mark_again(base, handle)?;
+            base.watch.leave()?;
+            FileState::Backfilling(witnesses.marked(mark))
+        }
+    };
+    base.write_anchor(&tip, file, true)
+}

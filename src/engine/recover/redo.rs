@@ -1,0 +1,99 @@
+//! The log over the files: what it has beyond them is applied again, and what does not belong to them is put aside.
+
+use crate::engine::history::wal_appender::WalAppender;
+use crate::engine::recover::Opened;
+use crate::error::Result;
+use crate::files::{self, reserve, sync_directory};
+use crate::log::{Log, Lookup};
+use crate::status::{Event, unix_millis};
+use crate::txid::{EpochHistory, Position};
+use crate::wire::Message;
+
+impl Opened {
+    /// From which address the log goes on from a state, if it does.
+    pub(in crate::engine) fn leads_on_from(&self, state: Position) -> Result<Option<u64>> {
+        match self.base.log.find(state.number())? {
+            Lookup::At { lsn, before } if before == state => Ok(Some(lsn)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Applies the records that the log has beyond the WAL: an administrator deleted it, or a power cut took its
+    /// tail. Records that do not follow are put aside.
+    pub(in crate::engine) fn redo(self) -> Result<Opened> {
+        let tip = self.base.tip();
+        let Some(logged) = self.base.log.tip() else {
+            // A replica's log begins where a primary vouches for a state, not before.
+            if self.primary {
+                self.reset_log(tip.position)?;
+            }
+            return Ok(self);
+        };
+        if logged == tip.position {
+            return Ok(self);
+        }
+        let number = tip.position.number();
+        if logged.number() > number
+            && let Some(lsn) = self.leads_on_from(tip.position)?
+        {
+            tracing::warn!(from = %tip.position, to = %logged, "the log is ahead of the WAL and is applied again");
+            let mut appender = WalAppender::new(self.base.clone(), self.handle)?;
+            apply_log(&mut appender, &self.base.log, lsn, &self.history)?;
+            self.base.sync_wal()?;
+            return Ok(Opened { handle: appender.handle, ..self });
+        }
+        if logged.number() < number && !self.primary {
+            // Somebody wrote to a replica's file, or a power cut took the log's tail: that the log ends before the
+            // state says that no primary vouches for it.
+            return Ok(self);
+        }
+        if logged.number() >= number {
+            self.set_log_aside()?;
+        }
+        // A replica's log goes on to say what its primary vouched for last: begun at this state it would vouch for it, also
+        // for what somebody wrote here after the node died between its log and its WAL.
+        let vouched = if self.primary { tip.position } else { logged };
+        self.reset_log(vouched)?;
+        Ok(self)
+    }
+
+    /// Begins the log anew. Without room for that, the first record does.
+    pub(in crate::engine) fn reset_log(&self, at: Position) -> Result<()> {
+        let Err(error) = reserve::with(&self.base.options.side, || self.base.log.reset(at)) else {
+            return Ok(());
+        };
+        self.base.note_room(&error);
+        if error.no_room() { Ok(()) } else { Err(error) }
+    }
+
+    /// Keeps a log that does not lead on from this database's state, if it has any record. It has no position then.
+    pub(in crate::engine) fn set_log_aside(&self) -> Result<()> {
+        let log = &self.base.log;
+        if log.start() == log.tip() {
+            return Ok(());
+        }
+        let (from, to) = (log.start(), log.tip());
+        let lost = self.base.options.side.join("lost");
+        let kept = lost.join(format!("log-{}", unix_millis()));
+        files::make_directory(&kept)?;
+        // Its name is durable before anything is moved there.
+        sync_directory(&lost)?;
+        sync_directory(&self.base.options.side)?;
+        log.move_to(&kept)?;
+        tracing::error!(kept = %kept.display(), ?from, ?to, "the log does not lead on from the database's state, and is put aside");
+        self.base.node.tell(Event::Kept(kept));
+        Ok(())
+    }
+}
+
+/// Applies the log's records from an LSN to its end.
+fn apply_log(appender: &mut WalAppender, log: &Log, lsn: u64, history: &EpochHistory) -> Result<()> {
+    log.records(lsn, log.complete(), |unit, message| match message {
+        Message::TxnBegin(begin) => appender.begin(begin, history),
+        Message::Page { number, hash, .. } => {
+            appender.page(number, hash, &unit.raw, crate::wire::HEADER_BYTES + 4)
+        }
+        Message::TxnEnd(end) => appender.end(end).and_then(|()| appender.publish()),
+        _ => Ok(()),
+    })
+}

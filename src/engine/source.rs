@@ -1,0 +1,70 @@
+//! Answers to who asks for pages by the hashes that it has: both ends of a stream give them.
+
+use bytes::{Bytes, BytesMut};
+
+use crate::checksum::PageHash;
+use crate::error::Result;
+use crate::page::{PageNo, PageSize};
+use crate::txid::Position;
+use crate::wire::{self, Sent, WantRun};
+
+/// Bytes of pages that are read at one moment. Small, because the checkpointer waits meanwhile.
+pub(crate) const PIECE_BYTES: usize = 256 * 1024;
+const _: () = assert!(PIECE_BYTES + 1024 <= wire::PAYLOAD_MAX_BYTES);
+
+/// A run of pages for a snapshot.
+#[derive(Debug)]
+pub(crate) struct Piece {
+    /// The state when the piece was read. A page may be newer than that, never older; the log records up to the
+    /// position of the last piece make it exact.
+    pub(crate) position: Position,
+    /// The database's size in pages at that state. With `first` beyond it the piece is empty: the last one.
+    pub(crate) pages: u32,
+    pub(crate) data: Bytes,
+}
+
+/// Reads pages that were asked for, encodes those that the asker does not have so, and says where the last was read.
+pub(crate) fn answer(
+    mut read_piece: impl FnMut(PageNo, usize) -> Result<Piece>,
+    size: PageSize,
+    runs: &[WantRun],
+) -> Result<(Bytes, Sent)> {
+    let mut bytes = BytesMut::new();
+    // Also without any run: the position is asked for, too.
+    let piece = read_piece(PageNo::FIRST, 1)?;
+    let mut sent = Sent { position: piece.position, pages: piece.pages };
+    for run in runs {
+        let (mut next, mut hashes) = (run.first, run.hashes.as_slice());
+        while !hashes.is_empty() {
+            let piece = read_piece(next, PIECE_BYTES.min(hashes.len() * size.bytes()))?;
+            sent = Sent { position: piece.position, pages: piece.pages };
+            let read = piece.data.len() / size.bytes();
+            if read == 0 {
+                break;
+            }
+            encode_differing(next, &piece, &hashes[..read], size, &mut bytes);
+            hashes = &hashes[read..];
+            let Some(after) = next.get().checked_add(read as u32).and_then(PageNo::new) else { break };
+            next = after;
+        }
+    }
+    Ok((bytes.freeze(), sent))
+}
+
+/// Encodes the pages of a piece whose hashes are not those, as pieces of pages in a row.
+fn encode_differing(first: PageNo, piece: &Piece, hashes: &[[u8; 16]], size: PageSize, out: &mut BytesMut) {
+    let differs = |(at, page): (usize, &[u8])| {
+        let number = PageNo::new(first.get() + at as u32)?;
+        let differs = !number.is_lock_page(size) && PageHash::of(number, page).to_bytes() != hashes[at];
+        differs.then_some((at, number))
+    };
+    let mut differing = piece.data.chunks_exact(size.bytes()).enumerate().filter_map(differs).peekable();
+    while let Some((begin, number)) = differing.next() {
+        let mut end = begin + 1;
+        while differing.next_if(|&(at, _)| at == end).is_some() {
+            end += 1;
+        }
+        let pages = &piece.data[begin * size.bytes()..end * size.bytes()];
+        wire::encode_pieces(number, piece.position, pages, size.bytes(), out);
+    }
+}

@@ -1,0 +1,77 @@
+//! A little room that is kept for the day when the disk is full, so that a node can be opened and read then.
+//!
+//! `<side>/reserve` is given up by the first small file that finds no room, and made again when there is some: which is also how a node
+//! finds out.
+
+use std::fs;
+use std::io::Write;
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::files;
+use crate::files::sync_directory;
+
+const NAME: &str = "reserve";
+/// For a WAL's first frames and the names of new files.
+const SPARE_BYTES: u64 = 16 * 1024;
+const BLOCK_BYTES: u64 = 4096;
+
+pub(crate) fn is_there(directory: &Path) -> bool {
+    directory.join(NAME).exists()
+}
+
+/// Makes it, also in the place of one that is there. Its bytes are random: no file system makes less of them.
+pub(crate) fn make(directory: &Path) -> Result<()> {
+    let epochs = fs::metadata(directory.join("epochs")).map_or(0, |meta| meta.len());
+    let mut bytes = vec![0; (SPARE_BYTES + epochs.next_multiple_of(BLOCK_BYTES) + BLOCK_BYTES) as usize];
+    getrandom::fill(&mut bytes).map_err(|e| Error::Stopped(format!("no random numbers: {e}")))?;
+    replace(directory, NAME, &bytes)
+}
+
+/// Whether there was one.
+fn give_up(directory: &Path) -> bool {
+    let gone = fs::remove_file(directory.join(NAME)).is_ok();
+    if gone {
+        tracing::warn!(directory = %directory.display(), "the disk is full: the reserve is given up");
+        if let Err(error) = sync_directory(directory) {
+            tracing::warn!(%error, "its room may not be free yet");
+        }
+    }
+    gone
+}
+
+/// Does something that needs a little room, again without the reserve if there was none. What is replaced gives its own room back, so that there
+/// is a reserve again as a rule, before anybody else takes it: for the next start.
+pub(crate) fn with<T>(directory: &Path, mut run: impl FnMut() -> Result<T>) -> Result<T> {
+    match run() {
+        Err(error) if error.no_room() && give_up(directory) => {
+            let done = run();
+            if let Err(error) = make(directory) {
+                tracing::warn!(%error, "the reserve is made again when there is room");
+            }
+            done
+        }
+        done => done,
+    }
+}
+
+/// Replaces a small file by rename, durably. One that finds no room takes none.
+pub(crate) fn replace(directory: &Path, name: &str, bytes: &[u8]) -> Result<()> {
+    let (path, new) = (directory.join(name), directory.join(format!("{name}.new")));
+    let written = files::create(&new).and_then(|mut file| {
+        file.write_all(bytes).map_err(Error::io("write", &new))?;
+        file.sync_all().map_err(Error::io("fsync", &new))?;
+        fs::rename(&new, &path).map_err(Error::io("rename", &path))
+    });
+    if let Err(error) = written {
+        // What is left of it is written over the next time.
+        let _ = fs::remove_file(&new);
+        return Err(error);
+    }
+    sync_directory(directory)
+}
+
+/// Replaces a small file by rename, durably; on a full disk by means of the reserve.
+pub(crate) fn replace_file(side: &Path, name: &str, bytes: &[u8]) -> Result<()> {
+    with(side, || replace(side, name, bytes))
+}

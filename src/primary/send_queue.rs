@@ -1,0 +1,136 @@
+//! The way out of a stream: a queue with a bound in bytes, whose clean end is said and never implied.
+
+use std::io;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+
+use crate::primary::broken;
+
+/// Bytes of a stream that wait to be taken by the connection: what a slow replica may cost in memory.
+const WAITING_MAX_BYTES: usize = 4 * 1024 * 1024;
+/// Pieces that wait; many small ones have a cost of their own.
+const WAITING_MAX_PIECES: usize = 64;
+
+/// The other side takes nothing any more.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct Closed;
+
+/// Where a stream's bytes go in.
+#[derive(Debug)]
+pub(crate) struct StreamSender {
+    pieces: mpsc::Sender<Piece>,
+    room: Arc<Semaphore>,
+}
+
+/// Where the connection takes them out.
+#[derive(Debug)]
+pub(crate) struct StreamReceiver {
+    pieces: mpsc::Receiver<Piece>,
+    room: Arc<Semaphore>,
+    ended: bool,
+}
+
+#[derive(Debug)]
+enum Piece {
+    Data(Bytes, OwnedSemaphorePermit),
+    End,
+}
+
+/// Both ends of a new queue.
+pub(crate) fn queue() -> (StreamSender, StreamReceiver) {
+    let (sender, receiver) = mpsc::channel(WAITING_MAX_PIECES);
+    let room = Arc::new(Semaphore::new(WAITING_MAX_BYTES));
+    (
+        StreamSender { pieces: sender, room: room.clone() },
+        StreamReceiver { pieces: receiver, room, ended: false },
+    )
+}
+
+impl StreamSender {
+    /// Queues bytes; waits while the queue is full.
+    ///
+    /// # Cancel safety
+    /// A dropped future has queued nothing.
+    pub(crate) async fn send(&self, bytes: Bytes) -> Result<(), Closed> {
+        let cost = bytes.len().min(WAITING_MAX_BYTES) as u32;
+        let room = self.room.clone().acquire_many_owned(cost).await.map_err(|_| Closed)?;
+        self.pieces.send(Piece::Data(bytes, room)).await.map_err(|_| Closed)
+    }
+
+    /// Ends the stream cleanly. An outlet that is only dropped breaks it off.
+    pub(crate) async fn finish(self) -> Result<(), Closed> {
+        self.pieces.send(Piece::End).await.map_err(|_| Closed)
+    }
+}
+
+impl StreamReceiver {
+    /// The next bytes; `None` after a clean end, an error when the stream was broken off.
+    pub(crate) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
+        if self.ended {
+            return Poll::Ready(None);
+        }
+        self.pieces.poll_recv(cx).map(|piece| match piece {
+            Some(Piece::Data(bytes, _room)) => Some(Ok(bytes)),
+            Some(Piece::End) => {
+                self.ended = true;
+                None
+            }
+            None => {
+                self.ended = true;
+                Some(Err(broken()))
+            }
+        })
+    }
+
+    pub(crate) fn is_ended(&self) -> bool {
+        self.ended
+    }
+}
+
+impl Drop for StreamReceiver {
+    fn drop(&mut self) {
+        // Else a sender that waits for room would wait for ever.
+        self.room.close();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    async fn next(inlet: &mut StreamReceiver) -> Option<io::Result<Bytes>> {
+        std::future::poll_fn(|cx| inlet.poll_next(cx)).await
+    }
+
+    #[tokio::test]
+    async fn a_clean_end_is_told_from_a_break() {
+        let (outlet, mut inlet) = queue();
+        outlet.send(Bytes::from_static(b"a")).await.unwrap();
+        outlet.finish().await.unwrap();
+        assert_eq!(next(&mut inlet).await.unwrap().unwrap(), "a");
+        assert!(next(&mut inlet).await.is_none() && inlet.is_ended());
+        let (outlet, mut inlet) = queue();
+        drop(outlet);
+        assert!(next(&mut inlet).await.unwrap().is_err());
+        assert!(next(&mut inlet).await.is_none());
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn bytes_in_the_queue_are_bounded_and_a_closed_queue_wakes_its_sender() {
+        let (outlet, mut inlet) = queue();
+        let piece = Bytes::from(vec![0; WAITING_MAX_BYTES / 2]);
+        outlet.send(piece.clone()).await.unwrap();
+        outlet.send(piece.clone()).await.unwrap();
+        let full = tokio::time::timeout(std::time::Duration::from_secs(1), outlet.send(piece.clone())).await;
+        assert!(full.is_err(), "the third piece waits");
+        assert!(next(&mut inlet).await.unwrap().is_ok());
+        outlet.send(piece.clone()).await.unwrap();
+        let waiting = tokio::spawn(async move { outlet.send(piece).await });
+        tokio::task::yield_now().await;
+        drop(inlet);
+        assert_eq!(waiting.await.unwrap(), Err(Closed));
+    }
+}

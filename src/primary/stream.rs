@@ -1,0 +1,631 @@
+//! Sends a follower what it lacks, and from then on the log as it grows.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::checksum::{Checksum, PageHash};
+use crate::context::NodeContext;
+use crate::engine::{PIECE_BYTES, Piece, answer};
+use crate::error::{Error, Result};
+use crate::log::Lookup;
+use crate::page::{PageNo, PageSize};
+use crate::primary::boundary::Boundary;
+use crate::primary::clock::ReplicaClock;
+use crate::primary::page_requests::Questions;
+use crate::primary::plan::{Decision, plan};
+use crate::primary::send_queue::{Closed, StreamSender};
+use crate::primary::{LAST_REQUESTS_TIMEOUT, LogPin, SHUTTING_DOWN, StreamSource, blocking};
+use crate::txid::{Epoch, EpochHistory, Position};
+use crate::wire::{
+    self, HealBegin, Heartbeat, Hello, Message, Sent, SnapBegin, SnapEnd, Want, WantRun, Welcome,
+};
+
+/// Bytes of the log that are read at once.
+const READ_MAX_BYTES: usize = 1024 * 1024;
+/// Pieces that are read and hashed in one go on a blocking thread.
+const PIECES_AT_ONCE: usize = 4;
+/// Pages that a replica asked for and that are read in one go: as many as a go of pieces has of the usual size.
+const RUN_PAGES_AT_ONCE: usize = 256;
+/// Such goes that wait to be sent: reading, hashing and sending overlap.
+const GOES_AHEAD: usize = 2;
+/// How often the position is said. A replica that hears nothing for some seconds says so, and takes ten seconds of silence for a dead primary.
+const BEAT: Duration = Duration::from_secs(1);
+/// Longest wait until the log has what the first snapshot piece was read at.
+const LOG_LAG_MAX: Duration = Duration::from_secs(10);
+/// How often a peer's epoch is exceeded before its hello is given up.
+const RAISES_MAX: usize = 3;
+
+const _: () = assert!(PIECE_BYTES / PageSize::MIN_BYTES as usize <= wire::SPAN_MAX_PAGES as usize);
+
+/// How a stream ended.
+#[derive(Debug)]
+pub(super) enum End {
+    /// The replica left, or its connection broke.
+    Left,
+    /// We end it, and say why.
+    Said(String),
+    /// Something failed.
+    Failed(Error),
+}
+
+impl From<Error> for End {
+    fn from(error: Error) -> End {
+        End::Failed(error)
+    }
+}
+
+/// One follower's stream.
+pub(super) struct ReplicaStream {
+    node: Arc<NodeContext>,
+    supply: Arc<dyn StreamSource>,
+    outlet: StreamSender,
+    boundary: Boundary,
+    /// The history that the replica was told last.
+    told: Arc<EpochHistory>,
+    last_beat: Instant,
+    questions: Questions,
+    /// Turns to compare all pages.
+    comparisons: Arc<Semaphore>,
+    /// Until when it is waited for the replica's requests, once it was told that this node drains.
+    draining: Option<Instant>,
+    /// Cancelled when the replica has said that all of them are answered.
+    quiet: CancellationToken,
+    clock: ReplicaClock,
+}
+
+impl ReplicaStream {
+    pub(super) fn new(
+        node: Arc<NodeContext>,
+        supply: Arc<dyn StreamSource>,
+        outlet: StreamSender,
+        questions: Questions,
+        (comparisons, clock): (Arc<Semaphore>, ReplicaClock),
+    ) -> ReplicaStream {
+        let boundary = Boundary::default();
+        let (told, last_beat) = (Arc::default(), Instant::now());
+        let quiet = CancellationToken::new();
+        ReplicaStream {
+            node,
+            supply,
+            outlet,
+            boundary,
+            told,
+            last_beat,
+            questions,
+            comparisons,
+            draining: None,
+            quiet,
+            clock,
+        }
+    }
+
+    /// To be cancelled when the replica has said that it sends no more requests.
+    pub(super) fn quiet(&self) -> CancellationToken {
+        self.quiet.clone()
+    }
+
+    /// The way out, when a last unit may be put on it.
+    pub(super) fn outlet_between_units(self) -> Option<StreamSender> {
+        self.boundary.is_clean().then_some(self.outlet)
+    }
+
+    /// Serves until something ends it.
+    pub(super) async fn run(&mut self, hello: &Hello, wants: mpsc::Receiver<Want>) -> End {
+        match self.serve(hello, wants).await {
+            Ok(never) => match never {},
+            Err(end) => end,
+        }
+    }
+
+    async fn serve(
+        &mut self,
+        hello: &Hello,
+        wants: mpsc::Receiver<Want>,
+    ) -> Result<std::convert::Infallible, End> {
+        let (decision, tip) = self.decide(hello).await?;
+        let Some(announced) = decision.announced() else {
+            return Err(End::Said("the replica's epochs can't be exceeded".into()));
+        };
+        self.told = self.node.applied.history();
+        let welcome = Welcome {
+            peer: self.node.me.clone(),
+            epoch: self.told.epoch(),
+            plan: announced,
+            position: tip,
+            page_size: self.supply.page_size(),
+        };
+        self.say(&[Message::Welcome(welcome), Message::Epochs((*self.told).clone())]).await?;
+        tracing::debug!(node = %hello.peer.node, ?decision, "a replica's plan");
+        match decision {
+            Decision::Log { lsn } => {
+                let pin = self.supply.pin(lsn);
+                self.log(lsn, pin).await
+            }
+            Decision::Resume { first, from, lsn } => {
+                let pin = self.supply.pin(lsn);
+                self.snapshot(Some(first), from).await?;
+                self.log(lsn, pin).await
+            }
+            Decision::Snapshot => {
+                // Before the first piece is read, so that the records after it are still there at the end.
+                let pin = self.pin_tip().await?;
+                let first = self.snapshot(None, PageNo::FIRST).await?;
+                let lsn = self.after(first).await?;
+                self.log(lsn, pin).await
+            }
+            Decision::Heal { from, lsn } => {
+                let pin = self.supply.pin(lsn);
+                let (page_size, supply) = (self.supply.page_size(), self.supply.clone());
+                let pages = blocking(move || supply.read_piece(PageNo::FIRST, 1)).await?.pages;
+                let begin = HealBegin { from, page_size, pages, compare: false, diverged: true };
+                self.say(&[Message::HealBegin(begin)]).await?;
+                self.answer(wants, None).await?;
+                self.log(lsn, pin).await
+            }
+            Decision::Compare { diverged } => {
+                let turn = self.turn().await?;
+                let pin = self.pin_tip().await?;
+                let (first, last) = self.sums(diverged).await?;
+                drop(turn);
+                self.answer(wants, Some(last)).await?;
+                let lsn = self.after(first).await?;
+                self.log(lsn, pin).await
+            }
+            Decision::Raise { .. } | Decision::TooFar { .. } => Err(End::Left),
+        }
+    }
+
+    /// Decides, after our epoch was raised above the replica's where that is needed.
+    async fn decide(&self, hello: &Hello) -> Result<(Decision, Position), End> {
+        let hello = Arc::new(hello.clone());
+        for _ in 0..RAISES_MAX {
+            let (node, supply, hello) = (self.node.clone(), self.supply.clone(), hello.clone());
+            let decided = blocking(move || {
+                let history = node.applied.history();
+                // A record is in the log, and may have gone out from there, before the position says so.
+                let (said, logged) = (node.applied.position(), supply.tip());
+                let tip = said.into_iter().chain(logged).max_by_key(|at| at.number());
+                let tip = tip.ok_or_else(|| Error::NoState("no position yet".into()))?;
+                let find = |number| match supply.find(number) {
+                    // The log is of no use there, and the pages are.
+                    Err(error @ Error::Corrupt { .. }) => {
+                        tracing::error!(%error, node = %hello.peer.node, "a replica's place in the log can't be found");
+                        Ok(Lookup::TooOld)
+                    }
+                    found => found,
+                };
+                let decision = plan(&history, tip, find, &hello)?;
+                match decision {
+                    Decision::Raise { above } => {
+                        tracing::warn!(above, node = %hello.peer.node, "a replica knows a newer epoch");
+                        supply.raise_epoch(above)?;
+                    }
+                    Decision::TooFar { theirs, ours } => {
+                        tracing::warn!(%theirs, %ours, node = %hello.peer.node, "a replica's epochs are from nowhere");
+                    }
+                    _ => {}
+                }
+                Ok((decision, tip))
+            });
+            match decided.await? {
+                (Decision::Raise { .. }, _) => {}
+                (Decision::TooFar { theirs, ours }, _) => return Err(End::Said(too_far(theirs, ours))),
+                decided => return Ok(decided),
+            }
+        }
+        Err(End::Said("the replica's epochs can't be exceeded".into()))
+    }
+
+    /// The log from `lsn` on, for ever.
+    async fn log(&mut self, mut lsn: u64, pin: Box<dyn LogPin>) -> Result<std::convert::Infallible, End> {
+        let log = self.supply.clone();
+        let mut end = log.watch();
+        let mut settled = false;
+        loop {
+            // Seen before reading: an end that moves after the read wakes the wait below.
+            end.borrow_and_update();
+            let bytes = match read(&log, lsn).await? {
+                Read::Bytes(bytes) => bytes,
+                Read::Gone => {
+                    // A record that was taken back before any of it was sent is nothing to this replica.
+                    let on = log.step_over(lsn);
+                    if on == lsn || !self.boundary.is_clean() {
+                        return Err(End::Said(FELL_BEHIND.into()));
+                    }
+                    lsn = on;
+                    continue;
+                }
+            };
+            // After reading: what was read may belong to an epoch that was opened in between.
+            self.tell_epochs().await?;
+            self.tell_drain().await?;
+            if self.boundary.is_clean()
+                && let Some(want) = self.questions.now()
+            {
+                self.say(&[Message::Want(want)]).await?;
+            }
+            if bytes.is_empty() {
+                if log.end() < lsn {
+                    return Err(End::Said("the log was taken back".into()));
+                }
+                if settled {
+                    return Err(End::Said(SHUTTING_DOWN.into()));
+                }
+                tokio::select! {
+                    changed = end.changed() => changed.map_err(|_| Error::ShutDown)?,
+                    want = self.questions.next(), if self.boundary.is_clean() => {
+                        self.say(&[Message::Want(want)]).await?;
+                    }
+                    () = tokio::time::sleep_until(self.last_beat + BEAT) => self.beat().await?,
+                    () = self.node.drain.cancelled(), if self.draining.is_none() && self.boundary.is_clean() => {}
+                    () = requests_answered(self.draining, &self.quiet) => {
+                        // What was acknowledged to a client by now may not have come into the log yet.
+                        let log = log.clone();
+                        blocking(move || log.settle()).await?;
+                        settled = true;
+                    }
+                }
+                continue;
+            }
+            let n = self.boundary.cut(&bytes);
+            self.outlet.send(bytes.slice(..n)).await?;
+            lsn += n as u64;
+            pin.advance(lsn);
+            self.beat_if_due().await?;
+        }
+    }
+
+    /// All pages from `from` on, and the position of the first of them.
+    async fn snapshot(&mut self, resumed: Option<Position>, from: PageNo) -> Result<Position, End> {
+        let (mut goes, _reader) = read_ahead(self.supply.clone(), from, read_go);
+        let mut first = None;
+        loop {
+            let go = tokio::select! {
+                go = goes.recv() => go.ok_or_else(|| Error::Stopped("the snapshot's reader".into()))??,
+                () = tokio::time::sleep_until(self.last_beat + BEAT) => {
+                    self.beat().await?;
+                    continue;
+                }
+            };
+            self.tell_epochs().await?;
+            let first = match first {
+                Some(first) => first,
+                None => {
+                    let at = *first.insert(resumed.unwrap_or(go.position));
+                    let page_size = self.supply.page_size();
+                    self.say(&[Message::SnapBegin(SnapBegin {
+                        first: at,
+                        from,
+                        page_size,
+                        pages: go.pages,
+                    })])
+                    .await?;
+                    at
+                }
+            };
+            if !go.bytes.is_empty() {
+                self.outlet.send(go.bytes).await?;
+            }
+            if let Some(Sent { position: exact_at, pages }) = go.last {
+                self.say(&[Message::SnapEnd(SnapEnd { exact_at, pages })]).await?;
+                return Ok(first);
+            }
+            self.beat_if_due().await?;
+        }
+    }
+
+    /// Waits until few enough others compare.
+    async fn turn(&mut self) -> Result<OwnedSemaphorePermit, End> {
+        let mut turn = std::pin::pin!(self.comparisons.clone().acquire_owned());
+        loop {
+            tokio::select! {
+                turn = &mut turn => return Ok(turn.map_err(|_| Error::ShutDown)?),
+                () = tokio::time::sleep_until(self.last_beat + BEAT) => self.beat().await?,
+            }
+        }
+    }
+
+    /// Sums over all pages, for a replica to compare with its own. The position of the first, and where the last was read.
+    async fn sums(&mut self, diverged: bool) -> Result<(Position, Sent), End> {
+        let (mut goes, _reader) = read_ahead(self.supply.clone(), PageNo::FIRST, read_sums);
+        let mut first = None;
+        loop {
+            let go = tokio::select! {
+                go = goes.recv() => go.ok_or_else(|| Error::Stopped("the reader of pages".into()))??,
+                () = tokio::time::sleep_until(self.last_beat + BEAT) => {
+                    self.beat().await?;
+                    continue;
+                }
+            };
+            let from = match first {
+                Some(from) => from,
+                None => {
+                    let (from, page_size) = (*first.insert(go.position), self.supply.page_size());
+                    let begin = HealBegin { from, page_size, pages: go.pages, compare: true, diverged };
+                    self.say(&[Message::HealBegin(begin)]).await?;
+                    from
+                }
+            };
+            if !go.bytes.is_empty() {
+                self.outlet.send(go.bytes).await?;
+            }
+            if let Some(last) = go.last {
+                self.say(&[Message::Sent(last)]).await?;
+                return Ok((from, last));
+            }
+            self.beat_if_due().await?;
+        }
+    }
+
+    /// Sends what the replica asks for, until it wants nothing more; then says where that is exact.
+    async fn answer(&mut self, mut wants: mpsc::Receiver<Want>, mut last: Option<Sent>) -> Result<(), End> {
+        loop {
+            let want = tokio::select! {
+                want = wants.recv() => want.ok_or(End::Left)?,
+                () = tokio::time::sleep_until(self.last_beat + BEAT) => {
+                    self.beat().await?;
+                    continue;
+                }
+            };
+            let done = want.runs.is_empty();
+            let (mut runs, mut pages) = (want.runs.into_iter(), 0);
+            loop {
+                let some: Vec<WantRun> = std::iter::from_fn(|| {
+                    let run = (pages < RUN_PAGES_AT_ONCE).then(|| runs.next()).flatten()?;
+                    pages += run.hashes.len();
+                    Some(run)
+                })
+                .collect();
+                pages = 0;
+                if some.is_empty() && (!done || last.is_some()) {
+                    break;
+                }
+                let supply = self.supply.clone();
+                let read =
+                    move || answer(|first, most| supply.read_piece(first, most), supply.page_size(), &some);
+                let (bytes, sent) = blocking(read).await?;
+                last = Some(sent);
+                if !bytes.is_empty() {
+                    self.outlet.send(bytes).await?;
+                }
+                self.beat_if_due().await?;
+            }
+            let Some(sent) = last else { continue };
+            if done {
+                let (exact_at, pages) = (sent.position, sent.pages);
+                self.say(&[Message::SnapEnd(SnapEnd { exact_at, pages })]).await?;
+                return Ok(());
+            }
+            self.say(&[Message::Sent(sent)]).await?;
+        }
+    }
+
+    async fn pin_tip(&self) -> Result<Box<dyn LogPin>, End> {
+        let log = self.supply.clone();
+        let pin = blocking(move || {
+            let tip = log.tip().ok_or_else(|| Error::NoState("the log has no position yet".into()))?;
+            match log.find(tip.number())? {
+                Lookup::At { lsn, .. } => Ok(log.pin(lsn)),
+                found => Err(Error::Stopped(format!("the log does not find its tip: {found:?}"))),
+            }
+        });
+        Ok(pin.await?)
+    }
+
+    /// Where the log goes on after a position that was just captured.
+    async fn after(&self, position: Position) -> Result<u64, End> {
+        let log = self.supply.clone();
+        let mut end = log.watch();
+        let deadline = Instant::now() + LOG_LAG_MAX;
+        loop {
+            end.borrow_and_update();
+            let (log, number) = (log.clone(), position.number());
+            match blocking(move || log.find(number)).await? {
+                Lookup::At { lsn, before } if before == position => return Ok(lsn),
+                Lookup::At { .. } | Lookup::TooOld => return Err(End::Said(FELL_BEHIND.into())),
+                Lookup::NotYet => {}
+            }
+            match tokio::time::timeout_at(deadline, end.changed()).await {
+                Ok(changed) => changed.map_err(|_| Error::ShutDown)?,
+                Err(_) => return Err(End::Said("the log does not follow the database".into())),
+            }
+        }
+    }
+
+    async fn tell_epochs(&mut self) -> Result<(), End> {
+        let history = self.node.applied.history();
+        if Arc::ptr_eq(&history, &self.told) || !self.boundary.is_clean() {
+            return Ok(());
+        }
+        self.told = history;
+        self.say(&[Message::Epochs((*self.told).clone())]).await?;
+        Ok(())
+    }
+
+    /// Tells the replica, once, that this node drains: it is to send no more requests.
+    async fn tell_drain(&mut self) -> Result<(), Closed> {
+        if self.draining.is_some() || !self.node.drain.is_cancelled() || !self.boundary.is_clean() {
+            return Ok(());
+        }
+        self.draining = Some(Instant::now() + LAST_REQUESTS_TIMEOUT);
+        self.say(&[Message::Drain]).await
+    }
+
+    async fn beat_if_due(&mut self) -> Result<(), Closed> {
+        if self.last_beat.elapsed() >= BEAT { self.beat().await } else { Ok(()) }
+    }
+
+    async fn beat(&mut self) -> Result<(), Closed> {
+        self.last_beat = Instant::now();
+        self.tell_drain().await?;
+        match self.node.applied.position() {
+            Some(position) if self.boundary.is_clean() => {
+                self.say(&[Message::Heartbeat(Heartbeat { position, clock: self.clock.now() })]).await
+            }
+            _ => Ok(()),
+        }
+    }
+
+    async fn say(&self, messages: &[Message<'_>]) -> Result<(), Closed> {
+        let mut bytes = BytesMut::new();
+        for message in messages {
+            wire::encode(message, &mut bytes);
+        }
+        self.outlet.send(bytes.freeze()).await
+    }
+}
+
+/// Returns when the requests that a replica had sent before it was told of the drain are answered, or have taken too long: what they
+/// commit goes to the replica, too.
+async fn requests_answered(until: Option<Instant>, quiet: &CancellationToken) {
+    match until {
+        Some(until) => drop(tokio::time::timeout_at(until, quiet.cancelled()).await),
+        None => std::future::pending().await,
+    }
+}
+
+/// Said to a replica whose epochs no start of a primary of this history can have led to.
+fn too_far(theirs: Epoch, ours: Epoch) -> String {
+    format!(
+        "the replica knows epoch {theirs}, which is none of this primary's and too far above its own, {ours}, to be exceeded: if this is the right primary, stop the replica, \
+         move its database, the -wal and the directory -replite beside it away, and start it again, so that it is filled anew"
+    )
+}
+
+/// Said to a replica whose next records were dropped.
+pub(super) const FELL_BEHIND: &str = "fell behind the log";
+
+enum Read {
+    /// Empty at the end.
+    Bytes(Bytes),
+    /// Dropped, or taken back.
+    Gone,
+}
+
+/// The log's bytes at `lsn`.
+async fn read(log: &Arc<dyn StreamSource>, lsn: u64) -> Result<Read> {
+    if let Some(bytes) = log.read_memory(lsn, READ_MAX_BYTES) {
+        return Ok(Read::Bytes(bytes));
+    }
+    if log.end() <= lsn {
+        return Ok(Read::Bytes(Bytes::new()));
+    }
+    let log = log.clone();
+    match blocking(move || log.read_disk(lsn, READ_MAX_BYTES)).await {
+        Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(Read::Gone),
+        read => read.map(Read::Bytes),
+    }
+}
+
+/// Some pieces, encoded.
+struct Go {
+    bytes: Bytes,
+    /// The position of the first piece in it, and the database's size there.
+    position: Position,
+    pages: u32,
+    /// Said with the last piece: where that was read.
+    last: Option<Sent>,
+}
+
+/// Reads some pages from one on and says where the next ones begin.
+type ReadGo = fn(&dyn StreamSource, PageNo) -> Result<(Go, PageNo)>;
+
+/// Reads and hashes ahead of the sender; ends when the handle is dropped.
+fn read_ahead(
+    supply: Arc<dyn StreamSource>,
+    from: PageNo,
+    read: ReadGo,
+) -> (mpsc::Receiver<Result<Go>>, AbortOnDropHandle<()>) {
+    let (sender, receiver) = mpsc::channel(GOES_AHEAD);
+    let task = tokio::spawn(async move {
+        let mut from = from;
+        // A place first: what is read must not be held while the sender waits.
+        while let Ok(place) = sender.reserve().await {
+            let supply = supply.clone();
+            match blocking(move || read(&*supply, from)).await {
+                Ok((go, next)) => {
+                    let last = go.last.is_some();
+                    place.send(Ok(go));
+                    if last {
+                        return;
+                    }
+                    from = next;
+                }
+                Err(error) => return place.send(Err(error)),
+            }
+        }
+    });
+    (receiver, AbortOnDropHandle::new(task))
+}
+
+fn read_go(supply: &dyn StreamSource, from: PageNo) -> Result<(Go, PageNo)> {
+    let mut bytes = BytesMut::with_capacity(PIECES_AT_ONCE * (PIECE_BYTES + 1024));
+    let page = supply.page_size().bytes();
+    read_pieces(supply, from, |first, piece| {
+        wire::encode_pieces(first, piece.position, &piece.data, page, &mut bytes)
+    })
+    .map(|(first, last, next)| {
+        let Sent { position, pages } = first;
+        (Go { bytes: bytes.freeze(), position, pages, last }, next)
+    })
+}
+
+fn read_sums(supply: &dyn StreamSource, from: PageNo) -> Result<(Go, PageNo)> {
+    let size = supply.page_size();
+    let span = span_pages(size);
+    let mut sums = Vec::new();
+    let (Sent { position, pages }, last, next) = read_pieces(supply, from, |first, piece| {
+        let mut numbers = first.get()..;
+        sums.extend(piece.data.chunks(span as usize * size.bytes()).map(|run| {
+            let pages = numbers.by_ref().zip(run.chunks_exact(size.bytes()));
+            let pages = pages.filter_map(|(n, page)| Some((PageNo::new(n)?, page)));
+            let pages = pages.filter(|(n, _)| !n.is_lock_page(size));
+            let sum = pages.fold(Checksum::EMPTY, |sum, (n, page)| sum.with(PageHash::of(n, page)));
+            sum.as_u128().to_le_bytes()
+        }));
+    })?;
+    let mut bytes = BytesMut::new();
+    if !sums.is_empty() {
+        wire::encode(&Message::Sums { first: from, span, sums: &sums }, &mut bytes);
+    }
+    Ok((Go { bytes: bytes.freeze(), position, pages, last }, next))
+}
+
+/// Pages that one sum stands for: as many as a piece has, so that a span is read at one moment.
+fn span_pages(size: PageSize) -> u32 {
+    (PIECE_BYTES / size.bytes()) as u32
+}
+
+/// Reads some pieces. Where the first was read, where the last of all was, and where the next one begins.
+fn read_pieces(
+    supply: &dyn StreamSource,
+    from: PageNo,
+    mut visit: impl FnMut(PageNo, &Piece),
+) -> Result<(Sent, Option<Sent>, PageNo)> {
+    let page_bytes = supply.page_size().bytes();
+    let mut next = from;
+    let mut begun = None;
+    for _ in 0..PIECES_AT_ONCE {
+        let piece = supply.read_piece(next, PIECE_BYTES)?;
+        let here = Sent { position: piece.position, pages: piece.pages };
+        let first = *begun.get_or_insert(here);
+        let read = (piece.data.len() / page_bytes) as u32;
+        if read > 0 {
+            visit(next, &piece);
+        }
+        let after = PageNo::new(next.get().saturating_add(read)).unwrap_or(next);
+        if read == 0 || after.get() > piece.pages {
+            return Ok((first, Some(here), after));
+        }
+        next = after;
+    }
+    let first = begun.ok_or_else(|| Error::Stopped("a snapshot without pieces".into()))?;
+    Ok((first, None, next))
+}

@@ -1,0 +1,499 @@
+//! One stream from the primary, from the knock to its end.
+
+use std::convert::Infallible;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use bytes::{Bytes, BytesMut};
+use http::StatusCode;
+use http_body_util::channel::Sender;
+use tokio::sync::mpsc;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::context::NodeContext;
+use crate::engine::Standing;
+use crate::error::{Error, PeerProblem, Result, shown};
+use crate::handshake::{self, Answer, Knock, Refusal};
+use crate::net::{self, Endpoint, Heard, Incoming, Opened};
+use crate::replica::lag::Lagging;
+use crate::replica::pace::Coming;
+use crate::replica::units::{Units, foreign};
+use crate::replica::{Feed, Reporter, give_back};
+use crate::secret::Proved;
+use crate::status::{PeerInfo, Role, RoleState};
+use crate::txid::{Epoch, EpochHistory, Position};
+use crate::wire::{self, Ack, Goodbye, Hello, Kind, Message, Plan, Unit, Want, Welcome};
+
+/// Acknowledgements of what is applied come at most this often; those of what is synced at once.
+const ACK_PAUSE: Duration = Duration::from_millis(100);
+/// An acknowledgement comes at least this often, also as a sign of life.
+const ACK_EVERY: Duration = Duration::from_secs(1);
+/// Bytes that are handed over at once.
+const BATCH_MAX_BYTES: usize = 1024 * 1024;
+/// Questions of the primary that wait: it asks one at a time, and may have given one up.
+const QUESTIONS_MAX: usize = 2;
+/// Bytes of a goodbye that are shown.
+const GOODBYE_MAX_BYTES: usize = 1024;
+
+/// One try to follow.
+pub(super) struct PrimaryConnection<'a, F> {
+    node: &'a Arc<NodeContext>,
+    feed: &'a F,
+    primary: &'a Endpoint,
+    tracker: &'a TaskTracker,
+    lagging: &'a Lagging,
+    /// What acknowledgements say the time since.
+    dialled: Instant,
+    /// What had been taken in when this session began.
+    taken: u64,
+    /// The newest epoch that this node knows.
+    epoch: Option<Epoch>,
+    peer: Option<PeerInfo>,
+    /// Whether the stream delivered something.
+    delivered: AtomicBool,
+    /// Whether the primary said that it has no more than this node.
+    level: bool,
+    /// What the primary asks.
+    questions: mpsc::Sender<Want>,
+    asked: Option<mpsc::Receiver<Want>>,
+    /// Whether it ended because what it delivered could not be taken over.
+    choked: AtomicBool,
+    /// Cancelled when the primary takes no more requests.
+    drained: CancellationToken,
+}
+
+impl<'a, F: Feed> PrimaryConnection<'a, F> {
+    pub(super) fn new(
+        node: &'a Arc<NodeContext>,
+        feed: &'a F,
+        primary: &'a Endpoint,
+        tracker: &'a TaskTracker,
+        lagging: &'a Lagging,
+    ) -> PrimaryConnection<'a, F> {
+        let (questions, asked) = mpsc::channel(QUESTIONS_MAX);
+        PrimaryConnection {
+            questions,
+            asked: Some(asked),
+            node,
+            feed,
+            primary,
+            tracker,
+            lagging,
+            dialled: Instant::now(),
+            taken: feed.taken(),
+            epoch: None,
+            peer: None,
+            delivered: AtomicBool::new(false),
+            level: false,
+            choked: AtomicBool::new(false),
+            drained: CancellationToken::new(),
+        }
+    }
+
+    /// Follows until something ends it, and says what.
+    pub(super) async fn run(&mut self, reporter: &mut Reporter) -> Error {
+        let result = async {
+            let knock = Knock {
+                version: handshake::VERSION,
+                cluster: self.node.cluster.clone(),
+                database: self.node.database.clone(),
+                node: self.node.me.node,
+                incarnation: self.node.me.incarnation,
+                nonce: handshake::nonce()?,
+            };
+            let headers = knock.headers(&self.node.keys)?;
+            let opened = net::open(self.primary, handshake::STREAM_PATH, headers, self.tracker).await;
+            self.stream(opened.map_err(|p| self.blame(p))?, knock, reporter).await
+        };
+        match result.await {
+            Ok(never) => match never {},
+            Err(error) => error,
+        }
+    }
+
+    /// Whether the stream was good for something: then the next try need not wait.
+    pub(super) fn was_fruitful(&self) -> bool {
+        self.delivered.load(Ordering::Relaxed) && !self.choked.load(Ordering::Relaxed)
+    }
+
+    pub(super) fn epoch(&self) -> Option<Epoch> {
+        self.epoch
+    }
+
+    /// Everything after the head of the response has come.
+    pub(super) async fn stream(
+        &mut self,
+        opened: Opened,
+        knock: Knock,
+        reporter: &mut Reporter,
+    ) -> Result<Infallible> {
+        let Opened { status, headers, mut body, request, heard, guard: _guard } = opened;
+        let (answer, proved) = match self.read_head(status, &headers, &knock) {
+            Ok(answer) => answer,
+            Err(Some(problem)) => return Err(self.blame(problem)),
+            Err(None) => return Err(self.blame(foreign(status, &headers, &mut body).await)),
+        };
+        let keys = self.node.keys.clone();
+        let dropped = Err(self.blame(PeerProblem::SecretDropped));
+        tokio::select! {
+            ended = self.follow(&knock, &answer, (body, heard), request, reporter) => ended,
+            () = keys.dropped(proved) => dropped,
+        }
+    }
+
+    /// Everything after the primary has proved the secret.
+    async fn follow(
+        &mut self,
+        knock: &Knock,
+        answer: &Answer,
+        (body, heard): (Incoming, Arc<Heard>),
+        mut request: Sender<Bytes, Infallible>,
+        reporter: &mut Reporter,
+    ) -> Result<Infallible> {
+        let (standing, wants) = self.feed.standing().await?;
+        self.epoch = Some(standing.history.epoch());
+        self.hello(&standing, knock, answer, &mut request).await?;
+        let mut units = Units::new(body, heard.clone(), self.primary);
+        let first = units.next().await?;
+        let welcome = self.welcome(&first, answer, standing.history.epoch())?;
+        self.lagging.connected(welcome.position, self.dialled, heard);
+        self.follows(welcome.epoch, welcome.peer.clone());
+        reporter.connected(&welcome.peer, welcome.plan);
+        if welcome.plan == Plan::Recover {
+            return Err(self.give_back(welcome.position, &mut request, &mut units).await);
+        }
+        // What was decided says whether the primary has the state that is here.
+        self.feed.feed(vec![first]).await?;
+        let asked = self.asked.take();
+        let waiting = (wants, asked);
+        let acks = acknowledge(self.node, self.feed, self.dialled, waiting, request, self.drained.clone());
+        tokio::select! {
+            ended = self.receive(&mut units, reporter) => ended,
+            () = acks => Err(self.blame(PeerProblem::Connection("nothing more can be sent on it".into()))),
+        }
+    }
+
+    /// The answer; `None` when this is no word of ours.
+    fn read_head(
+        &self,
+        status: StatusCode,
+        headers: &http::HeaderMap,
+        knock: &Knock,
+    ) -> Result<(Answer, Proved), Option<PeerProblem>> {
+        if status == StatusCode::OK {
+            return Answer::read(headers, knock, &self.node.keys).ok_or(None)?.map_err(Some);
+        }
+        Err(Refusal::read(headers, &self.node.database))
+    }
+
+    async fn hello(
+        &self,
+        standing: &Standing,
+        knock: &Knock,
+        answer: &Answer,
+        request: &mut Sender<Bytes, Infallible>,
+    ) -> Result<()> {
+        let mut hello = Hello {
+            proof: [0; 32],
+            peer: self.node.me.clone(),
+            position: standing.position,
+            history: (*standing.history).clone(),
+            resume: standing.resume,
+            suspect: standing.suspect,
+            marks: standing.marks.clone(),
+        };
+        handshake::seal_hello(&mut hello, knock, &answer.nonce, &self.node.keys);
+        let sent = request.send_data(encoded(&Message::Hello(hello))).await;
+        sent.map_err(|_| self.blame(PeerProblem::Connection("it hung up before the hello".into())))
+    }
+
+    fn welcome(&self, unit: &Unit, answer: &Answer, ours: Epoch) -> Result<Welcome> {
+        let welcome = match unit.decode().map_err(|e| self.garbled(e.to_string()))? {
+            Message::Welcome(welcome) => welcome,
+            Message::Goodbye(goodbye) => return Err(self.goodbye(goodbye.reason)),
+            _ => return Err(self.garbled(format!("{:?} in place of a welcome", unit.kind))),
+        };
+        if welcome.peer.node != answer.node || welcome.peer.incarnation != answer.incarnation {
+            return Err(self.garbled("a welcome from another node than the answer".into()));
+        }
+        self.check_epoch(welcome.epoch, ours)?;
+        Ok(welcome)
+    }
+
+    /// The primary lost what this node has. How the stream ends: by the primary's word.
+    async fn give_back(
+        &self,
+        after: Position,
+        request: &mut Sender<Bytes, Infallible>,
+        units: &mut Units<'_>,
+    ) -> Error {
+        tracing::info!(primary = %self.primary, %after, "the primary takes back what it lost");
+        if let Some(log) = self.feed.log() {
+            let mut records = give_back::records(log, after);
+            while let Some(bytes) = records.recv().await {
+                if request.send_data(bytes).await.is_err() {
+                    break;
+                }
+            }
+        }
+        let end = Message::Goodbye(Goodbye { reason: "these are all records".into() });
+        // Whether it came or not, the primary has the last word.
+        let _ = request.send_data(encoded(&end)).await;
+        self.delivered.store(true, Ordering::Relaxed);
+        match units.next().await {
+            Ok(unit) => match self.decode(&unit) {
+                Ok(Message::Goodbye(goodbye)) => self.goodbye(goodbye.reason),
+                Ok(_) => self.garbled(format!("{:?} in place of a goodbye", unit.kind)),
+                Err(error) => error,
+            },
+            Err(error) => error,
+        }
+    }
+
+    /// Nothing of a superseded primary is ever applied. Nor of a second one with the same epoch number: ours
+    /// would have exceeded it after our hello.
+    fn check_epoch(&self, theirs: Epoch, ours: Epoch) -> Result<()> {
+        if theirs.number() < ours.number() || (theirs.number() == ours.number() && theirs != ours) {
+            let problem = PeerProblem::OldEpoch { theirs: theirs.to_string(), ours: ours.to_string() };
+            return Err(self.blame(problem));
+        }
+        Ok(())
+    }
+
+    fn follows(&mut self, epoch: Epoch, peer: PeerInfo) {
+        self.epoch = Some(epoch);
+        self.peer = Some(peer.clone());
+        let primary = (!self.drained.is_cancelled()).then_some(peer);
+        self.node.set_role(RoleState { role: Role::Replica, epoch, primary });
+    }
+
+    /// The primary's application is about to end. Requests for it are held from now on, as those without a primary are.
+    fn drain(&mut self) {
+        tracing::info!(primary = %self.primary, "the primary takes no more requests");
+        self.drained.cancel();
+        if let (Some(epoch), Some(peer)) = (self.epoch, self.peer.clone()) {
+            self.follows(epoch, peer);
+        }
+    }
+
+    async fn receive(&mut self, units: &mut Units<'_>, reporter: &mut Reporter) -> Result<Infallible> {
+        loop {
+            // All that has arrived goes over at once: applying many transactions together costs less.
+            let first = units.next().await?;
+            let mut batch = Vec::new();
+            let mut end = self.sort(first, &mut batch);
+            let mut bytes = 0;
+            while end.is_ok() && bytes < BATCH_MAX_BYTES {
+                match units.now().await {
+                    Ok(Some(unit)) => {
+                        bytes += unit.raw.len();
+                        end = self.sort(unit, &mut batch);
+                    }
+                    Ok(None) => break,
+                    Err(error) => end = Err(error),
+                }
+            }
+            self.hand_over(batch).await?;
+            // What came before the bad unit was good and is taken over first.
+            end?;
+            if self.level || self.feed.taken() != self.taken {
+                reporter.healthy();
+            }
+        }
+    }
+
+    /// Deals with what concerns the stream; data goes into the batch.
+    fn sort(&mut self, unit: Unit, batch: &mut Vec<Unit>) -> Result<()> {
+        match unit.kind {
+            Kind::Page | Kind::TxnEnd | Kind::Sums | Kind::Sent => {}
+            Kind::TxnBegin | Kind::SnapBegin | Kind::SnapPiece | Kind::SnapEnd | Kind::HealBegin => {
+                self.note(&unit);
+            }
+            Kind::Epochs => self.epochs(&unit)?,
+            Kind::Heartbeat => {
+                let Message::Heartbeat(beat) = self.decode(&unit)? else {
+                    return Err(self.garbled("a heartbeat that is none".into()));
+                };
+                self.lagging.beat(beat.position, self.when(beat.clock));
+                self.level |= self.node.applied.position() == Some(beat.position);
+                self.delivered.store(true, Ordering::Relaxed);
+                return Ok(());
+            }
+            Kind::Goodbye => {
+                let Message::Goodbye(goodbye) = self.decode(&unit)? else {
+                    return Err(self.garbled("a goodbye that is none".into()));
+                };
+                return Err(self.goodbye(goodbye.reason));
+            }
+            Kind::Want => {
+                let Message::Want(want) = self.decode(&unit)? else {
+                    return Err(self.garbled("a question that is none".into()));
+                };
+                // One at a time.
+                self.questions.try_send(want).map_err(|_| self.garbled("a second question".into()))?;
+                return Ok(());
+            }
+            Kind::Drain => {
+                self.decode(&unit)?;
+                self.drain();
+                return Ok(());
+            }
+            Kind::Hello | Kind::Welcome | Kind::Ack | Kind::Segment => {
+                return Err(self.garbled(format!("an unexpected {:?}", unit.kind)));
+            }
+        }
+        batch.push(unit);
+        Ok(())
+    }
+
+    /// When this node's clock was so many microseconds; nothing comes from the future.
+    fn when(&self, clock: u64) -> Instant {
+        self.dialled + self.dialled.elapsed().min(Duration::from_micros(clock))
+    }
+
+    /// Notes how far it is, for status. What is wrong with a unit is said by who takes it in.
+    fn note(&self, unit: &Unit) {
+        let bytes = |pages: u32, size: u64| u64::from(pages) * size;
+        match unit.decode() {
+            Ok(Message::TxnBegin(begin)) => self.lagging.heard(begin.before.number().saturating_add(1)),
+            Ok(Message::SnapBegin(begin)) => {
+                let size = u64::from(begin.page_size.get());
+                let (have, total) = (bytes(begin.from.get() - 1, size), bytes(begin.pages, size));
+                self.lagging.comes(|coming| *coming = Coming::Snapshot { have, total });
+            }
+            Ok(Message::SnapPiece { pages, .. }) => self.lagging.comes(|coming| {
+                if let Coming::Snapshot { have, .. } = coming {
+                    *have += pages.len() as u64;
+                }
+            }),
+            Ok(Message::HealBegin(_)) => self.lagging.comes(|coming| *coming = Coming::Heal),
+            Ok(Message::SnapEnd(_)) => self.lagging.comes(|coming| *coming = Coming::Log),
+            _ => {}
+        }
+    }
+
+    fn epochs(&mut self, unit: &Unit) -> Result<()> {
+        let Message::Epochs(history) = self.decode(unit)? else {
+            return Err(self.garbled("epochs that are none".into()));
+        };
+        let history: EpochHistory = history;
+        let (theirs, ours) = (history.epoch(), self.epoch.unwrap_or_else(|| history.epoch()));
+        self.check_epoch(theirs, ours)?;
+        if let Some(peer) = self.peer.clone() {
+            self.follows(theirs, peer);
+        }
+        Ok(())
+    }
+
+    async fn hand_over(&self, batch: Vec<Unit>) -> Result<()> {
+        let Some(last) = batch.iter().rposition(|u| u.kind == Kind::TxnEnd) else {
+            return self.take(batch).await;
+        };
+        // Its hash is looked at here, too: a bad one is the follower's to refuse.
+        if let Ok(Message::TxnEnd(end)) = batch[last].decode() {
+            self.lagging.heard(end.after.number());
+        }
+        self.take(batch).await
+    }
+
+    /// Also with nothing but a heartbeat: what was fed last may have failed since.
+    async fn take(&self, batch: Vec<Unit>) -> Result<()> {
+        let data = batch.iter().any(|u| u.kind != Kind::Epochs);
+        let fed = self.feed.feed(batch).await;
+        match &fed {
+            Ok(()) if data => self.delivered.store(true, Ordering::Relaxed),
+            Ok(()) => {}
+            // Else a primary whose bytes we can't take would be asked for them again and again at once.
+            Err(_) => self.choked.store(true, Ordering::Relaxed),
+        }
+        fed
+    }
+
+    fn decode<'u>(&self, unit: &'u Unit) -> Result<Message<'u>> {
+        unit.decode().map_err(|e| self.garbled(e.to_string()))
+    }
+
+    fn blame(&self, problem: PeerProblem) -> Error {
+        Error::peer(self.primary.to_string(), problem)
+    }
+
+    fn garbled(&self, what: String) -> Error {
+        self.blame(PeerProblem::Garbled(what))
+    }
+
+    fn goodbye(&self, reason: String) -> Error {
+        self.blame(PeerProblem::Goodbye(shown(&reason, GOODBYE_MAX_BYTES)))
+    }
+}
+
+/// Says what was applied and synced, and asks for what a heal wants; returns when the connection takes nothing any more.
+async fn acknowledge<F: Feed>(
+    node: &NodeContext,
+    feed: &F,
+    dialled: Instant,
+    (mut wants, mut asked): (mpsc::Receiver<Want>, Option<mpsc::Receiver<Want>>),
+    mut request: Sender<Bytes, Infallible>,
+    drained: CancellationToken,
+) {
+    let mut answered = std::pin::pin!(async {
+        drained.cancelled().await;
+        node.forwards_answered().await;
+    });
+    let mut quiet = false;
+    let mut synced = feed.synced();
+    let mut said = None;
+    let mut synced_moves = true;
+    loop {
+        let has = (node.applied.position(), *synced.borrow_and_update());
+        let due = said.is_none_or(|(last, at): (_, Instant)| last != has || at.elapsed() >= ACK_EVERY);
+        if due {
+            let clock = dialled.elapsed().as_micros() as u64;
+            let ack = Ack { applied: has.0, synced: has.1, clock };
+            if request.send_data(encoded(&Message::Ack(ack))).await.is_err() {
+                return;
+            }
+            said = Some((has, Instant::now()));
+        }
+        tokio::select! {
+            Some(want) = wants.recv() => {
+                if request.send_data(encoded(&Message::Want(want))).await.is_err() {
+                    return;
+                }
+            }
+            Some(want) = next_of(&mut asked) => {
+                // Pages that can't be read are not answered for: who asked asks another replica.
+                let answer = feed.answer(want).await.unwrap_or_else(|error| {
+                    tracing::warn!(%error, "the primary's question about pages is not answered");
+                    Bytes::new()
+                });
+                if request.send_data(answer).await.is_err() {
+                    return;
+                }
+            }
+            () = &mut answered, if !quiet => {
+                quiet = true;
+                if request.send_data(encoded(&Message::Drain)).await.is_err() {
+                    return;
+                }
+            }
+            moved = synced.changed(), if synced_moves => synced_moves = moved.is_ok(),
+            () = tokio::time::sleep(ACK_PAUSE) => {}
+        }
+    }
+}
+
+async fn next_of(receiver: &mut Option<mpsc::Receiver<Want>>) -> Option<Want> {
+    match receiver {
+        Some(receiver) => receiver.recv().await,
+        None => None,
+    }
+}
+
+fn encoded(message: &Message<'_>) -> Bytes {
+    let mut bytes = BytesMut::new();
+    wire::encode(message, &mut bytes);
+    bytes.freeze()
+}
