@@ -1,8 +1,8 @@
 //! The measure of the prose: short sentences, plain words, narrow comments.
 //!
 //! It counts over the documents and over the comments of `src`, rustdoc included. Code blocks and
-//! headings do not count. Each item of a list and each cell of a table begins a sentence of its own.
-//! A link counts by its text, and inline code counts as one word.
+//! headings do not count. Each item of a list and each cell of a table begins a new sentence. A link
+//! counts by its text, and inline code counts as one word.
 
 use std::fmt::Write;
 use std::fs;
@@ -39,6 +39,9 @@ const HONEST_BEHIND: [&str; 10] =
 
 /// How many words after `behind` may tell what it is behind of.
 const HONEST_REACH: usize = 4;
+
+/// How many words of a sentence a message shows.
+const SHOWN: usize = 12;
 
 /// Ends with a full stop without ending the sentence.
 const ABBREVIATIONS: [&str; 6] = ["e.g.", "i.e.", "etc.", "vs.", "cf.", "ca."];
@@ -107,10 +110,12 @@ struct Sentence {
 }
 
 impl Sentence {
-    /// What a message shows of it.
-    fn begin(&self) -> String {
-        let shown = self.words.iter().take(12).map(String::as_str).collect::<Vec<_>>().join(" ");
-        if self.words.len() > 12 { format!("{shown} ...") } else { shown }
+    /// What a message shows of it, from a word on.
+    fn excerpt(&self, from: usize) -> String {
+        let shown: Vec<&str> = self.words[from..].iter().take(SHOWN).map(String::as_str).collect();
+        let (before, after) = (from > 0, from + SHOWN < self.words.len());
+        let dots = |are: bool| if are { "..." } else { "" };
+        format!("{}{}{}", dots(before), shown.join(" "), dots(after))
     }
 }
 
@@ -279,7 +284,7 @@ fn assert_none_too_long(texts: &[Text]) {
     for text in texts {
         for sentence in text.sentences.iter().filter(|sentence| sentence.words.len() > LONGEST) {
             let (file, line, words) = (&text.file, sentence.line, sentence.words.len());
-            writeln!(said, "{file}:{line}: {words} words: {}", sentence.begin()).unwrap();
+            writeln!(said, "{file}:{line}: {words} words: {}", sentence.excerpt(0)).unwrap();
         }
     }
     let count = said.lines().count();
@@ -314,9 +319,9 @@ fn assert_plain_words(texts: &[Text]) {
     let mut said = String::new();
     for text in texts {
         for sentence in &text.sentences {
-            for (word, instead) in banned(sentence) {
-                let (file, line) = (&text.file, sentence.line);
-                writeln!(said, "{file}:{line}: \"{word}\" ({instead}): {}", sentence.begin()).unwrap();
+            for (at, word, instead) in banned(sentence) {
+                let (file, line, shown) = (&text.file, sentence.line, sentence.excerpt(at.saturating_sub(5)));
+                writeln!(said, "{file}:{line}: \"{word}\" ({instead}): {shown}").unwrap();
             }
         }
     }
@@ -324,14 +329,16 @@ fn assert_plain_words(texts: &[Text]) {
     assert!(said.is_empty(), "{count} times a word that the prose goes without:\n{said}");
 }
 
-fn banned(sentence: &Sentence) -> Vec<(&'static str, &'static str)> {
+/// Where in the sentence which of the banned words is, and what to write instead.
+fn banned(sentence: &Sentence) -> Vec<(usize, &'static str, &'static str)> {
     let bare = |word: &String| word.trim_matches(|c: char| !c.is_alphanumeric()).to_lowercase();
     let words: Vec<String> = sentence.words.iter().map(bare).collect();
     let mut found = Vec::new();
     for (at, word) in words.iter().enumerate() {
         let mut after = words[at + 1..].iter().take(HONEST_REACH);
         let honest = word == "behind" && after.any(|next| HONEST_BEHIND.contains(&next.as_str()));
-        found.extend(BANNED.iter().filter(|(bad, _)| bad == word && !honest));
+        let bad = BANNED.iter().filter(|(bad, _)| bad == word && !honest);
+        found.extend(bad.map(|(bad, instead)| (at, *bad, *instead)));
     }
     found
 }
@@ -429,7 +436,7 @@ fn comments_are_prose() {
 #[test]
 fn banned_words_are_found() {
     let words = |text: &str| -> Vec<&str> {
-        of_markdown(&numbered(text)).iter().flat_map(banned).map(|(word, _)| word).collect()
+        of_markdown(&numbered(text)).iter().flat_map(banned).map(|(_, word, _)| word).collect()
     };
     assert_eq!(words("Whoever waits, nobody\nis behind."), ["whoever", "nobody", "behind"]);
     assert_eq!(words("A node behind a reverse proxy, `nobody`."), [""; 0]);
