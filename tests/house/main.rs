@@ -1,0 +1,3 @@
+//! What must hold for the sources and the documents as a whole.
+
+mod prose;
