@@ -17,7 +17,7 @@ const LEFT_MAX: usize = EpochHistory::MAX;
 /// The state that this node has, shared by those who move it and those who wait for it.
 #[derive(Debug)]
 pub(crate) struct Applied {
-    inner: Mutex<Inner>,
+    inner: Mutex<AppliedState>,
     watch: watch::Sender<Option<Position>>,
 }
 
@@ -27,7 +27,7 @@ type Waiter = (Txid, oneshot::Sender<Result<()>>);
 type Settled = (Result<()>, oneshot::Sender<Result<()>>);
 
 #[derive(Debug)]
-struct Inner {
+struct AppliedState {
     position: Option<Position>,
     history: Arc<EpochHistory>,
     /// This node is the primary, whose word the history is.
@@ -43,7 +43,7 @@ struct Inner {
 impl Applied {
     pub(crate) fn new() -> Arc<Applied> {
         Arc::new(Applied {
-            inner: Mutex::new(Inner {
+            inner: Mutex::new(AppliedState {
                 position: None,
                 history: Arc::default(),
                 leads: false,
@@ -164,7 +164,7 @@ impl Applied {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Inner> {
+    fn lock(&self) -> MutexGuard<'_, AppliedState> {
         self.inner.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
@@ -180,7 +180,7 @@ impl Drop for Leave<'_> {
     }
 }
 
-impl Inner {
+impl AppliedState {
     fn place(&self, txid: Txid) -> Place {
         let left = || match self.leads {
             true => txid.epoch().number() <= self.history.epoch().number(),

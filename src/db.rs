@@ -65,7 +65,7 @@ pub struct Db {
     inner: Arc<LastHandle>,
 }
 
-struct Inner {
+struct DbInner {
     node: Arc<NodeContext>,
     path: PathBuf,
     pool: Pool,
@@ -95,7 +95,7 @@ enum Running {
     Replica { follower: Arc<ReplicaEngine>, readable: watch::Receiver<bool> },
 }
 
-impl fmt::Debug for Inner {
+impl fmt::Debug for DbInner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Db").field("path", &self.path).finish_non_exhaustive()
     }
@@ -481,7 +481,7 @@ impl Db {
     }
 }
 
-impl Inner {
+impl DbInner {
     /// A connection to read with; after a time of one's own, or the configured one.
     fn lease(&self, patience: Option<Duration>) -> Result<Lease<'_>> {
         self.pool.lease(patience).inspect_err(|error| match error {

@@ -33,7 +33,7 @@ mod recover;
 mod source;
 
 pub(crate) use apply::handle::ReplicaEngine;
-pub(crate) use apply::inbox::Standing;
+pub(crate) use apply::inbox::ReplicaStanding;
 pub(crate) use capture::handle::PrimaryEngine;
 pub(crate) use capture::startup::Opening;
 pub(crate) use check::repair::RightPage;

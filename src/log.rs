@@ -53,7 +53,7 @@ pub(crate) use marks::Touched;
 #[cfg(test)]
 pub(crate) use marks::mark_numbers;
 pub(crate) use segments::no_room;
-use state::State;
+use state::LogState;
 use tail::Tail;
 pub(crate) use transactions::logged;
 
@@ -81,7 +81,7 @@ pub(crate) struct Log {
     dir: PathBuf,
     options: LogOptions,
     /// Locked before `tail`. Held while bytes are written, never during an fsync of what was appended.
-    state: Mutex<State>,
+    state: Mutex<LogState>,
     tail: Mutex<Tail>,
     end: watch::Sender<u64>,
     /// Held in an fsync: of two at a time, one alone is told of a failure.
@@ -220,7 +220,7 @@ impl Log {
         }
     }
 
-    fn forget(&self, mut state: MutexGuard<'_, State>, at: Position) -> Result<()> {
+    fn forget(&self, mut state: MutexGuard<'_, LogState>, at: Position) -> Result<()> {
         let gone = state.forget(Some(at));
         self.moved(&state);
         let begun = state.begin_segment(&self.dir).or_else(|error| {
@@ -317,18 +317,18 @@ impl Log {
     }
 
     /// Tells readers that the end moved otherwise than by an append.
-    fn moved(&self, state: &State) {
+    fn moved(&self, state: &LogState) {
         self.lock_tail().clear();
         self.end.send_replace(state.end);
     }
 
-    fn retain(&self, change: impl FnOnce(&mut State)) {
+    fn retain(&self, change: impl FnOnce(&mut LogState)) {
         let mut state = self.lock();
         change(&mut state);
         state.retain(&self.options, Instant::now());
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, LogState> {
         self.state.lock().unwrap_or_else(|e| e.into_inner())
     }
 

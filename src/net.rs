@@ -18,7 +18,7 @@ use tokio_util::task::TaskTracker;
 
 #[cfg(test)]
 pub(crate) use dial::open_on;
-pub(crate) use dial::{Opened, open};
+pub(crate) use dial::{OpenResponse, open};
 pub(crate) use listen::Listener;
 pub(crate) use url::Endpoint;
 

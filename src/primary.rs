@@ -40,7 +40,7 @@ pub(crate) use recovery::Recovery;
 pub(crate) use registry::Conflict;
 pub(crate) use send_queue::{StreamReceiver, StreamSender, queue};
 
-use acks::{Units, acks, hello};
+use acks::{ReceivedUnits, acks, hello};
 use clock::ReplicaClock;
 use page_requests::PeerChannels;
 use registry::Registry;
@@ -211,7 +211,7 @@ impl ReplicaServer {
     async fn supply(
         &self,
         hello: &Hello,
-        units: &mut Units,
+        units: &mut ReceivedUnits,
         outlet: &StreamSender,
     ) -> Result<Arc<dyn StreamSource>, End> {
         let mut stock = self.stock.subscribe();
@@ -296,7 +296,7 @@ pub(crate) struct Peer {
 /// Serves one follower until it leaves, lags, lies or the node stops.
 pub(crate) async fn serve(source: Arc<ReplicaServer>, guest: Peer, upstream: Incoming, outlet: StreamSender) {
     let node = source.node.clone();
-    let mut units = Units::new(upstream);
+    let mut units = ReceivedUnits::new(upstream);
     let hello = tokio::select! {
         hello = hello(&node, &guest, &mut units) => hello,
         () = node.drain.cancelled() => Err(Error::ShutDown),

@@ -18,7 +18,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::task::TaskTracker;
 
 use crate::context::{NodeContext, Part};
-use crate::engine::{ReplicaEngine, Standing};
+use crate::engine::{ReplicaEngine, ReplicaStanding};
 use crate::error::{Error, Result};
 use crate::log::Log;
 use crate::net::Endpoint;
@@ -34,7 +34,7 @@ use lag::Lagging;
 /// What takes over the primary's history on this node.
 pub(crate) trait Feed: Send + Sync + 'static {
     /// See [`ReplicaEngine::standing`].
-    fn standing(&self) -> impl Future<Output = Result<(Standing, mpsc::Receiver<Want>)>> + Send;
+    fn standing(&self) -> impl Future<Output = Result<(ReplicaStanding, mpsc::Receiver<Want>)>> + Send;
     /// The stream's units, from the welcome on; see [`ReplicaEngine::feed`].
     fn feed(&self, units: Vec<Unit>) -> impl Future<Output = Result<()>> + Send;
     /// The pages of the answer to a primary's question, encoded; see [`ReplicaEngine::answers`].
@@ -48,7 +48,7 @@ pub(crate) trait Feed: Send + Sync + 'static {
 }
 
 impl Feed for ReplicaEngine {
-    async fn standing(&self) -> Result<(Standing, mpsc::Receiver<Want>)> {
+    async fn standing(&self) -> Result<(ReplicaStanding, mpsc::Receiver<Want>)> {
         ReplicaEngine::standing(self).await
     }
 

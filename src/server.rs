@@ -42,10 +42,10 @@ pub(crate) enum Mount {
 /// Who does not prove the cluster's secret gets an empty 404 for every path and method.
 #[derive(Clone)]
 pub struct ReplicationService {
-    shared: Arc<Shared>,
+    shared: Arc<ServerShared>,
 }
 
-struct Shared {
+struct ServerShared {
     node: Arc<NodeContext>,
     source: Arc<ReplicaServer>,
     tracker: TaskTracker,
@@ -61,7 +61,7 @@ impl ReplicationService {
         tracker: TaskTracker,
         door: Mount,
     ) -> ReplicationService {
-        let shared = Shared { node, source, tracker, door, warned: AtomicBool::new(false) };
+        let shared = ServerShared { node, source, tracker, door, warned: AtomicBool::new(false) };
         ReplicationService { shared: Arc::new(shared) }
     }
 
@@ -69,7 +69,7 @@ impl ReplicationService {
     where
         B: Body + Send + 'static,
     {
-        let Shared { node, door, .. } = &*self.shared;
+        let ServerShared { node, door, .. } = &*self.shared;
         if node.keys.is_open() && *door == Mount::Mounted {
             if !self.shared.warned.swap(true, Ordering::Relaxed) {
                 tracing::warn!("the mounted replication endpoint serves nobody: no secret is configured");
@@ -116,7 +116,7 @@ impl ReplicationService {
         request: &Request<B>,
         knock: Knock,
     ) -> Result<(Peer, (StreamSender, Response<ReplicationBody>)), Refusal> {
-        let Shared { node, source, .. } = &*self.shared;
+        let ServerShared { node, source, .. } = &*self.shared;
         if !request.uri().path().ends_with(STREAM_PATH) || request.method() != Method::POST {
             return Err(Refusal::Path);
         }

@@ -22,9 +22,9 @@ tokio::task_local! {
 /// Below the layers of several databases a request has a session of each. A commit counts in that of its own database; [`Db::session`](crate::Db::session) gives it. The one in
 /// the extensions, and [`Session::current`], is the innermost layer's; as the task's, it stands for all of them.
 #[derive(Clone)]
-pub struct Session(Arc<Inner>);
+pub struct Session(Arc<SessionState>);
 
-struct Inner {
+struct SessionState {
     tokens: Arc<Tokens>,
     request: Option<Token>,
     done: Mutex<Done>,
@@ -55,7 +55,7 @@ struct Done {
 impl Session {
     pub(crate) fn new(tokens: Arc<Tokens>, request: Option<Token>, outer: Option<Session>) -> Session {
         let fate = outer.as_ref().map_or_else(Arc::default, |outer| outer.0.fate.clone());
-        Session(Arc::new(Inner { tokens, request, done: Mutex::default(), outer, fate }))
+        Session(Arc::new(SessionState { tokens, request, done: Mutex::default(), outer, fate }))
     }
 
     /// The session of the request that this task works for, if there is one.

@@ -50,7 +50,7 @@ pub(super) fn node_id(side: &Path, cluster: &str, database: &str) -> Result<Uuid
 }
 
 #[derive(Debug)]
-struct Known {
+struct KnownIdentity {
     id: Uuid,
     place: (u64, u64),
     cluster: String,
@@ -72,7 +72,7 @@ fn encode(id: Uuid, place: (u64, u64), cluster: &str, database: &str) -> Vec<u8>
     bytes
 }
 
-fn decode(path: &Path, bytes: &[u8]) -> Result<Known> {
+fn decode(path: &Path, bytes: &[u8]) -> Result<KnownIdentity> {
     let (body, check) = bytes.split_last_chunk::<16>().ok_or_else(|| corrupt(path, "too short"))?;
     if blake3::hash(body).as_bytes()[..16] != *check || body.len() < FIXED_BYTES || body[..8] != MAGIC {
         return Err(corrupt(path, "its checksum does not match"));
@@ -98,7 +98,7 @@ fn decode(path: &Path, bytes: &[u8]) -> Result<Known> {
     let (cluster, database) = (name(), name());
     match (cluster, database) {
         (Some(cluster), Some(database)) => {
-            Ok(Known { id: Uuid::from_bytes(id), place: (long(28), long(36)), cluster, database })
+            Ok(KnownIdentity { id: Uuid::from_bytes(id), place: (long(28), long(36)), cluster, database })
         }
         _ => Err(corrupt(path, "its names are cut short")),
     }

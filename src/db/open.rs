@@ -15,7 +15,7 @@ use crate::db::pool::{Expect, Pool};
 use crate::db::shutdown::LastHandle;
 use crate::db::verify::{Of, Verifier};
 use crate::db::writer::{EngineSlot, Writer};
-use crate::db::{Db, Inner, Running, identity, open_files, preflight, snapshot};
+use crate::db::{Db, DbInner, Running, identity, open_files, preflight, snapshot};
 use crate::engine::{Opening, ReplicaEngine};
 use crate::error::{Error, Result};
 use crate::net::{Endpoint, Listener};
@@ -35,7 +35,7 @@ pub(super) async fn open(config: Config) -> Result<Db> {
     };
     let addresses = config.advertised(listener.as_ref().map(Listener::address));
     let follows = primary.is_some();
-    let begun = blocking(move || Begun::new(config, keys, addresses, follows)).await?;
+    let begun = blocking(move || OpenedNode::new(config, keys, addresses, follows)).await?;
     let mut doors = ListenerGuard::new(&begun, listener);
     let opened = begun.finish(&mut doors, primary).await;
     if opened.is_err() {
@@ -45,7 +45,7 @@ pub(super) async fn open(config: Config) -> Result<Db> {
 }
 
 /// A node whose files are open, and that does nothing yet.
-struct Begun {
+struct OpenedNode {
     config: Config,
     path: std::path::PathBuf,
     claim: open_files::Claim,
@@ -60,9 +60,9 @@ enum Files {
     Replica(Arc<ReplicaEngine>),
 }
 
-impl Begun {
+impl OpenedNode {
     /// Blocks.
-    fn new(config: Config, keys: Keyring, addresses: Addresses, follows: bool) -> Result<Begun> {
+    fn new(config: Config, keys: Keyring, addresses: Addresses, follows: bool) -> Result<OpenedNode> {
         let database = config.database_name()?;
         let (path, claim) = preflight::claim(&config.path, config.allow_network_filesystem)?;
         let side = preflight::side(&path, follows, config.database_mode)?;
@@ -80,12 +80,12 @@ impl Begun {
             false => Files::Primary(Box::new(Opening::begin(options, node.clone())?)),
         };
         let (source, tracker) = (ReplicaServer::new(node.clone()), TaskTracker::new());
-        Ok(Begun { config, path, claim, node, source, tracker, files })
+        Ok(OpenedNode { config, path, claim, node, source, tracker, files })
     }
 
     /// Makes the node complete and starts its tasks, on the runtime of the caller.
     async fn finish(self, doors: &mut ListenerGuard, primary: Option<Endpoint>) -> Result<Db> {
-        let Begun { config, path, claim, node, source, tracker, files } = self;
+        let OpenedNode { config, path, claim, node, source, tracker, files } = self;
         let (files, recovered) = match files {
             Files::Primary(opening) if opening.may_miss() && !config.recovery_wait.is_zero() => {
                 let (opening, recovered) = recover(opening, doors, config.recovery_wait).await?;
@@ -104,7 +104,7 @@ impl Begun {
                 Running::Replica { follower, .. } => Of::Replica(follower.clone()),
             };
             // With its owner: should nobody wait for it any more, it is closed.
-            Ok(LastHandle(Arc::new(Inner {
+            Ok(LastHandle(Arc::new(DbInner {
                 verifier: Verifier::new(node.clone(), of, config.verify_limit),
                 pool: pool(&config, &path, &side, node.files()),
                 node,
@@ -223,7 +223,7 @@ struct ListenerGuard {
 }
 
 impl ListenerGuard {
-    fn new(begun: &Begun, listener: Option<Listener>) -> ListenerGuard {
+    fn new(begun: &OpenedNode, listener: Option<Listener>) -> ListenerGuard {
         let (node, source, tracker) = (begun.node.clone(), begun.source.clone(), begun.tracker.clone());
         ListenerGuard { node, source, tracker, listener, left_open: false }
     }

@@ -16,7 +16,7 @@ const CLOSING_WAIT: Duration = Duration::from_secs(10);
 /// What SQLite puts beside a database file.
 const BESIDE: [&str; 3] = ["-wal", "-shm", "-journal"];
 
-static OPEN: Mutex<Vec<Entry>> = Mutex::new(Vec::new());
+static OPEN: Mutex<Vec<OpenFile>> = Mutex::new(Vec::new());
 static CHANGED: Condvar = Condvar::new();
 
 /// Device and inode.
@@ -24,7 +24,7 @@ type Inode = (u64, u64);
 
 /// An open database.
 #[derive(Debug)]
-struct Entry {
+struct OpenFile {
     serial: u64,
     /// Without symbolic links.
     path: PathBuf,
@@ -35,7 +35,7 @@ struct Entry {
     closing: bool,
 }
 
-impl Entry {
+impl OpenFile {
     /// Whether a place or a file is this database. The file may have come or been replaced after the claim.
     fn is(&self, place: &(Inode, OsString), file: Option<Inode>) -> bool {
         self.place == *place || file.is_some() && (file == self.file || file == inode(&self.path))
@@ -58,7 +58,7 @@ impl Claim {
             match open.iter().find(|entry| entry.is(&place, file)) {
                 None => {
                     let serial = open.iter().map(|entry| entry.serial).max().unwrap_or(0) + 1;
-                    open.push(Entry { serial, path: path.to_path_buf(), place, file, closing: false });
+                    open.push(OpenFile { serial, path: path.to_path_buf(), place, file, closing: false });
                     return Ok(Claim(serial));
                 }
                 Some(entry) if entry.closing && !left.is_zero() => {}
@@ -90,7 +90,7 @@ impl Drop for Claim {
 pub(super) fn belongs_to_open(path: &Path) -> Result<bool> {
     let place = place(path)?;
     let file = inode(path);
-    let of = |entry: &Entry, suffix: &str| {
+    let of = |entry: &OpenFile, suffix: &str| {
         let mut beside = entry.path.clone().into_os_string();
         beside.push(suffix);
         PathBuf::from(beside)
@@ -133,7 +133,7 @@ fn of_meta(_: &fs::Metadata) -> Option<Inode> {
     None
 }
 
-fn lock() -> MutexGuard<'static, Vec<Entry>> {
+fn lock() -> MutexGuard<'static, Vec<OpenFile>> {
     OPEN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 

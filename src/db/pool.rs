@@ -27,12 +27,12 @@ pub(super) struct Pool {
     /// Counts how often the node opened it.
     files: Arc<AtomicU64>,
     prepare: Prepare,
-    state: Mutex<State>,
+    state: Mutex<PoolState>,
     returned: Condvar,
 }
 
 #[derive(Default)]
-struct State {
+struct PoolState {
     idle: Vec<Reader>,
     open: usize,
     waiting: usize,
@@ -94,7 +94,7 @@ impl Pool {
             if state.open < self.most {
                 state.open += 1;
                 drop(state);
-                let place = Place(self);
+                let place = ConnectionPermit(self);
                 let reader = self.open()?;
                 std::mem::forget(place);
                 return Ok(Lease { pool: self, reader: Some(reader) });
@@ -155,7 +155,7 @@ impl Pool {
         self.returned.notify_all();
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, PoolState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
@@ -192,9 +192,9 @@ fn changes_connection(context: &AuthContext<'_>) -> bool {
 }
 
 /// A place among the connections that may be open; free again when it is dropped, also by a panic while one is opened.
-struct Place<'a>(&'a Pool);
+struct ConnectionPermit<'a>(&'a Pool);
 
-impl Drop for Place<'_> {
+impl Drop for ConnectionPermit<'_> {
     fn drop(&mut self) {
         self.0.gone();
     }
@@ -231,7 +231,7 @@ impl Drop for Lease<'_> {
     fn drop(&mut self) {
         let Some(reader) = self.reader.take() else { return };
         if !reader.come_back() || reader.files != self.pool.files.load(Ordering::Acquire) {
-            let place = Place(self.pool);
+            let place = ConnectionPermit(self.pool);
             drop(reader);
             return drop(place);
         }

@@ -7,7 +7,7 @@ use std::sync::atomic::Ordering;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
-use crate::db::{Db, Inner, Running};
+use crate::db::{Db, DbInner, Running};
 use crate::status::Role;
 use crate::threads;
 
@@ -97,12 +97,12 @@ impl Db {
 }
 
 /// What the clones of a handle share: with the last of them the database is closed.
-pub(super) struct LastHandle(pub(super) Arc<Inner>);
+pub(super) struct LastHandle(pub(super) Arc<DbInner>);
 
 impl Deref for LastHandle {
-    type Target = Inner;
+    type Target = DbInner;
 
-    fn deref(&self) -> &Inner {
+    fn deref(&self) -> &DbInner {
         &self.0
     }
 }
@@ -136,9 +136,9 @@ fn may_wait_here() -> bool {
 }
 
 /// Closes on a thread of its own, so that neither a dropped future nor a runtime that ends leaves it half done.
-fn close_behind(inner: &Arc<Inner>, gently: bool) {
+fn close_behind(inner: &Arc<DbInner>, gently: bool) {
     inner.announce();
-    let work = move |inner: &mut Arc<Inner>| {
+    let work = move |inner: &mut Arc<DbInner>| {
         if gently {
             inner.end_tasks();
         }
@@ -156,7 +156,7 @@ fn close_behind(inner: &Arc<Inner>, gently: bool) {
     }
 }
 
-impl Inner {
+impl DbInner {
     async fn drain(&self) {
         self.node.drain.cancel();
         if tokio::time::timeout(STREAMS_LIMIT, self.source.deserted()).await.is_err() {

@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::context::Part;
-use crate::db::{Db, Inner, Running};
+use crate::db::{Db, DbInner, Running};
 use crate::status::{Health, Role, Status};
 
 impl Db {
@@ -98,7 +98,7 @@ impl Db {
     }
 }
 
-impl Inner {
+impl DbInner {
     /// Reads as little as can be, to see whether that works.
     fn try_read(&self) {
         let Ok(lease) = self.lease(Some(Duration::ZERO)) else { return };

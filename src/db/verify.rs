@@ -63,11 +63,11 @@ pub(super) struct Verifier {
     node: Arc<NodeContext>,
     of: Of,
     bytes_per_second: Option<NonZeroU64>,
-    state: Mutex<State>,
+    state: Mutex<VerifierState>,
 }
 
 #[derive(Default)]
-struct State {
+struct VerifierState {
     /// Gets the result of the one that runs; it ends without one when that fails.
     running: Option<watch::Receiver<Option<Verification>>>,
     thread: Option<JoinHandle<()>>,
@@ -80,7 +80,7 @@ impl Verifier {
         Arc::new(Verifier { node, of, bytes_per_second, state: Mutex::default() })
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, VerifierState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -92,11 +92,11 @@ impl Verifier {
     async fn verify(self: &Arc<Verifier>) -> Result<Verification> {
         loop {
             let mut shared = match self.begin()? {
-                Begun::Ours(answer) => {
+                Started::Ours(answer) => {
                     let ended = answer.await;
                     return ended.unwrap_or_else(|_| Err(Error::Panicked("in a verification".into())));
                 }
-                Begun::Theirs(shared) => shared,
+                Started::Theirs(shared) => shared,
             };
             // The one that runs may fail, which is told to whoever began it.
             if let Ok(verification) = shared.wait_for(Option::is_some).await
@@ -107,13 +107,13 @@ impl Verifier {
         }
     }
 
-    fn begin(self: &Arc<Verifier>) -> Result<Begun> {
+    fn begin(self: &Arc<Verifier>) -> Result<Started> {
         let mut state = self.lock();
         if state.closed || self.node.stop.is_cancelled() {
             return Err(Error::ShutDown);
         }
         if let Some(running) = &state.running {
-            return Ok(Begun::Theirs(running.clone()));
+            return Ok(Started::Theirs(running.clone()));
         }
         if let Some(ended) = state.thread.take() {
             // It has said its result, which was the last that it did.
@@ -142,7 +142,7 @@ impl Verifier {
         };
         state.thread = Some(threads::start("replite-verify", (self.clone(), None), work, end)?);
         state.running = Some(running);
-        Ok(Begun::Ours(answer))
+        Ok(Started::Ours(answer))
     }
 
     /// Blocks for as long as it takes.
@@ -221,7 +221,7 @@ impl Verifier {
 }
 
 /// A verification that was begun by this call or another.
-enum Begun {
+enum Started {
     Ours(oneshot::Receiver<Result<Verification>>),
     Theirs(watch::Receiver<Option<Verification>>),
 }

@@ -65,18 +65,18 @@ impl<T> From<&Commit<T>> for Option<Txid> {
 
 /// The writer of a primary.
 pub(super) struct Writer {
-    shared: Arc<Shared>,
+    shared: Arc<WriterShared>,
     /// The way into the queue. No future keeps a copy, because one that nobody polls any more would keep the thread.
     jobs: Mutex<Option<queue::UnboundedSender<Box<dyn Job>>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
-struct Shared {
+struct WriterShared {
     /// Bounds the queue.
     room: Semaphore,
     engine: Arc<EngineSlot>,
     durability: Durability,
-    connection: Mutex<Option<Open>>,
+    connection: Mutex<Option<OpenWriter>>,
     /// How the connection has to be when its borrower gives it back.
     settings: Settings,
     /// Commits that were handed to the sync thread and are not acknowledged yet.
@@ -84,7 +84,7 @@ struct Shared {
 }
 
 /// The connection, and the count of its commits.
-struct Open {
+struct OpenWriter {
     connection: Connection,
     commits: CommitHook,
 }
@@ -114,7 +114,7 @@ impl<E: From<Error>> Failed<E> {
 
 /// One async write.
 trait Job: Send {
-    fn run(self: Box<Self>, shared: &Shared, open: &mut Open) -> Option<Unsynced>;
+    fn run(self: Box<Self>, shared: &WriterShared, open: &mut OpenWriter) -> Option<Unsynced>;
     fn refuse(self: Box<Self>, why: Error);
 }
 
@@ -130,19 +130,19 @@ impl Unsynced {
     }
 }
 
-struct Write<T, E, F> {
+struct WriteJob<T, E, F> {
     run: F,
     reply: oneshot::Sender<Result<Commit<T>, Failed<E>>>,
 }
 
-impl<T, E, F> Job for Write<T, E, F>
+impl<T, E, F> Job for WriteJob<T, E, F>
 where
     F: FnOnce(&mut Transaction<'_>) -> Result<T, E> + Send,
     T: Send + 'static,
     E: Send + 'static,
 {
-    fn run(self: Box<Self>, shared: &Shared, open: &mut Open) -> Option<Unsynced> {
-        let Write { run, reply } = *self;
+    fn run(self: Box<Self>, shared: &WriterShared, open: &mut OpenWriter) -> Option<Unsynced> {
+        let WriteJob { run, reply } = *self;
         if reply.is_closed() {
             return None; // Its caller left before it began: it never runs.
         }
@@ -178,7 +178,7 @@ impl Writer {
     /// Opens the connection, runs the application's migrations on it, and starts the threads.
     pub(super) fn open(config: &Config, path: &Path, engine: &Arc<EngineSlot>) -> Result<Writer> {
         let (open, settings) = connect(config, path)?;
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(WriterShared {
             room: Semaphore::new(config.write_queue),
             engine: engine.clone(),
             durability: config.durability,
@@ -215,7 +215,7 @@ impl Writer {
             return Err(Error::Reentrant.into());
         }
         let (reply, answer) = oneshot::channel();
-        let job = Box::new(Write { run, reply });
+        let job = Box::new(WriteJob { run, reply });
         let room = self.shared.room.acquire().await.map_err(|_| self.shared.refusal())?;
         let queued = lock(&self.jobs).as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
         if !queued {
@@ -277,7 +277,7 @@ impl Writer {
 }
 
 /// Opens the connection as the application and we want it, and has the database migrated.
-fn connect(config: &Config, path: &Path) -> Result<(Open, Settings)> {
+fn connect(config: &Config, path: &Path) -> Result<(OpenWriter, Settings)> {
     let mut connection = sqlite::connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
     defend(&connection, !config.trust_schema)?;
     connection.set_prepared_statement_cache_capacity(config.statement_cache);
@@ -299,17 +299,17 @@ fn connect(config: &Config, path: &Path) -> Result<(Open, Settings)> {
     }
     settings.restore(&connection)?;
     let commits = CommitHook::put_on(&connection);
-    Ok((Open { connection, commits }, settings))
+    Ok((OpenWriter { connection, commits }, settings))
 }
 
-impl Shared {
+impl WriterShared {
     /// What tells this writer from those of other databases.
     fn address(&self) -> usize {
         std::ptr::from_ref(self) as usize
     }
 
     /// Waits for the connection.
-    fn enter(&self) -> Result<(Inside, MutexGuard<'_, Option<Open>>)> {
+    fn enter(&self) -> Result<(Inside, MutexGuard<'_, Option<OpenWriter>>)> {
         let inside = Inside::enter(self.address())?;
         Ok((inside, lock(&self.connection)))
     }
@@ -320,7 +320,7 @@ impl Shared {
 
     /// Closes the connection.
     fn close(&self) {
-        if let Some(Open { connection, commits }) = lock(&self.connection).take() {
+        if let Some(OpenWriter { connection, commits }) = lock(&self.connection).take() {
             commits.take_off(&connection);
         }
     }
@@ -345,12 +345,12 @@ impl Shared {
     }
 
     /// Every error but [`Error::OutcomeUnknown`] says that nothing was committed.
-    fn transact<T, E, F>(&self, open: &mut Open, run: F) -> Result<Commit<T>, Failed<E>>
+    fn transact<T, E, F>(&self, open: &mut OpenWriter, run: F) -> Result<Commit<T>, Failed<E>>
     where
         F: FnOnce(&mut Transaction<'_>) -> Result<T, E>,
     {
         let sqlite = Error::Sqlite;
-        let Open { connection, commits } = open;
+        let OpenWriter { connection, commits } = open;
         let engine = self.engine.get()?;
         engine.pace();
         engine.ready()?;
@@ -398,7 +398,7 @@ impl Shared {
 /// The writer's thread.
 fn run_jobs(
     (shared, jobs, to_sync): &mut (
-        Arc<Shared>,
+        Arc<WriterShared>,
         queue::UnboundedReceiver<Box<dyn Job>>,
         mpsc::SyncSender<Unsynced>,
     ),
@@ -433,7 +433,7 @@ fn run_jobs(
 }
 
 /// The sync thread: one fsync for all commits that came during the one before.
-fn run_syncs((shared, unsynced): &mut (Arc<Shared>, mpsc::Receiver<Unsynced>)) -> Result<()> {
+fn run_syncs((shared, unsynced): &mut (Arc<WriterShared>, mpsc::Receiver<Unsynced>)) -> Result<()> {
     let mut batch = Vec::new();
     while let Ok(first) = unsynced.recv() {
         batch.push(first);
@@ -485,7 +485,7 @@ mod tests {
         let run = |tx: &mut Transaction<'_>| Ok::<_, Error>(tx.execute("CREATE TABLE t(a)", [])?);
         let (jobs, receiver) = queue::unbounded_channel();
         let (reply, answer) = oneshot::channel();
-        jobs.send(Box::new(Write { run, reply }) as Box<dyn Job>).unwrap_or_else(|_| panic!("it is open"));
+        jobs.send(Box::new(WriteJob { run, reply }) as Box<dyn Job>).unwrap_or_else(|_| panic!("it is open"));
         writer.shared.end(Err(Error::Stopped("by intent".into())), Some(receiver));
         let stopped = |error: Error| matches!(error, Error::Stopped(why) if why == "by intent");
         assert!(stopped(answer.await.unwrap().map_err(Failed::into_one).unwrap_err()), "queued");

@@ -2,7 +2,7 @@
 //!
 //! `<side>/incoming/pages` holds the pages at their places, `<side>/incoming/state` how far a snapshot has come,
 //! `<side>/incoming/held` which pages a comparison has. A snapshot that can't be gone on with, because the primary's log does not reach back to its begin any more,
-//! becomes a comparison over what came of it. Pages may come newer than the position they were read at; the log
+//! becomes a comparison over what came of it. IncomingPages may come newer than the position they were read at; the log
 //! records that follow are applied to the file until the state that the primary names, and then the checksum decides.
 
 pub(in crate::engine) mod heal;
@@ -28,7 +28,7 @@ const HELD_MAGIC: [u8; 8] = *b"repheld2";
 const HELD_HEAD_BYTES: usize = 8 + 4 + 4;
 const VERSION: u32 = 1;
 const STATE_BYTES: usize = 8 + 4 + 4 + 4 + Position::BYTES + 16;
-/// Progress is made durable after so many bytes, or after so long.
+/// FillProgress is made durable after so many bytes, or after so long.
 const PROGRESS_BYTES: u64 = 64 << 20;
 const PROGRESS_EVERY: Duration = Duration::from_secs(5);
 /// Bytes that are read at a time when pages that came earlier are hashed again.
@@ -50,7 +50,7 @@ pub(in crate::engine) struct IncomingState {
 
 /// How far an earlier attempt came.
 #[derive(Clone, Copy, Debug)]
-pub(in crate::engine) struct Progress {
+pub(in crate::engine) struct FillProgress {
     pub(in crate::engine) first: Position,
     pub(in crate::engine) next: PageNo,
     pub(in crate::engine) page_size: PageSize,
@@ -75,7 +75,7 @@ pub(in crate::engine) type Under<'a> = Option<&'a mut WalAppender>;
 ///
 /// A file of a newer version is no error, unlike those of the other side files: there is nothing here that the primary
 /// does not have, so that who can't read it begins anew.
-pub(in crate::engine) fn progress(side: &Path) -> Option<Progress> {
+pub(in crate::engine) fn progress(side: &Path) -> Option<FillProgress> {
     let mut bytes = Vec::new();
     // One byte more than there should be is enough to see that it is none of ours.
     let file = files::open(&side.join("incoming").join("state")).ok()?;
@@ -89,7 +89,7 @@ pub(in crate::engine) fn progress(side: &Path) -> Option<Progress> {
     let next = PageNo::new(le_u32(&body[16..]))?;
     let first = Position::from_bytes(body[20..].try_into().ok()?)?;
     let there = fs::metadata(side.join("incoming").join("pages")).ok()?.len();
-    (there >= next.offset(page_size)).then_some(Progress { first, next, page_size })
+    (there >= next.offset(page_size)).then_some(FillProgress { first, next, page_size })
 }
 
 /// Forgets what was begun.
@@ -102,7 +102,7 @@ pub(in crate::engine) fn discard(side: &Path) -> Result<()> {
 }
 
 /// The pages of an [`IncomingState`], for a call.
-struct Pages<'a> {
+struct IncomingPages<'a> {
     directory: &'a Path,
     file: &'a File,
     held: Option<&'a mut File>,
@@ -110,7 +110,7 @@ struct Pages<'a> {
     live: Under<'a>,
 }
 
-impl Store for Pages<'_> {
+impl Store for IncomingPages<'_> {
     fn write(&mut self, number: PageNo, page: &[u8]) -> Result<()> {
         write_all_at(self.file, page, number.offset(self.page_size))
             .map_err(Error::io("write", self.directory.join("pages")))?;
@@ -204,10 +204,10 @@ impl IncomingState {
         self.directory.join("pages")
     }
 
-    fn parts<'a>(&'a mut self, live: Under<'a>) -> (&'a mut Overlay, Pages<'a>) {
+    fn parts<'a>(&'a mut self, live: Under<'a>) -> (&'a mut Overlay, IncomingPages<'a>) {
         let IncomingState { directory, file, held, overlay, .. } = self;
         let page_size = overlay.page_size();
-        (overlay, Pages { directory, file, held: held.as_mut(), page_size, live })
+        (overlay, IncomingPages { directory, file, held: held.as_mut(), page_size, live })
     }
 
     /// Takes in what an earlier attempt left.

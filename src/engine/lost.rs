@@ -30,8 +30,8 @@ use crate::wire;
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
 pub(super) use btree::fuzz_btree_page;
 pub use list::{Lost, LostKind};
-pub(super) use rows::{Before, tell};
 pub use rows::{LostRow, LostRows};
+pub(super) use rows::{StateBefore, tell};
 
 const FORMAT: u32 = 1;
 const PREFIX: &str = "branch-";

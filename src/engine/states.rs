@@ -13,7 +13,7 @@ use rusqlite::Connection;
 
 use crate::engine::checkpoint::backfill::backfill_some;
 use crate::engine::file::anchor::FileState;
-use crate::engine::file::witnesses::Mark;
+use crate::engine::file::witnesses::CopyTag;
 use crate::engine::tests::{Home, node, settled};
 use crate::engine::*;
 use crate::error::Error;
@@ -24,7 +24,7 @@ use crate::wal::{FRAME_HEADER_BYTES, FrameHeader, frame_bytes, frame_offset};
 const PAGE: usize = 512;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Newest {
+enum NewestAnchor {
     AtRest,
     Backfilling,
     None,
@@ -58,7 +58,8 @@ enum LogFiles {
     Gone,
 }
 
-const NEWEST: [Newest; 4] = [Newest::AtRest, Newest::Backfilling, Newest::None, Newest::OlderGeneration];
+const NEWEST: [NewestAnchor; 4] =
+    [NewestAnchor::AtRest, NewestAnchor::Backfilling, NewestAnchor::None, NewestAnchor::OlderGeneration];
 const WALS: [WalFile; 6] = [
     WalFile::Whole,
     WalFile::CutBefore,
@@ -261,7 +262,7 @@ impl World {
         assert!(witnesses.iter().count() > 2, "{witnesses:?}");
         let length =
             fs::metadata(maker.path("a.db")).unwrap().len().max(u64::from(target.pages) * PAGE as u64);
-        let mark = Mark { offset: length, nonce: [7; Mark::BYTES] };
+        let mark = CopyTag { offset: length, nonce: [7; CopyTag::BYTES] };
         let copying = FileState::Backfilling(witnesses.marked(Some(mark)));
         engine.base.write_anchor(&target, copying, true).unwrap();
         let backfilling = maker.files();
@@ -288,7 +289,7 @@ impl World {
         }
         let end = half_copied.len().max(target.pages as usize * PAGE);
         half_copied.resize(end, 0);
-        half_copied.extend_from_slice(&[7; Mark::BYTES]);
+        half_copied.extend_from_slice(&[7; CopyTag::BYTES]);
         let sql = "UPDATE t SET v = randomblob(300) WHERE n IN (3, 9, 25); INSERT INTO t(v) VALUES (randomblob(400))";
         let (changed, connection, dir) = by_sqlite(&maker, &files, sql);
         maker.committed.insert(image(&dir.path().join("a.db")), ("changed by SQLite".into(), None));
@@ -338,8 +339,8 @@ impl World {
     /// Puts the files of a combination into a directory.
     fn plant(&self, home: &Home, (newest, wal, database, log): Combination) {
         let root = home.path(".");
-        let frame = if newest == Newest::Backfilling { self.copied_frame } else { self.rest_frame };
-        let left = if newest == Newest::Backfilling { &self.half_copied } else { &self.database };
+        let frame = if newest == NewestAnchor::Backfilling { self.copied_frame } else { self.rest_frame };
+        let left = if newest == NewestAnchor::Backfilling { &self.half_copied } else { &self.database };
         let bytes = match database {
             Database::AsLeft => left.clone(),
             Database::ChangedBySqlite => self.changed.clone(),
@@ -373,10 +374,10 @@ impl World {
         }
         fs::create_dir(home.path("a.db-replite")).unwrap();
         let anchors = match newest {
-            Newest::AtRest => Some(&self.at_rest[&side("anchors")]),
-            Newest::Backfilling => Some(&self.backfilling[&side("anchors")]),
-            Newest::None => None,
-            Newest::OlderGeneration => Some(&self.older_anchors),
+            NewestAnchor::AtRest => Some(&self.at_rest[&side("anchors")]),
+            NewestAnchor::Backfilling => Some(&self.backfilling[&side("anchors")]),
+            NewestAnchor::None => None,
+            NewestAnchor::OlderGeneration => Some(&self.older_anchors),
         };
         if let Some(anchors) = anchors {
             fs::write(root.join(side("anchors")), anchors).unwrap();
@@ -435,7 +436,7 @@ impl World {
                 let again = PrimaryEngine::open(options(), node()).map(drop);
                 assert!(matches!(again, Err(Error::Damaged { .. })), "{what}: refused once: {again:?}");
                 let complete = database == Database::AsLeft
-                    && matches!(newest, Newest::AtRest | Newest::Backfilling)
+                    && matches!(newest, NewestAnchor::AtRest | NewestAnchor::Backfilling)
                     && matches!(log, LogFiles::Reaches | LogFiles::Ahead)
                     && wal != WalFile::OtherSalts;
                 assert!(!complete, "{what}: all is there, and it is refused: {why}");
@@ -511,7 +512,7 @@ impl World {
     }
 }
 
-type Combination = (Newest, WalFile, Database, LogFiles);
+type Combination = (NewestAnchor, WalFile, Database, LogFiles);
 
 #[test]
 fn whatever_is_left_of_the_files_a_node_has_a_committed_state_or_refuses() {

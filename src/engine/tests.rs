@@ -115,7 +115,9 @@ pub(super) fn send(follower: &ReplicaEngine, units: BytesMut) -> Result<()> {
     })
 }
 
-pub(super) fn standing(follower: &ReplicaEngine) -> (Standing, tokio::sync::mpsc::Receiver<wire::Want>) {
+pub(super) fn standing(
+    follower: &ReplicaEngine,
+) -> (ReplicaStanding, tokio::sync::mpsc::Receiver<wire::Want>) {
     tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(follower.standing()).unwrap()
 }
 

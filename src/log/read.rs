@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use bytes::{Bytes, BytesMut};
 
 use super::scan::{Edge, HEAD_BYTES, Index, Stretch, hop};
-use super::state::{Seg, State};
+use super::state::{LogState, Seg};
 use super::{CURE, Log, Lookup, segments};
 use crate::error::{Error, Result};
 use crate::files;
@@ -141,7 +141,7 @@ impl Log {
 }
 
 /// The segment that begins at or before `lsn`.
-fn segment_at(state: &State, lsn: u64) -> Option<&Seg> {
+fn segment_at(state: &LogState, lsn: u64) -> Option<&Seg> {
     let after = state.segments.partition_point(|s| s.start <= lsn);
     state.segments.get(after.checked_sub(1)?)
 }

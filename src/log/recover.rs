@@ -9,7 +9,7 @@ use bytes::Bytes;
 
 use super::scan::{HEAD_BYTES, Scan, scan};
 use super::segments;
-use super::state::{Seg, State};
+use super::state::{LogState, Seg};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::wire::{Decoder, Message, SEGMENT_BYTES, Segment, Unit, VERSION};
@@ -29,7 +29,7 @@ impl Candidate {
 }
 
 /// Reads a log's directory and repairs it. Nothing is changed before all of it was read.
-pub(super) fn recover(dir: &Path) -> Result<State> {
+pub(super) fn recover(dir: &Path) -> Result<LogState> {
     files::make_directory(dir)?;
     let mut candidates = list(dir)?;
     let mut drop = Vec::new();
@@ -39,14 +39,14 @@ pub(super) fn recover(dir: &Path) -> Result<State> {
     }
     let Some((last, head)) = candidates.pop().and_then(|c| c.head.map(|head| (c, head))) else {
         segments::remove(&drop);
-        return Ok(State::default());
+        return Ok(LogState::default());
     };
     let found = verify(&last, head, last.length)?;
     let end = found.end;
     let cut = last.length > HEAD_BYTES + end - head.start;
     say_cut(&last, &found, head);
     let tip = Some(found.tip);
-    let mut state = State { end, complete: end, tip, dir_dirty: true, ..State::default() };
+    let mut state = LogState { end, complete: end, tip, dir_dirty: true, ..LogState::default() };
     state.segments = run_before(&mut candidates, head)?;
     // What is left of the candidates is before a gap.
     for lost in &candidates {

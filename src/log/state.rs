@@ -50,7 +50,7 @@ fn truncate(segment: &Seg) -> Result<(Arc<File>, PathBuf)> {
 }
 
 #[derive(Debug, Default)]
-pub(super) struct State {
+pub(super) struct LogState {
     /// Oldest first. Empty only when the log is.
     pub(super) segments: VecDeque<Seg>,
     /// The last segment's file; `None`: the next append begins a new one. `Some` within a record.
@@ -74,7 +74,7 @@ pub(super) struct State {
     pub(super) dir_dirty: bool,
 }
 
-impl State {
+impl LogState {
     pub(super) fn bytes(&self) -> u64 {
         self.segments.iter().map(|s| HEAD_BYTES + s.end - s.start).sum()
     }

@@ -44,7 +44,7 @@ const SETTINGS: u8 = 4;
 const HEAD_MAX_BYTES: u32 = 16 * 1024;
 
 /// A response whose request's body is still open. Dropping it closes the connection.
-pub(crate) struct Opened {
+pub(crate) struct OpenResponse {
     pub(crate) status: StatusCode,
     pub(crate) headers: HeaderMap,
     pub(crate) body: Incoming,
@@ -67,7 +67,7 @@ pub(crate) async fn open(
     path: &str,
     headers: HeaderMap,
     tracker: &TaskTracker,
-) -> Result<Opened, PeerProblem> {
+) -> Result<OpenResponse, PeerProblem> {
     let io = connect(to).await?;
     let heard = Arc::new(Heard::new());
     let opened = exchange_on(io, to, path, headers, tracker, &heard).await;
@@ -100,7 +100,7 @@ pub(crate) async fn open_on<I>(
     path: &str,
     headers: HeaderMap,
     tracker: &TaskTracker,
-) -> Result<Opened, PeerProblem>
+) -> Result<OpenResponse, PeerProblem>
 where
     I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
@@ -114,14 +114,19 @@ async fn exchange_on<I>(
     headers: HeaderMap,
     tracker: &TaskTracker,
     heard: &Arc<Heard>,
-) -> Result<Opened, PeerProblem>
+) -> Result<OpenResponse, PeerProblem>
 where
     I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
 {
     let cut = CancellationToken::new();
     let guard = cut.clone().drop_guard();
     let first = Arc::new(Mutex::new(Vec::new()));
-    let io = Watched { io, first: first.clone(), heard: heard.clone(), cut: Box::pin(cut.cancelled_owned()) };
+    let io = WatchedStream {
+        io,
+        first: first.clone(),
+        heard: heard.clone(),
+        cut: Box::pin(cut.cancelled_owned()),
+    };
     let exchange = exchange(io, to, path, headers, tracker);
     let result = match tokio::time::timeout(HEAD_TIMEOUT, exchange).await {
         Ok(result) => result,
@@ -132,7 +137,7 @@ where
             let (head, body) = response.into_parts();
             let body = Incoming::new(body);
             let heard = heard.clone();
-            Ok(Opened { status: head.status, headers: head.headers, body, request, heard, guard })
+            Ok(OpenResponse { status: head.status, headers: head.headers, body, request, heard, guard })
         }
         Err(_) if first.lock().unwrap_or_else(|e| e.into_inner()).starts_with(b"HTTP/") => {
             Err(PeerProblem::NotHttp2)
@@ -205,14 +210,14 @@ async fn answer_to(to: &Endpoint, request: &[u8]) -> Option<[u8; 9]> {
 }
 
 /// A connection that remembers its first bytes, notes when some come, and can be cut from outside: hyper's own tasks end with it.
-struct Watched<I> {
+struct WatchedStream<I> {
     io: I,
     first: Arc<Mutex<Vec<u8>>>,
     heard: Arc<Heard>,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
 }
 
-impl<I: AsyncRead + Unpin> AsyncRead for Watched<I> {
+impl<I: AsyncRead + Unpin> AsyncRead for WatchedStream<I> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -234,7 +239,7 @@ impl<I: AsyncRead + Unpin> AsyncRead for Watched<I> {
     }
 }
 
-impl<I: AsyncWrite + Unpin> AsyncWrite for Watched<I> {
+impl<I: AsyncWrite + Unpin> AsyncWrite for WatchedStream<I> {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.io).poll_write(cx, buf)
     }

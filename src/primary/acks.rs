@@ -25,7 +25,11 @@ const HELLO_TIMEOUT: Duration = Duration::from_secs(60);
 pub(super) const SILENCE_MAX: Duration = Duration::from_secs(15);
 
 /// The hello, and by which secret it is proved.
-pub(super) async fn hello(node: &NodeContext, guest: &Peer, units: &mut Units) -> Result<(Hello, Proved)> {
+pub(super) async fn hello(
+    node: &NodeContext,
+    guest: &Peer,
+    units: &mut ReceivedUnits,
+) -> Result<(Hello, Proved)> {
     let peer = guest.knock.node.to_string();
     let unit = match tokio::time::timeout(HELLO_TIMEOUT, units.next(HELLO_SILENCE_MAX)).await {
         Ok(unit) => unit.map_err(|e| e.at(&peer))?,
@@ -50,7 +54,7 @@ pub(super) async fn hello(node: &NodeContext, guest: &Peer, units: &mut Units) -
 
 /// Reads acknowledgements, and what a heal asks for, until the replica leaves, is silent for too long or sends something else.
 pub(super) async fn acks(
-    units: &mut Units,
+    units: &mut ReceivedUnits,
     seat: &ReplicaSlot,
     clock: &ReplicaClock,
     asks: &mpsc::Sender<Want>,
@@ -99,7 +103,7 @@ pub(super) async fn acks(
 }
 
 /// The units of a request's body.
-pub(super) struct Units {
+pub(super) struct ReceivedUnits {
     upstream: Incoming,
     decoder: Decoder,
 }
@@ -128,9 +132,9 @@ impl From<WireError> for Unheard {
     }
 }
 
-impl Units {
-    pub(super) fn new(upstream: Incoming) -> Units {
-        Units { upstream, decoder: Decoder::default() }
+impl ReceivedUnits {
+    pub(super) fn new(upstream: Incoming) -> ReceivedUnits {
+        ReceivedUnits { upstream, decoder: Decoder::default() }
     }
 
     /// The next unit; `None` when the body ended, or broke off, as connections do. A unit may take longer than the limit to come, as long as something comes.

@@ -51,7 +51,7 @@ struct State {
 }
 
 #[derive(Clone)]
-struct Node {
+struct ModelNode {
     /// All states, one for each number from 0 on.
     states: Vec<State>,
     history: EpochHistory,
@@ -63,20 +63,20 @@ struct Node {
     damaged: Option<Vec<Page>>,
 }
 
-impl Node {
+impl ModelNode {
     /// In an epoch of its own, as every primary is.
-    fn new(rng: &mut StdRng) -> Node {
+    fn new(rng: &mut StdRng) -> ModelNode {
         let position = Position::new(Txid::new(Epoch::new(0, 0), 0), checksum(&[1, 2, 3]));
         let states = vec![State { position, pages: vec![1, 2, 3], wrote: Vec::new() }];
         let mut node =
-            Node { states, history: EpochHistory::default(), log: (0, 0), own: false, damaged: None };
+            ModelNode { states, history: EpochHistory::default(), log: (0, 0), own: false, damaged: None };
         node.open_epoch(0, rng);
         node
     }
 
     /// Another node that follows.
-    fn replica(&self) -> Node {
-        Node { own: false, ..self.clone() }
+    fn replica(&self) -> ModelNode {
+        ModelNode { own: false, ..self.clone() }
     }
 
     fn vouched(&self) -> bool {
@@ -220,7 +220,13 @@ impl Store for Memory {
 }
 
 /// Carries a heal out. The primary may go on committing between any two steps.
-fn heal(primary: &mut Node, follower: &Node, from: Option<Position>, diverged: bool, rng: &mut StdRng) {
+fn heal(
+    primary: &mut ModelNode,
+    follower: &ModelNode,
+    from: Option<Position>,
+    diverged: bool,
+    rng: &mut StdRng,
+) {
     let size = PageSize::new(PAGE_BYTES as u32).unwrap();
     let begun = from.unwrap_or(primary.tip().position);
     let pages = primary.tip().pages.len() as u32;
@@ -229,13 +235,15 @@ fn heal(primary: &mut Node, follower: &Node, from: Option<Position>, diverged: b
     let mut overlay = Overlay::new(size, begun, below.len() as u32);
     let mut store = Memory { came: HashMap::new(), below };
     let (mut heal, mut want, mut last);
-    let meanwhile = |primary: &mut Node, rng: &mut StdRng| {
+    let meanwhile = |primary: &mut ModelNode, rng: &mut StdRng| {
         if rng.random_range(0..3) == 0 {
             primary.commit(rng, false);
         }
     };
-    let sent =
-        |primary: &Node| Sent { position: primary.tip().position, pages: primary.tip().pages.len() as u32 };
+    let sent = |primary: &ModelNode| Sent {
+        position: primary.tip().position,
+        pages: primary.tip().pages.len() as u32,
+    };
     match from {
         Some(from) => {
             let touched = follower.touched(from);
@@ -306,7 +314,7 @@ fn heal(primary: &mut Node, follower: &Node, from: Option<Position>, diverged: b
 }
 
 /// One hello, and what follows.
-fn meet(primary: &mut Node, follower: &Node, rng: &mut StdRng) {
+fn meet(primary: &mut ModelNode, follower: &ModelNode, rng: &mut StdRng) {
     let hello = follower.hello();
     let tip = primary.tip().position;
     let mut decision = plan(&primary.history, tip, |n| Ok(primary.find(n)), &hello).unwrap();
@@ -345,7 +353,7 @@ fn meet(primary: &mut Node, follower: &Node, rng: &mut StdRng) {
 
 fn history(seed: u64) {
     let mut rng = StdRng::seed_from_u64(seed);
-    let mut nodes = vec![Node::new(&mut rng)];
+    let mut nodes = vec![ModelNode::new(&mut rng)];
     for _ in 0..rng.random_range(3..40) {
         let room = nodes.len() < 4;
         let at = rng.random_range(0..nodes.len());

@@ -20,25 +20,25 @@ pub(crate) const QUESTION_BYTES: usize = 4 * 1024 * 1024;
 
 /// A replica's pages that are not what was asked about.
 #[derive(Debug, Default)]
-pub(crate) struct Answer {
+pub(crate) struct PageAnswer {
     /// Runs of pages.
     pub(crate) pages: Vec<(PageNo, Bytes)>,
     /// The state that the replica read them at.
     pub(crate) at: Option<Sent>,
 }
 
-type Asked = (Want, oneshot::Sender<Answer>, watch::Sender<()>);
+type PageQuestion = (Want, oneshot::Sender<PageAnswer>, watch::Sender<()>);
 
 /// A way to ask one replica, as long as its stream stands.
 #[derive(Clone, Debug)]
 pub(crate) struct PeerChannel {
     pub(crate) peer: PeerInfo,
-    questions: mpsc::Sender<Asked>,
+    questions: mpsc::Sender<PageQuestion>,
 }
 
 impl PeerChannel {
     /// Asks, and waits for the answer. One question at a time.
-    pub(crate) async fn ask(&self, want: Want) -> Result<Answer> {
+    pub(crate) async fn ask(&self, want: Want) -> Result<PageAnswer> {
         let peer = || self.peer.node.to_string();
         let gone = || Error::peer(peer(), PeerProblem::Connection("it left, or its stream is busy".into()));
         let (reply, answer) = oneshot::channel();
@@ -84,7 +84,7 @@ impl PeerChannels {
 
 /// The end that speaks.
 pub(super) struct Questions {
-    receiver: mpsc::Receiver<Asked>,
+    receiver: mpsc::Receiver<PageQuestion>,
     pending: Answers,
 }
 
@@ -112,18 +112,18 @@ pub(super) struct Answers(Arc<Mutex<Option<Pending>>>);
 
 #[derive(Debug)]
 struct Pending {
-    answer: Answer,
+    answer: PageAnswer,
     bytes: usize,
-    reply: oneshot::Sender<Answer>,
+    reply: oneshot::Sender<PageAnswer>,
     /// Pages have come.
     coming: watch::Sender<()>,
 }
 
 impl Answers {
-    fn begin(&self, (want, reply, coming): Asked) -> Want {
+    fn begin(&self, (want, reply, coming): PageQuestion) -> Want {
         // An earlier asker may have given up. Should its answer still come, it is taken for this one's, by which nothing is
         // proved; and the stream ends with the answer that nobody asked for then.
-        *lock(&self.0) = Some(Pending { answer: Answer::default(), bytes: 0, reply, coming });
+        *lock(&self.0) = Some(Pending { answer: PageAnswer::default(), bytes: 0, reply, coming });
         want
     }
 

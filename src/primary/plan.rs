@@ -77,7 +77,7 @@ pub(crate) fn plan(
             });
         };
         return Ok(match stands(history, tip, &mut find, first)? {
-            Standing::Continues { lsn } => Decision::Resume { first, from, lsn },
+            Fit::Continues { lsn } => Decision::Resume { first, from, lsn },
             _ if from == PageNo::FIRST => Decision::Snapshot,
             // The log does not reach back any more: a snapshot from page 1 on would end like this again.
             _ => Decision::Compare { diverged: false },
@@ -85,14 +85,14 @@ pub(crate) fn plan(
     };
     let standing = stands(history, tip, &mut find, position)?;
     if hello.suspect {
-        return Ok(Decision::Compare { diverged: matches!(standing, Standing::Off) });
+        return Ok(Decision::Compare { diverged: matches!(standing, Fit::Off) });
     }
     match standing {
-        Standing::Continues { lsn } => Ok(Decision::Log { lsn }),
-        Standing::Behind => Ok(Decision::Compare { diverged: false }),
-        Standing::Off => {
+        Fit::Continues { lsn } => Ok(Decision::Log { lsn }),
+        Fit::Behind => Ok(Decision::Compare { diverged: false }),
+        Fit::Off => {
             for mark in &hello.marks {
-                if let Standing::Continues { lsn } = stands(history, tip, &mut find, *mark)? {
+                if let Fit::Continues { lsn } = stands(history, tip, &mut find, *mark)? {
                     return Ok(Decision::Heal { from: *mark, lsn });
                 }
             }
@@ -102,7 +102,7 @@ pub(crate) fn plan(
 }
 
 /// How a position stands to our history and log.
-enum Standing {
+enum Fit {
     /// It is ours, and the log goes on from it.
     Continues { lsn: u64 },
     /// Nothing says that it is not ours, but the log does not reach back to it.
@@ -116,17 +116,17 @@ fn stands(
     tip: Position,
     find: &mut impl FnMut(u64) -> Result<Lookup>,
     position: Position,
-) -> Result<Standing> {
+) -> Result<Fit> {
     let off = history.place(position.txid()) != Place::OnHistory
         || position.number() > tip.number()
         || (position.number() == tip.number() && position != tip);
     if off {
-        return Ok(Standing::Off);
+        return Ok(Fit::Off);
     }
     Ok(match find(position.number())? {
-        Lookup::At { lsn, before } if before == position => Standing::Continues { lsn },
-        Lookup::At { .. } => Standing::Off,
-        Lookup::TooOld | Lookup::NotYet => Standing::Behind,
+        Lookup::At { lsn, before } if before == position => Fit::Continues { lsn },
+        Lookup::At { .. } => Fit::Off,
+        Lookup::TooOld | Lookup::NotYet => Fit::Behind,
     })
 }
 

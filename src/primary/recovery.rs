@@ -12,7 +12,7 @@ use uuid::Uuid;
 use crate::context::NodeContext;
 use crate::engine::Opening;
 use crate::error::{Error, PeerProblem, Result};
-use crate::primary::acks::Units;
+use crate::primary::acks::ReceivedUnits;
 use crate::primary::blocking;
 use crate::primary::send_queue::StreamSender;
 use crate::status::PeerInfo;
@@ -31,7 +31,7 @@ const LATE_STEP: Duration = Duration::from_millis(50);
 /// A database that is not served yet, and the replicas that were asked for what it may miss.
 #[derive(Debug)]
 pub(crate) struct Recovery {
-    state: Mutex<State>,
+    state: Mutex<RecoveryState>,
     /// Held while one replica is asked.
     turn: tokio::sync::Mutex<()>,
     /// The number of the last transaction that this node has by now.
@@ -39,17 +39,17 @@ pub(crate) struct Recovery {
 }
 
 #[derive(Debug)]
-struct State {
+struct RecoveryState {
     /// None when no replica is asked any more.
     opening: Option<Opening>,
     /// Counts who was asked: what one of them sent is not taken any more when the next one is asked.
     asking: u64,
-    replicas: HashMap<Uuid, Replica>,
+    replicas: HashMap<Uuid, Giver>,
 }
 
 /// What is known of a replica that has more than this node.
 #[derive(Clone, Copy, Debug)]
-struct Replica {
+struct Giver {
     /// The number of its last transaction.
     has: u64,
     /// It had nothing that goes on from this transaction.
@@ -59,7 +59,7 @@ struct Replica {
 impl Recovery {
     pub(crate) fn new(opening: Opening) -> Arc<Recovery> {
         let tip = watch::Sender::new(opening.tip().number());
-        let state = State { opening: Some(opening), asking: 0, replicas: HashMap::new() };
+        let state = RecoveryState { opening: Some(opening), asking: 0, replicas: HashMap::new() };
         Arc::new(Recovery { state: Mutex::new(state), turn: tokio::sync::Mutex::default(), tip })
     }
 
@@ -95,7 +95,7 @@ impl Recovery {
         self: &Arc<Self>,
         node: &NodeContext,
         hello: &Hello,
-        units: &mut Units,
+        units: &mut ReceivedUnits,
         outlet: &StreamSender,
     ) -> Option<String> {
         // Before its turn, so that it is waited for.
@@ -158,7 +158,7 @@ impl Recovery {
     }
 
     /// Takes records until the replica says that these are all.
-    async fn take(self: &Arc<Self>, asking: u64, peer: &PeerInfo, units: &mut Units) -> Result<()> {
+    async fn take(self: &Arc<Self>, asking: u64, peer: &PeerInfo, units: &mut ReceivedUnits) -> Result<()> {
         let peer = peer.node.to_string();
         loop {
             let mut unit = units.next(SILENCE_MAX).await.map_err(|e| e.at(&peer))?;
@@ -194,12 +194,12 @@ impl Recovery {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, RecoveryState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl State {
+impl RecoveryState {
     /// The number of the last transaction of a replica that is in the same history as far as both know it, and further on. Whether it does go
     /// on from here, its records say.
     fn ahead(&self, hello: &Hello) -> Option<u64> {
@@ -213,7 +213,7 @@ impl State {
 
     fn note(&mut self, hello: &Hello) {
         if let Some(has) = self.ahead(hello) {
-            let replica = Replica { has, nothing_after: None };
+            let replica = Giver { has, nothing_after: None };
             self.replicas.entry(hello.peer.node).or_insert(replica).has = has;
         }
     }

@@ -26,12 +26,12 @@ pub(crate) struct Registry {
 
 #[derive(Debug, Default)]
 struct ReplicaSlots {
-    by_node: HashMap<Uuid, Entry>,
+    by_node: HashMap<Uuid, SlotEntry>,
     serial: u64,
 }
 
 #[derive(Debug)]
-struct Entry {
+struct SlotEntry {
     serial: u64,
     status: ReplicaStatus,
     heard: Instant,
@@ -65,7 +65,7 @@ impl Registry {
         let replaced = CancellationToken::new();
         let status =
             ReplicaStatus { peer: peer.clone(), applied: None, synced: None, since_ms: unix_millis() };
-        let entry = Entry { serial, status, heard: Instant::now(), replaced: replaced.clone() };
+        let entry = SlotEntry { serial, status, heard: Instant::now(), replaced: replaced.clone() };
         if let Some(older) = seats.by_node.insert(peer.node, entry) {
             older.replaced.cancel();
         }

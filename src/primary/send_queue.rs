@@ -21,20 +21,20 @@ pub(crate) struct Closed;
 /// Where a stream's bytes go in.
 #[derive(Debug)]
 pub(crate) struct StreamSender {
-    pieces: mpsc::Sender<Piece>,
+    pieces: mpsc::Sender<Queued>,
     room: Arc<Semaphore>,
 }
 
 /// Where the connection takes them out.
 #[derive(Debug)]
 pub(crate) struct StreamReceiver {
-    pieces: mpsc::Receiver<Piece>,
+    pieces: mpsc::Receiver<Queued>,
     room: Arc<Semaphore>,
     ended: bool,
 }
 
 #[derive(Debug)]
-enum Piece {
+enum Queued {
     Data(Bytes, OwnedSemaphorePermit),
     End,
 }
@@ -57,12 +57,12 @@ impl StreamSender {
     pub(crate) async fn send(&self, bytes: Bytes) -> Result<(), Closed> {
         let cost = bytes.len().min(WAITING_MAX_BYTES) as u32;
         let room = self.room.clone().acquire_many_owned(cost).await.map_err(|_| Closed)?;
-        self.pieces.send(Piece::Data(bytes, room)).await.map_err(|_| Closed)
+        self.pieces.send(Queued::Data(bytes, room)).await.map_err(|_| Closed)
     }
 
     /// Ends the stream cleanly. An outlet that is only dropped breaks it off.
     pub(crate) async fn finish(self) -> Result<(), Closed> {
-        self.pieces.send(Piece::End).await.map_err(|_| Closed)
+        self.pieces.send(Queued::End).await.map_err(|_| Closed)
     }
 }
 
@@ -73,8 +73,8 @@ impl StreamReceiver {
             return Poll::Ready(None);
         }
         self.pieces.poll_recv(cx).map(|piece| match piece {
-            Some(Piece::Data(bytes, _room)) => Some(Ok(bytes)),
-            Some(Piece::End) => {
+            Some(Queued::Data(bytes, _room)) => Some(Ok(bytes)),
+            Some(Queued::End) => {
                 self.ended = true;
                 None
             }

@@ -232,8 +232,8 @@ impl ReplicaStream {
             // Seen before reading: an end that moves after the read wakes the wait below.
             end.borrow_and_update();
             let bytes = match read(&log, lsn).await? {
-                Read::Bytes(bytes) => bytes,
-                Read::Gone => {
+                LogRead::Bytes(bytes) => bytes,
+                LogRead::Gone => {
                     // A record that was taken back before any of it was sent is nothing to this replica.
                     let on = log.step_over(lsn);
                     if on == lsn || !self.boundary.is_clean() {
@@ -502,7 +502,7 @@ fn too_far(theirs: Epoch, ours: Epoch) -> String {
 /// Said to a replica whose next records were dropped.
 pub(super) const FELL_BEHIND: &str = "fell behind the log";
 
-enum Read {
+enum LogRead {
     /// Empty at the end.
     Bytes(Bytes),
     /// Dropped, or taken back.
@@ -510,22 +510,22 @@ enum Read {
 }
 
 /// The log's bytes at `lsn`.
-async fn read(log: &Arc<dyn StreamSource>, lsn: u64) -> Result<Read> {
+async fn read(log: &Arc<dyn StreamSource>, lsn: u64) -> Result<LogRead> {
     if let Some(bytes) = log.read_memory(lsn, READ_MAX_BYTES) {
-        return Ok(Read::Bytes(bytes));
+        return Ok(LogRead::Bytes(bytes));
     }
     if log.end() <= lsn {
-        return Ok(Read::Bytes(Bytes::new()));
+        return Ok(LogRead::Bytes(Bytes::new()));
     }
     let log = log.clone();
     match blocking(move || log.read_disk(lsn, READ_MAX_BYTES)).await {
-        Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(Read::Gone),
-        read => read.map(Read::Bytes),
+        Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(LogRead::Gone),
+        read => read.map(LogRead::Bytes),
     }
 }
 
 /// Some pieces, encoded.
-struct Go {
+struct PageBatch {
     bytes: Bytes,
     /// The position of the first piece in it, and the database's size there.
     position: Position,
@@ -535,14 +535,14 @@ struct Go {
 }
 
 /// Reads some pages from one on and says where the next ones begin.
-type ReadGo = fn(&dyn StreamSource, PageNo) -> Result<(Go, PageNo)>;
+type ReadPageBatch = fn(&dyn StreamSource, PageNo) -> Result<(PageBatch, PageNo)>;
 
 /// Reads and hashes ahead of the sender; ends when the handle is dropped.
 fn read_ahead(
     supply: Arc<dyn StreamSource>,
     from: PageNo,
-    read: ReadGo,
-) -> (mpsc::Receiver<Result<Go>>, AbortOnDropHandle<()>) {
+    read: ReadPageBatch,
+) -> (mpsc::Receiver<Result<PageBatch>>, AbortOnDropHandle<()>) {
     let (sender, receiver) = mpsc::channel(GOES_AHEAD);
     let task = tokio::spawn(async move {
         let mut from = from;
@@ -565,7 +565,7 @@ fn read_ahead(
     (receiver, AbortOnDropHandle::new(task))
 }
 
-fn read_go(supply: &dyn StreamSource, from: PageNo) -> Result<(Go, PageNo)> {
+fn read_go(supply: &dyn StreamSource, from: PageNo) -> Result<(PageBatch, PageNo)> {
     let mut bytes = BytesMut::with_capacity(PIECES_AT_ONCE * (PIECE_BYTES + 1024));
     let page = supply.page_size().bytes();
     read_pieces(supply, from, |first, piece| {
@@ -573,11 +573,11 @@ fn read_go(supply: &dyn StreamSource, from: PageNo) -> Result<(Go, PageNo)> {
     })
     .map(|(first, last, next)| {
         let Sent { position, pages } = first;
-        (Go { bytes: bytes.freeze(), position, pages, last }, next)
+        (PageBatch { bytes: bytes.freeze(), position, pages, last }, next)
     })
 }
 
-fn read_sums(supply: &dyn StreamSource, from: PageNo) -> Result<(Go, PageNo)> {
+fn read_sums(supply: &dyn StreamSource, from: PageNo) -> Result<(PageBatch, PageNo)> {
     let size = supply.page_size();
     let span = span_pages(size);
     let mut sums = Vec::new();
@@ -595,7 +595,7 @@ fn read_sums(supply: &dyn StreamSource, from: PageNo) -> Result<(Go, PageNo)> {
     if !sums.is_empty() {
         wire::encode(&Message::Sums { first: from, span, sums: &sums }, &mut bytes);
     }
-    Ok((Go { bytes: bytes.freeze(), position, pages, last }, next))
+    Ok((PageBatch { bytes: bytes.freeze(), position, pages, last }, next))
 }
 
 /// Pages that one sum stands for: as many as a piece has, so that a span is read at one moment.

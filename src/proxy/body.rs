@@ -117,7 +117,7 @@ pin_project! {
     #[project = ResponseProj]
     enum ResponseKind<RB> {
         Local { #[pin] body: RB },
-        Answer { #[pin] answer: Answer },
+        MadeBody { #[pin] answer: MadeBody },
     }
 }
 
@@ -127,15 +127,15 @@ impl<RB> ReplayResponseBody<RB> {
         ReplayResponseBody { kind: ResponseKind::Local { body } }
     }
 
-    pub(super) fn answer(answer: Answer) -> Self {
-        ReplayResponseBody { kind: ResponseKind::Answer { answer } }
+    pub(super) fn answer(answer: MadeBody) -> Self {
+        ReplayResponseBody { kind: ResponseKind::MadeBody { answer } }
     }
 }
 
 /// An empty body, which layers above make for answers of their own, such as to a CORS preflight.
 impl<RB> Default for ReplayResponseBody<RB> {
     fn default() -> Self {
-        ReplayResponseBody::answer(Answer::Own(Full::default()))
+        ReplayResponseBody::answer(MadeBody::Own(Full::default()))
     }
 }
 
@@ -153,21 +153,21 @@ where
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         match self.project().kind.project() {
             ResponseProj::Local { body } => body.poll_frame(cx).map_err(Into::into),
-            ResponseProj::Answer { answer } => answer.poll_frame(cx),
+            ResponseProj::MadeBody { answer } => answer.poll_frame(cx),
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match &self.kind {
             ResponseKind::Local { body } => body.is_end_stream(),
-            ResponseKind::Answer { answer } => answer.is_end_stream(),
+            ResponseKind::MadeBody { answer } => answer.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match &self.kind {
             ResponseKind::Local { body } => body.size_hint(),
-            ResponseKind::Answer { answer } => answer.size_hint(),
+            ResponseKind::MadeBody { answer } => answer.size_hint(),
         }
     }
 }
@@ -179,14 +179,14 @@ impl<RB> std::fmt::Debug for ReplayResponseBody<RB> {
 }
 
 /// The body of a response that the wrapped service did not make.
-pub(super) enum Answer {
+pub(super) enum MadeBody {
     /// The primary's.
     Primary(IdleTimeoutBody<Incoming>),
     /// The layer's own.
     Own(Full<Bytes>),
 }
 
-impl Body for Answer {
+impl Body for MadeBody {
     type Data = Bytes;
     type Error = BoxError;
 
@@ -195,22 +195,22 @@ impl Body for Answer {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         match self.get_mut() {
-            Answer::Primary(body) => Pin::new(body).poll_frame(cx),
-            Answer::Own(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+            MadeBody::Primary(body) => Pin::new(body).poll_frame(cx),
+            MadeBody::Own(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match self {
-            Answer::Primary(body) => body.is_end_stream(),
-            Answer::Own(body) => body.is_end_stream(),
+            MadeBody::Primary(body) => body.is_end_stream(),
+            MadeBody::Own(body) => body.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
-            Answer::Primary(body) => body.size_hint(),
-            Answer::Own(body) => body.size_hint(),
+            MadeBody::Primary(body) => body.size_hint(),
+            MadeBody::Own(body) => body.size_hint(),
         }
     }
 }

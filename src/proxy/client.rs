@@ -17,7 +17,7 @@ use crate::proxy::body::ReplayResponseBody;
 use crate::proxy::failure::{Failure, Outcome};
 use crate::proxy::forward::{Sender, forward};
 use crate::proxy::headers::{strip_reserved, tokens};
-use crate::proxy::layer::Shared;
+use crate::proxy::layer::LayerShared;
 use crate::proxy::prepare::{Head, Verdict};
 use crate::proxy::replay_body::Keep;
 use crate::proxy::route::is_safe;
@@ -32,11 +32,11 @@ use crate::session;
 /// the response that is being made there carries it on; other callers read it by [`Db::verify_token`](crate::Db::verify_token).
 #[derive(Clone)]
 pub struct PrimaryClient {
-    shared: Arc<Shared>,
+    shared: Arc<LayerShared>,
 }
 
 impl PrimaryClient {
-    pub(super) fn new(shared: Arc<Shared>) -> PrimaryClient {
+    pub(super) fn new(shared: Arc<LayerShared>) -> PrimaryClient {
         PrimaryClient { shared }
     }
 }
@@ -64,7 +64,7 @@ where
         Box::pin(async move {
             let effects = !is_safe(&head.method);
             let answer = match forward(&shared, &head, body, Sender::Caller, true).await {
-                Verdict::Answer(answer) => *answer,
+                Verdict::MadeBody(answer) => *answer,
                 Verdict::Failed(reason) => {
                     let failure = Failure::new(reason);
                     if effects && failure.outcome == Outcome::Unknown {

@@ -19,7 +19,7 @@ use tower::Service;
 use crate::proxy::BoxError;
 use crate::proxy::body::{IdleTimeoutBody, ReplayRequestBody};
 use crate::proxy::http2::Http2;
-use crate::proxy::preface::Watched;
+use crate::proxy::preface::WatchedIo;
 use crate::proxy::replay_body::Keep;
 
 /// How long an unused connection is kept: less than any server or proxy on the way is likely to allow, because a
@@ -160,7 +160,7 @@ pub(super) struct Connector {
 }
 
 impl Service<Uri> for Connector {
-    type Response = TokioIo<Watched>;
+    type Response = TokioIo<WatchedIo>;
     type Error = BoxError;
     type Future = Pin<Box<dyn Future<Output = Result<Self::Response, BoxError>> + Send>>;
 
@@ -173,7 +173,7 @@ impl Service<Uri> for Connector {
         let connecting = self.http.call(uri);
         Box::pin(async move {
             match tokio::time::timeout(limit, connecting).await {
-                Ok(connected) => Ok(TokioIo::new(Watched::new(connected?.into_inner(), http2))),
+                Ok(connected) => Ok(TokioIo::new(WatchedIo::new(connected?.into_inner(), http2))),
                 Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut).into()),
             }
         })

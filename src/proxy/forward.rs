@@ -9,13 +9,13 @@ use hyper::body::Incoming;
 use tokio::time::Instant;
 
 use crate::proxy::BoxError;
-use crate::proxy::body::{Answer, IdleTimeoutBody};
+use crate::proxy::body::{IdleTimeoutBody, MadeBody};
 use crate::proxy::dial::{Protocol, SendError};
 use crate::proxy::failure::{Failure, Outcome, Reason};
 use crate::proxy::headers::{HOP, PRIMARY, strip_answer};
 use crate::proxy::hop::{About, HOPS_MAX, Hint, Hop};
-use crate::proxy::layer::Shared;
-use crate::proxy::prepare::{Head, Target, Verdict, find, look, wait};
+use crate::proxy::layer::LayerShared;
+use crate::proxy::prepare::{Head, RequestTarget, Verdict, find, look, wait};
 use crate::proxy::redirect::detour;
 use crate::proxy::replay_body::Keep;
 use crate::proxy::route::is_safe;
@@ -42,7 +42,7 @@ pub(super) enum Sender {
 /// It is sent once more after a broken connection if its method is safe, and it is `repeatable`: what has to run on the primary may have effects, whatever
 /// its method.
 pub(super) async fn forward(
-    shared: &Shared,
+    shared: &LayerShared,
     head: &Head,
     body: Keep,
     sender: Sender,
@@ -78,13 +78,13 @@ pub(super) async fn forward(
             continue;
         };
         if sender == Sender::Client {
-            if target == Target::Here {
+            if target == RequestTarget::Here {
                 return Verdict::Here(trip.body);
             }
             if trip.hops == 1
                 && let Some(answer) = detour(shared, head, &trip.body)
             {
-                return Verdict::Answer(Box::new(answer));
+                return Verdict::MadeBody(Box::new(answer));
             }
         }
         if trip.hops > HOPS_MAX {
@@ -104,7 +104,7 @@ pub(super) async fn forward(
 
 /// A request on its way, and what may still be tried.
 struct Trip<'a> {
-    shared: &'a Shared,
+    shared: &'a LayerShared,
     head: &'a Head,
     body: Keep,
     /// The node that is asked now is the first, second, ... of all that the request was sent to.
@@ -117,9 +117,9 @@ struct Trip<'a> {
     /// A connection broke while it may have run.
     broke: bool,
     /// Where to go next, if that is known already.
-    next: Option<Target>,
+    next: Option<RequestTarget>,
     /// Who said that it is not the primary, without knowing better.
-    avoid: Option<Target>,
+    avoid: Option<RequestTarget>,
     /// How long the next pause is.
     pause: Duration,
     /// A pause that is due.
@@ -129,11 +129,11 @@ struct Trip<'a> {
 type Step = ControlFlow<Verdict>;
 
 impl Trip<'_> {
-    async fn visit(&mut self, target: Target) -> Step {
+    async fn visit(&mut self, target: RequestTarget) -> Step {
         let shared = self.shared;
         let (url, hop) = match &target {
-            Target::There { url, epoch, .. } => (url.as_str(), Some((*epoch, self.hop(*epoch)))),
-            Target::Here => (shared.node.me.addresses.app.as_str(), None),
+            RequestTarget::There { url, epoch, .. } => (url.as_str(), Some((*epoch, self.hop(*epoch)))),
+            RequestTarget::Here => (shared.node.me.addresses.app.as_str(), None),
         };
         let request = match request(self.head, url, hop.as_ref().map(|(_, text)| text.as_str())) {
             Ok(request) => request,
@@ -154,7 +154,7 @@ impl Trip<'_> {
             return self.misdirected(target, epoch, hint);
         }
         self.body.release();
-        ControlFlow::Break(Verdict::Answer(Box::new(relay(shared, self.head, response))))
+        ControlFlow::Break(Verdict::MadeBody(Box::new(relay(shared, self.head, response))))
     }
 
     /// The proof that the request comes from this node.
@@ -169,7 +169,7 @@ impl Trip<'_> {
     }
 
     /// The node that was asked is not the primary, and has not read the body.
-    fn misdirected(&mut self, asked: Target, epoch: Epoch, hint: Hint) -> Step {
+    fn misdirected(&mut self, asked: RequestTarget, epoch: Epoch, hint: Hint) -> Step {
         if self.hops == HOPS_MAX {
             return self.fail(Reason::Loop);
         }
@@ -177,7 +177,7 @@ impl Trip<'_> {
             // It knows no better: held until this node does.
             self.avoid = Some(asked);
         } else if hint.epoch.number() > epoch.number() {
-            self.next = Some(Target::There { url: hint.url, epoch: hint.epoch, incarnation: None });
+            self.next = Some(RequestTarget::There { url: hint.url, epoch: hint.epoch, incarnation: None });
         } else {
             tracing::warn!(?asked, ?hint, "nodes disagree on who the primary is");
             return self.fail(Reason::Loop);
@@ -186,7 +186,7 @@ impl Trip<'_> {
         self.recall(Reason::BodyTooLarge)
     }
 
-    fn failed(&mut self, target: Target, error: SendError) -> Step {
+    fn failed(&mut self, target: RequestTarget, error: SendError) -> Step {
         match error {
             SendError::NoHttp2(error) if !self.http1 && self.head.protocol == Protocol::Http2IfSpoken => {
                 tracing::debug!(%error, ?target, "the request goes in HTTP/1.1");
@@ -237,8 +237,9 @@ impl Trip<'_> {
 
     /// Another try. Where to is looked up again, because the primary may have said meanwhile that it takes no more; but for an
     /// address that another node gave.
-    fn retry(&mut self, target: Target, or: Reason) -> Step {
-        self.next = Some(target).filter(|target| matches!(target, Target::There { incarnation: None, .. }));
+    fn retry(&mut self, target: RequestTarget, or: Reason) -> Step {
+        self.next =
+            Some(target).filter(|target| matches!(target, RequestTarget::There { incarnation: None, .. }));
         self.recall(or)
     }
 
@@ -296,7 +297,7 @@ fn join(app: &str, target: &str) -> Result<Uri, BoxError> {
 }
 
 /// What a node that is not the primary says about it.
-fn hinted(response: &Response<Incoming>, shared: &Shared, hop: &str) -> Option<Hint> {
+fn hinted(response: &Response<Incoming>, shared: &LayerShared, hop: &str) -> Option<Hint> {
     if response.status() != StatusCode::MISDIRECTED_REQUEST {
         return None;
     }
@@ -304,7 +305,7 @@ fn hinted(response: &Response<Incoming>, shared: &Shared, hop: &str) -> Option<H
 }
 
 /// The primary's response as the client gets it.
-fn relay(shared: &Shared, head: &Head, mut response: Response<Incoming>) -> Response<Answer> {
+fn relay(shared: &LayerShared, head: &Head, mut response: Response<Incoming>) -> Response<MadeBody> {
     if let Some(upgrade) = &head.upgrade {
         upgrade.join(&mut response, shared.node.stop.clone());
     }
@@ -315,7 +316,7 @@ fn relay(shared: &Shared, head: &Head, mut response: Response<Incoming>) -> Resp
     let events =
         parts.headers.get(CONTENT_TYPE).is_some_and(|t| t.as_bytes().starts_with(b"text/event-stream"));
     let idle = (!events).then_some(shared.options.idle);
-    let mut response = Response::from_parts(parts, Answer::Primary(IdleTimeoutBody::new(body, idle)));
+    let mut response = Response::from_parts(parts, MadeBody::Primary(IdleTimeoutBody::new(body, idle)));
     if let Some(upgrade) = &head.upgrade {
         upgrade.answer(&mut response);
     }

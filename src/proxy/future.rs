@@ -18,9 +18,9 @@ use tower::Service;
 
 #[cfg(feature = "axum")]
 use crate::proxy::BoxError;
-use crate::proxy::body::Answer;
+use crate::proxy::body::MadeBody;
 use crate::proxy::failure::Reason;
-use crate::proxy::layer::Shared;
+use crate::proxy::layer::LayerShared;
 use crate::proxy::prepare::{Head, Need, Verdict, failure, prepare};
 use crate::proxy::replay_body::Keep;
 use crate::proxy::reply::{set_outcome, set_token};
@@ -34,9 +34,9 @@ pin_project! {
     where
         S: Service<Request<B>>,
     {
-        shared: Arc<Shared>,
+        shared: Arc<LayerShared>,
         #[pin]
-        state: State<S, B>,
+        state: FutureState<S, B>,
     }
 }
 
@@ -44,14 +44,14 @@ type Preparing = Pin<Box<dyn Future<Output = Verdict> + Send>>;
 
 pin_project! {
     #[project = StateProj]
-    enum State<S, B>
+    enum FutureState<S, B>
     where
         S: Service<Request<B>>,
     {
         Untouched { #[pin] future: S::Future },
         Local { #[pin] future: TaskLocalFuture<Session, S::Future>, run: LocalRun },
         Prepare { preparing: Preparing, resume: Option<Resume<S, B>> },
-        Done { answer: Option<Response<Answer>> },
+        Done { answer: Option<Response<MadeBody>> },
     }
 }
 
@@ -78,31 +78,31 @@ impl<S, B> ResponseFuture<S, B>
 where
     S: Service<Request<B>>,
 {
-    pub(super) fn untouched(shared: Arc<Shared>, future: S::Future) -> Self {
-        ResponseFuture { shared, state: State::Untouched { future } }
+    pub(super) fn untouched(shared: Arc<LayerShared>, future: S::Future) -> Self {
+        ResponseFuture { shared, state: FutureState::Untouched { future } }
     }
 
-    pub(super) fn done(shared: Arc<Shared>, answer: Response<Answer>) -> Self {
-        ResponseFuture { shared, state: State::Done { answer: Some(answer) } }
+    pub(super) fn done(shared: Arc<LayerShared>, answer: Response<MadeBody>) -> Self {
+        ResponseFuture { shared, state: FutureState::Done { answer: Some(answer) } }
     }
 
-    pub(super) fn local(shared: Arc<Shared>, service: S, parts: Parts, body: B, run: LocalRun) -> Self {
-        ResponseFuture { shared, state: State::local(service, parts, body, run) }
+    pub(super) fn local(shared: Arc<LayerShared>, service: S, parts: Parts, body: B, run: LocalRun) -> Self {
+        ResponseFuture { shared, state: FutureState::local(service, parts, body, run) }
     }
 
     pub(super) fn prepare(
-        shared: Arc<Shared>,
+        shared: Arc<LayerShared>,
         need: Need,
         head: Arc<Head>,
         body: Keep,
         resume: Resume<S, B>,
     ) -> Self {
         let preparing = Box::pin(prepare(shared.clone(), need, head, body));
-        ResponseFuture { shared, state: State::Prepare { preparing, resume: Some(resume) } }
+        ResponseFuture { shared, state: FutureState::Prepare { preparing, resume: Some(resume) } }
     }
 }
 
-impl<S, B> State<S, B>
+impl<S, B> FutureState<S, B>
 where
     S: Service<Request<B>>,
 {
@@ -111,7 +111,7 @@ where
         let request = Request::from_parts(parts, body);
         // Some services work in `call` already.
         let future = run.session.clone().enter(|| service.call(request));
-        State::Local { future: run.session.clone().around(future), run }
+        FutureState::Local { future: run.session.clone().around(future), run }
     }
 }
 
@@ -153,7 +153,7 @@ where
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         local: fn(RB) -> O,
-        own: fn(Answer) -> O,
+        own: fn(MadeBody) -> O,
     ) -> Poll<Result<Response<O>, S::Error>> {
         let mut this = self.project();
         loop {
@@ -182,14 +182,14 @@ where
                         resume.session.set_sent();
                     }
                     match (verdict, resume) {
-                        (Verdict::Answer(answer), _) => State::Done { answer: Some(*answer) },
+                        (Verdict::MadeBody(answer), _) => FutureState::Done { answer: Some(*answer) },
                         (Verdict::Failed(reason), _) => {
-                            State::Done { answer: Some(failure(this.shared, reason)) }
+                            FutureState::Done { answer: Some(failure(this.shared, reason)) }
                         }
                         (Verdict::Here(body), Some(resume)) => resume.run(body),
                         // The handler ran here already, and this node has become the primary since.
                         (Verdict::Here(_), None) => {
-                            State::Done { answer: Some(failure(this.shared, Reason::NoPrimary)) }
+                            FutureState::Done { answer: Some(failure(this.shared, Reason::NoPrimary)) }
                         }
                     }
                 }
@@ -204,7 +204,7 @@ where
 }
 
 /// The way to the primary for a request whose handler needed it, if nothing was committed here, nor may have been, and no other database's layer sent it anywhere.
-fn replay<S, B>(shared: &Arc<Shared>, run: &mut LocalRun) -> Option<State<S, B>>
+fn replay<S, B>(shared: &Arc<LayerShared>, run: &mut LocalRun) -> Option<FutureState<S, B>>
 where
     S: Service<Request<B>>,
 {
@@ -221,22 +221,22 @@ where
         None => Keep::new(Empty::<Bytes>::new(), &shared.options.budget),
         Some(keep) => match keep.recall() {
             Some(body) => body,
-            None => return Some(State::Done { answer: Some(failure(shared, Reason::BodyTooLarge)) }),
+            None => return Some(FutureState::Done { answer: Some(failure(shared, Reason::BodyTooLarge)) }),
         },
     };
     session.set_sent();
     let preparing = Box::pin(prepare(shared.clone(), Need::Primary, head, body));
-    Some(State::Prepare { preparing, resume: None })
+    Some(FutureState::Prepare { preparing, resume: None })
 }
 
 impl<S, B> Resume<S, B> {
-    fn run(self, body: Keep) -> State<S, B>
+    fn run(self, body: Keep) -> FutureState<S, B>
     where
         S: Service<Request<B>>,
     {
         let replay = self.replay.map(|head| (head, Some(body.clone())));
         let run = LocalRun { session: self.session, secure: self.secure, replay };
-        State::local(self.service, self.parts, (self.body)(body), run)
+        FutureState::local(self.service, self.parts, (self.body)(body), run)
     }
 }
 

@@ -28,11 +28,11 @@ const PING_TIMEOUT: Duration = Duration::from_secs(60);
 pub(super) struct Http2 {
     connector: Connector,
     spawn: Spawn,
-    open: Arc<Mutex<Option<Open>>>,
+    open: Arc<Mutex<Option<OpenConnection>>>,
 }
 
 #[derive(Debug)]
-struct Open {
+struct OpenConnection {
     to: Authority,
     way: SendRequest<Outgoing>,
     shown: Shown,
@@ -99,7 +99,7 @@ impl Http2 {
             Some(false) => return Err(SendError::NoHttp2("the server does not speak HTTP/2".into())),
             None => return Err(SendError::Unreachable("the connection broke at once".into())),
         }
-        *open = Some(Open { to, way: way.clone(), shown: shown.clone(), used: Instant::now() });
+        *open = Some(OpenConnection { to, way: way.clone(), shown: shown.clone(), used: Instant::now() });
         Ok((way, shown))
     }
 }

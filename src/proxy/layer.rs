@@ -89,12 +89,12 @@ pub enum SameSite {
 /// `docs/stack.md`. With the feature `axum` it goes wherever axum takes a layer. An application with two databases has two layers: `docs/guide.md` says how.
 #[derive(Clone)]
 pub struct ReplayLayer {
-    pub(super) shared: Arc<Shared>,
+    pub(super) shared: Arc<LayerShared>,
 }
 
 /// What all services of one layer share.
 #[derive(Clone)]
-pub(super) struct Shared {
+pub(super) struct LayerShared {
     pub(super) node: Arc<NodeContext>,
     pub(super) tokens: Arc<Tokens>,
     pub(super) dialer: Dialer,
@@ -186,7 +186,7 @@ impl ReplayLayer {
             client_ip: None,
         };
         let dialer = Dialer::new(Duration::from_secs(1), node.stop.clone());
-        let shared = Shared { node, tokens, dialer, held: Arc::default(), options };
+        let shared = LayerShared { node, tokens, dialer, held: Arc::default(), options };
         ReplayLayer { shared: Arc::new(shared) }
     }
 

@@ -44,19 +44,19 @@ impl Shown {
 }
 
 /// A connection whose server's frames are looked at, if it is for HTTP/2.
-pub(super) struct Watched {
+pub(super) struct WatchedIo {
     stream: TcpStream,
     shown: Shown,
     frames: Option<Frames>,
 }
 
-impl Watched {
-    pub(super) fn new(stream: TcpStream, http2: bool) -> Watched {
+impl WatchedIo {
+    pub(super) fn new(stream: TcpStream, http2: bool) -> WatchedIo {
         let (speaks, known) = watch::channel(None);
         let shown = Shown { speaks: known, last: Arc::new(AtomicU32::new(STREAM_MAX)) };
         let frames =
             http2.then(|| Frames { speaks, last: shown.last.clone(), head: [0; _], read: 0, left: 0 });
-        Watched { stream, shown, frames }
+        WatchedIo { stream, shown, frames }
     }
 
     pub(super) fn shown(&self) -> Shown {
@@ -119,7 +119,7 @@ impl Frames {
     }
 }
 
-impl AsyncRead for Watched {
+impl AsyncRead for WatchedIo {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -135,7 +135,7 @@ impl AsyncRead for Watched {
     }
 }
 
-impl AsyncWrite for Watched {
+impl AsyncWrite for WatchedIo {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
         Pin::new(&mut self.stream).poll_write(cx, bytes)
     }
@@ -162,7 +162,7 @@ impl AsyncWrite for Watched {
 }
 
 /// For the pool of connections in HTTP/1.1.
-impl Connection for Watched {
+impl Connection for WatchedIo {
     fn connected(&self) -> Connected {
         self.stream.connected()
     }

@@ -14,13 +14,13 @@ use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::error::Error;
-use crate::proxy::body::Answer;
+use crate::proxy::body::MadeBody;
 use crate::proxy::dial::Protocol;
 use crate::proxy::failure::{Failure, Reason};
 use crate::proxy::forward::{Sender, forward};
 use crate::proxy::headers;
 use crate::proxy::hop::Came;
-use crate::proxy::layer::{Options, Shared};
+use crate::proxy::layer::{LayerShared, Options};
 use crate::proxy::replay_body::Keep;
 use crate::proxy::tunnel::Upgrade;
 use crate::status::{Role, RoleState};
@@ -140,20 +140,20 @@ pub(super) enum Verdict {
     /// It can run here, with this body.
     Here(Keep),
     /// It is answered.
-    Answer(Box<Response<Answer>>),
+    MadeBody(Box<Response<MadeBody>>),
     /// It could not be done.
     Failed(Reason),
 }
 
 /// The response to a request that could not be done.
-pub(super) fn failure(shared: &Shared, reason: Reason) -> Response<Answer> {
+pub(super) fn failure(shared: &LayerShared, reason: Reason) -> Response<MadeBody> {
     let failure = Failure::new(reason);
     tracing::debug!(?reason, status = failure.status.as_u16(), "the replay layer answers for the app");
-    shared.options.failure(failure).map(|words| Answer::Own(Full::new(words)))
+    shared.options.failure(failure).map(|words| MadeBody::Own(Full::new(words)))
 }
 
 /// Brings a request to where it can run.
-pub(super) async fn prepare(shared: Arc<Shared>, need: Need, head: Arc<Head>, body: Keep) -> Verdict {
+pub(super) async fn prepare(shared: Arc<LayerShared>, need: Need, head: Arc<Head>, body: Keep) -> Verdict {
     let held_until = Instant::now() + shared.options.hold;
     if let Need::Applied(txid) = need {
         if applied(&shared, txid, shared.options.read_wait).await {
@@ -176,7 +176,7 @@ pub(super) async fn prepare(shared: Arc<Shared>, need: Need, head: Arc<Head>, bo
 }
 
 /// Whether a token's transaction is here within the limit, or will never be.
-async fn applied(shared: &Shared, txid: Txid, limit: Duration) -> bool {
+async fn applied(shared: &LayerShared, txid: Txid, limit: Duration) -> bool {
     match shared.node.applied.wait_for(txid, limit).await {
         Ok(()) => true,
         Err(Error::Lost { .. }) => {
@@ -189,7 +189,7 @@ async fn applied(shared: &Shared, txid: Txid, limit: Duration) -> bool {
 
 /// Where the primary is.
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub(super) enum Target {
+pub(super) enum RequestTarget {
     /// This node.
     Here,
     /// Another node's app.
@@ -204,7 +204,11 @@ pub(super) enum Target {
 
 /// Waits until there is a primary, at most until the instant. A target to avoid counts as none: it has said that it is not the
 /// primary.
-pub(super) async fn find(shared: &Shared, until: Instant, avoid: Option<&Target>) -> Result<(), Reason> {
+pub(super) async fn find(
+    shared: &LayerShared,
+    until: Instant,
+    avoid: Option<&RequestTarget>,
+) -> Result<(), Reason> {
     if look(shared, avoid).is_some() {
         return Ok(());
     }
@@ -224,7 +228,7 @@ pub(super) async fn find(shared: &Shared, until: Instant, avoid: Option<&Target>
 }
 
 /// Waits before the primary is tried again, which could not be reached: less when something else is heard of it.
-pub(super) async fn wait(shared: &Shared, until: Instant, pause: Duration) -> Result<(), Reason> {
+pub(super) async fn wait(shared: &LayerShared, until: Instant, pause: Duration) -> Result<(), Reason> {
     let _held = Held::enter(&shared.held, shared.options.held_max).ok_or(Reason::TooManyHeld)?;
     let mut roles = shared.node.roles.subscribe();
     tokio::select! {
@@ -237,17 +241,17 @@ pub(super) async fn wait(shared: &Shared, until: Instant, pause: Duration) -> Re
 }
 
 /// The primary, as far as it is known.
-pub(super) fn look(shared: &Shared, avoid: Option<&Target>) -> Option<Target> {
+pub(super) fn look(shared: &LayerShared, avoid: Option<&RequestTarget>) -> Option<RequestTarget> {
     look_in(&shared.node.roles.borrow(), shared, avoid)
 }
 
-fn look_in(state: &RoleState, shared: &Shared, avoid: Option<&Target>) -> Option<Target> {
+fn look_in(state: &RoleState, shared: &LayerShared, avoid: Option<&RequestTarget>) -> Option<RequestTarget> {
     if state.role == Role::Primary {
-        return Some(Target::Here);
+        return Some(RequestTarget::Here);
     }
     let primary = state.primary.as_ref().filter(|p| p.node != shared.node.me.node)?;
     let (url, incarnation) = (primary.addresses.app.clone(), Some(primary.incarnation));
-    let there = Target::There { url, epoch: state.epoch, incarnation };
+    let there = RequestTarget::There { url, epoch: state.epoch, incarnation };
     (avoid != Some(&there)).then_some(there)
 }
 

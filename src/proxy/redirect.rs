@@ -4,10 +4,10 @@ use http::header::{CACHE_CONTROL, LOCATION};
 use http::{HeaderName, HeaderValue, Response, StatusCode};
 use http_body_util::Full;
 
-use crate::proxy::body::Answer;
+use crate::proxy::body::MadeBody;
 use crate::proxy::failure::Outcome;
 use crate::proxy::headers::OUTCOME;
-use crate::proxy::layer::{Forwarding, Shared};
+use crate::proxy::layer::{Forwarding, LayerShared};
 use crate::proxy::prepare::Head;
 use crate::proxy::replay_body::Keep;
 use crate::status::PeerInfo;
@@ -21,7 +21,7 @@ const FLY_REPLAY: HeaderName = HeaderName::from_static("fly-replay");
 const FLY_REPLAY_SRC: HeaderName = HeaderName::from_static("fly-replay-src");
 
 /// The response that sends the request past this node, if it can go that way; else it is forwarded.
-pub(super) fn detour(shared: &Shared, head: &Head, body: &Keep) -> Option<Response<Answer>> {
+pub(super) fn detour(shared: &LayerShared, head: &Head, body: &Keep) -> Option<Response<MadeBody>> {
     let primary = || shared.node.roles.borrow().primary.clone();
     let mut response = match shared.options.forwarding {
         Forwarding::Proxy => return None,
@@ -34,7 +34,7 @@ pub(super) fn detour(shared: &Shared, head: &Head, body: &Keep) -> Option<Respon
     Some(response)
 }
 
-fn redirect(primary: &PeerInfo, head: &Head) -> Option<Response<Answer>> {
+fn redirect(primary: &PeerInfo, head: &Head) -> Option<Response<MadeBody>> {
     let base = primary.addresses.public.as_ref()?.trim_end_matches('/');
     let location = HeaderValue::try_from(format!("{base}{}", head.target)).ok()?;
     let mut response = empty(StatusCode::TEMPORARY_REDIRECT);
@@ -42,7 +42,7 @@ fn redirect(primary: &PeerInfo, head: &Head) -> Option<Response<Answer>> {
     Some(response)
 }
 
-fn fly_replay(primary: &PeerInfo, head: &Head, body: &Keep) -> Option<Response<Answer>> {
+fn fly_replay(primary: &PeerInfo, head: &Head, body: &Keep) -> Option<Response<MadeBody>> {
     // Here again: the proxy and this node disagree on where the primary is, and must not go in circles.
     if head.headers.contains_key(FLY_REPLAY_SRC) {
         return None;
@@ -61,8 +61,8 @@ fn fly_replay(primary: &PeerInfo, head: &Head, body: &Keep) -> Option<Response<A
     Some(response)
 }
 
-fn empty(status: StatusCode) -> Response<Answer> {
-    let mut response = Response::new(Answer::Own(Full::default()));
+fn empty(status: StatusCode) -> Response<MadeBody> {
+    let mut response = Response::new(MadeBody::Own(Full::default()));
     *response.status_mut() = status;
     response
 }

@@ -50,9 +50,9 @@ impl Budget {
 
 /// A handle to a body that is being read by somebody else and can be taken back from them.
 #[derive(Clone)]
-pub(super) struct Keep(Arc<Mutex<State>>);
+pub(super) struct Keep(Arc<Mutex<ReplayState>>);
 
-struct State {
+struct ReplayState {
     /// None once it was taken back.
     source: Option<UnsyncBoxBody<Bytes, BoxError>>,
     /// The source has given its last frame.
@@ -113,7 +113,7 @@ impl Keep {
     {
         let ended = body.is_end_stream();
         let kept = Kept { data: BytesMut::new(), trailers: None, budget: budget.clone(), charged: 0 };
-        Keep(Arc::new(Mutex::new(State {
+        Keep(Arc::new(Mutex::new(ReplayState {
             source: Some(body.map_err(Into::into).boxed_unsync()),
             ended,
             kept,
@@ -141,7 +141,7 @@ impl Keep {
         let empty =
             Kept { data: BytesMut::new(), trailers: None, budget: state.kept.budget.clone(), charged: 0 };
         let kept = std::mem::replace(&mut state.kept, empty);
-        Some(Keep(Arc::new(Mutex::new(State {
+        Some(Keep(Arc::new(Mutex::new(ReplayState {
             source: Some(source),
             ended: state.ended,
             keeping: true,
@@ -241,7 +241,7 @@ impl Keep {
         polled
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, ReplayState> {
         self.0.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
@@ -269,7 +269,7 @@ impl Drop for DrainOnDrop {
     }
 }
 
-impl State {
+impl ReplayState {
     fn at_end(&self) -> bool {
         let source_ended = self.ended || self.source.as_ref().is_some_and(|s| s.is_end_stream());
         source_ended && !self.resend && !self.resend_trailers

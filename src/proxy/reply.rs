@@ -5,7 +5,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
 use crate::proxy::failure::Outcome;
 use crate::proxy::headers::{OUTCOME, TOKEN, add_cookie};
-use crate::proxy::layer::{Cookie, SameSite, SessionTokens, Shared};
+use crate::proxy::layer::{Cookie, LayerShared, SameSite, SessionTokens};
 use crate::session::Session;
 use crate::token::Token;
 use crate::txid::Place;
@@ -21,7 +21,7 @@ pub(super) fn set_outcome(session: &Session, status: StatusCode, headers: &mut H
 }
 
 /// Sets the token of what the request committed, waited for, or read.
-pub(super) fn set_token(shared: &Shared, session: &Session, secure: bool, headers: &mut HeaderMap) {
+pub(super) fn set_token(shared: &LayerShared, session: &Session, secure: bool, headers: &mut HeaderMap) {
     let committed = session.committed();
     let newest = match shared.options.session {
         SessionTokens::Writes => session.seen(),

@@ -15,12 +15,12 @@ use http_body_util::Full;
 use tower::Service;
 
 use crate::proxy::BoxError;
-use crate::proxy::body::{Answer, ReplayRequestBody};
+use crate::proxy::body::{MadeBody, ReplayRequestBody};
 use crate::proxy::failure::{Failure, Reason};
 use crate::proxy::future::{LocalRun, ResponseFuture, Resume};
 use crate::proxy::headers::{self, HOP, PRIMARY};
 use crate::proxy::hop::{About, Came, HOPS_MAX, Hint, Hop};
-use crate::proxy::layer::{Shared, Upgrades};
+use crate::proxy::layer::{LayerShared, Upgrades};
 use crate::proxy::prepare::{Head, Need, failure, target};
 use crate::proxy::replay_body::Keep;
 use crate::proxy::route::Route;
@@ -33,7 +33,7 @@ use crate::txid::Place;
 #[derive(Clone)]
 pub struct ReplayService<S> {
     pub(super) inner: S,
-    pub(super) shared: Arc<Shared>,
+    pub(super) shared: Arc<LayerShared>,
 }
 
 impl<S: fmt::Debug> fmt::Debug for ReplayService<S> {
@@ -43,9 +43,9 @@ impl<S: fmt::Debug> fmt::Debug for ReplayService<S> {
 }
 
 /// The way of a request.
-enum Plan {
+enum RequestPlan {
     /// It is answered at once.
-    Answer(Box<Response<Answer>>),
+    MadeBody(Box<Response<MadeBody>>),
     /// It runs here; whether it may have to be replayed.
     Local { replay: bool },
     /// It runs here, for another node.
@@ -127,8 +127,8 @@ impl<S> ReplayService<S> {
         let session = Session::new(shared.tokens.clone(), token, outer);
         let secure = headers::is_https(&parts);
         match plan {
-            Plan::Answer(answer) => ResponseFuture::done(shared.clone(), *answer),
-            Plan::Local { replay } => {
+            RequestPlan::MadeBody(answer) => ResponseFuture::done(shared.clone(), *answer),
+            RequestPlan::Local { replay } => {
                 let head = replay.then(|| Arc::new(Head::of_client(&parts, &shared.options)));
                 let (keep, body) = if replay && !body.is_end_stream() {
                     let keep = Keep::new(body, &shared.options.budget);
@@ -139,7 +139,7 @@ impl<S> ReplayService<S> {
                 let run = LocalRun { session, secure, replay: head.map(|head| (head, keep)) };
                 ResponseFuture::local(shared.clone(), service, parts, body, run)
             }
-            Plan::Hop => {
+            RequestPlan::Hop => {
                 let body = if body.is_end_stream() {
                     ReplayRequestBody::plain(body)
                 } else {
@@ -148,7 +148,7 @@ impl<S> ReplayService<S> {
                 let run = LocalRun { session, secure, replay: None };
                 ResponseFuture::local(shared.clone(), service, parts, hand(body), run)
             }
-            Plan::Prepare(need) => {
+            RequestPlan::Prepare(need) => {
                 let head = Arc::new(Head::of_client(&parts, &shared.options));
                 let replay = matches!(need, Need::Applied(_)).then(|| head.clone());
                 let body = Keep::new(body, &shared.options.budget);
@@ -159,7 +159,7 @@ impl<S> ReplayService<S> {
     }
 }
 
-fn plan(shared: &Shared, parts: &mut Parts) -> (Plan, Option<Token>) {
+fn plan(shared: &LayerShared, parts: &mut Parts) -> (RequestPlan, Option<Token>) {
     // Few of a client's requests have it; then it was made up, or it is a node's.
     if let Some(value) = parts.headers.remove(HOP) {
         parts.extensions.insert(Came(value));
@@ -183,7 +183,7 @@ fn plan(shared: &Shared, parts: &mut Parts) -> (Plan, Option<Token>) {
         {
             parts.headers.insert(HOST, host);
         }
-        return (Plan::Hop, request_token(shared, parts));
+        return (RequestPlan::Hop, request_token(shared, parts));
     }
     let upgrade = headers::upgrade(parts, &options.protocols).is_some();
     if parts.method == Method::CONNECT && !upgrade {
@@ -191,29 +191,29 @@ fn plan(shared: &Shared, parts: &mut Parts) -> (Plan, Option<Token>) {
     }
     let token = request_token(shared, parts);
     if primary {
-        return (Plan::Local { replay: false }, token);
+        return (RequestPlan::Local { replay: false }, token);
     }
     let plan = match options.route(parts) {
-        Route::Local => Plan::Local { replay: false },
+        Route::Local => RequestPlan::Local { replay: false },
         _ if upgrade && options.upgrades == Upgrades::Refuse => answer(shared, Reason::Upgrade),
-        Route::Primary => Plan::Prepare(Need::Primary),
+        Route::Primary => RequestPlan::Prepare(Need::Primary),
         Route::LocalThenReplay if upgrade && options.upgrades == Upgrades::Primary => {
-            Plan::Prepare(Need::Primary)
+            RequestPlan::Prepare(Need::Primary)
         }
         Route::LocalThenReplay => match &token {
-            Some(token) => Plan::Prepare(Need::Applied(token.txid())),
-            None => Plan::Local { replay: true },
+            Some(token) => RequestPlan::Prepare(Need::Applied(token.txid())),
+            None => RequestPlan::Local { replay: true },
         },
     };
     (plan, token)
 }
 
-fn answer(shared: &Shared, reason: Reason) -> Plan {
-    Plan::Answer(Box::new(failure(shared, reason)))
+fn answer(shared: &LayerShared, reason: Reason) -> RequestPlan {
+    RequestPlan::MadeBody(Box::new(failure(shared, reason)))
 }
 
 /// A hop whose proof holds; any other counts as a request from outside.
-fn verified<'a>(shared: &Shared, parts: &Parts, value: &'a http::HeaderValue) -> Option<(Hop, &'a str)> {
+fn verified<'a>(shared: &LayerShared, parts: &Parts, value: &'a http::HeaderValue) -> Option<(Hop, &'a str)> {
     let target = target(parts, &shared.options);
     let about =
         About { keys: &shared.node.keys, tag: shared.tokens.tag(), method: &parts.method, target: &target };
@@ -225,7 +225,7 @@ fn verified<'a>(shared: &Shared, parts: &Parts, value: &'a http::HeaderValue) ->
 }
 
 /// Tells another node who the primary is, before a byte of the body is read.
-fn misdirected(shared: &Shared, hop: &str) -> Plan {
+fn misdirected(shared: &LayerShared, hop: &str) -> RequestPlan {
     let hint = {
         let state = shared.node.roles.borrow();
         let url = state.primary.as_ref().filter(|p| p.node != shared.node.me.node);
@@ -233,16 +233,16 @@ fn misdirected(shared: &Shared, hop: &str) -> Plan {
     };
     // Not through the app's own failure responses: this one is for a node.
     let mut response =
-        Failure::new(Reason::Misdirected).response().map(|words| Answer::Own(Full::new(words)));
+        Failure::new(Reason::Misdirected).response().map(|words| MadeBody::Own(Full::new(words)));
     if let Some(value) = hint.value(&shared.node.keys, hop) {
         response.headers_mut().insert(PRIMARY, value);
     }
-    Plan::Answer(Box::new(response))
+    RequestPlan::MadeBody(Box::new(response))
 }
 
 /// The newest valid token of the request's headers and cookies. Numbers of two branches say nothing of what is newer: one that is lost comes last, and one
 /// that is not known here first.
-fn request_token(shared: &Shared, parts: &Parts) -> Option<Token> {
+fn request_token(shared: &LayerShared, parts: &Parts) -> Option<Token> {
     let name = shared.options.cookie.name.as_ref();
     let cookies = name.into_iter().flat_map(|name| headers::cookies(&parts.headers, name));
     let valid = headers::tokens(&parts.headers).chain(cookies).filter_map(|text| shared.tokens.verify(text));

@@ -14,10 +14,10 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::context::NodeContext;
-use crate::engine::Standing;
+use crate::engine::ReplicaStanding;
 use crate::error::{Error, PeerProblem, Result, shown};
 use crate::handshake::{self, Answer, Knock, Refusal};
-use crate::net::{self, Endpoint, Heard, Incoming, Opened};
+use crate::net::{self, Endpoint, Heard, Incoming, OpenResponse};
 use crate::replica::lag::Lagging;
 use crate::replica::pace::Coming;
 use crate::replica::units::{Units, foreign};
@@ -126,11 +126,11 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
     /// Everything after the head of the response has come.
     pub(super) async fn stream(
         &mut self,
-        opened: Opened,
+        opened: OpenResponse,
         knock: Knock,
         reporter: &mut Reporter,
     ) -> Result<Infallible> {
-        let Opened { status, headers, mut body, request, heard, guard: _guard } = opened;
+        let OpenResponse { status, headers, mut body, request, heard, guard: _guard } = opened;
         let (answer, proved) = match self.read_head(status, &headers, &knock) {
             Ok(answer) => answer,
             Err(Some(problem)) => return Err(self.blame(problem)),
@@ -191,7 +191,7 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
 
     async fn hello(
         &self,
-        standing: &Standing,
+        standing: &ReplicaStanding,
         knock: &Knock,
         answer: &Answer,
         request: &mut Sender<Bytes, Infallible>,

@@ -23,10 +23,10 @@ const WORDS_MAX: usize = 4096;
 
 /// What is known of the distance.
 #[derive(Debug)]
-pub(super) struct Lagging(Mutex<Known>);
+pub(super) struct Lagging(Mutex<Freshness>);
 
 #[derive(Debug)]
-struct Known {
+struct Freshness {
     /// The number of the newest transaction that the primary is known to have, once it has said one.
     newest: Option<u64>,
     /// What the primary had, and when it had no more than that at the earliest, oldest first.
@@ -48,7 +48,7 @@ struct Stream {
 impl Lagging {
     pub(super) fn new() -> Lagging {
         let words = VecDeque::new();
-        Lagging(Mutex::new(Known { newest: None, words, level: Instant::now(), stream: None }))
+        Lagging(Mutex::new(Freshness { newest: None, words, level: Instant::now(), stream: None }))
     }
 
     /// The stream stands, and the primary is at this position, whatever it was before; it said so after this node dialled, which was then.
@@ -105,12 +105,12 @@ impl Lagging {
         }
     }
 
-    fn lock(&self) -> MutexGuard<'_, Known> {
+    fn lock(&self) -> MutexGuard<'_, Freshness> {
         self.0.lock().unwrap_or_else(|e| e.into_inner())
     }
 }
 
-impl Known {
+impl Freshness {
     fn word(&mut self, number: u64, at: Instant) {
         // What is left out makes the state seem older, never newer.
         if self.words.len() < WORDS_MAX {

@@ -29,7 +29,7 @@ use crate::wire::{self, Goodbye, Heartbeat, Kind, Message, Plan, TxnBegin, TxnEn
 /// Takes over positions and nothing else.
 struct FakeFeed {
     node: Arc<NodeContext>,
-    standing: Mutex<Standing>,
+    standing: Mutex<ReplicaStanding>,
     kinds: Mutex<Vec<Kind>>,
     /// Errors to give, one a call.
     fail: Mutex<VecDeque<Error>>,
@@ -40,7 +40,7 @@ impl FakeFeed {
     fn new(node: &Arc<NodeContext>, epochs: EpochHistory, position: Option<Position>) -> Arc<FakeFeed> {
         node.applied.replace(epochs.clone(), position);
         let history = Arc::new(epochs);
-        let standing = Standing { position, history, resume: None, suspect: false, marks: Vec::new() };
+        let standing = ReplicaStanding { position, history, resume: None, suspect: false, marks: Vec::new() };
         Arc::new(FakeFeed {
             node: node.clone(),
             standing: Mutex::new(standing),
@@ -56,7 +56,7 @@ impl FakeFeed {
 }
 
 impl Feed for FakeFeed {
-    async fn standing(&self) -> Result<(Standing, mpsc::Receiver<Want>)> {
+    async fn standing(&self) -> Result<(ReplicaStanding, mpsc::Receiver<Want>)> {
         Ok((self.standing.lock().unwrap().clone(), mpsc::channel(1).1))
     }
 

@@ -18,12 +18,12 @@ use crate::error::{Error, Result};
 use crate::sqlite::ffi::{Handle, Lock, Owner, Slot};
 
 /// SQLite's shared lock on the database file: every open connection of a WAL database has it.
-const SHARED: Place = Place { file: 0, start: 0x4000_0002, length: 510 };
+const SHARED: LockPlace = LockPlace { file: 0, start: 0x4000_0002, length: 510 };
 /// All that SQLite locks in a database file.
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
-const WHOLE: Place = Place { file: 0, start: 0x4000_0000, length: 512 };
+const WHOLE: LockPlace = LockPlace { file: 0, start: 0x4000_0000, length: 512 };
 /// In `-shm`: the process has it mapped. Who finds nobody there begins it anew.
-const MAPPED: Place = Place { file: 1, start: 128, length: 1 };
+const MAPPED: LockPlace = LockPlace { file: 1, start: 128, length: 1 };
 /// The first of the eight locks of the wal-index.
 const SLOTS: u64 = 120;
 /// In both files, far behind their ends: a POSIX lock that nobody else takes. While it is there, SQLite's are.
@@ -33,20 +33,20 @@ const MARKER: u64 = 0x7fff_ffff_ffff_0000;
 static PARKED: Mutex<Vec<File>> = Mutex::new(Vec::new());
 
 #[derive(Clone, Copy, Debug)]
-struct Place {
+struct LockPlace {
     /// The database, or its `-shm`.
     file: usize,
     start: u64,
     length: u64,
 }
 
-impl Place {
-    fn slot(slot: Slot) -> Place {
-        Place { file: 1, start: SLOTS + slot.number(), length: 1 }
+impl LockPlace {
+    fn slot(slot: Slot) -> LockPlace {
+        LockPlace { file: 1, start: SLOTS + slot.number(), length: 1 }
     }
 
-    fn marker(file: usize) -> Place {
-        Place { file, start: MARKER, length: 1 }
+    fn marker(file: usize) -> LockPlace {
+        LockPlace { file, start: MARKER, length: 1 }
     }
 }
 
@@ -102,7 +102,7 @@ impl FileLocks {
     /// still there, because its process ends just now, the file is watched from a later look on.
     pub(crate) fn watch(&self) -> Result<()> {
         for file in [0, 1] {
-            if self.set(Owner::Process, Some(true), Place::marker(file))? {
+            if self.set(Owner::Process, Some(true), LockPlace::marker(file))? {
                 self.marked[file].store(true, Ordering::Release);
             }
         }
@@ -111,7 +111,7 @@ impl FileLocks {
 
     /// Tries to hold a lock of the wal-index until [`FileLocks::release`]; false while anybody else has it.
     pub(crate) fn try_hold(&self, slot: Slot) -> Result<bool> {
-        self.set(Owner::Descriptor, Some(true), Place::slot(slot))
+        self.set(Owner::Descriptor, Some(true), LockPlace::slot(slot))
     }
 
     /// Gives back what is held. The connections have to be closed: others may be the last from now on.
@@ -120,12 +120,12 @@ impl FileLocks {
         // While CKPT is ours: the marker belongs to the process, and may be the next one's in it from then on.
         for file in [0, 1] {
             if self.marked[file].swap(false, Ordering::AcqRel)
-                && let Err(error) = self.set(Owner::Process, None, Place::marker(file))
+                && let Err(error) = self.set(Owner::Process, None, LockPlace::marker(file))
             {
                 tracing::warn!(%error, "the watch over locks could not be ended");
             }
         }
-        for place in [Place { file: 1, start: SLOTS, length: 9 }, SHARED] {
+        for place in [LockPlace { file: 1, start: SLOTS, length: 9 }, SHARED] {
             if let Err(error) = self.set(Owner::Descriptor, None, place) {
                 tracing::warn!(%error, "a lock could not be given back");
             }
@@ -169,7 +169,7 @@ impl FileLocks {
                 self.doubts.fetch_or(1 << slot.number(), Ordering::AcqRel);
             }
             // Or it is another process's, which is then in the way, and rightly so. If that gives it back just now, it is nobody's.
-            if self.set(Owner::Process, Some(exclusive), Place::slot(slot))?
+            if self.set(Owner::Process, Some(exclusive), LockPlace::slot(slot))?
                 && handle.try_lock(slot, Lock::Exclusive)?
             {
                 handle.unlock(slot, Lock::Exclusive)?;
@@ -196,7 +196,7 @@ impl FileLocks {
 
     #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
     fn stand(&self, file: usize) -> bool {
-        let marker = Place::marker(file);
+        let marker = LockPlace::marker(file);
         let Some(files) = &self.files else { return true };
         let holder = super::ffi::lock_holder(&files[file], marker.start, marker.length);
         // A kernel that does not answer is no reason to take anything.
@@ -209,14 +209,14 @@ impl FileLocks {
     }
 
     #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
-    fn set(&self, owner: Owner, exclusive: Option<bool>, place: Place) -> Result<bool> {
+    fn set(&self, owner: Owner, exclusive: Option<bool>, place: LockPlace) -> Result<bool> {
         let Some(files) = &self.files else { return Ok(false) };
         let set = super::ffi::set_lock(&files[place.file], owner, exclusive, place.start, place.length);
         set.map_err(Error::io("lock", &self.path))
     }
 
     #[cfg(not(all(target_os = "linux", target_pointer_width = "64")))]
-    fn set(&self, _: Owner, _: Option<bool>, _: Place) -> Result<bool> {
+    fn set(&self, _: Owner, _: Option<bool>, _: LockPlace) -> Result<bool> {
         Ok(true)
     }
 }

@@ -10,7 +10,7 @@ use rusqlite::config::DbConfig;
 use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
 
 use crate::db::writer::reentrancy::Inside;
-use crate::db::writer::{Open, Shared};
+use crate::db::writer::{OpenWriter, WriterShared};
 use crate::engine::Durability;
 use crate::error::{Error, Result};
 use crate::session;
@@ -25,8 +25,8 @@ use crate::txid::Txid;
 /// busy timeout, and the flags of `sqlite3_db_config` that defend the schema are as they were before when the guard is dropped.
 /// `PRAGMA locking_mode = EXCLUSIVE` is not authorized: nobody could read or write any more. Another journal mode than WAL is refused by SQLite ("locked").
 pub struct WriterGuard<'a> {
-    open: MutexGuard<'a, Option<Open>>,
-    shared: &'a Shared,
+    open: MutexGuard<'a, Option<OpenWriter>>,
+    shared: &'a WriterShared,
     /// Keeps the guard on the thread that took it.
     _inside: Inside,
 }
@@ -34,14 +34,14 @@ pub struct WriterGuard<'a> {
 impl<'a> WriterGuard<'a> {
     /// The connection is open.
     pub(super) fn new(
-        mut open: MutexGuard<'a, Option<Open>>,
-        shared: &'a Shared,
+        mut open: MutexGuard<'a, Option<OpenWriter>>,
+        shared: &'a WriterShared,
         inside: Inside,
     ) -> Result<WriterGuard<'a>> {
         let engine = shared.engine.get()?;
         engine.check()?;
         engine.pace();
-        if let Some(Open { connection, commits }) = open.as_mut() {
+        if let Some(OpenWriter { connection, commits }) = open.as_mut() {
             commits.again(connection);
             commits.reset();
         }
@@ -56,7 +56,9 @@ impl<'a> WriterGuard<'a> {
     /// [`Error::Stopped`](crate::Error::Stopped) after a failure of replication, [`Error::ShutDown`](crate::Error::ShutDown) after a shutdown,
     /// [`Error::Timeout`](crate::Error::Timeout).
     pub fn flush(&mut self) -> Result<Option<Txid>> {
-        let Some(Open { connection, commits }) = self.open.as_mut() else { return Err(Error::ShutDown) };
+        let Some(OpenWriter { connection, commits }) = self.open.as_mut() else {
+            return Err(Error::ShutDown);
+        };
         // Who took our hook away may have committed anything.
         let may_have = !commits.again(connection) || commits.count() > 0;
         commits.reset();
@@ -110,7 +112,7 @@ impl Drop for WriterGuard<'_> {
             // Commits are captured all the same; they may cost more.
             tracing::warn!(%error, "the writer connection could not be set right");
         }
-        if let Some(Open { connection, commits }) = self.open.as_mut() {
+        if let Some(OpenWriter { connection, commits }) = self.open.as_mut() {
             commits.again(connection);
         }
     }

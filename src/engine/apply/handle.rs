@@ -9,9 +9,9 @@ use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::context::NodeContext;
-use crate::engine::apply::inbox::Command;
-use crate::engine::apply::inbox::Shared;
-use crate::engine::apply::inbox::Standing;
+use crate::engine::apply::inbox::ApplyCommand;
+use crate::engine::apply::inbox::ApplyShared;
+use crate::engine::apply::inbox::ReplicaStanding;
 use crate::engine::apply::thread::Apply;
 use crate::engine::checkpoint::bound;
 use crate::engine::figures::WalFigures;
@@ -33,8 +33,8 @@ const QUEUE_FULL_STEP: Duration = Duration::from_millis(1);
 /// A replica's database and its apply thread.
 #[derive(Debug)]
 pub(crate) struct ReplicaEngine {
-    commands: mpsc::Sender<Command>,
-    pub(in crate::engine) shared: Arc<Shared>,
+    commands: mpsc::Sender<ApplyCommand>,
+    pub(in crate::engine) shared: Arc<ApplyShared>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -43,7 +43,7 @@ impl ReplicaEngine {
     pub(crate) fn open(options: EngineOptions, node: Arc<NodeContext>) -> Result<ReplicaEngine> {
         files::make(&options.side)?;
         let (commands, receiver) = mpsc::channel(QUEUE_MAX);
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(ApplyShared {
             base: Mutex::new(None),
             readable: watch::Sender::new(false),
             synced: watch::Sender::new(None),
@@ -65,9 +65,9 @@ impl ReplicaEngine {
 
     /// Forgets what an earlier stream left unfinished and says where the replica stands. What comes out of the channel is to be asked of
     /// the primary while the stream stands.
-    pub(crate) async fn standing(&self) -> Result<(Standing, mpsc::Receiver<Want>)> {
+    pub(crate) async fn standing(&self) -> Result<(ReplicaStanding, mpsc::Receiver<Want>)> {
         let (reply, answer) = oneshot::channel();
-        self.commands.send(Command::Standing(reply)).await.map_err(|_| self.gone())?;
+        self.commands.send(ApplyCommand::ReplicaStanding(reply)).await.map_err(|_| self.gone())?;
         answer.await.map_err(|_| self.gone())
     }
 
@@ -80,7 +80,7 @@ impl ReplicaEngine {
         if units.is_empty() {
             return Ok(());
         }
-        self.commands.send(Command::Units(units)).await.map_err(|_| self.gone())
+        self.commands.send(ApplyCommand::Units(units)).await.map_err(|_| self.gone())
     }
 
     /// Why the thread is not there any more.
@@ -91,10 +91,10 @@ impl ReplicaEngine {
     /// Has all pages compared with the primary's, and healed: they are not what the position says. Blocks.
     pub(crate) fn suspect(&self) {
         // A thread that has ended has nothing to heal any more.
-        let _ = self.commands.blocking_send(Command::Suspect);
+        let _ = self.commands.blocking_send(ApplyCommand::Suspect);
     }
 
-    /// Reads pages that the primary asks for, and encodes those that it does not have so. Blocks; see [`Shared::answer`].
+    /// Reads pages that the primary asks for, and encodes those that it does not have so. Blocks; see [`ApplyShared::answer`].
     pub(crate) fn answers(&self) -> impl FnOnce(Want) -> Result<Bytes> + Send + 'static {
         let shared = self.shared.clone();
         move |want| shared.answer(&want)
@@ -143,7 +143,7 @@ impl ReplicaEngine {
         let Some(thread) = lock(&self.thread).take() else { return };
         self.shared.stop.store(true, Ordering::Release);
         // In a full queue the thread sees the flag; in an empty one only a command wakes it.
-        while let Err(mpsc::error::TrySendError::Full(_)) = self.commands.try_send(Command::Stop) {
+        while let Err(mpsc::error::TrySendError::Full(_)) = self.commands.try_send(ApplyCommand::Stop) {
             std::thread::sleep(QUEUE_FULL_STEP);
         }
         // It has said how it ended.

@@ -16,7 +16,7 @@ use crate::wire::{self, Message, Unit, Want};
 
 /// What the apply thread tells the outside.
 #[derive(Debug)]
-pub(in crate::engine) struct Shared {
+pub(in crate::engine) struct ApplyShared {
     pub(in crate::engine) base: Mutex<Option<Arc<OpenDatabase>>>,
     pub(in crate::engine) readable: watch::Sender<bool>,
     pub(in crate::engine) synced: watch::Sender<Option<Position>>,
@@ -31,7 +31,7 @@ pub(in crate::engine) struct Shared {
     pub(in crate::engine) taken: AtomicU64,
 }
 
-impl Shared {
+impl ApplyShared {
     /// The state can't be closed while a piece is read.
     pub(in crate::engine) fn answer(&self, want: &Want) -> Result<Bytes> {
         let nothing = || Error::NoState("nothing to compare with yet".into());
@@ -51,9 +51,9 @@ impl Shared {
     }
 }
 
-pub(in crate::engine) enum Command {
+pub(in crate::engine) enum ApplyCommand {
     Units(Vec<Unit>),
-    Standing(oneshot::Sender<(Standing, mpsc::Receiver<Want>)>),
+    ReplicaStanding(oneshot::Sender<(ReplicaStanding, mpsc::Receiver<Want>)>),
     /// The WAL may be ready to be restarted.
     Restart,
     /// The pages are not what the position says.
@@ -63,7 +63,7 @@ pub(in crate::engine) enum Command {
 
 /// Where a replica stands, for its hello.
 #[derive(Clone, Debug)]
-pub(crate) struct Standing {
+pub(crate) struct ReplicaStanding {
     pub(crate) position: Option<Position>,
     pub(crate) history: Arc<EpochHistory>,
     /// A snapshot that was begun: the position of its first piece, and the first page that is missing.

@@ -14,7 +14,7 @@ use std::thread::JoinHandle;
 use tokio::sync::mpsc;
 
 use crate::context::{NodeContext, Part};
-use crate::engine::apply::inbox::{Command, Shared, Standing};
+use crate::engine::apply::inbox::{ApplyCommand, ApplyShared, ReplicaStanding};
 use crate::engine::file::database::OpenDatabase;
 use crate::engine::file::epochs::write_epochs;
 use crate::engine::history::append_or_gap;
@@ -32,19 +32,19 @@ use crate::txid::{EpochHistory, Place, Position};
 use crate::wire::{Kind, Message, Unit, Want};
 
 use bounded::{Bounded, is_long};
-use healing::{Healing, Pace, Suspect, WANTS_MAX};
+use healing::{HealPacer, Healing, Suspect, WANTS_MAX};
 use state::State;
 
 pub(in crate::engine) struct Apply {
     options: EngineOptions,
     node: Arc<NodeContext>,
-    shared: Arc<Shared>,
-    commands: mpsc::WeakSender<Command>,
+    shared: Arc<ApplyShared>,
+    commands: mpsc::WeakSender<ApplyCommand>,
     state: State,
     checkpointer: Option<JoinHandle<()>>,
     incoming: Option<IncomingState>,
     healing: Option<Healing>,
-    pace: Pace,
+    pace: HealPacer,
     /// What the primary is asked for on the way back.
     wants: Option<mpsc::Sender<Want>>,
     suspect: Suspect,
@@ -68,8 +68,8 @@ impl Apply {
     pub(in crate::engine) fn open(
         options: EngineOptions,
         node: Arc<NodeContext>,
-        shared: Arc<Shared>,
-        commands: mpsc::WeakSender<Command>,
+        shared: Arc<ApplyShared>,
+        commands: mpsc::WeakSender<ApplyCommand>,
     ) -> Result<Apply> {
         let mut apply = Apply {
             options,
@@ -80,7 +80,7 @@ impl Apply {
             checkpointer: None,
             incoming: None,
             healing: None,
-            pace: Pace::default(),
+            pace: HealPacer::default(),
             wants: None,
             suspect: Suspect::No,
             refill: false,
@@ -105,7 +105,7 @@ impl Apply {
         Ok(apply)
     }
 
-    pub(in crate::engine) fn start(self, commands: mpsc::Receiver<Command>) -> Result<JoinHandle<()>> {
+    pub(in crate::engine) fn start(self, commands: mpsc::Receiver<ApplyCommand>) -> Result<JoinHandle<()>> {
         let work = |(apply, commands): &mut (Apply, _)| apply.run(commands);
         threads::start("replite-apply", (self, commands), work, |(mut apply, commands), ended| match ended {
             Ok(()) => apply.stop(true),
@@ -113,29 +113,29 @@ impl Apply {
         })
     }
 
-    fn run(&mut self, commands: &mut mpsc::Receiver<Command>) -> Result<()> {
+    fn run(&mut self, commands: &mut mpsc::Receiver<ApplyCommand>) -> Result<()> {
         while let Some(command) = commands.blocking_recv() {
             if self.shared.stop.load(Ordering::Acquire) {
                 break;
             }
             self.expect_files();
             match command {
-                Command::Units(units) => self.session(|apply| apply.units(units)),
-                Command::Standing(reply) => {
+                ApplyCommand::Units(units) => self.session(|apply| apply.units(units)),
+                ApplyCommand::ReplicaStanding(reply) => {
                     let _ = reply.send(self.standing());
                 }
-                Command::Restart => {
+                ApplyCommand::Restart => {
                     if let Err(error) = self.maybe_restart() {
                         tracing::warn!(%error, "the WAL could not be restarted");
                     }
                 }
-                Command::Suspect => {
+                ApplyCommand::Suspect => {
                     self.suspect(Suspect::Pages);
                     // A new stream begins with a hello that says so.
                     let stop = Error::Stopped("a verification failed; the pages are compared".into());
                     self.session(|_| Err(stop));
                 }
-                Command::Stop => break,
+                ApplyCommand::Stop => break,
             }
         }
         self.abort();
@@ -194,7 +194,7 @@ impl Apply {
     }
 
     /// The end after a panic. Whoever feeds is told first, then everything is given back.
-    fn fall(&mut self, error: &Error, commands: mpsc::Receiver<Command>) {
+    fn fall(&mut self, error: &Error, commands: mpsc::Receiver<ApplyCommand>) {
         *lock(&self.shared.fallen) = Some(error.cause());
         drop(commands);
         self.shared.readable.send_replace(false);
@@ -254,7 +254,7 @@ impl Apply {
         self.healing = None;
     }
 
-    fn standing(&mut self) -> (Standing, mpsc::Receiver<Want>) {
+    fn standing(&mut self) -> (ReplicaStanding, mpsc::Receiver<Want>) {
         self.abort();
         self.failed = false;
         *lock(&self.shared.failure) = None;
@@ -264,7 +264,7 @@ impl Apply {
         // What is to be filled anew is nothing to go on from.
         let position = self.state.content().filter(|_| !self.refill).map(|live| live.position());
         let side = &self.options.side;
-        let standing = Standing {
+        let standing = ReplicaStanding {
             position,
             history: Arc::new(self.history.clone()),
             resume: incoming::progress(side).map(|p| (p.first, p.next)),

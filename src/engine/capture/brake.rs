@@ -30,7 +30,7 @@ const WRITER_MAX: Duration = Duration::from_secs(5);
 
 /// The lock of writers, of which one thread or the other makes use.
 #[derive(Debug)]
-pub(in crate::engine) struct Write {
+pub(in crate::engine) struct WriteLock {
     handle: Handle,
     taken: bool,
     /// Since when.
@@ -39,9 +39,9 @@ pub(in crate::engine) struct Write {
     pub(in crate::engine) until: Option<Instant>,
 }
 
-impl Write {
-    pub(in crate::engine) fn new(handle: Handle) -> Write {
-        Write { handle, taken: false, since: None, until: None }
+impl WriteLock {
+    pub(in crate::engine) fn new(handle: Handle) -> WriteLock {
+        WriteLock { handle, taken: false, since: None, until: None }
     }
 
     /// Takes WRITE, if it is not held already.
@@ -78,7 +78,7 @@ impl Write {
 /// What writers, capture and the thread have in common.
 #[derive(Debug)]
 pub(in crate::engine) struct Brake {
-    pub(in crate::engine) write: Mutex<Write>,
+    pub(in crate::engine) write: Mutex<WriteLock>,
     /// Our own writer waits.
     on: AtomicBool,
     /// WRITE is held.
@@ -92,7 +92,7 @@ pub(in crate::engine) struct Brake {
 }
 
 impl Brake {
-    pub(in crate::engine) fn new(base: &OpenDatabase, write: Write) -> Brake {
+    pub(in crate::engine) fn new(base: &OpenDatabase, write: WriteLock) -> Brake {
         Brake {
             write: Mutex::new(write),
             on: AtomicBool::new(false),
@@ -140,7 +140,12 @@ impl Brake {
     }
 
     /// Lets all writers go on, until the WAL has more than so many frames.
-    pub(in crate::engine) fn release(&self, base: &OpenDatabase, write: &mut Write, at: u32) -> Result<()> {
+    pub(in crate::engine) fn release(
+        &self,
+        base: &OpenDatabase,
+        write: &mut WriteLock,
+        at: u32,
+    ) -> Result<()> {
         write.until = None;
         let held = write.since.filter(|_| write.taken).map(|since| since.elapsed());
         let given_back = write.give_back();

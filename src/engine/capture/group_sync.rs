@@ -11,12 +11,12 @@ use crate::threads::caught;
 #[derive(Debug)]
 pub(in crate::engine) struct GroupSync {
     base: Arc<OpenDatabase>,
-    state: Mutex<State>,
+    state: Mutex<SyncState>,
     changed: Condvar,
 }
 
 #[derive(Debug)]
-struct State {
+struct SyncState {
     /// Every transaction up to this number is on the disk.
     synced: u64,
     /// The highest number that anybody waits for. Each of them was in the WAL before it was asked for.
@@ -31,7 +31,7 @@ struct State {
 impl GroupSync {
     /// Everything up to `synced` is on the disk already.
     pub(in crate::engine) fn new(base: Arc<OpenDatabase>, synced: u64) -> GroupSync {
-        let state = State { synced, wanted: synced, leading: false, failed: None };
+        let state = SyncState { synced, wanted: synced, leading: false, failed: None };
         GroupSync { base, state: Mutex::new(state), changed: Condvar::new() }
     }
 

@@ -5,11 +5,11 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use crate::context::Part;
-use crate::engine::capture::brake::{Brake, BrakeLoop, Write};
+use crate::engine::capture::brake::{Brake, BrakeLoop, WriteLock};
 use crate::engine::capture::group_sync::GroupSync;
 #[cfg(test)]
 use crate::engine::capture::startup::Opening;
-use crate::engine::capture::thread::{CaptureLoop, Command};
+use crate::engine::capture::thread::{CaptureCommand, CaptureLoop};
 use crate::engine::capture::waker::Waker;
 use crate::engine::checkpoint::bound;
 use crate::engine::checkpoint::thread::Checkpointer;
@@ -36,17 +36,17 @@ pub(crate) struct PrimaryEngine {
     pub(in crate::engine) syncer: Arc<GroupSync>,
     pub(in crate::engine) waker: Arc<Waker>,
     pub(in crate::engine) brake: Arc<Brake>,
-    pub(in crate::engine) commands: mpsc::SyncSender<Command>,
+    pub(in crate::engine) commands: mpsc::SyncSender<CaptureCommand>,
     /// Reads the file for snapshots.
     pub(in crate::engine) second: Arc<Mutex<Handle>>,
     /// Where our own writer's last commit ended, so that the next one need not wait for capture.
-    pub(in crate::engine) last: Mutex<Option<Mark>>,
+    pub(in crate::engine) last: Mutex<Option<LastCommit>>,
     pub(in crate::engine) threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 /// A commit's place in the WAL and its number.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(in crate::engine) struct Mark {
+pub(in crate::engine) struct LastCommit {
     pub(in crate::engine) salts: Salts,
     pub(in crate::engine) frame: u32,
     pub(in crate::engine) number: u64,
@@ -75,7 +75,7 @@ impl PrimaryEngine {
         let syncer = Arc::new(GroupSync::new(base.clone(), tip.position.number()));
         let waker = Arc::new(Waker::default());
         let (commands, receiver) = mpsc::sync_channel(4);
-        let brake = Arc::new(Brake::new(&base, Write::new(reader(&base)?)));
+        let brake = Arc::new(Brake::new(&base, WriteLock::new(reader(&base)?)));
         let capture_loop = CaptureLoop {
             base: base.clone(),
             capture: Capture::new(base.clone(), handle, tip, Arc::new(history)),
@@ -142,7 +142,7 @@ impl PrimaryEngine {
     pub(crate) fn raise_epoch(&self, above: u64) -> Result<()> {
         let (reply, answer) = mpsc::sync_channel(1);
         let gone = || self.base.check().err().unwrap_or(Error::ShutDown);
-        self.commands.send(Command::RaiseEpoch(above, reply)).map_err(|_| gone())?;
+        self.commands.send(CaptureCommand::RaiseEpoch(above, reply)).map_err(|_| gone())?;
         self.waker.wake();
         answer.recv().map_err(|_| gone())?
     }

@@ -1,6 +1,6 @@
 //! Which number a commit of our own writer has, whoever else commits before and behind it, and how capture, which knows, is waited for.
 
-use crate::engine::capture::handle::{Mark, PrimaryEngine};
+use crate::engine::capture::handle::{LastCommit, PrimaryEngine};
 use crate::engine::file::progress::Asked;
 use crate::error::{Error, Result};
 use crate::lock::lock;
@@ -25,7 +25,7 @@ impl PrimaryEngine {
         self.check()?;
         // Whoever writes the header just now holds the write lock, for which BEGIN waits.
         let Some(header) = self.base.header() else { return Ok(()) };
-        let here = |mark: &Mark| mark.salts == header.salts && mark.frame == header.max_frame;
+        let here = |mark: &LastCommit| mark.salts == header.salts && mark.frame == header.max_frame;
         if lock(&self.last).as_ref().is_some_and(here) {
             return Ok(());
         }
@@ -110,7 +110,7 @@ impl PrimaryEngine {
 
     /// Remembers where our last commit ended, so that the next one need not wait for capture.
     fn note(&self, begun: Begun, frame: u32, number: u64) -> Option<Txid> {
-        *lock(&self.last) = Some(Mark { salts: begun.salts, frame, number });
+        *lock(&self.last) = Some(LastCommit { salts: begun.salts, frame, number });
         self.waker.wake();
         self.brake.passed(frame);
         self.txid(number)

@@ -48,7 +48,7 @@ const APPEND_WAIT: Duration = Duration::from_secs(5);
 const APPEND_STEP: Duration = Duration::from_millis(20);
 
 /// A request to the thread.
-pub(in crate::engine) enum Command {
+pub(in crate::engine) enum CaptureCommand {
     /// Open an epoch with a number above this one.
     RaiseEpoch(u64, mpsc::SyncSender<Result<()>>),
 }
@@ -58,7 +58,7 @@ pub(in crate::engine) struct CaptureLoop {
     pub(in crate::engine) capture: Capture,
     pub(in crate::engine) syncer: Arc<GroupSync>,
     pub(in crate::engine) waker: Arc<Waker>,
-    pub(in crate::engine) commands: mpsc::Receiver<Command>,
+    pub(in crate::engine) commands: mpsc::Receiver<CaptureCommand>,
     pub(in crate::engine) restart_after: Instant,
     pub(in crate::engine) restart_pause: Duration,
     /// The disk gets a pause after a failure.
@@ -160,9 +160,9 @@ impl CaptureLoop {
         unsynced_marker::end(&self.base.options.side)
     }
 
-    fn obey(&mut self, command: Command) -> Result<()> {
+    fn obey(&mut self, command: CaptureCommand) -> Result<()> {
         match command {
-            Command::RaiseEpoch(above, reply) => {
+            CaptureCommand::RaiseEpoch(above, reply) => {
                 let result = self.raise_epoch(above);
                 let failed = matches!(&result, Err(Error::Stopped(_)));
                 let copy = if let Err(e) = &result { Err(Error::Stopped(e.to_string())) } else { Ok(()) };

@@ -9,7 +9,7 @@ use crate::engine::checkpoint::restart::DRAIN_MAX;
 use crate::engine::file::anchor::FileState;
 use crate::engine::file::database::{OpenDatabase, Tip};
 use crate::engine::file::newest::{Found, Newest};
-use crate::engine::file::witnesses::Mark;
+use crate::engine::file::witnesses::CopyTag;
 use crate::engine::history::append_or_gap;
 use crate::error::{Error, Result};
 use crate::lock::lock;
@@ -155,29 +155,29 @@ impl Images {
 }
 
 /// A mark behind the end of a file of so many bytes.
-fn new_mark(offset: u64) -> Result<Mark> {
-    let mut nonce = [0; Mark::BYTES];
+fn new_mark(offset: u64) -> Result<CopyTag> {
+    let mut nonce = [0; CopyTag::BYTES];
     getrandom::fill(&mut nonce).map_err(|e| Error::Stopped(format!("no random numbers: {e}")))?;
-    Ok(Mark { offset, nonce })
+    Ok(CopyTag { offset, nonce })
 }
 
 /// Without it only a hash of everything tells later that the file is still this one.
-fn set_mark(handle: &mut Handle, mark: Mark) {
+fn set_mark(handle: &mut Handle, mark: CopyTag) {
     if let Err(error) = handle.write(&mark.nonce, mark.offset) {
         tracing::debug!(%error, "the file is not marked");
     }
 }
 
 /// Whether the file is still the one that was marked: nobody has put another in its place, nor cut it.
-pub(in crate::engine) fn is_marked(handle: &mut Handle, mark: Option<Mark>) -> Result<bool> {
+pub(in crate::engine) fn is_marked(handle: &mut Handle, mark: Option<CopyTag>) -> Result<bool> {
     let Some(mark) = mark else { return Ok(false) };
-    let mut found = [0; Mark::BYTES];
+    let mut found = [0; CopyTag::BYTES];
     handle.read(&mut found, mark.offset)?;
-    Ok(found == mark.nonce && handle.size()? == mark.offset + Mark::BYTES as u64)
+    Ok(found == mark.nonce && handle.size()? == mark.offset + CopyTag::BYTES as u64)
 }
 
 /// Marks a file whose content was proved, and that has no time which says so. The mark that it has already stays.
-pub(in crate::engine) fn mark_again(base: &OpenDatabase, handle: &mut Handle) -> Result<Option<Mark>> {
+pub(in crate::engine) fn mark_again(base: &OpenDatabase, handle: &mut Handle) -> Result<Option<CopyTag>> {
     if let FileState::Backfilling(witnesses) = base.file_state()
         && is_marked(handle, witnesses.mark)?
     {

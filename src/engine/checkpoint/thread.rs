@@ -36,12 +36,12 @@ pub(in crate::engine) struct Checkpointer {
     pub(in crate::engine) base: Arc<OpenDatabase>,
     pub(in crate::engine) handle: Handle,
     /// On a replica, whose write lock is held for life.
-    pub(in crate::engine) replica: Option<Replica>,
+    pub(in crate::engine) replica: Option<ReplicaSync>,
     pub(in crate::engine) log_synced: Instant,
     pub(in crate::engine) applied_synced: Instant,
 }
 
-pub(in crate::engine) struct Replica {
+pub(in crate::engine) struct ReplicaSync {
     pub(in crate::engine) synced: watch::Sender<Option<Position>>,
     /// Tells the apply thread that the WAL may be ready for a restart.
     pub(in crate::engine) ready: Box<dyn Fn() + Send>,

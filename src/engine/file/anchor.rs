@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::path::{Path, PathBuf};
 
-use crate::engine::file::witnesses::Mark;
+use crate::engine::file::witnesses::CopyTag;
 use crate::engine::file::witnesses::Witness;
 use crate::engine::file::witnesses::Witnesses;
 use crate::error::{Error, Result};
@@ -76,7 +76,7 @@ impl Anchor {
             }
             FileState::Backfilling(witnesses) => {
                 b[92..96].copy_from_slice(&(BACKFILLING | ahead).to_le_bytes());
-                if let Some(Mark { offset, nonce }) = witnesses.mark {
+                if let Some(CopyTag { offset, nonce }) = witnesses.mark {
                     b[96..104].copy_from_slice(&offset.to_le_bytes());
                     b[104..120].copy_from_slice(&nonce);
                 }
@@ -115,10 +115,10 @@ impl Anchor {
             let Some(position) = position(104) else { return Ok(None) };
             FileState::AtRest { position, modified: long(96) as i64 }
         } else {
-            let mut nonce = [0; Mark::BYTES];
+            let mut nonce = [0; CopyTag::BYTES];
             nonce.copy_from_slice(&b[104..120]);
             // The end of no database is at its begin.
-            let mark = Some(Mark { offset: long(96), nonce }).filter(|mark| mark.offset > 0);
+            let mark = Some(CopyTag { offset: long(96), nonce }).filter(|mark| mark.offset > 0);
             FileState::Backfilling(Witnesses::decode(&b[WITNESSES_AT..CHECK_AT]).marked(mark))
         };
         let anchor = Anchor {

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use crate::context::{NodeContext, Part};
 use crate::engine::figures::WalFigures;
 use crate::engine::file::anchor::{Anchor, Anchors, FileState};
-use crate::engine::file::progress::{Asked, Patience, Progress};
+use crate::engine::file::progress::{Asked, CaptureProgress, Patience};
 use crate::engine::file::unsynced_marker;
 use crate::engine::file::wal_bound::Bound;
 use crate::engine::file::wal_file::WalFile;
@@ -53,7 +53,7 @@ pub(in crate::engine) struct OpenDatabase {
     pub(in crate::engine) log: Arc<Log>,
     tip: Mutex<Tip>,
     tip_moved: Condvar,
-    pub(in crate::engine) progress: Progress,
+    pub(in crate::engine) progress: CaptureProgress,
     pub(in crate::engine) asked: Mutex<Asked>,
     boundaries: Mutex<Vec<Tip>>,
     pub(in crate::engine) anchors: Mutex<Anchors>,
@@ -95,7 +95,7 @@ impl OpenDatabase {
             log,
             tip: Mutex::new(tip),
             tip_moved: Condvar::new(),
-            progress: Progress::default(),
+            progress: CaptureProgress::default(),
             asked: Mutex::default(),
             boundaries: Mutex::new(vec![tip]),
             anchors: Mutex::new(anchors),

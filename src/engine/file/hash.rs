@@ -85,7 +85,7 @@ impl OpenDatabase {
         let database = self.options.path.display();
         tracing::info!(%database, pages, "hashing the database to find its position");
         let started = Instant::now();
-        let mut progress = Progress { pages, percent: None, said: started };
+        let mut progress = HashReport { pages, percent: None, said: started };
         let whole = Whole::new(self, frame, pages);
         let (mut sum, mut buffer) = (Checksum::EMPTY, Vec::new());
         for run in 0..whole.runs() {
@@ -107,13 +107,13 @@ impl OpenDatabase {
 
 /// When something is to be said of how far a hash has come.
 #[derive(Debug)]
-struct Progress {
+struct HashReport {
     pages: u32,
     percent: Option<u32>,
     said: Instant,
 }
 
-impl Progress {
+impl HashReport {
     /// The percentage, if it is another one than before, and whether it is time to say it in the log.
     fn note(&mut self, done: u32, now: Instant) -> Option<(u32, bool)> {
         let percent = (u64::from(done) * 100 / u64::from(self.pages.max(1))) as u32;
@@ -136,13 +136,13 @@ mod tests {
     #[test]
     fn each_percent_is_shown_and_one_a_second_is_said_aloud() {
         let begin = Instant::now();
-        let mut progress = Progress { pages: 1000, percent: None, said: begin };
+        let mut progress = HashReport { pages: 1000, percent: None, said: begin };
         assert_eq!(progress.note(0, begin), Some((0, false)));
         assert_eq!(progress.note(9, begin + SAY_EVERY), None);
         assert_eq!(progress.note(10, begin + SAY_EVERY), Some((1, true)));
         assert_eq!(progress.note(400, begin + SAY_EVERY), Some((40, false)));
         assert_eq!(progress.note(410, begin + SAY_EVERY * 2), Some((41, true)));
-        let mut empty = Progress { pages: 0, percent: None, said: begin };
+        let mut empty = HashReport { pages: 0, percent: None, said: begin };
         assert_eq!(empty.note(0, begin), Some((0, false)));
     }
 }

@@ -12,13 +12,13 @@ const STILL_MAX: Duration = Duration::from_secs(30);
 
 /// Signs of life of the thread that captures.
 #[derive(Debug, Default)]
-pub(in crate::engine) struct Progress {
+pub(in crate::engine) struct CaptureProgress {
     steps: AtomicU64,
     /// It waits for the disk, which takes as long as that takes.
     on_disk: AtomicU32,
 }
 
-impl Progress {
+impl CaptureProgress {
     pub(in crate::engine) fn step(&self) {
         self.steps.fetch_add(1, Ordering::Relaxed);
     }
@@ -35,9 +35,9 @@ impl Progress {
     }
 }
 
-/// See [`Progress::on_disk`].
+/// See [`CaptureProgress::on_disk`].
 #[derive(Debug)]
-pub(in crate::engine) struct OnDisk<'a>(&'a Progress);
+pub(in crate::engine) struct OnDisk<'a>(&'a CaptureProgress);
 
 impl Drop for OnDisk<'_> {
     fn drop(&mut self) {
@@ -54,7 +54,7 @@ pub(in crate::engine) struct Patience {
 }
 
 impl Patience {
-    pub(in crate::engine) fn new(progress: &Progress, now: Instant) -> Patience {
+    pub(in crate::engine) fn new(progress: &CaptureProgress, now: Instant) -> Patience {
         Patience { seen: progress.steps.load(Ordering::Relaxed), since: now }
     }
 
@@ -62,7 +62,7 @@ impl Patience {
     ///
     /// # Errors
     /// [`Error::Timeout`] when nothing was done for too long.
-    pub(in crate::engine) fn left(&mut self, progress: &Progress, now: Instant) -> Result<Duration> {
+    pub(in crate::engine) fn left(&mut self, progress: &CaptureProgress, now: Instant) -> Result<Duration> {
         let steps = progress.steps.load(Ordering::Relaxed);
         if steps != self.seen || progress.on_disk.load(Ordering::Relaxed) > 0 {
             *self = Patience { seen: steps, since: now };
@@ -126,7 +126,7 @@ mod tests {
 
     #[test]
     fn capture_is_waited_for_as_long_as_it_gives_signs_of_life() {
-        let (progress, begin) = (Progress::default(), Instant::now());
+        let (progress, begin) = (CaptureProgress::default(), Instant::now());
         let mut patience = Patience::new(&progress, begin);
         let mut now = begin;
         for _ in 0..20 {

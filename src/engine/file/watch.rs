@@ -23,7 +23,7 @@ type Inode = (u64, u64);
 /// The files of one open database.
 #[derive(Debug)]
 pub(in crate::engine) struct Watch {
-    files: Vec<Known>,
+    files: Vec<KnownFile>,
     database: PathBuf,
     /// With the database's descriptor, where there is one.
     locks: Option<Arc<FileLocks>>,
@@ -32,7 +32,7 @@ pub(in crate::engine) struct Watch {
 
 /// A file, or directory, by what it was when it was opened.
 #[derive(Debug)]
-struct Known {
+struct KnownFile {
     what: What,
     path: PathBuf,
     inode: Option<Inode>,
@@ -97,9 +97,9 @@ impl Watch {
         let (database, mut shm) = (options.path.clone(), options.path.as_os_str().to_owned());
         shm.push("-shm");
         let opened = |file: Option<&File>| file.map(|file| file.metadata());
-        let known = |what, path: PathBuf, opened: Option<io::Result<Metadata>>| -> Result<Known> {
+        let known = |what, path: PathBuf, opened: Option<io::Result<Metadata>>| -> Result<KnownFile> {
             let meta = opened.unwrap_or_else(|| fs::metadata(&path)).map_err(Error::io("stat", &path))?;
-            Ok(Known { what, path, inode: inode(&meta) })
+            Ok(KnownFile { what, path, inode: inode(&meta) })
         };
         let files = vec![
             known(What::Database, database.clone(), opened(locks.as_deref().and_then(FileLocks::database)))?,

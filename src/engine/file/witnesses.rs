@@ -39,12 +39,12 @@ impl Witness {
 /// What is written behind the end of a file that frames are being copied into: whoever puts another file in its place, or cuts it, takes that away.
 /// To SQLite it is nothing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Mark {
+pub(crate) struct CopyTag {
     pub(crate) offset: u64,
-    pub(crate) nonce: [u8; Mark::BYTES],
+    pub(crate) nonce: [u8; CopyTag::BYTES],
 }
 
-impl Mark {
+impl CopyTag {
     pub(crate) const BYTES: usize = 16;
 }
 
@@ -52,7 +52,7 @@ impl Mark {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Witnesses {
     pages: [Option<Witness>; Witnesses::MAX],
-    pub(crate) mark: Option<Mark>,
+    pub(crate) mark: Option<CopyTag>,
 }
 
 impl Witnesses {
@@ -62,7 +62,7 @@ impl Witnesses {
         self.pages.iter().flatten().copied()
     }
 
-    pub(crate) fn marked(self, mark: Option<Mark>) -> Witnesses {
+    pub(crate) fn marked(self, mark: Option<CopyTag>) -> Witnesses {
         Witnesses { mark, ..self }
     }
 

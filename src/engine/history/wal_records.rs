@@ -52,7 +52,7 @@ pub(in crate::engine) struct Capture {
 
 /// One commit's frames, first to last, and what the last says.
 #[derive(Clone, Copy, Debug)]
-struct Commit {
+struct CommitFrames {
     first: u32,
     last: u32,
     pages: u32,
@@ -147,7 +147,8 @@ impl Capture {
                 continue;
             }
             let last = first + at as u32;
-            let commit = Commit { first: first + begin as u32, last, pages: head.commit, sum: head.sum };
+            let commit =
+                CommitFrames { first: first + begin as u32, last, pages: head.commit, sum: head.sum };
             self.take_small(commit, &run[begin * frame..(at + 1) * frame])?;
             if self.out.len() > self.batch_bytes {
                 self.hand_on(sink)?;
@@ -171,21 +172,21 @@ impl Capture {
     }
 
     /// Finds the commit frame of a transaction that is longer than a run.
-    fn find_end(&self, first: u32, max: u32) -> Result<Commit> {
+    fn find_end(&self, first: u32, max: u32) -> Result<CommitFrames> {
         let mut bytes = [0; FRAME_HEADER_BYTES];
         for frame in first..=max {
             self.base.progress.step();
             self.base.wal.read(&mut bytes, frame_offset(frame, self.base.page_size))?;
             let head = self.frame_header(&bytes, frame)?;
             if head.commit != 0 {
-                return Ok(Commit { first, last: frame, pages: head.commit, sum: head.sum });
+                return Ok(CommitFrames { first, last: frame, pages: head.commit, sum: head.sum });
             }
         }
         Err(Error::Stopped(format!("the WAL's index ends at frame {max}, which is no commit")))
     }
 
     /// A commit whose frames are all at hand.
-    fn take_small(&mut self, commit: Commit, frames: &[u8]) -> Result<()> {
+    fn take_small(&mut self, commit: CommitFrames, frames: &[u8]) -> Result<()> {
         let frame = frame_bytes(self.base.page_size);
         let newest = newest_images(frames, frame);
         let mut record = Record::begin(self, commit);
@@ -205,7 +206,7 @@ impl Capture {
     }
 
     /// A commit that is read page by page, and handed on in pieces.
-    fn take_large(&mut self, commit: Commit, sink: &mut dyn Sink) -> Result<()> {
+    fn take_large(&mut self, commit: CommitFrames, sink: &mut dyn Sink) -> Result<()> {
         self.hand_on(sink)?;
         sink.committed(self.tip.position.number() + 1)?;
         let mut record = Record::begin(self, commit);
@@ -375,7 +376,7 @@ impl Capture {
 /// A record while it is being made.
 #[derive(Debug)]
 struct Record {
-    commit: Commit,
+    commit: CommitFrames,
     sum: Checksum,
     changed: u32,
     /// Pages beyond the size before the commit.
@@ -386,7 +387,7 @@ struct Record {
 }
 
 impl Record {
-    fn begin(capture: &Capture, commit: Commit) -> Record {
+    fn begin(capture: &Capture, commit: CommitFrames) -> Record {
         let sum = capture.tip.position.checksum();
         Record { commit, sum, changed: 0, grown: 0, last_page: 0, same: false }
     }

@@ -18,18 +18,18 @@ const DATABASE_HEADER_BYTES: usize = 100;
 pub(super) struct Malformed;
 
 /// Reads pages of one state.
-pub(super) type Read<'a> = dyn FnMut(PageNo, &mut [u8]) -> crate::error::Result<()> + 'a;
+pub(super) type ReadPage<'a> = dyn FnMut(PageNo, &mut [u8]) -> crate::error::Result<()> + 'a;
 
 /// A state of a database: its pages, of a size, so many.
-pub(super) struct Pages<'a> {
-    pub(super) read: Box<Read<'a>>,
+pub(super) struct StatePages<'a> {
+    pub(super) read: Box<ReadPage<'a>>,
     pub(super) page_bytes: usize,
     pub(super) count: u32,
 }
 
 /// The leaf pages of a table that are in a set, found by its interior pages alone.
 pub(super) fn leaves(
-    pages: &mut Pages<'_>,
+    pages: &mut StatePages<'_>,
     root: PageNo,
     wanted: &PageSet,
 ) -> crate::error::Result<Vec<PageNo>> {
@@ -80,7 +80,7 @@ pub(super) fn rowids(number: PageNo, page: &[u8]) -> Result<Vec<i64>, Malformed>
         .collect()
 }
 
-struct Node {
+struct BtreeNode {
     kind: u8,
     cells: usize,
     /// Where the pointers to the cells stand.
@@ -88,11 +88,11 @@ struct Node {
     rightmost: u32,
 }
 
-fn node(number: PageNo, page: &[u8]) -> Result<Node, Malformed> {
+fn node(number: PageNo, page: &[u8]) -> Result<BtreeNode, Malformed> {
     let at = if number == PageNo::FIRST { DATABASE_HEADER_BYTES } else { 0 };
     let head = page.get(at..at + 12).ok_or(Malformed)?;
     let interior = head[0] == INTERIOR;
-    Ok(Node {
+    Ok(BtreeNode {
         kind: head[0],
         cells: usize::from(u16::from_be_bytes([head[3], head[4]])),
         pointers: at + if interior { 12 } else { 8 },
@@ -100,7 +100,7 @@ fn node(number: PageNo, page: &[u8]) -> Result<Node, Malformed> {
     })
 }
 
-impl Node {
+impl BtreeNode {
     fn cells<'a>(&self, page: &'a [u8]) -> impl Iterator<Item = &'a [u8]> {
         let pointers = page.get(self.pointers..self.pointers + 2 * self.cells).unwrap_or_default();
         let at = pointers.chunks_exact(2).map(|p| usize::from(u16::from_be_bytes([p[0], p[1]])));
@@ -137,7 +137,7 @@ fn varint(bytes: &[u8]) -> Result<(u64, usize), Malformed> {
 
 /// The tables of a state with the leaf pages of each that are in a set.
 pub(super) fn tables(
-    pages: &mut Pages<'_>,
+    pages: &mut StatePages<'_>,
     roots: &[(String, u32)],
     wanted: &PageSet,
 ) -> crate::error::Result<BTreeMap<String, Vec<PageNo>>> {
@@ -166,7 +166,7 @@ pub(in crate::engine) fn fuzz_btree_page(data: &[u8]) {
         into[..taken].copy_from_slice(&data[..taken]);
         Ok(())
     };
-    let mut pages = Pages { read: Box::new(read), page_bytes: 512, count: 1000 };
+    let mut pages = StatePages { read: Box::new(read), page_bytes: 512, count: 1000 };
     let _ = PageNo::new(2).map(|root| leaves(&mut pages, root, &wanted));
 }
 
@@ -196,7 +196,7 @@ mod tests {
                 Ok(())
             };
             let count = (image.len() / page_size) as u32;
-            let mut pages = Pages { read: Box::new(read), page_bytes: page_size, count };
+            let mut pages = StatePages { read: Box::new(read), page_bytes: page_size, count };
             let root = "SELECT rootpage FROM sqlite_schema WHERE name = 't'";
             let root = connection.query_row(root, [], |r| r.get::<_, u32>(0)).unwrap();
             let mut found = Vec::new();
@@ -223,7 +223,7 @@ mod tests {
                 into.copy_from_slice(&page);
                 Ok(())
             };
-            let mut pages = Pages { read: Box::new(read), page_bytes: 512, count: 1000 };
+            let mut pages = StatePages { read: Box::new(read), page_bytes: 512, count: 1000 };
             let _ = leaves(&mut pages, PageNo::new(2).unwrap(), &all);
         }
     }

@@ -13,7 +13,7 @@ use serde_json::{Map, Value};
 use crate::engine::file::database::{OpenDatabase, Tip, reader};
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming::Ready;
-use crate::engine::lost::btree::{self, Pages};
+use crate::engine::lost::btree::{self, StatePages};
 use crate::engine::lost::{CURE, Output, write};
 use crate::error::{Error, Result};
 use crate::page::{PageNo, PageSet};
@@ -51,27 +51,32 @@ pub struct LostRows {
 }
 
 /// The state before a heal, kept readable beside the one after it.
-pub(in crate::engine) struct Before {
+pub(in crate::engine) struct StateBefore {
     handle: Handle,
     tip: Tip,
 }
 
-impl Before {
+impl StateBefore {
     /// Holds the state that readers see now.
-    pub(in crate::engine) fn hold(live: &WalAppender) -> Result<Before> {
+    pub(in crate::engine) fn hold(live: &WalAppender) -> Result<StateBefore> {
         let handle = reader(&live.base)?;
         handle.connection().execute_batch("BEGIN")?;
         handle.connection().query_row("SELECT count(*) FROM sqlite_schema", [], |_| Ok(()))?;
-        Ok(Before { handle, tip: live.base.tip() })
+        Ok(StateBefore { handle, tip: live.base.tip() })
     }
 }
 
 /// Tells the rows of a branch that was kept at `path`.
-pub(in crate::engine) fn tell(path: &Path, before: Before, live: &WalAppender, ready: &Ready) -> Result<()> {
+pub(in crate::engine) fn tell(
+    path: &Path,
+    before: StateBefore,
+    live: &WalAppender,
+    ready: &Ready,
+) -> Result<()> {
     let base = &live.base;
     let mut after = reader(base)?;
     after.connection().execute_batch("BEGIN")?;
-    let Before { mut handle, tip } = before;
+    let StateBefore { mut handle, tip } = before;
     // What the heal replaced, and what it dropped.
     let mut touched = ready.have.clone();
     (ready.pages.saturating_add(1)..=tip.pages).filter_map(PageNo::new).for_each(|page| touched.insert(page));
@@ -113,7 +118,7 @@ fn candidates(
     let mut page = vec![0; base.page_size.bytes()];
     let frame = tip.frame;
     let read = |number: PageNo, buffer: &mut [u8]| base.read_page(&mut *handle, number, frame, buffer);
-    let mut pages = Pages { read: Box::new(read), page_bytes: page.len(), count: tip.pages };
+    let mut pages = StatePages { read: Box::new(read), page_bytes: page.len(), count: tip.pages };
     let tables = btree::tables(&mut pages, &roots, touched)?;
     let mut found = BTreeMap::new();
     let mut count = 0;

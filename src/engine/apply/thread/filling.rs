@@ -28,7 +28,7 @@ const COPY_BYTES: usize = 64 * 1024;
 
 /// What was open before there was to be room.
 #[derive(Clone, Copy)]
-enum Before {
+enum OpenBefore {
     Closed,
     Empty,
     Content,
@@ -67,9 +67,9 @@ impl Apply {
             return Ok(());
         }
         let before = match self.state {
-            State::Closed => Before::Closed,
-            State::Empty(_) => Before::Empty,
-            State::Known(_) | State::Unknown(_) => Before::Content,
+            State::Closed => OpenBefore::Closed,
+            State::Empty(_) => OpenBefore::Empty,
+            State::Known(_) | State::Unknown(_) => OpenBefore::Content,
         };
         if let Some(base) = self.state.content().map(|live| live.base.clone()) {
             self.node.renew_files();
@@ -77,16 +77,16 @@ impl Apply {
             self.node.applied.forget();
         }
         self.state.close();
-        let cleared = self.clear(!matches!(before, Before::Empty));
+        let cleared = self.clear(!matches!(before, OpenBefore::Empty));
         match (&cleared, before) {
             (Ok(()), _) => {
                 self.refill = false;
                 self.open_path(Some(size))?;
             }
-            (Err(_), Before::Empty) => self.open_path(Some(size))?,
+            (Err(_), OpenBefore::Empty) => self.open_path(Some(size))?,
             // It is read from again.
-            (Err(_), Before::Content) => self.open_path(None)?,
-            (Err(_), Before::Closed) => {}
+            (Err(_), OpenBefore::Content) => self.open_path(None)?,
+            (Err(_), OpenBefore::Closed) => {}
         }
         cleared
     }

@@ -14,7 +14,7 @@ use crate::engine::file::epochs::write_epochs;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming::heal::Heal;
 use crate::engine::incoming::{self, IncomingState, Ready, Under};
-use crate::engine::lost::{self, Before, Replaced};
+use crate::engine::lost::{self, Replaced, StateBefore};
 use crate::engine::recover::mend;
 use crate::error::{Error, PeerProblem, Result};
 use crate::log::Lookup;
@@ -218,7 +218,7 @@ impl Apply {
         healing: &Healing,
         ready: &Ready,
         history: &EpochHistory,
-    ) -> Result<Option<(PathBuf, Option<Before>)>> {
+    ) -> Result<Option<(PathBuf, Option<StateBefore>)>> {
         let vouched = live.base.log.tip() == Some(live.base.tip().position);
         let mut kept = None;
         let damaged = self.suspect == Suspect::Pages;
@@ -233,7 +233,7 @@ impl Apply {
             tracing::error!(kept = %branch.path().display(), tip = %branch.tip, "this node had commits that are not in the primary's history; they are kept");
             self.node.tell(Event::Kept(branch.path().to_owned()));
             // Pages that are damaged may say nothing of rows.
-            kept = Some((branch.path().to_owned(), Before::hold(live).ok()));
+            kept = Some((branch.path().to_owned(), StateBefore::hold(live).ok()));
         }
         write_epochs(&self.options.side, history, false)?;
         live.base.log.reset(ready.position)?;
@@ -242,7 +242,7 @@ impl Apply {
     }
 
     /// Notes which rows the lost branch had; the pages are kept already.
-    fn tell_rows(&mut self, (path, before): (PathBuf, Option<Before>), ready: &Ready) -> PathBuf {
+    fn tell_rows(&mut self, (path, before): (PathBuf, Option<StateBefore>), ready: &Ready) -> PathBuf {
         if let (Some(live), Some(before)) = (self.state.known(), before)
             && let Err(error) = lost::tell(&path, before, live, ready)
         {
@@ -289,12 +289,12 @@ pub(super) struct Healing {
 
 /// How often heals may follow each other.
 #[derive(Debug, Default)]
-pub(super) struct Pace {
+pub(super) struct HealPacer {
     last: Option<Instant>,
     pause: Duration,
 }
 
-impl Pace {
+impl HealPacer {
     fn allow(&self) -> Result<()> {
         match self.last {
             Some(last) if last.elapsed() < self.pause => Err(Error::HealPaused { pause: self.pause }),
@@ -321,7 +321,7 @@ mod tests {
 
     #[test]
     fn a_pause_between_heals_is_told_as_one() {
-        let pace = Pace { last: Some(Instant::now()), pause: Duration::from_secs(8) };
+        let pace = HealPacer { last: Some(Instant::now()), pause: Duration::from_secs(8) };
         let said = pace.allow().unwrap_err().to_string();
         assert!(
             said.contains("the next heal begins 8s after the last") && said.contains("look for"),

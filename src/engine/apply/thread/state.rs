@@ -4,11 +4,11 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use crate::context::Part;
-use crate::engine::apply::inbox::Command;
+use crate::engine::apply::inbox::ApplyCommand;
 use crate::engine::apply::thread::healing::Suspect;
 use crate::engine::apply::thread::vouched::last_vouched;
 use crate::engine::apply::thread::{Apply, sync_parent};
-use crate::engine::checkpoint::thread::{Checkpointer, Replica};
+use crate::engine::checkpoint::thread::{Checkpointer, ReplicaSync};
 use crate::engine::file::database::{OpenDatabase, reader};
 use crate::engine::file::doubt;
 use crate::engine::history::wal_appender::WalAppender;
@@ -218,10 +218,10 @@ impl Apply {
         let ready = move || {
             if let Some(commands) = commands.upgrade() {
                 // When the queue is full, the thread looks by itself after the next batch.
-                let _ = commands.try_send(Command::Restart);
+                let _ = commands.try_send(ApplyCommand::Restart);
             }
         };
-        let replica = Replica { synced: self.shared.synced.clone(), ready: Box::new(ready) };
+        let replica = ReplicaSync { synced: self.shared.synced.clone(), ready: Box::new(ready) };
         let checkpointer = Checkpointer {
             base: base.clone(),
             handle: reader(base)?,
