@@ -490,7 +490,7 @@ impl World {
         options.wal_limit_bytes = 64 << 20;
         let follower =
             ReplicaEngine::open(options, node()).unwrap_or_else(|error| panic!("{combination:?}: {error}"));
-        let position = lock(&follower.shared.base).as_ref().map(|base| base.tip().position);
+        let position = lock(&follower.shared.term).as_ref().map(|base| base.tip().position);
         let readable = *follower.readable().borrow();
         let name = match position.filter(|_| readable) {
             None => "compared".to_string(),

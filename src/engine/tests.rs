@@ -99,7 +99,7 @@ pub(super) fn settled(engine: &PrimaryEngine) -> Position {
 }
 
 pub(super) fn applied(follower: &ReplicaEngine) -> Option<Position> {
-    lock(&follower.shared.base).as_ref().map(|b| b.tip().position)
+    lock(&follower.shared.term).as_ref().map(|b| b.tip().position)
 }
 
 pub(super) fn send(follower: &ReplicaEngine, units: BytesMut) -> Result<()> {
@@ -438,7 +438,7 @@ fn the_wal_stays_bounded_beside_readers_that_never_pause() {
                 .unwrap();
             if i % 10 == 0 {
                 catch_up(&engine, &follower);
-                let replica = lock(&follower.shared.base).clone().unwrap();
+                let replica = lock(&follower.shared.term).clone().unwrap();
                 longest = longest.max(engine.base.wal_bytes()).max(replica.wal_bytes());
                 restarts = (engine.base.bound.restarts(), replica.bound.restarts());
             }

@@ -44,7 +44,7 @@ impl ReplicaEngine {
         files::make(&options.side)?;
         let (commands, receiver) = mpsc::channel(QUEUE_MAX);
         let shared = Arc::new(ApplyShared {
-            base: Mutex::new(None),
+            term: Mutex::new(None),
             readable: watch::Sender::new(false),
             synced: watch::Sender::new(None),
             failure: Mutex::new(None),
@@ -117,25 +117,25 @@ impl ReplicaEngine {
 
     /// Fails when the files at the paths are not those that are open, or somebody else wrote to the database.
     pub(crate) fn expect_files(&self) -> Result<()> {
-        let base = lock(&self.shared.base).clone();
+        let base = lock(&self.shared.term).clone();
         base.map_or(Ok(()), |base| base.expect_files())
     }
 
     /// Copies all that is applied back and begins the WAL anew. Blocks for at most so long.
     pub(crate) fn checkpoint(&self, limit: Duration) -> Result<Checkpoint> {
-        let base = lock(&self.shared.base).clone();
+        let base = lock(&self.shared.term).clone();
         let base = base.ok_or_else(|| Error::NoState("the replica is not filled yet".into()))?;
         // The checkpointer has the apply thread look each time that it looks itself.
         bound::checkpoint(&base, limit, || {})
     }
 
     pub(crate) fn wal(&self) -> WalFigures {
-        lock(&self.shared.base).as_ref().map_or(WalFigures::default(), |b| b.figures())
+        lock(&self.shared.term).as_ref().map_or(WalFigures::default(), |b| b.figures())
     }
 
     /// The replica's log, once it has a state.
     pub(crate) fn log(&self) -> Option<Arc<Log>> {
-        lock(&self.shared.base).as_ref().map(|b| b.log.clone())
+        lock(&self.shared.term).as_ref().map(|b| b.log.clone())
     }
 
     /// Stops and joins the threads. Blocks.

@@ -6,8 +6,9 @@ use std::sync::{Arc, Mutex};
 use bytes::{Bytes, BytesMut};
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::engine::file::database::{OpenDatabase, reader};
+use crate::engine::file::database::reader;
 use crate::engine::source::answer;
+use crate::engine::file::term::Term;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::page::PageNo;
@@ -17,7 +18,7 @@ use crate::wire::{self, Message, Unit, Want};
 /// What the apply thread tells the outside.
 #[derive(Debug)]
 pub(in crate::engine) struct ApplyShared {
-    pub(in crate::engine) base: Mutex<Option<Arc<OpenDatabase>>>,
+    pub(in crate::engine) term: Mutex<Option<Arc<Term>>>,
     pub(in crate::engine) readable: watch::Sender<bool>,
     pub(in crate::engine) synced: watch::Sender<Option<Position>>,
     /// Why the current stream can't go on.
@@ -36,12 +37,12 @@ impl ApplyShared {
     pub(in crate::engine) fn answer(&self, want: &Want) -> Result<Bytes> {
         let nothing = || Error::NoState("nothing to compare with yet".into());
         let (mut handle, size) = {
-            let base = lock(&self.base);
+            let base = lock(&self.term);
             let base = base.as_ref().ok_or_else(nothing)?;
             (reader(base)?, base.page_size)
         };
         let read = |first, most| {
-            let base = lock(&self.base);
+            let base = lock(&self.term);
             base.as_ref().ok_or_else(nothing)?.read_piece(&mut handle, first, most)
         };
         let (bytes, sent) = answer(read, size, &want.runs)?;

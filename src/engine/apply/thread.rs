@@ -15,13 +15,13 @@ use tokio::sync::mpsc;
 
 use crate::context::{NodeContext, Part};
 use crate::engine::apply::inbox::{ApplyCommand, ApplyShared, ReplicaStanding};
-use crate::engine::file::database::OpenDatabase;
 use crate::engine::file::epochs::write_epochs;
 use crate::engine::history::append_or_gap;
 use crate::engine::history::record_intake::RecordIntake;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming::{self, IncomingState, Under};
 use crate::engine::options::EngineOptions;
+use crate::engine::file::term::Term;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::files::sync_directory;
@@ -41,6 +41,8 @@ pub(in crate::engine) struct Apply {
     shared: Arc<ApplyShared>,
     commands: mpsc::WeakSender<ApplyCommand>,
     state: State,
+    /// Of what is open.
+    term: Option<Arc<Term>>,
     checkpointer: Option<JoinHandle<()>>,
     incoming: Option<IncomingState>,
     healing: Option<Healing>,
@@ -61,6 +63,8 @@ pub(in crate::engine) struct Apply {
     failed: bool,
     /// What is at the path could not be opened.
     reopen: bool,
+    /// What was open was handed on: the node goes on with it.
+    left: bool,
     bounded: Bounded,
 }
 
@@ -77,6 +81,7 @@ impl Apply {
             shared,
             commands,
             state: State::Closed,
+            term: None,
             checkpointer: None,
             incoming: None,
             healing: None,
@@ -91,6 +96,7 @@ impl Apply {
             intake: RecordIntake::default(),
             failed: false,
             reopen: false,
+            left: false,
             bounded: Bounded::new(),
         };
         // A fill that was begun knows how large the primary's pages are.
@@ -152,9 +158,9 @@ impl Apply {
         if base.expect_files().is_ok() || !base.lost() {
             return;
         }
-        let why = base.sound().err();
+        let why = base.intact().err();
         self.abort();
-        self.end_service(&base);
+        self.end_service();
         self.state.close();
         drop(base);
         // What was promised of that state is not.
@@ -178,14 +184,18 @@ impl Apply {
     }
 
     /// Nobody reads what is open any more, and nothing is copied back.
-    fn end_service(&mut self, base: &OpenDatabase) {
-        *lock(&self.shared.base) = None;
+    fn end_service(&mut self) {
+        *lock(&self.shared.term) = None;
         self.shared.readable.send_replace(false);
-        self.end_checkpointer(base);
+        self.end_term();
+        self.term = None;
     }
 
-    fn end_checkpointer(&mut self, base: &OpenDatabase) {
-        base.stop.store(true, Ordering::Release);
+    /// The threads that copy back what is open end.
+    fn end_term(&mut self) {
+        if let Some(term) = &self.term {
+            term.end();
+        }
         if let Some(thread) = self.checkpointer.take() {
             thread.thread().unpark();
             // It has said how it ended.
@@ -198,9 +208,9 @@ impl Apply {
         *lock(&self.shared.fallen) = Some(error.cause());
         drop(commands);
         self.shared.readable.send_replace(false);
-        let base = lock(&self.shared.base).clone();
-        match base {
-            Some(base) => base.fail(error),
+        let term = lock(&self.shared.term).clone();
+        match term {
+            Some(term) => term.fail(error),
             None => self.node.fail(error),
         }
         self.stop(false);
@@ -209,22 +219,22 @@ impl Apply {
     /// Gives everything back. What was open when the thread failed is left as it is, like after a kill.
     fn stop(&mut self, orderly: bool) {
         // With our connections the wal-index goes out of memory: nobody may ask for its figures any more.
-        let shared = lock(&self.shared.base).take();
-        let live = self.state.known();
-        // A panic may have taken the one or the other.
-        if let Some(base) = live.as_ref().map(|live| live.base.clone()).or(shared) {
-            self.end_checkpointer(&base);
+        lock(&self.shared.term).take();
+        self.end_term();
+        if let Some(term) = self.term.take() {
             if let Some(live) = self.state.known() {
-                let rested = if orderly && !base.failed() { rest(live) } else { Ok(()) };
+                let rested = if orderly && !term.failed() { rest(live) } else { Ok(()) };
                 if let Err(error) = rested {
                     tracing::warn!(%error, "the last anchor was not written; the next start reads the WAL instead");
                 }
             }
+            // A panic may have taken what was open.
             self.state.close();
-            base.release_locks();
+            term.release_locks();
         }
-        self.state.close();
-        self.node.applied.close();
+        if !self.left {
+            self.node.applied.close();
+        }
     }
 
     /// Runs a step of a stream; a failure ends that stream and is told to whoever feeds it.
@@ -279,8 +289,8 @@ impl Apply {
     }
 
     fn units(&mut self, units: Vec<Unit>) -> Result<()> {
-        if let Some(live) = self.state.known() {
-            live.base.check()?;
+        if let (Some(term), Some(_)) = (&self.term, self.state.known()) {
+            term.check()?;
         }
         for unit in &units {
             let message = unit.decode().map_err(|e| Error::garbled("the primary", e.to_string()))?;

@@ -9,6 +9,7 @@ use crate::engine::capture::waker::Waker;
 use crate::engine::checkpoint::backfill::LOCK_STEP;
 use crate::engine::checkpoint::bound::{BRAKE_TIMES, COPY_MAX, LATE_TIMES, REST_TIMES, Teller};
 use crate::engine::file::database::OpenDatabase;
+use crate::engine::file::term::Term;
 use crate::error::Result;
 use crate::lock::lock;
 use crate::sqlite::{Handle, Lock, Slot};
@@ -123,7 +124,7 @@ impl Brake {
     }
 
     /// Blocks our own writer while it is held back.
-    pub(in crate::engine) fn wait(&self, base: &OpenDatabase) {
+    pub(in crate::engine) fn wait(&self, base: &Term) {
         if !self.on.load(Ordering::Acquire) {
             return;
         }
@@ -174,7 +175,7 @@ struct Rest {
 
 /// The thread that pulls it and lets go.
 pub(in crate::engine) struct BrakeLoop {
-    base: Arc<OpenDatabase>,
+    base: Arc<Term>,
     brake: Arc<Brake>,
     capture: Arc<Waker>,
     checkpointer: Thread,
@@ -190,7 +191,7 @@ pub(in crate::engine) struct BrakeLoop {
 
 impl BrakeLoop {
     pub(in crate::engine) fn start(
-        base: Arc<OpenDatabase>,
+        base: Arc<Term>,
         brake: Arc<Brake>,
         capture: Arc<Waker>,
         checkpointer: Thread,

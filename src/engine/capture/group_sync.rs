@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
-use crate::engine::file::database::OpenDatabase;
+use crate::engine::file::term::Term;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::threads::caught;
@@ -10,7 +10,7 @@ use crate::threads::caught;
 /// Which commits are on the disk, and who is bringing more of them there.
 #[derive(Debug)]
 pub(in crate::engine) struct GroupSync {
-    base: Arc<OpenDatabase>,
+    base: Arc<Term>,
     state: Mutex<SyncState>,
     changed: Condvar,
 }
@@ -30,7 +30,7 @@ struct SyncState {
 
 impl GroupSync {
     /// Everything up to `synced` is on the disk already.
-    pub(in crate::engine) fn new(base: Arc<OpenDatabase>, synced: u64) -> GroupSync {
+    pub(in crate::engine) fn new(base: Arc<Term>, synced: u64) -> GroupSync {
         let state = SyncState { synced, wanted: synced, leading: false, failed: None };
         GroupSync { base, state: Mutex::new(state), changed: Condvar::new() }
     }

@@ -20,6 +20,7 @@ use crate::engine::history::wal_records::Capture;
 #[cfg(test)]
 use crate::engine::options::EngineOptions;
 use crate::engine::source::Piece;
+use crate::engine::file::term::Term;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::log::Log;
@@ -32,7 +33,7 @@ use crate::wal::Salts;
 /// A primary's open database.
 #[derive(Debug)]
 pub(crate) struct PrimaryEngine {
-    pub(in crate::engine) base: Arc<OpenDatabase>,
+    pub(in crate::engine) base: Arc<Term>,
     pub(in crate::engine) syncer: Arc<GroupSync>,
     pub(in crate::engine) waker: Arc<Waker>,
     pub(in crate::engine) brake: Arc<Brake>,
@@ -67,6 +68,8 @@ impl PrimaryEngine {
         handle: Handle,
         history: EpochHistory,
     ) -> Result<PrimaryEngine> {
+        let base = Term::new(base);
+        base.when_lost(|database, error| database.node.fail(error));
         if let Some(found) = doubt::text(&base.options.side) {
             base.node.set_problem(Part::Pages, Some(found));
         }
@@ -78,7 +81,7 @@ impl PrimaryEngine {
         let brake = Arc::new(Brake::new(&base, WriteLock::new(reader(&base)?)));
         let capture_loop = CaptureLoop {
             base: base.clone(),
-            capture: Capture::new(base.clone(), handle, tip, Arc::new(history)),
+            capture: Capture::new(base.database().clone(), handle, tip, Arc::new(history)),
             syncer: syncer.clone(),
             waker: waker.clone(),
             commands: receiver,
@@ -188,8 +191,8 @@ impl Drop for PrimaryEngine {
     }
 }
 
-fn stop_threads(base: &OpenDatabase, threads: &Mutex<Vec<JoinHandle<()>>>, waker: &Waker) {
-    base.stop.store(true, std::sync::atomic::Ordering::Release);
+fn stop_threads(base: &Term, threads: &Mutex<Vec<JoinHandle<()>>>, waker: &Waker) {
+    base.end();
     waker.wake();
     for thread in std::mem::take(&mut *lock(threads)) {
         thread.thread().unpark();

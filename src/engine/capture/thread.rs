@@ -14,13 +14,13 @@ use crate::engine::checkpoint::backfill;
 use crate::engine::checkpoint::bound::FAILURE_PAUSE;
 use crate::engine::checkpoint::bound::{BRAKE_TIMES, cannot_copy};
 use crate::engine::checkpoint::restart::{DRAIN_MAX, Restart, keep_from_others, restart};
-use crate::engine::file::database::OpenDatabase;
 use crate::engine::file::epochs::write_epochs;
 use crate::engine::file::unsynced_marker;
 use crate::engine::history::append_or_gap::{self, append_or_gap};
 use crate::engine::history::epoch::open_epoch;
 use crate::engine::history::wal_records::{Capture, Sink};
 use crate::engine::options::Durability;
+use crate::engine::file::term::Term;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::threads;
@@ -54,7 +54,7 @@ pub(in crate::engine) enum CaptureCommand {
 }
 
 pub(in crate::engine) struct CaptureLoop {
-    pub(in crate::engine) base: Arc<OpenDatabase>,
+    pub(in crate::engine) base: Arc<Term>,
     pub(in crate::engine) capture: Capture,
     pub(in crate::engine) syncer: Arc<GroupSync>,
     pub(in crate::engine) waker: Arc<Waker>,
@@ -320,7 +320,7 @@ impl CaptureLoop {
 
 /// Hands records to the log, after they are on the disk in the WAL.
 struct ToLog<'a> {
-    base: &'a Arc<OpenDatabase>,
+    base: &'a Arc<Term>,
     syncer: &'a GroupSync,
     brake: &'a Brake,
 }

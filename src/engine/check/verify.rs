@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroU64;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::sync::{Arc, TryLockError};
+use std::sync::TryLockError;
 use std::time::{Duration, Instant};
 
 use crate::checksum::{Checksum, PageHash};
@@ -12,6 +12,7 @@ use crate::engine::capture::handle::PrimaryEngine;
 use crate::engine::file::database::{OpenDatabase, Tip, reader};
 use crate::engine::file::doubt;
 use crate::engine::file::hash::Whole;
+use crate::engine::file::term::Term;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::log::Lookup;
@@ -58,7 +59,7 @@ impl ReplicaEngine {
         let (base, handle) = {
             // The apply thread takes the base out before it closes its connections: until then the wal-index is mapped, and
             // our connection keeps it so.
-            let shared = lock(&self.shared.base);
+            let shared = lock(&self.shared.term);
             let base =
                 shared.clone().ok_or_else(|| Error::NoState("the replica is not filled yet".into()))?;
             let handle = reader(&base)?;
@@ -69,7 +70,7 @@ impl ReplicaEngine {
     }
 }
 
-fn verify(base: &Arc<OpenDatabase>, mut handle: Handle, limit: Option<NonZeroU64>) -> Result<Verification> {
+fn verify(base: &Term, mut handle: Handle, limit: Option<NonZeroU64>) -> Result<Verification> {
     let begun = Instant::now();
     let tip = pin(base, &mut handle)?;
     let found = hash(base, &mut handle, &tip, limit)?;
@@ -103,14 +104,14 @@ fn verify(base: &Arc<OpenDatabase>, mut handle: Handle, limit: Option<NonZeroU64
 }
 
 /// Whether the node ends, whoever ends it.
-fn stopped(base: &OpenDatabase) -> Result<()> {
+fn stopped(base: &Term) -> Result<()> {
     if base.stopping() || base.node.stop.is_cancelled() { Err(Error::ShutDown) } else { Ok(()) }
 }
 
 /// Holds the state at the tip still, for as long as the handle lives: no frame after it is copied into the file, and the WAL is not begun
 /// anew. By a read mark, as a reader does it, but at the tip, whose position is known, and never at READ0, which would keep all frames out
 /// of the file.
-fn pin(base: &OpenDatabase, handle: &mut Handle) -> Result<Tip> {
+fn pin(base: &Term, handle: &mut Handle) -> Result<Tip> {
     let mut end = Instant::now() + MARK_WAIT;
     while Instant::now() < end {
         stopped(base)?;
@@ -166,7 +167,7 @@ fn share(base: &OpenDatabase, handle: &mut Handle, mark: usize, frame: u32) -> R
 }
 
 /// The sum over all pages at the tip, which is pinned. Sums commute, so that two threads may share the runs.
-fn hash(base: &OpenDatabase, handle: &mut Handle, tip: &Tip, limit: Option<NonZeroU64>) -> Result<Checksum> {
+fn hash(base: &Term, handle: &mut Handle, tip: &Tip, limit: Option<NonZeroU64>) -> Result<Checksum> {
     let whole = Whole::new(base, tip.frame, tip.pages);
     let (next, begun) = (AtomicU32::new(0), Instant::now());
     let work = |handle: &mut Handle| {
@@ -199,7 +200,7 @@ fn hash(base: &OpenDatabase, handle: &mut Handle, tip: &Tip, limit: Option<NonZe
 }
 
 /// Sleeps for as long as the limit asks for after so many pages.
-fn pause(base: &OpenDatabase, pages: u32, begun: Instant, limit: Option<NonZeroU64>) -> Result<()> {
+fn pause(base: &Term, pages: u32, begun: Instant, limit: Option<NonZeroU64>) -> Result<()> {
     let due = limit.map_or(Duration::ZERO, |limit| {
         let bytes = u128::from(pages) * u128::from(base.page_size.get());
         Duration::from_millis((bytes * 1000 / u128::from(limit.get())) as u64)
@@ -216,7 +217,7 @@ fn pause(base: &OpenDatabase, pages: u32, begun: Instant, limit: Option<NonZeroU
 
 /// The pages that are not what the newest record says that has them, and whether they are the whole difference.
 fn name_bad_pages(
-    base: &Arc<OpenDatabase>,
+    base: &Term,
     handle: &mut Handle,
     tip: &Tip,
     found: Checksum,
@@ -241,7 +242,7 @@ fn name_bad_pages(
 }
 
 /// The hash of each page that the retained log has an image of, as of a state. None when the log does not reach to it.
-fn logged(base: &Arc<OpenDatabase>, at: Position) -> Result<HashMap<PageNo, PageHash>> {
+fn logged(base: &Term, at: Position) -> Result<HashMap<PageNo, PageHash>> {
     let log = &base.log;
     let mut known = HashMap::new();
     let Some(start) = log.start() else { return Ok(known) };

@@ -2,7 +2,6 @@
 //!
 //! Everybody else's checkpoints are refused while we hold the CKPT lock; these are ours.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::engine::checkpoint::restart::DRAIN_MAX;
@@ -11,6 +10,7 @@ use crate::engine::file::database::{OpenDatabase, Tip};
 use crate::engine::file::newest::{Found, Newest};
 use crate::engine::file::witnesses::CopyTag;
 use crate::engine::history::append_or_gap;
+use crate::engine::file::term::Term;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::page::PageNo;
@@ -28,7 +28,7 @@ pub(in crate::engine) const LOCK_STEP: Duration = Duration::from_micros(30);
 
 /// Copies what readers allow, without stopping anybody. Returns the frame that the file now stands at.
 pub(in crate::engine) fn backfill_some(
-    base: &Arc<OpenDatabase>,
+    base: &Term,
     handle: &mut Handle,
     may_complete: bool,
 ) -> Result<Option<u32>> {
@@ -80,7 +80,7 @@ pub(in crate::engine) fn rest(base: &OpenDatabase, target: &Tip) -> Result<()> {
 
 /// Copies the newest image of each page in `done+1 ..= target` and fsyncs. READ0 is held, exclusive.
 pub(in crate::engine) fn copy(
-    base: &OpenDatabase,
+    base: &Term,
     handle: &mut Handle,
     target: &Tip,
     done: u32,

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use crate::context::Part;
 use crate::engine::file::anchor::FileState;
 use crate::engine::file::database::OpenDatabase;
+use crate::engine::file::term::Term;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::status::{Checkpoint, Event, WalReason};
@@ -100,7 +101,7 @@ pub(in crate::engine) fn cannot_copy(error: &Error) -> String {
 
 /// Has the WAL begun anew, and waits for it. Blocks for at most so long.
 pub(in crate::engine) fn checkpoint(
-    base: &OpenDatabase,
+    base: &Term,
     limit: Duration,
     wake: impl Fn(),
 ) -> Result<Checkpoint> {

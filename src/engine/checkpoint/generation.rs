@@ -1,6 +1,5 @@
 //! A new generation of the WAL: its salts, its header and the frame that it begins with.
 
-use std::sync::Arc;
 
 use crate::engine::file::anchor::{Anchor, FileState};
 use crate::engine::file::database::{OpenDatabase, Tip, index_header};
@@ -14,7 +13,7 @@ use crate::wal::{READ_MARK_UNUSED, Salts, push_frame, wal_header};
 /// Writes the header and the identity frame of a new generation over the WAL's begin, and publishes it. The file
 /// alone holds the tip's state and is synced; CKPT and WRITE are held, and nobody reads from the WAL.
 pub(in crate::engine) fn begin_generation(
-    base: &Arc<OpenDatabase>,
+    base: &OpenDatabase,
     handle: &mut Handle,
     tip: &Tip,
 ) -> Result<Tip> {
@@ -24,14 +23,14 @@ pub(in crate::engine) fn begin_generation(
 
 /// The same over a file that may be no committed state.
 pub(in crate::engine) fn begin_unproved(
-    base: &Arc<OpenDatabase>,
+    base: &OpenDatabase,
     handle: &mut Handle,
     tip: &Tip,
 ) -> Result<Tip> {
     begin_over(base, handle, tip, FileState::Backfilling(Witnesses::default()))
 }
 
-fn begin_over(base: &Arc<OpenDatabase>, handle: &mut Handle, tip: &Tip, file: FileState) -> Result<Tip> {
+fn begin_over(base: &OpenDatabase, handle: &mut Handle, tip: &Tip, file: FileState) -> Result<Tip> {
     let mut page = vec![0; base.page_size.bytes()];
     handle.read(&mut page, 0)?;
     let generation = lock(&base.anchors).generation() + 1;
@@ -49,7 +48,7 @@ fn begin_over(base: &Arc<OpenDatabase>, handle: &mut Handle, tip: &Tip, file: Fi
         // The index says by now that the WAL is empty, and the file may be neither the old WAL nor the new one. Readers
         // have all in the database; but whoever went on from the old tip would mix two generations.
         let error = Error::Stopped(format!("the WAL could not be begun anew: {error}"));
-        base.fail(&error);
+        base.give_up(&error);
         error
     })?;
     base.set_tip(new);

@@ -1,12 +1,12 @@
 //! How the WAL is begun anew under readers, and kept from being begun anew by others.
 
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::engine::checkpoint::backfill::REST_MAX_FRAMES;
 use crate::engine::checkpoint::backfill::{LOCK_STEP, copy, lock_file, rest, safe_frame};
 use crate::engine::checkpoint::generation::begin_generation;
 use crate::engine::file::database::{OpenDatabase, Tip, index_header};
+use crate::engine::file::term::Term;
 use crate::error::Error;
 use crate::error::Result;
 use crate::page::PageNo;
@@ -32,7 +32,7 @@ pub(in crate::engine) enum Restart {
 
 /// Begins the WAL anew. The caller holds CKPT and WRITE, and the tip is the header's end.
 pub(in crate::engine) fn restart(
-    base: &Arc<OpenDatabase>,
+    base: &Term,
     handle: &mut Handle,
     drain: Duration,
 ) -> Result<Restart> {
@@ -49,7 +49,7 @@ pub(in crate::engine) fn restart(
     if !complete(base, handle, &tip)? {
         return Ok(Restart::Readers);
     }
-    if !lock_marks(base, handle, drain)? {
+    if !lock_marks(base, handle, drain, || base.stopping())? {
         return Ok(Restart::Readers);
     }
     if !is_the_end(base, &tip)? {
@@ -76,7 +76,7 @@ fn is_the_end(base: &OpenDatabase, tip: &Tip) -> Result<bool> {
 }
 
 /// Copies the rest and says that all is copied; false while a reader is in the way.
-fn complete(base: &Arc<OpenDatabase>, handle: &mut Handle, tip: &Tip) -> Result<bool> {
+fn complete(base: &Term, handle: &mut Handle, tip: &Tip) -> Result<bool> {
     let done = base.index.backfilled();
     if done >= tip.frame {
         return Ok(true);
@@ -112,6 +112,7 @@ pub(in crate::engine) fn lock_marks(
     base: &OpenDatabase,
     handle: &mut Handle,
     limit: Duration,
+    gives_up: impl Fn() -> bool,
 ) -> Result<bool> {
     let begun = Instant::now();
     for mark in 1..5 {
@@ -123,7 +124,7 @@ pub(in crate::engine) fn lock_marks(
             // All is copied: nobody joins it any more.
             base.bound.mark(mark, Some(base.index.read_mark(mark)));
             base.bound.pin(true);
-            if locked.is_err() || begun.elapsed() >= limit || base.stopping() {
+            if locked.is_err() || begun.elapsed() >= limit || gives_up() {
                 (1..mark).try_for_each(|held| handle.unlock(Slot::read(held), Lock::Exclusive))?;
                 return locked;
             }
@@ -136,7 +137,7 @@ pub(in crate::engine) fn lock_marks(
 
 /// Rewrites page 1 as it is, so that the WAL has a frame that is not backfilled and nobody else restarts it.
 /// WRITE is held and the tip is the header's end.
-fn append_identity(base: &Arc<OpenDatabase>, handle: &mut Handle) -> Result<Tip> {
+fn append_identity(base: &OpenDatabase, handle: &mut Handle) -> Result<Tip> {
     let tip = base.tip();
     let header = base.settled_header()?;
     let mut page = vec![0; base.page_size.bytes()];
@@ -156,7 +157,7 @@ fn append_identity(base: &Arc<OpenDatabase>, handle: &mut Handle) -> Result<Tip>
 
 /// Sees to it that nobody else restarts the WAL once WRITE is given back: not everything may count as backfilled then.
 /// WRITE is held and the tip is the header's end.
-pub(in crate::engine) fn keep_from_others(base: &Arc<OpenDatabase>, handle: &mut Handle) -> Result<Tip> {
+pub(in crate::engine) fn keep_from_others(base: &OpenDatabase, handle: &mut Handle) -> Result<Tip> {
     let tip = base.tip();
     // Frames of somebody else are not backfilled either.
     if base.index.backfilled() < tip.frame || !is_the_end(base, &tip)? {

@@ -9,8 +9,8 @@ use tokio::sync::watch;
 use crate::context::Part;
 use crate::engine::checkpoint::backfill::{REST_MAX_FRAMES, backfill_some};
 use crate::engine::checkpoint::bound::cannot_copy;
-use crate::engine::file::database::OpenDatabase;
 use crate::engine::history::append_or_gap;
+use crate::engine::file::term::Term;
 use crate::error::{Error, Result};
 use crate::files::reserve;
 use crate::lock::lock;
@@ -33,7 +33,7 @@ const ROOM_LOOK: Duration = Duration::from_secs(1);
 const FRAMES_MIN: u32 = 64;
 
 pub(in crate::engine) struct Checkpointer {
-    pub(in crate::engine) base: Arc<OpenDatabase>,
+    pub(in crate::engine) base: Arc<Term>,
     pub(in crate::engine) handle: Handle,
     /// On a replica, whose write lock is held for life.
     pub(in crate::engine) replica: Option<ReplicaSync>,

@@ -5,10 +5,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 
-use crate::context::{NodeContext, Part};
+use crate::context::NodeContext;
 use crate::engine::figures::WalFigures;
 use crate::engine::file::anchor::{Anchor, Anchors, FileState};
-use crate::engine::file::progress::{Asked, CaptureProgress, Patience};
+use crate::engine::file::progress::{Asked, CaptureProgress};
 use crate::engine::file::unsynced_marker;
 use crate::engine::file::wal_bound::Bound;
 use crate::engine::file::wal_file::WalFile;
@@ -20,7 +20,7 @@ use crate::lock::lock;
 use crate::log::Log;
 use crate::page::PageSize;
 use crate::sqlite::{FileLocks, Handle, Slot, WalIndex};
-use crate::status::{Event, Role};
+use crate::status::Event;
 use crate::txid::Position;
 use crate::wal::{IndexHeader, Salts, WalSum, frame_bytes};
 
@@ -42,6 +42,9 @@ pub(in crate::engine) struct Tip {
     pub(in crate::engine) pages: u32,
 }
 
+/// What a role does when the files turn out not to be what they were.
+pub(in crate::engine) type WhenLost = fn(&OpenDatabase, &Error);
+
 /// State that is common to a primary and a replica with an open file.
 #[derive(Debug)]
 pub(in crate::engine) struct OpenDatabase {
@@ -61,13 +64,14 @@ pub(in crate::engine) struct OpenDatabase {
     pub(in crate::engine) generation: RwLock<()>,
     /// Held by whoever copies frames into the database file.
     pub(in crate::engine) backfill: Mutex<()>,
-    pub(in crate::engine) stop: AtomicBool,
     pub(in crate::engine) bound: Bound,
     locks: Option<Arc<FileLocks>>,
     pub(in crate::engine) watch: Watch,
     /// The log could not be written and waits for a whole transaction to begin again behind.
     pub(in crate::engine) log_broken: Mutex<bool>,
-    failed: Mutex<Option<String>>,
+    /// Why the files can't be believed any more.
+    broken: Mutex<Option<String>>,
+    when_lost: Mutex<WhenLost>,
     /// The files are not those that were opened, or not as they were left.
     lost: AtomicBool,
 }
@@ -101,12 +105,12 @@ impl OpenDatabase {
             anchors: Mutex::new(anchors),
             generation: RwLock::new(()),
             backfill: Mutex::new(()),
-            stop: AtomicBool::new(false),
             bound: Bound::default(),
             locks,
             watch,
             log_broken: Mutex::new(false),
-            failed: Mutex::new(None),
+            broken: Mutex::new(None),
+            when_lost: Mutex::new(|_, _| {}),
             lost: AtomicBool::new(false),
         })
     }
@@ -162,59 +166,38 @@ impl OpenDatabase {
         }
     }
 
-    /// Waits until the tip has reached the frame, or the WAL was restarted (then it had).
-    pub(in crate::engine) fn wait_tip(&self, salts: Salts, frame: u32) -> Result<Tip> {
-        self.wait_captured(|tip| (tip.salts != salts || tip.frame >= frame).then_some(*tip))
-    }
-
-    /// Waits until capture has done something, for as long as it does anything.
-    pub(in crate::engine) fn wait_captured<T>(&self, done: impl Fn(&Tip) -> Option<T>) -> Result<T> {
-        let mut patience = Patience::new(&self.progress, Instant::now());
+    /// Waits until `look` finds something at the tip. It says for how long to wait before it looks again, should the tip not move before.
+    pub(in crate::engine) fn wait_moved<T>(
+        &self,
+        mut look: impl FnMut(&Tip) -> Result<Result<T, Duration>>,
+    ) -> Result<T> {
         let mut tip = lock(&self.tip);
         loop {
-            self.check()?;
-            if let Some(found) = done(&tip) {
-                return Ok(found);
+            match look(&tip)? {
+                Ok(found) => return Ok(found),
+                Err(left) => {
+                    tip = self.tip_moved.wait_timeout(tip, left).unwrap_or_else(PoisonError::into_inner).0;
+                }
             }
-            let left = patience.left(&self.progress, Instant::now())?;
-            tip = self.tip_moved.wait_timeout(tip, left).unwrap_or_else(PoisonError::into_inner).0;
         }
     }
 
-    /// Fails when the engine has stopped, and says why.
-    pub(in crate::engine) fn check(&self) -> Result<()> {
-        self.sound()?;
-        if self.stopping() { Err(Error::ShutDown) } else { Ok(()) }
-    }
-
-    pub(in crate::engine) fn stopping(&self) -> bool {
-        self.stop.load(Ordering::Acquire)
-    }
-
-    /// Fails when the engine has stopped by a failure.
-    pub(in crate::engine) fn sound(&self) -> Result<()> {
-        lock(&self.failed).as_ref().map_or(Ok(()), |why| Err(Error::Stopped(why.clone())))
-    }
-
-    /// Stops replication of this database for good, loudly.
-    pub(in crate::engine) fn fail(&self, error: &Error) {
-        if matches!(error, Error::ShutDown) {
-            return;
-        }
-        {
-            let mut failed = lock(&self.failed);
-            if failed.is_some() {
-                return; // The first failure is the cause of the others.
-            }
-            *failed = Some(error.cause());
-        }
+    /// Has all who wait look again.
+    pub(in crate::engine) fn wake(&self) {
         self.tip_moved.notify_all();
-        self.node.fail(error);
     }
 
-    /// Whether it has failed, also when it is being closed.
-    pub(in crate::engine) fn failed(&self) -> bool {
-        lock(&self.failed).is_some()
+    /// Fails when the files can't be believed any more, and says why.
+    pub(in crate::engine) fn intact(&self) -> Result<()> {
+        lock(&self.broken).as_ref().map_or(Ok(()), |why| Err(Error::Stopped(why.clone())))
+    }
+
+    /// The files can't be gone on with, whatever the role: stops replication of this database for good, loudly.
+    pub(in crate::engine) fn give_up(&self, error: &Error) {
+        if lock(&self.broken).replace(error.cause()).is_none() {
+            self.wake();
+            self.node.fail(error);
+        }
     }
 
     /// Says so when an error is that of a full disk.
@@ -271,22 +254,21 @@ impl OpenDatabase {
     fn lose(&self, found: &Astray) -> Error {
         let error = Error::Stopped(found.to_string());
         // First: who commits from now on is refused, so that the last look of capture has all that was acknowledged.
-        let known = lock(&self.failed).replace(found.to_string()).is_some() && self.lost();
+        let known = lock(&self.broken).replace(found.to_string()).is_some() && self.lost();
         self.lost.store(true, Ordering::Release);
         if !known {
             self.node.set_astray(true);
             self.disown();
-            if self.node.roles.borrow().role == Role::Replica {
-                // Which opens what is there, and is led to the primary's state.
-                let text = found.to_string();
-                tracing::error!(database = %self.options.path.display(), text, "the replica's files are opened anew");
-                self.node.set_problem(Part::Engine, Some(text));
-            } else {
-                self.tip_moved.notify_all();
-                self.node.fail(&error);
-            }
+            self.wake();
+            let when_lost = *lock(&self.when_lost);
+            when_lost(self, &error);
         }
         error
+    }
+
+    /// What is to be done when the files turn out not to be what they were.
+    pub(in crate::engine) fn when_lost(&self, run: WhenLost) {
+        *lock(&self.when_lost) = run;
     }
 
     /// Has the next start believe nothing of the file but its hash. An anchor of a file at rest needs no more: it names that one's time.

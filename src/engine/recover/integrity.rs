@@ -180,7 +180,7 @@ mod tests {
     fn half_copied(home: &Home, sql: &str) -> Position {
         let (engine, _stay) = changed(home, sql);
         let copying = lock(&engine.base.backfill);
-        engine.base.stop.store(true, Ordering::Release);
+        engine.base.end();
         let ended = copy(&engine.base, &mut lock(&engine.second), &engine.base.tip(), 0);
         assert!(matches!(ended, Err(Error::ShutDown)), "{ended:?}");
         drop(copying);

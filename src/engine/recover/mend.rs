@@ -54,7 +54,7 @@ impl Opened {
     /// Goes on without the WAL from the state that the file alone is.
     pub(in crate::engine) fn drop_wal(&mut self, why: &str, tip: Tip) -> Result<()> {
         tracing::error!(path = %self.base.path().display(), position = %tip.position, why, "the file alone is a committed state; the WAL is put aside");
-        if !lock_marks(&self.base, &mut self.handle, READERS_WAIT)? {
+        if !lock_marks(&self.base, &mut self.handle, READERS_WAIT, || false)? {
             return Err(Error::Timeout { what: "readers of a damaged WAL".into(), after: READERS_WAIT });
         }
         let begun = self.set_wal_aside().and_then(|()| begin_generation(&self.base, &mut self.handle, &tip));

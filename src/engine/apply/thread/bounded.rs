@@ -52,8 +52,8 @@ impl Apply {
         let begun = Instant::now();
         loop {
             let now = Instant::now();
-            let Some(live) = self.state.known() else { return Ok(()) };
-            let (base, bounded) = (live.base.clone(), &mut self.bounded);
+            let (Some(base), Some(live)) = (self.term.clone(), self.state.known()) else { return Ok(()) };
+            let bounded = &mut self.bounded;
             if base.check().is_err() || live.in_transaction() {
                 return Ok(());
             }

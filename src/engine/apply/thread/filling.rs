@@ -53,8 +53,8 @@ impl Apply {
         self.node.set_problem(Part::Pages, None);
         self.serve(Some(ready.position))?;
         // The file alone is then the state, as if it had always been: should somebody delete the WAL, nothing is lost.
-        if let Some(live) = self.state.known()
-            && let Err(error) = backfill_some(&live.base.clone(), &mut live.handle, true)
+        if let (Some(term), Some(live)) = (self.term.clone(), self.state.known())
+            && let Err(error) = backfill_some(&term, &mut live.handle, true)
         {
             tracing::warn!(%error, "the first page of the snapshot is not copied back yet");
         }
@@ -71,12 +71,13 @@ impl Apply {
             State::Empty(_) => OpenBefore::Empty,
             State::Known(_) | State::Unknown(_) => OpenBefore::Content,
         };
-        if let Some(base) = self.state.content().map(|live| live.base.clone()) {
+        if self.state.content().is_some() {
             self.node.renew_files();
-            self.end_service(&base);
+            self.end_service();
             self.node.applied.forget();
         }
         self.state.close();
+        self.term = None;
         let cleared = self.clear(!matches!(before, OpenBefore::Empty));
         match (&cleared, before) {
             (Ok(()), _) => {

@@ -14,6 +14,7 @@ use crate::engine::file::doubt;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming;
 use crate::engine::recover::{self, Opened};
+use crate::engine::file::term::Term;
 use crate::error::{Error, Result, Unsupported};
 use crate::files;
 use crate::lock::lock;
@@ -161,7 +162,19 @@ impl Apply {
         let mut opened = if redo { opened.redo()? } else { opened };
         recover::anchor(&opened.base, &mut opened.handle)?;
         self.history = opened.history;
-        WalAppender::new(opened.base, opened.handle)
+        self.own(opened.base, opened.handle)
+    }
+
+    /// A new term of what is open.
+    pub(super) fn own(&mut self, database: Arc<OpenDatabase>, handle: Handle) -> Result<WalAppender> {
+        database.when_lost(|database, error| {
+            // What is there is opened, and led to the primary's state.
+            let text = error.cause();
+            tracing::error!(database = %database.path().display(), text, "the replica's files are opened anew");
+            database.node.set_problem(Part::Engine, Some(text));
+        });
+        self.term = Some(Term::new(database.clone()));
+        WalAppender::new(database, handle)
     }
 
     fn go_live(&mut self, opened: Opened) -> Result<()> {
@@ -200,9 +213,11 @@ impl Apply {
         let base = live.base.clone();
         self.state = State::Known(live);
         let position = base.tip().position;
-        if self.checkpointer.is_none() {
+        if self.checkpointer.is_none()
+            && let Some(term) = self.term.clone()
+        {
             // Nothing would ever be copied back, nor read.
-            self.begin_service(&base).inspect_err(|error| base.fail(error))?;
+            self.begin_service(&term).inspect_err(|error| term.fail(error))?;
             tracing::info!(%position, "the replica's state is open");
         }
         // At one moment to whoever looks: who has waited for a transaction can read it, and who may read has a position.
@@ -213,7 +228,7 @@ impl Apply {
         Ok(())
     }
 
-    fn begin_service(&mut self, base: &Arc<OpenDatabase>) -> Result<()> {
+    fn begin_service(&mut self, term: &Arc<Term>) -> Result<()> {
         let commands = self.commands.clone();
         let ready = move || {
             if let Some(commands) = commands.upgrade() {
@@ -223,14 +238,14 @@ impl Apply {
         };
         let replica = ReplicaSync { synced: self.shared.synced.clone(), ready: Box::new(ready) };
         let checkpointer = Checkpointer {
-            base: base.clone(),
-            handle: reader(base)?,
+            base: term.clone(),
+            handle: reader(term)?,
             replica: Some(replica),
             log_synced: Instant::now(),
             applied_synced: Instant::now(),
         };
         self.checkpointer = Some(checkpointer.spawn()?);
-        *lock(&self.shared.base) = Some(base.clone());
+        *lock(&self.shared.term) = Some(term.clone());
         Ok(())
     }
 }
