@@ -12,9 +12,10 @@
 //! | `history` | what both roles write: records to the log, frames to the WAL, epochs |
 //! | `incoming` | a state that comes from another node, page by page, beside the one that is there |
 //! | `lost` | what was replaced and is kept |
-//! | `recover` | which state the files are; gives [`recover::Opened`] |
+//! | `recover` | which state the files are; gives [`Opened`] |
 //! | `capture` | a primary's threads |
 //! | `apply` | a replica's threads |
+//! | `turns` | from one role to the other |
 //! | `check` | the whole database is hashed; a page is repaired |
 
 mod apply;
@@ -31,6 +32,7 @@ mod lost;
 mod options;
 mod recover;
 mod source;
+mod turns;
 
 pub(crate) use apply::handle::ReplicaEngine;
 pub(crate) use apply::inbox::ReplicaStanding;
@@ -48,6 +50,7 @@ pub(crate) use incoming::overlay::{Overlay, Store};
 pub use lost::{Lost, LostBranch, LostKind, LostRow, LostRows};
 pub use options::Durability;
 pub(crate) use options::EngineOptions;
+pub(crate) use recover::opened::Opened;
 pub(crate) use source::{PIECE_BYTES, Piece, answer};
 
 #[cfg(test)]

@@ -3,6 +3,7 @@
 mod integrity;
 mod judge;
 pub(in crate::engine) mod mend;
+pub(in crate::engine) mod opened;
 pub(in crate::engine) mod position;
 mod redo;
 
@@ -37,7 +38,7 @@ const LOCKS_WAIT: Duration = Duration::from_secs(5);
 
 /// An opened database, CKPT and WRITE held by `handle`.
 #[derive(Debug)]
-pub(in crate::engine) struct Opened {
+pub(in crate::engine) struct Findings {
     pub(in crate::engine) base: Arc<OpenDatabase>,
     pub(in crate::engine) handle: Handle,
     pub(in crate::engine) primary: bool,
@@ -72,17 +73,16 @@ pub(in crate::engine) fn open(
     options: EngineOptions,
     node: Arc<NodeContext>,
     primary: bool,
-) -> Result<Opened> {
+) -> Result<Findings> {
     let path = options.path.clone();
     let mut handle = Handle::open(&path, primary).map_err(|e| refine(e, &options))?;
     let page_size = prepare(&handle, &options, primary)?;
     let index = WalIndex::new(&mut handle)?;
     let locks = FileLocks::open(&path)?.map(Arc::new);
-    // A primary gives WRITE back; so it is SQLite's own lock there.
     if !hold(&mut handle, locks.as_deref(), Slot::CHECKPOINT)? {
         return Err(Error::AlreadyOpen { path, holder: "another process" });
     }
-    if !hold(&mut handle, locks.as_deref().filter(|_| !primary), Slot::WRITE)? {
+    if !hold(&mut handle, locks.as_deref(), Slot::WRITE)? {
         return Err(Error::Timeout {
             what: "the write lock, which another process holds".into(),
             after: LOCKS_WAIT,
@@ -120,7 +120,7 @@ pub(in crate::engine) fn open(
     let tip = position::end(&header, pages);
     let watch = Watch::new(&options, locks.clone(), &wal)?;
     let base = OpenDatabase::new(options, node, page_size, index, wal, log, anchors, tip, locks, watch);
-    let opened = Opened {
+    let opened = Findings {
         base,
         handle,
         primary,
@@ -231,7 +231,7 @@ fn epochs(options: &EngineOptions) -> Result<Epochs> {
     }
 }
 
-impl Opened {
+impl Findings {
     /// Begins a WAL generation when there is none, so that every frame has salts of ours and an anchor.
     pub(in crate::engine) fn begin_if_empty(&mut self) -> Result<()> {
         if self.base.tip().frame == 0 {

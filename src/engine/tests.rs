@@ -224,7 +224,7 @@ fn image(path: &Path) -> Vec<u8> {
     connection.serialize("main").unwrap().to_vec()
 }
 
-fn assert_same(one: &Path, other: &Path) {
+pub(super) fn assert_same(one: &Path, other: &Path) {
     let (a, b) = (image(one), image(other));
     assert_eq!(a.len(), b.len(), "sizes differ");
     if let Some(at) = a.iter().zip(&b).position(|(x, y)| x != y) {

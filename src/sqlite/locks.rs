@@ -114,6 +114,11 @@ impl FileLocks {
         self.set(Owner::Descriptor, Some(true), LockPlace::slot(slot))
     }
 
+    /// Gives a lock of the wal-index back that [`FileLocks::try_hold`] took.
+    pub(crate) fn give_back(&self, slot: Slot) -> Result<()> {
+        self.set(Owner::Descriptor, None, LockPlace::slot(slot)).map(drop)
+    }
+
     /// Gives back what is held. The connections have to be closed: others may be the last from now on.
     pub(crate) fn release(&self) {
         self.released.store(true, Ordering::Release);

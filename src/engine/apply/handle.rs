@@ -16,6 +16,7 @@ use crate::engine::apply::thread::Apply;
 use crate::engine::checkpoint::bound;
 use crate::engine::figures::WalFigures;
 use crate::engine::options::EngineOptions;
+use crate::engine::recover::opened::Opened;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::lock::lock;
@@ -42,6 +43,17 @@ impl ReplicaEngine {
     /// Opens what is there and starts the apply thread. Blocks.
     pub(crate) fn open(options: EngineOptions, node: Arc<NodeContext>) -> Result<ReplicaEngine> {
         files::make(&options.side)?;
+        ReplicaEngine::begin(|shared, commands| Apply::open(options, node, shared, commands))
+    }
+
+    /// Goes on from a state that this node vouches for itself. Blocks.
+    pub(in crate::engine) fn follow(opened: Opened) -> Result<ReplicaEngine> {
+        ReplicaEngine::begin(|shared, commands| Apply::follow(opened, shared, commands))
+    }
+
+    fn begin(
+        make: impl FnOnce(Arc<ApplyShared>, mpsc::WeakSender<ApplyCommand>) -> Result<Apply>,
+    ) -> Result<ReplicaEngine> {
         let (commands, receiver) = mpsc::channel(QUEUE_MAX);
         let shared = Arc::new(ApplyShared {
             term: Mutex::new(None),
@@ -53,7 +65,7 @@ impl ReplicaEngine {
             heals: AtomicU64::new(0),
             taken: AtomicU64::new(0),
         });
-        let apply = Apply::open(options, node, shared.clone(), commands.downgrade())?;
+        let apply = make(shared.clone(), commands.downgrade())?;
         let thread = apply.start(receiver)?;
         Ok(ReplicaEngine { commands, shared, thread: Mutex::new(Some(thread)) })
     }
@@ -136,6 +148,18 @@ impl ReplicaEngine {
     /// The replica's log, once it has a state.
     pub(crate) fn log(&self) -> Option<Arc<Log>> {
         lock(&self.shared.term).as_ref().map(|b| b.log.clone())
+    }
+
+    /// Ends the replica's role: nothing is applied any more, all that was is on the disk, the threads have ended. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::NoState`] where no primary vouches for what is here; this is still a replica then. After any other error it has stopped for good.
+    pub(crate) fn stop(&self) -> Result<Opened> {
+        let (reply, opened) = std::sync::mpsc::sync_channel(1);
+        self.commands.blocking_send(ApplyCommand::Leave(reply)).map_err(|_| self.gone())?;
+        let opened = opened.recv().map_err(|_| self.gone())??;
+        self.close();
+        Ok(opened)
     }
 
     /// Stops and joins the threads. Blocks.

@@ -7,8 +7,9 @@ use bytes::{Bytes, BytesMut};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::engine::file::database::reader;
-use crate::engine::source::answer;
 use crate::engine::file::term::Term;
+use crate::engine::recover::opened::Opened;
+use crate::engine::source::answer;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::page::PageNo;
@@ -60,6 +61,8 @@ pub(in crate::engine) enum ApplyCommand {
     /// The pages are not what the position says.
     Suspect,
     Stop,
+    /// Hand on what is open, and end.
+    Leave(std::sync::mpsc::SyncSender<Result<Opened>>),
 }
 
 /// Where a replica stands, for its hello.

@@ -16,12 +16,13 @@ use tokio::sync::mpsc;
 use crate::context::{NodeContext, Part};
 use crate::engine::apply::inbox::{ApplyCommand, ApplyShared, ReplicaStanding};
 use crate::engine::file::epochs::write_epochs;
+use crate::engine::file::term::Term;
 use crate::engine::history::append_or_gap;
 use crate::engine::history::record_intake::RecordIntake;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming::{self, IncomingState, Under};
 use crate::engine::options::EngineOptions;
-use crate::engine::file::term::Term;
+use crate::engine::recover::opened::Opened;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::files::sync_directory;
@@ -75,7 +76,26 @@ impl Apply {
         shared: Arc<ApplyShared>,
         commands: mpsc::WeakSender<ApplyCommand>,
     ) -> Result<Apply> {
-        let mut apply = Apply {
+        let mut apply = Apply::new(options, node, shared, commands);
+        // A fill that was begun knows how large the primary's pages are.
+        let size = incoming::page_size(&apply.options.side);
+        apply.open_path(size)?;
+        // Before the application's own connections are there.
+        if let (State::Empty(_), Some(size)) = (&apply.state, size)
+            && let Err(error) = apply.make_room(size)
+        {
+            tracing::warn!(%error, "the empty database does not have the primary's page size yet");
+        }
+        Ok(apply)
+    }
+
+    fn new(
+        options: EngineOptions,
+        node: Arc<NodeContext>,
+        shared: Arc<ApplyShared>,
+        commands: mpsc::WeakSender<ApplyCommand>,
+    ) -> Apply {
+        Apply {
             options,
             node,
             shared,
@@ -98,16 +118,24 @@ impl Apply {
             reopen: false,
             left: false,
             bounded: Bounded::new(),
-        };
-        // A fill that was begun knows how large the primary's pages are.
-        let size = incoming::page_size(&apply.options.side);
-        apply.open_path(size)?;
-        // Before the application's own connections are there.
-        if let (State::Empty(_), Some(size)) = (&apply.state, size)
-            && let Err(error) = apply.make_room(size)
-        {
-            tracing::warn!(%error, "the empty database does not have the primary's page size yet");
         }
+    }
+
+    /// Goes on from a state that this node vouches for itself.
+    pub(in crate::engine) fn follow(
+        opened: Opened,
+        shared: Arc<ApplyShared>,
+        commands: mpsc::WeakSender<ApplyCommand>,
+    ) -> Result<Apply> {
+        let position = opened.position();
+        let (options, node) = (opened.database.options.clone(), opened.database.node.clone());
+        let Some((database, handle, history)) = opened.hand_on() else { return Err(Error::ShutDown) };
+        // What its WAL has from now on came from a primary.
+        write_epochs(&options.side, &history, false)?;
+        let mut apply = Apply::new(options, node, shared, commands);
+        apply.history = history;
+        apply.state = State::Known(apply.own(database, handle)?);
+        apply.serve(Some(position))?;
         Ok(apply)
     }
 
@@ -142,6 +170,16 @@ impl Apply {
                     self.session(|_| Err(stop));
                 }
                 ApplyCommand::Stop => break,
+                ApplyCommand::Leave(reply) => {
+                    self.abort();
+                    let opened = self.leave();
+                    let ends = opened.is_ok();
+                    // Where nobody takes it, it is closed.
+                    let _ = reply.send(opened);
+                    if ends {
+                        break;
+                    }
+                }
             }
         }
         self.abort();
@@ -235,6 +273,25 @@ impl Apply {
         if !self.left {
             self.node.applied.close();
         }
+    }
+
+    /// Ends the replica's role, where the node has a state that a primary vouched for: all of it is on the disk, and the threads have ended.
+    fn leave(&mut self) -> Result<Opened> {
+        let none = || Error::NoState("no primary vouches for what is here".into());
+        let vouched = self.node.applied.position();
+        let term = self.term.clone().ok_or_else(none)?;
+        self.state.known().filter(|live| Some(live.position()) == vouched).ok_or_else(none)?;
+        if self.refill || self.suspect != Suspect::No {
+            return Err(Error::NoState("the pages here are to be compared with the primary's".into()));
+        }
+        term.check()?;
+        self.end_term();
+        let rested = self.state.known().map_or_else(|| Err(none()), rest);
+        rested.inspect_err(|error| term.fail(error))?;
+        let Some(WalAppender { base, handle, .. }) = self.state.take() else { return Err(none()) };
+        (self.term, self.left) = (None, true);
+        lock(&self.shared.term).take();
+        Ok(Opened::new(base, handle, std::mem::take(&mut self.history)))
     }
 
     /// Runs a step of a stream; a failure ends that stream and is told to whoever feeds it.

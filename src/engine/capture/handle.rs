@@ -16,11 +16,12 @@ use crate::engine::checkpoint::thread::Checkpointer;
 use crate::engine::figures::WalFigures;
 use crate::engine::file::database::{OpenDatabase, reader};
 use crate::engine::file::doubt;
+use crate::engine::file::term::Term;
 use crate::engine::history::wal_records::Capture;
 #[cfg(test)]
 use crate::engine::options::EngineOptions;
+use crate::engine::recover::opened::Opened;
 use crate::engine::source::Piece;
-use crate::engine::file::term::Term;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::log::Log;
@@ -89,6 +90,7 @@ impl PrimaryEngine {
             restart_pause: Duration::from_millis(50),
             failed_until: Instant::now(),
             brake: brake.clone(),
+            left: None,
         };
         let checkpointer = Checkpointer {
             base: base.clone(),
@@ -177,6 +179,21 @@ impl PrimaryEngine {
     pub(crate) fn expect_files(&self) -> Result<()> {
         self.base.sound()?;
         self.base.expect_files()
+    }
+
+    /// Ends the primary's role: nobody writes any more, what is committed is captured and on the disk, the threads have ended. The caller has
+    /// closed its own writer. Blocks, for at most this long for writers of other processes, and for the disk.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`] when others write for longer; this is still the primary then. After any other error it has stopped for good.
+    pub(crate) fn stop(&self, limit: Duration) -> Result<Opened> {
+        let gone = || self.base.check().err().unwrap_or(Error::ShutDown);
+        let ((held, is_held), (left, opened)) = (mpsc::sync_channel(1), mpsc::sync_channel(1));
+        self.commands.send(CaptureCommand::Leave { limit, held, left }).map_err(|_| gone())?;
+        self.waker.wake();
+        is_held.recv().map_err(|_| gone())??;
+        self.close();
+        opened.recv().map_err(|_| gone())
     }
 
     /// Stops and joins the threads; all further calls fail with `ShutDown`. Blocks.

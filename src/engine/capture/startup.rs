@@ -5,17 +5,19 @@ use std::sync::Arc;
 use crate::context::NodeContext;
 use crate::engine::capture::handle::PrimaryEngine;
 use crate::engine::checkpoint::restart::keep_from_others;
+use crate::engine::file::database::OpenDatabase;
 use crate::engine::file::epochs::write_epochs;
 use crate::engine::file::unsynced_marker;
 use crate::engine::history::epoch::open_epoch;
 use crate::engine::history::record_intake::RecordIntake;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::options::{Durability, EngineOptions};
-use crate::engine::recover::{self, Opened};
+use crate::engine::recover::opened::Opened;
+use crate::engine::recover::{self, Findings};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::page::PageSize;
-use crate::sqlite::{Lock, Slot};
+use crate::sqlite::{Handle, Slot};
 use crate::txid::{EpochHistory, Position};
 use crate::wire::Unit;
 
@@ -23,7 +25,6 @@ use crate::wire::Unit;
 /// be taken back from replicas.
 #[derive(Debug)]
 pub(crate) struct Opening {
-    node: Arc<NodeContext>,
     live: WalAppender,
     intake: RecordIntake,
     /// Bytes of the transaction that has begun and not ended.
@@ -59,10 +60,10 @@ impl Opening {
             opened.set_wal_aside()?;
         }
         opened.begin_if_empty()?;
-        let Opened { base, handle, history, exact, highest_epoch, .. } = opened.redo()?;
+        let Findings { base, handle, history, exact, highest_epoch, .. } = opened.redo()?;
         let live = WalAppender::new(base, handle)?;
         let (intake, unfinished_bytes) = (RecordIntake::default(), 0);
-        Ok(Opening { node, live, intake, unfinished_bytes, history, exact, highest_epoch, may_miss })
+        Ok(Opening { live, intake, unfinished_bytes, history, exact, highest_epoch, may_miss })
     }
 
     /// Whether replicas may have transactions that follow this node's state, and that it lost.
@@ -117,36 +118,59 @@ impl Opening {
     /// Opens a new epoch and starts the threads. Blocks.
     pub(crate) fn finish(mut self) -> Result<PrimaryEngine> {
         self.abort();
-        let Opening { node, live, mut history, exact, highest_epoch, .. } = self;
-        let WalAppender { base, mut handle, .. } = live;
-        let (options, tip) = (base.options.clone(), base.tip());
-        // What was begun and not ended goes; and an epoch must not be on the disk before the transactions that it follows.
+        let Opening { live, history, exact, highest_epoch, .. } = self;
+        let WalAppender { base, handle, .. } = live;
+        // What was begun and not ended goes.
+        let tip = base.tip();
         base.wal.cut_behind(tip.frame, tip.salts, base.page_size)?;
-        base.sync_wal()?;
-        if exact {
-            history = history.up_to(tip.position);
-            open_epoch(&mut history, highest_epoch, tip.position)?;
-            write_epochs(&options.side, &history, true)?;
-        }
-        recover::anchor(&base, &mut handle)?;
-        // The anchor's WAL is synced; what comes now may not be.
-        match options.durability {
-            Durability::Synced => unsynced_marker::end(&options.side)?,
-            Durability::Unsynced => unsynced_marker::begin(&options.side)?,
-        }
-        // Another process that stayed in the database may have copied everything back while nobody minded.
-        if let Err(error) = keep_from_others(&base, &mut handle) {
-            // It did it in the other way, which needs no room.
-            base.note_room(&error);
-            if !error.no_room() {
-                return Err(error);
-            }
-        }
-        handle.unlock(Slot::WRITE, Lock::Exclusive)?;
-        node.applied.lead(history.clone(), tip.position);
-        tracing::info!(position = %tip.position, epoch = %history.epoch(), "serving as the primary");
+        let above = exact.then_some(highest_epoch);
+        PrimaryEngine::lead(Opened::new(base, handle, history), above)
+    }
+}
+
+impl PrimaryEngine {
+    /// Opens a new epoch with a number above this and all known ones, and starts the threads. None: the history's last epoch was opened for this.
+    /// Blocks.
+    pub(in crate::engine) fn lead(opened: Opened, above: Option<u64>) -> Result<PrimaryEngine> {
+        let Some((base, mut handle, mut history)) = opened.hand_on() else { return Err(Error::ShutDown) };
+        begin(&base, &mut handle, &mut history, above)?;
+        let (tip, epoch) = (base.tip(), history.epoch());
+        base.node.applied.lead(history.clone(), tip.position);
+        tracing::info!(position = %tip.position, %epoch, "serving as the primary");
         PrimaryEngine::start(base, handle, history)
     }
+}
+
+/// All that a primary's first commit has to stand on.
+fn begin(
+    base: &OpenDatabase,
+    handle: &mut Handle,
+    history: &mut EpochHistory,
+    above: Option<u64>,
+) -> Result<()> {
+    let (options, tip) = (&base.options, base.tip());
+    // An epoch must not be on the disk before the transactions that it follows.
+    base.sync_wal()?;
+    if let Some(above) = above {
+        *history = history.up_to(tip.position);
+        open_epoch(history, above, tip.position)?;
+        write_epochs(&options.side, history, true)?;
+    }
+    recover::anchor(base, handle)?;
+    // The anchor's WAL is synced; what comes now may not be.
+    match options.durability {
+        Durability::Synced => unsynced_marker::end(&options.side)?,
+        Durability::Unsynced => unsynced_marker::begin(&options.side)?,
+    }
+    // Another process that stayed in the database may have copied everything back while nobody minded.
+    if let Err(error) = keep_from_others(base, handle) {
+        // It did it in the other way, which needs no room.
+        base.note_room(&error);
+        if !error.no_room() {
+            return Err(error);
+        }
+    }
+    base.give_back(handle, Slot::WRITE)
 }
 
 #[cfg(test)]

@@ -15,14 +15,16 @@ use crate::engine::checkpoint::bound::FAILURE_PAUSE;
 use crate::engine::checkpoint::bound::{BRAKE_TIMES, cannot_copy};
 use crate::engine::checkpoint::restart::{DRAIN_MAX, Restart, keep_from_others, restart};
 use crate::engine::file::epochs::write_epochs;
+use crate::engine::file::term::Term;
 use crate::engine::file::unsynced_marker;
 use crate::engine::history::append_or_gap::{self, append_or_gap};
 use crate::engine::history::epoch::open_epoch;
 use crate::engine::history::wal_records::{Capture, Sink};
 use crate::engine::options::Durability;
-use crate::engine::file::term::Term;
+use crate::engine::recover::opened::Opened;
 use crate::error::{Error, Result};
 use crate::lock::lock;
+use crate::sqlite::Slot;
 use crate::threads;
 use crate::txid::Position;
 use crate::wal::IndexHeader;
@@ -51,6 +53,8 @@ const APPEND_STEP: Duration = Duration::from_millis(20);
 pub(in crate::engine) enum CaptureCommand {
     /// Open an epoch with a number above this one.
     RaiseEpoch(u64, mpsc::SyncSender<Result<()>>),
+    /// Take WRITE within this time, to keep it, and end with all that was committed until then.
+    Leave { limit: Duration, held: mpsc::SyncSender<Result<()>>, left: mpsc::SyncSender<Opened> },
 }
 
 pub(in crate::engine) struct CaptureLoop {
@@ -64,6 +68,8 @@ pub(in crate::engine) struct CaptureLoop {
     /// The disk gets a pause after a failure.
     pub(in crate::engine) failed_until: Instant,
     pub(in crate::engine) brake: Arc<Brake>,
+    /// Who gets the database when the thread ends. WRITE is held for it.
+    pub(in crate::engine) left: Option<mpsc::SyncSender<Opened>>,
 }
 
 impl CaptureLoop {
@@ -80,7 +86,13 @@ impl CaptureLoop {
                 }
             }
             Err(error) => self.base.fail(&error),
-            Ok(()) => {}
+            Ok(()) => {
+                if let Some(left) = self.left.take() {
+                    // Where nobody takes it, it is closed.
+                    let _ = left.send(self.opened());
+                    return;
+                }
+            }
         }
         self.base.node.applied.close();
         // CKPT goes: not while the other thread copies in its name.
@@ -88,6 +100,12 @@ impl CaptureLoop {
         let _nobody_copies = lock(&base.backfill);
         drop(self.capture);
         base.release_locks();
+    }
+
+    /// The database without its primary's role.
+    fn opened(self) -> Opened {
+        let Capture { base, handle, history, .. } = self.capture;
+        Opened::new(base, handle, Arc::unwrap_or_clone(history))
     }
 
     fn watch(&mut self) -> Result<()> {
@@ -170,7 +188,39 @@ impl CaptureLoop {
                 let _ = reply.send(result);
                 if failed { copy } else { Ok(()) }
             }
+            CaptureCommand::Leave { limit, held, left } => {
+                let taken = self.take_write(limit);
+                let failed = match &taken {
+                    Err(error @ (Error::Stopped(_) | Error::Io { .. })) => Err(Error::Stopped(error.cause())),
+                    _ => Ok(()),
+                };
+                if taken.is_ok() {
+                    // From here on nothing is committed: what there is is captured below, and the thread ends.
+                    self.left = Some(left);
+                }
+                let _ = held.send(taken);
+                failed
+            }
         }
+    }
+
+    /// Takes WRITE to keep it. What others commit until then is captured meanwhile: a writer may wait for that with WRITE held.
+    fn take_write(&mut self, limit: Duration) -> Result<()> {
+        let end = Instant::now() + limit;
+        let base = self.base.clone();
+        while !base.try_hold(&mut self.capture.handle, Slot::WRITE)? {
+            if base.stopping() {
+                return Err(Error::ShutDown);
+            }
+            if Instant::now() >= end {
+                return Err(Error::Timeout { what: "the write lock".into(), after: limit });
+            }
+            if let Some(header) = base.header() {
+                self.capture(&header)?;
+            }
+            std::thread::sleep(EPOCH_STEP);
+        }
+        Ok(())
     }
 
     fn raise_epoch(&mut self, above: u64) -> Result<()> {

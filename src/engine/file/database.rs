@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::log::Log;
 use crate::page::PageSize;
-use crate::sqlite::{FileLocks, Handle, Slot, WalIndex};
+use crate::sqlite::{FileLocks, Handle, Lock, Slot, WalIndex};
 use crate::status::Event;
 use crate::txid::Position;
 use crate::wal::{IndexHeader, Salts, WalSum, frame_bytes};
@@ -308,6 +308,22 @@ impl OpenDatabase {
     pub(in crate::engine) fn doubt_no_more(&self, slot: Slot) {
         if let Some(locks) = &self.locks {
             locks.doubt_no_more(slot);
+        }
+    }
+
+    /// Tries to take a lock for longer than a moment: one that nobody in this process can drop by mistake, where there is such a thing.
+    pub(in crate::engine) fn try_hold(&self, handle: &mut Handle, slot: Slot) -> Result<bool> {
+        match &self.locks {
+            Some(locks) => locks.try_hold(slot),
+            None => handle.try_lock(slot, Lock::Exclusive),
+        }
+    }
+
+    /// Gives back what [`OpenDatabase::try_hold`] took.
+    pub(in crate::engine) fn give_back(&self, handle: &mut Handle, slot: Slot) -> Result<()> {
+        match &self.locks {
+            Some(locks) => locks.give_back(slot),
+            None => handle.unlock(slot, Lock::Exclusive),
         }
     }
 

@@ -5,7 +5,7 @@ use std::collections::{HashMap, HashSet};
 use crate::checksum::PageHash;
 use crate::engine::file::anchor::FileState;
 use crate::engine::file::witnesses::{Witness, Witnesses};
-use crate::engine::recover::Opened;
+use crate::engine::recover::Findings;
 use crate::engine::recover::judge::Doubt;
 use crate::engine::recover::position::Wal;
 use crate::error::Result;
@@ -33,7 +33,7 @@ const OLD_FILE: &str = "the WAL beside it was begun by others, and the file has 
 const NO_LOG: &str = "the WAL beside it was begun by others, and the log that could tell whether the file goes with it is gone. Either somebody has copied all of this node's WAL and written since: then \
     `Config::accept_damaged` loses nothing; or the WAL goes with another file: then put that one there";
 
-impl Opened {
+impl Findings {
     /// Whether the file, whose position is unknown and whose WAL is not this node's any more, may hold pages of several states, and why: then it is
     /// none, and must not be read.
     pub(in crate::engine) fn damage(&mut self) -> Result<Option<Doubt>> {

@@ -6,7 +6,7 @@ use rusqlite::Connection;
 
 use crate::engine::file::anchor::FileState;
 use crate::engine::history::epoch::open_epoch;
-use crate::engine::recover::Opened;
+use crate::engine::recover::Findings;
 use crate::engine::recover::position::{LogSays, Wal};
 use crate::error::{Error, Result};
 use crate::page::PageNo;
@@ -37,7 +37,7 @@ const NEVER_KNOWN: &str = "it was opened when it was no state of its cluster, or
 const CURE: &str = "restore it from a copy that a replica makes (`Db::snapshot_to`) or from a backup, with its directory of side files moved away; \
     or open it once with `Config::accept_damaged`, which takes what SQLite reads, may mix states, and replaces what the replicas have";
 
-impl Opened {
+impl Findings {
     /// Whether anything here speaks of a history.
     pub(in crate::engine) fn is_known(&self) -> bool {
         self.highest_epoch > 0 || self.base.log.tip().is_some()
@@ -49,7 +49,7 @@ impl Opened {
     /// # Errors
     /// [`Error::Damaged`] when no committed state can be proved, or when transactions that were on the disk here are in no file any more: nothing
     /// was changed then.
-    pub(in crate::engine) fn judge(mut self, unsynced: bool) -> Result<Opened> {
+    pub(in crate::engine) fn judge(mut self, unsynced: bool) -> Result<Findings> {
         let read = self.exact;
         self.name();
         if !self.exact && self.is_known() {
@@ -108,7 +108,7 @@ impl Opened {
     }
 
     /// Finds a state that can be proved in files that, read as they are, are none.
-    fn repair(mut self, doubt: &Doubt) -> Result<Opened> {
+    fn repair(mut self, doubt: &Doubt) -> Result<Findings> {
         let why = match doubt {
             Doubt::Mixed(why) => {
                 if self.wal.is_ours()
@@ -134,7 +134,7 @@ impl Opened {
     }
 
     /// SQLite must find a state whole that is to become history.
-    fn expect_whole(mut self) -> Result<Opened> {
+    fn expect_whole(mut self) -> Result<Findings> {
         tracing::info!(path = %self.base.path().display(), "the position is unknown; `PRAGMA integrity_check` runs before the state becomes history");
         let what = match integrity(self.handle.connection()) {
             Ok(None) => return Ok(self),

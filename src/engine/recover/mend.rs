@@ -14,7 +14,7 @@ use crate::engine::file::wal_file::WalFile;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming::{self, IncomingState, Ready};
 use crate::engine::lost::{self, Replaced};
-use crate::engine::recover::Opened;
+use crate::engine::recover::Findings;
 use crate::engine::recover::position::Wal;
 use crate::error::{Error, Result};
 use crate::files::{self, reserve, sync_directory};
@@ -31,7 +31,7 @@ const SPAN_PAGES: u32 = 64;
 /// Where the first page says how many there are.
 const SIZE_AT: usize = 28;
 
-impl Opened {
+impl Findings {
     /// The state that the file alone is, if it is as it was left, or if its hash has a name.
     pub(in crate::engine) fn file_alone(&mut self) -> Result<Option<Tip>> {
         let size = self.base.page_size;
@@ -67,7 +67,7 @@ impl Opened {
 
     /// Puts the newest pages of the whole log over what SQLite reads. If that makes the state which the log ends with, exactly, it takes the place
     /// of what is there.
-    pub(in crate::engine) fn mend(self, why: &str) -> Result<Opened> {
+    pub(in crate::engine) fn mend(self, why: &str) -> Result<Findings> {
         let log = self.base.log.clone();
         let (Some(from), Some(to)) = (log.start(), log.tip()) else { return Ok(self) };
         if from == to || self.history.place(to.txid()) != Place::OnHistory || !self.leads_to_all(to)? {
@@ -86,11 +86,11 @@ impl Opened {
         };
         let Some(ready) = ready else {
             incoming::discard(&side)?;
-            return Ok(Opened { handle: live.handle, ..self });
+            return Ok(Findings { handle: live.handle, ..self });
         };
         // All that may find no room, before anything is changed.
         keep(&mut live, &ready)?;
-        let opened = Opened { handle: live.handle, ..self };
+        let opened = Findings { handle: live.handle, ..self };
         opened.set_wal_aside()?;
         let (base, tip) = (opened.base.clone(), opened.base.tip());
         if tip.frame > 0 {
@@ -107,7 +107,7 @@ impl Opened {
         replace(&mut live, &ready)?;
         incoming::discard(&side)?;
         tracing::warn!(position = %to, pages = ready.have.len(), "the log made the database good");
-        Ok(Opened { handle: live.handle, exact: true, ..opened })
+        Ok(Findings { handle: live.handle, exact: true, ..opened })
     }
 
     /// Keeps the WAL's bytes, whatever they are.

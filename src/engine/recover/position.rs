@@ -14,7 +14,7 @@ use crate::engine::file::anchor::{Anchor, Anchors, FileState};
 use crate::engine::file::database::{OpenDatabase, Tip};
 use crate::engine::file::wal_file::WalFile;
 use crate::engine::history::wal_records::{Capture, Sink};
-use crate::engine::recover::Opened;
+use crate::engine::recover::Findings;
 use crate::error::Result;
 use crate::log::{Log, Lookup, no_room};
 use crate::page::{PageNo, PageSize};
@@ -139,9 +139,9 @@ fn unnamed(checksum: Checksum) -> Position {
     Position::new(Txid::new(Epoch::new(0, 0), 0), checksum)
 }
 
-impl Opened {
+impl Findings {
     /// Finds the position of the bytes, as SQLite reads them.
-    pub(in crate::engine) fn locate(mut self, header: &IndexHeader, pages: u32) -> Result<Opened> {
+    pub(in crate::engine) fn locate(mut self, header: &IndexHeader, pages: u32) -> Result<Findings> {
         let size = self.base.page_size;
         let mut hashed = None;
         // One without an epoch names no state: what is counted from it would get a name that is another state's.
@@ -167,7 +167,7 @@ impl Opened {
         header: &IndexHeader,
         anchor: Anchor,
         newest: bool,
-    ) -> Result<(Opened, Option<Checksum>)> {
+    ) -> Result<(Findings, Option<Checksum>)> {
         let base = self.base.clone();
         // Somebody wrote to the file since: old images that are read from it may be newer than they should be. Then only a full hash decides.
         let doubt = match anchor.file {
@@ -206,7 +206,7 @@ impl Opened {
     }
 
     /// The state at the WAL's end, counted from an anchor; and what the log says of it.
-    fn count(self, header: &IndexHeader, anchor: Anchor, append: bool) -> Result<(Opened, Tip)> {
+    fn count(self, header: &IndexHeader, anchor: Anchor, append: bool) -> Result<(Findings, Tip)> {
         let position = anchor.position;
         let begin =
             Tip { frame: anchor.frame, sum: anchor.sum, position, pages: anchor.pages, ..end(header, 0) };
@@ -242,7 +242,7 @@ impl Opened {
             (false, true) => LogSays::So,
             (false, false) => LogSays::Nothing,
         };
-        Ok((Opened { handle: capture.handle, log_says, ..self }, tip))
+        Ok((Findings { handle: capture.handle, log_says, ..self }, tip))
     }
 
     /// Without a usable anchor: the file at rest, or the hash of everything, may be a state that is known by name.

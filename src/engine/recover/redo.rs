@@ -1,7 +1,7 @@
 //! The log over the files: what it has beyond them is applied again, and what does not belong to them is put aside.
 
 use crate::engine::history::wal_appender::WalAppender;
-use crate::engine::recover::Opened;
+use crate::engine::recover::Findings;
 use crate::error::Result;
 use crate::files::{self, reserve, sync_directory};
 use crate::log::{Log, Lookup};
@@ -9,7 +9,7 @@ use crate::status::{Event, unix_millis};
 use crate::txid::{EpochHistory, Position};
 use crate::wire::Message;
 
-impl Opened {
+impl Findings {
     /// From which address the log goes on from a state, if it does.
     pub(in crate::engine) fn leads_on_from(&self, state: Position) -> Result<Option<u64>> {
         match self.base.log.find(state.number())? {
@@ -20,7 +20,7 @@ impl Opened {
 
     /// Applies the records that the log has beyond the WAL: an administrator deleted it, or a power cut took its
     /// tail. Records that do not follow are put aside.
-    pub(in crate::engine) fn redo(self) -> Result<Opened> {
+    pub(in crate::engine) fn redo(self) -> Result<Findings> {
         let tip = self.base.tip();
         let Some(logged) = self.base.log.tip() else {
             // A replica's log begins where a primary vouches for a state, not before.
@@ -40,7 +40,7 @@ impl Opened {
             let mut appender = WalAppender::new(self.base.clone(), self.handle)?;
             apply_log(&mut appender, &self.base.log, lsn, &self.history)?;
             self.base.sync_wal()?;
-            return Ok(Opened { handle: appender.handle, ..self });
+            return Ok(Findings { handle: appender.handle, ..self });
         }
         if logged.number() < number && !self.primary {
             // Somebody wrote to a replica's file, or a power cut took the log's tail: that the log ends before the

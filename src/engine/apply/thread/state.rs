@@ -11,10 +11,10 @@ use crate::engine::apply::thread::{Apply, sync_parent};
 use crate::engine::checkpoint::thread::{Checkpointer, ReplicaSync};
 use crate::engine::file::database::{OpenDatabase, reader};
 use crate::engine::file::doubt;
+use crate::engine::file::term::Term;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming;
-use crate::engine::recover::{self, Opened};
-use crate::engine::file::term::Term;
+use crate::engine::recover::{self, Findings};
 use crate::error::{Error, Result, Unsupported};
 use crate::files;
 use crate::lock::lock;
@@ -71,7 +71,7 @@ impl State {
     }
 
     /// What is open, taken out.
-    fn take(&mut self) -> Option<WalAppender> {
+    pub(super) fn take(&mut self) -> Option<WalAppender> {
         match std::mem::replace(self, State::Closed) {
             State::Known(live) | State::Unknown(live) | State::Empty(live) => Some(live),
             State::Closed => None,
@@ -157,7 +157,7 @@ impl Apply {
     }
 
     /// Begins to own what was opened.
-    fn begin(&mut self, mut opened: Opened, redo: bool) -> Result<WalAppender> {
+    fn begin(&mut self, mut opened: Findings, redo: bool) -> Result<WalAppender> {
         opened.begin_if_empty()?;
         let mut opened = if redo { opened.redo()? } else { opened };
         recover::anchor(&opened.base, &mut opened.handle)?;
@@ -177,7 +177,7 @@ impl Apply {
         WalAppender::new(database, handle)
     }
 
-    fn go_live(&mut self, opened: Opened) -> Result<()> {
+    fn go_live(&mut self, opened: Findings) -> Result<()> {
         // Where the epochs were lost, or are older than the log, its records lead nowhere; the primary sends them again.
         let logged = opened.base.log.tip();
         let redo = logged.is_none_or(|logged| opened.history.place(logged.txid()) == Place::OnHistory);
@@ -251,7 +251,7 @@ impl Apply {
 }
 
 /// Whether there is nothing that could be lost: one page, and no table in it.
-fn is_empty(opened: &Opened) -> Result<bool> {
+fn is_empty(opened: &Findings) -> Result<bool> {
     let tables =
         || opened.handle.connection().query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0));
     Ok(opened.base.tip().pages <= 1 && tables().map(|tables: i64| tables == 0)?)

@@ -1,0 +1,184 @@
+//! From one role to the other, on one open database.
+
+use crate::engine::apply::handle::ReplicaEngine;
+use crate::engine::capture::handle::PrimaryEngine;
+use crate::engine::recover::opened::Opened;
+use crate::error::Result;
+
+impl Opened {
+    /// Promotion: opens an epoch with a number above this and all known ones, and captures what is committed from now on. Blocks.
+    pub(crate) fn into_primary(self, above: u64) -> Result<PrimaryEngine> {
+        PrimaryEngine::lead(self, Some(above))
+    }
+
+    /// Demotion: takes in from now on what a primary sends. Blocks.
+    pub(crate) fn into_replica(self) -> Result<ReplicaEngine> {
+        ReplicaEngine::follow(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+    use std::time::Duration;
+
+    use rusqlite::Connection;
+
+    use super::*;
+    use crate::ends::Ends;
+    use crate::engine::tests::{Home, assert_exact, assert_same, catch_up, open_plain, settled};
+    use crate::error::Error;
+
+    const LIMIT: Duration = Duration::from_secs(20);
+
+    fn rows(connection: &Connection) -> rusqlite::Result<u64> {
+        connection.query_row("SELECT count(*) FROM t", [], |r| r.get::<_, i64>(0)).map(|n| n as u64)
+    }
+
+    /// Descriptors of files below a directory.
+    fn descriptors(below: &Path) -> usize {
+        let all = fs::read_dir("/proc/self/fd").unwrap();
+        all.filter_map(|fd| fs::read_link(fd.ok()?.path()).ok())
+            .filter(|path| path.starts_with(below))
+            .count()
+    }
+
+    fn threads() -> usize {
+        fs::read_dir("/proc/self/task").unwrap().count()
+    }
+
+    /// Counting threads needs a process of its own.
+    fn alone(name: &str) -> bool {
+        if std::env::var_os("REPLITE_TEST_ALONE").is_some() {
+            return true;
+        }
+        let exe = std::env::current_exe().unwrap();
+        let ended = std::process::Command::new(exe)
+            .args(["--exact", name, "--nocapture"])
+            .env("REPLITE_TEST_ALONE", "1")
+            .status()
+            .unwrap();
+        assert!(ended.success(), "{ended}");
+        false
+    }
+
+    #[test]
+    #[cfg(target_os = "linux")]
+    fn two_nodes_change_roles_a_hundred_times_under_readers_and_a_writer() {
+        if !alone("engine::turns::tests::two_nodes_change_roles_a_hundred_times_under_readers_and_a_writer") {
+            return;
+        }
+        let home = Home::new();
+        let mut names = ["a.db", "b.db"];
+        open_plain(&home.path("a.db")).execute_batch("CREATE TABLE t(a); INSERT INTO t VALUES (1)").unwrap();
+        let mut primary = home.primary("a.db");
+        let mut replica = home.follower("b.db");
+        catch_up(&primary, &replica);
+        let (ends, reads, written) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(1));
+        std::thread::scope(|scope| {
+            let _ends = Ends(&ends);
+            for name in names {
+                let (path, ends, reads, written) = (home.path(name), &ends, &reads, &written);
+                scope.spawn(move || {
+                    let connection = Connection::open(path).unwrap();
+                    // Nobody waits: what is in the way of a reader is an error.
+                    connection.busy_timeout(Duration::ZERO).unwrap();
+                    let mut before = 0;
+                    while !ends.load(Ordering::Acquire) {
+                        let now = rows(&connection).unwrap();
+                        let most = written.load(Ordering::Acquire) + 1;
+                        assert!((before..=most).contains(&now), "{now} rows after {before}, of {most}");
+                        before = now;
+                        reads.fetch_add(1, Ordering::Relaxed);
+                    }
+                });
+            }
+            let mut first = None;
+            for round in 0..100 {
+                let writer = open_plain(&home.path(names[0]));
+                for _ in 0..3 {
+                    writer.execute("INSERT INTO t VALUES (randomblob(3000))", []).unwrap();
+                    written.fetch_add(1, Ordering::AcqRel);
+                }
+                drop(writer);
+                catch_up(&primary, &replica);
+                let before = settled(&primary);
+                let snapshots = names.map(|name| {
+                    let connection = open_plain(&home.path(name));
+                    connection.execute_batch("BEGIN").unwrap();
+                    rows(&connection).unwrap();
+                    connection
+                });
+                let (led, followed) = (primary.stop(LIMIT).unwrap(), replica.stop().unwrap());
+                // A handle to what it was does nothing any more.
+                assert!(matches!(primary.check(), Err(Error::ShutDown)));
+                assert_eq!((led.position(), followed.position()), (before, before));
+                let refused = Connection::open(home.path(names[0])).unwrap();
+                refused.busy_timeout(Duration::ZERO).unwrap();
+                assert!(refused.execute("INSERT INTO t VALUES (0)", []).is_err(), "nobody writes in between");
+                drop(refused);
+                let above = led.history().epoch().number();
+                (primary, replica) = (followed.into_primary(above).unwrap(), led.into_replica().unwrap());
+                names.swap(0, 1);
+                // What was begun before the change reads the state that it began with.
+                for connection in snapshots {
+                    connection.execute_batch("SAVEPOINT a").unwrap();
+                    assert_eq!(rows(&connection).unwrap(), written.load(Ordering::Acquire), "round {round}");
+                }
+                let refused = Connection::open(home.path(names[1])).unwrap();
+                refused.busy_timeout(Duration::ZERO).unwrap();
+                assert!(
+                    refused.execute("INSERT INTO t VALUES (0)", []).is_err(),
+                    "a replica takes no writes"
+                );
+                drop(refused);
+                let now = (threads(), descriptors(home.path("").as_path()));
+                let first = first.get_or_insert(now);
+                // A descriptor may be parked for a moment, until no lock of SQLite's is on its file.
+                assert!(now.0 <= first.0 && now.1 <= first.1 + 2, "{now:?} of {first:?} in round {round}");
+            }
+            catch_up(&primary, &replica);
+        });
+        assert!(reads.load(Ordering::Relaxed) > 1000);
+        let position = settled(&primary);
+        // The last epoch has no commit yet.
+        assert_eq!(position.epoch().number(), 100);
+        assert_eq!(position.number(), primary.log().tip().unwrap().number());
+        assert_exact(&primary);
+        assert_same(&home.path("a.db"), &home.path("b.db"));
+        drop((primary, replica));
+        let again = home.primary(names[0]);
+        assert_eq!(settled(&again).number(), position.number());
+        assert_eq!(rows(&open_plain(&home.path(names[0]))).unwrap(), written.load(Ordering::Acquire));
+    }
+
+    #[test]
+    fn a_primary_whose_file_others_write_to_stays_the_primary() {
+        let home = Home::new();
+        let engine = home.primary("a.db");
+        let writer = open_plain(&home.path("a.db"));
+        writer.execute_batch("CREATE TABLE t(a); BEGIN IMMEDIATE; INSERT INTO t VALUES (1)").unwrap();
+        let refused = engine.stop(Duration::from_millis(50));
+        assert!(matches!(refused, Err(Error::Timeout { .. })), "{refused:?}");
+        writer.execute_batch("COMMIT; INSERT INTO t VALUES (2)").unwrap();
+        let before = settled(&engine);
+        let opened = engine.stop(LIMIT).unwrap();
+        assert_eq!(opened.position(), before);
+        // Left to itself it is closed, and free again.
+        drop(opened);
+        writer.execute_batch("INSERT INTO t VALUES (3)").unwrap();
+        assert_eq!(settled(&home.primary("a.db")).number(), before.number() + 1);
+    }
+
+    #[test]
+    fn a_replica_without_a_state_of_the_cluster_stays_a_replica() {
+        let home = Home::new();
+        let replica = home.follower("a.db");
+        assert!(matches!(replica.stop(), Err(Error::NoState(_))));
+        let primary = home.primary("p.db");
+        catch_up(&primary, &replica);
+        assert_eq!(replica.stop().unwrap().position(), settled(&primary));
+    }
+}
