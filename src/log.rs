@@ -36,6 +36,7 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use crate::error::{Error, Result};
+use crate::lock::lock;
 use crate::txid::Position;
 
 mod marks;
@@ -278,7 +279,7 @@ impl Log {
     /// # Errors
     /// [`Error::Io`]; what was appended since the last success may then be lost, and stays so whatever a later call would find: the log is doubtful.
     pub(crate) fn sync(&self) -> Result<()> {
-        let _one = self.syncing.lock().unwrap_or_else(|e| e.into_inner());
+        let _one = lock(&self.syncing);
         let (files, dir) = {
             let mut state = self.lock();
             state.expect_sound(&self.dir)?;
@@ -329,11 +330,11 @@ impl Log {
     }
 
     fn lock(&self) -> MutexGuard<'_, LogState> {
-        self.state.lock().unwrap_or_else(|e| e.into_inner())
+        lock(&self.state)
     }
 
     fn lock_tail(&self) -> MutexGuard<'_, Tail> {
-        self.tail.lock().unwrap_or_else(|e| e.into_inner())
+        lock(&self.tail)
     }
 }
 

@@ -6,10 +6,11 @@
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
+use crate::lock::lock;
 
 /// How long an opening waits for a handle of the same file that is being closed.
 const CLOSING_WAIT: Duration = Duration::from_secs(10);
@@ -51,7 +52,7 @@ impl Claim {
     pub(super) fn enter(path: &Path) -> Result<Claim> {
         let place = place(path)?;
         let deadline = Instant::now() + CLOSING_WAIT;
-        let mut open = lock();
+        let mut open = lock(&OPEN);
         loop {
             let file = inode(path);
             let left = deadline.saturating_duration_since(Instant::now());
@@ -72,7 +73,7 @@ impl Claim {
 
     /// Says that the place will soon be free.
     pub(super) fn closing(&self) {
-        if let Some(entry) = lock().iter_mut().find(|entry| entry.serial == self.0) {
+        if let Some(entry) = lock(&OPEN).iter_mut().find(|entry| entry.serial == self.0) {
             entry.closing = true;
         }
         CHANGED.notify_all();
@@ -81,7 +82,7 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        lock().retain(|entry| entry.serial != self.0);
+        lock(&OPEN).retain(|entry| entry.serial != self.0);
         CHANGED.notify_all();
     }
 }
@@ -95,7 +96,7 @@ pub(super) fn belongs_to_open(path: &Path) -> Result<bool> {
         beside.push(suffix);
         PathBuf::from(beside)
     };
-    Ok(lock().iter().any(|entry| {
+    Ok(lock(&OPEN).iter().any(|entry| {
         let beside = BESIDE.iter().any(|suffix| {
             let theirs = of(entry, suffix);
             let name = theirs.file_name().unwrap_or_default();
@@ -131,10 +132,6 @@ fn of_meta(meta: &fs::Metadata) -> Option<Inode> {
 #[cfg(not(unix))]
 fn of_meta(_: &fs::Metadata) -> Option<Inode> {
     None
-}
-
-fn lock() -> MutexGuard<'static, Vec<OpenFile>> {
-    OPEN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

@@ -1,7 +1,7 @@
 //! Verification of the whole database, on demand and from time to time.
 
 use std::num::NonZeroU64;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -12,6 +12,7 @@ use crate::db::Db;
 use crate::db::writer::EngineSlot;
 use crate::engine::ReplicaEngine;
 use crate::error::{Error, Result};
+use crate::lock::lock;
 use crate::status::{Event, Verification};
 use crate::threads::{self, aside, caught_task};
 
@@ -81,7 +82,7 @@ impl Verifier {
     }
 
     fn lock(&self) -> MutexGuard<'_, VerifierState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// What the last verification found.
