@@ -13,6 +13,7 @@ use crate::db::writer::EngineSlot;
 use crate::engine::ReplicaEngine;
 use crate::error::{Error, Result};
 use crate::lock::lock;
+use crate::random;
 use crate::status::{Event, Verification};
 use crate::threads::{self, aside, caught_task};
 
@@ -233,12 +234,8 @@ fn jittered(period: Duration, percent: u64) -> Duration {
 }
 
 fn random_percent() -> u64 {
-    let mut bytes = [0; 8];
     // Without random numbers there is no jitter.
-    if getrandom::fill(&mut bytes).is_err() {
-        return JITTER_PERCENT;
-    }
-    u64::from_le_bytes(bytes)
+    random::array().map_or(JITTER_PERCENT, u64::from_le_bytes)
 }
 
 #[cfg(test)]

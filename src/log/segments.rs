@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::files;
+use crate::hex::unhex_u64;
 
 /// The file of the segment that begins at an address.
 pub(super) fn path(dir: &Path, start: u64) -> PathBuf {
@@ -14,9 +15,7 @@ pub(super) fn path(dir: &Path, start: u64) -> PathBuf {
 /// The address in a segment's file name; `None` for other files.
 pub(super) fn start_of(name: &str) -> Option<u64> {
     let digits = name.strip_suffix(".log")?;
-    let valid =
-        digits.len() == 16 && digits.bytes().all(|b| b.is_ascii_digit() || (b'a'..=b'f').contains(&b));
-    valid.then(|| u64::from_str_radix(digits, 16).ok()).flatten()
+    unhex_u64(digits).filter(|_| !digits.bytes().any(|b| b.is_ascii_uppercase()))
 }
 
 /// Opens a segment to be appended to or cut.
