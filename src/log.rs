@@ -36,6 +36,7 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use crate::error::{Error, Result};
+use crate::files;
 use crate::lock::lock;
 use crate::txid::Position;
 
@@ -256,8 +257,8 @@ impl Log {
         state.forget(None);
         self.moved(&state);
         drop(state);
-        segments::sync_dir(kept)?;
-        segments::sync_dir(&self.dir)
+        files::sync_directory(kept)?;
+        files::sync_directory(&self.dir)
     }
 
     /// Drops the oldest segment, whoever needs it, to make room on a full disk. False when only the current one
@@ -288,7 +289,7 @@ impl Log {
         let mut synced =
             files.iter().try_for_each(|(f, path)| f.sync_data().map_err(Error::io("fsync", path)));
         if dir {
-            synced = synced.and_then(|()| segments::sync_dir(&self.dir));
+            synced = synced.and_then(|()| files::sync_directory(&self.dir));
         }
         let mut state = self.lock();
         state.dir_dirty |= dir && synced.is_err();

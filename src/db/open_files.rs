@@ -10,6 +10,7 @@ use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
+use crate::files::{self, Inode};
 use crate::lock::lock;
 
 /// How long an opening waits for a handle of the same file that is being closed.
@@ -19,9 +20,6 @@ const BESIDE: [&str; 3] = ["-wal", "-shm", "-journal"];
 
 static OPEN: Mutex<Vec<OpenFile>> = Mutex::new(Vec::new());
 static CHANGED: Condvar = Condvar::new();
-
-/// Device and inode.
-type Inode = (u64, u64);
 
 /// An open database.
 #[derive(Debug)]
@@ -39,7 +37,7 @@ struct OpenFile {
 impl OpenFile {
     /// Whether a place or a file is this database. The file may have come or been replaced after the claim.
     fn is(&self, place: &(Inode, OsString), file: Option<Inode>) -> bool {
-        self.place == *place || file.is_some() && (file == self.file || file == inode(&self.path))
+        self.place == *place || file.is_some() && (file == self.file || file == Inode::at(&self.path))
     }
 }
 
@@ -54,7 +52,7 @@ impl Claim {
         let deadline = Instant::now() + CLOSING_WAIT;
         let mut open = lock(&OPEN);
         loop {
-            let file = inode(path);
+            let file = Inode::at(path);
             let left = deadline.saturating_duration_since(Instant::now());
             match open.iter().find(|entry| entry.is(&place, file)) {
                 None => {
@@ -90,7 +88,7 @@ impl Drop for Claim {
 /// Whether a path is an open database, or a file that belongs to one.
 pub(super) fn belongs_to_open(path: &Path) -> Result<bool> {
     let place = place(path)?;
-    let file = inode(path);
+    let file = Inode::at(path);
     let of = |entry: &OpenFile, suffix: &str| {
         let mut beside = entry.path.clone().into_os_string();
         beside.push(suffix);
@@ -100,38 +98,22 @@ pub(super) fn belongs_to_open(path: &Path) -> Result<bool> {
         let beside = BESIDE.iter().any(|suffix| {
             let theirs = of(entry, suffix);
             let name = theirs.file_name().unwrap_or_default();
-            (entry.place.0 == place.0 && name == place.1) || (file.is_some() && file == inode(&theirs))
+            (entry.place.0 == place.0 && name == place.1) || (file.is_some() && file == Inode::at(&theirs))
         });
         let side = of(entry, "-replite");
-        let inside = inode(&side).is_some_and(|side| side == place.0) || path.starts_with(&side);
+        let inside = Inode::at(&side).is_some_and(|side| side == place.0) || path.starts_with(&side);
         entry.is(&place, file) || beside || inside
     }))
 }
 
 fn place(path: &Path) -> Result<(Inode, OsString)> {
-    let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let directory = files::parent_of(path);
     let name = path.file_name().unwrap_or_default();
     if cfg!(unix) {
         let meta = fs::metadata(directory).map_err(Error::io("stat", directory))?;
-        return Ok((of_meta(&meta).unwrap_or_default(), name.to_owned()));
+        return Ok((Inode::of(&meta).unwrap_or_default(), name.to_owned()));
     }
     Ok((Inode::default(), directory.join(name).into_os_string()))
-}
-
-/// The inode of a file that is there, links followed.
-fn inode(path: &Path) -> Option<Inode> {
-    of_meta(&fs::metadata(path).ok()?)
-}
-
-#[cfg(unix)]
-fn of_meta(meta: &fs::Metadata) -> Option<Inode> {
-    use std::os::unix::fs::MetadataExt;
-    Some((meta.dev(), meta.ino()))
-}
-
-#[cfg(not(unix))]
-fn of_meta(_: &fs::Metadata) -> Option<Inode> {
-    None
 }
 
 #[cfg(test)]

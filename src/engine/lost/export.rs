@@ -11,7 +11,7 @@ use serde_json::{Map, Value};
 use crate::engine::lost::rows::{self, LostRows, quoted};
 use crate::engine::lost::{CURE, LostBranch};
 use crate::error::{Error, Result};
-use crate::files::{self, sync_directory};
+use crate::files;
 use crate::hex::unhex_lossy;
 use crate::log::logged;
 use crate::page::PageNo;
@@ -122,10 +122,7 @@ impl LostBranch {
         }
         tx.commit()?;
         file.close().map_err(|(_, error)| error)?;
-        match to.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => sync_directory(parent),
-            _ => sync_directory(Path::new(".")),
-        }
+        files::sync_name(to)
     }
 
     fn units(&self, name: &str, mut visit: impl FnMut(&Unit, Message<'_>) -> Result<()>) -> Result<()> {
