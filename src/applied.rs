@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::sync::{oneshot, watch};
 
 use crate::error::{Error, Result};
+use crate::lock::lock;
 use crate::txid::{Epoch, EpochHistory, Place, Position, Txid};
 
 /// Callers that may wait for a transaction at one time, a database.
@@ -165,7 +166,7 @@ impl Applied {
     }
 
     fn lock(&self) -> MutexGuard<'_, AppliedState> {
-        self.inner.lock().unwrap_or_else(|e| e.into_inner())
+        lock(&self.inner)
     }
 }
 

@@ -4,6 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::error::Error;
+use crate::hex::unhex;
 use crate::page::{PageNo, PageSize};
 
 /// What the key of every page hash begins with; the page number ends it. It is published: the hash guards against accidents and
@@ -95,10 +96,7 @@ impl FromStr for Checksum {
 
     fn from_str(text: &str) -> Result<Checksum, Error> {
         let bad = || Error::InvalidText { what: "checksum", text: text.chars().take(64).collect() };
-        if text.len() != 32 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
-            return Err(bad());
-        }
-        u128::from_str_radix(text, 16).map(Checksum).map_err(|_| bad())
+        unhex(text).map(|bytes| Checksum(u128::from_be_bytes(bytes))).ok_or_else(bad)
     }
 }
 

@@ -14,6 +14,7 @@ use uuid::Uuid;
 
 use crate::applied::Applied;
 use crate::error::Error;
+use crate::lock::lock;
 use crate::secret::Keyring;
 use crate::status::{Event, Lag, PeerInfo, Role, RoleState};
 use crate::threads::aside;
@@ -228,7 +229,7 @@ impl NodeContext {
 
     /// Says what is wrong with a part of the node, or that nothing is any more.
     pub(crate) fn set_problem(&self, part: Part, problem: Option<String>) {
-        let mut problems = self.problems.lock().unwrap_or_else(|e| e.into_inner());
+        let mut problems = lock(&self.problems);
         match problem {
             Some(problem) => problems.insert(part, problem),
             None => problems.remove(&part),
@@ -237,7 +238,7 @@ impl NodeContext {
 
     /// Whether a part has a problem.
     pub(crate) fn has_problem(&self, part: Part) -> bool {
-        self.problems.lock().unwrap_or_else(|e| e.into_inner()).contains_key(&part)
+        lock(&self.problems).contains_key(&part)
     }
 
     /// Says whether the database's files are others than those that were opened.
@@ -324,7 +325,7 @@ impl NodeContext {
     }
 
     fn all_problems<T>(&self, say: impl Fn(Part, &str) -> T) -> Vec<T> {
-        let mut problems = self.problems.lock().unwrap_or_else(|e| e.into_inner());
+        let mut problems = lock(&self.problems);
         if !self.strangers.lasts() {
             problems.remove(&Part::Strangers);
         }
@@ -338,11 +339,11 @@ impl NodeContext {
 
     /// What is wrong with one part.
     pub(crate) fn problem_of(&self, part: Part) -> Option<String> {
-        self.problems.lock().unwrap_or_else(|e| e.into_inner()).get(&part).cloned()
+        lock(&self.problems).get(&part).cloned()
     }
 
     pub(crate) fn set_lag(&self, lag: Option<Lag>) {
-        *self.lag.lock().unwrap_or_else(|e| e.into_inner()) = lag;
+        *lock(&self.lag) = lag;
     }
 }
 

@@ -3,113 +3,32 @@
 //! Directories are made for their owner alone. A file gets the database's mode and, where that is for us to give, its owner, as SQLite does it with the `-wal`.
 //! No symbolic link is followed, and what is made anew was not there: who could put a link or a file of his own there would have us write over what he can't, or read what he wrote.
 
+mod inode;
+mod modes;
+mod names;
 mod positioned;
 pub(crate) mod reserve;
+mod state_directory;
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
-use crate::error::{Error, Result, Unsupported};
+use crate::error::{Error, Result};
+use crate::files::modes::limit;
+#[cfg(unix)]
+use crate::files::modes::{database_mode, give};
 
-pub(crate) use positioned::{read_exact_at, sync_directory, write_all_at};
+pub(crate) use inode::Inode;
+pub(crate) use modes::{PRIVATE, set_mode};
+pub(crate) use names::{absent, parent_of, place, remove, remove_directory, sync_directory, sync_name};
+pub(crate) use positioned::{read_at, read_exact_at, write_all_at};
 pub(crate) use reserve::replace_file;
-
-/// What the directory's name has behind the database's.
-const SUFFIX: &str = "-replite";
-/// A database that is not there yet, and that nothing was said of.
-pub(crate) const PRIVATE: u32 = 0o600;
-
-/// The directory beside a database.
-pub(crate) fn of(database: &Path) -> PathBuf {
-    let mut side = database.as_os_str().to_owned();
-    side.push(SUFFIX);
-    side.into()
-}
-
-/// Makes the directory beside a database, for its owner alone. One that is there is tightened if others can read it.
-///
-/// # Errors
-/// [`Error::Unsupported`] when one is there that others could have prepared, or can change; nothing is changed then. [`Error::Io`].
-pub(crate) fn make(side: &Path) -> Result<()> {
-    if new_directory(side)? {
-        return Ok(());
-    }
-    let refused = |what| {
-        let reason = Unsupported::SideDirectory(what);
-        Err(Error::Unsupported { path: side.to_path_buf(), reason })
-    };
-    let meta = fs::symlink_metadata(side).map_err(Error::io("stat", side))?;
-    if meta.is_symlink() {
-        return refused("it is a symbolic link: put the directory itself there");
-    }
-    if !meta.is_dir() {
-        return refused("it is no directory: move it away");
-    }
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::MetadataExt;
-        // By a descriptor, so that what is looked at is what is changed.
-        let directory = open_directory(side)?;
-        let meta = directory.metadata().map_err(Error::io("stat", side))?;
-        let owner = database_of(side).and_then(|database| fs::metadata(database).ok()).map(|meta| meta.uid());
-        if meta.uid() != own_user() && owner != Some(meta.uid()) {
-            return refused(
-                "it belongs neither to this process's user nor to the database's owner: look at what is in it, then `chown` it or move it away",
-            );
-        }
-        let others = meta.mode() & 0o022;
-        if others != 0 && !(others == 0o020 && group_owns_all(side, meta.gid())) {
-            return refused(
-                "others may write to it: look at what is in it, then `chmod 700` it or move it away",
-            );
-        }
-        set_mode(&directory, side, 0o700)?;
-    }
-    Ok(())
-}
-
-/// Makes a directory below that one, for its owner alone.
-pub(crate) fn make_directory(path: &Path) -> Result<()> {
-    if let Some(parent) = path.parent().filter(|parent| below(parent)) {
-        make_directory(parent)?;
-    }
-    if !new_directory(path)? {
-        #[cfg(unix)]
-        set_mode(&open_directory(path)?, path, 0o700)?;
-    }
-    Ok(())
-}
-
-/// Whether a directory is below a database's, and not that itself.
-fn below(path: &Path) -> bool {
-    let sides = |path: &Path| {
-        path.file_name().is_some_and(|name| name.as_encoded_bytes().ends_with(SUFFIX.as_bytes()))
-    };
-    !sides(path) && path.ancestors().any(sides)
-}
-
-/// False: there is something of this name.
-fn new_directory(path: &Path) -> Result<bool> {
-    #[cfg_attr(not(unix), expect(unused_mut, reason = "it has no mode there"))]
-    let mut builder = fs::DirBuilder::new();
-    #[cfg(unix)]
-    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
-    match builder.create(path) {
-        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => return Ok(false),
-        made => made.map_err(Error::io("create", path))?,
-    }
-    #[cfg(unix)]
-    give(&open_directory(path)?, path, None)?;
-    Ok(true)
-}
+pub(crate) use state_directory::{make, make_directory, of};
 
 /// Makes a file anew, to be written and read. What is there under its name is removed, and not looked at: a file of ours that was left half done.
 pub(crate) fn create(path: &Path) -> Result<File> {
-    match fs::remove_file(path) {
-        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(Error::io("remove", path)(e)),
-        _ => {}
-    }
+    remove(path)?;
     let mut options = options(true);
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, PRIVATE);
@@ -172,37 +91,6 @@ pub(crate) fn create_like(path: &Path, like: &Path) -> Result<File> {
     })
 }
 
-/// Gives a complete file its name, where nothing has that.
-///
-/// # Errors
-/// [`Error::FileExists`], [`Error::Io`].
-pub(crate) fn place(new: &Path, path: &Path) -> Result<()> {
-    // Unlike a rename, a link replaces nothing.
-    match fs::hard_link(new, path) {
-        Ok(()) => fs::remove_file(new).map_err(Error::io("remove", new)),
-        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {
-            Err(Error::FileExists { path: path.to_path_buf() })
-        }
-        // Some file systems have none.
-        Err(_) => {
-            absent(path)?;
-            fs::rename(new, path).map_err(Error::io("rename", path))
-        }
-    }
-}
-
-/// Fails where something has this name, be it a link to nothing.
-///
-/// # Errors
-/// [`Error::FileExists`], [`Error::Io`].
-pub(crate) fn absent(path: &Path) -> Result<()> {
-    match fs::symlink_metadata(path) {
-        Ok(_) => Err(Error::FileExists { path: path.to_path_buf() }),
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
-        Err(error) => Err(Error::io("stat", path)(error)),
-    }
-}
-
 /// Makes an empty database file of this mode; SQLite gives it to all that belongs to it. To close what is returned may take SQLite's locks on it away:
 /// see `sqlite::park`.
 pub(crate) fn create_database(path: &Path, mode: u32) -> Result<File> {
@@ -212,34 +100,6 @@ pub(crate) fn create_database(path: &Path, mode: u32) -> Result<File> {
     let file = options.create_new(true).open(path).map_err(Error::io("create", path))?;
     set_mode(&file, path, mode)?;
     Ok(file)
-}
-
-/// Takes from a file of ours what others may do with it and not with the database.
-fn limit(file: &File, path: &Path) -> Result<()> {
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::MetadataExt;
-        let now = file.metadata().map_err(Error::io("stat", path))?.mode() & 0o777;
-        set_mode(file, path, now & database_mode(path))?;
-    }
-    #[cfg(not(unix))]
-    let _ = (file, path);
-    Ok(())
-}
-
-/// Gives a file this mode, whatever the process's mask.
-pub(crate) fn set_mode(file: &File, path: &Path, mode: u32) -> Result<()> {
-    #[cfg(unix)]
-    {
-        use std::os::unix::fs::{MetadataExt, PermissionsExt};
-        let now = file.metadata().map_err(Error::io("stat", path))?.mode();
-        if now & 0o777 != mode {
-            file.set_permissions(fs::Permissions::from_mode(mode)).map_err(Error::io("chmod", path))?;
-        }
-    }
-    #[cfg(not(unix))]
-    let _ = (file, path, mode);
-    Ok(())
 }
 
 fn options(write: bool) -> OpenOptions {
@@ -262,70 +122,13 @@ fn of_link(error: io::Error) -> io::Error {
     error
 }
 
-/// The database that a path below its side directory belongs to.
-#[cfg(unix)]
-fn database_of(path: &Path) -> Option<PathBuf> {
-    use std::os::unix::ffi::OsStrExt;
-    path.ancestors().find_map(|above| {
-        let name = above.file_name()?.as_bytes().strip_suffix(SUFFIX.as_bytes())?;
-        Some(above.with_file_name(std::ffi::OsStr::from_bytes(name)))
-    })
-}
-
-#[cfg(unix)]
-fn database_mode(path: &Path) -> u32 {
-    use std::os::unix::fs::MetadataExt;
-    let database = database_of(path).and_then(|database| fs::metadata(database).ok());
-    // Its owner, who may be us, writes to them.
-    database.map_or(PRIVATE, |meta| meta.mode() & 0o666 | PRIVATE)
-}
-
-/// Whether the directory that the database is in is open to the same group: that can put another database there, and has nothing to gain. Orchestrators
-/// open a whole volume to a group of its own, again at each start.
-#[cfg(unix)]
-fn group_owns_all(side: &Path, group: u32) -> bool {
-    use std::os::unix::fs::MetadataExt;
-    const STICKY: u32 = 0o1000;
-    let parent = side.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    fs::metadata(parent).is_ok_and(|meta| meta.gid() == group && meta.mode() & (STICKY | 0o022) == 0o020)
-}
-
-#[cfg(unix)]
-fn own_user() -> u32 {
-    rustix::process::geteuid().as_raw()
-}
-
-/// Gives what was just made its mode, and the database's owner where we may: a node that runs as another user later must be able to open it.
-#[cfg(unix)]
-fn give(file: &File, path: &Path, mode: Option<u32>) -> Result<()> {
-    use std::os::unix::fs::MetadataExt;
-    if let Some(mode) = mode {
-        set_mode(file, path, mode)?;
-    }
-    let database = database_of(path).and_then(|database| fs::metadata(database).ok());
-    if let Some(database) = database.filter(|_| own_user() == 0) {
-        let (user, group) = (database.uid(), database.gid());
-        let now = file.metadata().map_err(Error::io("stat", path))?;
-        if (now.uid(), now.gid()) != (user, group) {
-            std::os::unix::fs::fchown(file, Some(user), Some(group)).map_err(Error::io("chown", path))?;
-        }
-    }
-    Ok(())
-}
-
-#[cfg(unix)]
-fn open_directory(path: &Path) -> Result<File> {
-    use std::os::unix::fs::OpenOptionsExt;
-    let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::DIRECTORY;
-    let opened = OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(path);
-    opened.map_err(of_link).map_err(Error::io("open directory", path))
-}
-
 #[cfg(all(test, unix))]
 mod tests {
     use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 
+    use super::modes::own_user;
     use super::*;
+    use crate::error::Unsupported;
 
     fn mode(path: &Path) -> u32 {
         fs::symlink_metadata(path).unwrap().mode() & 0o777

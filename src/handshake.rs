@@ -9,7 +9,9 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use uuid::Uuid;
 
 use crate::error::{Error, PeerProblem, Result, shown};
-use crate::secret::{Keyring, PROOF_BYTES, Proved, Purpose, unhex};
+use crate::hex::{hex, unhex};
+use crate::random;
+use crate::secret::{Keyring, PROOF_BYTES, Proved, Purpose};
 use crate::wire::{self, HEADER_BYTES, HELLO_PROOF_BYTES, Hello, Message};
 
 /// The version of the stream's protocol.
@@ -58,9 +60,7 @@ pub(crate) struct Answer {
 
 /// A fresh nonce.
 pub(crate) fn nonce() -> Result<Nonce> {
-    let mut nonce = [0; NONCE_BYTES];
-    getrandom::fill(&mut nonce).map_err(|e| Error::Stopped(format!("no random numbers: {e}")))?;
-    Ok(nonce)
+    random::array()
 }
 
 impl Knock {
@@ -273,10 +273,6 @@ fn field<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Option<&'a str> {
 fn text(value: &str) -> Result<HeaderValue> {
     HeaderValue::from_bytes(value.as_bytes())
         .map_err(|_| Error::Config(format!("{value:?} has characters that no HTTP header can carry")))
-}
-
-fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|b| format!("{b:02x}")).collect()
 }
 
 #[cfg(test)]

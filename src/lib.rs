@@ -26,6 +26,7 @@ mod files;
 #[cfg_attr(test, allow(dead_code, unreachable_pub, reason = "public for the fuzz targets"))]
 pub mod fuzz;
 mod handshake;
+mod hex;
 pub mod lease;
 mod lock;
 mod log;
@@ -35,6 +36,7 @@ mod net;
 mod page;
 mod primary;
 mod proxy;
+mod random;
 mod replica;
 mod secret;
 mod server;

@@ -36,6 +36,8 @@ use bytes::Bytes;
 use tokio::sync::watch;
 
 use crate::error::{Error, Result};
+use crate::files;
+use crate::lock::lock;
 use crate::txid::Position;
 
 mod marks;
@@ -255,8 +257,8 @@ impl Log {
         state.forget(None);
         self.moved(&state);
         drop(state);
-        segments::sync_dir(kept)?;
-        segments::sync_dir(&self.dir)
+        files::sync_directory(kept)?;
+        files::sync_directory(&self.dir)
     }
 
     /// Drops the oldest segment, whoever needs it, to make room on a full disk. False when only the current one
@@ -278,7 +280,7 @@ impl Log {
     /// # Errors
     /// [`Error::Io`]; what was appended since the last success may then be lost, and stays so whatever a later call would find: the log is doubtful.
     pub(crate) fn sync(&self) -> Result<()> {
-        let _one = self.syncing.lock().unwrap_or_else(|e| e.into_inner());
+        let _one = lock(&self.syncing);
         let (files, dir) = {
             let mut state = self.lock();
             state.expect_sound(&self.dir)?;
@@ -287,7 +289,7 @@ impl Log {
         let mut synced =
             files.iter().try_for_each(|(f, path)| f.sync_data().map_err(Error::io("fsync", path)));
         if dir {
-            synced = synced.and_then(|()| segments::sync_dir(&self.dir));
+            synced = synced.and_then(|()| files::sync_directory(&self.dir));
         }
         let mut state = self.lock();
         state.dir_dirty |= dir && synced.is_err();
@@ -329,11 +331,11 @@ impl Log {
     }
 
     fn lock(&self) -> MutexGuard<'_, LogState> {
-        self.state.lock().unwrap_or_else(|e| e.into_inner())
+        lock(&self.state)
     }
 
     fn lock_tail(&self) -> MutexGuard<'_, Tail> {
-        self.tail.lock().unwrap_or_else(|e| e.into_inner())
+        lock(&self.tail)
     }
 }
 

@@ -8,6 +8,8 @@ use subtle::ConstantTimeEq;
 use tokio::sync::watch;
 
 use crate::error::Error;
+use crate::hex::unhex;
+use crate::random;
 
 /// Bytes of a proof.
 pub(crate) const PROOF_BYTES: usize = 32;
@@ -42,11 +44,9 @@ impl Secret {
     /// # Errors
     /// [`Error::Stopped`] when the operating system has no random numbers.
     pub fn generate() -> Result<Secret, Error> {
-        let mut bytes = [0; SECRET_BYTES];
         loop {
-            getrandom::fill(&mut bytes).map_err(|e| Error::Stopped(format!("no random numbers: {e}")))?;
             // One that its own text form would be refused for is drawn again; that is once in some billions.
-            let secret = Secret(bytes);
+            let secret = Secret(random::array()?);
             if Secret::new(secret.to_text()).is_ok() {
                 return Ok(secret);
             }
@@ -153,20 +153,6 @@ fn unbase64(text: &str) -> Option<[u8; SECRET_BYTES]> {
         false => Base64UrlUnpadded::decode(digits, &mut bytes),
     };
     decoded.is_ok_and(|decoded| decoded.len() == SECRET_BYTES).then_some(bytes)
-}
-
-/// Reads exactly `N` bytes of hex, and nothing else.
-pub(crate) fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
-    let digits = text.as_bytes();
-    if digits.len() != 2 * N {
-        return None;
-    }
-    let digit = |b: u8| char::from(b).to_digit(16).map(|d| d as u8);
-    let mut bytes = [0; N];
-    for (byte, pair) in bytes.iter_mut().zip(digits.chunks_exact(2)) {
-        *byte = digit(pair[0])? << 4 | digit(pair[1])?;
-    }
-    Some(bytes)
 }
 
 impl fmt::Debug for Secret {
@@ -376,7 +362,7 @@ mod tests {
         assert_eq!(text.len(), 43);
         assert!(text.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_".contains(&b)), "{text}");
         let standard = text.replace('-', "+").replace('_', "/");
-        let hex: String = secret.0.iter().map(|b| format!("{b:02x}")).collect();
+        let hex = crate::hex::hex(&secret.0);
         for form in
             [&text, &standard, &format!("{standard}="), &hex, &hex.to_uppercase(), &format!(" {text}\n")]
         {

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::context::NodeContext;
 #[cfg(feature = "axum")]
+use crate::lock::lock;
 use crate::status::{PeerInfo, Role};
 use crate::token::{Token, Tokens};
 use crate::txid::{Place, Txid};
@@ -167,7 +168,7 @@ impl Session {
     }
 
     fn lock(&self) -> MutexGuard<'_, Done> {
-        self.0.done.lock().unwrap_or_else(|e| e.into_inner())
+        lock(&self.0.done)
     }
 }
 

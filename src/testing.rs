@@ -6,7 +6,7 @@ mod serve;
 use std::fmt;
 use std::future::Future;
 use std::net::SocketAddr;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tempfile::TempDir;
@@ -15,6 +15,7 @@ use crate::db::{Config, Db};
 use crate::engine::Durability;
 use crate::error::{Error, Result};
 use crate::lease::Fixed;
+use crate::lock::lock;
 use crate::secret::Secret;
 use crate::status::Addresses;
 use link::Link;
@@ -366,8 +367,4 @@ impl<S> Node<S> {
             act(link);
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }

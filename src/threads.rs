@@ -71,9 +71,28 @@ impl<F: Future> Future for CaughtTask<F> {
 pub(crate) async fn blocking<T: Send + 'static>(
     run: impl FnOnce() -> Result<T> + Send + 'static,
 ) -> Result<T> {
+    spawned(run, |panic| panicked("a blocking task", panic)).await
+}
+
+/// Runs what blocks where it may. A panic is one of the application's code, and `place` says when.
+pub(crate) async fn blocking_for_caller<T: Send + 'static>(
+    place: &'static str,
+    run: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let panicked = |panic| {
+        std::mem::forget(panic);
+        Error::Panicked(place.into())
+    };
+    spawned(run, panicked).await
+}
+
+async fn spawned<T: Send + 'static>(
+    run: impl FnOnce() -> Result<T> + Send + 'static,
+    panicked: impl FnOnce(Box<dyn Any + Send>) -> Error,
+) -> Result<T> {
     match tokio::task::spawn_blocking(run).await {
         Ok(result) => result,
-        Err(error) if error.is_panic() => Err(panicked("a blocking task", error.into_panic())),
+        Err(error) if error.is_panic() => Err(panicked(error.into_panic())),
         // The runtime ends.
         Err(_) => Err(Error::ShutDown),
     }
@@ -143,5 +162,7 @@ mod tests {
         assert_eq!(caught_task("a test", async { 5 }).await.unwrap(), 5);
         let blocked = blocking::<()>(|| panic!("by intent")).await;
         assert!(matches!(blocked, Err(Error::Stopped(why)) if why.contains("by intent")));
+        let blocked = blocking_for_caller::<()>("in a test", || panic!("by intent")).await;
+        assert!(matches!(blocked, Err(Error::Panicked(place)) if place == "in a test"));
     }
 }

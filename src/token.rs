@@ -4,7 +4,8 @@ use std::fmt;
 use std::sync::Arc;
 
 use crate::context::NodeContext;
-use crate::secret::{Purpose, SHORT_PROOF_BYTES, unhex};
+use crate::hex::{Hex, unhex, unhex_u64};
+use crate::secret::{Purpose, SHORT_PROOF_BYTES};
 use crate::txid::{Epoch, Txid};
 
 /// The version that begins each token.
@@ -116,7 +117,7 @@ fn verify(node: &NodeContext, tag: &str, text: &str) -> Option<Txid> {
         return None;
     }
     let epoch: Epoch = epoch.parse().ok()?;
-    let txid = Txid::new(epoch, u64::from_be_bytes(unhex(number)?));
+    let txid = Txid::new(epoch, unhex_u64(number)?);
     let proof: [u8; SHORT_PROOF_BYTES] = unhex(proof)?;
     let parts = txid_bytes(txid);
     node.keys.verify_short(Purpose::Token, &proved(tag, &parts), &proof).then_some(txid)
@@ -131,15 +132,6 @@ fn txid_bytes(txid: Txid) -> [u8; 24] {
     bytes[..16].copy_from_slice(&txid.epoch().to_bytes());
     bytes[16..].copy_from_slice(&txid.number().to_le_bytes());
     bytes
-}
-
-/// Writes bytes as lower-case hex.
-pub(crate) struct Hex<'a>(pub(crate) &'a [u8]);
-
-impl fmt::Display for Hex<'_> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|b| write!(f, "{b:02x}"))
-    }
 }
 
 #[cfg(test)]

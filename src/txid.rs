@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use crate::checksum::Checksum;
 use crate::error::Error;
+use crate::hex::unhex_u64;
 
 /// One term of one primary: a number that grows at every change and restart of the primary, and a random
 /// branch id that tells apart two histories which claim the same number.
@@ -178,21 +179,15 @@ text_form!(Epoch, "epoch", 2);
 text_form!(Txid, "transaction id", 3);
 text_form!(Position, "position", 4);
 
-/// Sixteen hex digits, neither more nor fewer, and no sign.
-fn hex_u64(text: &str) -> Option<u64> {
-    let digits = text.len() == 16 && text.bytes().all(|b| b.is_ascii_hexdigit());
-    digits.then(|| u64::from_str_radix(text, 16).ok()).flatten()
-}
-
 impl Epoch {
     fn from_fields([number, branch]: [&str; 2]) -> Option<Epoch> {
-        Some(Epoch { number: hex_u64(number)?, branch: hex_u64(branch)? })
+        Some(Epoch { number: unhex_u64(number)?, branch: unhex_u64(branch)? })
     }
 }
 
 impl Txid {
     fn from_fields([epoch, branch, number]: [&str; 3]) -> Option<Txid> {
-        Some(Txid { epoch: Epoch::from_fields([epoch, branch])?, number: hex_u64(number)? })
+        Some(Txid { epoch: Epoch::from_fields([epoch, branch])?, number: unhex_u64(number)? })
     }
 }
 

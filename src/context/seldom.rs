@@ -1,7 +1,9 @@
 //! What others can make happen as often as they like, told now and then.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
+
+use crate::lock::lock;
 
 /// How often it is told at most.
 const EVERY: Duration = Duration::from_secs(60);
@@ -31,7 +33,7 @@ impl Seldom {
     }
 
     fn lock(&self) -> MutexGuard<'_, Seen> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 

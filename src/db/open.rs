@@ -24,6 +24,10 @@ use crate::secret::Keyring;
 use crate::server::{Mount, ReplicationService};
 use crate::sqlite::defend;
 use crate::status::{Addresses, PeerInfo, Role};
+use crate::threads::blocking_for_caller as blocking;
+
+/// Where a panic of the application's code was.
+const OPENING: &str = "while the database was opened";
 
 /// See [`Db::open`].
 pub(super) async fn open(config: Config) -> Result<Db> {
@@ -35,7 +39,7 @@ pub(super) async fn open(config: Config) -> Result<Db> {
     };
     let addresses = config.advertised(listener.as_ref().map(Listener::address));
     let follows = primary.is_some();
-    let begun = blocking(move || OpenedNode::new(config, keys, addresses, follows)).await?;
+    let begun = blocking(OPENING, move || OpenedNode::new(config, keys, addresses, follows)).await?;
     let mut doors = ListenerGuard::new(&begun, listener);
     let opened = begun.finish(&mut doors, primary).await;
     if opened.is_err() {
@@ -94,7 +98,7 @@ impl OpenedNode {
             files => (files, 0),
         };
         let verify_every = config.verify_every;
-        let inner = blocking(move || {
+        let inner = blocking(OPENING, move || {
             let side = match files {
                 Files::Primary(opening) => serve(*opening, &config, &path, &node, &source)?,
                 Files::Replica(follower) => Running::Replica { readable: follower.readable(), follower },
@@ -259,12 +263,4 @@ impl Drop for ListenerGuard {
             self.end();
         }
     }
-}
-
-/// Runs what blocks where it may.
-async fn blocking<T: Send + 'static>(run: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
-    tokio::task::spawn_blocking(run).await.map_err(|e| match e.is_panic() {
-        true => Error::Panicked("while the database was opened".into()),
-        false => Error::ShutDown,
-    })?
 }

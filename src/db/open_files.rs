@@ -6,10 +6,12 @@
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
+use crate::files::{self, Inode};
+use crate::lock::lock;
 
 /// How long an opening waits for a handle of the same file that is being closed.
 const CLOSING_WAIT: Duration = Duration::from_secs(10);
@@ -18,9 +20,6 @@ const BESIDE: [&str; 3] = ["-wal", "-shm", "-journal"];
 
 static OPEN: Mutex<Vec<OpenFile>> = Mutex::new(Vec::new());
 static CHANGED: Condvar = Condvar::new();
-
-/// Device and inode.
-type Inode = (u64, u64);
 
 /// An open database.
 #[derive(Debug)]
@@ -38,7 +37,7 @@ struct OpenFile {
 impl OpenFile {
     /// Whether a place or a file is this database. The file may have come or been replaced after the claim.
     fn is(&self, place: &(Inode, OsString), file: Option<Inode>) -> bool {
-        self.place == *place || file.is_some() && (file == self.file || file == inode(&self.path))
+        self.place == *place || file.is_some() && (file == self.file || file == Inode::at(&self.path))
     }
 }
 
@@ -51,9 +50,9 @@ impl Claim {
     pub(super) fn enter(path: &Path) -> Result<Claim> {
         let place = place(path)?;
         let deadline = Instant::now() + CLOSING_WAIT;
-        let mut open = lock();
+        let mut open = lock(&OPEN);
         loop {
-            let file = inode(path);
+            let file = Inode::at(path);
             let left = deadline.saturating_duration_since(Instant::now());
             match open.iter().find(|entry| entry.is(&place, file)) {
                 None => {
@@ -72,7 +71,7 @@ impl Claim {
 
     /// Says that the place will soon be free.
     pub(super) fn closing(&self) {
-        if let Some(entry) = lock().iter_mut().find(|entry| entry.serial == self.0) {
+        if let Some(entry) = lock(&OPEN).iter_mut().find(|entry| entry.serial == self.0) {
             entry.closing = true;
         }
         CHANGED.notify_all();
@@ -81,7 +80,7 @@ impl Claim {
 
 impl Drop for Claim {
     fn drop(&mut self) {
-        lock().retain(|entry| entry.serial != self.0);
+        lock(&OPEN).retain(|entry| entry.serial != self.0);
         CHANGED.notify_all();
     }
 }
@@ -89,52 +88,32 @@ impl Drop for Claim {
 /// Whether a path is an open database, or a file that belongs to one.
 pub(super) fn belongs_to_open(path: &Path) -> Result<bool> {
     let place = place(path)?;
-    let file = inode(path);
+    let file = Inode::at(path);
     let of = |entry: &OpenFile, suffix: &str| {
         let mut beside = entry.path.clone().into_os_string();
         beside.push(suffix);
         PathBuf::from(beside)
     };
-    Ok(lock().iter().any(|entry| {
+    Ok(lock(&OPEN).iter().any(|entry| {
         let beside = BESIDE.iter().any(|suffix| {
             let theirs = of(entry, suffix);
             let name = theirs.file_name().unwrap_or_default();
-            (entry.place.0 == place.0 && name == place.1) || (file.is_some() && file == inode(&theirs))
+            (entry.place.0 == place.0 && name == place.1) || (file.is_some() && file == Inode::at(&theirs))
         });
         let side = of(entry, "-replite");
-        let inside = inode(&side).is_some_and(|side| side == place.0) || path.starts_with(&side);
+        let inside = Inode::at(&side).is_some_and(|side| side == place.0) || path.starts_with(&side);
         entry.is(&place, file) || beside || inside
     }))
 }
 
 fn place(path: &Path) -> Result<(Inode, OsString)> {
-    let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let directory = files::parent_of(path);
     let name = path.file_name().unwrap_or_default();
     if cfg!(unix) {
         let meta = fs::metadata(directory).map_err(Error::io("stat", directory))?;
-        return Ok((of_meta(&meta).unwrap_or_default(), name.to_owned()));
+        return Ok((Inode::of(&meta).unwrap_or_default(), name.to_owned()));
     }
     Ok((Inode::default(), directory.join(name).into_os_string()))
-}
-
-/// The inode of a file that is there, links followed.
-fn inode(path: &Path) -> Option<Inode> {
-    of_meta(&fs::metadata(path).ok()?)
-}
-
-#[cfg(unix)]
-fn of_meta(meta: &fs::Metadata) -> Option<Inode> {
-    use std::os::unix::fs::MetadataExt;
-    Some((meta.dev(), meta.ino()))
-}
-
-#[cfg(not(unix))]
-fn of_meta(_: &fs::Metadata) -> Option<Inode> {
-    None
-}
-
-fn lock() -> MutexGuard<'static, Vec<OpenFile>> {
-    OPEN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

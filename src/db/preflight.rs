@@ -53,7 +53,7 @@ fn resolve(path: &Path) -> Result<PathBuf> {
             Err(Error::Unsupported { path: path.to_path_buf(), reason: Unsupported::DanglingLink })
         }
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+            let parent = files::parent_of(path);
             let name = path.file_name().ok_or_else(|| Error::Unsupported {
                 path: path.to_path_buf(),
                 reason: Unsupported::NotAFile,
@@ -85,7 +85,7 @@ pub(super) fn side(path: &Path, replica: bool, mode: Option<u32>) -> Result<Path
         }
     }
     files::make(&side)?;
-    sync_directory(path.parent().unwrap_or(Path::new(".")))?;
+    files::sync_name(path)?;
     Ok(side)
 }
 
@@ -107,14 +107,6 @@ fn turn_to_wal(path: &Path, handle: &Handle) -> Result<()> {
         return Ok(());
     }
     Err(Error::Unsupported { path: path.to_path_buf(), reason: Unsupported::NotWal(now) })
-}
-
-/// fsyncs a directory: a name that was put there stays. Nothing where directories can't be opened.
-pub(super) fn sync_directory(directory: &Path) -> Result<()> {
-    if cfg!(unix) {
-        fs::File::open(directory).and_then(|d| d.sync_all()).map_err(Error::io("fsync", directory))?;
-    }
-    Ok(())
 }
 
 /// Tries the directory with a file of our own.

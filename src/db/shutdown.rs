@@ -3,11 +3,12 @@
 use std::fmt;
 use std::future::Future;
 use std::ops::Deref;
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
 use crate::db::{Db, DbInner, Running};
+use crate::lock::lock;
 use crate::status::Role;
 use crate::threads;
 
@@ -183,7 +184,7 @@ impl DbInner {
 
     /// Whoever opens the file anew waits for us from now on.
     fn announce(&self) {
-        if let Some(claim) = &*self.claim.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let Some(claim) = &*lock(&self.claim) {
             claim.closing();
         }
     }
@@ -192,7 +193,7 @@ impl DbInner {
     fn close(&self) {
         // Also when something of the application's panics, the file is given back, and then that is said.
         let _said_at_the_end = self.ended.clone().drop_guard();
-        let _claim = self.claim.lock().unwrap_or_else(PoisonError::into_inner).take();
+        let _claim = lock(&self.claim).take();
         self.closed.store(true, Ordering::Release);
         self.node.stop.cancel();
         self.tracker.close();

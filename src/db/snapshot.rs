@@ -10,11 +10,11 @@ use rusqlite::{Connection, OpenFlags};
 use tokio::io::{AsyncRead, ReadBuf};
 use uuid::Uuid;
 
-use crate::db::preflight::sync_directory;
 use crate::db::{Db, open_files};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::sqlite::connect_alone;
+use crate::threads::blocking;
 use crate::txid::Position;
 
 /// What the names of temporary copies begin with.
@@ -35,9 +35,7 @@ impl Db {
     /// Dropped, the copy still runs to its end.
     pub async fn snapshot_to(&self, path: impl AsRef<Path>) -> Result<Position> {
         let (db, path) = (self.clone(), path.as_ref().to_path_buf());
-        tokio::task::spawn_blocking(move || db.place_snapshot(&path))
-            .await
-            .map_err(|e| Error::Stopped(format!("the snapshot ended: {e}")))?
+        blocking(move || db.place_snapshot(&path)).await
     }
 
     /// Copies a committed state and gives it to be read, such as for a download: a whole plain SQLite file. The copy is made in a temporary file
@@ -60,9 +58,7 @@ impl Db {
     /// Dropped, the copy still runs to its end, and is removed.
     pub async fn snapshot(&self) -> Result<Snapshot> {
         let db = self.clone();
-        tokio::task::spawn_blocking(move || db.take_snapshot())
-            .await
-            .map_err(|e| Error::Stopped(format!("the snapshot ended: {e}")))?
+        blocking(move || db.take_snapshot()).await
     }
 
     fn vouched(&self) -> Result<Position> {
@@ -96,7 +92,7 @@ impl Db {
             // Meanwhile somebody may have opened a database there.
             check(&path)?;
             files::place(&new, &path)?;
-            sync_directory(path.parent().unwrap_or(Path::new(".")))
+            files::sync_name(&path)
         });
         if placed.is_err() {
             // The error that is returned says more than this one could.
@@ -176,7 +172,7 @@ fn plain(path: &Path) -> Result<PathBuf> {
     let name = path
         .file_name()
         .ok_or_else(|| Error::Config(format!("a snapshot needs a file name, not {}", path.display())))?;
-    let directory = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    let directory = files::parent_of(path);
     Ok(fs::canonicalize(directory).map_err(Error::io("open directory", directory))?.join(name))
 }
 

@@ -1,11 +1,11 @@
 //! How the node stands: status and health.
 
-use std::sync::PoisonError;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::context::Part;
 use crate::db::{Db, DbInner, Running};
+use crate::lock::lock;
 use crate::status::{Health, Role, Status};
 
 impl Db {
@@ -29,7 +29,7 @@ impl Db {
             epoch: roles.epoch,
             position: node.applied.position(),
             primary: roles.primary,
-            lag: *node.lag.lock().unwrap_or_else(PoisonError::into_inner),
+            lag: *lock(&node.lag),
             replicas: inner.source.replicas(),
             wal_frames: wal.frames,
             backfilled_frames: wal.backfilled,

@@ -1,7 +1,7 @@
 //! Verification of the whole database, on demand and from time to time.
 
 use std::num::NonZeroU64;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
@@ -12,6 +12,8 @@ use crate::db::Db;
 use crate::db::writer::EngineSlot;
 use crate::engine::ReplicaEngine;
 use crate::error::{Error, Result};
+use crate::lock::lock;
+use crate::random;
 use crate::status::{Event, Verification};
 use crate::threads::{self, aside, caught_task};
 
@@ -81,7 +83,7 @@ impl Verifier {
     }
 
     fn lock(&self) -> MutexGuard<'_, VerifierState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 
     /// What the last verification found.
@@ -232,12 +234,8 @@ fn jittered(period: Duration, percent: u64) -> Duration {
 }
 
 fn random_percent() -> u64 {
-    let mut bytes = [0; 8];
     // Without random numbers there is no jitter.
-    if getrandom::fill(&mut bytes).is_err() {
-        return JITTER_PERCENT;
-    }
-    u64::from_le_bytes(bytes)
+    random::array().map_or(JITTER_PERCENT, u64::from_le_bytes)
 }
 
 #[cfg(test)]

@@ -7,7 +7,7 @@ use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, mpsc};
 use std::thread::JoinHandle;
 use std::time::Instant;
 
@@ -17,6 +17,7 @@ use tokio::sync::{Semaphore, mpsc as queue, oneshot};
 use crate::db::config::{Config, ConnectionKind};
 use crate::engine::{Durability, PrimaryEngine};
 use crate::error::{Error, Result};
+use crate::lock::lock;
 use crate::sqlite::{self, CommitHook, defend, last_code};
 use crate::threads::{self, aside, message};
 use crate::txid::Txid;
@@ -466,10 +467,6 @@ fn survive<T>(run: impl FnOnce() -> T) -> Option<T> {
             None
         }
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

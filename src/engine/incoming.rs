@@ -94,11 +94,7 @@ pub(in crate::engine) fn progress(side: &Path) -> Option<FillProgress> {
 
 /// Forgets what was begun.
 pub(in crate::engine) fn discard(side: &Path) -> Result<()> {
-    let directory = side.join("incoming");
-    match fs::remove_dir_all(&directory) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", &directory)(e)),
-        _ => Ok(()),
-    }
+    files::remove_directory(&side.join("incoming"))
 }
 
 /// The pages of an [`IncomingState`], for a call.

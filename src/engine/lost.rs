@@ -190,10 +190,7 @@ pub(super) fn keep_file(options: &EngineOptions, mut file: &File) -> Result<Path
 
 /// An empty directory; what an earlier try left that found no room counts for nothing.
 fn begin_anew(new: PathBuf) -> Result<PathBuf> {
-    match fs::remove_dir_all(&new) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(Error::io("remove", &new)(e)),
-        _ => {}
-    }
+    files::remove_directory(&new)?;
     files::make_directory(&new)?;
     Ok(new)
 }

@@ -10,6 +10,7 @@ use std::path::Path;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::files::sync_directory;
+use crate::random;
 
 const NAME: &str = "reserve";
 /// For a WAL's first frames and the names of new files.
@@ -24,7 +25,7 @@ pub(crate) fn is_there(directory: &Path) -> bool {
 pub(crate) fn make(directory: &Path) -> Result<()> {
     let epochs = fs::metadata(directory.join("epochs")).map_or(0, |meta| meta.len());
     let mut bytes = vec![0; (SPARE_BYTES + epochs.next_multiple_of(BLOCK_BYTES) + BLOCK_BYTES) as usize];
-    getrandom::fill(&mut bytes).map_err(|e| Error::Stopped(format!("no random numbers: {e}")))?;
+    random::fill(&mut bytes)?;
     replace(directory, NAME, &bytes)
 }
 

@@ -7,7 +7,7 @@ use bytes::{Bytes, BytesMut};
 
 use super::scan::{Edge, HEAD_BYTES, Index, Stretch, hop};
 use super::state::{LogState, Seg};
-use super::{CURE, Log, Lookup, segments};
+use super::{CURE, Log, Lookup};
 use crate::error::{Error, Result};
 use crate::files;
 
@@ -105,7 +105,7 @@ impl Log {
             Err(error) => return Err(Error::io("open", &path)(error)),
         };
         let mut buffer = BytesMut::zeroed(usize::try_from(length).unwrap_or(usize::MAX).min(max));
-        let got = segments::read_at(&file, &mut buffer, offset).map_err(Error::io("read", &path))?;
+        let got = files::read_at(&file, &mut buffer, offset).map_err(Error::io("read", &path))?;
         // Cut since the lock was given back.
         if got < buffer.len() { Err(self.gone(lsn)) } else { Ok(buffer.freeze()) }
     }

@@ -61,7 +61,7 @@ pub(super) fn recover(dir: &Path) -> Result<LogState> {
         file.sync_all().map_err(Error::io("fsync", &last.path))?;
     }
     if cut || !drop.is_empty() {
-        segments::sync_dir(dir)?;
+        files::sync_directory(dir)?;
     }
     state.file = Some(Arc::new(file));
     state.segments.push_back(Seg {
@@ -138,7 +138,7 @@ fn examine(path: PathBuf, start: u64) -> Result<Candidate> {
     let file = files::open(&path).map_err(Error::io("open", &path))?;
     let meta = file.metadata().map_err(Error::io("stat", &path))?;
     let mut raw = [0; SEGMENT_BYTES];
-    let whole = segments::read_at(&file, &mut raw, 0).map_err(Error::io("read", &path))? == SEGMENT_BYTES;
+    let whole = files::read_at(&file, &mut raw, 0).map_err(Error::io("read", &path))? == SEGMENT_BYTES;
     if whole && let Some(found) = Unit::newer_segment(&raw) {
         return Err(Error::Newer { path, found: found.into(), supported: VERSION.into() });
     }

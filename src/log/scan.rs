@@ -5,8 +5,9 @@ use std::path::Path;
 
 use bytes::{Bytes, BytesMut};
 
-use super::{CURE, segments};
+use super::CURE;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::txid::{Epoch, Position};
 use crate::wire::{Decoder, HEADER_BYTES, Header, Kind, Message, SEGMENT_BYTES, Segment, TxnEnd, Unit};
 
@@ -68,7 +69,7 @@ pub(super) fn scan(file: &File, path: &Path, head: Segment, until: u64) -> Resul
     while offset < until {
         let wanted = usize::try_from(until - offset).unwrap_or(usize::MAX).min(SCAN_READ_BYTES);
         let mut buffer = BytesMut::zeroed(wanted);
-        let got = segments::read_at(file, &mut buffer, offset).map_err(Error::io("read", path))?;
+        let got = files::read_at(file, &mut buffer, offset).map_err(Error::io("read", path))?;
         if got == 0 {
             break;
         }
@@ -167,8 +168,8 @@ pub(super) fn hop(
         let wanted = (stretch.until - lsn).min(TXN_BEGIN_BYTES as u64);
         if lsn + wanted > base + filled as u64 {
             let most = (stretch.until - lsn).min(HOP_READ_BYTES as u64) as usize;
-            filled = segments::read_at(file, &mut window[..most], offset_of(lsn))
-                .map_err(Error::io("read", path))?;
+            filled =
+                files::read_at(file, &mut window[..most], offset_of(lsn)).map_err(Error::io("read", path))?;
             base = lsn;
         }
         let here = &window[(lsn - base) as usize..filled];

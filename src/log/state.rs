@@ -109,7 +109,7 @@ impl LogState {
             let source = io::Error::other("an earlier write failed and could not be taken back");
             return Err(Error::Io { op: "append to", path: segment.path.clone(), source });
         }
-        if let Err(source) = segments::write_all_at(file, units, offset) {
+        if let Err(source) = files::write_all_at(file, units, offset) {
             // What was written of it must not stand behind the end: a later, shorter append would leave its rest.
             self.sealed = file.set_len(offset).is_err();
             return Err(Error::Io { op: "append to", path: segment.path.clone(), source });
@@ -158,7 +158,7 @@ impl LogState {
         let mut head = BytesMut::new();
         let follows = self.segments.back().map(|s| s.end);
         wire::encode(&Message::Segment(Segment { start, before, follows }), &mut head);
-        if let Err(source) = segments::write_all_at(&file, &head, 0) {
+        if let Err(source) = files::write_all_at(&file, &head, 0) {
             segments::remove(std::slice::from_ref(&path));
             return Err(Error::Io { op: "write", path, source });
         }
@@ -178,7 +178,7 @@ impl LogState {
             (Some(file), Some(last)) => file.sync_data().map_err(Error::io("fsync", &last.path)),
             _ => Ok(()),
         };
-        self.noted(head.and_then(|()| segments::sync_dir(dir)))
+        self.noted(head.and_then(|()| files::sync_directory(dir)))
     }
 
     /// The result of an fsync. One that failed is not forgotten; one that could not be tried is tried again.

@@ -18,6 +18,7 @@ use tokio_util::sync::{CancellationToken, DropGuard, WaitForCancellationFutureOw
 use tokio_util::task::TaskTracker;
 
 use crate::error::{PeerProblem, shown};
+use crate::lock::lock;
 use crate::net::{
     CONNECTION_WINDOW_BYTES, Endpoint, FRAME_MAX_BYTES, Heard, Incoming, STREAM_WINDOW_BYTES, Tracked, chain,
 };
@@ -139,9 +140,7 @@ where
             let heard = heard.clone();
             Ok(OpenResponse { status: head.status, headers: head.headers, body, request, heard, guard })
         }
-        Err(_) if first.lock().unwrap_or_else(|e| e.into_inner()).starts_with(b"HTTP/") => {
-            Err(PeerProblem::NotHttp2)
-        }
+        Err(_) if lock(&first).starts_with(b"HTTP/") => Err(PeerProblem::NotHttp2),
         Err(problem) => Err(problem),
     }
 }
@@ -231,7 +230,7 @@ impl<I: AsyncRead + Unpin> AsyncRead for WatchedStream<I> {
         let came = buf.filled().len() - before;
         if read.is_ready() && came > 0 {
             self.heard.note(came);
-            let mut first = self.first.lock().unwrap_or_else(|e| e.into_inner());
+            let mut first = lock(&self.first);
             let missing = FIRST_BYTES.saturating_sub(first.len());
             first.extend(buf.filled()[before..].iter().take(missing));
         }

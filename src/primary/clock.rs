@@ -1,6 +1,8 @@
 //! A replica's clock, as far as its primary knows it.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use crate::lock::lock;
 
 use tokio::time::Instant;
 
@@ -20,7 +22,7 @@ impl ReplicaClock {
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<(u64, Instant)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.0)
     }
 }
 

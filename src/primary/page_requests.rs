@@ -1,12 +1,13 @@
 //! What a primary asks its replicas: for the pages that are not what it has itself.
 
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::error::{Error, PeerProblem, Result};
+use crate::lock::lock;
 use crate::page::PageNo;
 use crate::status::PeerInfo;
 use crate::wire::{Sent, Want};
@@ -148,8 +149,4 @@ impl Answers {
         let _ = pending.reply.send(pending.answer);
         true
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|e| e.into_inner())
 }

@@ -1,7 +1,7 @@
 //! What a power cut took from this node, taken back from the logs of its replicas before anybody can write.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
 use bytes::BytesMut;
@@ -12,6 +12,7 @@ use uuid::Uuid;
 use crate::context::NodeContext;
 use crate::engine::Opening;
 use crate::error::{Error, PeerProblem, Result};
+use crate::lock::lock;
 use crate::primary::acks::ReceivedUnits;
 use crate::primary::blocking;
 use crate::primary::send_queue::StreamSender;
@@ -195,7 +196,7 @@ impl Recovery {
     }
 
     fn lock(&self) -> MutexGuard<'_, RecoveryState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.state)
     }
 }
 

@@ -8,6 +8,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use crate::lock::lock;
 use crate::status::{PeerInfo, ReplicaStatus, unix_millis};
 use crate::wire::Ack;
 
@@ -80,7 +81,7 @@ impl Registry {
     }
 
     fn lock(&self) -> MutexGuard<'_, ReplicaSlots> {
-        self.seats.lock().unwrap_or_else(|e| e.into_inner())
+        lock(&self.seats)
     }
 }
 

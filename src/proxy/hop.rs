@@ -3,8 +3,8 @@
 use http::{HeaderValue, Method};
 use uuid::Uuid;
 
-use crate::secret::{Keyring, PROOF_BYTES, Purpose, SHORT_PROOF_BYTES, unhex};
-use crate::token::Hex;
+use crate::hex::{Hex, unhex};
+use crate::secret::{Keyring, PROOF_BYTES, Purpose, SHORT_PROOF_BYTES};
 use crate::txid::Epoch;
 
 /// Nodes that a request is offered to, one after the other and by whatever layers, before it is given up.

@@ -14,6 +14,7 @@ use http_body_util::BodyExt;
 use http_body_util::combinators::UnsyncBoxBody;
 use tokio::time::{Duration, Instant};
 
+use crate::lock::lock;
 use crate::proxy::BoxError;
 
 /// How much, and for how long, is read of a body that its handler has left.
@@ -242,7 +243,7 @@ impl Keep {
     }
 
     fn lock(&self) -> MutexGuard<'_, ReplayState> {
-        self.0.lock().unwrap_or_else(|e| e.into_inner())
+        lock(&self.0)
     }
 }
 

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::random;
+
 /// First wait: a primary that restarts is back within it, more or less.
 const FIRST: Duration = Duration::from_millis(50);
 /// Longest wait: what a replica may be late after an outage. Requests that are held for the primary have to wait for it, too.
@@ -25,10 +27,9 @@ impl Backoff {
     }
 
     pub(super) fn next(&mut self) -> Duration {
-        let mut byte = [0];
         // Without random numbers the waits are merely not spread.
-        let _ = getrandom::fill(&mut byte);
-        self.draw(byte[0])
+        let [byte] = random::array().unwrap_or_default();
+        self.draw(byte)
     }
 
     fn draw(&mut self, random: u8) -> Duration {

@@ -7,6 +7,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::context::{NodeContext, Part};
+use crate::lock::lock;
 use crate::net::Heard;
 use crate::replica::pace::{Coming, Pace};
 use crate::status::Lag;
@@ -106,7 +107,7 @@ impl Lagging {
     }
 
     fn lock(&self) -> MutexGuard<'_, Freshness> {
-        self.0.lock().unwrap_or_else(|e| e.into_inner())
+        lock(&self.0)
     }
 }
 

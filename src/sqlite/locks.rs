@@ -11,10 +11,11 @@
 
 use std::fs::File;
 use std::path::{Path, PathBuf};
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
-use std::sync::{Mutex, PoisonError};
 
 use crate::error::{Error, Result};
+use crate::lock::lock;
 use crate::sqlite::ffi::{Handle, Lock, Owner, Slot};
 
 /// SQLite's shared lock on the database file: every open connection of a WAL database has it.
@@ -270,13 +271,13 @@ impl Drop for Alone {
 
 /// Keeps descriptors of a database until nobody in this process can lose a lock by their closing.
 pub(crate) fn park(files: impl IntoIterator<Item = File>) {
-    PARKED.lock().unwrap_or_else(PoisonError::into_inner).extend(files);
+    lock(&PARKED).extend(files);
     close_unlocked();
 }
 
 /// Closes descriptors that are no longer used, as far as nobody holds a lock on their files: one of this process would be lost.
 pub(crate) fn close_unlocked() {
-    PARKED.lock().unwrap_or_else(PoisonError::into_inner).retain(|file| !unlocked(file));
+    lock(&PARKED).retain(|file| !unlocked(file));
 }
 
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]

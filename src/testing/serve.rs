@@ -17,6 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tower::Service;
 
 use crate::error::{Error, Result};
+use crate::lock::lock;
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
@@ -44,7 +45,7 @@ impl<S: Application> Stand<S> {
                     tokio::time::sleep(std::time::Duration::from_millis(10)).await;
                     continue;
                 };
-                let now = serving.lock().unwrap_or_else(|e| e.into_inner()).clone();
+                let now = lock(&serving).clone();
                 // A node that is away refuses everybody.
                 if let Some((service, stop)) = now {
                     tokio::spawn(stop.run_until_cancelled_owned(service.serve(io)));
@@ -56,14 +57,14 @@ impl<S: Application> Stand<S> {
 
     pub(super) fn open(&self, service: S) {
         let life = Some((service, CancellationToken::new()));
-        *self.life.lock().unwrap_or_else(|e| e.into_inner()) = life;
+        *lock(&self.life) = life;
     }
 }
 
 impl<S> Stand<S> {
     /// Cuts every connection and lets no new one in.
     pub(super) fn shut(&self) {
-        let life = self.life.lock().unwrap_or_else(|e| e.into_inner()).take();
+        let life = lock(&self.life).take();
         if let Some((_, stop)) = life {
             stop.cancel();
         }

@@ -6,7 +6,6 @@ mod healing;
 mod state;
 mod vouched;
 
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -25,7 +24,6 @@ use crate::engine::options::EngineOptions;
 use crate::engine::recover::opened::Opened;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::files::sync_directory;
 use crate::lock::lock;
 use crate::status::Event;
 use crate::threads;
@@ -499,11 +497,4 @@ fn no_snapshot() -> Error {
 
 fn no_state() -> Error {
     Error::garbled("the primary", "a transaction before the snapshot that it needs")
-}
-
-fn sync_parent(path: &Path) -> Result<()> {
-    match path.parent() {
-        Some(parent) if !parent.as_os_str().is_empty() => sync_directory(parent),
-        _ => sync_directory(Path::new(".")),
-    }
 }

@@ -14,6 +14,7 @@ use crate::engine::history::append_or_gap;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::page::PageNo;
+use crate::random;
 use crate::sqlite::{Handle, Lock, Slot};
 use crate::wal::{FRAME_HEADER_BYTES, IndexHeader, READ_MARK_UNUSED, frame_bytes, frame_offset};
 
@@ -151,9 +152,7 @@ impl Images {
 
 /// A mark behind the end of a file of so many bytes.
 fn new_mark(offset: u64) -> Result<CopyTag> {
-    let mut nonce = [0; CopyTag::BYTES];
-    getrandom::fill(&mut nonce).map_err(|e| Error::Stopped(format!("no random numbers: {e}")))?;
-    Ok(CopyTag { offset, nonce })
+    Ok(CopyTag { offset, nonce: random::array()? })
 }
 
 /// Without it only a hash of everything tells later that the file is still this one.

@@ -6,6 +6,7 @@ use crate::engine::file::witnesses::Witnesses;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::page::PageNo;
+use crate::random;
 use crate::sqlite::Handle;
 use crate::wal::{READ_MARK_UNUSED, Salts, push_frame, wal_header};
 
@@ -78,8 +79,7 @@ fn overwrite(base: &OpenDatabase, handle: &Handle, new: &Tip, bytes: &[u8]) -> R
 
 /// Salts that no other generation of this database, nor of another branch of it, has had. The second follows from the first: see [`are_ours`].
 fn salts_of(tip: &Tip, generation: u64) -> Result<Salts> {
-    let mut random = [0; 16];
-    getrandom::fill(&mut random).map_err(|e| Error::Stopped(format!("no random numbers: {e}")))?;
+    let random = random::array::<16>()?;
     let mut hasher = blake3::Hasher::new_derive_key("replite 2026 v1 wal salts");
     hasher.update(&tip.position.to_bytes());
     hasher.update(&generation.to_le_bytes());

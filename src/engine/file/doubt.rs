@@ -2,7 +2,6 @@
 //!
 //! `<side>/doubt` is there meanwhile. What is in it is for people: what was found.
 
-use std::fs;
 use std::io::Read;
 use std::path::Path;
 
@@ -33,17 +32,16 @@ pub(in crate::engine) fn text(directory: &Path) -> Option<String> {
 
 /// The pages are what the position says.
 pub(in crate::engine) fn end(directory: &Path) {
-    match fs::remove_file(directory.join(NAME)) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            tracing::warn!(%error, "that the pages are in doubt could not be taken back");
-        }
-        // Should it come back by a power cut, the pages are looked at once more.
-        _ => {}
+    // Should it come back by a power cut, the pages are looked at once more.
+    if let Err(error) = files::remove(&directory.join(NAME)) {
+        tracing::warn!(%error, "that the pages are in doubt could not be taken back");
     }
 }
 
 #[cfg(test)]
 mod tests {
+    use std::fs;
+
     use super::*;
 
     #[test]

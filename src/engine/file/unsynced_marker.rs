@@ -7,7 +7,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::files::replace_file;
+use crate::files::{self, replace_file};
 
 const NAME: &str = "unsynced";
 /// A UUID, new with each boot of Linux.
@@ -16,7 +16,7 @@ const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 /// Whether commits may have been lost: the database was not closed, and this is another boot, or nobody knows.
 pub(in crate::engine) fn may_be_lost(side: &Path) -> Result<bool> {
     let path = side.join(NAME);
-    match crate::files::read(&path) {
+    match files::read(&path) {
         Ok(then) => Ok(then.is_empty() || then != boot_id()),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
         Err(e) => Err(Error::io("read", &path)(e)),
@@ -35,7 +35,7 @@ pub(in crate::engine) fn begin(side: &Path) -> Result<()> {
 
 /// From now on commits may have been lost on this boot, too.
 pub(in crate::engine) fn doubt(side: &Path) {
-    let known = crate::files::read(&side.join(NAME)).is_ok_and(|then| then.is_empty());
+    let known = files::read(&side.join(NAME)).is_ok_and(|then| then.is_empty());
     if !known && let Err(error) = replace_file(side, NAME, b"") {
         tracing::warn!(%error, "that commits may be lost could not be noted");
     }
@@ -43,12 +43,8 @@ pub(in crate::engine) fn doubt(side: &Path) {
 
 /// Everything is synced.
 pub(in crate::engine) fn end(side: &Path) -> Result<()> {
-    let path = side.join(NAME);
-    match fs::remove_file(&path) {
-        // Whether the removal is durable does not matter: then no replica has what this node does not.
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => Err(Error::io("remove", &path)(e)),
-        _ => Ok(()),
-    }
+    // Whether the removal is durable does not matter: then no replica has what this node does not.
+    files::remove(&side.join(NAME)).map(drop)
 }
 
 /// Empty where there is none.

@@ -8,9 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, Result};
-use crate::files::read_exact_at;
-use crate::files::sync_directory;
-use crate::files::write_all_at;
+use crate::files::{self, read_exact_at, write_all_at};
 use crate::page::PageSize;
 use crate::wal::{FRAME_HEADER_BYTES, FrameHeader, Salts, frame_bytes, frame_offset};
 
@@ -57,8 +55,7 @@ impl WalFile {
 
     /// Makes the file's name durable. SQLite does that with its own first sync of a WAL that it made; ours are of the content only.
     pub(crate) fn sync_name(&self) -> Result<()> {
-        let parent = self.path.parent().filter(|p| !p.as_os_str().is_empty());
-        sync_directory(parent.unwrap_or(Path::new(".")))
+        files::sync_name(&self.path)
     }
 
     pub(crate) fn read(&self, buffer: &mut [u8], offset: u64) -> Result<()> {

@@ -14,11 +14,9 @@ use crate::engine::file::modified::{modified_of, stamp};
 use crate::engine::file::wal_file::WalFile;
 use crate::engine::options::EngineOptions;
 use crate::error::{Error, Result};
+use crate::files::Inode;
 use crate::lock::lock;
 use crate::sqlite::FileLocks;
-
-/// Device and inode.
-type Inode = (u64, u64);
 
 /// The files of one open database.
 #[derive(Debug)]
@@ -35,6 +33,7 @@ pub(in crate::engine) struct Watch {
 struct KnownFile {
     what: What,
     path: PathBuf,
+    /// `None`: only whether a file is there is looked at.
     inode: Option<Inode>,
 }
 
@@ -99,7 +98,7 @@ impl Watch {
         let opened = |file: Option<&File>| file.map(|file| file.metadata());
         let known = |what, path: PathBuf, opened: Option<io::Result<Metadata>>| -> Result<KnownFile> {
             let meta = opened.unwrap_or_else(|| fs::metadata(&path)).map_err(Error::io("stat", &path))?;
-            Ok(KnownFile { what, path, inode: inode(&meta) })
+            Ok(KnownFile { what, path, inode: Inode::of(&meta) })
         };
         let files = vec![
             known(What::Database, database.clone(), opened(locks.as_deref().and_then(FileLocks::database)))?,
@@ -115,7 +114,7 @@ impl Watch {
     /// What is wrong with the files at the paths; nothing as a rule. A path that can't be looked at says nothing.
     pub(in crate::engine) fn astray(&self) -> Option<Astray> {
         self.files.iter().find_map(|known| match fs::metadata(&known.path) {
-            Ok(meta) if inode(&meta) == known.inode => None,
+            Ok(meta) if Inode::of(&meta) == known.inode => None,
             Ok(_) => Some(Astray::Another(known.what, known.path.clone())),
             Err(e) if matches!(e.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => {
                 Some(Astray::Gone(known.what, known.path.clone()))
@@ -165,16 +164,4 @@ impl Watch {
     fn descriptor(&self) -> Option<&File> {
         self.locks.as_deref().and_then(FileLocks::database)
     }
-}
-
-/// Elsewhere only whether a file is there is looked at.
-#[cfg(unix)]
-fn inode(meta: &Metadata) -> Option<Inode> {
-    use std::os::unix::fs::MetadataExt;
-    Some((meta.dev(), meta.ino()))
-}
-
-#[cfg(not(unix))]
-fn inode(_: &Metadata) -> Option<Inode> {
-    None
 }

@@ -1,6 +1,7 @@
 //! A new epoch of the history.
 
 use crate::error::{Error, Result};
+use crate::random;
 use crate::txid::{Epoch, EpochStart, NUMBER_MAX, Position};
 
 /// Adds an epoch with a number above `above` and all known ones.
@@ -9,8 +10,7 @@ pub(in crate::engine) fn open_epoch(
     above: u64,
     position: Position,
 ) -> Result<()> {
-    let mut branch = [0; 8];
-    getrandom::fill(&mut branch).map_err(|e| Error::Stopped(format!("no random numbers: {e}")))?;
+    let branch = random::array()?;
     let above = history.epoch().number().max(above);
     let number = above
         .checked_add(1)

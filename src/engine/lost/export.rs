@@ -11,7 +11,8 @@ use serde_json::{Map, Value};
 use crate::engine::lost::rows::{self, LostRows, quoted};
 use crate::engine::lost::{CURE, LostBranch};
 use crate::error::{Error, Result};
-use crate::files::{self, sync_directory};
+use crate::files;
+use crate::hex::unhex_lossy;
 use crate::log::logged;
 use crate::page::PageNo;
 use crate::sqlite::connect_alone;
@@ -121,10 +122,7 @@ impl LostBranch {
         }
         tx.commit()?;
         file.close().map_err(|(_, error)| error)?;
-        match to.parent() {
-            Some(parent) if !parent.as_os_str().is_empty() => sync_directory(parent),
-            _ => sync_directory(Path::new(".")),
-        }
+        files::sync_name(to)
     }
 
     fn units(&self, name: &str, mut visit: impl FnMut(&Unit, Message<'_>) -> Result<()>) -> Result<()> {
@@ -183,14 +181,9 @@ fn sql(value: &Value) -> rusqlite::types::Value {
         }
         Value::String(text) => Sql::Text(text.clone()),
         Value::Object(object) => match object.get("blob").and_then(Value::as_str) {
-            Some(hex) => Sql::Blob(unhex(hex)),
+            Some(hex) => Sql::Blob(unhex_lossy(hex)),
             None => Sql::Text(value.to_string()),
         },
         Value::Array(_) => Sql::Text(value.to_string()),
     }
-}
-
-fn unhex(hex: &str) -> Vec<u8> {
-    let digits = hex.as_bytes().chunks_exact(2);
-    digits.filter_map(|pair| u8::from_str_radix(std::str::from_utf8(pair).ok()?, 16).ok()).collect()
 }

@@ -16,6 +16,7 @@ use crate::engine::incoming::Ready;
 use crate::engine::lost::btree::{self, StatePages};
 use crate::engine::lost::{CURE, Output, write};
 use crate::error::{Error, Result};
+use crate::hex::hex;
 use crate::page::{PageNo, PageSet};
 use crate::sqlite::Handle;
 
@@ -211,10 +212,7 @@ fn json(value: ValueRef<'_>) -> Value {
             serde_json::Number::from_f64(r).map_or_else(|| r.to_string().into(), Value::Number)
         }
         ValueRef::Text(text) => String::from_utf8_lossy(text).into(),
-        ValueRef::Blob(blob) => {
-            let hex: String = blob.iter().map(|byte| format!("{byte:02x}")).collect();
-            serde_json::json!({ "blob": hex })
-        }
+        ValueRef::Blob(blob) => serde_json::json!({ "blob": hex(blob) }),
     }
 }
 

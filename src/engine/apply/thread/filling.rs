@@ -1,14 +1,14 @@
 //! How a snapshot becomes this node's state, in the file that is at the path: never in another file under the same name, for others may have it open.
 
-use std::fs;
+use std::path::Path;
 
 use bytes::BytesMut;
 
 use crate::checksum::PageHash;
 use crate::context::Part;
+use crate::engine::apply::thread::Apply;
 use crate::engine::apply::thread::healing::Suspect;
 use crate::engine::apply::thread::state::State;
-use crate::engine::apply::thread::{Apply, sync_parent};
 use crate::engine::checkpoint::backfill::backfill_some;
 use crate::engine::file::anchor::FileState;
 use crate::engine::file::doubt;
@@ -18,6 +18,7 @@ use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming::Ready;
 use crate::engine::lost;
 use crate::error::{Error, Result};
+use crate::files;
 use crate::page::{PageNo, PageSize};
 use crate::sqlite::Alone;
 use crate::status::Event;
@@ -110,14 +111,9 @@ impl Apply {
         for end in ["-wal", "-journal", "-shm"] {
             let mut beside = path.as_os_str().to_owned();
             beside.push(end);
-            match fs::remove_file(&beside) {
-                Err(e) if e.kind() != std::io::ErrorKind::NotFound => {
-                    return Err(Error::io("remove", &beside)(e));
-                }
-                _ => {}
-            }
+            files::remove(Path::new(&beside))?;
         }
-        sync_parent(path)?;
+        files::sync_name(path)?;
         file.set_len(0).and_then(|()| file.sync_all()).map_err(Error::io("truncate", path))
     }
 }

@@ -5,9 +5,9 @@ use std::time::Instant;
 
 use crate::context::Part;
 use crate::engine::apply::inbox::ApplyCommand;
+use crate::engine::apply::thread::Apply;
 use crate::engine::apply::thread::healing::Suspect;
 use crate::engine::apply::thread::vouched::last_vouched;
-use crate::engine::apply::thread::{Apply, sync_parent};
 use crate::engine::checkpoint::thread::{Checkpointer, ReplicaSync};
 use crate::engine::file::database::{OpenDatabase, reader};
 use crate::engine::file::doubt;
@@ -94,7 +94,7 @@ impl Apply {
         if !self.options.path.exists() {
             let mode = self.options.database_mode.unwrap_or(files::PRIVATE);
             park([files::create_database(&self.options.path, mode)?]);
-            sync_parent(&self.options.path)?;
+            files::sync_name(&self.options.path)?;
         }
         let mut opened = recover::open(self.options.clone(), self.node.clone(), false);
         if matches!(opened, Err(Error::Unsupported { reason: Unsupported::NotWal(_), .. })) {

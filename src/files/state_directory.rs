@@ -1,0 +1,128 @@
+//! The directory beside a database, `<database>-replite`: made for its owner alone, and refused where others could have prepared it.
+
+use std::fs;
+#[cfg(unix)]
+use std::fs::{File, OpenOptions};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result, Unsupported};
+#[cfg(unix)]
+use crate::files::modes::{give, own_user, set_mode};
+#[cfg(unix)]
+use crate::files::{of_link, parent_of};
+
+/// What the directory's name has behind the database's.
+const SUFFIX: &str = "-replite";
+
+/// The directory beside a database.
+pub(crate) fn of(database: &Path) -> PathBuf {
+    let mut side = database.as_os_str().to_owned();
+    side.push(SUFFIX);
+    side.into()
+}
+
+/// Makes the directory beside a database, for its owner alone. One that is there is tightened if others can read it.
+///
+/// # Errors
+/// [`Error::Unsupported`] when one is there that others could have prepared, or can change; nothing is changed then. [`Error::Io`].
+pub(crate) fn make(side: &Path) -> Result<()> {
+    if new_directory(side)? {
+        return Ok(());
+    }
+    let refused = |what| {
+        let reason = Unsupported::SideDirectory(what);
+        Err(Error::Unsupported { path: side.to_path_buf(), reason })
+    };
+    let meta = fs::symlink_metadata(side).map_err(Error::io("stat", side))?;
+    if meta.is_symlink() {
+        return refused("it is a symbolic link: put the directory itself there");
+    }
+    if !meta.is_dir() {
+        return refused("it is no directory: move it away");
+    }
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        // By a descriptor, so that what is looked at is what is changed.
+        let directory = open_directory(side)?;
+        let meta = directory.metadata().map_err(Error::io("stat", side))?;
+        let owner = database_of(side).and_then(|database| fs::metadata(database).ok()).map(|meta| meta.uid());
+        if meta.uid() != own_user() && owner != Some(meta.uid()) {
+            return refused(
+                "it belongs neither to this process's user nor to the database's owner: look at what is in it, then `chown` it or move it away",
+            );
+        }
+        let others = meta.mode() & 0o022;
+        if others != 0 && !(others == 0o020 && group_owns_all(side, meta.gid())) {
+            return refused(
+                "others may write to it: look at what is in it, then `chmod 700` it or move it away",
+            );
+        }
+        set_mode(&directory, side, 0o700)?;
+    }
+    Ok(())
+}
+
+/// Makes a directory below that one, for its owner alone.
+pub(crate) fn make_directory(path: &Path) -> Result<()> {
+    if let Some(parent) = path.parent().filter(|parent| below(parent)) {
+        make_directory(parent)?;
+    }
+    if !new_directory(path)? {
+        #[cfg(unix)]
+        set_mode(&open_directory(path)?, path, 0o700)?;
+    }
+    Ok(())
+}
+
+/// Whether a directory is below a database's, and not that itself.
+fn below(path: &Path) -> bool {
+    let sides = |path: &Path| {
+        path.file_name().is_some_and(|name| name.as_encoded_bytes().ends_with(SUFFIX.as_bytes()))
+    };
+    !sides(path) && path.ancestors().any(sides)
+}
+
+/// False: there is something of this name.
+fn new_directory(path: &Path) -> Result<bool> {
+    #[cfg_attr(not(unix), expect(unused_mut, reason = "it has no mode there"))]
+    let mut builder = fs::DirBuilder::new();
+    #[cfg(unix)]
+    std::os::unix::fs::DirBuilderExt::mode(&mut builder, 0o700);
+    match builder.create(path) {
+        Err(e) if e.kind() == io::ErrorKind::AlreadyExists => return Ok(false),
+        made => made.map_err(Error::io("create", path))?,
+    }
+    #[cfg(unix)]
+    give(&open_directory(path)?, path, None)?;
+    Ok(true)
+}
+
+/// The database that a path below its side directory belongs to.
+#[cfg(unix)]
+pub(super) fn database_of(path: &Path) -> Option<PathBuf> {
+    use std::os::unix::ffi::OsStrExt;
+    path.ancestors().find_map(|above| {
+        let name = above.file_name()?.as_bytes().strip_suffix(SUFFIX.as_bytes())?;
+        Some(above.with_file_name(std::ffi::OsStr::from_bytes(name)))
+    })
+}
+
+/// Whether the directory that the database is in is open to the same group: that can put another database there, and has nothing to gain. Orchestrators
+/// open a whole volume to a group of its own, again at each start.
+#[cfg(unix)]
+fn group_owns_all(side: &Path, group: u32) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    const STICKY: u32 = 0o1000;
+    fs::metadata(parent_of(side))
+        .is_ok_and(|meta| meta.gid() == group && meta.mode() & (STICKY | 0o022) == 0o020)
+}
+
+#[cfg(unix)]
+fn open_directory(path: &Path) -> Result<File> {
+    use std::os::unix::fs::OpenOptionsExt;
+    let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::DIRECTORY;
+    let opened = OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(path);
+    opened.map_err(of_link).map_err(Error::io("open directory", path))
+}
