@@ -3,8 +3,8 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::error::Error;
 use crate::page::{PageNo, PageSize};
+use crate::parse::ParseError;
 
 /// What the key of every page hash begins with; the page number ends it. It is published: the hash guards against accidents and
 /// divergence, not against somebody who can write the file.
@@ -91,10 +91,10 @@ impl serde::Serialize for Checksum {
 }
 
 impl FromStr for Checksum {
-    type Err = Error;
+    type Err = ParseError;
 
-    fn from_str(text: &str) -> Result<Checksum, Error> {
-        let bad = || Error::InvalidText { what: "checksum", text: text.chars().take(64).collect() };
+    fn from_str(text: &str) -> Result<Checksum, ParseError> {
+        let bad = || ParseError::new("checksum", text);
         if text.len() != 32 || !text.bytes().all(|b| b.is_ascii_hexdigit()) {
             return Err(bad());
         }

@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::parse::ParseError;
 use crate::status::PeerInfo;
 use crate::txid::Txid;
 
@@ -39,14 +40,9 @@ pub enum Error {
         "no secret to rely on: {0}; make one with `openssl rand -base64 32`, or derive one from a phrase (Secret::from_phrase)"
     )]
     WeakSecret(&'static str),
-    /// A text is not of the form that it should have.
-    #[error("not a valid {what}: {text:?}")]
-    InvalidText {
-        /// What the text should have been.
-        what: &'static str,
-        /// The text, cut short.
-        text: String,
-    },
+    /// A text is not of the form that it should have. Nothing was committed: correct the text.
+    #[error(transparent)]
+    InvalidText(#[from] ParseError),
     /// The database can't be served. Nothing was changed.
     #[error("{}: {reason}", path.display())]
     Unsupported {
@@ -398,7 +394,7 @@ impl Error {
         match self {
             Error::Config(_)
             | Error::WeakSecret(_)
-            | Error::InvalidText { .. }
+            | Error::InvalidText(_)
             | Error::Unsupported { .. }
             | Error::AlreadyOpen { .. }
             | Error::FileExists { .. }
