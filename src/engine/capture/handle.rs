@@ -16,11 +16,11 @@ use crate::engine::checkpoint::thread::Checkpointer;
 use crate::engine::figures::WalFigures;
 use crate::engine::file::database::{OpenDatabase, reader};
 use crate::engine::file::doubt;
+use crate::engine::file::term::Term;
 use crate::engine::history::wal_records::Capture;
 #[cfg(test)]
 use crate::engine::options::EngineOptions;
 use crate::engine::source::Piece;
-use crate::engine::file::term::Term;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::log::Log;

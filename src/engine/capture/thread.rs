@@ -15,12 +15,12 @@ use crate::engine::checkpoint::bound::FAILURE_PAUSE;
 use crate::engine::checkpoint::bound::{BRAKE_TIMES, cannot_copy};
 use crate::engine::checkpoint::restart::{DRAIN_MAX, Restart, keep_from_others, restart};
 use crate::engine::file::epochs::write_epochs;
+use crate::engine::file::term::Term;
 use crate::engine::file::unsynced_marker;
 use crate::engine::history::append_or_gap::{self, append_or_gap};
 use crate::engine::history::epoch::open_epoch;
 use crate::engine::history::wal_records::{Capture, Sink};
 use crate::engine::options::Durability;
-use crate::engine::file::term::Term;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::threads;
@@ -203,7 +203,8 @@ impl CaptureLoop {
                 self.base.sync_wal()?;
             }
             let mut history = (*self.capture.history).clone();
-            open_epoch(&mut history, above, self.capture.tip.position)?;
+            open_epoch(&mut history, above, self.capture.tip.position)
+                .map_err(|error| error.of_peer("a replica"))?;
             write_epochs(&self.base.options.side, &history, true)?;
             self.base.node.applied.lead(history.clone(), self.capture.tip.position);
             self.base.node.roles.send_modify(|state| state.epoch = history.epoch());

@@ -2,8 +2,8 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroU64;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::TryLockError;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use crate::checksum::{Checksum, PageHash};

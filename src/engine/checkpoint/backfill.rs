@@ -8,9 +8,9 @@ use crate::engine::checkpoint::restart::DRAIN_MAX;
 use crate::engine::file::anchor::FileState;
 use crate::engine::file::database::{OpenDatabase, Tip};
 use crate::engine::file::newest::{Found, Newest};
+use crate::engine::file::term::Term;
 use crate::engine::file::witnesses::CopyTag;
 use crate::engine::history::append_or_gap;
-use crate::engine::file::term::Term;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::page::PageNo;
@@ -79,12 +79,7 @@ pub(in crate::engine) fn rest(base: &OpenDatabase, target: &Tip) -> Result<()> {
 }
 
 /// Copies the newest image of each page in `done+1 ..= target` and fsyncs. READ0 is held, exclusive.
-pub(in crate::engine) fn copy(
-    base: &Term,
-    handle: &mut Handle,
-    target: &Tip,
-    done: u32,
-) -> Result<()> {
+pub(in crate::engine) fn copy(base: &Term, handle: &mut Handle, target: &Tip, done: u32) -> Result<()> {
     // What is copied must be on the disk in the WAL first, and in the log: after this, the file can't
     // go back to the state that the log's tip may need.
     base.sync_wal()?;

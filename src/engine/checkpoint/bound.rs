@@ -100,11 +100,7 @@ pub(in crate::engine) fn cannot_copy(error: &Error) -> String {
 }
 
 /// Has the WAL begun anew, and waits for it. Blocks for at most so long.
-pub(in crate::engine) fn checkpoint(
-    base: &Term,
-    limit: Duration,
-    wake: impl Fn(),
-) -> Result<Checkpoint> {
+pub(in crate::engine) fn checkpoint(base: &Term, limit: Duration, wake: impl Fn()) -> Result<Checkpoint> {
     let (end, before) = (Instant::now() + limit, base.bound.restarts());
     loop {
         base.check()?;

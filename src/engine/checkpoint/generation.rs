@@ -1,6 +1,5 @@
 //! A new generation of the WAL: its salts, its header and the frame that it begins with.
 
-
 use crate::engine::file::anchor::{Anchor, FileState};
 use crate::engine::file::database::{OpenDatabase, Tip, index_header};
 use crate::engine::file::witnesses::Witnesses;
@@ -22,11 +21,7 @@ pub(in crate::engine) fn begin_generation(
 }
 
 /// The same over a file that may be no committed state.
-pub(in crate::engine) fn begin_unproved(
-    base: &OpenDatabase,
-    handle: &mut Handle,
-    tip: &Tip,
-) -> Result<Tip> {
+pub(in crate::engine) fn begin_unproved(base: &OpenDatabase, handle: &mut Handle, tip: &Tip) -> Result<Tip> {
     begin_over(base, handle, tip, FileState::Backfilling(Witnesses::default()))
 }
 

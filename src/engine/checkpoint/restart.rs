@@ -31,11 +31,7 @@ pub(in crate::engine) enum Restart {
 }
 
 /// Begins the WAL anew. The caller holds CKPT and WRITE, and the tip is the header's end.
-pub(in crate::engine) fn restart(
-    base: &Term,
-    handle: &mut Handle,
-    drain: Duration,
-) -> Result<Restart> {
+pub(in crate::engine) fn restart(base: &Term, handle: &mut Handle, drain: Duration) -> Result<Restart> {
     let _one = match base.backfill.try_lock() {
         Ok(held) => held,
         Err(TryLockError::Poisoned(held)) => held.into_inner(),
