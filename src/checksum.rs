@@ -3,9 +3,9 @@
 use std::fmt;
 use std::str::FromStr;
 
-use crate::error::Error;
 use crate::hex::unhex;
 use crate::page::{PageNo, PageSize};
+use crate::parse::ParseError;
 
 /// What the key of every page hash begins with; the page number ends it. It is published: the hash guards against accidents and
 /// divergence, not against somebody who can write the file.
@@ -92,10 +92,10 @@ impl serde::Serialize for Checksum {
 }
 
 impl FromStr for Checksum {
-    type Err = Error;
+    type Err = ParseError;
 
-    fn from_str(text: &str) -> Result<Checksum, Error> {
-        let bad = || Error::InvalidText { what: "checksum", text: text.chars().take(64).collect() };
+    fn from_str(text: &str) -> Result<Checksum, ParseError> {
+        let bad = || ParseError::new("checksum", text);
         unhex(text).map(|bytes| Checksum(u128::from_be_bytes(bytes))).ok_or_else(bad)
     }
 }

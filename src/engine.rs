@@ -36,6 +36,7 @@ mod turns;
 
 pub(crate) use apply::handle::ReplicaEngine;
 pub(crate) use apply::inbox::ReplicaStanding;
+pub(crate) use apply::stream_error::StreamError;
 pub(crate) use capture::handle::PrimaryEngine;
 pub(crate) use capture::startup::Opening;
 pub(crate) use check::repair::RightPage;

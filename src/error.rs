@@ -4,6 +4,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
+use crate::parse::ParseError;
 use crate::status::PeerInfo;
 use crate::txid::Txid;
 
@@ -39,14 +40,9 @@ pub enum Error {
         "no secret to rely on: {0}; make one with `openssl rand -base64 32`, or derive one from a phrase (Secret::from_phrase)"
     )]
     WeakSecret(&'static str),
-    /// A text is not of the form that it should have.
-    #[error("not a valid {what}: {text:?}")]
-    InvalidText {
-        /// What the text should have been.
-        what: &'static str,
-        /// The text, cut short.
-        text: String,
-    },
+    /// A text is not of the form that it should have. Nothing was committed: correct the text.
+    #[error(transparent)]
+    InvalidText(#[from] ParseError),
     /// The database can't be served. Nothing was changed.
     #[error("{}: {reason}", path.display())]
     Unsupported {
@@ -175,7 +171,9 @@ pub enum Error {
         /// What is known.
         what: String,
     },
-    /// A transaction's pages don't lead to the position that its record states.
+    /// A record of this node's own log does not lead to the position that it states, over the pages that
+    /// are here: the log or the database file is not what was written. Nothing was committed. Look at the
+    /// disk, and let `Db::verify` name the pages. A peer's record is a [`PeerProblem::Mismatch`].
     #[error("position mismatch: expected {expected}, found {found}")]
     Mismatch {
         /// What the record says.
@@ -184,14 +182,6 @@ pub enum Error {
         found: String,
     },
 
-    /// A heal waits, because another one ended a short while ago: something leads this node's state astray again and again.
-    #[error(
-        "this node was healed a moment ago, and its state is off the primary's again: the next heal begins {pause:?} after the last; look for what writes to its file, or for a second primary"
-    )]
-    HealPaused {
-        /// The pause between two heals, at present.
-        pause: Duration,
-    },
     /// A heal waits: what it would replace can't be kept, because too much of that kind is kept already. Move some of it away.
     #[error("{} has {used} bytes and {needed} more must be kept, which is more than {quota}: move some of it away", path.display())]
     LostFull {
@@ -339,6 +329,15 @@ pub enum PeerProblem {
     /// It sent bytes that make no sense.
     #[error("bad bytes: {0}")]
     Garbled(String),
+    /// Over the pages that are here, what it sent leads elsewhere than it states: the one or the other is
+    /// wrong. A replica compares all of its pages with the primary's then.
+    #[error("position mismatch: expected {expected}, found {found}")]
+    Mismatch {
+        /// What it states.
+        expected: String,
+        /// Where it leads.
+        found: String,
+    },
     /// It was silent for too long.
     #[error("nothing was heard for {0:?}")]
     Silent(Duration),
@@ -398,7 +397,7 @@ impl Error {
         match self {
             Error::Config(_)
             | Error::WeakSecret(_)
-            | Error::InvalidText { .. }
+            | Error::InvalidText(_)
             | Error::Unsupported { .. }
             | Error::AlreadyOpen { .. }
             | Error::FileExists { .. }
@@ -419,10 +418,7 @@ impl Error {
             Error::Corrupt { .. } | Error::Newer { .. } | Error::Damaged { .. } | Error::Mismatch { .. } => {
                 Blame::Disk
             }
-            Error::Io { .. }
-            | Error::LostFull { .. }
-            | Error::HealPaused { .. }
-            | Error::OutcomeUnknown(_) => Blame::Outside,
+            Error::Io { .. } | Error::LostFull { .. } | Error::OutcomeUnknown(_) => Blame::Outside,
             Error::Stopped(_) => Blame::Replite,
         }
     }

@@ -34,6 +34,7 @@ mod log;
 mod metrics;
 mod net;
 mod page;
+mod parse;
 mod primary;
 mod proxy;
 mod random;
@@ -56,6 +57,7 @@ pub use db::{Commit, Config, ConnectionKind, Db, Events, Repair, Snapshot, Write
 pub use engine::{Durability, Lost, LostBranch, LostKind, LostRow, LostRows};
 pub use error::{Blame, Error, PeerProblem, Result, Unsupported};
 pub use page::{PageNo, PageSize};
+pub use parse::ParseError;
 pub use proxy::{
     Failure, Forwarding, Outcome, PrimaryClient, Reason, ReplayLayer, ReplayRequestBody, ReplayResponseBody,
     ReplayService, ResponseFuture, Route, SameSite, SessionTokens, Upgrades,

@@ -4,7 +4,7 @@ mod set;
 
 use std::fmt;
 
-use crate::error::Error;
+use crate::parse::ParseError;
 
 pub(crate) use set::PageSet;
 
@@ -65,12 +65,12 @@ impl PageSize {
     /// A page size in bytes.
     ///
     /// # Errors
-    /// [`Error::InvalidText`] when `bytes` is not a power of two from 512 to 65,536.
-    pub fn new(bytes: u32) -> Result<PageSize, Error> {
+    /// [`ParseError`] when `bytes` is not a power of two from 512 to 65,536.
+    pub fn new(bytes: u32) -> Result<PageSize, ParseError> {
         if bytes.is_power_of_two() && (Self::MIN_BYTES..=Self::MAX_BYTES).contains(&bytes) {
             Ok(PageSize(bytes))
         } else {
-            Err(Error::InvalidText { what: "page size", text: bytes.to_string() })
+            Err(ParseError::new("page size", &bytes.to_string()))
         }
     }
 

@@ -18,7 +18,7 @@ use tokio::sync::{mpsc, watch};
 use tokio_util::task::TaskTracker;
 
 use crate::context::{NodeContext, Part};
-use crate::engine::{ReplicaEngine, ReplicaStanding};
+use crate::engine::{ReplicaEngine, ReplicaStanding, StreamError};
 use crate::error::{Error, Result};
 use crate::log::Log;
 use crate::net::Endpoint;
@@ -34,9 +34,11 @@ use lag::Lagging;
 /// What takes over the primary's history on this node.
 pub(crate) trait Feed: Send + Sync + 'static {
     /// See [`ReplicaEngine::standing`].
-    fn standing(&self) -> impl Future<Output = Result<(ReplicaStanding, mpsc::Receiver<Want>)>> + Send;
+    fn standing(
+        &self,
+    ) -> impl Future<Output = Result<(ReplicaStanding, mpsc::Receiver<Want>), StreamError>> + Send;
     /// The stream's units, from the welcome on; see [`ReplicaEngine::feed`].
-    fn feed(&self, units: Vec<Unit>) -> impl Future<Output = Result<()>> + Send;
+    fn feed(&self, units: Vec<Unit>) -> impl Future<Output = Result<(), StreamError>> + Send;
     /// The pages of the answer to a primary's question, encoded; see [`ReplicaEngine::answers`].
     fn answer(&self, want: Want) -> impl Future<Output = Result<Bytes>> + Send;
     /// See [`ReplicaEngine::log`].
@@ -48,11 +50,11 @@ pub(crate) trait Feed: Send + Sync + 'static {
 }
 
 impl Feed for ReplicaEngine {
-    async fn standing(&self) -> Result<(ReplicaStanding, mpsc::Receiver<Want>)> {
+    async fn standing(&self) -> Result<(ReplicaStanding, mpsc::Receiver<Want>), StreamError> {
         ReplicaEngine::standing(self).await
     }
 
-    async fn feed(&self, units: Vec<Unit>) -> Result<()> {
+    async fn feed(&self, units: Vec<Unit>) -> Result<(), StreamError> {
         ReplicaEngine::feed(self, units).await
     }
 
@@ -140,10 +142,10 @@ fn without_primary(node: &NodeContext, epoch: Epoch) {
 }
 
 /// What an error of a stream means: not all of them are the primary's, or the link's.
-fn what_ended(error: &Error) -> &'static str {
+fn what_ended(error: &StreamError) -> &'static str {
     match error {
-        Error::Peer { .. } => "can't follow the primary; trying again",
-        Error::HealPaused { .. } => "the next heal waits",
+        StreamError::Failed(Error::Peer { .. }) => "can't follow the primary; trying again",
+        StreamError::HealPaused { .. } => "the next heal waits",
         _ => "what comes from the primary can't be taken in here; trying again",
     }
 }
@@ -175,9 +177,12 @@ impl Reporter {
         }
     }
 
-    fn ended(&mut self, error: &Error) {
+    fn ended(&mut self, error: &StreamError) {
         // This stream has stopped, and not replication.
-        let problem = error.cause();
+        let problem = match error {
+            StreamError::Failed(error) => error.cause(),
+            reason => reason.to_string(),
+        };
         self.node.set_problem(Part::Stream, Some(problem.clone()));
         if std::mem::take(&mut self.connected) {
             self.node.tell(Event::Disconnected(problem.clone()));
@@ -186,7 +191,7 @@ impl Reporter {
             tracing::debug!(primary = %self.primary, problem, "still");
             return;
         }
-        if matches!(error, Error::ShutDown) {
+        if matches!(error, StreamError::Failed(Error::ShutDown)) {
             tracing::debug!(primary = %self.primary, "the follower is shut down");
         } else {
             let what = what_ended(error);

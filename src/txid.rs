@@ -4,8 +4,8 @@ use std::fmt;
 use std::str::FromStr;
 
 use crate::checksum::Checksum;
-use crate::error::Error;
 use crate::hex::unhex_u64;
+use crate::parse::ParseError;
 
 /// One term of one primary: a number that grows at every change and restart of the primary, and a random
 /// branch id that tells apart two histories which claim the same number.
@@ -163,10 +163,10 @@ macro_rules! text_form {
         }
 
         impl FromStr for $type {
-            type Err = Error;
+            type Err = ParseError;
 
-            fn from_str(text: &str) -> Result<Self, Error> {
-                let bad = || Error::InvalidText { what: $what, text: text.chars().take(128).collect() };
+            fn from_str(text: &str) -> Result<Self, ParseError> {
+                let bad = || ParseError::new($what, text);
                 let fields: [&str; $fields] =
                     text.split('-').collect::<Vec<_>>().try_into().map_err(|_| bad())?;
                 Self::from_fields(fields).ok_or_else(bad)

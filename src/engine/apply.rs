@@ -2,4 +2,5 @@
 
 pub(in crate::engine) mod handle;
 pub(in crate::engine) mod inbox;
+pub(in crate::engine) mod stream_error;
 pub(in crate::engine) mod thread;

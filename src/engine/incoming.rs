@@ -14,6 +14,7 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use crate::checksum::PageHash;
+use crate::engine::history::intake_error::IntakeError;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming::overlay::{Overlay, Store};
 use crate::error::{Error, Result};
@@ -151,11 +152,13 @@ impl IncomingState {
     }
 
     /// Begins a snapshot, or goes on with the one that [`progress`] told of.
-    pub(in crate::engine) fn begin(side: &Path, begin: SnapBegin) -> Result<IncomingState> {
+    pub(in crate::engine) fn begin(side: &Path, begin: SnapBegin) -> Result<IncomingState, IntakeError> {
         let earlier = progress(side)
             .filter(|p| p.first == begin.first && p.next == begin.from && p.page_size == begin.page_size);
         if begin.from != PageNo::FIRST && earlier.is_none() {
-            return Err(garbled("a snapshot that goes on with something else than what is here"));
+            return Err(IntakeError::garbled(
+                "a snapshot that goes on with something else than what is here",
+            ));
         }
         if earlier.is_none() {
             discard(side)?;
@@ -237,10 +240,10 @@ impl IncomingState {
     }
 
     /// A run of pages of a snapshot, in order.
-    pub(in crate::engine) fn piece(&mut self, first: PageNo, pages: &[u8]) -> Result<()> {
+    pub(in crate::engine) fn piece(&mut self, first: PageNo, pages: &[u8]) -> Result<(), IntakeError> {
         let count = self.count(first, pages)?;
         if self.overlay.ended() || first.get() != self.next {
-            return Err(garbled("a snapshot piece out of order"));
+            return Err(IntakeError::garbled("a snapshot piece out of order"));
         }
         write_all_at(&self.file, pages, first.offset(self.overlay.page_size()))
             .map_err(Error::io("write", self.path()))?;
@@ -263,23 +266,28 @@ impl IncomingState {
     }
 
     /// A run of pages that a heal asked for.
-    pub(in crate::engine) fn patch(&mut self, first: PageNo, pages: &[u8], live: Under<'_>) -> Result<()> {
+    pub(in crate::engine) fn patch(
+        &mut self,
+        first: PageNo,
+        pages: &[u8],
+        live: Under<'_>,
+    ) -> Result<(), IntakeError> {
         self.count(first, pages)?;
         let (overlay, mut store) = self.parts(live);
         overlay.patch(first, pages, &mut store)
     }
 
-    fn count(&self, first: PageNo, pages: &[u8]) -> Result<u32> {
+    fn count(&self, first: PageNo, pages: &[u8]) -> Result<u32, IntakeError> {
         let size = self.overlay.page_size().bytes();
         let count = (pages.len() / size) as u32;
         if !pages.len().is_multiple_of(size) || first.get().checked_add(count).is_none() {
-            return Err(garbled("a piece of no whole pages, or of too many"));
+            return Err(IntakeError::garbled("a piece of no whole pages, or of too many"));
         }
         Ok(count)
     }
 
     /// The pieces are complete. True when the state is exact already.
-    pub(in crate::engine) fn end(&mut self, end: SnapEnd, live: Under<'_>) -> Result<bool> {
+    pub(in crate::engine) fn end(&mut self, end: SnapEnd, live: Under<'_>) -> Result<bool, IntakeError> {
         if live.is_none() && self.held.is_none() && !self.overlay.ended() {
             self.save_progress(self.overlay.position())?;
         }
@@ -287,7 +295,7 @@ impl IncomingState {
         overlay.end(end, &mut store)
     }
 
-    pub(in crate::engine) fn txn_begin(&mut self, begin: TxnBegin) -> Result<()> {
+    pub(in crate::engine) fn txn_begin(&mut self, begin: TxnBegin) -> Result<(), IntakeError> {
         self.overlay.txn_begin(begin)
     }
 
@@ -297,23 +305,23 @@ impl IncomingState {
         hash: PageHash,
         page: &[u8],
         live: Under<'_>,
-    ) -> Result<()> {
+    ) -> Result<(), IntakeError> {
         let (overlay, mut store) = self.parts(live);
         overlay.page(number, hash, page, &mut store)
     }
 
     /// A record ends. True when the state has become exact.
-    pub(in crate::engine) fn txn_end(&mut self, end: TxnEnd, live: Under<'_>) -> Result<bool> {
+    pub(in crate::engine) fn txn_end(&mut self, end: TxnEnd, live: Under<'_>) -> Result<bool, IntakeError> {
         let (overlay, mut store) = self.parts(live);
         overlay.txn_end(end, &mut store)
     }
 
     /// Does something with the pages that a heal compares.
-    pub(in crate::engine) fn with<T>(
+    pub(in crate::engine) fn with<T, E>(
         &mut self,
         live: Under<'_>,
-        run: impl FnOnce(&mut Overlay, &mut dyn Store) -> Result<T>,
-    ) -> Result<T> {
+        run: impl FnOnce(&mut Overlay, &mut dyn Store) -> Result<T, E>,
+    ) -> Result<T, E> {
         let (overlay, mut store) = self.parts(live);
         run(overlay, &mut store)
     }
@@ -381,10 +389,6 @@ impl Ready {
         read_exact_at(&self.file, buffer, number.offset(self.page_size))
             .map_err(Error::io("read", self.directory.join("pages")))
     }
-}
-
-fn garbled(what: &str) -> Error {
-    Error::garbled("the primary", what)
 }
 
 #[cfg(test)]

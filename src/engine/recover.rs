@@ -199,7 +199,7 @@ fn prepare(handle: &Handle, options: &EngineOptions, primary: bool) -> Result<Pa
         }
         read => drop(read.map_err(|e| refine(e.into(), options))?),
     }
-    PageSize::new(pragma_u32(connection, "page_size")?)
+    Ok(PageSize::new(pragma_u32(connection, "page_size")?)?)
 }
 
 fn pragma_u32(connection: &Connection, name: &str) -> Result<u32> {

@@ -15,7 +15,7 @@ use uuid::Uuid;
 use crate::ends::Ends;
 use crate::engine::file::database::reader;
 use crate::engine::*;
-use crate::error::{Error, Result};
+use crate::error::{Error, PeerProblem, Result};
 use crate::lock::lock;
 use crate::log::{LogOptions, Lookup};
 use crate::page::PageNo;
@@ -102,17 +102,14 @@ pub(super) fn applied(follower: &ReplicaEngine) -> Option<Position> {
     lock(&follower.shared.term).as_ref().map(|b| b.tip().position)
 }
 
-pub(super) fn send(follower: &ReplicaEngine, units: BytesMut) -> Result<()> {
+pub(super) fn send(follower: &ReplicaEngine, units: BytesMut) -> Result<(), StreamError> {
     let mut decoder = Decoder::default();
     decoder.push(units.freeze());
     let mut all = Vec::new();
     while let Some(unit) = decoder.next().unwrap() {
         all.push(unit);
     }
-    tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(async {
-        follower.feed(all).await?;
-        Ok(())
-    })
+    tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(follower.feed(all))
 }
 
 pub(super) fn standing(
@@ -123,7 +120,11 @@ pub(super) fn standing(
 
 /// Does what the stream does: continues from the log where that is possible, else sends a snapshot to who has nothing,
 /// and all pages to who has something else.
-fn feed(engine: &PrimaryEngine, follower: &ReplicaEngine, pieces_between: &mut dyn FnMut()) -> Result<()> {
+fn feed(
+    engine: &PrimaryEngine,
+    follower: &ReplicaEngine,
+    pieces_between: &mut dyn FnMut(),
+) -> Result<(), StreamError> {
     let (standing, mut wants) = standing(follower);
     let mut out = BytesMut::new();
     wire::encode(&Message::Epochs((*engine.base.node.applied.history()).clone()), &mut out);
@@ -506,7 +507,12 @@ fn a_transaction_that_does_not_lead_to_its_position_is_refused_and_nothing_of_it
         *error.borrow_mut() = lock(&follower.shared.failure).take();
         error.borrow().is_some()
     });
-    assert!(matches!(error.into_inner(), Some(Error::Mismatch { .. })));
+    let error = error.into_inner();
+    let mismatch = |problem: &PeerProblem| matches!(problem, PeerProblem::Mismatch { .. });
+    assert!(
+        matches!(&error, Some(StreamError::Failed(Error::Peer { problem, .. })) if mismatch(problem)),
+        "{error:?}"
+    );
     assert_eq!(applied(&follower), Some(before));
     plain.execute_batch("INSERT INTO t(k) VALUES (2)").unwrap();
     catch_up(&engine, &follower);
@@ -658,7 +664,7 @@ fn a_new_epoch_that_waits_for_a_writer_does_not_keep_that_writer_from_capture() 
     let plain = open_plain(&home.path("p.db"));
     plain.execute_batch("CREATE TABLE t(id INTEGER PRIMARY KEY, k, v)").unwrap();
     let engine = home.primary("p.db");
-    assert!(engine.raise_epoch(u64::MAX).is_err(), "there is none above that");
+    assert!(matches!(engine.raise_epoch(u64::MAX), Err(Error::Peer { .. })), "there is none above that");
     settled(&engine);
     for _ in 0..20 {
         let before = engine.base.node.applied.history().epoch().number();

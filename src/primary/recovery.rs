@@ -181,11 +181,17 @@ impl Recovery {
                 }
             };
             if !batch.is_empty() {
-                let recovery = self.clone();
+                let (recovery, peer) = (self.clone(), peer.clone());
                 blocking(move || {
                     let mut state = recovery.lock();
                     let current = state.asking == asking;
-                    state.opening.as_mut().filter(|_| current).ok_or(Error::ShutDown)?.take(&batch)
+                    state
+                        .opening
+                        .as_mut()
+                        .filter(|_| current)
+                        .ok_or(Error::ShutDown)?
+                        .take(&batch)
+                        .map_err(|error| error.of_peer(peer))
                 })
                 .await?;
             }
@@ -251,7 +257,9 @@ impl RecoveryState {
 /// Whether a replica has nothing more, or nothing that can be taken; not when it, or this node, was hindered.
 fn is_all(taken: &Result<()>) -> bool {
     match taken {
-        Ok(()) | Err(Error::Mismatch { .. } | Error::Peer { problem: PeerProblem::Garbled(_), .. }) => true,
+        Ok(()) | Err(Error::Peer { problem: PeerProblem::Garbled(_) | PeerProblem::Mismatch { .. }, .. }) => {
+            true
+        }
         Err(_) => false,
     }
 }

@@ -14,7 +14,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::context::NodeContext;
-use crate::engine::ReplicaStanding;
+use crate::engine::{ReplicaStanding, StreamError};
 use crate::error::{Error, PeerProblem, Result, shown};
 use crate::handshake::{self, Answer, Knock, Refusal};
 use crate::net::{self, Endpoint, Heard, Incoming, OpenResponse};
@@ -94,7 +94,7 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
     }
 
     /// Follows until something ends it, and says what.
-    pub(super) async fn run(&mut self, reporter: &mut Reporter) -> Error {
+    pub(super) async fn run(&mut self, reporter: &mut Reporter) -> StreamError {
         let result = async {
             let knock = Knock {
                 version: handshake::VERSION,
@@ -129,15 +129,15 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         opened: OpenResponse,
         knock: Knock,
         reporter: &mut Reporter,
-    ) -> Result<Infallible> {
+    ) -> Result<Infallible, StreamError> {
         let OpenResponse { status, headers, mut body, request, heard, guard: _guard } = opened;
         let (answer, proved) = match self.read_head(status, &headers, &knock) {
             Ok(answer) => answer,
-            Err(Some(problem)) => return Err(self.blame(problem)),
-            Err(None) => return Err(self.blame(foreign(status, &headers, &mut body).await)),
+            Err(Some(problem)) => return Err(self.blame(problem).into()),
+            Err(None) => return Err(self.blame(foreign(status, &headers, &mut body).await).into()),
         };
         let keys = self.node.keys.clone();
-        let dropped = Err(self.blame(PeerProblem::SecretDropped));
+        let dropped = Err(self.blame(PeerProblem::SecretDropped).into());
         tokio::select! {
             ended = self.follow(&knock, &answer, (body, heard), request, reporter) => ended,
             () = keys.dropped(proved) => dropped,
@@ -152,7 +152,7 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         (body, heard): (Incoming, Arc<Heard>),
         mut request: Sender<Bytes, Infallible>,
         reporter: &mut Reporter,
-    ) -> Result<Infallible> {
+    ) -> Result<Infallible, StreamError> {
         let (standing, wants) = self.feed.standing().await?;
         self.epoch = Some(standing.history.epoch());
         self.hello(&standing, knock, answer, &mut request).await?;
@@ -163,7 +163,7 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         self.follows(welcome.epoch, welcome.peer.clone());
         reporter.connected(&welcome.peer, welcome.plan);
         if welcome.plan == Plan::Recover {
-            return Err(self.give_back(welcome.position, &mut request, &mut units).await);
+            return Err(self.give_back(welcome.position, &mut request, &mut units).await.into());
         }
         // What was decided says whether the primary has the state that is here.
         self.feed.feed(vec![first]).await?;
@@ -172,7 +172,7 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         let acks = acknowledge(self.node, self.feed, self.dialled, waiting, request, self.drained.clone());
         tokio::select! {
             ended = self.receive(&mut units, reporter) => ended,
-            () = acks => Err(self.blame(PeerProblem::Connection("nothing more can be sent on it".into()))),
+            () = acks => Err(self.blame(PeerProblem::Connection("nothing more can be sent on it".into())).into()),
         }
     }
 
@@ -279,7 +279,11 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         }
     }
 
-    async fn receive(&mut self, units: &mut Units<'_>, reporter: &mut Reporter) -> Result<Infallible> {
+    async fn receive(
+        &mut self,
+        units: &mut Units<'_>,
+        reporter: &mut Reporter,
+    ) -> Result<Infallible, StreamError> {
         loop {
             // All that has arrived goes over at once: applying many transactions together costs less.
             let first = units.next().await?;
@@ -388,7 +392,7 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         Ok(())
     }
 
-    async fn hand_over(&self, batch: Vec<Unit>) -> Result<()> {
+    async fn hand_over(&self, batch: Vec<Unit>) -> Result<(), StreamError> {
         let Some(last) = batch.iter().rposition(|u| u.kind == Kind::TxnEnd) else {
             return self.take(batch).await;
         };
@@ -400,7 +404,7 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
     }
 
     /// Also with nothing but a heartbeat: what was fed last may have failed since.
-    async fn take(&self, batch: Vec<Unit>) -> Result<()> {
+    async fn take(&self, batch: Vec<Unit>) -> Result<(), StreamError> {
         let data = batch.iter().any(|u| u.kind != Kind::Epochs);
         let fed = self.feed.feed(batch).await;
         match &fed {

@@ -56,16 +56,16 @@ impl FakeFeed {
 }
 
 impl Feed for FakeFeed {
-    async fn standing(&self) -> Result<(ReplicaStanding, mpsc::Receiver<Want>)> {
+    async fn standing(&self) -> Result<(ReplicaStanding, mpsc::Receiver<Want>), StreamError> {
         Ok((self.standing.lock().unwrap().clone(), mpsc::channel(1).1))
     }
 
-    async fn feed(&self, units: Vec<Unit>) -> Result<()> {
+    async fn feed(&self, units: Vec<Unit>) -> Result<(), StreamError> {
         if units.iter().any(|unit| unit.kind == Kind::Welcome) {
             return Ok(());
         }
         if let Some(error) = self.fail.lock().unwrap().pop_front() {
-            return Err(error);
+            return Err(error.into());
         }
         for unit in units {
             self.kinds.lock().unwrap().push(unit.kind);
@@ -138,7 +138,7 @@ impl Try {
         drop(session);
         self.tracker.close();
         self.tracker.wait().await;
-        let Error::Peer { problem, .. } = error else { panic!("{error:?}") };
+        let StreamError::Failed(Error::Peer { problem, .. }) = error else { panic!("{error:?}") };
         problem
     }
 }
@@ -362,12 +362,16 @@ async fn what_a_peer_says_is_shown_in_one_line() {
     assert_eq!(Try::new().against(&to).await.to_string(), r"it refused: later\u{9b}x");
 }
 
+fn disk_full() -> Error {
+    Error::io("write", "the log")(std::io::Error::other("disk full"))
+}
+
 #[test]
 fn a_failure_of_this_node_is_not_told_as_the_primary_s() {
-    let peer = Error::peer("a", PeerProblem::NotPrimary);
+    let peer = StreamError::from(Error::peer("a", PeerProblem::NotPrimary));
     assert_eq!(what_ended(&peer), "can't follow the primary; trying again");
-    assert_eq!(what_ended(&Error::HealPaused { pause: Duration::ZERO }), "the next heal waits");
-    let full = Error::Stopped("the disk".into());
+    assert_eq!(what_ended(&StreamError::HealPaused { pause: Duration::ZERO }), "the next heal waits");
+    let full = StreamError::from(disk_full());
     assert!(what_ended(&full).starts_with("what comes from the primary can't be taken in here"));
 }
 
@@ -449,7 +453,8 @@ async fn a_silent_primary_is_given_up() {
     let mut reporter = Reporter::new(run.node.clone(), to.clone());
     let began = tokio::time::Instant::now();
     let error = session.stream(opened, knock, &mut reporter).await.unwrap_err();
-    assert!(matches!(error, Error::Peer { problem: PeerProblem::Silent(_), .. }), "{error}");
+    let StreamError::Failed(Error::Peer { problem, .. }) = &error else { panic!("{error}") };
+    assert!(matches!(problem, PeerProblem::Silent(_)), "{error}");
     assert_eq!(began.elapsed().as_secs(), 10);
     assert!(!session.was_fruitful());
 }
@@ -564,7 +569,7 @@ async fn a_replica_is_filled_follows_is_seen_and_comes_back() {
 
     // Its next standing is where it was: only the log comes.
     feed.kinds.lock().unwrap().clear();
-    feed.fail.lock().unwrap().push_back(Error::Stopped("disk full".into()));
+    feed.fail.lock().unwrap().push_back(disk_full());
     let mut events = replica.events.subscribe();
     primary.fake.commit(1);
     reaches(&replica, at(1, 8)).await;
@@ -629,7 +634,7 @@ async fn an_absurd_hello_is_refused_and_honest_replicas_go_on() {
             other => panic!("{other:?}"),
         }
         // It comes back with all that it was told.
-        feed.fail.lock().unwrap().push_back(Error::Stopped("disk full".into()));
+        feed.fail.lock().unwrap().push_back(disk_full());
         primary.fake.commit(1);
         reaches(&honest, at(1, number)).await;
     }

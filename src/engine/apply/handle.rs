@@ -12,6 +12,7 @@ use crate::context::NodeContext;
 use crate::engine::apply::inbox::ApplyCommand;
 use crate::engine::apply::inbox::ApplyShared;
 use crate::engine::apply::inbox::ReplicaStanding;
+use crate::engine::apply::stream_error::StreamError;
 use crate::engine::apply::thread::Apply;
 use crate::engine::checkpoint::bound;
 use crate::engine::figures::WalFigures;
@@ -77,22 +78,22 @@ impl ReplicaEngine {
 
     /// Forgets what an earlier stream left unfinished and says where the replica stands. What comes out of the channel is to be asked of
     /// the primary while the stream stands.
-    pub(crate) async fn standing(&self) -> Result<(ReplicaStanding, mpsc::Receiver<Want>)> {
+    pub(crate) async fn standing(&self) -> Result<(ReplicaStanding, mpsc::Receiver<Want>), StreamError> {
         let (reply, answer) = oneshot::channel();
         self.commands.send(ApplyCommand::ReplicaStanding(reply)).await.map_err(|_| self.gone())?;
-        answer.await.map_err(|_| self.gone())
+        Ok(answer.await.map_err(|_| self.gone())?)
     }
 
     /// Hands over data units in order; waits while the bounded queue is full. An error of the apply thread comes
     /// back from this or a later call, also one without units; the stream must then be ended.
-    pub(crate) async fn feed(&self, units: Vec<Unit>) -> Result<()> {
+    pub(crate) async fn feed(&self, units: Vec<Unit>) -> Result<(), StreamError> {
         if let Some(error) = lock(&self.shared.failure).take() {
             return Err(error);
         }
         if units.is_empty() {
             return Ok(());
         }
-        self.commands.send(ApplyCommand::Units(units)).await.map_err(|_| self.gone())
+        Ok(self.commands.send(ApplyCommand::Units(units)).await.map_err(|_| self.gone())?)
     }
 
     /// Why the thread is not there any more.

@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use bytes::{Bytes, BytesMut};
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::engine::apply::stream_error::StreamError;
 use crate::engine::file::database::reader;
 use crate::engine::file::term::Term;
 use crate::engine::recover::opened::Opened;
@@ -23,7 +24,7 @@ pub(in crate::engine) struct ApplyShared {
     pub(in crate::engine) readable: watch::Sender<bool>,
     pub(in crate::engine) synced: watch::Sender<Option<Position>>,
     /// Why the current stream can't go on.
-    pub(in crate::engine) failure: Mutex<Option<Error>>,
+    pub(in crate::engine) failure: Mutex<Option<StreamError>>,
     /// Why the thread has ended, if that was a failure.
     pub(in crate::engine) fallen: Mutex<Option<String>>,
     pub(in crate::engine) stop: AtomicBool,

@@ -14,6 +14,7 @@ use tokio::sync::mpsc;
 
 use crate::context::{NodeContext, Part};
 use crate::engine::apply::inbox::{ApplyCommand, ApplyShared, ReplicaStanding};
+use crate::engine::apply::stream_error::StreamError;
 use crate::engine::file::epochs::write_epochs;
 use crate::engine::file::term::Term;
 use crate::engine::history::append_or_gap;
@@ -164,8 +165,7 @@ impl Apply {
                 ApplyCommand::Suspect => {
                     self.suspect(Suspect::Pages);
                     // A new stream begins with a hello that says so.
-                    let stop = Error::Stopped("a verification failed; the pages are compared".into());
-                    self.session(|_| Err(stop));
+                    self.session(|_| Err(StreamError::Verified));
                 }
                 ApplyCommand::Stop => break,
                 ApplyCommand::Leave(reply) => {
@@ -205,7 +205,7 @@ impl Apply {
         self.suspect = Suspect::No;
         self.refill = false;
         self.failed = true;
-        *lock(&self.shared.failure) = why;
+        *lock(&self.shared.failure) = why.map(StreamError::from);
         self.open_anew();
     }
 
@@ -293,14 +293,16 @@ impl Apply {
     }
 
     /// Runs a step of a stream; a failure ends that stream and is told to whoever feeds it.
-    fn session(&mut self, step: impl FnOnce(&mut Apply) -> Result<()>) {
+    fn session(&mut self, step: impl FnOnce(&mut Apply) -> Result<(), StreamError>) {
         if self.failed {
             return;
         }
         if let Err(error) = step(self) {
             self.failed = true;
-            if error.no_room() {
-                self.node.no_room(&error);
+            if let StreamError::Failed(error) = &error
+                && error.no_room()
+            {
+                self.node.no_room(error);
             }
             self.judge(&error);
             self.abort();
@@ -343,12 +345,12 @@ impl Apply {
         (standing, receiver)
     }
 
-    fn units(&mut self, units: Vec<Unit>) -> Result<()> {
+    fn units(&mut self, units: Vec<Unit>) -> Result<(), StreamError> {
         if let (Some(term), Some(_)) = (&self.term, self.state.known()) {
             term.check()?;
         }
         for unit in &units {
-            let message = unit.decode().map_err(|e| Error::garbled("the primary", e.to_string()))?;
+            let message = unit.decode().map_err(|e| StreamError::garbled(e.to_string()))?;
             match message {
                 Message::Welcome(welcome) => self.welcome(welcome.plan)?,
                 Message::Epochs(history) => self.epochs(history)?,
@@ -356,7 +358,7 @@ impl Apply {
                     self.node.tell(Event::SnapshotStarted("this node has no state of the cluster".into()));
                     tracing::info!(first = %begin.first, from = %begin.from, "a snapshot begins");
                     if self.below().is_some() {
-                        return Err(Error::garbled("the primary", "a snapshot over a live database"));
+                        return Err(StreamError::garbled("a snapshot over a live database"));
                     }
                     self.incoming = Some(IncomingState::begin(&self.options.side, begin)?);
                 }
@@ -404,7 +406,7 @@ impl Apply {
                         self.adopt()?;
                     }
                 }
-                _ => return Err(Error::garbled("the primary", "a unit that does not belong into a stream")),
+                _ => return Err(StreamError::garbled("a unit that does not belong into a stream")),
             }
         }
         self.publish()?;
@@ -416,7 +418,7 @@ impl Apply {
     }
 
     /// What comes, and what lies under it.
-    fn incoming(&mut self) -> Result<(&mut IncomingState, Under<'_>)> {
+    fn incoming(&mut self) -> Result<(&mut IncomingState, Under<'_>), StreamError> {
         let under = self.state.content().filter(|_| !self.refill);
         Ok((self.incoming.as_mut().ok_or_else(no_snapshot)?, under))
     }
@@ -452,13 +454,13 @@ impl Apply {
     }
 
     /// What came is exact: it becomes this node's state.
-    fn adopt(&mut self) -> Result<()> {
+    fn adopt(&mut self) -> Result<(), StreamError> {
         let Some(incoming) = self.incoming.take() else { return Ok(()) };
         let ready = incoming.finish()?;
         let position = ready.position;
         let history = self.next_history.take().unwrap_or_else(|| self.history.clone());
         if history.place(position.txid()) != Place::OnHistory {
-            return Err(Error::garbled("the primary", "a snapshot that is not in its own history"));
+            return Err(StreamError::garbled("a snapshot that is not in its own history"));
         }
         match self.healing.take().filter(|_| self.below().is_some()) {
             Some(healing) => self.adopt_heal(&healing, &ready, history)?,
@@ -491,10 +493,10 @@ fn rest(live: &mut WalAppender) -> Result<()> {
     base.write_anchor(&base.tip(), file, true)
 }
 
-fn no_snapshot() -> Error {
-    Error::garbled("the primary", "a piece of no snapshot")
+fn no_snapshot() -> StreamError {
+    StreamError::garbled("a piece of no snapshot")
 }
 
-fn no_state() -> Error {
-    Error::garbled("the primary", "a transaction before the snapshot that it needs")
+fn no_state() -> StreamError {
+    StreamError::garbled("a transaction before the snapshot that it needs")
 }

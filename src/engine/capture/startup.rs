@@ -9,6 +9,7 @@ use crate::engine::file::database::OpenDatabase;
 use crate::engine::file::epochs::write_epochs;
 use crate::engine::file::unsynced_marker;
 use crate::engine::history::epoch::open_epoch;
+use crate::engine::history::intake_error::IntakeError;
 use crate::engine::history::record_intake::RecordIntake;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::options::{Durability, EngineOptions};
@@ -86,17 +87,17 @@ impl Opening {
     /// Takes units of records that follow the tip. Each whole transaction stays, whatever comes after it. Blocks.
     ///
     /// # Errors
-    /// [`Error::Mismatch`] and [`Error::Peer`] when they don't follow, or are no records; [`Error::Io`].
-    pub(crate) fn take(&mut self, units: &[Unit]) -> Result<()> {
+    /// [`IntakeError::Mismatch`] and [`IntakeError::Garbled`] when they don't follow, or are no records.
+    pub(crate) fn take(&mut self, units: &[Unit]) -> Result<(), IntakeError> {
         let taken = units.iter().try_for_each(|unit| self.take_unit(unit));
         let published = self.intake.publish(&mut self.live);
-        taken.and(published)
+        taken.and(published.map_err(IntakeError::from))
     }
 
-    fn take_unit(&mut self, unit: &Unit) -> Result<()> {
-        let message = unit.decode().map_err(|e| Error::garbled("a replica", e.to_string()))?;
+    fn take_unit(&mut self, unit: &Unit) -> Result<(), IntakeError> {
+        let message = unit.decode().map_err(|e| IntakeError::garbled(e.to_string()))?;
         if !self.intake.unit(&mut self.live, unit, &message, &self.history)? {
-            return Err(Error::garbled("a replica", format!("{:?} in place of a record", unit.kind)));
+            return Err(IntakeError::garbled(format!("{:?} in place of a record", unit.kind)));
         }
         // No log has a longer one: it would push all others out.
         self.unfinished_bytes = match self.live.in_transaction() {
@@ -104,7 +105,7 @@ impl Opening {
             false => 0,
         };
         if self.unfinished_bytes > self.live.base.options.log.quota_bytes {
-            return Err(Error::garbled("a replica", "a transaction larger than the log's quota"));
+            return Err(IntakeError::garbled("a transaction larger than the log's quota"));
         }
         Ok(())
     }
@@ -153,7 +154,7 @@ fn begin(
     base.sync_wal()?;
     if let Some(above) = above {
         *history = history.up_to(tip.position);
-        open_epoch(history, above, tip.position)?;
+        open_epoch(history, above, tip.position).map_err(|error| error.of_files(base.path()))?;
         write_epochs(&options.side, history, true)?;
     }
     recover::anchor(base, handle)?;
@@ -278,7 +279,7 @@ mod tests {
             ("a page of no record", records[0][1..].to_vec()),
         ] {
             let error = opening.take(&units).expect_err(what);
-            assert!(matches!(error, Error::Mismatch { .. } | Error::Peer { .. }), "{what}: {error:?}");
+            assert!(!matches!(error, IntakeError::Failed(_)), "{what}: {error:?}");
             opening.abort();
             assert_eq!(opening.tip(), before, "{what}");
         }
@@ -337,7 +338,7 @@ mod tests {
         let before = opening.tip();
         // Its end does not even come.
         let error = opening.take(&records[0][..2]).unwrap_err();
-        assert!(matches!(&error, Error::Peer { .. }) && error.to_string().contains("quota"), "{error}");
+        assert!(matches!(&error, IntakeError::Garbled(what) if what.contains("quota")), "{error:?}");
         opening.abort();
         assert_eq!(opening.tip(), before);
     }

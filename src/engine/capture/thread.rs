@@ -253,7 +253,8 @@ impl CaptureLoop {
                 self.base.sync_wal()?;
             }
             let mut history = (*self.capture.history).clone();
-            open_epoch(&mut history, above, self.capture.tip.position)?;
+            open_epoch(&mut history, above, self.capture.tip.position)
+                .map_err(|error| error.of_peer("a replica"))?;
             write_epochs(&self.base.options.side, &history, true)?;
             self.base.node.applied.lead(history.clone(), self.capture.tip.position);
             self.base.node.roles.send_modify(|state| state.epoch = history.epoch());

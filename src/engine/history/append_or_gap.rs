@@ -114,6 +114,7 @@ mod tests {
 
     use crate::context::Part;
     use crate::engine::apply::handle::ReplicaEngine;
+    use crate::engine::apply::stream_error::StreamError;
     use crate::engine::capture::handle::PrimaryEngine;
     use crate::engine::tests::{Home, applied, catch_up, node, send, settled, standing, until};
     use crate::error::Error;
@@ -274,7 +275,7 @@ mod tests {
             told = send(&follower, bytes::BytesMut::new()).err();
             told.is_some()
         });
-        assert!(matches!(told, Some(Error::Io { .. })), "{told:?}");
+        assert!(matches!(told, Some(StreamError::Failed(Error::Io { .. }))), "{told:?}");
         assert_ne!(node.applied.position(), Some(position), "it would be forgotten with a restart");
         assert!(node.has_problem(Part::Log));
         // The next stream, when the disk is well.

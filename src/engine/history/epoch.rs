@@ -1,21 +1,21 @@
 //! A new epoch of the history.
 
-use crate::error::{Error, Result};
+use crate::engine::history::intake_error::IntakeError;
 use crate::random;
 use crate::txid::{Epoch, EpochStart, NUMBER_MAX, Position};
 
-/// Adds an epoch with a number above `above` and all known ones.
+/// Adds an epoch with a number above `above` and all known ones. It is garbage when these leave no room for a higher one.
 pub(in crate::engine) fn open_epoch(
     history: &mut crate::txid::EpochHistory,
     above: u64,
     position: Position,
-) -> Result<()> {
+) -> Result<(), IntakeError> {
     let branch = random::array()?;
     let above = history.epoch().number().max(above);
     let number = above
         .checked_add(1)
         .filter(|number| *number <= NUMBER_MAX)
-        .ok_or_else(|| Error::garbled("a peer", "an epoch that leaves no room for a higher one"))?;
+        .ok_or_else(|| IntakeError::garbled("an epoch that leaves no room for a higher one"))?;
     history.push(EpochStart {
         epoch: Epoch::new(number, u64::from_le_bytes(branch)),
         first: position.number() + 1,
@@ -39,7 +39,7 @@ mod tests {
         };
         assert_eq!(opened(NUMBER_MAX - 1).unwrap(), NUMBER_MAX);
         for above in [NUMBER_MAX, NUMBER_MAX + 1, u64::MAX] {
-            assert!(matches!(opened(above), Err(Error::Peer { .. })), "{above}");
+            assert!(matches!(opened(above), Err(IntakeError::Garbled(_))), "{above}");
         }
     }
 }

@@ -4,6 +4,7 @@ use bytes::BytesMut;
 
 use crate::context::Part;
 use crate::engine::history::append_or_gap::{append_or_gap, begin_anew};
+use crate::engine::history::intake_error::IntakeError;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::error::Result;
 use crate::txid::EpochHistory;
@@ -26,7 +27,7 @@ impl RecordIntake {
         unit: &Unit,
         message: &Message<'_>,
         history: &EpochHistory,
-    ) -> Result<bool> {
+    ) -> Result<bool, IntakeError> {
         match *message {
             Message::TxnBegin(begin) => {
                 live.begin(begin, history)?;

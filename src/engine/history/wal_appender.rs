@@ -7,7 +7,8 @@ use bytes::{Bytes, BytesMut};
 use crate::checksum::{Checksum, PageHash};
 use crate::engine::file::database::{OpenDatabase, Tip, index_header};
 use crate::engine::file::hash_cache::HashCache;
-use crate::error::{Error, Result};
+use crate::engine::history::intake_error::IntakeError;
+use crate::error::Result;
 use crate::lock::lock;
 use crate::page::PageNo;
 use crate::sqlite::Handle;
@@ -93,25 +94,29 @@ impl WalAppender {
     }
 
     /// A record begins.
-    pub(in crate::engine) fn begin(&mut self, begin: TxnBegin, history: &EpochHistory) -> Result<()> {
+    pub(in crate::engine) fn begin(
+        &mut self,
+        begin: TxnBegin,
+        history: &EpochHistory,
+    ) -> Result<(), IntakeError> {
         if self.txn.is_some() {
-            return Err(out_of_order("a transaction begins inside of another"));
+            return Err(IntakeError::garbled("a transaction begins inside of another"));
         }
         if begin.page_size != self.base.page_size {
-            return Err(out_of_order("a transaction of another page size"));
+            return Err(IntakeError::garbled("a transaction of another page size"));
         }
         if begin.before != self.run.position {
-            return Err(mismatch(self.run.position, begin.before));
+            return Err(IntakeError::mismatch(self.run.position, begin.before));
         }
         self.expect_epoch(begin.epoch, history)?;
         self.txn = Some(Txn { begin, checksum: self.run.position.checksum(), changed: 0, highest: 0 });
         Ok(())
     }
 
-    fn expect_epoch(&self, epoch: Epoch, history: &EpochHistory) -> Result<()> {
+    fn expect_epoch(&self, epoch: Epoch, history: &EpochHistory) -> Result<(), IntakeError> {
         match history.epoch_of(self.run.position.number() + 1) {
             Some(known) if known == epoch => Ok(()),
-            known => Err(mismatch(known.unwrap_or(Epoch::new(0, 0)), epoch)),
+            known => Err(IntakeError::mismatch(known.unwrap_or(Epoch::new(0, 0)), epoch)),
         }
     }
 
@@ -122,13 +127,13 @@ impl WalAppender {
         hash: PageHash,
         unit: &Bytes,
         offset: usize,
-    ) -> Result<()> {
+    ) -> Result<(), IntakeError> {
         let page = unit.slice(offset..);
         if page.len() != self.base.page_size.bytes() || number.is_lock_page(self.base.page_size) {
-            return Err(out_of_order("a page that the database can't have"));
+            return Err(IntakeError::garbled("a page that the database can't have"));
         }
         if self.txn.is_none() {
-            return Err(out_of_order("a page outside of a transaction"));
+            return Err(IntakeError::garbled("a page outside of a transaction"));
         }
         let old = if number.get() <= self.run.pages { Some(self.old_hash(number)?) } else { None };
         if let Some(txn) = &mut self.txn {
@@ -146,13 +151,13 @@ impl WalAppender {
     }
 
     /// The record ends: its pages must lead to the position that it states.
-    pub(in crate::engine) fn end(&mut self, end: TxnEnd) -> Result<()> {
+    pub(in crate::engine) fn end(&mut self, end: TxnEnd) -> Result<(), IntakeError> {
         let Some(txn) = self.txn.take() else {
-            return Err(out_of_order("a transaction ends that did not begin"));
+            return Err(IntakeError::garbled("a transaction ends that did not begin"));
         };
         // Such a page would count and not be there.
         if txn.highest > end.pages || end.pages > PAGES_MAX {
-            return Err(out_of_order("a transaction with pages that the database can't have"));
+            return Err(IntakeError::garbled("a transaction with pages that the database can't have"));
         }
         let mut checksum = txn.checksum;
         for number in (end.pages + 1..=self.run.pages).filter_map(PageNo::new) {
@@ -164,7 +169,7 @@ impl WalAppender {
             Position::new(crate::txid::Txid::new(txn.begin.epoch, self.run.position.number() + 1), checksum);
         // A commit frame says the size; of zero pages it would be none.
         if found != end.after || end.changed != txn.changed || txn.changed == 0 || end.pages == 0 {
-            return Err(mismatch(end.after, found));
+            return Err(IntakeError::mismatch(end.after, found));
         }
         self.push_held(end.pages)?;
         self.base.bound.transaction(self.last_frame - self.run.frame);
@@ -312,12 +317,4 @@ impl WalAppender {
         }
         self.base.read_run(&mut self.handle, first, self.published.frame, buffer)
     }
-}
-
-fn out_of_order(what: &str) -> Error {
-    Error::garbled("the primary", what)
-}
-
-fn mismatch(expected: impl ToString, found: impl ToString) -> Error {
-    Error::Mismatch { expected: expected.to_string(), found: found.to_string() }
 }

@@ -5,8 +5,9 @@
 //! that differ travel.
 
 use crate::checksum::Checksum;
+use crate::engine::history::intake_error::IntakeError;
 use crate::engine::incoming::overlay::{Overlay, Store};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::log::Touched;
 use crate::page::{PageNo, PageSet};
 use crate::wire::{HealBegin, SPAN_MAX_PAGES, Sent, WANT_MAX_PAGES, Want, WantRun};
@@ -59,10 +60,10 @@ impl Heal {
         overlay: &mut Overlay,
         store: &mut dyn Store,
         (first, span, sums): (PageNo, u32, &[[u8; 16]]),
-    ) -> Result<()> {
+    ) -> Result<(), IntakeError> {
         let next = u64::from(first.get()) + u64::from(span) * sums.len() as u64;
         if self.phase != Phase::Summing || first.get() != self.summed + 1 || next > u64::from(u32::MAX) {
-            return Err(garbled("sums out of place"));
+            return Err(IntakeError::garbled("sums out of place"));
         }
         for sum in sums {
             let Some(first) = PageNo::new(self.summed + 1) else { break };
@@ -81,7 +82,7 @@ impl Heal {
         overlay: &mut Overlay,
         store: &mut dyn Store,
         sent: Sent,
-    ) -> Result<Option<Want>> {
+    ) -> Result<Option<Want>, IntakeError> {
         match self.phase {
             Phase::Summing => {
                 // What no sum came for is nowhere on the primary.
@@ -91,9 +92,9 @@ impl Heal {
                 self.phase = Phase::Wanting;
             }
             Phase::Wanting => {}
-            Phase::Told => return Err(garbled("more than was asked for")),
+            Phase::Told => return Err(IntakeError::garbled("more than was asked for")),
         }
-        self.want(overlay, store).map(Some)
+        Ok(Some(self.want(overlay, store)?))
     }
 
     /// The next pages to ask for; none when the primary has sent all.
@@ -121,8 +122,4 @@ impl Heal {
         });
         Ok(Want { runs: runs.collect::<Result<_>>()? })
     }
-}
-
-fn garbled(what: &str) -> Error {
-    Error::garbled("the primary", what)
 }

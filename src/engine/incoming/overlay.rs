@@ -4,7 +4,8 @@
 //! records go on. Then the records come, until the state that the primary names; there the sum decides.
 
 use crate::checksum::{Checksum, PageHash};
-use crate::error::{Error, Result};
+use crate::engine::history::intake_error::IntakeError;
+use crate::error::Result;
 use crate::page::{PageNo, PageSet, PageSize};
 use crate::txid::Position;
 use crate::wire::{SnapEnd, TxnBegin, TxnEnd};
@@ -85,9 +86,14 @@ impl Overlay {
     }
 
     /// A run of pages that take the place of those that counted.
-    pub(crate) fn patch(&mut self, first: PageNo, pages: &[u8], store: &mut dyn Store) -> Result<()> {
+    pub(crate) fn patch(
+        &mut self,
+        first: PageNo,
+        pages: &[u8],
+        store: &mut dyn Store,
+    ) -> Result<(), IntakeError> {
         if self.end.is_some() {
-            return Err(garbled("pages behind the end of a heal"));
+            return Err(IntakeError::garbled("pages behind the end of a heal"));
         }
         for (number, page) in (first.get()..).zip(pages.chunks_exact(self.page_size.bytes())) {
             if let Some(number) = PageNo::new(number).filter(|n| !n.is_lock_page(self.page_size)) {
@@ -98,20 +104,20 @@ impl Overlay {
     }
 
     /// All pages have come. True when the state is exact already.
-    pub(crate) fn end(&mut self, end: SnapEnd, store: &mut dyn Store) -> Result<bool> {
+    pub(crate) fn end(&mut self, end: SnapEnd, store: &mut dyn Store) -> Result<bool, IntakeError> {
         if self.end.is_some() || end.exact_at.number() < self.position.number() || end.pages == 0 {
-            return Err(garbled("a snapshot ends twice, before its begin, or without pages"));
+            return Err(IntakeError::garbled("a snapshot ends twice, before its begin, or without pages"));
         }
         self.end = Some(end);
         self.exact(store)
     }
 
-    pub(crate) fn txn_begin(&mut self, begin: TxnBegin) -> Result<()> {
+    pub(crate) fn txn_begin(&mut self, begin: TxnBegin) -> Result<(), IntakeError> {
         if self.end.is_none() || self.txn.is_some() || begin.page_size != self.page_size {
-            return Err(garbled("a transaction out of place in a snapshot"));
+            return Err(IntakeError::garbled("a transaction out of place in a snapshot"));
         }
         if begin.before != self.position {
-            return Err(mismatch(self.position, begin.before));
+            return Err(IntakeError::mismatch(self.position, begin.before));
         }
         self.txn = Some(begin);
         Ok(())
@@ -123,17 +129,17 @@ impl Overlay {
         hash: PageHash,
         page: &[u8],
         store: &mut dyn Store,
-    ) -> Result<()> {
+    ) -> Result<(), IntakeError> {
         if self.txn.is_none() || page.len() != self.page_size.bytes() || number.is_lock_page(self.page_size) {
-            return Err(garbled("a page out of place in a snapshot"));
+            return Err(IntakeError::garbled("a page out of place in a snapshot"));
         }
-        self.put(number, hash, page, store)
+        Ok(self.put(number, hash, page, store)?)
     }
 
     /// A record ends. True when the state has become exact.
-    pub(crate) fn txn_end(&mut self, end: TxnEnd, store: &mut dyn Store) -> Result<bool> {
+    pub(crate) fn txn_end(&mut self, end: TxnEnd, store: &mut dyn Store) -> Result<bool, IntakeError> {
         if self.txn.take().is_none() || end.after.number() != self.position.number() + 1 || end.pages == 0 {
-            return Err(garbled("a transaction ends out of place in a snapshot"));
+            return Err(IntakeError::garbled("a transaction ends out of place in a snapshot"));
         }
         self.drop_above(end.pages, store)?;
         self.position = end.after;
@@ -196,14 +202,14 @@ impl Overlay {
         store.cut_above(pages)
     }
 
-    fn exact(&mut self, store: &mut dyn Store) -> Result<bool> {
+    fn exact(&mut self, store: &mut dyn Store) -> Result<bool, IntakeError> {
         let Some(SnapEnd { exact_at: at, pages }) = self.end else { return Ok(false) };
         if self.position.number() < at.number() {
             return Ok(false);
         }
         self.drop_above(pages, store)?;
         if self.position != at || self.sum != at.checksum() {
-            return Err(mismatch(at, format!("{} with checksum {}", self.position, self.sum)));
+            return Err(IntakeError::mismatch(at, format!("{} with checksum {}", self.position, self.sum)));
         }
         Ok(true)
     }
@@ -247,12 +253,4 @@ impl Overlay {
             })
             .collect()
     }
-}
-
-fn garbled(what: &str) -> Error {
-    Error::garbled("the primary", what)
-}
-
-fn mismatch(expected: impl ToString, found: impl ToString) -> Error {
-    Error::Mismatch { expected: expected.to_string(), found: found.to_string() }
 }

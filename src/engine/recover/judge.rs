@@ -268,7 +268,8 @@ impl Findings {
             None => (number.saturating_sub(1), tip.position.checksum()),
         };
         let before = Position::new(Txid::new(tip.position.epoch(), before), checksum);
-        open_epoch(&mut self.history, self.highest_epoch, before)?;
+        open_epoch(&mut self.history, self.highest_epoch, before)
+            .map_err(|error| error.of_files(self.base.path()))?;
         tip.position = Position::new(Txid::new(self.history.epoch(), number), tip.position.checksum());
         if known {
             tracing::warn!(position = %tip.position, "the database was changed by somebody else; its state becomes history");

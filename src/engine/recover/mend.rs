@@ -157,14 +157,20 @@ fn over_all(live: &mut WalAppender, from: Position, to: Position) -> Result<Read
             overlay.count_in(first, SPAN_PAGES.min(there - next + 1), store)?;
             next += SPAN_PAGES;
         }
-        Ok(())
+        Ok::<_, Error>(())
     })?;
-    incoming.end(SnapEnd { exact_at: to, pages }, Some(live))?;
-    log.records(lsn, log.complete(), |_, message| match message {
-        Message::TxnBegin(begin) => incoming.txn_begin(begin),
-        Message::Page { number, hash, page } => incoming.page(number, hash, page, Some(live)),
-        Message::TxnEnd(end) => incoming.txn_end(end, Some(live)).map(drop),
-        _ => Ok(()),
+    incoming.end(SnapEnd { exact_at: to, pages }, Some(live)).map_err(|error| error.of_log(log, lsn))?;
+    let mut at = lsn;
+    log.records(lsn, log.complete(), |unit, message| {
+        let taken = match message {
+            Message::TxnBegin(begin) => incoming.txn_begin(begin),
+            Message::Page { number, hash, page } => incoming.page(number, hash, page, Some(live)),
+            Message::TxnEnd(end) => incoming.txn_end(end, Some(live)).map(drop),
+            _ => Ok(()),
+        };
+        taken.map_err(|error| error.of_log(log, at))?;
+        at += unit.raw.len() as u64;
+        Ok(())
     })?;
     incoming.finish()
 }

@@ -7,7 +7,7 @@ use crate::files::{self, reserve, sync_directory};
 use crate::log::{Log, Lookup};
 use crate::status::{Event, unix_millis};
 use crate::txid::{EpochHistory, Position};
-use crate::wire::Message;
+use crate::wire::{HEADER_BYTES, Message};
 
 impl Findings {
     /// From which address the log goes on from a state, if it does.
@@ -88,12 +88,16 @@ impl Findings {
 
 /// Applies the log's records from an LSN to its end.
 fn apply_log(appender: &mut WalAppender, log: &Log, lsn: u64, history: &EpochHistory) -> Result<()> {
-    log.records(lsn, log.complete(), |unit, message| match message {
-        Message::TxnBegin(begin) => appender.begin(begin, history),
-        Message::Page { number, hash, .. } => {
-            appender.page(number, hash, &unit.raw, crate::wire::HEADER_BYTES + 4)
-        }
-        Message::TxnEnd(end) => appender.end(end).and_then(|()| appender.publish()),
-        _ => Ok(()),
+    let mut at = lsn;
+    log.records(lsn, log.complete(), |unit, message| {
+        let taken = match message {
+            Message::TxnBegin(begin) => appender.begin(begin, history),
+            Message::Page { number, hash, .. } => appender.page(number, hash, &unit.raw, HEADER_BYTES + 4),
+            Message::TxnEnd(end) => appender.end(end).and_then(|()| Ok(appender.publish()?)),
+            _ => Ok(()),
+        };
+        taken.map_err(|error| error.of_log(log, at))?;
+        at += unit.raw.len() as u64;
+        Ok(())
     })
 }

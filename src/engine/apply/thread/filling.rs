@@ -7,6 +7,7 @@ use bytes::BytesMut;
 use crate::checksum::PageHash;
 use crate::context::Part;
 use crate::engine::apply::thread::Apply;
+use crate::engine::apply::stream_error::StreamError;
 use crate::engine::apply::thread::healing::Suspect;
 use crate::engine::apply::thread::state::State;
 use crate::engine::checkpoint::backfill::backfill_some;
@@ -37,16 +38,15 @@ enum OpenBefore {
 
 impl Apply {
     /// Pages go into the file behind its end, where nobody sees them; then one commit of the first page makes all of them the database.
-    pub(super) fn fill(&mut self, ready: &Ready, history: EpochHistory) -> Result<()> {
+    pub(super) fn fill(&mut self, ready: &Ready, history: EpochHistory) -> Result<(), StreamError> {
         self.make_room(ready.page_size)?;
-        let changed = || Error::Stopped("somebody wrote to the database here while a snapshot came".into());
-        let live = self.state.empty(ready.page_size).ok_or_else(changed)?;
+        let live = self.state.empty(ready.page_size).ok_or(StreamError::WrittenMeanwhile)?;
         copy(live, ready)?;
         write_epochs(&self.options.side, &history, false)?;
         live.base.log.reset(ready.position)?;
         if let Err(error) = commit(live, ready) {
             live.abort();
-            return Err(error);
+            return Err(error.into());
         }
         self.history = history;
         doubt::end(&self.options.side);
@@ -63,7 +63,7 @@ impl Apply {
     }
 
     /// Sees to it that an empty database with pages of this size is open.
-    pub(super) fn make_room(&mut self, size: PageSize) -> Result<()> {
+    pub(super) fn make_room(&mut self, size: PageSize) -> Result<(), StreamError> {
         if self.state.empty(size).is_some() {
             return Ok(());
         }
@@ -94,13 +94,11 @@ impl Apply {
     }
 
     /// Empties the file, after what it has is kept. Not while somebody else has it open: to SQLite that would be damage.
-    fn clear(&self, keep: bool) -> Result<()> {
+    fn clear(&self, keep: bool) -> Result<(), StreamError> {
         let path = &self.options.path;
         let Some(alone) = Alone::with(path)? else {
-            let text = "a snapshot has come that the database here can't take in as it is, and others have that open: \
-                it is replaced as soon as all of their connections are closed";
-            self.node.set_problem(Part::State, Some(text.into()));
-            return Err(Error::Stopped(text.into()));
+            self.node.set_problem(Part::State, Some(StreamError::OpenElsewhere.to_string()));
+            return Err(StreamError::OpenElsewhere);
         };
         let Some(file) = alone.file() else { return Ok(()) };
         if keep {
@@ -114,7 +112,7 @@ impl Apply {
             files::remove(Path::new(&beside))?;
         }
         files::sync_name(path)?;
-        file.set_len(0).and_then(|()| file.sync_all()).map_err(Error::io("truncate", path))
+        Ok(file.set_len(0).and_then(|()| file.sync_all()).map_err(Error::io("truncate", path))?)
     }
 }
 

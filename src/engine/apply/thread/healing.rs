@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 
 use crate::context::Part;
+use crate::engine::apply::stream_error::StreamError;
 use crate::engine::apply::thread::state::State;
 use crate::engine::apply::thread::{Apply, no_state};
 use crate::engine::file::doubt;
@@ -44,10 +45,11 @@ impl Apply {
     }
 
     /// What a failure of a stream says of our pages, or of the primary's log.
-    pub(super) fn judge(&mut self, error: &Error) {
+    pub(super) fn judge(&mut self, error: &StreamError) {
+        let StreamError::Failed(error) = error else { return };
         let Some(live) = self.below() else {
             // Pages of a snapshot that is gone on with, which were not looked at again: not once more.
-            if let Error::Mismatch { .. } = error
+            if leads_elsewhere(error)
                 && let Err(error) = incoming::discard(&self.options.side)
             {
                 tracing::warn!(%error, "a snapshot that can't be made exact is not forgotten");
@@ -58,7 +60,7 @@ impl Apply {
         let compared = self.healing.as_ref().is_some_and(|healing| healing.heal.begin.compare);
         match error {
             // Pages that were verified when they came led elsewhere from ours.
-            Error::Mismatch { .. } if !compared => self.suspect(Suspect::Pages),
+            error if leads_elsewhere(error) && !compared => self.suspect(Suspect::Pages),
             // Once may be the network, or a record that was just taken back. Our own log may not be readable either.
             Error::Peer { problem: PeerProblem::Garbled(_), .. } | Error::Corrupt { .. } if !compared => {
                 let at = Some(position);
@@ -87,16 +89,16 @@ impl Apply {
     }
 
     /// What is under way, and what lies under the pages that come.
-    pub(super) fn healing(&mut self) -> Result<(&mut Healing, &mut IncomingState, Under<'_>)> {
+    pub(super) fn healing(&mut self) -> Result<(&mut Healing, &mut IncomingState, Under<'_>), StreamError> {
         let under = self.state.content().filter(|_| !self.refill);
         match (&mut self.healing, &mut self.incoming) {
             (Some(healing), Some(incoming)) => Ok((healing, incoming, under)),
-            _ => Err(Error::garbled("the primary", "a part of no heal")),
+            _ => Err(StreamError::garbled("a part of no heal")),
         }
     }
 
     /// The primary leads our state back to its own.
-    pub(super) fn heal(&mut self, begin: HealBegin) -> Result<()> {
+    pub(super) fn heal(&mut self, begin: HealBegin) -> Result<(), StreamError> {
         if self.below().is_none() {
             return self.go_on_filling(begin);
         }
@@ -119,7 +121,7 @@ impl Apply {
         } else {
             let touched = live.base.log.touched(begin.from)?;
             let touched =
-                touched.ok_or_else(|| Error::garbled("the primary", "a fork that this log does not have"))?;
+                touched.ok_or_else(|| StreamError::garbled("a fork that this log does not have"))?;
             let mut heal = Heal::since(begin, &touched);
             let want = incoming.with(Some(live), |overlay, store| {
                 overlay.trust(tip.position.checksum());
@@ -135,7 +137,7 @@ impl Apply {
     }
 
     /// What came of a snapshot is compared, for the primary's log does not reach back to its begin any more.
-    fn go_on_filling(&mut self, begin: HealBegin) -> Result<()> {
+    fn go_on_filling(&mut self, begin: HealBegin) -> Result<(), StreamError> {
         if !begin.compare {
             return Err(no_state());
         }
@@ -149,16 +151,14 @@ impl Apply {
 
     /// No transaction changes the size of pages: the next stream brings a snapshot. The primary's history has no state from before its pages had
     /// that size, so that what is here is kept.
-    fn other_page_size(&mut self, ours: PageSize, theirs: PageSize) -> Error {
+    fn other_page_size(&mut self, ours: PageSize, theirs: PageSize) -> StreamError {
         self.refill = true;
-        let text = format!(
-            "the database here has pages of {ours:?}, the primary's of {theirs:?}: a snapshot replaces it"
-        );
-        self.node.set_problem(Part::State, Some(text.clone()));
-        Error::Stopped(text)
+        let end = StreamError::OtherPageSize { ours, theirs };
+        self.node.set_problem(Part::State, Some(end.to_string()));
+        end
     }
 
-    pub(super) fn sent(&mut self, sent: Sent) -> Result<()> {
+    pub(super) fn sent(&mut self, sent: Sent) -> Result<(), StreamError> {
         let (healing, incoming, live) = self.healing()?;
         let next = incoming.with(live, |overlay, store| healing.heal.sent(overlay, store, sent))?;
         match next {
@@ -185,7 +185,7 @@ impl Apply {
         healing: &Healing,
         ready: &Ready,
         history: EpochHistory,
-    ) -> Result<()> {
+    ) -> Result<(), StreamError> {
         let mut state = std::mem::replace(&mut self.state, State::Closed);
         let live = state.content().ok_or_else(no_state)?;
         let result = self.heal_live(live, healing, ready, &history);
@@ -295,9 +295,9 @@ pub(super) struct HealPacer {
 }
 
 impl HealPacer {
-    fn allow(&self) -> Result<()> {
+    fn allow(&self) -> Result<(), StreamError> {
         match self.last {
-            Some(last) if last.elapsed() < self.pause => Err(Error::HealPaused { pause: self.pause }),
+            Some(last) if last.elapsed() < self.pause => Err(StreamError::HealPaused { pause: self.pause }),
             _ => Ok(()),
         }
     }
@@ -309,8 +309,13 @@ impl HealPacer {
     }
 }
 
-fn ask(wants: &Option<mpsc::Sender<Want>>, want: Want) -> Result<()> {
-    let gone = || Error::Stopped("the stream that a heal needs has ended".into());
+/// Whether what came, or what is in the log here, leads elsewhere over the pages here than it states.
+fn leads_elsewhere(error: &Error) -> bool {
+    matches!(error, Error::Mismatch { .. } | Error::Peer { problem: PeerProblem::Mismatch { .. }, .. })
+}
+
+fn ask(wants: &Option<mpsc::Sender<Want>>, want: Want) -> Result<(), StreamError> {
+    let gone = || StreamError::Gone;
     // One is under way at a time, so that there is always room while the stream stands.
     wants.as_ref().ok_or_else(gone)?.try_send(want).map_err(|_| gone())
 }
