@@ -37,6 +37,7 @@ mod turns;
 pub(crate) use apply::handle::ReplicaEngine;
 pub(crate) use apply::inbox::ReplicaStanding;
 pub(crate) use apply::stream_error::StreamError;
+pub(crate) use capture::commit_gate::{CommitGate, Waiting};
 pub(crate) use capture::handle::PrimaryEngine;
 pub(crate) use capture::startup::Opening;
 pub(crate) use check::repair::RightPage;

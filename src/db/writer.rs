@@ -15,7 +15,7 @@ use rusqlite::{Connection, DropBehavior, ErrorCode, OpenFlags, Transaction, Tran
 use tokio::sync::{Semaphore, mpsc as queue, oneshot};
 
 use crate::db::config::{Config, ConnectionKind};
-use crate::engine::{Durability, PrimaryEngine};
+use crate::engine::{CommitGate, PrimaryEngine, Waiting};
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::sqlite::{self, CommitHook, defend, last_code};
@@ -27,8 +27,8 @@ pub use guard::WriterGuard;
 use guard::Settings;
 use reentrancy::{Inside, may_block};
 
-/// Commits that may wait for an fsync; the writer then waits, too.
-const UNSYNCED_MAX: usize = 4096;
+/// Commits that may wait for their acknowledgement; the writer then waits, too.
+const WAITING_MAX: usize = 4096;
 
 /// The engine, until it is closed: a handle that outlives its database keeps no file of it open.
 pub(super) struct EngineSlot(Mutex<Option<Arc<PrimaryEngine>>>);
@@ -76,12 +76,12 @@ struct WriterShared {
     /// Bounds the queue.
     room: Semaphore,
     engine: Arc<EngineSlot>,
-    durability: Durability,
+    gate: CommitGate,
     connection: Mutex<Option<OpenWriter>>,
     /// How the connection has to be when its borrower gives it back.
     settings: Settings,
     /// Commits that were handed to the sync thread and are not acknowledged yet.
-    unsynced: AtomicUsize,
+    waiting: AtomicUsize,
 }
 
 /// The connection, and the count of its commits.
@@ -115,19 +115,19 @@ impl<E: From<Error>> Failed<E> {
 
 /// One async write.
 trait Job: Send {
-    fn run(self: Box<Self>, shared: &WriterShared, open: &mut OpenWriter) -> Option<Unsynced>;
+    fn run(self: Box<Self>, shared: &WriterShared, open: &mut OpenWriter) -> Option<Unacknowledged>;
     fn refuse(self: Box<Self>, why: Error);
 }
 
-/// A commit that waits for its fsync.
-struct Unsynced {
-    txid: Txid,
+/// A commit that may not be acknowledged yet, and how it is.
+struct Unacknowledged {
+    waiting: Waiting,
     acknowledge: Box<dyn FnOnce(Result<()>) + Send>,
 }
 
-impl Unsynced {
-    fn settle(self, synced: Result<()>) {
-        survive(|| (self.acknowledge)(synced));
+impl Unacknowledged {
+    fn settle(self, passed: Result<()>) {
+        survive(|| (self.acknowledge)(passed));
     }
 }
 
@@ -142,26 +142,23 @@ where
     T: Send + 'static,
     E: Send + 'static,
 {
-    fn run(self: Box<Self>, shared: &WriterShared, open: &mut OpenWriter) -> Option<Unsynced> {
+    fn run(self: Box<Self>, shared: &WriterShared, open: &mut OpenWriter) -> Option<Unacknowledged> {
         let WriteJob { run, reply } = *self;
         if reply.is_closed() {
             return None; // Its caller left before it began: it never runs.
         }
-        match shared.transact(open, run) {
-            Ok(Commit { value, txid: Some(txid) }) if shared.durability == Durability::Synced => {
-                let acknowledge = Box::new(move |synced: Result<()>| {
-                    let result =
-                        synced.map(|()| Commit { value, txid: Some(txid) }).map_err(Error::of_a_commit);
-                    // A caller that left does not want to know.
-                    let _ = reply.send(result.map_err(Failed::Ours));
-                });
-                Some(Unsynced { txid, acknowledge })
-            }
-            done => {
-                let _ = reply.send(done);
-                None
-            }
-        }
+        let done = shared.transact(open, run);
+        let txid = done.as_ref().ok().and_then(|commit| commit.txid);
+        let Some(waiting) = txid.and_then(|txid| shared.gate.hold(txid)) else {
+            // A caller that left does not want to know.
+            let _ = reply.send(done);
+            return None;
+        };
+        let acknowledge = Box::new(move |passed: Result<()>| {
+            let passed = passed.map_err(|error| Failed::Ours(error.of_a_commit()));
+            let _ = reply.send(passed.and(done));
+        });
+        Some(Unacknowledged { waiting, acknowledge })
     }
 
     fn refuse(self: Box<Self>, why: Error) {
@@ -182,20 +179,18 @@ impl Writer {
         let shared = Arc::new(WriterShared {
             room: Semaphore::new(config.write_queue),
             engine: engine.clone(),
-            durability: config.durability,
+            gate: CommitGate::new(config.durability),
             connection: Mutex::new(Some(open)),
             settings,
-            unsynced: AtomicUsize::new(0),
+            waiting: AtomicUsize::new(0),
         });
         // What the migrations committed has its place in history, and stays, before anybody hears that we are open.
         let (engine, last) = (engine.get()?, engine.get()?.captured()?);
-        if config.durability == Durability::Synced {
-            engine.sync(last)?;
-        }
+        shared.gate.wait(&engine, last)?;
         let (jobs, receiver) = queue::unbounded_channel();
-        let (to_sync, unsynced) = mpsc::sync_channel(UNSYNCED_MAX);
+        let (to_sync, waiting) = mpsc::sync_channel(WAITING_MAX);
         let one = (shared.clone(), receiver, to_sync);
-        let two = (shared.clone(), unsynced);
+        let two = (shared.clone(), waiting);
         let threads = vec![
             threads::start("replite-writer", one, run_jobs, |(shared, jobs, _), ended| {
                 shared.end(ended, Some(jobs));
@@ -238,13 +233,13 @@ impl Writer {
         may_block()?;
         let (inside, mut connection) = self.shared.enter()?;
         let Some(open) = connection.as_mut() else { return Err(Error::ShutDown.into()) };
-        // Held until the commit is on the disk, whoever closes the database meanwhile.
+        // Held until the commit is acknowledged, whoever closes the database meanwhile.
         let engine = self.shared.engine.get()?;
         let commit = self.shared.transact(open, run)?;
         // The next one commits while this one waits for the disk, so that both share an fsync.
         drop((connection, inside));
-        if let (Some(txid), Durability::Synced) = (commit.txid, self.shared.durability) {
-            engine.sync(txid).map_err(Error::of_a_commit)?;
+        if let Some(txid) = commit.txid {
+            self.shared.gate.wait(&engine, txid).map_err(Error::of_a_commit)?;
         }
         Ok(commit)
     }
@@ -315,8 +310,9 @@ impl WriterShared {
         Ok((inside, lock(&self.connection)))
     }
 
-    fn sync(&self, txid: Txid) -> Result<()> {
-        self.engine.get()?.sync(txid)
+    /// Waits until the commit may be acknowledged.
+    fn pass(&self, waiting: Waiting) -> Result<()> {
+        self.gate.pass(&*self.engine.get()?, waiting)
     }
 
     /// Closes the connection.
@@ -401,13 +397,13 @@ fn run_jobs(
     (shared, jobs, to_sync): &mut (
         Arc<WriterShared>,
         queue::UnboundedReceiver<Box<dyn Job>>,
-        mpsc::SyncSender<Unsynced>,
+        mpsc::SyncSender<Unacknowledged>,
     ),
 ) -> Result<()> {
     while let Some(job) = jobs.blocking_recv() {
         shared.room.add_permits(1);
         let Ok((inside, mut connection)) = shared.enter() else { continue };
-        let unsynced = survive(|| match connection.as_mut() {
+        let commit = survive(|| match connection.as_mut() {
             Some(open) => job.run(shared, open),
             None => {
                 job.refuse(shared.refusal());
@@ -415,16 +411,15 @@ fn run_jobs(
             }
         });
         drop((connection, inside));
-        let unsynced = unsynced.flatten();
-        let Some(unsynced) = unsynced else { continue };
-        if jobs.is_empty() && shared.unsynced.load(Ordering::Acquire) == 0 {
-            // Nobody else waits: an fsync here costs no wake-up of another thread.
-            let synced = shared.sync(unsynced.txid);
-            unsynced.settle(synced);
+        let Some(commit) = commit.flatten() else { continue };
+        if jobs.is_empty() && shared.waiting.load(Ordering::Acquire) == 0 {
+            // No other commit waits: an fsync here costs no wake-up of another thread.
+            let passed = shared.pass(commit.waiting);
+            commit.settle(passed);
         } else {
-            shared.unsynced.fetch_add(1, Ordering::AcqRel);
-            if let Err(mpsc::SendError(unsynced)) = to_sync.send(unsynced) {
-                unsynced.settle(Err(Error::ShutDown));
+            shared.waiting.fetch_add(1, Ordering::AcqRel);
+            if let Err(mpsc::SendError(commit)) = to_sync.send(commit) {
+                commit.settle(Err(Error::ShutDown));
             }
         }
     }
@@ -434,20 +429,20 @@ fn run_jobs(
 }
 
 /// The sync thread: one fsync for all commits that came during the one before.
-fn run_syncs((shared, unsynced): &mut (Arc<WriterShared>, mpsc::Receiver<Unsynced>)) -> Result<()> {
+fn run_syncs((shared, commits): &mut (Arc<WriterShared>, mpsc::Receiver<Unacknowledged>)) -> Result<()> {
     let mut batch = Vec::new();
-    while let Ok(first) = unsynced.recv() {
+    while let Ok(first) = commits.recv() {
         batch.push(first);
-        batch.extend(unsynced.try_iter().take(UNSYNCED_MAX));
-        let last = batch.iter().map(|u| u.txid).max();
-        let synced = last.map_or(Ok(()), |txid| shared.sync(txid));
-        for unsynced in batch.drain(..) {
-            shared.unsynced.fetch_sub(1, Ordering::AcqRel);
-            let result = match &synced {
+        batch.extend(commits.try_iter().take(WAITING_MAX));
+        let last = batch.iter().map(|commit| commit.waiting).max();
+        let passed = last.map_or(Ok(()), |waiting| shared.pass(waiting));
+        for commit in batch.drain(..) {
+            shared.waiting.fetch_sub(1, Ordering::AcqRel);
+            let result = match &passed {
                 Ok(()) => Ok(()),
                 Err(error) => Err(Error::Stopped(error.cause())),
             };
-            unsynced.settle(result);
+            commit.settle(result);
         }
     }
     Ok(())

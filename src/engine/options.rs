@@ -24,6 +24,18 @@ pub enum Durability {
     Unsynced,
 }
 
+impl Durability {
+    /// Whether a record goes to the log and to replicas before its frames are fsynced. A power
+    /// cut may then take commits from the WAL that the log and the replicas have. A marker says
+    /// so while the database is open.
+    pub(in crate::engine) fn ships_unsynced(self) -> bool {
+        match self {
+            Durability::Synced => false,
+            Durability::Unsynced => true,
+        }
+    }
+}
+
 /// What one database file needs to know.
 #[derive(Clone, Debug)]
 pub(crate) struct EngineOptions {

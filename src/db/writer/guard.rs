@@ -11,7 +11,6 @@ use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
 
 use crate::db::writer::reentrancy::Inside;
 use crate::db::writer::{OpenWriter, WriterShared};
-use crate::engine::Durability;
 use crate::error::{Error, Result};
 use crate::session;
 use crate::txid::Txid;
@@ -64,9 +63,7 @@ impl<'a> WriterGuard<'a> {
         commits.reset();
         let last = self.shared.engine.get().and_then(|engine| {
             let last = engine.captured()?;
-            if self.shared.durability == Durability::Synced {
-                engine.sync(last)?;
-            }
+            self.shared.gate.wait(&engine, last)?;
             Ok(last)
         });
         match may_have {

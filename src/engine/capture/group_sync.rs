@@ -79,6 +79,12 @@ impl GroupSync {
         self.changed.notify_all();
     }
 
+    /// The highest number that anybody has waited for.
+    #[cfg(test)]
+    pub(in crate::engine) fn wanted(&self) -> u64 {
+        lock(&self.state).wanted
+    }
+
     /// Notes that everything up to `number` came to the disk by other means.
     pub(in crate::engine) fn synced(&self, number: u64) {
         let mut state = lock(&self.state);

@@ -28,7 +28,7 @@ use crate::log::Log;
 use crate::page::{PageNo, PageSize};
 use crate::sqlite::Handle;
 use crate::status::Checkpoint;
-use crate::txid::{EpochHistory, Txid};
+use crate::txid::EpochHistory;
 use crate::wal::Salts;
 
 /// A primary's open database.
@@ -136,11 +136,6 @@ impl PrimaryEngine {
     pub(crate) fn checkpoint(&self, limit: Duration) -> Result<Checkpoint> {
         self.check()?;
         bound::checkpoint(&self.base, limit, || self.brake.wake())
-    }
-
-    /// Blocks until the transaction is on the disk; callers share one fsync.
-    pub(crate) fn sync(&self, txid: Txid) -> Result<()> {
-        self.syncer.sync(txid.number())
     }
 
     /// Opens a new epoch with a number above `above`, because a peer with a higher one was heard. Blocks.

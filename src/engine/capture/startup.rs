@@ -12,7 +12,7 @@ use crate::engine::history::epoch::open_epoch;
 use crate::engine::history::intake_error::IntakeError;
 use crate::engine::history::record_intake::RecordIntake;
 use crate::engine::history::wal_appender::WalAppender;
-use crate::engine::options::{Durability, EngineOptions};
+use crate::engine::options::EngineOptions;
 use crate::engine::recover::opened::Opened;
 use crate::engine::recover::{self, Findings};
 use crate::error::{Error, Result};
@@ -159,9 +159,10 @@ fn begin(
     }
     recover::anchor(base, handle)?;
     // The anchor's WAL is synced; what comes now may not be.
-    match options.durability {
-        Durability::Synced => unsynced_marker::end(&options.side)?,
-        Durability::Unsynced => unsynced_marker::begin(&options.side)?,
+    if options.durability.ships_unsynced() {
+        unsynced_marker::begin(&options.side)?;
+    } else {
+        unsynced_marker::end(&options.side)?;
     }
     // Another process that stayed in the database may have copied everything back while nobody minded.
     if let Err(error) = keep_from_others(base, handle) {

@@ -20,7 +20,6 @@ use crate::engine::file::unsynced_marker;
 use crate::engine::history::append_or_gap::{self, append_or_gap};
 use crate::engine::history::epoch::open_epoch;
 use crate::engine::history::wal_records::{Capture, Sink};
-use crate::engine::options::Durability;
 use crate::engine::recover::opened::Opened;
 use crate::error::{Error, Result};
 use crate::lock::lock;
@@ -248,7 +247,7 @@ impl CaptureLoop {
             }
         };
         let result = self.settled().and_then(|()| {
-            if self.base.options.durability == Durability::Unsynced {
+            if self.base.options.durability.ships_unsynced() {
                 // An epoch must not be on the disk before the transactions that it follows.
                 self.base.sync_wal()?;
             }
@@ -379,10 +378,10 @@ struct ToLog<'a> {
 impl Sink for ToLog<'_> {
     fn committed(&mut self, number: u64) -> Result<()> {
         let _on_disk = self.base.progress.on_disk();
-        match self.base.options.durability {
-            Durability::Synced => self.syncer.sync(number),
-            Durability::Unsynced => Ok(()),
+        if self.base.options.durability.ships_unsynced() {
+            return Ok(());
         }
+        self.syncer.sync(number)
     }
 
     fn records(&mut self, units: Bytes, after: Option<Position>) -> Result<()> {

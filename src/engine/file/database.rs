@@ -14,7 +14,7 @@ use crate::engine::file::wal_bound::Bound;
 use crate::engine::file::wal_file::WalFile;
 use crate::engine::file::watch::{Astray, Watch};
 use crate::engine::file::witnesses::Witnesses;
-use crate::engine::options::{Durability, EngineOptions};
+use crate::engine::options::EngineOptions;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::log::Log;
@@ -370,7 +370,7 @@ impl OpenDatabase {
     /// Syncs the WAL. After a failure nobody knows what of it is on the disk, on this boot of the machine or another.
     pub(in crate::engine) fn sync_wal(&self) -> Result<()> {
         let synced = self.wal.sync();
-        if synced.is_err() && self.options.durability == Durability::Unsynced {
+        if synced.is_err() && self.options.durability.ships_unsynced() {
             unsynced_marker::doubt(&self.options.side);
         }
         synced
