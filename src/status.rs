@@ -353,7 +353,7 @@ pub enum Event {
         /// Where what it replaced is kept, if that was not in the primary's history; see [`Db::lost`](crate::Db::lost).
         lost: Option<std::path::PathBuf>,
     },
-    /// Bad pages of this primary were written anew; see [`Db::offered_repair`](crate::Db::offered_repair).
+    /// Bad pages of this primary were written anew; see [`Db::find_repair`](crate::Db::find_repair).
     Repaired {
         /// Which.
         pages: Vec<PageNo>,

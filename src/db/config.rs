@@ -27,7 +27,7 @@ const LABEL_MAX_BYTES: usize = 64;
 /// The least that a log may take up: some segments.
 const LOG_QUOTA_MIN_BYTES: u64 = 4 << 20;
 /// A replica pauses for five seconds between two tries to connect, and a try may take three.
-const RECOVERY_WAIT: Duration = Duration::from_secs(10);
+const RECOVERY_TIMEOUT: Duration = Duration::from_secs(10);
 /// The shortest WAL that is worth restarting, in bytes.
 const WAL_LIMIT_MIN_BYTES: u64 = 64 * 1024;
 
@@ -87,7 +87,7 @@ pub struct Config {
     pub(super) verify_limit: Option<NonZeroU64>,
     pub(super) accept_damaged: bool,
     pub(super) database_mode: Option<u32>,
-    pub(super) recovery_wait: Duration,
+    pub(super) recovery_timeout: Duration,
     /// Dropped after the database was closed.
     pub(super) keep: Option<Arc<dyn Any + Send + Sync>>,
 }
@@ -136,7 +136,7 @@ impl Config {
             verify_limit: None,
             accept_damaged: false,
             database_mode: None,
-            recovery_wait: RECOVERY_WAIT,
+            recovery_timeout: RECOVERY_TIMEOUT,
             keep: None,
         }
     }
@@ -372,12 +372,13 @@ impl Config {
         self
     }
 
-    /// How long a primary asks its replicas, when it is opened, for commits that a power cut took from it; see
-    /// [`Durability::Unsynced`]. 10 seconds if not set: a replica tries to connect again within eight. It takes up to 20 seconds more while a replica is known
-    /// to have more, and up to a minute for one that is giving it. Zero: nobody is asked.
+    /// How long a primary asks its replicas, when it opens, for commits that a power cut took from
+    /// it; see [`Durability::Unsynced`]. 10 seconds if not set: a replica tries to connect again
+    /// within eight. The primary waits up to 20 seconds more while it knows that a replica has more,
+    /// and up to a minute for one that is giving it. With zero it asks no replica.
     #[must_use]
-    pub fn recovery_wait(mut self, limit: Duration) -> Config {
-        self.recovery_wait = limit;
+    pub fn recovery_timeout(mut self, limit: Duration) -> Config {
+        self.recovery_timeout = limit;
         self
     }
 

@@ -87,8 +87,8 @@ impl OpenedNode {
     async fn finish(self, doors: &mut ListenerGuard, primary: Option<Endpoint>) -> Result<Db> {
         let OpenedNode { config, path, claim, node, source, tracker, files } = self;
         let (files, recovered) = match files {
-            Files::Primary(opening) if opening.may_miss() && !config.recovery_wait.is_zero() => {
-                let (opening, recovered) = recover(opening, doors, config.recovery_wait).await?;
+            Files::Primary(opening) if opening.may_miss() && !config.recovery_timeout.is_zero() => {
+                let (opening, recovered) = recover(opening, doors, config.recovery_timeout).await?;
                 (Files::Primary(opening), recovered)
             }
             files => (files, 0),

@@ -154,9 +154,9 @@ pub(super) fn failure(shared: &LayerShared, reason: Reason) -> Response<MadeBody
 
 /// Brings a request to where it can run.
 pub(super) async fn prepare(shared: Arc<LayerShared>, need: Need, head: Arc<Head>, body: Keep) -> Verdict {
-    let held_until = Instant::now() + shared.options.hold;
+    let held_until = Instant::now() + shared.options.hold_timeout;
     if let Need::Applied(txid) = need {
-        if applied(&shared, txid, shared.options.read_wait).await {
+        if applied(&shared, txid, shared.options.wait_timeout).await {
             return Verdict::Here(body);
         }
         // While there is nobody to ask, it waits on for whichever comes first: a primary that goes down in good order has sent all that it

@@ -232,7 +232,7 @@ async fn a_node_that_is_not_the_primary_points_to_it_before_it_reads_the_body() 
     let second_node = node(1, Role::Replica);
     follow(&second_node, 2, Some(peer(3, &third.url())));
     let second = Server::start(nothing().layer(ReplayLayer::new(second_node.clone()))).await;
-    let (first, first_node) = replica_of(&second.url(), |l| l.hold_limits(SHORT, 8)).await;
+    let (first, first_node) = replica_of(&second.url(), |l| l.hold_timeout(SHORT).held_requests(8)).await;
 
     let post = |data: Vec<u8>| Request::post(first.url()).body(full(data)).unwrap();
     let response = send(post(vec![b'x'; 50_000])).await;
