@@ -35,8 +35,20 @@ impl fmt::Display for Role {
     }
 }
 
-/// Where a node can be reached.
+/// Where other nodes and clients reach a node; for [`Config::addresses`](crate::Config::addresses).
+///
+/// ```
+/// use replite::{Addresses, Config};
+///
+/// let addresses = Addresses::new("http://10.0.0.1:8081")
+///     .public("https://one.example.org")
+///     .label("region", "ams");
+/// assert_eq!(addresses.labels["region"], "ams");
+/// let config = Config::new("app.db").addresses(addresses);
+/// # drop(config);
+/// ```
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Addresses {
     /// The URL of the replication endpoint, such as `http://10.0.0.1:8081/_replite`.
     pub replication: String,
@@ -45,12 +57,41 @@ pub struct Addresses {
     /// The URL under which clients reach this very node, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub public: Option<String>,
-    /// A small bounded map, such as a machine id or a region. Control characters are refused, here as in addresses: other nodes show it.
+    /// A small bounded map, such as a machine id or a region. [`Db::open`](crate::Db::open) refuses
+    /// control characters, here as in addresses, because other nodes show them.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
 }
 
 impl Addresses {
+    /// Those of a node whose application other nodes reach at this URL. Its replication endpoint is
+    /// then taken to be there, too, unless [`Config::listen`](crate::Config::listen) or
+    /// [`Addresses::replication`] says otherwise.
+    pub fn new(app: impl Into<String>) -> Addresses {
+        Addresses { app: app.into(), ..Addresses::default() }
+    }
+
+    /// The URL of the replication endpoint.
+    #[must_use]
+    pub fn replication(mut self, url: impl Into<String>) -> Addresses {
+        self.replication = url.into();
+        self
+    }
+
+    /// The URL under which clients reach this very node.
+    #[must_use]
+    pub fn public(mut self, url: impl Into<String>) -> Addresses {
+        self.public = Some(url.into());
+        self
+    }
+
+    /// One more label. The last value of a name counts.
+    #[must_use]
+    pub fn label(mut self, name: impl Into<String>, value: impl Into<String>) -> Addresses {
+        self.labels.insert(name.into(), value.into());
+        self
+    }
+
     /// Whether all of it can stand in a line of text as it is.
     pub(crate) fn are_plain(&self) -> bool {
         let labels = self.labels.iter().flat_map(|(key, value)| [key, value]);
@@ -61,6 +102,7 @@ impl Addresses {
 
 /// What is known of another node.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct PeerInfo {
     /// Its stable id.
     pub node: Uuid,
@@ -72,6 +114,7 @@ pub struct PeerInfo {
 
 /// A node's role, and the primary as far as it is known.
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct RoleState {
     /// What this node does.
     pub role: Role,
@@ -159,6 +202,7 @@ pub struct PublicStatus {
 
 /// How far a replica is behind its primary.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Lag {
     /// Transactions that the primary has and this node does not, as of the last word from it.
     pub transactions: u64,

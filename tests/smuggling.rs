@@ -29,7 +29,7 @@ impl Front {
     async fn start(options: impl FnOnce(ReplayLayer) -> ReplayLayer) -> Front {
         let dir = tempfile::tempdir().unwrap();
         let recorder = Recorder::start().await;
-        let addresses = Addresses { app: format!("http://{}", recorder.address), ..Addresses::default() };
+        let addresses = Addresses::new(format!("http://{}", recorder.address));
         let primary = Db::open(primary(&dir.path().join("p.db"), 0).addresses(addresses)).await.unwrap();
         let url = primary.node().addresses.replication.clone();
         let replica = Db::open(replica(&dir.path().join("r.db"), &url)).await.unwrap();

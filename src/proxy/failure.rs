@@ -12,6 +12,7 @@ pub(crate) const RETRY_AFTER_SECONDS: &str = "1";
 
 /// What is known about a request that failed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub enum Outcome {
     /// No handler ran with effect: sending the request again is safe.
     NotExecuted,

@@ -31,6 +31,7 @@ const PREFIXES_MAX: usize = 64;
 
 /// Which responses carry a token.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
 pub enum SessionTokens {
     /// Those of requests that committed, or waited for a transaction: clients read their own writes.
     #[default]
@@ -72,6 +73,7 @@ pub enum Forwarding {
 
 /// The `SameSite` attribute of the token's cookie.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
 pub enum SameSite {
     /// Sent with navigation from other sites.
     #[default]
@@ -88,6 +90,7 @@ pub enum SameSite {
 /// It goes around everything that belongs to running a handler, and below what each node does for each request (trace, request id, CORS, limits): one tested order is in
 /// `docs/stack.md`. With the feature `axum` it goes wherever axum takes a layer. An application with two databases has two layers: `docs/guide.md` says how.
 #[derive(Clone)]
+#[must_use = "a layer does its work around a service"]
 pub struct ReplayLayer {
     pub(super) shared: Arc<LayerShared>,
 }
