@@ -1,8 +1,10 @@
 //! Plain data that says how a node stands: roles, peers, health, events.
 
+mod time;
+
 use std::collections::BTreeMap;
 use std::fmt;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
@@ -11,6 +13,8 @@ use crate::checksum::Checksum;
 use crate::error::is_plain;
 use crate::page::PageNo;
 use crate::txid::{Epoch, Position};
+
+pub(crate) use time::{as_unix_millis, from_unix_millis, unix_millis, whole_millis};
 
 /// What a node does at the moment.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -206,9 +210,11 @@ pub struct PublicStatus {
 pub struct Lag {
     /// Transactions that the primary has and this node does not, as of the last word from it.
     pub transactions: u64,
-    /// The age of the state here, in milliseconds: so long ago, or later, the primary had nothing that this node does not have. The primary says where
-    /// it stands once a second, so that this goes up to about 1,000 on a replica that has everything.
-    pub millis: u64,
+    /// The age of the state here. So long ago, or later, the primary had nothing that this node does
+    /// not have. The primary says where it stands once a second: this goes up to about a second on a
+    /// replica that has everything. JSON has it in milliseconds, as `millis`.
+    #[serde(rename = "millis", serialize_with = "time::millis")]
+    pub age: Duration,
     /// Whether the stream stands, and something came on it in the last few seconds.
     pub connected: bool,
 }
@@ -230,10 +236,12 @@ pub struct Verification {
     pub bad_pages: Vec<PageNo>,
     /// Whether `bad_pages` are the whole difference: with the right images of these pages the checksum would be the expected one.
     pub all_named: bool,
-    /// When it ended, in milliseconds since 1970.
-    pub finished_ms: u64,
-    /// How long it took, in milliseconds.
-    pub elapsed_ms: u64,
+    /// When it ended. JSON has it in milliseconds since 1970, as `finished_ms`.
+    #[serde(rename = "finished_ms", with = "as_unix_millis")]
+    pub finished: SystemTime,
+    /// How long it took. JSON has it in milliseconds, as `elapsed_ms`.
+    #[serde(rename = "elapsed_ms", serialize_with = "time::millis")]
+    pub elapsed: Duration,
 }
 
 impl Verification {
@@ -271,8 +279,8 @@ impl Verification {
 pub struct LoggedTransaction {
     /// The state that it led to; its [`Txid`](crate::Txid) names the transaction.
     pub position: Position,
-    /// When the primary captured it, by its clock.
-    #[serde(with = "unix_micros")]
+    /// When the primary captured it, by its clock. JSON has it in microseconds since 1970.
+    #[serde(serialize_with = "time::unix_micros")]
     pub time: SystemTime,
     /// How many pages it changed.
     pub changed_pages: u32,
@@ -280,16 +288,6 @@ pub struct LoggedTransaction {
     pub pages: u32,
     /// Its bytes in the log.
     pub log_bytes: u64,
-}
-
-/// Times in JSON: microseconds since 1970.
-mod unix_micros {
-    use std::time::SystemTime;
-
-    pub(super) fn serialize<S: serde::Serializer>(time: &SystemTime, to: S) -> Result<S::Ok, S::Error> {
-        let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        to.serialize_u64(since.as_micros() as u64)
-    }
 }
 
 /// A replica as its primary sees it.
@@ -302,8 +300,9 @@ pub struct ReplicaStatus {
     pub applied: Option<Position>,
     /// The last position that it acknowledged as fsynced.
     pub synced: Option<Position>,
-    /// Since when it is connected, in milliseconds since 1970.
-    pub since_ms: u64,
+    /// Since when it is connected. JSON has it in milliseconds since 1970, as `since_ms`.
+    #[serde(rename = "since_ms", with = "as_unix_millis")]
+    pub since: SystemTime,
 }
 
 /// Whether a node can do its work.
@@ -444,7 +443,38 @@ pub enum Event {
     Missed(u64),
 }
 
-/// Milliseconds since 1970, for display only.
-pub(crate) fn unix_millis() -> u64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
+#[cfg(test)]
+mod tests {
+    use serde_json::{json, to_value};
+
+    use super::*;
+    use crate::txid::Txid;
+
+    /// Dashboards read these names and numbers.
+    #[test]
+    fn times_are_whole_numbers_in_json() {
+        let lag = Lag { transactions: 3, age: Duration::from_micros(7400900), connected: true };
+        let told = json!({ "transactions": 3, "millis": 7400, "connected": true });
+        assert_eq!(to_value(lag).unwrap(), told);
+        let verification = Verification {
+            position: Position::new(Txid::new(Epoch::new(1, 2), 3), Checksum::EMPTY),
+            found: Checksum::EMPTY,
+            pages: 1,
+            bytes: 4096,
+            bad_pages: Vec::new(),
+            all_named: true,
+            finished: from_unix_millis(1_700_000_000_123),
+            elapsed: Duration::from_millis(45),
+        };
+        let told = to_value(verification).unwrap();
+        assert_eq!((&told["finished_ms"], &told["elapsed_ms"]), (&json!(1_700_000_000_123_u64), &json!(45)));
+        let transaction = LoggedTransaction {
+            position: Position::new(Txid::new(Epoch::new(1, 2), 3), Checksum::EMPTY),
+            time: from_unix_millis(1_700_000_000_123),
+            changed_pages: 1,
+            pages: 1,
+            log_bytes: 1,
+        };
+        assert_eq!(to_value(transaction).unwrap()["time"], json!(1_700_000_000_123_000_u64));
+    }
 }

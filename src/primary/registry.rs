@@ -2,13 +2,13 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::status::{PeerInfo, ReplicaStatus, unix_millis};
+use crate::status::{PeerInfo, ReplicaStatus};
 use crate::wire::Ack;
 
 /// A replica that acknowledged within this time is alive: another process with its id is a mistake. After it,
@@ -63,8 +63,8 @@ impl Registry {
         seats.serial += 1;
         let serial = seats.serial;
         let replaced = CancellationToken::new();
-        let status =
-            ReplicaStatus { peer: peer.clone(), applied: None, synced: None, since_ms: unix_millis() };
+        let since = SystemTime::now();
+        let status = ReplicaStatus { peer: peer.clone(), applied: None, synced: None, since };
         let entry = SlotEntry { serial, status, heard: Instant::now(), replaced: replaced.clone() };
         if let Some(older) = seats.by_node.insert(peer.node, entry) {
             older.replaced.cancel();
