@@ -33,6 +33,7 @@ mod log;
 mod metrics;
 mod net;
 mod page;
+mod peer;
 mod primary;
 mod proxy;
 mod replica;
@@ -54,6 +55,7 @@ pub use db::{Commit, Config, ConnectionKind, Db, Events, Repair, Snapshot, Write
 pub use engine::{Durability, Lost, LostBranch, LostKind, LostRow, LostRows};
 pub use error::{Blame, Error, PeerProblem, Result, Unsupported};
 pub use page::{PageNo, PageSize};
+pub use peer::{Incarnation, NodeId};
 pub use proxy::{
     Failure, Forwarding, Outcome, PrimaryClient, Reason, ReplayLayer, ReplayRequestBody, ReplayResponseBody,
     ReplayService, ResponseFuture, Route, SameSite, SessionTokens, Upgrades,

@@ -7,11 +7,11 @@ use std::fmt;
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
-use uuid::Uuid;
 
 use crate::checksum::Checksum;
 use crate::error::is_plain;
 use crate::page::PageNo;
+use crate::peer::{Incarnation, NodeId};
 use crate::txid::{Epoch, Position};
 
 pub(crate) use time::{as_unix_millis, from_unix_millis, unix_millis, whole_millis};
@@ -109,9 +109,9 @@ impl Addresses {
 #[non_exhaustive]
 pub struct PeerInfo {
     /// Its stable id.
-    pub node: Uuid,
+    pub node: NodeId,
     /// A random id, new at each of its starts.
-    pub incarnation: Uuid,
+    pub incarnation: Incarnation,
     /// Where it can be reached.
     pub addresses: Addresses,
 }
@@ -134,9 +134,9 @@ pub struct RoleState {
 #[non_exhaustive]
 pub struct Status {
     /// The node's stable id.
-    pub node: Uuid,
+    pub node: NodeId,
     /// A random id, new at each start.
-    pub incarnation: Uuid,
+    pub incarnation: Incarnation,
     /// The database's name in the cluster.
     pub database: String,
     /// What the node does.
@@ -433,7 +433,7 @@ pub enum Event {
     /// Somebody knocked at this node's replication endpoint with another secret; at most one such event a minute.
     OtherSecret {
         /// The id of the node that it says to be; anybody can say that.
-        node: Uuid,
+        node: NodeId,
         /// How often that happened since the last such event.
         times: u64,
     },

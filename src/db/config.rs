@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::lease::Fixed;
 use crate::log::LogOptions;
 use crate::net::Endpoint;
+use crate::peer::{Incarnation, NodeId};
 use crate::secret::Secret;
 use crate::status::{Addresses, PeerInfo};
 use crate::wire::peer_fits;
@@ -432,8 +433,8 @@ impl Config {
             return Err(Error::Config("addresses and labels can't have control characters".into()));
         }
         let told = PeerInfo {
-            node: uuid::Uuid::nil(),
-            incarnation: uuid::Uuid::nil(),
+            node: NodeId::NIL,
+            incarnation: Incarnation::NIL,
             addresses: self.advertised(self.listen),
         };
         if !peer_fits(&told) {

@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use rusqlite::Connection;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use uuid::Uuid;
 
 use crate::context::NodeContext;
 use crate::db::config::{Config, ConnectionKind};
@@ -19,6 +18,7 @@ use crate::db::{Db, DbInner, Running, identity, open_files, preflight, snapshot}
 use crate::engine::{Opening, ReplicaEngine};
 use crate::error::{Error, Result};
 use crate::net::{Endpoint, Listener};
+use crate::peer::Incarnation;
 use crate::primary::{Recovery, ReplicaServer};
 use crate::secret::Keyring;
 use crate::server::{Mount, ReplicationService};
@@ -69,7 +69,7 @@ impl OpenedNode {
         snapshot::clear(&path);
         let me = PeerInfo {
             node: identity::node_id(&side, &config.cluster, &database)?,
-            incarnation: Uuid::new_v4(),
+            incarnation: Incarnation::random(),
             addresses,
         };
         let role = if follows { Role::Replica } else { Role::Primary };

@@ -11,9 +11,9 @@ use http::uri::Scheme;
 use http::{HeaderMap, HeaderValue, Method, Response, Version};
 use http_body_util::Full;
 use tokio::time::Instant;
-use uuid::Uuid;
 
 use crate::error::Error;
+use crate::peer::Incarnation;
 use crate::proxy::body::MadeBody;
 use crate::proxy::dial::Protocol;
 use crate::proxy::failure::{Failure, Reason};
@@ -198,7 +198,7 @@ pub(super) enum RequestTarget {
         /// The newest epoch known when that was learnt.
         epoch: Epoch,
         /// The process that is the primary; none where the address is what another node said. One that starts again is another one.
-        incarnation: Option<Uuid>,
+        incarnation: Option<Incarnation>,
     },
 }
 
