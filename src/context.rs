@@ -10,11 +10,11 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
 use crate::applied::Applied;
 use crate::error::Error;
 use crate::lock::lock;
+use crate::peer::NodeId;
 use crate::secret::Keyring;
 use crate::status::{Event, Lag, PeerInfo, Role, RoleState};
 use crate::threads::aside;
@@ -303,7 +303,7 @@ impl NodeContext {
     }
 
     /// Somebody knocked with another secret, who says to be this node. As often as strangers like, so it is told now and then.
-    pub(crate) fn other_secret(&self, node: Uuid) {
+    pub(crate) fn other_secret(&self, node: NodeId) {
         let Some(times) = self.strangers.happened() else { return };
         let problem = format!(
             "somebody who says to be node {node} knocks with another secret and is let in nowhere: if it is one of yours, give it the cluster's secret"

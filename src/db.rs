@@ -25,11 +25,11 @@ use rusqlite::{Connection, Transaction};
 use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use uuid::Uuid;
 
 use crate::context::NodeContext;
 use crate::engine::{Lost, ReplicaEngine};
 use crate::error::{Error, Result};
+use crate::peer::NodeId;
 use crate::primary::ReplicaServer;
 use crate::proxy::{PrimaryClient, ReplayLayer};
 use crate::secret::Secret;
@@ -385,7 +385,7 @@ impl Db {
     }
 
     /// The id that stays the same over restarts.
-    pub fn node_id(&self) -> Uuid {
+    pub fn node_id(&self) -> NodeId {
         self.inner.node.me.node
     }
 

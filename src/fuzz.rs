@@ -7,13 +7,13 @@ use std::fs;
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue};
-use uuid::Uuid;
 
 use crate::context::NodeContext;
 use crate::handshake::{Answer, Knock, Refusal};
 use crate::log::{Log, LogOptions, Lookup};
 use crate::net::Endpoint;
 use crate::page::PageSize;
+use crate::peer::{Incarnation, NodeId};
 use crate::secret::{Keyring, Secret};
 use crate::status::{Addresses, PeerInfo, Role};
 use crate::token::Token;
@@ -188,8 +188,8 @@ pub fn handshake(data: &[u8]) {
         version: 1,
         cluster: "test".into(),
         database: "app".into(),
-        node: Uuid::from_u128(1),
-        incarnation: Uuid::from_u128(2),
+        node: NodeId::from_u128(1),
+        incarnation: Incarnation::from_u128(2),
         nonce: [3; 32],
     };
     let _ = Answer::read(&headers, &knock, &keys);
@@ -216,7 +216,7 @@ pub fn texts(data: &[u8]) {
         let _ = history.place(txid);
     }
     let _ = Endpoint::parse(text);
-    let me = PeerInfo { node: Uuid::nil(), incarnation: Uuid::nil(), addresses: Addresses::default() };
+    let me = PeerInfo { node: NodeId::NIL, incarnation: Incarnation::NIL, addresses: Addresses::default() };
     let node = NodeContext::new(me, "test".into(), "app".into(), keys(), Role::Primary);
     if let Some(txid) = Token::verify(&node, text) {
         // Hex digits have two forms.
@@ -303,11 +303,12 @@ mod tests {
             version: 1,
             cluster: "test".into(),
             database: "app".into(),
-            node: Uuid::from_u128(1),
-            incarnation: Uuid::from_u128(2),
+            node: NodeId::from_u128(1),
+            incarnation: Incarnation::from_u128(2),
             nonce: [3; 32],
         };
-        let answer = Answer { node: Uuid::from_u128(5), incarnation: Uuid::from_u128(6), nonce: [9; 32] };
+        let answer =
+            Answer { node: NodeId::from_u128(5), incarnation: Incarnation::from_u128(6), nonce: [9; 32] };
         let heads = [
             ("knock", knock.headers(&keys).unwrap()),
             ("answer", answer.headers(&knock, &keys).unwrap()),
@@ -324,7 +325,8 @@ x-forwarded-for: 1.1.1.1, 2.2.2.2\nx-forwarded-proto: https\nte: trailers\nrepli
         write("http", "request", http.as_bytes());
         let txid = Txid::new(Epoch::new(3, 0xfeed), 77);
         let position = Position::new(txid, Checksum::from_u128(5));
-        let me = PeerInfo { node: Uuid::nil(), incarnation: Uuid::nil(), addresses: Addresses::default() };
+        let me =
+            PeerInfo { node: NodeId::NIL, incarnation: Incarnation::NIL, addresses: Addresses::default() };
         let node = NodeContext::new(me, "test".into(), "app".into(), self::keys(), Role::Primary);
         write("texts", "txid", txid.to_string().as_bytes());
         write("texts", "position", position.to_string().as_bytes());

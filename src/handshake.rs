@@ -6,11 +6,11 @@
 
 use bytes::BytesMut;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
-use uuid::Uuid;
 
 use crate::error::{Error, PeerProblem, Result, shown};
-use crate::hex::{hex, unhex};
 use crate::random;
+use crate::hex::{hex, unhex};
+use crate::peer::{Incarnation, NodeId};
 use crate::secret::{Keyring, PROOF_BYTES, Proved, Purpose};
 use crate::wire::{self, HEADER_BYTES, HELLO_PROOF_BYTES, Hello, Message};
 
@@ -45,16 +45,16 @@ pub(crate) struct Knock {
     pub(crate) version: u32,
     pub(crate) cluster: String,
     pub(crate) database: String,
-    pub(crate) node: Uuid,
-    pub(crate) incarnation: Uuid,
+    pub(crate) node: NodeId,
+    pub(crate) incarnation: Incarnation,
     pub(crate) nonce: Nonce,
 }
 
 /// The primary's head.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Answer {
-    pub(crate) node: Uuid,
-    pub(crate) incarnation: Uuid,
+    pub(crate) node: NodeId,
+    pub(crate) incarnation: Incarnation,
     pub(crate) nonce: Nonce,
 }
 
@@ -119,7 +119,7 @@ pub(crate) enum Stranger {
     /// What it sends is no knock.
     Passer,
     /// A whole knock, by another secret; the node that it says to be.
-    OtherSecret(Uuid),
+    OtherSecret(NodeId),
 }
 
 impl Answer {
@@ -289,8 +289,8 @@ mod tests {
             version: VERSION,
             cluster: "blå".into(),
             database: "app".into(),
-            node: Uuid::from_u128(1),
-            incarnation: Uuid::from_u128(2),
+            node: NodeId::from_u128(1),
+            incarnation: Incarnation::from_u128(2),
             nonce: [7; 32],
         }
     }
@@ -310,8 +310,8 @@ mod tests {
             (H_VERSION, "2".to_string()),
             (H_CLUSTER, "other".into()),
             (H_DATABASE, "other".into()),
-            (H_NODE, Uuid::from_u128(9).to_string()),
-            (H_INCARNATION, Uuid::from_u128(9).to_string()),
+            (H_NODE, NodeId::from_u128(9).to_string()),
+            (H_INCARNATION, Incarnation::from_u128(9).to_string()),
             (H_NONCE, hex(&[8; 32])),
             (H_PROOF, hex(&[8; 32])),
             (H_PROOF, "zz".repeat(32)),
@@ -325,7 +325,8 @@ mod tests {
 
     #[test]
     fn an_answer_holds_for_the_knock_that_it_answers() {
-        let answer = Answer { node: Uuid::from_u128(5), incarnation: Uuid::from_u128(6), nonce: [9; 32] };
+        let answer =
+            Answer { node: NodeId::from_u128(5), incarnation: Incarnation::from_u128(6), nonce: [9; 32] };
         let headers = answer.headers(&knock(), &keys(1)).unwrap();
         let read = |headers: &HeaderMap, knock: &Knock, k| Answer::read(headers, knock, &keys(k));
         assert_eq!(read(&headers, &knock(), 1).unwrap().unwrap().0, answer);

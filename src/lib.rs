@@ -35,6 +35,7 @@ mod metrics;
 mod net;
 mod page;
 mod parse;
+mod peer;
 mod primary;
 mod proxy;
 mod random;
@@ -58,6 +59,7 @@ pub use engine::{Durability, Lost, LostBranch, LostKind, LostRow, LostRows};
 pub use error::{Blame, Error, PeerProblem, Result, Unsupported};
 pub use page::{PageNo, PageSize};
 pub use parse::ParseError;
+pub use peer::{Incarnation, NodeId};
 pub use proxy::{
     Failure, Forwarding, Outcome, PrimaryClient, Reason, ReplayLayer, ReplayRequestBody, ReplayResponseBody,
     ReplayService, ResponseFuture, Route, SameSite, SessionTokens, Upgrades,

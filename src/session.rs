@@ -243,13 +243,17 @@ pub(crate) fn this_primary_needed(primary: Option<&PeerInfo>) {
 mod tests {
     use super::*;
     use crate::checksum::Checksum;
+    use crate::peer::{Incarnation, NodeId};
     use crate::secret::Keyring;
     use crate::status::Addresses;
     use crate::txid::{Epoch, EpochHistory, EpochStart};
-    use uuid::Uuid;
 
     fn node(database: &str, role: Role) -> Arc<NodeContext> {
-        let me = PeerInfo { node: Uuid::new_v4(), incarnation: Uuid::nil(), addresses: Addresses::default() };
+        let me = PeerInfo {
+            node: NodeId::random(),
+            incarnation: Incarnation::NIL,
+            addresses: Addresses::default(),
+        };
         NodeContext::new(me, "c".into(), database.into(), Keyring::new(&[]).unwrap(), role)
     }
 

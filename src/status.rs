@@ -1,16 +1,20 @@
 //! Plain data that says how a node stands: roles, peers, health, events.
 
+mod time;
+
 use std::collections::BTreeMap;
 use std::fmt;
-use std::time::SystemTime;
+use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
-use uuid::Uuid;
 
 use crate::checksum::Checksum;
 use crate::error::is_plain;
 use crate::page::PageNo;
+use crate::peer::{Incarnation, NodeId};
 use crate::txid::{Epoch, Position};
+
+pub(crate) use time::{as_unix_millis, from_unix_millis, unix_millis, whole_millis};
 
 /// What a node does at the moment.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -35,8 +39,20 @@ impl fmt::Display for Role {
     }
 }
 
-/// Where a node can be reached.
+/// Where other nodes and clients reach a node; for [`Config::addresses`](crate::Config::addresses).
+///
+/// ```
+/// use replite::{Addresses, Config};
+///
+/// let addresses = Addresses::new("http://10.0.0.1:8081")
+///     .public("https://one.example.org")
+///     .label("region", "ams");
+/// assert_eq!(addresses.labels["region"], "ams");
+/// let config = Config::new("app.db").addresses(addresses);
+/// # drop(config);
+/// ```
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Addresses {
     /// The URL of the replication endpoint, such as `http://10.0.0.1:8081/_replite`.
     pub replication: String,
@@ -45,12 +61,41 @@ pub struct Addresses {
     /// The URL under which clients reach this very node, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub public: Option<String>,
-    /// A small bounded map, such as a machine id or a region. Control characters are refused, here as in addresses: other nodes show it.
+    /// A small bounded map, such as a machine id or a region. [`Db::open`](crate::Db::open) refuses
+    /// control characters, here as in addresses, because other nodes show them.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub labels: BTreeMap<String, String>,
 }
 
 impl Addresses {
+    /// Those of a node whose application other nodes reach at this URL. Its replication endpoint is
+    /// then taken to be there, too, unless [`Config::listen`](crate::Config::listen) or
+    /// [`Addresses::replication`] says otherwise.
+    pub fn new(app: impl Into<String>) -> Addresses {
+        Addresses { app: app.into(), ..Addresses::default() }
+    }
+
+    /// The URL of the replication endpoint.
+    #[must_use]
+    pub fn replication(mut self, url: impl Into<String>) -> Addresses {
+        self.replication = url.into();
+        self
+    }
+
+    /// The URL under which clients reach this very node.
+    #[must_use]
+    pub fn public(mut self, url: impl Into<String>) -> Addresses {
+        self.public = Some(url.into());
+        self
+    }
+
+    /// One more label. The last value of a name counts.
+    #[must_use]
+    pub fn label(mut self, name: impl Into<String>, value: impl Into<String>) -> Addresses {
+        self.labels.insert(name.into(), value.into());
+        self
+    }
+
     /// Whether all of it can stand in a line of text as it is.
     pub(crate) fn are_plain(&self) -> bool {
         let labels = self.labels.iter().flat_map(|(key, value)| [key, value]);
@@ -61,17 +106,19 @@ impl Addresses {
 
 /// What is known of another node.
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct PeerInfo {
     /// Its stable id.
-    pub node: Uuid,
+    pub node: NodeId,
     /// A random id, new at each of its starts.
-    pub incarnation: Uuid,
+    pub incarnation: Incarnation,
     /// Where it can be reached.
     pub addresses: Addresses,
 }
 
 /// A node's role, and the primary as far as it is known.
 #[derive(Clone, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub struct RoleState {
     /// What this node does.
     pub role: Role,
@@ -87,9 +134,9 @@ pub struct RoleState {
 #[non_exhaustive]
 pub struct Status {
     /// The node's stable id.
-    pub node: Uuid,
+    pub node: NodeId,
     /// A random id, new at each start.
-    pub incarnation: Uuid,
+    pub incarnation: Incarnation,
     /// The database's name in the cluster.
     pub database: String,
     /// What the node does.
@@ -159,12 +206,15 @@ pub struct PublicStatus {
 
 /// How far a replica is behind its primary.
 #[derive(Clone, Copy, PartialEq, Debug, Serialize)]
+#[non_exhaustive]
 pub struct Lag {
     /// Transactions that the primary has and this node does not, as of the last word from it.
     pub transactions: u64,
-    /// The age of the state here, in milliseconds: so long ago, or later, the primary had nothing that this node does not have. The primary says where
-    /// it stands once a second, so that this goes up to about 1,000 on a replica that has everything.
-    pub millis: u64,
+    /// The age of the state here. So long ago, or later, the primary had nothing that this node does
+    /// not have. The primary says where it stands once a second: this goes up to about a second on a
+    /// replica that has everything. JSON has it in milliseconds, as `millis`.
+    #[serde(rename = "millis", serialize_with = "time::millis")]
+    pub age: Duration,
     /// Whether the stream stands, and something came on it in the last few seconds.
     pub connected: bool,
 }
@@ -186,10 +236,12 @@ pub struct Verification {
     pub bad_pages: Vec<PageNo>,
     /// Whether `bad_pages` are the whole difference: with the right images of these pages the checksum would be the expected one.
     pub all_named: bool,
-    /// When it ended, in milliseconds since 1970.
-    pub finished_ms: u64,
-    /// How long it took, in milliseconds.
-    pub elapsed_ms: u64,
+    /// When it ended. JSON has it in milliseconds since 1970, as `finished_ms`.
+    #[serde(rename = "finished_ms", with = "as_unix_millis")]
+    pub finished: SystemTime,
+    /// How long it took. JSON has it in milliseconds, as `elapsed_ms`.
+    #[serde(rename = "elapsed_ms", serialize_with = "time::millis")]
+    pub elapsed: Duration,
 }
 
 impl Verification {
@@ -227,8 +279,8 @@ impl Verification {
 pub struct LoggedTransaction {
     /// The state that it led to; its [`Txid`](crate::Txid) names the transaction.
     pub position: Position,
-    /// When the primary captured it, by its clock.
-    #[serde(with = "unix_micros")]
+    /// When the primary captured it, by its clock. JSON has it in microseconds since 1970.
+    #[serde(serialize_with = "time::unix_micros")]
     pub time: SystemTime,
     /// How many pages it changed.
     pub changed_pages: u32,
@@ -236,16 +288,6 @@ pub struct LoggedTransaction {
     pub pages: u32,
     /// Its bytes in the log.
     pub log_bytes: u64,
-}
-
-/// Times in JSON: microseconds since 1970.
-mod unix_micros {
-    use std::time::SystemTime;
-
-    pub(super) fn serialize<S: serde::Serializer>(time: &SystemTime, to: S) -> Result<S::Ok, S::Error> {
-        let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-        to.serialize_u64(since.as_micros() as u64)
-    }
 }
 
 /// A replica as its primary sees it.
@@ -258,8 +300,9 @@ pub struct ReplicaStatus {
     pub applied: Option<Position>,
     /// The last position that it acknowledged as fsynced.
     pub synced: Option<Position>,
-    /// Since when it is connected, in milliseconds since 1970.
-    pub since_ms: u64,
+    /// Since when it is connected. JSON has it in milliseconds since 1970, as `since_ms`.
+    #[serde(rename = "since_ms", with = "as_unix_millis")]
+    pub since: SystemTime,
 }
 
 /// Whether a node can do its work.
@@ -353,7 +396,7 @@ pub enum Event {
         /// Where what it replaced is kept, if that was not in the primary's history; see [`Db::lost`](crate::Db::lost).
         lost: Option<std::path::PathBuf>,
     },
-    /// Bad pages of this primary were written anew; see [`Db::offered_repair`](crate::Db::offered_repair).
+    /// Bad pages of this primary were written anew; see [`Db::find_repair`](crate::Db::find_repair).
     Repaired {
         /// Which.
         pages: Vec<PageNo>,
@@ -390,7 +433,7 @@ pub enum Event {
     /// Somebody knocked at this node's replication endpoint with another secret; at most one such event a minute.
     OtherSecret {
         /// The id of the node that it says to be; anybody can say that.
-        node: Uuid,
+        node: NodeId,
         /// How often that happened since the last such event.
         times: u64,
     },
@@ -400,7 +443,38 @@ pub enum Event {
     Missed(u64),
 }
 
-/// Milliseconds since 1970, for display only.
-pub(crate) fn unix_millis() -> u64 {
-    SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_millis() as u64)
+#[cfg(test)]
+mod tests {
+    use serde_json::{json, to_value};
+
+    use super::*;
+    use crate::txid::Txid;
+
+    /// Dashboards read these names and numbers.
+    #[test]
+    fn times_are_whole_numbers_in_json() {
+        let lag = Lag { transactions: 3, age: Duration::from_micros(7400900), connected: true };
+        let told = json!({ "transactions": 3, "millis": 7400, "connected": true });
+        assert_eq!(to_value(lag).unwrap(), told);
+        let verification = Verification {
+            position: Position::new(Txid::new(Epoch::new(1, 2), 3), Checksum::EMPTY),
+            found: Checksum::EMPTY,
+            pages: 1,
+            bytes: 4096,
+            bad_pages: Vec::new(),
+            all_named: true,
+            finished: from_unix_millis(1_700_000_000_123),
+            elapsed: Duration::from_millis(45),
+        };
+        let told = to_value(verification).unwrap();
+        assert_eq!((&told["finished_ms"], &told["elapsed_ms"]), (&json!(1_700_000_000_123_u64), &json!(45)));
+        let transaction = LoggedTransaction {
+            position: Position::new(Txid::new(Epoch::new(1, 2), 3), Checksum::EMPTY),
+            time: from_unix_millis(1_700_000_000_123),
+            changed_pages: 1,
+            pages: 1,
+            log_bytes: 1,
+        };
+        assert_eq!(to_value(transaction).unwrap()["time"], json!(1_700_000_000_123_000_u64));
+    }
 }

@@ -97,6 +97,7 @@ pub struct Cluster<S> {
 
 /// What a cluster is started from; see [`Cluster::start`].
 #[derive(Clone)]
+#[must_use = "a cluster starts when it is given its application"]
 pub struct Builder {
     nodes: usize,
     configure: Configure,
@@ -117,7 +118,6 @@ impl Cluster<()> {
 
 impl Builder {
     /// Changes the configuration of every node. Paths, addresses, lease and secrets are the cluster's.
-    #[must_use]
     pub fn config(mut self, change: impl Fn(Config) -> Config + Send + Sync + 'static) -> Builder {
         self.configure = Arc::new(change);
         self

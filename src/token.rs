@@ -137,12 +137,13 @@ fn txid_bytes(txid: Txid) -> [u8; 24] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::peer::{Incarnation, NodeId};
     use crate::secret::{Keyring, Secret};
     use crate::status::{Addresses, PeerInfo, Role};
-    use uuid::Uuid;
 
     fn node(secret: u8, database: &str) -> Arc<NodeContext> {
-        let me = PeerInfo { node: Uuid::nil(), incarnation: Uuid::nil(), addresses: Addresses::default() };
+        let me =
+            PeerInfo { node: NodeId::NIL, incarnation: Incarnation::NIL, addresses: Addresses::default() };
         let keys = Keyring::new(&[Secret::fixed([secret; 32])]).unwrap();
         NodeContext::new(me, "c".into(), database.into(), keys, Role::Replica)
     }

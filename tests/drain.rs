@@ -240,7 +240,7 @@ async fn a_request_that_is_held_is_answered_when_its_node_drains() {
     // Nobody is there.
     let lost = format!("http://127.0.0.1:{}", free_port());
     let db = Db::open(config.lease(lease::Fixed::replica_of(lost))).await.unwrap();
-    let layer = db.replay_layer().hold_limits(LIMIT, 10);
+    let layer = db.replay_layer().hold_timeout(LIMIT).held_requests(10);
     let app: Router = Router::new().route("/", post(|| async { "here" })).layer(layer);
     let request = http::Request::post("/").body(Body::empty()).unwrap();
     let mut held = tokio::spawn(tower::ServiceExt::oneshot(app, request));

@@ -248,11 +248,8 @@ async fn addresses_and_labels_are_known_on_the_other_side_also_in_ipv6() {
         let dir = tempfile::tempdir().unwrap();
         let Ok(app_listener) = TcpListener::bind(format!("{ip}:0")).await else { continue };
         let url = format!("http://{}", app_listener.local_addr().unwrap());
-        let addresses = |name: &str, app: &str| Addresses {
-            app: app.into(),
-            public: Some(format!("https://{name}.example")),
-            labels: [("machine".to_string(), name.to_string())].into(),
-            ..Addresses::default()
+        let addresses = |name: &str, app: &str| {
+            Addresses::new(app).public(format!("https://{name}.example")).label("machine", name)
         };
         let config = primary(&dir.path().join("p.db"), 0)
             .listen(format!("{ip}:0").parse().unwrap())

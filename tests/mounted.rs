@@ -115,7 +115,7 @@ fn all(db: &Db) -> Router {
     let routed = Router::new()
         .route("/primary", get(answer))
         .route("/waits", get(answer))
-        .layer(layer().route_prefix("/primary", Route::Primary).read_wait_limit(Duration::from_millis(100)));
+        .layer(layer().route_prefix("/primary", Route::Primary).wait_timeout(Duration::from_millis(100)));
     let matched = Router::new()
         .route("/matched/{id}/callback", get(answer).post(post(answer)))
         .layer(layer().route_matched("/matched/{id}/callback", Route::Primary));

@@ -226,7 +226,7 @@ async fn a_replica_that_breaks_off_gives_whole_transactions_and_comes_again() {
             wire.cut();
         }
     });
-    let a = open(unsynced(&fork).recovery_wait(Duration::from_secs(8))).await;
+    let a = open(unsynced(&fork).recovery_timeout(Duration::from_secs(8))).await;
     cuts.abort();
     let recovered = a.status().recovered;
     assert!(recovered > 0, "nothing came back");
@@ -252,7 +252,7 @@ async fn nobody_is_asked_when_nothing_can_be_lost() {
     let fork = Fork::new();
     let long = 2 * LIMIT;
     // New; closed; killed, on a machine that stayed up; and with fsyncs, where only the marker says what was before.
-    let a = within("a new one", open(unsynced(&fork).recovery_wait(long))).await;
+    let a = within("a new one", open(unsynced(&fork).recovery_timeout(long))).await;
     insert(&a, "a", 1).await;
     assert!(marker(&fork.path("a")).exists());
     a.shutdown().await;
@@ -260,23 +260,23 @@ async fn nobody_is_asked_when_nothing_can_be_lost() {
     let mut victim = Victim::start(&fork);
     let tip = victim.write(100);
     victim.process.kill();
-    let a = within("after a kill", open(unsynced(&fork).recovery_wait(long))).await;
+    let a = within("after a kill", open(unsynced(&fork).recovery_timeout(long))).await;
     assert_eq!(count(&a), 101);
     assert_eq!(a.position().unwrap().number(), tip.number());
     a.shutdown().await;
     // Asked in vain: no replica is there.
     fs::write(marker(&fork.path("a")), "another boot").unwrap();
     let wait = Duration::from_millis(100);
-    let a = open(fork.primary("a").recovery_wait(wait)).await;
+    let a = open(fork.primary("a").recovery_timeout(wait)).await;
     assert_eq!((count(&a), a.status().recovered), (101, 0));
     assert!(!marker(&fork.path("a")).exists(), "with fsyncs there is nothing to lose");
     a.shutdown().await;
     fs::write(marker(&fork.path("a")), "another boot").unwrap();
-    let off = within("off", open(fork.primary("a").recovery_wait(Duration::ZERO))).await;
+    let off = within("off", open(fork.primary("a").recovery_timeout(Duration::ZERO))).await;
     off.shutdown().await;
     fs::write(marker(&fork.path("a")), "another boot").unwrap();
     let deaf = Config::new(fork.path("a")).database("app").secret(secret()).lease(lease::Fixed::primary());
-    let deaf = within("without a listener", open(deaf.recovery_wait(long))).await;
+    let deaf = within("without a listener", open(deaf.recovery_timeout(long))).await;
     assert_eq!(count(&deaf), 101);
 }
 
@@ -286,11 +286,11 @@ async fn an_opening_that_is_given_up_frees_address_and_file() {
     open(unsynced(&fork)).await.shutdown().await;
     fs::write(marker(&fork.path("a")), "another boot").unwrap();
     let given_up =
-        tokio::time::timeout(Duration::from_millis(300), open(unsynced(&fork).recovery_wait(LIMIT)));
+        tokio::time::timeout(Duration::from_millis(300), open(unsynced(&fork).recovery_timeout(LIMIT)));
     assert!(given_up.await.is_err());
     let again = within("the second opening", async {
         loop {
-            match Db::open(unsynced(&fork).recovery_wait(Duration::from_millis(1))).await {
+            match Db::open(unsynced(&fork).recovery_timeout(Duration::from_millis(1))).await {
                 Ok(db) => return db,
                 // The file or the address is not free yet.
                 Err(error) => {

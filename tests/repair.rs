@@ -35,7 +35,7 @@ async fn bad_pages_of_a_primary_are_found_proved_and_written_anew() {
     flip_row(&fork, "a", 7100);
     let (a, b) = joined(&fork).await;
     let before = position(&a);
-    let repair = a.offered_repair().await.unwrap().expect("an offer");
+    let repair = a.find_repair().await.unwrap().expect("an offer");
     assert_eq!(repair.pages(), repair.verification.bad_pages);
     assert_eq!(repair.pages().len(), 2);
     assert_eq!(repair.from.node, b.node_id());
@@ -59,7 +59,7 @@ async fn bad_pages_of_a_primary_are_found_proved_and_written_anew() {
         }
     })
     .await;
-    assert!(a.offered_repair().await.unwrap().is_none(), "nothing is wrong any more");
+    assert!(a.find_repair().await.unwrap().is_none(), "nothing is wrong any more");
     equal(&a, &b).await;
     a.shutdown().await;
     b.shutdown().await;
@@ -87,7 +87,7 @@ async fn a_busy_primary_is_repaired_too() {
     let verified = within("a repair", async {
         loop {
             // The replica may be behind, or the log may not be there yet.
-            match a.offered_repair().await {
+            match a.find_repair().await {
                 Ok(Some(repair)) => break repair.apply().await.unwrap(),
                 Ok(None) => panic!("nothing is wrong"),
                 Err(error) => assert!(matches!(error, Error::Damaged { .. }), "{error}"),
@@ -111,7 +111,7 @@ async fn a_page_that_the_log_does_not_name_is_not_taken_from_anybody() {
     fs::remove_dir_all(fork.path("a").with_extension("db-replite").join("log")).unwrap();
     flip_row(&fork, "a", 4500);
     let (a, b) = joined(&fork).await;
-    let error = a.offered_repair().await.unwrap_err();
+    let error = a.find_repair().await.unwrap_err();
     assert!(matches!(&error, Error::Damaged { what, .. } if what.contains("does not tell")), "{error}");
     a.shutdown().await;
     b.shutdown().await;
@@ -130,7 +130,7 @@ async fn a_replica_with_the_same_page_bad_is_not_believed_and_one_that_has_it_is
     };
     flip_where(&fork.path("b"), &sound.as_bytes()[20..]);
     let (a, b) = joined(&fork).await;
-    let error = a.offered_repair().await.unwrap_err();
+    let error = a.find_repair().await.unwrap_err();
     assert!(
         matches!(&error, Error::Damaged { what, .. } if what.contains("does not have the right")),
         "{error}"
@@ -138,7 +138,7 @@ async fn a_replica_with_the_same_page_bad_is_not_believed_and_one_that_has_it_is
     let c = open(fork.replica("c")).await;
     let last = insert(&a, "joined", 1).await;
     within("the other replica", c.wait_for_timeout(last, LIMIT)).await.unwrap();
-    let repair = a.offered_repair().await.unwrap().expect("an offer");
+    let repair = a.find_repair().await.unwrap().expect("an offer");
     assert_eq!(repair.from.node, c.node_id());
     assert!(repair.apply().await.unwrap().holds());
     assert!(b.status().heals == 0 && !b.verify().await.unwrap().holds(), "nobody looked at it");
@@ -155,7 +155,7 @@ async fn no_bad_page_spreads() {
     flip_row(&fork, "a", 4500);
     flip_row(&fork, "b", 7100);
     let (a, b) = joined(&fork).await;
-    assert!(matches!(b.offered_repair().await, Err(Error::NotPrimary { .. })));
+    assert!(matches!(b.find_repair().await, Err(Error::NotPrimary { .. })));
     // The replica finds its own, and compares: the primary's pages do not make up the primary's position.
     assert!(!b.verify().await.unwrap().holds());
     let mut tick = tokio::time::interval(std::time::Duration::from_millis(5));
@@ -183,7 +183,7 @@ async fn without_a_replica_the_primary_says_what_it_knows() {
     equal_pair(&fork).await;
     flip_row(&fork, "a", 4500);
     let a = open(fork.primary("a")).await;
-    let error = a.offered_repair().await.unwrap_err();
+    let error = a.find_repair().await.unwrap_err();
     assert!(
         matches!(&error, Error::Damaged { what, .. } if what.contains("no connected replica")),
         "{error}"
@@ -214,7 +214,7 @@ fn repairing_process() {
         let db = open(primary(&path, port)).await;
         speak(&format!("open {}", position(&db)));
         let repair = loop {
-            match db.offered_repair().await {
+            match db.find_repair().await {
                 Ok(Some(repair)) => break repair,
                 Ok(None) => panic!("nothing is wrong"),
                 Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
@@ -270,7 +270,7 @@ async fn a_repair_that_is_killed_leaves_bad_pages_bad_and_no_new_history() {
     within("a repair", async {
         while !a.verify().await.unwrap().holds() {
             // The replica may not be there yet.
-            if let Ok(Some(repair)) = a.offered_repair().await {
+            if let Ok(Some(repair)) = a.find_repair().await {
                 repair.apply().await.unwrap();
             }
             tick.tick().await;

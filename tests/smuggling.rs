@@ -29,7 +29,7 @@ impl Front {
     async fn start(options: impl FnOnce(ReplayLayer) -> ReplayLayer) -> Front {
         let dir = tempfile::tempdir().unwrap();
         let recorder = Recorder::start().await;
-        let addresses = Addresses { app: format!("http://{}", recorder.address), ..Addresses::default() };
+        let addresses = Addresses::new(format!("http://{}", recorder.address));
         let primary = Db::open(primary(&dir.path().join("p.db"), 0).addresses(addresses)).await.unwrap();
         let url = primary.node().addresses.replication.clone();
         let replica = Db::open(replica(&dir.path().join("r.db"), &url)).await.unwrap();
@@ -363,7 +363,7 @@ async fn requests_that_follow_each_other_on_one_connection_stay_apart() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_body_that_stops_frees_the_connection_to_the_primary() {
-    let front = Front::start(|layer| layer.idle_limit(Duration::from_millis(300))).await;
+    let front = Front::start(|layer| layer.idle_timeout(Duration::from_millis(300))).await;
     for head in ["content-length: 9", "transfer-encoding: chunked"] {
         // The client stays connected, and the answer comes all the same.
         let bytes = format!("POST /a HTTP/1.1\r\nhost: x\r\n{head}\r\n\r\n4\r\nabcd");

@@ -239,7 +239,7 @@ async fn a_handler_that_panics_after_its_commit_answers_with_its_token() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn events_come_one_by_one_and_the_time_limit_is_that_of_the_handler() {
     let (_dir, primary, replica) = pair().await;
-    let connected = || primary.db.status().replicas.iter().map(|r| r.since_ms).collect::<Vec<_>>();
+    let connected = || primary.db.status().replicas.iter().map(|r| r.since).collect::<Vec<_>>();
     let since = connected();
     let mut bodies = Vec::new();
     for (method, node) in [("GET", &primary), ("GET", &replica), ("POST", &replica)] {

@@ -129,7 +129,7 @@ async fn a_killed_primary_holds_writes_until_it_is_back() {
 
 #[tokio::test]
 async fn after_more_writes_than_are_held_writes_are_held_again() {
-    let few = |db: &Db| bare(db).layer(db.replay_layer().hold_limits(support::LIMIT, 2));
+    let few = |db: &Db| bare(db).layer(db.replay_layer().hold_timeout(support::LIMIT).held_requests(2));
     let cluster = Cluster::start(2).config(schema).app(few).await.unwrap();
     let (primary, replica) = (cluster.node(0), cluster.node(1));
     let mut roles = replica.db().roles();

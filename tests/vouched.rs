@@ -33,7 +33,7 @@ async fn add(State(db): State<Db>, text: String) -> Result<(), Error> {
 }
 
 fn app(db: &Db) -> Router {
-    let layer = db.replay_layer().read_wait_limit(SHORT).hold_limits(SHORT, 8);
+    let layer = db.replay_layer().wait_timeout(SHORT).hold_timeout(SHORT).held_requests(8);
     Router::new().route("/notes", get(list).post(add)).with_state(db.clone()).layer(layer)
 }
 

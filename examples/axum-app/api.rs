@@ -238,7 +238,7 @@ fn describe(app: &App) -> Value {
         "epoch": full.epoch,
         "txid": status.position.map(|p| p.number()),
         "checksum": status.position.map(|p| p.checksum().to_string()),
-        "lag_ms": status.lag.map_or(0, |l| l.millis),
+        "lag_ms": status.lag.map_or(0, |l| l.age.as_millis() as u64),
         "problems": status.problems,
     })
 }

@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::lease::Fixed;
 use crate::log::LogOptions;
 use crate::net::Endpoint;
+use crate::peer::{Incarnation, NodeId};
 use crate::secret::Secret;
 use crate::status::{Addresses, PeerInfo};
 use crate::wire::peer_fits;
@@ -27,7 +28,7 @@ const LABEL_MAX_BYTES: usize = 64;
 /// The least that a log may take up: some segments.
 const LOG_QUOTA_MIN_BYTES: u64 = 4 << 20;
 /// A replica pauses for five seconds between two tries to connect, and a try may take three.
-const RECOVERY_WAIT: Duration = Duration::from_secs(10);
+const RECOVERY_TIMEOUT: Duration = Duration::from_secs(10);
 /// The shortest WAL that is worth restarting, in bytes.
 const WAL_LIMIT_MIN_BYTES: u64 = 64 * 1024;
 
@@ -59,6 +60,7 @@ type Migrate = Arc<dyn Fn(&mut Connection) -> Result<()> + Send + Sync>;
 /// # }
 /// ```
 #[derive(Clone)]
+#[must_use = "a configuration does nothing before it is given to `Db::open`"]
 pub struct Config {
     pub(super) path: PathBuf,
     pub(super) cluster: String,
@@ -87,7 +89,7 @@ pub struct Config {
     pub(super) verify_limit: Option<NonZeroU64>,
     pub(super) accept_damaged: bool,
     pub(super) database_mode: Option<u32>,
-    pub(super) recovery_wait: Duration,
+    pub(super) recovery_timeout: Duration,
     /// Dropped after the database was closed.
     pub(super) keep: Option<Arc<dyn Any + Send + Sync>>,
 }
@@ -136,20 +138,18 @@ impl Config {
             verify_limit: None,
             accept_damaged: false,
             database_mode: None,
-            recovery_wait: RECOVERY_WAIT,
+            recovery_timeout: RECOVERY_TIMEOUT,
             keep: None,
         }
     }
 
     /// The cluster's name; nodes of another cluster are refused. `default` if not set.
-    #[must_use]
     pub fn cluster(mut self, name: impl Into<String>) -> Config {
         self.cluster = name.into();
         self
     }
 
     /// The database's name in the cluster. The file's name without its extension if not set.
-    #[must_use]
     pub fn database(mut self, name: impl Into<String>) -> Config {
         self.database = Some(name.into());
         self
@@ -157,21 +157,18 @@ impl Config {
 
     /// The URL under which other nodes reach this one's application, such as `http://10.0.0.1:8080`. Its replication
     /// endpoint is then taken to be mounted there, at `/_replite`, unless [`Config::listen`] gives it a port of its own.
-    #[must_use]
     pub fn advertise(mut self, url: impl Into<String>) -> Config {
         self.addresses.app = url.into();
         self
     }
 
     /// All addresses of this node, where they differ more than [`Config::advertise`] allows for.
-    #[must_use]
     pub fn addresses(mut self, addresses: Addresses) -> Config {
         self.addresses = addresses;
         self
     }
 
     /// Who is the primary. This node, if not set.
-    #[must_use]
     pub fn lease(mut self, lease: Fixed) -> Config {
         self.lease = lease;
         self
@@ -179,27 +176,23 @@ impl Config {
 
     /// The cluster's secret, the same on all nodes: [`Secret::new`] says how to make one. Without one, replication works between processes of one machine only, over
     /// [`Config::listen`] on a loopback address.
-    #[must_use]
     pub fn secret(self, secret: Secret) -> Config {
         self.secrets([secret])
     }
 
     /// Several secrets that are valid at once, the newest first; see [`Db::rotate_secrets`](crate::Db::rotate_secrets).
-    #[must_use]
     pub fn secrets(mut self, secrets: impl IntoIterator<Item = Secret>) -> Config {
         self.secrets = secrets.into_iter().collect();
         self
     }
 
     /// Serves the replication endpoint on a listener of its own; best on an address that the public can't reach.
-    #[must_use]
     pub fn listen(mut self, address: SocketAddr) -> Config {
         self.listen = Some(address);
         self
     }
 
     /// When a commit is acknowledged.
-    #[must_use]
     pub fn durability(mut self, durability: Durability) -> Config {
         self.durability = durability;
         self
@@ -208,7 +201,6 @@ impl Config {
     /// The WAL's length in bytes at which it is begun anew. 4 MiB if not set, as SQLite's own. Beyond twice that writers are held back until it is copied back, and it
     /// stays within eight times, but for a transaction that is larger and for a reader that stays inside of one for seconds; see
     /// [`Event::WalGrows`](crate::Event::WalGrows).
-    #[must_use]
     pub fn wal_limit(mut self, bytes: u64) -> Config {
         self.wal_limit_bytes = bytes;
         self
@@ -217,7 +209,6 @@ impl Config {
     /// The permissions of a database file that is made here, such as `0o640`, whatever the process's mask. If not set, the file of a replica is for its owner
     /// alone (`0o600`), or as the file that it replaces, and a primary's is as SQLite makes it. One that is there is left as it is. What lies beside it follows the
     /// database's own permissions; the directory `<database>-replite` is always for its owner alone. Unix only.
-    #[must_use]
     pub fn database_mode(mut self, mode: u32) -> Config {
         self.database_mode = Some(mode);
         self
@@ -225,7 +216,6 @@ impl Config {
 
     /// How much of the past is kept for replicas that were away: up to so many bytes, and for so long, counted from when the node was started at the
     /// earliest. 1 GiB and a day if not set. A replica that was away for longer compares its pages with the primary's.
-    #[must_use]
     pub fn log_retention(mut self, bytes: u64, age: Duration) -> Config {
         (self.log_bytes, self.log_age) = (bytes, age);
         self
@@ -234,7 +224,6 @@ impl Config {
     /// The most that the log takes up on the disk: what [`Config::log_retention`] keeps, what connected replicas still need beyond that,
     /// and the transaction that is under way. Four times the retained bytes if not set, at least 4 MiB. A transaction that is larger is
     /// committed all the same: the log then begins anew behind it, and replicas compare their pages with the primary's.
-    #[must_use]
     pub fn log_quota(mut self, bytes: u64) -> Config {
         self.log_quota = Some(bytes);
         self
@@ -242,14 +231,12 @@ impl Config {
 
     /// How many bytes of lost branches are kept; see [`Db::lost`](crate::Db::lost). 16 GiB if not set. None is ever deleted: a
     /// heal that would need more waits, and says so in [`Status::problem`](crate::Status::problem).
-    #[must_use]
     pub fn lost_quota(mut self, bytes: u64) -> Config {
         self.lost_bytes = bytes;
         self
     }
 
     /// Runs on every connection before it is used: functions, collations, extensions, pragmas.
-    #[must_use]
     pub fn on_connect(
         mut self,
         run: impl Fn(&Connection, ConnectionKind) -> rusqlite::Result<()> + Send + Sync + 'static,
@@ -276,7 +263,6 @@ impl Config {
     /// });
     /// # let _ = config;
     /// ```
-    #[must_use]
     pub fn migrate<F, E>(mut self, run: F) -> Config
     where
         F: Fn(&mut Connection) -> Result<(), E> + Send + Sync + 'static,
@@ -287,35 +273,30 @@ impl Config {
     }
 
     /// The most connections that read at one time. 16 if not set.
-    #[must_use]
     pub fn read_connections(mut self, most: usize) -> Config {
         self.read_connections = most;
         self
     }
 
     /// How long a read waits for a free connection. 5 seconds if not set.
-    #[must_use]
     pub fn read_timeout(mut self, limit: Duration) -> Config {
         self.read_timeout = limit;
         self
     }
 
     /// How long [`Db::wait_for`](crate::Db::wait_for) waits. 5 seconds if not set.
-    #[must_use]
     pub fn wait_timeout(mut self, limit: Duration) -> Config {
         self.wait_timeout = limit;
         self
     }
 
     /// How many writes may wait for the writer; further callers wait to be queued. 1024 if not set.
-    #[must_use]
     pub fn write_queue(mut self, most: usize) -> Config {
         self.write_queue = most;
         self
     }
 
     /// Prepared statements that each connection keeps. 64 if not set.
-    #[must_use]
     pub fn statement_cache(mut self, most: usize) -> Config {
         self.statement_cache = most;
         self
@@ -333,7 +314,6 @@ impl Config {
     ///   but for FTS5's `MATCH` and its functions, such as `bm25`.
     ///
     /// Statements of the application's own may use all of them either way. `Config::on_connect` can set one of the two for one of the connections.
-    #[must_use]
     pub fn trust_schema(mut self, trust: bool) -> Config {
         self.trust_schema = trust;
         self
@@ -341,7 +321,6 @@ impl Config {
 
     /// Opens a database on a network or user-space file system all the same. Only for file systems whose POSIX locks
     /// and shared memory are known to work between all processes that use the file.
-    #[must_use]
     pub fn allow_network_filesystem(mut self, allow: bool) -> Config {
         self.allow_network_filesystem = allow;
         self
@@ -349,7 +328,6 @@ impl Config {
 
     /// How long a replica stays fit to read, in [`Db::health`](crate::Db::health), after it lost its primary. A minute
     /// if not set.
-    #[must_use]
     pub fn grace(mut self, grace: Duration) -> Config {
         self.grace = grace;
         self
@@ -358,7 +336,6 @@ impl Config {
     /// Runs [`Db::verify`](crate::Db::verify) in the background, again and again: the first time after one period, and with up to a tenth of
     /// it more or less, so that nodes do not all read their disks at once. What it finds is told by
     /// [`Event::VerificationFailed`](crate::Event::VerificationFailed), [`Status::verification`](crate::Status::verification) and the log. Off if not set.
-    #[must_use]
     pub fn verify_every(mut self, period: Duration) -> Config {
         self.verify_every = Some(period);
         self
@@ -366,18 +343,17 @@ impl Config {
 
     /// The most bytes that a verification reads in a second. As many as two cores can hash if not set. The slower it is, the more the WAL
     /// grows meanwhile, which is not begun anew while it runs.
-    #[must_use]
     pub fn verify_limit(mut self, bytes_per_second: NonZeroU64) -> Config {
         self.verify_limit = Some(bytes_per_second);
         self
     }
 
-    /// How long a primary asks its replicas, when it is opened, for commits that a power cut took from it; see
-    /// [`Durability::Unsynced`]. 10 seconds if not set: a replica tries to connect again within eight. It takes up to 20 seconds more while a replica is known
-    /// to have more, and up to a minute for one that is giving it. Zero: nobody is asked.
-    #[must_use]
-    pub fn recovery_wait(mut self, limit: Duration) -> Config {
-        self.recovery_wait = limit;
+    /// How long a primary asks its replicas, when it opens, for commits that a power cut took from
+    /// it; see [`Durability::Unsynced`]. 10 seconds if not set: a replica tries to connect again
+    /// within eight. The primary waits up to 20 seconds more while it knows that a replica has more,
+    /// and up to a minute for one that is giving it. With zero it asks no replica.
+    pub fn recovery_timeout(mut self, limit: Duration) -> Config {
+        self.recovery_timeout = limit;
         self
     }
 
@@ -387,7 +363,6 @@ impl Config {
     /// error names two readings, it is the one in which SQLite's is right. Take it out of the configuration again when it has done its work.
     ///
     /// The page "When something is wrong" (`docs/trouble.md`) has every text of that error, and what to do.
-    #[must_use]
     pub fn accept_damaged(mut self, accept: bool) -> Config {
         self.accept_damaged = accept;
         self
@@ -458,8 +433,8 @@ impl Config {
             return Err(Error::Config("addresses and labels can't have control characters".into()));
         }
         let told = PeerInfo {
-            node: uuid::Uuid::nil(),
-            incarnation: uuid::Uuid::nil(),
+            node: NodeId::NIL,
+            incarnation: Incarnation::NIL,
             addresses: self.advertised(self.listen),
         };
         if !peer_fits(&told) {

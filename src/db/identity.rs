@@ -6,10 +6,9 @@
 use std::fs;
 use std::path::Path;
 
-use uuid::Uuid;
-
 use crate::error::{Error, Result};
 use crate::files::{self, replace_file};
+use crate::peer::NodeId;
 
 const MAGIC: [u8; 8] = *b"repnodid";
 const VERSION: u32 = 1;
@@ -18,7 +17,7 @@ const MAX_BYTES: u64 = 1024;
 const FIXED_BYTES: usize = 8 + 4 + 16 + 8 + 8;
 
 /// Reads the node's id, or makes one: at the first start, and when the directory is a copy of another node's.
-pub(super) fn node_id(side: &Path, cluster: &str, database: &str) -> Result<Uuid> {
+pub(super) fn node_id(side: &Path, cluster: &str, database: &str) -> Result<NodeId> {
     let here = place(side)?;
     let path = side.join("node");
     match fs::symlink_metadata(&path) {
@@ -44,20 +43,20 @@ pub(super) fn node_id(side: &Path, cluster: &str, database: &str) -> Result<Uuid
             tracing::warn!(directory = %side.display(), "the directory was copied or moved: it gets a new node id");
         }
     }
-    let id = Uuid::now_v7();
+    let id = NodeId::random();
     replace_file(side, "node", &encode(id, here, cluster, database))?;
     Ok(id)
 }
 
 #[derive(Debug)]
 struct KnownIdentity {
-    id: Uuid,
+    id: NodeId,
     place: (u64, u64),
     cluster: String,
     database: String,
 }
 
-fn encode(id: Uuid, place: (u64, u64), cluster: &str, database: &str) -> Vec<u8> {
+fn encode(id: NodeId, place: (u64, u64), cluster: &str, database: &str) -> Vec<u8> {
     let mut bytes = MAGIC.to_vec();
     bytes.extend_from_slice(&VERSION.to_le_bytes());
     bytes.extend_from_slice(id.as_bytes());
@@ -97,9 +96,12 @@ fn decode(path: &Path, bytes: &[u8]) -> Result<KnownIdentity> {
     };
     let (cluster, database) = (name(), name());
     match (cluster, database) {
-        (Some(cluster), Some(database)) => {
-            Ok(KnownIdentity { id: Uuid::from_bytes(id), place: (long(28), long(36)), cluster, database })
-        }
+        (Some(cluster), Some(database)) => Ok(KnownIdentity {
+            id: NodeId::from_u128(u128::from_be_bytes(id)),
+            place: (long(28), long(36)),
+            cluster,
+            database,
+        }),
         _ => Err(corrupt(path, "its names are cut short")),
     }
 }
@@ -117,7 +119,7 @@ pub(crate) fn fuzz_identity(data: &[u8]) {
 
 #[cfg(test)]
 pub(crate) fn fuzz_identity_seed() -> Vec<u8> {
-    let whole = encode(Uuid::from_u128(5), (1, 2), "main", "app");
+    let whole = encode(NodeId::from_u128(5), (1, 2), "main", "app");
     whole[..whole.len() - 16].to_vec()
 }
 

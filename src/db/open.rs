@@ -7,7 +7,6 @@ use std::time::{Duration, Instant};
 use rusqlite::Connection;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
-use uuid::Uuid;
 
 use crate::context::NodeContext;
 use crate::db::config::{Config, ConnectionKind};
@@ -19,6 +18,7 @@ use crate::db::{Db, DbInner, Running, identity, open_files, preflight, snapshot}
 use crate::engine::{Opening, ReplicaEngine};
 use crate::error::{Error, Result};
 use crate::net::{Endpoint, Listener};
+use crate::peer::Incarnation;
 use crate::primary::{Recovery, ReplicaServer};
 use crate::secret::Keyring;
 use crate::server::{Mount, ReplicationService};
@@ -73,7 +73,7 @@ impl OpenedNode {
         snapshot::clear(&path);
         let me = PeerInfo {
             node: identity::node_id(&side, &config.cluster, &database)?,
-            incarnation: Uuid::new_v4(),
+            incarnation: Incarnation::random(),
             addresses,
         };
         let role = if follows { Role::Replica } else { Role::Primary };
@@ -91,8 +91,8 @@ impl OpenedNode {
     async fn finish(self, doors: &mut ListenerGuard, primary: Option<Endpoint>) -> Result<Db> {
         let OpenedNode { config, path, claim, node, source, tracker, files } = self;
         let (files, recovered) = match files {
-            Files::Primary(opening) if opening.may_miss() && !config.recovery_wait.is_zero() => {
-                let (opening, recovered) = recover(opening, doors, config.recovery_wait).await?;
+            Files::Primary(opening) if opening.may_miss() && !config.recovery_timeout.is_zero() => {
+                let (opening, recovered) = recover(opening, doors, config.recovery_timeout).await?;
                 (Files::Primary(opening), recovered)
             }
             files => (files, 0),

@@ -22,7 +22,7 @@ struct Bad {
     right: BTreeMap<PageNo, PageHash>,
 }
 
-/// Pages of a primary's database whose bytes are wrong, and their right images, which a replica had; see [`Db::offered_repair`].
+/// Pages of a primary's database whose bytes are wrong, and their right images, which a replica had; see [`Db::find_repair`].
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Repair {
@@ -50,7 +50,7 @@ impl Db {
     ///
     /// # Cancel safety
     /// Nothing happens but reading and asking.
-    pub async fn offered_repair(&self) -> Result<Option<Repair>> {
+    pub async fn find_repair(&self) -> Result<Option<Repair>> {
         let Running::Primary { engine, .. } = &self.inner.side else {
             let primary = self.inner.node.roles.borrow().primary.clone();
             return Err(Error::NotPrimary { primary: primary.map(Box::new) });

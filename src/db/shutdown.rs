@@ -21,7 +21,7 @@ impl Db {
     /// For `with_graceful_shutdown`: ends what would keep the application's server from ending, and nothing else.
     ///
     /// [`Db::health`] says so from now on, and [`Db::draining`] returns. Replicas are told: they hold their requests for this node, until it is
-    /// back or they have waited for too long ([`ReplayLayer::hold_limits`](crate::ReplayLayer::hold_limits)). When those that they had sent are answered, or after a
+    /// back or they have waited for too long ([`ReplayLayer::hold_timeout`](crate::ReplayLayer::hold_timeout)). When those that they had sent are answered, or after a
     /// second, replicas get what is captured and their streams end; none are let in. Requests that wait here for a primary are answered. Reads, writes, `wait_for` and
     /// requests that were sent to the primary run on, until [`Db::shutdown`]. Returns when the streams have ended, within three seconds.
     ///

@@ -73,7 +73,7 @@ impl Db {
         let astray = inner.node.astray();
         let state = inner.readable().map_err(|e| reasons.extend((!astray).then(|| e.to_string()))).is_ok();
         let fresh = match (status.role, status.lag) {
-            (Role::Replica, Some(lag)) => u128::from(lag.millis) <= inner.grace.as_millis(),
+            (Role::Replica, Some(lag)) => lag.age <= inner.grace,
             (Role::Replica, None) => inner.opened.elapsed() <= inner.grace,
             _ => true,
         };

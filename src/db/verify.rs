@@ -12,9 +12,9 @@ use crate::db::Db;
 use crate::db::writer::EngineSlot;
 use crate::engine::ReplicaEngine;
 use crate::error::{Error, Result};
-use crate::lock::lock;
 use crate::random;
-use crate::status::{Event, Verification};
+use crate::lock::lock;
+use crate::status::{Event, Verification, whole_millis};
 use crate::threads::{self, aside, caught_task};
 
 /// Periods differ by up to so many parts of a hundred, so that nodes that were started together do not read their disks together for ever.
@@ -167,9 +167,10 @@ impl Verifier {
     }
 
     fn report(&self, verification: &Verification) {
-        let Verification { position, found, pages, elapsed_ms, .. } = verification;
+        let Verification { position, found, pages, elapsed, .. } = verification;
         self.lock().last = Some(verification.clone());
         if verification.holds() {
+            let elapsed_ms = whole_millis(*elapsed);
             tracing::info!(%position, pages, elapsed_ms, "verified: the pages are those of the position");
             self.node.set_problem(Part::Pages, None);
             self.node.tell(Event::Verified(verification.clone()));

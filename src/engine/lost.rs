@@ -12,6 +12,7 @@ mod rows;
 use std::fs::{self, File};
 use std::io::{BufWriter, Seek, Write};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 use bytes::BytesMut;
 use serde::{Deserialize, Serialize};
@@ -23,7 +24,7 @@ use crate::engine::options::EngineOptions;
 use crate::error::{Error, Result};
 use crate::files::{self, sync_directory};
 use crate::page::{PageNo, PageSet};
-use crate::status::unix_millis;
+use crate::status::{as_unix_millis, from_unix_millis, unix_millis};
 use crate::txid::Position;
 use crate::wire;
 
@@ -52,8 +53,9 @@ pub struct LostBranch {
     /// Not a branch: the pages that were replaced were not what the position of the tip says. The disk damaged them, or they were
     /// changed by other means than SQLite.
     pub damaged: bool,
-    /// When that was, in milliseconds since 1970.
-    pub unix_millis: u64,
+    /// When that was. JSON has it in milliseconds since 1970, as `unix_millis`.
+    #[serde(rename = "unix_millis", with = "as_unix_millis")]
+    pub time: SystemTime,
     /// The size of a page in bytes.
     pub page_size: u32,
     /// The database's size in pages at the tip.
@@ -137,7 +139,8 @@ pub(super) fn keep(side: &Path, live: &mut WalAppender, doomed: &Replaced<'_>) -
         tip: tip.position,
         healed_to: doomed.ready.position,
         damaged: doomed.damaged,
-        unix_millis: unix_millis(),
+        // As exact as it is written.
+        time: from_unix_millis(unix_millis()),
         page_size: live.base.page_size.get(),
         size_pages: tip.pages,
         pages: pages.len() as u64,

@@ -17,7 +17,7 @@ pub enum Durability {
     /// the last checkpoint, and replicas can then be ahead of the primary. A killed process loses nothing.
     ///
     /// When a primary is opened that was not closed before the machine went down, [`Db::open`](crate::Db::open) asks the replicas that connect to its
-    /// [`Config::listen`](crate::Config::listen) address within [`Config::recovery_wait`](crate::Config::recovery_wait) for the transactions that go on where
+    /// [`Config::listen`](crate::Config::listen) address within [`Config::recovery_timeout`](crate::Config::recovery_timeout) for the transactions that go on where
     /// its own end, and nobody can write meanwhile. What no replica gives back in that time is lost; a replica that has it
     /// keeps it apart ([`Db::lost`](crate::Db::lost)) and follows the primary. An endpoint that the application mounts is not up before `open` returns: without an own listener
     /// nobody is asked.

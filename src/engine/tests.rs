@@ -10,7 +10,6 @@ use bytes::BytesMut;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rusqlite::Connection;
-use uuid::Uuid;
 
 use crate::ends::Ends;
 use crate::engine::file::database::reader;
@@ -19,6 +18,7 @@ use crate::error::{Error, PeerProblem, Result};
 use crate::lock::lock;
 use crate::log::{LogOptions, Lookup};
 use crate::page::PageNo;
+use crate::peer::{Incarnation, NodeId};
 use crate::secret::Keyring;
 use crate::status::{Addresses, PeerInfo, Role};
 use crate::txid::{Position, Txid};
@@ -70,7 +70,11 @@ impl Home {
 }
 
 pub(super) fn node() -> Arc<crate::context::NodeContext> {
-    let me = PeerInfo { node: Uuid::now_v7(), incarnation: Uuid::new_v4(), addresses: Addresses::default() };
+    let me = PeerInfo {
+        node: NodeId::random(),
+        incarnation: Incarnation::random(),
+        addresses: Addresses::default(),
+    };
     crate::context::NodeContext::new(
         me,
         "test".into(),

@@ -5,7 +5,6 @@ use std::sync::{Arc, Mutex, MutexGuard};
 
 use bytes::{Bytes, BytesMut};
 use tokio::sync::watch;
-use uuid::Uuid;
 
 use crate::checksum::{Checksum, PageHash};
 use crate::context::NodeContext;
@@ -13,6 +12,7 @@ use crate::engine::Piece;
 use crate::error::{Error, Result};
 use crate::log::Lookup;
 use crate::page::{PageNo, PageSize};
+use crate::peer::{Incarnation, NodeId};
 use crate::primary::{LogPin, StreamSource};
 use crate::secret::{Keyring, Secret};
 use crate::status::{Addresses, PeerInfo, Role};
@@ -30,8 +30,8 @@ pub(crate) fn keys(secret: &[u8]) -> Keyring {
 
 pub(crate) fn node(id: u128, secret: &[u8], role: Role) -> Arc<NodeContext> {
     let me = PeerInfo {
-        node: Uuid::from_u128(id),
-        incarnation: Uuid::from_u128(id + 1000),
+        node: NodeId::from_u128(id),
+        incarnation: Incarnation::from_u128(id + 1000),
         addresses: Addresses { replication: format!("http://node{id}/_replite"), ..Addresses::default() },
     };
     NodeContext::new(me, "test".into(), "app".into(), keys(secret), role)

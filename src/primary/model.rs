@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use uuid::Uuid;
 
 use crate::checksum::{Checksum, PageHash};
 use crate::engine::{Heal, Overlay, Store};
 use crate::error::Result;
 use crate::log::{Lookup, Touched, mark_numbers};
 use crate::page::{PageNo, PageSet, PageSize};
+use crate::peer::{Incarnation, NodeId};
 use crate::primary::plan::{Decision, plan};
 use crate::status::{Addresses, PeerInfo};
 use crate::txid::{Epoch, EpochHistory, EpochStart, Place, Position, Txid};
@@ -161,7 +161,8 @@ impl ModelNode {
     }
 
     fn hello(&self) -> Hello {
-        let peer = PeerInfo { node: Uuid::nil(), incarnation: Uuid::nil(), addresses: Addresses::default() };
+        let peer =
+            PeerInfo { node: NodeId::NIL, incarnation: Incarnation::NIL, addresses: Addresses::default() };
         let marks = mark_numbers(self.log.0 as u64, self.log.1 as u64).filter(|_| self.vouched());
         Hello {
             proof: [0; 32],

@@ -134,11 +134,11 @@ fn stands(
 mod tests {
     use super::*;
     use crate::checksum::Checksum;
+    use crate::peer::{Incarnation, NodeId};
     use crate::status::{Addresses, PeerInfo};
     use crate::txid::{EpochStart, Txid};
     use rand::rngs::StdRng;
     use rand::{Rng, SeedableRng};
-    use uuid::Uuid;
 
     const OLD: Epoch = Epoch::new(1, 10);
     const NOW: Epoch = Epoch::new(3, 30);
@@ -176,7 +176,8 @@ mod tests {
     }
 
     fn hello(position: Option<Position>, history: EpochHistory) -> Hello {
-        let peer = PeerInfo { node: Uuid::nil(), incarnation: Uuid::nil(), addresses: Addresses::default() };
+        let peer =
+            PeerInfo { node: NodeId::NIL, incarnation: Incarnation::NIL, addresses: Addresses::default() };
         let (proof, marks) = ([0; 32], Vec::new());
         Hello { proof, peer, position, history, resume: None, suspect: false, marks }
     }

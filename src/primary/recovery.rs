@@ -7,12 +7,12 @@ use std::time::Duration;
 use bytes::BytesMut;
 use tokio::sync::watch;
 use tokio::time::Instant;
-use uuid::Uuid;
 
 use crate::context::NodeContext;
 use crate::engine::Opening;
 use crate::error::{Error, PeerProblem, Result};
 use crate::lock::lock;
+use crate::peer::NodeId;
 use crate::primary::acks::ReceivedUnits;
 use crate::primary::blocking;
 use crate::primary::send_queue::StreamSender;
@@ -45,7 +45,7 @@ struct RecoveryState {
     opening: Option<Opening>,
     /// Counts who was asked: what one of them sent is not taken any more when the next one is asked.
     asking: u64,
-    replicas: HashMap<Uuid, Giver>,
+    replicas: HashMap<NodeId, Giver>,
 }
 
 /// What is known of a replica that has more than this node.
@@ -225,7 +225,7 @@ impl RecoveryState {
         }
     }
 
-    fn has_nothing(&mut self, replica: Uuid, after: u64) {
+    fn has_nothing(&mut self, replica: NodeId, after: u64) {
         if let Some(replica) = self.replicas.get_mut(&replica) {
             replica.nothing_after = Some(after);
         }

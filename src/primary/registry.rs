@@ -2,13 +2,13 @@
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use uuid::Uuid;
 
 use crate::lock::lock;
+use crate::peer::{Incarnation, NodeId};
 use crate::status::{PeerInfo, ReplicaStatus, unix_millis};
 use crate::wire::Ack;
 
@@ -27,7 +27,7 @@ pub(crate) struct Registry {
 
 #[derive(Debug, Default)]
 struct ReplicaSlots {
-    by_node: HashMap<Uuid, SlotEntry>,
+    by_node: HashMap<NodeId, SlotEntry>,
     serial: u64,
 }
 
@@ -43,14 +43,14 @@ struct SlotEntry {
 #[derive(Debug)]
 pub(crate) struct ReplicaSlot {
     registry: Registry,
-    node: Uuid,
+    node: NodeId,
     serial: u64,
     replaced: CancellationToken,
 }
 
 impl Registry {
     /// Whether another live process is connected under this node id.
-    pub(crate) fn conflict(&self, node: Uuid, incarnation: Uuid) -> Option<Conflict> {
+    pub(crate) fn conflict(&self, node: NodeId, incarnation: Incarnation) -> Option<Conflict> {
         conflict(&self.lock(), node, incarnation)
     }
 
@@ -64,8 +64,8 @@ impl Registry {
         seats.serial += 1;
         let serial = seats.serial;
         let replaced = CancellationToken::new();
-        let status =
-            ReplicaStatus { peer: peer.clone(), applied: None, synced: None, since_ms: unix_millis() };
+        let since = SystemTime::now();
+        let status = ReplicaStatus { peer: peer.clone(), applied: None, synced: None, since };
         let entry = SlotEntry { serial, status, heard: Instant::now(), replaced: replaced.clone() };
         if let Some(older) = seats.by_node.insert(peer.node, entry) {
             older.replaced.cancel();
@@ -85,14 +85,14 @@ impl Registry {
     }
 }
 
-fn conflict(seats: &ReplicaSlots, node: Uuid, incarnation: Uuid) -> Option<Conflict> {
+fn conflict(seats: &ReplicaSlots, node: NodeId, incarnation: Incarnation) -> Option<Conflict> {
     let entry = seats.by_node.get(&node)?;
     let other = entry.status.peer.incarnation != incarnation;
     (other && entry.heard.elapsed() < ALIVE).then_some(Conflict)
 }
 
 impl ReplicaSlot {
-    pub(crate) fn node(&self) -> Uuid {
+    pub(crate) fn node(&self) -> NodeId {
         self.node
     }
 
@@ -140,8 +140,8 @@ mod tests {
 
     fn peer(node: u128, incarnation: u128) -> PeerInfo {
         PeerInfo {
-            node: Uuid::from_u128(node),
-            incarnation: Uuid::from_u128(incarnation),
+            node: NodeId::from_u128(node),
+            incarnation: Incarnation::from_u128(incarnation),
             addresses: Addresses::default(),
         }
     }
@@ -158,7 +158,7 @@ mod tests {
         tokio::time::advance(ALIVE - Duration::from_millis(1)).await;
         second.heard(Ack { applied: None, synced: None, clock: 0 });
         tokio::time::advance(ALIVE - Duration::from_millis(1)).await;
-        assert_eq!(registry.conflict(Uuid::from_u128(1), Uuid::from_u128(2)), Some(Conflict));
+        assert_eq!(registry.conflict(NodeId::from_u128(1), Incarnation::from_u128(2)), Some(Conflict));
         tokio::time::advance(Duration::from_millis(1)).await;
         let third = registry.join(&peer(1, 2)).unwrap();
         second.replaced().await;

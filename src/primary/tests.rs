@@ -4,11 +4,11 @@ use std::sync::atomic::Ordering;
 
 use bytes::Bytes;
 use http_body_util::channel::{Channel, Sender};
-use uuid::Uuid;
 
 use crate::ends::comes;
 use crate::handshake;
 use crate::log::{Log, LogOptions};
+use crate::peer::Incarnation;
 use crate::primary::acks::SILENCE_MAX;
 use crate::primary::fake::{Fake, SECRET, at, history, node};
 use crate::primary::*;
@@ -405,7 +405,7 @@ async fn any_part_of_a_unit_is_a_sign_of_life() {
         stream.up.send_data(Bytes::copy_from_slice(part)).await.unwrap();
     }
     comes("an acknowledgement", || stream.source.replicas()[0].applied.is_some()).await;
-    let other = Uuid::from_u128(77);
+    let other = Incarnation::from_u128(77);
     let second = Knock { incarnation: other, ..knock_of(2) };
     assert!(stream.source.conflict(&second).is_some(), "it is alive");
 }

@@ -12,6 +12,7 @@ pub(crate) const RETRY_AFTER_SECONDS: &str = "1";
 
 /// What is known about a request that failed.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub enum Outcome {
     /// No handler ran with effect: sending the request again is safe.
     NotExecuted,
@@ -44,15 +45,16 @@ impl Outcome {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Reason {
-    /// No primary appeared within the hold limit.
+    /// No primary appeared within the hold timeout.
     NoPrimary,
     /// As many requests as may be are held already.
     TooManyHeld,
-    /// The primary could not be reached, or did not begin the request, within the hold limit.
+    /// The primary could not be reached, or did not begin the request, within the hold timeout.
     Unreachable,
     /// The handler needed the primary, but the request's body was too large to be kept for it.
     BodyTooLarge,
-    /// This node did not reach the transaction of the request's token within the hold limit, and there was no primary to ask.
+    /// This node did not reach the transaction of the request's token within the hold timeout, and
+    /// there was no primary to ask.
     NotApplied,
     /// The request came back to the node that sent it, or nodes disagree on who the primary is.
     Loop,

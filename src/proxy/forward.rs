@@ -51,7 +51,7 @@ pub(super) async fn forward(
     if !head.definite {
         return Verdict::Failed(Reason::Ambiguous);
     }
-    let until = Instant::now() + shared.options.hold;
+    let until = Instant::now() + shared.options.hold_timeout;
     let (next, avoid, rest) = (None, None, None);
     let mut trip = Trip {
         shared,
@@ -142,7 +142,7 @@ impl Trip<'_> {
                 return self.fail(Reason::Unreachable);
             }
         };
-        let (idle, answer) = (shared.options.idle, shared.options.answer);
+        let (idle, answer) = (shared.options.idle_timeout, shared.options.response_timeout);
         let http2 = self.head.protocol != Protocol::Http1 && !self.http1;
         let response = match shared.dialer.send(request, http2, &self.body, idle, answer).await {
             Ok(response) => response,
@@ -315,7 +315,7 @@ fn relay(shared: &LayerShared, head: &Head, mut response: Response<Incoming>) ->
     parts.extensions = http::Extensions::new();
     let events =
         parts.headers.get(CONTENT_TYPE).is_some_and(|t| t.as_bytes().starts_with(b"text/event-stream"));
-    let idle = (!events).then_some(shared.options.idle);
+    let idle = (!events).then_some(shared.options.idle_timeout);
     let mut response = Response::from_parts(parts, MadeBody::Primary(IdleTimeoutBody::new(body, idle)));
     if let Some(upgrade) = &head.upgrade {
         upgrade.answer(&mut response);

@@ -1,9 +1,9 @@
 //! How nodes know each other's requests: the hop proof, and the hint in a 421.
 
 use http::{HeaderValue, Method};
-use uuid::Uuid;
 
 use crate::hex::{Hex, unhex};
+use crate::peer::NodeId;
 use crate::secret::{Keyring, PROOF_BYTES, Purpose, SHORT_PROOF_BYTES};
 use crate::txid::Epoch;
 
@@ -22,7 +22,7 @@ pub(super) struct Hop {
     /// 1 for the first node that the request is offered to.
     pub(super) count: u8,
     /// Who sends it.
-    pub(super) from: Uuid,
+    pub(super) from: NodeId,
     /// The newest epoch that the sender knows.
     pub(super) epoch: Epoch,
 }
@@ -76,7 +76,7 @@ impl Hop {
     }
 
     fn fields(&self) -> String {
-        format!("{VERSION}.{}.{}.{}", self.count, self.from.simple(), self.epoch)
+        format!("{VERSION}.{}.{:032x}.{}", self.count, self.from.as_u128(), self.epoch)
     }
 }
 
@@ -145,7 +145,7 @@ mod tests {
         Keyring::new(&[Secret::fixed([byte; 32])]).unwrap()
     }
 
-    const HOP: Hop = Hop { count: 2, from: Uuid::from_u128(7), epoch: Epoch::new(4, 9) };
+    const HOP: Hop = Hop { count: 2, from: NodeId::from_u128(7), epoch: Epoch::new(4, 9) };
 
     #[test]
     fn a_hop_holds_for_its_method_target_database_and_secret_only() {

@@ -31,6 +31,7 @@ const PREFIXES_MAX: usize = 64;
 
 /// Which responses carry a token.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
 pub enum SessionTokens {
     /// Those of requests that committed, or waited for a transaction: clients read their own writes.
     #[default]
@@ -72,6 +73,7 @@ pub enum Forwarding {
 
 /// The `SameSite` attribute of the token's cookie.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
 pub enum SameSite {
     /// Sent with navigation from other sites.
     #[default]
@@ -88,6 +90,7 @@ pub enum SameSite {
 /// It goes around everything that belongs to running a handler, and below what each node does for each request (trace, request id, CORS, limits): one tested order is in
 /// `docs/stack.md`. With the feature `axum` it goes wherever axum takes a layer. An application with two databases has two layers: `docs/guide.md` says how.
 #[derive(Clone)]
+#[must_use = "a layer does its work around a service"]
 pub struct ReplayLayer {
     pub(super) shared: Arc<LayerShared>,
 }
@@ -117,11 +120,11 @@ pub(super) struct Options {
     pub(super) forwarding: Forwarding,
     pub(super) http2: bool,
     pub(super) budget: Budget,
-    pub(super) hold: Duration,
+    pub(super) hold_timeout: Duration,
     pub(super) held_max: usize,
-    pub(super) read_wait: Duration,
-    pub(super) answer: Duration,
-    pub(super) idle: Duration,
+    pub(super) wait_timeout: Duration,
+    pub(super) response_timeout: Duration,
+    pub(super) idle_timeout: Duration,
     pub(super) session: SessionTokens,
     pub(super) cookie: Cookie,
     pub(super) failure: Option<Hook<Failure, Response<Bytes>>>,
@@ -174,11 +177,11 @@ impl ReplayLayer {
             forwarding: Forwarding::Proxy,
             http2: false,
             budget: Budget::new(BUFFER_REQUEST_BYTES, BUFFER_PROCESS_BYTES),
-            hold: Duration::from_secs(5),
+            hold_timeout: Duration::from_secs(5),
             held_max: HELD_MAX,
-            read_wait: Duration::from_secs(2),
-            answer: Duration::from_secs(30),
-            idle: Duration::from_secs(60),
+            wait_timeout: Duration::from_secs(2),
+            response_timeout: Duration::from_secs(30),
+            idle_timeout: Duration::from_secs(60),
             session: SessionTokens::Writes,
             cookie,
             failure: None,
@@ -264,33 +267,39 @@ impl ReplayLayer {
         self.with(|o| o.budget = Budget::new(request, process))
     }
 
-    /// For how long (5 s) and how many requests (1024) wait while there is no primary, or it can't be reached. Sent again is only what was not begun there.
-    pub fn hold_limits(self, time: Duration, number: usize) -> Self {
-        self.with(|o| (o.hold, o.held_max) = (time, number))
+    /// For how long a request waits while there is no primary, or no way to it (5 s). The layer
+    /// sends again only what the primary has not begun.
+    pub fn hold_timeout(self, limit: Duration) -> Self {
+        self.with(|o| o.hold_timeout = limit)
     }
 
-    /// For how long a read waits for the transaction of its token (2 s) before the primary is asked. While there is none, it waits on like a
-    /// request that is held.
-    pub fn read_wait_limit(self, limit: Duration) -> Self {
-        self.with(|o| o.read_wait = limit)
+    /// How many requests may wait in this way at one time (1024). The layer answers 503 to more.
+    pub fn held_requests(self, most: usize) -> Self {
+        self.with(|o| o.held_max = most)
+    }
+
+    /// For how long a read waits for the transaction of its token (2 s) before the layer asks the
+    /// primary. While there is none, the read waits on like a request that is held.
+    pub fn wait_timeout(self, limit: Duration) -> Self {
+        self.with(|o| o.wait_timeout = limit)
     }
 
     /// For how long a connection to the primary is tried (1 s).
-    pub fn connect_limit(mut self, limit: Duration) -> Self {
+    pub fn connect_timeout(mut self, limit: Duration) -> Self {
         let shared = Arc::make_mut(&mut self.shared);
         shared.dialer = Dialer::new(limit, shared.node.stop.clone());
         self
     }
 
     /// For how long the primary may take for a response's head once it has the whole request (30 s).
-    pub fn response_limit(self, limit: Duration) -> Self {
-        self.with(|o| o.answer = limit)
+    pub fn response_timeout(self, limit: Duration) -> Self {
+        self.with(|o| o.response_timeout = limit)
     }
 
     /// The longest pause between two pieces of a forwarded body, either way (60 s). Event streams may pause for as
     /// long as they like.
-    pub fn idle_limit(self, limit: Duration) -> Self {
-        self.with(|o| o.idle = limit)
+    pub fn idle_timeout(self, limit: Duration) -> Self {
+        self.with(|o| o.idle_timeout = limit)
     }
 
     /// Which responses carry a token.

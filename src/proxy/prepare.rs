@@ -11,9 +11,9 @@ use http::uri::Scheme;
 use http::{HeaderMap, HeaderValue, Method, Response, Version};
 use http_body_util::Full;
 use tokio::time::Instant;
-use uuid::Uuid;
 
 use crate::error::Error;
+use crate::peer::Incarnation;
 use crate::proxy::body::MadeBody;
 use crate::proxy::dial::Protocol;
 use crate::proxy::failure::{Failure, Reason};
@@ -154,9 +154,9 @@ pub(super) fn failure(shared: &LayerShared, reason: Reason) -> Response<MadeBody
 
 /// Brings a request to where it can run.
 pub(super) async fn prepare(shared: Arc<LayerShared>, need: Need, head: Arc<Head>, body: Keep) -> Verdict {
-    let held_until = Instant::now() + shared.options.hold;
+    let held_until = Instant::now() + shared.options.hold_timeout;
     if let Need::Applied(txid) = need {
-        if applied(&shared, txid, shared.options.read_wait).await {
+        if applied(&shared, txid, shared.options.wait_timeout).await {
             return Verdict::Here(body);
         }
         // While there is nobody to ask, it waits on for whichever comes first: a primary that goes down in good order has sent all that it
@@ -198,7 +198,7 @@ pub(super) enum RequestTarget {
         /// The newest epoch known when that was learnt.
         epoch: Epoch,
         /// The process that is the primary; none where the address is what another node said. One that starts again is another one.
-        incarnation: Option<Uuid>,
+        incarnation: Option<Incarnation>,
     },
 }
 

@@ -6,6 +6,7 @@ use hyper::ext::Protocol;
 
 /// Where a request is to run.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
 pub enum Route {
     /// On the node that got it, whatever its role; it waits for no token and is never replayed.
     Local,

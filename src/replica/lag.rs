@@ -129,7 +129,7 @@ impl Freshness {
         }
         Lag {
             transactions: self.newest.unwrap_or(0).saturating_sub(applied.unwrap_or(0)),
-            millis: now.saturating_duration_since(self.level).as_millis() as u64,
+            age: now.saturating_duration_since(self.level),
             connected: self.stream.as_ref().is_some_and(|stream| stream.heard.silence() <= QUIET_MAX),
         }
     }
@@ -145,7 +145,7 @@ impl Freshness {
             ));
         }
         let standing = now.saturating_duration_since(stream.since);
-        let behind = Duration::from_millis(lag.millis).min(standing);
+        let behind = lag.age.min(standing);
         if behind < SLOW_AFTER {
             return None;
         }
@@ -157,6 +157,7 @@ impl Freshness {
 mod tests {
     use super::*;
     use crate::primary::fake::at;
+    use crate::status::whole_millis;
 
     const fn s(seconds: u64) -> Duration {
         Duration::from_secs(seconds)
@@ -164,7 +165,7 @@ mod tests {
 
     fn figures(lagging: &Lagging, applied: Option<u64>) -> (u64, u64, bool) {
         let lag = lagging.lock().figures(applied, Instant::now());
-        (lag.transactions, lag.millis, lag.connected)
+        (lag.transactions, whole_millis(lag.age), lag.connected)
     }
 
     fn problem(lagging: &Lagging, applied: Option<u64>) -> Option<String> {

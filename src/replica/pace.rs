@@ -51,7 +51,7 @@ pub(super) enum Coming {
 impl Coming {
     /// What is to be said when this takes long.
     pub(super) fn problem(self, filled: bool, lag: Lag, rate: u64) -> Option<String> {
-        let (rate, seconds) = (Bytes(rate), lag.millis / 1000);
+        let (rate, seconds) = (Bytes(rate), lag.age.as_secs());
         Some(match self {
             Coming::Snapshot { have, total } if !filled && have < total => {
                 let (have, total) = (Bytes(have), Bytes(total));
@@ -112,7 +112,7 @@ mod tests {
 
     #[test]
     fn what_comes_is_told_with_how_far_and_how_fast() {
-        let lag = Lag { transactions: 3, millis: 7400, connected: true };
+        let lag = Lag { transactions: 3, age: Duration::from_millis(7400), connected: true };
         let say = |coming: Coming, filled| coming.problem(filled, lag, 9_700).unwrap();
         let snapshot = Coming::Snapshot { have: 120_000, total: 3_400_000 };
         let text = "the database here is being filled: 120 kB of 3.4 MB have come, at 9.7 kB/s";

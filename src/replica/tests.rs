@@ -19,6 +19,7 @@ use crate::ends::comes;
 use crate::error::PeerProblem;
 use crate::handshake::{self, Answer, Knock, Refusal};
 use crate::net::{self, Listener};
+use crate::peer::Incarnation;
 use crate::primary::ReplicaServer;
 use crate::primary::fake::{Fake, SECRET, at, history, keys, node};
 use crate::replica::*;
@@ -685,7 +686,7 @@ async fn two_processes_with_one_id_do_not_push_each_other_out() {
     comes("the replica", || !primary.source.replicas().is_empty()).await;
     let copied = Try::new();
     let mut me = copied.node.me.clone();
-    me.incarnation = uuid::Uuid::from_u128(77);
+    me.incarnation = Incarnation::from_u128(77);
     let node = NodeContext::new(me, "test".into(), "app".into(), keys(&SECRET), Role::Replica);
     let copied = Try { node, ..copied };
     assert!(matches!(copied.against(&primary.to).await, PeerProblem::DuplicateNode));

@@ -7,8 +7,8 @@ use http::HeaderMap;
 use http_body::Frame;
 use http_body_util::BodyExt;
 use tower::ServiceExt;
-use uuid::Uuid;
 
+use crate::peer::{Incarnation, NodeId};
 use crate::primary::fake::{Fake, SECRET, keys, node};
 use crate::server::*;
 use crate::status::Role;
@@ -33,8 +33,8 @@ fn knock() -> Knock {
         version: 1,
         cluster: "test".into(),
         database: "app".into(),
-        node: Uuid::from_u128(2),
-        incarnation: Uuid::from_u128(1002),
+        node: NodeId::from_u128(2),
+        incarnation: Incarnation::from_u128(1002),
         nonce: [3; 32],
     }
 }
@@ -118,7 +118,7 @@ async fn without_a_secret_only_the_own_listener_answers() {
     let answered = own.oneshot(request(knock().headers(&keys(&[])).unwrap(), body)).await.unwrap();
     assert_eq!(answered.status(), StatusCode::OK);
     let answer = Answer::read(answered.headers(), &knock(), &keys(&[])).unwrap().unwrap().0;
-    assert_eq!(answer.node, Uuid::from_u128(1));
+    assert_eq!(answer.node, NodeId::from_u128(1));
     assert_eq!(answered.headers()["cache-control"], "no-store, no-transform");
     assert_eq!(answered.headers()["content-type"], handshake::CONTENT_TYPE);
 }
@@ -145,11 +145,11 @@ async fn a_knock_with_another_secret_is_told_to_the_operator_now_and_then() {
     assert_bare_404(&service, request(HeaderMap::new(), Untouched)).await;
     assert_eq!(node.problem(), None, "who only passes by is nobody's problem");
     for id in 0..1000 {
-        let knock = Knock { node: Uuid::from_u128(id), ..knock() };
+        let knock = Knock { node: NodeId::from_u128(id), ..knock() };
         assert_bare_404(&service, request(knock.headers(&keys(&[2; 32])).unwrap(), Untouched)).await;
     }
     let problem = node.problem().unwrap();
-    assert!(problem.contains(&Uuid::nil().to_string()) && problem.contains("another secret"), "{problem}");
+    assert!(problem.contains(&NodeId::NIL.to_string()) && problem.contains("another secret"), "{problem}");
     let told = events.try_recv().unwrap();
     assert!(matches!(told, crate::status::Event::OtherSecret { times: 1, .. }), "{told:?}");
     assert!(events.try_recv().is_err(), "one of a thousand is told");

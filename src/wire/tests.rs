@@ -2,9 +2,9 @@ use bytes::BytesMut;
 use std::collections::BTreeMap;
 
 use proptest::prelude::*;
-use uuid::Uuid;
 
 use crate::checksum::Checksum;
+use crate::peer::{Incarnation, NodeId};
 use crate::status::Addresses;
 use crate::txid::{EpochStart, NUMBER_MAX, Txid};
 use crate::wire::*;
@@ -23,8 +23,8 @@ fn page_no(n: u32) -> PageNo {
 
 fn peer() -> PeerInfo {
     PeerInfo {
-        node: Uuid::from_u128(7),
-        incarnation: Uuid::from_u128(8),
+        node: NodeId::from_u128(7),
+        incarnation: Incarnation::from_u128(8),
         addresses: Addresses {
             replication: "http://10.0.0.1:8081/_replite".into(),
             app: "http://10.0.0.1:8081".into(),

@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroU64;
 use std::sync::TryLockError;
 use std::sync::atomic::{AtomicU32, Ordering};
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use crate::checksum::{Checksum, PageHash};
 use crate::engine::apply::handle::ReplicaEngine;
@@ -18,7 +18,7 @@ use crate::lock::lock;
 use crate::log::Lookup;
 use crate::page::PageNo;
 use crate::sqlite::{Handle, Lock, Slot};
-use crate::status::{Verification, unix_millis};
+use crate::status::Verification;
 use crate::threads::caught;
 use crate::txid::Position;
 use crate::wire::{Decoder, Message};
@@ -81,8 +81,8 @@ fn verify(base: &Term, mut handle: Handle, limit: Option<NonZeroU64>) -> Result<
         bytes: u64::from(tip.pages) * u64::from(base.page_size.get()),
         bad_pages: Vec::new(),
         all_named: true,
-        finished_ms: 0,
-        elapsed_ms: 0,
+        finished: SystemTime::UNIX_EPOCH,
+        elapsed: Duration::ZERO,
     };
     if verification.holds() {
         doubt::end(&base.options.side);
@@ -98,8 +98,7 @@ fn verify(base: &Term, mut handle: Handle, limit: Option<NonZeroU64>) -> Result<
         };
         doubt::begin(&base.options.side, &verification.problem());
     }
-    verification.finished_ms = unix_millis();
-    verification.elapsed_ms = begun.elapsed().as_millis() as u64;
+    (verification.finished, verification.elapsed) = (SystemTime::now(), begun.elapsed());
     Ok(verification)
 }
 

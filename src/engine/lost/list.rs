@@ -3,10 +3,11 @@
 use std::fs;
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::time::UNIX_EPOCH;
+use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::engine::lost::{LostBranch, PREFIX, bytes_below};
 use crate::error::{Error, Result};
+use crate::status::from_unix_millis;
 
 /// Something that is kept beside a database because it had to go from its place, a directory; see [`Db::lost`](crate::Db::lost).
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -16,8 +17,8 @@ pub struct Lost {
     pub kind: LostKind,
     /// Where it is kept.
     pub path: PathBuf,
-    /// When it was put there, in milliseconds since 1970.
-    pub unix_millis: u64,
+    /// When it was put there.
+    pub time: SystemTime,
     /// What it takes up of [`Config::lost_quota`](crate::Config::lost_quota).
     pub bytes: u64,
 }
@@ -66,26 +67,26 @@ impl Lost {
             }
             all.push(Lost::look_at(path));
         }
-        all.sort_by(|a, b| (a.unix_millis, &a.path).cmp(&(b.unix_millis, &b.path)));
+        all.sort_by(|a, b| (a.time, &a.path).cmp(&(b.time, &b.path)));
         Ok(all)
     }
 
     fn look_at(path: PathBuf) -> Lost {
         let of_directory = || {
             let time = fs::metadata(&path).and_then(|meta| meta.modified()).ok();
-            time.and_then(|time| time.duration_since(UNIX_EPOCH).ok()).map_or(0, |t| t.as_millis() as u64)
+            time.unwrap_or(UNIX_EPOCH)
         };
         let unreadable = |why: String| (LostKind::Unreadable(why), of_directory());
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        let (kind, unix_millis) = match name.split_once('-') {
+        let (kind, time) = match name.split_once('-') {
             _ if name.starts_with(PREFIX) => match LostBranch::read(path.clone()) {
                 Ok(branch) => {
-                    let time = branch.unix_millis;
+                    let time = branch.time;
                     (LostKind::Branch(Box::new(branch)), time)
                 }
                 Err(error) => unreadable(error.to_string()),
             },
-            Some((kind, time)) => match (kind, time.parse()) {
+            Some((kind, time)) => match (kind, time.parse().map(from_unix_millis)) {
                 ("database", Ok(time)) => (LostKind::Database, time),
                 ("log", Ok(time)) => (LostKind::Log, time),
                 ("wal", Ok(time)) => (LostKind::Wal, time),
@@ -94,8 +95,8 @@ impl Lost {
             None => unreadable("it is of no known kind".into()),
         };
         match bytes_below(&path) {
-            Ok(bytes) => Lost { kind, path, unix_millis, bytes },
-            Err(error) => Lost { kind: LostKind::Unreadable(error.to_string()), path, unix_millis, bytes: 0 },
+            Ok(bytes) => Lost { kind, path, time, bytes },
+            Err(error) => Lost { kind: LostKind::Unreadable(error.to_string()), path, time, bytes: 0 },
         }
     }
 }
@@ -131,8 +132,9 @@ mod tests {
         let all = Lost::list(dir.path()).unwrap();
         let named = |name: &str| all.iter().find(|one| one.path == lost.join(name)).unwrap();
         assert_eq!(all.len(), 7);
-        let begin: Vec<_> = all[..4].iter().map(|one| (one.unix_millis, one.bytes)).collect();
-        assert_eq!(begin, [(2, 30), (3, json.len() as u64), (4, 20), (5, 700)]);
+        let begin: Vec<_> = all[..4].iter().map(|one| (one.time, one.bytes)).collect();
+        let at = from_unix_millis;
+        assert_eq!(begin, [(at(2), 30), (at(3), json.len() as u64), (at(4), 20), (at(5), 700)]);
         assert_eq!(named("wal-2").kind, LostKind::Wal);
         assert_eq!(named("branch-a").branch().unwrap().tip.to_string(), position);
         assert_eq!(named("log-4").kind, LostKind::Log);
@@ -140,7 +142,7 @@ mod tests {
         for (name, why) in [("branch-b", "corrupt"), ("branch-c", "version 2"), ("strange-1", "known kind")] {
             let LostKind::Unreadable(said) = &named(name).kind else { panic!("{name}") };
             assert!(
-                said.contains(why) && named(name).bytes > 0 && named(name).unix_millis > 5,
+                said.contains(why) && named(name).bytes > 0 && named(name).time > at(5),
                 "{name}: {said}"
             );
         }

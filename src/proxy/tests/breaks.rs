@@ -57,10 +57,10 @@ async fn a_held_request_runs_here_when_this_node_becomes_the_primary() {
 
 #[tokio::test]
 async fn holding_is_bounded_in_time_and_number() {
-    let (replica, node) = replica_of("", |l| l.hold_limits(SHORT, 1)).await;
+    let (replica, node) = replica_of("", |l| l.hold_timeout(SHORT).held_requests(1)).await;
     is(&send(Request::post(replica.url()).body(full("x")).unwrap()).await, 503, "not-executed");
     drop(replica);
-    let (replica, node2) = replica_of("", |l| l.hold_limits(LONG, 1)).await;
+    let (replica, node2) = replica_of("", |l| l.hold_timeout(LONG).held_requests(1)).await;
     let post = || Request::post(replica.url()).body(full("x")).unwrap();
     let held = tokio::spawn(send(post()));
     comes("a request that is held", || node2.roles.receiver_count() > 0).await;
@@ -75,7 +75,7 @@ async fn holding_is_bounded_in_time_and_number() {
 #[tokio::test]
 async fn after_a_burst_beyond_the_limit_requests_are_held_again() {
     let primary = Server::start(Router::new().fallback(mirror)).await;
-    let (replica, node) = replica_of("", |l| l.hold_limits(LONG, 3)).await;
+    let (replica, node) = replica_of("", |l| l.hold_timeout(LONG).held_requests(3)).await;
     let url = replica.url();
     for _ in 0..2 {
         let post = || send(Request::post(&url).body(full("late")).unwrap());
@@ -95,7 +95,7 @@ async fn after_a_burst_beyond_the_limit_requests_are_held_again() {
 
 #[tokio::test]
 async fn no_early_100_continue_while_there_is_no_primary() {
-    let (replica, _node) = replica_of("", |l| l.hold_limits(SHORT, 8)).await;
+    let (replica, _node) = replica_of("", |l| l.hold_timeout(SHORT).held_requests(8)).await;
     let mut stream = TcpStream::connect(replica.address).await.unwrap();
     let head = "POST / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 5\r\nconnection: close\r\n\r\n";
     stream.write_all(head.as_bytes()).await.unwrap();
@@ -123,7 +123,7 @@ async fn a_client_that_expects_100_continue_gets_it_when_the_primary_wants_the_b
 async fn a_primary_that_is_not_there_executed_nothing() {
     let gone = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
     for url in [format!("http://{gone}"), "https://127.0.0.1:1".into(), "not a url".into()] {
-        let (replica, _node) = replica_of(&url, |l| l.hold_limits(SHORT, 8)).await;
+        let (replica, _node) = replica_of(&url, |l| l.hold_timeout(SHORT).held_requests(8)).await;
         is(&send(Request::post(replica.url()).body(full("x")).unwrap()).await, 503, "not-executed");
     }
 }
@@ -207,7 +207,7 @@ async fn what_a_primary_has_not_begun_by_its_word_is_sent_again_whole() {
 #[tokio::test]
 async fn the_app_can_make_the_failure_responses_its_own() {
     let (replica, _node) = replica_of("http://127.0.0.1:1", |l| {
-        l.hold_limits(SHORT, 8).on_failure(|failure| {
+        l.hold_timeout(SHORT).held_requests(8).on_failure(|failure| {
             assert_eq!(failure.reason, Reason::Unreachable);
             let mut response = http::Response::new(Bytes::from_static(b"sorry"));
             *response.status_mut() = failure.status;
@@ -238,7 +238,7 @@ async fn a_primary_that_dies_with_the_request_leaves_the_outcome_unknown() {
     assert!(seen.try_recv().is_err(), "what has to run on the primary is sent once");
 
     // A read that only looks for a node which is far enough.
-    let (replica, node) = replica_of(&url, |l| l.read_wait_limit(SHORT)).await;
+    let (replica, node) = replica_of(&url, |l| l.wait_timeout(SHORT)).await;
     let token = Token::sign(&node, txid(99));
     let read = Request::get(replica.url()).header("replite-token", token.as_str());
     is(&send(read.body(full("")).unwrap()).await, 504, "unknown");
@@ -257,7 +257,8 @@ async fn what_may_have_run_is_not_called_not_executed_when_the_next_try_finds_no
         drop(listener);
         let _ = stream.read(&mut [0; 64]).await;
     });
-    let (replica, node) = replica_of(&url, |l| l.read_wait_limit(SHORT).hold_limits(SHORT, 8)).await;
+    let (replica, node) =
+        replica_of(&url, |l| l.wait_timeout(SHORT).hold_timeout(SHORT).held_requests(8)).await;
     let token = Token::sign(&node, txid(99));
     let read = Request::get(replica.url()).header("replite-token", token.as_str());
     is(&send(read.body(full("")).unwrap()).await, 504, "unknown");
@@ -269,7 +270,7 @@ async fn a_primary_that_never_answers_leaves_the_outcome_unknown() {
         let _ = stream.read_to_end(&mut Vec::new()).await;
     })
     .await;
-    let (replica, _node) = replica_of(&url, |l| l.response_limit(SHORT)).await;
+    let (replica, _node) = replica_of(&url, |l| l.response_timeout(SHORT)).await;
     is(&send(Request::post(replica.url()).body(full("x")).unwrap()).await, 504, "unknown");
 }
 
@@ -299,7 +300,7 @@ async fn a_response_that_stalls_is_cut_but_an_event_stream_may_pause() {
             let _ = stream.write_all(b"def").await;
         })
         .await;
-        let (replica, _node) = replica_of(&url, |l| l.idle_limit(SHORT)).await;
+        let (replica, _node) = replica_of(&url, |l| l.idle_timeout(SHORT)).await;
         let response = send(Request::post(replica.url()).body(full("")).unwrap()).await;
         assert_eq!(response.into_body().collect().await.is_err(), cut, "{kind}");
     }
@@ -343,7 +344,7 @@ async fn a_client_that_leaves_resets_the_way_to_the_primary() {
 #[tokio::test]
 async fn a_client_that_hangs_is_told_so_and_frees_the_connection() {
     let (app, mut ended) = watcher();
-    let pair = Pair::new(app, Router::new(), |l| l.idle_limit(SHORT)).await;
+    let pair = Pair::new(app, Router::new(), |l| l.idle_timeout(SHORT)).await;
     let (mut sender, body) = piecewise();
     let sending = tokio::spawn(send(pair.post("/").body(body).unwrap()));
     push(&mut sender, "begun").await;
@@ -383,7 +384,9 @@ async fn an_address_that_swallows_connections_is_given_up_in_time() {
     {
         filling.push(stream);
     }
-    let (replica, _node) =
-        replica_of(&format!("http://{address}"), |l| l.connect_limit(SHORT).hold_limits(SHORT, 8)).await;
+    let (replica, _node) = replica_of(&format!("http://{address}"), |l| {
+        l.connect_timeout(SHORT).hold_timeout(SHORT).held_requests(8)
+    })
+    .await;
     is(&send(Request::post(replica.url()).body(full("x")).unwrap()).await, 503, "not-executed");
 }

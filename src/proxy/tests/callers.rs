@@ -65,12 +65,15 @@ async fn on_the_primary_its_own_app_is_called() {
 async fn a_failure_is_an_error_that_says_what_is_known() {
     let node = node(2, Role::Replica);
     let client = |layer: ReplayLayer| layer.primary_client();
-    let held = client(ReplayLayer::new(node.clone()).hold_limits(SHORT, 1));
+    let held = client(ReplayLayer::new(node.clone()).hold_timeout(SHORT).held_requests(1));
     let failure = held.oneshot(post("/")).await.unwrap_err();
     assert_eq!((failure.reason, failure.outcome), (Reason::NoPrimary, Outcome::NotExecuted));
     assert_eq!(failure.to_string(), "there is no primary at the moment");
     follow(&node, 1, Some(peer(1, "http://127.0.0.1:1")));
-    let failure = client(ReplayLayer::new(node).hold_limits(SHORT, 1)).oneshot(post("/")).await.unwrap_err();
+    let failure = client(ReplayLayer::new(node).hold_timeout(SHORT).held_requests(1))
+        .oneshot(post("/"))
+        .await
+        .unwrap_err();
     assert_eq!((failure.reason, failure.outcome), (Reason::Unreachable, Outcome::NotExecuted));
 }
 

@@ -18,6 +18,7 @@ use hyper_util::rt::TokioExecutor;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
+use crate::peer::{Incarnation, NodeId};
 use crate::proxy::ReplayLayer;
 use crate::proxy::hop::{About, HOPS_MAX, Hop};
 use crate::proxy::tests::world::*;
@@ -232,7 +233,7 @@ async fn a_node_that_is_not_the_primary_points_to_it_before_it_reads_the_body() 
     let second_node = node(1, Role::Replica);
     follow(&second_node, 2, Some(peer(3, &third.url())));
     let second = Server::start(nothing().layer(ReplayLayer::new(second_node.clone()))).await;
-    let (first, first_node) = replica_of(&second.url(), |l| l.hold_limits(SHORT, 8)).await;
+    let (first, first_node) = replica_of(&second.url(), |l| l.hold_timeout(SHORT).held_requests(8)).await;
 
     let post = |data: Vec<u8>| Request::post(first.url()).body(full(data)).unwrap();
     let response = send(post(vec![b'x'; 50_000])).await;
@@ -257,7 +258,7 @@ async fn a_node_that_is_not_the_primary_points_to_it_before_it_reads_the_body() 
     let waiting = tokio::spawn(send(Request::post(again.url()).body(full(b"again".to_vec())).unwrap()));
     comes("a request that is held", || again_node.roles.receiver_count() > 0).await;
     second_node.roles.send_modify(|state| state.role = Role::Primary);
-    let process = PeerInfo { incarnation: uuid::Uuid::from_u128(1), ..peer(1, &second.url()) };
+    let process = PeerInfo { incarnation: Incarnation::from_u128(1), ..peer(1, &second.url()) };
     follow(&again_node, 1, Some(process));
     assert_eq!(waiting.await.unwrap().status(), 200);
 }
@@ -288,7 +289,7 @@ async fn a_proved_hop_from_another_node_gets_421_and_a_forged_one_is_a_clients()
     let layer = ReplayLayer::new(pair.replica_node.clone());
     let tag = layer.shared.tokens.tag().to_owned();
     let about = About { keys: &pair.replica_node.keys, tag: &tag, method: &method, target: "/x?y" };
-    let hop = Hop { count: 1, from: uuid::Uuid::from_u128(77), epoch: epoch(1) };
+    let hop = Hop { count: 1, from: NodeId::from_u128(77), epoch: epoch(1) };
     let (_sender, never_sent) = piecewise();
     let request = pair.post("/x?y").header("replite-hop", hop.text(about)).body(never_sent).unwrap();
     let response = send(request).await;

@@ -45,7 +45,7 @@ fn get(server: &Server, token: &str) -> Request<TestBody> {
 
 #[tokio::test]
 async fn a_read_waits_for_the_transaction_of_its_token() {
-    let (server, _primary, node) = reader(|l| l.read_wait_limit(LONG)).await;
+    let (server, _primary, node) = reader(|l| l.wait_timeout(LONG)).await;
     let token = Token::sign(&node, txid(12));
     let cookie = format!("other=1; replite_{}={token}", node.database_tag());
     let by_cookie = Request::get(server.url()).header("cookie", cookie).body(full("")).unwrap();
@@ -61,7 +61,7 @@ async fn a_read_waits_for_the_transaction_of_its_token() {
 
 #[tokio::test]
 async fn tokens_that_are_forged_garbled_or_lost_are_as_good_as_none() {
-    let (server, _primary, replica) = reader(|l| l.read_wait_limit(LONG)).await;
+    let (server, _primary, replica) = reader(|l| l.wait_timeout(LONG)).await;
     let token = Token::sign(&replica, txid(99)).to_string();
     let forged = token.replace("0063.", "0064.");
     assert_ne!(forged, token);
@@ -88,7 +88,7 @@ fn leave(node: &NodeContext, epoch: Epoch) {
 #[tokio::test]
 async fn a_token_of_an_epoch_that_is_not_known_here_is_never_taken_for_lost() {
     let (server, _primary, node) = reader(|l| {
-        l.read_wait_limit(SHORT).session(SessionTokens::Monotonic).route_prefix("/local", Route::Local)
+        l.wait_timeout(SHORT).session(SessionTokens::Monotonic).route_prefix("/local", Route::Local)
     })
     .await;
     let new = Token::sign(&node, Txid::new(Epoch::new(1, 77), 3)).to_string();
@@ -110,7 +110,8 @@ async fn a_token_of_an_epoch_that_is_not_known_here_is_never_taken_for_lost() {
 
 #[tokio::test]
 async fn a_read_that_waited_too_long_goes_to_the_primary_or_says_so() {
-    let (server, _primary, node) = reader(|l| l.read_wait_limit(SHORT).hold_limits(SHORT, 8)).await;
+    let (server, _primary, node) =
+        reader(|l| l.wait_timeout(SHORT).hold_timeout(SHORT).held_requests(8)).await;
     let far = Token::sign(&node, Txid::new(Epoch::new(u64::MAX, 1), u64::MAX));
     assert_eq!(text(send(get(&server, far.as_str())).await).await, "primary");
     follow(&node, 1, None);
@@ -120,7 +121,7 @@ async fn a_read_that_waited_too_long_goes_to_the_primary_or_says_so() {
 
 #[tokio::test]
 async fn without_a_primary_a_read_waits_for_its_transaction_as_long_as_a_request_is_held() {
-    let (server, primary, node) = reader(|l| l.read_wait_limit(SHORT).hold_limits(LONG, 8)).await;
+    let (server, primary, node) = reader(|l| l.wait_timeout(SHORT).hold_timeout(LONG).held_requests(8)).await;
     follow(&node, 1, None);
     let token = Token::sign(&node, txid(11));
     let read = || tokio::spawn(send(get(&server, token.as_str())));
@@ -213,7 +214,7 @@ async fn what_a_handler_waited_for_is_handed_on_to_its_client() {
 
 #[tokio::test]
 async fn above_the_cap_on_waiters_the_primary_is_asked() {
-    let (server, _primary, node) = reader(|l| l.read_wait_limit(LONG)).await;
+    let (server, _primary, node) = reader(|l| l.wait_timeout(LONG)).await;
     let mut waiters = Vec::new();
     for _ in 0..crate::applied::WAITERS_MAX {
         let applied = node.applied.clone();
@@ -241,7 +242,7 @@ async fn two_applications_on_one_host_do_not_disturb_each_other() {
         let token = Token::sign(&node, txid(99));
         format!("replite_{}={token}", node.database_tag())
     };
-    let (server, _primary, node) = reader(|l| l.read_wait_limit(LONG)).await;
+    let (server, _primary, node) = reader(|l| l.wait_timeout(LONG)).await;
     // One with other names has a cookie of its own; one with the same names, but another secret, has one that counts for nothing.
     for cookie in [other("shop", 7), other("app", 8), format!("{}; {}", other("shop", 8), other("app", 8))] {
         let request = Request::get(server.url()).header("cookie", cookie).body(full("")).unwrap();
@@ -262,7 +263,7 @@ async fn two_applications_on_one_host_do_not_disturb_each_other() {
 
 #[tokio::test]
 async fn of_several_cookies_of_its_name_the_newest_that_verifies_counts() {
-    let (server, _primary, node) = reader(|l| l.read_wait_limit(SHORT)).await;
+    let (server, _primary, node) = reader(|l| l.wait_timeout(SHORT)).await;
     let name = format!("replite_{}", node.database_tag());
     let token = |number| format!("{name}={}", Token::sign(&node, txid(number)));
     let (old, new) = (token(3), token(12));
@@ -286,7 +287,7 @@ async fn of_several_cookies_of_its_name_the_newest_that_verifies_counts() {
 
 #[tokio::test]
 async fn tokens_of_an_old_secret_hold_until_it_is_dropped() {
-    let (server, _primary, node) = reader(|l| l.read_wait_limit(SHORT)).await;
+    let (server, _primary, node) = reader(|l| l.wait_timeout(SHORT)).await;
     let old = Token::sign(&node, txid(12)).to_string();
     let secret = |byte| Secret::fixed([byte; 32]);
     node.keys.rotate(&[secret(9), secret(7)]).unwrap();

@@ -48,7 +48,7 @@ async fn an_upgrade_goes_where_its_route_says_and_waits_for_its_token() {
     let pair = Pair::new(
         Router::new().fallback(|| async { "primary" }),
         Router::new().fallback(|| async { "here" }),
-        |l| l.route_prefix("/primary", Route::Primary).read_wait_limit(SHORT),
+        |l| l.route_prefix("/primary", Route::Primary).wait_timeout(SHORT),
     );
     let pair = pair.await;
     let token = Token::sign(&pair.replica_node, txid(99)).to_string();

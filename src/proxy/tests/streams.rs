@@ -52,7 +52,7 @@ async fn events_come_one_by_one_and_end_at_the_primary_when_the_client_leaves() 
         }
     });
     // Events may pause for longer than anything else.
-    let pair = Pair::new(app, nothing(), |l| l.idle_limit(SHORT)).await;
+    let pair = Pair::new(app, nothing(), |l| l.idle_timeout(SHORT)).await;
     let mut response = send(pair.post("/events").body(full("")).unwrap()).await;
     assert_eq!(response.headers()["content-type"], "text/event-stream");
     for event in ["one", "two", "three"] {
@@ -167,7 +167,7 @@ async fn refusing(words: &'static [u8]) -> String {
 #[tokio::test]
 async fn nothing_is_sent_to_a_primary_that_does_not_show_that_it_speaks_http_2() {
     for words in [&b"HTTP/1.1 400 Bad Request\r\ncontent-length: 0\r\n\r\n"[..], b"", b"H", b"\0\0\0\x07\0"] {
-        let layer = |l: ReplayLayer| l.http2(true).hold_limits(SHORT, 8);
+        let layer = |l: ReplayLayer| l.http2(true).hold_timeout(SHORT).held_requests(8);
         let (replica, _node) = replica_of(&refusing(words).await, layer).await;
         for _ in 0..20 {
             let response = send(Request::post(replica.url()).body(full("x")).unwrap()).await;

@@ -19,11 +19,11 @@ use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
-use uuid::Uuid;
 
 use crate::checksum::Checksum;
 use crate::context::NodeContext;
 pub(super) use crate::ends::comes;
+use crate::peer::{Incarnation, NodeId};
 use crate::proxy::ReplayLayer;
 use crate::secret::{Keyring, Secret};
 use crate::status::{Addresses, PeerInfo, Role, RoleState};
@@ -31,7 +31,7 @@ use crate::txid::{Epoch, EpochHistory, EpochStart, Position, Txid};
 
 pub(super) fn peer(id: u128, app: &str) -> PeerInfo {
     let addresses = Addresses { app: app.into(), ..Addresses::default() };
-    PeerInfo { node: Uuid::from_u128(id), incarnation: Uuid::nil(), addresses }
+    PeerInfo { node: NodeId::from_u128(id), incarnation: Incarnation::NIL, addresses }
 }
 
 pub(super) fn epoch(number: u64) -> Epoch {
