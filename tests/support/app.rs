@@ -132,7 +132,7 @@ pub(crate) fn database(dir: &Path, port: u16) -> PathBuf {
 
 /// Starts a node in a process of its own.
 pub(crate) fn node(
-    entry: &str,
+    entry: impl Fn(),
     dir: &Path,
     port: u16,
     streams: Option<u16>,
@@ -226,7 +226,7 @@ impl Client {
 }
 
 /// Restarts the primary so many times. What was acknowledged is there once, whatever failed, and nothing is there twice.
-pub(crate) async fn restarts(entry: &str, setting: Setting, rounds: usize) -> Seen {
+pub(crate) async fn restarts(entry: impl Fn() + Copy, setting: Setting, rounds: usize) -> Seen {
     let dir = tempfile::tempdir().unwrap();
     let (port, streams) = (free_port(), setting.own_listener.then(free_port));
     let http2: &[_] = if setting.http2 { &[("HTTP2", "yes")] } else { &[] };

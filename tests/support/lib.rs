@@ -112,12 +112,12 @@ pub(crate) struct Process {
 
 impl Process {
     /// Runs the test function `entry` of this binary with these variables. It speaks in lines that begin with `@`.
-    pub(crate) fn start(entry: &str, variables: &[(&str, &str)]) -> Process {
+    pub(crate) fn start(entry: impl Fn(), variables: &[(&str, &str)]) -> Process {
         Process::start_limited(entry, variables, None)
     }
 
     /// The same with files that can't grow beyond so many bytes.
-    pub(crate) fn start_limited(entry: &str, variables: &[(&str, &str)], bytes: Option<u64>) -> Process {
+    pub(crate) fn start_limited(entry: impl Fn(), variables: &[(&str, &str)], bytes: Option<u64>) -> Process {
         let exe = std::env::current_exe().unwrap();
         let mut command = match bytes {
             None => Command::new(exe),
@@ -130,7 +130,7 @@ impl Process {
             }
         };
         let mut child = command
-            .args([entry, "--exact", "--nocapture", "--include-ignored"])
+            .args([test_name(&entry), "--exact", "--nocapture", "--include-ignored"])
             .env("REPLITE_TEST_CHILD", "1")
             .envs(variables.iter().copied())
             .stdin(Stdio::piped())
@@ -206,6 +206,29 @@ impl Drop for Process {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// The name of a test function, as a filter takes it: its path without the crate.
+pub(crate) fn test_name<F: Fn()>(_: &F) -> &'static str {
+    let path = std::any::type_name::<F>();
+    path.split_once("::").map_or(path, |(_, name)| name)
+}
+
+/// Whether this process runs the test alone, as what it counts or sets is all of a process's. If not, it has run in a
+/// process of its own when this returns.
+pub(crate) fn alone(test: impl Fn()) -> bool {
+    if is_child() {
+        return true;
+    }
+    let child = Command::new(std::env::current_exe().unwrap())
+        .args([test_name(&test), "--exact", "--nocapture", "--include-ignored"])
+        .env("REPLITE_TEST_CHILD", "1")
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&child.stdout);
+    assert!(child.status.success(), "{said}{}", String::from_utf8_lossy(&child.stderr));
+    assert!(said.contains("1 passed"), "{said}");
+    false
 }
 
 /// Whether this process is a child that [`Process::start`] made; a test function for children returns at once if not.

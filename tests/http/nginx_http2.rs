@@ -1,0 +1,99 @@
+//! A primary behind nginx as Debian packages it, which is spoken to in HTTP/2.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::app::*;
+use http::{Request, Version};
+use http_body_util::{BodyExt, Full};
+use hyper_util::client::legacy::Client;
+use hyper_util::rt::TokioExecutor;
+
+use crate::http_support::*;
+use crate::support::*;
+
+/// A node in a process of its own.
+#[test]
+#[ignore = "runs as the child of another test"]
+fn node_process() {
+    if is_child() {
+        run_node();
+    }
+}
+
+/// nginx that speaks HTTP/2 on its one port, and the primary's own HTTP/1.1, or gRPC, on the other side.
+fn nginx(dir: &Path, port: u16, pass: &str) -> Program {
+    let d = dir.display();
+    let config = format!(
+        "daemon off; master_process off; pid {d}/nginx.pid; error_log {d}/nginx.log;
+         events {{}}
+         http {{
+             access_log off;
+             client_body_temp_path {d}/body; proxy_temp_path {d}/proxy;
+             fastcgi_temp_path {d}/fastcgi; uwsgi_temp_path {d}/uwsgi; scgi_temp_path {d}/scgi;
+             server {{ listen 127.0.0.1:{port} http2; location / {{ {pass} }} }}
+         }}"
+    );
+    let file = dir.join("nginx.conf");
+    std::fs::write(&file, config).unwrap();
+    let mut command = Command::new(installed("nginx"));
+    command.arg("-e").arg(dir.join("nginx.log")).arg("-p").arg(dir).arg("-c").arg(file);
+    let nginx = Program::start(&mut command);
+    until("nginx listens", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
+    nginx
+}
+
+/// What a client of the replica hears that names the host `app.example`, in HTTP/1.1 and in HTTP/2 as gRPC's clients do.
+async fn hosts(pass: impl FnOnce(u16) -> String, replica: &[(&str, &str)]) -> [(u16, String); 2] {
+    let dir = tempfile::tempdir().unwrap();
+    let [door, primary_port, port] = [free_port(), free_port(), free_port()];
+    let _nginx = nginx(dir.path(), door, &pass(primary_port));
+    let advertised = format!("http://127.0.0.1:{door}");
+    let primary = node(node_process, dir.path(), primary_port, None, "", &[("ADVERTISE", &advertised)]);
+    primary.expect("ready");
+    let follows = format!("http://127.0.0.1:{primary_port}");
+    let replica = node(node_process, dir.path(), port, None, &follows, replica);
+    replica.expect("ready");
+
+    let ask = async |version: Version| {
+        let http2 = version == Version::HTTP_2;
+        let client: Client<_, Full<bytes::Bytes>> =
+            Client::builder(TokioExecutor::new()).http2_only(http2).build_http();
+        let mut request = Request::post(format!("http://127.0.0.1:{port}/host"));
+        request =
+            if http2 { request.header("te", "trailers") } else { request.header("host", "app.example") };
+        let request = request.body(Full::from("x")).unwrap();
+        let (head, body) = within("an answer", client.request(request)).await.unwrap().into_parts();
+        let body = body.collect().await.unwrap().to_bytes();
+        (head.status.as_u16(), String::from_utf8_lossy(&body).into_owned())
+    };
+    let answers = [ask(Version::HTTP_11).await, ask(Version::HTTP_2).await];
+    tokio::task::block_in_place(|| {
+        replica.end();
+        primary.end();
+    });
+    answers
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs nginx"]
+async fn a_primary_behind_nginx_is_asked_in_http2_by_the_name_that_the_client_used() {
+    let pass = |port| {
+        format!(
+            "proxy_pass http://127.0.0.1:{port}; proxy_http_version 1.1; proxy_set_header Host $http_host;"
+        )
+    };
+    let [one, two] = hosts(pass, &[("HTTP2", "yes")]).await;
+    assert_eq!(one, (200, "app.example app.example".into()));
+    assert_eq!(two.0, 200, "{two:?}");
+    assert!(two.1.starts_with("127.0.0.1:"), "{two:?}");
+}
+
+/// As gRPC is passed on: what the client asks in HTTP/2 is HTTP/2 on all of its way.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs nginx"]
+async fn a_primary_behind_nginx_answers_grpc() {
+    let pass = |port| format!("grpc_pass grpc://127.0.0.1:{port};");
+    let [_, two] = hosts(pass, &[]).await;
+    assert_eq!(two.0, 200, "{two:?}");
+}
