@@ -162,6 +162,19 @@ async fn every_kind_of_commit_is_named_as_capture_counts_it() {
 
 #[test]
 fn a_current_thread_runtime_and_dropping_the_handle_work() {
+    open_and_drop(|| 0);
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn no_thread_outlives_its_database() {
+    if alone(no_thread_outlives_its_database) {
+        open_and_drop(threads);
+    }
+}
+
+/// Opens a database again and again; `threads` says how many of its threads there are.
+fn open_and_drop(threads: fn() -> usize) {
     let dir = tempfile::tempdir().unwrap();
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     runtime.block_on(async {
@@ -188,32 +201,12 @@ fn a_current_thread_runtime_and_dropping_the_handle_work() {
     assert_eq!(threads(), 0, "a plain thread closes by itself");
 }
 
-/// Threads of ours that belong to this very test: the others of this binary run beside it, with databases of their own.
-fn threads() -> usize {
-    // A test runs on a thread of its own, and so do ours; only the names tell, and the other tests have the same.
-    // So this counts nothing but where it must be exact: in a process of its own.
-    if std::env::var_os("REPLITE_TEST_ALONE").is_none() {
-        return 0;
-    }
-    std::fs::read_dir("/proc/self/task")
-        .map(|tasks| {
-            tasks
-                .filter_map(|t| std::fs::read_to_string(t.ok()?.path().join("comm")).ok())
-                .filter(|name| name.starts_with("replite-"))
-                .count()
-        })
-        .unwrap_or(0)
-}
-
-#[test]
+/// This process's threads that belong to a database, by their names, which are alike for all databases.
 #[cfg(target_os = "linux")]
-fn no_thread_outlives_its_database() {
-    let alone = std::process::Command::new(std::env::current_exe().unwrap())
-        .args([test_name(&a_current_thread_runtime_and_dropping_the_handle_work), "--exact"])
-        .env("REPLITE_TEST_ALONE", "1")
-        .output()
-        .unwrap();
-    assert!(alone.status.success(), "{}", String::from_utf8_lossy(&alone.stdout));
+fn threads() -> usize {
+    let tasks = std::fs::read_dir("/proc/self/task").unwrap();
+    let names = tasks.filter_map(|task| std::fs::read_to_string(task.ok()?.path().join("comm")).ok());
+    names.filter(|name| name.starts_with("replite-")).count()
 }
 
 #[tokio::test]

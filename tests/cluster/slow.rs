@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use crate::support::*;
 use replite::{Db, Error, Event, Events};
+use rustix::process::Signal;
 
 /// Bytes a second.
 const RATE: u64 = 10_000;
@@ -61,20 +62,8 @@ impl World {
         Wire::start(([127, 0, 0, 1], self.port).into(), Duration::ZERO).await
     }
 
-    fn signal(&self, name: &str) {
-        let kill = std::process::Command::new("kill").args([name, &self.primary.id().to_string()]).status();
-        assert!(kill.unwrap().success());
-    }
-
     fn path(&self) -> std::path::PathBuf {
         self.dir.path().join("r.db")
-    }
-}
-
-impl Drop for World {
-    fn drop(&mut self) {
-        // One that stands still would not see that nobody speaks to it any more.
-        let _ = std::process::Command::new("kill").args(["-KILL", &self.primary.id().to_string()]).status();
     }
 }
 
@@ -163,7 +152,7 @@ async fn a_primary_that_stands_still_is_noticed_before_its_stream_is_given_up() 
     db.wait_for_timeout(last, PATIENCE).await.unwrap();
     until("the replica is well", || db.health().can_write && db.status().problem.is_none());
     let mut events = db.events();
-    world.signal("-STOP");
+    world.primary.signal(Signal::STOP);
     until("it is noticed", || !db.health().can_write);
     let (health, status) = (db.health(), db.status());
     let lag = status.lag.unwrap();
@@ -172,7 +161,7 @@ async fn a_primary_that_stands_still_is_noticed_before_its_stream_is_given_up() 
     let said = status.problem.unwrap_or_default();
     assert!(said.contains("nothing was heard from the primary for"), "{said}");
     assert_eq!(endings(&mut events).await, [""; 0], "the stream still stands");
-    world.signal("-CONT");
+    world.primary.signal(Signal::CONT);
     until("all is well again", || db.health().can_write && db.status().problem.is_none());
     until("and level", || db.status().lag.unwrap().millis < 2000);
     assert!(db.status().lag.unwrap().connected);

@@ -136,7 +136,7 @@ async fn a_heal_without_room_on_the_disk_for_what_it_replaces_waits_and_says_so(
     let a = open(fork.primary("a")).await;
     let variables = [("DB", path.to_str().unwrap()), ("URL", url.as_str())];
     let limit = lost.len() as u64 * 5 / 4;
-    let process = Process::start_limited(healing_process, &variables, Some(limit));
+    let process = Process::start_limited(healing_process, &variables, limit);
     process.expect("open");
     let problem = process.expect("problem");
     assert!(problem.contains("write") && problem.contains("/lost/"), "{problem}");

@@ -11,7 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::http_support::*;
-use crate::support::{until, within};
+use crate::support::{LIMIT, until, within};
 
 /// What the documentation promises for the end of everything.
 const END_LIMIT: Duration = Duration::from_secs(10);
@@ -72,10 +72,9 @@ fn children(of: Pid) -> Vec<Pid> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn three_instances_share_their_notes_survive_a_kill_and_end_together() {
     let dir = tempfile::tempdir().unwrap();
-    let port = three_ports();
-    let urls = [port, port + 1, port + 2].map(|port| format!("http://127.0.0.1:{port}"));
+    let Example { process: example, urls } = Example::launcher(three_ports(), dir.path());
+    let urls: [String; 3] = urls.try_into().unwrap();
     let nodes = urls.clone().map(|url| format!("{url}/api/node"));
-    let example = Example::launcher(port, dir.path());
     let launcher = example.pid();
     let rows = tokio::task::block_in_place(|| urls.clone().map(|url| example.line(&format!("{url} "))));
     let table = rows.each_ref().map(|row| row.split_whitespace().collect::<Vec<_>>());
@@ -121,9 +120,9 @@ async fn three_instances_share_their_notes_survive_a_kill_and_end_together() {
         event(&mut feed).await.unwrap();
         feeds.push(feed);
     }
-    let (status, took) = tokio::task::block_in_place(|| example.end());
+    let took = tokio::task::block_in_place(|| example.end());
     println!("ended after {took:?}");
-    assert!(status.success() && took < END_LIMIT, "{status} after {took:?}");
+    assert!(took < END_LIMIT, "{took:?}");
     for feed in &mut feeds {
         while event(feed).await.is_some() {}
     }
@@ -144,19 +143,19 @@ fn runs(pid: Pid) -> bool {
 #[test]
 fn no_instance_outlives_a_launcher_that_was_killed() {
     let dir = tempfile::tempdir().unwrap();
-    let (mut example, _) = Example::three(dir.path());
+    let example = Example::three(dir.path()).process;
     let pids = children(example.pid());
     assert_eq!(pids.len(), 3);
-    example.program.0.kill().unwrap();
-    example.program.0.wait().unwrap();
+    example.kill();
     until("their end", || !pids.iter().any(|pid| runs(*pid)));
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn every_refusal_is_json() {
     let dir = tempfile::tempdir().unwrap();
-    let (example, url) = Example::one(dir.path(), &[]);
-    listening(&url).await;
+    let Example { process: example, urls } = Example::one(dir.path(), &[]);
+    let url = &urls[0];
+    listening(url).await;
     let large = serde_json::json!({ "text": "x".repeat(100_000) }).to_string();
     for (method, path, body, status) in [
         ("GET", "/api/notes?limit=many", "", 400),
@@ -176,8 +175,8 @@ async fn every_refusal_is_json() {
         assert_eq!(answer.status, status, "{method} {path}: {answer:?}");
         assert!(json(&answer)["error"].is_string(), "{method} {path}: {answer:?}");
     }
-    let (status, took) = tokio::task::block_in_place(|| example.end());
-    assert!(status.success() && took < END_LIMIT, "{status} after {took:?}");
+    let took = tokio::task::block_in_place(|| example.end());
+    assert!(took < END_LIMIT, "{took:?}");
 }
 
 async fn listening(url: &str) {
@@ -202,11 +201,12 @@ async fn an_import_waits_for_a_locked_file_and_its_notes_are_found() {
              BEGIN EXCLUSIVE; INSERT INTO notes(text) VALUES ('under way')",
         )
         .unwrap();
-    let (example, url) = Example::one(&data, &["--import", old.to_str().unwrap()]);
+    let Example { process: example, urls } = Example::one(&data, &["--import", old.to_str().unwrap()]);
+    let url = &urls[0];
     tokio::task::block_in_place(|| example.line("the import waits"));
     assert!(!data.join("notes.db").exists());
     source.execute_batch("COMMIT").unwrap();
-    listening(&url).await;
+    listening(url).await;
     for (word, found) in [("early", 1), ("worm", 1), ("under", 1), ("", 3), ("nothing", 0)] {
         let answer = Http::new().get(&format!("{url}/api/notes?q={word}")).await.unwrap();
         assert_eq!(json(&answer).as_array().unwrap().len(), found, "{word}: {answer:?}");
@@ -218,7 +218,7 @@ async fn an_import_waits_for_a_locked_file_and_its_notes_are_found() {
         let answer = Http::new().get(&format!("{url}/api/notes?q={word}")).await.unwrap();
         assert_eq!(json(&answer).as_array().unwrap().len(), found, "{word}: {answer:?}");
     }
-    assert!(tokio::task::block_in_place(|| example.end()).0.success());
+    tokio::task::block_in_place(|| example.end());
 }
 
 #[test]
@@ -227,10 +227,9 @@ fn a_port_that_is_taken_ends_the_launcher_and_what_it_started() {
     let port = three_ports();
     let _taken = std::net::TcpListener::bind(("127.0.0.1", port + 2)).unwrap();
     let begin = Instant::now();
-    let mut example = Example::launcher(port, dir.path());
+    let mut example = Example::launcher(port, dir.path()).process;
     example.line(&format!("127.0.0.1:{}", port + 2));
-    until("its end", || example.program.0.try_wait().unwrap().is_some());
-    assert!(!example.program.0.wait().unwrap().success());
+    assert!(!example.wait(LIMIT).success());
     assert!(begin.elapsed() < END_LIMIT);
 }
 
@@ -242,10 +241,9 @@ fn an_instance_that_can_not_begin_ends_the_others() {
     let database = dir.path().join(port.to_string()).join("notes.db");
     std::fs::create_dir_all(database.parent().unwrap()).unwrap();
     std::fs::write(database, "this is no database, whoever asks for it".repeat(100)).unwrap();
-    let mut example = Example::launcher(port, dir.path());
+    let mut example = Example::launcher(port, dir.path()).process;
     example.line("ended before all were ready");
-    until("its end", || example.program.0.try_wait().unwrap().is_some());
-    assert!(!example.program.0.wait().unwrap().success());
+    assert!(!example.wait(LIMIT).success());
     for port in port..port + 3 {
         assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_err());
     }

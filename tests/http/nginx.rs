@@ -2,17 +2,13 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
-use axum::extract::State;
-use axum::http::{StatusCode, Uri};
-use axum::routing::get;
 use http::Request;
-use replite::{Config, Db, Error, lease};
 
+use crate::app::*;
 use crate::http_support::*;
 use crate::support::*;
 
@@ -21,60 +17,13 @@ const DELAY: Duration = Duration::from_millis(15);
 /// Clients with a cookie, and as many with the header.
 const CLIENTS: usize = 8;
 
-/// `POST /` adds the body as a note, `GET /?text` counts the notes with this text.
-fn routes(db: &Db) -> axum::Router {
-    async fn add(State(db): State<Db>, text: String) -> Result<StatusCode, (StatusCode, String)> {
-        let write = move |tx: &mut replite::rusqlite::Transaction<'_>| {
-            Ok::<_, Error>(tx.execute("INSERT INTO notes(text) VALUES (?1)", [text])?)
-        };
-        match db.write(write).await {
-            Ok(_) => Ok(StatusCode::CREATED),
-            Err(error) => Err((StatusCode::INTERNAL_SERVER_ERROR, error.to_string())),
-        }
-    }
-    async fn count(State(db): State<Db>, uri: Uri) -> Result<String, (StatusCode, String)> {
-        let text = uri.query().unwrap_or_default();
-        let read = |conn: &replite::rusqlite::Connection| {
-            let sql = "SELECT count(*) FROM notes WHERE text = ?1";
-            Ok::<i64, Error>(conn.query_row(sql, [text], |row| row.get(0))?)
-        };
-        db.read(read).map(|n| n.to_string()).map_err(|e| (StatusCode::SERVICE_UNAVAILABLE, e.to_string()))
-    }
-    axum::Router::new().route("/", get(count).post(add)).with_state(db.clone())
-}
-
 /// A node in a process of its own.
 #[test]
 #[ignore = "runs as the child of another test"]
 fn node_process() {
-    if !is_child() {
-        return;
+    if is_child() {
+        run_node();
     }
-    let runtime = tokio::runtime::Runtime::new().unwrap();
-    runtime.block_on(async {
-        let listener =
-            tokio::net::TcpListener::bind(format!("127.0.0.1:{}", variable("PORT"))).await.unwrap();
-        let schema = "CREATE TABLE IF NOT EXISTS notes(text); CREATE INDEX IF NOT EXISTS i ON notes(text)";
-        let config = Config::new(variable("DB"))
-            .database("app")
-            .secret(secret())
-            .advertise(format!("http://127.0.0.1:{}", variable("PORT")))
-            .migrate(move |conn| conn.execute_batch(schema));
-        let config = match variable("FOLLOWS").as_str() {
-            "" => config,
-            url => config.lease(lease::Fixed::replica_of(url)),
-        };
-        let db = Db::open(config).await.unwrap();
-        let app = match variable("LAYER").as_str() {
-            "yes" => routes(&db).layer(db.replay_layer()),
-            _ => routes(&db),
-        };
-        let app = app.nest_service("/_replite", db.service());
-        tokio::spawn(axum::serve(listener, app).into_future());
-        db.ready().await.unwrap();
-        speak("ready");
-        tokio::task::spawn_blocking(hear).await.unwrap();
-    });
 }
 
 /// Three nodes, whose stream is delayed, and nginx before them.
@@ -85,7 +34,7 @@ struct Site {
     primary: Option<Process>,
     _replicas: Vec<Process>,
     _wire: Wire,
-    _nginx: Program,
+    _nginx: Process,
     url: String,
 }
 
@@ -95,13 +44,13 @@ impl Site {
         let ports = [free_port(), free_port(), free_port()];
         let wire = Wire::start(([127, 0, 0, 1], ports[0]).into(), DELAY).await;
         let follows = format!("http://{}", wire.address);
-        let primary = node(dir.path(), ports[0], "", layer);
+        let primary = start(dir.path(), ports[0], "", layer);
         primary.expect("ready");
         let replicas: Vec<Process> =
-            ports[1..].iter().map(|port| node(dir.path(), *port, &follows, layer)).collect();
+            ports[1..].iter().map(|port| start(dir.path(), *port, &follows, layer)).collect();
         let (nginx, url) = tokio::task::block_in_place(|| {
             replicas.iter().for_each(|replica| drop(replica.expect("ready")));
-            nginx(dir.path(), ports)
+            balancer(dir.path(), ports)
         });
         let primary = Some(primary);
         let site = Site { dir, ports, layer, primary, _replicas: replicas, _wire: wire, _nginx: nginx, url };
@@ -124,7 +73,7 @@ impl Site {
     }
 
     fn start_primary(&mut self) {
-        let primary = node(self.dir.path(), self.ports[0], "", self.layer);
+        let primary = start(self.dir.path(), self.ports[0], "", self.layer);
         primary.expect("ready");
         self.primary = Some(primary);
     }
@@ -137,48 +86,31 @@ impl Site {
     }
 }
 
-fn database(dir: &Path, port: u16) -> PathBuf {
-    dir.join(format!("{port}.db"))
+/// With or without the layer.
+fn start(dir: &Path, port: u16, follows: &str, layer: &str) -> Process {
+    node(node_process, dir, port, None, follows, &[("LAYER", layer)])
 }
 
-fn node(dir: &Path, port: u16, follows: &str, layer: &str) -> Process {
-    let (db, port) = (database(dir, port), port.to_string());
-    let variables = [("DB", db.to_str().unwrap()), ("PORT", &port), ("FOLLOWS", follows), ("LAYER", layer)];
-    Process::start(node_process, &variables)
-}
-
-fn nginx(dir: &Path, ports: [u16; 3]) -> (Program, String) {
+/// nginx that sends each request to the next node in turn.
+fn balancer(dir: &Path, ports: [u16; 3]) -> (Process, String) {
     let port = free_port();
     let [a, b, c] = ports;
-    // One process, so that no worker outlives the test, or is another user who can't enter the directory.
-    let d = dir.display();
-    let config = format!(
-        "daemon off; master_process off; pid {d}/nginx.pid; error_log {d}/nginx.log;
-         events {{}}
-         http {{
-             access_log off;
-             client_body_temp_path {d}/body; proxy_temp_path {d}/proxy;
-             fastcgi_temp_path {d}/fastcgi; uwsgi_temp_path {d}/uwsgi; scgi_temp_path {d}/scgi;
-             upstream nodes {{
-                 server 127.0.0.1:{a}; server 127.0.0.1:{b}; server 127.0.0.1:{c};
-                 keepalive 16;
-             }}
-             server {{
-                 listen 127.0.0.1:{port};
-                 location / {{
-                     proxy_pass http://nodes;
-                     proxy_http_version 1.1;
-                     proxy_set_header Connection \"\";
-                     proxy_set_header Host $host;
-                 }}
+    let http = format!(
+        "upstream nodes {{
+             server 127.0.0.1:{a}; server 127.0.0.1:{b}; server 127.0.0.1:{c};
+             keepalive 16;
+         }}
+         server {{
+             listen 127.0.0.1:{port};
+             location / {{
+                 proxy_pass http://nodes;
+                 proxy_http_version 1.1;
+                 proxy_set_header Connection \"\";
+                 proxy_set_header Host $host;
              }}
          }}"
     );
-    let file = dir.join("nginx.conf");
-    std::fs::write(&file, config).unwrap();
-    let mut command = Command::new(installed("nginx"));
-    command.arg("-e").arg(dir.join("nginx.log")).arg("-p").arg(dir).arg("-c").arg(file);
-    (Program::start(&mut command), format!("http://127.0.0.1:{port}/"))
+    (nginx(dir, port, &http), format!("http://127.0.0.1:{port}/"))
 }
 
 /// How a client carries its token.

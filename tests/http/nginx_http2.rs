@@ -1,8 +1,5 @@
 //! A primary behind nginx as Debian packages it, which is spoken to in HTTP/2.
 
-use std::path::Path;
-use std::process::Command;
-
 use crate::app::*;
 use http::{Request, Version};
 use http_body_util::{BodyExt, Full};
@@ -21,33 +18,14 @@ fn node_process() {
     }
 }
 
-/// nginx that speaks HTTP/2 on its one port, and the primary's own HTTP/1.1, or gRPC, on the other side.
-fn nginx(dir: &Path, port: u16, pass: &str) -> Program {
-    let d = dir.display();
-    let config = format!(
-        "daemon off; master_process off; pid {d}/nginx.pid; error_log {d}/nginx.log;
-         events {{}}
-         http {{
-             access_log off;
-             client_body_temp_path {d}/body; proxy_temp_path {d}/proxy;
-             fastcgi_temp_path {d}/fastcgi; uwsgi_temp_path {d}/uwsgi; scgi_temp_path {d}/scgi;
-             server {{ listen 127.0.0.1:{port} http2; location / {{ {pass} }} }}
-         }}"
-    );
-    let file = dir.join("nginx.conf");
-    std::fs::write(&file, config).unwrap();
-    let mut command = Command::new(installed("nginx"));
-    command.arg("-e").arg(dir.join("nginx.log")).arg("-p").arg(dir).arg("-c").arg(file);
-    let nginx = Program::start(&mut command);
-    until("nginx listens", || std::net::TcpStream::connect(("127.0.0.1", port)).is_ok());
-    nginx
-}
-
 /// What a client of the replica hears that names the host `app.example`, in HTTP/1.1 and in HTTP/2 as gRPC's clients do.
 async fn hosts(pass: impl FnOnce(u16) -> String, replica: &[(&str, &str)]) -> [(u16, String); 2] {
     let dir = tempfile::tempdir().unwrap();
     let [door, primary_port, port] = [free_port(), free_port(), free_port()];
-    let _nginx = nginx(dir.path(), door, &pass(primary_port));
+    // It speaks HTTP/2 on its one port, and the primary's own HTTP/1.1, or gRPC, on the other side.
+    let pass = pass(primary_port);
+    let server = format!("server {{ listen 127.0.0.1:{door} http2; location / {{ {pass} }} }}");
+    let _nginx = nginx(dir.path(), door, &server);
     let advertised = format!("http://127.0.0.1:{door}");
     let primary = node(node_process, dir.path(), primary_port, None, "", &[("ADVERTISE", &advertised)]);
     primary.expect("ready");

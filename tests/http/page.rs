@@ -1,11 +1,9 @@
 //! The example's page in a real browser: Chromium without a window, told what to do over the WebDriver protocol.
 
-use std::os::unix::process::CommandExt;
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use http::{Method, Request};
-use rustix::process::{Pid, Signal, kill_process_group};
 use serde_json::{Value, json};
 
 use crate::http_support::*;
@@ -18,37 +16,21 @@ const SOON: Duration = Duration::from_secs(1);
 struct Browser {
     http: Http,
     session: String,
-    _driver: Group,
+    _driver: Process,
     _profile: tempfile::TempDir,
-}
-
-/// chromedriver and the browser that it starts, which would outlive it.
-struct Group(Program);
-
-impl Drop for Group {
-    fn drop(&mut self) {
-        // They may have ended by themselves.
-        let _ = kill_process_group(Pid::from_child(&self.0.0), Signal::KILL);
-    }
 }
 
 impl Browser {
     async fn start() -> Browser {
         let profile = tempfile::tempdir().unwrap();
-        let port = free_port();
         let mut command = Command::new(installed("chromedriver"));
-        command.arg(format!("--port={port}")).stdout(Stdio::null()).stderr(Stdio::null());
         // Nothing is left in the user's own directory.
-        command.env("HOME", profile.path()).process_group(0);
-        let driver = Group(Program::start(&mut command));
+        command.arg("--port=0").env("HOME", profile.path());
+        // The browser that it starts would outlive it.
+        let driver = Process::group(&mut command);
+        let ready = tokio::task::block_in_place(|| driver.line("started successfully on port "));
+        let port = ready.rsplit(' ').next().unwrap().trim_end_matches('.');
         let (http, url) = (Http::new(), format!("http://127.0.0.1:{port}"));
-        within("chromedriver", async {
-            while !http.get(&format!("{url}/status")).await.is_ok_and(|a| a.text().contains("\"ready\":true"))
-            {
-                tokio::time::sleep(Duration::from_millis(10)).await;
-            }
-        })
-        .await;
         let options = json!({
             "binary": installed("chromium"),
             "args": [
@@ -148,7 +130,7 @@ impl Page<'_> {
 #[ignore = "needs chromium and chromedriver"]
 async fn a_note_typed_on_a_replicas_page_is_there_at_once_and_on_all_pages_within_a_second() {
     let dir = tempfile::tempdir().unwrap();
-    let (example, urls) = tokio::task::block_in_place(|| Example::three(dir.path()));
+    let Example { process: example, urls } = tokio::task::block_in_place(|| Example::three(dir.path()));
     let browser = Browser::start().await;
     let (a, b) = (browser.open(&urls[0]).await, browser.open(&urls[1]).await);
     let mine = browser.open(&urls[2]).await;
@@ -199,5 +181,5 @@ async fn a_note_typed_on_a_replicas_page_is_there_at_once_and_on_all_pages_withi
     mine.shows(&["outside, too", "from outside"]).await;
     println!("searched for {:?}", begin.elapsed());
     browser.quit().await;
-    assert!(tokio::task::block_in_place(|| example.end()).0.success());
+    tokio::task::block_in_place(|| example.end());
 }

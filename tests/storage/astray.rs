@@ -13,7 +13,7 @@ use replite::{Db, Error, Event};
 const TOLD_LIMIT: Duration = Duration::from_secs(5);
 
 /// Runs a program of the system, as an operator does. In this process a closed descriptor of a database would drop SQLite's locks.
-fn shell(words: &[&str]) {
+fn system(words: &[&str]) {
     assert!(Command::new(words[0]).args(&words[1..]).status().unwrap().success(), "{words:?}");
 }
 
@@ -106,8 +106,8 @@ async fn a_backup_put_over_the_file_of_a_running_primary_is_never_vouched_for() 
             insert(&p, "after", n).await;
         }
         let right = dir.path().join("right.db");
-        shell(&["ln", text(&path), text(&right)]);
-        shell(&[how, text(&backup), text(&path)]);
+        system(&["ln", text(&path), text(&right)]);
+        system(&[how, text(&backup), text(&path)]);
         let more = write_on(&p).await;
         assert_stopped(&p, if how == "mv" { "another file" } else { "somebody else" });
         within("the event", async {
@@ -123,7 +123,7 @@ async fn a_backup_put_over_the_file_of_a_running_primary_is_never_vouched_for() 
                 assert!(matches!(error, Error::Damaged { .. }), "{error:?}");
                 assert_eq!(how, "mv", "the log has all pages that were changed");
                 // With the right file all is there.
-                shell(&["mv", text(&right), text(&path)]);
+                system(&["mv", text(&right), text(&path)]);
                 let again = opened(&path).await;
                 more.assert_kept(&again, 1000, how);
                 again.shutdown().await;
@@ -154,7 +154,7 @@ async fn a_transaction_that_read_a_file_that_was_written_over_is_not_committed()
     assert!(matches!(done, replite::Checkpoint::Done), "{done:?}");
     let to = path.clone();
     let write = p.write(move |tx| {
-        shell(&["cp", text(&backup), text(&to)]);
+        system(&["cp", text(&backup), text(&to)]);
         Ok::<_, Error>(tx.execute("INSERT INTO t(n) VALUES (1)", [])?)
     });
     let refused = write.await;
@@ -179,8 +179,8 @@ async fn a_primary_whose_files_are_removed_stops_and_has_what_the_log_has() {
         }
         let begin = Instant::now();
         match name {
-            "*" => shell(&["find", text(dir.path()), "-mindepth", "1", "-delete"]),
-            name => shell(&["rm", "-r", text(&beside(&path, name))]),
+            "*" => system(&["find", text(dir.path()), "-mindepth", "1", "-delete"]),
+            name => system(&["rm", "-r", text(&beside(&path, name))]),
         }
         // Nobody writes: the look alone finds it.
         until("it is told", || !p.health().can_write);
@@ -208,7 +208,7 @@ async fn what_was_acknowledged_when_the_wal_was_removed_is_there_after_a_restart
     let p = opened(&path).await;
     let removed = beside(&path, "-wal");
     let (written, ()) = tokio::join!(write_on(&p), async {
-        tokio::task::spawn_blocking(move || shell(&["rm", text(&removed)])).await.unwrap();
+        tokio::task::spawn_blocking(move || system(&["rm", text(&removed)])).await.unwrap();
     });
     p.shutdown().await;
     let again = opened(&path).await;
@@ -220,11 +220,12 @@ async fn what_was_acknowledged_when_the_wal_was_removed_is_there_after_a_restart
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn the_applications_readiness_follows() {
     let dir = tempfile::tempdir().unwrap();
-    let (example, url) = crate::http_support::Example::one(dir.path(), &[]);
+    let example = crate::http_support::Example::one(dir.path(), &[]);
+    let url = &example.urls[0];
     let http = crate::http_support::Http::new();
     let status = async |path: &str| http.get(&format!("{url}{path}")).await.map_or(0, |answer| answer.status);
     within("ready", async { while status("/readyz").await != 200 {} }).await;
-    shell(&["rm", text(&dir.path().join("notes.db-wal"))]);
+    system(&["rm", text(&dir.path().join("notes.db-wal"))]);
     within("not ready", async { while status("/readyz").await != 503 {} }).await;
     let note = Request::post(format!("{url}/api/notes")).header("content-type", "application/json");
     let answer = http.send(note.body(r#"{"text":"lost"}"#).unwrap()).await.unwrap();
@@ -274,12 +275,8 @@ fn process_without_descriptors() {
 fn health_follows_from_reads_that_fail() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("p.db");
-    let mut shell = Command::new("sh");
-    shell.args(["-c", "ulimit -n 100; exec \"$@\"", "sh"]).arg(std::env::current_exe().unwrap());
-    shell.args([test_name(&process_without_descriptors), "--exact", "--nocapture", "--include-ignored"]);
-    let output = shell.env("REPLITE_TEST_CHILD", "1").env("DB", &path).output().unwrap();
-    let said = String::from_utf8_lossy(&output.stdout);
-    assert!(said.contains("@recovered"), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
+    let limited = shell("ulimit -n 100; exec \"$@\"");
+    Process::start_by(limited, process_without_descriptors, &[("DB", text(&path))]).expect("recovered");
 }
 
 fn sum(db: &Db) -> Result<i64, Error> {
@@ -306,9 +303,9 @@ async fn a_replica_whose_files_are_others_is_healed() {
         within("all", r.wait_for_timeout(last, LIMIT)).await.unwrap();
         assert_eq!(count(&r), 1000);
         match deed {
-            "wipe" => shell(&["find", text(path.parent().unwrap()), "-mindepth", "1", "-delete"]),
-            "mv" | "cp" => shell(&[deed, text(&backup), text(&path)]),
-            rm => shell(&["rm", "-r", text(&beside(&path, &rm[3..]))]),
+            "wipe" => system(&["find", text(path.parent().unwrap()), "-mindepth", "1", "-delete"]),
+            "mv" | "cp" => system(&[deed, text(&backup), text(&path)]),
+            rm => system(&["rm", "-r", text(&beside(&path, &rm[3..]))]),
         }
         let last = insert(&p, "later", 0).await;
         let waited = r.wait_for_timeout(last, LIMIT / 2).await;

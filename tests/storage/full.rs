@@ -47,7 +47,7 @@ async fn a_log_that_cannot_be_written_costs_no_commit_and_replicas_come_to_the_s
     let mut process = Process::start_limited(
         cramped_primary,
         &[("DB", p.to_str().unwrap()), ("PORT", &port.to_string())],
-        Some(1024 * 1024),
+        1024 * 1024,
     );
     process.expect("open");
     let db = Db::open(replica(&r, &format!("http://127.0.0.1:{port}"))).await.unwrap();
@@ -106,7 +106,7 @@ async fn a_replica_without_room_says_so_and_goes_on_when_there_is_room() {
         last = primary.write(write).await.unwrap().txid;
     }
     let variables = [("DB", r.to_str().unwrap()), ("URL", url.as_str())];
-    let process = Process::start_limited(cramped_replica, &variables, Some(512 * 1024));
+    let process = Process::start_limited(cramped_replica, &variables, 512 * 1024);
     process.expect("problem");
     process.kill();
     let db = Db::open(replica(&r, &url)).await.unwrap();
@@ -166,7 +166,7 @@ async fn a_replica_without_room_for_its_database_file_says_so_and_goes_on_in_its
     db.shutdown().await;
     let bytes = std::fs::metadata(&r).unwrap().len();
     let variables = [("DB", r.to_str().unwrap()), ("URL", url.as_str())];
-    let mut process = Process::start_limited(replica_with_a_full_file, &variables, Some(bytes));
+    let mut process = Process::start_limited(replica_with_a_full_file, &variables, bytes);
     process.expect("ready");
     let mut last = None;
     // More than its WAL is to have, and not twice as much as that.
@@ -300,17 +300,14 @@ fn a_primary_on_a_full_disk_is_opened_and_read_and_says_that_it_can_not_write() 
     for kill in ["no", "yes"] {
         let dir = tempfile::tempdir().unwrap();
         // A file system of memory, which nobody but this process sees.
-        let output = std::process::Command::new("unshare")
+        let mut unshare = std::process::Command::new("unshare");
+        unshare
             .args(["-rm", "sh", "-c", "mount -t tmpfs -o size=8m tmpfs \"$1\" && shift && exec \"$@\"", "sh"])
             .arg(dir.path())
-            .arg(std::env::current_exe().unwrap())
-            .args([test_name(&process_on_a_small_disk), "--exact", "--nocapture", "--include-ignored"])
-            .env("REPLITE_TEST_CHILD", "1")
-            .env("DB", dir.path().join("p.db"))
-            .env("KILL", kill)
-            .output()
-            .unwrap();
-        let said = String::from_utf8_lossy(&output.stdout);
-        assert!(said.contains("@survived"), "{said}\n{}", String::from_utf8_lossy(&output.stderr));
+            .arg(this_binary());
+        let path = dir.path().join("p.db");
+        let variables = [("DB", path.to_str().unwrap()), ("KILL", kill)];
+        let said = Process::start_by(unshare, process_on_a_small_disk, &variables).success();
+        assert_eq!(said, ["survived"]);
     }
 }

@@ -1,7 +1,6 @@
 //! What drops the process's locks on the database files is noticed and mended.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::support::*;
@@ -10,14 +9,8 @@ use replite::{Db, Error, Event, Events};
 
 /// Runs SQL in another process, by a plain connection that does not wait. What it said.
 fn elsewhere(path: &Path, sql: &str) -> String {
-    let output = Command::new(std::env::current_exe().unwrap())
-        .args([test_name(&other_process), "--exact", "--nocapture", "--include-ignored"])
-        .env("REPLITE_TEST_CHILD", "1")
-        .envs([("DATABASE", path.to_str().unwrap()), ("SQL", sql)])
-        .output()
-        .unwrap();
-    let said = String::from_utf8(output.stdout).unwrap();
-    said.lines().find_map(|line| Some(line.split_once('@')?.1.to_string())).expect("a word of the process")
+    let variables = [("DATABASE", path.to_str().unwrap()), ("SQL", sql)];
+    Process::start(other_process, &variables).success().pop().expect("a word of the process")
 }
 
 #[test]

@@ -95,7 +95,9 @@ pub(crate) fn run_node() {
         }
         let db = Db::open(config).await.unwrap();
         let layer = db.replay_layer().http2(std::env::var_os("HTTP2").is_some()).route_prefix("/primary", Route::Primary);
-        let app = routes(&db).layer(layer).nest_service("/_replite", db.service());
+        let layered = std::env::var("LAYER").as_deref() != Ok("no");
+        let app = if layered { routes(&db).layer(layer) } else { routes(&db) };
+        let app = app.nest_service("/_replite", db.service());
         let listener = match listener {
             Some(listener) => listener,
             None => {
