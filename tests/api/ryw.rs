@@ -10,8 +10,7 @@ use replite::{Db, Error, Event};
 async fn behind(delay: Duration, dir: &tempfile::TempDir) -> (Db, Db, Wire) {
     let p = Db::open(primary(&dir.path().join("p.db"), 0)).await.unwrap();
     let url = p.node().addresses.replication.clone();
-    let address = url.trim_start_matches("http://").split('/').next().unwrap().parse().unwrap();
-    let wire = Wire::start(address, delay).await;
+    let wire = Wire::start(address(&url), delay).await;
     let url = format!("http://{}", wire.address);
     let r = Db::open(replica(&dir.path().join("r.db"), &url)).await.unwrap();
     within("ready", r.ready()).await.unwrap();

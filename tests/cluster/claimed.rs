@@ -98,7 +98,7 @@ async fn settle(p: &Db, r: &Db, rows: i64) {
 async fn who_opened_the_path_before_the_fill_sees_it_come() {
     for before in [Some(""), Some("SELECT * FROM sqlite_schema"), Some("PRAGMA journal_mode = WAL"), None] {
         let dir = tempfile::tempdir().unwrap();
-        let (p, r, port) = (dir.path().join("p.db"), dir.path().join("r.db"), free_port());
+        let (p, r, port) = (dir.path().join("p.db"), dir.path().join("r.db"), own_port());
         let opened = before.map(|sql| Others::open(&r, sql, -1));
         let target = Db::open(replica(&r, &format!("http://127.0.0.1:{port}"))).await.unwrap();
         let mut others = opened.unwrap_or_else(|| Others::open(&r, "", -1));
@@ -140,7 +140,7 @@ async fn who_opened_the_path_before_the_fill_sees_it_come() {
 async fn a_primary_of_another_page_size_fills_the_path_when_nobody_else_has_it() {
     for page_size in [512, 16_384] {
         let dir = tempfile::tempdir().unwrap();
-        let (p, r, port) = (dir.path().join("p.db"), dir.path().join("r.db"), free_port());
+        let (p, r, port) = (dir.path().join("p.db"), dir.path().join("r.db"), own_port());
         make_primary(&p, page_size);
         let mut others = Others::open(&r, "", -1);
         let inode_before = inode(&r);

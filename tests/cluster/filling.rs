@@ -79,7 +79,7 @@ async fn carry(client: TcpStream, server: TcpStream, db: &Db, came: &AtomicU64) 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_fill_that_is_slower_than_the_log_ends_and_no_page_comes_twice_that_did_not_change() {
     let dir = tempfile::tempdir().unwrap();
-    let (p, r, port) = (dir.path().join("p.db"), dir.path().join("r.db"), free_port());
+    let (p, r, port) = (dir.path().join("p.db"), dir.path().join("r.db"), own_port());
     let config = primary(&p, port).log_retention(1 << 20, Duration::from_secs(3600)).log_quota(4 << 20);
     let source = Db::open(config).await.unwrap();
     run(&source, ROWS.into()).await;
@@ -205,7 +205,7 @@ async fn reads(db: &Db) -> i64 {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_follows_a_primary_whose_pages_have_another_size() {
     let dir = tempfile::tempdir().unwrap();
-    let (p, port) = (dir.path().join("p.db"), free_port());
+    let (p, port) = (dir.path().join("p.db"), own_port());
     let url = format!("http://127.0.0.1:{port}");
     let (running, stopped) = (dir.path().join("running.db"), dir.path().join("stopped.db"));
     let mut source = Db::open(primary(&p, port)).await.unwrap();

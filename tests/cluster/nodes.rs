@@ -5,6 +5,8 @@ use std::time::Duration;
 
 use replite::{Addresses, Config, Db, Error, Role, Secret, lease};
 
+const SCHEMA: &str = "CREATE TABLE IF NOT EXISTS t(id INTEGER PRIMARY KEY, v)";
+
 const LIMIT: Duration = Duration::from_secs(30);
 
 fn secret() -> Secret {
@@ -16,7 +18,7 @@ async fn primary(dir: &Path) -> Db {
         .database("app")
         .secret(secret())
         .listen("127.0.0.1:0".parse().unwrap())
-        .migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS t(id INTEGER PRIMARY KEY, v)"));
+        .migrate(|conn| conn.execute_batch(SCHEMA));
     Db::open(config).await.unwrap()
 }
 
@@ -82,11 +84,15 @@ async fn a_write_on_the_primary_is_read_on_every_replica_after_a_wait() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_opens_before_its_primary_and_survives_its_restarts() {
     let dir = tempfile::tempdir().unwrap();
-    let p = primary(dir.path()).await;
-    let url = p.node().addresses.replication.clone();
-    let port: u16 = url.split(':').nth(2).unwrap().split('/').next().unwrap().parse().unwrap();
-    p.shutdown().await;
-    drop(p);
+    // The replica goes on looking for its primary there.
+    let port = crate::support::own_port();
+    let url = format!("http://127.0.0.1:{port}");
+    let primary = || {
+        let config = Config::new(dir.path().join("p.db")).database("app").secret(secret());
+        let config = config.listen(format!("127.0.0.1:{port}").parse().unwrap());
+        Db::open(config.migrate(|conn| conn.execute_batch(SCHEMA)))
+    };
+    primary().await.unwrap().shutdown().await;
     let config = Config::new(dir.path().join("r.db"))
         .database("app")
         .secret(secret())
@@ -98,11 +104,7 @@ async fn a_replica_opens_before_its_primary_and_survives_its_restarts() {
     ));
     let mut rows = 0;
     for _ in 0..3 {
-        let config = Config::new(dir.path().join("p.db"))
-            .database("app")
-            .secret(secret())
-            .listen(format!("127.0.0.1:{port}").parse().unwrap());
-        let p = Db::open(config).await.unwrap();
+        let p = primary().await.unwrap();
         let mut txid = None;
         for i in 0..20 {
             txid = Some(insert(&p, i).await);

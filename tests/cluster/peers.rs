@@ -1,16 +1,10 @@
 //! Wrong and hostile peers; thousands of reconnects.
 
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use crate::support::*;
 use replite::{Db, Error, Secret};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-
-fn address(db: &Db) -> SocketAddr {
-    let url = &db.node().addresses.replication;
-    url.trim_start_matches("http://").split('/').next().unwrap().parse().unwrap()
-}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_peer_with_another_secret_cluster_or_database_gets_nothing_and_says_why() {
@@ -48,7 +42,7 @@ async fn a_peer_with_another_secret_cluster_or_database_gets_nothing_and_says_wh
 async fn garbage_and_strangers_are_turned_away_and_service_goes_on() {
     let dir = tempfile::tempdir().unwrap();
     let p = Db::open(primary(&dir.path().join("p.db"), 0)).await.unwrap();
-    let to = address(&p);
+    let to = address(&p.node().addresses.replication);
     for garbage in [
         &b"\0\xff\xfe garbage \r\n\r\n"[..],
         b"GET /",
@@ -97,7 +91,7 @@ async fn reconnects_leave_no_handle_thread_or_memory_behind() {
     const REPLICAS: usize = 4;
     let dir = tempfile::tempdir().unwrap();
     let p = Db::open(primary(&dir.path().join("p.db"), 0)).await.unwrap();
-    let wire = Wire::start(address(&p), Duration::ZERO).await;
+    let wire = Wire::start(address(&p.node().addresses.replication), Duration::ZERO).await;
     let url = format!("http://{}", wire.address);
     let mut replicas = Vec::new();
     for n in 0..REPLICAS {

@@ -19,8 +19,8 @@ fn primary_process() {
     }
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let _runs = runtime.enter();
-    let config = primary(variable("DB").as_ref(), variable("PORT").parse().unwrap());
-    let db = runtime.block_on(Db::open(config)).unwrap();
+    let db = runtime.block_on(Db::open(primary(variable("DB").as_ref(), 0))).unwrap();
+    speak(&format!("open {}", db.node().addresses.replication));
     loop {
         let (rows, bytes): (u32, u32) = {
             let line = hear();
@@ -39,16 +39,17 @@ fn primary_process() {
 
 struct World {
     primary: Process,
-    port: u16,
+    url: String,
     dir: tempfile::TempDir,
 }
 
 impl World {
     fn start() -> World {
-        let (dir, port) = (tempfile::tempdir().unwrap(), free_port());
+        let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("p.db");
-        let variables = [("DB", path.to_str().unwrap()), ("PORT", &port.to_string())];
-        World { primary: Process::start(primary_process, &variables), port, dir }
+        let primary = Process::start(primary_process, &[("DB", path.to_str().unwrap())]);
+        let url = primary.expect("open").split(' ').nth(1).unwrap().to_string();
+        World { primary, url, dir }
     }
 
     /// One transaction of so many rows of so many bytes.
@@ -59,7 +60,7 @@ impl World {
     }
 
     async fn link(&self) -> Wire {
-        Wire::start(([127, 0, 0, 1], self.port).into(), Duration::ZERO).await
+        Wire::start(address(&self.url), Duration::ZERO).await
     }
 
     fn path(&self) -> std::path::PathBuf {
@@ -147,8 +148,7 @@ async fn what_came_of_a_fill_stays_when_the_link_breaks() {
 async fn a_primary_that_stands_still_is_noticed_before_its_stream_is_given_up() {
     let mut world = World::start();
     let last = world.commit(1, 10);
-    let url = format!("http://127.0.0.1:{}", world.port);
-    let db = Db::open(replica(&world.path(), &url)).await.unwrap();
+    let db = Db::open(replica(&world.path(), &world.url)).await.unwrap();
     db.wait_for_timeout(last, PATIENCE).await.unwrap();
     until("the replica is well", || db.health().can_write && db.status().problem.is_none());
     let mut events = db.events();

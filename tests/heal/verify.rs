@@ -256,7 +256,7 @@ async fn a_byte_that_somebody_writes_beneath_running_nodes_is_found_and_the_prob
 async fn what_a_verification_found_is_known_after_a_restart_until_it_is_healed() {
     const NOBODY: &str = "http://127.0.0.1:1";
     let dir = tempfile::tempdir().unwrap();
-    let (p, r, port) = (dir.path().join("p.db"), dir.path().join("r.db"), free_port());
+    let (p, r, port) = (dir.path().join("p.db"), dir.path().join("r.db"), own_port());
     let url = format!("http://127.0.0.1:{port}");
     let source = Db::open(primary(&p, port)).await.unwrap();
     let target = Db::open(replica(&r, &url)).await.unwrap();

@@ -18,7 +18,7 @@ fn node_process() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_write_behind_another_program_s_is_said_to_have_had_no_effect_on_every_node() {
     let dir = tempfile::tempdir().unwrap();
-    let ports = [free_port(), free_port()];
+    let ports = [own_port(), own_port()];
     let urls = ports.map(|port| format!("http://127.0.0.1:{port}"));
     let follows = ["", &urls[0]];
     let nodes = [0, 1].map(|n| {

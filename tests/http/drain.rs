@@ -235,7 +235,7 @@ async fn a_request_that_is_held_is_answered_when_its_node_drains() {
     let dir = tempfile::tempdir().unwrap();
     let config = Config::new(dir.path().join("r.db")).database("app").secret(secret());
     // Nobody is there.
-    let lost = format!("http://127.0.0.1:{}", free_port());
+    let lost = format!("http://127.0.0.1:{}", own_port());
     let db = Db::open(config.lease(lease::Fixed::replica_of(lost))).await.unwrap();
     let layer = db.replay_layer().hold_limits(LIMIT, 10);
     let app: Router = Router::new().route("/", post(|| async { "here" })).layer(layer);

@@ -101,8 +101,7 @@ async fn secrets_are_rotated_while_everything_runs() {
     let dir = tempfile::tempdir().unwrap();
     let open = |config: Config| Db::open(config.secrets([key(1)]));
     let p = open(primary(&dir.path().join("p.db"), 0)).await.unwrap();
-    let to: SocketAddr = p.node().addresses.replication[7..].split('/').next().unwrap().parse().unwrap();
-    let wire = Wire::start(to, Duration::ZERO).await;
+    let wire = Wire::start(address(&p.node().addresses.replication), Duration::ZERO).await;
     let url = format!("http://{}", wire.address);
     let mut nodes = vec![p];
     for name in ["a.db", "b.db"] {

@@ -11,7 +11,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::http_support::*;
-use crate::support::{LIMIT, until, within};
+use crate::support::{LIMIT, three_ports, until, within};
 
 /// What the documentation promises for the end of everything.
 const END_LIMIT: Duration = Duration::from_secs(10);

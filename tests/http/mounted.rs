@@ -131,11 +131,7 @@ fn node_process() {
         let url = format!("http://{}", listener.local_addr().unwrap());
         let path = Path::new(&variable("DB")).to_owned();
         let of = variable("PRIMARY");
-        let config = if of.is_empty() {
-            primary(&path, variable("PORT").parse().unwrap())
-        } else {
-            replica(&path, &of)
-        };
+        let config = if of.is_empty() { primary(&path, 0) } else { replica(&path, &of) };
         let db = Db::open(config.advertise(&url)).await.unwrap();
         db.ready().await.unwrap();
         if of.is_empty() {
@@ -158,7 +154,7 @@ fn node_process() {
         let app = db.replay_layer().layer(at("/layer").with_state(db.clone()));
         let app = axum::ServiceExt::<Request>::into_make_service(app);
         tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
-        speak(&format!("ready {url} http://{around}"));
+        speak(&format!("ready {url} http://{around} {}", db.node().addresses.replication));
         std::mem::forget(db);
     });
     // Until the parent ends.
@@ -193,16 +189,14 @@ const PLACES: [&str; 21] = [
 async fn the_layer_works_wherever_axum_takes_one() {
     let dir = tempfile::tempdir().unwrap();
     let (p, r) = (dir.path().join("p.db"), dir.path().join("r.db"));
-    let port = free_port().to_string();
     let urls_of =
         |node: &Process| node.expect("ready").split(' ').skip(1).map(str::to_string).collect::<Vec<_>>();
-    let variables = [("DB", p.to_str().unwrap()), ("PORT", &port), ("PRIMARY", "")];
-    let primary = Process::start(node_process, &variables);
-    let on_primary = urls_of(&primary).swap_remove(0);
-    let wire = Wire::start(format!("127.0.0.1:{port}").parse().unwrap(), Duration::ZERO).await;
+    let primary = Process::start(node_process, &[("DB", p.to_str().unwrap()), ("PRIMARY", "")]);
+    let [on_primary, _, streams] = urls_of(&primary).try_into().unwrap();
+    let wire = Wire::start(address(&streams), Duration::ZERO).await;
     let of = format!("http://{}", wire.address);
     let replica = Process::start(node_process, &[("DB", r.to_str().unwrap()), ("PRIMARY", &of)]);
-    let [url, around] = urls_of(&replica).try_into().unwrap();
+    let [url, around, _] = urls_of(&replica).try_into().unwrap();
 
     let http = Http::new();
     let http2: Client<HttpConnector, Full<Bytes>> =

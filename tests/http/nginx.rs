@@ -41,7 +41,7 @@ struct Site {
 impl Site {
     async fn start(layer: &'static str) -> Site {
         let dir = tempfile::tempdir().unwrap();
-        let ports = [free_port(), free_port(), free_port()];
+        let ports = [own_port(), own_port(), own_port()];
         let wire = Wire::start(([127, 0, 0, 1], ports[0]).into(), DELAY).await;
         let follows = format!("http://{}", wire.address);
         let primary = start(dir.path(), ports[0], "", layer);
@@ -93,7 +93,7 @@ fn start(dir: &Path, port: u16, follows: &str, layer: &str) -> Process {
 
 /// nginx that sends each request to the next node in turn.
 fn balancer(dir: &Path, ports: [u16; 3]) -> (Process, String) {
-    let port = free_port();
+    let port = own_port();
     let [a, b, c] = ports;
     let http = format!(
         "upstream nodes {{

@@ -21,7 +21,7 @@ fn node_process() {
 /// What a client of the replica hears that names the host `app.example`, in HTTP/1.1 and in HTTP/2 as gRPC's clients do.
 async fn hosts(pass: impl FnOnce(u16) -> String, replica: &[(&str, &str)]) -> [(u16, String); 2] {
     let dir = tempfile::tempdir().unwrap();
-    let [door, primary_port, port] = [free_port(), free_port(), free_port()];
+    let [door, primary_port, port] = [own_port(), own_port(), own_port()];
     // It speaks HTTP/2 on its one port, and the primary's own HTTP/1.1, or gRPC, on the other side.
     let pass = pass(primary_port);
     let server = format!("server {{ listen 127.0.0.1:{door} http2; location / {{ {pass} }} }}");

@@ -118,7 +118,7 @@ struct World {
 /// The first is the primary of `a`, the second of `b`.
 fn world() -> World {
     let dir = tempfile::tempdir().unwrap();
-    let ports: Vec<String> = (0..9).map(|_| free_port().to_string()).collect();
+    let ports: Vec<String> = (0..9).map(|_| own_port().to_string()).collect();
     let of = |index: usize| format!("http://127.0.0.1:{}", ports[index]);
     let nodes: Vec<Process> = (0..3)
         .map(|n| {

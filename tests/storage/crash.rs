@@ -58,7 +58,7 @@ fn primary_process() {
 async fn a_killed_primary_keeps_what_it_acknowledged_and_its_replica_goes_on() {
     let dir = tempfile::tempdir().unwrap();
     let (p, r) = (dir.path().join("p.db"), dir.path().join("r.db"));
-    let port = free_port();
+    let port = own_port();
     let start = || {
         let (path, port) = (p.to_str().unwrap(), port.to_string());
         Process::start(primary_process, &[("DB", path), ("PORT", &port)])

@@ -13,7 +13,7 @@ struct Pair {
 
 impl Pair {
     fn new() -> Pair {
-        Pair { dir: tempfile::tempdir().unwrap(), port: free_port() }
+        Pair { dir: tempfile::tempdir().unwrap(), port: own_port() }
     }
 
     fn p(&self) -> PathBuf {

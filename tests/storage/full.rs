@@ -43,7 +43,7 @@ fn cramped_primary() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_log_that_cannot_be_written_costs_no_commit_and_replicas_come_to_the_same_state() {
     let dir = tempfile::tempdir().unwrap();
-    let (p, r, port) = (dir.path().join("p.db"), dir.path().join("r.db"), free_port());
+    let (p, r, port) = (dir.path().join("p.db"), dir.path().join("r.db"), own_port());
     let mut process = Process::start_limited(
         cramped_primary,
         &[("DB", p.to_str().unwrap()), ("PORT", &port.to_string())],

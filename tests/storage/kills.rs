@@ -307,7 +307,7 @@ async fn a_primary_that_is_killed_again_and_again_keeps_every_acknowledged_row_a
     let (rounds, seed) = (number("REPLITE_ROUNDS", 200), number("REPLITE_SEED", 1));
     eprintln!("REPLITE_ROUNDS={rounds} REPLITE_SEED={seed}");
     let dir = tempfile::tempdir().unwrap();
-    let (p, r, port) = (dir.path().join("p.db"), dir.path().join("r.db"), free_port());
+    let (p, r, port) = (dir.path().join("p.db"), dir.path().join("r.db"), own_port());
     let follow = || Db::open(restless(replica(&r, &format!("http://127.0.0.1:{port}"))));
     let mut follower = follow().await.unwrap();
     let mut victim = Victim {

@@ -21,7 +21,7 @@ fn on_disk(path: &Path) -> u64 {
 async fn the_logs_quota_is_kept_and_costs_no_commit() {
     const QUOTA: u64 = 4 << 20;
     let dir = tempfile::tempdir().unwrap();
-    let (p, r, port) = (dir.path().join("p.db"), dir.path().join("r.db"), free_port());
+    let (p, r, port) = (dir.path().join("p.db"), dir.path().join("r.db"), own_port());
     let small = |config: Config| config.log_retention(1 << 20, Duration::from_secs(60)).log_quota(QUOTA);
     let a = Db::open(small(primary(&p, port))).await.unwrap();
     let b = Db::open(small(replica(&r, &format!("http://127.0.0.1:{port}")))).await.unwrap();

@@ -230,13 +230,13 @@ impl Client {
 /// Restarts the primary so many times. What was acknowledged is there once, whatever failed, and nothing is there twice.
 pub(crate) async fn restarts(entry: impl Fn() + Copy, setting: Setting, rounds: usize) -> Seen {
     let dir = tempfile::tempdir().unwrap();
-    let (port, streams) = (free_port(), setting.own_listener.then(free_port));
+    let (port, streams) = (own_port(), setting.own_listener.then(own_port));
     let http2: &[_] = if setting.http2 { &[("HTTP2", "yes")] } else { &[] };
     let primary = || node(entry, dir.path(), port, streams, "", http2);
     let mut running = primary();
     tokio::task::block_in_place(|| running.expect("ready"));
     let follows = format!("http://127.0.0.1:{}", streams.unwrap_or(port));
-    let own = free_port();
+    let own = own_port();
     let replica = node(entry, dir.path(), own, None, &follows, http2);
     tokio::task::block_in_place(|| replica.expect("ready"));
 

@@ -16,7 +16,7 @@ pub(crate) struct Fork {
 
 impl Fork {
     pub(crate) fn new() -> Fork {
-        Fork { dir: tempfile::tempdir().unwrap(), port: free_port() }
+        Fork { dir: tempfile::tempdir().unwrap(), port: own_port() }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {

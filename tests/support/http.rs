@@ -1,10 +1,9 @@
 //! What the tests of the doors share: an HTTP client, nginx, and the example application.
 #![allow(dead_code, reason = "each test binary uses its part of it")]
 
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::Mutex;
 
 use bytes::Bytes;
 use http::{HeaderMap, Request};
@@ -131,28 +130,11 @@ impl Example {
 
     /// One instance, a primary.
     pub(crate) fn one(data: &Path, options: &[&str]) -> Example {
-        let address = format!("127.0.0.1:{}", three_ports());
+        let address = format!("127.0.0.1:{}", own_port());
         let url = format!("http://{address}");
         Example::start(vec![url.clone()], |c| {
             c.args(["node", "--listen", &address, "--primary", &url, "--data"]).arg(data).args(options);
             c.env("REPLITE_SECRET", "tK2v0CZkYt8bM5WJ3uH1nQxPp7sDfLrEaG6yVoXiN4c");
         })
     }
-}
-
-/// The first of three free ports in a row.
-pub(crate) fn three_ports() -> u16 {
-    let free = |port| TcpListener::bind(("127.0.0.1", port)).ok();
-    // Below those that the system gives out by itself, and elsewhere for each process.
-    let begin = 10_000 + u16::try_from(std::process::id() % 1000).unwrap() * 20;
-    let mut ports = (begin..32_000).chain(10_000..begin);
-    static TAKEN: Mutex<Vec<u16>> = Mutex::new(Vec::new());
-    let mut taken = TAKEN.lock().unwrap();
-    let fits = |port: &u16| {
-        let apart = taken.iter().all(|other| other.abs_diff(*port) >= 3);
-        apart && (*port..port + 3).all(|port| free(port).is_some())
-    };
-    let port = ports.find(fits).expect("three free ports");
-    taken.push(port);
-    port
 }

@@ -3,7 +3,6 @@
 
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::time::{Duration, Instant};
 
 use replite::rusqlite::Connection;
@@ -34,16 +33,9 @@ pub(crate) fn replica(path: &Path, url: &str) -> Config {
         .lease(lease::Fixed::replica_of(url))
 }
 
-/// A port that is free, and that no connection is given by chance while a node that had it is closed: below those that systems give away.
-pub(crate) fn free_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let first = 10_000 + (std::process::id() % 400) as u16 * 50;
-    loop {
-        let port = first + NEXT.fetch_add(1, Ordering::Relaxed) % 50;
-        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
-    }
+/// Where a node with a listener of its own listens, by its URL.
+pub(crate) fn address(url: &str) -> SocketAddr {
+    url.trim_start_matches("http://").split('/').next().unwrap().parse().unwrap()
 }
 
 pub(crate) async fn insert(db: &Db, who: &'static str, n: i64) -> Txid {
@@ -103,9 +95,11 @@ pub(crate) fn assert_same_pages(one: &Path, other: &Path) {
 mod ends;
 #[path = "../../src/testing/link.rs"]
 mod link;
+mod ports;
 mod process;
 
 pub(crate) use ends::{Ends, LIMIT, comes};
+pub(crate) use ports::{own_port, three_ports};
 pub(crate) use process::*;
 
 /// A TCP proxy on loopback that delays each piece of data, and cuts connections when told to.

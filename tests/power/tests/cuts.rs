@@ -505,7 +505,7 @@ fn a_replica_is_a_state_of_its_primary_whenever_the_power_goes() {
     let stage = Stage::new("replica");
     let stage = &stage;
     let (p, r) = (stage.dir().join("p.db"), stage.watched().join("r.db"));
-    let port = free_port();
+    let port = own_port();
     let url = format!("http://127.0.0.1:{port}/_replite");
     let (mut target, port_text) = (0, port.to_string());
     let write = |target: u64, synced: bool| {
