@@ -2,12 +2,23 @@
 
 use std::collections::BTreeMap;
 
-use metrics_util::debugging::{DebugValue, DebuggingRecorder};
+use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshot};
 
 use crate::fork::*;
 use crate::support::*;
 
 const GUIDE: &str = include_str!("../../docs/guide.md");
+
+/// Adds what was counted since the last time.
+fn count(counters: &mut BTreeMap<String, u64>, snapshot: Snapshot) {
+    for (key, _, _, value) in snapshot.into_vec() {
+        let (key, labels): (_, Vec<_>) = (key.key().name().to_string(), key.key().labels().collect());
+        assert!(GUIDE.contains(&format!("`{key}`")), "{key} is not in the guide");
+        assert!(labels.iter().any(|l| l.key() == "database" && l.value() == "app"), "{key}: {labels:?}");
+        let DebugValue::Counter(value) = value else { panic!("{key} is no counter") };
+        *counters.entry(key).or_insert(0) += value;
+    }
+}
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_heal_a_snapshot_and_a_verification_are_counted_under_the_names_of_the_guide() {
@@ -35,13 +46,11 @@ async fn a_heal_a_snapshot_and_a_verification_are_counted_under_the_names_of_the
     assert!(c.verify().await.unwrap().holds());
 
     let mut counters = BTreeMap::new();
-    for (key, _, _, value) in counted.snapshot().into_vec() {
-        let (key, labels): (_, Vec<_>) = (key.key().name().to_string(), key.key().labels().collect());
-        assert!(GUIDE.contains(&format!("`{key}`")), "{key} is not in the guide");
-        assert!(labels.iter().any(|l| l.key() == "database" && l.value() == "app"), "{key}: {labels:?}");
-        let DebugValue::Counter(value) = value else { panic!("{key} is no counter") };
-        *counters.entry(key).or_insert(0) += value;
-    }
+    // A replica is ready before that is counted.
+    until("the snapshot is counted", || {
+        count(&mut counters, counted.snapshot());
+        counters.get("replite_snapshots_total").is_some_and(|times| *times > 0)
+    });
     let expected = [
         ("replite_heals_total", 1),
         ("replite_lost_branches_total", 1),
