@@ -10,6 +10,7 @@ use replite::rusqlite::Connection;
 use replite::{Db, Error, Event, Events};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::Mutex;
 
 use crate::fork::{self, run};
 use crate::support::*;
@@ -25,6 +26,8 @@ fn pages(path: &Path) -> u64 {
 struct Slow {
     url: String,
     came: Arc<AtomicU64>,
+    /// Whether it still commits; held for as long as a commit takes.
+    commits: Arc<Mutex<bool>>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -41,20 +44,20 @@ impl Slow {
     async fn start(db: Db, port: u16) -> Slow {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
-        let came = Arc::new(AtomicU64::new(0));
-        let counted = came.clone();
+        let (came, commits) = (Arc::<AtomicU64>::default(), Arc::new(Mutex::new(true)));
+        let (counted, may) = (came.clone(), commits.clone());
         let task = tokio::spawn(async move {
             loop {
                 let (client, _) = listener.accept().await.unwrap();
                 let server = TcpStream::connect(("127.0.0.1", port)).await.unwrap();
-                carry(client, server, &db, &counted).await;
+                carry(client, server, &db, &counted, &may).await;
             }
         });
-        Slow { url, came, task }
+        Slow { url, came, commits, task }
     }
 }
 
-async fn carry(client: TcpStream, server: TcpStream, db: &Db, came: &AtomicU64) {
+async fn carry(client: TcpStream, server: TcpStream, db: &Db, came: &AtomicU64, commits: &Mutex<bool>) {
     let ((mut from_client, mut to_client), (mut from_server, mut to_server)) =
         (client.into_split(), server.into_split());
     let down = async {
@@ -62,6 +65,10 @@ async fn carry(client: TcpStream, server: TcpStream, db: &Db, came: &AtomicU64) 
         while let Ok(n @ 1..) = from_server.read(&mut buffer).await {
             let before = came.fetch_add(n as u64, Ordering::SeqCst);
             for at in before / STEP..(before + n as u64) / STEP {
+                let commits = commits.lock().await;
+                if !*commits {
+                    break;
+                }
                 let sql = "UPDATE t SET v = randomblob(50000) WHERE id = ?1 % 20 + 1";
                 db.write(move |tx| Ok::<_, Error>(tx.execute(sql, [at as i64])?)).await.unwrap();
             }
@@ -100,6 +107,7 @@ async fn a_fill_that_is_slower_than_the_log_ends_and_no_page_comes_twice_that_di
     drop(ready);
     let came = slow.came.load(Ordering::SeqCst);
     assert!(came > size, "the log was never behind");
+    *slow.commits.lock().await = false;
     let last = insert(&source, "last", 1).await;
     within("the last", target.wait_for_timeout(last, LIMIT)).await.unwrap();
     assert_same_pages(&p, &r);

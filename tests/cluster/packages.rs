@@ -83,7 +83,9 @@ async fn a_package_index_is_the_same_on_both_sides_page_by_page_and_answer_by_an
     ] {
         let ask =
             |db: &Db| db.read(|c| Ok::<_, Error>(c.query_row(sql, [], |r| r.get::<_, String>(0))?)).unwrap();
-        assert_eq!(ask(&p), ask(&r), "{sql}");
+        let answer = ask(&p);
+        assert!(answer.len() > 3, "{sql}: {answer}");
+        assert_eq!(answer, ask(&r), "{sql}");
     }
     assert_same_pages(p.path(), r.path());
     r.shutdown().await;

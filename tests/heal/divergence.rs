@@ -74,6 +74,7 @@ async fn two_updates_that_an_xor_of_crcs_takes_for_one_are_told_apart_and_healed
             Ok(())
         })
         .unwrap();
+    assert!(!pages.is_empty());
     let page = theirs.chunks_exact(4096).zip(ours.chunks_exact(4096)).filter(|(b, a)| b != a).map(|(b, _)| b);
     assert!(page.eq(pages), "the pages that differed are the pages that are kept");
     a.shutdown().await;

@@ -219,9 +219,12 @@ async fn a_write_that_runs_on_a_draining_primary_commits_and_nobody_is_let_in() 
     let r = Instance::start(&dir.path().join("r.db"), Some(&p)).await;
     let refused = || r.db.status().problem.is_some_and(|problem| problem.contains("stopping"));
     let mut events = r.db.events();
-    while !refused() {
-        let _ = tokio::time::timeout(Duration::from_millis(10), events.next()).await;
-    }
+    within("the refusal", async {
+        while !refused() {
+            let _ = tokio::time::timeout(Duration::from_millis(10), events.next()).await;
+        }
+    })
+    .await;
     assert!(p.db.status().replicas.is_empty());
     within("the ends", async {
         r.end().await;

@@ -114,6 +114,7 @@ async fn nobody_slips_in_while_they_are_dropped_all_the_time() {
     let last = insert(&p, "after", 1).await;
     r.wait_for_timeout(last, LIMIT).await.unwrap();
     assert_eq!((p.status().problem, r.status().problem), (None, None));
+    assert!(p.status().locks_lost > 0 && r.status().locks_lost > 0, "nothing was dropped");
     assert_same_pages(p.path(), r.path());
     r.shutdown().await;
     p.shutdown().await;

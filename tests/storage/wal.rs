@@ -1,5 +1,6 @@
 //! How long the WAL becomes beside writers and readers in other processes, and what tells of it.
 
+use std::collections::HashSet;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -57,28 +58,30 @@ fn foreign_readers() {
     end_when_told();
     let (count, time): (u32, u64) = (variable("COUNT").parse().unwrap(), variable("MILLIS").parse().unwrap());
     let time = Duration::from_millis(time);
-    let all: Vec<_> = (0..count)
-        .map(|at| {
-            std::thread::spawn(move || {
-                let connection = Connection::open(variable("DB")).unwrap();
-                std::thread::sleep(time * at / count);
-                loop {
-                    connection.execute_batch("BEGIN; SELECT count(*) FROM t").unwrap();
-                    if at == 0 {
-                        speak("reading");
-                    }
-                    std::thread::sleep(time);
-                    connection.execute_batch("COMMIT").unwrap();
-                }
-            })
-        })
-        .collect();
-    for reader in all {
-        // It never waits, and never fails.
-        if reader.join().is_err() {
-            speak("refused");
+    let read = move |at| -> replite::rusqlite::Result<()> {
+        let connection = Connection::open(variable("DB"))?;
+        std::thread::sleep(time * at / count);
+        loop {
+            connection.execute_batch("BEGIN; SELECT count(*) FROM t")?;
+            speak(&format!("reading {at}"));
+            std::thread::sleep(time);
+            connection.execute_batch("COMMIT")?;
         }
-    }
+    };
+    std::thread::scope(|scope| {
+        for at in 0..count {
+            // It never waits, and never fails.
+            scope.spawn(move || speak(&format!("refused {at}: {:?}", read(at))));
+        }
+    });
+}
+
+/// All of the readers read until now, and none was refused. They end.
+fn all_read(readers: Process, count: usize) {
+    let lines = readers.kill();
+    let refused: Vec<_> = lines.iter().filter(|line| !line.starts_with("reading ")).collect();
+    assert!(refused.is_empty(), "{refused:?}");
+    assert_eq!(lines.iter().collect::<HashSet<_>>().len(), count);
 }
 
 fn writer(path: &Path, synchronous: &str, pace_micros: u64) -> Process {
@@ -133,7 +136,7 @@ impl Peak {
     fn expect_at_most(&self, bytes: u64) {
         let peak = self.bytes.load(Ordering::Relaxed);
         assert!(
-            peak <= bytes,
+            0 < peak && peak <= bytes,
             "the WAL had {peak} bytes, {:.1} times its limit",
             peak as f64 / bytes as f64 * 8.0
         );
@@ -200,10 +203,8 @@ async fn short_readers_that_overlap_leave_the_wal_bounded_on_both_sides() {
     written(&writer, 6_000);
     peak.expect_at_most(8 * MIB / 2);
     replicas.expect_at_most(8 * MIB / 2);
-    for readers in [one, other] {
-        assert!(!readers.pending_lines().iter().any(|line| line == "refused"));
-        readers.kill();
-    }
+    all_read(one, 8);
+    all_read(other, 8);
     writer.kill();
     let last = insert(&db, "ours", 1).await;
     within("the end", replica.wait_for_timeout(last, LIMIT)).await.unwrap();
@@ -228,9 +229,8 @@ async fn readers_of_a_second_and_a_half_that_overlap_leave_the_wal_bounded_and_n
     peak.expect_at_most(8 * MIB);
     let (bytes, limit, why) = told(&mut events).await;
     assert!(bytes > 2 * limit && limit == MIB && why == WalReason::Readers, "{bytes} {limit} {why:?}");
-    assert!(!readers.pending_lines().iter().any(|line| line == "refused"));
+    all_read(readers, 3);
     writer.kill();
-    readers.kill();
     db.shutdown().await;
 }
 
@@ -372,8 +372,9 @@ async fn a_checkpoint_on_request_leaves_all_in_the_file_on_both_sides_or_says_wh
         assert_eq!((why, frames > 100, backfilled <= frames), (WalReason::Readers, true, true));
         assert_eq!(count(node), 401, "readers don't wait");
         let waiting = node.clone();
-        let waiting = tokio::spawn(async move { waiting.checkpoint(LIMIT).await });
-        until("it waits", || !waiting.is_finished());
+        let mut waiting = tokio::spawn(async move { waiting.checkpoint(LIMIT).await });
+        let early = tokio::time::timeout(Duration::from_millis(200), &mut waiting).await;
+        assert!(early.is_err(), "it does not wait: {early:?}");
         reader.execute_batch("COMMIT").unwrap();
         assert_eq!(within("the checkpoint", waiting).await.unwrap().unwrap(), Checkpoint::Done);
         assert_eq!(rows_without_wal(path), 401);
