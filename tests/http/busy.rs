@@ -6,15 +6,6 @@ use crate::app::*;
 use crate::http_support::*;
 use crate::support::*;
 
-/// A node in a process of its own.
-#[test]
-#[ignore = "runs as the child of another test"]
-fn node_process() {
-    if is_child() {
-        run_node();
-    }
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_write_behind_another_program_s_is_said_to_have_had_no_effect_on_every_node() {
     let dir = tempfile::tempdir().unwrap();
@@ -22,7 +13,7 @@ async fn a_write_behind_another_program_s_is_said_to_have_had_no_effect_on_every
     let urls = ports.map(|port| format!("http://127.0.0.1:{port}"));
     let follows = ["", &urls[0]];
     let nodes = [0, 1].map(|n| {
-        let node = node(node_process, dir.path(), ports[n], None, follows[n], &[]);
+        let node = node(dir.path(), ports[n], None, follows[n], &[]);
         node.expect("ready");
         node
     });

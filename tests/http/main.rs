@@ -20,3 +20,12 @@ mod stack;
 #[path = "../support/lib.rs"]
 mod support;
 mod two_databases;
+
+/// The process of a node that `app` starts.
+#[test]
+#[ignore = "runs as the child of other tests"]
+fn node_process() {
+    if support::is_child() {
+        app::run_node();
+    }
+}

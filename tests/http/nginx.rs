@@ -17,15 +17,6 @@ const DELAY: Duration = Duration::from_millis(15);
 /// Clients with a cookie, and as many with the header.
 const CLIENTS: usize = 8;
 
-/// A node in a process of its own.
-#[test]
-#[ignore = "runs as the child of another test"]
-fn node_process() {
-    if is_child() {
-        run_node();
-    }
-}
-
 /// Three nodes, whose stream is delayed, and nginx before them.
 struct Site {
     dir: tempfile::TempDir,
@@ -88,7 +79,7 @@ impl Site {
 
 /// With or without the layer.
 fn start(dir: &Path, port: u16, follows: &str, layer: &str) -> Process {
-    node(node_process, dir, port, None, follows, &[("LAYER", layer)])
+    node(dir, port, None, follows, &[("LAYER", layer)])
 }
 
 /// nginx that sends each request to the next node in turn.

@@ -9,15 +9,6 @@ use hyper_util::rt::TokioExecutor;
 use crate::http_support::*;
 use crate::support::*;
 
-/// A node in a process of its own.
-#[test]
-#[ignore = "runs as the child of another test"]
-fn node_process() {
-    if is_child() {
-        run_node();
-    }
-}
-
 /// What a client of the replica hears that names the host `app.example`, in HTTP/1.1 and in HTTP/2 as gRPC's clients do.
 async fn hosts(pass: impl FnOnce(u16) -> String, replica: &[(&str, &str)]) -> [(u16, String); 2] {
     let dir = tempfile::tempdir().unwrap();
@@ -27,10 +18,10 @@ async fn hosts(pass: impl FnOnce(u16) -> String, replica: &[(&str, &str)]) -> [(
     let server = format!("server {{ listen 127.0.0.1:{door} http2; location / {{ {pass} }} }}");
     let _nginx = nginx(dir.path(), door, &server);
     let advertised = format!("http://127.0.0.1:{door}");
-    let primary = node(node_process, dir.path(), primary_port, None, "", &[("ADVERTISE", &advertised)]);
+    let primary = node(dir.path(), primary_port, None, "", &[("ADVERTISE", &advertised)]);
     primary.expect("ready");
     let follows = format!("http://127.0.0.1:{primary_port}");
-    let replica = node(node_process, dir.path(), port, None, &follows, replica);
+    let replica = node(dir.path(), port, None, &follows, replica);
     replica.expect("ready");
 
     let ask = async |version: Version| {

@@ -5,15 +5,6 @@ use crate::app::*;
 /// How often the primary is restarted. The figure `orderly_restart_failed` does it more often.
 const ROUNDS: usize = 5;
 
-/// A node in a process of its own.
-#[test]
-#[ignore = "runs as the child of another test"]
-fn node_process() {
-    if crate::support::is_child() {
-        run_node();
-    }
-}
-
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_orderly_restart_loses_no_request() {
     none_fails(Setting { http2: false, own_listener: false }).await;
@@ -31,7 +22,7 @@ async fn an_application_that_listens_late_loses_no_request() {
 }
 
 async fn none_fails(setting: Setting) {
-    let result = restarts(node_process, setting, ROUNDS).await;
+    let result = restarts(setting, ROUNDS).await;
     println!("{} requests, the longest took {:?}", result.requests, result.longest);
     assert!(result.failed.is_empty(), "{} of {}: {:#?}", result.failed.len(), result.requests, result.failed);
 }

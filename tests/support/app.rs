@@ -134,7 +134,6 @@ pub(crate) fn database(dir: &Path, port: u16) -> PathBuf {
 
 /// Starts a node in a process of its own.
 pub(crate) fn node(
-    entry: impl Fn(),
     dir: &Path,
     port: u16,
     streams: Option<u16>,
@@ -146,7 +145,7 @@ pub(crate) fn node(
     let mut variables =
         vec![("DB", db.to_str().unwrap()), ("PORT", &port), ("STREAMS", &streams), ("FOLLOWS", follows)];
     variables.extend(more);
-    Process::start(entry, &variables)
+    Process::start(crate::node_process, &variables)
 }
 
 /// What the clients saw.
@@ -228,16 +227,16 @@ impl Client {
 }
 
 /// Restarts the primary so many times. What was acknowledged is there once, whatever failed, and nothing is there twice.
-pub(crate) async fn restarts(entry: impl Fn() + Copy, setting: Setting, rounds: usize) -> Seen {
+pub(crate) async fn restarts(setting: Setting, rounds: usize) -> Seen {
     let dir = tempfile::tempdir().unwrap();
     let (port, streams) = (own_port(), setting.own_listener.then(own_port));
     let http2: &[_] = if setting.http2 { &[("HTTP2", "yes")] } else { &[] };
-    let primary = || node(entry, dir.path(), port, streams, "", http2);
+    let primary = || node(dir.path(), port, streams, "", http2);
     let mut running = primary();
     tokio::task::block_in_place(|| running.expect("ready"));
     let follows = format!("http://127.0.0.1:{}", streams.unwrap_or(port));
     let own = own_port();
-    let replica = node(entry, dir.path(), own, None, &follows, http2);
+    let replica = node(dir.path(), own, None, &follows, http2);
     tokio::task::block_in_place(|| replica.expect("ready"));
 
     let (seen, requests, end) =
