@@ -23,6 +23,7 @@ fn side(database: &Path) -> PathBuf {
     name.into()
 }
 
+/// The mask that is usual for new files, which is all of a process's: see [`alone`].
 fn usual_mask() {
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
 }
@@ -56,6 +57,9 @@ fn all_private(database: &Path, least: &[&str]) {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_lies_beside_a_database_is_no_more_open_than_the_database() {
+    if !alone(what_lies_beside_a_database_is_no_more_open_than_the_database) {
+        return;
+    }
     usual_mask();
     let dir = tempfile::tempdir().unwrap();
     chmod(dir.path(), 0o755);
@@ -104,6 +108,9 @@ async fn what_lies_beside_a_database_is_no_more_open_than_the_database() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replicas_file_gets_the_mode_that_is_asked_for() {
+    if !alone(a_replicas_file_gets_the_mode_that_is_asked_for) {
+        return;
+    }
     usual_mask();
     let dir = tempfile::tempdir().unwrap();
     let (p, r) = (dir.path().join("p.db"), dir.path().join("r.db"));
@@ -130,6 +137,9 @@ async fn refused(path: &Path) -> &'static str {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_directory_that_somebody_prepared_is_refused_and_no_link_in_one_is_followed() {
+    if !alone(a_directory_that_somebody_prepared_is_refused_and_no_link_in_one_is_followed) {
+        return;
+    }
     usual_mask();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("p.db");

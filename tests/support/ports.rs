@@ -1,4 +1,4 @@
-//! Ports of listeners that others must know before they listen, or that listen again where they did.
+//! Ports of listeners that others know before they listen, or that listen again where they did.
 
 use std::io;
 use std::net::{Ipv4Addr, SocketAddr};
@@ -8,10 +8,11 @@ use tokio::net::TcpSocket;
 
 /// A port of loopback that is this process's until its end.
 ///
-/// Most listeners of the tests take any port and tell it. This is for one whose port must be known before it listens, or
-/// that is opened again where its replicas look for it. A socket is bound to the port all the time, and never listens.
-/// So the system gives the port to nobody, neither to a listener nor to a connection. A listener with SO_REUSEADDR, as
-/// those of nodes are, binds it all the same, also in another process.
+/// Most listeners of the tests take any port and tell it. This is for two others: one whose port
+/// must be known before it listens, and one that is opened again where its replicas look for it.
+/// A socket is bound to the port all the time, and never listens. So the system gives the port to
+/// no other listener or connection that takes any. A listener with SO_REUSEADDR, which nodes and
+/// nginx set, binds it all the same, also in another process.
 pub(crate) fn own_port() -> u16 {
     keep([bind(0).unwrap()])
 }
@@ -31,7 +32,7 @@ pub(crate) fn three_ports() -> u16 {
     }
 }
 
-/// Fails when anybody has the port: only after it is bound it may be shared.
+/// Fails when another socket has the port. Once it is bound, a listener may share it.
 fn bind(port: u16) -> io::Result<TcpSocket> {
     let socket = TcpSocket::new_v4()?;
     socket.bind(SocketAddr::from((Ipv4Addr::LOCALHOST, port)))?;
@@ -43,7 +44,7 @@ fn bind(port: u16) -> io::Result<TcpSocket> {
 fn keep<const N: usize>(sockets: [TcpSocket; N]) -> u16 {
     static KEPT: Mutex<Vec<TcpSocket>> = Mutex::new(Vec::new());
     let port = sockets[0].local_addr().unwrap().port();
-    // Elsewhere a listener can't bind what another socket has: there the port is one that was free just now.
+    // Elsewhere no listener can bind what another socket has. There the port was free just now.
     if cfg!(target_os = "linux") {
         KEPT.lock().unwrap().extend(sockets);
     }

@@ -1,5 +1,5 @@
-//! Other processes of a test: this test binary run again, or another program. Each is waited for with a limit, what it
-//! says is kept for a test that fails, and it is killed when it is dropped, also by a panic.
+//! Other processes of a test: this test binary run again, or another program. Each wait has a limit.
+//! What a process says last is shown when the test fails. Dropping it kills it, also after a panic.
 
 use std::any::type_name;
 use std::collections::VecDeque;
@@ -41,7 +41,7 @@ impl Process {
         Process::start_by(shell(&limit), entry, variables)
     }
 
-    /// The same by a command that lacks nothing but the arguments of this binary; see [`shell`].
+    /// The same by a command that lacks only the arguments of this binary; see [`shell`].
     pub(crate) fn start_by(mut command: Command, entry: impl Fn(), variables: &[(&str, &str)]) -> Process {
         command.args([test_name(&entry), "--exact", "--nocapture", "--include-ignored"]);
         command.env(CHILD, "1").envs(variables.iter().copied()).stdin(Stdio::piped());
@@ -113,7 +113,7 @@ impl Process {
         writeln!(stdin, "{line}").unwrap();
     }
 
-    /// Waits until the process is ready, as the condition tells: one that ends before is not waited for.
+    /// Waits until the condition tells that the process is ready. It must not end before.
     pub(crate) fn until(&mut self, what: &str, mut ready: impl FnMut() -> bool) {
         let end = Instant::now() + LIMIT;
         while !ready() {
@@ -158,7 +158,7 @@ impl Process {
         }
     }
 
-    /// What an ended process said and nobody has heard: up to the end of its outputs, unless others keep those open.
+    /// What a process that has ended said and the test has not heard.
     fn rest(&self) -> Vec<String> {
         std::iter::from_fn(|| self.next_line()).collect()
     }
@@ -192,7 +192,7 @@ impl Drop for Process {
     }
 }
 
-/// Reads an output to its end, whatever becomes of the test: a process is never held up by what it says.
+/// Reads an output to its end, also after the test: no process waits until it is heard.
 fn listen(
     output: impl Read,
     lines: &Sender<String>,
@@ -232,8 +232,8 @@ fn test_name<F: Fn()>(_: &F) -> &'static str {
     name
 }
 
-/// Whether this process runs the test alone, as what the test counts or sets is all of a process's. If not, the test
-/// has run in a process of its own when this returns.
+/// For a test that counts or sets what a whole process has. It says whether this process runs the
+/// test alone. If not, the test has run in a process of its own when this returns.
 pub(crate) fn alone(test: impl Fn()) -> bool {
     if is_child() {
         speak("alone");
