@@ -188,7 +188,8 @@ fn open_and_drop(threads: fn() -> usize) {
             assert_eq!(count(&db), round);
             let twice = Db::open(Config::new(dir.path().join("app.db"))).await;
             assert!(matches!(twice, Err(Error::AlreadyOpen { .. })));
-            // Nobody waits for the disk where async tasks run; who opens the file again waits until it is free.
+            // Nobody waits for the disk where async tasks run; who opens the file again waits until
+            // it is free.
             drop(db);
         }
         let db = open(&dir).await;
@@ -205,7 +206,8 @@ fn open_and_drop(threads: fn() -> usize) {
     assert_eq!(threads(), 0, "a plain thread closes by itself");
 }
 
-/// This process's threads that belong to a database, by their names, which are alike for all databases.
+/// This process's threads that belong to a database, by their names, which are alike for all
+/// databases.
 #[cfg(target_os = "linux")]
 fn threads() -> usize {
     let tasks = std::fs::read_dir("/proc/self/task").unwrap();

@@ -1,4 +1,5 @@
-//! Code of the application that panics on a thread or task of ours, such as its tracing subscriber: that is told, and nothing goes on as if all were well.
+//! Code of the application that panics on a thread or task of ours, such as its tracing subscriber:
+//! that is told, and nothing goes on as if all were well.
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -48,7 +49,8 @@ impl<S: tracing::Subscriber> Layer<S> for Bomb {
     }
 }
 
-/// Runs the test function of this binary in a process of its own, because a subscriber is there for all of a process.
+/// Runs the test function of this binary in a process of its own, because a subscriber is there for
+/// all of a process.
 fn child(entry: impl Fn(), thread: &str, says: &str) {
     let process = Process::start(entry, &[("THREAD", thread), ("SAYS", says)]);
     process.expect("done");
@@ -69,7 +71,8 @@ fn small_log(config: Config) -> Config {
     config.log_retention(1 << 20, Duration::from_secs(60)).log_quota(4 << 20)
 }
 
-/// A transaction that no log of this quota has room for: that is told on the thread that captures, or applies.
+/// A transaction that no log of this quota has room for: that is told on the thread that captures,
+/// or applies.
 async fn large(db: &Db) {
     let sql = "INSERT INTO t(who, n, v) VALUES ('large', 0, randomblob(9000000))";
     // It is committed when its capture begins.
@@ -129,7 +132,8 @@ async fn primary_process() {
             large(&db).await;
             rows += 1;
         }
-        // Closing any descriptor of the database drops the process's locks, which the checkpointer tells.
+        // Closing any descriptor of the database drops the process's locks, which the checkpointer
+        // tells.
         "replite-ckpt" => drop(std::fs::read(&path).unwrap()),
         other => panic!("nothing makes {other} speak"),
     }
@@ -198,7 +202,8 @@ async fn replica_process() {
     assert!(matches!(ready, Err(Error::Stopped(_))), "{ready:?}");
     let verified = within("an answer", follower.verify()).await;
     assert!(verified.is_err(), "{verified:?}");
-    // Everything is given back while the handle is still there: a stranger can write, who is the last to close.
+    // Everything is given back while the handle is still there: a stranger can write, who is the
+    // last to close.
     if path.exists() {
         until("the write lock", || {
             let connection = replite::rusqlite::Connection::open(&path).unwrap();

@@ -1,4 +1,5 @@
-//! Which files are whose: a file is open once, snapshots replace nothing that is in use, and what is refused is left as it was.
+//! Which files are whose: a file is open once, snapshots replace nothing that is in use, and what
+//! is refused is left as it was.
 #![cfg(unix)]
 
 use std::collections::BTreeSet;

@@ -1,4 +1,5 @@
-//! A replica's path before the replica has a state: whoever opens it has the file that the state comes into.
+//! A replica's path before the replica has a state: whoever opens it has the file that the state
+//! comes into.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -54,7 +55,8 @@ impl Others {
         (seen(&self.here), there.strip_prefix("rows ").unwrap().parse().unwrap())
     }
 
-    /// As an application's pool does: without anything that keeps the last one from deleting the WAL.
+    /// As an application's pool does: without anything that keeps the last one from deleting the
+    /// WAL.
     fn close(mut self) {
         self.there.say("close");
         self.there.expect("closed");
@@ -91,8 +93,8 @@ async fn settle(p: &Db, r: &Db, rows: i64) {
     within("the rows", r.wait_for_timeout(last.unwrap(), LIMIT)).await.unwrap();
 }
 
-/// The fill put another file in the place of the one that they had open. They read the dead one for ever, and as the last of it to close they
-/// deleted the replica's WAL.
+/// The fill put another file in the place of the one that they had open. They read the dead one for
+/// ever, and as the last of it to close they deleted the replica's WAL.
 #[cfg(unix)]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_opened_the_path_before_the_fill_sees_it_come() {
@@ -134,7 +136,8 @@ async fn who_opened_the_path_before_the_fill_sees_it_come() {
     }
 }
 
-/// Pages of another size are put there while nobody else has the file open; until then the node says what it waits for.
+/// Pages of another size are put there while nobody else has the file open; until then the node
+/// says what it waits for.
 #[cfg(unix)]
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_primary_of_another_page_size_fills_the_path_when_nobody_else_has_it() {

@@ -1,4 +1,5 @@
-//! How a replica gets a state that it has not, or not any more: by a snapshot, from a copy that was put there, after the primary's pages changed their size.
+//! How a replica gets a state that it has not, or not any more: by a snapshot, from a copy that was
+//! put there, after the primary's pages changed their size.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -22,7 +23,8 @@ fn pages(path: &Path) -> u64 {
     plain(path).query_row("PRAGMA page_count", [], |r| r.get::<_, i64>(0)).unwrap() as u64
 }
 
-/// A proxy in front of a primary that has it commit for what goes through: so much more slowly does the link bring a state than the log grows.
+/// A proxy in front of a primary that has it commit for what goes through: so much more slowly does
+/// the link bring a state than the log grows.
 struct Slow {
     url: String,
     came: Arc<AtomicU64>,
@@ -117,7 +119,8 @@ async fn a_fill_that_is_slower_than_the_log_ends_and_no_page_comes_twice_that_di
     source.shutdown().await;
 }
 
-/// What was told so far, up to the end of a heal: how many pages it replaced, and whether a snapshot came.
+/// What was told so far, up to the end of a heal: how many pages it replaced, and whether a
+/// snapshot came.
 async fn healed_without_snapshot(events: &mut Events) -> u64 {
     within("the heal", async {
         loop {
@@ -131,7 +134,8 @@ async fn healed_without_snapshot(events: &mut Events) -> u64 {
     .await
 }
 
-/// The two ways to seed a replica that the documentation names, each with the primary running and going on.
+/// The two ways to seed a replica that the documentation names, each with the primary running and
+/// going on.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_that_is_seeded_with_a_copy_gets_only_what_was_written_since() {
     let dir = tempfile::tempdir().unwrap();

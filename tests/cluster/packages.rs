@@ -1,4 +1,5 @@
-//! A realistic database: a package index with edges, indexes and full-text search, built while a replica follows.
+//! A realistic database: a package index with edges, indexes and full-text search, built while a
+//! replica follows.
 
 use std::fmt::Write;
 use std::io::Read;

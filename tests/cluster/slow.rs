@@ -1,4 +1,5 @@
-//! Links that carry little, and a primary that stands still: a replica knows, says so, and goes on with what has come. The primary is a process of its own.
+//! Links that carry little, and a primary that stands still: a replica knows, says so, and goes on
+//! with what has come. The primary is a process of its own.
 
 use std::time::{Duration, Instant};
 
@@ -81,7 +82,8 @@ async fn says(db: &Db, words: &[&str]) -> String {
     }
 }
 
-/// How many events there were since the last call, and the words of those that tell of a stream's end.
+/// How many events there were since the last call, and the words of those that tell of a stream's
+/// end.
 async fn endings(events: &mut Events) -> (usize, Vec<String>) {
     let (mut told, mut all) = (0, Vec::new());
     while let Ok(Some(event)) = tokio::time::timeout(Duration::from_millis(1), events.next()).await {
@@ -146,7 +148,8 @@ async fn what_came_of_a_fill_stays_when_the_link_breaks() {
     db.shutdown().await;
 }
 
-/// It stands still, as a virtual machine does, or one without memory: its connection stands, and nothing comes.
+/// It stands still, as a virtual machine does, or one without memory: its connection stands, and
+/// nothing comes.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_primary_that_stands_still_is_noticed_before_its_stream_is_given_up() {
     let mut world = World::start();

@@ -1,4 +1,5 @@
-//! What counts as applied on a replica: states that a primary vouches for, of epochs that are known.
+//! What counts as applied on a replica: states that a primary vouches for, of epochs that are
+//! known.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -84,7 +85,8 @@ fn side(path: &Path) -> PathBuf {
     PathBuf::from(format!("{}-replite", path.display()))
 }
 
-/// Somebody wrote to the file of a replica that was closed: the commits got the numbers of transactions of its primary, and satisfied their tokens.
+/// Somebody wrote to the file of a replica that was closed: the commits got the numbers of
+/// transactions of its primary, and satisfied their tokens.
 #[tokio::test]
 async fn commits_of_strangers_on_a_replica_are_no_transactions_of_its_primary() {
     let cluster = cluster().await;
@@ -112,7 +114,8 @@ async fn commits_of_strangers_on_a_replica_are_no_transactions_of_its_primary() 
     cluster.shutdown().await;
 }
 
-/// The log lost its tail, as by a power cut: the state is the primary's, but only the primary can say so. It need not write anything for that.
+/// The log lost its tail, as by a power cut: the state is the primary's, but only the primary can
+/// say so. It need not write anything for that.
 #[tokio::test]
 async fn an_idle_primary_vouches_for_a_state_that_is_its_own() {
     let cluster = cluster().await;
@@ -155,8 +158,8 @@ async fn an_idle_primary_vouches_for_a_state_that_is_its_own() {
     cluster.shutdown().await;
 }
 
-/// A primary whose side files are gone begins again at epoch 1. Its replica, which knew another epoch 1, took the tokens of the new one for lost, and answered
-/// without what was written.
+/// A primary whose side files are gone begins again at epoch 1. Its replica, which knew another
+/// epoch 1, took the tokens of the new one for lost, and answered without what was written.
 #[tokio::test]
 async fn tokens_of_a_primary_that_began_again_are_not_taken_for_lost() {
     let cluster = cluster().await;

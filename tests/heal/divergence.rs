@@ -6,8 +6,8 @@ use replite::{Checksum, PageSize};
 use crate::fork::*;
 use crate::support::*;
 
-/// The database checksum of LiteFS (its library `ltx`, `ChecksumPage`): the exclusive or of each page's CRC-64 over page number, big endian,
-/// and page, with the highest bit set.
+/// The database checksum of LiteFS (its library `ltx`, `ChecksumPage`): the exclusive or of each
+/// page's CRC-64 over page number, big endian, and page, with the highest bit set.
 fn xor_of_crcs(image: &[u8], page_bytes: usize) -> u64 {
     let crc = Crc::<u64>::new(&CRC_64_GO_ISO);
     let pages = (1u32..).zip(image.chunks_exact(page_bytes));
@@ -20,8 +20,9 @@ fn xor_of_crcs(image: &[u8], page_bytes: usize) -> u64 {
     sums.fold(0, |all, sum| all ^ sum) | 1 << 63
 }
 
-/// A CRC is affine: the same exclusive or at the same offset changes the CRC of any page in the same way. So one side may change one page and
-/// the other side another page, and the exclusive or of all CRCs is the same on both.
+/// A CRC is affine: the same exclusive or at the same offset changes the CRC of any page in the
+/// same way. So one side may change one page and the other side another page, and the exclusive or
+/// of all CRCs is the same on both.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_updates_that_an_xor_of_crcs_takes_for_one_are_told_apart_and_healed() {
     let fork = Fork::new();

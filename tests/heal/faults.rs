@@ -18,7 +18,8 @@ const ROWS: &str = "CREATE TABLE g(id INTEGER PRIMARY KEY, generation, v);
     WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c WHERE i < 6000)
     INSERT INTO g SELECT i, 'before', randomblob(1500) FROM c";
 
-/// A fork of two closed nodes, each with a generation of its own, and a copy of the file of the one that is to be healed.
+/// A fork of two closed nodes, each with a generation of its own, and a copy of the file of the one
+/// that is to be healed.
 async fn forked(fork: &Fork, with_log: bool) -> Vec<u8> {
     let a = open(fork.primary("a")).await;
     run(&a, ROWS.into()).await;

@@ -196,7 +196,8 @@ async fn what_strangers_wrote_to_a_replica_never_passes_for_the_primarys_transac
     insert(&a, "a", 0).await;
     a.shutdown().await;
     let here = position(&a);
-    // The same number, in the file of a node that opened no epoch, and that is then made the primary.
+    // The same number, in the file of a node that opened no epoch, and that is then made the
+    // primary.
     plain(&fork.path("b")).execute_batch("INSERT INTO t(who) VALUES ('stranger')").unwrap();
     let b = open(fork.primary("b")).await;
     assert_eq!(position(&b).number(), here.number());

@@ -98,7 +98,8 @@ async fn a_busy_primary_is_repaired_too() {
     b.shutdown().await;
 }
 
-/// The sum of all pages' hashes can be made to come out by who chooses many pages; so a page that nothing here names is nobody's to offer.
+/// The sum of all pages' hashes can be made to come out by who chooses many pages; so a page that
+/// nothing here names is nobody's to offer.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_page_that_the_log_does_not_name_is_not_taken_from_anybody() {
     let fork = Fork::new();
@@ -151,7 +152,8 @@ async fn no_bad_page_spreads() {
     flip_row(&fork, "b", 7100);
     let (a, b) = joined(&fork).await;
     assert!(matches!(b.offered_repair().await, Err(Error::NotPrimary { .. })));
-    // The replica finds its own, and compares: the primary's pages do not make up the primary's position.
+    // The replica finds its own, and compares: the primary's pages do not make up the primary's
+    // position.
     assert!(!b.verify().await.unwrap().holds());
     let mut tick = tokio::time::interval(std::time::Duration::from_millis(5));
     within("the refusal", async {

@@ -1,4 +1,5 @@
-//! A database where a replica is to be that is no state of the cluster, or whose position has lost its name.
+//! A database where a replica is to be that is no state of the cluster, or whose position has lost
+//! its name.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +9,8 @@ use crate::support::*;
 use replite::rusqlite::Connection;
 use replite::{Db, Error};
 
-/// A connection that closes as the shell does: as the last one it copies the WAL back and deletes it.
+/// A connection that closes as the shell does: as the last one it copies the WAL back and deletes
+/// it.
 fn shell(path: &Path, sql: &str) {
     let connection = Connection::open(path).unwrap();
     connection.execute_batch(sql).unwrap();
@@ -95,7 +97,8 @@ async fn commits_on_top_of_a_state_without_a_name_give_it_none() {
     a.shutdown().await;
 }
 
-/// It never started again: the records of its log, which lead on from its file, were of no epoch that it knew.
+/// It never started again: the records of its log, which lead on from its file, were of no epoch
+/// that it knew.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_that_lost_its_epochs_and_its_wal_comes_back() {
     for harm in ["missing", "empty", "older"] {

@@ -1,4 +1,5 @@
-//! Verification: it holds beside everything else that goes on, and finds what the disk or a stray hand changed.
+//! Verification: it holds beside everything else that goes on, and finds what the disk or a stray
+//! hand changed.
 
 use std::fs;
 use std::os::unix::fs::FileExt;
@@ -11,7 +12,8 @@ use crate::support::*;
 use replite::rusqlite::Transaction;
 use replite::{Db, Error, Event, Events, Role, Txid, Verification};
 
-/// Another process at the database, one statement after the other, until it is killed: the shell where there is one.
+/// Another process at the database, one statement after the other, until it is killed: the shell
+/// where there is one.
 #[test]
 #[ignore = "runs as the child of another test"]
 fn foreign_writer() {
@@ -34,7 +36,8 @@ fn foreign_writer() {
     }
 }
 
-/// Flips a bit of the file at a byte, and leaves the time of its last change as it was, as a disk would.
+/// Flips a bit of the file at a byte, and leaves the time of its last change as it was, as a disk
+/// would.
 fn flip(path: &Path, at: u64) {
     let file = fs::File::options().read(true).write(true).open(path).unwrap();
     let modified = file.metadata().unwrap().modified().unwrap();
@@ -44,7 +47,8 @@ fn flip(path: &Path, at: u64) {
     file.set_modified(modified).unwrap();
 }
 
-/// The same from another process: a descriptor of the file that is closed in this one would cost SQLite its locks.
+/// The same from another process: a descriptor of the file that is closed in this one would cost
+/// SQLite its locks.
 #[test]
 #[ignore = "runs as the child of another test"]
 fn flipping_process() {
@@ -84,7 +88,8 @@ async fn fill(db: &Db, rows: i64) -> Txid {
     commit.await.unwrap().txid.unwrap()
 }
 
-/// Waits until the WAL was begun anew after a transaction, so that its pages are read from the file.
+/// Waits until the WAL was begun anew after a transaction, so that its pages are read from the
+/// file.
 async fn until_in_the_file(db: &Db, last: Txid) {
     while within("a verification", db.verify()).await.unwrap().position.number() < last.number() {}
     until("the WAL to be begun anew", || db.status().wal_frames <= 1);
@@ -251,7 +256,8 @@ async fn a_byte_that_somebody_writes_beneath_running_nodes_is_found_and_the_prob
     source.shutdown().await;
 }
 
-/// Found by nobody but the verification, and by none after a restart: the next transactions went over it.
+/// Found by nobody but the verification, and by none after a restart: the next transactions went
+/// over it.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_a_verification_found_is_known_after_a_restart_until_it_is_healed() {
     const NOBODY: &str = "http://127.0.0.1:1";
@@ -398,8 +404,8 @@ async fn a_replica_without_a_state_has_nothing_to_verify() {
     db.shutdown().await;
 }
 
-/// Has the newest anchor say what it says while frames are being copied into the file, as a node leaves it that is killed then: the last of them
-/// take the place of this image of a page.
+/// Has the newest anchor say what it says while frames are being copied into the file, as a node
+/// leaves it that is killed then: the last of them take the place of this image of a page.
 fn killed_in_a_backfill(database: &Path, page: u32, older: &[u8]) {
     let mut path = database.as_os_str().to_owned();
     path.push("-replite/anchors");
@@ -425,7 +431,8 @@ fn remove_wal(database: &Path) {
     }
 }
 
-/// Puts older images of some pages into the file of a closed node: a part of the rows is as before, and the rest as after it.
+/// Puts older images of some pages into the file of a closed node: a part of the rows is as before,
+/// and the rest as after it.
 fn mix(database: &Path, older: &[u8]) {
     let file = fs::File::options().write(true).open(database).unwrap();
     file.write_all_at(&older[100 * 4096..200 * 4096], 100 * 4096).unwrap();
@@ -436,7 +443,8 @@ fn shorten(database: &Path) {
     fs::File::options().write(true).open(database).unwrap().set_len(50 * 4096).unwrap();
 }
 
-/// Changes rows that [`fill`] made, each in its place. The images of before, and the last transaction.
+/// Changes rows that [`fill`] made, each in its place. The images of before, and the last
+/// transaction.
 async fn change_all(db: &Db) -> (Vec<u8>, Txid) {
     let before = plain(db.path()).serialize("main").unwrap().to_vec();
     let change = |tx: &mut Transaction<'_>| {
@@ -493,7 +501,8 @@ async fn a_state_that_sqlite_finds_broken_never_becomes_history() {
     let dir = tempfile::tempdir().unwrap();
     let (path, _) = closed_primary(dir.path(), 0).await;
     let whole = fs::read(&path).unwrap();
-    // Changed by somebody else, while the node was down, and at rest before: no question of a backfill. The log would make it good.
+    // Changed by somebody else, while the node was down, and at rest before: no question of a
+    // backfill. The log would make it good.
     let (log, aside) = (dir.path().join("p.db-replite/log"), dir.path().join("log"));
     fs::rename(&log, &aside).unwrap();
     wipe(&path);

@@ -1,4 +1,5 @@
-//! A write that can't begin because another program writes: the client is told that it may send it again.
+//! A write that can't begin because another program writes: the client is told that it may send it
+//! again.
 
 use http::Request;
 

@@ -1,4 +1,5 @@
-//! How a node leaves: its server ends though clients and replicas would stay, and what runs is not cut off.
+//! How a node leaves: its server ends though clients and replicas would stay, and what runs is not
+//! cut off.
 
 use std::net::SocketAddr;
 use std::path::Path;

@@ -1,4 +1,5 @@
-//! The replication endpoint among the things of an application: other layers, rotation of secrets, addresses, wrong peers.
+//! The replication endpoint among the things of an application: other layers, rotation of secrets,
+//! addresses, wrong peers.
 
 use std::future::IntoFuture;
 use std::net::SocketAddr;

@@ -1,4 +1,5 @@
-//! The layer in each place where an axum application can put one: on a replica in a process of its own, in front of a primary that speaks HTTP/1.1 only.
+//! The layer in each place where an axum application can put one: on a replica in a process of its
+//! own, in front of a primary that speaks HTTP/1.1 only.
 
 use std::path::Path;
 use std::time::Duration;
@@ -238,7 +239,8 @@ async fn the_layer_works_wherever_axum_takes_one() {
     let read = within("around", http.send(read.body("").unwrap())).await.unwrap();
     assert_eq!(read.text(), format!("replica {rows} GET /layer "), "{read:?}");
 
-    // An upgrade to nothing that is known is a request like all others, and goes where its route says.
+    // An upgrade to nothing that is known is a request like all others, and goes where its route
+    // says.
     for protocol in ["anything", "h2c", "websocket"] {
         let ask = |base: &str, path: &str, token: &str| {
             let request = http::Request::get(format!("{base}{path}")).header("connection", "upgrade");

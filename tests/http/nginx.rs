@@ -1,4 +1,5 @@
-//! nginx as Debian packages it, with its own retries, round robin before three nodes that are processes.
+//! nginx as Debian packages it, with its own retries, round robin before three nodes that are
+//! processes.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};

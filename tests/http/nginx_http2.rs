@@ -9,7 +9,8 @@ use hyper_util::rt::TokioExecutor;
 use crate::http_support::*;
 use crate::support::*;
 
-/// What a client of the replica hears that names the host `app.example`, in HTTP/1.1 and in HTTP/2 as gRPC's clients do.
+/// What a client of the replica hears that names the host `app.example`, in HTTP/1.1 and in HTTP/2
+/// as gRPC's clients do.
 async fn hosts(pass: impl FnOnce(u16) -> String, replica: &[(&str, &str)]) -> [(u16, String); 2] {
     let dir = tempfile::tempdir().unwrap();
     let [door, primary_port, port] = [own_port(), own_port(), own_port()];

@@ -1,4 +1,5 @@
-//! The example's page in a real browser: Chromium without a window, told what to do over the WebDriver protocol.
+//! The example's page in a real browser: Chromium without a window, told what to do over the
+//! WebDriver protocol.
 
 use std::process::Command;
 use std::time::{Duration, Instant};
@@ -135,7 +136,8 @@ async fn a_note_typed_on_a_replicas_page_is_there_at_once_and_on_all_pages_withi
     let (a, b) = (browser.open(&urls[0]).await, browser.open(&urls[1]).await);
     let mine = browser.open(&urls[2]).await;
     assert!(mine.run("return document.body.textContent").await.as_str().unwrap().contains("replica"));
-    // Each page notes itself when it first shows what is to come: the windows can't be asked at the same time.
+    // Each page notes itself when it first shows what is to come: the windows can't be asked at the
+    // same time.
     let watch = "new MutationObserver(() => { window.seen ??= Date.now() })
         .observe(document.getElementById('notes'), { childList: true })";
     for page in [&a, &b, &mine] {
@@ -157,7 +159,8 @@ async fn a_note_typed_on_a_replicas_page_is_there_at_once_and_on_all_pages_withi
         println!("{name} page showed the note after {took} ms");
         assert!(Duration::from_millis(took) < SOON, "{name} page: {took} ms");
     }
-    // What the shell writes into the primary's file is shown as well, and what is deleted goes away.
+    // What the shell writes into the primary's file is shown as well, and what is deleted goes
+    // away.
     plain(&dir.path().join(urls[0].rsplit(':').next().unwrap()).join("notes.db"))
         .execute("INSERT INTO notes(text) VALUES ('from outside')", [])
         .unwrap();

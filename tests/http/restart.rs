@@ -1,4 +1,5 @@
-//! An orderly restart of the primary under clients that go through a replica: all nodes are processes, and no request fails.
+//! An orderly restart of the primary under clients that go through a replica: all nodes are
+//! processes, and no request fails.
 
 use crate::app::*;
 

@@ -1,4 +1,5 @@
-//! Requests that two servers could read in two ways: what a replica sends on is one request, the one that it read.
+//! Requests that two servers could read in two ways: what a replica sends on is one request, the
+//! one that it read.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -39,8 +40,8 @@ impl Front {
         Front { _dir: dir, primary, replica, recorder, address }
     }
 
-    /// Sends bytes on a connection of their own, and then its end once so many answers came. Returns the statuses
-    /// of all answers.
+    /// Sends bytes on a connection of their own, and then its end once so many answers came.
+    /// Returns the statuses of all answers.
     async fn send(&self, bytes: &[u8], answers: usize) -> Vec<u16> {
         let mut stream = TcpStream::connect(self.address).await.unwrap();
         // The server may answer and close before it has read everything.
@@ -56,8 +57,8 @@ impl Front {
         statuses(&got)
     }
 
-    /// The same, and what the primary got. A request of a client without guile comes last, so that everything before
-    /// it has arrived, also what hides in a connection that is used again.
+    /// The same, and what the primary got. A request of a client without guile comes last, so that
+    /// everything before it has arrived, also what hides in a connection that is used again.
     async fn exchange(&self, bytes: &[u8], answers: usize) -> (Vec<u16>, Vec<Request>) {
         let statuses = self.send(bytes, answers).await;
         let honest = b"POST /honest HTTP/1.1\r\nhost: x\r\ncontent-length: 3\r\n\r\nabc";
@@ -145,7 +146,8 @@ const HIDDEN: &str = "POST /hidden HTTP/1.1\r\nhost: x\r\n\r\n";
 async fn a_body_with_two_possible_ends_is_refused_or_sent_on_with_one() {
     let front = Front::start(|layer| layer).await;
     for (head, body, sees) in [
-        // The length counts for nothing beside the coding, and what follows the body is not looked at.
+        // The length counts for nothing beside the coding, and what follows the body is not looked
+        // at.
         ("content-length: 40\r\ntransfer-encoding: chunked", &format!("0\r\n\r\n{HIDDEN}")[..], Sees::Empty),
         ("transfer-encoding: chunked\r\ncontent-length: 6", &format!("{CHUNKED}{HIDDEN}"), Sees::One),
         ("transfer-encoding: chunked\r\ncontent-length: 4", CHUNKED, Sees::One),
@@ -202,7 +204,8 @@ async fn chunks_are_made_anew_and_bad_ones_end_the_request() {
         ("4;a=b\r\nabcd\r\n0;c\r\n\r\n", Sees::One),
         ("4 \r\nabcd\r\n0\r\n\r\n", Sees::One),
         ("2\r\nab\r\n02\r\ncd\r\n000\r\n\r\n", Sees::One),
-        // Trailers that were not announced stay behind, above all those that would be taken for headers.
+        // Trailers that were not announced stay behind, above all those that would be taken for
+        // headers.
         ("4\r\nabcd\r\n0\r\nhost: evil\r\ncontent-length: 9\r\nx-sum: 1\r\n\r\n", Sees::One),
         ("4;a=\"\r\n\"\r\nabcd\r\n0\r\n\r\n", Sees::NoneWhole),
         ("4;a=\nabcd\r\n0\r\n\r\n", Sees::NoneWhole),
@@ -443,7 +446,8 @@ async fn http_2_requests_that_mean_something_else_in_http_1_are_refused() {
     front.stop().await;
 }
 
-/// Sends one request in frames of our own, which no library looks at. Says whether the answer was a response.
+/// Sends one request in frames of our own, which no library looks at. Says whether the answer was a
+/// response.
 async fn http_2(address: SocketAddr, headers: &[(&str, &str)], body: &[u8]) -> bool {
     const DATA: u8 = 0;
     const HEADERS: u8 = 1;

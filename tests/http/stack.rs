@@ -65,7 +65,8 @@ struct App {
     events: watch::Sender<u64>,
 }
 
-/// `POST /notes` adds, `GET /notes?text` answers at length, and there is one route for each way to go wrong.
+/// `POST /notes` adds, `GET /notes?text` answers at length, and there is one route for each way to
+/// go wrong.
 fn routes(app: App) -> Router {
     async fn write(db: &Db, text: String) -> Result<i64, Error> {
         let write = move |tx: &mut replite::rusqlite::Transaction<'_>| {

@@ -1,5 +1,5 @@
-//! An application with two databases, each with a layer, a secret and a primary of its own: processes of which one is the primary of the first, one of the second, and one of
-//! neither.
+//! An application with two databases, each with a layer, a secret and a primary of its own:
+//! processes of which one is the primary of the first, one of the second, and one of neither.
 
 use std::path::Path;
 
@@ -36,7 +36,8 @@ fn read(db: &Db) -> Result<i64, Error> {
     db.read(|conn| Ok(conn.query_row("SELECT count(*) FROM t", [], |row| row.get(0))?))
 }
 
-/// Writes to the databases that the path names, in its order; goes on without those in capitals that it can't write to.
+/// Writes to the databases that the path names, in its order; goes on without those in capitals
+/// that it can't write to.
 async fn writes(names: &str, a: &Db, b: &Db) -> Result<String, Error> {
     let mut done = Vec::new();
     for name in names.chars() {
@@ -236,7 +237,8 @@ async fn what_needs_two_primaries_on_different_nodes_is_refused_and_nothing_goes
     for node in 0..3 {
         assert_eq!(world.rows(node, "/both", &[]).await, "0 0");
     }
-    // By a handler that finds it out: what it committed before is kept, once, and the answer does not say that nothing was.
+    // By a handler that finds it out: what it committed before is kept, once, and the answer does
+    // not say that nothing was.
     for (n, path) in ["/open/ab", "/open/ba"].into_iter().enumerate() {
         for node in 0..3 {
             let answer = world.post(node, path).await;
@@ -255,7 +257,8 @@ async fn what_needs_two_primaries_on_different_nodes_is_refused_and_nothing_goes
     }
     let counts = async || (world.rows(0, "/a", &[]).await, world.rows(1, "/b", &[]).await);
     assert_eq!(counts().await, ("3".into(), "3".into()));
-    // One that takes what it gets is sent on once, by the inner layer, and not by the outer one as well.
+    // One that takes what it gets is sent on once, by the inner layer, and not by the outer one as
+    // well.
     let answer = world.post(2, "/open/AB").await;
     assert_eq!((answer.status, answer.text().split(' ').count()), (200, 1), "{answer:?}");
     assert_eq!(counts().await, ("3".into(), "4".into()));

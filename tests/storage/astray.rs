@@ -12,7 +12,8 @@ use replite::{Db, Error, Event};
 /// From the deed to the refusal; a machine that is busy with other tests takes its time, too.
 const TOLD_LIMIT: Duration = Duration::from_secs(5);
 
-/// Runs a program of the system, as an operator does. In this process a closed descriptor of a database would drop SQLite's locks.
+/// Runs a program of the system, as an operator does. In this process a closed descriptor of a
+/// database would drop SQLite's locks.
 fn system(words: &[&str]) {
     assert!(Command::new(words[0]).args(&words[1..]).status().unwrap().success(), "{words:?}");
 }
@@ -88,8 +89,9 @@ fn assert_stopped(db: &Db, word: &str) {
     assert!(matches!(&read, Err(Error::Stopped(why)) if why.contains(word)), "{read:?}");
 }
 
-/// A backup is put over the file of a running primary, by another inode or in place. The last anchor vouched for whatever file was there: the
-/// next start had the old position and checksum with other rows, and nobody said anything.
+/// A backup is put over the file of a running primary, by another inode or in place. The last
+/// anchor vouched for whatever file was there: the next start had the old position and checksum
+/// with other rows, and nobody said anything.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_backup_put_over_the_file_of_a_running_primary_is_never_vouched_for() {
     for how in ["mv", "cp"] {
@@ -138,7 +140,8 @@ async fn a_backup_put_over_the_file_of_a_running_primary_is_never_vouched_for() 
     }
 }
 
-/// A transaction that has read what somebody put over the file is not committed, however soon that is.
+/// A transaction that has read what somebody put over the file is not committed, however soon that
+/// is.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_transaction_that_read_a_file_that_was_written_over_is_not_committed() {
     let dir = tempfile::tempdir().unwrap();
@@ -167,7 +170,8 @@ async fn a_transaction_that_read_a_file_that_was_written_over_is_not_committed()
     again.shutdown().await;
 }
 
-/// Without its WAL, or any other of its files, a primary acknowledged writes that nobody could read, and was healthy.
+/// Without its WAL, or any other of its files, a primary acknowledged writes that nobody could
+/// read, and was healthy.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_primary_whose_files_are_removed_stops_and_has_what_the_log_has() {
     for (name, kept) in [("-wal", true), ("-shm", true), ("", false), ("-replite", false), ("*", false)] {

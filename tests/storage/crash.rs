@@ -1,4 +1,5 @@
-//! `kill -9` of either side at any moment: nothing acknowledged is lost, and both go on where they were.
+//! `kill -9` of either side at any moment: nothing acknowledged is lost, and both go on where they
+//! were.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;

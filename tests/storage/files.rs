@@ -1,4 +1,5 @@
-//! Files that were cut, flipped, deleted or exchanged while the node was down: a typed error or a clean recovery.
+//! Files that were cut, flipped, deleted or exchanged while the node was down: a typed error or a
+//! clean recovery.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -141,7 +142,8 @@ async fn missing_cut_and_flipped_side_files_are_survived_or_told() {
     }
 }
 
-/// Without its epochs no record and no state of the primary had a name that a replica would take: all of them waited for the next commit.
+/// Without its epochs no record and no state of the primary had a name that a replica would take:
+/// all of them waited for the next commit.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_primary_without_its_epochs_serves_its_replicas_before_its_next_commit() {
     for corrupt in [true, false] {
@@ -274,7 +276,8 @@ async fn a_primary_restored_from_an_old_copy_does_not_pass_for_the_old_history()
     }
     fs::remove_dir_all(pair.side("p", "log")).unwrap();
     let (p, r) = (pair.primary().await, pair.replica().await);
-    // Until the replica has heard of it, what this primary commits is no part of the history that the replica knows.
+    // Until the replica has heard of it, what this primary commits is no part of the history that
+    // the replica knows.
     let mut events = r.events();
     within("the heal", async { while !matches!(events.next().await, Some(Event::Healed { .. })) {} }).await;
     settle(&p, &r, 3).await;

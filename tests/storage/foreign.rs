@@ -1,4 +1,5 @@
-//! Other processes at our files: the `sqlite3` shell where there is one, else this binary run again with a connection of its own.
+//! Other processes at our files: the `sqlite3` shell where there is one, else this binary run again
+//! with a connection of its own.
 
 use std::path::Path;
 use std::process::Command;

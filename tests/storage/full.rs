@@ -210,7 +210,8 @@ fn fill(directory: &std::path::Path) -> PathBuf {
     ballast
 }
 
-/// Opens a primary, fills its disk and writes until there is no room. How many rows are there; killed or shut down.
+/// Opens a primary, fills its disk and writes until there is no room. How many rows are there;
+/// killed or shut down.
 #[cfg(target_os = "linux")]
 async fn fill_below(path: &std::path::Path) -> (Db, PathBuf, i64) {
     let db = Db::open(primary(path, 0)).await.unwrap();
@@ -293,7 +294,8 @@ fn process_on_a_small_disk() {
     speak("survived");
 }
 
-/// On a full disk a primary could not be opened, so that nobody could read; and while it ran, its health was good.
+/// On a full disk a primary could not be opened, so that nobody could read; and while it ran, its
+/// health was good.
 #[test]
 #[cfg(target_os = "linux")]
 fn a_primary_on_a_full_disk_is_opened_and_read_and_says_that_it_can_not_write() {

@@ -1,6 +1,8 @@
-//! `kill -9`, again and again: of a primary beside strangers that write and copy its WAL back, and of a replica in whatever it does.
+//! `kill -9`, again and again: of a primary beside strangers that write and copy its WAL back, and
+//! of a replica in whatever it does.
 //!
-//! `REPLITE_ROUNDS` sets how many rounds there are (200 and 100 if not set, for primary and replica), `REPLITE_SEED` what happens in them.
+//! `REPLITE_ROUNDS` sets how many rounds there are (200 and 100 if not set, for primary and
+//! replica), `REPLITE_SEED` what happens in them.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -19,8 +21,8 @@ fn number(name: &str, default: u64) -> u64 {
     std::env::var(name).map_or(default, |text| text.parse().unwrap())
 }
 
-/// Everything is begun anew and dropped all the time. The log, in segments of a megabyte, still reaches behind the WAL: what is lost
-/// with a WAL is made good from it only as far as it reaches.
+/// Everything is begun anew and dropped all the time. The log, in segments of a megabyte, still
+/// reaches behind the WAL: what is lost with a WAL is made good from it only as far as it reaches.
 fn restless(config: Config) -> Config {
     config.wal_limit(64 * 1024).log_retention(4 << 20, Duration::from_secs(3600)).log_quota(6 << 20)
 }
@@ -102,8 +104,9 @@ fn assert_all_there(connection: &Connection, acknowledged: &BTreeMap<String, i64
     }
 }
 
-/// Whether the newest anchor says that frames were being copied into the file: only then may a file without them be damaged.
-/// Read from the two slots as they are, without what the node makes of them.
+/// Whether the newest anchor says that frames were being copied into the file: only then may a file
+/// without them be damaged. Read from the two slots as they are, without what the node makes of
+/// them.
 fn copying(path: &Path) -> bool {
     let anchors = std::fs::read(path.with_extension("db-replite").join("anchors")).unwrap();
     let slots = [0, 4096].into_iter().filter_map(|at| anchors.get(at..at + 256));
@@ -173,10 +176,11 @@ struct Victim {
     copying: bool,
     /// Somebody else copied all of the WAL back, and it was dropped or begun anew.
     copied_by_others: bool,
-    /// Somebody else copied frames into the file, which stayed in the WAL: the old images of their pages are gone.
+    /// Somebody else copied frames into the file, which stayed in the WAL: the old images of their
+    /// pages are gone.
     copied: bool,
-    /// The salts of the WAL in which there are frames of a state that became history as a whole: the log begins with that state, and has
-    /// nothing to make them good from.
+    /// The salts of the WAL in which there are frames of a state that became history as a whole:
+    /// the log begins with that state, and has nothing to make them good from.
     unlogged: Option<[u8; 8]>,
     without_wal: bool,
     figures: Figures,
@@ -194,7 +198,8 @@ impl Victim {
     fn open(&mut self) -> (Process, Position) {
         let (mut process, mut open) = self.start();
         if open == "damaged" && self.without_wal {
-            // Killed while the WAL was copied back: the log has not what the file lacks. The WAL has.
+            // Killed while the WAL was copied back: the log has not what the file lacks. The WAL
+            // has.
             process.kill();
             take_wal_out_of_the_bin(&self.path);
             self.without_wal = false;
@@ -217,7 +222,8 @@ impl Victim {
         }
         match self.others.filter(|_| !self.copied_by_others && !self.copied) {
             Some(others) => assert_eq!(found, others, "round {round}: {position} with {rows} rows"),
-            // What the log does not have and somebody else copied is one transaction, however many it was.
+            // What the log does not have and somebody else copied is one transaction, however many
+            // it was.
             None => self.others = Some(found),
         }
         assert_eq!(process.expect("verified"), "verified true", "round {round}");

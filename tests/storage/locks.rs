@@ -123,7 +123,8 @@ async fn nobody_slips_in_while_they_are_dropped_all_the_time() {
     assert_eq!(elsewhere(r.path(), "PRAGMA journal_mode = DELETE"), "Text([100, 101, 108, 101, 116, 101])");
 }
 
-/// The kernel does not know of a reader whose lock was dropped, so that another process may move its mark to a newer state.
+/// The kernel does not know of a reader whose lock was dropped, so that another process may move
+/// its mark to a newer state.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reader_whose_lock_was_dropped_keeps_its_state() {
     let dir = tempfile::tempdir().unwrap();
@@ -147,7 +148,8 @@ async fn a_reader_whose_lock_was_dropped_keeps_its_state() {
     change().await;
     assert_eq!(elsewhere(&path, "SELECT sum(n) FROM t"), "Integer(2000)");
     lost(&mut events).await;
-    // Each is more than what makes a backfill worth its while, and the reader sees what one would do.
+    // Each is more than what makes a backfill worth its while, and the reader sees what one would
+    // do.
     for _ in 0..40 {
         change().await;
         let sum: i64 = reader.query_row("SELECT sum(n) FROM t", [], |r| r.get(0)).unwrap();
@@ -162,7 +164,8 @@ async fn a_reader_whose_lock_was_dropped_keeps_its_state() {
     p.shutdown().await;
 }
 
-/// Opens the database and closes it again, as often as it is told to, and says how often its locks were lost.
+/// Opens the database and closes it again, as often as it is told to, and says how often its locks
+/// were lost.
 #[test]
 #[ignore = "runs as the child of another test"]
 fn taking_over() {
@@ -186,8 +189,8 @@ fn taking_over() {
     }
 }
 
-/// The one who leaves keeps its descriptors open for as long as the other has locks on the files, and its marker with them was taken for a
-/// loss: each orderly hand-over was told as an error.
+/// The one who leaves keeps its descriptors open for as long as the other has locks on the files,
+/// and its marker with them was taken for a loss: each orderly hand-over was told as an error.
 #[test]
 fn a_hand_over_to_another_process_is_no_loss() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,4 +1,5 @@
-//! Who may not read the database reads nothing that lies beside it, and nobody can have a node write to a file of his choice.
+//! Who may not read the database reads nothing that lies beside it, and nobody can have a node
+//! write to a file of his choice.
 #![cfg(unix)]
 
 use std::fs;
@@ -28,7 +29,8 @@ fn usual_mask() {
     rustix::process::umask(rustix::fs::Mode::from_raw_mode(0o022));
 }
 
-/// Everything below the directory beside a database; the modes of its files are at most that of the database.
+/// Everything below the directory beside a database; the modes of its files are at most that of the
+/// database.
 fn all_private(database: &Path, least: &[&str]) {
     let allowed = mode(database) & 0o666;
     let mut seen = Vec::new();

@@ -1,4 +1,5 @@
-//! A primary without fsyncs whose machine lost its power: replicas give back what they have of the tail.
+//! A primary without fsyncs whose machine lost its power: replicas give back what they have of the
+//! tail.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -40,7 +41,8 @@ fn unsynced_process() {
     }
 }
 
-/// A primary in a process of its own, and a copy of its files as its disk would have them after a power cut.
+/// A primary in a process of its own, and a copy of its files as its disk would have them after a
+/// power cut.
 struct Victim {
     process: Process,
     path: PathBuf,
@@ -65,7 +67,8 @@ impl Victim {
         take_over(&self.path, &self.disk.path().join(self.path.file_name().unwrap()));
     }
 
-    /// The power is cut: the process ends, and its files are those of the disk, on a machine that was booted since.
+    /// The power is cut: the process ends, and its files are those of the disk, on a machine that
+    /// was booted since.
     fn power_cut(self) {
         self.process.kill();
         take_over(&self.disk.path().join(self.path.file_name().unwrap()), &self.path);
@@ -246,7 +249,8 @@ async fn a_replica_that_breaks_off_gives_whole_transactions_and_comes_again() {
 async fn nobody_is_asked_when_nothing_can_be_lost() {
     let fork = Fork::new();
     let long = 2 * LIMIT;
-    // New; closed; killed, on a machine that stayed up; and with fsyncs, where only the marker says what was before.
+    // New; closed; killed, on a machine that stayed up; and with fsyncs, where only the marker says
+    // what was before.
     let a = within("a new one", open(unsynced(&fork).recovery_wait(long))).await;
     insert(&a, "a", 1).await;
     assert!(marker(&fork.path("a")).exists());

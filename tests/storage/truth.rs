@@ -1,5 +1,5 @@
-//! What is left of a node's files after a disk, an administrator or a shell had them: a committed state comes of it, or a refusal; and what was
-//! committed is in the history, or in `lost`.
+//! What is left of a node's files after a disk, an administrator or a shell had them: a committed
+//! state comes of it, or a refusal; and what was committed is in the history, or in `lost`.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -46,8 +46,9 @@ enum Restored {
     OldCopy,
 }
 
-/// A backup is put in the place of the primary's closed database, and its directory of side files stays: the state of the backup is history from
-/// then on, as documented, and nothing that was acknowledged since is gone without a trace.
+/// A backup is put in the place of the primary's closed database, and its directory of side files
+/// stays: the state of the backup is history from then on, as documented, and nothing that was
+/// acknowledged since is gone without a trace.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_older_database_in_the_place_of_the_primarys_is_history_and_what_it_replaces_is_kept() {
     for how in [Restored::Backup, Restored::Copy, Restored::OldCopy] {
@@ -168,7 +169,8 @@ fn banking_process() {
     }
 }
 
-/// The last transaction of a state, which must be one: who mixes two has accounts that the ledger does not make.
+/// The last transaction of a state, which must be one: who mixes two has accounts that the ledger
+/// does not make.
 fn audit(path: &Path, when: &str) -> i64 {
     let connection = plain(path);
     let ok: String = connection.query_row("PRAGMA integrity_check", [], |r| r.get(0)).unwrap();
@@ -181,7 +183,8 @@ fn audit(path: &Path, when: &str) -> i64 {
     last
 }
 
-/// One bit flips in the WAL of a primary that was killed, or the WAL is cut: never is a mix of states served.
+/// One bit flips in the WAL of a primary that was killed, or the WAL is cut: never is a mix of
+/// states served.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_wal_that_a_disk_damaged_makes_no_mix_of_states() {
     let dir = tempfile::tempdir().unwrap();
@@ -217,7 +220,8 @@ async fn a_wal_that_a_disk_damaged_makes_no_mix_of_states() {
             match Db::open(banker(&spoiled)).await {
                 Ok(db) => {
                     let last = audit(&spoiled, &when);
-                    // What is not in the history any more, as it was not in the log yet, is in the WAL that was put aside.
+                    // What is not in the history any more, as it was not in the log yet, is in the
+                    // WAL that was put aside.
                     let kept = lost(&spoiled)
                         .iter()
                         .any(|name| name.starts_with("wal-") || name.starts_with("branch-"));
@@ -266,7 +270,8 @@ fn following_process() {
     });
 }
 
-/// A replica is killed inside of a large transaction, twice, while another process has its file open, so that the wal-index stays as it is.
+/// A replica is killed inside of a large transaction, twice, while another process has its file
+/// open, so that the wal-index stays as it is.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_replica_that_is_killed_twice_in_a_large_transaction_leaves_its_readers_a_sound_index() {
     let fork = Fork::new();

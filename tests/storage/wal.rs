@@ -18,7 +18,8 @@ fn end_when_told() {
     });
 }
 
-/// Writes rows of 3,000 bytes to a file that it knows nothing of, as fast as its pace allows, and says how far it is.
+/// Writes rows of 3,000 bytes to a file that it knows nothing of, as fast as its pace allows, and
+/// says how far it is.
 #[test]
 #[ignore = "runs as the child of another test"]
 fn foreign_writer() {
@@ -255,8 +256,9 @@ async fn our_own_writer_at_full_speed_leaves_the_wal_bounded() {
     db.shutdown().await;
 }
 
-/// Readers that stay until others have committed are waited for in vain, again and again. In between our own writer, which is woken, took the lock before
-/// anybody who only looks for it now and then.
+/// Readers that stay until others have committed are waited for in vain, again and again. In
+/// between our own writer, which is woken, took the lock before anybody who only looks for it now
+/// and then.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn another_process_gets_to_write_beside_our_own_writer_at_full_speed() {
     let dir = tempfile::tempdir().unwrap();

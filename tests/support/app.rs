@@ -1,4 +1,5 @@
-//! Nodes with an application, in processes of their own; and one that is restarted in good order, again and again, under clients of its replica.
+//! Nodes with an application, in processes of their own; and one that is restarted in good order,
+//! again and again, under clients of its replica.
 #![allow(dead_code, reason = "each test binary uses its part of it")]
 
 use std::collections::BTreeMap;
@@ -35,8 +36,9 @@ pub(crate) struct Setting {
     pub(crate) own_listener: bool,
 }
 
-/// `POST /` adds the body as a note, `GET /?text` counts the notes with this text: here, on the primary below `/primary`, and below
-/// `/late` in a transaction, so that a replica finds out in the handler that it can't. `POST /host` says which host was named.
+/// `POST /` adds the body as a note, `GET /?text` counts the notes with this text: here, on the
+/// primary below `/primary`, and below `/late` in a transaction, so that a replica finds out in the
+/// handler that it can't. `POST /host` says which host was named.
 fn routes(db: &Db) -> Router {
     const COUNT: &str = "SELECT count(*) FROM notes WHERE text = ?1";
     async fn add(State(db): State<Db>, text: String) -> Result<StatusCode, Error> {
@@ -226,7 +228,8 @@ impl Client {
     }
 }
 
-/// Restarts the primary so many times. What was acknowledged is there once, whatever failed, and nothing is there twice.
+/// Restarts the primary so many times. What was acknowledged is there once, whatever failed, and
+/// nothing is there twice.
 pub(crate) async fn restarts(setting: Setting, rounds: usize) -> Seen {
     let dir = tempfile::tempdir().unwrap();
     let (port, streams) = (own_port(), setting.own_listener.then(own_port));

@@ -69,7 +69,8 @@ pub(crate) fn installed(name: &str) -> PathBuf {
 
 /// nginx that listens on a port, with this in its section `http`.
 pub(crate) fn nginx(dir: &Path, port: u16, http: &str) -> Process {
-    // One process, so that no worker outlives the test, or is another user who can't enter the directory.
+    // One process, so that no worker outlives the test, or is another user who can't enter the
+    // directory.
     let d = dir.display();
     let config = format!(
         "daemon off; master_process off; pid {d}/nginx.pid; error_log {d}/nginx.log;

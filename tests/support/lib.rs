@@ -65,8 +65,8 @@ pub(crate) fn until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// A plain connection that knows nothing of us, but that it leaves the WAL alone when it is the last to close: a node
-/// that was killed may have commits there that its log does not have yet.
+/// A plain connection that knows nothing of us, but that it leaves the WAL alone when it is the
+/// last to close: a node that was killed may have commits there that its log does not have yet.
 pub(crate) fn plain(path: &Path) -> Connection {
     let connection = Connection::open(path).unwrap();
     connection.busy_timeout(Duration::from_secs(20)).unwrap();

@@ -1,5 +1,6 @@
-//! Other processes of a test: this test binary run again, or another program. Each wait has a limit.
-//! What a process says last is shown when the test fails. Dropping it kills it, also after a panic.
+//! Other processes of a test: this test binary run again, or another program. Each wait has a
+//! limit. What a process says last is shown when the test fails. Dropping it kills it, also after a
+//! panic.
 
 use std::any::type_name;
 use std::collections::VecDeque;
@@ -29,14 +30,16 @@ pub(crate) struct Process {
 }
 
 impl Process {
-    /// Runs the test function `entry` of this binary with these variables. It speaks in lines that begin with `@`.
+    /// Runs the test function `entry` of this binary with these variables. It speaks in lines that
+    /// begin with `@`.
     pub(crate) fn start(entry: impl Fn(), variables: &[(&str, &str)]) -> Process {
         Process::start_by(Command::new(this_binary()), entry, variables)
     }
 
     /// The same with files that can't grow beyond so many bytes.
     pub(crate) fn start_limited(entry: impl Fn(), variables: &[(&str, &str)], bytes: u64) -> Process {
-        // The unit of `ulimit -f` is 512 bytes. Without the trap the first write beyond it would kill.
+        // The unit of `ulimit -f` is 512 bytes. Without the trap the first write beyond it would
+        // kill.
         let limit = format!("trap '' XFSZ; ulimit -f {}; exec \"$@\"", bytes / 512);
         Process::start_by(shell(&limit), entry, variables)
     }
@@ -247,7 +250,8 @@ pub(crate) fn alone(test: impl Fn()) -> bool {
 /// Set where this binary was started by [`Process::start`].
 const CHILD: &str = "REPLITE_TEST_CHILD";
 
-/// Whether this process is a child that [`Process::start`] made; a test function for children returns at once if not.
+/// Whether this process is a child that [`Process::start`] made; a test function for children
+/// returns at once if not.
 pub(crate) fn is_child() -> bool {
     std::env::var_os(CHILD).is_some()
 }
