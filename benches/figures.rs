@@ -51,12 +51,17 @@ const FIGURES: [Figure; 20] = [
     (&["wal_peak_mib", "wal_commits_ratio"], wal::bounded),
 ];
 
+/// The process of a node that `app` starts.
+fn node_process() {
+    app::run_node();
+}
+
 fn main() {
     if home::child() || verify::child() || wal::child() {
         return;
     }
     if support::is_child() {
-        return app::run_node();
+        return node_process();
     }
     if let Some(path) = std::env::var_os("REPLITE_BENCH_DOOMED") {
         return heals::doomed(path.as_ref());

@@ -175,7 +175,7 @@ pub(crate) fn restarted() {
     for (http2, how) in [(false, "forwarded in HTTP/1.1"), (true, "forwarded in HTTP/2")] {
         let setting = app::Setting { http2, own_listener: false };
         // On a thread of the runtime, as waiting for processes blocks.
-        let run = async move { app::restarts("node", setting, RESTARTS).await };
+        let run = async move { app::restarts(setting, RESTARTS).await };
         let seen = runtime().block_on(async { runtime().spawn(run).await.expect("a task") });
         for failed in &seen.failed {
             eprintln!("{failed}");

@@ -1,4 +1,5 @@
-//! Nodes with an application, in processes of their own; and one that is restarted in good order, again and again, under clients of its replica.
+//! Nodes with an application, in processes of their own; and one that is restarted in good order,
+//! again and again, under clients of its replica.
 #![allow(dead_code, reason = "each test binary uses its part of it")]
 
 use std::collections::BTreeMap;
@@ -35,8 +36,9 @@ pub(crate) struct Setting {
     pub(crate) own_listener: bool,
 }
 
-/// `POST /` adds the body as a note, `GET /?text` counts the notes with this text: here, on the primary below `/primary`, and below
-/// `/late` in a transaction, so that a replica finds out in the handler that it can't. `POST /host` says which host was named.
+/// `POST /` adds the body as a note, `GET /?text` counts the notes with this text: here, on the
+/// primary below `/primary`, and below `/late` in a transaction, so that a replica finds out in the
+/// handler that it can't. `POST /host` says which host was named.
 fn routes(db: &Db) -> Router {
     const COUNT: &str = "SELECT count(*) FROM notes WHERE text = ?1";
     async fn add(State(db): State<Db>, text: String) -> Result<StatusCode, Error> {
@@ -95,7 +97,9 @@ pub(crate) fn run_node() {
         }
         let db = Db::open(config).await.unwrap();
         let layer = db.replay_layer().http2(std::env::var_os("HTTP2").is_some()).route_prefix("/primary", Route::Primary);
-        let app = routes(&db).layer(layer).nest_service("/_replite", db.service());
+        let layered = std::env::var("LAYER").as_deref() != Ok("no");
+        let app = if layered { routes(&db).layer(layer) } else { routes(&db) };
+        let app = app.nest_service("/_replite", db.service());
         let listener = match listener {
             Some(listener) => listener,
             None => {
@@ -132,7 +136,6 @@ pub(crate) fn database(dir: &Path, port: u16) -> PathBuf {
 
 /// Starts a node in a process of its own.
 pub(crate) fn node(
-    entry: &str,
     dir: &Path,
     port: u16,
     streams: Option<u16>,
@@ -144,7 +147,7 @@ pub(crate) fn node(
     let mut variables =
         vec![("DB", db.to_str().unwrap()), ("PORT", &port), ("STREAMS", &streams), ("FOLLOWS", follows)];
     variables.extend(more);
-    Process::start(entry, &variables)
+    Process::start(crate::node_process, &variables)
 }
 
 /// What the clients saw.
@@ -225,17 +228,18 @@ impl Client {
     }
 }
 
-/// Restarts the primary so many times. What was acknowledged is there once, whatever failed, and nothing is there twice.
-pub(crate) async fn restarts(entry: &str, setting: Setting, rounds: usize) -> Seen {
+/// Restarts the primary so many times. What was acknowledged is there once, whatever failed, and
+/// nothing is there twice.
+pub(crate) async fn restarts(setting: Setting, rounds: usize) -> Seen {
     let dir = tempfile::tempdir().unwrap();
-    let (port, streams) = (free_port(), setting.own_listener.then(free_port));
+    let (port, streams) = (own_port(), setting.own_listener.then(own_port));
     let http2: &[_] = if setting.http2 { &[("HTTP2", "yes")] } else { &[] };
-    let primary = || node(entry, dir.path(), port, streams, "", http2);
+    let primary = || node(dir.path(), port, streams, "", http2);
     let mut running = primary();
     tokio::task::block_in_place(|| running.expect("ready"));
     let follows = format!("http://127.0.0.1:{}", streams.unwrap_or(port));
-    let own = free_port();
-    let replica = node(entry, dir.path(), own, None, &follows, http2);
+    let own = own_port();
+    let replica = node(dir.path(), own, None, &follows, http2);
     tokio::task::block_in_place(|| replica.expect("ready"));
 
     let (seen, requests, end) =

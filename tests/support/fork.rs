@@ -16,7 +16,7 @@ pub(crate) struct Fork {
 
 impl Fork {
     pub(crate) fn new() -> Fork {
-        Fork { dir: tempfile::tempdir().unwrap(), port: free_port() }
+        Fork { dir: tempfile::tempdir().unwrap(), port: own_port() }
     }
 
     pub(crate) fn path(&self, name: &str) -> PathBuf {
@@ -107,7 +107,8 @@ pub(crate) async fn only_branch(db: &Db) -> LostBranch {
     all[0].branch().unwrap().clone()
 }
 
-/// A closed pair of equal nodes; the middle row lies in a page of the file that no WAL has any more.
+/// A closed pair of equal nodes; the middle row lies in a page of the file that no WAL has any
+/// more.
 pub(crate) async fn equal_pair(fork: &Fork) {
     let (a, b) = (open(small_log(fork)).await, open(fork.replica("b")).await);
     let many = "WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c WHERE i < 9000)
@@ -126,7 +127,8 @@ pub(crate) fn small_log(fork: &Fork) -> Config {
     fork.primary("a").log_retention(16 << 20, std::time::Duration::from_secs(3600))
 }
 
-/// Flips a bit of the page of a file that has these bytes, as a disk does it: without a new modification time.
+/// Flips a bit of the page of a file that has these bytes, as a disk does it: without a new
+/// modification time.
 pub(crate) fn flip_where(path: &Path, bytes: &[u8]) {
     let file = fs::File::options().read(true).write(true).open(path).unwrap();
     let modified = file.metadata().unwrap().modified().unwrap();

@@ -1,13 +1,9 @@
-//! What the tests of the doors share: an HTTP client, and other programs that end with the test.
+//! What the tests of the doors share: an HTTP client, nginx, and the example application.
 #![allow(dead_code, reason = "each test binary uses its part of it")]
 
-use std::io::{BufRead, BufReader, Read};
-use std::net::TcpListener;
+use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitStatus, Stdio};
-use std::sync::Mutex;
-use std::sync::mpsc::{Receiver, channel};
-use std::time::{Duration, Instant};
+use std::process::Command;
 
 use bytes::Bytes;
 use http::{HeaderMap, Request};
@@ -15,10 +11,8 @@ use http_body_util::{BodyExt, Full};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
-use rustix::process::{Pid, Signal, kill_process};
 
-/// Longest wait for another program.
-const LIMIT: Duration = Duration::from_secs(60);
+use crate::support::*;
 
 /// A response that was read to its end.
 #[derive(Debug)]
@@ -66,28 +60,35 @@ impl Http {
     }
 }
 
-/// Another program, killed when the test is done with it.
-pub(crate) struct Program(pub(crate) Child);
-
-impl Program {
-    pub(crate) fn start(command: &mut Command) -> Program {
-        Program(command.spawn().unwrap_or_else(|e| panic!("{command:?}: {e}")))
-    }
-}
-
-impl Drop for Program {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
 /// A program of the system; servers are not on everybody's search path.
 pub(crate) fn installed(name: &str) -> PathBuf {
     let path = std::env::var_os("PATH").unwrap_or_default();
     let found = std::env::split_paths(&path).chain(["/usr/sbin".into()]).map(|dir| dir.join(name));
     found.into_iter().find(|file| file.is_file()).unwrap_or_else(|| panic!("{name} is not installed"))
+}
+
+/// nginx that listens on a port, with this in its section `http`.
+pub(crate) fn nginx(dir: &Path, port: u16, http: &str) -> Process {
+    // One process, so that no worker outlives the test, or is another user who can't enter the
+    // directory.
+    let d = dir.display();
+    let config = format!(
+        "daemon off; master_process off; pid {d}/nginx.pid; error_log {d}/nginx.log;
+         events {{}}
+         http {{
+             access_log off;
+             client_body_temp_path {d}/body; proxy_temp_path {d}/proxy;
+             fastcgi_temp_path {d}/fastcgi; uwsgi_temp_path {d}/uwsgi; scgi_temp_path {d}/scgi;
+             {http}
+         }}"
+    );
+    let file = dir.join("nginx.conf");
+    std::fs::write(&file, config).unwrap();
+    let mut command = Command::new(installed("nginx"));
+    command.arg("-e").arg(dir.join("nginx.log")).arg("-p").arg(dir).arg("-c").arg(file);
+    let mut nginx = Process::program(&mut command);
+    nginx.until("nginx listens", || TcpStream::connect(("127.0.0.1", port)).is_ok());
+    nginx
 }
 
 /// The example application, which `cargo test` builds beside the tests.
@@ -98,100 +99,43 @@ pub(crate) fn example() -> PathBuf {
     example
 }
 
-/// A running example application, by what it prints.
+/// A running example application.
 pub(crate) struct Example {
-    pub(crate) program: Program,
-    /// Lines of both outputs.
-    lines: Receiver<String>,
+    pub(crate) process: Process,
+    /// Its instances.
+    pub(crate) urls: Vec<String>,
 }
 
 impl Example {
-    pub(crate) fn start(configure: impl FnOnce(&mut Command)) -> Example {
+    fn start(urls: Vec<String>, configure: impl FnOnce(&mut Command)) -> Example {
         let mut command = Command::new(example());
         configure(&mut command);
         command.env_remove("RUST_LOG").env("NO_COLOR", "1");
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        let mut program = Program::start(&mut command);
-        let (sender, lines) = channel();
-        let outputs: [Box<dyn Read + Send>; 2] =
-            [Box::new(program.0.stdout.take().unwrap()), Box::new(program.0.stderr.take().unwrap())];
-        for output in outputs {
-            let sender = sender.clone();
-            std::thread::spawn(move || {
-                for line in BufReader::new(output).lines().map_while(Result::ok) {
-                    println!("| {line}");
-                    if sender.send(line).is_err() {
-                        break;
-                    }
-                }
-            });
-        }
-        Example { program, lines }
+        Example { process: Process::program(&mut command), urls }
     }
 
     /// Three instances with their launcher, on three ports in a row.
     pub(crate) fn launcher(port: u16, data: &Path) -> Example {
-        Example::start(|command| {
+        let urls = (port..port + 3).map(|port| format!("http://127.0.0.1:{port}")).collect();
+        Example::start(urls, |command| {
             command.arg("--base-port").arg(port.to_string()).arg("--data").arg(data);
         })
     }
 
-    /// The same when they are ready, and their URLs.
-    pub(crate) fn three(data: &Path) -> (Example, Vec<String>) {
-        let port = three_ports();
-        let example = Example::launcher(port, data);
-        example.line("add a note");
-        (example, (port..port + 3).map(|port| format!("http://127.0.0.1:{port}")).collect())
+    /// The same when they are ready.
+    pub(crate) fn three(data: &Path) -> Example {
+        let example = Example::launcher(three_ports(), data);
+        example.process.line("add a note");
+        example
     }
 
     /// One instance, a primary.
-    pub(crate) fn one(data: &Path, options: &[&str]) -> (Example, String) {
-        let address = format!("127.0.0.1:{}", three_ports());
+    pub(crate) fn one(data: &Path, options: &[&str]) -> Example {
+        let address = format!("127.0.0.1:{}", own_port());
         let url = format!("http://{address}");
-        let example = Example::start(|c| {
+        Example::start(vec![url.clone()], |c| {
             c.args(["node", "--listen", &address, "--primary", &url, "--data"]).arg(data).args(options);
             c.env("REPLITE_SECRET", "tK2v0CZkYt8bM5WJ3uH1nQxPp7sDfLrEaG6yVoXiN4c");
-        });
-        (example, url)
+        })
     }
-
-    /// The next line with this in it.
-    pub(crate) fn line(&self, part: &str) -> String {
-        let end = Instant::now() + LIMIT;
-        loop {
-            match self.lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
-                Ok(line) if line.contains(part) => return line,
-                Ok(_) => {}
-                Err(error) => panic!("{part:?} was not printed: {error}"),
-            }
-        }
-    }
-
-    pub(crate) fn pid(&self) -> Pid {
-        Pid::from_child(&self.program.0)
-    }
-
-    /// Asks it to end and waits until it did.
-    pub(crate) fn end(mut self) -> (ExitStatus, Duration) {
-        let begin = Instant::now();
-        kill_process(self.pid(), Signal::TERM).unwrap();
-        (self.program.0.wait().unwrap(), begin.elapsed())
-    }
-}
-
-/// The first of three free ports in a row.
-pub(crate) fn three_ports() -> u16 {
-    let free = |port| TcpListener::bind(("127.0.0.1", port)).ok();
-    // Below those that the system gives out by itself, and elsewhere for each process.
-    let begin = 10_000 + u16::try_from(std::process::id() % 1000).unwrap() * 20;
-    let mut ports = (begin..32_000).chain(10_000..begin);
-    static TAKEN: Mutex<Vec<u16>> = Mutex::new(Vec::new());
-    let mut taken = TAKEN.lock().unwrap();
-    let fits = |port: &u16| {
-        let apart = taken.iter().all(|other| other.abs_diff(*port) >= 3);
-        apart && (*port..port + 3).all(|port| free(port).is_some())
-    };
-    let port = ports.find(fits).expect("three free ports");
-    taken.push(port);
-    port
 }

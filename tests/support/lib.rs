@@ -1,12 +1,8 @@
-//! What the cluster tests share: nodes in processes of their own, a TCP proxy that delays and cuts, comparisons.
+//! What the cluster tests share: other processes, a TCP proxy that delays and cuts, comparisons.
 #![allow(dead_code, unused_imports, reason = "each test binary uses its part of it")]
 
-use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
 use std::path::Path;
-use std::process::{ChildStdin, Command, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 use replite::rusqlite::Connection;
@@ -37,16 +33,9 @@ pub(crate) fn replica(path: &Path, url: &str) -> Config {
         .lease(lease::Fixed::replica_of(url))
 }
 
-/// A port that is free, and that no connection is given by chance while a node that had it is closed: below those that systems give away.
-pub(crate) fn free_port() -> u16 {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    let first = 10_000 + (std::process::id() % 400) as u16 * 50;
-    loop {
-        let port = first + NEXT.fetch_add(1, Ordering::Relaxed) % 50;
-        if std::net::TcpListener::bind(("127.0.0.1", port)).is_ok() {
-            return port;
-        }
-    }
+/// Where a node with a listener of its own listens, by its URL.
+pub(crate) fn address(url: &str) -> SocketAddr {
+    url.trim_start_matches("http://").split('/').next().unwrap().parse().unwrap()
 }
 
 pub(crate) async fn insert(db: &Db, who: &'static str, n: i64) -> Txid {
@@ -76,8 +65,8 @@ pub(crate) fn until(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// A plain connection that knows nothing of us, but that it leaves the WAL alone when it is the last to close: a node
-/// that was killed may have commits there that its log does not have yet.
+/// A plain connection that knows nothing of us, but that it leaves the WAL alone when it is the
+/// last to close: a node that was killed may have commits there that its log does not have yet.
 pub(crate) fn plain(path: &Path) -> Connection {
     let connection = Connection::open(path).unwrap();
     connection.busy_timeout(Duration::from_secs(20)).unwrap();
@@ -103,140 +92,15 @@ pub(crate) fn assert_same_pages(one: &Path, other: &Path) {
     }
 }
 
-/// This test binary run again, as a node.
-pub(crate) struct Process {
-    child: std::process::Child,
-    stdin: ChildStdin,
-    lines: Receiver<String>,
-}
-
-impl Process {
-    /// Runs the test function `entry` of this binary with these variables. It speaks in lines that begin with `@`.
-    pub(crate) fn start(entry: &str, variables: &[(&str, &str)]) -> Process {
-        Process::start_limited(entry, variables, None)
-    }
-
-    /// The same with files that can't grow beyond so many bytes.
-    pub(crate) fn start_limited(entry: &str, variables: &[(&str, &str)], bytes: Option<u64>) -> Process {
-        let exe = std::env::current_exe().unwrap();
-        let mut command = match bytes {
-            None => Command::new(exe),
-            Some(bytes) => {
-                let mut shell = Command::new("sh");
-                // The unit of `ulimit -f` is 512 bytes. Without the trap the first write beyond it would kill.
-                shell.args(["-c", "trap '' XFSZ; ulimit -f \"$1\"; shift; exec \"$@\"", "sh"]);
-                shell.arg((bytes / 512).to_string()).arg(exe);
-                shell
-            }
-        };
-        let mut child = command
-            .args([entry, "--exact", "--nocapture", "--include-ignored"])
-            .env("REPLITE_TEST_CHILD", "1")
-            .envs(variables.iter().copied())
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let (stdin, stdout) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
-        let (sender, lines) = channel();
-        std::thread::spawn(move || {
-            for line in BufReader::new(stdout).lines().map_while(Result::ok) {
-                // The harness's own words may stand before ours on a line.
-                if let Some((_, line)) = line.split_once('@')
-                    && sender.send(line.to_string()).is_err()
-                {
-                    break;
-                }
-            }
-        });
-        Process { child, stdin, lines }
-    }
-
-    /// The next line that begins with the word; others are dropped.
-    pub(crate) fn expect(&self, word: &str) -> String {
-        let end = Instant::now() + LIMIT;
-        loop {
-            let left = end.saturating_duration_since(Instant::now());
-            match self.lines.recv_timeout(left) {
-                Ok(line) if line.split(' ').next() == Some(word) => return line,
-                Ok(_) => {}
-                Err(RecvTimeoutError::Timeout) => panic!("timed out: {word}"),
-                Err(RecvTimeoutError::Disconnected) => panic!("the process ended before it said {word}"),
-            }
-        }
-    }
-
-    pub(crate) fn next_line(&self) -> Option<String> {
-        self.lines.recv_timeout(LIMIT).ok()
-    }
-
-    pub(crate) fn pending_lines(&self) -> Vec<String> {
-        self.lines.try_iter().collect()
-    }
-
-    pub(crate) fn say(&mut self, line: &str) {
-        writeln!(self.stdin, "{line}").unwrap();
-    }
-
-    /// SIGKILL; what it had said before is returned.
-    pub(crate) fn kill(mut self) -> Vec<String> {
-        self.child.kill().unwrap();
-        self.child.wait().unwrap();
-        // The reader's end closes with the pipe.
-        self.lines.iter().collect()
-    }
-
-    /// SIGTERM, and its end.
-    pub(crate) fn end(mut self) {
-        let pid = rustix::process::Pid::from_child(&self.child);
-        rustix::process::kill_process(pid, rustix::process::Signal::TERM).unwrap();
-        let status = self.child.wait().unwrap();
-        assert!(status.success(), "{status}");
-    }
-
-    pub(crate) fn id(&self) -> u32 {
-        self.child.id()
-    }
-}
-
-/// Not even a test that fails leaves a process behind: its outputs are this process's own, so whoever reads those would wait for it.
-impl Drop for Process {
-    fn drop(&mut self) {
-        // It may have ended by itself.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-/// Whether this process is a child that [`Process::start`] made; a test function for children returns at once if not.
-pub(crate) fn is_child() -> bool {
-    std::env::var_os("REPLITE_TEST_CHILD").is_some()
-}
-
-pub(crate) fn variable(name: &str) -> String {
-    std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"))
-}
-
-pub(crate) fn speak(line: &str) {
-    let mut out = std::io::stdout().lock();
-    writeln!(out, "@{line}").unwrap();
-    out.flush().unwrap();
-}
-
-/// Waits for a line on standard input.
-pub(crate) fn hear() -> String {
-    let mut line = String::new();
-    if std::io::stdin().lock().read_line(&mut line).unwrap_or(0) == 0 {
-        std::process::exit(0);
-    }
-    line.trim().to_string()
-}
-
 mod ends;
 #[path = "../../src/testing/link.rs"]
 mod link;
+mod ports;
+mod process;
 
 pub(crate) use ends::{Ends, LIMIT, comes};
+pub(crate) use ports::{own_port, three_ports};
+pub(crate) use process::*;
 
 /// A TCP proxy on loopback that delays each piece of data, and cuts connections when told to.
 pub(crate) struct Wire {

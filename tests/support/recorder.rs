@@ -1,4 +1,5 @@
-//! A server that keeps what it gets byte for byte, and accepts nothing that two parsers could read in two ways.
+//! A server that keeps what it gets byte for byte, and accepts nothing that two parsers could read
+//! in two ways.
 #![allow(dead_code, reason = "each test binary uses its part of it")]
 
 use std::net::SocketAddr;

@@ -27,7 +27,7 @@ const SECOND_EVERY: u64 = 25;
 const SECOND_STATES: usize = 20;
 
 /// Starts a child that is recorded.
-fn start(stage: &Stage, entry: &str, variables: &[(&str, &str)]) -> Process {
+fn start(stage: &Stage, entry: impl Fn(), variables: &[(&str, &str)]) -> Process {
     let recorded = stage.variables();
     let recorded = recorded.iter().map(|(name, value)| (*name, value.as_str()));
     let all: Vec<_> = recorded.chain(variables.iter().copied()).collect();
@@ -274,11 +274,12 @@ fn primary_trace(stage: &Stage, more: &[(&str, &str)]) -> Vec<Change> {
     let mut target = 0;
     for end in ["stop", "kill", "stop", "kill"] {
         target += 200;
-        let with = |own: &[(&'static str, &str)], entry| start(stage, entry, &[own, more].concat());
-        let db = ("DB", path.to_str().unwrap());
-        let mut process = with(&[db, ("PORT", "0"), ("TARGET", &target.to_string())], "writing_process");
+        let (db, goal, near) =
+            (("DB", path.to_str().unwrap()), target.to_string(), (target - 20).to_string());
+        let own = [db, ("PORT", "0"), ("TARGET", &goal)];
+        let mut process = start(stage, writing_process, &[&own, more].concat());
         process.expect("open");
-        let shell = with(&[db, ("TARGET", &(target - 20).to_string())], "shell_process");
+        let shell = start(stage, shell_process, &[&[db, ("TARGET", &near)], more].concat());
         shell.expect("end");
         kill(stage, shell);
         process.expect("target");
@@ -344,7 +345,7 @@ fn a_primary_keeps_what_it_acknowledged_whenever_the_power_goes() {
     let life = |stage: &Stage| {
         let path = stage.watched().join("p.db");
         let variables = [("DB", path.to_str().unwrap()), ("PORT", "0"), ("MORE", "20")];
-        let mut process = start(stage, "writing_process", &variables);
+        let mut process = start(stage, writing_process, &variables);
         process.expect("target");
         process.say("stop");
         process.expect("closed");
@@ -504,7 +505,7 @@ fn a_replica_is_a_state_of_its_primary_whenever_the_power_goes() {
     let stage = Stage::new("replica");
     let stage = &stage;
     let (p, r) = (stage.dir().join("p.db"), stage.watched().join("r.db"));
-    let port = free_port();
+    let port = own_port();
     let url = format!("http://127.0.0.1:{port}/_replite");
     let (mut target, port_text) = (0, port.to_string());
     let write = |target: u64, synced: bool| {
@@ -513,7 +514,7 @@ fn a_replica_is_a_state_of_its_primary_whenever_the_power_goes() {
         if synced {
             variables.push(("SYNCED", "1"));
         }
-        start(stage, "writing_process", &variables)
+        start(stage, writing_process, &variables)
     };
     for (round, end) in ["kill", "stop", "kill", "stop"].into_iter().enumerate() {
         // Behind the log's reach at the third start, off the history at the fourth.
@@ -526,7 +527,7 @@ fn a_replica_is_a_state_of_its_primary_whenever_the_power_goes() {
             kill(stage, primary);
         }
         if round == 3 {
-            let shell = start(stage, "shell_process", &[("DB", r.to_str().unwrap()), ("STRAY", "1")]);
+            let shell = start(stage, shell_process, &[("DB", r.to_str().unwrap()), ("STRAY", "1")]);
             shell.expect("end");
             kill(stage, shell);
         }
@@ -535,7 +536,7 @@ fn a_replica_is_a_state_of_its_primary_whenever_the_power_goes() {
         primary.expect("open");
         let text = (target - 20).to_string();
         let variables = [("DB", r.to_str().unwrap()), ("URL", url.as_str()), ("TARGET", text.as_str())];
-        let mut process = start(stage, "following_process", &variables);
+        let mut process = start(stage, following_process, &variables);
         if round != 1 {
             process.expect("filled");
         }
@@ -557,7 +558,7 @@ fn a_replica_is_a_state_of_its_primary_whenever_the_power_goes() {
         let path = stage.watched().join("r.db");
         let text = target.to_string();
         let variables = [("DB", path.to_str().unwrap()), ("URL", url.as_str()), ("TARGET", text.as_str())];
-        let mut process = start(stage, "following_process", &variables);
+        let mut process = start(stage, following_process, &variables);
         process.expect("at");
         process.say("stop");
         process.expect("closed");

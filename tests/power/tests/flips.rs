@@ -91,7 +91,7 @@ impl Closed {
         let path = stage.watched().join("r.db");
         let mut variables: Vec<_> = recorded.iter().map(|(name, value)| (*name, value.as_str())).collect();
         variables.extend([("DB", path.to_str().unwrap()), ("URL", url)]);
-        let process = Process::start("following_process", &variables);
+        let process = Process::start(following_process, &variables);
         process.expect("ready");
         stage.between(|| drop(process.kill()));
         let changes = trace::read(&stage.trace(), &stage.watched());

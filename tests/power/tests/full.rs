@@ -30,7 +30,7 @@ fn writing(path: &Path, port: u16) -> Config {
 }
 
 /// Starts a child that is recorded, and for which there is no room at times.
-fn start(stage: &Stage, entry: &str, variables: &[(&str, &str)]) -> Process {
+fn start(stage: &Stage, entry: impl Fn(), variables: &[(&str, &str)]) -> Process {
     let recorded = stage.variables();
     let recorded = recorded.iter().map(|(name, value)| (*name, value.as_str()));
     let all: Vec<_> = recorded.chain(variables.iter().copied()).collect();
@@ -139,7 +139,7 @@ fn runtime() -> tokio::runtime::Runtime {
 fn primary_life(full: &str) -> u64 {
     let stage = Stage::new("full-primary");
     let path = stage.watched().join("p.db");
-    let process = start(&stage, "writing_process", &[("DB", path.to_str().unwrap()), ("POWER_FULL", full)]);
+    let process = start(&stage, writing_process, &[("DB", path.to_str().unwrap()), ("POWER_FULL", full)]);
     let rest = process.expect("rest");
     process.expect("closed");
     process.kill();
@@ -198,7 +198,7 @@ fn replica_life(full: &str, url: &str, primary: &Db) -> u64 {
     let stage = Stage::new("full-replica");
     let path = stage.watched().join("r.db");
     let variables = [("DB", path.to_str().unwrap()), ("URL", url), ("POWER_FULL", full)];
-    let mut process = start(&stage, "following_process", &variables);
+    let mut process = start(&stage, following_process, &variables);
     // Before that it is the one page of an empty database.
     let there = || std::fs::metadata(&path).is_ok_and(|meta| meta.len() > 4096);
     until("the snapshot", there);

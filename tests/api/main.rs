@@ -1,0 +1,18 @@
+//! What an application has of one database: opening, writing, reading, waiting, closing.
+
+mod closing;
+mod contract;
+mod db;
+mod defence;
+#[path = "../support/fork.rs"]
+mod fork;
+mod history;
+mod metrics;
+mod panics;
+mod places;
+mod ryw;
+mod shared_cache;
+#[path = "../support/lib.rs"]
+mod support;
+mod testing;
+mod writer;

@@ -1,0 +1,175 @@
+//! Links that carry little, and a primary that stands still: a replica knows, says so, and goes on
+//! with what has come. The primary is a process of its own.
+
+use std::time::{Duration, Instant};
+
+use crate::support::*;
+use replite::{Db, Error, Event, Events};
+use rustix::process::Signal;
+
+/// Bytes a second.
+const RATE: u64 = 10_000;
+/// Longest wait for what a slow link carries: some times as long as it takes.
+const PATIENCE: Duration = Duration::from_secs(300);
+
+/// The process of the primary: it fills its database, and commits when it is told to.
+#[test]
+fn primary_process() {
+    if !is_child() {
+        return;
+    }
+    let runtime = tokio::runtime::Runtime::new().unwrap();
+    let _runs = runtime.enter();
+    let db = runtime.block_on(Db::open(primary(variable("DB").as_ref(), 0))).unwrap();
+    speak(&format!("open {}", db.node().addresses.replication));
+    loop {
+        let (rows, bytes): (u32, u32) = {
+            let line = hear();
+            let (rows, bytes) = line.split_once(' ').unwrap();
+            (rows.parse().unwrap(), bytes.parse().unwrap())
+        };
+        let commit = db.write_blocking(move |tx| {
+            for n in 0..rows {
+                tx.execute("INSERT INTO t(who, n, v) VALUES ('p', ?1, randomblob(?2))", (n, bytes))?;
+            }
+            Ok::<_, Error>(())
+        });
+        speak(&format!("committed {}", commit.unwrap().txid.unwrap()));
+    }
+}
+
+struct World {
+    primary: Process,
+    url: String,
+    dir: tempfile::TempDir,
+}
+
+impl World {
+    fn start() -> World {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("p.db");
+        let primary = Process::start(primary_process, &[("DB", path.to_str().unwrap())]);
+        let url = primary.expect("open").split(' ').nth(1).unwrap().to_string();
+        World { primary, url, dir }
+    }
+
+    /// One transaction of so many rows of so many bytes.
+    fn commit(&mut self, rows: u32, bytes: u32) -> replite::Txid {
+        self.primary.say(&format!("{rows} {bytes}"));
+        let line = self.primary.expect("committed");
+        line.split(' ').nth(1).unwrap().parse().unwrap()
+    }
+
+    async fn link(&self) -> Wire {
+        Wire::start(address(&self.url), Duration::ZERO).await
+    }
+
+    fn path(&self) -> std::path::PathBuf {
+        self.dir.path().join("r.db")
+    }
+}
+
+/// Waits until what the replica says of itself is this.
+async fn says(db: &Db, words: &[&str]) -> String {
+    let end = Instant::now() + PATIENCE;
+    loop {
+        let problem = db.status().problem.unwrap_or_default();
+        if words.iter().all(|word| problem.contains(word)) {
+            return problem;
+        }
+        assert!(Instant::now() < end, "{words:?} was not said, but: {problem}");
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// How many events there were since the last call, and the words of those that tell of a stream's
+/// end.
+async fn endings(events: &mut Events) -> (usize, Vec<String>) {
+    let (mut told, mut all) = (0, Vec::new());
+    while let Ok(Some(event)) = tokio::time::timeout(Duration::from_millis(1), events.next()).await {
+        told += 1;
+        if let Event::Disconnected(why) = event {
+            all.push(why);
+        }
+    }
+    (told, all)
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_link_of_10_kb_a_second_is_slow_and_works() {
+    let mut world = World::start();
+    let last = world.commit(300, 1000);
+    let link = world.link().await;
+    link.throttle(RATE);
+    let db = Db::open(replica(&world.path(), &format!("http://{}", link.address))).await.unwrap();
+    let mut events = db.events();
+    let said = says(&db, &["is being filled: ", " kB of ", " kB have come, at ", " kB/s"]).await;
+    assert!(!said.contains("nothing was heard"), "{said}");
+    db.wait_for_timeout(last, PATIENCE).await.unwrap();
+    // One transaction that takes long on its way: the replica is as old as it is, and says so.
+    let last = world.commit(200, 1000);
+    says(&db, &["s behind: 1 transactions are still to come, at ", " kB/s"]).await;
+    let status = db.status();
+    let lag = status.lag.unwrap();
+    assert!(lag.connected && lag.age >= Duration::from_secs(5) && lag.transactions == 1, "{lag:?}");
+    assert!(db.health().can_write, "the primary is there");
+    db.wait_for_timeout(last, PATIENCE).await.unwrap();
+    assert_eq!(count(&db), 500);
+    let (told, endings) = endings(&mut events).await;
+    assert!(told > 0, "not even of the fill");
+    assert_eq!(endings, [""; 0], "a slow link is no broken one");
+    db.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn what_came_of_a_fill_stays_when_the_link_breaks() {
+    let mut world = World::start();
+    let last = world.commit(300, 1000);
+    let link = world.link().await;
+    link.throttle(RATE * 3);
+    let db = Db::open(replica(&world.path(), &format!("http://{}", link.address))).await.unwrap();
+    let pages = std::path::PathBuf::from(format!("{}-replite/incoming/pages", world.path().display()));
+    let here = || std::fs::metadata(&pages).map_or(0, |m| m.len());
+    let mut cuts = 0;
+    while db.position().is_none() {
+        // As much again came as in a few seconds.
+        let before = here();
+        until("more pages, or all", || here() != before || db.position().is_some());
+        let before = here();
+        until("more pages, or all", || {
+            here() >= before + 60_000 || here() < before || db.position().is_some()
+        });
+        link.cut();
+        cuts += 1;
+        assert!(cuts < 15, "with each connection the fill begins anew");
+    }
+    assert!(cuts >= 3, "{cuts}");
+    db.wait_for_timeout(last, PATIENCE).await.unwrap();
+    db.shutdown().await;
+}
+
+/// It stands still, as a virtual machine does, or one without memory: its connection stands, and
+/// nothing comes.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_primary_that_stands_still_is_noticed_before_its_stream_is_given_up() {
+    let mut world = World::start();
+    let last = world.commit(1, 10);
+    let db = Db::open(replica(&world.path(), &world.url)).await.unwrap();
+    db.wait_for_timeout(last, PATIENCE).await.unwrap();
+    until("the replica is well", || db.health().can_write && db.status().problem.is_none());
+    let mut events = db.events();
+    world.primary.signal(Signal::STOP);
+    until("it is noticed", || !db.health().can_write);
+    let (health, status) = (db.health(), db.status());
+    let lag = status.lag.unwrap();
+    assert!(!lag.connected && lag.age >= Duration::from_secs(2) && lag.transactions == 0, "{lag:?}");
+    assert!(health.can_read, "what is here can be read");
+    let said = status.problem.unwrap_or_default();
+    assert!(said.contains("nothing was heard from the primary for"), "{said}");
+    assert_eq!(endings(&mut events).await.1, [""; 0], "the stream still stands");
+    world.primary.signal(Signal::CONT);
+    until("all is well again", || db.health().can_write && db.status().problem.is_none());
+    until("and level", || db.status().lag.unwrap().age < Duration::from_secs(2));
+    assert!(db.status().lag.unwrap().connected);
+    db.shutdown().await;
+}

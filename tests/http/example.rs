@@ -1,0 +1,250 @@
+//! The example application as its users run it: real processes.
+
+use std::collections::HashSet;
+use std::time::{Duration, Instant};
+
+use http::Request;
+use http_body_util::BodyExt;
+use hyper::body::Incoming;
+use replite::rusqlite::Connection;
+use rustix::process::{Pid, Signal, kill_process};
+use serde_json::Value;
+
+use crate::http_support::*;
+use crate::support::{LIMIT, three_ports, until, within};
+
+/// What the documentation promises for the end of everything.
+const END_LIMIT: Duration = Duration::from_secs(10);
+
+fn json(answer: &Answer) -> Value {
+    serde_json::from_slice(&answer.body).unwrap_or_else(|e| panic!("{e}: {answer:?}"))
+}
+
+async fn send(method: &str, url: &str, body: &str) -> Result<Answer, String> {
+    let request = Request::builder().method(method).uri(url).header("content-type", "application/json");
+    Http::new().send(request.body(body.to_string()).unwrap()).await
+}
+
+async fn add(url: &str, text: &str) -> Answer {
+    let body = serde_json::json!({ "text": text }).to_string();
+    send("POST", &format!("{url}/api/notes"), &body).await.unwrap()
+}
+
+/// Waits until an instance lists a note.
+async fn listed(url: &str, word: &str) {
+    let url = format!("{url}/api/notes?q={word}");
+    within("the note", async {
+        while !Http::new().get(&url).await.is_ok_and(|a| a.status == 200 && a.text().contains(word)) {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+}
+
+/// An open feed.
+async fn feed(url: &str) -> Incoming {
+    let client: hyper_util::client::legacy::Client<_, String> =
+        hyper_util::client::legacy::Client::builder(hyper_util::rt::TokioExecutor::new()).build_http();
+    let response = client.get(format!("{url}/api/events").parse().unwrap()).await.unwrap();
+    assert_eq!(response.headers()["content-type"], "text/event-stream");
+    response.into_body()
+}
+
+/// The number in the next event; none at the end.
+async fn event(feed: &mut Incoming) -> Option<u64> {
+    let data = within("an event", feed.frame()).await?.unwrap().into_data().unwrap();
+    let text = String::from_utf8(data.to_vec()).unwrap();
+    let number = text.trim().strip_prefix("event: position\ndata: ").unwrap_or_else(|| panic!("{text:?}"));
+    Some(number.parse().unwrap())
+}
+
+/// The processes that this one started.
+fn children(of: Pid) -> Vec<Pid> {
+    // Each thread has its own.
+    let threads = std::fs::read_dir(format!("/proc/{}/task", of.as_raw_nonzero())).unwrap();
+    let read = |thread: std::io::Result<std::fs::DirEntry>| {
+        std::fs::read_to_string(thread.unwrap().path().join("children")).unwrap_or_default()
+    };
+    let all: String = threads.map(read).collect();
+    all.split_whitespace().map(|pid| Pid::from_raw(pid.parse().unwrap()).unwrap()).collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn three_instances_share_their_notes_survive_a_kill_and_end_together() {
+    let dir = tempfile::tempdir().unwrap();
+    let Example { process: example, urls } = Example::launcher(three_ports(), dir.path());
+    let urls: [String; 3] = urls.try_into().unwrap();
+    let nodes = urls.clone().map(|url| format!("{url}/api/node"));
+    let launcher = example.pid();
+    let rows = tokio::task::block_in_place(|| urls.clone().map(|url| example.line(&format!("{url} "))));
+    let table = rows.each_ref().map(|row| row.split_whitespace().collect::<Vec<_>>());
+    assert_eq!(table.each_ref().map(|row| row[1]), ["primary", "replica", "replica"]);
+    let pids = table.each_ref().map(|row| Pid::from_raw(row[2].parse().unwrap()).unwrap());
+    assert_eq!(HashSet::from(pids), HashSet::from_iter(children(launcher)));
+
+    // A note that was added anywhere is everywhere, and each feed tells.
+    let mut feeds = Vec::new();
+    for url in &urls {
+        let mut feed = feed(url).await;
+        event(&mut feed).await.expect("one at once");
+        feeds.push(feed);
+    }
+    let note = add(&urls[2], "kept").await;
+    assert_eq!(note.status, 201, "{note:?}");
+    let txid = json(&Http::new().get(&nodes[0]).await.unwrap())["txid"].as_u64().unwrap();
+    for (url, feed) in urls.iter().zip(&mut feeds) {
+        while event(feed).await.expect("the feed goes on") < txid {}
+        // Whoever was told sees it.
+        let answer = Http::new().get(&format!("{url}/api/notes?q=kept")).await.unwrap();
+        assert!(answer.text().contains("kept"), "{url} told of {txid}: {}", answer.text());
+    }
+    drop(feeds);
+
+    // The primary is killed, and started again.
+    let id = json(&Http::new().get(&nodes[0]).await.unwrap())["id"].clone();
+    kill_process(pids[0], Signal::KILL).unwrap();
+    tokio::task::block_in_place(|| example.line("it is started again"));
+    within("a write", async { while add(&urls[1], "after").await.status != 201 {} }).await;
+    listed(&urls[0], "kept").await;
+    listed(&urls[2], "after").await;
+    assert_eq!(json(&Http::new().get(&nodes[0]).await.unwrap())["id"], id, "the same node");
+    let pids = children(launcher);
+    assert_eq!(pids.len(), 3);
+
+    // Asked to end, with feeds and idle connections open.
+    let idle: Vec<_> = [Http::new(), Http::new(), Http::new()].into();
+    let mut feeds = Vec::new();
+    for (url, client) in urls.iter().zip(&idle) {
+        client.get(&format!("{url}/livez")).await.unwrap();
+        let mut feed = feed(url).await;
+        event(&mut feed).await.unwrap();
+        feeds.push(feed);
+    }
+    let took = tokio::task::block_in_place(|| example.end());
+    println!("ended after {took:?}");
+    assert!(took < END_LIMIT, "{took:?}");
+    for feed in &mut feeds {
+        while event(feed).await.is_some() {}
+    }
+    for pid in pids {
+        assert!(!runs(pid), "{pid:?} still runs");
+    }
+    for url in &urls {
+        assert!(Http::new().get(&format!("{url}/livez")).await.is_err());
+    }
+}
+
+/// Whether the process is there, and not only its exit status, which nobody may have asked for.
+fn runs(pid: Pid) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()));
+    stat.is_ok_and(|stat| !stat.rsplit(") ").next().unwrap().starts_with('Z'))
+}
+
+#[test]
+fn no_instance_outlives_a_launcher_that_was_killed() {
+    let dir = tempfile::tempdir().unwrap();
+    let example = Example::three(dir.path()).process;
+    let pids = children(example.pid());
+    assert_eq!(pids.len(), 3);
+    example.kill();
+    until("their end", || !pids.iter().any(|pid| runs(*pid)));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn every_refusal_is_json() {
+    let dir = tempfile::tempdir().unwrap();
+    let Example { process: example, urls } = Example::one(dir.path(), &[]);
+    let url = &urls[0];
+    listening(url).await;
+    let large = serde_json::json!({ "text": "x".repeat(100_000) }).to_string();
+    for (method, path, body, status) in [
+        ("GET", "/api/notes?limit=many", "", 400),
+        ("GET", "/?limit=-1", "", 400),
+        ("PUT", "/api/notes/first", r#"{"text":"x"}"#, 400),
+        ("DELETE", "/api/notes/first", "", 400),
+        ("DELETE", "/api/notes/77", "", 404),
+        ("PUT", "/api/notes/77", r#"{"text":"x"}"#, 404),
+        ("POST", "/api/notes", "{", 400),
+        ("POST", "/api/notes", r#"{"words":"x"}"#, 422),
+        ("POST", "/api/notes", r#"{"text":"  "}"#, 400),
+        ("POST", "/api/notes", &large, 413),
+        ("GET", "/nothing", "", 404),
+        ("PATCH", "/api/notes", "", 405),
+    ] {
+        let answer = send(method, &format!("{url}{path}"), body).await.unwrap();
+        assert_eq!(answer.status, status, "{method} {path}: {answer:?}");
+        assert!(json(&answer)["error"].is_string(), "{method} {path}: {answer:?}");
+    }
+    let took = tokio::task::block_in_place(|| example.end());
+    assert!(took < END_LIMIT, "{took:?}");
+}
+
+async fn listening(url: &str) {
+    within("the instance", async {
+        while Http::new().get(&format!("{url}/readyz")).await.is_err() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_import_waits_for_a_locked_file_and_its_notes_are_found() {
+    let dir = tempfile::tempdir().unwrap();
+    let (old, data) = (dir.path().join("old.db"), dir.path().join("data"));
+    let source = Connection::open(&old).unwrap();
+    source
+        .execute_batch(
+            "CREATE TABLE notes(id INTEGER PRIMARY KEY AUTOINCREMENT, text TEXT NOT NULL,
+                 node TEXT NOT NULL DEFAULT '', created TEXT NOT NULL DEFAULT '');
+             INSERT INTO notes(text) VALUES ('an early bird'), ('a late worm');
+             BEGIN EXCLUSIVE; INSERT INTO notes(text) VALUES ('under way')",
+        )
+        .unwrap();
+    let Example { process: example, urls } = Example::one(&data, &["--import", old.to_str().unwrap()]);
+    let url = &urls[0];
+    tokio::task::block_in_place(|| example.line("the import waits"));
+    assert!(!data.join("notes.db").exists());
+    source.execute_batch("COMMIT").unwrap();
+    listening(url).await;
+    for (word, found) in [("early", 1), ("worm", 1), ("under", 1), ("", 3), ("nothing", 0)] {
+        let answer = Http::new().get(&format!("{url}/api/notes?q={word}")).await.unwrap();
+        assert_eq!(json(&answer).as_array().unwrap().len(), found, "{word}: {answer:?}");
+    }
+    // Also after a change, for which the index must have had the old words.
+    let answer = send("PUT", &format!("{url}/api/notes/1"), r#"{"text":"an owl"}"#).await.unwrap();
+    assert_eq!(answer.status, 200, "{answer:?}");
+    for (word, found) in [("early", 0), ("owl", 1)] {
+        let answer = Http::new().get(&format!("{url}/api/notes?q={word}")).await.unwrap();
+        assert_eq!(json(&answer).as_array().unwrap().len(), found, "{word}: {answer:?}");
+    }
+    tokio::task::block_in_place(|| example.end());
+}
+
+#[test]
+fn a_port_that_is_taken_ends_the_launcher_and_what_it_started() {
+    let dir = tempfile::tempdir().unwrap();
+    let port = three_ports();
+    let _taken = std::net::TcpListener::bind(("127.0.0.1", port + 2)).unwrap();
+    let begin = Instant::now();
+    let mut example = Example::launcher(port, dir.path()).process;
+    example.line(&format!("127.0.0.1:{}", port + 2));
+    assert!(!example.wait(LIMIT).success());
+    assert!(begin.elapsed() < END_LIMIT);
+}
+
+#[test]
+fn an_instance_that_can_not_begin_ends_the_others() {
+    let dir = tempfile::tempdir().unwrap();
+    // The first instance's database can't be one.
+    let port = three_ports();
+    let database = dir.path().join(port.to_string()).join("notes.db");
+    std::fs::create_dir_all(database.parent().unwrap()).unwrap();
+    std::fs::write(database, "this is no database, whoever asks for it".repeat(100)).unwrap();
+    let mut example = Example::launcher(port, dir.path()).process;
+    example.line("ended before all were ready");
+    assert!(!example.wait(LIMIT).success());
+    for port in port..port + 3 {
+        assert!(std::net::TcpStream::connect(("127.0.0.1", port)).is_err());
+    }
+}

@@ -1,0 +1,188 @@
+//! The example's page in a real browser: Chromium without a window, told what to do over the
+//! WebDriver protocol.
+
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use http::{Method, Request};
+use serde_json::{Value, json};
+
+use crate::http_support::*;
+use crate::support::*;
+
+/// How soon a note must be on the pages of the other instances.
+const SOON: Duration = Duration::from_secs(1);
+
+/// A browser with one window to begin with. Each command is a request to chromedriver.
+struct Browser {
+    http: Http,
+    session: String,
+    _driver: Process,
+    _profile: tempfile::TempDir,
+}
+
+impl Browser {
+    async fn start() -> Browser {
+        let profile = tempfile::tempdir().unwrap();
+        let mut command = Command::new(installed("chromedriver"));
+        // Nothing is left in the user's own directory.
+        command.arg("--port=0").env("HOME", profile.path());
+        // The browser that it starts would outlive it.
+        let driver = Process::group(&mut command);
+        let ready = tokio::task::block_in_place(|| driver.line("started successfully on port "));
+        let port = ready.rsplit(' ').next().unwrap().trim_end_matches('.');
+        let (http, url) = (Http::new(), format!("http://127.0.0.1:{port}"));
+        let options = json!({
+            "binary": installed("chromium"),
+            "args": [
+                "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+                "--disable-background-networking", "--disable-component-update", "--disable-sync",
+                "--disable-dev-shm-usage", "--disable-breakpad",
+                format!("--user-data-dir={}", profile.path().join("profile").display()),
+            ],
+        });
+        let capabilities =
+            json!({ "alwaysMatch": { "browserName": "chrome", "goog:chromeOptions": options } });
+        let begin = format!("{url}/session");
+        let made = tell(&http, Method::POST, &begin, json!({ "capabilities": capabilities })).await;
+        let session = format!("{url}/session/{}", made["sessionId"].as_str().unwrap());
+        Browser { http, session, _driver: driver, _profile: profile }
+    }
+
+    async fn post(&self, what: &str, body: Value) -> Value {
+        tell(&self.http, Method::POST, &format!("{}/{what}", self.session), body).await
+    }
+
+    /// A page in a window of its own.
+    async fn open(&self, url: &str) -> Page<'_> {
+        let window = self.post("window/new", json!({ "type": "window" })).await["handle"].clone();
+        let page = Page { browser: self, window };
+        page.show().await;
+        self.post("url", json!({ "url": url })).await;
+        page
+    }
+
+    async fn quit(self) {
+        tell(&self.http, Method::DELETE, &self.session, Value::Null).await;
+    }
+}
+
+/// Sends a command and returns its value.
+async fn tell(http: &Http, method: Method, url: &str, body: Value) -> Value {
+    let body = if method == Method::DELETE { String::new() } else { body.to_string() };
+    let request = Request::builder().method(method).uri(url).header("content-type", "application/json");
+    let answer = within("the browser", http.send(request.body(body).unwrap())).await.unwrap();
+    assert_eq!(answer.status, 200, "{url}: {}", answer.text());
+    serde_json::from_slice::<Value>(&answer.body).unwrap()["value"].take()
+}
+
+struct Page<'a> {
+    browser: &'a Browser,
+    window: Value,
+}
+
+impl Page<'_> {
+    /// Brings its window to the front: later commands are for it.
+    async fn show(&self) {
+        self.browser.post("window", json!({ "handle": self.window })).await;
+    }
+
+    async fn element(&self, selector: &str) -> String {
+        self.show().await;
+        let found = self.browser.post("element", json!({ "using": "css selector", "value": selector })).await;
+        found.as_object().unwrap().values().next().unwrap().as_str().unwrap().to_string()
+    }
+
+    async fn type_into(&self, selector: &str, text: &str) {
+        let element = self.element(selector).await;
+        self.browser.post(&format!("element/{element}/value"), json!({ "text": text })).await;
+    }
+
+    async fn click(&self, selector: &str) {
+        let element = self.element(selector).await;
+        self.browser.post(&format!("element/{element}/click"), json!({})).await;
+    }
+
+    async fn run(&self, script: &str) -> Value {
+        self.show().await;
+        self.browser.post("execute/sync", json!({ "script": script, "args": [] })).await
+    }
+
+    /// The texts of the notes that it shows, the newest first.
+    async fn notes(&self) -> Vec<String> {
+        let script = "return Array.from(document.querySelectorAll('#notes p'), p => p.textContent)";
+        let texts = self.run(script).await;
+        texts.as_array().unwrap().iter().map(|text| text.as_str().unwrap().to_string()).collect()
+    }
+
+    /// Waits until it shows exactly these.
+    async fn shows(&self, notes: &[&str]) {
+        let mut seen = Vec::new();
+        let shown = tokio::time::timeout(LIMIT, async {
+            while seen != notes {
+                seen = self.notes().await;
+            }
+        });
+        assert!(shown.await.is_ok(), "{seen:?}, not {notes:?}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs chromium and chromedriver"]
+async fn a_note_typed_on_a_replicas_page_is_there_at_once_and_on_all_pages_within_a_second() {
+    let dir = tempfile::tempdir().unwrap();
+    let Example { process: example, urls } = tokio::task::block_in_place(|| Example::three(dir.path()));
+    let browser = Browser::start().await;
+    let (a, b) = (browser.open(&urls[0]).await, browser.open(&urls[1]).await);
+    let mine = browser.open(&urls[2]).await;
+    assert!(mine.run("return document.body.textContent").await.as_str().unwrap().contains("replica"));
+    // Each page notes itself when it first shows what is to come: the windows can't be asked at the
+    // same time.
+    let watch = "new MutationObserver(() => { window.seen ??= Date.now() })
+        .observe(document.getElementById('notes'), { childList: true })";
+    for page in [&a, &b, &mine] {
+        page.shows(&[]).await;
+        page.run(watch).await;
+    }
+    let text = "typed <b>here</b> & \"quoted\" {{query}}";
+    mine.type_into("#add input", text).await;
+    mine.run("document.querySelector('#add').addEventListener('submit', () => { window.sent = Date.now() })")
+        .await;
+    mine.click("#add button").await;
+    mine.shows(&[text]).await;
+    let sent = mine.run("return window.sent").await.as_u64().unwrap();
+    let field = "return document.querySelector('#add input').value";
+    within("an empty field", async { while mine.run(field).await != "" {} }).await;
+    for (name, page) in [("the replica's own", &mine), ("the primary's", &a), ("the other replica's", &b)] {
+        page.shows(&[text]).await;
+        let took = page.run("return window.seen").await.as_u64().unwrap().saturating_sub(sent);
+        println!("{name} page showed the note after {took} ms");
+        assert!(Duration::from_millis(took) < SOON, "{name} page: {took} ms");
+    }
+    // What the shell writes into the primary's file is shown as well, and what is deleted goes
+    // away.
+    plain(&dir.path().join(urls[0].rsplit(':').next().unwrap()).join("notes.db"))
+        .execute("INSERT INTO notes(text) VALUES ('from outside')", [])
+        .unwrap();
+    for page in [&a, &b, &mine] {
+        page.shows(&["from outside", text]).await;
+    }
+    mine.click("#notes li:last-child .gone").await;
+    for page in [&mine, &a, &b] {
+        page.shows(&["from outside"]).await;
+    }
+    // A search stays one while notes come and go.
+    mine.type_into("[name=q]", "outs").await;
+    let begin = Instant::now();
+    mine.click("form[method=get] button").await;
+    mine.shows(&["from outside"]).await;
+    a.type_into("#add input", "not asked for").await;
+    a.click("#add button").await;
+    a.shows(&["not asked for", "from outside"]).await;
+    a.type_into("#add input", "outside, too").await;
+    a.click("#add button").await;
+    mine.shows(&["outside, too", "from outside"]).await;
+    println!("searched for {:?}", begin.elapsed());
+    browser.quit().await;
+    tokio::task::block_in_place(|| example.end());
+}
