@@ -1,5 +1,6 @@
 //! What every part of a running node shares: identity, keys, role, position, events, shutdown.
 
+mod role;
 mod seldom;
 
 use std::collections::BTreeMap;
@@ -16,10 +17,10 @@ use crate::error::Error;
 use crate::lock::lock;
 use crate::peer::NodeId;
 use crate::secret::Keyring;
-use crate::status::{Event, Lag, PeerInfo, Role, RoleState};
+use crate::status::{Event, Lag, PeerInfo, Role};
 use crate::threads::aside;
-use crate::txid::Epoch;
 
+pub(crate) use role::{RoleChange, RoleValue};
 pub(crate) use seldom::Seldom;
 
 /// Events that a slow receiver may be behind before it misses some.
@@ -95,7 +96,7 @@ pub(crate) struct NodeContext {
     pub(crate) keys: Keyring,
     pub(crate) applied: Arc<Applied>,
     /// The role; doors look here to decide whether to forward.
-    pub(crate) roles: watch::Sender<RoleState>,
+    pub(crate) roles: RoleValue,
     /// On a replica, how far behind.
     pub(crate) lag: Mutex<Option<Lag>>,
     /// Problems that last, each under the part of the node that has it, so that none hides another.
@@ -138,7 +139,6 @@ impl NodeContext {
         keys: Keyring,
         role: Role,
     ) -> Arc<NodeContext> {
-        let state = RoleState { role, epoch: Epoch::new(0, 0), primary: None };
         let stop = CancellationToken::new();
         Arc::new(NodeContext {
             me,
@@ -146,7 +146,7 @@ impl NodeContext {
             database,
             keys,
             applied: Applied::new(),
-            roles: watch::Sender::new(state),
+            roles: RoleValue::new(role),
             lag: Mutex::new(None),
             problems: Mutex::default(),
             astray: AtomicBool::new(false),
@@ -174,13 +174,13 @@ impl NodeContext {
     pub(crate) fn fail(&self, error: &Error) {
         let why = error.cause();
         self.set_problem(Part::Engine, Some(format!("{STOPPED}{why}")));
-        let failed = |state: &mut RoleState| (state.role, state.primary) = (Role::Stopped, None);
-        self.roles.send_modify(failed);
+        let changed = self.roles.change(RoleChange::Stopped);
         self.applied.close();
-        let state = self.roles.borrow().clone();
         aside(|| tracing::error!(database = self.database, error = why, "replication stopped"));
         aside(|| self.tell(Event::Stopped(why.clone())));
-        aside(|| self.tell(Event::Role(state)));
+        if let Some(state) = changed {
+            aside(|| self.tell(Event::Role(state)));
+        }
     }
 
     /// Returns when replication has failed, or the node is closed.
@@ -189,17 +189,9 @@ impl NodeContext {
         let _ = self.roles.subscribe().wait_for(|state| state.role == Role::Stopped).await;
     }
 
-    /// Changes what is known of role and primary; silent when nothing changed.
-    pub(crate) fn set_role(&self, state: RoleState) {
-        let changed = self.roles.send_if_modified(|now| {
-            // What has stopped stays so.
-            let changed = *now != state && now.role != Role::Stopped;
-            if changed {
-                now.clone_from(&state);
-            }
-            changed
-        });
-        if changed {
+    /// Changes the role, or what is known of the primary; silent when nothing changed.
+    pub(crate) fn change_role(&self, change: RoleChange) {
+        if let Some(state) = self.roles.change(change) {
             self.tell(Event::Role(state));
         }
     }

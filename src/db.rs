@@ -9,8 +9,10 @@ mod pool;
 mod preflight;
 mod repair;
 mod shutdown;
+mod slot;
 mod snapshot;
 mod status;
+mod supervisor;
 mod verify;
 mod writer;
 
@@ -27,7 +29,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::context::NodeContext;
-use crate::engine::{Lost, ReplicaEngine};
+use crate::engine::Lost;
 use crate::error::{Error, Result};
 use crate::peer::NodeId;
 use crate::primary::ReplicaServer;
@@ -52,8 +54,10 @@ pub use writer::{Commit, WriterGuard};
 
 use pool::{Lease, Pool};
 use shutdown::LastHandle;
+use slot::{EngineSlot, Running};
+use supervisor::Supervisor;
 use verify::Verifier;
-use writer::{EngineSlot, Failed, Writer};
+use writer::{Failed, Writer, not_primary};
 
 /// A replicated SQLite database: one node's handle. Clones share it.
 ///
@@ -69,7 +73,9 @@ struct DbInner {
     node: Arc<NodeContext>,
     path: PathBuf,
     pool: Pool,
-    side: Running,
+    slot: Arc<EngineSlot>,
+    writer: Arc<Writer>,
+    supervisor: Supervisor,
     verifier: Arc<Verifier>,
     source: Arc<ReplicaServer>,
     tracker: TaskTracker,
@@ -87,12 +93,6 @@ struct DbInner {
     claim: Mutex<Option<open_files::Claim>>,
     /// Dropped last.
     _keep: Option<Arc<dyn Any + Send + Sync>>,
-}
-
-/// What the role is made of.
-enum Running {
-    Primary { engine: Arc<EngineSlot>, writer: Writer },
-    Replica { follower: Arc<ReplicaEngine>, readable: watch::Receiver<bool> },
 }
 
 impl fmt::Debug for DbInner {
@@ -181,13 +181,14 @@ impl Db {
     }
 
     fn writer_side(&self) -> Result<&Writer> {
-        match &self.inner.side {
-            _ if self.inner.closed.load(Ordering::Acquire) => Err(Error::ShutDown),
-            Running::Primary { writer, .. } => Ok(writer),
-            Running::Replica { .. } => {
+        if self.inner.closed.load(Ordering::Acquire) {
+            return Err(Error::ShutDown);
+        }
+        match not_primary(&self.inner.node) {
+            None => Ok(&self.inner.writer),
+            Some(error) => {
                 session::primary_needed(&self.inner.node);
-                let primary = self.inner.node.roles.borrow().primary.clone();
-                Err(Error::NotPrimary { primary: primary.map(Box::new) })
+                Err(error)
             }
         }
     }
@@ -265,10 +266,7 @@ impl Db {
     /// The last transaction that was committed here by anybody, once it is captured. Blocks.
     #[cfg(feature = "testing")]
     pub(crate) fn captured(&self) -> Result<Txid> {
-        match &self.inner.side {
-            Running::Primary { engine, .. } => engine.get()?.captured(),
-            Running::Replica { .. } => Err(Error::NotPrimary { primary: None }),
-        }
+        self.inner.slot.primary()?.captured()
     }
 
     /// The transactions in this node's retained log, oldest first: those after `after`, or from the oldest on, at most `most`. For the next
@@ -286,10 +284,7 @@ impl Db {
             Some((_, Place::Unknown)) => return Ok(Vec::new()),
             Some((_, Place::OnHistory)) | None => {}
         }
-        let log = match &self.inner.side {
-            Running::Primary { engine, .. } => Some(engine.get()?.log().clone()),
-            Running::Replica { follower, .. } => follower.log(),
-        };
+        let log = self.inner.slot.get()?.log();
         let Some(log) = log else { return Ok(Vec::new()) };
         blocking(move || log.list(after.map_or(0, Txid::number), most)).await
     }
@@ -402,8 +397,9 @@ impl Db {
     /// # Cancel safety
     /// Nothing happens but the waiting.
     pub async fn ready(&self) -> Result<()> {
-        let Running::Replica { readable, .. } = &self.inner.side else { return Ok(()) };
-        let mut readable = readable.clone();
+        let Running::Replica(engine) = self.inner.slot.get()? else { return Ok(()) };
+        let mut readable = engine.readable();
+        drop(engine);
         tokio::select! {
             biased;
             ready = readable.wait_for(|readable| *readable) => ready.map(drop).map_err(|_| Error::ShutDown),
@@ -504,10 +500,7 @@ impl DbInner {
 
     /// Fails when the files are not those that were opened.
     fn expect_files(&self) -> Result<()> {
-        match &self.side {
-            Running::Primary { engine, .. } => engine.get()?.expect_files(),
-            Running::Replica { follower, .. } => follower.expect_files(),
-        }
+        self.slot.get()?.expect_files()
     }
 
     /// Fails while there is nothing to read.
@@ -515,13 +508,11 @@ impl DbInner {
         if self.node.astray() {
             return Err(Error::Stopped(self.node.problem().unwrap_or_default()));
         }
-        match &self.side {
-            Running::Replica { readable, .. } if !*readable.borrow() => {
-                let problem = self.node.problem();
-                Err(Error::NoState(problem.unwrap_or_else(|| "the replica is not filled yet".into())))
-            }
-            _ => Ok(()),
+        if self.slot.is_readable()? {
+            return Ok(());
         }
+        let problem = self.node.problem();
+        Err(Error::NoState(problem.unwrap_or_else(|| "the replica is not filled yet".into())))
     }
 
     fn service(&self, door: Mount) -> ReplicationService {

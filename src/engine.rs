@@ -41,6 +41,7 @@ pub(crate) use capture::commit_gate::{CommitGate, Waiting};
 pub(crate) use capture::handle::PrimaryEngine;
 pub(crate) use capture::startup::Opening;
 pub(crate) use check::repair::RightPage;
+pub(crate) use figures::WalFigures;
 #[cfg(test)]
 pub(crate) use fuzz::fuzz_seeds;
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
@@ -52,7 +53,6 @@ pub(crate) use incoming::overlay::{Overlay, Store};
 pub use lost::{Lost, LostBranch, LostKind, LostRow, LostRows};
 pub use options::Durability;
 pub(crate) use options::EngineOptions;
-pub(crate) use recover::opened::Opened;
 pub(crate) use source::{PIECE_BYTES, Piece, answer};
 
 #[cfg(test)]

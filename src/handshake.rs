@@ -8,9 +8,9 @@ use bytes::BytesMut;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
 use crate::error::{Error, PeerProblem, Result, shown};
-use crate::random;
 use crate::hex::{hex, unhex};
 use crate::peer::{Incarnation, NodeId};
+use crate::random;
 use crate::secret::{Keyring, PROOF_BYTES, Proved, Purpose};
 use crate::wire::{self, HEADER_BYTES, HELLO_PROOF_BYTES, Hello, Message};
 

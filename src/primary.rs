@@ -62,6 +62,8 @@ const LAST_RECORDS_TIMEOUT: Duration = Duration::from_secs(1);
 const SHUTTING_DOWN: &str = "shutting down";
 /// What a peer is told when this node's replication has failed.
 const STOPPED: &str = "replication stopped on the primary";
+/// Why a stream ends when the node is not the primary any more.
+const NOT_PRIMARY: &str = "this node is not the primary any more";
 /// Why a stream ends when the secret that let it in was dropped.
 const DROPPED: &str = "the secret that this stream was opened with is not valid any more";
 /// Why a stream ends when the same node opened another.
@@ -192,7 +194,7 @@ impl ReplicaServer {
     }
 
     /// From now on this node is the primary with this database, or (`None`) it is not the primary.
-    /// Streams that are under way keep what they had; they end with the node or with their engine.
+    /// Streams of what it had before end.
     pub(crate) fn set(&self, supply: Option<Arc<dyn StreamSource>>) {
         self.stock.send_replace(supply.map_or(Serving::Nothing, Serving::StreamSource));
     }
@@ -277,6 +279,13 @@ impl ReplicaServer {
         self.handshakes.clone().try_acquire_owned().ok()
     }
 
+    /// Returns when this is not what there is to serve any more.
+    async fn withdrawn(&self, supply: &Arc<dyn StreamSource>) {
+        let other = |now: &Serving| !matches!(now, Serving::StreamSource(now) if Arc::ptr_eq(now, supply));
+        // The sender is ours.
+        let _ = self.stock.subscribe().wait_for(other).await;
+    }
+
     /// Returns when nobody is served any more. For a node that drains: it lets nobody in meanwhile.
     pub(crate) async fn deserted(&self) {
         // In this order, because who is let in goes from the one to the other. Neither is ever closed.
@@ -339,6 +348,7 @@ pub(crate) async fn serve(source: Arc<ReplicaServer>, guest: Peer, upstream: Inc
             return last_word(Some(outlet), end).await;
         }
     };
+    let of = supply.clone();
     let (questions, answers) = source.lines.open(&peer);
     let clock = ReplicaClock::default();
     let turns = source.comparisons.clone();
@@ -351,6 +361,7 @@ pub(crate) async fn serve(source: Arc<ReplicaServer>, guest: Peer, upstream: Inc
         () = cut_off(&node) => End::Said(SHUTTING_DOWN.into()),
         // What it commits from now on comes to nobody.
         () = node.stopped() => End::Said(STOPPED.into()),
+        () = source.withdrawn(&of) => End::Said(NOT_PRIMARY.into()),
         () = seat.replaced() => End::Said(REPLACED.into()),
         () = node.keys.dropped(proved) => End::Said(DROPPED.into()),
     };

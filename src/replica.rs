@@ -15,14 +15,16 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinHandle;
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::context::{NodeContext, Part};
+use crate::context::{NodeContext, Part, RoleChange};
 use crate::engine::{ReplicaEngine, ReplicaStanding, StreamError};
 use crate::error::{Error, Result};
 use crate::log::Log;
 use crate::net::Endpoint;
-use crate::status::{Event, Role, RoleState};
+use crate::status::Event;
 use crate::threads::{aside, blocking, caught_task};
 use crate::txid::{Epoch, Position};
 use crate::wire::{Unit, Want};
@@ -76,13 +78,24 @@ impl Feed for ReplicaEngine {
     }
 }
 
-/// Starts to follow the primary at `primary`, until the node stops. All tasks are the tracker's.
-pub(crate) fn spawn<F: Feed>(node: Arc<NodeContext>, feed: Arc<F>, primary: Endpoint, tracker: &TaskTracker) {
-    let task = follow(node, feed, primary, tracker.clone());
-    tracker.spawn(task);
+/// Starts to follow the primary at `primary`, until that is to end or the node has stopped. All tasks are the tracker's.
+pub(crate) fn spawn<F: Feed>(
+    node: Arc<NodeContext>,
+    feed: Arc<F>,
+    primary: Endpoint,
+    ends: CancellationToken,
+    tracker: &TaskTracker,
+) -> JoinHandle<()> {
+    tracker.spawn(follow(node, feed, primary, ends, tracker.clone()))
 }
 
-async fn follow<F: Feed>(node: Arc<NodeContext>, feed: Arc<F>, primary: Endpoint, tracker: TaskTracker) {
+async fn follow<F: Feed>(
+    node: Arc<NodeContext>,
+    feed: Arc<F>,
+    primary: Endpoint,
+    ends: CancellationToken,
+    tracker: TaskTracker,
+) {
     let lagging = Lagging::new();
     let always = async {
         let mut backoff = Backoff::default();
@@ -102,7 +115,7 @@ async fn follow<F: Feed>(node: Arc<NodeContext>, feed: Arc<F>, primary: Endpoint
     tokio::select! {
         () = always => {}
         () = lagging.keep_published(&node) => {}
-        () = node.stop.cancelled() => {}
+        () = ends.cancelled() => {}
         // Nothing is taken in any more.
         () = node.stopped() => {}
     }
@@ -138,7 +151,7 @@ async fn streams<F: Feed>(
 
 fn without_primary(node: &NodeContext, epoch: Epoch) {
     let epoch = epoch.max(node.roles.borrow().epoch);
-    node.set_role(RoleState { role: Role::Replica, epoch, primary: None });
+    node.change_role(RoleChange::Follows { primary: None, epoch });
 }
 
 /// What an error of a stream means: not all of them are the primary's, or the link's.

@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use crate::db::{Db, Running};
+use crate::db::Db;
+use crate::db::slot::Running;
 use crate::error::Result;
 use crate::status::Checkpoint;
 use crate::threads::blocking;
@@ -23,9 +24,9 @@ impl Db {
     /// Dropped, it goes on for up to `limit`.
     pub async fn checkpoint(&self, limit: Duration) -> Result<Checkpoint> {
         let db = self.clone();
-        blocking(move || match &db.inner.side {
-            Running::Primary { engine, .. } => engine.get()?.checkpoint(limit),
-            Running::Replica { follower, .. } => follower.checkpoint(limit),
+        blocking(move || match db.inner.slot.get()? {
+            Running::Primary(engine) => engine.checkpoint(limit),
+            Running::Replica(engine) => engine.checkpoint(limit),
         })
         .await
     }

@@ -4,13 +4,14 @@ use std::any::Any;
 use std::fmt;
 use std::net::SocketAddr;
 use std::num::NonZeroU64;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 use rusqlite::Connection;
 
-use crate::engine::{Durability, EngineOptions};
+use crate::db::writer::WriterSetup;
+use crate::engine::{CommitGate, Durability, EngineOptions};
 use crate::error::{Error, Result};
 use crate::lease::Fixed;
 use crate::log::LogOptions;
@@ -42,8 +43,8 @@ pub enum ConnectionKind {
     Reader,
 }
 
-type OnConnect = Arc<dyn Fn(&Connection, ConnectionKind) -> rusqlite::Result<()> + Send + Sync>;
-type Migrate = Arc<dyn Fn(&mut Connection) -> Result<()> + Send + Sync>;
+pub(super) type OnConnect = Arc<dyn Fn(&Connection, ConnectionKind) -> rusqlite::Result<()> + Send + Sync>;
+pub(super) type Migrate = Arc<dyn Fn(&mut Connection) -> Result<()> + Send + Sync>;
 
 /// How a node is set up; given to [`Db::open`](crate::Db::open), which checks it.
 ///
@@ -475,6 +476,18 @@ impl Config {
             };
         }
         addresses
+    }
+
+    pub(super) fn writer_setup(&self, path: &Path) -> WriterSetup {
+        WriterSetup {
+            path: path.to_path_buf(),
+            gate: CommitGate::new(self.durability),
+            queue: self.write_queue,
+            statement_cache: self.statement_cache,
+            trust_schema: self.trust_schema,
+            on_connect: self.on_connect.clone(),
+            migrate: self.migrate.clone(),
+        }
     }
 
     pub(super) fn engine_options(&self, path: PathBuf, side: PathBuf) -> EngineOptions {

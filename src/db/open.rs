@@ -12,9 +12,11 @@ use crate::context::NodeContext;
 use crate::db::config::{Config, ConnectionKind};
 use crate::db::pool::{Expect, Pool};
 use crate::db::shutdown::LastHandle;
-use crate::db::verify::{Of, Verifier};
-use crate::db::writer::{EngineSlot, Writer};
-use crate::db::{Db, DbInner, Running, identity, open_files, preflight, snapshot};
+use crate::db::slot::{EngineSlot, Running};
+use crate::db::supervisor::Supervisor;
+use crate::db::verify::Verifier;
+use crate::db::writer::Writer;
+use crate::db::{Db, DbInner, identity, open_files, preflight, snapshot};
 use crate::engine::{Opening, ReplicaEngine};
 use crate::error::{Error, Result};
 use crate::net::{Endpoint, Listener};
@@ -99,21 +101,26 @@ impl OpenedNode {
         };
         let verify_every = config.verify_every;
         let inner = blocking(OPENING, move || {
-            let side = match files {
-                Files::Primary(opening) => serve(*opening, &config, &path, &node, &source)?,
-                Files::Replica(follower) => Running::Replica { readable: follower.readable(), follower },
+            let writer = Arc::new(Writer::new(node.clone(), config.writer_setup(&path)));
+            let running = match files {
+                Files::Primary(opening) => {
+                    let engine = Arc::new(opening.finish()?);
+                    writer.open(&engine)?;
+                    Running::Primary(engine)
+                }
+                Files::Replica(engine) => Running::Replica(engine),
             };
-            let of = match &side {
-                Running::Primary { engine, .. } => Of::Primary(engine.clone()),
-                Running::Replica { follower, .. } => Of::Replica(follower.clone()),
-            };
+            let slot = EngineSlot::new(node.clone(), running);
+            let (replicas, tasks) = (source.clone(), tracker.clone());
             // With its owner: should nobody wait for it any more, it is closed.
             Ok(LastHandle(Arc::new(DbInner {
-                verifier: Verifier::new(node.clone(), of, config.verify_limit),
-                pool: pool(&config, &path, &side, node.files()),
+                verifier: Verifier::new(node.clone(), slot.clone(), config.verify_limit),
+                pool: pool(&config, &path, slot.clone(), node.files()),
+                supervisor: Supervisor::new(node.clone(), slot.clone(), writer.clone(), replicas, tasks),
                 node,
                 path,
-                side,
+                slot,
+                writer,
                 source,
                 tracker,
                 wait_timeout: config.wait_timeout,
@@ -136,9 +143,7 @@ impl OpenedNode {
         });
         doors.open();
         doors.leave_open();
-        if let (Running::Replica { follower, .. }, Some(primary)) = (&inner.side, primary) {
-            crate::replica::spawn(inner.node.clone(), follower.clone(), primary, &inner.tracker);
-        }
+        inner.supervisor.begin(primary).await?;
         if let Some(period) = verify_every {
             inner.tracker.spawn(inner.verifier.clone().repeat(period));
         }
@@ -171,36 +176,8 @@ async fn recover(
     Ok((Box::new(opening), recovered))
 }
 
-/// From here on the node is the primary. Blocks.
-fn serve(
-    opening: Opening,
-    config: &Config,
-    path: &std::path::Path,
-    node: &Arc<NodeContext>,
-    source: &Arc<ReplicaServer>,
-) -> Result<Running> {
-    let engine = Arc::new(opening.finish()?);
-    let hold = Arc::new(EngineSlot::new(engine.clone()));
-    let writer = Writer::open(config, path, &hold)?;
-    node.roles.send_modify(|state| {
-        state.epoch = node.applied.history().epoch();
-        state.primary = Some(node.me.clone());
-    });
-    source.set(Some(engine));
-    Ok(Running::Primary { engine: hold, writer })
-}
-
-fn pool(config: &Config, path: &std::path::Path, side: &Running, files: Arc<AtomicU64>) -> Pool {
-    let expect: Expect = match side {
-        Running::Primary { engine, .. } => {
-            let engine = engine.clone();
-            Box::new(move || engine.get()?.expect_files())
-        }
-        Running::Replica { follower, .. } => {
-            let follower = follower.clone();
-            Box::new(move || follower.expect_files())
-        }
-    };
+fn pool(config: &Config, path: &std::path::Path, slot: Arc<EngineSlot>, files: Arc<AtomicU64>) -> Pool {
+    let expect: Expect = Box::new(move || slot.get()?.expect_files());
     let (on_connect, trust) = (config.on_connect.clone(), config.trust_schema);
     let prepare = move |conn: &Connection| {
         defend(conn, !trust)?;

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::checksum::PageHash;
-use crate::db::{Db, Running};
+use crate::db::Db;
 use crate::engine::{PrimaryEngine, RightPage};
 use crate::error::{Error, Result};
 use crate::page::PageNo;
@@ -51,11 +51,7 @@ impl Db {
     /// # Cancel safety
     /// Nothing happens but reading and asking.
     pub async fn find_repair(&self) -> Result<Option<Repair>> {
-        let Running::Primary { engine, .. } = &self.inner.side else {
-            let primary = self.inner.node.roles.borrow().primary.clone();
-            return Err(Error::NotPrimary { primary: primary.map(Box::new) });
-        };
-        let engine = engine.get()?;
+        let engine = self.inner.slot.primary()?;
         let verification = self.verify().await?;
         if verification.holds() {
             return Ok(None);

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crate::db::{Db, DbInner, Running};
+use crate::context::RoleChange;
+use crate::db::{Db, DbInner};
 use crate::lock::lock;
-use crate::status::Role;
 use crate::threads;
 
 /// How long the end of the streams is waited for: they have a second for what is captured, and one for their last word.
@@ -201,17 +201,12 @@ impl DbInner {
         self.pool.close();
         // It reads through connections of its own, which have to be closed before the others.
         self.verifier.close();
-        match &self.side {
-            Running::Primary { engine, writer } => {
-                writer.close();
-                if let Some(engine) = engine.take() {
-                    engine.close();
-                }
-            }
-            Running::Replica { follower, .. } => follower.close(),
+        self.writer.close();
+        if let Some(running) = self.slot.take() {
+            running.close();
         }
         crate::sqlite::close_unlocked();
         self.node.applied.close();
-        self.node.roles.send_modify(|state| state.role = Role::Stopped);
+        threads::aside(|| self.node.change_role(RoleChange::Stopped));
     }
 }

@@ -4,7 +4,8 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use crate::context::Part;
-use crate::db::{Db, DbInner, Running};
+use crate::db::slot::Running;
+use crate::db::{Db, DbInner};
 use crate::lock::lock;
 use crate::status::{Health, Role, Status};
 
@@ -14,13 +15,8 @@ impl Db {
         let inner = &self.inner;
         let node = &inner.node;
         let roles = node.roles.borrow().clone();
-        let (wal, log) = match &inner.side {
-            Running::Primary { engine, .. } => match engine.get() {
-                Ok(engine) => (engine.wal(), Some(engine.log().clone())),
-                Err(_) => Default::default(),
-            },
-            Running::Replica { follower, .. } => (follower.wal(), follower.log()),
-        };
+        let running = inner.slot.get().ok();
+        let (wal, log) = running.as_ref().map(|running| (running.wal(), running.log())).unwrap_or_default();
         Status {
             node: node.me.node,
             incarnation: node.me.incarnation,
@@ -35,9 +31,9 @@ impl Db {
             backfilled_frames: wal.backfilled,
             log_start: log.as_ref().and_then(|log| log.start()),
             locks_lost: wal.locks_lost,
-            heals: match &inner.side {
-                Running::Primary { .. } => 0,
-                Running::Replica { follower, .. } => follower.heals(),
+            heals: match &running {
+                Some(Running::Replica(engine)) => engine.heals(),
+                Some(Running::Primary(_)) | None => 0,
             },
             recovered: inner.recovered,
             log_bytes: log.map_or(0, |log| log.bytes()),

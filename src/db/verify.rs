@@ -9,11 +9,10 @@ use tokio::sync::{oneshot, watch};
 
 use crate::context::{NodeContext, Part};
 use crate::db::Db;
-use crate::db::writer::EngineSlot;
-use crate::engine::ReplicaEngine;
+use crate::db::slot::{EngineSlot, Running};
 use crate::error::{Error, Result};
-use crate::random;
 use crate::lock::lock;
+use crate::random;
 use crate::status::{Event, Verification, whole_millis};
 use crate::threads::{self, aside, caught_task};
 
@@ -54,16 +53,10 @@ impl Db {
     }
 }
 
-/// What is verified.
-pub(super) enum Of {
-    Primary(Arc<EngineSlot>),
-    Replica(Arc<ReplicaEngine>),
-}
-
 /// Runs a database's verifications, one at a time, each on a thread of its own.
 pub(super) struct Verifier {
     node: Arc<NodeContext>,
-    of: Of,
+    slot: Arc<EngineSlot>,
     bytes_per_second: Option<NonZeroU64>,
     state: Mutex<VerifierState>,
 }
@@ -78,8 +71,12 @@ struct VerifierState {
 }
 
 impl Verifier {
-    pub(super) fn new(node: Arc<NodeContext>, of: Of, bytes_per_second: Option<NonZeroU64>) -> Arc<Verifier> {
-        Arc::new(Verifier { node, of, bytes_per_second, state: Mutex::default() })
+    pub(super) fn new(
+        node: Arc<NodeContext>,
+        slot: Arc<EngineSlot>,
+        bytes_per_second: Option<NonZeroU64>,
+    ) -> Arc<Verifier> {
+        Arc::new(Verifier { node, slot, bytes_per_second, state: Mutex::default() })
     }
 
     fn lock(&self) -> MutexGuard<'_, VerifierState> {
@@ -149,9 +146,9 @@ impl Verifier {
 
     /// Blocks for as long as it takes.
     fn run(&self) -> Result<Verification> {
-        let verification = match &self.of {
-            Of::Primary(engine) => engine.get().and_then(|engine| engine.verify(self.bytes_per_second)),
-            Of::Replica(follower) => follower.verify(self.bytes_per_second),
+        let verification = match self.slot.get()? {
+            Running::Primary(engine) => engine.verify(self.bytes_per_second),
+            Running::Replica(engine) => engine.verify(self.bytes_per_second),
         }?;
         self.report(&verification);
         Ok(verification)
@@ -185,11 +182,11 @@ impl Verifier {
 
     /// What follows when the pages are not those of the position, after everybody was told of it. Runs on the verification's thread.
     fn suspect(&self) {
-        match &self.of {
+        match self.slot.get() {
             // Its pages are the only ones that it knows of: an operator decides.
-            Of::Primary(_) => {}
+            Ok(Running::Primary(_)) | Err(_) => {}
             // Its primary has the right pages.
-            Of::Replica(follower) => follower.suspect(),
+            Ok(Running::Replica(engine)) => engine.suspect(),
         }
     }
 

@@ -5,20 +5,22 @@ mod reentrancy;
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::path::Path;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError, mpsc};
 use std::thread::JoinHandle;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use rusqlite::{Connection, DropBehavior, ErrorCode, OpenFlags, Transaction, TransactionBehavior};
 use tokio::sync::{Semaphore, mpsc as queue, oneshot};
 
-use crate::db::config::{Config, ConnectionKind};
+use crate::context::NodeContext;
+use crate::db::config::{ConnectionKind, Migrate, OnConnect};
 use crate::engine::{CommitGate, PrimaryEngine, Waiting};
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::sqlite::{self, CommitHook, defend, last_code};
+use crate::status::Role;
 use crate::threads::{self, aside, message};
 use crate::txid::Txid;
 
@@ -27,24 +29,21 @@ pub use guard::WriterGuard;
 use guard::Settings;
 use reentrancy::{Inside, may_block};
 
+/// Between two tries to get the connection that is to be closed.
+const CLOSE_STEP: Duration = Duration::from_millis(1);
 /// Commits that may wait for their acknowledgement; the writer then waits, too.
 const WAITING_MAX: usize = 4096;
 
-/// The engine, until it is closed: a handle that outlives its database keeps no file of it open.
-pub(super) struct EngineSlot(Mutex<Option<Arc<PrimaryEngine>>>);
-
-impl EngineSlot {
-    pub(super) fn new(engine: Arc<PrimaryEngine>) -> EngineSlot {
-        EngineSlot(Mutex::new(Some(engine)))
-    }
-
-    pub(super) fn get(&self) -> Result<Arc<PrimaryEngine>> {
-        lock(&self.0).clone().ok_or(Error::ShutDown)
-    }
-
-    pub(super) fn take(&self) -> Option<Arc<PrimaryEngine>> {
-        lock(&self.0).take()
-    }
+/// What the writer's connection is made with.
+pub(super) struct WriterSetup {
+    pub(super) path: PathBuf,
+    pub(super) gate: CommitGate,
+    /// Writes that may wait.
+    pub(super) queue: usize,
+    pub(super) statement_cache: usize,
+    pub(super) trust_schema: bool,
+    pub(super) on_connect: Option<OnConnect>,
+    pub(super) migrate: Option<Migrate>,
 }
 
 /// What a write brought about.
@@ -64,30 +63,38 @@ impl<T> From<&Commit<T>> for Option<Txid> {
     }
 }
 
-/// The writer of a primary.
+/// The writer of a database, which writes while the node is the primary.
 pub(super) struct Writer {
     shared: Arc<WriterShared>,
-    /// The way into the queue. No future keeps a copy, because one that nobody polls any more would keep the thread.
-    jobs: Mutex<Option<queue::UnboundedSender<Box<dyn Job>>>>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
 struct WriterShared {
-    /// Bounds the queue.
-    room: Semaphore,
-    engine: Arc<EngineSlot>,
+    node: Arc<NodeContext>,
+    setup: WriterSetup,
     gate: CommitGate,
+    /// The way into the queue. No future keeps a copy, because one that nobody polls any more would keep the thread.
+    queue: Mutex<Option<Queue>>,
     connection: Mutex<Option<OpenWriter>>,
-    /// How the connection has to be when its borrower gives it back.
-    settings: Settings,
     /// Commits that were handed to the sync thread and are not acknowledged yet.
     waiting: AtomicUsize,
 }
 
-/// The connection, and the count of its commits.
+/// Writes that wait for the thread.
+struct Queue {
+    jobs: queue::UnboundedSender<Box<dyn Job>>,
+    /// Bounds them.
+    room: Arc<Semaphore>,
+}
+
+/// The connection of one term, and the engine that its commits go to.
 struct OpenWriter {
     connection: Connection,
+    /// Counts the connection's commits.
     commits: CommitHook,
+    /// How the connection has to be when its borrower gives it back.
+    settings: Settings,
+    engine: Arc<PrimaryEngine>,
 }
 
 /// Why a write failed.
@@ -173,31 +180,36 @@ impl fmt::Debug for Writer {
 }
 
 impl Writer {
-    /// Opens the connection, runs the application's migrations on it, and starts the threads.
-    pub(super) fn open(config: &Config, path: &Path, engine: &Arc<EngineSlot>) -> Result<Writer> {
-        let (open, settings) = connect(config, path)?;
-        let shared = Arc::new(WriterShared {
-            room: Semaphore::new(config.write_queue),
-            engine: engine.clone(),
-            gate: CommitGate::new(config.durability),
-            connection: Mutex::new(Some(open)),
-            settings,
-            waiting: AtomicUsize::new(0),
-        });
+    /// A writer that is not open yet.
+    pub(super) fn new(node: Arc<NodeContext>, setup: WriterSetup) -> Writer {
+        let gate = setup.gate;
+        let (queue, connection, waiting) = Default::default();
+        let shared = WriterShared { node, setup, gate, queue, connection, waiting };
+        Writer { shared: Arc::new(shared), threads: Mutex::default() }
+    }
+
+    /// Opens the connection, runs the application's migrations on it, and starts the threads. Blocks.
+    pub(super) fn open(&self, engine: &Arc<PrimaryEngine>) -> Result<()> {
+        let shared = &self.shared;
+        let open = connect(&shared.setup, engine)?;
         // What the migrations committed has its place in history, and stays, before anybody hears that we are open.
-        let (engine, last) = (engine.get()?, engine.get()?.captured()?);
-        shared.gate.wait(&engine, last)?;
+        shared.gate.wait(engine, engine.captured()?)?;
         let (jobs, receiver) = queue::unbounded_channel();
+        let room = Arc::new(Semaphore::new(shared.setup.queue));
         let (to_sync, waiting) = mpsc::sync_channel(WAITING_MAX);
-        let one = (shared.clone(), receiver, to_sync);
-        let two = (shared.clone(), waiting);
-        let threads = vec![
-            threads::start("replite-writer", one, run_jobs, |(shared, jobs, _), ended| {
-                shared.end(ended, Some(jobs));
-            })?,
-            threads::start("replite-sync", two, run_syncs, |(shared, _), ended| shared.end(ended, None))?,
-        ];
-        Ok(Writer { shared, jobs: Mutex::new(Some(jobs)), threads: Mutex::new(threads) })
+        let one =
+            Jobs { shared: shared.clone(), engine: engine.clone(), room: room.clone(), receiver, to_sync };
+        let two = Syncs { shared: shared.clone(), engine: engine.clone(), waiting };
+        *lock(&shared.connection) = Some(open);
+        *lock(&shared.queue) = Some(Queue { jobs, room });
+        let mut threads = lock(&self.threads);
+        threads.push(threads::start("replite-writer", one, run_jobs, |jobs, ended| {
+            jobs.shared.end(&jobs.engine, ended, Some(jobs.receiver));
+        })?);
+        threads.push(threads::start("replite-sync", two, run_syncs, |syncs, ended| {
+            syncs.shared.end(&syncs.engine, ended, None);
+        })?);
+        Ok(())
     }
 
     /// Runs a closure in a transaction, on the writer's thread.
@@ -212,8 +224,10 @@ impl Writer {
         }
         let (reply, answer) = oneshot::channel();
         let job = Box::new(WriteJob { run, reply });
-        let room = self.shared.room.acquire().await.map_err(|_| self.shared.refusal())?;
-        let queued = lock(&self.jobs).as_ref().is_some_and(|jobs| jobs.send(job).is_ok());
+        let room = lock(&self.shared.queue).as_ref().map(|queue| queue.room.clone());
+        let room = room.ok_or_else(|| self.shared.refusal())?;
+        let room = room.acquire_owned().await.map_err(|_| self.shared.refusal())?;
+        let queued = lock(&self.shared.queue).as_ref().is_some_and(|queue| queue.jobs.send(job).is_ok());
         if !queued {
             return Err(self.shared.refusal().into());
         }
@@ -232,9 +246,9 @@ impl Writer {
     {
         may_block()?;
         let (inside, mut connection) = self.shared.enter()?;
-        let Some(open) = connection.as_mut() else { return Err(Error::ShutDown.into()) };
+        let Some(open) = connection.as_mut() else { return Err(self.shared.refusal().into()) };
         // Held until the commit is acknowledged, whoever closes the database meanwhile.
-        let engine = self.shared.engine.get()?;
+        let engine = open.engine.clone();
         let commit = self.shared.transact(open, run)?;
         // The next one commits while this one waits for the disk, so that both share an fsync.
         drop((connection, inside));
@@ -248,16 +262,43 @@ impl Writer {
         may_block()?;
         let (inside, connection) = self.shared.enter()?;
         if connection.is_none() {
-            return Err(Error::ShutDown);
+            return Err(self.shared.refusal());
         }
         WriterGuard::new(connection, &self.shared, inside)
+    }
+
+    /// [`Writer::close`], unless somebody has the connection for longer than this: then it stays open.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`].
+    pub(super) fn close_within(&self, limit: Duration) -> Result<()> {
+        let end = Instant::now() + limit;
+        loop {
+            match self.shared.connection.try_lock() {
+                Ok(mut open) => {
+                    self.shared.end_connection(open.take());
+                    break;
+                }
+                Err(TryLockError::Poisoned(mut open)) => {
+                    self.shared.end_connection(open.get_mut().take());
+                    break;
+                }
+                Err(TryLockError::WouldBlock) if Instant::now() < end => std::thread::sleep(CLOSE_STEP),
+                Err(TryLockError::WouldBlock) => {
+                    return Err(Error::Timeout { what: "the writer connection".into(), after: limit });
+                }
+            }
+        }
+        self.close();
+        Ok(())
     }
 
     /// Ends the threads: what is queued is refused, what has begun ends. Blocks.
     pub(super) fn close(&self) {
         // The thread ends with the only sender. Who waits for room is refused.
-        drop(lock(&self.jobs).take());
-        self.shared.room.close();
+        if let Some(queue) = lock(&self.shared.queue).take() {
+            queue.room.close();
+        }
         let threads = std::mem::take(&mut *lock(&self.threads));
         let here = std::thread::current().id();
         if threads.iter().any(|thread| thread.thread().id() == here) {
@@ -273,20 +314,20 @@ impl Writer {
 }
 
 /// Opens the connection as the application and we want it, and has the database migrated.
-fn connect(config: &Config, path: &Path) -> Result<(OpenWriter, Settings)> {
-    let mut connection = sqlite::connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
-    defend(&connection, !config.trust_schema)?;
-    connection.set_prepared_statement_cache_capacity(config.statement_cache);
+fn connect(setup: &WriterSetup, engine: &Arc<PrimaryEngine>) -> Result<OpenWriter> {
+    let mut connection = sqlite::connect(&setup.path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+    defend(&connection, !setup.trust_schema)?;
+    connection.set_prepared_statement_cache_capacity(setup.statement_cache);
     // COMMIT does not fsync; the shared fsync does, for all that wait.
     connection.pragma_update(None, "synchronous", "NORMAL")?;
     connection.pragma_update(None, "wal_autocheckpoint", 0)?;
     // Before the application may set an authorizer of its own.
     guard::refuse_exclusive(&mut connection)?;
-    if let Some(run) = &config.on_connect {
+    if let Some(run) = &setup.on_connect {
         run(&connection, ConnectionKind::Writer)?;
     }
     let settings = Settings::of(&connection)?;
-    if let Some(run) = &config.migrate {
+    if let Some(run) = &setup.migrate {
         let migrated = catch_unwind(AssertUnwindSafe(|| run(&mut connection)));
         migrated.unwrap_or_else(|panic| Err(Error::Panicked(message(&*panic))))?;
         if !connection.is_autocommit() {
@@ -295,7 +336,7 @@ fn connect(config: &Config, path: &Path) -> Result<(OpenWriter, Settings)> {
     }
     settings.restore(&connection)?;
     let commits = CommitHook::put_on(&connection);
-    Ok((OpenWriter { connection, commits }, settings))
+    Ok(OpenWriter { connection, commits, settings, engine: engine.clone() })
 }
 
 impl WriterShared {
@@ -310,30 +351,38 @@ impl WriterShared {
         Ok((inside, lock(&self.connection)))
     }
 
-    /// Waits until the commit may be acknowledged.
-    fn pass(&self, waiting: Waiting) -> Result<()> {
-        self.gate.pass(&*self.engine.get()?, waiting)
-    }
-
     /// Closes the connection.
     fn close(&self) {
-        if let Some(OpenWriter { connection, commits }) = lock(&self.connection).take() {
+        let open = lock(&self.connection).take();
+        self.end_connection(open);
+    }
+
+    fn end_connection(&self, open: Option<OpenWriter>) {
+        if let Some(OpenWriter { connection, commits, .. }) = open {
             commits.take_off(&connection);
         }
     }
 
-    /// Why there are no writes any more.
+    /// Why there are no writes.
     fn refusal(&self) -> Error {
-        self.engine.get().and_then(|engine| engine.check()).err().unwrap_or(Error::ShutDown)
+        if let Some(why) = self.node.failure() {
+            return Error::Stopped(why);
+        }
+        not_primary(&self.node).unwrap_or(Error::ShutDown)
     }
 
     /// The end of a thread. Without it nothing is written any more.
-    fn end(&self, ended: Result<()>, jobs: Option<queue::UnboundedReceiver<Box<dyn Job>>>) {
+    fn end(
+        &self,
+        engine: &PrimaryEngine,
+        ended: Result<()>,
+        jobs: Option<queue::UnboundedReceiver<Box<dyn Job>>>,
+    ) {
         let Err(error) = ended else { return };
-        if let Ok(engine) = self.engine.get() {
-            engine.fail(&error);
+        engine.fail(&error);
+        if let Some(queue) = &*lock(&self.queue) {
+            queue.room.close();
         }
-        self.room.close();
         let Some(mut jobs) = jobs else { return };
         jobs.close();
         while let Ok(job) = jobs.try_recv() {
@@ -347,8 +396,7 @@ impl WriterShared {
         F: FnOnce(&mut Transaction<'_>) -> Result<T, E>,
     {
         let sqlite = Error::Sqlite;
-        let OpenWriter { connection, commits } = open;
-        let engine = self.engine.get()?;
+        let OpenWriter { connection, commits, settings, engine } = open;
         engine.pace();
         engine.ready()?;
         commits.again(connection);
@@ -357,7 +405,7 @@ impl WriterShared {
         let begin = || Transaction::new_unchecked(connection, TransactionBehavior::Immediate);
         let mut transaction = match begin() {
             // An application that set something which lets nobody write gets its next writes done all the same.
-            Err(_) if self.settings.mend(connection).map_err(sqlite)? => begin(),
+            Err(_) if settings.mend(connection).map_err(sqlite)? => begin(),
             begun => begun,
         }
         .map_err(|error| Error::of_begin(error, asked.elapsed()))?;
@@ -392,16 +440,33 @@ impl WriterShared {
     }
 }
 
+/// Why a node that follows another does not write.
+pub(super) fn not_primary(node: &NodeContext) -> Option<Error> {
+    let state = node.roles.borrow();
+    let primary = || state.primary.clone().map(Box::new);
+    (state.role == Role::Replica).then(|| Error::NotPrimary { primary: primary() })
+}
+
+/// What the writer's thread works with.
+struct Jobs {
+    shared: Arc<WriterShared>,
+    engine: Arc<PrimaryEngine>,
+    room: Arc<Semaphore>,
+    receiver: queue::UnboundedReceiver<Box<dyn Job>>,
+    to_sync: mpsc::SyncSender<Unacknowledged>,
+}
+
+/// What the sync thread works with.
+struct Syncs {
+    shared: Arc<WriterShared>,
+    engine: Arc<PrimaryEngine>,
+    waiting: mpsc::Receiver<Unacknowledged>,
+}
+
 /// The writer's thread.
-fn run_jobs(
-    (shared, jobs, to_sync): &mut (
-        Arc<WriterShared>,
-        queue::UnboundedReceiver<Box<dyn Job>>,
-        mpsc::SyncSender<Unacknowledged>,
-    ),
-) -> Result<()> {
+fn run_jobs(Jobs { shared, engine, room, receiver: jobs, to_sync }: &mut Jobs) -> Result<()> {
     while let Some(job) = jobs.blocking_recv() {
-        shared.room.add_permits(1);
+        room.add_permits(1);
         let Ok((inside, mut connection)) = shared.enter() else { continue };
         let commit = survive(|| match connection.as_mut() {
             Some(open) => job.run(shared, open),
@@ -414,7 +479,7 @@ fn run_jobs(
         let Some(commit) = commit.flatten() else { continue };
         if jobs.is_empty() && shared.waiting.load(Ordering::Acquire) == 0 {
             // No other commit waits: an fsync here costs no wake-up of another thread.
-            let passed = shared.pass(commit.waiting);
+            let passed = shared.gate.pass(engine, commit.waiting);
             commit.settle(passed);
         } else {
             shared.waiting.fetch_add(1, Ordering::AcqRel);
@@ -429,13 +494,13 @@ fn run_jobs(
 }
 
 /// The sync thread: one fsync for all commits that came during the one before.
-fn run_syncs((shared, commits): &mut (Arc<WriterShared>, mpsc::Receiver<Unacknowledged>)) -> Result<()> {
+fn run_syncs(Syncs { shared, engine, waiting: commits }: &mut Syncs) -> Result<()> {
     let mut batch = Vec::new();
     while let Ok(first) = commits.recv() {
         batch.push(first);
         batch.extend(commits.try_iter().take(WAITING_MAX));
         let last = batch.iter().map(|commit| commit.waiting).max();
-        let passed = last.map_or(Ok(()), |waiting| shared.pass(waiting));
+        let passed = last.map_or(Ok(()), |waiting| shared.gate.pass(engine, waiting));
         for commit in batch.drain(..) {
             shared.waiting.fetch_sub(1, Ordering::AcqRel);
             let result = match &passed {
@@ -467,18 +532,18 @@ fn survive<T>(run: impl FnOnce() -> T) -> Option<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::db::{Db, Running};
+    use crate::db::{Config, Db};
 
     #[tokio::test(flavor = "multi_thread")]
     async fn after_the_end_of_a_thread_what_is_queued_and_what_comes_later_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let db = Db::open(Config::new(dir.path().join("a.db"))).await.unwrap();
-        let Running::Primary { writer, .. } = &db.inner.side else { panic!("a primary") };
+        let (writer, engine) = (&db.inner.writer, db.inner.slot.primary().unwrap());
         let run = |tx: &mut Transaction<'_>| Ok::<_, Error>(tx.execute("CREATE TABLE t(a)", [])?);
         let (jobs, receiver) = queue::unbounded_channel();
         let (reply, answer) = oneshot::channel();
         jobs.send(Box::new(WriteJob { run, reply }) as Box<dyn Job>).unwrap_or_else(|_| panic!("it is open"));
-        writer.shared.end(Err(Error::Stopped("by intent".into())), Some(receiver));
+        writer.shared.end(&engine, Err(Error::Stopped("by intent".into())), Some(receiver));
         let stopped = |error: Error| matches!(error, Error::Stopped(why) if why == "by intent");
         assert!(stopped(answer.await.unwrap().map_err(Failed::into_one).unwrap_err()), "queued");
         assert!(stopped(db.write(run).await.unwrap_err()), "later");

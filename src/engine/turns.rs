@@ -19,15 +19,12 @@ impl Opened {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-    use std::path::Path;
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
     use std::time::Duration;
 
     use rusqlite::Connection;
 
-    use super::*;
-    use crate::ends::Ends;
+    use crate::ends::{Ends, alone, descriptors, threads};
     use crate::engine::tests::{Home, assert_exact, assert_same, catch_up, open_plain, settled};
     use crate::error::Error;
 
@@ -35,33 +32,6 @@ mod tests {
 
     fn rows(connection: &Connection) -> rusqlite::Result<u64> {
         connection.query_row("SELECT count(*) FROM t", [], |r| r.get::<_, i64>(0)).map(|n| n as u64)
-    }
-
-    /// Descriptors of files below a directory.
-    fn descriptors(below: &Path) -> usize {
-        let all = fs::read_dir("/proc/self/fd").unwrap();
-        all.filter_map(|fd| fs::read_link(fd.ok()?.path()).ok())
-            .filter(|path| path.starts_with(below))
-            .count()
-    }
-
-    fn threads() -> usize {
-        fs::read_dir("/proc/self/task").unwrap().count()
-    }
-
-    /// Counting threads needs a process of its own.
-    fn alone(name: &str) -> bool {
-        if std::env::var_os("REPLITE_TEST_ALONE").is_some() {
-            return true;
-        }
-        let exe = std::env::current_exe().unwrap();
-        let ended = std::process::Command::new(exe)
-            .args(["--exact", name, "--nocapture"])
-            .env("REPLITE_TEST_ALONE", "1")
-            .status()
-            .unwrap();
-        assert!(ended.success(), "{ended}");
-        false
     }
 
     #[test]
@@ -119,7 +89,7 @@ mod tests {
                 refused.busy_timeout(Duration::ZERO).unwrap();
                 assert!(refused.execute("INSERT INTO t VALUES (0)", []).is_err(), "nobody writes in between");
                 drop(refused);
-                let above = led.history().epoch().number();
+                let above = led.history.epoch().number();
                 (primary, replica) = (followed.into_primary(above).unwrap(), led.into_replica().unwrap());
                 names.swap(0, 1);
                 // What was begun before the change reads the state that it began with.

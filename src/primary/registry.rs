@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 use crate::lock::lock;
 use crate::peer::{Incarnation, NodeId};
-use crate::status::{PeerInfo, ReplicaStatus, unix_millis};
+use crate::status::{PeerInfo, ReplicaStatus};
 use crate::wire::Ack;
 
 /// A replica that acknowledged within this time is alive: another process with its id is a mistake. After it,

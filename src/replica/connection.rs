@@ -13,7 +13,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::context::NodeContext;
+use crate::context::{NodeContext, RoleChange};
 use crate::engine::{ReplicaStanding, StreamError};
 use crate::error::{Error, PeerProblem, Result, shown};
 use crate::handshake::{self, Answer, Knock, Refusal};
@@ -23,7 +23,7 @@ use crate::replica::pace::Coming;
 use crate::replica::units::{Units, foreign};
 use crate::replica::{Feed, Reporter, give_back};
 use crate::secret::Proved;
-use crate::status::{PeerInfo, Role, RoleState};
+use crate::status::PeerInfo;
 use crate::txid::{Epoch, EpochHistory, Position};
 use crate::wire::{self, Ack, Goodbye, Hello, Kind, Message, Plan, Unit, Want, Welcome};
 
@@ -267,7 +267,7 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         self.epoch = Some(epoch);
         self.peer = Some(peer.clone());
         let primary = (!self.drained.is_cancelled()).then_some(peer);
-        self.node.set_role(RoleState { role: Role::Replica, epoch, primary });
+        self.node.change_role(RoleChange::Follows { primary, epoch });
     }
 
     /// The primary's application is about to end. Requests for it are held from now on, as those without a primary are.

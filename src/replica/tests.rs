@@ -24,6 +24,7 @@ use crate::primary::ReplicaServer;
 use crate::primary::fake::{Fake, SECRET, at, history, keys, node};
 use crate::replica::*;
 use crate::server::{Mount, ReplicationService};
+use crate::status::Role;
 use crate::txid::EpochHistory;
 use crate::wire::{self, Goodbye, Heartbeat, Kind, Message, Plan, TxnBegin, TxnEnd, Welcome};
 
@@ -545,7 +546,7 @@ async fn a_replica_is_filled_follows_is_seen_and_comes_back() {
     let replica = node(2, &SECRET, Role::Replica);
     let feed = FakeFeed::new(&replica, EpochHistory::default(), None);
     let tracker = TaskTracker::new();
-    spawn(replica.clone(), feed.clone(), primary.to.clone(), &tracker);
+    spawn(replica.clone(), feed.clone(), primary.to.clone(), replica.stop.child_token(), &tracker);
     reaches(&replica, at(1, 5)).await;
     let kinds = feed.fed();
     assert_eq!(kinds[..2], [Kind::Epochs, Kind::SnapBegin]);
@@ -594,7 +595,7 @@ async fn a_primary_that_drains_gets_no_more_requests_and_waits_for_those_on_thei
     let replica = node(2, &SECRET, Role::Replica);
     let feed = FakeFeed::new(&replica, EpochHistory::default(), None);
     let tracker = TaskTracker::new();
-    spawn(replica.clone(), feed, primary.to.clone(), &tracker);
+    spawn(replica.clone(), feed, primary.to.clone(), replica.stop.child_token(), &tracker);
     reaches(&replica, at(1, 1)).await;
     let mut roles = replica.roles.subscribe();
     roles.wait_for(|state| state.primary.is_some()).await.unwrap();
@@ -625,7 +626,7 @@ async fn an_absurd_hello_is_refused_and_honest_replicas_go_on() {
     let honest = node_of(2);
     let feed = FakeFeed::new(&honest, EpochHistory::default(), None);
     let tracker = TaskTracker::new();
-    spawn(honest.clone(), feed.clone(), primary.to.clone(), &tracker);
+    spawn(honest.clone(), feed.clone(), primary.to.clone(), honest.stop.child_token(), &tracker);
     reaches(&honest, at(1, 0)).await;
     let mut events = honest.events.subscribe();
     for number in 1..=3 {
@@ -656,7 +657,7 @@ async fn a_replica_waits_for_its_primary_and_says_a_problem_once() {
     let feed = FakeFeed::new(&replica, EpochHistory::default(), None);
     let tracker = TaskTracker::new();
     let mut events = replica.events.subscribe();
-    spawn(replica.clone(), feed.clone(), primary.to.clone(), &tracker);
+    spawn(replica.clone(), feed.clone(), primary.to.clone(), replica.stop.child_token(), &tracker);
     comes("a problem", || replica.problem().is_some()).await;
     assert!(replica.problem().unwrap().contains("secret"));
     let (old, new) = (crate::secret::Secret::fixed([7; 32]), crate::secret::Secret::fixed(SECRET));
@@ -682,7 +683,7 @@ async fn two_processes_with_one_id_do_not_push_each_other_out() {
     let replica = node(2, &SECRET, Role::Replica);
     let feed = FakeFeed::new(&replica, EpochHistory::default(), None);
     let tracker = TaskTracker::new();
-    spawn(replica.clone(), feed, primary.to.clone(), &tracker);
+    spawn(replica.clone(), feed, primary.to.clone(), replica.stop.child_token(), &tracker);
     comes("the replica", || !primary.source.replicas().is_empty()).await;
     let copied = Try::new();
     let mut me = copied.node.me.clone();
@@ -744,7 +745,7 @@ async fn the_mounted_endpoint_of_an_axum_server_serves() {
     let replica = node(2, &SECRET, Role::Replica);
     let feed = FakeFeed::new(&replica, EpochHistory::default(), None);
     let tracker = TaskTracker::new();
-    spawn(replica.clone(), feed, to, &tracker);
+    spawn(replica.clone(), feed, to, replica.stop.child_token(), &tracker);
     reaches(&replica, at(1, 0)).await;
     // A graceful shutdown is not held up by the stream.
     stop(&primary, &streams).await;

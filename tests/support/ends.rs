@@ -26,3 +26,29 @@ pub(crate) async fn comes(what: &str, mut done: impl FnMut() -> bool) {
         tokio::task::yield_now().await;
     }
 }
+
+/// Whether the test that calls this is alone in its process. Where it is not, it is run once more in a process of its own, whose threads and descriptors can
+/// be counted, and there is nothing left to do here.
+pub(crate) fn alone(name: &str) -> bool {
+    const ALONE: &str = "REPLITE_TEST_ALONE";
+    if std::env::var_os(ALONE).is_some() {
+        return true;
+    }
+    let test = std::env::current_exe().unwrap();
+    let ended =
+        std::process::Command::new(test).args(["--exact", name, "--nocapture"]).env(ALONE, "1").status();
+    assert!(ended.as_ref().is_ok_and(std::process::ExitStatus::success), "{ended:?}");
+    false
+}
+
+/// Open descriptors of this process whose files are below a directory.
+pub(crate) fn descriptors(below: &std::path::Path) -> usize {
+    let all = std::fs::read_dir("/proc/self/fd").unwrap();
+    let path = |fd: std::io::Result<std::fs::DirEntry>| std::fs::read_link(fd.ok()?.path()).ok();
+    all.filter_map(path).filter(|path| path.starts_with(below)).count()
+}
+
+/// Threads of this process.
+pub(crate) fn threads() -> usize {
+    std::fs::read_dir("/proc/self/task").unwrap().count()
+}

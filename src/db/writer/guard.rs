@@ -37,10 +37,9 @@ impl<'a> WriterGuard<'a> {
         shared: &'a WriterShared,
         inside: Inside,
     ) -> Result<WriterGuard<'a>> {
-        let engine = shared.engine.get()?;
-        engine.check()?;
-        engine.pace();
-        if let Some(OpenWriter { connection, commits }) = open.as_mut() {
+        if let Some(OpenWriter { connection, commits, engine, .. }) = open.as_mut() {
+            engine.check()?;
+            engine.pace();
             commits.again(connection);
             commits.reset();
         }
@@ -55,15 +54,14 @@ impl<'a> WriterGuard<'a> {
     /// [`Error::Stopped`](crate::Error::Stopped) after a failure of replication, [`Error::ShutDown`](crate::Error::ShutDown) after a shutdown,
     /// [`Error::Timeout`](crate::Error::Timeout).
     pub fn flush(&mut self) -> Result<Option<Txid>> {
-        let Some(OpenWriter { connection, commits }) = self.open.as_mut() else {
+        let Some(OpenWriter { connection, commits, engine, .. }) = self.open.as_mut() else {
             return Err(Error::ShutDown);
         };
         // Who took our hook away may have committed anything.
         let may_have = !commits.again(connection) || commits.count() > 0;
         commits.reset();
-        let last = self.shared.engine.get().and_then(|engine| {
-            let last = engine.captured()?;
-            self.shared.gate.wait(&engine, last)?;
+        let last = engine.captured().and_then(|last| {
+            self.shared.gate.wait(engine, last)?;
             Ok(last)
         });
         match may_have {
@@ -101,17 +99,15 @@ impl DerefMut for WriterGuard<'_> {
 
 impl Drop for WriterGuard<'_> {
     fn drop(&mut self) {
-        let shared = self.shared;
         if !self.is_autocommit() {
             let _ = self.execute_batch("ROLLBACK");
         }
-        if let Err(error) = shared.settings.restore(self) {
+        let Some(OpenWriter { connection, commits, settings, .. }) = self.open.as_mut() else { return };
+        if let Err(error) = settings.restore(connection) {
             // Commits are captured all the same; they may cost more.
             tracing::warn!(%error, "the writer connection could not be set right");
         }
-        if let Some(OpenWriter { connection, commits }) = self.open.as_mut() {
-            commits.again(connection);
-        }
+        commits.again(connection);
     }
 }
 

@@ -76,6 +76,10 @@ impl ReplicaEngine {
         self.shared.readable.subscribe()
     }
 
+    pub(crate) fn is_readable(&self) -> bool {
+        *self.shared.readable.borrow()
+    }
+
     /// Forgets what an earlier stream left unfinished and says where the replica stands. What comes out of the channel is to be asked of
     /// the primary while the stream stands.
     pub(crate) async fn standing(&self) -> Result<(ReplicaStanding, mpsc::Receiver<Want>), StreamError> {

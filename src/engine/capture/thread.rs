@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use crate::context::Part;
+use crate::context::{Part, RoleChange};
 use crate::engine::capture::brake::Brake;
 use crate::engine::capture::group_sync::GroupSync;
 use crate::engine::capture::waker::Waker;
@@ -256,7 +256,7 @@ impl CaptureLoop {
                 .map_err(|error| error.of_peer("a replica"))?;
             write_epochs(&self.base.options.side, &history, true)?;
             self.base.node.applied.lead(history.clone(), self.capture.tip.position);
-            self.base.node.roles.send_modify(|state| state.epoch = history.epoch());
+            self.base.node.change_role(RoleChange::Epoch(history.epoch()));
             self.capture.history = Arc::new(history);
             Ok(())
         });

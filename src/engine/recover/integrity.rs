@@ -130,7 +130,6 @@ impl Findings {
 #[cfg(test)]
 mod tests {
     use std::fs;
-    use std::sync::atomic::Ordering;
 
     use crate::engine::capture::handle::PrimaryEngine;
     use crate::engine::checkpoint::backfill::copy;

@@ -31,10 +31,6 @@ impl Opened {
         self.database.tip().position
     }
 
-    pub(crate) fn history(&self) -> &EpochHistory {
-        &self.history
-    }
-
     /// The parts, of which the next role takes care.
     pub(in crate::engine) fn hand_on(mut self) -> Option<(Arc<OpenDatabase>, Handle, EpochHistory)> {
         let handle = self.handle.take()?;

@@ -62,7 +62,7 @@ pub(super) fn node_of(me: PeerInfo, role: Role) -> Arc<NodeContext> {
 
 /// Tells a node who the primary is.
 pub(super) fn follow(node: &NodeContext, number: u64, primary: Option<PeerInfo>) {
-    node.roles.send_replace(RoleState { role: Role::Replica, epoch: epoch(number), primary });
+    node.roles.send_modify(|state| *state = RoleState { role: Role::Replica, epoch: epoch(number), primary });
 }
 
 pub(super) struct Server {

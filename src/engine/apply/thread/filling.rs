@@ -6,8 +6,8 @@ use bytes::BytesMut;
 
 use crate::checksum::PageHash;
 use crate::context::Part;
-use crate::engine::apply::thread::Apply;
 use crate::engine::apply::stream_error::StreamError;
+use crate::engine::apply::thread::Apply;
 use crate::engine::apply::thread::healing::Suspect;
 use crate::engine::apply::thread::state::State;
 use crate::engine::checkpoint::backfill::backfill_some;

@@ -1,0 +1,103 @@
+//! The node's role: one value, changed at one place.
+
+use tokio::sync::watch;
+
+use crate::status::{PeerInfo, Role, RoleState};
+use crate::txid::Epoch;
+
+/// What happens to a node's role.
+#[derive(Clone, Debug)]
+pub(crate) enum RoleChange {
+    /// It is the primary, of this epoch.
+    Leads { me: PeerInfo, epoch: Epoch },
+    /// The primary's epoch was followed by another.
+    Epoch(Epoch),
+    /// It follows a primary. None: it does not reach one.
+    Follows { primary: Option<PeerInfo>, epoch: Epoch },
+    /// Replication has stopped, or the node is closed.
+    Stopped,
+}
+
+/// The role that a node has, for all who look at it. Only [`RoleValue::change`] writes it.
+#[derive(Debug)]
+pub(crate) struct RoleValue(watch::Sender<RoleState>);
+
+impl RoleValue {
+    pub(crate) fn new(role: Role) -> RoleValue {
+        RoleValue(watch::Sender::new(RoleState { role, epoch: Epoch::new(0, 0), primary: None }))
+    }
+
+    pub(crate) fn borrow(&self) -> watch::Ref<'_, RoleState> {
+        self.0.borrow()
+    }
+
+    pub(crate) fn subscribe(&self) -> watch::Receiver<RoleState> {
+        self.0.subscribe()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn receiver_count(&self) -> usize {
+        self.0.receiver_count()
+    }
+
+    #[cfg(test)]
+    pub(crate) fn send_modify(&self, change: impl FnOnce(&mut RoleState)) {
+        self.0.send_modify(change);
+    }
+
+    /// Changes it; what has stopped stays so. The new state, if it is another one.
+    pub(super) fn change(&self, change: RoleChange) -> Option<RoleState> {
+        let mut changed = None;
+        self.0.send_if_modified(|now| {
+            let next = next(now, change);
+            let other = next != *now;
+            if other {
+                now.clone_from(&next);
+                changed = Some(next);
+            }
+            other
+        });
+        changed
+    }
+}
+
+fn next(now: &RoleState, change: RoleChange) -> RoleState {
+    let state = |role, epoch, primary| RoleState { role, epoch, primary };
+    match change {
+        _ if now.role == Role::Stopped => now.clone(),
+        RoleChange::Leads { me, epoch } => state(Role::Primary, epoch, Some(me)),
+        RoleChange::Epoch(epoch) => state(now.role, epoch, now.primary.clone()),
+        RoleChange::Follows { primary, epoch } => state(Role::Replica, epoch, primary),
+        RoleChange::Stopped => state(Role::Stopped, now.epoch, None),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::peer::{Incarnation, NodeId};
+    use crate::status::Addresses;
+
+    #[test]
+    fn what_has_stopped_stays_so_and_nothing_else_does() {
+        let me = PeerInfo {
+            node: NodeId::random(),
+            incarnation: Incarnation::random(),
+            addresses: Addresses::default(),
+        };
+        let role = RoleValue::new(Role::Replica);
+        let epoch = Epoch::new(1, 1);
+        let follows = |primary| RoleChange::Follows { primary, epoch };
+        assert!(role.change(follows(Some(me.clone()))).is_some());
+        assert!(role.change(follows(Some(me.clone()))).is_none(), "nothing new");
+        let led = role.change(RoleChange::Leads { me: me.clone(), epoch }).unwrap();
+        assert_eq!((led.role, led.primary), (Role::Primary, Some(me.clone())));
+        let next = role.change(RoleChange::Epoch(Epoch::new(2, 2))).unwrap();
+        assert_eq!((next.role, next.epoch.number(), next.primary), (Role::Primary, 2, Some(me.clone())));
+        assert_eq!(role.change(follows(None)).unwrap().role, Role::Replica);
+        let stopped = role.change(RoleChange::Stopped).unwrap();
+        assert_eq!((stopped.role, stopped.primary), (Role::Stopped, None));
+        assert!(role.change(RoleChange::Leads { me, epoch }).is_none());
+        assert_eq!(role.borrow().role, Role::Stopped);
+    }
+}

@@ -1,0 +1,111 @@
+//! Which engine a database has: that of a primary or that of a replica, one after the other.
+
+use std::sync::{Arc, PoisonError, RwLock};
+
+use crate::context::NodeContext;
+use crate::db::writer::not_primary;
+use crate::engine::{PrimaryEngine, ReplicaEngine, WalFigures};
+use crate::error::{Error, Result};
+use crate::log::Log;
+
+/// The engine of a role.
+#[derive(Clone, Debug)]
+pub(super) enum Running {
+    Primary(Arc<PrimaryEngine>),
+    Replica(Arc<ReplicaEngine>),
+}
+
+impl Running {
+    /// Fails when the files are not those that were opened.
+    pub(super) fn expect_files(&self) -> Result<()> {
+        match self {
+            Running::Primary(engine) => engine.expect_files(),
+            Running::Replica(engine) => engine.expect_files(),
+        }
+    }
+
+    pub(super) fn wal(&self) -> WalFigures {
+        match self {
+            Running::Primary(engine) => engine.wal(),
+            Running::Replica(engine) => engine.wal(),
+        }
+    }
+
+    /// The log, once there is a state.
+    pub(super) fn log(&self) -> Option<Arc<Log>> {
+        match self {
+            Running::Primary(engine) => Some(engine.log().clone()),
+            Running::Replica(engine) => engine.log(),
+        }
+    }
+
+    /// Ends its threads. Blocks.
+    pub(super) fn close(&self) {
+        match self {
+            Running::Primary(engine) => engine.close(),
+            Running::Replica(engine) => engine.close(),
+        }
+    }
+}
+
+/// The engine that runs, until the database is closed: a handle that outlives its database keeps no file of it open.
+#[derive(Debug)]
+pub(super) struct EngineSlot {
+    node: Arc<NodeContext>,
+    running: RwLock<Option<Running>>,
+}
+
+impl EngineSlot {
+    pub(super) fn new(node: Arc<NodeContext>, running: Running) -> Arc<EngineSlot> {
+        Arc::new(EngineSlot { node, running: RwLock::new(Some(running)) })
+    }
+
+    pub(super) fn get(&self) -> Result<Running> {
+        let running = self.running.read().unwrap_or_else(PoisonError::into_inner);
+        running.clone().ok_or(Error::ShutDown)
+    }
+
+    /// Whether there is something to read. Each read asks.
+    ///
+    /// # Errors
+    /// [`Error::ShutDown`].
+    pub(super) fn is_readable(&self) -> Result<bool> {
+        match &*self.running.read().unwrap_or_else(PoisonError::into_inner) {
+            Some(Running::Primary(_)) => Ok(true),
+            Some(Running::Replica(engine)) => Ok(engine.is_readable()),
+            None => Err(Error::ShutDown),
+        }
+    }
+
+    /// The primary's.
+    ///
+    /// # Errors
+    /// [`Error::NotPrimary`], [`Error::ShutDown`].
+    pub(super) fn primary(&self) -> Result<Arc<PrimaryEngine>> {
+        match self.get()? {
+            Running::Primary(engine) => Ok(engine),
+            Running::Replica(_) => {
+                Err(not_primary(&self.node).unwrap_or(Error::NotPrimary { primary: None }))
+            }
+        }
+    }
+
+    /// From now on this one. Nothing once the database is closed: what came too late is to be closed.
+    pub(super) fn set(&self, next: Running) -> Option<Running> {
+        match &mut *self.write() {
+            Some(running) => {
+                *running = next;
+                None
+            }
+            None => Some(next),
+        }
+    }
+
+    pub(super) fn take(&self) -> Option<Running> {
+        self.write().take()
+    }
+
+    fn write(&self) -> std::sync::RwLockWriteGuard<'_, Option<Running>> {
+        self.running.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
