@@ -4,60 +4,44 @@ mod checkpoint;
 mod config;
 mod identity;
 mod open;
-mod open_files;
-mod pool;
 mod preflight;
 mod repair;
 mod shutdown;
-mod slot;
 mod snapshot;
 mod status;
-mod supervisor;
 mod verify;
-mod writer;
 
-use std::any::Any;
-use std::fmt;
-use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use rusqlite::{Connection, Transaction};
 use tokio::sync::{broadcast, watch};
-use tokio_util::sync::CancellationToken;
-use tokio_util::task::TaskTracker;
 
-use crate::context::NodeContext;
 use crate::engine::Lost;
 use crate::error::{Error, Result};
+use crate::node::database::LastHandle;
+use crate::node::slot::Running;
+use crate::node::writer::{Failed, Writer, not_primary};
 use crate::peer::NodeId;
-use crate::primary::ReplicaServer;
 use crate::proxy::{PrimaryClient, ReplayLayer};
 use crate::secret::Secret;
 use crate::server::{Mount, ReplicationService};
 use crate::session::{self, Session};
-use crate::sqlite::{last_code, unreadable};
 use crate::status::{Event, LoggedTransaction, PeerInfo, Role, RoleState};
 use crate::threads::blocking;
 use crate::token::Token;
 use crate::txid::{Place, Position, Txid};
 
-pub use config::{Config, ConnectionKind};
+pub use crate::node::writer::{Commit, ConnectionKind, WriterGuard};
+pub use config::Config;
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
 pub(crate) use identity::fuzz_identity;
 #[cfg(test)]
 pub(crate) use identity::fuzz_identity_seed;
 pub use repair::Repair;
 pub use snapshot::Snapshot;
-pub use writer::{Commit, WriterGuard};
-
-use pool::{Lease, Pool};
-use shutdown::LastHandle;
-use slot::{EngineSlot, Running};
-use supervisor::Supervisor;
-use verify::Verifier;
-use writer::{Failed, Writer, not_primary};
 
 /// A replicated SQLite database: one node's handle. Clones share it.
 ///
@@ -66,39 +50,7 @@ use writer::{Failed, Writer, not_primary};
 /// that was acknowledged. [`Db::shutdown`] also waits for replicas to get what was captured, and returns when all is done.
 #[derive(Clone, Debug)]
 pub struct Db {
-    inner: Arc<LastHandle>,
-}
-
-struct DbInner {
-    node: Arc<NodeContext>,
-    path: PathBuf,
-    pool: Pool,
-    slot: Arc<EngineSlot>,
-    writer: Arc<Writer>,
-    supervisor: Supervisor,
-    verifier: Arc<Verifier>,
-    source: Arc<ReplicaServer>,
-    tracker: TaskTracker,
-    wait_timeout: Duration,
-    grace: Duration,
-    opened: Instant,
-    /// Transactions that replicas gave back.
-    recovered: u64,
-    /// Somebody is about to close.
-    ending: AtomicBool,
-    /// It is closed, or being closed: nothing new is begun.
-    closed: AtomicBool,
-    /// Cancelled when everything has ended.
-    ended: CancellationToken,
-    claim: Mutex<Option<open_files::Claim>>,
-    /// Dropped last.
-    _keep: Option<Arc<dyn Any + Send + Sync>>,
-}
-
-impl fmt::Debug for DbInner {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Db").field("path", &self.path).finish_non_exhaustive()
-    }
+    pub(crate) inner: Arc<LastHandle>,
 }
 
 impl Db {
@@ -474,49 +426,6 @@ impl Db {
     /// The transaction of a token's text; none when it is not one of this database, or its proof does not hold.
     pub fn verify_token(&self, text: &str) -> Option<Txid> {
         Token::verify(&self.inner.node, text)
-    }
-}
-
-impl DbInner {
-    /// A connection to read with; after a time of one's own, or the configured one.
-    fn lease(&self, patience: Option<Duration>) -> Result<Lease<'_>> {
-        self.pool.lease(patience).inspect_err(|error| match error {
-            Error::Sqlite(rusqlite::Error::SqliteFailure(code, _)) if unreadable(code.extended_code) => {
-                self.node.read_failed(&error.to_string());
-            }
-            // Said by the engine.
-            _ => {}
-        })
-    }
-
-    /// Whether a read that failed says that the database can't be read.
-    fn judge(&self, lease: &Lease<'_>) {
-        let code = last_code(lease);
-        if unreadable(code) {
-            lease.spoil();
-            self.node.read_failed(&rusqlite::ffi::Error::new(code).to_string());
-        }
-    }
-
-    /// Fails when the files are not those that were opened.
-    fn expect_files(&self) -> Result<()> {
-        self.slot.get()?.expect_files()
-    }
-
-    /// Fails while there is nothing to read.
-    fn readable(&self) -> Result<()> {
-        if self.node.astray() {
-            return Err(Error::Stopped(self.node.problem().unwrap_or_default()));
-        }
-        if self.slot.is_readable()? {
-            return Ok(());
-        }
-        let problem = self.node.problem();
-        Err(Error::NoState(problem.unwrap_or_else(|| "the replica is not filled yet".into())))
-    }
-
-    fn service(&self, door: Mount) -> ReplicationService {
-        ReplicationService::new(self.node.clone(), self.source.clone(), self.tracker.clone(), door)
     }
 }
 

@@ -33,6 +33,7 @@ mod log;
 #[cfg(feature = "metrics")]
 mod metrics;
 mod net;
+mod node;
 mod page;
 mod parse;
 mod peer;

@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use crate::db::Db;
-use crate::db::slot::Running;
 use crate::error::Result;
+use crate::node::slot::Running;
 use crate::status::Checkpoint;
 use crate::threads::blocking;
 

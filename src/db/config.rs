@@ -10,12 +10,12 @@ use std::time::Duration;
 
 use rusqlite::Connection;
 
-use crate::db::writer::WriterSetup;
 use crate::engine::{CommitGate, Durability, EngineOptions};
 use crate::error::{Error, Result};
 use crate::lease::Fixed;
 use crate::log::LogOptions;
 use crate::net::Endpoint;
+use crate::node::writer::{ConnectionKind, Migrate, OnConnect, WriterSetup};
 use crate::peer::{Incarnation, NodeId};
 use crate::secret::Secret;
 use crate::status::{Addresses, PeerInfo};
@@ -32,19 +32,6 @@ const LOG_QUOTA_MIN_BYTES: u64 = 4 << 20;
 const RECOVERY_TIMEOUT: Duration = Duration::from_secs(10);
 /// The shortest WAL that is worth restarting, in bytes.
 const WAL_LIMIT_MIN_BYTES: u64 = 64 * 1024;
-
-/// Which connection a function of [`Config::on_connect`] is given.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[non_exhaustive]
-pub enum ConnectionKind {
-    /// The one that writes.
-    Writer,
-    /// One of those that read.
-    Reader,
-}
-
-pub(super) type OnConnect = Arc<dyn Fn(&Connection, ConnectionKind) -> rusqlite::Result<()> + Send + Sync>;
-pub(super) type Migrate = Arc<dyn Fn(&mut Connection) -> Result<()> + Send + Sync>;
 
 /// How a node is set up; given to [`Db::open`](crate::Db::open), which checks it.
 ///

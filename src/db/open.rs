@@ -9,21 +9,23 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::context::NodeContext;
-use crate::db::config::{Config, ConnectionKind};
-use crate::db::pool::{Expect, Pool};
-use crate::db::shutdown::LastHandle;
-use crate::db::slot::{EngineSlot, Running};
-use crate::db::supervisor::Supervisor;
-use crate::db::verify::Verifier;
-use crate::db::writer::Writer;
-use crate::db::{Db, DbInner, identity, open_files, preflight, snapshot};
+use crate::db::config::Config;
+use crate::db::{Db, identity, preflight, snapshot};
 use crate::engine::{Opening, ReplicaEngine};
 use crate::error::{Error, Result};
 use crate::net::{Endpoint, Listener};
+use crate::node::database::{Database, LastHandle};
+use crate::node::host::ListenerGuard;
+use crate::node::open_files;
+use crate::node::pool::{Expect, Pool};
+use crate::node::slot::{EngineSlot, Running};
+use crate::node::supervisor::Supervisor;
+use crate::node::verifier::Verifier;
+use crate::node::writer::ConnectionKind;
+use crate::node::writer::Writer;
 use crate::peer::Incarnation;
 use crate::primary::{Recovery, ReplicaServer};
 use crate::secret::Keyring;
-use crate::server::{Mount, ReplicationService};
 use crate::sqlite::defend;
 use crate::status::{Addresses, PeerInfo, Role};
 use crate::threads::blocking_for_caller as blocking;
@@ -42,7 +44,7 @@ pub(super) async fn open(config: Config) -> Result<Db> {
     let addresses = config.advertised(listener.as_ref().map(Listener::address));
     let follows = primary.is_some();
     let begun = blocking(OPENING, move || OpenedNode::new(config, keys, addresses, follows)).await?;
-    let mut doors = ListenerGuard::new(&begun, listener);
+    let mut doors = ListenerGuard::new(&begun.node, &begun.source, &begun.tracker, listener);
     let opened = begun.finish(&mut doors, primary).await;
     if opened.is_err() {
         doors.close().await;
@@ -113,7 +115,7 @@ impl OpenedNode {
             let slot = EngineSlot::new(node.clone(), running);
             let (replicas, tasks) = (source.clone(), tracker.clone());
             // With its owner: should nobody wait for it any more, it is closed.
-            Ok(LastHandle(Arc::new(DbInner {
+            Ok(LastHandle(Arc::new(Database {
                 verifier: Verifier::new(node.clone(), slot.clone(), config.verify_limit),
                 pool: pool(&config, &path, slot.clone(), node.files()),
                 supervisor: Supervisor::new(node.clone(), slot.clone(), writer.clone(), replicas, tasks),
@@ -192,52 +194,4 @@ fn pool(config: &Config, path: &std::path::Path, slot: Arc<EngineSlot>, files: A
         files,
         Box::new(prepare),
     )
-}
-
-/// The node's own listener, which may be served before the node is complete. Dropped before `leave_open`, it ends.
-struct ListenerGuard {
-    node: Arc<NodeContext>,
-    source: Arc<ReplicaServer>,
-    tracker: TaskTracker,
-    listener: Option<Listener>,
-    left_open: bool,
-}
-
-impl ListenerGuard {
-    fn new(begun: &OpenedNode, listener: Option<Listener>) -> ListenerGuard {
-        let (node, source, tracker) = (begun.node.clone(), begun.source.clone(), begun.tracker.clone());
-        ListenerGuard { node, source, tracker, listener, left_open: false }
-    }
-
-    fn open(&mut self) {
-        let Some(listener) = self.listener.take() else { return };
-        let ListenerGuard { node, source, tracker, .. } = self;
-        let service = ReplicationService::new(node.clone(), source.clone(), tracker.clone(), Mount::Own);
-        tracker.spawn(listener.serve(service, tracker.clone(), node.stop.clone()));
-    }
-
-    fn leave_open(&mut self) {
-        self.left_open = true;
-    }
-
-    /// Returns when the address is free again.
-    async fn close(mut self) {
-        self.end();
-        drop(self.listener.take());
-        self.tracker.close();
-        self.tracker.wait().await;
-    }
-
-    fn end(&self) {
-        self.node.stop.cancel();
-        self.source.set(None);
-    }
-}
-
-impl Drop for ListenerGuard {
-    fn drop(&mut self) {
-        if !self.left_open {
-            self.end();
-        }
-    }
 }

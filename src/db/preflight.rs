@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use rusqlite::OpenFlags;
 
-use crate::db::open_files::Claim;
 use crate::error::{Error, Result, Unsupported};
 use crate::files;
+use crate::node::open_files::Claim;
 use crate::sqlite::{Handle, OLDEST, connect, park};
 
 /// Checks the place and the file; gives the path without symbolic links and the claim on it.

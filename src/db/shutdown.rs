@@ -1,21 +1,10 @@
 //! How a node ends: draining, shutdown, and the last handle that goes.
 
-use std::fmt;
 use std::future::Future;
-use std::ops::Deref;
-use std::sync::Arc;
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
-use crate::context::RoleChange;
-use crate::db::{Db, DbInner};
-use crate::lock::lock;
-use crate::threads;
-
-/// How long the end of the streams is waited for: they have a second for what is captured, and one for their last word.
-const STREAMS_LIMIT: Duration = Duration::from_secs(3);
-/// How long a shutdown waits for connections and tasks before it goes on without them.
-const TASKS_LIMIT: Duration = Duration::from_secs(5);
+use crate::db::Db;
+use crate::node::database::close_behind;
 
 impl Db {
     /// For `with_graceful_shutdown`: ends what would keep the application's server from ending, and nothing else.
@@ -94,119 +83,5 @@ impl Db {
             close_behind(&self.inner.0, true);
         }
         self.inner.ended.cancelled().await;
-    }
-}
-
-/// What the clones of a handle share: with the last of them the database is closed.
-pub(super) struct LastHandle(pub(super) Arc<DbInner>);
-
-impl Deref for LastHandle {
-    type Target = DbInner;
-
-    fn deref(&self) -> &DbInner {
-        &self.0
-    }
-}
-
-impl fmt::Debug for LastHandle {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.fmt(f)
-    }
-}
-
-impl Drop for LastHandle {
-    fn drop(&mut self) {
-        if self.ending.swap(true, Ordering::AcqRel) {
-            return;
-        }
-        // At once, so that what is dropped with a runtime's tasks, such as the listener, is free soon.
-        self.node.stop.cancel();
-        if may_wait_here() {
-            self.announce();
-            self.close();
-        } else {
-            close_behind(&self.0, false);
-        }
-    }
-}
-
-/// Whether the last fsyncs may hold up this thread: not one that drives async tasks, nor one of our own, which would wait for itself.
-fn may_wait_here() -> bool {
-    let ours = std::thread::current().name().is_some_and(|name| name.starts_with("replite-"));
-    !ours && tokio::runtime::Handle::try_current().is_err()
-}
-
-/// Closes on a thread of its own, so that neither a dropped future nor a runtime that ends leaves it half done.
-fn close_behind(inner: &Arc<DbInner>, gently: bool) {
-    inner.announce();
-    let work = move |inner: &mut Arc<DbInner>| {
-        if gently {
-            inner.end_tasks();
-        }
-        Ok(())
-    };
-    let started = threads::start("replite-close", inner.clone(), work, |inner, ended| {
-        inner.close();
-        if let Err(error) = ended {
-            tracing::warn!(%error, "the end of streams and tasks was not waited for");
-        }
-    });
-    if let Err(error) = started {
-        inner.close();
-        tracing::warn!(%error, "no thread to close the database on");
-    }
-}
-
-impl DbInner {
-    async fn drain(&self) {
-        self.node.drain.cancel();
-        if tokio::time::timeout(STREAMS_LIMIT, self.source.deserted()).await.is_err() {
-            tracing::warn!("some streams did not end in time");
-        }
-    }
-
-    /// Ends streams and tasks with a limit. Blocks.
-    fn end_tasks(&self) {
-        // A runtime of its own: the one that the tasks run in may have ended.
-        let clock = match tokio::runtime::Builder::new_current_thread().enable_time().build() {
-            Ok(clock) => clock,
-            Err(error) => return tracing::warn!(%error, "the end of streams and tasks is not waited for"),
-        };
-        clock.block_on(async {
-            self.drain().await;
-            self.node.stop.cancel();
-            self.tracker.close();
-            if tokio::time::timeout(TASKS_LIMIT, self.tracker.wait()).await.is_err() {
-                tracing::warn!("some tasks did not end in time");
-            }
-        });
-    }
-
-    /// Whoever opens the file anew waits for us from now on.
-    fn announce(&self) {
-        if let Some(claim) = &*lock(&self.claim) {
-            claim.closing();
-        }
-    }
-
-    /// Ends everything that is ours. Blocks for as long as the last fsyncs take.
-    fn close(&self) {
-        // Also when something of the application's panics, the file is given back, and then that is said.
-        let _said_at_the_end = self.ended.clone().drop_guard();
-        let _claim = lock(&self.claim).take();
-        self.closed.store(true, Ordering::Release);
-        self.node.stop.cancel();
-        self.tracker.close();
-        self.source.set(None);
-        self.pool.close();
-        // It reads through connections of its own, which have to be closed before the others.
-        self.verifier.close();
-        self.writer.close();
-        if let Some(running) = self.slot.take() {
-            running.close();
-        }
-        crate::sqlite::close_unlocked();
-        self.node.applied.close();
-        threads::aside(|| self.node.change_role(RoleChange::Stopped));
     }
 }

@@ -10,9 +10,10 @@ use rusqlite::{Connection, OpenFlags};
 use tokio::io::{AsyncRead, ReadBuf};
 use uuid::Uuid;
 
-use crate::db::{Db, open_files};
+use crate::db::Db;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::node::open_files;
 use crate::sqlite::connect_alone;
 use crate::threads::blocking;
 use crate::txid::Position;

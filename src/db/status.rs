@@ -1,12 +1,11 @@
 //! How the node stands: status and health.
 
 use std::sync::atomic::Ordering;
-use std::time::Duration;
 
 use crate::context::Part;
-use crate::db::slot::Running;
-use crate::db::{Db, DbInner};
+use crate::db::Db;
 use crate::lock::lock;
+use crate::node::slot::Running;
 use crate::status::{Health, Role, Status};
 
 impl Db {
@@ -90,17 +89,6 @@ impl Db {
             can_read: live && !draining && state && fresh && !inner.node.has_problem(Part::Reads),
             can_write: live && !draining && status.primary.is_some() && !silent && !stopped,
             reasons,
-        }
-    }
-}
-
-impl DbInner {
-    /// Reads as little as can be, to see whether that works.
-    fn try_read(&self) {
-        let Ok(lease) = self.lease(Some(Duration::ZERO)) else { return };
-        match lease.query_row("PRAGMA schema_version", [], |_| Ok(())) {
-            Ok(()) => self.node.read_worked(),
-            Err(_) => self.judge(&lease),
         }
     }
 }

@@ -3,28 +3,28 @@
 use std::sync::{Arc, PoisonError, RwLock};
 
 use crate::context::NodeContext;
-use crate::db::writer::not_primary;
 use crate::engine::{PrimaryEngine, ReplicaEngine, WalFigures};
 use crate::error::{Error, Result};
 use crate::log::Log;
+use crate::node::writer::not_primary;
 
 /// The engine of a role.
 #[derive(Clone, Debug)]
-pub(super) enum Running {
+pub(crate) enum Running {
     Primary(Arc<PrimaryEngine>),
     Replica(Arc<ReplicaEngine>),
 }
 
 impl Running {
     /// Fails when the files are not those that were opened.
-    pub(super) fn expect_files(&self) -> Result<()> {
+    pub(crate) fn expect_files(&self) -> Result<()> {
         match self {
             Running::Primary(engine) => engine.expect_files(),
             Running::Replica(engine) => engine.expect_files(),
         }
     }
 
-    pub(super) fn wal(&self) -> WalFigures {
+    pub(crate) fn wal(&self) -> WalFigures {
         match self {
             Running::Primary(engine) => engine.wal(),
             Running::Replica(engine) => engine.wal(),
@@ -32,7 +32,7 @@ impl Running {
     }
 
     /// The log, once there is a state.
-    pub(super) fn log(&self) -> Option<Arc<Log>> {
+    pub(crate) fn log(&self) -> Option<Arc<Log>> {
         match self {
             Running::Primary(engine) => Some(engine.log().clone()),
             Running::Replica(engine) => engine.log(),
@@ -40,7 +40,7 @@ impl Running {
     }
 
     /// Ends its threads. Blocks.
-    pub(super) fn close(&self) {
+    pub(crate) fn close(&self) {
         match self {
             Running::Primary(engine) => engine.close(),
             Running::Replica(engine) => engine.close(),
@@ -50,17 +50,17 @@ impl Running {
 
 /// The engine that runs, until the database is closed: a handle that outlives its database keeps no file of it open.
 #[derive(Debug)]
-pub(super) struct EngineSlot {
+pub(crate) struct EngineSlot {
     node: Arc<NodeContext>,
     running: RwLock<Option<Running>>,
 }
 
 impl EngineSlot {
-    pub(super) fn new(node: Arc<NodeContext>, running: Running) -> Arc<EngineSlot> {
+    pub(crate) fn new(node: Arc<NodeContext>, running: Running) -> Arc<EngineSlot> {
         Arc::new(EngineSlot { node, running: RwLock::new(Some(running)) })
     }
 
-    pub(super) fn get(&self) -> Result<Running> {
+    pub(crate) fn get(&self) -> Result<Running> {
         let running = self.running.read().unwrap_or_else(PoisonError::into_inner);
         running.clone().ok_or(Error::ShutDown)
     }
@@ -69,7 +69,7 @@ impl EngineSlot {
     ///
     /// # Errors
     /// [`Error::ShutDown`].
-    pub(super) fn is_readable(&self) -> Result<bool> {
+    pub(crate) fn is_readable(&self) -> Result<bool> {
         match &*self.running.read().unwrap_or_else(PoisonError::into_inner) {
             Some(Running::Primary(_)) => Ok(true),
             Some(Running::Replica(engine)) => Ok(engine.is_readable()),
@@ -81,7 +81,7 @@ impl EngineSlot {
     ///
     /// # Errors
     /// [`Error::NotPrimary`], [`Error::ShutDown`].
-    pub(super) fn primary(&self) -> Result<Arc<PrimaryEngine>> {
+    pub(crate) fn primary(&self) -> Result<Arc<PrimaryEngine>> {
         match self.get()? {
             Running::Primary(engine) => Ok(engine),
             Running::Replica(_) => {
@@ -91,7 +91,7 @@ impl EngineSlot {
     }
 
     /// From now on this one. Nothing once the database is closed: what came too late is to be closed.
-    pub(super) fn set(&self, next: Running) -> Option<Running> {
+    pub(crate) fn set(&self, next: Running) -> Option<Running> {
         match &mut *self.write() {
             Some(running) => {
                 *running = next;
@@ -101,7 +101,7 @@ impl EngineSlot {
         }
     }
 
-    pub(super) fn take(&self) -> Option<Running> {
+    pub(crate) fn take(&self) -> Option<Running> {
         self.write().take()
     }
 

@@ -9,9 +9,9 @@ use rusqlite::Connection;
 use rusqlite::config::DbConfig;
 use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
 
-use crate::db::writer::reentrancy::Inside;
-use crate::db::writer::{OpenWriter, WriterShared};
 use crate::error::{Error, Result};
+use crate::node::writer::reentrancy::Inside;
+use crate::node::writer::{OpenWriter, WriterShared};
 use crate::session;
 use crate::txid::Txid;
 

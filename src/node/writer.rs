@@ -15,7 +15,6 @@ use rusqlite::{Connection, DropBehavior, ErrorCode, OpenFlags, Transaction, Tran
 use tokio::sync::{Semaphore, mpsc as queue, oneshot};
 
 use crate::context::NodeContext;
-use crate::db::config::{ConnectionKind, Migrate, OnConnect};
 use crate::engine::{CommitGate, PrimaryEngine, Waiting};
 use crate::error::{Error, Result};
 use crate::lock::lock;
@@ -34,16 +33,29 @@ const CLOSE_STEP: Duration = Duration::from_millis(1);
 /// Commits that may wait for their acknowledgement; the writer then waits, too.
 const WAITING_MAX: usize = 4096;
 
+/// Which connection a function of [`Config::on_connect`] is given.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum ConnectionKind {
+    /// The one that writes.
+    Writer,
+    /// One of those that read.
+    Reader,
+}
+
+pub(crate) type OnConnect = Arc<dyn Fn(&Connection, ConnectionKind) -> rusqlite::Result<()> + Send + Sync>;
+pub(crate) type Migrate = Arc<dyn Fn(&mut Connection) -> Result<()> + Send + Sync>;
+
 /// What the writer's connection is made with.
-pub(super) struct WriterSetup {
-    pub(super) path: PathBuf,
-    pub(super) gate: CommitGate,
+pub(crate) struct WriterSetup {
+    pub(crate) path: PathBuf,
+    pub(crate) gate: CommitGate,
     /// Writes that may wait.
-    pub(super) queue: usize,
-    pub(super) statement_cache: usize,
-    pub(super) trust_schema: bool,
-    pub(super) on_connect: Option<OnConnect>,
-    pub(super) migrate: Option<Migrate>,
+    pub(crate) queue: usize,
+    pub(crate) statement_cache: usize,
+    pub(crate) trust_schema: bool,
+    pub(crate) on_connect: Option<OnConnect>,
+    pub(crate) migrate: Option<Migrate>,
 }
 
 /// What a write brought about.
@@ -64,7 +76,7 @@ impl<T> From<&Commit<T>> for Option<Txid> {
 }
 
 /// The writer of a database, which writes while the node is the primary.
-pub(super) struct Writer {
+pub(crate) struct Writer {
     shared: Arc<WriterShared>,
     threads: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -98,7 +110,7 @@ struct OpenWriter {
 }
 
 /// Why a write failed.
-pub(super) enum Failed<E> {
+pub(crate) enum Failed<E> {
     /// The application's closure said so.
     App(E),
     Ours(Error),
@@ -112,7 +124,7 @@ impl<E> From<Error> for Failed<E> {
 
 impl<E: From<Error>> Failed<E> {
     /// The application's error, on the application's own thread, which its conversion may panic on.
-    pub(super) fn into_one(self) -> E {
+    pub(crate) fn into_one(self) -> E {
         match self {
             Failed::App(error) => error,
             Failed::Ours(error) => error.into(),
@@ -181,7 +193,7 @@ impl fmt::Debug for Writer {
 
 impl Writer {
     /// A writer that is not open yet.
-    pub(super) fn new(node: Arc<NodeContext>, setup: WriterSetup) -> Writer {
+    pub(crate) fn new(node: Arc<NodeContext>, setup: WriterSetup) -> Writer {
         let gate = setup.gate;
         let (queue, connection, waiting) = Default::default();
         let shared = WriterShared { node, setup, gate, queue, connection, waiting };
@@ -189,7 +201,7 @@ impl Writer {
     }
 
     /// Opens the connection, runs the application's migrations on it, and starts the threads. Blocks.
-    pub(super) fn open(&self, engine: &Arc<PrimaryEngine>) -> Result<()> {
+    pub(crate) fn open(&self, engine: &Arc<PrimaryEngine>) -> Result<()> {
         let shared = &self.shared;
         let open = connect(&shared.setup, engine)?;
         // What the migrations committed has its place in history, and stays, before anybody hears that we are open.
@@ -213,7 +225,7 @@ impl Writer {
     }
 
     /// Runs a closure in a transaction, on the writer's thread.
-    pub(super) async fn write<T, E, F>(&self, run: F) -> Result<Commit<T>, Failed<E>>
+    pub(crate) async fn write<T, E, F>(&self, run: F) -> Result<Commit<T>, Failed<E>>
     where
         F: FnOnce(&mut Transaction<'_>) -> Result<T, E> + Send + 'static,
         T: Send + 'static,
@@ -240,7 +252,7 @@ impl Writer {
     }
 
     /// The same on the caller's thread.
-    pub(super) fn write_blocking<T, E, F>(&self, run: F) -> Result<Commit<T>, Failed<E>>
+    pub(crate) fn write_blocking<T, E, F>(&self, run: F) -> Result<Commit<T>, Failed<E>>
     where
         F: FnOnce(&mut Transaction<'_>) -> Result<T, E>,
     {
@@ -258,7 +270,7 @@ impl Writer {
         Ok(commit)
     }
 
-    pub(super) fn guard(&self) -> Result<WriterGuard<'_>> {
+    pub(crate) fn guard(&self) -> Result<WriterGuard<'_>> {
         may_block()?;
         let (inside, connection) = self.shared.enter()?;
         if connection.is_none() {
@@ -271,7 +283,7 @@ impl Writer {
     ///
     /// # Errors
     /// [`Error::Timeout`].
-    pub(super) fn close_within(&self, limit: Duration) -> Result<()> {
+    pub(crate) fn close_within(&self, limit: Duration) -> Result<()> {
         let end = Instant::now() + limit;
         loop {
             match self.shared.connection.try_lock() {
@@ -294,7 +306,7 @@ impl Writer {
     }
 
     /// Ends the threads: what is queued is refused, what has begun ends. Blocks.
-    pub(super) fn close(&self) {
+    pub(crate) fn close(&self) {
         // The thread ends with the only sender. Who waits for room is refused.
         if let Some(queue) = lock(&self.shared.queue).take() {
             queue.room.close();
@@ -441,7 +453,7 @@ impl WriterShared {
 }
 
 /// Why a node that follows another does not write.
-pub(super) fn not_primary(node: &NodeContext) -> Option<Error> {
+pub(crate) fn not_primary(node: &NodeContext) -> Option<Error> {
     let state = node.roles.borrow();
     let primary = || state.primary.clone().map(Box::new);
     (state.role == Role::Replica).then(|| Error::NotPrimary { primary: primary() })

@@ -43,11 +43,11 @@ impl OpenFile {
 
 /// Holds a database's place in this process until it is dropped.
 #[derive(Debug)]
-pub(super) struct Claim(u64);
+pub(crate) struct Claim(u64);
 
 impl Claim {
     /// Takes the place of a file, which need not exist yet; waits for one who is just leaving it.
-    pub(super) fn enter(path: &Path) -> Result<Claim> {
+    pub(crate) fn enter(path: &Path) -> Result<Claim> {
         let place = place(path)?;
         let deadline = Instant::now() + CLOSING_WAIT;
         let mut open = lock(&OPEN);
@@ -70,7 +70,7 @@ impl Claim {
     }
 
     /// Says that the place will soon be free.
-    pub(super) fn closing(&self) {
+    pub(crate) fn closing(&self) {
         if let Some(entry) = lock(&OPEN).iter_mut().find(|entry| entry.serial == self.0) {
             entry.closing = true;
         }
@@ -86,7 +86,7 @@ impl Drop for Claim {
 }
 
 /// Whether a path is an open database, or a file that belongs to one.
-pub(super) fn belongs_to_open(path: &Path) -> Result<bool> {
+pub(crate) fn belongs_to_open(path: &Path) -> Result<bool> {
     let place = place(path)?;
     let file = Inode::at(path);
     let of = |entry: &OpenFile, suffix: &str| {

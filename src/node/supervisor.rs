@@ -9,16 +9,16 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::context::{NodeContext, RoleChange};
-use crate::db::slot::{EngineSlot, Running};
-use crate::db::writer::Writer;
 use crate::engine::PrimaryEngine;
 use crate::error::{Error, Result};
 use crate::net::Endpoint;
+use crate::node::slot::{EngineSlot, Running};
+use crate::node::writer::Writer;
 use crate::primary::ReplicaServer;
 use crate::threads::blocking;
 
 /// Begins and ends a database's roles, one at a time.
-pub(super) struct Supervisor {
+pub(crate) struct Supervisor {
     node: Arc<NodeContext>,
     slot: Arc<EngineSlot>,
     writer: Arc<Writer>,
@@ -36,7 +36,7 @@ struct Following {
 }
 
 impl Supervisor {
-    pub(super) fn new(
+    pub(crate) fn new(
         node: Arc<NodeContext>,
         slot: Arc<EngineSlot>,
         writer: Arc<Writer>,
@@ -47,7 +47,7 @@ impl Supervisor {
     }
 
     /// Begins the role that the node has when it starts.
-    pub(super) async fn begin(&self, primary: Option<Endpoint>) -> Result<()> {
+    pub(crate) async fn begin(&self, primary: Option<Endpoint>) -> Result<()> {
         let mut following = self.following.lock().await;
         match (self.slot.get()?, primary) {
             (Running::Primary(engine), _) => self.lead(engine),
@@ -81,7 +81,7 @@ impl Supervisor {
     /// [`Error::NoState`] when no primary vouches for what is here, and what the application's migrations say: the node is a replica then, as before.
     /// After any other error replication has stopped.
     #[cfg_attr(not(test), expect(dead_code, reason = "the role of a node is fixed by its configuration"))]
-    pub(super) async fn promote(&self, above: u64) -> Result<()> {
+    pub(crate) async fn promote(&self, above: u64) -> Result<()> {
         let mut following = self.following.lock().await;
         let Running::Replica(replica) = self.slot.get()? else { return Ok(()) };
         let primary = match following.take() {
@@ -118,7 +118,7 @@ impl Supervisor {
     /// [`Error::Timeout`] when others write for longer than `limit`: the node is the primary then, as before. After any other error replication has
     /// stopped.
     #[cfg_attr(not(test), expect(dead_code, reason = "the role of a node is fixed by its configuration"))]
-    pub(super) async fn demote(&self, primary: Endpoint, limit: Duration) -> Result<()> {
+    pub(crate) async fn demote(&self, primary: Endpoint, limit: Duration) -> Result<()> {
         let mut following = self.following.lock().await;
         let Running::Primary(engine) = self.slot.get()? else { return Ok(()) };
         // Requests wait for the next primary from now on, and replicas look for it.
@@ -258,6 +258,7 @@ mod tests {
             let _ends = Ends(&ends);
             let mut primary = 0;
             for round in 0..100 {
+                eprintln!("round {round} {:?}", std::time::SystemTime::now());
                 let txid = write(&dbs).await;
                 written.fetch_add(1, Ordering::AcqRel);
                 let (led, followed) = (&dbs[primary], &dbs[1 - primary]);

@@ -15,10 +15,10 @@ use crate::lock::lock;
 use crate::sqlite::connect;
 
 type Prepare = Box<dyn Fn(&Connection) -> rusqlite::Result<()> + Send + Sync>;
-pub(super) type Expect = Box<dyn Fn() -> Result<()> + Send + Sync>;
+pub(crate) type Expect = Box<dyn Fn() -> Result<()> + Send + Sync>;
 
 /// A bounded set of read-only connections.
-pub(super) struct Pool {
+pub(crate) struct Pool {
     path: PathBuf,
     most: usize,
     patience: Duration,
@@ -66,7 +66,7 @@ impl fmt::Debug for Pool {
 }
 
 impl Pool {
-    pub(super) fn new(
+    pub(crate) fn new(
         path: PathBuf,
         most: usize,
         patience: Duration,
@@ -81,7 +81,7 @@ impl Pool {
 
     /// A connection for the caller alone, until the lease is dropped. A nested call gets another one. It is waited for as long as is configured, or as
     /// the caller has patience.
-    pub(super) fn lease(&self, patience: Option<Duration>) -> Result<Lease<'_>> {
+    pub(crate) fn lease(&self, patience: Option<Duration>) -> Result<Lease<'_>> {
         let patience = patience.unwrap_or(self.patience);
         let mut state = self.lock();
         let mut end = None;
@@ -136,7 +136,7 @@ impl Pool {
     }
 
     /// Closes the idle connections to files that the node has not open any more; those in use close when they come back.
-    pub(super) fn renew(&self) {
+    pub(crate) fn renew(&self) {
         let mut state = self.lock();
         let idle = std::mem::take(&mut state.idle);
         state.open -= idle.len();
@@ -146,7 +146,7 @@ impl Pool {
     }
 
     /// Closes the idle connections; those in use close when they come back.
-    pub(super) fn close(&self) {
+    pub(crate) fn close(&self) {
         let mut state = self.lock();
         state.closed = true;
         let idle = std::mem::take(&mut state.idle);
@@ -202,7 +202,7 @@ impl Drop for ConnectionPermit<'_> {
 }
 
 /// A connection on loan.
-pub(super) struct Lease<'a> {
+pub(crate) struct Lease<'a> {
     pool: &'a Pool,
     /// There until dropped.
     reader: Option<Reader>,
@@ -210,7 +210,7 @@ pub(super) struct Lease<'a> {
 
 impl Lease<'_> {
     /// The connection is not for the next one.
-    pub(super) fn spoil(&self) {
+    pub(crate) fn spoil(&self) {
         if let Some(reader) = &self.reader {
             reader.changed.store(true, Ordering::Relaxed);
         }

@@ -1,0 +1,228 @@
+//! An open database of a node, whatever its role.
+
+use std::any::Any;
+use std::fmt;
+use std::ops::Deref;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::context::{NodeContext, RoleChange};
+use crate::error::{Error, Result};
+use crate::lock::lock;
+use crate::node::open_files::Claim;
+use crate::node::pool::{Lease, Pool};
+use crate::node::slot::EngineSlot;
+use crate::node::supervisor::Supervisor;
+use crate::node::verifier::Verifier;
+use crate::node::writer::Writer;
+use crate::primary::ReplicaServer;
+use crate::server::{Mount, ReplicationService};
+use crate::sqlite::{last_code, unreadable};
+use crate::threads;
+
+/// How long the end of the streams is waited for: they have a second for what is captured, and one for their last word.
+const STREAMS_LIMIT: Duration = Duration::from_secs(3);
+/// How long a shutdown waits for connections and tasks before it goes on without them.
+const TASKS_LIMIT: Duration = Duration::from_secs(5);
+
+/// An open database of a node: its engine, its connections, and what ends with it.
+pub(crate) struct Database {
+    pub(crate) node: Arc<NodeContext>,
+    pub(crate) path: PathBuf,
+    pub(crate) pool: Pool,
+    pub(crate) slot: Arc<EngineSlot>,
+    pub(crate) writer: Arc<Writer>,
+    pub(crate) supervisor: Supervisor,
+    pub(crate) verifier: Arc<Verifier>,
+    pub(crate) source: Arc<ReplicaServer>,
+    pub(crate) tracker: TaskTracker,
+    pub(crate) wait_timeout: Duration,
+    pub(crate) grace: Duration,
+    pub(crate) opened: Instant,
+    /// Transactions that replicas gave back.
+    pub(crate) recovered: u64,
+    /// Somebody is about to close.
+    pub(crate) ending: AtomicBool,
+    /// It is closed, or being closed: nothing new is begun.
+    pub(crate) closed: AtomicBool,
+    /// Cancelled when everything has ended.
+    pub(crate) ended: CancellationToken,
+    pub(crate) claim: Mutex<Option<Claim>>,
+    /// Dropped last.
+    pub(crate) _keep: Option<Arc<dyn Any + Send + Sync>>,
+}
+
+impl fmt::Debug for Database {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Db").field("path", &self.path).finish_non_exhaustive()
+    }
+}
+
+impl Database {
+    /// Reads as little as can be, to see whether that works.
+    pub(crate) fn try_read(&self) {
+        let Ok(lease) = self.lease(Some(Duration::ZERO)) else { return };
+        match lease.query_row("PRAGMA schema_version", [], |_| Ok(())) {
+            Ok(()) => self.node.read_worked(),
+            Err(_) => self.judge(&lease),
+        }
+    }
+
+    /// A connection to read with; after a time of one's own, or the configured one.
+    pub(crate) fn lease(&self, patience: Option<Duration>) -> Result<Lease<'_>> {
+        self.pool.lease(patience).inspect_err(|error| match error {
+            Error::Sqlite(rusqlite::Error::SqliteFailure(code, _)) if unreadable(code.extended_code) => {
+                self.node.read_failed(&error.to_string());
+            }
+            // Said by the engine.
+            _ => {}
+        })
+    }
+
+    /// Whether a read that failed says that the database can't be read.
+    pub(crate) fn judge(&self, lease: &Lease<'_>) {
+        let code = last_code(lease);
+        if unreadable(code) {
+            lease.spoil();
+            self.node.read_failed(&rusqlite::ffi::Error::new(code).to_string());
+        }
+    }
+
+    /// Fails when the files are not those that were opened.
+    pub(crate) fn expect_files(&self) -> Result<()> {
+        self.slot.get()?.expect_files()
+    }
+
+    /// Fails while there is nothing to read.
+    pub(crate) fn readable(&self) -> Result<()> {
+        if self.node.astray() {
+            return Err(Error::Stopped(self.node.problem().unwrap_or_default()));
+        }
+        if self.slot.is_readable()? {
+            return Ok(());
+        }
+        let problem = self.node.problem();
+        Err(Error::NoState(problem.unwrap_or_else(|| "the replica is not filled yet".into())))
+    }
+
+    pub(crate) fn service(&self, door: Mount) -> ReplicationService {
+        ReplicationService::new(self.node.clone(), self.source.clone(), self.tracker.clone(), door)
+    }
+
+    pub(crate) async fn drain(&self) {
+        self.node.drain.cancel();
+        if tokio::time::timeout(STREAMS_LIMIT, self.source.deserted()).await.is_err() {
+            tracing::warn!("some streams did not end in time");
+        }
+    }
+
+    /// Ends streams and tasks with a limit. Blocks.
+    pub(crate) fn end_tasks(&self) {
+        // A runtime of its own: the one that the tasks run in may have ended.
+        let clock = match tokio::runtime::Builder::new_current_thread().enable_time().build() {
+            Ok(clock) => clock,
+            Err(error) => return tracing::warn!(%error, "the end of streams and tasks is not waited for"),
+        };
+        clock.block_on(async {
+            self.drain().await;
+            self.node.stop.cancel();
+            self.tracker.close();
+            if tokio::time::timeout(TASKS_LIMIT, self.tracker.wait()).await.is_err() {
+                tracing::warn!("some tasks did not end in time");
+            }
+        });
+    }
+
+    /// Whoever opens the file anew waits for us from now on.
+    pub(crate) fn announce(&self) {
+        if let Some(claim) = &*lock(&self.claim) {
+            claim.closing();
+        }
+    }
+
+    /// Ends everything that is ours. Blocks for as long as the last fsyncs take.
+    pub(crate) fn close(&self) {
+        // Also when something of the application's panics, the file is given back, and then that is said.
+        let _said_at_the_end = self.ended.clone().drop_guard();
+        let _claim = lock(&self.claim).take();
+        self.closed.store(true, Ordering::Release);
+        self.node.stop.cancel();
+        self.tracker.close();
+        self.source.set(None);
+        self.pool.close();
+        // It reads through connections of its own, which have to be closed before the others.
+        self.verifier.close();
+        self.writer.close();
+        if let Some(running) = self.slot.take() {
+            running.close();
+        }
+        crate::sqlite::close_unlocked();
+        self.node.applied.close();
+        threads::aside(|| self.node.change_role(RoleChange::Stopped));
+    }
+}
+
+/// What the clones of a handle share: with the last of them the database is closed.
+pub(crate) struct LastHandle(pub(crate) Arc<Database>);
+
+impl Deref for LastHandle {
+    type Target = Database;
+
+    fn deref(&self) -> &Database {
+        &self.0
+    }
+}
+
+impl fmt::Debug for LastHandle {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl Drop for LastHandle {
+    fn drop(&mut self) {
+        if self.ending.swap(true, Ordering::AcqRel) {
+            return;
+        }
+        // At once, so that what is dropped with a runtime's tasks, such as the listener, is free soon.
+        self.node.stop.cancel();
+        if may_wait_here() {
+            self.announce();
+            self.close();
+        } else {
+            close_behind(&self.0, false);
+        }
+    }
+}
+
+/// Whether the last fsyncs may hold up this thread: not one that drives async tasks, nor one of our own, which would wait for itself.
+fn may_wait_here() -> bool {
+    let ours = std::thread::current().name().is_some_and(|name| name.starts_with("replite-"));
+    !ours && tokio::runtime::Handle::try_current().is_err()
+}
+
+/// Closes on a thread of its own, so that neither a dropped future nor a runtime that ends leaves it half done.
+pub(crate) fn close_behind(inner: &Arc<Database>, gently: bool) {
+    inner.announce();
+    let work = move |inner: &mut Arc<Database>| {
+        if gently {
+            inner.end_tasks();
+        }
+        Ok(())
+    };
+    let started = threads::start("replite-close", inner.clone(), work, |inner, ended| {
+        inner.close();
+        if let Err(error) = ended {
+            tracing::warn!(%error, "the end of streams and tasks was not waited for");
+        }
+    });
+    if let Err(error) = started {
+        inner.close();
+        tracing::warn!(%error, "no thread to close the database on");
+    }
+}

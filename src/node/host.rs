@@ -1,0 +1,63 @@
+//! What a process has for its node as a whole: the listener of its own, and when it may go.
+
+use std::sync::Arc;
+
+use tokio_util::task::TaskTracker;
+
+use crate::context::NodeContext;
+use crate::net::Listener;
+use crate::primary::ReplicaServer;
+use crate::server::{Mount, ReplicationService};
+
+/// The node's own listener, which may be served before the node is complete. Dropped before `leave_open`, it ends.
+pub(crate) struct ListenerGuard {
+    node: Arc<NodeContext>,
+    pub(crate) source: Arc<ReplicaServer>,
+    tracker: TaskTracker,
+    pub(crate) listener: Option<Listener>,
+    left_open: bool,
+}
+
+impl ListenerGuard {
+    pub(crate) fn new(
+        node: &Arc<NodeContext>,
+        source: &Arc<ReplicaServer>,
+        tracker: &TaskTracker,
+        listener: Option<Listener>,
+    ) -> ListenerGuard {
+        let (node, source, tracker) = (node.clone(), source.clone(), tracker.clone());
+        ListenerGuard { node, source, tracker, listener, left_open: false }
+    }
+
+    pub(crate) fn open(&mut self) {
+        let Some(listener) = self.listener.take() else { return };
+        let ListenerGuard { node, source, tracker, .. } = self;
+        let service = ReplicationService::new(node.clone(), source.clone(), tracker.clone(), Mount::Own);
+        tracker.spawn(listener.serve(service, tracker.clone(), node.stop.clone()));
+    }
+
+    pub(crate) fn leave_open(&mut self) {
+        self.left_open = true;
+    }
+
+    /// Returns when the address is free again.
+    pub(crate) async fn close(mut self) {
+        self.end();
+        drop(self.listener.take());
+        self.tracker.close();
+        self.tracker.wait().await;
+    }
+
+    pub(crate) fn end(&self) {
+        self.node.stop.cancel();
+        self.source.set(None);
+    }
+}
+
+impl Drop for ListenerGuard {
+    fn drop(&mut self) {
+        if !self.left_open {
+            self.end();
+        }
+    }
+}
