@@ -8,6 +8,7 @@ mod modes;
 mod names;
 mod positioned;
 pub(crate) mod reserve;
+pub(crate) mod sealed;
 mod state_directory;
 
 use std::fs::{self, File, OpenOptions};

@@ -7,11 +7,12 @@ use crate::engine::file::anchor::Anchors;
 use crate::engine::file::epochs::read_epochs;
 use crate::engine::lost::fuzz_btree_page;
 use crate::engine::{Lost, incoming};
+use crate::files::sealed::check_of;
 use crate::page::PageSize;
 
 /// Bytes behind the hash that most side files end with.
 fn sealed(bytes: &[u8]) -> Vec<u8> {
-    [bytes, &blake3::hash(bytes).as_bytes()[..16]].concat()
+    [bytes, &check_of(bytes)].concat()
 }
 
 /// Anchors, epochs, and what a snapshot or a comparison left.
@@ -81,7 +82,7 @@ pub(crate) fn fuzz_seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     use crate::txid::EpochHistory;
     let dir = tempfile::tempdir().expect("a directory");
     write_epochs(dir.path(), &EpochHistory::default(), true).expect("a file");
-    replace_file(dir.path(), "x", b"").expect("a file");
+    replace_file(&dir.path().join("x"), b"").expect("a file");
     let epochs = fs::read(dir.path().join("epochs")).expect("a file");
     let (body, _) = epochs.split_last_chunk::<16>().expect("a hash");
     let mut anchor = b"repanchr\x01\0\0\0\x01\0\0\0".to_vec();

@@ -18,17 +18,23 @@ use crate::engine::history::intake_error::IntakeError;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming::overlay::{Overlay, Store};
 use crate::error::{Error, Result};
+use crate::files::sealed::{CHECK_BYTES, HEAD_BYTES, Sealed};
 use crate::files::{self, read_exact_at, replace_file, sync_directory, write_all_at};
 use crate::page::{PageNo, PageSet, PageSize};
 use crate::txid::Position;
 use crate::wal::le_u32;
 use crate::wire::{HealBegin, SnapBegin, SnapEnd, TxnBegin, TxnEnd};
 
-const MAGIC: [u8; 8] = *b"repincom";
+/// How far a snapshot has come: the page size, the next page, the position of the first piece.
+const STATE: Sealed = Sealed {
+    magic: *b"repincom",
+    version: 1,
+    max_bytes: (HEAD_BYTES + STATE_BYTES + CHECK_BYTES) as u64,
+    cure: "says how far a snapshot has come, which begins anew without it",
+};
+const STATE_BYTES: usize = 4 + 4 + Position::BYTES;
 const HELD_MAGIC: [u8; 8] = *b"repheld2";
 const HELD_HEAD_BYTES: usize = 8 + 4 + 4;
-const VERSION: u32 = 1;
-const STATE_BYTES: usize = 8 + 4 + 4 + 4 + Position::BYTES + 16;
 /// FillProgress is made durable after so many bytes, or after so long.
 const PROGRESS_BYTES: u64 = 64 << 20;
 const PROGRESS_EVERY: Duration = Duration::from_secs(5);
@@ -77,18 +83,11 @@ pub(in crate::engine) type Under<'a> = Option<&'a mut WalAppender>;
 /// A file of a newer version is no error, unlike those of the other side files: there is nothing here that the primary
 /// does not have, so that who can't read it begins anew.
 pub(in crate::engine) fn progress(side: &Path) -> Option<FillProgress> {
-    let mut bytes = Vec::new();
-    // One byte more than there should be is enough to see that it is none of ours.
-    let file = files::open(&side.join("incoming").join("state")).ok()?;
-    file.take(STATE_BYTES as u64 + 1).read_to_end(&mut bytes).ok()?;
-    let bytes: [u8; STATE_BYTES] = bytes.try_into().ok()?;
-    let (body, check) = bytes.split_last_chunk::<16>()?;
-    if blake3::hash(body).as_bytes()[..16] != *check || body[..8] != MAGIC || le_u32(&body[8..]) != VERSION {
-        return None;
-    }
-    let page_size = PageSize::new(le_u32(&body[12..])).ok()?;
-    let next = PageNo::new(le_u32(&body[16..]))?;
-    let first = Position::from_bytes(body[20..].try_into().ok()?)?;
+    let fields = STATE.read(&side.join("incoming").join("state")).ok()??;
+    let fields: [u8; STATE_BYTES] = fields.try_into().ok()?;
+    let page_size = PageSize::new(le_u32(&fields)).ok()?;
+    let next = PageNo::new(le_u32(&fields[4..]))?;
+    let first = Position::from_bytes(fields[8..].try_into().ok()?)?;
     let there = fs::metadata(side.join("incoming").join("pages")).ok()?.len();
     (there >= next.offset(page_size)).then_some(FillProgress { first, next, page_size })
 }
@@ -227,14 +226,10 @@ impl IncomingState {
 
     fn save_progress(&mut self, first: Position) -> Result<()> {
         self.file.sync_data().map_err(Error::io("fsync", self.path()))?;
-        let mut bytes = MAGIC.to_vec();
-        bytes.extend_from_slice(&VERSION.to_le_bytes());
-        bytes.extend_from_slice(&self.overlay.page_size().get().to_le_bytes());
-        bytes.extend_from_slice(&self.next.to_le_bytes());
-        bytes.extend_from_slice(&first.to_bytes());
-        let check = blake3::hash(&bytes);
-        bytes.extend_from_slice(&check.as_bytes()[..16]);
-        replace_file(&self.directory, "state", &bytes)?;
+        let mut fields = self.overlay.page_size().get().to_le_bytes().to_vec();
+        fields.extend_from_slice(&self.next.to_le_bytes());
+        fields.extend_from_slice(&first.to_bytes());
+        STATE.replace(&self.directory.join("state"), &fields)?;
         (self.since_progress, self.last_progress) = (0, Instant::now());
         Ok(())
     }
@@ -341,7 +336,7 @@ fn hold_progress(side: &Path, page_size: PageSize) -> Result<Option<PageSet>> {
         return Ok(None);
     };
     let directory = side.join("incoming");
-    replace_file(&directory, "held", &held_head(page_size, next - 1))?;
+    replace_file(&directory.join("held"), &held_head(page_size, next - 1))?;
     // With both of them there, the snapshot would be gone on with, over pages that are newer by then: as good.
     let state = directory.join("state");
     fs::remove_file(&state).map_err(Error::io("remove", &state))?;
@@ -394,6 +389,7 @@ impl Ready {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hex::{hex, unhex_lossy};
     use crate::txid::{Epoch, Txid};
 
     fn begin(from: PageNo) -> SnapBegin {
@@ -418,16 +414,38 @@ mod tests {
         assert_eq!(fs::metadata(dir.path().join("incoming/pages")).unwrap().len(), 4 * 512);
     }
 
+    /// The file of a snapshot of pages of 512 bytes, of which four have come.
+    const STATE_FILE: &str = concat!(
+        "726570696e636f6d010000000002000005000000010000000000000002000000000000000300000000000000",
+        "00000000000000000000000000000000ff698a5841dd49275227d6f8a47ace4b",
+    );
+    /// The file of a comparison that has pages 1 to 3 and page 5.
+    const HELD_FILE: &[u8] = b"repheld2\0\x02\0\0\x03\0\0\0\x05\0\0\0";
+
+    #[test]
+    fn the_files_bytes_stay_what_they_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let next = interrupted(dir.path());
+        let (state, held) = (dir.path().join("incoming/state"), dir.path().join("incoming/held"));
+        assert_eq!(hex(&fs::read(&state).unwrap()), STATE_FILE);
+        fs::write(&state, unhex_lossy(STATE_FILE)).unwrap();
+        let found = progress(dir.path()).unwrap();
+        assert_eq!((found.first, found.next), (begin(PageNo::FIRST).first, next));
+        fs::write(dir.path().join("incoming/pages"), [7; 5 * 512]).unwrap();
+        fs::write(&held, HELD_FILE).unwrap();
+        let have = read_held(dir.path(), PageSize::new(512).unwrap()).unwrap();
+        assert_eq!(have.iter().map(PageNo::get).collect::<Vec<_>>(), [1, 2, 3, 5]);
+        let head = held_head(PageSize::new(512).unwrap(), 3);
+        assert_eq!([head.as_slice(), &5u32.to_le_bytes()].concat(), HELD_FILE);
+    }
+
     #[test]
     fn progress_of_a_newer_version_or_of_too_many_bytes_is_begun_anew() {
         let dir = tempfile::tempdir().unwrap();
         let next = interrupted(dir.path());
         let state = dir.path().join("incoming/state");
         let ours = fs::read(&state).unwrap();
-        let mut newer = ours[..STATE_BYTES - 16].to_vec();
-        newer[8..12].copy_from_slice(&(VERSION + 1).to_le_bytes());
-        let check = blake3::hash(&newer);
-        newer.extend_from_slice(&check.as_bytes()[..16]);
+        let newer = Sealed { version: STATE.version + 1, ..STATE }.seal(STATE.open(&ours).unwrap());
         for bytes in [newer, [ours, vec![0]].concat()] {
             interrupted(dir.path());
             fs::write(&state, &bytes).unwrap();

@@ -5,7 +5,7 @@
 
 use std::fs;
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 use crate::files;
@@ -26,7 +26,7 @@ pub(crate) fn make(directory: &Path) -> Result<()> {
     let epochs = fs::metadata(directory.join("epochs")).map_or(0, |meta| meta.len());
     let mut bytes = vec![0; (SPARE_BYTES + epochs.next_multiple_of(BLOCK_BYTES) + BLOCK_BYTES) as usize];
     random::fill(&mut bytes)?;
-    replace(directory, NAME, &bytes)
+    replace(&directory.join(NAME), &bytes)
 }
 
 /// Whether there was one.
@@ -57,22 +57,24 @@ pub(crate) fn with<T>(directory: &Path, mut run: impl FnMut() -> Result<T>) -> R
 }
 
 /// Replaces a small file by rename, durably. One that finds no room takes none.
-pub(crate) fn replace(directory: &Path, name: &str, bytes: &[u8]) -> Result<()> {
-    let (path, new) = (directory.join(name), directory.join(format!("{name}.new")));
+fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    let mut new = path.as_os_str().to_owned();
+    new.push(".new");
+    let new = PathBuf::from(new);
     let written = files::create(&new).and_then(|mut file| {
         file.write_all(bytes).map_err(Error::io("write", &new))?;
         file.sync_all().map_err(Error::io("fsync", &new))?;
-        fs::rename(&new, &path).map_err(Error::io("rename", &path))
+        fs::rename(&new, path).map_err(Error::io("rename", path))
     });
     if let Err(error) = written {
         // What is left of it is written over the next time.
         let _ = fs::remove_file(&new);
         return Err(error);
     }
-    sync_directory(directory)
+    files::sync_name(path)
 }
 
-/// Replaces a small file by rename, durably; on a full disk by means of the reserve.
-pub(crate) fn replace_file(side: &Path, name: &str, bytes: &[u8]) -> Result<()> {
-    with(side, || replace(side, name, bytes))
+/// Replaces a small file by rename, durably; on a full disk by means of the reserve of its directory.
+pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    with(files::parent_of(path), || replace(path, bytes))
 }

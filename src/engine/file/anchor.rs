@@ -10,16 +10,22 @@ use crate::engine::file::witnesses::CopyTag;
 use crate::engine::file::witnesses::Witness;
 use crate::engine::file::witnesses::Witnesses;
 use crate::error::{Error, Result};
+use crate::files::sealed::{CHECK_BYTES, HEAD_BYTES, Sealed, Unsealed};
 use crate::files::{read_exact_at, sync_directory, write_all_at};
 use crate::txid::Position;
 use crate::wal::{Salts, WalSum, le_u32};
 
-const MAGIC: [u8; 8] = *b"repanchr";
-const VERSION: u32 = 1;
 const SLOT_BYTES: usize = 256;
+/// A slot is a sealed file in the file.
+const SLOT: Sealed = Sealed {
+    magic: *b"repanchr",
+    version: 1,
+    max_bytes: SLOT_BYTES as u64,
+    cure: "says what the database file is; the other slot counts",
+};
 /// The slots lie in different sectors and pages of any disk.
 const SLOT_OFFSETS: [u64; 2] = [0, 4096];
-const CHECK_AT: usize = SLOT_BYTES - 16;
+const CHECK_AT: usize = SLOT_BYTES - CHECK_BYTES;
 const WITNESSES_AT: usize = 144;
 const _: () = assert!(WITNESSES_AT + Witnesses::MAX * Witness::BYTES <= CHECK_AT);
 
@@ -57,8 +63,6 @@ const AHEAD: u32 = 2;
 impl Anchor {
     fn encode(&self, sequence: u64) -> [u8; SLOT_BYTES] {
         let mut b = [0; SLOT_BYTES];
-        b[0..8].copy_from_slice(&MAGIC);
-        b[8..12].copy_from_slice(&VERSION.to_le_bytes());
         b[12..16].copy_from_slice(&self.frame.to_le_bytes());
         b[16..24].copy_from_slice(&sequence.to_le_bytes());
         b[24..32].copy_from_slice(&self.generation.to_le_bytes());
@@ -87,18 +91,17 @@ impl Anchor {
                 }
             }
         }
-        let check = blake3::hash(&b[..CHECK_AT]);
-        b[CHECK_AT..].copy_from_slice(&check.as_bytes()[..16]);
+        let sealed = SLOT.seal(&b[HEAD_BYTES..CHECK_AT]);
+        b.copy_from_slice(&sealed);
         b
     }
 
     fn decode(b: &[u8; SLOT_BYTES]) -> Result<Option<(u64, Anchor)>, u32> {
-        if b[0..8] != MAGIC || blake3::hash(&b[..CHECK_AT]).as_bytes()[..16] != b[CHECK_AT..] {
-            return Ok(None);
-        }
-        let version = le_u32(&b[8..12]);
-        if version > VERSION {
-            return Err(version);
+        match SLOT.open(b) {
+            Ok(_) => {}
+            // As a rule a torn write, or none yet.
+            Err(Unsealed::Damaged(_)) => return Ok(None),
+            Err(Unsealed::Newer(version)) => return Err(version),
         }
         let long =
             |at: usize| u64::from(le_u32(&b[at..at + 4])) | u64::from(le_u32(&b[at + 4..at + 8])) << 32;
@@ -167,7 +170,7 @@ impl Anchors {
                 *slot = Anchor::decode(&bytes).map_err(|found| Error::Newer {
                     path: path.clone(),
                     found,
-                    supported: VERSION,
+                    supported: SLOT.version,
                 })?;
             }
         }
@@ -239,6 +242,7 @@ mod tests {
     use crate::checksum::{Checksum, PageHash};
     use crate::engine::file::modified::modified_of;
     use crate::engine::file::modified::stamp;
+    use crate::hex::{hex, unhex_lossy};
     use crate::page::PageNo;
     use crate::txid::{Epoch, Txid};
 
@@ -254,6 +258,26 @@ mod tests {
             file: FileState::AtRest { position, modified: -5 },
             ahead: frame.is_multiple_of(2),
         }
+    }
+
+    /// A slot up to its last field that is not zero, and its hash.
+    const FIELDS: &str = concat!(
+        "726570616e63687201000000010000000100000000000000030000000000000001020304050607080a0000000b00",
+        "0000020000000000000009000000000000004d00000000000000050000000000000000000000000000000c000000",
+        "00000000fbffffffffffffff020000000000000009000000000000004d000000000000000500000000000000",
+    );
+    const CHECK: &str = "634175a7044741a818f627f251da5fc9";
+
+    #[test]
+    fn a_slots_bytes_stay_what_they_are() {
+        let mut bytes = anchor(1).encode(1);
+        let (fields, check) = (hex(&bytes[..FIELDS.len() / 2]), hex(&bytes[CHECK_AT..]));
+        assert_eq!((fields.as_str(), check.as_str()), (FIELDS, CHECK));
+        assert!(bytes[FIELDS.len() / 2..CHECK_AT].iter().all(|byte| *byte == 0));
+        bytes.fill(0);
+        bytes[..FIELDS.len() / 2].copy_from_slice(&unhex_lossy(FIELDS));
+        bytes[CHECK_AT..].copy_from_slice(&unhex_lossy(CHECK));
+        assert_eq!(Anchor::decode(&bytes), Ok(Some((1, anchor(1)))));
     }
 
     #[test]
@@ -317,10 +341,7 @@ mod tests {
     #[test]
     fn a_newer_file_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let mut bytes = anchor(1).encode(1);
-        bytes[8] = 2;
-        let check = blake3::hash(&bytes[..CHECK_AT]);
-        bytes[CHECK_AT..].copy_from_slice(&check.as_bytes()[..16]);
+        let bytes = Sealed { version: 2, ..SLOT }.seal(&anchor(1).encode(1)[HEAD_BYTES..CHECK_AT]);
         fs::write(dir.path().join("anchors"), bytes).unwrap();
         assert!(matches!(Anchors::open(dir.path()), Err(Error::Newer { found: 2, .. })));
     }

@@ -13,7 +13,7 @@ const TEXT_MAX_BYTES: u64 = 4096;
 
 /// From now on there is a doubt, also after a restart.
 pub(in crate::engine) fn begin(directory: &Path, text: &str) {
-    if let Err(error) = replace_file(directory, NAME, text.as_bytes()) {
+    if let Err(error) = replace_file(&directory.join(NAME), text.as_bytes()) {
         tracing::warn!(%error, "that the pages are in doubt is forgotten with a restart");
     }
 }

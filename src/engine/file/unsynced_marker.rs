@@ -30,13 +30,13 @@ pub(in crate::engine) fn was_open(side: &Path) -> bool {
 
 /// From now on commits may be lost. Durable.
 pub(in crate::engine) fn begin(side: &Path) -> Result<()> {
-    replace_file(side, NAME, &boot_id())
+    replace_file(&side.join(NAME), &boot_id())
 }
 
 /// From now on commits may have been lost on this boot, too.
 pub(in crate::engine) fn doubt(side: &Path) {
     let known = files::read(&side.join(NAME)).is_ok_and(|then| then.is_empty());
-    if !known && let Err(error) = replace_file(side, NAME, b"") {
+    if !known && let Err(error) = replace_file(&side.join(NAME), b"") {
         tracing::warn!(%error, "that commits may be lost could not be noted");
     }
 }
