@@ -18,7 +18,7 @@ mod writer;
 
 use std::any::Any;
 use std::fmt;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -31,6 +31,7 @@ use tokio_util::task::TaskTracker;
 use crate::context::NodeContext;
 use crate::engine::Lost;
 use crate::error::{Error, Result};
+use crate::files::Paths;
 use crate::peer::NodeId;
 use crate::primary::ReplicaServer;
 use crate::proxy::{PrimaryClient, ReplayLayer};
@@ -71,7 +72,7 @@ pub struct Db {
 
 struct DbInner {
     node: Arc<NodeContext>,
-    path: PathBuf,
+    paths: Paths,
     pool: Pool,
     slot: Arc<EngineSlot>,
     writer: Arc<Writer>,
@@ -97,7 +98,7 @@ struct DbInner {
 
 impl fmt::Debug for DbInner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Db").field("path", &self.path).finish_non_exhaustive()
+        f.debug_struct("Db").field("path", &self.paths.database()).finish_non_exhaustive()
     }
 }
 
@@ -299,8 +300,8 @@ impl Db {
     /// # Cancel safety
     /// Nothing happens but reading.
     pub async fn lost(&self) -> Result<Vec<Lost>> {
-        let side = crate::files::of(&self.inner.path);
-        blocking(move || Lost::list(&side)).await
+        let paths = self.inner.paths.clone();
+        blocking(move || Lost::list(&paths)).await
     }
 
     /// Waits until `done` says so of this node's state; it is asked again after each change. For a replica that
@@ -386,7 +387,7 @@ impl Db {
 
     /// The database file.
     pub fn path(&self) -> &Path {
-        &self.inner.path
+        self.inner.paths.database()
     }
 
     /// Returns once this node can be read: at once on a primary, on a replica when it has a state.

@@ -6,6 +6,7 @@
 mod inode;
 mod modes;
 mod names;
+mod paths;
 mod positioned;
 pub(crate) mod reserve;
 pub(crate) mod sealed;
@@ -23,9 +24,10 @@ use crate::files::modes::{database_mode, give};
 pub(crate) use inode::Inode;
 pub(crate) use modes::{PRIVATE, set_mode};
 pub(crate) use names::{absent, parent_of, place, remove, remove_directory, sync_directory, sync_name};
+pub(crate) use paths::{Paths, beside};
 pub(crate) use positioned::{read_at, read_exact_at, write_all_at};
 pub(crate) use reserve::replace_file;
-pub(crate) use state_directory::{make, make_directory, of};
+pub(crate) use state_directory::{make_directory, make_state_dir};
 
 /// Makes a file anew, to be written and read. What is there under its name is removed, and not looked at: a file of ours that was left half done.
 pub(crate) fn create(path: &Path) -> Result<File> {
@@ -126,6 +128,7 @@ fn of_link(error: io::Error) -> io::Error {
 #[cfg(all(test, unix))]
 mod tests {
     use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+    use std::path::PathBuf;
 
     use super::modes::own_user;
     use super::*;
@@ -139,6 +142,10 @@ mod tests {
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     }
 
+    fn state_dir(database: &Path) -> PathBuf {
+        Paths::new(database).state_dir().to_path_buf()
+    }
+
     fn refused(made: Result<()>) -> &'static str {
         match made {
             Err(Error::Unsupported { reason: Unsupported::SideDirectory(why), .. }) => why,
@@ -150,8 +157,8 @@ mod tests {
     fn files_have_the_databases_mode_and_owner_and_directories_are_their_owners() {
         let dir = tempfile::tempdir().unwrap();
         let database = dir.path().join("a.db");
-        let side = of(&database);
-        make(&side).unwrap();
+        let side = state_dir(&database);
+        make_state_dir(&side).unwrap();
         assert_eq!(mode(&side), 0o700);
         create(&side.join("before")).unwrap();
         assert_eq!(mode(&side.join("before")), 0o600);
@@ -180,62 +187,62 @@ mod tests {
             assert_eq!(mode(&copy) & !wanted, 0);
         }
         // Root's own directory beside the database of another.
-        make(&side).unwrap();
+        make_state_dir(&side).unwrap();
     }
 
     #[test]
     fn a_directory_of_ours_is_tightened_and_one_that_others_can_change_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let side = of(&dir.path().join("a.db"));
+        let side = state_dir(&dir.path().join("a.db"));
         fs::create_dir(&side).unwrap();
         for open in [0o755, 0o750, 0o711, 0o700] {
             chmod(&side, open);
-            make(&side).unwrap();
+            make_state_dir(&side).unwrap();
             assert_eq!(mode(&side), 0o700);
         }
         for open in [0o770, 0o702, 0o777, 0o1777] {
             chmod(&side, open);
-            assert!(refused(make(&side)).contains("chmod 700"));
+            assert!(refused(make_state_dir(&side)).contains("chmod 700"));
             assert_eq!(mode(&side), open & 0o777, "left as it is");
         }
         // A volume of a group.
         chmod(dir.path(), 0o2770);
         chmod(&side, 0o2770);
-        make(&side).unwrap();
+        make_state_dir(&side).unwrap();
         assert_eq!(mode(&side), 0o700);
         chmod(&side, 0o777);
-        refused(make(&side));
+        refused(make_state_dir(&side));
         for other in [0o1770, 0o772, 0o750] {
             chmod(dir.path(), other);
             chmod(&side, 0o770);
-            refused(make(&side));
+            refused(make_state_dir(&side));
         }
         chmod(dir.path(), 0o700);
         if own_user() == 0 {
             chmod(&side, 0o700);
             std::os::unix::fs::chown(&side, Some(1234), None).unwrap();
-            assert!(refused(make(&side)).contains("belongs neither"));
+            assert!(refused(make_state_dir(&side)).contains("belongs neither"));
             fs::write(dir.path().join("a.db"), "").unwrap();
             std::os::unix::fs::chown(dir.path().join("a.db"), Some(1234), None).unwrap();
-            make(&side).unwrap();
+            make_state_dir(&side).unwrap();
         }
         fs::remove_dir(&side).unwrap();
         let elsewhere = dir.path().join("elsewhere");
         fs::create_dir(&elsewhere).unwrap();
         chmod(&elsewhere, 0o755);
         symlink(&elsewhere, &side).unwrap();
-        assert!(refused(make(&side)).contains("symbolic link"));
+        assert!(refused(make_state_dir(&side)).contains("symbolic link"));
         assert_eq!(mode(&elsewhere), 0o755);
         fs::remove_file(&side).unwrap();
         fs::write(&side, "").unwrap();
-        assert!(refused(make(&side)).contains("no directory"));
+        assert!(refused(make_state_dir(&side)).contains("no directory"));
     }
 
     #[test]
     fn no_link_is_followed() {
         let dir = tempfile::tempdir().unwrap();
-        let (side, victim) = (of(&dir.path().join("a.db")), dir.path().join("victim"));
-        make(&side).unwrap();
+        let (side, victim) = (state_dir(&dir.path().join("a.db")), dir.path().join("victim"));
+        make_state_dir(&side).unwrap();
         fs::write(&victim, "precious").unwrap();
         let link = side.join("link");
         symlink(&victim, &link).unwrap();

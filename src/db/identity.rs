@@ -7,12 +7,12 @@ use std::fs;
 use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::files::Inode;
 #[cfg(test)]
 use crate::files::sealed::CHECK_BYTES;
 use crate::files::sealed::Sealed;
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
 use crate::files::sealed::check_of;
+use crate::files::{Inode, Paths};
 use crate::peer::NodeId;
 
 const SEALED: Sealed = Sealed {
@@ -25,23 +25,24 @@ const SEALED: Sealed = Sealed {
 const FIXED_BYTES: usize = 16 + 8 + 8;
 
 /// Reads the node's id, or makes one: at the first start, and when the directory is a copy of another node's.
-pub(super) fn node_id(side: &Path, cluster: &str, database: &str) -> Result<NodeId> {
-    let here = place(side)?;
-    let path = side.join("node");
+pub(super) fn node_id(paths: &Paths, cluster: &str, database: &str) -> Result<NodeId> {
+    let directory = paths.state_dir();
+    let here = place(directory)?;
+    let path = paths.node();
     if let Some(fields) = SEALED.read(&path)? {
         let known = decode(&path, &fields)?;
         for (what, theirs, ours) in
             [("cluster", &known.cluster, cluster), ("database", &known.database, database)]
         {
             if theirs != ours {
-                let side = side.display();
-                return Err(Error::Config(format!("{side} belongs to {what} {theirs:?}, not {ours:?}")));
+                let directory = directory.display();
+                return Err(Error::Config(format!("{directory} belongs to {what} {theirs:?}, not {ours:?}")));
             }
         }
         if known.place == here {
             return Ok(known.id);
         }
-        tracing::warn!(directory = %side.display(), "the directory was copied or moved: it gets a new node id");
+        tracing::warn!(directory = %directory.display(), "the directory was copied or moved: it gets a new node id");
     }
     let id = NodeId::random();
     SEALED.replace(&path, &encode(id, here, cluster, database))?;
@@ -110,8 +111,8 @@ pub(crate) fn fuzz_identity_seed() -> Vec<u8> {
 }
 
 /// What tells a directory from its copy. Zeros where there is no such thing.
-fn place(side: &Path) -> Result<Inode> {
-    let meta = fs::metadata(side).map_err(Error::io("stat", side))?;
+fn place(directory: &Path) -> Result<Inode> {
+    let meta = fs::metadata(directory).map_err(Error::io("stat", directory))?;
     Ok(Inode::of(&meta).unwrap_or_default())
 }
 
@@ -122,15 +123,16 @@ mod tests {
 
     #[test]
     fn an_id_stays_with_its_directory_and_not_with_a_copy() {
-        let (one, two) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
-        let id = node_id(one.path(), "c", "d").unwrap();
-        assert_eq!(node_id(one.path(), "c", "d").unwrap(), id);
-        fs::copy(one.path().join("node"), two.path().join("node")).unwrap();
-        let copy = node_id(two.path(), "c", "d").unwrap();
+        let dirs = [tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap()];
+        let [one, two] = [0, 1].map(|at| Paths::fresh(dirs[at].path()));
+        let id = node_id(&one, "c", "d").unwrap();
+        assert_eq!(node_id(&one, "c", "d").unwrap(), id);
+        fs::copy(one.node(), two.node()).unwrap();
+        let copy = node_id(&two, "c", "d").unwrap();
         assert_ne!(copy, id);
-        assert_eq!(node_id(two.path(), "c", "d").unwrap(), copy);
-        assert!(matches!(node_id(one.path(), "other", "d"), Err(Error::Config(_))));
-        assert!(matches!(node_id(one.path(), "c", "other"), Err(Error::Config(_))));
+        assert_eq!(node_id(&two, "c", "d").unwrap(), copy);
+        assert!(matches!(node_id(&one, "other", "d"), Err(Error::Config(_))));
+        assert!(matches!(node_id(&one, "c", "other"), Err(Error::Config(_))));
     }
 
     /// The file of node 5 of cluster "main" and database "app", in inode 2 of device 1.
@@ -153,19 +155,20 @@ mod tests {
     #[test]
     fn a_damaged_or_newer_file_is_told_and_left_alone() {
         let dir = tempfile::tempdir().unwrap();
-        node_id(dir.path(), "c", "d").unwrap();
-        let path = dir.path().join("node");
+        let paths = Paths::fresh(dir.path());
+        node_id(&paths, "c", "d").unwrap();
+        let path = paths.node();
         let whole = fs::read(&path).unwrap();
         for at in 0..whole.len() {
             let mut flipped = whole.clone();
             flipped[at] ^= 4;
             fs::write(&path, &flipped).unwrap();
-            assert!(matches!(node_id(dir.path(), "c", "d"), Err(Error::Corrupt { .. })), "byte {at}");
+            assert!(matches!(node_id(&paths, "c", "d"), Err(Error::Corrupt { .. })), "byte {at}");
             assert_eq!(fs::read(&path).unwrap(), flipped);
             fs::write(&path, &whole[..at]).unwrap();
-            assert!(node_id(dir.path(), "c", "d").is_err(), "cut at {at}");
+            assert!(node_id(&paths, "c", "d").is_err(), "cut at {at}");
         }
         fs::write(&path, Sealed { version: 9, ..SEALED }.seal(b"of a newer version")).unwrap();
-        assert!(matches!(node_id(dir.path(), "c", "d"), Err(Error::Newer { found: 9, .. })));
+        assert!(matches!(node_id(&paths, "c", "d"), Err(Error::Newer { found: 9, .. })));
     }
 }

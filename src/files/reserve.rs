@@ -5,33 +5,33 @@
 
 use std::fs;
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::error::{Error, Result};
 use crate::files;
+use crate::files::paths::{EPOCHS, RESERVE, beside};
 use crate::files::sync_directory;
 use crate::random;
 
-const NAME: &str = "reserve";
 /// For a WAL's first frames and the names of new files.
 const SPARE_BYTES: u64 = 16 * 1024;
 const BLOCK_BYTES: u64 = 4096;
 
 pub(crate) fn is_there(directory: &Path) -> bool {
-    directory.join(NAME).exists()
+    directory.join(RESERVE).exists()
 }
 
 /// Makes it, also in the place of one that is there. Its bytes are random: no file system makes less of them.
 pub(crate) fn make(directory: &Path) -> Result<()> {
-    let epochs = fs::metadata(directory.join("epochs")).map_or(0, |meta| meta.len());
+    let epochs = fs::metadata(directory.join(EPOCHS)).map_or(0, |meta| meta.len());
     let mut bytes = vec![0; (SPARE_BYTES + epochs.next_multiple_of(BLOCK_BYTES) + BLOCK_BYTES) as usize];
     random::fill(&mut bytes)?;
-    replace(&directory.join(NAME), &bytes)
+    replace(&directory.join(RESERVE), &bytes)
 }
 
 /// Whether there was one.
 fn give_up(directory: &Path) -> bool {
-    let gone = fs::remove_file(directory.join(NAME)).is_ok();
+    let gone = fs::remove_file(directory.join(RESERVE)).is_ok();
     if gone {
         tracing::warn!(directory = %directory.display(), "the disk is full: the reserve is given up");
         if let Err(error) = sync_directory(directory) {
@@ -58,9 +58,7 @@ pub(crate) fn with<T>(directory: &Path, mut run: impl FnMut() -> Result<T>) -> R
 
 /// Replaces a small file by rename, durably. One that finds no room takes none.
 fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
-    let mut new = path.as_os_str().to_owned();
-    new.push(".new");
-    let new = PathBuf::from(new);
+    let new = beside(path, ".new");
     let written = files::create(&new).and_then(|mut file| {
         file.write_all(bytes).map_err(Error::io("write", &new))?;
         file.sync_all().map_err(Error::io("fsync", &new))?;

@@ -10,23 +10,16 @@ use crate::error::{Error, Result, Unsupported};
 #[cfg(unix)]
 use crate::files::modes::{give, own_user, set_mode};
 #[cfg(unix)]
-use crate::files::{of_link, parent_of};
-
-/// What the directory's name has behind the database's.
-const SUFFIX: &str = "-replite";
-
-/// The directory beside a database.
-pub(crate) fn of(database: &Path) -> PathBuf {
-    let mut side = database.as_os_str().to_owned();
-    side.push(SUFFIX);
-    side.into()
-}
+use crate::files::of_link;
+#[cfg(unix)]
+use crate::files::parent_of;
+use crate::files::paths::SUFFIX;
 
 /// Makes the directory beside a database, for its owner alone. One that is there is tightened if others can read it.
 ///
 /// # Errors
 /// [`Error::Unsupported`] when one is there that others could have prepared, or can change; nothing is changed then. [`Error::Io`].
-pub(crate) fn make(side: &Path) -> Result<()> {
+pub(crate) fn make_state_dir(side: &Path) -> Result<()> {
     if new_directory(side)? {
         return Ok(());
     }

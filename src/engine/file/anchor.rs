@@ -4,14 +4,14 @@
 //! other. `<side>/epochs` holds the epoch history and is replaced by rename.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::engine::file::witnesses::CopyTag;
 use crate::engine::file::witnesses::Witness;
 use crate::engine::file::witnesses::Witnesses;
 use crate::error::{Error, Result};
 use crate::files::sealed::{CHECK_BYTES, HEAD_BYTES, Sealed, Unsealed};
-use crate::files::{read_exact_at, sync_directory, write_all_at};
+use crate::files::{Paths, read_exact_at, sync_directory, write_all_at};
 use crate::txid::Position;
 use crate::wal::{Salts, WalSum, le_u32};
 
@@ -155,11 +155,11 @@ pub(crate) struct Anchors {
 
 impl Anchors {
     /// Opens the file, or makes an empty one.
-    pub(crate) fn open(side: &Path) -> Result<Anchors> {
-        let path = side.join("anchors");
+    pub(crate) fn open(paths: &Paths) -> Result<Anchors> {
+        let path = paths.anchors();
         let (file, created) = crate::files::open_or_create(&path)?;
         if created {
-            sync_directory(side)?;
+            sync_directory(paths.state_dir())?;
         }
         let bytes = file.metadata().map_err(Error::io("stat", &path))?.len();
         let mut slots = [None; 2];
@@ -283,23 +283,24 @@ mod tests {
     #[test]
     fn a_torn_slot_leaves_the_other() {
         let dir = tempfile::tempdir().unwrap();
-        let mut anchors = Anchors::open(dir.path()).unwrap();
+        let paths = Paths::fresh(dir.path());
+        let mut anchors = Anchors::open(&paths).unwrap();
         assert!(anchors.newest_first().is_empty());
         for frame in 1..=3 {
             anchors.write(anchor(frame), true).unwrap();
         }
-        let again = Anchors::open(dir.path()).unwrap();
+        let again = Anchors::open(&paths).unwrap();
         assert_eq!(again.newest_first(), vec![anchor(3), anchor(2)]);
         // Frame 3 went over frame 1, into the first slot.
         for at in 0..SLOT_BYTES {
-            let path = dir.path().join("anchors");
+            let path = paths.anchors();
             let whole = fs::read(&path).unwrap();
             let mut torn = whole.clone();
             torn[at] ^= 0x40;
             fs::write(&path, &torn).unwrap();
-            assert_eq!(Anchors::open(dir.path()).unwrap().newest_first(), vec![anchor(2)], "byte {at}");
+            assert_eq!(Anchors::open(&paths).unwrap().newest_first(), vec![anchor(2)], "byte {at}");
             fs::write(&path, &whole[..at]).unwrap();
-            assert!(Anchors::open(dir.path()).unwrap().newest_first().is_empty());
+            assert!(Anchors::open(&paths).unwrap().newest_first().is_empty());
             fs::write(&path, &whole).unwrap();
         }
     }
@@ -307,14 +308,15 @@ mod tests {
     #[test]
     fn who_was_copying_and_which_pages_were_missing_comes_back() {
         let dir = tempfile::tempdir().unwrap();
-        let mut anchors = Anchors::open(dir.path()).unwrap();
+        let paths = Paths::fresh(dir.path());
+        let mut anchors = Anchors::open(&paths).unwrap();
         let number = |n| PageNo::new(n).unwrap();
         let all = (1..=20).map(|n| Witness::new(number(n), PageHash::of(number(n), &[n as u8; 512])));
         for count in [0, 1, Witnesses::MAX, Witnesses::MAX + 5] {
             let witnesses: Witnesses = all.clone().take(count).collect();
             let written = Anchor { file: FileState::Backfilling(witnesses), ..anchor(1) };
             anchors.write(written, true).unwrap();
-            assert_eq!(Anchors::open(dir.path()).unwrap().newest_first()[0], written);
+            assert_eq!(Anchors::open(&paths).unwrap().newest_first()[0], written);
             assert_eq!(
                 witnesses.iter().collect::<Vec<_>>(),
                 all.clone().take(count.min(8)).collect::<Vec<_>>()
@@ -335,14 +337,15 @@ mod tests {
             file.as_file().write_all(b"more").unwrap();
             assert_ne!(now(), stamped);
         }
-        assert!(stamp(Path::new("/nowhere"), None).unwrap().is_none());
+        assert!(stamp(std::path::Path::new("/nowhere"), None).unwrap().is_none());
     }
 
     #[test]
     fn a_newer_file_is_refused() {
         let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::fresh(dir.path());
         let bytes = Sealed { version: 2, ..SLOT }.seal(&anchor(1).encode(1)[HEAD_BYTES..CHECK_AT]);
-        fs::write(dir.path().join("anchors"), bytes).unwrap();
-        assert!(matches!(Anchors::open(dir.path()), Err(Error::Newer { found: 2, .. })));
+        fs::write(paths.anchors(), bytes).unwrap();
+        assert!(matches!(Anchors::open(&paths), Err(Error::Newer { found: 2, .. })));
     }
 }

@@ -1,8 +1,7 @@
 //! The epoch history of a database, kept beside it. It is replaced by rename.
 
-use std::path::Path;
-
 use crate::error::Result;
+use crate::files::Paths;
 use crate::files::sealed::Sealed;
 use crate::txid::EpochHistory;
 
@@ -22,8 +21,8 @@ pub(crate) struct Epochs {
 }
 
 /// Reads the epoch history; empty when there is none.
-pub(crate) fn read_epochs(side: &Path) -> Result<Epochs> {
-    let path = side.join("epochs");
+pub(crate) fn read_epochs(paths: &Paths) -> Result<Epochs> {
+    let path = paths.epochs();
     let Some(fields) = SEALED.read(&path)? else { return Ok(Epochs::default()) };
     let corrupt = |what: &str| SEALED.corrupt(&path, what);
     let (own, history) = fields.split_first_chunk::<4>().ok_or_else(|| corrupt("too short"))?;
@@ -35,9 +34,9 @@ pub(crate) fn read_epochs(side: &Path) -> Result<Epochs> {
 }
 
 /// Replaces the epoch history, durably. `own`: this node opened the newest epoch.
-pub(crate) fn write_epochs(side: &Path, history: &EpochHistory, own: bool) -> Result<()> {
+pub(crate) fn write_epochs(paths: &Paths, history: &EpochHistory, own: bool) -> Result<()> {
     let fields = [&u32::from(own).to_le_bytes(), history.encode().as_slice()].concat();
-    SEALED.replace(&side.join("epochs"), &fields)
+    SEALED.replace(&paths.epochs(), &fields)
 }
 
 #[cfg(test)]
@@ -53,10 +52,11 @@ mod tests {
     #[test]
     fn a_newer_epoch_history_is_refused_and_stays() {
         let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::fresh(dir.path());
         let bytes = Sealed { version: 2, ..SEALED }.seal(b"what only a newer version knows");
-        fs::write(dir.path().join("epochs"), &bytes).unwrap();
-        assert!(matches!(read_epochs(dir.path()), Err(Error::Newer { found: 2, supported: 1, .. })));
-        assert_eq!(fs::read(dir.path().join("epochs")).unwrap(), bytes);
+        fs::write(paths.epochs(), &bytes).unwrap();
+        assert!(matches!(read_epochs(&paths), Err(Error::Newer { found: 2, supported: 1, .. })));
+        assert_eq!(fs::read(paths.epochs()).unwrap(), bytes);
     }
 
     /// The file of a history of one epoch, which the node opened itself.
@@ -68,34 +68,36 @@ mod tests {
     #[test]
     fn the_files_bytes_stay_what_they_are() {
         let dir = tempfile::tempdir().unwrap();
-        let path = dir.path().join("epochs");
+        let paths = Paths::fresh(dir.path());
+        let path = paths.epochs();
         let mut history = EpochHistory::default();
         history.push(EpochStart { epoch: Epoch::new(1, 2), first: 3, before: Checksum::from_u128(5) });
         fs::write(&path, unhex_lossy(BYTES)).unwrap();
-        assert_eq!(read_epochs(dir.path()).unwrap(), Epochs { history: history.clone(), own: true });
-        write_epochs(dir.path(), &history, true).unwrap();
+        assert_eq!(read_epochs(&paths).unwrap(), Epochs { history: history.clone(), own: true });
+        write_epochs(&paths, &history, true).unwrap();
         assert_eq!(hex(&fs::read(&path).unwrap()), BYTES);
     }
 
     #[test]
     fn the_epoch_history_survives_and_every_flipped_byte_is_seen() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(read_epochs(dir.path()).unwrap(), Epochs::default());
+        let paths = Paths::fresh(dir.path());
+        assert_eq!(read_epochs(&paths).unwrap(), Epochs::default());
         let mut history = EpochHistory::default();
         history.push(EpochStart { epoch: Epoch::new(1, 2), first: 3, before: Checksum::EMPTY });
         for own in [false, true] {
-            write_epochs(dir.path(), &history, own).unwrap();
-            assert_eq!(read_epochs(dir.path()).unwrap(), Epochs { history: history.clone(), own });
+            write_epochs(&paths, &history, own).unwrap();
+            assert_eq!(read_epochs(&paths).unwrap(), Epochs { history: history.clone(), own });
         }
-        let path = dir.path().join("epochs");
+        let path = paths.epochs();
         let whole = fs::read(&path).unwrap();
         for at in 0..whole.len() {
             let mut flipped = whole.clone();
             flipped[at] ^= 1;
             fs::write(&path, &flipped).unwrap();
-            assert!(matches!(read_epochs(dir.path()), Err(Error::Corrupt { .. })), "byte {at}");
+            assert!(matches!(read_epochs(&paths), Err(Error::Corrupt { .. })), "byte {at}");
             fs::write(&path, &whole[..at]).unwrap();
-            assert!(read_epochs(dir.path()).is_err(), "cut at {at}");
+            assert!(read_epochs(&paths).is_err(), "cut at {at}");
         }
     }
 }

@@ -233,7 +233,7 @@ mod tests {
             assert_eq!(ask(&home, "SELECT count(*) FROM t WHERE a = 'behind'"), 200, "{sql}; {after}");
             assert_eq!(integrity(&Connection::open(home.path("p.db")).unwrap()).unwrap(), None);
             // What it replaced is kept.
-            let kept = crate::engine::Lost::list(&home.path("p.db-replite")).unwrap();
+            let kept = crate::engine::Lost::list(&home.options("p.db").paths).unwrap();
             let branch = kept.iter().find_map(|kept| kept.branch());
             let told = branch.is_some_and(|branch| branch.damaged && (branch.pages > 0 || sql == GROW));
             assert!(told, "{sql}; {after}: {kept:?}");

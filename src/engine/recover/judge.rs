@@ -174,7 +174,7 @@ impl Findings {
     }
 
     fn damaged(&self, what: String) -> Error {
-        Error::Damaged { path: self.base.path().clone(), what }
+        Error::Damaged { path: self.base.path().to_path_buf(), what }
     }
 
     /// The last transaction of this history that was certainly here.
@@ -275,7 +275,7 @@ impl Findings {
             tracing::warn!(position = %tip.position, "the database was changed by somebody else; its state becomes history");
         }
         // First, so that what the log has is off this history if it is not moved any more.
-        crate::engine::file::epochs::write_epochs(&self.base.options.side, &self.history, true)?;
+        crate::engine::file::epochs::write_epochs(&self.base.options.paths, &self.history, true)?;
         self.set_log_aside()?;
         self.base.leap(tip);
         Ok(())
