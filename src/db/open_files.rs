@@ -159,8 +159,7 @@ mod tests {
     fn all_files_of_an_open_database_are_its_own() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.db");
-        let side = dir.path().join("a.db-replite");
-        fs::create_dir(&side).unwrap();
+        fs::create_dir(Paths::new(&path).state_dir()).unwrap();
         let claim = Claim::enter(&path).unwrap();
         for name in ["a.db", "a.db-wal", "a.db-shm", "a.db-journal", "a.db-replite/node"] {
             assert!(belongs_to_open(&dir.path().join(name)).unwrap(), "{name}");

@@ -64,7 +64,7 @@ fn resolve(path: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Makes the directory beside the database, after whatever would refuse the database itself: a primary's is made, and turned to WAL,
+/// Makes the state directory, after whatever would refuse the database itself: a primary's is made, and turned to WAL,
 /// before.
 pub(super) fn state_dir(paths: &Paths, replica: bool, mode: Option<u32>) -> Result<()> {
     let (path, state_dir) = (paths.database(), paths.state_dir());

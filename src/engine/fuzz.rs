@@ -10,13 +10,13 @@ use crate::files::Paths;
 use crate::files::sealed::check_of;
 use crate::page::PageSize;
 
-/// Bytes behind the hash that most side files end with.
+/// Bytes before the hash that most files of the state directory end with.
 fn sealed(bytes: &[u8]) -> Vec<u8> {
     [bytes, &check_of(bytes)].concat()
 }
 
 /// Anchors, epochs, and what a snapshot or a comparison left.
-pub(crate) fn fuzz_side_files(data: &[u8]) {
+pub(crate) fn fuzz_state_files(data: &[u8]) {
     let dir = tempfile::tempdir().expect("a directory");
     let paths = Paths::fresh(dir.path());
     fs::create_dir(paths.incoming()).expect("a directory");
@@ -102,10 +102,10 @@ pub(crate) fn fuzz_seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let row = br#"{"table":"t","rowid":1,"lost":{"a":{"blob":"00ff"},"b":1.5},"kept":null}"#;
     let rows = [&[3], row.as_slice(), b"\n{\"truncated\":false}\n"].concat();
     vec![
-        ("side_files", "epochs", body.to_vec()),
-        ("side_files", "anchor", anchor),
-        ("side_files", "state", state),
-        ("side_files", "held", b"repheld1\0\x02\0\0\x01\0\0\0\x07\0\0\0".to_vec()),
+        ("state_files", "epochs", body.to_vec()),
+        ("state_files", "anchor", anchor),
+        ("state_files", "state", state),
+        ("state_files", "held", b"repheld1\0\x02\0\0\x01\0\0\0\x07\0\0\0".to_vec()),
         ("btree", "leaf", image[512..1024].to_vec()),
         (
             "btree",

@@ -1,7 +1,7 @@
 //! A state on its way in: pages in a file beside the database that, over what is here already, become exact and are verified.
 //!
-//! `<side>/incoming/pages` holds the pages at their places, `<side>/incoming/state` how far a snapshot has come,
-//! `<side>/incoming/held` which pages a comparison has. A snapshot that can't be gone on with, because the primary's log does not reach back to its begin any more,
+//! `<state directory>/incoming/pages` holds the pages at their places, `<state directory>/incoming/state` how far a snapshot has come,
+//! `<state directory>/incoming/held` which pages a comparison has. A snapshot that can't be gone on with, because the primary's log does not reach back to its begin any more,
 //! becomes a comparison over what came of it. IncomingPages may come newer than the position they were read at; the log
 //! records that follow are applied to the file until the state that the primary names, and then the checksum decides.
 
@@ -80,8 +80,8 @@ pub(in crate::engine) type Under<'a> = Option<&'a mut WalAppender>;
 
 /// What an earlier attempt left, if it can be gone on with.
 ///
-/// A file of a newer version is no error, unlike those of the other side files: there is nothing here that the primary
-/// does not have, so that who can't read it begins anew.
+/// Unlike for other files of the state directory, a newer version is no error: the primary has all
+/// that is here, and the snapshot begins anew.
 pub(in crate::engine) fn progress(paths: &Paths) -> Option<FillProgress> {
     let fields = STATE.read(&paths.incoming_state()).ok()??;
     let fields: [u8; STATE_BYTES] = fields.try_into().ok()?;

@@ -1,4 +1,4 @@
-//! `<side>/lost`: what a heal replaced, and what else could not stay, so that nothing that was committed anywhere is thrown away.
+//! `<state directory>/lost`: what a heal replaced, and what else could not stay, so that nothing that was committed anywhere is thrown away.
 //!
 //! A branch is a directory `branch-<position of its tip>` (behind that `-damaged-<time>` for pages that were none of that position's) with `branch.json` (what it is), `pages` (PAGE units: the image of each page
 //! that the heal replaced or dropped, as it was), `records` (its transactions, as they stood in the log, as far as they did) and `rows.jsonl`

@@ -1,6 +1,6 @@
 //! A little room that is kept for the day when the disk is full, so that a node can be opened and read then.
 //!
-//! `<side>/reserve` is given up by the first small file that finds no room, and made again when there is some: which is also how a node
+//! `<state directory>/reserve` is given up by the first small file that finds no room, and made again when there is some: which is also how a node
 //! finds out.
 
 use std::fs;

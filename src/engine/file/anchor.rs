@@ -1,7 +1,7 @@
 //! Anchors: which position a frame of the WAL stands for, kept beside the database.
 //!
-//! `<side>/anchors` has two slots of 256 bytes, at 0 and 4096, written in turn, so that a torn write leaves the
-//! other. `<side>/epochs` holds the epoch history and is replaced by rename.
+//! `<state directory>/anchors` has two slots of 256 bytes, at 0 and 4096, written in turn, so that a torn write leaves the
+//! other. `<state directory>/epochs` holds the epoch history and is replaced by rename.
 
 use std::fs::File;
 use std::path::PathBuf;

@@ -1,6 +1,6 @@
 //! That a verification failed, kept over restarts: the pages of a node are not what its position says until they are healed, or verified.
 //!
-//! `<side>/doubt` is there meanwhile. What is in it is for people: what was found.
+//! `<state directory>/doubt` is there meanwhile. What is in it is for people: what was found.
 
 use std::io::Read;
 

@@ -1,6 +1,6 @@
 //! Whether a power cut may have taken commits of this node.
 //!
-//! `<side>/unsynced` is there from when a primary that does not sync its commits opens the database until it has closed it. It names the boot of the
+//! `<state directory>/unsynced` is there from when a primary that does not sync its commits opens the database until it has closed it. It names the boot of the
 //! machine: what a process wrote survives its death, and nothing that was not synced survives that of the system.
 
 use std::fs;

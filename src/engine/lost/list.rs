@@ -1,4 +1,4 @@
-//! All that is kept in `<side>/lost`.
+//! All that is kept in `<state directory>/lost`.
 
 use std::fs;
 use std::io::ErrorKind;
