@@ -1,11 +1,11 @@
-//! The state directory of a database, and the files in it. Only a user who can read the database can
-//! read them.
+//! The state directory of a database, and the files in it. Only a user who can read the database
+//! can read them.
 //!
 //! Directories are made for their owner alone. A file gets the database's mode and, where that is
 //! for us to give, its owner: SQLite does the same with the `-wal`.
 //!
-//! No symbolic link is followed, and what is made anew was not there. A user who could put a link or
-//! a file there would otherwise have us write over what that user can't, or read what that user wrote.
+//! No symbolic link is followed, and what is made anew was not there. Otherwise a user who can put
+//! something there could have us write over files that are not that user's, or read forged ones.
 
 mod inode;
 mod modes;
@@ -33,7 +33,8 @@ pub(crate) use positioned::{read_at, read_exact_at, write_all_at};
 pub(crate) use reserve::replace_file;
 pub(crate) use state_directory::{make_directory, make_state_dir};
 
-/// Makes a file anew, to be written and read. What is there under its name is removed, and not looked at: a file of ours that was left half done.
+/// Makes a file anew, to be written and read. What has its name is removed, and not looked at: it is
+/// a file of ours that was left half done.
 pub(crate) fn create(path: &Path) -> Result<File> {
     remove(path)?;
     let mut options = options(true);
@@ -65,10 +66,10 @@ pub(crate) fn open(path: &Path) -> io::Result<File> {
     options(false).open(path).map_err(of_link)
 }
 
-/// A whole small file.
-pub(crate) fn read(path: &Path) -> io::Result<Vec<u8>> {
+/// The bytes of a small file; no more than `most`, should it have more.
+pub(crate) fn read(path: &Path, most: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    open(path)?.read_to_end(&mut bytes)?;
+    open(path)?.take(most).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
@@ -80,8 +81,8 @@ pub(crate) fn copy(from: &Path, to: &Path) -> Result<()> {
     target.sync_all().map_err(Error::io("fsync", to))
 }
 
-/// Makes a file for the application, anywhere, with something of the database in it: who can't read that can't read this. The database is
-/// told by a file that has its mode.
+/// Makes a file for the application, anywhere, with something of the database in it. It is no more
+/// open than the file `like`, which has the database's mode.
 pub(crate) fn create_like(path: &Path, like: &Path) -> Result<File> {
     let mut options = options(true);
     #[cfg(unix)]
@@ -98,8 +99,8 @@ pub(crate) fn create_like(path: &Path, like: &Path) -> Result<File> {
     })
 }
 
-/// Makes an empty database file of this mode; SQLite gives it to all that belongs to it. To close what is returned may take SQLite's locks on it away:
-/// see `sqlite::park`.
+/// Makes an empty database file of this mode; SQLite gives the mode to all that belongs to it. To
+/// close what is returned may take SQLite's locks on it away: see `sqlite::park`.
 pub(crate) fn create_database(path: &Path, mode: u32) -> Result<File> {
     let mut options = options(true);
     #[cfg(unix)]
@@ -251,7 +252,7 @@ mod tests {
         let link = state_dir.join("link");
         symlink(&victim, &link).unwrap();
         assert!(open(&link).unwrap_err().to_string().contains("symbolic link"));
-        assert!(open_to_write(&link).is_err() && read(&link).is_err() && open_or_create(&link).is_err());
+        assert!(open_to_write(&link).is_err() && read(&link, 64).is_err() && open_or_create(&link).is_err());
         let directory = state_dir.join("log");
         symlink(dir.path(), &directory).unwrap();
         assert!(make_directory(&directory).is_err() && make_directory(&directory.join("below")).is_err());

@@ -1,9 +1,14 @@
-//! A state on its way in: pages in a file beside the database that, over what is here already, become exact and are verified.
+//! A state on its way in: pages in a file that, over what is here already, become exact and are
+//! verified.
 //!
-//! `<state directory>/incoming/pages` holds the pages at their places, `<state directory>/incoming/state` how far a snapshot has come,
-//! `<state directory>/incoming/held` which pages a comparison has. A snapshot that can't be gone on with, because the primary's log does not reach back to its begin any more,
-//! becomes a comparison over what came of it. IncomingPages may come newer than the position they were read at; the log
-//! records that follow are applied to the file until the state that the primary names, and then the checksum decides.
+//! In `<state directory>/incoming`, `pages` holds the pages at their places. `state` says how far a
+//! snapshot has come, `held` which pages a comparison has.
+//!
+//! A snapshot can't be gone on with when the primary's log does not reach back to its begin any more.
+//! Then it becomes a comparison over what came of it.
+//!
+//! Pages may come newer than the position that they were read at. The log records that follow are
+//! applied to the file until the state that the primary names; then the checksum decides.
 
 pub(in crate::engine) mod heal;
 pub(in crate::engine) mod overlay;
@@ -173,7 +178,8 @@ impl IncomingState {
         Ok(incoming)
     }
 
-    /// Begins a heal over a live database of so many pages, whose state is led back by what comes; over none, what came of a snapshot is.
+    /// Begins a heal over a live database of so many pages, whose state is led back by what comes. Over
+    /// none, what came of a snapshot is led back.
     pub(in crate::engine) fn over(paths: &Paths, begin: HealBegin, pages: u32) -> Result<IncomingState> {
         let mut held = begin.compare.then(|| read_held(paths, begin.page_size)).flatten();
         if begin.compare && held.is_none() {
@@ -256,7 +262,7 @@ impl IncomingState {
         if self.since_progress == 0 {
             return Ok(());
         }
-        // Pieces came last and no record was applied yet, so that this is still the position of the first piece.
+        // Pieces came last, and no record was applied yet: this is still the first piece's position.
         self.save_progress(self.overlay.position())
     }
 
@@ -336,7 +342,7 @@ fn hold_progress(paths: &Paths, page_size: PageSize) -> Result<Option<PageSet>> 
         return Ok(None);
     };
     replace_file(&paths.incoming_held(), &held_head(page_size, next - 1))?;
-    // With both of them there, the snapshot would be gone on with, over pages that are newer by then: as good.
+    // With both of them there, the snapshot would be gone on with, over newer pages: as good.
     let state = paths.incoming_state();
     fs::remove_file(&state).map_err(Error::io("remove", &state))?;
     Ok(read_held(paths, page_size))
@@ -363,7 +369,7 @@ fn held_head(page_size: PageSize, last: u32) -> Vec<u8> {
 pub(in crate::engine) fn read_held(paths: &Paths, page_size: PageSize) -> Option<PageSet> {
     let there = fs::metadata(paths.incoming_pages()).ok()?.len() / u64::from(page_size.get());
     let mut bytes = Vec::new();
-    // A number may stand there more than once; a file that was not written by us is not read to its end.
+    // A number may stand there more than once. A file that is none of ours is not read to its end.
     let most = HELD_HEAD_BYTES as u64 + 4 * there.saturating_mul(16);
     files::open(&paths.incoming_held()).ok()?.take(most).read_to_end(&mut bytes).ok()?;
     let numbers = bytes.strip_prefix(HELD_MAGIC.as_slice())?.strip_prefix(&page_size.get().to_le_bytes())?;

@@ -35,6 +35,8 @@ pub use rows::{LostRow, LostRows};
 pub(super) use rows::{StateBefore, tell};
 
 const FORMAT: u32 = 1;
+/// The most bytes of a `branch.json` that are read; ours have less than 1000.
+const BRANCH_MAX_BYTES: u64 = 64 * 1024;
 const PREFIX: &str = "branch-";
 /// Of a file of a branch that is corrupt.
 const CURE: &str = "is a copy of what was replaced, which the node does not need: take what can be read from the other files of its directory, then move that away";
@@ -88,7 +90,7 @@ impl LostBranch {
 
     fn read(path: PathBuf) -> Result<LostBranch> {
         let file = path.join("branch.json");
-        let text = files::read(&file).map_err(Error::io("read", &file))?;
+        let text = files::read(&file, BRANCH_MAX_BYTES).map_err(Error::io("read", &file))?;
         let corrupt = |e: serde_json::Error| Error::Corrupt {
             path: file.clone(),
             offset: 0,

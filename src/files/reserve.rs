@@ -1,7 +1,7 @@
-//! A little room that is kept for the day when the disk is full, so that a node can be opened and read then.
+//! A little room that is kept for a full disk: with it a node can still be opened and read.
 //!
-//! `<state directory>/reserve` is given up by the first small file that finds no room, and made again when there is some: which is also how a node
-//! finds out.
+//! The first small file that finds no room gives up `<state directory>/reserve`. The node makes it
+//! again when there is room, and finds out so whether there is.
 
 use std::fs;
 use std::io::Write;
@@ -21,7 +21,8 @@ pub(crate) fn is_there(directory: &Path) -> bool {
     directory.join(RESERVE).exists()
 }
 
-/// Makes it, also in the place of one that is there. Its bytes are random: no file system makes less of them.
+/// Makes it, also in the place of one that is there. Its bytes are random: no file system makes
+/// less of them.
 pub(crate) fn make(directory: &Path) -> Result<()> {
     let epochs = fs::metadata(directory.join(EPOCHS)).map_or(0, |meta| meta.len());
     let mut bytes = vec![0; (SPARE_BYTES + epochs.next_multiple_of(BLOCK_BYTES) + BLOCK_BYTES) as usize];
@@ -41,8 +42,8 @@ fn give_up(directory: &Path) -> bool {
     gone
 }
 
-/// Does something that needs a little room, again without the reserve if there was none. What is replaced gives its own room back, so that there
-/// is a reserve again as a rule, before anybody else takes it: for the next start.
+/// Does something that needs a little room. If it finds none, the reserve is given up, and it is done
+/// once more. What is replaced gives its own room back: as a rule there is a reserve again at once.
 pub(crate) fn with<T>(directory: &Path, mut run: impl FnMut() -> Result<T>) -> Result<T> {
     match run() {
         Err(error) if error.no_room() && give_up(directory) => {
@@ -72,7 +73,7 @@ fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
     files::sync_name(path)
 }
 
-/// Replaces a small file by rename, durably; on a full disk by means of the reserve of its directory.
+/// Replaces a small file by rename, durably; on a full disk with the reserve of its directory.
 pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
     with(files::parent_of(path), || replace(path, bytes))
 }

@@ -16,10 +16,12 @@ use crate::files::of_link;
 use crate::files::parent_of;
 use crate::files::paths::SUFFIX;
 
-/// Makes the state directory, for its owner alone. One that is there is tightened if others can read it.
+/// Makes the state directory, for its owner alone. One that is there is tightened if others can
+/// read it.
 ///
 /// # Errors
-/// [`Error::Unsupported`] when one is there that others could have prepared, or can change; nothing is changed then. [`Error::Io`].
+/// [`Error::Unsupported`] when one is there that others could have prepared, or can change; nothing
+/// is changed then. [`Error::Io`].
 pub(crate) fn make_state_dir(state_dir: &Path) -> Result<()> {
     if new_directory(state_dir)? {
         return Ok(());
@@ -104,8 +106,9 @@ pub(super) fn database_of(path: &Path) -> Option<PathBuf> {
     })
 }
 
-/// Whether the directory that the database is in is open to the same group: that can put another database there, and has nothing to gain. Orchestrators
-/// open a whole volume to a group of its own, again at each start.
+/// Whether the directory that the database is in is open to the same group. That group can put another
+/// database there, and has nothing to gain. Orchestrators open a whole volume to a group of its own,
+/// again at each start.
 #[cfg(unix)]
 fn group_owns_all(state_dir: &Path, group: u32) -> bool {
     use std::os::unix::fs::MetadataExt;

@@ -1,4 +1,5 @@
-//! That a verification failed, kept over restarts: the pages of a node are not what its position says until they are healed, or verified.
+//! That a verification failed, kept over restarts. Until they are healed or verified, the pages of a
+//! node are not what its position says.
 //!
 //! `<state directory>/doubt` is there meanwhile. What is in it is for people: what was found.
 
@@ -41,6 +42,14 @@ mod tests {
     use std::fs;
 
     use super::*;
+
+    #[test]
+    fn the_file_is_the_text_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::fresh(dir.path());
+        begin(&paths, "page 7 is bad");
+        assert_eq!(fs::read(paths.doubt()).unwrap(), b"page 7 is bad");
+    }
 
     #[test]
     fn a_doubt_is_there_until_it_is_ended_whatever_its_file_says() {

@@ -1,7 +1,8 @@
 //! Whether a power cut may have taken commits of this node.
 //!
-//! `<state directory>/unsynced` is there from when a primary that does not sync its commits opens the database until it has closed it. It names the boot of the
-//! machine: what a process wrote survives its death, and nothing that was not synced survives that of the system.
+//! A primary that does not sync its commits makes `<state directory>/unsynced` when it opens the
+//! database, and removes it when it has closed it. The file names the boot of the machine: what a
+//! process wrote survives its death, and nothing that was not synced survives that of the system.
 
 use std::fs;
 
@@ -10,11 +11,14 @@ use crate::files::{self, Paths, replace_file};
 
 /// A UUID, new with each boot of Linux.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+/// The most bytes of the file that are read: more than a boot's id has, so that a longer file is none.
+const MAX_BYTES: u64 = 64;
 
-/// Whether commits may have been lost: the database was not closed, and this is another boot, or nobody knows.
+/// Whether commits may have been lost: the database was not closed, and this is another boot, or none
+/// that is known.
 pub(in crate::engine) fn may_be_lost(paths: &Paths) -> Result<bool> {
     let path = paths.unsynced();
-    match files::read(&path) {
+    match files::read(&path, MAX_BYTES) {
         Ok(then) => Ok(then.is_empty() || then != boot_id()),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
         Err(e) => Err(Error::io("read", &path)(e)),
@@ -33,7 +37,7 @@ pub(in crate::engine) fn begin(paths: &Paths) -> Result<()> {
 
 /// From now on commits may have been lost on this boot, too.
 pub(in crate::engine) fn doubt(paths: &Paths) {
-    let known = files::read(&paths.unsynced()).is_ok_and(|then| then.is_empty());
+    let known = files::read(&paths.unsynced(), MAX_BYTES).is_ok_and(|then| then.is_empty());
     if !known && let Err(error) = replace_file(&paths.unsynced(), b"") {
         tracing::warn!(%error, "that commits may be lost could not be noted");
     }
@@ -53,6 +57,19 @@ fn boot_id() -> Vec<u8> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_file_is_the_boots_id_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::fresh(dir.path());
+        begin(&paths).unwrap();
+        assert_eq!(fs::read(paths.unsynced()).unwrap(), fs::read(BOOT_ID).unwrap_or_default());
+        assert!((boot_id().len() as u64) < MAX_BYTES);
+        fs::write(paths.unsynced(), [boot_id(), vec![b'x'; 100]].concat()).unwrap();
+        assert!(may_be_lost(&paths).unwrap(), "more than a boot's id");
+        doubt(&paths);
+        assert_eq!(fs::read(paths.unsynced()).unwrap(), b"");
+    }
 
     #[test]
     fn only_another_boot_loses_what_was_not_closed() {
