@@ -303,7 +303,7 @@ mod tests {
         Txid::new(Epoch::new(number, branch), at)
     }
 
-    /// A primary whose side files are gone begins again at epoch 1, on another branch. What is not known is not lost, however low its number.
+    /// A primary whose state directory is gone begins again at epoch 1, on another branch. What is not known is not lost, however low its number.
     #[tokio::test]
     async fn an_epoch_that_was_not_heard_of_is_waited_for_whatever_its_number() {
         let applied = Applied::new();

@@ -251,8 +251,8 @@ impl Db {
     /// # Cancel safety
     /// Nothing happens but reading.
     pub async fn lost(&self) -> Result<Vec<Lost>> {
-        let side = crate::files::of(&self.inner.path);
-        blocking(move || Lost::list(&side)).await
+        let paths = self.inner.paths.clone();
+        blocking(move || Lost::list(&paths)).await
     }
 
     /// Waits until `done` says so of this node's state; it is asked again after each change. For a replica that
@@ -338,7 +338,7 @@ impl Db {
 
     /// The database file.
     pub fn path(&self) -> &Path {
-        &self.inner.path
+        self.inner.paths.database()
     }
 
     /// Returns once this node can be read: at once on a primary, on a replica when it has a state.

@@ -45,7 +45,7 @@ pub(crate) use figures::WalFigures;
 #[cfg(test)]
 pub(crate) use fuzz::fuzz_seeds;
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
-pub(crate) use fuzz::{fuzz_btree, fuzz_lost, fuzz_side_files};
+pub(crate) use fuzz::{fuzz_btree, fuzz_lost, fuzz_state_files};
 #[cfg(test)]
 pub(crate) use incoming::heal::Heal;
 #[cfg(test)]

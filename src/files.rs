@@ -1,13 +1,19 @@
-//! The directory beside a database, `<database>-replite`, and the files in it: for nobody who may not read the database.
+//! The state directory of a database, and the files in it. Only a user who can read the database
+//! can read them.
 //!
-//! Directories are made for their owner alone. A file gets the database's mode and, where that is for us to give, its owner, as SQLite does it with the `-wal`.
-//! No symbolic link is followed, and what is made anew was not there: who could put a link or a file of his own there would have us write over what he can't, or read what he wrote.
+//! Directories are made for their owner alone. A file gets the database's mode and, where that is
+//! for us to give, its owner: SQLite does the same with the `-wal`.
+//!
+//! No symbolic link is followed, and what is made anew was not there. Otherwise a user who can put
+//! something there could have us write over files that are not that user's, or read forged ones.
 
 mod inode;
 mod modes;
 mod names;
+mod paths;
 mod positioned;
 pub(crate) mod reserve;
+pub(crate) mod sealed;
 mod state_directory;
 
 use std::fs::{self, File, OpenOptions};
@@ -22,11 +28,13 @@ use crate::files::modes::{database_mode, give};
 pub(crate) use inode::Inode;
 pub(crate) use modes::{PRIVATE, set_mode};
 pub(crate) use names::{absent, parent_of, place, remove, remove_directory, sync_directory, sync_name};
+pub(crate) use paths::{Paths, beside};
 pub(crate) use positioned::{read_at, read_exact_at, write_all_at};
 pub(crate) use reserve::replace_file;
-pub(crate) use state_directory::{make, make_directory, of};
+pub(crate) use state_directory::{make_directory, make_state_dir};
 
-/// Makes a file anew, to be written and read. What is there under its name is removed, and not looked at: a file of ours that was left half done.
+/// Makes a file anew, to be written and read. What has its name is removed, and not looked at: it is
+/// a file of ours that was left half done.
 pub(crate) fn create(path: &Path) -> Result<File> {
     remove(path)?;
     let mut options = options(true);
@@ -58,10 +66,10 @@ pub(crate) fn open(path: &Path) -> io::Result<File> {
     options(false).open(path).map_err(of_link)
 }
 
-/// A whole small file.
-pub(crate) fn read(path: &Path) -> io::Result<Vec<u8>> {
+/// The bytes of a small file; no more than `most`, should it have more.
+pub(crate) fn read(path: &Path, most: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
-    open(path)?.read_to_end(&mut bytes)?;
+    open(path)?.take(most).read_to_end(&mut bytes)?;
     Ok(bytes)
 }
 
@@ -73,8 +81,8 @@ pub(crate) fn copy(from: &Path, to: &Path) -> Result<()> {
     target.sync_all().map_err(Error::io("fsync", to))
 }
 
-/// Makes a file for the application, anywhere, with something of the database in it: who can't read that can't read this. The database is
-/// told by a file that has its mode.
+/// Makes a file for the application, anywhere, with something of the database in it. It is no more
+/// open than the file `like`, which has the database's mode.
 pub(crate) fn create_like(path: &Path, like: &Path) -> Result<File> {
     let mut options = options(true);
     #[cfg(unix)]
@@ -91,8 +99,8 @@ pub(crate) fn create_like(path: &Path, like: &Path) -> Result<File> {
     })
 }
 
-/// Makes an empty database file of this mode; SQLite gives it to all that belongs to it. To close what is returned may take SQLite's locks on it away:
-/// see `sqlite::park`.
+/// Makes an empty database file of this mode; SQLite gives the mode to all that belongs to it. To
+/// close what is returned may take SQLite's locks on it away: see `sqlite::park`.
 pub(crate) fn create_database(path: &Path, mode: u32) -> Result<File> {
     let mut options = options(true);
     #[cfg(unix)]
@@ -125,6 +133,7 @@ fn of_link(error: io::Error) -> io::Error {
 #[cfg(all(test, unix))]
 mod tests {
     use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
+    use std::path::PathBuf;
 
     use super::modes::own_user;
     use super::*;
@@ -138,9 +147,13 @@ mod tests {
         fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
     }
 
+    fn state_dir_of(database: &Path) -> PathBuf {
+        Paths::new(database).state_dir().to_path_buf()
+    }
+
     fn refused(made: Result<()>) -> &'static str {
         match made {
-            Err(Error::Unsupported { reason: Unsupported::SideDirectory(why), .. }) => why,
+            Err(Error::Unsupported { reason: Unsupported::StateDirectory(why), .. }) => why,
             other => panic!("{other:?}"),
         }
     }
@@ -149,11 +162,11 @@ mod tests {
     fn files_have_the_databases_mode_and_owner_and_directories_are_their_owners() {
         let dir = tempfile::tempdir().unwrap();
         let database = dir.path().join("a.db");
-        let side = of(&database);
-        make(&side).unwrap();
-        assert_eq!(mode(&side), 0o700);
-        create(&side.join("before")).unwrap();
-        assert_eq!(mode(&side.join("before")), 0o600);
+        let state_dir = state_dir_of(&database);
+        make_state_dir(&state_dir).unwrap();
+        assert_eq!(mode(&state_dir), 0o700);
+        create(&state_dir.join("before")).unwrap();
+        assert_eq!(mode(&state_dir.join("before")), 0o600);
         let root = own_user() == 0;
         for wanted in [0o600, 0o640, 0o664, 0o666, 0o755, 0o400] {
             let _ = fs::remove_file(&database);
@@ -162,85 +175,85 @@ mod tests {
             if root {
                 std::os::unix::fs::chown(&database, Some(1234), Some(1235)).unwrap();
             }
-            let below = side.join("lost").join(format!("{wanted:o}"));
+            let below = state_dir.join("lost").join(format!("{wanted:o}"));
             make_directory(&below).unwrap();
-            for file in [side.join("file"), below.join("file")] {
+            for file in [state_dir.join("file"), below.join("file")] {
                 create(&file).unwrap();
                 assert_eq!(mode(&file), wanted & 0o666 | 0o600, "{}", file.display());
                 let meta = fs::metadata(&file).unwrap();
                 assert!(!root || (meta.uid(), meta.gid()) == (1234, 1235));
             }
             assert_eq!(mode(&below), 0o700);
-            chmod(&side.join("file"), 0o777);
-            assert!(!open_or_create(&side.join("file")).unwrap().1);
-            assert_eq!(mode(&side.join("file")), wanted & 0o666 | 0o600);
+            chmod(&state_dir.join("file"), 0o777);
+            assert!(!open_or_create(&state_dir.join("file")).unwrap().1);
+            assert_eq!(mode(&state_dir.join("file")), wanted & 0o666 | 0o600);
             let copy = dir.path().join(format!("copy-{wanted:o}"));
             create_like(&copy, &database).unwrap();
             assert_eq!(mode(&copy) & !wanted, 0);
         }
         // Root's own directory beside the database of another.
-        make(&side).unwrap();
+        make_state_dir(&state_dir).unwrap();
     }
 
     #[test]
     fn a_directory_of_ours_is_tightened_and_one_that_others_can_change_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let side = of(&dir.path().join("a.db"));
-        fs::create_dir(&side).unwrap();
+        let state_dir = state_dir_of(&dir.path().join("a.db"));
+        fs::create_dir(&state_dir).unwrap();
         for open in [0o755, 0o750, 0o711, 0o700] {
-            chmod(&side, open);
-            make(&side).unwrap();
-            assert_eq!(mode(&side), 0o700);
+            chmod(&state_dir, open);
+            make_state_dir(&state_dir).unwrap();
+            assert_eq!(mode(&state_dir), 0o700);
         }
         for open in [0o770, 0o702, 0o777, 0o1777] {
-            chmod(&side, open);
-            assert!(refused(make(&side)).contains("chmod 700"));
-            assert_eq!(mode(&side), open & 0o777, "left as it is");
+            chmod(&state_dir, open);
+            assert!(refused(make_state_dir(&state_dir)).contains("chmod 700"));
+            assert_eq!(mode(&state_dir), open & 0o777, "left as it is");
         }
         // A volume of a group.
         chmod(dir.path(), 0o2770);
-        chmod(&side, 0o2770);
-        make(&side).unwrap();
-        assert_eq!(mode(&side), 0o700);
-        chmod(&side, 0o777);
-        refused(make(&side));
+        chmod(&state_dir, 0o2770);
+        make_state_dir(&state_dir).unwrap();
+        assert_eq!(mode(&state_dir), 0o700);
+        chmod(&state_dir, 0o777);
+        refused(make_state_dir(&state_dir));
         for other in [0o1770, 0o772, 0o750] {
             chmod(dir.path(), other);
-            chmod(&side, 0o770);
-            refused(make(&side));
+            chmod(&state_dir, 0o770);
+            refused(make_state_dir(&state_dir));
         }
         chmod(dir.path(), 0o700);
         if own_user() == 0 {
-            chmod(&side, 0o700);
-            std::os::unix::fs::chown(&side, Some(1234), None).unwrap();
-            assert!(refused(make(&side)).contains("belongs neither"));
+            chmod(&state_dir, 0o700);
+            std::os::unix::fs::chown(&state_dir, Some(1234), None).unwrap();
+            assert!(refused(make_state_dir(&state_dir)).contains("belongs neither"));
             fs::write(dir.path().join("a.db"), "").unwrap();
             std::os::unix::fs::chown(dir.path().join("a.db"), Some(1234), None).unwrap();
-            make(&side).unwrap();
+            make_state_dir(&state_dir).unwrap();
         }
-        fs::remove_dir(&side).unwrap();
+        fs::remove_dir(&state_dir).unwrap();
         let elsewhere = dir.path().join("elsewhere");
         fs::create_dir(&elsewhere).unwrap();
         chmod(&elsewhere, 0o755);
-        symlink(&elsewhere, &side).unwrap();
-        assert!(refused(make(&side)).contains("symbolic link"));
+        symlink(&elsewhere, &state_dir).unwrap();
+        assert!(refused(make_state_dir(&state_dir)).contains("symbolic link"));
         assert_eq!(mode(&elsewhere), 0o755);
-        fs::remove_file(&side).unwrap();
-        fs::write(&side, "").unwrap();
-        assert!(refused(make(&side)).contains("no directory"));
+        fs::remove_file(&state_dir).unwrap();
+        fs::write(&state_dir, "").unwrap();
+        assert!(refused(make_state_dir(&state_dir)).contains("no directory"));
     }
 
     #[test]
     fn no_link_is_followed() {
         let dir = tempfile::tempdir().unwrap();
-        let (side, victim) = (of(&dir.path().join("a.db")), dir.path().join("victim"));
-        make(&side).unwrap();
+        let (state_dir, victim) = (state_dir_of(&dir.path().join("a.db")), dir.path().join("victim"));
+        make_state_dir(&state_dir).unwrap();
         fs::write(&victim, "precious").unwrap();
-        let link = side.join("link");
+        let link = state_dir.join("link");
         symlink(&victim, &link).unwrap();
         assert!(open(&link).unwrap_err().to_string().contains("symbolic link"));
-        assert!(open_to_write(&link).is_err() && read(&link).is_err() && open_or_create(&link).is_err());
-        let directory = side.join("log");
+        assert!(open_to_write(&link).is_err() && read(&link, 64).is_err() && open_or_create(&link).is_err());
+        let directory = state_dir.join("log");
         symlink(dir.path(), &directory).unwrap();
         assert!(make_directory(&directory).is_err() && make_directory(&directory.join("below")).is_err());
         assert!(!dir.path().join("below").exists());

@@ -30,7 +30,7 @@ pub const TARGETS: [Target; 12] = [
     ("wire_sealed", wire_sealed),
     ("log", log),
     ("log_sealed", log_sealed),
-    ("side_files", crate::engine::fuzz_side_files),
+    ("state_files", crate::engine::fuzz_state_files),
     ("wal", wal),
     ("btree", crate::engine::fuzz_btree),
     ("lost", crate::engine::fuzz_lost),
@@ -271,7 +271,7 @@ mod tests {
                 run(input);
             }
             // Those that write files are slow.
-            let rounds = if matches!(name, "log" | "log_sealed" | "lost" | "side_files" | "identity") {
+            let rounds = if matches!(name, "log" | "log_sealed" | "lost" | "state_files" | "identity") {
                 300
             } else {
                 3000

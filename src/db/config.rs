@@ -12,6 +12,7 @@ use rusqlite::Connection;
 
 use crate::engine::{CommitGate, Durability, EngineOptions};
 use crate::error::{Error, Result};
+use crate::files::Paths;
 use crate::lease::Fixed;
 use crate::log::LogOptions;
 use crate::net::Endpoint;
@@ -477,12 +478,11 @@ impl Config {
         }
     }
 
-    pub(super) fn engine_options(&self, path: PathBuf, side: PathBuf) -> EngineOptions {
+    pub(super) fn engine_options(&self, paths: Paths) -> EngineOptions {
         let quota_bytes = self.log_quota.unwrap_or(self.log_bytes.saturating_mul(4)).max(LOG_QUOTA_MIN_BYTES);
         let segment_bytes = (self.log_bytes / 8).clamp(1 << 20, 64 << 20);
         EngineOptions {
-            path,
-            side,
+            paths,
             durability: self.durability,
             wal_limit_bytes: self.wal_limit_bytes,
             log: LogOptions {

@@ -13,6 +13,7 @@ use crate::db::config::Config;
 use crate::db::{Db, identity, preflight, snapshot};
 use crate::engine::{Opening, ReplicaEngine};
 use crate::error::{Error, Result};
+use crate::files::Paths;
 use crate::net::{Endpoint, Listener};
 use crate::node::database::{Database, LastHandle};
 use crate::node::host::ListenerGuard;
@@ -55,7 +56,7 @@ pub(super) async fn open(config: Config) -> Result<Db> {
 /// A node whose files are open, and that does nothing yet.
 struct OpenedNode {
     config: Config,
-    path: std::path::PathBuf,
+    paths: Paths,
     claim: open_files::Claim,
     node: Arc<NodeContext>,
     source: Arc<ReplicaServer>,
@@ -72,28 +73,28 @@ impl OpenedNode {
     /// Blocks.
     fn new(config: Config, keys: Keyring, addresses: Addresses, follows: bool) -> Result<OpenedNode> {
         let database = config.database_name()?;
-        let (path, claim) = preflight::claim(&config.path, config.allow_network_filesystem)?;
-        let side = preflight::side(&path, follows, config.database_mode)?;
-        snapshot::clear(&path);
+        let (paths, claim) = preflight::claim(&config.path, config.allow_network_filesystem)?;
+        preflight::state_dir(&paths, follows, config.database_mode)?;
+        snapshot::clear(&paths);
         let me = PeerInfo {
-            node: identity::node_id(&side, &config.cluster, &database)?,
+            node: identity::node_id(&paths, &config.cluster, &database)?,
             incarnation: Incarnation::random(),
             addresses,
         };
         let role = if follows { Role::Replica } else { Role::Primary };
         let node = NodeContext::new(me, config.cluster.clone(), database, keys, role);
-        let options = config.engine_options(path.clone(), side);
+        let options = config.engine_options(paths.clone());
         let files = match follows {
             true => Files::Replica(Arc::new(ReplicaEngine::open(options, node.clone())?)),
             false => Files::Primary(Box::new(Opening::begin(options, node.clone())?)),
         };
         let (source, tracker) = (ReplicaServer::new(node.clone()), TaskTracker::new());
-        Ok(OpenedNode { config, path, claim, node, source, tracker, files })
+        Ok(OpenedNode { config, paths, claim, node, source, tracker, files })
     }
 
     /// Makes the node complete and starts its tasks, on the runtime of the caller.
     async fn finish(self, doors: &mut ListenerGuard, primary: Option<Endpoint>) -> Result<Db> {
-        let OpenedNode { config, path, claim, node, source, tracker, files } = self;
+        let OpenedNode { config, paths, claim, node, source, tracker, files } = self;
         let (files, recovered) = match files {
             Files::Primary(opening) if opening.may_miss() && !config.recovery_timeout.is_zero() => {
                 let (opening, recovered) = recover(opening, doors, config.recovery_timeout).await?;
@@ -103,7 +104,7 @@ impl OpenedNode {
         };
         let verify_every = config.verify_every;
         let inner = blocking(OPENING, move || {
-            let writer = Arc::new(Writer::new(node.clone(), config.writer_setup(&path)));
+            let writer = Arc::new(Writer::new(node.clone(), config.writer_setup(paths.database())));
             let running = match files {
                 Files::Primary(opening) => {
                     let engine = Arc::new(opening.finish()?);
@@ -117,10 +118,10 @@ impl OpenedNode {
             // With its owner: should nobody wait for it any more, it is closed.
             Ok(LastHandle(Arc::new(Database {
                 verifier: Verifier::new(node.clone(), slot.clone(), config.verify_limit),
-                pool: pool(&config, &path, slot.clone(), node.files()),
+                pool: pool(&config, paths.database(), slot.clone(), node.files()),
                 supervisor: Supervisor::new(node.clone(), slot.clone(), writer.clone(), replicas, tasks),
                 node,
-                path,
+                paths,
                 slot,
                 writer,
                 source,

@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 use rusqlite::OpenFlags;
 
 use crate::error::{Error, Result, Unsupported};
-use crate::files;
+use crate::files::{self, Paths};
 use crate::node::open_files::Claim;
 use crate::sqlite::{Handle, OLDEST, connect, park};
 
-/// Checks the place and the file; gives the path without symbolic links and the claim on it.
-pub(super) fn claim(path: &Path, allow_network: bool) -> Result<(PathBuf, Claim)> {
+/// Checks the place and the file; gives the paths, without symbolic links, and the claim on them.
+pub(super) fn claim(path: &Path, allow_network: bool) -> Result<(Paths, Claim)> {
     let no = |reason| Error::Unsupported { path: path.to_path_buf(), reason };
     if rusqlite::version_number() < OLDEST.0 {
         let found = rusqlite::version().to_string();
@@ -41,7 +41,7 @@ pub(super) fn claim(path: &Path, allow_network: bool) -> Result<(PathBuf, Claim)
     if path.exists() {
         is_database(&path)?;
     }
-    Ok((path, claim))
+    Ok((Paths::new(path), claim))
 }
 
 /// The absolute path, symbolic links followed: SQLite puts the WAL beside the file itself.
@@ -64,16 +64,16 @@ fn resolve(path: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Makes the directory beside the database, after whatever would refuse the database itself: a primary's is made, and turned to WAL,
+/// Makes the state directory, after whatever would refuse the database itself: a primary's is made, and turned to WAL,
 /// before.
-pub(super) fn side(path: &Path, replica: bool, mode: Option<u32>) -> Result<PathBuf> {
-    let side = files::of(path);
-    if side.symlink_metadata().is_ok() {
-        files::make(&side)?;
+pub(super) fn state_dir(paths: &Paths, replica: bool, mode: Option<u32>) -> Result<()> {
+    let (path, state_dir) = (paths.database(), paths.state_dir());
+    if state_dir.symlink_metadata().is_ok() {
+        files::make_state_dir(state_dir)?;
         if !replica {
             create_database(path, mode)?;
         }
-        return Ok(side);
+        return Ok(());
     }
     if !replica {
         create_database(path, mode)?;
@@ -84,9 +84,8 @@ pub(super) fn side(path: &Path, replica: bool, mode: Option<u32>) -> Result<Path
             turn_to_wal(path, &handle)?;
         }
     }
-    files::make(&side)?;
-    files::sync_name(path)?;
-    Ok(side)
+    files::make_state_dir(state_dir)?;
+    files::sync_name(path)
 }
 
 /// A database that is not there yet gets the mode that the configuration says. SQLite makes it, if that says nothing.

@@ -74,7 +74,7 @@ impl Db {
             "{}; what no connected replica has, or the log does not name, can't be repaired{why}: put the database of a replica in its place",
             verification.problem()
         );
-        Err(Error::Damaged { path: self.inner.path.clone(), what })
+        Err(Error::Damaged { path: self.inner.paths.database().to_path_buf(), what })
     }
 }
 

@@ -12,7 +12,7 @@ use uuid::Uuid;
 
 use crate::db::Db;
 use crate::error::{Error, Result};
-use crate::files;
+use crate::files::{self, Paths};
 use crate::node::open_files;
 use crate::sqlite::connect_alone;
 use crate::threads::blocking;
@@ -20,8 +20,6 @@ use crate::txid::Position;
 
 /// What the names of temporary copies begin with.
 const TEMPORARY: &str = "snapshot-";
-/// What SQLite would take for the changes of a file that lies beside them.
-const REPLAYED: [&str; 2] = ["-wal", "-journal"];
 
 impl Db {
     /// Copies a committed state into a new plain SQLite file, while everything goes on. The position that is
@@ -71,7 +69,7 @@ impl Db {
         self.inner.readable()?;
         self.inner.expect_files()?;
         let position = self.vouched()?;
-        let path = files::of(&self.inner.path).join(format!("{TEMPORARY}{}", Uuid::new_v4()));
+        let path = self.inner.paths.state_dir().join(format!("{TEMPORARY}{}", Uuid::new_v4()));
         let temporary = Temporary(path.clone());
         // SQLite writes into what is there.
         drop(files::create(&path)?);
@@ -87,8 +85,8 @@ impl Db {
         let path = plain(path)?;
         check(&path)?;
         let position = self.vouched()?;
-        let new = beside(&path, &format!(".new-{}", Uuid::new_v4()));
-        let made = files::create_like(&new, &self.inner.path).map(drop);
+        let new = files::beside(&path, &format!(".new-{}", Uuid::new_v4()));
+        let made = files::create_like(&new, self.inner.paths.database()).map(drop);
         let placed = made.and_then(|()| self.copy(&new)).and_then(|()| {
             // Meanwhile somebody may have opened a database there.
             check(&path)?;
@@ -159,8 +157,8 @@ impl Drop for Temporary {
 }
 
 /// Removes copies that a process left behind which was killed.
-pub(super) fn clear(database: &Path) {
-    let Ok(entries) = fs::read_dir(files::of(database)) else { return };
+pub(super) fn clear(paths: &Paths) {
+    let Ok(entries) = fs::read_dir(paths.state_dir()) else { return };
     for entry in entries.flatten() {
         if entry.file_name().to_string_lossy().starts_with(TEMPORARY) {
             drop(Temporary(entry.path()));
@@ -183,8 +181,8 @@ fn check(path: &Path) -> Result<()> {
         return Err(Error::Config(format!("{} belongs to a database that is open here", path.display())));
     }
     files::absent(path)?;
-    for suffix in REPLAYED {
-        let left = beside(path, suffix);
+    let paths = Paths::new(path);
+    for left in [paths.wal(), paths.journal()] {
         if left.symlink_metadata().is_ok() {
             return Err(Error::Config(format!(
                 "{} is of an earlier file, and SQLite would take it for changes to the snapshot",
@@ -193,12 +191,6 @@ fn check(path: &Path) -> Result<()> {
         }
     }
     Ok(())
-}
-
-fn beside(path: &Path, suffix: &str) -> PathBuf {
-    let mut name = path.as_os_str().to_owned();
-    name.push(suffix);
-    PathBuf::from(name)
 }
 
 /// Copies a whole database in one step, so that all of it is of one state. Busy is an error here, not a pause.

@@ -1,42 +1,43 @@
 //! Decoders of this floor, for [`crate::fuzz`].
 
 use std::fs;
-use std::path::Path;
 
 use crate::engine::file::anchor::Anchors;
 use crate::engine::file::epochs::read_epochs;
 use crate::engine::lost::fuzz_btree_page;
 use crate::engine::{Lost, incoming};
+use crate::files::Paths;
+use crate::files::sealed::check_of;
 use crate::page::PageSize;
 
-/// Bytes behind the hash that most side files end with.
+/// Bytes before the hash that most files of the state directory end with.
 fn sealed(bytes: &[u8]) -> Vec<u8> {
-    [bytes, &blake3::hash(bytes).as_bytes()[..16]].concat()
+    [bytes, &check_of(bytes)].concat()
 }
 
 /// Anchors, epochs, and what a snapshot or a comparison left.
-pub(crate) fn fuzz_side_files(data: &[u8]) {
+pub(crate) fn fuzz_state_files(data: &[u8]) {
     let dir = tempfile::tempdir().expect("a directory");
-    let incoming = dir.path().join("incoming");
-    fs::create_dir(&incoming).expect("a directory");
-    fs::write(incoming.join("pages"), [0; 8192]).expect("a file");
-    let look = |side: &Path| {
-        if let Ok(anchors) = Anchors::open(side) {
+    let paths = Paths::fresh(dir.path());
+    fs::create_dir(paths.incoming()).expect("a directory");
+    fs::write(paths.incoming_pages(), [0; 8192]).expect("a file");
+    let look = || {
+        if let Ok(anchors) = Anchors::open(&paths) {
             let _ = (anchors.newest_first(), anchors.generation());
         }
-        let _ = read_epochs(side);
-        let _ = incoming::progress(side);
-        let _ = incoming::read_held(side, PageSize::new(512).expect("a page size"));
+        let _ = read_epochs(&paths);
+        let _ = incoming::progress(&paths);
+        let _ = incoming::read_held(&paths, PageSize::new(512).expect("a page size"));
     };
     for bytes in [data.to_vec(), sealed(data)] {
-        for name in ["anchors", "epochs", "incoming/state", "incoming/held"] {
-            fs::write(dir.path().join(name), &bytes).expect("a file");
+        for path in [paths.anchors(), paths.epochs(), paths.incoming_state(), paths.incoming_held()] {
+            fs::write(path, &bytes).expect("a file");
         }
         // The last of an anchor's slot is its hash.
         if let Some(slot) = bytes.get(..240) {
-            fs::write(dir.path().join("anchors"), sealed(slot)).expect("a file");
+            fs::write(paths.anchors(), sealed(slot)).expect("a file");
         }
-        look(dir.path());
+        look();
     }
 }
 
@@ -49,7 +50,8 @@ pub(crate) fn fuzz_btree(data: &[u8]) {
 pub(crate) fn fuzz_lost(data: &[u8]) {
     let Some((&which, rest)) = data.split_first() else { return };
     let dir = tempfile::tempdir().expect("a directory");
-    let branch = dir.path().join("lost/branch-x");
+    let paths = Paths::fresh(dir.path());
+    let branch = paths.lost().join("branch-x");
     fs::create_dir_all(&branch).expect("a directory");
     let position = format!("{:016x}-{:016x}-{:016x}-{:032x}", 1, 2, 3, 4);
     let json = format!(
@@ -64,7 +66,7 @@ pub(crate) fn fuzz_lost(data: &[u8]) {
         };
         fs::write(branch.join(name), bytes).expect("a file");
     }
-    let Ok(all) = Lost::list(dir.path()) else { return };
+    let Ok(all) = Lost::list(&paths) else { return };
     for branch in all.iter().filter_map(Lost::branch) {
         let _ = branch.transactions();
         let _ = branch.visit_pages(|_, _| Ok(()));
@@ -80,9 +82,10 @@ pub(crate) fn fuzz_seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     use crate::files::replace_file;
     use crate::txid::EpochHistory;
     let dir = tempfile::tempdir().expect("a directory");
-    write_epochs(dir.path(), &EpochHistory::default(), true).expect("a file");
-    replace_file(dir.path(), "x", b"").expect("a file");
-    let epochs = fs::read(dir.path().join("epochs")).expect("a file");
+    let paths = Paths::fresh(dir.path());
+    write_epochs(&paths, &EpochHistory::default(), true).expect("a file");
+    replace_file(&dir.path().join("x"), b"").expect("a file");
+    let epochs = fs::read(paths.epochs()).expect("a file");
     let (body, _) = epochs.split_last_chunk::<16>().expect("a hash");
     let mut anchor = b"repanchr\x01\0\0\0\x01\0\0\0".to_vec();
     anchor.resize(240, 3);
@@ -99,10 +102,10 @@ pub(crate) fn fuzz_seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     let row = br#"{"table":"t","rowid":1,"lost":{"a":{"blob":"00ff"},"b":1.5},"kept":null}"#;
     let rows = [&[3], row.as_slice(), b"\n{\"truncated\":false}\n"].concat();
     vec![
-        ("side_files", "epochs", body.to_vec()),
-        ("side_files", "anchor", anchor),
-        ("side_files", "state", state),
-        ("side_files", "held", b"repheld1\0\x02\0\0\x01\0\0\0\x07\0\0\0".to_vec()),
+        ("state_files", "epochs", body.to_vec()),
+        ("state_files", "anchor", anchor),
+        ("state_files", "state", state),
+        ("state_files", "held", b"repheld1\0\x02\0\0\x01\0\0\0\x07\0\0\0".to_vec()),
         ("btree", "leaf", image[512..1024].to_vec()),
         (
             "btree",

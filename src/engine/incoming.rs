@@ -1,16 +1,21 @@
-//! A state on its way in: pages in a file beside the database that, over what is here already, become exact and are verified.
+//! A state on its way in: pages in a file that, over what is here already, become exact and are
+//! verified.
 //!
-//! `<side>/incoming/pages` holds the pages at their places, `<side>/incoming/state` how far a snapshot has come,
-//! `<side>/incoming/held` which pages a comparison has. A snapshot that can't be gone on with, because the primary's log does not reach back to its begin any more,
-//! becomes a comparison over what came of it. IncomingPages may come newer than the position they were read at; the log
-//! records that follow are applied to the file until the state that the primary names, and then the checksum decides.
+//! In `<state directory>/incoming`, `pages` holds the pages at their places. `state` says how far a
+//! snapshot has come, `held` which pages a comparison has.
+//!
+//! A snapshot can't be gone on with when the primary's log does not reach back to its begin any more.
+//! Then it becomes a comparison over what came of it.
+//!
+//! Pages may come newer than the position that they were read at. The log records that follow are
+//! applied to the file until the state that the primary names; then the checksum decides.
 
 pub(in crate::engine) mod heal;
 pub(in crate::engine) mod overlay;
 
 use std::fs::{self, File};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::checksum::PageHash;
@@ -18,17 +23,23 @@ use crate::engine::history::intake_error::IntakeError;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming::overlay::{Overlay, Store};
 use crate::error::{Error, Result};
-use crate::files::{self, read_exact_at, replace_file, sync_directory, write_all_at};
+use crate::files::sealed::{CHECK_BYTES, HEAD_BYTES, Sealed};
+use crate::files::{self, Paths, read_exact_at, replace_file, sync_directory, write_all_at};
 use crate::page::{PageNo, PageSet, PageSize};
 use crate::txid::Position;
 use crate::wal::le_u32;
 use crate::wire::{HealBegin, SnapBegin, SnapEnd, TxnBegin, TxnEnd};
 
-const MAGIC: [u8; 8] = *b"repincom";
+/// How far a snapshot has come: the page size, the next page, the position of the first piece.
+const STATE: Sealed = Sealed {
+    magic: *b"repincom",
+    version: 1,
+    max_bytes: (HEAD_BYTES + STATE_BYTES + CHECK_BYTES) as u64,
+    cure: "says how far a snapshot has come, which begins anew without it",
+};
+const STATE_BYTES: usize = 4 + 4 + Position::BYTES;
 const HELD_MAGIC: [u8; 8] = *b"repheld2";
 const HELD_HEAD_BYTES: usize = 8 + 4 + 4;
-const VERSION: u32 = 1;
-const STATE_BYTES: usize = 8 + 4 + 4 + 4 + Position::BYTES + 16;
 /// FillProgress is made durable after so many bytes, or after so long.
 const PROGRESS_BYTES: u64 = 64 << 20;
 const PROGRESS_EVERY: Duration = Duration::from_secs(5);
@@ -38,7 +49,7 @@ const HASH_CHUNK_BYTES: usize = 1 << 20;
 /// A state that is being received, over nothing or over the pages of a live database.
 #[derive(Debug)]
 pub(in crate::engine) struct IncomingState {
-    directory: PathBuf,
+    paths: Paths,
     file: File,
     /// Notes the pages that the file has, for a comparison that has to be begun again.
     held: Option<File>,
@@ -60,7 +71,7 @@ pub(in crate::engine) struct FillProgress {
 /// A state that is exact and verified.
 #[derive(Debug)]
 pub(in crate::engine) struct Ready {
-    pub(in crate::engine) directory: PathBuf,
+    paths: Paths,
     pub(in crate::engine) file: File,
     /// The pages that the file has; all others are those of the live database.
     pub(in crate::engine) have: PageSet,
@@ -74,33 +85,26 @@ pub(in crate::engine) type Under<'a> = Option<&'a mut WalAppender>;
 
 /// What an earlier attempt left, if it can be gone on with.
 ///
-/// A file of a newer version is no error, unlike those of the other side files: there is nothing here that the primary
-/// does not have, so that who can't read it begins anew.
-pub(in crate::engine) fn progress(side: &Path) -> Option<FillProgress> {
-    let mut bytes = Vec::new();
-    // One byte more than there should be is enough to see that it is none of ours.
-    let file = files::open(&side.join("incoming").join("state")).ok()?;
-    file.take(STATE_BYTES as u64 + 1).read_to_end(&mut bytes).ok()?;
-    let bytes: [u8; STATE_BYTES] = bytes.try_into().ok()?;
-    let (body, check) = bytes.split_last_chunk::<16>()?;
-    if blake3::hash(body).as_bytes()[..16] != *check || body[..8] != MAGIC || le_u32(&body[8..]) != VERSION {
-        return None;
-    }
-    let page_size = PageSize::new(le_u32(&body[12..])).ok()?;
-    let next = PageNo::new(le_u32(&body[16..]))?;
-    let first = Position::from_bytes(body[20..].try_into().ok()?)?;
-    let there = fs::metadata(side.join("incoming").join("pages")).ok()?.len();
+/// Unlike for other files of the state directory, a newer version is no error: the primary has all
+/// that is here, and the snapshot begins anew.
+pub(in crate::engine) fn progress(paths: &Paths) -> Option<FillProgress> {
+    let fields = STATE.read(&paths.incoming_state()).ok()??;
+    let fields: [u8; STATE_BYTES] = fields.try_into().ok()?;
+    let page_size = PageSize::new(le_u32(&fields)).ok()?;
+    let next = PageNo::new(le_u32(&fields[4..]))?;
+    let first = Position::from_bytes(fields[8..].try_into().ok()?)?;
+    let there = fs::metadata(paths.incoming_pages()).ok()?.len();
     (there >= next.offset(page_size)).then_some(FillProgress { first, next, page_size })
 }
 
 /// Forgets what was begun.
-pub(in crate::engine) fn discard(side: &Path) -> Result<()> {
-    files::remove_directory(&side.join("incoming"))
+pub(in crate::engine) fn discard(paths: &Paths) -> Result<()> {
+    files::remove_directory(&paths.incoming())
 }
 
 /// The pages of an [`IncomingState`], for a call.
 struct IncomingPages<'a> {
-    directory: &'a Path,
+    paths: &'a Paths,
     file: &'a File,
     held: Option<&'a mut File>,
     page_size: PageSize,
@@ -110,18 +114,18 @@ struct IncomingPages<'a> {
 impl Store for IncomingPages<'_> {
     fn write(&mut self, number: PageNo, page: &[u8]) -> Result<()> {
         write_all_at(self.file, page, number.offset(self.page_size))
-            .map_err(Error::io("write", self.directory.join("pages")))?;
+            .map_err(Error::io("write", self.paths.incoming_pages()))?;
         match &mut self.held {
             Some(held) => held
                 .write_all(&number.get().to_le_bytes())
-                .map_err(Error::io("write", self.directory.join("held"))),
+                .map_err(Error::io("write", self.paths.incoming_held())),
             None => Ok(()),
         }
     }
 
     fn read(&mut self, number: PageNo, page: &mut [u8]) -> Result<()> {
         read_exact_at(self.file, page, number.offset(self.page_size))
-            .map_err(Error::io("read", self.directory.join("pages")))
+            .map_err(Error::io("read", self.paths.incoming_pages()))
     }
 
     fn read_below(&mut self, first: PageNo, pages: &mut [u8]) -> Result<()> {
@@ -133,7 +137,7 @@ impl Store for IncomingPages<'_> {
 
     fn cut_above(&mut self, last: u32) -> Result<()> {
         let bytes = u64::from(last) * u64::from(self.page_size.get());
-        let path = || self.directory.join("pages");
+        let path = || self.paths.incoming_pages();
         if self.file.metadata().map_err(Error::io("stat", path()))?.len() > bytes {
             self.file.set_len(bytes).map_err(Error::io("truncate", path()))?;
         }
@@ -142,18 +146,18 @@ impl Store for IncomingPages<'_> {
 }
 
 impl IncomingState {
-    fn new(side: &Path, page_size: PageSize, first: Position, below: u32) -> Result<IncomingState> {
-        let directory = side.join("incoming");
-        files::make_directory(&directory)?;
-        let (file, _) = files::open_or_create(&directory.join("pages"))?;
+    fn new(paths: &Paths, page_size: PageSize, first: Position, below: u32) -> Result<IncomingState> {
+        files::make_directory(&paths.incoming())?;
+        let (file, _) = files::open_or_create(&paths.incoming_pages())?;
+        let paths = paths.clone();
         let overlay = Overlay::new(page_size, first, below);
         let last_progress = Instant::now();
-        Ok(IncomingState { directory, file, held: None, next: 1, since_progress: 0, last_progress, overlay })
+        Ok(IncomingState { paths, file, held: None, next: 1, since_progress: 0, last_progress, overlay })
     }
 
     /// Begins a snapshot, or goes on with the one that [`progress`] told of.
-    pub(in crate::engine) fn begin(side: &Path, begin: SnapBegin) -> Result<IncomingState, IntakeError> {
-        let earlier = progress(side)
+    pub(in crate::engine) fn begin(paths: &Paths, begin: SnapBegin) -> Result<IncomingState, IntakeError> {
+        let earlier = progress(paths)
             .filter(|p| p.first == begin.first && p.next == begin.from && p.page_size == begin.page_size);
         if begin.from != PageNo::FIRST && earlier.is_none() {
             return Err(IntakeError::garbled(
@@ -161,31 +165,32 @@ impl IncomingState {
             ));
         }
         if earlier.is_none() {
-            discard(side)?;
+            discard(paths)?;
         }
-        let mut incoming = IncomingState::new(side, begin.page_size, begin.first, 0)?;
+        let mut incoming = IncomingState::new(paths, begin.page_size, begin.first, 0)?;
         // What lies behind the progress that was made durable may be anything.
         let length = begin.from.offset(begin.page_size);
         incoming.file.set_len(length).map_err(Error::io("truncate", incoming.path()))?;
         incoming.next = begin.from.get();
         incoming.hash_held()?;
         incoming.save_progress(begin.first)?;
-        sync_directory(side)?;
+        sync_directory(paths.state_dir())?;
         Ok(incoming)
     }
 
-    /// Begins a heal over a live database of so many pages, whose state is led back by what comes; over none, what came of a snapshot is.
-    pub(in crate::engine) fn over(side: &Path, begin: HealBegin, pages: u32) -> Result<IncomingState> {
-        let mut held = begin.compare.then(|| read_held(side, begin.page_size)).flatten();
+    /// Begins a heal over a live database of so many pages, whose state is led back by what comes. Over
+    /// none, what came of a snapshot is led back.
+    pub(in crate::engine) fn over(paths: &Paths, begin: HealBegin, pages: u32) -> Result<IncomingState> {
+        let mut held = begin.compare.then(|| read_held(paths, begin.page_size)).flatten();
         if begin.compare && held.is_none() {
-            held = hold_progress(side, begin.page_size)?;
+            held = hold_progress(paths, begin.page_size)?;
         }
         if held.is_none() {
-            discard(side)?;
+            discard(paths)?;
         }
-        let mut incoming = IncomingState::new(side, begin.page_size, begin.from, pages)?;
+        let mut incoming = IncomingState::new(paths, begin.page_size, begin.from, pages)?;
         if begin.compare {
-            let path = incoming.directory.join("held");
+            let path = incoming.paths.incoming_held();
             let (mut file, _) = files::open_or_create(&path)?;
             file.seek(SeekFrom::End(0)).map_err(Error::io("seek", &path))?;
             match held {
@@ -200,13 +205,13 @@ impl IncomingState {
     }
 
     fn path(&self) -> PathBuf {
-        self.directory.join("pages")
+        self.paths.incoming_pages()
     }
 
     fn parts<'a>(&'a mut self, live: Under<'a>) -> (&'a mut Overlay, IncomingPages<'a>) {
-        let IncomingState { directory, file, held, overlay, .. } = self;
+        let IncomingState { paths, file, held, overlay, .. } = self;
         let page_size = overlay.page_size();
-        (overlay, IncomingPages { directory, file, held: held.as_mut(), page_size, live })
+        (overlay, IncomingPages { paths, file, held: held.as_mut(), page_size, live })
     }
 
     /// Takes in what an earlier attempt left.
@@ -227,14 +232,10 @@ impl IncomingState {
 
     fn save_progress(&mut self, first: Position) -> Result<()> {
         self.file.sync_data().map_err(Error::io("fsync", self.path()))?;
-        let mut bytes = MAGIC.to_vec();
-        bytes.extend_from_slice(&VERSION.to_le_bytes());
-        bytes.extend_from_slice(&self.overlay.page_size().get().to_le_bytes());
-        bytes.extend_from_slice(&self.next.to_le_bytes());
-        bytes.extend_from_slice(&first.to_bytes());
-        let check = blake3::hash(&bytes);
-        bytes.extend_from_slice(&check.as_bytes()[..16]);
-        replace_file(&self.directory, "state", &bytes)?;
+        let mut fields = self.overlay.page_size().get().to_le_bytes().to_vec();
+        fields.extend_from_slice(&self.next.to_le_bytes());
+        fields.extend_from_slice(&first.to_bytes());
+        STATE.replace(&self.paths.incoming_state(), &fields)?;
         (self.since_progress, self.last_progress) = (0, Instant::now());
         Ok(())
     }
@@ -261,7 +262,7 @@ impl IncomingState {
         if self.since_progress == 0 {
             return Ok(());
         }
-        // Pieces came last and no record was applied yet, so that this is still the position of the first piece.
+        // Pieces came last, and no record was applied yet: this is still the first piece's position.
         self.save_progress(self.overlay.position())
     }
 
@@ -331,32 +332,31 @@ impl IncomingState {
         self.file.sync_all().map_err(Error::io("fsync", self.path()))?;
         let page_size = self.overlay.page_size();
         let (have, position, pages) = self.overlay.into_parts();
-        Ok(Ready { directory: self.directory, file: self.file, have, position, pages, page_size })
+        Ok(Ready { paths: self.paths, file: self.file, have, position, pages, page_size })
     }
 }
 
 /// Has the pages that came of a snapshot, if they are of this size, be those that a comparison has.
-fn hold_progress(side: &Path, page_size: PageSize) -> Result<Option<PageSet>> {
-    let Some(next) = progress(side).filter(|p| p.page_size == page_size).map(|p| p.next.get()) else {
+fn hold_progress(paths: &Paths, page_size: PageSize) -> Result<Option<PageSet>> {
+    let Some(next) = progress(paths).filter(|p| p.page_size == page_size).map(|p| p.next.get()) else {
         return Ok(None);
     };
-    let directory = side.join("incoming");
-    replace_file(&directory, "held", &held_head(page_size, next - 1))?;
-    // With both of them there, the snapshot would be gone on with, over pages that are newer by then: as good.
-    let state = directory.join("state");
+    replace_file(&paths.incoming_held(), &held_head(page_size, next - 1))?;
+    // With both of them there, the snapshot would be gone on with, over newer pages: as good.
+    let state = paths.incoming_state();
     fs::remove_file(&state).map_err(Error::io("remove", &state))?;
-    Ok(read_held(side, page_size))
+    Ok(read_held(paths, page_size))
 }
 
 /// The size of the primary's pages, where some are on their way in.
-pub(in crate::engine) fn page_size(side: &Path) -> Option<PageSize> {
-    progress(side).map(|progress| progress.page_size).or_else(|| held_size(side))
+pub(in crate::engine) fn page_size(paths: &Paths) -> Option<PageSize> {
+    progress(paths).map(|progress| progress.page_size).or_else(|| held_size(paths))
 }
 
 /// The size of the pages that an earlier comparison has.
-pub(in crate::engine) fn held_size(side: &Path) -> Option<PageSize> {
+pub(in crate::engine) fn held_size(paths: &Paths) -> Option<PageSize> {
     let mut head = [0; HELD_HEAD_BYTES];
-    files::open(&side.join("incoming").join("held")).ok()?.read_exact(&mut head).ok()?;
+    files::open(&paths.incoming_held()).ok()?.read_exact(&mut head).ok()?;
     PageSize::new(le_u32(&head[8..])).ok().filter(|_| head.starts_with(&HELD_MAGIC))
 }
 
@@ -366,13 +366,12 @@ fn held_head(page_size: PageSize, last: u32) -> Vec<u8> {
 }
 
 /// The pages that an earlier comparison has, if they are of this size.
-pub(in crate::engine) fn read_held(side: &Path, page_size: PageSize) -> Option<PageSet> {
-    let directory = side.join("incoming");
-    let there = fs::metadata(directory.join("pages")).ok()?.len() / u64::from(page_size.get());
+pub(in crate::engine) fn read_held(paths: &Paths, page_size: PageSize) -> Option<PageSet> {
+    let there = fs::metadata(paths.incoming_pages()).ok()?.len() / u64::from(page_size.get());
     let mut bytes = Vec::new();
-    // A number may stand there more than once; a file that was not written by us is not read to its end.
+    // A number may stand there more than once. A file that is none of ours is not read to its end.
     let most = HELD_HEAD_BYTES as u64 + 4 * there.saturating_mul(16);
-    files::open(&directory.join("held")).ok()?.take(most).read_to_end(&mut bytes).ok()?;
+    files::open(&paths.incoming_held()).ok()?.take(most).read_to_end(&mut bytes).ok()?;
     let numbers = bytes.strip_prefix(HELD_MAGIC.as_slice())?.strip_prefix(&page_size.get().to_le_bytes())?;
     let (last, numbers) = numbers.split_first_chunk::<4>()?;
     let mut have = PageSet::default();
@@ -387,13 +386,14 @@ impl Ready {
     /// One page of the verified state that the file has.
     pub(in crate::engine) fn read(&self, number: PageNo, buffer: &mut [u8]) -> Result<()> {
         read_exact_at(&self.file, buffer, number.offset(self.page_size))
-            .map_err(Error::io("read", self.directory.join("pages")))
+            .map_err(Error::io("read", self.paths.incoming_pages()))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::hex::{hex, unhex_lossy};
     use crate::txid::{Epoch, Txid};
 
     fn begin(from: PageNo) -> SnapBegin {
@@ -402,8 +402,8 @@ mod tests {
     }
 
     /// Leaves a snapshot of four pages behind, with its progress.
-    fn interrupted(side: &Path) -> PageNo {
-        let mut incoming = IncomingState::begin(side, begin(PageNo::FIRST)).unwrap();
+    fn interrupted(paths: &Paths) -> PageNo {
+        let mut incoming = IncomingState::begin(paths, begin(PageNo::FIRST)).unwrap();
         incoming.piece(PageNo::FIRST, &[7; 4 * 512]).unwrap();
         incoming.save_progress(begin(PageNo::FIRST).first).unwrap();
         PageNo::new(5).unwrap()
@@ -412,31 +412,56 @@ mod tests {
     #[test]
     fn a_snapshot_goes_on_where_its_progress_says() {
         let dir = tempfile::tempdir().unwrap();
-        let next = interrupted(dir.path());
-        assert_eq!(progress(dir.path()).unwrap().next, next);
-        IncomingState::begin(dir.path(), begin(next)).unwrap();
-        assert_eq!(fs::metadata(dir.path().join("incoming/pages")).unwrap().len(), 4 * 512);
+        let paths = Paths::fresh(dir.path());
+        let next = interrupted(&paths);
+        assert_eq!(progress(&paths).unwrap().next, next);
+        IncomingState::begin(&paths, begin(next)).unwrap();
+        assert_eq!(fs::metadata(paths.incoming_pages()).unwrap().len(), 4 * 512);
+    }
+
+    /// The file of a snapshot of pages of 512 bytes, of which four have come.
+    const STATE_FILE: &str = concat!(
+        "726570696e636f6d010000000002000005000000010000000000000002000000000000000300000000000000",
+        "00000000000000000000000000000000ff698a5841dd49275227d6f8a47ace4b",
+    );
+    /// The file of a comparison that has pages 1 to 3 and page 5.
+    const HELD_FILE: &[u8] = b"repheld2\0\x02\0\0\x03\0\0\0\x05\0\0\0";
+
+    #[test]
+    fn the_files_bytes_stay_what_they_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::fresh(dir.path());
+        let next = interrupted(&paths);
+        let (state, held) = (paths.incoming_state(), paths.incoming_held());
+        assert_eq!(hex(&fs::read(&state).unwrap()), STATE_FILE);
+        fs::write(&state, unhex_lossy(STATE_FILE)).unwrap();
+        let found = progress(&paths).unwrap();
+        assert_eq!((found.first, found.next), (begin(PageNo::FIRST).first, next));
+        fs::write(paths.incoming_pages(), [7; 5 * 512]).unwrap();
+        fs::write(&held, HELD_FILE).unwrap();
+        let have = read_held(&paths, PageSize::new(512).unwrap()).unwrap();
+        assert_eq!(have.iter().map(PageNo::get).collect::<Vec<_>>(), [1, 2, 3, 5]);
+        let head = held_head(PageSize::new(512).unwrap(), 3);
+        assert_eq!([head.as_slice(), &5u32.to_le_bytes()].concat(), HELD_FILE);
     }
 
     #[test]
     fn progress_of_a_newer_version_or_of_too_many_bytes_is_begun_anew() {
         let dir = tempfile::tempdir().unwrap();
-        let next = interrupted(dir.path());
-        let state = dir.path().join("incoming/state");
+        let paths = Paths::fresh(dir.path());
+        let next = interrupted(&paths);
+        let state = paths.incoming_state();
         let ours = fs::read(&state).unwrap();
-        let mut newer = ours[..STATE_BYTES - 16].to_vec();
-        newer[8..12].copy_from_slice(&(VERSION + 1).to_le_bytes());
-        let check = blake3::hash(&newer);
-        newer.extend_from_slice(&check.as_bytes()[..16]);
+        let newer = Sealed { version: STATE.version + 1, ..STATE }.seal(STATE.open(&ours).unwrap());
         for bytes in [newer, [ours, vec![0]].concat()] {
-            interrupted(dir.path());
+            interrupted(&paths);
             fs::write(&state, &bytes).unwrap();
-            assert!(progress(dir.path()).is_none());
-            assert!(IncomingState::begin(dir.path(), begin(next)).is_err(), "what is here is not known");
+            assert!(progress(&paths).is_none());
+            assert!(IncomingState::begin(&paths, begin(next)).is_err(), "what is here is not known");
             assert_eq!(fs::read(&state).unwrap(), bytes, "a refusal leaves it as it is");
-            IncomingState::begin(dir.path(), begin(PageNo::FIRST)).unwrap();
-            assert_eq!(progress(dir.path()).unwrap().next, PageNo::FIRST);
-            assert_eq!(fs::metadata(dir.path().join("incoming/pages")).unwrap().len(), 0);
+            IncomingState::begin(&paths, begin(PageNo::FIRST)).unwrap();
+            assert_eq!(progress(&paths).unwrap().next, PageNo::FIRST);
+            assert_eq!(fs::metadata(paths.incoming_pages()).unwrap().len(), 0);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `<side>/lost`: what a heal replaced, and what else could not stay, so that nothing that was committed anywhere is thrown away.
+//! `<state directory>/lost`: what a heal replaced, and what else could not stay, so that nothing that was committed anywhere is thrown away.
 //!
 //! A branch is a directory `branch-<position of its tip>` (behind that `-damaged-<time>` for pages that were none of that position's) with `branch.json` (what it is), `pages` (PAGE units: the image of each page
 //! that the heal replaced or dropped, as it was), `records` (its transactions, as they stood in the log, as far as they did) and `rows.jsonl`
@@ -22,7 +22,7 @@ use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming::Ready;
 use crate::engine::options::EngineOptions;
 use crate::error::{Error, Result};
-use crate::files::{self, sync_directory};
+use crate::files::{self, Paths, sync_directory};
 use crate::page::{PageNo, PageSet};
 use crate::status::{as_unix_millis, from_unix_millis, unix_millis};
 use crate::txid::Position;
@@ -35,6 +35,8 @@ pub use rows::{LostRow, LostRows};
 pub(super) use rows::{StateBefore, tell};
 
 const FORMAT: u32 = 1;
+/// The most bytes of a `branch.json` that are read; ours have less than 1000.
+const BRANCH_MAX_BYTES: u64 = 64 * 1024;
 const PREFIX: &str = "branch-";
 /// Of a file of a branch that is corrupt.
 const CURE: &str = "is a copy of what was replaced, which the node does not need: take what can be read from the other files of its directory, then move that away";
@@ -88,7 +90,7 @@ impl LostBranch {
 
     fn read(path: PathBuf) -> Result<LostBranch> {
         let file = path.join("branch.json");
-        let text = files::read(&file).map_err(Error::io("read", &file))?;
+        let text = files::read(&file, BRANCH_MAX_BYTES).map_err(Error::io("read", &file))?;
         let corrupt = |e: serde_json::Error| Error::Corrupt {
             path: file.clone(),
             offset: 0,
@@ -109,9 +111,9 @@ impl LostBranch {
 ///
 /// # Errors
 /// [`Error::Io`]; [`Error::LostFull`] when the quota does not allow it: nothing may be replaced then.
-pub(super) fn keep(side: &Path, live: &mut WalAppender, doomed: &Replaced<'_>) -> Result<LostBranch> {
+pub(super) fn keep(paths: &Paths, live: &mut WalAppender, doomed: &Replaced<'_>) -> Result<LostBranch> {
     let tip = live.base.tip();
-    let lost = side.join("lost");
+    let lost = paths.lost();
     let mut name = format!("{PREFIX}{}", tip.position);
     if doomed.damaged {
         name += &format!("-damaged-{}", unix_millis());
@@ -149,7 +151,7 @@ pub(super) fn keep(side: &Path, live: &mut WalAppender, doomed: &Replaced<'_>) -
     };
     let json = serde_json::to_vec_pretty(&branch).map_err(|e| Error::Stopped(e.to_string()))?;
     write(&new.join("branch.json"), |out| out.put(&json))?;
-    settle(side, &new, &path)?;
+    settle(paths, &new, &path)?;
     Ok(branch)
 }
 
@@ -158,13 +160,9 @@ pub(super) fn keep(side: &Path, live: &mut WalAppender, doomed: &Replaced<'_>) -
 /// # Errors
 /// As for [`keep`].
 pub(super) fn keep_file(options: &EngineOptions, mut file: &File) -> Result<PathBuf> {
-    let (database, lost) = (&options.path, options.side.join("lost"));
+    let (database, lost) = (options.paths.database(), options.paths.lost());
     let named = |path: &Path| path.file_name().unwrap_or_default().to_owned();
-    let beside = ["-wal", "-journal"].map(|end| {
-        let mut path = database.as_os_str().to_owned();
-        path.push(end);
-        PathBuf::from(path)
-    });
+    let beside = [options.paths.wal(), options.paths.journal()];
     let beside = beside.iter().filter(|path| path.exists());
     let mut needed = file.metadata().map_err(Error::io("stat", database))?.len();
     for path in beside.clone() {
@@ -187,7 +185,7 @@ pub(super) fn keep_file(options: &EngineOptions, mut file: &File) -> Result<Path
         copy(&mut File::open(path).map_err(Error::io("open", path))?, named(path))?;
     }
     let kept = lost.join(format!("database-{}", unix_millis()));
-    settle(&options.side, &new, &kept)?;
+    settle(&options.paths, &new, &kept)?;
     Ok(kept)
 }
 
@@ -199,11 +197,11 @@ fn begin_anew(new: PathBuf) -> Result<PathBuf> {
 }
 
 /// Gives a directory its name when all that is in it is synced.
-fn settle(side: &Path, new: &Path, path: &Path) -> Result<()> {
+fn settle(paths: &Paths, new: &Path, path: &Path) -> Result<()> {
     sync_directory(new)?;
     fs::rename(new, path).map_err(Error::io("rename", new))?;
-    sync_directory(&side.join("lost"))?;
-    sync_directory(side)
+    sync_directory(&paths.lost())?;
+    sync_directory(paths.state_dir())
 }
 
 /// Our pages that are not in the state that comes, or are others there.

@@ -1,8 +1,8 @@
 //! What one database file needs to know.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
+use crate::files::Paths;
 use crate::log::LogOptions;
 
 /// When a commit is acknowledged.
@@ -39,9 +39,7 @@ impl Durability {
 /// What one database file needs to know.
 #[derive(Clone, Debug)]
 pub(crate) struct EngineOptions {
-    pub(crate) path: PathBuf,
-    /// The directory beside the database: `<path>-replite`.
-    pub(crate) side: PathBuf,
+    pub(crate) paths: Paths,
     pub(crate) durability: Durability,
     /// The WAL is restarted when it is longer than this.
     pub(crate) wal_limit_bytes: u64,

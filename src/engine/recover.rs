@@ -74,7 +74,7 @@ pub(in crate::engine) fn open(
     node: Arc<NodeContext>,
     primary: bool,
 ) -> Result<Findings> {
-    let path = options.path.clone();
+    let path = options.paths.database().to_path_buf();
     let mut handle = Handle::open(&path, primary).map_err(|e| refine(e, &options))?;
     let page_size = prepare(&handle, &options, primary)?;
     let index = WalIndex::new(&mut handle)?;
@@ -98,12 +98,12 @@ pub(in crate::engine) fn open(
         index.clean_above(header.max_frame);
     }
     let pages = page_count(&mut handle, &header, page_size)?;
-    let wal = WalFile::open(&path)?;
+    let wal = WalFile::open(&options.paths)?;
     // It may have been made just now. Were it lost, a database into which it was being copied would be torn for good.
     wal.sync_name()?;
-    let mut anchors = Anchors::open(&options.side)?;
+    let mut anchors = Anchors::open(&options.paths)?;
     let Epochs { mut history, mut own } = epochs(&options)?;
-    let log = Log::open(&options.side.join("log"), options.log)?;
+    let log = Log::open(&options.paths.log(), options.log)?;
     if history.last().is_none() {
         // As far as the log reaches, it says which epoch each of its transactions is of.
         (history, own) = (log.epochs()?, false);
@@ -157,11 +157,14 @@ fn hold(handle: &mut Handle, locks: Option<&FileLocks>, slot: Slot) -> Result<bo
 fn refine(error: Error, options: &EngineOptions) -> Error {
     match &error {
         Error::Sqlite(e) if e.sqlite_error_code() == Some(rusqlite::ErrorCode::NotADatabase) => {
-            Error::Unsupported { path: options.path.clone(), reason: Unsupported::NotADatabase }
+            Error::Unsupported {
+                path: options.paths.database().to_path_buf(),
+                reason: Unsupported::NotADatabase,
+            }
         }
         Error::Sqlite(e) if e.sqlite_error_code() == Some(rusqlite::ErrorCode::DatabaseCorrupt) => {
             Error::Damaged {
-                path: options.path.clone(),
+                path: options.paths.database().to_path_buf(),
                 what: format!("SQLite says: {e}; restore it from a replica or a backup"),
             }
         }
@@ -189,13 +192,16 @@ fn prepare(handle: &Handle, options: &EngineOptions, primary: bool) -> Result<Pa
         now = handle.turn_to_wal().map_err(|e| refine(e.into(), options))?;
     }
     if now != "wal" {
-        return Err(Error::Unsupported { path: options.path.clone(), reason: Unsupported::NotWal(now) });
+        return Err(Error::Unsupported {
+            path: options.paths.database().to_path_buf(),
+            reason: Unsupported::NotWal(now),
+        });
     }
     let read = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |r| r.get::<_, i64>(0));
     match read {
         // What its pages are is found out by their hashes; the log may make them good.
         Err(e) if e.sqlite_error_code() == Some(rusqlite::ErrorCode::DatabaseCorrupt) => {
-            tracing::warn!(path = %options.path.display(), error = %e, "SQLite can't read the schema");
+            tracing::warn!(path = %options.paths.database().display(), error = %e, "SQLite can't read the schema");
         }
         read => drop(read.map_err(|e| refine(e.into(), options))?),
     }
@@ -220,10 +226,10 @@ fn page_count(handle: &mut Handle, header: &IndexHeader, size: PageSize) -> Resu
 
 /// Reads the epoch history. One that can't be read is put aside, and made good from the log as far as that reaches.
 fn epochs(options: &EngineOptions) -> Result<Epochs> {
-    match read_epochs(&options.side) {
+    match read_epochs(&options.paths) {
         Err(error @ Error::Corrupt { .. }) => {
             tracing::error!(%error, "the epoch history is put aside");
-            let (from, to) = (options.side.join("epochs"), options.side.join("epochs.corrupt"));
+            let (from, to) = (options.paths.epochs(), options.paths.epochs_corrupt());
             fs::rename(&from, &to).map_err(Error::io("rename", &from))?;
             Ok(Epochs::default())
         }
@@ -237,7 +243,7 @@ impl Findings {
         if self.base.tip().frame == 0 {
             // Where there is no room for it, no other generation is given up for it.
             let bytes = frame_offset(2, self.base.page_size);
-            reserve::with(&self.base.options.side, || self.base.wal.extend(bytes))?;
+            reserve::with(self.base.options.paths.state_dir(), || self.base.wal.extend(bytes))?;
             begin_generation(&self.base, &mut self.handle, &self.base.tip())?;
         }
         Ok(())

@@ -176,14 +176,14 @@ impl Maker {
     }
 }
 
-fn side(name: &str) -> PathBuf {
+fn state_file(name: &str) -> PathBuf {
     Path::new("a.db-replite").join(name)
 }
 
 fn log_of(files: &Tree) -> Tree {
     files
         .iter()
-        .filter(|(name, _)| name.starts_with(side("log")))
+        .filter(|(name, _)| name.starts_with(state_file("log")))
         .map(|(n, b)| (n.clone(), b.clone()))
         .collect()
 }
@@ -316,8 +316,8 @@ impl World {
             committed: maker.committed,
             rest,
             last,
-            older_anchors: older[&side("anchors")].clone(),
-            epochs: files[&side("epochs")].clone(),
+            older_anchors: older[&state_file("anchors")].clone(),
+            epochs: files[&state_file("epochs")].clone(),
             modified,
             database,
             half_copied,
@@ -374,15 +374,15 @@ impl World {
         }
         fs::create_dir(home.path("a.db-replite")).unwrap();
         let anchors = match newest {
-            NewestAnchor::AtRest => Some(&self.at_rest[&side("anchors")]),
-            NewestAnchor::Backfilling => Some(&self.backfilling[&side("anchors")]),
+            NewestAnchor::AtRest => Some(&self.at_rest[&state_file("anchors")]),
+            NewestAnchor::Backfilling => Some(&self.backfilling[&state_file("anchors")]),
             NewestAnchor::None => None,
             NewestAnchor::OlderGeneration => Some(&self.older_anchors),
         };
         if let Some(anchors) = anchors {
-            fs::write(root.join(side("anchors")), anchors).unwrap();
+            fs::write(root.join(state_file("anchors")), anchors).unwrap();
         }
-        fs::write(root.join(side("epochs")), &self.epochs).unwrap();
+        fs::write(root.join(state_file("epochs")), &self.epochs).unwrap();
         match log {
             LogFiles::Reaches => plant(&root, &self.log),
             LogFiles::Behind => plant(&root, &self.log_behind),

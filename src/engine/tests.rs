@@ -15,6 +15,7 @@ use crate::ends::Ends;
 use crate::engine::file::database::reader;
 use crate::engine::*;
 use crate::error::{Error, PeerProblem, Result};
+use crate::files::Paths;
 use crate::lock::lock;
 use crate::log::{LogOptions, Lookup};
 use crate::page::PageNo;
@@ -38,12 +39,8 @@ impl Home {
     }
 
     pub(super) fn options(&self, name: &str) -> EngineOptions {
-        let path = self.path(name);
-        let mut side = path.clone().into_os_string();
-        side.push("-replite");
         EngineOptions {
-            path,
-            side: side.into(),
+            paths: Paths::new(self.path(name)),
             durability: Durability::Synced,
             wal_limit_bytes: 64 * 1024,
             log: LogOptions {

@@ -53,7 +53,8 @@ pub(super) fn own_user() -> u32 {
     rustix::process::geteuid().as_raw()
 }
 
-/// Gives what was just made its mode, and the database's owner where we may: a node that runs as another user later must be able to open it.
+/// Gives what was just made its mode, and the database's owner where we may. A node that runs as
+/// another user later must be able to open it.
 #[cfg(unix)]
 pub(super) fn give(file: &File, path: &Path, mode: Option<u32>) -> Result<()> {
     use std::os::unix::fs::MetadataExt;

@@ -1,7 +1,7 @@
-//! A little room that is kept for the day when the disk is full, so that a node can be opened and read then.
+//! A little room that is kept for a full disk: with it a node can still be opened and read.
 //!
-//! `<side>/reserve` is given up by the first small file that finds no room, and made again when there is some: which is also how a node
-//! finds out.
+//! The first small file that finds no room gives up `<state directory>/reserve`. The node makes it
+//! again when there is room, and finds out so whether there is.
 
 use std::fs;
 use std::io::Write;
@@ -9,29 +9,30 @@ use std::path::Path;
 
 use crate::error::{Error, Result};
 use crate::files;
+use crate::files::paths::{EPOCHS, RESERVE, beside};
 use crate::files::sync_directory;
 use crate::random;
 
-const NAME: &str = "reserve";
 /// For a WAL's first frames and the names of new files.
 const SPARE_BYTES: u64 = 16 * 1024;
 const BLOCK_BYTES: u64 = 4096;
 
 pub(crate) fn is_there(directory: &Path) -> bool {
-    directory.join(NAME).exists()
+    directory.join(RESERVE).exists()
 }
 
-/// Makes it, also in the place of one that is there. Its bytes are random: no file system makes less of them.
+/// Makes it, also in the place of one that is there. Its bytes are random: no file system makes
+/// less of them.
 pub(crate) fn make(directory: &Path) -> Result<()> {
-    let epochs = fs::metadata(directory.join("epochs")).map_or(0, |meta| meta.len());
+    let epochs = fs::metadata(directory.join(EPOCHS)).map_or(0, |meta| meta.len());
     let mut bytes = vec![0; (SPARE_BYTES + epochs.next_multiple_of(BLOCK_BYTES) + BLOCK_BYTES) as usize];
     random::fill(&mut bytes)?;
-    replace(directory, NAME, &bytes)
+    replace(&directory.join(RESERVE), &bytes)
 }
 
 /// Whether there was one.
 fn give_up(directory: &Path) -> bool {
-    let gone = fs::remove_file(directory.join(NAME)).is_ok();
+    let gone = fs::remove_file(directory.join(RESERVE)).is_ok();
     if gone {
         tracing::warn!(directory = %directory.display(), "the disk is full: the reserve is given up");
         if let Err(error) = sync_directory(directory) {
@@ -41,8 +42,8 @@ fn give_up(directory: &Path) -> bool {
     gone
 }
 
-/// Does something that needs a little room, again without the reserve if there was none. What is replaced gives its own room back, so that there
-/// is a reserve again as a rule, before anybody else takes it: for the next start.
+/// Does something that needs a little room. If it finds none, the reserve is given up, and it is done
+/// once more. What is replaced gives its own room back: as a rule there is a reserve again at once.
 pub(crate) fn with<T>(directory: &Path, mut run: impl FnMut() -> Result<T>) -> Result<T> {
     match run() {
         Err(error) if error.no_room() && give_up(directory) => {
@@ -57,22 +58,22 @@ pub(crate) fn with<T>(directory: &Path, mut run: impl FnMut() -> Result<T>) -> R
 }
 
 /// Replaces a small file by rename, durably. One that finds no room takes none.
-pub(crate) fn replace(directory: &Path, name: &str, bytes: &[u8]) -> Result<()> {
-    let (path, new) = (directory.join(name), directory.join(format!("{name}.new")));
+fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+    let new = beside(path, ".new");
     let written = files::create(&new).and_then(|mut file| {
         file.write_all(bytes).map_err(Error::io("write", &new))?;
         file.sync_all().map_err(Error::io("fsync", &new))?;
-        fs::rename(&new, &path).map_err(Error::io("rename", &path))
+        fs::rename(&new, path).map_err(Error::io("rename", path))
     });
     if let Err(error) = written {
         // What is left of it is written over the next time.
         let _ = fs::remove_file(&new);
         return Err(error);
     }
-    sync_directory(directory)
+    files::sync_name(path)
 }
 
-/// Replaces a small file by rename, durably; on a full disk by means of the reserve.
-pub(crate) fn replace_file(side: &Path, name: &str, bytes: &[u8]) -> Result<()> {
-    with(side, || replace(side, name, bytes))
+/// Replaces a small file by rename, durably; on a full disk with the reserve of its directory.
+pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
+    with(files::parent_of(path), || replace(path, bytes))
 }

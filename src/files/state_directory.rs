@@ -1,4 +1,5 @@
-//! The directory beside a database, `<database>-replite`: made for its owner alone, and refused where others could have prepared it.
+//! The state directory of a database, `<database>-replite`: made for its owner alone, and refused
+//! where others could have prepared it.
 
 use std::fs;
 #[cfg(unix)]
@@ -10,31 +11,26 @@ use crate::error::{Error, Result, Unsupported};
 #[cfg(unix)]
 use crate::files::modes::{give, own_user, set_mode};
 #[cfg(unix)]
-use crate::files::{of_link, parent_of};
+use crate::files::of_link;
+#[cfg(unix)]
+use crate::files::parent_of;
+use crate::files::paths::SUFFIX;
 
-/// What the directory's name has behind the database's.
-const SUFFIX: &str = "-replite";
-
-/// The directory beside a database.
-pub(crate) fn of(database: &Path) -> PathBuf {
-    let mut side = database.as_os_str().to_owned();
-    side.push(SUFFIX);
-    side.into()
-}
-
-/// Makes the directory beside a database, for its owner alone. One that is there is tightened if others can read it.
+/// Makes the state directory, for its owner alone. One that is there is tightened if others can
+/// read it.
 ///
 /// # Errors
-/// [`Error::Unsupported`] when one is there that others could have prepared, or can change; nothing is changed then. [`Error::Io`].
-pub(crate) fn make(side: &Path) -> Result<()> {
-    if new_directory(side)? {
+/// [`Error::Unsupported`] when one is there that others could have prepared, or can change; nothing
+/// is changed then. [`Error::Io`].
+pub(crate) fn make_state_dir(state_dir: &Path) -> Result<()> {
+    if new_directory(state_dir)? {
         return Ok(());
     }
     let refused = |what| {
-        let reason = Unsupported::SideDirectory(what);
-        Err(Error::Unsupported { path: side.to_path_buf(), reason })
+        let reason = Unsupported::StateDirectory(what);
+        Err(Error::Unsupported { path: state_dir.to_path_buf(), reason })
     };
-    let meta = fs::symlink_metadata(side).map_err(Error::io("stat", side))?;
+    let meta = fs::symlink_metadata(state_dir).map_err(Error::io("stat", state_dir))?;
     if meta.is_symlink() {
         return refused("it is a symbolic link: put the directory itself there");
     }
@@ -45,21 +41,22 @@ pub(crate) fn make(side: &Path) -> Result<()> {
     {
         use std::os::unix::fs::MetadataExt;
         // By a descriptor, so that what is looked at is what is changed.
-        let directory = open_directory(side)?;
-        let meta = directory.metadata().map_err(Error::io("stat", side))?;
-        let owner = database_of(side).and_then(|database| fs::metadata(database).ok()).map(|meta| meta.uid());
+        let directory = open_directory(state_dir)?;
+        let meta = directory.metadata().map_err(Error::io("stat", state_dir))?;
+        let owner =
+            database_of(state_dir).and_then(|database| fs::metadata(database).ok()).map(|meta| meta.uid());
         if meta.uid() != own_user() && owner != Some(meta.uid()) {
             return refused(
                 "it belongs neither to this process's user nor to the database's owner: look at what is in it, then `chown` it or move it away",
             );
         }
         let others = meta.mode() & 0o022;
-        if others != 0 && !(others == 0o020 && group_owns_all(side, meta.gid())) {
+        if others != 0 && !(others == 0o020 && group_owns_all(state_dir, meta.gid())) {
             return refused(
                 "others may write to it: look at what is in it, then `chmod 700` it or move it away",
             );
         }
-        set_mode(&directory, side, 0o700)?;
+        set_mode(&directory, state_dir, 0o700)?;
     }
     Ok(())
 }
@@ -78,10 +75,10 @@ pub(crate) fn make_directory(path: &Path) -> Result<()> {
 
 /// Whether a directory is below a database's, and not that itself.
 fn below(path: &Path) -> bool {
-    let sides = |path: &Path| {
+    let ours = |path: &Path| {
         path.file_name().is_some_and(|name| name.as_encoded_bytes().ends_with(SUFFIX.as_bytes()))
     };
-    !sides(path) && path.ancestors().any(sides)
+    !ours(path) && path.ancestors().any(ours)
 }
 
 /// False: there is something of this name.
@@ -99,7 +96,7 @@ fn new_directory(path: &Path) -> Result<bool> {
     Ok(true)
 }
 
-/// The database that a path below its side directory belongs to.
+/// The database that a path in its state directory belongs to.
 #[cfg(unix)]
 pub(super) fn database_of(path: &Path) -> Option<PathBuf> {
     use std::os::unix::ffi::OsStrExt;
@@ -109,13 +106,14 @@ pub(super) fn database_of(path: &Path) -> Option<PathBuf> {
     })
 }
 
-/// Whether the directory that the database is in is open to the same group: that can put another database there, and has nothing to gain. Orchestrators
-/// open a whole volume to a group of its own, again at each start.
+/// Whether the directory that the database is in is open to the same group. That group can put another
+/// database there, and has nothing to gain. Orchestrators open a whole volume to a group of its own,
+/// again at each start.
 #[cfg(unix)]
-fn group_owns_all(side: &Path, group: u32) -> bool {
+fn group_owns_all(state_dir: &Path, group: u32) -> bool {
     use std::os::unix::fs::MetadataExt;
     const STICKY: u32 = 0o1000;
-    fs::metadata(parent_of(side))
+    fs::metadata(parent_of(state_dir))
         .is_ok_and(|meta| meta.gid() == group && meta.mode() & (STICKY | 0o022) == 0o020)
 }
 

@@ -3,7 +3,6 @@
 use std::any::Any;
 use std::fmt;
 use std::ops::Deref;
-use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -13,6 +12,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::context::{NodeContext, RoleChange};
 use crate::error::{Error, Result};
+use crate::files::Paths;
 use crate::lock::lock;
 use crate::node::open_files::Claim;
 use crate::node::pool::{Lease, Pool};
@@ -33,7 +33,7 @@ const TASKS_LIMIT: Duration = Duration::from_secs(5);
 /// An open database of a node: its engine, its connections, and what ends with it.
 pub(crate) struct Database {
     pub(crate) node: Arc<NodeContext>,
-    pub(crate) path: PathBuf,
+    pub(crate) paths: Paths,
     pub(crate) pool: Pool,
     pub(crate) slot: Arc<EngineSlot>,
     pub(crate) writer: Arc<Writer>,
@@ -59,7 +59,7 @@ pub(crate) struct Database {
 
 impl fmt::Debug for Database {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Db").field("path", &self.path).finish_non_exhaustive()
+        f.debug_struct("Db").field("path", &self.paths.database()).finish_non_exhaustive()
     }
 }
 

@@ -5,18 +5,16 @@
 
 use std::ffi::OsString;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::{Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::error::{Error, Result};
-use crate::files::{self, Inode};
+use crate::files::{self, Inode, Paths};
 use crate::lock::lock;
 
 /// How long an opening waits for a handle of the same file that is being closed.
 const CLOSING_WAIT: Duration = Duration::from_secs(10);
-/// What SQLite puts beside a database file.
-const BESIDE: [&str; 3] = ["-wal", "-shm", "-journal"];
 
 static OPEN: Mutex<Vec<OpenFile>> = Mutex::new(Vec::new());
 static CHANGED: Condvar = Condvar::new();
@@ -26,7 +24,7 @@ static CHANGED: Condvar = Condvar::new();
 struct OpenFile {
     serial: u64,
     /// Without symbolic links.
-    path: PathBuf,
+    paths: Paths,
     /// Its directory and its name there.
     place: (Inode, OsString),
     /// The file, if it was there: it may be known by other names.
@@ -37,7 +35,8 @@ struct OpenFile {
 impl OpenFile {
     /// Whether a place or a file is this database. The file may have come or been replaced after the claim.
     fn is(&self, place: &(Inode, OsString), file: Option<Inode>) -> bool {
-        self.place == *place || file.is_some() && (file == self.file || file == Inode::at(&self.path))
+        self.place == *place
+            || file.is_some() && (file == self.file || file == Inode::at(self.paths.database()))
     }
 }
 
@@ -57,7 +56,7 @@ impl Claim {
             match open.iter().find(|entry| entry.is(&place, file)) {
                 None => {
                     let serial = open.iter().map(|entry| entry.serial).max().unwrap_or(0) + 1;
-                    open.push(OpenFile { serial, path: path.to_path_buf(), place, file, closing: false });
+                    open.push(OpenFile { serial, paths: Paths::new(path), place, file, closing: false });
                     return Ok(Claim(serial));
                 }
                 Some(entry) if entry.closing && !left.is_zero() => {}
@@ -89,19 +88,13 @@ impl Drop for Claim {
 pub(crate) fn belongs_to_open(path: &Path) -> Result<bool> {
     let place = place(path)?;
     let file = Inode::at(path);
-    let of = |entry: &OpenFile, suffix: &str| {
-        let mut beside = entry.path.clone().into_os_string();
-        beside.push(suffix);
-        PathBuf::from(beside)
-    };
     Ok(lock(&OPEN).iter().any(|entry| {
-        let beside = BESIDE.iter().any(|suffix| {
-            let theirs = of(entry, suffix);
+        let beside = entry.paths.beside().iter().any(|theirs| {
             let name = theirs.file_name().unwrap_or_default();
-            (entry.place.0 == place.0 && name == place.1) || (file.is_some() && file == Inode::at(&theirs))
+            (entry.place.0 == place.0 && name == place.1) || (file.is_some() && file == Inode::at(theirs))
         });
-        let side = of(entry, "-replite");
-        let inside = Inode::at(&side).is_some_and(|side| side == place.0) || path.starts_with(&side);
+        let directory = entry.paths.state_dir();
+        let inside = Inode::at(directory).is_some_and(|it| it == place.0) || path.starts_with(directory);
         entry.is(&place, file) || beside || inside
     }))
 }
@@ -166,8 +159,7 @@ mod tests {
     fn all_files_of_an_open_database_are_its_own() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.db");
-        let side = dir.path().join("a.db-replite");
-        fs::create_dir(&side).unwrap();
+        fs::create_dir(Paths::new(&path).state_dir()).unwrap();
         let claim = Claim::enter(&path).unwrap();
         for name in ["a.db", "a.db-wal", "a.db-shm", "a.db-journal", "a.db-replite/node"] {
             assert!(belongs_to_open(&dir.path().join(name)).unwrap(), "{name}");

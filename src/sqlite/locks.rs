@@ -15,6 +15,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
+use crate::files::Paths;
 use crate::lock::lock;
 use crate::sqlite::ffi::{Handle, Lock, Owner, Slot};
 
@@ -71,11 +72,9 @@ impl FileLocks {
         if !cfg!(all(target_os = "linux", target_pointer_width = "64")) {
             return Ok(None);
         }
-        let mut shm = path.as_os_str().to_owned();
-        shm.push("-shm");
         let open =
             |path: &Path| File::options().read(true).write(true).open(path).map_err(Error::io("open", path));
-        let files = Some([open(path)?, open(Path::new(&shm))?]);
+        let files = Some([open(path)?, open(&Paths::new(path).shm())?]);
         let locks = FileLocks {
             files,
             path: path.to_path_buf(),

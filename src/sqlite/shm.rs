@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicU16, AtomicU32, Ordering, fence};
 use std::sync::{PoisonError, RwLock};
 
 use crate::error::{Error, Result};
+use crate::files::Paths;
 use crate::sqlite::ffi::Handle;
 use crate::wal::{
     ATTEMPTED_OFFSET, BACKFILLED_OFFSET, INDEX_HEAD_BYTES, INDEX_HEADER_BYTES, IndexHeader,
@@ -17,9 +18,7 @@ const CURE: &str = "is SQLite's wal-index, with no data of its own: close all co
 
 /// The file of a database's wal-index.
 fn shm_path(handle: &Handle) -> std::path::PathBuf {
-    let mut path = handle.path().as_os_str().to_owned();
-    path.push("-shm");
-    path.into()
+    Paths::new(handle.path()).shm()
 }
 
 /// The regions of a database's wal-index that were mapped so far.

@@ -81,7 +81,7 @@ fn path(node: &Node<Router>) -> PathBuf {
     node.db().path().to_path_buf()
 }
 
-fn side(path: &Path) -> PathBuf {
+fn state_dir(path: &Path) -> PathBuf {
     PathBuf::from(format!("{}-replite", path.display()))
 }
 
@@ -121,7 +121,7 @@ async fn an_idle_primary_vouches_for_a_state_that_is_its_own() {
     let cluster = cluster().await;
     let (primary, replica) = (cluster.node(0), cluster.node(1));
     let path = path(replica);
-    let (log, copy) = (side(&path).join("log"), side(&path).join("copy"));
+    let (log, copy) = (state_dir(&path).join("log"), state_dir(&path).join("copy"));
     replica.kill().await;
     fs::create_dir(&copy).unwrap();
     for entry in fs::read_dir(&log).unwrap() {
@@ -158,7 +158,7 @@ async fn an_idle_primary_vouches_for_a_state_that_is_its_own() {
     cluster.shutdown().await;
 }
 
-/// A primary whose side files are gone begins again at epoch 1. Its replica, which knew another
+/// A primary whose state directory is gone begins again at epoch 1. Its replica, which knew another
 /// epoch 1, took the tokens of the new one for lost, and answered without what was written.
 #[tokio::test]
 async fn tokens_of_a_primary_that_began_again_are_not_taken_for_lost() {
@@ -171,7 +171,7 @@ async fn tokens_of_a_primary_that_began_again_are_not_taken_for_lost() {
     within("the break", roles.wait_for(|state| state.primary.is_none())).await.unwrap();
     let path = path(primary);
     primary.kill().await;
-    fs::remove_dir_all(side(&path)).unwrap();
+    fs::remove_dir_all(state_dir(&path)).unwrap();
     primary.start().await.unwrap();
     let token = post(primary, "two").await;
     let (epoch, known) = (primary.db().position().unwrap().epoch(), replica.db().position().unwrap().epoch());

@@ -25,7 +25,7 @@ impl Pair {
         self.dir.path().join("r.db")
     }
 
-    fn side(&self, of: &str, file: &str) -> PathBuf {
+    fn state_file(&self, of: &str, file: &str) -> PathBuf {
         self.dir.path().join(format!("{of}.db-replite")).join(file)
     }
 
@@ -91,7 +91,7 @@ async fn a_torn_log_is_cut_and_both_sides_go_on() {
     for of in ["p", "r"] {
         for cut in [1u64, 100, 5000] {
             pair.run(10).await;
-            let segment = newest_segment(&pair.side(of, "log"));
+            let segment = newest_segment(&pair.state_file(of, "log"));
             let file = fs::OpenOptions::new().write(true).open(&segment).unwrap();
             let length = file.metadata().unwrap().len();
             assert!(length > cut, "{length} bytes are less than what is cut");
@@ -102,14 +102,14 @@ async fn a_torn_log_is_cut_and_both_sides_go_on() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn missing_cut_and_flipped_side_files_are_survived_or_told() {
+async fn missing_cut_and_flipped_state_files_are_survived_or_told() {
     let pair = Pair::new();
     for of in ["p", "r"] {
         for file in ["anchors", "epochs"] {
             for harm in 0..3 {
                 pair.run(5).await;
                 let before = rows(&pair.p());
-                let path = pair.side(of, file);
+                let path = pair.state_file(of, file);
                 match harm {
                     0 => fs::remove_file(&path).unwrap(),
                     1 => fs::write(&path, &fs::read(&path).unwrap()[..20]).unwrap(),
@@ -123,10 +123,10 @@ async fn missing_cut_and_flipped_side_files_are_survived_or_told() {
                 assert_eq!(rows(&pair.p()), before + 3, "{of} {file} {harm}: rows are missing");
             }
         }
-        let log = pair.side(of, "log");
+        let log = pair.state_file(of, "log");
         fs::remove_dir_all(&log).unwrap();
         pair.check().await;
-        let node = pair.side(of, "node");
+        let node = pair.state_file(of, "node");
         let whole = fs::read(&node).unwrap();
         fs::write(&node, &whole[..30]).unwrap();
         let config =
@@ -149,7 +149,7 @@ async fn a_primary_without_its_epochs_serves_its_replicas_before_its_next_commit
     for corrupt in [true, false] {
         let pair = Pair::new();
         pair.run(20).await;
-        let epochs = pair.side("p", "epochs");
+        let epochs = pair.state_file("p", "epochs");
         if corrupt {
             fs::write(&epochs, b"no epochs").unwrap();
         } else {
@@ -262,7 +262,7 @@ async fn what_a_replica_had_of_its_own_is_kept_aside() {
 async fn a_primary_restored_from_an_old_copy_does_not_pass_for_the_old_history() {
     let pair = Pair::new();
     pair.run(5).await;
-    let copies = [pair.p(), pair.side("p", "anchors"), pair.side("p", "epochs"), {
+    let copies = [pair.p(), pair.state_file("p", "anchors"), pair.state_file("p", "epochs"), {
         let mut wal = pair.p().into_os_string();
         wal.push("-wal");
         wal.into()
@@ -274,7 +274,7 @@ async fn a_primary_restored_from_an_old_copy_does_not_pass_for_the_old_history()
     for (path, bytes) in copies.iter().zip(saved) {
         fs::write(path, bytes).unwrap();
     }
-    fs::remove_dir_all(pair.side("p", "log")).unwrap();
+    fs::remove_dir_all(pair.state_file("p", "log")).unwrap();
     let (p, r) = (pair.primary().await, pair.replica().await);
     // Until the replica has heard of it, what this primary commits is no part of the history that
     // the replica knows.
@@ -284,6 +284,6 @@ async fn a_primary_restored_from_an_old_copy_does_not_pass_for_the_old_history()
     p.shutdown().await;
     r.shutdown().await;
     assert_eq!(rows(&pair.r()), 8, "the primary decides");
-    let lost = fs::read_dir(pair.side("r", "lost")).unwrap().count();
+    let lost = fs::read_dir(pair.state_file("r", "lost")).unwrap().count();
     assert_eq!(lost, 1, "what the replica had beyond it is kept");
 }

@@ -18,7 +18,7 @@ fn chmod(path: &Path, mode: u32) {
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).unwrap();
 }
 
-fn side(database: &Path) -> PathBuf {
+fn state_dir(database: &Path) -> PathBuf {
     let mut name = database.as_os_str().to_owned();
     name.push("-replite");
     name.into()
@@ -34,7 +34,7 @@ fn usual_mask() {
 fn all_private(database: &Path, least: &[&str]) {
     let allowed = mode(database) & 0o666;
     let mut seen = Vec::new();
-    let mut todo = vec![side(database)];
+    let mut todo = vec![state_dir(database)];
     while let Some(directory) = todo.pop() {
         assert_eq!(mode(&directory), 0o700, "{}", directory.display());
         for entry in fs::read_dir(&directory).unwrap() {
@@ -43,7 +43,7 @@ fn all_private(database: &Path, least: &[&str]) {
                 todo.push(path);
             } else {
                 assert_eq!(mode(&path) & !allowed, 0, "{} is {:o}", path.display(), mode(&path));
-                seen.push(path.strip_prefix(side(database)).unwrap().to_str().unwrap().to_string());
+                seen.push(path.strip_prefix(state_dir(database)).unwrap().to_str().unwrap().to_string());
             }
         }
     }
@@ -102,9 +102,9 @@ async fn what_lies_beside_a_database_is_no_more_open_than_the_database() {
     db.shutdown().await;
     follower.shutdown().await;
     // As an earlier version left it.
-    chmod(&side(&r), 0o755);
+    chmod(&state_dir(&r), 0o755);
     let follower = open().await.unwrap();
-    assert_eq!(mode(&side(&r)), 0o700);
+    assert_eq!(mode(&state_dir(&r)), 0o700);
     follower.shutdown().await;
 }
 
@@ -129,8 +129,8 @@ async fn a_replicas_file_gets_the_mode_that_is_asked_for() {
 
 async fn refused(path: &Path) -> &'static str {
     match Db::open(primary(path, 0)).await {
-        Err(Error::Unsupported { path: named, reason: Unsupported::SideDirectory(why) }) => {
-            assert_eq!(named.file_name(), side(path).file_name());
+        Err(Error::Unsupported { path: named, reason: Unsupported::StateDirectory(why) }) => {
+            assert_eq!(named.file_name(), state_dir(path).file_name());
             why
         }
         other => panic!("{other:?}"),
@@ -145,40 +145,40 @@ async fn a_directory_that_somebody_prepared_is_refused_and_no_link_in_one_is_fol
     usual_mask();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("p.db");
-    let (victim, side) = (dir.path().join("victim"), side(&path));
+    let (victim, state_dir) = (dir.path().join("victim"), state_dir(&path));
     fs::write(&victim, "precious").unwrap();
     let prepare = || {
-        fs::create_dir(&side).unwrap();
+        fs::create_dir(&state_dir).unwrap();
         for name in ["epochs.new", "node.new"] {
-            symlink(&victim, side.join(name)).unwrap();
+            symlink(&victim, state_dir.join(name)).unwrap();
         }
-        fs::create_dir(side.join("log")).unwrap();
-        symlink(&victim, side.join("log").join(format!("{:016x}.log", 0))).unwrap();
+        fs::create_dir(state_dir.join("log")).unwrap();
+        symlink(&victim, state_dir.join("log").join(format!("{:016x}.log", 0))).unwrap();
     };
     prepare();
-    chmod(&side, 0o777);
+    chmod(&state_dir, 0o777);
     assert!(refused(&path).await.contains("chmod 700"));
     assert!(!path.exists(), "nothing was made");
     if rustix::process::geteuid().is_root() {
-        chmod(&side, 0o755);
-        std::os::unix::fs::chown(&side, Some(4321), None).unwrap();
+        chmod(&state_dir, 0o755);
+        std::os::unix::fs::chown(&state_dir, Some(4321), None).unwrap();
         assert!(refused(&path).await.contains("belongs neither"));
-        std::os::unix::fs::chown(&side, Some(0), None).unwrap();
+        std::os::unix::fs::chown(&state_dir, Some(0), None).unwrap();
     }
     // Ours, with links in it.
-    chmod(&side, 0o700);
+    chmod(&state_dir, 0o700);
     let opened = Db::open(primary(&path, 0)).await;
     assert!(
         matches!(&opened, Err(Error::Io { source, .. }) if source.to_string().contains("symbolic link")),
         "{opened:?}"
     );
-    fs::remove_file(side.join("log").join(format!("{:016x}.log", 0))).unwrap();
+    fs::remove_file(state_dir.join("log").join(format!("{:016x}.log", 0))).unwrap();
     let db = Db::open(primary(&path, 0)).await.unwrap();
     insert(&db, "a", 1).await;
     db.shutdown().await;
     drop(db);
-    fs::rename(&side, dir.path().join("elsewhere")).unwrap();
-    symlink(dir.path().join("elsewhere"), &side).unwrap();
+    fs::rename(&state_dir, dir.path().join("elsewhere")).unwrap();
+    symlink(dir.path().join("elsewhere"), &state_dir).unwrap();
     assert!(refused(&path).await.contains("symbolic link"));
     assert_eq!(fs::read(&victim).unwrap(), b"precious");
 }

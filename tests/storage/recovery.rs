@@ -83,9 +83,9 @@ fn take_over(from: &Path, to: &Path) {
     for end in ["db", "db-wal"] {
         fs::copy(from.with_extension(end), to.with_extension(end)).unwrap();
     }
-    let side = to.with_extension("db-replite");
-    let _ = fs::remove_dir_all(&side);
-    copy_tree(&from.with_extension("db-replite"), &side);
+    let state_dir = to.with_extension("db-replite");
+    let _ = fs::remove_dir_all(&state_dir);
+    copy_tree(&from.with_extension("db-replite"), &state_dir);
 }
 
 fn marker(path: &Path) -> PathBuf {

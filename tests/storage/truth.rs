@@ -46,7 +46,7 @@ enum Restored {
     OldCopy,
 }
 
-/// A backup is put in the place of the primary's closed database, and its directory of side files
+/// A backup is put in the place of the primary's closed database, and its state directory
 /// stays: the state of the backup is history from then on, as documented, and nothing that was
 /// acknowledged since is gone without a trace.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

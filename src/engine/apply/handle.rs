@@ -43,7 +43,7 @@ pub(crate) struct ReplicaEngine {
 impl ReplicaEngine {
     /// Opens what is there and starts the apply thread. Blocks.
     pub(crate) fn open(options: EngineOptions, node: Arc<NodeContext>) -> Result<ReplicaEngine> {
-        files::make(&options.side)?;
+        files::make_state_dir(options.paths.state_dir())?;
         ReplicaEngine::begin(|shared, commands| Apply::open(options, node, shared, commands))
     }
 

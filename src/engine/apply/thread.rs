@@ -77,7 +77,7 @@ impl Apply {
     ) -> Result<Apply> {
         let mut apply = Apply::new(options, node, shared, commands);
         // A fill that was begun knows how large the primary's pages are.
-        let size = incoming::page_size(&apply.options.side);
+        let size = incoming::page_size(&apply.options.paths);
         apply.open_path(size)?;
         // Before the application's own connections are there.
         if let (State::Empty(_), Some(size)) = (&apply.state, size)
@@ -130,7 +130,7 @@ impl Apply {
         let (options, node) = (opened.database.options.clone(), opened.database.node.clone());
         let Some((database, handle, history)) = opened.hand_on() else { return Err(Error::ShutDown) };
         // What its WAL has from now on came from a primary.
-        write_epochs(&options.side, &history, false)?;
+        write_epochs(&options.paths, &history, false)?;
         let mut apply = Apply::new(options, node, shared, commands);
         apply.history = history;
         apply.state = State::Known(apply.own(database, handle)?);
@@ -212,7 +212,8 @@ impl Apply {
     /// Until it works: connections that somebody here or elsewhere still has to the old files may be in the way.
     fn open_anew(&mut self) {
         self.node.renew_files();
-        let opened = files::make(&self.options.side).and_then(|()| self.open_path(None));
+        let opened =
+            files::make_state_dir(self.options.paths.state_dir()).and_then(|()| self.open_path(None));
         self.node.set_astray(false);
         self.reopen = opened.is_err();
         let problem = opened.err().map(|error| format!("what is at the path now can't be opened: {error}"));
@@ -330,15 +331,15 @@ impl Apply {
         self.wants = Some(wants);
         // What is to be filled anew is nothing to go on from.
         let position = self.state.content().filter(|_| !self.refill).map(|live| live.position());
-        let side = &self.options.side;
+        let paths = &self.options.paths;
         let standing = ReplicaStanding {
             position,
             history: Arc::new(self.history.clone()),
-            resume: incoming::progress(side).map(|p| (p.first, p.next)),
+            resume: incoming::progress(paths).map(|p| (p.first, p.next)),
             suspect: match position {
                 Some(_) => self.suspect != Suspect::No,
                 // Pages that an earlier comparison brought.
-                None => incoming::held_size(side).is_some(),
+                None => incoming::held_size(paths).is_some(),
             },
             marks: if position.is_some() { self.marks() } else { Vec::new() },
         };
@@ -360,7 +361,7 @@ impl Apply {
                     if self.below().is_some() {
                         return Err(StreamError::garbled("a snapshot over a live database"));
                     }
-                    self.incoming = Some(IncomingState::begin(&self.options.side, begin)?);
+                    self.incoming = Some(IncomingState::begin(&self.options.paths, begin)?);
                 }
                 Message::HealBegin(begin) => self.heal(begin)?,
                 Message::Sums { first, span, sums } => {
@@ -446,7 +447,7 @@ impl Apply {
         if !self.state.known().is_some_and(ours) {
             self.next_history = Some(history);
         } else if history != self.history {
-            write_epochs(&self.options.side, &history, false)?;
+            write_epochs(&self.options.paths, &history, false)?;
             self.history = history.clone();
             self.node.applied.replace(history, self.node.applied.position());
         }
@@ -471,7 +472,7 @@ impl Apply {
                 self.node.tell(Event::SnapshotFinished(position));
             }
         }
-        incoming::discard(&self.options.side)?;
+        incoming::discard(&self.options.paths)?;
         Ok(())
     }
 }

@@ -124,7 +124,7 @@ mod tests {
     #[cfg(target_os = "linux")]
     fn break_wal(path: &std::path::Path) {
         use std::os::fd::AsRawFd;
-        let wal = crate::engine::file::wal_file::WalFile::path_of(path);
+        let wal = crate::files::Paths::new(path).wal();
         let null = std::fs::File::open("/dev/null").unwrap();
         let mut broken = 0;
         for entry in std::fs::read_dir("/proc/self/fd").unwrap().flatten() {
@@ -144,7 +144,7 @@ mod tests {
         let home = Home::new();
         let mut options = home.options("p.db");
         options.durability = Durability::Unsynced;
-        let path = std::fs::canonicalize(options.path.parent().unwrap()).unwrap().join("p.db");
+        let path = std::fs::canonicalize(options.paths.database().parent().unwrap()).unwrap().join("p.db");
         let engine = crate::engine::PrimaryEngine::open(options, node()).unwrap();
         let syncer = engine.syncer.clone();
         let number = engine.captured().unwrap().number() + 1;

@@ -71,7 +71,7 @@ impl PrimaryEngine {
     ) -> Result<PrimaryEngine> {
         let base = Term::new(base);
         base.when_lost(|database, error| database.node.fail(error));
-        if let Some(found) = doubt::text(&base.options.side) {
+        if let Some(found) = doubt::text(&base.options.paths) {
             base.node.set_problem(Part::Pages, Some(found));
         }
         let tip = base.tip();

@@ -39,11 +39,11 @@ pub(crate) struct Opening {
 impl Opening {
     /// Opens (and creates) the database, finds the position, and makes good from the log what the WAL lost. Blocks.
     pub(crate) fn begin(options: EngineOptions, node: Arc<NodeContext>) -> Result<Opening> {
-        files::make(&options.side)?;
-        let may_miss = unsynced_marker::may_be_lost(&options.side)?;
+        files::make_state_dir(options.paths.state_dir())?;
+        let may_miss = unsynced_marker::may_be_lost(&options.paths)?;
         let opened = recover::open(options.clone(), node.clone(), true)?;
         let known = opened.is_known();
-        let mut opened = opened.judge(unsynced_marker::was_open(&options.side))?;
+        let mut opened = opened.judge(unsynced_marker::was_open(&options.paths))?;
         if !opened.exact {
             opened.become_history(known)?;
         }
@@ -155,14 +155,14 @@ fn begin(
     if let Some(above) = above {
         *history = history.up_to(tip.position);
         open_epoch(history, above, tip.position).map_err(|error| error.of_files(base.path()))?;
-        write_epochs(&options.side, history, true)?;
+        write_epochs(&options.paths, history, true)?;
     }
     recover::anchor(base, handle)?;
     // The anchor's WAL is synced; what comes now may not be.
     if options.durability.ships_unsynced() {
-        unsynced_marker::begin(&options.side)?;
+        unsynced_marker::begin(&options.paths)?;
     } else {
-        unsynced_marker::end(&options.side)?;
+        unsynced_marker::end(&options.paths)?;
     }
     // Another process that stayed in the database may have copied everything back while nobody minded.
     if let Err(error) = keep_from_others(base, handle) {

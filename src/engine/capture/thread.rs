@@ -174,7 +174,7 @@ impl CaptureLoop {
         self.base.expect_as_left()?;
         let file = self.base.left_behind(&mut self.capture.handle)?;
         self.base.write_anchor(&self.capture.tip, file, true)?;
-        unsynced_marker::end(&self.base.options.side)
+        unsynced_marker::end(&self.base.options.paths)
     }
 
     fn obey(&mut self, command: CaptureCommand) -> Result<()> {
@@ -254,7 +254,7 @@ impl CaptureLoop {
             let mut history = (*self.capture.history).clone();
             open_epoch(&mut history, above, self.capture.tip.position)
                 .map_err(|error| error.of_peer("a replica"))?;
-            write_epochs(&self.base.options.side, &history, true)?;
+            write_epochs(&self.base.options.paths, &history, true)?;
             self.base.node.applied.lead(history.clone(), self.capture.tip.position);
             self.base.node.change_role(RoleChange::Epoch(history.epoch()));
             self.capture.history = Arc::new(history);

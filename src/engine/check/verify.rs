@@ -85,7 +85,7 @@ fn verify(base: &Term, mut handle: Handle, limit: Option<NonZeroU64>) -> Result<
         elapsed: Duration::ZERO,
     };
     if verification.holds() {
-        doubt::end(&base.options.side);
+        doubt::end(&base.options.paths);
     } else {
         let named = name_bad_pages(base, &mut handle, &tip, found);
         (verification.bad_pages, verification.all_named) = match named {
@@ -96,7 +96,7 @@ fn verify(base: &Term, mut handle: Handle, limit: Option<NonZeroU64>) -> Result<
             }
             Ok(named) => named,
         };
-        doubt::begin(&base.options.side, &verification.problem());
+        doubt::begin(&base.options.paths, &verification.problem());
     }
     (verification.finished, verification.elapsed) = (SystemTime::now(), begun.elapsed());
     Ok(verification)

@@ -94,16 +94,16 @@ impl Checkpointer {
 
     /// Has a reserve for the day when the disk is full. Whether one can be made tells whether it is.
     fn keep_reserve(&self, last: &mut Option<Instant>) {
-        let (node, side) = (&self.base.node, &self.base.options.side);
+        let (node, directory) = (&self.base.node, self.base.options.paths.state_dir());
         if last.is_some_and(|last| last.elapsed() < ROOM_LOOK) || self.base.check().is_err() {
             return;
         }
         let first = last.replace(Instant::now()).is_none();
         // At first in any case: who opened us may have found no room.
-        if !first && reserve::is_there(side) && !node.has_problem(Part::Room) {
+        if !first && reserve::is_there(directory) && !node.has_problem(Part::Room) {
             return;
         }
-        match reserve::make(side) {
+        match reserve::make(directory) {
             Ok(()) => node.set_problem(Part::Room, None),
             Err(error) if error.no_room() => node.no_room(error),
             Err(error) => tracing::debug!(%error, "no reserve can be made"),

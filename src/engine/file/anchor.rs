@@ -1,25 +1,31 @@
 //! Anchors: which position a frame of the WAL stands for, kept beside the database.
 //!
-//! `<side>/anchors` has two slots of 256 bytes, at 0 and 4096, written in turn, so that a torn write leaves the
-//! other. `<side>/epochs` holds the epoch history and is replaced by rename.
+//! `<state directory>/anchors` has two slots of 256 bytes, at 0 and 4096, written in turn, so that a torn write leaves the
+//! other. `<state directory>/epochs` holds the epoch history and is replaced by rename.
 
 use std::fs::File;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use crate::engine::file::witnesses::CopyTag;
 use crate::engine::file::witnesses::Witness;
 use crate::engine::file::witnesses::Witnesses;
 use crate::error::{Error, Result};
-use crate::files::{read_exact_at, sync_directory, write_all_at};
+use crate::files::sealed::{CHECK_BYTES, HEAD_BYTES, Sealed, Unsealed};
+use crate::files::{Paths, read_exact_at, sync_directory, write_all_at};
 use crate::txid::Position;
 use crate::wal::{Salts, WalSum, le_u32};
 
-const MAGIC: [u8; 8] = *b"repanchr";
-const VERSION: u32 = 1;
 const SLOT_BYTES: usize = 256;
+/// A slot is a sealed file in the file.
+const SLOT: Sealed = Sealed {
+    magic: *b"repanchr",
+    version: 1,
+    max_bytes: SLOT_BYTES as u64,
+    cure: "says what the database file is; the other slot counts",
+};
 /// The slots lie in different sectors and pages of any disk.
 const SLOT_OFFSETS: [u64; 2] = [0, 4096];
-const CHECK_AT: usize = SLOT_BYTES - 16;
+const CHECK_AT: usize = SLOT_BYTES - CHECK_BYTES;
 const WITNESSES_AT: usize = 144;
 const _: () = assert!(WITNESSES_AT + Witnesses::MAX * Witness::BYTES <= CHECK_AT);
 
@@ -57,8 +63,6 @@ const AHEAD: u32 = 2;
 impl Anchor {
     fn encode(&self, sequence: u64) -> [u8; SLOT_BYTES] {
         let mut b = [0; SLOT_BYTES];
-        b[0..8].copy_from_slice(&MAGIC);
-        b[8..12].copy_from_slice(&VERSION.to_le_bytes());
         b[12..16].copy_from_slice(&self.frame.to_le_bytes());
         b[16..24].copy_from_slice(&sequence.to_le_bytes());
         b[24..32].copy_from_slice(&self.generation.to_le_bytes());
@@ -87,18 +91,17 @@ impl Anchor {
                 }
             }
         }
-        let check = blake3::hash(&b[..CHECK_AT]);
-        b[CHECK_AT..].copy_from_slice(&check.as_bytes()[..16]);
+        let sealed = SLOT.seal(&b[HEAD_BYTES..CHECK_AT]);
+        b.copy_from_slice(&sealed);
         b
     }
 
     fn decode(b: &[u8; SLOT_BYTES]) -> Result<Option<(u64, Anchor)>, u32> {
-        if b[0..8] != MAGIC || blake3::hash(&b[..CHECK_AT]).as_bytes()[..16] != b[CHECK_AT..] {
-            return Ok(None);
-        }
-        let version = le_u32(&b[8..12]);
-        if version > VERSION {
-            return Err(version);
+        match SLOT.open(b) {
+            Ok(_) => {}
+            // As a rule a torn write, or none yet.
+            Err(Unsealed::Damaged(_)) => return Ok(None),
+            Err(Unsealed::Newer(version)) => return Err(version),
         }
         let long =
             |at: usize| u64::from(le_u32(&b[at..at + 4])) | u64::from(le_u32(&b[at + 4..at + 8])) << 32;
@@ -152,11 +155,11 @@ pub(crate) struct Anchors {
 
 impl Anchors {
     /// Opens the file, or makes an empty one.
-    pub(crate) fn open(side: &Path) -> Result<Anchors> {
-        let path = side.join("anchors");
+    pub(crate) fn open(paths: &Paths) -> Result<Anchors> {
+        let path = paths.anchors();
         let (file, created) = crate::files::open_or_create(&path)?;
         if created {
-            sync_directory(side)?;
+            sync_directory(paths.state_dir())?;
         }
         let bytes = file.metadata().map_err(Error::io("stat", &path))?.len();
         let mut slots = [None; 2];
@@ -167,7 +170,7 @@ impl Anchors {
                 *slot = Anchor::decode(&bytes).map_err(|found| Error::Newer {
                     path: path.clone(),
                     found,
-                    supported: VERSION,
+                    supported: SLOT.version,
                 })?;
             }
         }
@@ -239,6 +242,7 @@ mod tests {
     use crate::checksum::{Checksum, PageHash};
     use crate::engine::file::modified::modified_of;
     use crate::engine::file::modified::stamp;
+    use crate::hex::{hex, unhex_lossy};
     use crate::page::PageNo;
     use crate::txid::{Epoch, Txid};
 
@@ -256,26 +260,47 @@ mod tests {
         }
     }
 
+    /// A slot up to its last field that is not zero, and its hash.
+    const FIELDS: &str = concat!(
+        "726570616e63687201000000010000000100000000000000030000000000000001020304050607080a0000000b00",
+        "0000020000000000000009000000000000004d00000000000000050000000000000000000000000000000c000000",
+        "00000000fbffffffffffffff020000000000000009000000000000004d000000000000000500000000000000",
+    );
+    const CHECK: &str = "634175a7044741a818f627f251da5fc9";
+
+    #[test]
+    fn a_slots_bytes_stay_what_they_are() {
+        let mut bytes = anchor(1).encode(1);
+        let (fields, check) = (hex(&bytes[..FIELDS.len() / 2]), hex(&bytes[CHECK_AT..]));
+        assert_eq!((fields.as_str(), check.as_str()), (FIELDS, CHECK));
+        assert!(bytes[FIELDS.len() / 2..CHECK_AT].iter().all(|byte| *byte == 0));
+        bytes.fill(0);
+        bytes[..FIELDS.len() / 2].copy_from_slice(&unhex_lossy(FIELDS));
+        bytes[CHECK_AT..].copy_from_slice(&unhex_lossy(CHECK));
+        assert_eq!(Anchor::decode(&bytes), Ok(Some((1, anchor(1)))));
+    }
+
     #[test]
     fn a_torn_slot_leaves_the_other() {
         let dir = tempfile::tempdir().unwrap();
-        let mut anchors = Anchors::open(dir.path()).unwrap();
+        let paths = Paths::fresh(dir.path());
+        let mut anchors = Anchors::open(&paths).unwrap();
         assert!(anchors.newest_first().is_empty());
         for frame in 1..=3 {
             anchors.write(anchor(frame), true).unwrap();
         }
-        let again = Anchors::open(dir.path()).unwrap();
+        let again = Anchors::open(&paths).unwrap();
         assert_eq!(again.newest_first(), vec![anchor(3), anchor(2)]);
         // Frame 3 went over frame 1, into the first slot.
         for at in 0..SLOT_BYTES {
-            let path = dir.path().join("anchors");
+            let path = paths.anchors();
             let whole = fs::read(&path).unwrap();
             let mut torn = whole.clone();
             torn[at] ^= 0x40;
             fs::write(&path, &torn).unwrap();
-            assert_eq!(Anchors::open(dir.path()).unwrap().newest_first(), vec![anchor(2)], "byte {at}");
+            assert_eq!(Anchors::open(&paths).unwrap().newest_first(), vec![anchor(2)], "byte {at}");
             fs::write(&path, &whole[..at]).unwrap();
-            assert!(Anchors::open(dir.path()).unwrap().newest_first().is_empty());
+            assert!(Anchors::open(&paths).unwrap().newest_first().is_empty());
             fs::write(&path, &whole).unwrap();
         }
     }
@@ -283,14 +308,15 @@ mod tests {
     #[test]
     fn who_was_copying_and_which_pages_were_missing_comes_back() {
         let dir = tempfile::tempdir().unwrap();
-        let mut anchors = Anchors::open(dir.path()).unwrap();
+        let paths = Paths::fresh(dir.path());
+        let mut anchors = Anchors::open(&paths).unwrap();
         let number = |n| PageNo::new(n).unwrap();
         let all = (1..=20).map(|n| Witness::new(number(n), PageHash::of(number(n), &[n as u8; 512])));
         for count in [0, 1, Witnesses::MAX, Witnesses::MAX + 5] {
             let witnesses: Witnesses = all.clone().take(count).collect();
             let written = Anchor { file: FileState::Backfilling(witnesses), ..anchor(1) };
             anchors.write(written, true).unwrap();
-            assert_eq!(Anchors::open(dir.path()).unwrap().newest_first()[0], written);
+            assert_eq!(Anchors::open(&paths).unwrap().newest_first()[0], written);
             assert_eq!(
                 witnesses.iter().collect::<Vec<_>>(),
                 all.clone().take(count.min(8)).collect::<Vec<_>>()
@@ -311,17 +337,15 @@ mod tests {
             file.as_file().write_all(b"more").unwrap();
             assert_ne!(now(), stamped);
         }
-        assert!(stamp(Path::new("/nowhere"), None).unwrap().is_none());
+        assert!(stamp(std::path::Path::new("/nowhere"), None).unwrap().is_none());
     }
 
     #[test]
     fn a_newer_file_is_refused() {
         let dir = tempfile::tempdir().unwrap();
-        let mut bytes = anchor(1).encode(1);
-        bytes[8] = 2;
-        let check = blake3::hash(&bytes[..CHECK_AT]);
-        bytes[CHECK_AT..].copy_from_slice(&check.as_bytes()[..16]);
-        fs::write(dir.path().join("anchors"), bytes).unwrap();
-        assert!(matches!(Anchors::open(dir.path()), Err(Error::Newer { found: 2, .. })));
+        let paths = Paths::fresh(dir.path());
+        let bytes = Sealed { version: 2, ..SLOT }.seal(&anchor(1).encode(1)[HEAD_BYTES..CHECK_AT]);
+        fs::write(paths.anchors(), bytes).unwrap();
+        assert!(matches!(Anchors::open(&paths), Err(Error::Newer { found: 2, .. })));
     }
 }

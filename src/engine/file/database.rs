@@ -1,6 +1,6 @@
 //! What the threads of one open database share: the wal-index, the WAL, the tip, and how a page is read as of a frame.
 
-use std::path::PathBuf;
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, TryLockError};
 use std::time::{Duration, Instant};
@@ -290,7 +290,7 @@ impl OpenDatabase {
     pub(in crate::engine) fn mend_locks(&self, handle: &mut Handle) -> Result<()> {
         let Some(locks) = &self.locks else { return Ok(()) };
         if locks.mend(handle)? {
-            let (database, times) = (self.options.path.clone(), locks.losses());
+            let (database, times) = (self.options.paths.database().to_path_buf(), locks.losses());
             tracing::error!(
                 database = %database.display(), times,
                 "locks were dropped and are taken again: something in this process opened and closed the database by other means than SQLite; use `Db::snapshot_to` for copies"
@@ -371,7 +371,7 @@ impl OpenDatabase {
     pub(in crate::engine) fn sync_wal(&self) -> Result<()> {
         let synced = self.wal.sync();
         if synced.is_err() && self.options.durability.ships_unsynced() {
-            unsynced_marker::doubt(&self.options.side);
+            unsynced_marker::doubt(&self.options.paths);
         }
         synced
     }
@@ -435,8 +435,8 @@ impl OpenDatabase {
         }
     }
 
-    pub(in crate::engine) fn path(&self) -> &PathBuf {
-        &self.options.path
+    pub(in crate::engine) fn path(&self) -> &Path {
+        self.options.paths.database()
     }
 }
 

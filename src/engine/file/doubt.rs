@@ -1,26 +1,25 @@
-//! That a verification failed, kept over restarts: the pages of a node are not what its position says until they are healed, or verified.
+//! That a verification failed, kept over restarts. Until they are healed or verified, the pages of a
+//! node are not what its position says.
 //!
-//! `<side>/doubt` is there meanwhile. What is in it is for people: what was found.
+//! `<state directory>/doubt` is there meanwhile. What is in it is for people: what was found.
 
 use std::io::Read;
-use std::path::Path;
 
-use crate::files::{self, replace_file};
+use crate::files::{self, Paths, replace_file};
 
-const NAME: &str = "doubt";
 /// The most bytes of the text that are read.
 const TEXT_MAX_BYTES: u64 = 4096;
 
 /// From now on there is a doubt, also after a restart.
-pub(in crate::engine) fn begin(directory: &Path, text: &str) {
-    if let Err(error) = replace_file(directory, NAME, text.as_bytes()) {
+pub(in crate::engine) fn begin(paths: &Paths, text: &str) {
+    if let Err(error) = replace_file(&paths.doubt(), text.as_bytes()) {
         tracing::warn!(%error, "that the pages are in doubt is forgotten with a restart");
     }
 }
 
 /// What was found, if there is a doubt.
-pub(in crate::engine) fn text(directory: &Path) -> Option<String> {
-    let file = files::open(&directory.join(NAME));
+pub(in crate::engine) fn text(paths: &Paths) -> Option<String> {
+    let file = files::open(&paths.doubt());
     if matches!(&file, Err(error) if error.kind() == std::io::ErrorKind::NotFound) {
         return None;
     }
@@ -31,9 +30,9 @@ pub(in crate::engine) fn text(directory: &Path) -> Option<String> {
 }
 
 /// The pages are what the position says.
-pub(in crate::engine) fn end(directory: &Path) {
+pub(in crate::engine) fn end(paths: &Paths) {
     // Should it come back by a power cut, the pages are looked at once more.
-    if let Err(error) = files::remove(&directory.join(NAME)) {
+    if let Err(error) = files::remove(&paths.doubt()) {
         tracing::warn!(%error, "that the pages are in doubt could not be taken back");
     }
 }
@@ -45,16 +44,25 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_file_is_the_text_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::fresh(dir.path());
+        begin(&paths, "page 7 is bad");
+        assert_eq!(fs::read(paths.doubt()).unwrap(), b"page 7 is bad");
+    }
+
+    #[test]
     fn a_doubt_is_there_until_it_is_ended_whatever_its_file_says() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(text(dir.path()), None);
-        end(dir.path());
-        begin(dir.path(), "page 7\nis bad");
-        begin(dir.path(), "page 8\nis bad");
-        assert_eq!(text(dir.path()).unwrap(), "page 8is bad");
-        fs::write(dir.path().join(NAME), vec![0xff; 10_000]).unwrap();
-        assert!(text(dir.path()).unwrap().len() <= 3 * TEXT_MAX_BYTES as usize);
-        end(dir.path());
-        assert_eq!(text(dir.path()), None);
+        let paths = Paths::fresh(dir.path());
+        assert_eq!(text(&paths), None);
+        end(&paths);
+        begin(&paths, "page 7\nis bad");
+        begin(&paths, "page 8\nis bad");
+        assert_eq!(text(&paths).unwrap(), "page 8is bad");
+        fs::write(paths.doubt(), vec![0xff; 10_000]).unwrap();
+        assert!(text(&paths).unwrap().len() <= 3 * TEXT_MAX_BYTES as usize);
+        end(&paths);
+        assert_eq!(text(&paths), None);
     }
 }

@@ -1,17 +1,17 @@
 //! The epoch history of a database, kept beside it. It is replaced by rename.
 
-use std::io::Read;
-use std::path::Path;
-
-use crate::error::{Error, Result};
-use crate::files::{self, replace_file};
+use crate::error::Result;
+use crate::files::Paths;
+use crate::files::sealed::Sealed;
 use crate::txid::EpochHistory;
-use crate::wal::le_u32;
 
-const MAGIC: [u8; 8] = *b"repepoch";
-const VERSION: u32 = 1;
-/// Largest epochs file that is read: a full history and its frame.
-const MAX_BYTES: u64 = (EpochHistory::MAX * EpochHistory::ENTRY_BYTES + 64) as u64;
+const SEALED: Sealed = Sealed {
+    magic: *b"repepoch",
+    version: 1,
+    // A full history and its frame.
+    max_bytes: (EpochHistory::MAX * EpochHistory::ENTRY_BYTES + 64) as u64,
+    cure: "says which transactions are of which epoch; it is put aside as `epochs.corrupt`, and made good from the log at the next start",
+};
 
 /// The epochs of a database's history, and whether this node opened the newest one.
 #[derive(Clone, PartialEq, Eq, Debug, Default)]
@@ -21,40 +21,22 @@ pub(crate) struct Epochs {
 }
 
 /// Reads the epoch history; empty when there is none.
-pub(crate) fn read_epochs(side: &Path) -> Result<Epochs> {
-    let path = side.join("epochs");
-    let mut bytes = Vec::new();
-    match files::open(&path) {
-        Ok(file) => file.take(MAX_BYTES).read_to_end(&mut bytes).map_err(Error::io("read", &path))?,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(Epochs::default()),
-        Err(e) => return Err(Error::io("open", &path)(e)),
+pub(crate) fn read_epochs(paths: &Paths) -> Result<Epochs> {
+    let path = paths.epochs();
+    let Some(fields) = SEALED.read(&path)? else { return Ok(Epochs::default()) };
+    let corrupt = |what: &str| SEALED.corrupt(&path, what);
+    let (own, history) = fields.split_first_chunk::<4>().ok_or_else(|| corrupt("too short"))?;
+    let own = match u32::from_le_bytes(*own) {
+        own @ 0..2 => own == 1,
+        _ => return Err(corrupt("it does not say whose its newest epoch is")),
     };
-    let cure = "says which transactions are of which epoch; it is put aside as `epochs.corrupt`, and made good from the log at the next start";
-    let corrupt = |what: &str| Error::Corrupt { path: path.clone(), offset: 0, what: what.into(), cure };
-    let (body, check) = bytes.split_last_chunk::<16>().ok_or_else(|| corrupt("too short"))?;
-    if blake3::hash(body).as_bytes()[..16] != *check || body.len() < 12 || body[..8] != MAGIC {
-        return Err(corrupt("its checksum does not match"));
-    }
-    let version = le_u32(&body[8..12]);
-    if version > VERSION {
-        return Err(Error::Newer { path, found: version, supported: VERSION });
-    }
-    let own = match body.get(12..16).map(le_u32) {
-        Some(own @ 0..2) => own == 1,
-        _ => return Err(corrupt("too short")),
-    };
-    Ok(Epochs { history: EpochHistory::decode(&body[16..]).map_err(corrupt)?, own })
+    Ok(Epochs { history: EpochHistory::decode(history).map_err(corrupt)?, own })
 }
 
 /// Replaces the epoch history, durably. `own`: this node opened the newest epoch.
-pub(crate) fn write_epochs(side: &Path, history: &EpochHistory, own: bool) -> Result<()> {
-    let mut bytes = MAGIC.to_vec();
-    bytes.extend_from_slice(&VERSION.to_le_bytes());
-    bytes.extend_from_slice(&u32::from(own).to_le_bytes());
-    bytes.extend_from_slice(&history.encode());
-    let check = blake3::hash(&bytes);
-    bytes.extend_from_slice(&check.as_bytes()[..16]);
-    replace_file(side, "epochs", &bytes)
+pub(crate) fn write_epochs(paths: &Paths, history: &EpochHistory, own: bool) -> Result<()> {
+    let fields = [&u32::from(own).to_le_bytes(), history.encode().as_slice()].concat();
+    SEALED.replace(&paths.epochs(), &fields)
 }
 
 #[cfg(test)]
@@ -63,40 +45,59 @@ mod tests {
 
     use super::*;
     use crate::checksum::Checksum;
+    use crate::error::Error;
+    use crate::hex::{hex, unhex_lossy};
     use crate::txid::{Epoch, EpochStart};
 
     #[test]
     fn a_newer_epoch_history_is_refused_and_stays() {
         let dir = tempfile::tempdir().unwrap();
-        let mut bytes = MAGIC.to_vec();
-        bytes.extend_from_slice(&(VERSION + 1).to_le_bytes());
-        bytes.extend_from_slice(b"what only a newer version knows");
-        let check = blake3::hash(&bytes);
-        bytes.extend_from_slice(&check.as_bytes()[..16]);
-        fs::write(dir.path().join("epochs"), &bytes).unwrap();
-        assert!(matches!(read_epochs(dir.path()), Err(Error::Newer { found: 2, supported: 1, .. })));
-        assert_eq!(fs::read(dir.path().join("epochs")).unwrap(), bytes);
+        let paths = Paths::fresh(dir.path());
+        let bytes = Sealed { version: 2, ..SEALED }.seal(b"what only a newer version knows");
+        fs::write(paths.epochs(), &bytes).unwrap();
+        assert!(matches!(read_epochs(&paths), Err(Error::Newer { found: 2, supported: 1, .. })));
+        assert_eq!(fs::read(paths.epochs()).unwrap(), bytes);
+    }
+
+    /// The file of a history of one epoch, which the node opened itself.
+    const BYTES: &str = concat!(
+        "72657065706f63680100000001000000010000000100000000000000020000000000000003000000000000000500",
+        "00000000000000000000000000005800fb50d03a15899b86a3a6702c4210",
+    );
+
+    #[test]
+    fn the_files_bytes_stay_what_they_are() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::fresh(dir.path());
+        let path = paths.epochs();
+        let mut history = EpochHistory::default();
+        history.push(EpochStart { epoch: Epoch::new(1, 2), first: 3, before: Checksum::from_u128(5) });
+        fs::write(&path, unhex_lossy(BYTES)).unwrap();
+        assert_eq!(read_epochs(&paths).unwrap(), Epochs { history: history.clone(), own: true });
+        write_epochs(&paths, &history, true).unwrap();
+        assert_eq!(hex(&fs::read(&path).unwrap()), BYTES);
     }
 
     #[test]
     fn the_epoch_history_survives_and_every_flipped_byte_is_seen() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(read_epochs(dir.path()).unwrap(), Epochs::default());
+        let paths = Paths::fresh(dir.path());
+        assert_eq!(read_epochs(&paths).unwrap(), Epochs::default());
         let mut history = EpochHistory::default();
         history.push(EpochStart { epoch: Epoch::new(1, 2), first: 3, before: Checksum::EMPTY });
         for own in [false, true] {
-            write_epochs(dir.path(), &history, own).unwrap();
-            assert_eq!(read_epochs(dir.path()).unwrap(), Epochs { history: history.clone(), own });
+            write_epochs(&paths, &history, own).unwrap();
+            assert_eq!(read_epochs(&paths).unwrap(), Epochs { history: history.clone(), own });
         }
-        let path = dir.path().join("epochs");
+        let path = paths.epochs();
         let whole = fs::read(&path).unwrap();
         for at in 0..whole.len() {
             let mut flipped = whole.clone();
             flipped[at] ^= 1;
             fs::write(&path, &flipped).unwrap();
-            assert!(matches!(read_epochs(dir.path()), Err(Error::Corrupt { .. })), "byte {at}");
+            assert!(matches!(read_epochs(&paths), Err(Error::Corrupt { .. })), "byte {at}");
             fs::write(&path, &whole[..at]).unwrap();
-            assert!(read_epochs(dir.path()).is_err(), "cut at {at}");
+            assert!(read_epochs(&paths).is_err(), "cut at {at}");
         }
     }
 }

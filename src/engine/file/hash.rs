@@ -82,7 +82,7 @@ impl OpenDatabase {
         frame: u32,
         pages: u32,
     ) -> Result<Checksum> {
-        let database = self.options.path.display();
+        let database = self.options.paths.database().display();
         tracing::info!(%database, pages, "hashing the database to find its position");
         let started = Instant::now();
         let mut progress = HashReport { pages, percent: None, said: started };

@@ -1,22 +1,24 @@
 //! Whether a power cut may have taken commits of this node.
 //!
-//! `<side>/unsynced` is there from when a primary that does not sync its commits opens the database until it has closed it. It names the boot of the
-//! machine: what a process wrote survives its death, and nothing that was not synced survives that of the system.
+//! A primary that does not sync its commits makes `<state directory>/unsynced` when it opens the
+//! database, and removes it when it has closed it. The file names the boot of the machine: what a
+//! process wrote survives its death, and nothing that was not synced survives that of the system.
 
 use std::fs;
-use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::files::{self, replace_file};
+use crate::files::{self, Paths, replace_file};
 
-const NAME: &str = "unsynced";
 /// A UUID, new with each boot of Linux.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+/// The most bytes of the file that are read: more than a boot's id has, so that a longer file is none.
+const MAX_BYTES: u64 = 64;
 
-/// Whether commits may have been lost: the database was not closed, and this is another boot, or nobody knows.
-pub(in crate::engine) fn may_be_lost(side: &Path) -> Result<bool> {
-    let path = side.join(NAME);
-    match files::read(&path) {
+/// Whether commits may have been lost: the database was not closed, and this is another boot, or none
+/// that is known.
+pub(in crate::engine) fn may_be_lost(paths: &Paths) -> Result<bool> {
+    let path = paths.unsynced();
+    match files::read(&path, MAX_BYTES) {
         Ok(then) => Ok(then.is_empty() || then != boot_id()),
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(false),
         Err(e) => Err(Error::io("read", &path)(e)),
@@ -24,27 +26,27 @@ pub(in crate::engine) fn may_be_lost(side: &Path) -> Result<bool> {
 }
 
 /// Whether the database was not closed by a primary that does not sync its commits.
-pub(in crate::engine) fn was_open(side: &Path) -> bool {
-    side.join(NAME).exists()
+pub(in crate::engine) fn was_open(paths: &Paths) -> bool {
+    paths.unsynced().exists()
 }
 
 /// From now on commits may be lost. Durable.
-pub(in crate::engine) fn begin(side: &Path) -> Result<()> {
-    replace_file(side, NAME, &boot_id())
+pub(in crate::engine) fn begin(paths: &Paths) -> Result<()> {
+    replace_file(&paths.unsynced(), &boot_id())
 }
 
 /// From now on commits may have been lost on this boot, too.
-pub(in crate::engine) fn doubt(side: &Path) {
-    let known = files::read(&side.join(NAME)).is_ok_and(|then| then.is_empty());
-    if !known && let Err(error) = replace_file(side, NAME, b"") {
+pub(in crate::engine) fn doubt(paths: &Paths) {
+    let known = files::read(&paths.unsynced(), MAX_BYTES).is_ok_and(|then| then.is_empty());
+    if !known && let Err(error) = replace_file(&paths.unsynced(), b"") {
         tracing::warn!(%error, "that commits may be lost could not be noted");
     }
 }
 
 /// Everything is synced.
-pub(in crate::engine) fn end(side: &Path) -> Result<()> {
+pub(in crate::engine) fn end(paths: &Paths) -> Result<()> {
     // Whether the removal is durable does not matter: then no replica has what this node does not.
-    files::remove(&side.join(NAME)).map(drop)
+    files::remove(&paths.unsynced()).map(drop)
 }
 
 /// Empty where there is none.
@@ -57,20 +59,34 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_file_is_the_boots_id_and_nothing_else() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::fresh(dir.path());
+        begin(&paths).unwrap();
+        assert_eq!(fs::read(paths.unsynced()).unwrap(), fs::read(BOOT_ID).unwrap_or_default());
+        assert!((boot_id().len() as u64) < MAX_BYTES);
+        fs::write(paths.unsynced(), [boot_id(), vec![b'x'; 100]].concat()).unwrap();
+        assert!(may_be_lost(&paths).unwrap(), "more than a boot's id");
+        doubt(&paths);
+        assert_eq!(fs::read(paths.unsynced()).unwrap(), b"");
+    }
+
+    #[test]
     fn only_another_boot_loses_what_was_not_closed() {
         let dir = tempfile::tempdir().unwrap();
-        assert!(!may_be_lost(dir.path()).unwrap());
-        begin(dir.path()).unwrap();
-        assert_eq!(may_be_lost(dir.path()).unwrap(), boot_id().is_empty());
+        let paths = Paths::fresh(dir.path());
+        assert!(!may_be_lost(&paths).unwrap());
+        begin(&paths).unwrap();
+        assert_eq!(may_be_lost(&paths).unwrap(), boot_id().is_empty());
         for other in [&b"another boot"[..], b""] {
-            fs::write(dir.path().join(NAME), other).unwrap();
-            assert!(may_be_lost(dir.path()).unwrap());
+            fs::write(paths.unsynced(), other).unwrap();
+            assert!(may_be_lost(&paths).unwrap());
         }
-        begin(dir.path()).unwrap();
-        doubt(dir.path());
-        assert!(may_be_lost(dir.path()).unwrap(), "an fsync failed");
-        end(dir.path()).unwrap();
-        end(dir.path()).unwrap();
-        assert!(!may_be_lost(dir.path()).unwrap());
+        begin(&paths).unwrap();
+        doubt(&paths);
+        assert!(may_be_lost(&paths).unwrap(), "an fsync failed");
+        end(&paths).unwrap();
+        end(&paths).unwrap();
+        assert!(!may_be_lost(&paths).unwrap());
     }
 }

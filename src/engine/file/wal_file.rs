@@ -4,11 +4,11 @@
 
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::error::{Error, Result};
-use crate::files::{self, read_exact_at, write_all_at};
+use crate::files::{self, Paths, read_exact_at, write_all_at};
 use crate::page::PageSize;
 use crate::wal::{FRAME_HEADER_BYTES, FrameHeader, Salts, frame_bytes, frame_offset};
 
@@ -35,15 +35,8 @@ pub(crate) struct Behind {
 }
 
 impl WalFile {
-    /// The path of a database's WAL.
-    pub(crate) fn path_of(database: &Path) -> PathBuf {
-        let mut name = database.as_os_str().to_owned();
-        name.push("-wal");
-        name.into()
-    }
-
-    pub(crate) fn open(database: &Path) -> Result<WalFile> {
-        let path = WalFile::path_of(database);
+    pub(crate) fn open(paths: &Paths) -> Result<WalFile> {
+        let path = paths.wal();
         let file = OpenOptions::new().read(true).write(true).open(&path).map_err(Error::io("open", &path))?;
         Ok(WalFile { file, path, lost: AtomicBool::new(false) })
     }

@@ -49,7 +49,7 @@ pub(in crate::engine) enum What {
     Database,
     Wal,
     Shm,
-    Side,
+    StateDir,
 }
 
 /// What is wrong with a file.
@@ -72,7 +72,7 @@ impl fmt::Display for Astray {
             (What::Wal | What::Shm, _) => {
                 "what is committed is in the log: start the node again, which makes it good from there"
             }
-            (What::Side, _) => {
+            (What::StateDir, _) => {
                 "put it back, if it was moved, and start the node again; without it the log and the history are gone, and replicas compare their pages"
             }
             (What::Database, Astray::Gone(..)) => {
@@ -93,8 +93,8 @@ impl Watch {
         locks: Option<Arc<FileLocks>>,
         wal: &WalFile,
     ) -> Result<Watch> {
-        let (database, mut shm) = (options.path.clone(), options.path.as_os_str().to_owned());
-        shm.push("-shm");
+        let paths = &options.paths;
+        let database = paths.database().to_path_buf();
         let opened = |file: Option<&File>| file.map(|file| file.metadata());
         let known = |what, path: PathBuf, opened: Option<io::Result<Metadata>>| -> Result<KnownFile> {
             let meta = opened.unwrap_or_else(|| fs::metadata(&path)).map_err(Error::io("stat", &path))?;
@@ -102,9 +102,9 @@ impl Watch {
         };
         let files = vec![
             known(What::Database, database.clone(), opened(locks.as_deref().and_then(FileLocks::database)))?,
-            known(What::Wal, WalFile::path_of(&database), opened(Some(wal.file())))?,
-            known(What::Shm, shm.into(), opened(locks.as_deref().and_then(FileLocks::shm)))?,
-            known(What::Side, options.side.clone(), None)?,
+            known(What::Wal, paths.wal(), opened(Some(wal.file())))?,
+            known(What::Shm, paths.shm(), opened(locks.as_deref().and_then(FileLocks::shm)))?,
+            known(What::StateDir, paths.state_dir().to_path_buf(), None)?,
         ];
         let watch = Watch { files, database, locks, left: Mutex::new(Left { modified: 0, bytes: 0 }) };
         watch.leave()?;

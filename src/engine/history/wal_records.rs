@@ -162,7 +162,7 @@ impl Capture {
         let head = FrameHeader::parse(bytes);
         if head.salts != self.tip.salts || head.page == 0 {
             return Err(Error::Corrupt {
-                path: crate::engine::file::wal_file::WalFile::path_of(self.base.path()),
+                path: self.base.options.paths.wal(),
                 offset: frame_offset(frame, self.base.page_size),
                 what: "a committed frame is of another generation".into(),
                 cure: "has SQLite's commits, and somebody else wrote to it: start the node again, which finds out from the log what it has",

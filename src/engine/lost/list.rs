@@ -1,12 +1,13 @@
-//! All that is kept in `<side>/lost`.
+//! All that is kept in `<state directory>/lost`.
 
 use std::fs;
 use std::io::ErrorKind;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use crate::engine::lost::{LostBranch, PREFIX, bytes_below};
 use crate::error::{Error, Result};
+use crate::files::Paths;
 use crate::status::from_unix_millis;
 
 /// Something that is kept beside a database because it had to go from its place, a directory; see [`Db::lost`](crate::Db::lost).
@@ -50,8 +51,8 @@ impl Lost {
     }
 
     /// All that is kept beside a database, oldest first.
-    pub(crate) fn list(side: &Path) -> Result<Vec<Lost>> {
-        let lost = side.join("lost");
+    pub(crate) fn list(paths: &Paths) -> Result<Vec<Lost>> {
+        let lost = paths.lost();
         let entries = match fs::read_dir(&lost) {
             Ok(entries) => entries,
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(Vec::new()),
@@ -108,8 +109,9 @@ mod tests {
     #[test]
     fn all_that_is_kept_is_listed_and_what_cannot_be_read_hides_nothing() {
         let dir = tempfile::tempdir().unwrap();
-        assert_eq!(Lost::list(dir.path()).unwrap(), []);
-        let lost = dir.path().join("lost");
+        let paths = Paths::fresh(dir.path());
+        assert_eq!(Lost::list(&paths).unwrap(), []);
+        let lost = paths.lost();
         let make = |name: &str, file: &str, bytes: &[u8]| {
             fs::create_dir_all(lost.join(name)).unwrap();
             fs::write(lost.join(name).join(file), bytes).unwrap();
@@ -129,7 +131,7 @@ mod tests {
         make("database.new", "app.db", b"half");
         make("branch-d.new", "pages", b"half");
         fs::write(lost.join("branch-a.sqlite"), b"somebody's").unwrap();
-        let all = Lost::list(dir.path()).unwrap();
+        let all = Lost::list(&paths).unwrap();
         let named = |name: &str| all.iter().find(|one| one.path == lost.join(name)).unwrap();
         assert_eq!(all.len(), 7);
         let begin: Vec<_> = all[..4].iter().map(|one| (one.time, one.bytes)).collect();

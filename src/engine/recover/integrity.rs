@@ -24,7 +24,7 @@ const GONE: &str =
 const MAYBE: &str = "its WAL is gone, whose frames were being copied into it, and one page of the file is as it was before that. Either that copy was never \
     ended, and the file alone is no committed state; or somebody ended it and then committed the very bytes that the page had before (emptied a table, or set a value back), and the file is \
     whole: then `Config::accept_damaged` loses nothing";
-const NO_ANCHORS: &str = "its directory of side files lacks the anchors, and nothing there names what the file is. Either somebody committed to it, and it is whole: then `Config::accept_damaged` loses nothing; \
+const NO_ANCHORS: &str = "its state directory lacks the anchors, and nothing there names what the file is. Either somebody committed to it, and it is whole: then `Config::accept_damaged` loses nothing; \
     or it lacks what a WAL had that is gone";
 const OTHER_WAL: &str = "the file is as it was left, and the WAL beside it is none of this node's. Either that node's WAL was removed, and somebody has written since: then `Config::accept_damaged` takes what he wrote; \
     or a WAL was put there that goes with another file: then remove it";
@@ -233,7 +233,7 @@ mod tests {
             assert_eq!(ask(&home, "SELECT count(*) FROM t WHERE a = 'behind'"), 200, "{sql}; {after}");
             assert_eq!(integrity(&Connection::open(home.path("p.db")).unwrap()).unwrap(), None);
             // What it replaced is kept.
-            let kept = crate::engine::Lost::list(&home.path("p.db-replite")).unwrap();
+            let kept = crate::engine::Lost::list(&home.options("p.db").paths).unwrap();
             let branch = kept.iter().find_map(|kept| kept.branch());
             let told = branch.is_some_and(|branch| branch.damaged && (branch.pages > 0 || sql == GROW));
             assert!(told, "{sql}; {after}: {kept:?}");

@@ -29,12 +29,12 @@ impl fmt::Display for Doubt {
 }
 
 const CUT: &str = "its WAL does not have what was on the disk there: it was cut off, or bytes in it changed, so that the file with what is left of it mixes states";
-const STRAY: &str = "its directory of side files is older than its WAL, or lacks the anchors, so that nothing says which file the WAL goes with";
+const STRAY: &str = "its state directory is older than its WAL, or lacks the anchors, so that nothing says which file the WAL goes with";
 const ALTERED: &str = "its file is not as it was left, nor has all of what its WAL has. Either somebody was killed while he copied the WAL back; or bytes were changed by other means than SQLite, or another file \
     was put in its place, and file and WAL together mix states";
 const NEVER_KNOWN: &str = "it was opened when it was no state of its cluster, or was being made good, and that did not come to its end. Either it is whole, or it was damaged before that, and mixes states";
 /// What an operator can do.
-const CURE: &str = "restore it from a copy that a replica makes (`Db::snapshot_to`) or from a backup, with its directory of side files moved away; \
+const CURE: &str = "restore it from a copy that a replica makes (`Db::snapshot_to`) or from a backup, with its state directory moved away; \
     or open it once with `Config::accept_damaged`, which takes what SQLite reads, may mix states, and replaces what the replicas have";
 
 impl Findings {
@@ -150,7 +150,7 @@ impl Findings {
             return Ok(self);
         }
         Err(self.damaged(format!(
-            "its position is unknown, and `PRAGMA integrity_check` says: {what}{}; restore it from a replica or a backup, with its directory of side files moved away",
+            "its position is unknown, and `PRAGMA integrity_check` says: {what}{}; restore it from a replica or a backup, with its state directory moved away",
             self.missing()
         )))
     }
@@ -174,7 +174,7 @@ impl Findings {
     }
 
     fn damaged(&self, what: String) -> Error {
-        Error::Damaged { path: self.base.path().clone(), what }
+        Error::Damaged { path: self.base.path().to_path_buf(), what }
     }
 
     /// The last transaction of this history that was certainly here.
@@ -248,7 +248,7 @@ impl Findings {
         let (reached, last) = (self.reached(here)?, self.last_known());
         Err(self.damaged(format!(
             "its files lead to transaction {reached}, and no file here has transactions {} to {last} any more, which were on its disk: its WAL is gone or was cut, and its log does not reach back; \
-             a replica may have them: restore it from a copy that a replica makes (`Db::snapshot_to`), with its directory of side files moved away; or open it once with `Config::accept_damaged`, \
+             a replica may have them: restore it from a copy that a replica makes (`Db::snapshot_to`), with its state directory moved away; or open it once with `Config::accept_damaged`, \
              which goes on from transaction {reached} and replaces what the replicas have",
             reached + 1
         )))
@@ -275,7 +275,7 @@ impl Findings {
             tracing::warn!(position = %tip.position, "the database was changed by somebody else; its state becomes history");
         }
         // First, so that what the log has is off this history if it is not moved any more.
-        crate::engine::file::epochs::write_epochs(&self.base.options.side, &self.history, true)?;
+        crate::engine::file::epochs::write_epochs(&self.base.options.paths, &self.history, true)?;
         self.set_log_aside()?;
         self.base.leap(tip);
         Ok(())

@@ -10,7 +10,6 @@ use bytes::{Bytes, BytesMut};
 use crate::engine::checkpoint::generation::{begin_generation, begin_unproved};
 use crate::engine::checkpoint::restart::{lock_marks, unlock_marks};
 use crate::engine::file::database::Tip;
-use crate::engine::file::wal_file::WalFile;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming::{self, IncomingState, Ready};
 use crate::engine::lost::{self, Replaced};
@@ -74,7 +73,7 @@ impl Findings {
             return Ok(self);
         }
         tracing::warn!(path = %self.base.path().display(), why, "trying to make the database good from the log");
-        let side = self.base.options.side.clone();
+        let paths = self.base.options.paths.clone();
         let mut live = WalAppender::new(self.base.clone(), self.handle)?;
         let ready = match over_all(&mut live, from, to) {
             Ok(ready) => Some(ready),
@@ -85,7 +84,7 @@ impl Findings {
             }
         };
         let Some(ready) = ready else {
-            incoming::discard(&side)?;
+            incoming::discard(&paths)?;
             return Ok(Findings { handle: live.handle, ..self });
         };
         // All that may find no room, before anything is changed.
@@ -96,7 +95,7 @@ impl Findings {
         if tip.frame > 0 {
             base.wal.cut_behind(tip.frame, tip.salts, base.page_size)?;
         } else {
-            reserve::with(&side, || base.wal.extend(frame_offset(2, base.page_size)))?;
+            reserve::with(paths.state_dir(), || base.wal.extend(frame_offset(2, base.page_size)))?;
         }
         let mut live = WalAppender::new(base.clone(), opened.handle)?;
         if tip.frame == 0 {
@@ -105,18 +104,18 @@ impl Findings {
             live.resume(begun);
         }
         replace(&mut live, &ready)?;
-        incoming::discard(&side)?;
+        incoming::discard(&paths)?;
         tracing::warn!(position = %to, pages = ready.have.len(), "the log made the database good");
         Ok(Findings { handle: live.handle, exact: true, ..opened })
     }
 
     /// Keeps the WAL's bytes, whatever they are.
     pub(in crate::engine) fn set_wal_aside(&self) -> Result<()> {
-        let path = self.base.path();
         if self.base.wal.bytes()? == 0 {
             return Ok(());
         }
-        let (wal, lost) = (WalFile::path_of(path), self.base.options.side.join("lost"));
+        let paths = &self.base.options.paths;
+        let (wal, lost) = (paths.wal(), paths.lost());
         if let Some(kept) = lost::same_file(&lost, "wal-", &wal)? {
             // A start that came no further.
             tracing::warn!(kept = %kept.display(), "the WAL is kept already");
@@ -128,7 +127,7 @@ impl Findings {
         files::copy(&wal, &to)?;
         sync_directory(&kept)?;
         sync_directory(&lost)?;
-        sync_directory(&self.base.options.side)?;
+        sync_directory(paths.state_dir())?;
         tracing::warn!(kept = %kept.display(), "the WAL is kept as it was");
         self.base.node.tell(Event::Kept(kept));
         Ok(())
@@ -138,7 +137,7 @@ impl Findings {
 /// The state that all of the log makes of what is there.
 fn over_all(live: &mut WalAppender, from: Position, to: Position) -> Result<Ready> {
     let base = live.base.clone();
-    let (log, side) = (&base.log, &base.options.side);
+    let (log, paths) = (&base.log, &base.options.paths);
     let before = to.number().saturating_sub(1);
     let pages = log.list(before, 1)?.first().map_or(0, |last| last.pages);
     let Some(lsn) = (match log.find(from.number())? {
@@ -147,10 +146,10 @@ fn over_all(live: &mut WalAppender, from: Position, to: Position) -> Result<Read
     }) else {
         return Err(Error::NoState("the log begins with no record".into()));
     };
-    incoming::discard(side)?;
+    incoming::discard(paths)?;
     let begin = HealBegin { from, page_size: base.page_size, pages, compare: true, diverged: true };
     let there = base.tip().pages;
-    let mut incoming = IncomingState::over(side, begin, there)?;
+    let mut incoming = IncomingState::over(paths, begin, there)?;
     incoming.with(Some(live), |overlay, store| {
         let mut next = 1;
         while let Some(first) = PageNo::new(next).filter(|_| next <= there) {
@@ -180,7 +179,7 @@ fn keep(live: &mut WalAppender, ready: &Ready) -> Result<()> {
     let base = live.base.clone();
     let quota_bytes = base.options.lost_bytes;
     let doomed = Replaced { ready, fork: None, records_from: None, quota_bytes, damaged: true };
-    let kept = lost::keep(&base.options.side, live, &doomed)?;
+    let kept = lost::keep(&base.options.paths, live, &doomed)?;
     base.node.tell(Event::Kept(kept.path().to_owned()));
     Ok(())
 }

@@ -59,7 +59,8 @@ impl Findings {
 
     /// Begins the log anew. Without room for that, the first record does.
     pub(in crate::engine) fn reset_log(&self, at: Position) -> Result<()> {
-        let Err(error) = reserve::with(&self.base.options.side, || self.base.log.reset(at)) else {
+        let Err(error) = reserve::with(self.base.options.paths.state_dir(), || self.base.log.reset(at))
+        else {
             return Ok(());
         };
         self.base.note_room(&error);
@@ -73,12 +74,12 @@ impl Findings {
             return Ok(());
         }
         let (from, to) = (log.start(), log.tip());
-        let lost = self.base.options.side.join("lost");
+        let lost = self.base.options.paths.lost();
         let kept = lost.join(format!("log-{}", unix_millis()));
         files::make_directory(&kept)?;
         // Its name is durable before anything is moved there.
         sync_directory(&lost)?;
-        sync_directory(&self.base.options.side)?;
+        sync_directory(self.base.options.paths.state_dir())?;
         log.move_to(&kept)?;
         tracing::error!(kept = %kept.display(), ?from, ?to, "the log does not lead on from the database's state, and is put aside");
         self.base.node.tell(Event::Kept(kept));

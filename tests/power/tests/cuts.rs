@@ -482,19 +482,19 @@ fn check_replica(dir: &Path, said: &Said, cut: &Cut, url: &str, primary: &Db) ->
 
 /// Whether what was written here is in a page that was kept, or in a database that was no state of the cluster, which is
 /// kept as it was, with its WAL.
-async fn stray_is_kept(db: &Db, side: &Path) -> Result<bool, String> {
+async fn stray_is_kept(db: &Db, state_dir: &Path) -> Result<bool, String> {
     let has = |path: &Path, sql: &str| {
         plain(path).query_row(sql, [], |r| r.get::<_, i64>(0)).is_ok_and(|count| count > 0)
     };
     let lost = db.lost().await.map_err(|e| e.to_string())?;
     for (number, branch) in lost.iter().filter_map(Lost::branch).enumerate() {
-        let copy = side.join(format!("exported-{number}.db"));
+        let copy = state_dir.join(format!("exported-{number}.db"));
         branch.export(&copy).map_err(|e| e.to_string())?;
         if has(&copy, "SELECT count(*) FROM replite_pages WHERE instr(page, CAST('precious' AS BLOB))") {
             return Ok(true);
         }
     }
-    let kept = std::fs::read_dir(side.join("lost")).into_iter().flatten();
+    let kept = std::fs::read_dir(state_dir.join("lost")).into_iter().flatten();
     let databases = kept.map(|entry| entry.unwrap().path().join("r.db")).filter(|path| path.exists());
     let count = "SELECT count(*) FROM t WHERE who = 'stray'";
     Ok(databases.into_iter().any(|path| has(&path, count)))

@@ -1,7 +1,5 @@
 //! How a snapshot becomes this node's state, in the file that is at the path: never in another file under the same name, for others may have it open.
 
-use std::path::Path;
-
 use bytes::BytesMut;
 
 use crate::checksum::PageHash;
@@ -42,14 +40,14 @@ impl Apply {
         self.make_room(ready.page_size)?;
         let live = self.state.empty(ready.page_size).ok_or(StreamError::WrittenMeanwhile)?;
         copy(live, ready)?;
-        write_epochs(&self.options.side, &history, false)?;
+        write_epochs(&self.options.paths, &history, false)?;
         live.base.log.reset(ready.position)?;
         if let Err(error) = commit(live, ready) {
             live.abort();
             return Err(error.into());
         }
         self.history = history;
-        doubt::end(&self.options.side);
+        doubt::end(&self.options.paths);
         self.suspect = Suspect::No;
         self.node.set_problem(Part::Pages, None);
         self.serve(Some(ready.position))?;
@@ -95,7 +93,7 @@ impl Apply {
 
     /// Empties the file, after what it has is kept. Not while somebody else has it open: to SQLite that would be damage.
     fn clear(&self, keep: bool) -> Result<(), StreamError> {
-        let path = &self.options.path;
+        let path = self.options.paths.database();
         let Some(alone) = Alone::with(path)? else {
             self.node.set_problem(Part::State, Some(StreamError::OpenElsewhere.to_string()));
             return Err(StreamError::OpenElsewhere);
@@ -106,10 +104,8 @@ impl Apply {
             tracing::warn!(kept = %kept.display(), "the database that was here is kept aside");
             self.node.tell(Event::Kept(kept));
         }
-        for end in ["-wal", "-journal", "-shm"] {
-            let mut beside = path.as_os_str().to_owned();
-            beside.push(end);
-            files::remove(Path::new(&beside))?;
+        for beside in self.options.paths.beside() {
+            files::remove(&beside)?;
         }
         files::sync_name(path)?;
         Ok(file.set_len(0).and_then(|()| file.sync_all()).map_err(Error::io("truncate", path))?)

@@ -50,7 +50,7 @@ impl Apply {
         let Some(live) = self.below() else {
             // Pages of a snapshot that is gone on with, which were not looked at again: not once more.
             if leads_elsewhere(error)
-                && let Err(error) = incoming::discard(&self.options.side)
+                && let Err(error) = incoming::discard(&self.options.paths)
             {
                 tracing::warn!(%error, "a snapshot that can't be made exact is not forgotten");
             }
@@ -80,10 +80,10 @@ impl Apply {
                 "pages here are not what the position says: all are compared with the primary's"
             }
         };
-        tracing::error!(path = %self.options.path.display(), text);
+        tracing::error!(path = %self.options.paths.database().display(), text);
         self.node.set_problem(Part::State, Some(text.into()));
-        if what == Suspect::Pages && doubt::text(&self.options.side).is_none() {
-            doubt::begin(&self.options.side, text);
+        if what == Suspect::Pages && doubt::text(&self.options.paths).is_none() {
+            doubt::begin(&self.options.paths, text);
         }
         self.suspect = what;
     }
@@ -115,7 +115,7 @@ impl Apply {
         let tip = live.base.tip();
         tracing::warn!(position = %tip.position, from = %begin.from, compare = begin.compare, "a heal begins: {why}");
         self.node.tell(Event::HealStarted(why.into()));
-        let mut incoming = IncomingState::over(&self.options.side, begin, tip.pages)?;
+        let mut incoming = IncomingState::over(&self.options.paths, begin, tip.pages)?;
         let healing = if begin.compare {
             Healing { heal: Heal::compare(begin), fork: None, records_from: None, behind: false }
         } else {
@@ -143,7 +143,7 @@ impl Apply {
         }
         self.node.tell(Event::SnapshotStarted("what came of a snapshot before is compared".into()));
         tracing::info!(from = %begin.from, "what came of a snapshot is compared with the primary's pages");
-        self.incoming = Some(IncomingState::over(&self.options.side, begin, 0)?);
+        self.incoming = Some(IncomingState::over(&self.options.paths, begin, 0)?);
         let heal = Heal::compare(begin);
         self.healing = Some(Healing { heal, fork: None, records_from: None, behind: false });
         Ok(())
@@ -197,7 +197,7 @@ impl Apply {
         self.history = history;
         self.serve(Some(ready.position))?;
         let kept = kept.map(|kept| self.tell_rows(kept, ready));
-        doubt::end(&self.options.side);
+        doubt::end(&self.options.paths);
         self.suspect = Suspect::No;
         self.garbled_at = None;
         self.pace.done();
@@ -226,7 +226,7 @@ impl Apply {
             let records_from = healing.records_from.or_else(|| self.records_since_common(live, history));
             let (fork, quota_bytes) = (healing.fork, self.options.lost_bytes);
             let branch = lost::keep(
-                &self.options.side,
+                &self.options.paths,
                 live,
                 &Replaced { ready, fork, records_from, quota_bytes, damaged },
             )?;
@@ -235,7 +235,7 @@ impl Apply {
             // Pages that are damaged may say nothing of rows.
             kept = Some((branch.path().to_owned(), StateBefore::hold(live).ok()));
         }
-        write_epochs(&self.options.side, history, false)?;
+        write_epochs(&self.options.paths, history, false)?;
         live.base.log.reset(ready.position)?;
         mend::replace(live, ready)?;
         Ok(kept)

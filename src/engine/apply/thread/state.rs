@@ -91,10 +91,10 @@ impl State {
 impl Apply {
     /// Opens what is at the path; where there is nothing, it is claimed by an empty database of this page size.
     pub(super) fn open_path(&mut self, size: Option<PageSize>) -> Result<()> {
-        if !self.options.path.exists() {
+        if !self.options.paths.database().exists() {
             let mode = self.options.database_mode.unwrap_or(files::PRIVATE);
-            park([files::create_database(&self.options.path, mode)?]);
-            files::sync_name(&self.options.path)?;
+            park([files::create_database(self.options.paths.database(), mode)?]);
+            files::sync_name(self.options.paths.database())?;
         }
         let mut opened = recover::open(self.options.clone(), self.node.clone(), false);
         if matches!(opened, Err(Error::Unsupported { reason: Unsupported::NotWal(_), .. })) {
@@ -130,7 +130,7 @@ impl Apply {
 
     /// Of an empty file, which gets this page size, or of a database in rollback mode.
     fn turn_to_wal(&self, size: Option<PageSize>) -> Result<()> {
-        let handle = Handle::open(&self.options.path, false)?;
+        let handle = Handle::open(self.options.paths.database(), false)?;
         let connection = handle.connection();
         if let Some(size) = size {
             connection.pragma_update(None, "page_size", size.get())?;
@@ -152,7 +152,7 @@ impl Apply {
 
     fn say_unread(&self, why: &str) {
         let text = format!("the database here is not read from: {why}");
-        tracing::warn!(path = %self.options.path.display(), text);
+        tracing::warn!(path = %self.options.paths.database().display(), text);
         self.node.set_problem(Part::State, Some(text));
     }
 
@@ -194,12 +194,12 @@ impl Apply {
             self.node.set_problem(Part::State, Some(text.into()));
         }
         // Of a snapshot that was taken over before the node died; one with pages of another size is to replace what is here.
-        if incoming::progress(&self.options.side).is_some_and(|begun| begun.page_size == live.base.page_size)
+        if incoming::progress(&self.options.paths).is_some_and(|begun| begun.page_size == live.base.page_size)
         {
-            incoming::discard(&self.options.side)?;
+            incoming::discard(&self.options.paths)?;
         }
         self.state = State::Known(live);
-        if let Some(found) = doubt::text(&self.options.side) {
+        if let Some(found) = doubt::text(&self.options.paths) {
             self.node.set_problem(Part::Pages, Some(found));
             self.suspect(Suspect::Pages);
         }

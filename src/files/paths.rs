@@ -1,0 +1,146 @@
+//! Where the files of a database are.
+
+use std::path::{Path, PathBuf};
+
+/// What the state directory's name has after the database's.
+pub(super) const SUFFIX: &str = "-replite";
+/// The epoch history's name in the state directory.
+pub(super) const EPOCHS: &str = "epochs";
+/// The reserve's name in the state directory.
+pub(super) const RESERVE: &str = "reserve";
+
+/// All files of one database: SQLite's, and those in the state directory beside it.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Paths {
+    database: PathBuf,
+    state_dir: PathBuf,
+}
+
+impl Paths {
+    /// `database` is as SQLite is to open it. Nothing is looked at.
+    pub(crate) fn new(database: impl Into<PathBuf>) -> Paths {
+        let database = database.into();
+        let state_dir = beside(&database, SUFFIX);
+        Paths { database, state_dir }
+    }
+
+    /// A database that is not there, with its state directory, in a directory of a test.
+    #[cfg(any(test, all(fuzzing, feature = "testing")))]
+    pub(crate) fn fresh(directory: &Path) -> Paths {
+        let paths = Paths::new(directory.join("fresh.db"));
+        std::fs::create_dir_all(paths.state_dir()).expect("a directory");
+        paths
+    }
+
+    /// The database file itself.
+    pub(crate) fn database(&self) -> &Path {
+        &self.database
+    }
+
+    pub(crate) fn wal(&self) -> PathBuf {
+        beside(&self.database, "-wal")
+    }
+
+    /// The shared index of the WAL.
+    pub(crate) fn shm(&self) -> PathBuf {
+        beside(&self.database, "-shm")
+    }
+
+    /// The rollback journal, which there is while the database is not in WAL mode.
+    pub(crate) fn journal(&self) -> PathBuf {
+        beside(&self.database, "-journal")
+    }
+
+    /// What SQLite puts beside the database file.
+    pub(crate) fn beside(&self) -> [PathBuf; 3] {
+        [self.wal(), self.journal(), self.shm()]
+    }
+
+    /// The directory that holds all files of ours.
+    pub(crate) fn state_dir(&self) -> &Path {
+        &self.state_dir
+    }
+
+    /// The directory of the log's segments.
+    pub(crate) fn log(&self) -> PathBuf {
+        self.state_dir.join("log")
+    }
+
+    pub(crate) fn anchors(&self) -> PathBuf {
+        self.state_dir.join("anchors")
+    }
+
+    /// The epoch history.
+    pub(crate) fn epochs(&self) -> PathBuf {
+        self.state_dir.join(EPOCHS)
+    }
+
+    /// An epoch history that could not be read.
+    pub(crate) fn epochs_corrupt(&self) -> PathBuf {
+        self.state_dir.join("epochs.corrupt")
+    }
+
+    /// Which node this is.
+    pub(crate) fn node(&self) -> PathBuf {
+        self.state_dir.join("node")
+    }
+
+    /// There while commits may be lost by a power cut.
+    pub(crate) fn unsynced(&self) -> PathBuf {
+        self.state_dir.join("unsynced")
+    }
+
+    /// There while the pages may not be what the position says.
+    pub(crate) fn doubt(&self) -> PathBuf {
+        self.state_dir.join("doubt")
+    }
+
+    /// The directory of what was replaced and is kept.
+    pub(crate) fn lost(&self) -> PathBuf {
+        self.state_dir.join("lost")
+    }
+
+    /// The directory of a state that comes from another node.
+    pub(crate) fn incoming(&self) -> PathBuf {
+        self.state_dir.join("incoming")
+    }
+
+    pub(crate) fn incoming_pages(&self) -> PathBuf {
+        self.incoming().join("pages")
+    }
+
+    /// How far a snapshot has come.
+    pub(crate) fn incoming_state(&self) -> PathBuf {
+        self.incoming().join("state")
+    }
+
+    /// Which pages a comparison has.
+    pub(crate) fn incoming_held(&self) -> PathBuf {
+        self.incoming().join("held")
+    }
+}
+
+/// The path with something after its name.
+pub(crate) fn beside(path: &Path, end: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(end);
+    name.into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_are_the_databases_with_an_end_whatever_it_is_called() {
+        for database in ["/data/app.db", "app", "/data/app.db-wal", "/data/a b"] {
+            let paths = Paths::new(database);
+            assert_eq!(paths.database(), Path::new(database));
+            let named = |end: &str| PathBuf::from(format!("{database}{end}"));
+            assert_eq!(paths.beside(), [named("-wal"), named("-journal"), named("-shm")]);
+            assert_eq!(paths.state_dir(), named("-replite"));
+            assert_eq!(paths.log(), named("-replite/log"));
+            assert_eq!(paths.incoming_pages(), named("-replite/incoming/pages"));
+        }
+    }
+}
