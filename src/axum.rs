@@ -15,8 +15,9 @@ use crate::proxy::{Outcome, RETRY_AFTER_SECONDS};
 use crate::session::{self, Session};
 use crate::token::Token;
 
-/// A response that says whether to try again and tells nothing of the inside. [`Error::NotPrimary`] also reports to
-/// the request's [`Session`] that the primary is needed, so that the replay layer sends the request there instead.
+/// A response that says whether to try again and tells nothing of the inside. [`Error::NotPrimary`]
+/// also reports to the request's [`Session`] that the primary is needed, so that the replay layer
+/// sends the request there instead.
 impl IntoResponse for Error {
     fn into_response(self) -> Response {
         let (status, words) = sort(&self);
@@ -62,12 +63,35 @@ fn sort(error: &Error) -> (StatusCode, &'static str) {
             (StatusCode::INTERNAL_SERVER_ERROR, "it is not known whether this was done\n")
         }
         Error::Lost { .. } => (StatusCode::CONFLICT, "the transaction was lost with its branch\n"),
-        _ => (StatusCode::INTERNAL_SERVER_ERROR, "internal error\n"),
+        // Another try does not help: the caller, or an operator, has to act.
+        Error::Config(_)
+        | Error::WeakSecret(_)
+        | Error::InvalidText(_)
+        | Error::Unsupported { .. }
+        | Error::FileExists { .. }
+        | Error::AlreadyOpen { .. }
+        | Error::Reentrant
+        | Error::BlockingInAsync
+        | Error::Panicked(_)
+        | Error::Migration(_)
+        | Error::Sqlite(_)
+        | Error::Peer { .. }
+        | Error::Corrupt { .. }
+        | Error::Newer { .. }
+        | Error::Damaged { .. }
+        | Error::Mismatch { .. }
+        | Error::LostFull { .. }
+        | Error::Io { .. }
+        | Error::Stopped(_)
+        | Error::Disturbed(_)
+        | Error::NoRandom(_)
+        | Error::ThreadPanicked { .. }
+        | Error::Internal(_) => (StatusCode::INTERNAL_SERVER_ERROR, "internal error\n"),
     }
 }
 
-/// The request's session; 500 where the replay layer is not around the handler. Below the layers of several databases it is the innermost one's: the others by
-/// [`Db::session`](crate::Db::session).
+/// The request's session; 500 where the replay layer is not around the handler. Below the layers of
+/// several databases it is the innermost one's: the others by [`Db::session`](crate::Db::session).
 impl<S: Sync> FromRequestParts<S> for Session {
     type Rejection = (StatusCode, &'static str);
 
@@ -94,41 +118,110 @@ mod tests {
     use super::*;
     use std::time::Duration;
 
-    #[test]
-    fn errors_become_responses_that_leak_nothing() {
-        let timeout = Error::Timeout { what: "secret.db".into(), after: Duration::from_secs(1) };
-        let io = Error::io("open", "/secret.db")(std::io::Error::other("x"));
-        let sqlite = |code| rusqlite::Error::SqliteFailure(rusqlite::ffi::Error::new(code), None);
-        let second = Duration::from_secs(1);
-        for (error, status, not_executed) in [
-            (Error::NotPrimary { primary: None }, 503, true),
-            (Error::of_begin(sqlite(rusqlite::ffi::SQLITE_BUSY_RECOVERY), second), 503, true),
-            (Error::ShutDown, 503, true),
-            // An operator has to act: another try does not help.
-            (Error::Stopped("/secret.db".into()), 500, false),
+    use rusqlite::ffi;
+
+    use crate::checksum::Checksum;
+    use crate::error::{Blame, Cause, PeerProblem, Unsupported};
+    use crate::txid::{Epoch, Txid};
+
+    const NOT_BEGUN: Option<&str> = Some("not-executed");
+    const SECOND: Duration = Duration::from_secs(1);
+
+    /// An error, who must act, the status of its answer, and what that says of the outcome.
+    type Case = (Error, Blame, u16, Option<&'static str>);
+
+    /// The patterns are all variants, or the match that is made of them does not compile.
+    macro_rules! cases {
+        ($($pattern:pat => $error:expr, $blame:ident, $status:literal, $outcome:expr;)*) => {{
+            #[allow(unreachable_patterns, reason = "some variants have several cases")]
+            fn has_a_case(error: &Error) -> bool {
+                match error {
+                    $($pattern => true,)*
+                }
+            }
+            let cases: Vec<Case> = vec![$(($error, Blame::$blame, $status, $outcome),)*];
+            assert!(cases.iter().all(|(error, ..)| has_a_case(error)));
+            $(assert!(cases.iter().any(|(error, ..)| matches!(error, $pattern)));)*
+            cases
+        }};
+    }
+
+    fn sqlite(code: i32) -> rusqlite::Error {
+        rusqlite::Error::SqliteFailure(ffi::Error::new(code), None)
+    }
+
+    /// With a word in each that nobody outside may see.
+    fn cases() -> Vec<Case> {
+        let path = || "/secret.db".into();
+        let text = || "secret.db".to_string();
+        let txid = Txid::new(Epoch::new(1, 1), 1);
+        let cause = |blame| Cause::new("secret.db", blame);
+        let peer = || Error::peer("secret.db", PeerProblem::NotFound);
+        let io = || Error::io("open", "/secret.db")(std::io::Error::other("x"));
+        let parse = || "secret.db".parse::<Checksum>().unwrap_err();
+        cases! {
+            Error::Config(_) => Error::Config(text()), Caller, 500, None;
+            Error::WeakSecret(_) => Error::WeakSecret("x"), Caller, 500, None;
+            Error::InvalidText(_) => Error::from(parse()), Caller, 500, None;
+            Error::Unsupported { .. } =>
+                Error::Unsupported { path: path(), reason: Unsupported::NotAFile }, Caller, 500, None;
+            Error::FileExists { .. } => Error::FileExists { path: path() }, Caller, 500, None;
+            Error::AlreadyOpen { .. } => Error::AlreadyOpen { path: path(), holder: "x" }, Caller, 500, None;
+            Error::Reentrant => Error::Reentrant, Caller, 500, None;
+            Error::BlockingInAsync => Error::BlockingInAsync, Caller, 500, None;
+            Error::NotPrimary { .. } => Error::NotPrimary { primary: None }, Caller, 503, NOT_BEGUN;
+            Error::ShutDown => Error::ShutDown, Caller, 503, NOT_BEGUN;
+            Error::NoState(_) => Error::NoState(text()), Caller, 503, None;
+            Error::Busy { .. } =>
+                Error::of_begin(sqlite(ffi::SQLITE_BUSY_RECOVERY), SECOND), Caller, 503, NOT_BEGUN;
+            Error::PoolExhausted { .. } =>
+                Error::PoolExhausted { limit: 1, waited: SECOND }, Caller, 503, None;
+            Error::Timeout { .. } => Error::Timeout { what: text(), after: SECOND }, Caller, 504, None;
+            Error::TooMany { .. } => Error::TooMany { what: "x", limit: 1 }, Caller, 503, None;
+            Error::Lost { .. } => Error::Lost { txid }, Caller, 409, None;
+            Error::Panicked(_) => Error::Panicked(text()), Caller, 500, None;
+            Error::Migration(_) => Error::Migration(text().into()), Caller, 500, None;
             // Statements before may have done something elsewhere.
-            (Error::Sqlite(sqlite(rusqlite::ffi::SQLITE_BUSY)), 503, false),
-            (Error::Sqlite(sqlite(rusqlite::ffi::SQLITE_FULL)), 503, false),
-            (Error::NoState("x".into()), 503, false),
-            (Error::PoolExhausted { limit: 1, waited: second }, 503, false),
-            (Error::TooMany { what: "x", limit: 1 }, 503, false),
-            (timeout, 504, false),
-            (io, 500, false),
-            (Error::OutcomeUnknown("secret.db".into()), 500, false),
-            (Error::of_begin(sqlite(rusqlite::ffi::SQLITE_IOERR), second), 500, false),
-            (Error::Sqlite(rusqlite::Error::InvalidQuery), 500, false),
-        ] {
+            Error::Sqlite(_) => Error::Sqlite(sqlite(ffi::SQLITE_BUSY)), Caller, 503, None;
+            Error::Sqlite(_) => Error::Sqlite(sqlite(ffi::SQLITE_FULL)), Caller, 503, None;
+            Error::Sqlite(_) => Error::of_begin(sqlite(ffi::SQLITE_IOERR), SECOND), Caller, 500, None;
+            Error::Sqlite(_) => Error::Sqlite(rusqlite::Error::InvalidQuery), Caller, 500, None;
+            Error::Peer { .. } => peer(), Peer, 500, None;
+            Error::Corrupt { .. } =>
+                Error::Corrupt { path: path(), offset: 0, what: text(), cure: "x" }, Disk, 500, None;
+            Error::Newer { .. } => Error::Newer { path: path(), found: 2, supported: 1 }, Disk, 500, None;
+            Error::Damaged { .. } => Error::Damaged { path: path(), what: text() }, Disk, 500, None;
+            Error::Mismatch { .. } => Error::Mismatch { expected: text(), found: text() }, Disk, 500, None;
+            Error::LostFull { .. } =>
+                Error::LostFull { path: path(), used: 1, needed: 1, quota: 1 }, Outside, 500, None;
+            Error::Io { .. } => io(), Outside, 500, None;
+            Error::OutcomeUnknown(_) =>
+                Error::OutcomeUnknown(cause(Blame::Caller)), Caller, 500, Some("unknown");
+            Error::OutcomeUnknown(_) => peer().of_a_commit(), Peer, 500, Some("unknown");
+            // An operator has to act: another try does not help.
+            Error::Stopped(_) => Error::Stopped(cause(Blame::Replite)), Replite, 500, None;
+            Error::Stopped(_) => Error::Stopped(io().cause()), Outside, 500, None;
+            Error::Disturbed(_) => Error::Disturbed(text()), Outside, 500, None;
+            Error::NoRandom(_) => Error::NoRandom(text()), Outside, 500, None;
+            Error::ThreadPanicked { .. } =>
+                Error::ThreadPanicked { place: text(), message: text() }, Replite, 500, None;
+            Error::Internal(_) => Error::Internal(text()), Replite, 500, None;
+        }
+    }
+
+    #[tokio::test]
+    async fn errors_blame_who_must_act_and_become_responses_that_leak_nothing() {
+        for (error, blame, status, expected) in cases() {
             let name = error.to_string();
-            let expected = match error {
-                Error::OutcomeUnknown(_) => Some("unknown"),
-                _ => not_executed.then_some("not-executed"),
-            };
+            assert_eq!(error.blame(), blame, "{name}");
             let response = error.into_response();
             let headers = response.headers();
             assert_eq!(response.status().as_u16(), status, "{name}");
             assert_eq!(headers.contains_key(RETRY_AFTER), status == 503, "{name}");
             let outcome = headers.get(OUTCOME).map(|outcome| outcome.to_str().unwrap());
             assert_eq!(outcome, expected, "{name}");
+            let body = axum::body::to_bytes(response.into_body(), 1024).await.unwrap();
+            assert!(!String::from_utf8_lossy(&body).contains("secret"), "{name}");
         }
     }
 }

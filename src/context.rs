@@ -13,7 +13,7 @@ use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::applied::Applied;
-use crate::error::Error;
+use crate::error::{Cause, Error};
 use crate::lock::lock;
 use crate::peer::NodeId;
 use crate::secret::Keyring;
@@ -101,6 +101,8 @@ pub(crate) struct NodeContext {
     pub(crate) lag: Mutex<Option<Lag>>,
     /// Problems that last, each under the part of the node that has it, so that none hides another.
     problems: Mutex<BTreeMap<Part, String>>,
+    /// Why replication has stopped for good.
+    failure: Mutex<Option<Cause>>,
     /// The database's files are not those that were opened: nothing is read from them.
     astray: AtomicBool,
     /// Counts how often the files were opened.
@@ -149,6 +151,7 @@ impl NodeContext {
             roles: RoleValue::new(role),
             lag: Mutex::new(None),
             problems: Mutex::default(),
+            failure: Mutex::default(),
             astray: AtomicBool::new(false),
             files: Arc::default(),
             close_idle: OnceLock::new(),
@@ -172,7 +175,9 @@ impl NodeContext {
 
     /// Replication of the database has stopped for good: first that is so, and only then is the application told, whose code may be what failed.
     pub(crate) fn fail(&self, error: &Error) {
-        let why = error.cause();
+        let cause = error.cause();
+        *lock(&self.failure) = Some(cause.clone());
+        let why = cause.to_string();
         self.set_problem(Part::Engine, Some(format!("{STOPPED}{why}")));
         let changed = self.roles.change(RoleChange::Stopped);
         self.applied.close();
@@ -325,8 +330,8 @@ impl NodeContext {
     }
 
     /// Why replication has failed, if it has.
-    pub(crate) fn failure(&self) -> Option<String> {
-        self.problem_of(Part::Engine)?.strip_prefix(STOPPED).map(str::to_string)
+    pub(crate) fn failure(&self) -> Option<Cause> {
+        lock(&self.failure).clone()
     }
 
     /// What is wrong with one part.

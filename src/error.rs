@@ -1,5 +1,6 @@
 //! The crate's one [`Error`], sorted by who must act.
 
+use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -21,10 +22,45 @@ pub enum Blame {
     Peer,
     /// The bytes on the disk.
     Disk,
-    /// The operating system, the file system, the network.
+    /// The operating system, the file system, the network, another program.
     Outside,
     /// This crate: please report it.
     Replite,
+}
+
+/// Why replication has stopped, or why the outcome of a write is not known: in words, and who must
+/// act.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct Cause {
+    text: String,
+    blame: Blame,
+}
+
+impl Cause {
+    pub(crate) fn new(text: impl Into<String>, blame: Blame) -> Cause {
+        Cause { text: text.into(), blame }
+    }
+
+    /// The same, said with what failed because of it: `what` comes before the text.
+    pub(crate) fn of(self, what: &str) -> Cause {
+        Cause { text: format!("{what}: {}", self.text), blame: self.blame }
+    }
+
+    /// What happened.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// Who must act.
+    pub fn blame(&self) -> Blame {
+        self.blame
+    }
+}
+
+impl fmt::Display for Cause {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.text)
+    }
 }
 
 /// Anything that can go wrong. [`Error::blame`] says who must act.
@@ -32,10 +68,11 @@ pub enum Blame {
 #[non_exhaustive]
 pub enum Error {
     // ---- the caller
-    /// The configuration contradicts itself or lacks something.
+    /// The configuration contradicts itself or lacks something. Nothing was opened or committed.
+    /// Correct it: the text says what.
     #[error("configuration: {0}")]
     Config(String),
-    /// A secret that could be guessed.
+    /// A secret that could be guessed. Nothing was opened. Make another, as the text says.
     #[error(
         "no secret to rely on: {0}; make one with `openssl rand -base64 32`, or derive one from a phrase (Secret::from_phrase)"
     )]
@@ -43,7 +80,7 @@ pub enum Error {
     /// A text is not of the form that it should have. Nothing was committed: correct the text.
     #[error(transparent)]
     InvalidText(#[from] ParseError),
-    /// The database can't be served. Nothing was changed.
+    /// The database can't be served. Nothing was changed. The reason says what it would need.
     #[error("{}: {reason}", path.display())]
     Unsupported {
         /// The database file.
@@ -51,13 +88,15 @@ pub enum Error {
         /// Why.
         reason: Unsupported,
     },
-    /// There is a file of this name already, which is not replaced: remove it, or give another name.
+    /// There is a file of this name already. The call replaced nothing: remove it, or give another
+    /// name.
     #[error("{} is there already and is not replaced: remove it, or give another name", path.display())]
     FileExists {
         /// The file.
         path: PathBuf,
     },
-    /// Another `Db` of this process, or another process, has the database open as a node already.
+    /// Another `Db` of this process, or another process, has the database open as a node. Nothing
+    /// was opened. Use that one, or end it first.
     #[error("{} is open as a node already, in {holder}", path.display())]
     AlreadyOpen {
         /// The database file.
@@ -65,31 +104,38 @@ pub enum Error {
         /// Who holds it.
         holder: &'static str,
     },
-    /// `write`, or the writer guard, was asked for by code that already runs inside of it.
+    /// Code inside of a write asked for another write, or for the writer guard. Nothing of the
+    /// second one was run. Use the transaction that the closure was given.
     #[error("a write inside a write: use the transaction that the closure was given")]
     Reentrant,
-    /// A call that blocks was made on a thread that runs async tasks.
+    /// The call blocks, and was made on a thread that runs async tasks. It did nothing. Use the
+    /// async form, or `spawn_blocking`.
     #[error("a blocking call on an async worker thread: use the async form or `spawn_blocking`")]
     BlockingInAsync,
-    /// This node is not the primary, so it can't commit.
+    /// This node is not the primary, so it can't commit. Nothing of the write was run. Send it to
+    /// the primary: the replay layer does that.
     #[error("not the primary{}", primary.as_ref().map_or(String::new(), |p| format!(" (it is {})", p.addresses.app)))]
     NotPrimary {
         /// What is known of the primary.
         primary: Option<Box<PeerInfo>>,
     },
-    /// The database was shut down, or is shutting down.
+    /// The database was shut down, or is shutting down. Nothing of the call was committed. Open it
+    /// again.
     #[error("the database is shut down")]
     ShutDown,
-    /// The replica has no state yet: it waits for its primary or is being filled.
+    /// The replica has no state yet: it waits for its primary, or is being filled. Nothing was
+    /// committed. Wait with [`Db::ready`](crate::Db::ready).
     #[error("no state to read yet: {0}")]
     NoState(String),
-    /// Another connection, mostly one of another process, wrote for as long as a write waits for it. Nothing of the write was run.
+    /// Another connection, mostly one of another process, wrote for as long as a write waits for
+    /// it. Nothing of the write was run. Try again.
     #[error("another connection kept the database from being written to for {waited:?}")]
     Busy {
         /// How long was waited.
         waited: Duration,
     },
-    /// Every pooled connection stayed in use for as long as the limit allows.
+    /// Every pooled connection stayed in use for as long as the limit allows. Nothing was run. Try
+    /// again later, or allow more connections.
     #[error("all {limit} read connections stayed in use for {waited:?}")]
     PoolExhausted {
         /// How many connections there are.
@@ -97,7 +143,8 @@ pub enum Error {
         /// How long was waited.
         waited: Duration,
     },
-    /// Something did not happen in time.
+    /// Something did not happen in time; the text says what. Nothing of a write was committed. What
+    /// else was waited for may still happen. Try again.
     #[error("timed out after {after:?}: {what}")]
     Timeout {
         /// What was waited for.
@@ -105,7 +152,7 @@ pub enum Error {
         /// For how long.
         after: Duration,
     },
-    /// A queue with a limit is full.
+    /// A queue with a limit is full. Nothing of the call was begun. Try again later.
     #[error("too many {what}: the limit is {limit}")]
     TooMany {
         /// What there are too many of.
@@ -113,24 +160,29 @@ pub enum Error {
         /// The limit.
         limit: usize,
     },
-    /// The transaction is not in this history and never will be: it was committed on a branch that was lost.
+    /// The transaction is not in this history and never will be: it was committed on a branch that
+    /// was lost. The call committed nothing. What the branch had is in
+    /// [`Db::lost`](crate::Db::lost).
     #[error("transaction {txid} is not in this history: its branch was lost")]
     Lost {
         /// The transaction.
         txid: Txid,
     },
-    /// The closure panicked; its transaction was rolled back.
+    /// The closure panicked, and its transaction was rolled back. Mend the closure.
     #[error("the closure panicked: {0}")]
     Panicked(String),
-    /// The application's migration failed, so that the database was not opened; what it had committed by then stays.
+    /// The application's migration failed, and the database was not opened. What the migration had
+    /// committed by then stays. Mend the migration.
     #[error("migration: {0}")]
     Migration(#[source] Box<dyn std::error::Error + Send + Sync>),
-    /// SQLite refused: mostly the caller's SQL.
+    /// SQLite refused, mostly the caller's SQL. Its transaction was rolled back. The code says what
+    /// to do.
     #[error("sqlite: {0}")]
     Sqlite(#[from] rusqlite::Error),
 
     // ---- the peer
-    /// The other node can't be talked to, or sent something wrong.
+    /// The other node can't be talked to, or sent something wrong. Nothing was committed. The
+    /// problem says what to do there.
     #[error("peer {peer}: {problem}")]
     Peer {
         /// Its address, or its node id.
@@ -140,7 +192,8 @@ pub enum Error {
     },
 
     // ---- the bytes on the disk
-    /// A file's bytes are not what was written. The text says what the file is for, and what to do.
+    /// A file's bytes are not what was written. Nothing was committed. The text says what the file
+    /// is for, and what to do.
     #[error("{} is corrupt at byte {offset}: {what}; it {cure}", path.display())]
     Corrupt {
         /// The file.
@@ -152,7 +205,8 @@ pub enum Error {
         /// What the file is for, and what to do.
         cure: &'static str,
     },
-    /// A file was written by a newer version. It was left as it is.
+    /// A file was written by a newer version, and was left as it is. Nothing was committed. Start
+    /// that version.
     #[error("{} has format version {found}; this version reads up to {supported}", path.display())]
     Newer {
         /// The file.
@@ -162,8 +216,9 @@ pub enum Error {
         /// The newest version that can be read.
         supported: u32,
     },
-    /// What is left of the database's files is no committed state that could be proved, can be read in two ways, or lacks transactions that were on the
-    /// disk. Nothing was changed. The text says what is, which transactions no file has any more, and what to do.
+    /// What is left of the database's files is no committed state that could be proved, can be read
+    /// in two ways, or lacks transactions that were on the disk. Nothing was changed. The text says
+    /// what is known, which transactions no file has any more, and what to do.
     #[error("{} is damaged: {what}", path.display())]
     Damaged {
         /// The database file.
@@ -171,9 +226,10 @@ pub enum Error {
         /// What is known.
         what: String,
     },
-    /// A record of this node's own log does not lead to the position that it states, over the pages that
-    /// are here: the log or the database file is not what was written. Nothing was committed. Look at the
-    /// disk, and let `Db::verify` name the pages. A peer's record is a [`PeerProblem::Mismatch`].
+    /// A record of this node's own log does not lead to the position that it states, over the pages
+    /// here. The log or the database file is not what was written. Nothing was committed. Look at
+    /// the disk, and put a replica's database in the place of this one. A peer's record is a
+    /// [`PeerProblem::Mismatch`].
     #[error("position mismatch: expected {expected}, found {found}")]
     Mismatch {
         /// What the record says.
@@ -182,7 +238,9 @@ pub enum Error {
         found: String,
     },
 
-    /// A heal waits: what it would replace can't be kept, because too much of that kind is kept already. Move some of it away.
+    /// What a heal, or the mending of a damaged database, would replace can't be kept: too much of
+    /// that kind is kept already. Nothing was changed. Look at it with
+    /// [`Db::lost`](crate::Db::lost), and move some of it away.
     #[error("{} has {used} bytes and {needed} more must be kept, which is more than {quota}: move some of it away", path.display())]
     LostFull {
         /// The directory.
@@ -196,7 +254,8 @@ pub enum Error {
     },
 
     // ---- outside
-    /// The operating system failed a call.
+    /// The operating system failed a call. Nothing of a write was committed. Look at the disk, the
+    /// limit of open files, or the network: the source says at which.
     #[error("{op} {}: {source}", path.display())]
     Io {
         /// What was being done.
@@ -207,19 +266,48 @@ pub enum Error {
         source: io::Error,
     },
 
-    /// A write was committed, or may have been, but replication stopped, was shut down or got no further before its number was known and it was on the
-    /// disk; the text says why. Whether it is kept is not known: it is not rolled back, reads of this node may have it and replicas may get it, and a
-    /// failing disk, a power cut or the cure for what went wrong may take it away again. When the database is open anew, what it has is what was kept. Look there
+    /// A write was committed, or may have been, and can't be vouched for. Replication stopped, or
+    /// the database was shut down, before the write had its number and was on the disk. The cause
+    /// says why.
+    ///
+    /// Whether the write is kept is not known. It is not rolled back: reads of this node may have
+    /// it, and replicas may get it. A failing disk, a power cut or the cure for what went wrong may
+    /// take it away again. When the database is open anew, what it has is what was kept. Look there
     /// before the same is done again, or see to it that doing it twice does no harm.
     ///
-    /// All other errors of a write say that nothing of it was committed, but for what the application committed by itself inside of its closure.
+    /// All other errors of a write say that nothing of it was committed, but for what the
+    /// application committed by itself inside of its closure.
     #[error("it is not known whether the write is kept: {0}")]
-    OutcomeUnknown(String),
+    OutcomeUnknown(Cause),
+    /// Replication of this database has stopped for good. Every later call says so, with the first
+    /// cause. Nothing of the call was committed. Mend what the cause says, and open the database
+    /// again.
+    #[error("replication stopped: {0}")]
+    Stopped(Cause),
+    /// What SQLite promises to those who keep its locks does not hold. Another program wrote
+    /// without them, changed or removed a file, or left the wal-index torn. Nothing of the call was
+    /// committed. Find that program; where replication has stopped, open the database again.
+    #[error("{0}")]
+    Disturbed(String),
+    /// The operating system has no random numbers. Nothing was committed. Try again.
+    #[error("no random numbers: {0}")]
+    NoRandom(String),
 
     // ---- us
-    /// Replication of this database has stopped because something that must hold did not.
-    #[error("replication stopped: {0}")]
-    Stopped(String),
+    /// A thread or a task of the node panicked. Nothing of the call was committed. The
+    /// application's tracing subscriber and metrics recorder run there, too: if the message is
+    /// theirs, mend them. Else report it.
+    #[error("a panic in {place}: {message}")]
+    ThreadPanicked {
+        /// What the thread or the task is for.
+        place: String,
+        /// What the panic said.
+        message: String,
+    },
+    /// What this crate takes for granted does not hold. Nothing of the call was committed. Please
+    /// report it.
+    #[error("a defect in replite, please report it: {0}")]
+    Internal(String),
 }
 
 /// Why a database can't be served.
@@ -291,7 +379,8 @@ pub enum PeerProblem {
     /// The secret was not proved: the peers' secrets differ.
     #[error("it did not prove the cluster's secret: both nodes need a secret in common")]
     Secret,
-    /// It proved a secret that is not valid here any more; see [`Db::rotate_secrets`](crate::Db::rotate_secrets).
+    /// It proved a secret that is not valid here any more; see
+    /// [`Db::rotate_secrets`](crate::Db::rotate_secrets).
     #[error("the secret that it proved is not valid here any more")]
     SecretDropped,
     /// It speaks another version of the protocol.
@@ -330,8 +419,8 @@ pub enum PeerProblem {
     /// It sent bytes that make no sense.
     #[error("bad bytes: {0}")]
     Garbled(String),
-    /// Over the pages that are here, what it sent leads elsewhere than it states: the one or the other is
-    /// wrong. A replica compares all of its pages with the primary's then.
+    /// Over the pages that are here, what it sent leads elsewhere than it states: the one or the
+    /// other is wrong. A replica compares all of its pages with the primary's then.
     #[error("position mismatch: expected {expected}, found {found}")]
     Mismatch {
         /// What it states.
@@ -347,13 +436,15 @@ pub enum PeerProblem {
     Goodbye(String),
 }
 
-/// Whether a character can be shown in a line as it is: it is no control character, and none that is not seen but turns others around, or ends the line.
+/// Whether a character can be shown in a line as it is: it is no control character, and none that
+/// is not seen but turns others around, or ends the line.
 pub(crate) fn is_plain(c: char) -> bool {
     let unseen = matches!(c, '\u{61c}' | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
     !c.is_control() && !unseen
 }
 
-/// A text of somebody else as it may stand in logs and problems: in one line, and of so many bytes at most.
+/// A text of somebody else as it may stand in logs and problems: in one line, and of so many bytes
+/// at most.
 pub(crate) fn shown(text: &str, max_bytes: usize) -> String {
     let mut out = String::new();
     for c in text.chars() {
@@ -419,17 +510,32 @@ impl Error {
             Error::Corrupt { .. } | Error::Newer { .. } | Error::Damaged { .. } | Error::Mismatch { .. } => {
                 Blame::Disk
             }
-            Error::Io { .. } | Error::LostFull { .. } | Error::OutcomeUnknown(_) => Blame::Outside,
-            Error::Stopped(_) => Blame::Replite,
+            Error::Io { .. } | Error::LostFull { .. } | Error::Disturbed(_) | Error::NoRandom(_) => {
+                Blame::Outside
+            }
+            Error::OutcomeUnknown(cause) | Error::Stopped(cause) => cause.blame,
+            Error::ThreadPanicked { .. } | Error::Internal(_) => Blame::Replite,
         }
     }
 
     /// Why replication has stopped, if this is what stops it.
-    pub(crate) fn cause(&self) -> String {
+    pub(crate) fn cause(&self) -> Cause {
         match self {
-            Error::Stopped(why) | Error::OutcomeUnknown(why) => why.clone(),
-            other => other.to_string(),
+            Error::Stopped(cause) | Error::OutcomeUnknown(cause) => cause.clone(),
+            other => Cause::new(other.to_string(), other.blame()),
         }
+    }
+
+    /// Whether something that must hold does not: there is no other way around it.
+    pub(crate) fn is_fatal(&self) -> bool {
+        matches!(
+            self,
+            Error::Stopped(_)
+                | Error::Disturbed(_)
+                | Error::NoRandom(_)
+                | Error::ThreadPanicked { .. }
+                | Error::Internal(_)
+        )
     }
 
     /// What it means for a write that may have been committed.

@@ -57,7 +57,7 @@ mod wire;
 pub use checksum::Checksum;
 pub use db::{Commit, Config, ConnectionKind, Db, Events, Repair, Snapshot, WriterGuard};
 pub use engine::{Durability, Lost, LostBranch, LostKind, LostRow, LostRows};
-pub use error::{Blame, Error, PeerProblem, Result, Unsupported};
+pub use error::{Blame, Cause, Error, PeerProblem, Result, Unsupported};
 pub use page::{PageNo, PageSize};
 pub use parse::ParseError;
 pub use peer::{Incarnation, NodeId};

@@ -148,7 +148,7 @@ impl Log {
     /// On an error the log is as before the call.
     ///
     /// # Errors
-    /// [`Error::Io`], such as for a full disk, a record that the quota has no room for, or a log that is [doubtful](Log::doubtful); [`Error::Stopped`] when the log
+    /// [`Error::Io`], such as for a full disk, a record that the quota has no room for, or a log that is [doubtful](Log::doubtful); [`Error::Internal`] when the log
     /// was never `reset`.
     pub(crate) fn append(&self, units: Bytes, after: Option<Position>) -> Result<()> {
         if units.is_empty() {

@@ -5,9 +5,9 @@ use crate::error::{Error, Result};
 /// Fills a buffer.
 ///
 /// # Errors
-/// [`Error::Stopped`] when the operating system has no random numbers.
+/// [`Error::NoRandom`] when the operating system has no random numbers.
 pub(crate) fn fill(bytes: &mut [u8]) -> Result<()> {
-    getrandom::fill(bytes).map_err(|e| Error::Stopped(format!("no random numbers: {e}")))
+    getrandom::fill(bytes).map_err(|e| Error::NoRandom(e.to_string()))
 }
 
 /// Some random bytes.

@@ -193,7 +193,7 @@ impl Reporter {
     fn ended(&mut self, error: &StreamError) {
         // This stream has stopped, and not replication.
         let problem = match error {
-            StreamError::Failed(error) => error.cause(),
+            StreamError::Failed(error) => error.cause().to_string(),
             reason => reason.to_string(),
         };
         self.node.set_problem(Part::Stream, Some(problem.clone()));

@@ -42,7 +42,7 @@ impl Secret {
     /// A new random secret. All nodes need the same: see [`Secret::to_text`].
     ///
     /// # Errors
-    /// [`Error::Stopped`] when the operating system has no random numbers.
+    /// [`Error::NoRandom`] when the operating system has no random numbers.
     pub fn generate() -> Result<Secret, Error> {
         loop {
             // One that its own text form would be refused for is drawn again; that is once in some billions.

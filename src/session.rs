@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 
 use crate::context::NodeContext;
-#[cfg(feature = "axum")]
 use crate::lock::lock;
+#[cfg(feature = "axum")]
 use crate::status::{PeerInfo, Role};
 use crate::token::{Token, Tokens};
 use crate::txid::{Place, Txid};

@@ -18,6 +18,7 @@ use crate::lease::Fixed;
 use crate::lock::lock;
 use crate::secret::Secret;
 use crate::status::Addresses;
+use crate::threads::blocking;
 use link::Link;
 use serve::Stand;
 
@@ -217,9 +218,7 @@ impl<S: Application> Cluster<S> {
     /// Nothing happens but the waiting.
     pub async fn caught_up(&self) -> Result<()> {
         let primary = self.nodes[0].db();
-        let last = tokio::task::spawn_blocking(move || primary.captured())
-            .await
-            .map_err(|e| Error::Stopped(e.to_string()))??;
+        let last = blocking(move || primary.captured()).await?;
         for node in &self.nodes {
             if let Some(db) = node.running() {
                 db.wait_for_timeout(last, LIMIT).await?;

@@ -99,7 +99,7 @@ async fn spawned<T: Send + 'static>(
 }
 
 fn panicked(place: &str, panic: Box<dyn Any + Send>) -> Error {
-    let error = Error::Stopped(format!("a panic in {place}: {}", message(&*panic)));
+    let error = Error::ThreadPanicked { place: place.into(), message: message(&*panic) };
     // What was thrown may have a destructor that panics, too.
     std::mem::forget(panic);
     error
@@ -161,7 +161,7 @@ mod tests {
         assert!(task.await.unwrap_err().to_string().contains("a panic in a test: by intent"));
         assert_eq!(caught_task("a test", async { 5 }).await.unwrap(), 5);
         let blocked = blocking::<()>(|| panic!("by intent")).await;
-        assert!(matches!(blocked, Err(Error::Stopped(why)) if why.contains("by intent")));
+        assert!(matches!(blocked, Err(Error::ThreadPanicked { message, .. }) if message == "by intent"));
         let blocked = blocking_for_caller::<()>("in a test", || panic!("by intent")).await;
         assert!(matches!(blocked, Err(Error::Panicked(place)) if place == "in a test"));
     }

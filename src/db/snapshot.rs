@@ -6,7 +6,7 @@ use std::task::{Context, Poll};
 use std::{fs, io};
 
 use rusqlite::backup::{Backup, StepResult};
-use rusqlite::{Connection, OpenFlags};
+use rusqlite::{Connection, OpenFlags, ffi};
 use tokio::io::{AsyncRead, ReadBuf};
 use uuid::Uuid;
 
@@ -197,6 +197,14 @@ fn check(path: &Path) -> Result<()> {
 fn copy_whole(from: &Connection, to: &mut Connection) -> Result<()> {
     match Backup::new(from, to)?.step(-1)? {
         StepResult::Done => Ok(()),
-        other => Err(Error::Stopped(format!("the database could not be copied: {other:?}"))),
+        StepResult::Busy => Err(not_copied(ffi::SQLITE_BUSY)),
+        StepResult::Locked => Err(not_copied(ffi::SQLITE_LOCKED)),
+        other => Err(Error::Internal(format!("a copy in one step ended with {other:?}"))),
     }
+}
+
+/// Another connection was in the way of a copy.
+fn not_copied(code: i32) -> Error {
+    let text = "the database could not be copied".to_string();
+    Error::Sqlite(rusqlite::Error::SqliteFailure(ffi::Error::new(code), Some(text)))
 }

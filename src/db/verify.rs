@@ -27,7 +27,7 @@ impl Db {
     ///
     /// # Errors
     /// [`Error::NoState`] on a replica that has not been filled yet, [`Error::Timeout`] when readers hold all of SQLite's read marks for ten
-    /// seconds, [`Error::Io`] and [`Error::Sqlite`] when the files can't be read, [`Error::Stopped`], [`Error::ShutDown`], at once, when the
+    /// seconds, [`Error::Io`] and [`Error::Sqlite`] when the files can't be read, [`Error::ThreadPanicked`], [`Error::Stopped`] and [`Error::ShutDown`], at once, when the
     /// node stops. That the pages are not those of the position is no error, but what the [`Verification`] says.
     ///
     /// # Cancel safety

@@ -131,7 +131,7 @@ impl Store for IncomingPages<'_> {
     fn read_below(&mut self, first: PageNo, pages: &mut [u8]) -> Result<()> {
         match &mut self.live {
             Some(live) => live.read_run(first, pages),
-            None => Err(Error::Stopped(format!("a snapshot does not have its {first:?}"))),
+            None => Err(Error::Internal(format!("a snapshot does not have its {first:?}"))),
         }
     }
 

@@ -149,7 +149,7 @@ pub(super) fn keep(paths: &Paths, live: &mut WalAppender, doomed: &Replaced<'_>)
         record_bytes: until.saturating_sub(from),
         path: path.clone(),
     };
-    let json = serde_json::to_vec_pretty(&branch).map_err(|e| Error::Stopped(e.to_string()))?;
+    let json = serde_json::to_vec_pretty(&branch).map_err(|e| Error::Internal(e.to_string()))?;
     write(&new.join("branch.json"), |out| out.put(&json))?;
     settle(paths, &new, &path)?;
     Ok(branch)

@@ -91,7 +91,8 @@ pub(in crate::engine) fn open(
     if let Some(locks) = &locks {
         locks.watch()?;
     }
-    let header = index.header().ok_or_else(|| Error::Stopped("the wal-index has no sound header".into()))?;
+    let header =
+        index.header().ok_or_else(|| Error::Disturbed("the wal-index has no sound header".into()))?;
     if header.max_frame > 0 {
         index.ensure(&mut handle, region_of(header.max_frame), true)?;
         // While others have the file open, the index outlives a process that dies in a transaction, and with it what that one entered.

@@ -88,7 +88,7 @@ impl LogState {
         after: Option<Position>,
     ) -> Result<bool> {
         if self.tip.is_none() {
-            return Err(Error::Stopped("an append to a log that has no position".to_owned()));
+            return Err(Error::Internal("an append to a log that has no position".to_owned()));
         }
         self.expect_sound(dir)?;
         if self.bytes() + HEAD_BYTES + units.len() as u64 > options.quota_bytes {
@@ -101,7 +101,7 @@ impl LogState {
             self.begin_segment(dir)?;
         }
         let (Some(segment), Some(file)) = (self.segments.back_mut(), &self.file) else {
-            return Err(Error::Stopped("a log without a segment to append to".to_owned()));
+            return Err(Error::Internal("a log without a segment to append to".to_owned()));
         };
         let offset = HEAD_BYTES + segment.end - segment.start;
         self.sealed = self.sealed && file.set_len(offset).is_err();

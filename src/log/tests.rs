@@ -110,7 +110,7 @@ fn an_empty_log_has_no_position_and_a_reset_gives_it_one() {
     let log = open(&dir);
     assert_eq!((log.tip(), log.start(), log.end(), log.bytes()), (None, None, 0, 0));
     assert_eq!(log.find(0).unwrap(), Lookup::TooOld);
-    assert!(matches!(log.append(record(1, 1), None), Err(Error::Stopped(_))));
+    assert!(matches!(log.append(record(1, 1), None), Err(Error::Internal(_))));
     log.reset(position(41)).unwrap();
     drop(log);
     let log = open(&dir);

@@ -101,7 +101,9 @@ impl Database {
     /// Fails while there is nothing to read.
     pub(crate) fn readable(&self) -> Result<()> {
         if self.node.astray() {
-            return Err(Error::Stopped(self.node.problem().unwrap_or_default()));
+            // A replica opens what is at the path now.
+            let changed = || Error::Disturbed(self.node.problem().unwrap_or_default());
+            return Err(self.node.failure().map_or_else(changed, Error::Stopped));
         }
         if self.slot.is_readable()? {
             return Ok(());

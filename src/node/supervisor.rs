@@ -67,7 +67,7 @@ impl Supervisor {
 
     fn follow(&self, primary: Endpoint) -> Result<Following> {
         let Running::Replica(engine) = self.slot.get()? else {
-            return Err(Error::Stopped("a primary follows nobody".into()));
+            return Err(Error::Internal("a primary follows nobody".into()));
         };
         let ends = self.node.stop.child_token();
         let task =

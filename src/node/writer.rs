@@ -16,7 +16,7 @@ use tokio::sync::{Semaphore, mpsc as queue, oneshot};
 
 use crate::context::NodeContext;
 use crate::engine::{CommitGate, PrimaryEngine, Waiting};
-use crate::error::{Error, Result};
+use crate::error::{Blame, Cause, Error, Result};
 use crate::lock::lock;
 use crate::sqlite::{self, CommitHook, defend, last_code};
 use crate::status::Role;
@@ -246,8 +246,12 @@ impl Writer {
         // Given back when the job is taken out.
         room.forget();
         // What is queued is refused by name.
-        let panicked =
-            || Error::OutcomeUnknown("a panic outside of the closure, while it ran or after that".into());
+        let panicked = || {
+            Error::OutcomeUnknown(Cause::new(
+                "a panic outside of the closure, while it ran or after that",
+                Blame::Caller,
+            ))
+        };
         answer.await.unwrap_or_else(|_| Err(panicked().into()))
     }
 
@@ -555,8 +559,8 @@ mod tests {
         let (jobs, receiver) = queue::unbounded_channel();
         let (reply, answer) = oneshot::channel();
         jobs.send(Box::new(WriteJob { run, reply }) as Box<dyn Job>).unwrap_or_else(|_| panic!("it is open"));
-        writer.shared.end(&engine, Err(Error::Stopped("by intent".into())), Some(receiver));
-        let stopped = |error: Error| matches!(error, Error::Stopped(why) if why == "by intent");
+        writer.shared.end(&engine, Err(Error::Disturbed("by intent".into())), Some(receiver));
+        let stopped = |error: Error| matches!(error, Error::Stopped(why) if why.text() == "by intent");
         assert!(stopped(answer.await.unwrap().map_err(Failed::into_one).unwrap_err()), "queued");
         assert!(stopped(db.write(run).await.unwrap_err()), "later");
         let blocking = db.clone();

@@ -288,7 +288,7 @@ impl ReplicaStream {
         let mut first = None;
         loop {
             let go = tokio::select! {
-                go = goes.recv() => go.ok_or_else(|| Error::Stopped("the snapshot's reader".into()))??,
+                go = goes.recv() => go.ok_or_else(|| Error::Internal("the reader of a snapshot has ended early".into()))??,
                 () = tokio::time::sleep_until(self.last_beat + BEAT) => {
                     self.beat().await?;
                     continue;
@@ -338,7 +338,7 @@ impl ReplicaStream {
         let mut first = None;
         loop {
             let go = tokio::select! {
-                go = goes.recv() => go.ok_or_else(|| Error::Stopped("the reader of pages".into()))??,
+                go = goes.recv() => go.ok_or_else(|| Error::Internal("the reader of pages has ended early".into()))??,
                 () = tokio::time::sleep_until(self.last_beat + BEAT) => {
                     self.beat().await?;
                     continue;
@@ -413,7 +413,7 @@ impl ReplicaStream {
             let tip = log.tip().ok_or_else(|| Error::NoState("the log has no position yet".into()))?;
             match log.find(tip.number())? {
                 Lookup::At { lsn, .. } => Ok(log.pin(lsn)),
-                found => Err(Error::Stopped(format!("the log does not find its tip: {found:?}"))),
+                found => Err(Error::Internal(format!("the log does not find its tip: {found:?}"))),
             }
         });
         Ok(pin.await?)
@@ -626,6 +626,6 @@ fn read_pieces(
         }
         next = after;
     }
-    let first = begun.ok_or_else(|| Error::Stopped("a snapshot without pieces".into()))?;
+    let first = begun.ok_or_else(|| Error::Internal("a snapshot without pieces".into()))?;
     Ok((first, None, next))
 }

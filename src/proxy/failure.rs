@@ -21,14 +21,44 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    /// What this error tells of the request that fails because of it: that the write which it ends was not begun, or that nobody knows. None where the error
-    /// alone does not tell, as when SQLite refuses a statement, which may come after others. For responses of the application's own
-    /// making; those that axum makes of an [`Error`] have it. The layer takes it back when the request has committed something before.
+    /// What this error tells of the request that fails because of it: that the write which it ends
+    /// was not begun, or that nobody knows. None where the error alone does not tell, as when
+    /// SQLite refuses a statement, which may come after others. For responses of the application's
+    /// own making; those that axum makes of an [`Error`] have it. The layer takes it back when the
+    /// request has committed something before.
     pub fn of(error: &Error) -> Option<Outcome> {
         match error {
             Error::NotPrimary { .. } | Error::Busy { .. } | Error::ShutDown => Some(Outcome::NotExecuted),
             Error::OutcomeUnknown(_) => Some(Outcome::Unknown),
-            _ => None,
+            // What went before in the same handler may have had an effect elsewhere.
+            Error::Config(_)
+            | Error::WeakSecret(_)
+            | Error::InvalidText(_)
+            | Error::Unsupported { .. }
+            | Error::FileExists { .. }
+            | Error::AlreadyOpen { .. }
+            | Error::Reentrant
+            | Error::BlockingInAsync
+            | Error::NoState(_)
+            | Error::PoolExhausted { .. }
+            | Error::Timeout { .. }
+            | Error::TooMany { .. }
+            | Error::Lost { .. }
+            | Error::Panicked(_)
+            | Error::Migration(_)
+            | Error::Sqlite(_)
+            | Error::Peer { .. }
+            | Error::Corrupt { .. }
+            | Error::Newer { .. }
+            | Error::Damaged { .. }
+            | Error::Mismatch { .. }
+            | Error::LostFull { .. }
+            | Error::Io { .. }
+            | Error::Stopped(_)
+            | Error::Disturbed(_)
+            | Error::NoRandom(_)
+            | Error::ThreadPanicked { .. }
+            | Error::Internal(_) => None,
         }
     }
 
@@ -58,13 +88,15 @@ pub enum Reason {
     NotApplied,
     /// The request came back to the node that sent it, or nodes disagree on who the primary is.
     Loop,
-    /// The request was sent on as often as may be, by the layers of several databases: it needs the primaries of all of them, and these are on different nodes.
+    /// The request was sent on as often as may be, by the layers of several databases: it needs the
+    /// primaries of all of them, and these are on different nodes.
     Apart,
     /// An upgrade request, which the configuration refuses on a replica.
     Upgrade,
     /// `CONNECT`, which is not forwarded.
     Method,
-    /// The request has several `Host` headers, or one that HTTP/2 can't carry, or a target without a path: servers could read it in two ways.
+    /// The request has several `Host` headers, or one that HTTP/2 can't carry, or a target without
+    /// a path: servers could read it in two ways.
     Ambiguous,
     /// The client stopped sending the request's body.
     SlowClient,
@@ -78,7 +110,8 @@ pub enum Reason {
     Misdirected,
 }
 
-/// A request that could not be done. The layer makes a response of it; [`PrimaryClient`](crate::PrimaryClient) returns it as its error.
+/// A request that could not be done. The layer makes a response of it;
+/// [`PrimaryClient`](crate::PrimaryClient) returns it as its error.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{}", self.words())]
 #[non_exhaustive]
@@ -144,7 +177,8 @@ impl Failure {
         self.complete(response)
     }
 
-    /// Sets what makes the outcome readable for clients, also on a response of the app's own making.
+    /// Sets what makes the outcome readable for clients, also on a response of the app's own
+    /// making.
     pub(super) fn complete(&self, mut response: Response<Bytes>) -> Response<Bytes> {
         let headers = response.headers_mut();
         headers.insert(OUTCOME, HeaderValue::from_static(self.outcome.as_str()));

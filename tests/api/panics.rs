@@ -285,7 +285,8 @@ async fn verifying_process() {
     let path = dir.path().join("p.db");
     let db = Db::open(primary(&path, 0)).await.unwrap();
     let failed = within("an answer", db.verify()).await;
-    assert!(matches!(&failed, Err(Error::Stopped(why)) if why.contains("replite-verify")), "{failed:?}");
+    let Err(Error::ThreadPanicked { place, .. }) = &failed else { panic!("{failed:?}") };
+    assert_eq!(place, "replite-verify");
     assert!(db.status().problem.unwrap().contains("could not be verified"));
     assert!(db.health().can_write, "nothing depends on it");
     assert!(within("the next one", db.verify()).await.unwrap().holds());

@@ -86,7 +86,7 @@ fn assert_stopped(db: &Db, word: &str) {
     assert!(problem.contains(word) && problem.contains("start"), "{problem}");
     let read =
         db.read(|c| Ok::<_, Error>(c.query_row("SELECT count(*) FROM t", [], |r| r.get::<_, i64>(0))?));
-    assert!(matches!(&read, Err(Error::Stopped(why)) if why.contains(word)), "{read:?}");
+    assert!(matches!(&read, Err(Error::Stopped(why)) if why.text().contains(word)), "{read:?}");
 }
 
 /// A backup is put over the file of a running primary, by another inode or in place. The last
@@ -161,7 +161,10 @@ async fn a_transaction_that_read_a_file_that_was_written_over_is_not_committed()
         Ok::<_, Error>(tx.execute("INSERT INTO t(n) VALUES (1)", [])?)
     });
     let refused = write.await;
-    assert!(matches!(&refused, Err(Error::Stopped(why)) if why.contains("somebody else")), "{refused:?}");
+    assert!(
+        matches!(&refused, Err(Error::Stopped(why)) if why.text().contains("somebody else")),
+        "{refused:?}"
+    );
     assert_stopped(&p, "somebody else");
     p.shutdown().await;
     let again = opened(&path).await;

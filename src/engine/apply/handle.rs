@@ -135,7 +135,9 @@ impl ReplicaEngine {
     /// Fails when the files at the paths are not those that are open, or somebody else wrote to the database.
     pub(crate) fn expect_files(&self) -> Result<()> {
         let base = lock(&self.shared.term).clone();
-        base.map_or(Ok(()), |base| base.expect_files())
+        // Replication goes on: what is at the path now is opened.
+        let disturbed = |error: Error| Error::Disturbed(error.cause().to_string());
+        base.map_or(Ok(()), |base| base.expect_files().map_err(disturbed))
     }
 
     /// Copies all that is applied back and begins the WAL anew. Blocks for at most so long.

@@ -11,7 +11,7 @@ use crate::engine::file::database::reader;
 use crate::engine::file::term::Term;
 use crate::engine::recover::opened::Opened;
 use crate::engine::source::answer;
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::lock::lock;
 use crate::page::PageNo;
 use crate::txid::{EpochHistory, Position};
@@ -26,7 +26,7 @@ pub(in crate::engine) struct ApplyShared {
     /// Why the current stream can't go on.
     pub(in crate::engine) failure: Mutex<Option<StreamError>>,
     /// Why the thread has ended, if that was a failure.
-    pub(in crate::engine) fallen: Mutex<Option<String>>,
+    pub(in crate::engine) fallen: Mutex<Option<Cause>>,
     pub(in crate::engine) stop: AtomicBool,
     /// Heals that were finished since the node started.
     pub(in crate::engine) heals: AtomicU64,

@@ -3,7 +3,7 @@
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 
 use crate::engine::file::term::Term;
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::lock::lock;
 use crate::threads::caught;
 
@@ -25,7 +25,7 @@ struct SyncState {
     leading: bool,
     /// An fsync failed. What it left on the disk is not known and no later one can tell, so no commit
     /// is acknowledged any more.
-    failed: Option<String>,
+    failed: Option<Cause>,
 }
 
 impl GroupSync {
@@ -60,7 +60,7 @@ impl GroupSync {
             state.leading = false;
             match &result {
                 Ok(()) => state.synced = state.synced.max(target),
-                Err(error) => state.failed = Some(error.to_string()),
+                Err(error) => state.failed = Some(error.cause()),
             }
             self.changed.notify_all();
             if let Err(error) = result {

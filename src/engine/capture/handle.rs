@@ -122,7 +122,7 @@ impl PrimaryEngine {
         // They end by themselves only after a failure; should one have ended in some other way, it is one now.
         if lock(&self.threads).iter().any(JoinHandle::is_finished) {
             self.base.check()?;
-            self.base.fail(&Error::Stopped("a thread of the engine has ended".into()));
+            self.base.fail(&Error::Internal("a thread of the engine has ended".into()));
         }
         self.base.check()
     }

@@ -99,7 +99,7 @@ impl PrimaryEngine {
             asked.before.zip(asked.after).filter(|_| asked.taken >= frame)
         })?;
         if !(after.end..=after.repeated).contains(&frame) {
-            return Err(Error::Stopped(format!(
+            return Err(Error::Disturbed(format!(
                 "somebody else's commit ends at frame {} of the WAL, where ours should be, up to frame {frame}",
                 after.end
             )));
@@ -294,13 +294,16 @@ mod tests {
         let held = Held::with_a_commit(&engine, &home);
         let begun = ours.begin(&engine).unwrap();
         ours.connection.execute_batch("INSERT INTO t VALUES (2); COMMIT").unwrap();
-        engine.fail(&Error::Stopped("by intent".into()));
+        engine.fail(&Error::Disturbed("by intent".into()));
         let committed = engine.committed(begun, ours.hook.last(), false);
-        assert!(matches!(&committed, Err(Error::OutcomeUnknown(why)) if why == "by intent"), "{committed:?}");
+        assert!(
+            matches!(&committed, Err(Error::OutcomeUnknown(why)) if why.text() == "by intent"),
+            "{committed:?}"
+        );
         assert!(engine.may_have_committed(begun));
         // From here on everything is refused before it is committed.
         for refused in [engine.ready(), engine.begun().map(drop), engine.ending(begun).map(drop)] {
-            assert!(matches!(&refused, Err(Error::Stopped(why)) if why == "by intent"), "{refused:?}");
+            assert!(matches!(&refused, Err(Error::Stopped(why)) if why.text() == "by intent"), "{refused:?}");
         }
         drop(held);
     }

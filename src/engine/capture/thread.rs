@@ -160,7 +160,7 @@ impl CaptureLoop {
         // Always the end, whoever asked for it: part of a record may be out, and nothing can be put behind that.
         self.capture.advance(header, &mut sink).map_err(|error| match error {
             Error::Stopped(_) | Error::ShutDown => error,
-            other => Error::Stopped(other.to_string()),
+            other => Error::Stopped(other.cause()),
         })
     }
 
@@ -181,16 +181,20 @@ impl CaptureLoop {
         match command {
             CaptureCommand::RaiseEpoch(above, reply) => {
                 let result = self.raise_epoch(above);
-                let failed = matches!(&result, Err(Error::Stopped(_)));
-                let copy = if let Err(e) = &result { Err(Error::Stopped(e.to_string())) } else { Ok(()) };
+                let failed = match &result {
+                    Err(error) if error.is_fatal() => Err(Error::Stopped(error.cause())),
+                    _ => Ok(()),
+                };
                 // The asker may have gone; the epoch is open all the same.
                 let _ = reply.send(result);
-                if failed { copy } else { Ok(()) }
+                failed
             }
             CaptureCommand::Leave { limit, held, left } => {
                 let taken = self.take_write(limit);
                 let failed = match &taken {
-                    Err(error @ (Error::Stopped(_) | Error::Io { .. })) => Err(Error::Stopped(error.cause())),
+                    Err(error) if error.is_fatal() || matches!(error, Error::Io { .. }) => {
+                        Err(Error::Stopped(error.cause()))
+                    }
                     _ => Ok(()),
                 };
                 if taken.is_ok() {
@@ -363,7 +367,7 @@ impl CaptureLoop {
                 self.base.index.publish(&left);
                 Ok(left)
             }
-            (None, None) => Err(Error::Stopped("both copies of the wal-index header are torn".into())),
+            (None, None) => Err(Error::Disturbed("both copies of the wal-index header are torn".into())),
         }
     }
 }
@@ -389,12 +393,12 @@ impl Sink for ToLog<'_> {
         let (begun, mut failed) = (Instant::now(), false);
         while let Err(error) = append_or_gap(self.base, units.clone(), after) {
             // Such as for want of descriptors.
-            let text = format!("the log can't be written: {error}");
+            let cause = error.cause().of("the log can't be written");
             if begun.elapsed() >= APPEND_WAIT || self.base.stopping() {
-                return Err(Error::Stopped(text));
+                return Err(Error::Stopped(cause));
             }
             failed = true;
-            self.base.node.set_problem(Part::Log, Some(text));
+            self.base.node.set_problem(Part::Log, Some(cause.to_string()));
             std::thread::sleep(APPEND_STEP);
         }
         drop(on_disk);

@@ -89,7 +89,7 @@ fn verify(base: &Term, mut handle: Handle, limit: Option<NonZeroU64>) -> Result<
     } else {
         let named = name_bad_pages(base, &mut handle, &tip, found);
         (verification.bad_pages, verification.all_named) = match named {
-            Err(error @ (Error::ShutDown | Error::Stopped(_))) => return Err(error),
+            Err(error) if matches!(error, Error::ShutDown) || error.is_fatal() => return Err(error),
             Err(error) => {
                 tracing::warn!(%error, "the log does not tell which pages are bad");
                 (Vec::new(), false)

@@ -43,7 +43,7 @@ fn begin_over(base: &OpenDatabase, handle: &mut Handle, tip: &Tip, file: FileSta
     overwrite(base, handle, &new, &bytes).map_err(|error| {
         // The index says by now that the WAL is empty, and the file may be neither the old WAL nor the new one. Readers
         // have all in the database; but whoever went on from the old tip would mix two generations.
-        let error = Error::Stopped(format!("the WAL could not be begun anew: {error}"));
+        let error = Error::Stopped(error.cause().of("the WAL could not be begun anew"));
         base.give_up(&error);
         error
     })?;

@@ -65,7 +65,7 @@ pub(in crate::engine) fn restart(base: &Term, handle: &mut Handle, drain: Durati
 fn is_the_end(base: &OpenDatabase, tip: &Tip) -> Result<bool> {
     match base.header() {
         Some(header) if header.salts != tip.salts || header.max_frame < tip.frame => {
-            Err(Error::Stopped("somebody else began the WAL anew, whose locks were dropped here".into()))
+            Err(Error::Disturbed("somebody else began the WAL anew, whose locks were dropped here".into()))
         }
         header => Ok(header.is_some_and(|header| header.max_frame == tip.frame)),
     }

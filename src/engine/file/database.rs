@@ -15,7 +15,7 @@ use crate::engine::file::wal_file::WalFile;
 use crate::engine::file::watch::{Astray, Watch};
 use crate::engine::file::witnesses::Witnesses;
 use crate::engine::options::EngineOptions;
-use crate::error::{Error, Result};
+use crate::error::{Blame, Cause, Error, Result};
 use crate::lock::lock;
 use crate::log::Log;
 use crate::page::PageSize;
@@ -70,7 +70,7 @@ pub(in crate::engine) struct OpenDatabase {
     /// The log could not be written and waits for a whole transaction to begin again behind.
     pub(in crate::engine) log_broken: Mutex<bool>,
     /// Why the files can't be believed any more.
-    broken: Mutex<Option<String>>,
+    broken: Mutex<Option<Cause>>,
     when_lost: Mutex<WhenLost>,
     /// The files are not those that were opened, or not as they were left.
     lost: AtomicBool,
@@ -252,9 +252,10 @@ impl OpenDatabase {
     }
 
     fn lose(&self, found: &Astray) -> Error {
-        let error = Error::Stopped(found.to_string());
+        let cause = Cause::new(found.to_string(), Blame::Outside);
+        let error = Error::Stopped(cause.clone());
         // First: who commits from now on is refused, so that the last look of capture has all that was acknowledged.
-        let known = lock(&self.broken).replace(found.to_string()).is_some() && self.lost();
+        let known = lock(&self.broken).replace(cause).is_some() && self.lost();
         self.lost.store(true, Ordering::Release);
         if !known {
             self.node.set_astray(true);

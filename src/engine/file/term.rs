@@ -9,7 +9,7 @@ use std::time::Instant;
 
 use crate::engine::file::database::{OpenDatabase, Tip};
 use crate::engine::file::progress::Patience;
-use crate::error::{Error, Result};
+use crate::error::{Cause, Error, Result};
 use crate::lock::lock;
 use crate::wal::Salts;
 
@@ -18,7 +18,7 @@ use crate::wal::Salts;
 pub(in crate::engine) struct Term {
     database: Arc<OpenDatabase>,
     ends: AtomicBool,
-    failed: Mutex<Option<String>>,
+    failed: Mutex<Option<Cause>>,
 }
 
 /// The database of the term.

@@ -160,7 +160,7 @@ mod tests {
             until("the failure", || engine.base.node.failure().is_some());
         }
         let why = engine.base.node.failure().unwrap();
-        assert!(why.contains("the log can't be written"), "{why}");
+        assert!(why.text().contains("the log can't be written"), "{why}");
         assert!(matches!(engine.begun(), Err(Error::Stopped(_))));
         loop {
             match events.try_recv() {

@@ -5,7 +5,8 @@ use std::path::Path;
 use crate::error::{Error, PeerProblem};
 use crate::log::Log;
 
-/// Why a record, a page or a sum can't be taken in. It blames nobody yet: who took it in knows where it came from.
+/// Why a record, a page or a sum can't be taken in. It blames nobody yet: who took it in knows
+/// where it came from.
 #[derive(Debug)]
 pub(crate) enum IntakeError {
     /// It is not of the form that it must have, or comes out of order.

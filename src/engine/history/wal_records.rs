@@ -86,7 +86,7 @@ impl Capture {
     /// Reads all commits up to the header's end and hands them on.
     pub(in crate::engine) fn advance(&mut self, header: &IndexHeader, sink: &mut dyn Sink) -> Result<()> {
         if header.salts != self.tip.salts || header.max_frame < self.tip.frame {
-            return Err(Error::Stopped(format!(
+            return Err(Error::Disturbed(format!(
                 "the WAL was restarted by somebody else (frame {} became {})",
                 self.tip.frame, header.max_frame
             )));
@@ -112,7 +112,7 @@ impl Capture {
             }
         }
         if self.tip.sum != header.frame_sum {
-            return Err(Error::Stopped(format!(
+            return Err(Error::Disturbed(format!(
                 "frame {} of the WAL has another checksum than its index says",
                 header.max_frame
             )));
@@ -131,7 +131,7 @@ impl Capture {
         if (found.sum, found.salts) == (self.tip.sum, self.tip.salts) {
             return Ok(());
         }
-        Err(Error::Stopped(format!(
+        Err(Error::Disturbed(format!(
             "frame {} of the WAL was written over after it was committed",
             self.tip.frame
         )))
@@ -182,7 +182,7 @@ impl Capture {
                 return Ok(CommitFrames { first, last: frame, pages: head.commit, sum: head.sum });
             }
         }
-        Err(Error::Stopped(format!("the WAL's index ends at frame {max}, which is no commit")))
+        Err(Error::Disturbed(format!("the WAL's index ends at frame {max}, which is no commit")))
     }
 
     /// A commit whose frames are all at hand.

@@ -92,9 +92,9 @@ impl LostBranch {
              CREATE TABLE replite_pages (number INTEGER PRIMARY KEY, page BLOB);
              CREATE TABLE replite_rows (name TEXT, row INTEGER, lost TEXT, kept TEXT);",
         )?;
-        let Value::Object(facts) = serde_json::to_value(self).map_err(|e| Error::Stopped(e.to_string()))?
+        let Value::Object(facts) = serde_json::to_value(self).map_err(|e| Error::Internal(e.to_string()))?
         else {
-            return Err(Error::Stopped("a branch without facts".into()));
+            return Err(Error::Internal("a branch without facts".into()));
         };
         for (name, value) in &facts {
             tx.execute("INSERT INTO replite_branch VALUES (?1, ?2)", (name, &sql(value)))?;

@@ -163,7 +163,7 @@ impl Told {
             return Ok(());
         }
         let row = LostRow { table: table.to_owned(), rowid, lost, kept };
-        let line = serde_json::to_string(&row).map_err(|e| Error::Stopped(e.to_string()))? + "\n";
+        let line = serde_json::to_string(&row).map_err(|e| Error::Internal(e.to_string()))? + "\n";
         if self.rows == ROWS_MAX || self.bytes + line.len() > BYTES_MAX {
             self.more = true;
             return Ok(());

@@ -77,7 +77,7 @@ impl Findings {
         let mut live = WalAppender::new(self.base.clone(), self.handle)?;
         let ready = match over_all(&mut live, from, to) {
             Ok(ready) => Some(ready),
-            Err(error @ (Error::ShutDown | Error::Stopped(_))) => return Err(error),
+            Err(error) if matches!(error, Error::ShutDown) || error.is_fatal() => return Err(error),
             Err(error) => {
                 tracing::warn!(%error, "the log does not make the database good");
                 None

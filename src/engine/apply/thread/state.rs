@@ -169,7 +169,7 @@ impl Apply {
     pub(super) fn own(&mut self, database: Arc<OpenDatabase>, handle: Handle) -> Result<WalAppender> {
         database.when_lost(|database, error| {
             // What is there is opened, and led to the primary's state.
-            let text = error.cause();
+            let text = error.cause().to_string();
             tracing::error!(database = %database.path().display(), text, "the replica's files are opened anew");
             database.node.set_problem(Part::Engine, Some(text));
         });
