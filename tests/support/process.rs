@@ -106,10 +106,6 @@ impl Process {
         self.lines.recv_timeout(LIMIT).ok()
     }
 
-    pub(crate) fn pending_lines(&self) -> Vec<String> {
-        self.lines.try_iter().collect()
-    }
-
     /// Says a line to a test function that hears.
     pub(crate) fn say(&mut self, line: &str) {
         let stdin = self.stdin.as_mut().expect("a program hears nothing");
