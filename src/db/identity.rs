@@ -9,6 +9,7 @@ use std::path::Path;
 use crate::error::{Error, Result};
 use crate::files::{self, replace_file};
 use crate::peer::NodeId;
+use crate::report::Condition;
 
 const MAGIC: [u8; 8] = *b"repnodid";
 const VERSION: u32 = 1;
@@ -40,7 +41,7 @@ pub(super) fn node_id(side: &Path, cluster: &str, database: &str) -> Result<Node
             if known.place == here {
                 return Ok(known.id);
             }
-            tracing::warn!(directory = %side.display(), "the directory was copied or moved: it gets a new node id");
+            Condition::NodeIdRenewed { directory: side }.say();
         }
     }
     let id = NodeId::random();

@@ -22,6 +22,7 @@ use crate::error::{Error, Result};
 use crate::net::{Endpoint, Listener};
 use crate::peer::Incarnation;
 use crate::primary::{Recovery, ReplicaServer};
+use crate::report::Condition;
 use crate::secret::Keyring;
 use crate::server::{Mount, ReplicationService};
 use crate::sqlite::defend;
@@ -158,16 +159,12 @@ async fn recover(
     limit: Duration,
 ) -> Result<(Box<Opening>, u64)> {
     if doors.listener.is_none() {
-        tracing::warn!(
-            "the last commits may have been lost with the machine's power; replicas can't be asked for them without a listener of this node's own"
-        );
+        doors.node.report(Condition::LossNotAsked);
         return Ok((opening, 0));
     }
-    let before = opening.tip().number();
-    tracing::warn!(
-        position = %opening.tip(), ?limit,
-        "the last commits may have been lost with the machine's power: replicas are asked for them"
-    );
+    let position = opening.tip();
+    let before = position.number();
+    doors.node.report(Condition::LossAsked { position, limit });
     let recovery = Recovery::new(*opening);
     doors.source.recover(recovery.clone());
     doors.open();

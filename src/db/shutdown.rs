@@ -10,6 +10,7 @@ use std::time::Duration;
 use crate::context::RoleChange;
 use crate::db::{Db, DbInner};
 use crate::lock::lock;
+use crate::report::Condition;
 use crate::threads;
 
 /// How long the end of the streams is waited for: they have a second for what is captured, and one for their last word.
@@ -148,12 +149,12 @@ fn close_behind(inner: &Arc<DbInner>, gently: bool) {
     let started = threads::start("replite-close", inner.clone(), work, |inner, ended| {
         inner.close();
         if let Err(error) = ended {
-            tracing::warn!(%error, "the end of streams and tasks was not waited for");
+            inner.node.report(Condition::CloseNotAwaited { error: &error });
         }
     });
     if let Err(error) = started {
         inner.close();
-        tracing::warn!(%error, "no thread to close the database on");
+        inner.node.report(Condition::CloseThreadMissing { error: &error });
     }
 }
 
@@ -161,7 +162,7 @@ impl DbInner {
     async fn drain(&self) {
         self.node.drain.cancel();
         if tokio::time::timeout(STREAMS_LIMIT, self.source.deserted()).await.is_err() {
-            tracing::warn!("some streams did not end in time");
+            self.node.report(Condition::StreamsLate);
         }
     }
 
@@ -170,14 +171,14 @@ impl DbInner {
         // A runtime of its own: the one that the tasks run in may have ended.
         let clock = match tokio::runtime::Builder::new_current_thread().enable_time().build() {
             Ok(clock) => clock,
-            Err(error) => return tracing::warn!(%error, "the end of streams and tasks is not waited for"),
+            Err(error) => return self.node.report(Condition::CloseClockMissing { error: &error }),
         };
         clock.block_on(async {
             self.drain().await;
             self.node.stop.cancel();
             self.tracker.close();
             if tokio::time::timeout(TASKS_LIMIT, self.tracker.wait()).await.is_err() {
-                tracing::warn!("some tasks did not end in time");
+                self.node.report(Condition::TasksLate);
             }
         });
     }

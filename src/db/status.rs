@@ -3,10 +3,10 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use crate::context::Part;
 use crate::db::slot::Running;
 use crate::db::{Db, DbInner};
 use crate::lock::lock;
+use crate::report::Part;
 use crate::status::{Health, Role, Status};
 
 impl Db {

@@ -6,6 +6,7 @@ use std::io::Read;
 use std::path::Path;
 
 use crate::files::{self, replace_file};
+use crate::report::Condition;
 
 const NAME: &str = "doubt";
 /// The most bytes of the text that are read.
@@ -14,7 +15,7 @@ const TEXT_MAX_BYTES: u64 = 4096;
 /// From now on there is a doubt, also after a restart.
 pub(in crate::engine) fn begin(directory: &Path, text: &str) {
     if let Err(error) = replace_file(directory, NAME, text.as_bytes()) {
-        tracing::warn!(%error, "that the pages are in doubt is forgotten with a restart");
+        Condition::DoubtNotNoted { error: &error }.say();
     }
 }
 
@@ -34,7 +35,7 @@ pub(in crate::engine) fn text(directory: &Path) -> Option<String> {
 pub(in crate::engine) fn end(directory: &Path) {
     // Should it come back by a power cut, the pages are looked at once more.
     if let Err(error) = files::remove(&directory.join(NAME)) {
-        tracing::warn!(%error, "that the pages are in doubt could not be taken back");
+        Condition::DoubtNotForgotten { error: &error }.say();
     }
 }
 

@@ -8,6 +8,7 @@ use std::path::Path;
 
 use crate::error::{Error, Result};
 use crate::files::{self, replace_file};
+use crate::report::Condition;
 
 const NAME: &str = "unsynced";
 /// A UUID, new with each boot of Linux.
@@ -37,7 +38,7 @@ pub(in crate::engine) fn begin(side: &Path) -> Result<()> {
 pub(in crate::engine) fn doubt(side: &Path) {
     let known = files::read(&side.join(NAME)).is_ok_and(|then| then.is_empty());
     if !known && let Err(error) = replace_file(side, NAME, b"") {
-        tracing::warn!(%error, "that commits may be lost could not be noted");
+        Condition::UnsyncedNotNoted { error: &error }.say();
     }
 }
 
