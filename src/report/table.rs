@@ -105,6 +105,7 @@ macro_rules! conditions {
                 doc: concat!($($doc),+),
                 begins: &[$(Part::$part)?],
                 ends: &[$($(Part::$over),+)?],
+                counters: &[$($counter),*],
                 does_something: !concat!(
                     $("lasts", stringify!($part),)? $("ends", $(stringify!($over),)+)?
                     $("log", stringify!($level),)? $("event", stringify!($event),)?

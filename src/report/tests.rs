@@ -16,6 +16,7 @@ pub(super) struct Row {
     pub(super) doc: &'static str,
     pub(super) begins: &'static [Part],
     pub(super) ends: &'static [Part],
+    pub(super) counters: &'static [&'static str],
     /// Whether the row has anything besides its names.
     pub(super) does_something: bool,
 }
@@ -194,6 +195,15 @@ fn each_problem_that_begins_can_end_and_has_a_text_for_everybody() {
     for row in ROWS {
         assert!(row.begins.iter().all(|part| !row.ends.contains(part)), "{}", row.name);
     }
+}
+
+#[test]
+fn each_counter_is_in_the_guide_and_each_of_the_guide_in_the_table() {
+    let counters: BTreeSet<&str> = ROWS.iter().flat_map(|row| row.counters).copied().collect();
+    let guide = include_str!("../../docs/guide.md").split('`');
+    let named: BTreeSet<&str> =
+        guide.filter(|word| word.starts_with("replite_") && word.ends_with("_total")).collect();
+    assert_eq!(counters, named);
 }
 
 /// Notes each event's fields, and panics after that if it is to.
