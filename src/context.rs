@@ -3,7 +3,6 @@
 mod role;
 mod seldom;
 
-use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
@@ -16,66 +15,15 @@ use crate::applied::Applied;
 use crate::error::{Cause, Error};
 use crate::lock::lock;
 use crate::peer::NodeId;
+use crate::report::{Condition, Part, Reports};
 use crate::secret::Keyring;
 use crate::status::{Event, Lag, PeerInfo, Role};
-use crate::threads::aside;
 
 pub(crate) use role::{RoleChange, RoleValue};
 pub(crate) use seldom::Seldom;
 
-/// Events that a slow receiver may be behind before it misses some.
-const EVENTS_BEHIND_MAX: usize = 256;
-/// What the problem begins with while replication has failed.
-const STOPPED: &str = "replication stopped: ";
 /// How long no read may have failed before one that works says that they work again.
 const READS_QUIET: Duration = Duration::from_secs(1);
-
-/// A part of a node that can have a problem.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub(crate) enum Part {
-    /// Replication of the database as a whole: it has stopped.
-    Engine,
-    /// All of the database is being hashed, to find its position.
-    Hashing,
-    /// The state that a replica has.
-    State,
-    /// The pages of the database, as the last verification found them.
-    Pages,
-    /// The stream from the primary.
-    Stream,
-    /// How far a replica is behind, and at what pace it comes nearer.
-    Behind,
-    /// Peers that have another secret.
-    Strangers,
-    Log,
-    Checkpoint,
-    /// The WAL is much longer than its limit.
-    Wal,
-    /// Reads of the application.
-    Reads,
-    /// The disk.
-    Room,
-}
-
-impl Part {
-    /// What is wrong with it, where nobody is to learn more.
-    fn in_public(self) -> &'static str {
-        match self {
-            Part::Engine => "replication stopped",
-            Part::Hashing => "the database is being checked",
-            Part::State => "the database is being led to the primary's state",
-            Part::Pages => "a verification found bad pages",
-            Part::Stream => "the primary can't be followed",
-            Part::Behind => "this instance is behind the primary",
-            Part::Strangers => "a peer was refused",
-            Part::Log => "the log can't be written",
-            Part::Checkpoint => "the write-ahead log can't be copied back",
-            Part::Wal => "the write-ahead log grows",
-            Part::Reads => "the database can't be read",
-            Part::Room => "the disk is full",
-        }
-    }
-}
 
 struct CloseIdle(Box<dyn Fn() + Send + Sync>);
 
@@ -99,10 +47,10 @@ pub(crate) struct NodeContext {
     pub(crate) roles: RoleValue,
     /// On a replica, how far behind.
     pub(crate) lag: Mutex<Option<Lag>>,
-    /// Problems that last, each under the part of the node that has it, so that none hides another.
-    problems: Mutex<BTreeMap<Part, String>>,
     /// Why replication has stopped for good.
     failure: Mutex<Option<Cause>>,
+    /// Its problems and events.
+    reports: Reports,
     /// The database's files are not those that were opened: nothing is read from them.
     astray: AtomicBool,
     /// Counts how often the files were opened.
@@ -114,7 +62,6 @@ pub(crate) struct NodeContext {
     begun: Instant,
     /// Knocks with another secret.
     strangers: Seldom,
-    pub(crate) events: broadcast::Sender<Event>,
     /// Cancelled when the node stops: every task ends.
     pub(crate) stop: CancellationToken,
     /// Cancelled before that, when the application's server is to end: long streams end and nothing new is begun, but what
@@ -150,41 +97,48 @@ impl NodeContext {
             applied: Applied::new(),
             roles: RoleValue::new(role),
             lag: Mutex::new(None),
-            problems: Mutex::default(),
             failure: Mutex::default(),
+            reports: Reports::new(),
             astray: AtomicBool::new(false),
             files: Arc::default(),
             close_idle: OnceLock::new(),
             read_failed: AtomicU64::new(0),
             begun: Instant::now(),
             strangers: Seldom::default(),
-            events: broadcast::Sender::new(EVENTS_BEHIND_MAX),
             drain: stop.child_token(),
             forwards: watch::Sender::new(0),
             stop,
         })
     }
 
-    /// Says an event to whoever listens.
-    pub(crate) fn tell(&self, event: Event) {
-        // Before the application's recorder is called, which may panic.
-        let _ = self.events.send(event.clone());
-        #[cfg(feature = "metrics")]
-        crate::metrics::count(&self.database, &event);
+    /// Does with a condition what its row in the table says.
+    pub(crate) fn report(&self, condition: Condition<'_>) {
+        self.reports.report(&self.database, condition);
     }
 
-    /// Replication of the database has stopped for good: first that is so, and only then is the application told, whose code may be what failed.
+    /// The same where what comes next matters more than a panic of the application's code.
+    pub(crate) fn report_aside(&self, condition: Condition<'_>) {
+        self.reports.report_aside(&self.database, condition);
+    }
+
+    /// All events from now on.
+    pub(crate) fn events(&self) -> broadcast::Receiver<Event> {
+        self.reports.subscribe()
+    }
+
+    /// Replication of the database has stopped for good. First that is so; then the application is
+    /// told, whose code may be what failed.
     pub(crate) fn fail(&self, error: &Error) {
         let cause = error.cause();
         *lock(&self.failure) = Some(cause.clone());
         let why = cause.to_string();
-        self.set_problem(Part::Engine, Some(format!("{STOPPED}{why}")));
+        let condition = Condition::ReplicationStopped { database: &self.database, why: &why };
+        self.reports.change_problems(condition);
         let changed = self.roles.change(RoleChange::Stopped);
         self.applied.close();
-        aside(|| tracing::error!(database = self.database, error = why, "replication stopped"));
-        aside(|| self.tell(Event::Stopped(why.clone())));
+        self.report_aside(condition);
         if let Some(state) = changed {
-            aside(|| self.tell(Event::Role(state)));
+            self.reports.send(Event::Role(state));
         }
     }
 
@@ -197,7 +151,7 @@ impl NodeContext {
     /// Changes the role, or what is known of the primary; silent when nothing changed.
     pub(crate) fn change_role(&self, change: RoleChange) {
         if let Some(state) = self.roles.change(change) {
-            self.tell(Event::Role(state));
+            self.reports.send(Event::Role(state));
         }
     }
 
@@ -224,18 +178,9 @@ impl NodeContext {
         hasher.finalize().to_hex()[..8].to_string()
     }
 
-    /// Says what is wrong with a part of the node, or that nothing is any more.
-    pub(crate) fn set_problem(&self, part: Part, problem: Option<String>) {
-        let mut problems = lock(&self.problems);
-        match problem {
-            Some(problem) => problems.insert(part, problem),
-            None => problems.remove(&part),
-        };
-    }
-
     /// Whether a part has a problem.
     pub(crate) fn has_problem(&self, part: Part) -> bool {
-        lock(&self.problems).contains_key(&part)
+        self.reports.has_problem(part)
     }
 
     /// Says whether the database's files are others than those that were opened.
@@ -267,21 +212,15 @@ impl NodeContext {
 
     /// Something of ours found no room on the disk.
     pub(crate) fn no_room(&self, what: impl std::fmt::Display) {
-        if !self.has_problem(Part::Room) {
-            tracing::error!(database = self.database, %what, "the disk is full");
-        }
-        self.set_problem(
-            Part::Room,
-            Some(format!("the disk is full; reads go on, and writes when there is room: {what}")),
-        );
+        let new = !self.has_problem(Part::Room);
+        self.report(Condition::DiskFull { database: &self.database, what: &what, new });
     }
 
     /// A read failed, and not for its own sake.
     pub(crate) fn read_failed(&self, why: &str) {
         let now = self.begun.elapsed().as_millis() as u64 + 1;
         if self.read_failed.swap(now, Ordering::Relaxed) == 0 {
-            tracing::error!(database = self.database, why, "the database can't be read");
-            self.set_problem(Part::Reads, Some(format!("the database can't be read: {why}")));
+            self.report(Condition::ReadsFail { database: &self.database, why });
         }
     }
 
@@ -289,7 +228,7 @@ impl NodeContext {
     pub(crate) fn read_worked(&self) {
         if self.reads_may_work() {
             self.read_failed.store(0, Ordering::Relaxed);
-            self.set_problem(Part::Reads, None);
+            self.report(Condition::ReadsWork);
         }
     }
 
@@ -299,34 +238,31 @@ impl NodeContext {
         failed != 0 && self.begun.elapsed() >= Duration::from_millis(failed) + READS_QUIET
     }
 
-    /// Somebody knocked with another secret, who says to be this node. As often as strangers like, so it is told now and then.
+    /// A peer that says to be this node knocked with another secret. Strangers can do that as often
+    /// as they like; it is told now and then.
     pub(crate) fn other_secret(&self, node: NodeId) {
-        let Some(times) = self.strangers.happened() else { return };
-        let problem = format!(
-            "somebody who says to be node {node} knocks with another secret and is let in nowhere: if it is one of yours, give it the cluster's secret"
-        );
-        self.set_problem(Part::Strangers, Some(problem));
-        tracing::warn!(database = self.database, %node, times, "refused: a peer has another secret than this node");
-        self.tell(Event::OtherSecret { node, times });
+        if let Some(times) = self.strangers.happened() {
+            self.report(Condition::OtherSecret { database: &self.database, node, times });
+        }
     }
 
     /// All problems that last.
     pub(crate) fn problem(&self) -> Option<String> {
-        let all = self.all_problems(|_, text| text.to_string());
+        self.forget_strangers();
+        let all = self.reports.problems();
         (!all.is_empty()).then(|| all.join("; "))
     }
 
     /// The same without anything that only operators should know.
     pub(crate) fn public_problems(&self) -> Vec<&'static str> {
-        self.all_problems(|part, _| part.in_public())
+        self.forget_strangers();
+        self.reports.public_problems()
     }
 
-    fn all_problems<T>(&self, say: impl Fn(Part, &str) -> T) -> Vec<T> {
-        let mut problems = lock(&self.problems);
+    fn forget_strangers(&self) {
         if !self.strangers.lasts() {
-            problems.remove(&Part::Strangers);
+            self.report(Condition::NoOtherSecret);
         }
-        problems.iter().map(|(part, text)| say(*part, text)).collect()
     }
 
     /// Why replication has failed, if it has.
@@ -336,7 +272,7 @@ impl NodeContext {
 
     /// What is wrong with one part.
     pub(crate) fn problem_of(&self, part: Part) -> Option<String> {
-        lock(&self.problems).get(&part).cloned()
+        self.reports.problem_of(part)
     }
 
     pub(crate) fn set_lag(&self, lag: Option<Lag>) {
@@ -353,8 +289,8 @@ mod tests {
     fn what_is_public_of_problems_says_what_is_and_nothing_more() {
         let node = node(1, &SECRET, Role::Replica);
         assert_eq!((node.problem(), node.public_problems()), (None, vec![]));
-        node.set_problem(Part::Log, Some("write /home/me/app.db-replite/log/1.log: no space".into()));
-        node.set_problem(Part::Stream, Some("peer http://10.0.0.7:7000/_replite: it is away".into()));
+        node.report(Condition::LogRetried { text: "write /home/me/app.db-replite/log/1.log: no space" });
+        node.report(Condition::StreamLost { problem: "peer http://10.0.0.7:7000/_replite: it is away" });
         assert!(node.problem().unwrap().contains("/home/me"));
         let public = node.public_problems();
         assert_eq!(public, ["the primary can't be followed", "the log can't be written"]);

@@ -323,7 +323,7 @@ impl Db {
 
     /// What happens on this node, from now on. A receiver that is more than 256 events behind misses some, and is told how many.
     pub fn events(&self) -> Events {
-        Events { receiver: self.inner.node.events.subscribe() }
+        Events { receiver: self.inner.node.events() }
     }
 
     /// This node's id, incarnation and addresses.

@@ -41,6 +41,7 @@ mod primary;
 mod proxy;
 mod random;
 mod replica;
+mod report;
 mod secret;
 mod server;
 mod session;

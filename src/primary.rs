@@ -30,7 +30,8 @@ use crate::handshake::{Knock, Nonce};
 use crate::log::{Lookup, Pin};
 use crate::net::Incoming;
 use crate::page::{PageNo, PageSize};
-use crate::status::{Event, PeerInfo, ReplicaStatus};
+use crate::report::Condition;
+use crate::status::{PeerInfo, ReplicaStatus};
 use crate::threads::blocking;
 use crate::txid::Position;
 use crate::wire::{self, Goodbye, Hello, Message};
@@ -248,7 +249,9 @@ impl ReplicaServer {
     /// A peer is not let in. Who recorded a knock can have that as often as he likes, so it is told now and then.
     pub(crate) fn refused(&self, knock: &Knock, why: impl std::fmt::Display) {
         match self.refusals.happened() {
-            Some(times) => tracing::warn!(node = %knock.node, times, "refused a peer: {why}"),
+            Some(times) => {
+                self.node.report(Condition::PeerRefused { node: knock.node, times, why: &why });
+            }
             None => tracing::debug!(node = %knock.node, "refused a peer: {why}"),
         }
     }
@@ -331,8 +334,7 @@ pub(crate) async fn serve(source: Arc<ReplicaServer>, guest: Peer, upstream: Inc
             return farewell(outlet, "duplicate node id".into()).await;
         }
     };
-    tracing::info!(node = %peer.node, url = %peer.addresses.replication, "a replica joined");
-    node.tell(Event::ReplicaJoined(peer.clone()));
+    node.report(Condition::ReplicaJoined { peer: &peer });
 
     let supply = tokio::select! {
         supply = source.supply(&hello, &mut units, &outlet) => supply,
@@ -390,12 +392,11 @@ async fn cut_off(node: &NodeContext) {
 }
 
 fn left(node: &NodeContext, peer: &PeerInfo, end: &End) {
-    match end {
-        End::Left => tracing::info!(node = %peer.node, "a replica left, or its connection broke"),
-        End::Said(reason) => tracing::info!(node = %peer.node, reason, "a replica's stream was ended"),
-        End::Failed(error) => tracing::warn!(node = %peer.node, %error, "a replica's stream failed"),
-    }
-    node.tell(Event::ReplicaLeft(peer.clone()));
+    node.report(match end {
+        End::Left => Condition::ReplicaLeft { peer },
+        End::Said(reason) => Condition::ReplicaSentAway { peer, reason },
+        End::Failed(error) => Condition::ReplicaFailed { peer, error },
+    });
 }
 
 /// The last word, and a clean end; a peer that takes nothing any more gets a broken stream instead.

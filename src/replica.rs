@@ -19,12 +19,12 @@ use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::context::{NodeContext, Part, RoleChange};
+use crate::context::{NodeContext, RoleChange};
 use crate::engine::{ReplicaEngine, ReplicaStanding, StreamError};
 use crate::error::{Error, Result};
 use crate::log::Log;
 use crate::net::Endpoint;
-use crate::status::Event;
+use crate::report::{Condition, Part};
 use crate::threads::{aside, blocking, caught_task};
 use crate::txid::{Epoch, Position};
 use crate::wire::{Unit, Want};
@@ -105,10 +105,9 @@ async fn follow<F: Feed>(
             // Said like the end of a stream, and the next one is tried in the same way.
             lagging.disconnected();
             lagging.publish(&node);
-            node.set_problem(Part::Stream, Some(error.to_string()));
+            node.report_aside(Condition::FollowingPanicked { primary: &primary, error: &error });
             let epoch = node.roles.borrow().epoch;
             aside(|| without_primary(&node, epoch));
-            aside(|| tracing::error!(%primary, %error, "can't follow the primary; trying again"));
             tokio::time::sleep(backoff.next()).await;
         }
     };
@@ -179,14 +178,13 @@ impl Reporter {
 
     fn connected(&mut self, peer: &crate::status::PeerInfo, plan: crate::wire::Plan) {
         self.connected = true;
-        tracing::info!(primary = %self.primary, node = %peer.node, ?plan, "following the primary");
-        self.node.tell(Event::Connected(peer.clone()));
+        self.node.report(Condition::Following { primary: &self.primary, peer, plan: &plan });
     }
 
     /// Something was taken in: what was wrong is over.
     fn healthy(&mut self) {
         if self.said.take().is_some() {
-            self.node.set_problem(Part::Stream, None);
+            self.node.report(Condition::StreamWorks);
         }
     }
 
@@ -196,19 +194,20 @@ impl Reporter {
             StreamError::Failed(error) => error.cause().to_string(),
             reason => reason.to_string(),
         };
-        self.node.set_problem(Part::Stream, Some(problem.clone()));
         if std::mem::take(&mut self.connected) {
-            self.node.tell(Event::Disconnected(problem.clone()));
+            self.node.report(Condition::StreamLost { problem: &problem });
         }
-        if self.said.as_ref() == Some(&problem) {
+        let still = self.said.as_ref() == Some(&problem);
+        let closed = matches!(error, StreamError::Failed(Error::ShutDown));
+        let (primary, what) = (&self.primary, what_ended(error));
+        let new = !still && !closed;
+        self.node.report(Condition::NotFollowing { primary, problem: &problem, what, new });
+        if still {
             tracing::debug!(primary = %self.primary, problem, "still");
             return;
         }
-        if matches!(error, StreamError::Failed(Error::ShutDown)) {
+        if closed {
             tracing::debug!(primary = %self.primary, "the follower is shut down");
-        } else {
-            let what = what_ended(error);
-            tracing::warn!(primary = %self.primary, problem, "{what}");
         }
         self.said = Some(problem);
     }

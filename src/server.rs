@@ -21,6 +21,7 @@ use crate::context::NodeContext;
 use crate::handshake::{self, Answer, Knock, Refusal, STREAM_PATH, Stranger};
 use crate::net::Incoming;
 use crate::primary::{self, Peer, ReplicaServer, StreamSender};
+use crate::report::Condition;
 use crate::status::Role;
 use crate::threads::{aside, caught_task};
 
@@ -72,7 +73,7 @@ impl ReplicationService {
         let ServerShared { node, door, .. } = &*self.shared;
         if node.keys.is_open() && *door == Mount::Mounted {
             if !self.shared.warned.swap(true, Ordering::Relaxed) {
-                tracing::warn!("the mounted replication endpoint serves nobody: no secret is configured");
+                node.report(Condition::EndpointWithoutSecret);
             }
             return not_found();
         }
@@ -90,12 +91,12 @@ impl ReplicationService {
             Ok((guest, response)) => {
                 let (outlet, response) = response;
                 let upstream = Incoming::new(request.into_body());
-                let node = guest.knock.node;
+                let (node, replica) = (node.clone(), guest.knock.node);
                 let stream = primary::serve(self.shared.source.clone(), guest, upstream, outlet);
                 self.shared.tracker.spawn(async move {
                     // The replica sees a stream that broke off, and comes again.
                     if let Err(error) = caught_task("a replica's stream", stream).await {
-                        aside(|| tracing::error!(%node, %error, "a replica's stream was broken off"));
+                        node.report_aside(Condition::StreamPanicked { node: replica, error: &error });
                     }
                 });
                 response
@@ -145,7 +146,7 @@ impl ReplicationService {
         }
         let place = source.place().ok_or(Refusal::Busy)?;
         let unable = |error| {
-            tracing::warn!(%error, "can't answer a knock");
+            node.report(Condition::KnockNotAnswered { error: &error });
             Refusal::Busy
         };
         let nonce = handshake::nonce().map_err(unable)?;

@@ -14,6 +14,7 @@ use crate::files::sealed::Sealed;
 use crate::files::sealed::check_of;
 use crate::files::{Inode, Paths};
 use crate::peer::NodeId;
+use crate::report::Condition;
 
 const SEALED: Sealed = Sealed {
     magic: *b"repnodid",
@@ -43,7 +44,7 @@ pub(super) fn node_id(paths: &Paths, cluster: &str, database: &str) -> Result<No
         if known.place == here {
             return Ok(known.id);
         }
-        tracing::warn!(directory = %directory.display(), "the directory was copied or moved: it gets a new node id");
+        Condition::NodeIdRenewed { directory }.say();
     }
     let id = NodeId::random();
     SEALED.replace(&path, &encode(id, here, cluster, database))?;

@@ -26,6 +26,7 @@ use crate::node::writer::ConnectionKind;
 use crate::node::writer::Writer;
 use crate::peer::Incarnation;
 use crate::primary::{Recovery, ReplicaServer};
+use crate::report::Condition;
 use crate::secret::Keyring;
 use crate::sqlite::defend;
 use crate::status::{Addresses, PeerInfo, Role};
@@ -161,16 +162,12 @@ async fn recover(
     limit: Duration,
 ) -> Result<(Box<Opening>, u64)> {
     if doors.listener.is_none() {
-        tracing::warn!(
-            "the last commits may have been lost with the machine's power; replicas can't be asked for them without a listener of this node's own"
-        );
+        doors.node.report(Condition::LossNotAsked);
         return Ok((opening, 0));
     }
-    let before = opening.tip().number();
-    tracing::warn!(
-        position = %opening.tip(), ?limit,
-        "the last commits may have been lost with the machine's power: replicas are asked for them"
-    );
+    let position = opening.tip();
+    let before = position.number();
+    doors.node.report(Condition::LossAsked { position, limit });
     let recovery = Recovery::new(*opening);
     doors.source.recover(recovery.clone());
     doors.open();

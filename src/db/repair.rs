@@ -11,7 +11,8 @@ use crate::engine::{PrimaryEngine, RightPage};
 use crate::error::{Error, Result};
 use crate::page::PageNo;
 use crate::primary::{PeerChannel, QUESTION_BYTES};
-use crate::status::{Event, PeerInfo, Verification};
+use crate::report::Condition;
+use crate::status::{PeerInfo, Verification};
 use crate::threads::blocking;
 use crate::txid::Position;
 use crate::wire::{WANT_MAX_PAGES, Want, WantRun};
@@ -94,8 +95,7 @@ impl Repair {
     pub async fn apply(self) -> Result<Verification> {
         let Repair { engine, pages, db, from, .. } = self;
         let written = blocking(move || engine.repair(&pages)).await?;
-        tracing::warn!(pages = ?written, from = %from.node, "bad pages were written anew");
-        db.inner.node.tell(Event::Repaired { pages: written, from });
+        db.inner.node.report(Condition::PagesRepaired { pages: &written, from: &from });
         db.verify().await
     }
 }

@@ -2,10 +2,10 @@
 
 use std::sync::atomic::Ordering;
 
-use crate::context::Part;
 use crate::db::Db;
 use crate::lock::lock;
 use crate::node::slot::Running;
+use crate::report::Part;
 use crate::status::{Health, Role, Status};
 
 impl Db {

@@ -29,6 +29,7 @@ use crate::error::{Error, Result, Unsupported};
 use crate::files::reserve;
 use crate::log::Log;
 use crate::page::PageSize;
+use crate::report::Condition;
 use crate::sqlite::{FileLocks, Handle, Lock, Slot, WalIndex, defend};
 use crate::txid::{EpochHistory, Position};
 use crate::wal::{IndexHeader, frame_offset, region_of};
@@ -202,7 +203,7 @@ fn prepare(handle: &Handle, options: &EngineOptions, primary: bool) -> Result<Pa
     match read {
         // What its pages are is found out by their hashes; the log may make them good.
         Err(e) if e.sqlite_error_code() == Some(rusqlite::ErrorCode::DatabaseCorrupt) => {
-            tracing::warn!(path = %options.paths.database().display(), error = %e, "SQLite can't read the schema");
+            Condition::SchemaUnreadable { path: options.paths.database(), error: &e }.say();
         }
         read => drop(read.map_err(|e| refine(e.into(), options))?),
     }
@@ -229,7 +230,7 @@ fn page_count(handle: &mut Handle, header: &IndexHeader, size: PageSize) -> Resu
 fn epochs(options: &EngineOptions) -> Result<Epochs> {
     match read_epochs(&options.paths) {
         Err(error @ Error::Corrupt { .. }) => {
-            tracing::error!(%error, "the epoch history is put aside");
+            Condition::EpochsKept { error: &error }.say();
             let (from, to) = (options.paths.epochs(), options.paths.epochs_corrupt());
             fs::rename(&from, &to).map_err(Error::io("rename", &from))?;
             Ok(Epochs::default())
@@ -255,7 +256,7 @@ impl Findings {
 pub(in crate::engine) fn anchor(base: &OpenDatabase, handle: &mut Handle) -> Result<()> {
     // One without room for it has room for commits all the same.
     if let Err(error) = base.wal.extend(base.options.wal_limit_bytes.min(EXTEND_MAX_BYTES)) {
-        tracing::warn!(%error, "the WAL is not made longer in advance");
+        base.node.report(Condition::WalNotExtended { error: &error });
         base.note_room(&error);
     }
     base.sync_wal()?;

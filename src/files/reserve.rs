@@ -12,6 +12,7 @@ use crate::files;
 use crate::files::paths::{EPOCHS, RESERVE, beside};
 use crate::files::sync_directory;
 use crate::random;
+use crate::report::Condition;
 
 /// For a WAL's first frames and the names of new files.
 const SPARE_BYTES: u64 = 16 * 1024;
@@ -34,9 +35,9 @@ pub(crate) fn make(directory: &Path) -> Result<()> {
 fn give_up(directory: &Path) -> bool {
     let gone = fs::remove_file(directory.join(RESERVE)).is_ok();
     if gone {
-        tracing::warn!(directory = %directory.display(), "the disk is full: the reserve is given up");
+        Condition::ReserveGivenUp { directory }.say();
         if let Err(error) = sync_directory(directory) {
-            tracing::warn!(%error, "its room may not be free yet");
+            Condition::ReserveNotFreed { error: &error }.say();
         }
     }
     gone
@@ -49,7 +50,7 @@ pub(crate) fn with<T>(directory: &Path, mut run: impl FnMut() -> Result<T>) -> R
         Err(error) if error.no_room() && give_up(directory) => {
             let done = run();
             if let Err(error) = make(directory) {
-                tracing::warn!(%error, "the reserve is made again when there is room");
+                Condition::ReserveNotMade { error: &error }.say();
             }
             done
         }

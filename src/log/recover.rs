@@ -12,6 +12,7 @@ use super::segments;
 use super::state::{LogState, Seg};
 use crate::error::{Error, Result};
 use crate::files;
+use crate::report::Condition;
 use crate::wire::{Decoder, Message, SEGMENT_BYTES, Segment, Unit, VERSION};
 
 /// A file with the name of a segment.
@@ -34,7 +35,7 @@ pub(super) fn recover(dir: &Path) -> Result<LogState> {
     let mut candidates = list(dir)?;
     let mut drop = Vec::new();
     while let Some(torn) = candidates.pop_if(|c| c.head.is_none()) {
-        tracing::warn!(path = %torn.path.display(), bytes = torn.length, "a log segment without a whole head is dropped");
+        Condition::SegmentHeadless { path: &torn.path, bytes: torn.length }.say();
         drop.push(torn.path);
     }
     let Some((last, head)) = candidates.pop().and_then(|c| c.head.map(|head| (c, head))) else {
@@ -50,7 +51,7 @@ pub(super) fn recover(dir: &Path) -> Result<LogState> {
     state.segments = run_before(&mut candidates, head)?;
     // What is left of the candidates is before a gap.
     for lost in &candidates {
-        tracing::warn!(path = %lost.path.display(), bytes = lost.length, "a log segment before a gap is dropped");
+        Condition::SegmentBeforeGap { path: &lost.path, bytes: lost.length }.say();
     }
     drop.splice(..0, candidates.into_iter().map(|c| c.path));
     segments::remove(&drop);
@@ -110,12 +111,14 @@ fn verify(candidate: &Candidate, head: Segment, until: u64) -> Result<Scan> {
 
 fn say_cut(candidate: &Candidate, found: &Scan, head: Segment) {
     let whole = HEAD_BYTES + found.end - head.start;
-    let (path, bytes) = (candidate.path.display(), candidate.length.saturating_sub(whole));
+    let (path, bytes) = (&candidate.path, candidate.length.saturating_sub(whole));
     match &found.problem {
         Some(problem) => {
-            tracing::error!(%path, bytes, offset = whole, %problem, "a log segment is corrupt and cut there");
+            Condition::SegmentCorrupt { path, bytes, offset: whole, problem }.say();
         }
-        None if bytes > 0 => tracing::info!(%path, bytes, "an unfinished record at the log's end is cut off"),
+        None if bytes > 0 => {
+            tracing::info!(path = %path.display(), bytes, "an unfinished record at the log's end is cut off");
+        }
         None => {}
     }
 }

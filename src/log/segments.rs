@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::error::{Error, Result};
 use crate::files;
 use crate::hex::unhex_u64;
+use crate::report::Condition;
 
 /// The file of the segment that begins at an address.
 pub(super) fn path(dir: &Path, start: u64) -> PathBuf {
@@ -27,7 +28,7 @@ pub(super) fn open_to_write(path: &Path) -> Result<File> {
 pub(super) fn remove(paths: &[PathBuf]) {
     for path in paths {
         if let Err(error) = files::remove(path) {
-            tracing::warn!(path = %path.display(), %error, "a log segment can't be removed");
+            Condition::SegmentNotRemoved { path, error: &error }.say();
         }
     }
 }

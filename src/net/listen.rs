@@ -23,6 +23,7 @@ use tower::{Service, ServiceExt};
 
 use crate::error::{Error, Result};
 use crate::net::{CONNECTION_WINDOW_BYTES, FRAME_MAX_BYTES, STREAM_WINDOW_BYTES, Tracked};
+use crate::report::Condition;
 use crate::threads::{aside, caught_task};
 
 /// Connections at one time; more wait in the kernel's queue.
@@ -81,7 +82,7 @@ impl Listener {
             let accepting = self.accept_all(&service, &tracker, &stop, &room);
             match caught_task("the listener", accepting).await {
                 Ok(()) => return,
-                Err(error) => aside(|| tracing::error!(%error, "the listener goes on")),
+                Err(error) => aside(|| Condition::ListenerPanicked { error: &error }.say()),
             }
         }
     }
@@ -119,7 +120,7 @@ impl Listener {
                 Err(error) => {
                     // The error stays for a while; a loop without a pause would take a whole core.
                     tokio::time::sleep(ACCEPT_PAUSE).await;
-                    tracing::warn!(address = %self.address, %error, "can't accept a connection");
+                    Condition::NotAccepted { address: self.address, error: &error }.say();
                 }
             }
         }

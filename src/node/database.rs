@@ -21,6 +21,7 @@ use crate::node::supervisor::Supervisor;
 use crate::node::verifier::Verifier;
 use crate::node::writer::Writer;
 use crate::primary::ReplicaServer;
+use crate::report::Condition;
 use crate::server::{Mount, ReplicationService};
 use crate::sqlite::{last_code, unreadable};
 use crate::threads;
@@ -119,7 +120,7 @@ impl Database {
     pub(crate) async fn drain(&self) {
         self.node.drain.cancel();
         if tokio::time::timeout(STREAMS_LIMIT, self.source.deserted()).await.is_err() {
-            tracing::warn!("some streams did not end in time");
+            self.node.report(Condition::StreamsLate);
         }
     }
 
@@ -128,14 +129,14 @@ impl Database {
         // A runtime of its own: the one that the tasks run in may have ended.
         let clock = match tokio::runtime::Builder::new_current_thread().enable_time().build() {
             Ok(clock) => clock,
-            Err(error) => return tracing::warn!(%error, "the end of streams and tasks is not waited for"),
+            Err(error) => return self.node.report(Condition::CloseClockMissing { error: &error }),
         };
         clock.block_on(async {
             self.drain().await;
             self.node.stop.cancel();
             self.tracker.close();
             if tokio::time::timeout(TASKS_LIMIT, self.tracker.wait()).await.is_err() {
-                tracing::warn!("some tasks did not end in time");
+                self.node.report(Condition::TasksLate);
             }
         });
     }
@@ -220,11 +221,11 @@ pub(crate) fn close_behind(inner: &Arc<Database>, gently: bool) {
     let started = threads::start("replite-close", inner.clone(), work, |inner, ended| {
         inner.close();
         if let Err(error) = ended {
-            tracing::warn!(%error, "the end of streams and tasks was not waited for");
+            inner.node.report(Condition::CloseNotAwaited { error: &error });
         }
     });
     if let Err(error) = started {
         inner.close();
-        tracing::warn!(%error, "no thread to close the database on");
+        inner.node.report(Condition::CloseThreadMissing { error: &error });
     }
 }

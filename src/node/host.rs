@@ -11,7 +11,7 @@ use crate::server::{Mount, ReplicationService};
 
 /// The node's own listener, which may be served before the node is complete. Dropped before `leave_open`, it ends.
 pub(crate) struct ListenerGuard {
-    node: Arc<NodeContext>,
+    pub(crate) node: Arc<NodeContext>,
     pub(crate) source: Arc<ReplicaServer>,
     tracker: TaskTracker,
     pub(crate) listener: Option<Listener>,

@@ -7,13 +7,14 @@ use std::time::Duration;
 
 use tokio::sync::{oneshot, watch};
 
-use crate::context::{NodeContext, Part};
+use crate::context::NodeContext;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::node::slot::{EngineSlot, Running};
 use crate::random;
-use crate::status::{Event, Verification, whole_millis};
-use crate::threads::{self, aside, caught_task};
+use crate::report::Condition;
+use crate::status::Verification;
+use crate::threads::{self, caught_task};
 
 /// Periods differ by up to so many parts of a hundred, so that nodes that were started together do not read their disks together for ever.
 const JITTER_PERCENT: u64 = 10;
@@ -124,24 +125,16 @@ impl Verifier {
         if matches!(error, Error::ShutDown | Error::NoState(_)) {
             return;
         }
-        self.node.set_problem(Part::Pages, Some(format!("the database could not be verified: {error}")));
-        aside(|| tracing::warn!(%error, "the database could not be verified"));
+        self.node.report_aside(Condition::NotVerified { error });
     }
 
     fn report(&self, verification: &Verification) {
-        let Verification { position, found, pages, elapsed, .. } = verification;
         self.lock().last = Some(verification.clone());
         if verification.holds() {
-            let elapsed_ms = whole_millis(*elapsed);
-            tracing::info!(%position, pages, elapsed_ms, "verified: the pages are those of the position");
-            self.node.set_problem(Part::Pages, None);
-            self.node.tell(Event::Verified(verification.clone()));
+            self.node.report(Condition::Verified { verification });
             return;
         }
-        let problem = verification.problem();
-        tracing::error!(%position, %found, pages, "{problem}");
-        self.node.set_problem(Part::Pages, Some(problem));
-        self.node.tell(Event::VerificationFailed(verification.clone()));
+        self.node.report(Condition::VerificationFailed { verification });
         self.suspect();
     }
 

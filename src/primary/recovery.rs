@@ -16,6 +16,7 @@ use crate::peer::NodeId;
 use crate::primary::acks::ReceivedUnits;
 use crate::primary::blocking;
 use crate::primary::send_queue::StreamSender;
+use crate::report::Condition;
 use crate::status::PeerInfo;
 use crate::txid::{Place, Position};
 use crate::wire::{self, Hello, Kind, Message, Plan, Unit, Welcome};
@@ -119,15 +120,12 @@ impl Recovery {
             Err(_) => Err(Error::Timeout { what: "a replica's records".into(), after: TAKE_MAX }),
         };
         if let Err(error) = &taken {
-            tracing::warn!(node = %hello.peer.node, %error, "not all of a replica's records could be taken");
+            node.report(Condition::RecordsMissing { node: hello.peer.node, error });
         }
         let position = self.settled().await.unwrap_or(before);
         let transactions = position.number().saturating_sub(before.number());
         if transactions > 0 {
-            tracing::warn!(
-                node = %hello.peer.node, transactions, %position,
-                "transactions that this node had lost are taken back from a replica"
-            );
+            node.report(Condition::RecordsTaken { node: hello.peer.node, transactions, position });
         } else if is_all(&taken) {
             self.lock().has_nothing(hello.peer.node, position.number());
         }

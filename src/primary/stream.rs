@@ -22,6 +22,7 @@ use crate::primary::page_requests::Questions;
 use crate::primary::plan::{Decision, plan};
 use crate::primary::send_queue::{Closed, StreamSender};
 use crate::primary::{LAST_REQUESTS_TIMEOUT, LogPin, SHUTTING_DOWN, StreamSource, blocking};
+use crate::report::Condition;
 use crate::txid::{Epoch, EpochHistory, Position};
 use crate::wire::{
     self, HealBegin, Heartbeat, Hello, Message, Sent, SnapBegin, SnapEnd, Want, WantRun, Welcome,
@@ -188,7 +189,7 @@ impl ReplicaStream {
         for _ in 0..RAISES_MAX {
             let (node, supply, hello) = (self.node.clone(), self.supply.clone(), hello.clone());
             let decided = blocking(move || {
-                let history = node.applied.history();
+                let (history, replica) = (node.applied.history(), hello.peer.node);
                 // A record is in the log, and may have gone out from there, before the position says so.
                 let (said, logged) = (node.applied.position(), supply.tip());
                 let tip = said.into_iter().chain(logged).max_by_key(|at| at.number());
@@ -196,7 +197,7 @@ impl ReplicaStream {
                 let find = |number| match supply.find(number) {
                     // The log is of no use there, and the pages are.
                     Err(error @ Error::Corrupt { .. }) => {
-                        tracing::error!(%error, node = %hello.peer.node, "a replica's place in the log can't be found");
+                        node.report(Condition::PlaceNotFound { error: &error, node: replica });
                         Ok(Lookup::TooOld)
                     }
                     found => found,
@@ -204,11 +205,11 @@ impl ReplicaStream {
                 let decision = plan(&history, tip, find, &hello)?;
                 match decision {
                     Decision::Raise { above } => {
-                        tracing::warn!(above, node = %hello.peer.node, "a replica knows a newer epoch");
+                        node.report(Condition::NewerEpoch { above, node: replica });
                         supply.raise_epoch(above)?;
                     }
                     Decision::TooFar { theirs, ours } => {
-                        tracing::warn!(%theirs, %ours, node = %hello.peer.node, "a replica's epochs are from nowhere");
+                        node.report(Condition::EpochsTooFar { theirs, ours, node: replica });
                     }
                     _ => {}
                 }

@@ -12,7 +12,7 @@ use crate::peer::Incarnation;
 use crate::primary::acks::SILENCE_MAX;
 use crate::primary::fake::{Fake, SECRET, at, history, node};
 use crate::primary::*;
-use crate::status::Role;
+use crate::status::{Event, Role};
 use crate::txid::{Epoch, EpochHistory};
 use crate::wire::{Ack, Decoder, Kind, Plan, Unit};
 
@@ -382,7 +382,7 @@ async fn a_slow_replica_costs_no_memory_and_is_told_when_its_records_are_gone() 
 async fn acknowledgements_are_shown_and_their_absence_ends_the_stream() {
     let mut stream = Stream::join(Stream::start(1), Some(at(1, 0)), history(&[(1, 1)]), None).await;
     assert_eq!(stream.plan().await, Plan::Log);
-    let mut events = stream.node.events.subscribe();
+    let mut events = stream.node.events();
     for _ in 0..3 {
         tokio::time::sleep(SILENCE_MAX - Duration::from_secs(1)).await;
         let ack = Ack { applied: Some(at(1, 9)), synced: Some(at(1, 8)), clock: 0 };

@@ -19,6 +19,7 @@ use crate::proxy::prepare::{Head, RequestTarget, Verdict, find, look, wait};
 use crate::proxy::redirect::detour;
 use crate::proxy::replay_body::Keep;
 use crate::proxy::route::is_safe;
+use crate::report::Condition;
 use crate::txid::Epoch;
 
 /// Tries at once on a further connection after one on which the request was not begun.
@@ -138,7 +139,7 @@ impl Trip<'_> {
         let request = match request(self.head, url, hop.as_ref().map(|(_, text)| text.as_str())) {
             Ok(request) => request,
             Err(error) => {
-                tracing::warn!(%error, %url, "the primary's app address is of no use");
+                shared.node.report(Condition::AppAddressInvalid { error: &error, url });
                 return self.fail(Reason::Unreachable);
             }
         };
@@ -179,7 +180,7 @@ impl Trip<'_> {
         } else if hint.epoch.number() > epoch.number() {
             self.next = Some(RequestTarget::There { url: hint.url, epoch: hint.epoch, incarnation: None });
         } else {
-            tracing::warn!(?asked, ?hint, "nodes disagree on who the primary is");
+            self.shared.node.report(Condition::PrimaryDisputed { asked: &asked, hint: &hint });
             return self.fail(Reason::Loop);
         }
         self.hops += 1;
@@ -200,8 +201,8 @@ impl Trip<'_> {
             }
             SendError::NotBegun(error) | SendError::NoHttp2(error) | SendError::Unreachable(error) => {
                 if self.pause == PAUSE_FIRST {
-                    let error = &*error as &dyn std::error::Error;
-                    tracing::warn!(error, ?target, "the primary can't be reached; it is tried again");
+                    let unreachable = Condition::PrimaryUnreachable { error: &*error, target: &target };
+                    self.shared.node.report(unreachable);
                 }
                 self.http1 = false;
                 self.rest = Some(self.pause);
@@ -216,15 +217,11 @@ impl Trip<'_> {
                 self.fail(Reason::BadBody)
             }
             SendError::NoAnswer => {
-                tracing::warn!(?target, "the primary did not answer in time");
+                self.shared.node.report(Condition::PrimarySilent { target: &target });
                 self.fail(Reason::NoAnswer)
             }
             SendError::Broken(error) => {
-                tracing::warn!(
-                    error = &*error as &dyn std::error::Error,
-                    ?target,
-                    "the connection to the primary broke"
-                );
+                self.shared.node.report(Condition::PrimaryBroke { error: &*error, target: &target });
                 self.broke = true;
                 if self.again == 0 {
                     return self.fail(Reason::Broken);

@@ -22,6 +22,7 @@ use crate::replica::lag::Lagging;
 use crate::replica::pace::Coming;
 use crate::replica::units::{Units, foreign};
 use crate::replica::{Feed, Reporter, give_back};
+use crate::report::Condition;
 use crate::secret::Proved;
 use crate::status::PeerInfo;
 use crate::txid::{Epoch, EpochHistory, Position};
@@ -470,7 +471,7 @@ async fn acknowledge<F: Feed>(
             Some(want) = next_of(&mut asked) => {
                 // Pages that can't be read are not answered for: who asked asks another replica.
                 let answer = feed.answer(want).await.unwrap_or_else(|error| {
-                    tracing::warn!(%error, "the primary's question about pages is not answered");
+                    Condition::PagesNotAnswered { error: &error }.say();
                     Bytes::new()
                 });
                 if request.send_data(answer).await.is_err() {

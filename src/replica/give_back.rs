@@ -7,6 +7,7 @@ use tokio::sync::mpsc;
 
 use crate::error::{Error, Result};
 use crate::log::{Log, Lookup};
+use crate::report::Condition;
 use crate::txid::Position;
 
 /// Bytes of the log that are read at once.
@@ -19,7 +20,7 @@ pub(super) fn records(log: Arc<Log>, after: Position) -> mpsc::Receiver<Bytes> {
     let (sender, receiver) = mpsc::channel(READS_AHEAD);
     tokio::task::spawn_blocking(move || {
         if let Err(error) = read(&log, after, &sender) {
-            tracing::warn!(%error, "the primary does not get back all that the log has");
+            Condition::GiveBackFailed { error: &error }.say();
         }
     });
     receiver
@@ -30,7 +31,7 @@ fn read(log: &Log, after: Position, to: &mpsc::Sender<Bytes>) -> Result<()> {
     let mut lsn = match log.find(after.number())? {
         Lookup::At { lsn, before } if before == after => lsn,
         found => {
-            tracing::warn!(%after, ?found, "the log here does not go on from the state that the primary has");
+            Condition::GiveBackApart { after, found: &found }.say();
             return Ok(());
         }
     };

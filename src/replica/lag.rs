@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::context::{NodeContext, Part};
+use crate::context::NodeContext;
 use crate::lock::lock;
 use crate::net::Heard;
 use crate::replica::pace::{Coming, Pace};
+use crate::report::Condition;
 use crate::status::Lag;
 use crate::txid::Position;
 
@@ -95,7 +96,10 @@ impl Lagging {
         let problem = known.problem(applied, lag, now);
         drop(known);
         node.set_lag(Some(lag));
-        node.set_problem(Part::Behind, problem);
+        node.report(match &problem {
+            Some(text) => Condition::Lagging { text },
+            None => Condition::CaughtUp,
+        });
     }
 
     /// Publishes again and again.

@@ -23,8 +23,9 @@ use crate::peer::Incarnation;
 use crate::primary::ReplicaServer;
 use crate::primary::fake::{Fake, SECRET, at, history, keys, node};
 use crate::replica::*;
+use crate::report::{Condition, Part};
 use crate::server::{Mount, ReplicationService};
-use crate::status::Role;
+use crate::status::{Event, Role};
 use crate::txid::EpochHistory;
 use crate::wire::{self, Goodbye, Heartbeat, Kind, Message, Plan, TxnBegin, TxnEnd, Welcome};
 
@@ -479,7 +480,8 @@ async fn a_problem_lasts_until_something_is_taken_in() {
     let mut sender = sender.recv().await.unwrap();
     let lagging = Lagging::new();
     let mut session = PrimaryConnection::new(&run.node, &*run.feed, &to, &run.tracker, &lagging);
-    run.node.set_problem(Part::Stream, Some("nothing was heard for 10s".into()));
+    let problem = "nothing was heard for 10s";
+    run.node.report(Condition::NotFollowing { primary: &to, problem, what: "silent", new: false });
     let mut reporter = Reporter::new(run.node.clone(), to.clone());
     let problem = || run.node.problem_of(Part::Stream);
     let says = async {
@@ -572,7 +574,7 @@ async fn a_replica_is_filled_follows_is_seen_and_comes_back() {
     // Its next standing is where it was: only the log comes.
     feed.kinds.lock().unwrap().clear();
     feed.fail.lock().unwrap().push_back(disk_full());
-    let mut events = replica.events.subscribe();
+    let mut events = replica.events();
     primary.fake.commit(1);
     reaches(&replica, at(1, 8)).await;
     assert!(!feed.fed().contains(&Kind::SnapBegin));
@@ -628,7 +630,7 @@ async fn an_absurd_hello_is_refused_and_honest_replicas_go_on() {
     let tracker = TaskTracker::new();
     spawn(honest.clone(), feed.clone(), primary.to.clone(), honest.stop.child_token(), &tracker);
     reaches(&honest, at(1, 0)).await;
-    let mut events = honest.events.subscribe();
+    let mut events = honest.events();
     for number in 1..=3 {
         let end = tokio::time::timeout(Duration::from_secs(10), liar.against(&primary.to)).await;
         match end.expect("it is served") {
@@ -656,7 +658,7 @@ async fn a_replica_waits_for_its_primary_and_says_a_problem_once() {
     let replica = node(2, &SECRET, Role::Replica);
     let feed = FakeFeed::new(&replica, EpochHistory::default(), None);
     let tracker = TaskTracker::new();
-    let mut events = replica.events.subscribe();
+    let mut events = replica.events();
     spawn(replica.clone(), feed.clone(), primary.to.clone(), replica.stop.child_token(), &tracker);
     comes("a problem", || replica.problem().is_some()).await;
     assert!(replica.problem().unwrap().contains("secret"));
@@ -665,10 +667,7 @@ async fn a_replica_waits_for_its_primary_and_says_a_problem_once() {
     let position = primary.node.applied.position().unwrap();
     reaches(&replica, position).await;
     comes("no problem", || replica.problem().is_none()).await;
-    assert!(
-        !std::iter::from_fn(|| events.try_recv().ok())
-            .any(|e| matches!(e, crate::status::Event::Disconnected(_)))
-    );
+    assert!(!std::iter::from_fn(|| events.try_recv().ok()).any(|e| matches!(e, Event::Disconnected(_))));
 
     // The primary stops: the stream ends with a word, and the role says that it is away.
     stop(&primary.node, &primary.tracker).await;

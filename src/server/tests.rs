@@ -141,7 +141,7 @@ fn the_service_is_what_routers_ask_for() {
 #[tokio::test]
 async fn a_knock_with_another_secret_is_told_to_the_operator_now_and_then() {
     let (service, _, node) = service(&SECRET, Mount::Mounted);
-    let mut events = node.events.subscribe();
+    let mut events = node.events();
     assert_bare_404(&service, request(HeaderMap::new(), Untouched)).await;
     assert_eq!(node.problem(), None, "who only passes by is nobody's problem");
     for id in 0..1000 {

@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 use crate::error::{Error, Result};
 use crate::files::Paths;
 use crate::lock::lock;
+use crate::report::Condition;
 use crate::sqlite::ffi::{Handle, Lock, Owner, Slot};
 
 /// SQLite's shared lock on the database file: every open connection of a WAL database has it.
@@ -127,12 +128,12 @@ impl FileLocks {
             if self.marked[file].swap(false, Ordering::AcqRel)
                 && let Err(error) = self.set(Owner::Process, None, LockPlace::marker(file))
             {
-                tracing::warn!(%error, "the watch over locks could not be ended");
+                Condition::LockWatchNotEnded { error: &error }.say();
             }
         }
         for place in [LockPlace { file: 1, start: SLOTS, length: 9 }, SHARED] {
             if let Err(error) = self.set(Owner::Descriptor, None, place) {
-                tracing::warn!(%error, "a lock could not be given back");
+                Condition::LockNotReleased { error: &error }.say();
             }
         }
     }

@@ -12,7 +12,7 @@ use std::thread::JoinHandle;
 
 use tokio::sync::mpsc;
 
-use crate::context::{NodeContext, Part};
+use crate::context::NodeContext;
 use crate::engine::apply::inbox::{ApplyCommand, ApplyShared, ReplicaStanding};
 use crate::engine::apply::stream_error::StreamError;
 use crate::engine::file::epochs::write_epochs;
@@ -26,7 +26,7 @@ use crate::engine::recover::opened::Opened;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::lock::lock;
-use crate::status::Event;
+use crate::report::Condition;
 use crate::threads;
 use crate::txid::{EpochHistory, Place, Position};
 use crate::wire::{Kind, Message, Unit, Want};
@@ -83,7 +83,7 @@ impl Apply {
         if let (State::Empty(_), Some(size)) = (&apply.state, size)
             && let Err(error) = apply.make_room(size)
         {
-            tracing::warn!(%error, "the empty database does not have the primary's page size yet");
+            apply.node.report(Condition::PageSizeNotSet { error: &error });
         }
         Ok(apply)
     }
@@ -159,7 +159,7 @@ impl Apply {
                 }
                 ApplyCommand::Restart => {
                     if let Err(error) = self.maybe_restart() {
-                        tracing::warn!(%error, "the WAL could not be restarted");
+                        self.node.report(Condition::RestartMissed { error: &error });
                     }
                 }
                 ApplyCommand::Suspect => {
@@ -216,8 +216,10 @@ impl Apply {
             files::make_state_dir(self.options.paths.state_dir()).and_then(|()| self.open_path(None));
         self.node.set_astray(false);
         self.reopen = opened.is_err();
-        let problem = opened.err().map(|error| format!("what is at the path now can't be opened: {error}"));
-        self.node.set_problem(Part::Engine, problem);
+        match opened {
+            Ok(()) => self.node.report(Condition::FilesOpened),
+            Err(error) => self.node.report(Condition::FilesNotOpened { error: &error }),
+        }
     }
 
     /// Nobody reads what is open any more, and nothing is copied back.
@@ -262,7 +264,7 @@ impl Apply {
             if let Some(live) = self.state.known() {
                 let rested = if orderly && !term.failed() { rest(live) } else { Ok(()) };
                 if let Err(error) = rested {
-                    tracing::warn!(%error, "the last anchor was not written; the next start reads the WAL instead");
+                    self.node.report(Condition::AnchorNotWritten { error: &error });
                 }
             }
             // A panic may have taken what was open.
@@ -317,7 +319,7 @@ impl Apply {
         if let Some(mut incoming) = self.incoming.take()
             && let Err(error) = incoming.keep()
         {
-            tracing::warn!(%error, "the pages that came last of a snapshot are not kept");
+            self.node.report(Condition::SnapshotNotKept { error: &error });
         }
         self.healing = None;
     }
@@ -356,8 +358,8 @@ impl Apply {
                 Message::Welcome(welcome) => self.welcome(welcome.plan)?,
                 Message::Epochs(history) => self.epochs(history)?,
                 Message::SnapBegin(begin) => {
-                    self.node.tell(Event::SnapshotStarted("this node has no state of the cluster".into()));
-                    tracing::info!(first = %begin.first, from = %begin.from, "a snapshot begins");
+                    let (first, from) = (begin.first, begin.from);
+                    self.node.report(Condition::SnapshotStarted { first, from });
                     if self.below().is_some() {
                         return Err(StreamError::garbled("a snapshot over a live database"));
                     }
@@ -467,9 +469,7 @@ impl Apply {
             Some(healing) => self.adopt_heal(&healing, &ready, history)?,
             None => {
                 self.fill(&ready, history)?;
-                self.node.set_problem(Part::State, None);
-                tracing::info!(%position, "the snapshot is taken over");
-                self.node.tell(Event::SnapshotFinished(position));
+                self.node.report(Condition::SnapshotFinished { position });
             }
         }
         incoming::discard(&self.options.paths)?;

@@ -4,7 +4,6 @@ use std::sync::{Arc, Mutex, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use crate::context::Part;
 use crate::engine::capture::brake::{Brake, BrakeLoop, WriteLock};
 use crate::engine::capture::group_sync::GroupSync;
 #[cfg(test)]
@@ -26,6 +25,7 @@ use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::log::Log;
 use crate::page::{PageNo, PageSize};
+use crate::report::Condition;
 use crate::sqlite::Handle;
 use crate::status::Checkpoint;
 use crate::txid::EpochHistory;
@@ -72,7 +72,7 @@ impl PrimaryEngine {
         let base = Term::new(base);
         base.when_lost(|database, error| database.node.fail(error));
         if let Some(found) = doubt::text(&base.options.paths) {
-            base.node.set_problem(Part::Pages, Some(found));
+            base.node.report(Condition::PagesDoubted { found: &found });
         }
         let tip = base.tip();
         let second = Arc::new(Mutex::new(reader(&base)?));

@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 
-use crate::context::{Part, RoleChange};
+use crate::context::RoleChange;
 use crate::engine::capture::brake::Brake;
 use crate::engine::capture::group_sync::GroupSync;
 use crate::engine::capture::waker::Waker;
 use crate::engine::checkpoint::backfill;
+use crate::engine::checkpoint::bound::BRAKE_TIMES;
 use crate::engine::checkpoint::bound::FAILURE_PAUSE;
-use crate::engine::checkpoint::bound::{BRAKE_TIMES, cannot_copy};
 use crate::engine::checkpoint::restart::{DRAIN_MAX, Restart, keep_from_others, restart};
 use crate::engine::file::epochs::write_epochs;
 use crate::engine::file::term::Term;
@@ -23,6 +23,7 @@ use crate::engine::history::wal_records::{Capture, Sink};
 use crate::engine::recover::opened::Opened;
 use crate::error::{Error, Result};
 use crate::lock::lock;
+use crate::report::Condition;
 use crate::sqlite::Slot;
 use crate::threads;
 use crate::txid::Position;
@@ -81,7 +82,7 @@ impl CaptureLoop {
             // Told, and for good. The log is what the next start has.
             _ if self.base.lost() => {
                 if let Err(error) = self.last_words() {
-                    tracing::error!(%error, "the log does not have the last commits");
+                    self.base.node.report(Condition::LastCommitsNotLogged { error: &error });
                 }
             }
             Err(error) => self.base.fail(&error),
@@ -288,7 +289,7 @@ impl CaptureLoop {
         match self.restart() {
             Ok(true) => {
                 self.restart_pause = RESTART_PAUSE;
-                self.base.node.set_problem(Part::Checkpoint, None);
+                self.base.node.report(Condition::CheckpointWorks);
                 return Ok(());
             }
             // It is tried again and again.
@@ -297,9 +298,8 @@ impl CaptureLoop {
             Ok(false) | Err(Error::ShutDown) => {}
             // Full or failing disk: the WAL grows meanwhile, and nothing is lost.
             Err(error @ Error::Io { .. }) => {
-                tracing::warn!(%error, "the WAL could not be restarted");
+                self.base.node.report(Condition::RestartFails { error: &error });
                 self.base.note_room(&error);
-                self.base.node.set_problem(Part::Checkpoint, Some(cannot_copy(&error)));
                 self.failed_until = Instant::now() + FAILURE_PAUSE;
             }
             Err(error) => return Err(error),
@@ -363,7 +363,7 @@ impl CaptureLoop {
         match (self.base.header(), self.base.index.header_left()) {
             (Some(header), _) => Ok(header),
             (None, Some(left)) => {
-                tracing::warn!("a writer died while it published its commit; the wal-index is mended");
+                self.base.node.report(Condition::WriterDied);
                 self.base.index.publish(&left);
                 Ok(left)
             }
@@ -398,12 +398,12 @@ impl Sink for ToLog<'_> {
                 return Err(Error::Stopped(cause));
             }
             failed = true;
-            self.base.node.set_problem(Part::Log, Some(cause.to_string()));
+            self.base.node.report(Condition::LogRetried { text: &cause.to_string() });
             std::thread::sleep(APPEND_STEP);
         }
         drop(on_disk);
         if failed && !*lock(&self.base.log_broken) {
-            self.base.node.set_problem(Part::Log, None);
+            self.base.node.report(Condition::LogWorks);
         }
         // Others write while this is done.
         self.brake.passed(self.base.index.glance().0);

@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::log::Lookup;
 use crate::page::PageNo;
+use crate::report::Condition;
 use crate::sqlite::{Handle, Lock, Slot};
 use crate::status::Verification;
 use crate::threads::caught;
@@ -91,7 +92,7 @@ fn verify(base: &Term, mut handle: Handle, limit: Option<NonZeroU64>) -> Result<
         (verification.bad_pages, verification.all_named) = match named {
             Err(error) if matches!(error, Error::ShutDown) || error.is_fatal() => return Err(error),
             Err(error) => {
-                tracing::warn!(%error, "the log does not tell which pages are bad");
+                base.node.report(Condition::BadPagesUnnamed { error: &error });
                 (Vec::new(), false)
             }
             Ok(named) => named,

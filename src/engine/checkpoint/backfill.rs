@@ -15,6 +15,7 @@ use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::page::PageNo;
 use crate::random;
+use crate::report::Condition;
 use crate::sqlite::{Handle, Lock, Slot};
 use crate::wal::{FRAME_HEADER_BYTES, IndexHeader, READ_MARK_UNUSED, frame_bytes, frame_offset};
 
@@ -85,7 +86,7 @@ pub(in crate::engine) fn copy(base: &Term, handle: &mut Handle, target: &Tip, do
     // go back to the state that the log's tip may need.
     base.sync_wal()?;
     if let Err(error) = append_or_gap::sync(base) {
-        tracing::warn!(%error, "the log can't be synced before a backfill");
+        base.node.report(Condition::BackfillUnsynced { error: &error });
     }
     let bytes = u64::from(target.pages) * u64::from(base.page_size.get());
     // What was there before, but for a mark that an earlier copy has left.

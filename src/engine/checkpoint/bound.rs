@@ -3,13 +3,13 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crate::context::Part;
 use crate::engine::file::anchor::FileState;
 use crate::engine::file::database::OpenDatabase;
 use crate::engine::file::term::Term;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::lock::lock;
-use crate::status::{Checkpoint, Event, WalReason};
+use crate::report::{Condition, Part};
+use crate::status::{Checkpoint, WalReason};
 use crate::wal::frame_bytes;
 
 /// Beyond so many times its limit, who writes is held back until the WAL has begun anew.
@@ -94,11 +94,6 @@ impl OpenDatabase {
     }
 }
 
-/// What the problem is while copying fails.
-pub(in crate::engine) fn cannot_copy(error: &Error) -> String {
-    format!("the WAL can't be copied back: {error}")
-}
-
 /// Has the WAL begun anew, and waits for it. Blocks for at most so long.
 pub(in crate::engine) fn checkpoint(base: &Term, limit: Duration, wake: impl Fn()) -> Result<Checkpoint> {
     let (end, before) = (Instant::now() + limit, base.bound.restarts());
@@ -130,7 +125,7 @@ impl Teller {
     pub(in crate::engine) fn look(&mut self, base: &OpenDatabase, frames: u32, open: bool) {
         if frames <= base.limit_frames(BRAKE_TIMES, 1) {
             if self.told.is_some() {
-                base.node.set_problem(Part::Wal, None);
+                base.node.report(Condition::WalShort);
             }
             *self = Teller::default();
             return;
@@ -150,12 +145,7 @@ impl Teller {
             return;
         }
         let bytes = u64::from(frames) * frame_bytes(base.page_size) as u64;
-        let text = format!("the WAL has {bytes} bytes, its limit is {limit}: {why}");
-        if doubled {
-            tracing::warn!(database = %base.path().display(), "{text}");
-            base.node.tell(Event::WalGrows { bytes, limit, why });
-        }
-        base.node.set_problem(Part::Wal, Some(text));
+        base.node.report(Condition::WalGrows { database: base.path(), bytes, limit, why, doubled });
         let told = self.told.map_or(frames, |(_, told)| if doubled { frames } else { told });
         self.told = Some((why, told));
     }

@@ -6,14 +6,13 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
-use crate::context::Part;
 use crate::engine::checkpoint::backfill::{REST_MAX_FRAMES, backfill_some};
-use crate::engine::checkpoint::bound::cannot_copy;
 use crate::engine::file::term::Term;
 use crate::engine::history::append_or_gap;
 use crate::error::{Error, Result};
 use crate::files::reserve;
 use crate::lock::lock;
+use crate::report::{Condition, Part};
 use crate::sqlite::Handle;
 use crate::threads;
 use crate::txid::Position;
@@ -66,7 +65,7 @@ impl Checkpointer {
                 match self.look() {
                     Ok(()) if failing => {
                         failing = false;
-                        self.base.node.set_problem(Part::Checkpoint, None);
+                        self.base.node.report(Condition::CheckpointWorks);
                     }
                     Ok(()) | Err(Error::ShutDown) => {}
                     // Told, and for good.
@@ -79,8 +78,7 @@ impl Checkpointer {
                         self.base.note_room(&error);
                         // The WAL grows meanwhile; nothing is lost, and the copy is made again from its begin.
                         if !failing {
-                            tracing::warn!(%error, "a checkpoint failed and is tried again");
-                            self.base.node.set_problem(Part::Checkpoint, Some(cannot_copy(&error)));
+                            self.base.node.report(Condition::CheckpointFails { error: &error });
                         }
                         failing = true;
                         pause = Instant::now() + PAUSE;
@@ -104,7 +102,7 @@ impl Checkpointer {
             return;
         }
         match reserve::make(directory) {
-            Ok(()) => node.set_problem(Part::Room, None),
+            Ok(()) => node.report(Condition::RoomFound),
             Err(error) if error.no_room() => node.no_room(error),
             Err(error) => tracing::debug!(%error, "no reserve can be made"),
         }

@@ -19,8 +19,8 @@ use crate::error::{Blame, Cause, Error, Result};
 use crate::lock::lock;
 use crate::log::Log;
 use crate::page::PageSize;
+use crate::report::Condition;
 use crate::sqlite::{FileLocks, Handle, Lock, Slot, WalIndex};
-use crate::status::Event;
 use crate::txid::Position;
 use crate::wal::{IndexHeader, Salts, WalSum, frame_bytes};
 
@@ -282,7 +282,7 @@ impl OpenDatabase {
         // Both of them.
         for _ in 0..2 {
             if let Err(error) = self.write_anchor(&nowhere, file, true) {
-                tracing::error!(%error, "an anchor of files that are not there any more can't be replaced");
+                self.node.report(Condition::AnchorNotReplaced { error: &error });
             }
         }
     }
@@ -291,12 +291,8 @@ impl OpenDatabase {
     pub(in crate::engine) fn mend_locks(&self, handle: &mut Handle) -> Result<()> {
         let Some(locks) = &self.locks else { return Ok(()) };
         if locks.mend(handle)? {
-            let (database, times) = (self.options.paths.database().to_path_buf(), locks.losses());
-            tracing::error!(
-                database = %database.display(), times,
-                "locks were dropped and are taken again: something in this process opened and closed the database by other means than SQLite; use `Db::snapshot_to` for copies"
-            );
-            self.node.tell(Event::LocksLost { database, times });
+            let (database, times) = (self.options.paths.database(), locks.losses());
+            self.node.report(Condition::LocksLost { database, times });
         }
         Ok(())
     }

@@ -6,6 +6,7 @@
 use std::io::Read;
 
 use crate::files::{self, Paths, replace_file};
+use crate::report::Condition;
 
 /// The most bytes of the text that are read.
 const TEXT_MAX_BYTES: u64 = 4096;
@@ -13,7 +14,7 @@ const TEXT_MAX_BYTES: u64 = 4096;
 /// From now on there is a doubt, also after a restart.
 pub(in crate::engine) fn begin(paths: &Paths, text: &str) {
     if let Err(error) = replace_file(&paths.doubt(), text.as_bytes()) {
-        tracing::warn!(%error, "that the pages are in doubt is forgotten with a restart");
+        Condition::DoubtNotNoted { error: &error }.say();
     }
 }
 
@@ -33,7 +34,7 @@ pub(in crate::engine) fn text(paths: &Paths) -> Option<String> {
 pub(in crate::engine) fn end(paths: &Paths) {
     // Should it come back by a power cut, the pages are looked at once more.
     if let Err(error) = files::remove(&paths.doubt()) {
-        tracing::warn!(%error, "that the pages are in doubt could not be taken back");
+        Condition::DoubtNotForgotten { error: &error }.say();
     }
 }
 

@@ -3,10 +3,10 @@
 use std::time::{Duration, Instant};
 
 use crate::checksum::{Checksum, PageHash};
-use crate::context::Part;
 use crate::engine::file::database::OpenDatabase;
 use crate::error::Result;
 use crate::page::PageNo;
+use crate::report::Condition;
 use crate::sqlite::Handle;
 
 /// Bytes that are read from the database file at a time.
@@ -82,8 +82,8 @@ impl OpenDatabase {
         frame: u32,
         pages: u32,
     ) -> Result<Checksum> {
-        let database = self.options.paths.database().display();
-        tracing::info!(%database, pages, "hashing the database to find its position");
+        let database = self.options.paths.database();
+        tracing::info!(database = %database.display(), pages, "hashing the database to find its position");
         let started = Instant::now();
         let mut progress = HashReport { pages, percent: None, said: started };
         let whole = Whole::new(self, frame, pages);
@@ -91,16 +91,12 @@ impl OpenDatabase {
         for run in 0..whole.runs() {
             if let Some((percent, aloud)) = progress.note(whole.pages_before(run), Instant::now()) {
                 let text = format!("hashing the database: {percent} %");
-                if aloud {
-                    tracing::info!(%database, "{text}");
-                }
-                self.node.set_problem(Part::Hashing, Some(text));
+                self.node.report(Condition::Hashing { database, text: &text, aloud });
             }
             let added = whole.add_run(handle, run, &mut buffer, sum);
-            sum = added.inspect_err(|_| self.node.set_problem(Part::Hashing, None))?;
+            sum = added.inspect_err(|_| self.node.report(Condition::HashingFailed))?;
         }
-        self.node.set_problem(Part::Hashing, None);
-        tracing::info!(%database, elapsed = ?started.elapsed(), "hashed the database");
+        self.node.report(Condition::Hashed { database, elapsed: started.elapsed() });
         Ok(sum)
     }
 }

@@ -8,6 +8,7 @@ use std::fs;
 
 use crate::error::{Error, Result};
 use crate::files::{self, Paths, replace_file};
+use crate::report::Condition;
 
 /// A UUID, new with each boot of Linux.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
@@ -39,7 +40,7 @@ pub(in crate::engine) fn begin(paths: &Paths) -> Result<()> {
 pub(in crate::engine) fn doubt(paths: &Paths) {
     let known = files::read(&paths.unsynced(), MAX_BYTES).is_ok_and(|then| then.is_empty());
     if !known && let Err(error) = replace_file(&paths.unsynced(), b"") {
-        tracing::warn!(%error, "that commits may be lost could not be noted");
+        Condition::UnsyncedNotNoted { error: &error }.say();
     }
 }
 

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use crate::error::{Error, Result};
 use crate::files::{self, Paths, read_exact_at, write_all_at};
 use crate::page::PageSize;
+use crate::report::Condition;
 use crate::wal::{FRAME_HEADER_BYTES, FrameHeader, Salts, frame_bytes, frame_offset};
 
 /// Zeros that are written at a time.
@@ -80,7 +81,7 @@ impl WalFile {
         let before = self.bytes()?;
         self.extend_from(before, bytes).inspect_err(|_| {
             if let Err(error) = self.truncate(before) {
-                tracing::warn!(%error, "the WAL stays longer than it has to be");
+                Condition::WalNotTruncated { error: &error }.say();
             }
         })
     }

@@ -7,6 +7,7 @@ use crate::engine::file::newest::{Found, Newest};
 use crate::engine::file::witnesses::{Witness, Witnesses};
 use crate::error::Result;
 use crate::page::PageNo;
+use crate::report::Condition;
 use crate::sqlite::Handle;
 
 impl OpenDatabase {
@@ -42,7 +43,7 @@ impl OpenDatabase {
                 self.read_frame(frame, &mut image)?;
                 if let Err(error) = handle.read(&mut there, page.offset(self.page_size)) {
                     // It is about to be written over.
-                    tracing::warn!(%error, ?page, "an image that the WAL replaces can't be read");
+                    self.node.report(Condition::WitnessUnreadable { error: &error, page });
                     continue;
                 }
                 if image == there {

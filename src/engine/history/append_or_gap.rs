@@ -5,12 +5,12 @@
 
 use bytes::Bytes;
 
-use crate::context::Part;
 use crate::engine::file::database::OpenDatabase;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::log::no_room;
-use crate::status::{Event, Role};
+use crate::report::Condition;
+use crate::status::Role;
 use crate::txid::Position;
 
 /// Appends to the log.
@@ -43,8 +43,7 @@ pub(in crate::engine) fn append_or_gap(
     match base.log.reset(after) {
         Ok(()) => {
             *broken = false;
-            base.node.set_problem(Part::Log, None);
-            base.node.tell(Event::LogGap(after));
+            base.node.report(Condition::LogGap { after });
             Ok(())
         }
         Err(error) if no_room(&error) => Ok(()),
@@ -80,17 +79,15 @@ pub(in crate::engine) fn sync(base: &OpenDatabase) -> Result<()> {
         && !*broken
         && let Some(at) = base.log.tip()
     {
-        tracing::error!(%error, %at, "the log can't be synced, and is begun anew: replicas that are behind compare their pages");
-        base.node.tell(Event::LogGap(at));
+        base.node.report(Condition::LogNotSynced { error: &error, at });
     }
     Err(error)
 }
 
 fn say_broken(base: &OpenDatabase, error: &Error) {
     let means = what_a_gap_means(base.node.roles.borrow().role);
-    tracing::error!(%error, "the log can't be written: {means}");
+    base.node.report(Condition::LogFails { error, means });
     base.note_room(error);
-    base.node.set_problem(Part::Log, Some(format!("the log can't be written: {error}; {means}")));
 }
 
 /// What comes of a log that lost its past.
@@ -112,7 +109,6 @@ mod tests {
     use rusqlite::config::DbConfig;
     use tokio::sync::broadcast::error::TryRecvError;
 
-    use crate::context::Part;
     use crate::engine::apply::handle::ReplicaEngine;
     use crate::engine::apply::stream_error::StreamError;
     use crate::engine::capture::handle::PrimaryEngine;
@@ -120,6 +116,7 @@ mod tests {
     use crate::error::Error;
     use crate::log::Lookup;
     use crate::log::tests::Broken;
+    use crate::report::Part;
     use crate::status::{Event, Role};
     use crate::wire::{self, Message, Plan, Welcome};
 
@@ -152,7 +149,7 @@ mod tests {
     fn an_append_that_fails_for_another_reason_than_a_full_disk_drops_nothing_and_stops_loudly() {
         let home = Home::new();
         let (engine, plain) = primary(&home);
-        let mut events = engine.base.node.events.subscribe();
+        let mut events = engine.base.node.events();
         let start = engine.log().start().unwrap();
         {
             let _broken = Broken::at(&segment(&home, "p.db"), false);
@@ -217,7 +214,7 @@ mod tests {
         let (engine, plain) = primary(&home);
         let follower = home.follower("r.db");
         catch_up(&engine, &follower);
-        let mut events = engine.base.node.events.subscribe();
+        let mut events = engine.base.node.events();
         {
             let _broken = Broken::at(&segment(&home, "p.db"), true);
             plain.execute("INSERT INTO t VALUES (2)", []).unwrap();

@@ -2,11 +2,11 @@
 
 use bytes::BytesMut;
 
-use crate::context::Part;
 use crate::engine::history::append_or_gap::{append_or_gap, begin_anew};
 use crate::engine::history::intake_error::IntakeError;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::error::Result;
+use crate::report::Condition;
 use crate::txid::EpochHistory;
 use crate::wire::{HEADER_BYTES, Message, Unit};
 
@@ -34,7 +34,7 @@ impl RecordIntake {
                 // The primary vouches for a state that is not the log's, such as after a power cut.
                 if self.buffer.is_empty() && live.base.log.tip() != Some(begin.before) {
                     begin_anew(&live.base, begin.before)?;
-                    live.base.node.set_problem(Part::State, None);
+                    live.base.node.report(Condition::StateVouched);
                 }
             }
             Message::Page { number, hash, .. } => live.page(number, hash, &unit.raw, HEADER_BYTES + 4)?,
@@ -58,7 +58,7 @@ impl RecordIntake {
         if let Err(error) = live.publish() {
             // The log has the records already. They come again, and must not stand in it twice.
             if let Err(error) = begin_anew(&live.base, live.base.tip().position) {
-                tracing::warn!(%error, "the log is begun anew behind the next transaction");
+                live.base.node.report(Condition::LogNotRenewed { error: &error });
             }
             return Err(error);
         }
@@ -76,7 +76,7 @@ impl RecordIntake {
         if let Some(live) = live {
             live.abort();
             if let Err(error) = live.base.log.abort() {
-                tracing::warn!(%error, "the log's unfinished record could not be taken back");
+                live.base.node.report(Condition::RecordNotAborted { error: &error });
             }
         }
     }

@@ -12,6 +12,7 @@ use crate::error::Result;
 use crate::lock::lock;
 use crate::log::Lookup;
 use crate::page::PageNo;
+use crate::report::Condition;
 use crate::wire::Message;
 
 /// Pages of the log that are remembered, some hundred bytes each.
@@ -46,12 +47,12 @@ impl Findings {
         }
         if let FileState::Backfilling(witnesses) = newest.file {
             let older = self.older(&witnesses).unwrap_or_else(|error| {
-                tracing::warn!(%error, "the file can't tell whether the WAL was copied back in full");
+                self.base.node.report(Condition::WalCopyUnknown { error: &error });
                 witnesses.iter().map(Witness::page).collect()
             });
             match older[..] {
                 [] => {
-                    tracing::warn!(path = %self.base.path().display(), "the WAL that was being copied back is gone, and nothing of it is known to be missing: somebody else has copied it on");
+                    self.base.node.report(Condition::WalCopiedByOthers { path: self.base.path() });
                 }
                 // SQLite counts in the first page, and never puts older bytes there.
                 [page] if page != PageNo::FIRST => return Ok(Some(Doubt::TwoReadings(MAYBE))),
@@ -67,7 +68,7 @@ impl Findings {
         match self.goes_back() {
             Ok(back) => Ok(back.then_some(Doubt::TwoReadings(OLD_FILE))),
             Err(error) => {
-                tracing::warn!(%error, "the log can't tell whether the file goes with the WAL beside it");
+                self.base.node.report(Condition::WalMatchUnknown { error: &error });
                 Ok(Some(Doubt::TwoReadings(NO_LOG)))
             }
         }

@@ -10,6 +10,7 @@ use crate::engine::recover::Findings;
 use crate::engine::recover::position::{LogSays, Wal};
 use crate::error::{Error, Result};
 use crate::page::PageNo;
+use crate::report::Condition;
 use crate::txid::{EpochHistory, EpochStart, Place, Position, Txid};
 
 /// Why what SQLite reads may be no committed state.
@@ -127,7 +128,7 @@ impl Findings {
             Doubt::TwoReadings(why) => why,
         };
         if self.base.options.accept_damaged {
-            tracing::error!(path = %self.base.path().display(), why, "the configuration accepts this state; commits may be lost");
+            self.base.node.report(Condition::DamageAccepted { path: self.base.path(), why });
             return Ok(self);
         }
         Err(self.damaged(format!("{why}{}; {CURE}", self.missing())))
@@ -141,7 +142,7 @@ impl Findings {
             Ok(Some(what)) => what,
             Err(error) => {
                 // The schema may need functions, collations or modules that only the application's connections have.
-                tracing::warn!(%error, "the state becomes history without `PRAGMA integrity_check`, which could not run");
+                self.base.node.report(Condition::IntegrityNotChecked { error: &error });
                 return Ok(self);
             }
         };
@@ -236,7 +237,8 @@ impl Findings {
         let whole = self.wal == Wal::Whole && self.anchor == self.known.first().copied();
         if !whole && self.is_older(here) {
             // The file itself was later than this: no WAL was lost, but an older file was put in its place.
-            tracing::warn!(position = %here, last = self.last_known(), "an older database was put in the place of this one, and is history from here on");
+            let last = self.last_known();
+            self.base.node.report(Condition::OlderDatabase { position: here, last });
             self.set_log_aside()?;
             self.history = self.history.up_to(here);
             return self.reset_log(here);
@@ -272,7 +274,7 @@ impl Findings {
             .map_err(|error| error.of_files(self.base.path()))?;
         tip.position = Position::new(Txid::new(self.history.epoch(), number), tip.position.checksum());
         if known {
-            tracing::warn!(position = %tip.position, "the database was changed by somebody else; its state becomes history");
+            self.base.node.report(Condition::ForeignChange { position: tip.position });
         }
         // First, so that what the log has is off this history if it is not moved any more.
         crate::engine::file::epochs::write_epochs(&self.base.options.paths, &self.history, true)?;

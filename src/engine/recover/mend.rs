@@ -18,7 +18,8 @@ use crate::engine::recover::position::Wal;
 use crate::error::{Error, Result};
 use crate::files::{self, reserve, sync_directory};
 use crate::page::PageNo;
-use crate::status::{Event, unix_millis};
+use crate::report::Condition;
+use crate::status::unix_millis;
 use crate::txid::{Place, Position};
 use crate::wal::frame_offset;
 use crate::wire::{HealBegin, Message, SnapEnd};
@@ -52,7 +53,8 @@ impl Findings {
 
     /// Goes on without the WAL from the state that the file alone is.
     pub(in crate::engine) fn drop_wal(&mut self, why: &str, tip: Tip) -> Result<()> {
-        tracing::error!(path = %self.base.path().display(), position = %tip.position, why, "the file alone is a committed state; the WAL is put aside");
+        let (path, position) = (self.base.path(), tip.position);
+        self.base.node.report(Condition::WalDropped { path, position, why });
         if !lock_marks(&self.base, &mut self.handle, READERS_WAIT, || false)? {
             return Err(Error::Timeout { what: "readers of a damaged WAL".into(), after: READERS_WAIT });
         }
@@ -72,14 +74,14 @@ impl Findings {
         if from == to || self.history.place(to.txid()) != Place::OnHistory || !self.leads_to_all(to)? {
             return Ok(self);
         }
-        tracing::warn!(path = %self.base.path().display(), why, "trying to make the database good from the log");
+        self.base.node.report(Condition::MendStarted { path: self.base.path(), why });
         let paths = self.base.options.paths.clone();
         let mut live = WalAppender::new(self.base.clone(), self.handle)?;
         let ready = match over_all(&mut live, from, to) {
             Ok(ready) => Some(ready),
             Err(error) if matches!(error, Error::ShutDown) || error.is_fatal() => return Err(error),
             Err(error) => {
-                tracing::warn!(%error, "the log does not make the database good");
+                live.base.node.report(Condition::MendFailed { error: &error });
                 None
             }
         };
@@ -105,7 +107,7 @@ impl Findings {
         }
         replace(&mut live, &ready)?;
         incoming::discard(&paths)?;
-        tracing::warn!(position = %to, pages = ready.have.len(), "the log made the database good");
+        live.base.node.report(Condition::Mended { position: to, pages: ready.have.len() });
         Ok(Findings { handle: live.handle, exact: true, ..opened })
     }
 
@@ -118,7 +120,7 @@ impl Findings {
         let (wal, lost) = (paths.wal(), paths.lost());
         if let Some(kept) = lost::same_file(&lost, "wal-", &wal)? {
             // A start that came no further.
-            tracing::warn!(kept = %kept.display(), "the WAL is kept already");
+            self.base.node.report(Condition::WalAlreadyKept { kept: &kept });
             return Ok(());
         }
         let kept = lost.join(format!("wal-{}", unix_millis()));
@@ -128,8 +130,7 @@ impl Findings {
         sync_directory(&kept)?;
         sync_directory(&lost)?;
         sync_directory(paths.state_dir())?;
-        tracing::warn!(kept = %kept.display(), "the WAL is kept as it was");
-        self.base.node.tell(Event::Kept(kept));
+        self.base.node.report(Condition::WalKept { kept: &kept });
         Ok(())
     }
 }
@@ -180,7 +181,7 @@ fn keep(live: &mut WalAppender, ready: &Ready) -> Result<()> {
     let quota_bytes = base.options.lost_bytes;
     let doomed = Replaced { ready, fork: None, records_from: None, quota_bytes, damaged: true };
     let kept = lost::keep(&base.options.paths, live, &doomed)?;
-    base.node.tell(Event::Kept(kept.path().to_owned()));
+    base.node.report(Condition::PagesKept { kept: kept.path() });
     Ok(())
 }
 

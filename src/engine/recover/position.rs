@@ -8,6 +8,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 
 use crate::checksum::Checksum;
+use crate::context::NodeContext;
 use crate::engine::checkpoint::backfill::is_marked;
 use crate::engine::checkpoint::generation::are_ours;
 use crate::engine::file::anchor::{Anchor, Anchors, FileState};
@@ -18,6 +19,7 @@ use crate::engine::recover::Findings;
 use crate::error::Result;
 use crate::log::{Log, Lookup, no_room};
 use crate::page::{PageNo, PageSize};
+use crate::report::Condition;
 use crate::sqlite::Handle;
 use crate::txid::{Epoch, EpochHistory, Place, Position, Txid};
 use crate::wal::{FRAME_HEADER_BYTES, FrameHeader, IndexHeader, Salts, frame_offset};
@@ -221,7 +223,8 @@ impl Findings {
         capture.repeats = self.primary && self.own;
         let log = self.base.log.clone();
         let confirmed = log.tip() == Some(position);
-        let mut sink = Rebuild { tip: log.tip(), log, append, number: 0, confirmed, mismatch: false };
+        let (node, tip) = (self.base.node.clone(), log.tip());
+        let mut sink = Rebuild { node, tip, log, append, number: 0, confirmed, mismatch: false };
         capture.advance(header, &mut sink)?;
         let tip = capture.tip;
         if let Some(logged) = sink.tip {
@@ -288,7 +291,7 @@ impl Findings {
         // A file that is older than what the log has: of a backup, or with a WAL that is gone.
         found.or_else(|| {
             self.base.log.state_with(sum).unwrap_or_else(|error| {
-                tracing::warn!(%error, "the log can't be searched for the state of the database");
+                self.base.node.report(Condition::StateNotSearched { error: &error });
                 None
             })
         })
@@ -328,6 +331,7 @@ fn copied_beyond(base: &OpenDatabase, handle: &mut Handle, anchor: &Anchor, last
 
 /// Appends to the log what it lacks of the commits that are read again.
 struct Rebuild {
+    node: Arc<NodeContext>,
     log: Arc<Log>,
     append: bool,
     tip: Option<Position>,
@@ -361,7 +365,7 @@ impl Sink for Rebuild {
             match appended {
                 // It begins anew behind these commits.
                 Err(error) if no_room(&error) => {
-                    tracing::error!(%error, "the log can't be written and loses its past: it begins anew behind the last commit");
+                    self.node.report(Condition::LogLosesPast { error: &error });
                     self.append = false;
                     return self.log.abort();
                 }

@@ -5,7 +5,8 @@ use crate::engine::recover::Findings;
 use crate::error::Result;
 use crate::files::{self, reserve, sync_directory};
 use crate::log::{Log, Lookup};
-use crate::status::{Event, unix_millis};
+use crate::report::Condition;
+use crate::status::unix_millis;
 use crate::txid::{EpochHistory, Position};
 use crate::wire::{HEADER_BYTES, Message};
 
@@ -36,7 +37,7 @@ impl Findings {
         if logged.number() > number
             && let Some(lsn) = self.leads_on_from(tip.position)?
         {
-            tracing::warn!(from = %tip.position, to = %logged, "the log is ahead of the WAL and is applied again");
+            self.base.node.report(Condition::LogRedone { from: tip.position, to: logged });
             let mut appender = WalAppender::new(self.base.clone(), self.handle)?;
             apply_log(&mut appender, &self.base.log, lsn, &self.history)?;
             self.base.sync_wal()?;
@@ -81,8 +82,7 @@ impl Findings {
         sync_directory(&lost)?;
         sync_directory(self.base.options.paths.state_dir())?;
         log.move_to(&kept)?;
-        tracing::error!(kept = %kept.display(), ?from, ?to, "the log does not lead on from the database's state, and is put aside");
-        self.base.node.tell(Event::Kept(kept));
+        self.base.node.report(Condition::LogKept { kept: &kept, from, to });
         Ok(())
     }
 }

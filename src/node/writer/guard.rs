@@ -12,6 +12,7 @@ use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
 use crate::error::{Error, Result};
 use crate::node::writer::reentrancy::Inside;
 use crate::node::writer::{OpenWriter, WriterShared};
+use crate::report::Condition;
 use crate::session;
 use crate::txid::Txid;
 
@@ -105,7 +106,7 @@ impl Drop for WriterGuard<'_> {
         let Some(OpenWriter { connection, commits, settings, .. }) = self.open.as_mut() else { return };
         if let Err(error) = settings.restore(connection) {
             // Commits are captured all the same; they may cost more.
-            tracing::warn!(%error, "the writer connection could not be set right");
+            Condition::WriterNotReset { error: &error }.say();
         }
         commits.again(connection);
     }

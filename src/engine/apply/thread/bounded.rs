@@ -3,12 +3,12 @@
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use crate::context::Part;
 use crate::engine::apply::thread::Apply;
-use crate::engine::checkpoint::bound::{BRAKE_TIMES, FAILURE_PAUSE, REST_TIMES, Teller, cannot_copy};
+use crate::engine::checkpoint::bound::{BRAKE_TIMES, FAILURE_PAUSE, REST_TIMES, Teller};
 use crate::engine::checkpoint::restart::{DRAIN_MAX, Restart, restart};
 use crate::engine::history::wal_appender::WalAppender;
 use crate::error::{Error, Result};
+use crate::report::Condition;
 
 /// Pause after a restart of the WAL that readers were in the way of, doubled each time.
 const RESTART_PAUSE: Duration = Duration::from_millis(50);
@@ -72,7 +72,7 @@ impl Apply {
                         live.resume(tip);
                         bounded.restart_pause = RESTART_PAUSE;
                         bounded.teller.look(&base, tip.frame, false);
-                        self.node.set_problem(Part::Checkpoint, None);
+                        self.node.report(Condition::CheckpointWorks);
                         return Ok(());
                     }
                     Ok(Restart::Readers) if patience.is_none() => {
@@ -82,9 +82,8 @@ impl Apply {
                     Ok(Restart::NotYet | Restart::Readers) => {}
                     // Full or failing disk: the WAL grows meanwhile, and nothing is lost.
                     Err(error @ Error::Io { .. }) => {
-                        tracing::warn!(%error, "the WAL could not be restarted");
+                        self.node.report(Condition::RestartFails { error: &error });
                         base.note_room(&error);
-                        self.node.set_problem(Part::Checkpoint, Some(cannot_copy(&error)));
                         bounded.failed_until = now + FAILURE_PAUSE;
                     }
                     Err(error) => return Err(error),

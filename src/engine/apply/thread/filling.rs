@@ -3,7 +3,6 @@
 use bytes::BytesMut;
 
 use crate::checksum::PageHash;
-use crate::context::Part;
 use crate::engine::apply::stream_error::StreamError;
 use crate::engine::apply::thread::Apply;
 use crate::engine::apply::thread::healing::Suspect;
@@ -19,8 +18,8 @@ use crate::engine::lost;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::page::{PageNo, PageSize};
+use crate::report::Condition;
 use crate::sqlite::Alone;
-use crate::status::Event;
 use crate::txid::EpochHistory;
 
 /// Bytes that are copied at a time; SQLite's handle takes less than 128 KiB.
@@ -49,13 +48,13 @@ impl Apply {
         self.history = history;
         doubt::end(&self.options.paths);
         self.suspect = Suspect::No;
-        self.node.set_problem(Part::Pages, None);
+        self.node.report(Condition::PagesReplaced);
         self.serve(Some(ready.position))?;
         // The file alone is then the state, as if it had always been: should somebody delete the WAL, nothing is lost.
         if let (Some(term), Some(live)) = (self.term.clone(), self.state.known())
             && let Err(error) = backfill_some(&term, &mut live.handle, true)
         {
-            tracing::warn!(%error, "the first page of the snapshot is not copied back yet");
+            self.node.report(Condition::SnapshotNotCopied { error: &error });
         }
         Ok(())
     }
@@ -95,14 +94,14 @@ impl Apply {
     fn clear(&self, keep: bool) -> Result<(), StreamError> {
         let path = self.options.paths.database();
         let Some(alone) = Alone::with(path)? else {
-            self.node.set_problem(Part::State, Some(StreamError::OpenElsewhere.to_string()));
-            return Err(StreamError::OpenElsewhere);
+            let end = StreamError::OpenElsewhere;
+            self.node.report(Condition::SnapshotBlocked { text: &end.to_string() });
+            return Err(end);
         };
         let Some(file) = alone.file() else { return Ok(()) };
         if keep {
             let kept = lost::keep_file(&self.options, file)?;
-            tracing::warn!(kept = %kept.display(), "the database that was here is kept aside");
-            self.node.tell(Event::Kept(kept));
+            self.node.report(Condition::DatabaseKept { kept: &kept });
         }
         for beside in self.options.paths.beside() {
             files::remove(&beside)?;

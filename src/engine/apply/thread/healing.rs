@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::mpsc;
 
-use crate::context::Part;
 use crate::engine::apply::stream_error::StreamError;
 use crate::engine::apply::thread::state::State;
 use crate::engine::apply::thread::{Apply, no_state};
@@ -20,7 +19,7 @@ use crate::engine::recover::mend;
 use crate::error::{Error, PeerProblem, Result};
 use crate::log::Lookup;
 use crate::page::PageSize;
-use crate::status::Event;
+use crate::report::Condition;
 use crate::txid::{EpochHistory, Place, Position};
 use crate::wire::{HealBegin, Sent, Want};
 
@@ -39,7 +38,7 @@ impl Apply {
             return Vec::new();
         }
         live.base.log.marks().unwrap_or_else(|error| {
-            tracing::warn!(%error, "the log can't be searched for the fork");
+            self.node.report(Condition::ForkNotSearched { error: &error });
             Vec::new()
         })
     }
@@ -52,7 +51,7 @@ impl Apply {
             if leads_elsewhere(error)
                 && let Err(error) = incoming::discard(&self.options.paths)
             {
-                tracing::warn!(%error, "a snapshot that can't be made exact is not forgotten");
+                self.node.report(Condition::SnapshotNotForgotten { error: &error });
             }
             return;
         };
@@ -80,8 +79,7 @@ impl Apply {
                 "pages here are not what the position says: all are compared with the primary's"
             }
         };
-        tracing::error!(path = %self.options.paths.database().display(), text);
-        self.node.set_problem(Part::State, Some(text.into()));
+        self.node.report(Condition::StateSuspect { path: self.options.paths.database(), text });
         if what == Suspect::Pages && doubt::text(&self.options.paths).is_none() {
             doubt::begin(&self.options.paths, text);
         }
@@ -113,8 +111,8 @@ impl Apply {
             (false, _) => "the primary's log does not reach back to this node's state",
         };
         let tip = live.base.tip();
-        tracing::warn!(position = %tip.position, from = %begin.from, compare = begin.compare, "a heal begins: {why}");
-        self.node.tell(Event::HealStarted(why.into()));
+        let HealBegin { from, compare, .. } = begin;
+        self.node.report(Condition::HealStarted { position: tip.position, from, compare, why });
         let mut incoming = IncomingState::over(&self.options.paths, begin, tip.pages)?;
         let healing = if begin.compare {
             Healing { heal: Heal::compare(begin), fork: None, records_from: None, behind: false }
@@ -141,8 +139,7 @@ impl Apply {
         if !begin.compare {
             return Err(no_state());
         }
-        self.node.tell(Event::SnapshotStarted("what came of a snapshot before is compared".into()));
-        tracing::info!(from = %begin.from, "what came of a snapshot is compared with the primary's pages");
+        self.node.report(Condition::SnapshotResumed { from: begin.from });
         self.incoming = Some(IncomingState::over(&self.options.paths, begin, 0)?);
         let heal = Heal::compare(begin);
         self.healing = Some(Healing { heal, fork: None, records_from: None, behind: false });
@@ -154,7 +151,7 @@ impl Apply {
     fn other_page_size(&mut self, ours: PageSize, theirs: PageSize) -> StreamError {
         self.refill = true;
         let end = StreamError::OtherPageSize { ours, theirs };
-        self.node.set_problem(Part::State, Some(end.to_string()));
+        self.node.report(Condition::PageSizeDiffers { text: &end.to_string() });
         end
     }
 
@@ -203,11 +200,8 @@ impl Apply {
         self.pace.done();
         self.healed += 1;
         self.shared.heals.store(self.healed, Ordering::Relaxed);
-        self.node.set_problem(Part::State, None);
-        self.node.set_problem(Part::Pages, None);
-        let pages = ready.have.len() as u64;
-        tracing::info!(position = %ready.position, pages, "healed");
-        self.node.tell(Event::Healed { position: ready.position, pages, lost: kept });
+        let (position, pages) = (ready.position, ready.have.len() as u64);
+        self.node.report(Condition::Healed { position, pages, lost: kept.as_deref() });
         Ok(())
     }
 
@@ -230,8 +224,7 @@ impl Apply {
                 live,
                 &Replaced { ready, fork, records_from, quota_bytes, damaged },
             )?;
-            tracing::error!(kept = %branch.path().display(), tip = %branch.tip, "this node had commits that are not in the primary's history; they are kept");
-            self.node.tell(Event::Kept(branch.path().to_owned()));
+            self.node.report(Condition::BranchKept { kept: branch.path(), tip: branch.tip });
             // Pages that are damaged may say nothing of rows.
             kept = Some((branch.path().to_owned(), StateBefore::hold(live).ok()));
         }
@@ -246,7 +239,7 @@ impl Apply {
         if let (Some(live), Some(before)) = (self.state.known(), before)
             && let Err(error) = lost::tell(&path, before, live, ready)
         {
-            tracing::warn!(%error, branch = %path.display(), "the rows of a lost branch can't be told; its pages are kept");
+            self.node.report(Condition::BranchUntold { error: &error, branch: &path });
         }
         path
     }

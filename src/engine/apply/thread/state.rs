@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Instant;
 
-use crate::context::Part;
 use crate::engine::apply::inbox::ApplyCommand;
 use crate::engine::apply::thread::Apply;
 use crate::engine::apply::thread::healing::Suspect;
@@ -19,6 +18,7 @@ use crate::error::{Error, Result, Unsupported};
 use crate::files;
 use crate::lock::lock;
 use crate::page::PageSize;
+use crate::report::Condition;
 use crate::sqlite::{Handle, park};
 use crate::txid::{Place, Position};
 
@@ -152,8 +152,7 @@ impl Apply {
 
     fn say_unread(&self, why: &str) {
         let text = format!("the database here is not read from: {why}");
-        tracing::warn!(path = %self.options.paths.database().display(), text);
-        self.node.set_problem(Part::State, Some(text));
+        self.node.report(Condition::StateNotRead { path: self.options.paths.database(), text: &text });
     }
 
     /// Begins to own what was opened.
@@ -170,8 +169,7 @@ impl Apply {
         database.when_lost(|database, error| {
             // What is there is opened, and led to the primary's state.
             let text = error.cause().to_string();
-            tracing::error!(database = %database.path().display(), text, "the replica's files are opened anew");
-            database.node.set_problem(Part::Engine, Some(text));
+            database.node.report(Condition::FilesReplaced { database: database.path(), text: &text });
         });
         self.term = Some(Term::new(database.clone()));
         WalAppender::new(database, handle)
@@ -188,10 +186,7 @@ impl Apply {
         // A node that died while it was led back may have the epochs of the one history and the state of the other.
         let vouched = vouched.filter(|state| self.history.place(state.txid()) == Place::OnHistory);
         if vouched != Some(position) {
-            tracing::warn!(%position, ?vouched, "the last commits here came from no primary that is known");
-            let text =
-                "the last commits here came from no primary that is known; the primary decides on them";
-            self.node.set_problem(Part::State, Some(text.into()));
+            self.node.report(Condition::StateNotVouched { position, vouched });
         }
         // Of a snapshot that was taken over before the node died; one with pages of another size is to replace what is here.
         if incoming::progress(&self.options.paths).is_some_and(|begun| begun.page_size == live.base.page_size)
@@ -200,7 +195,7 @@ impl Apply {
         }
         self.state = State::Known(live);
         if let Some(found) = doubt::text(&self.options.paths) {
-            self.node.set_problem(Part::Pages, Some(found));
+            self.node.report(Condition::PagesDoubted { found: &found });
             self.suspect(Suspect::Pages);
         }
         self.serve(vouched)

@@ -1,10 +1,10 @@
 //! Which state a primary vouches for: tokens and waits count nothing else.
 
-use crate::context::Part;
 use crate::engine::apply::thread::Apply;
 use crate::engine::file::anchor::Anchor;
 use crate::engine::history::append_or_gap::begin_anew;
 use crate::error::Result;
+use crate::report::Condition;
 use crate::txid::Position;
 use crate::wire::Plan;
 
@@ -15,7 +15,7 @@ impl Apply {
         let position = live.position();
         if plan == Plan::Log && self.node.applied.position() != Some(position) {
             begin_anew(&live.base, position)?;
-            self.node.set_problem(Part::State, None);
+            self.node.report(Condition::StateVouched);
             self.node.applied.advance(position);
         }
         Ok(())
