@@ -207,7 +207,7 @@ mod tests {
             conn.execute_batch("CREATE TABLE IF NOT EXISTS t(a INTEGER PRIMARY KEY)")?;
             Ok::<_, Error>(())
         };
-        Config::new(path).listen(([127, 0, 0, 1], 0).into()).migrate(create)
+        Config::new(path).database("notes").listen(([127, 0, 0, 1], 0).into()).migrate(create)
     }
 
     fn endpoint(db: &Db) -> Endpoint {
@@ -258,7 +258,6 @@ mod tests {
             let _ends = Ends(&ends);
             let mut primary = 0;
             for round in 0..100 {
-                eprintln!("round {round} {:?}", std::time::SystemTime::now());
                 let txid = write(&dbs).await;
                 written.fetch_add(1, Ordering::AcqRel);
                 let (led, followed) = (&dbs[primary], &dbs[1 - primary]);
