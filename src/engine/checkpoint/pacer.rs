@@ -59,7 +59,7 @@ mod tests {
         let mut pacer = RestartPacer::new();
         let now = Instant::now();
         assert!(pacer.is_due(now) && pacer.disk_rested(now));
-        let mut pause = |pacer: &mut RestartPacer| {
+        let pause = |pacer: &mut RestartPacer| {
             pacer.in_vain(now);
             assert!(pacer.disk_rested(now), "the disk did nothing wrong");
             let first = (0..=10_000).find(|ms| pacer.is_due(now + Duration::from_millis(*ms)));

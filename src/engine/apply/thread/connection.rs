@@ -33,6 +33,7 @@ pub(super) struct Connection {
 
 /// What the primary sends at the moment.
 #[derive(Default)]
+#[expect(clippy::large_enum_variant, reason = "a stream has one of them, which stays where it is")]
 pub(super) enum Receiving {
     /// Records that follow this node's state.
     #[default]

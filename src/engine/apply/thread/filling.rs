@@ -29,6 +29,7 @@ const COPY_BYTES: usize = 64 * 1024;
 #[derive(Clone, Copy)]
 enum OpenBefore {
     Closed,
+    Unopened,
     Empty,
     Content(Remedy),
 }
@@ -65,7 +66,8 @@ impl Apply {
             return Ok(());
         }
         let before = match self.state {
-            State::Closed | State::Unopened | State::Left => OpenBefore::Closed,
+            State::Closed | State::Left => OpenBefore::Closed,
+            State::Unopened => OpenBefore::Unopened,
             State::Empty(_) => OpenBefore::Empty,
             State::Known(Served { remedy, .. }) | State::Unknown(_, remedy) => OpenBefore::Content(remedy),
         };
@@ -77,13 +79,17 @@ impl Apply {
         self.state.close();
         let cleared = self.clear(!matches!(before, OpenBefore::Empty));
         match (&cleared, before) {
+            (Ok(()), OpenBefore::Unopened) => {
+                self.open_path(Some(size))?;
+                self.node.set_problem(Part::Engine, None);
+            }
             (Ok(()), _) | (Err(_), OpenBefore::Empty) => self.open_path(Some(size))?,
             // It is read from again.
             (Err(_), OpenBefore::Content(remedy)) => {
                 self.open_path(None)?;
                 self.state.set_remedy(remedy);
             }
-            (Err(_), OpenBefore::Closed) => {}
+            (Err(_), OpenBefore::Closed | OpenBefore::Unopened) => {}
         }
         cleared
     }

@@ -310,3 +310,35 @@ fn is_empty(opened: &Findings) -> Result<bool> {
         || opened.handle.connection().query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0));
     Ok(opened.base.tip().pages <= 1 && tables().map(|tables: i64| tables == 0)?)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::engine::tests::{Home, assert_same, catch_up, open_plain, standing, until};
+
+    #[test]
+    fn a_snapshot_replaces_what_could_not_be_opened_and_the_replica_goes_on_from_it() {
+        let home = Home::new();
+        let primary = home.primary("p.db");
+        let writer = open_plain(&home.path("p.db"));
+        writer.execute_batch("CREATE TABLE t(a); INSERT INTO t VALUES (1)").unwrap();
+        let replica = home.follower("r.db");
+        catch_up(&primary, &replica);
+        let node = lock(&replica.shared.term).as_ref().unwrap().node.clone();
+        for end in ["", "-wal", "-shm"] {
+            fs::remove_file(home.path(&format!("r.db{end}"))).unwrap();
+        }
+        fs::write(home.path("r.db"), "no database at all".repeat(1000)).unwrap();
+        until("the look", || standing(&replica).0.position.is_none());
+        let problem = node.problem_of(Part::Engine).unwrap();
+        assert!(problem.contains("can't be opened"), "{problem}");
+        for n in 0..3 {
+            writer.execute("INSERT INTO t VALUES (?1)", [n]).unwrap();
+            catch_up(&primary, &replica);
+        }
+        assert_eq!(node.problem_of(Part::Engine), None);
+        assert_same(&home.path("p.db"), &home.path("r.db"));
+    }
+}
