@@ -284,7 +284,7 @@ impl Apply {
         self.connection = None;
     }
 
-    /// Forgets what nobody has seen of the stream, and what an earlier run left unfinished.
+    /// Forgets what no reader has seen of the stream, and what an earlier run left unfinished.
     fn abort(&mut self) {
         let (mut intake, mut receiving) = match &mut self.connection {
             Some(connection) => connection.take_unfinished(),

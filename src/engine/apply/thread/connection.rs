@@ -73,7 +73,7 @@ impl Connection {
     }
 
     pub(super) fn ask(&self, want: Want) -> Result<(), StreamError> {
-        // One is under way at a time, so that there is always room while the stream stands.
+        // One is under way at a time: there is room while the stream stands.
         self.wants.try_send(want).map_err(|_| StreamError::Gone)
     }
 
@@ -188,7 +188,7 @@ impl Apply {
         let before = live.base.tip().position;
         connection.intake.publish(live)?;
         let position = live.base.tip().position;
-        // Else nobody may vouch for what is here.
+        // Else no primary may vouch for what is here.
         if position != before {
             self.node.applied.advance(position);
         }

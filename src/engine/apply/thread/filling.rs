@@ -81,7 +81,7 @@ impl Apply {
         match (&cleared, before) {
             (Ok(()), OpenBefore::Unopened) => {
                 self.open_path(Some(size))?;
-                self.node.set_problem(Part::Engine, None);
+                self.node.report(Condition::FilesOpened);
             }
             (Ok(()), _) | (Err(_), OpenBefore::Empty) => self.open_path(Some(size))?,
             // It is read from again.

@@ -317,6 +317,7 @@ mod tests {
 
     use super::*;
     use crate::engine::tests::{Home, assert_same, catch_up, open_plain, standing, until};
+    use crate::report::Part;
 
     #[test]
     fn a_snapshot_replaces_what_could_not_be_opened_and_the_replica_goes_on_from_it() {
