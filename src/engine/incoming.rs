@@ -204,6 +204,11 @@ impl IncomingState {
         Ok(incoming)
     }
 
+    /// The state that came so far.
+    pub(in crate::engine) fn position(&self) -> Position {
+        self.overlay.position()
+    }
+
     fn path(&self) -> PathBuf {
         self.paths.incoming_pages()
     }

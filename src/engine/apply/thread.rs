@@ -1,6 +1,7 @@
 //! The replica's owner thread: it verifies and applies what the stream brings.
 
 mod bounded;
+mod connection;
 mod filling;
 mod healing;
 mod state;
@@ -16,11 +17,9 @@ use crate::context::NodeContext;
 use crate::engine::apply::inbox::{ApplyCommand, ApplyShared, ReplicaStanding};
 use crate::engine::apply::stream_error::StreamError;
 use crate::engine::file::epochs::write_epochs;
-use crate::engine::file::term::Term;
 use crate::engine::history::append_or_gap;
-use crate::engine::history::record_intake::RecordIntake;
 use crate::engine::history::wal_appender::WalAppender;
-use crate::engine::incoming::{self, IncomingState, Under};
+use crate::engine::incoming;
 use crate::engine::options::EngineOptions;
 use crate::engine::recover::opened::Opened;
 use crate::error::{Error, Result};
@@ -28,12 +27,13 @@ use crate::files;
 use crate::lock::lock;
 use crate::report::Condition;
 use crate::threads;
-use crate::txid::{EpochHistory, Place, Position};
-use crate::wire::{Kind, Message, Unit, Want};
+use crate::txid::{EpochHistory, Position};
+use crate::wire::Want;
 
-use bounded::{Bounded, is_long};
-use healing::{HealPacer, Healing, Suspect, WANTS_MAX};
-use state::State;
+use bounded::Bounded;
+use connection::Connection;
+use healing::{HealPacer, Suspect};
+use state::{Remedy, Served, State};
 
 pub(in crate::engine) struct Apply {
     options: EngineOptions,
@@ -41,30 +41,13 @@ pub(in crate::engine) struct Apply {
     shared: Arc<ApplyShared>,
     commands: mpsc::WeakSender<ApplyCommand>,
     state: State,
-    /// Of what is open.
-    term: Option<Arc<Term>>,
-    checkpointer: Option<JoinHandle<()>>,
-    incoming: Option<IncomingState>,
-    healing: Option<Healing>,
-    pace: HealPacer,
-    /// What the primary is asked for on the way back.
-    wants: Option<mpsc::Sender<Want>>,
+    /// None after a failure, until the next stream begins.
+    connection: Option<Connection>,
+    history: EpochHistory,
     suspect: Suspect,
-    /// What is open can't be led to the primary's state, and is replaced by a snapshot; read from until then, where it is a state of the cluster.
-    refill: bool,
     /// Where a stream brought garbage before.
     garbled_at: Option<Position>,
-    /// Heals that were finished.
-    healed: u64,
-    history: EpochHistory,
-    /// A history that this node's state is not in; it becomes ours with the snapshot that follows.
-    next_history: Option<EpochHistory>,
-    intake: RecordIntake,
-    failed: bool,
-    /// What is at the path could not be opened.
-    reopen: bool,
-    /// What was open was handed on: the node goes on with it.
-    left: bool,
+    pace: HealPacer,
     bounded: Bounded,
 }
 
@@ -100,22 +83,11 @@ impl Apply {
             shared,
             commands,
             state: State::Closed,
-            term: None,
-            checkpointer: None,
-            incoming: None,
-            healing: None,
-            pace: HealPacer::default(),
-            wants: None,
-            suspect: Suspect::No,
-            refill: false,
-            garbled_at: None,
-            healed: 0,
+            connection: None,
             history: EpochHistory::default(),
-            next_history: None,
-            intake: RecordIntake::default(),
-            failed: false,
-            reopen: false,
-            left: false,
+            suspect: Suspect::No,
+            garbled_at: None,
+            pace: HealPacer::default(),
             bounded: Bounded::new(),
         }
     }
@@ -133,7 +105,7 @@ impl Apply {
         write_epochs(&options.paths, &history, false)?;
         let mut apply = Apply::new(options, node, shared, commands);
         apply.history = history;
-        apply.state = State::Known(apply.own(database, handle)?);
+        apply.state = State::Known(Served::new(apply.own(database, handle)?, Remedy::Heal));
         apply.serve(Some(position))?;
         Ok(apply)
     }
@@ -153,7 +125,9 @@ impl Apply {
             }
             self.expect_files();
             match command {
-                ApplyCommand::Units(units) => self.session(|apply| apply.units(units)),
+                ApplyCommand::Units(units) => {
+                    self.session(|apply, connection| apply.units(connection, &units));
+                }
                 ApplyCommand::ReplicaStanding(reply) => {
                     let _ = reply.send(self.standing());
                 }
@@ -165,7 +139,7 @@ impl Apply {
                 ApplyCommand::Suspect => {
                     self.suspect(Suspect::Pages);
                     // A new stream begins with a hello that says so.
-                    self.session(|_| Err(StreamError::Verified));
+                    self.session(|_, _| Err(StreamError::Verified));
                 }
                 ApplyCommand::Stop => break,
                 ApplyCommand::Leave(reply) => {
@@ -180,13 +154,13 @@ impl Apply {
                 }
             }
         }
-        self.abort();
+        self.disconnect();
         Ok(())
     }
 
     /// Where the files are not those that were opened, nothing of the state here is believed: what is at the path is opened anew.
     fn expect_files(&mut self) {
-        if self.reopen {
+        if let State::Unopened = self.state {
             return self.open_anew();
         }
         let Some(live) = self.state.open() else { return };
@@ -195,7 +169,7 @@ impl Apply {
             return;
         }
         let why = base.intact().err();
-        self.abort();
+        self.disconnect();
         self.end_service();
         self.state.close();
         drop(base);
@@ -203,8 +177,6 @@ impl Apply {
         self.history = EpochHistory::default();
         self.node.applied.forget();
         self.suspect = Suspect::No;
-        self.refill = false;
-        self.failed = true;
         *lock(&self.shared.failure) = why.map(StreamError::from);
         self.open_anew();
     }
@@ -215,7 +187,9 @@ impl Apply {
         let opened =
             files::make_state_dir(self.options.paths.state_dir()).and_then(|()| self.open_path(None));
         self.node.set_astray(false);
-        self.reopen = opened.is_err();
+        if opened.is_err() && self.state.open().is_none() {
+            self.state = State::Unopened;
+        }
         match opened {
             Ok(()) => self.node.report(Condition::FilesOpened),
             Err(error) => self.node.report(Condition::FilesNotOpened { error: &error }),
@@ -226,19 +200,8 @@ impl Apply {
     fn end_service(&mut self) {
         *lock(&self.shared.term) = None;
         self.shared.readable.send_replace(false);
-        self.end_term();
-        self.term = None;
-    }
-
-    /// The threads that copy back what is open end.
-    fn end_term(&mut self) {
-        if let Some(term) = &self.term {
-            term.end();
-        }
-        if let Some(thread) = self.checkpointer.take() {
-            thread.thread().unpark();
-            // It has said how it ended.
-            let _ = thread.join();
+        if let State::Known(served) = &mut self.state {
+            served.end();
         }
     }
 
@@ -258,20 +221,18 @@ impl Apply {
     /// Gives everything back. What was open when the thread failed is left as it is, like after a kill.
     fn stop(&mut self, orderly: bool) {
         // With our connections the wal-index goes out of memory: nobody may ask for its figures any more.
-        lock(&self.shared.term).take();
-        self.end_term();
-        if let Some(term) = self.term.take() {
-            if let Some(live) = self.state.known() {
-                let rested = if orderly && !term.failed() { rest(live) } else { Ok(()) };
-                if let Err(error) = rested {
-                    self.node.report(Condition::AnchorNotWritten { error: &error });
-                }
+        *lock(&self.shared.term) = None;
+        if let State::Known(served) = &mut self.state {
+            served.end();
+            if orderly
+                && !served.term.failed()
+                && let Err(error) = rest(&mut served.live)
+            {
+                self.node.report(Condition::AnchorNotWritten { error: &error });
             }
-            // A panic may have taken what was open.
-            self.state.close();
-            term.release_locks();
         }
-        if !self.left {
+        self.state.close();
+        if !matches!(self.state, State::Left) {
             self.node.applied.close();
         }
     }
@@ -280,59 +241,71 @@ impl Apply {
     fn leave(&mut self) -> Result<Opened> {
         let none = || Error::NoState("no primary vouches for what is here".into());
         let vouched = self.node.applied.position();
-        let term = self.term.clone().ok_or_else(none)?;
-        self.state.known().filter(|live| Some(live.position()) == vouched).ok_or_else(none)?;
-        if self.refill || self.suspect != Suspect::No {
+        let State::Known(served) = &mut self.state else { return Err(none()) };
+        if Some(served.live.position()) != vouched {
+            return Err(none());
+        }
+        if served.remedy == Remedy::Snapshot || self.suspect != Suspect::No {
             return Err(Error::NoState("the pages here are to be compared with the primary's".into()));
         }
-        term.check()?;
-        self.end_term();
-        let rested = self.state.known().map_or_else(|| Err(none()), rest);
-        rested.inspect_err(|error| term.fail(error))?;
-        let Some(WalAppender { base, handle, .. }) = self.state.take() else { return Err(none()) };
-        (self.term, self.left) = (None, true);
-        lock(&self.shared.term).take();
+        served.term.check()?;
+        served.end();
+        rest(&mut served.live).inspect_err(|error| served.term.fail(error))?;
+        let State::Known(served) = std::mem::replace(&mut self.state, State::Left) else {
+            return Err(none());
+        };
+        let WalAppender { base, handle, .. } = served.live;
+        *lock(&self.shared.term) = None;
         Ok(Opened::new(base, handle, std::mem::take(&mut self.history)))
     }
 
     /// Runs a step of a stream; a failure ends that stream and is told to whoever feeds it.
-    fn session(&mut self, step: impl FnOnce(&mut Apply) -> Result<(), StreamError>) {
-        if self.failed {
-            return;
-        }
-        if let Err(error) = step(self) {
-            self.failed = true;
-            if let StreamError::Failed(error) = &error
+    fn session(&mut self, step: impl FnOnce(&mut Apply, &mut Connection) -> Result<(), StreamError>) {
+        let Some(mut connection) = self.connection.take() else { return };
+        let done = step(self, &mut connection);
+        if let Err(error) = &done {
+            if let StreamError::Failed(error) = error
                 && error.no_room()
             {
                 self.node.no_room(error);
             }
-            self.judge(&error);
-            self.abort();
+            self.judge(&connection, error);
+        }
+        self.connection = Some(connection);
+        if let Err(error) = done {
+            self.disconnect();
             *lock(&self.shared.failure) = Some(error);
         }
     }
 
+    /// Ends the stream, if there is one.
+    fn disconnect(&mut self) {
+        self.abort();
+        self.connection = None;
+    }
+
+    /// Forgets what no reader has seen of the stream, and what an earlier run left unfinished.
     fn abort(&mut self) {
-        self.intake.abort(self.state.known());
+        let (mut intake, mut receiving) = match &mut self.connection {
+            Some(connection) => connection.take_unfinished(),
+            None => Default::default(),
+        };
+        intake.abort(self.state.known());
         // What came of a snapshot stays, so that the next stream goes on from there.
-        if let Some(mut incoming) = self.incoming.take()
+        if let Some(incoming) = receiving.incoming()
             && let Err(error) = incoming.keep()
         {
             self.node.report(Condition::SnapshotNotKept { error: &error });
         }
-        self.healing = None;
     }
 
     fn standing(&mut self) -> (ReplicaStanding, mpsc::Receiver<Want>) {
-        self.abort();
-        self.failed = false;
+        self.disconnect();
         *lock(&self.shared.failure) = None;
-        self.next_history = None;
-        let (wants, receiver) = mpsc::channel(WANTS_MAX);
-        self.wants = Some(wants);
+        let (connection, receiver) = Connection::open();
+        self.connection = Some(connection);
         // What is to be filled anew is nothing to go on from.
-        let position = self.state.content().filter(|_| !self.refill).map(|live| live.position());
+        let position = self.state.below().map(|live| live.position());
         let paths = &self.options.paths;
         let standing = ReplicaStanding {
             position,
@@ -346,134 +319,6 @@ impl Apply {
             marks: if position.is_some() { self.marks() } else { Vec::new() },
         };
         (standing, receiver)
-    }
-
-    fn units(&mut self, units: Vec<Unit>) -> Result<(), StreamError> {
-        if let (Some(term), Some(_)) = (&self.term, self.state.known()) {
-            term.check()?;
-        }
-        for unit in &units {
-            let message = unit.decode().map_err(|e| StreamError::garbled(e.to_string()))?;
-            match message {
-                Message::Welcome(welcome) => self.welcome(welcome.plan)?,
-                Message::Epochs(history) => self.epochs(history)?,
-                Message::SnapBegin(begin) => {
-                    let (first, from) = (begin.first, begin.from);
-                    self.node.report(Condition::SnapshotStarted { first, from });
-                    if self.below().is_some() {
-                        return Err(StreamError::garbled("a snapshot over a live database"));
-                    }
-                    self.incoming = Some(IncomingState::begin(&self.options.paths, begin)?);
-                }
-                Message::HealBegin(begin) => self.heal(begin)?,
-                Message::Sums { first, span, sums } => {
-                    let (healing, incoming, live) = self.healing()?;
-                    incoming.with(live, |overlay, store| {
-                        healing.heal.sums(overlay, store, (first, span, sums))
-                    })?;
-                }
-                Message::Sent(sent) => self.sent(sent)?,
-                Message::SnapPiece { first, pages, .. } => match &self.healing {
-                    Some(_) => {
-                        let (_, incoming, under) = self.healing()?;
-                        incoming.patch(first, pages, under)?;
-                    }
-                    None => self.incoming()?.0.piece(first, pages)?,
-                },
-                Message::SnapEnd(end) => {
-                    let (incoming, under) = self.incoming()?;
-                    if incoming.end(end, under)? {
-                        self.adopt()?;
-                    }
-                }
-                Message::TxnBegin(_) | Message::Page { .. } | Message::TxnEnd(_)
-                    if self.incoming.is_none() =>
-                {
-                    let live = self.state.known().ok_or_else(no_state)?;
-                    self.intake.unit(live, unit, &message, &self.history)?;
-                    // Else the WAL is not begun anew before a batch happens to end with a transaction.
-                    if matches!(message, Message::TxnEnd(_)) && is_long(live) {
-                        self.publish()?;
-                    }
-                }
-                Message::TxnBegin(begin) => self.incoming()?.0.txn_begin(begin)?,
-                Message::Page { number, hash, page } => {
-                    let (incoming, under) = self.incoming()?;
-                    incoming.page(number, hash, page, under)?;
-                }
-                Message::TxnEnd(end) => {
-                    let (incoming, under) = self.incoming()?;
-                    let exact = incoming.txn_end(end, under)?;
-                    self.common(end.after)?;
-                    if exact {
-                        self.adopt()?;
-                    }
-                }
-                _ => return Err(StreamError::garbled("a unit that does not belong into a stream")),
-            }
-        }
-        self.publish()?;
-        let data = |unit: &Unit| !matches!(unit.kind, Kind::Welcome | Kind::Epochs);
-        if units.iter().any(data) {
-            self.shared.taken.fetch_add(1, Ordering::Relaxed);
-        }
-        Ok(())
-    }
-
-    /// What comes, and what lies under it.
-    fn incoming(&mut self) -> Result<(&mut IncomingState, Under<'_>), StreamError> {
-        let under = self.state.content().filter(|_| !self.refill);
-        Ok((self.incoming.as_mut().ok_or_else(no_snapshot)?, under))
-    }
-
-    /// The database that what comes leads to the primary's state. None: that is filled anew.
-    fn below(&mut self) -> Under<'_> {
-        self.state.content().filter(|_| !self.refill)
-    }
-
-    /// The log gets the records first, then readers see them.
-    fn publish(&mut self) -> Result<()> {
-        let Some(live) = self.state.known() else { return Ok(()) };
-        let before = live.base.tip().position;
-        self.intake.publish(live)?;
-        let position = live.base.tip().position;
-        // Else nobody may vouch for what is here.
-        if position != before {
-            self.node.applied.advance(position);
-        }
-        self.maybe_restart()
-    }
-
-    fn epochs(&mut self, history: EpochHistory) -> Result<()> {
-        let ours = |live: &mut WalAppender| history.place(live.position().txid()) == Place::OnHistory;
-        if !self.state.known().is_some_and(ours) {
-            self.next_history = Some(history);
-        } else if history != self.history {
-            write_epochs(&self.options.paths, &history, false)?;
-            self.history = history.clone();
-            self.node.applied.replace(history, self.node.applied.position());
-        }
-        Ok(())
-    }
-
-    /// What came is exact: it becomes this node's state.
-    fn adopt(&mut self) -> Result<(), StreamError> {
-        let Some(incoming) = self.incoming.take() else { return Ok(()) };
-        let ready = incoming.finish()?;
-        let position = ready.position;
-        let history = self.next_history.take().unwrap_or_else(|| self.history.clone());
-        if history.place(position.txid()) != Place::OnHistory {
-            return Err(StreamError::garbled("a snapshot that is not in its own history"));
-        }
-        match self.healing.take().filter(|_| self.below().is_some()) {
-            Some(healing) => self.adopt_heal(&healing, &ready, history)?,
-            None => {
-                self.fill(&ready, history)?;
-                self.node.report(Condition::SnapshotFinished { position });
-            }
-        }
-        incoming::discard(&self.options.paths)?;
-        Ok(())
     }
 }
 
@@ -492,10 +337,6 @@ fn rest(live: &mut WalAppender) -> Result<()> {
     base.expect_as_left()?;
     let file = base.left_behind(&mut live.handle)?;
     base.write_anchor(&base.tip(), file, true)
-}
-
-fn no_snapshot() -> StreamError {
-    StreamError::garbled("a piece of no snapshot")
 }
 
 fn no_state() -> StreamError {

@@ -11,6 +11,7 @@ use crate::engine::capture::startup::Opening;
 use crate::engine::capture::thread::{CaptureCommand, CaptureLoop};
 use crate::engine::capture::waker::Waker;
 use crate::engine::checkpoint::bound;
+use crate::engine::checkpoint::pacer::RestartPacer;
 use crate::engine::checkpoint::thread::Checkpointer;
 use crate::engine::figures::WalFigures;
 use crate::engine::file::database::{OpenDatabase, reader};
@@ -86,9 +87,7 @@ impl PrimaryEngine {
             syncer: syncer.clone(),
             waker: waker.clone(),
             commands: receiver,
-            restart_after: Instant::now(),
-            restart_pause: Duration::from_millis(50),
-            failed_until: Instant::now(),
+            pacer: RestartPacer::new(),
             brake: brake.clone(),
             left: None,
         };

@@ -12,7 +12,7 @@ use crate::engine::capture::group_sync::GroupSync;
 use crate::engine::capture::waker::Waker;
 use crate::engine::checkpoint::backfill;
 use crate::engine::checkpoint::bound::BRAKE_TIMES;
-use crate::engine::checkpoint::bound::FAILURE_PAUSE;
+use crate::engine::checkpoint::pacer::RestartPacer;
 use crate::engine::checkpoint::restart::{DRAIN_MAX, Restart, keep_from_others, restart};
 use crate::engine::file::epochs::write_epochs;
 use crate::engine::file::term::Term;
@@ -35,9 +35,6 @@ const SPIN: Duration = Duration::from_micros(30);
 const SLEEP_MIN: Duration = Duration::from_millis(1);
 /// How long the write lock is tried for when the WAL is to be restarted.
 const WRITE_WAIT: Duration = Duration::from_millis(20);
-/// Pause after a failed restart, doubled each time.
-const RESTART_PAUSE: Duration = Duration::from_millis(50);
-const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// A header that stays torn for so long, with the write lock free, was left by a writer that died.
 const TORN_AFTER: Duration = Duration::from_millis(20);
 
@@ -63,10 +60,7 @@ pub(in crate::engine) struct CaptureLoop {
     pub(in crate::engine) syncer: Arc<GroupSync>,
     pub(in crate::engine) waker: Arc<Waker>,
     pub(in crate::engine) commands: mpsc::Receiver<CaptureCommand>,
-    pub(in crate::engine) restart_after: Instant,
-    pub(in crate::engine) restart_pause: Duration,
-    /// The disk gets a pause after a failure.
-    pub(in crate::engine) failed_until: Instant,
+    pub(in crate::engine) pacer: RestartPacer,
     pub(in crate::engine) brake: Arc<Brake>,
     /// Who gets the database when the thread ends. WRITE is held for it.
     pub(in crate::engine) left: Option<mpsc::SyncSender<Opened>>,
@@ -277,9 +271,12 @@ impl CaptureLoop {
 
     fn maybe_restart(&mut self) -> Result<()> {
         let held = self.brake.holds();
-        let due =
-            self.base.wal_bytes() > self.base.options.wal_limit_bytes && Instant::now() >= self.restart_after;
-        if !(held || due) || Instant::now() < self.failed_until {
+        let long = self.base.wal_bytes() > self.base.options.wal_limit_bytes;
+        if !held && !long {
+            return Ok(());
+        }
+        let now = Instant::now();
+        if !(held || self.pacer.is_due(now)) || !self.pacer.disk_rested(now) {
             return Ok(());
         }
         let rest = self.capture.tip.frame.saturating_sub(self.base.index.backfilled());
@@ -288,7 +285,7 @@ impl CaptureLoop {
         }
         match self.restart() {
             Ok(true) => {
-                self.restart_pause = RESTART_PAUSE;
+                self.pacer.succeeded();
                 self.base.node.report(Condition::CheckpointWorks);
                 return Ok(());
             }
@@ -300,12 +297,11 @@ impl CaptureLoop {
             Err(error @ Error::Io { .. }) => {
                 self.base.node.report(Condition::RestartFails { error: &error });
                 self.base.note_room(&error);
-                self.failed_until = Instant::now() + FAILURE_PAUSE;
+                self.pacer.failed(Instant::now());
             }
             Err(error) => return Err(error),
         }
-        self.restart_after = Instant::now() + self.restart_pause;
-        self.restart_pause = (self.restart_pause * 2).min(RESTART_PAUSE_MAX);
+        self.pacer.in_vain(Instant::now());
         Ok(())
     }
 

@@ -22,8 +22,6 @@ pub(in crate::engine) const COPY_MAX: Duration = Duration::from_secs(1);
 const READERS_AT_LIMIT: Duration = Duration::from_millis(250);
 /// Longest at all: the usual busy timeout is 5 s.
 const READERS_MAX: Duration = Duration::from_secs(4);
-/// Pause after a failed checkpoint.
-pub(in crate::engine) const FAILURE_PAUSE: Duration = Duration::from_secs(1);
 /// A reader that has stayed for less is no reason to speak of.
 const READER_SHORT: Duration = Duration::from_millis(100);
 /// Writers go on for so many times as long as they were held back for readers in vain.

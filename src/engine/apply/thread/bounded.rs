@@ -4,24 +4,20 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::engine::apply::thread::Apply;
-use crate::engine::checkpoint::bound::{BRAKE_TIMES, FAILURE_PAUSE, REST_TIMES, Teller};
+use crate::engine::apply::thread::state::{Served, State};
+use crate::engine::checkpoint::bound::{BRAKE_TIMES, REST_TIMES, Teller};
+use crate::engine::checkpoint::pacer::RestartPacer;
 use crate::engine::checkpoint::restart::{DRAIN_MAX, Restart, restart};
 use crate::engine::history::wal_appender::WalAppender;
 use crate::error::{Error, Result};
 use crate::report::Condition;
 
-/// Pause after a restart of the WAL that readers were in the way of, doubled each time.
-const RESTART_PAUSE: Duration = Duration::from_millis(50);
-const RESTART_PAUSE_MAX: Duration = Duration::from_secs(5);
 /// Between two tries while the copy is waited for.
 const STEP: Duration = Duration::from_millis(1);
 
 /// When it is tried again.
 pub(super) struct Bounded {
-    restart_after: Instant,
-    restart_pause: Duration,
-    /// The disk gets a pause after a failure.
-    failed_until: Instant,
+    pacer: RestartPacer,
     /// Readers were waited for in vain.
     rest_until: Instant,
     teller: Teller,
@@ -29,14 +25,7 @@ pub(super) struct Bounded {
 
 impl Bounded {
     pub(super) fn new() -> Bounded {
-        let now = Instant::now();
-        Bounded {
-            restart_after: now,
-            restart_pause: RESTART_PAUSE,
-            failed_until: now,
-            rest_until: now,
-            teller: Teller::default(),
-        }
+        Bounded { pacer: RestartPacer::new(), rest_until: Instant::now(), teller: Teller::default() }
     }
 }
 
@@ -52,8 +41,10 @@ impl Apply {
         let begun = Instant::now();
         loop {
             let now = Instant::now();
-            let (Some(base), Some(live)) = (self.term.clone(), self.state.known()) else { return Ok(()) };
-            let bounded = &mut self.bounded;
+            let State::Known(Served { term, live, checkpointer, .. }) = &mut self.state else {
+                return Ok(());
+            };
+            let (base, bounded) = (term.clone(), &mut self.bounded);
             if base.check().is_err() || live.in_transaction() {
                 return Ok(());
             }
@@ -66,25 +57,22 @@ impl Apply {
             let waits = (asked || is_long(live)) && (now >= bounded.rest_until || !base.bound.pinned());
             let patience = if waits { base.patience(frames) } else { None };
             let left = patience.map_or(Duration::ZERO, |patience| patience.saturating_sub(begun.elapsed()));
-            if (patience.is_some() || now >= bounded.restart_after) && now >= bounded.failed_until {
+            if (patience.is_some() || bounded.pacer.is_due(now)) && bounded.pacer.disk_rested(now) {
                 match restart(&base, &mut live.handle, left.max(DRAIN_MAX)) {
                     Ok(Restart::Done(tip)) => {
                         live.resume(tip);
-                        bounded.restart_pause = RESTART_PAUSE;
+                        bounded.pacer.succeeded();
                         bounded.teller.look(&base, tip.frame, false);
                         self.node.report(Condition::CheckpointWorks);
                         return Ok(());
                     }
-                    Ok(Restart::Readers) if patience.is_none() => {
-                        bounded.restart_after = now + bounded.restart_pause;
-                        bounded.restart_pause = (bounded.restart_pause * 2).min(RESTART_PAUSE_MAX);
-                    }
+                    Ok(Restart::Readers) if patience.is_none() => bounded.pacer.in_vain(now),
                     Ok(Restart::NotYet | Restart::Readers) => {}
                     // Full or failing disk: the WAL grows meanwhile, and nothing is lost.
                     Err(error @ Error::Io { .. }) => {
                         self.node.report(Condition::RestartFails { error: &error });
                         base.note_room(&error);
-                        bounded.failed_until = now + FAILURE_PAUSE;
+                        bounded.pacer.failed(now);
                     }
                     Err(error) => return Err(error),
                 }
@@ -97,7 +85,7 @@ impl Apply {
                 return Ok(());
             }
             base.bound.squeeze(true);
-            if let Some(checkpointer) = &self.checkpointer {
+            if let Some(checkpointer) = checkpointer {
                 checkpointer.thread().unpark();
             }
             std::thread::sleep(STEP);

@@ -6,7 +6,7 @@ use crate::checksum::PageHash;
 use crate::engine::apply::stream_error::StreamError;
 use crate::engine::apply::thread::Apply;
 use crate::engine::apply::thread::healing::Suspect;
-use crate::engine::apply::thread::state::State;
+use crate::engine::apply::thread::state::{Remedy, Served, State};
 use crate::engine::checkpoint::backfill::backfill_some;
 use crate::engine::file::anchor::FileState;
 use crate::engine::file::doubt;
@@ -29,8 +29,9 @@ const COPY_BYTES: usize = 64 * 1024;
 #[derive(Clone, Copy)]
 enum OpenBefore {
     Closed,
+    Unopened,
     Empty,
-    Content,
+    Content(Remedy),
 }
 
 impl Apply {
@@ -51,8 +52,8 @@ impl Apply {
         self.node.report(Condition::PagesReplaced);
         self.serve(Some(ready.position))?;
         // The file alone is then the state, as if it had always been: should somebody delete the WAL, nothing is lost.
-        if let (Some(term), Some(live)) = (self.term.clone(), self.state.known())
-            && let Err(error) = backfill_some(&term, &mut live.handle, true)
+        if let State::Known(Served { term, live, .. }) = &mut self.state
+            && let Err(error) = backfill_some(term, &mut live.handle, true)
         {
             self.node.report(Condition::SnapshotNotCopied { error: &error });
         }
@@ -65,9 +66,10 @@ impl Apply {
             return Ok(());
         }
         let before = match self.state {
-            State::Closed => OpenBefore::Closed,
+            State::Closed | State::Left => OpenBefore::Closed,
+            State::Unopened => OpenBefore::Unopened,
             State::Empty(_) => OpenBefore::Empty,
-            State::Known(_) | State::Unknown(_) => OpenBefore::Content,
+            State::Known(Served { remedy, .. }) | State::Unknown(_, remedy) => OpenBefore::Content(remedy),
         };
         if self.state.content().is_some() {
             self.node.renew_files();
@@ -75,17 +77,19 @@ impl Apply {
             self.node.applied.forget();
         }
         self.state.close();
-        self.term = None;
         let cleared = self.clear(!matches!(before, OpenBefore::Empty));
         match (&cleared, before) {
-            (Ok(()), _) => {
-                self.refill = false;
+            (Ok(()), OpenBefore::Unopened) => {
                 self.open_path(Some(size))?;
+                self.node.report(Condition::FilesOpened);
             }
-            (Err(_), OpenBefore::Empty) => self.open_path(Some(size))?,
+            (Ok(()), _) | (Err(_), OpenBefore::Empty) => self.open_path(Some(size))?,
             // It is read from again.
-            (Err(_), OpenBefore::Content) => self.open_path(None)?,
-            (Err(_), OpenBefore::Closed) => {}
+            (Err(_), OpenBefore::Content(remedy)) => {
+                self.open_path(None)?;
+                self.state.set_remedy(remedy);
+            }
+            (Err(_), OpenBefore::Closed | OpenBefore::Unopened) => {}
         }
         cleared
     }

@@ -4,16 +4,15 @@ use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
-use tokio::sync::mpsc;
-
 use crate::engine::apply::stream_error::StreamError;
-use crate::engine::apply::thread::state::State;
+use crate::engine::apply::thread::connection::{Connection, Receiving};
+use crate::engine::apply::thread::state::Remedy;
 use crate::engine::apply::thread::{Apply, no_state};
 use crate::engine::file::doubt;
 use crate::engine::file::epochs::write_epochs;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming::heal::Heal;
-use crate::engine::incoming::{self, IncomingState, Ready, Under};
+use crate::engine::incoming::{self, IncomingState, Ready};
 use crate::engine::lost::{self, Replaced, StateBefore};
 use crate::engine::recover::mend;
 use crate::error::{Error, PeerProblem, Result};
@@ -21,13 +20,11 @@ use crate::log::Lookup;
 use crate::page::PageSize;
 use crate::report::Condition;
 use crate::txid::{EpochHistory, Place, Position};
-use crate::wire::{HealBegin, Sent, Want};
+use crate::wire::{HealBegin, Sent};
 
 /// Pause after a heal that followed another one closely, doubled each time.
 const HEAL_PAUSE: Duration = Duration::from_secs(1);
 const HEAL_PAUSE_MAX: Duration = Duration::from_secs(60);
-/// Questions of a heal that may be on their way: one.
-pub(super) const WANTS_MAX: usize = 1;
 
 impl Apply {
     /// States of our log among which the primary may find the fork.
@@ -44,9 +41,9 @@ impl Apply {
     }
 
     /// What a failure of a stream says of our pages, or of the primary's log.
-    pub(super) fn judge(&mut self, error: &StreamError) {
+    pub(super) fn judge(&mut self, connection: &Connection, error: &StreamError) {
         let StreamError::Failed(error) = error else { return };
-        let Some(live) = self.below() else {
+        let Some(live) = self.state.below() else {
             // Pages of a snapshot that is gone on with, which were not looked at again: not once more.
             if leads_elsewhere(error)
                 && let Err(error) = incoming::discard(&self.options.paths)
@@ -56,7 +53,7 @@ impl Apply {
             return;
         };
         let position = live.base.tip().position;
-        let compared = self.healing.as_ref().is_some_and(|healing| healing.heal.begin.compare);
+        let compared = connection.receiving.compares();
         match error {
             // Pages that were verified when they came led elsewhere from ours.
             error if leads_elsewhere(error) && !compared => self.suspect(Suspect::Pages),
@@ -86,19 +83,10 @@ impl Apply {
         self.suspect = what;
     }
 
-    /// What is under way, and what lies under the pages that come.
-    pub(super) fn healing(&mut self) -> Result<(&mut Healing, &mut IncomingState, Under<'_>), StreamError> {
-        let under = self.state.content().filter(|_| !self.refill);
-        match (&mut self.healing, &mut self.incoming) {
-            (Some(healing), Some(incoming)) => Ok((healing, incoming, under)),
-            _ => Err(StreamError::garbled("a part of no heal")),
-        }
-    }
-
     /// The primary leads our state back to its own.
-    pub(super) fn heal(&mut self, begin: HealBegin) -> Result<(), StreamError> {
-        if self.below().is_none() {
-            return self.go_on_filling(begin);
+    pub(super) fn heal(&mut self, connection: &mut Connection, begin: HealBegin) -> Result<(), StreamError> {
+        if self.state.below().is_none() {
+            return self.go_on_filling(connection, begin);
         }
         self.pace.allow()?;
         let ours = self.state.content().ok_or_else(no_state)?.base.page_size;
@@ -126,47 +114,46 @@ impl Apply {
                 overlay.drop_above(touched.least, store)?;
                 heal.want(overlay, store)
             })?;
-            ask(&self.wants, want)?;
+            connection.ask(want)?;
             Healing { heal, fork: Some(begin.from), records_from: Some(touched.lsn), behind: true }
         };
-        self.incoming = Some(incoming);
-        self.healing = Some(healing);
+        connection.receiving = Receiving::Heal(incoming, healing);
         Ok(())
     }
 
     /// What came of a snapshot is compared, for the primary's log does not reach back to its begin any more.
-    fn go_on_filling(&mut self, begin: HealBegin) -> Result<(), StreamError> {
+    fn go_on_filling(&mut self, connection: &mut Connection, begin: HealBegin) -> Result<(), StreamError> {
         if !begin.compare {
             return Err(no_state());
         }
         self.node.report(Condition::SnapshotResumed { from: begin.from });
-        self.incoming = Some(IncomingState::over(&self.options.paths, begin, 0)?);
+        let incoming = IncomingState::over(&self.options.paths, begin, 0)?;
         let heal = Heal::compare(begin);
-        self.healing = Some(Healing { heal, fork: None, records_from: None, behind: false });
+        let healing = Healing { heal, fork: None, records_from: None, behind: false };
+        connection.receiving = Receiving::Heal(incoming, healing);
         Ok(())
     }
 
     /// No transaction changes the size of pages: the next stream brings a snapshot. The primary's history has no state from before its pages had
     /// that size, so that what is here is kept.
     fn other_page_size(&mut self, ours: PageSize, theirs: PageSize) -> StreamError {
-        self.refill = true;
+        self.state.set_remedy(Remedy::Snapshot);
         let end = StreamError::OtherPageSize { ours, theirs };
         self.node.report(Condition::PageSizeDiffers { text: &end.to_string() });
         end
     }
 
-    pub(super) fn sent(&mut self, sent: Sent) -> Result<(), StreamError> {
-        let (healing, incoming, live) = self.healing()?;
-        let next = incoming.with(live, |overlay, store| healing.heal.sent(overlay, store, sent))?;
-        match next {
-            Some(want) => ask(&self.wants, want),
-            None => Ok(()),
-        }
+    pub(super) fn sent(&mut self, connection: &mut Connection, sent: Sent) -> Result<(), StreamError> {
+        let (incoming, healing) = connection.healing()?;
+        let below = self.state.below();
+        let next = incoming.with(below, |overlay, store| healing.heal.sent(overlay, store, sent))?;
+        next.map_or(Ok(()), |want| connection.ask(want))
     }
 
     /// A record of the primary's led to this state: the fork is not before it when we had it, too.
-    pub(super) fn common(&mut self, after: Position) -> Result<()> {
-        let (Some(healing), Some(live)) = (&mut self.healing, self.state.known()) else { return Ok(()) };
+    pub(super) fn common(&mut self, connection: &mut Connection, after: Position) -> Result<()> {
+        let Receiving::Heal(_, healing) = &mut connection.receiving else { return Ok(()) };
+        let Some(live) = self.state.known() else { return Ok(()) };
         if healing.behind {
             let ours = live.base.log.find(after.number())?;
             healing.behind = matches!(ours, Lookup::At { before, .. } if before == after);
@@ -183,14 +170,16 @@ impl Apply {
         ready: &Ready,
         history: EpochHistory,
     ) -> Result<(), StreamError> {
-        let mut state = std::mem::replace(&mut self.state, State::Closed);
-        let live = state.content().ok_or_else(no_state)?;
-        let result = self.heal_live(live, healing, ready, &history);
-        if result.is_err() {
-            live.abort();
-        }
-        self.state = state;
-        let kept = result?;
+        let live = self.state.content().ok_or_else(no_state)?;
+        let damaged = self.suspect == Suspect::Pages;
+        let leading = LeadingBack { healing, ready, ours: &self.history, theirs: &history, damaged };
+        let kept = match leading.replace(live) {
+            Ok(kept) => kept,
+            Err(error) => {
+                live.abort();
+                return Err(error.into());
+            }
+        };
         self.history = history;
         self.serve(Some(ready.position))?;
         let kept = kept.map(|kept| self.tell_rows(kept, ready));
@@ -198,40 +187,10 @@ impl Apply {
         self.suspect = Suspect::No;
         self.garbled_at = None;
         self.pace.done();
-        self.healed += 1;
-        self.shared.heals.store(self.healed, Ordering::Relaxed);
+        self.shared.heals.fetch_add(1, Ordering::Relaxed);
         let (position, pages) = (ready.position, ready.have.len() as u64);
         self.node.report(Condition::Healed { position, pages, lost: kept.as_deref() });
         Ok(())
-    }
-
-    /// Keeps what is off the history; then the pages that differ become one transaction, which readers see as a whole.
-    fn heal_live(
-        &self,
-        live: &mut WalAppender,
-        healing: &Healing,
-        ready: &Ready,
-        history: &EpochHistory,
-    ) -> Result<Option<(PathBuf, Option<StateBefore>)>> {
-        let vouched = live.base.log.tip() == Some(live.base.tip().position);
-        let mut kept = None;
-        let damaged = self.suspect == Suspect::Pages;
-        if healing.heal.begin.diverged || !vouched || damaged {
-            let records_from = healing.records_from.or_else(|| self.records_since_common(live, history));
-            let (fork, quota_bytes) = (healing.fork, self.options.lost_bytes);
-            let branch = lost::keep(
-                &self.options.paths,
-                live,
-                &Replaced { ready, fork, records_from, quota_bytes, damaged },
-            )?;
-            self.node.report(Condition::BranchKept { kept: branch.path(), tip: branch.tip });
-            // Pages that are damaged may say nothing of rows.
-            kept = Some((branch.path().to_owned(), StateBefore::hold(live).ok()));
-        }
-        write_epochs(&self.options.paths, history, false)?;
-        live.base.log.reset(ready.position)?;
-        mend::replace(live, ready)?;
-        Ok(kept)
     }
 
     /// Notes which rows the lost branch had; the pages are kept already.
@@ -243,15 +202,57 @@ impl Apply {
         }
         path
     }
+}
+
+/// A heal whose pages are all here, on its way into a database.
+struct LeadingBack<'a> {
+    healing: &'a Healing,
+    ready: &'a Ready,
+    ours: &'a EpochHistory,
+    theirs: &'a EpochHistory,
+    /// The pages here may not be what the position says.
+    damaged: bool,
+}
+
+impl LeadingBack<'_> {
+    /// Keeps what is off the history. Then the pages that differ become one transaction, which
+    /// readers see as a whole.
+    fn replace(&self, live: &mut WalAppender) -> Result<Option<(PathBuf, Option<StateBefore>)>> {
+        let vouched = live.base.log.tip() == Some(live.base.tip().position);
+        let mut kept = None;
+        if self.healing.heal.begin.diverged || !vouched || self.damaged {
+            kept = Some(self.keep(live)?);
+        }
+        write_epochs(&live.base.options.paths, self.theirs, false)?;
+        live.base.log.reset(self.ready.position)?;
+        mend::replace(live, self.ready)?;
+        Ok(kept)
+    }
+
+    fn keep(&self, live: &mut WalAppender) -> Result<(PathBuf, Option<StateBefore>)> {
+        let base = live.base.clone();
+        let records_from = self.healing.records_from.or_else(|| self.records_since_common(live));
+        let replaced = Replaced {
+            ready: self.ready,
+            fork: self.healing.fork,
+            records_from,
+            quota_bytes: base.options.lost_bytes,
+            damaged: self.damaged,
+        };
+        let branch = lost::keep(&base.options.paths, live, &replaced)?;
+        base.node.report(Condition::BranchKept { kept: branch.path(), tip: branch.tip });
+        // Pages that are damaged may say nothing of rows.
+        Ok((branch.path().to_owned(), StateBefore::hold(live).ok()))
+    }
 
     /// Where the log's records begin that may be off the history.
-    fn records_since_common(&self, live: &WalAppender, theirs: &EpochHistory) -> Option<u64> {
+    fn records_since_common(&self, live: &WalAppender) -> Option<u64> {
         let log = &live.base.log;
         // A transaction's name is given once: the primary has this one, and all before it.
-        if log.tip().is_none_or(|logged| theirs.place(logged.txid()) == Place::OnHistory) {
+        if log.tip().is_none_or(|logged| self.theirs.place(logged.txid()) == Place::OnHistory) {
             return None;
         }
-        let from = self.history.common(theirs).max(log.start()?.number());
+        let from = self.ours.common(self.theirs).max(log.start()?.number());
         match log.find(from) {
             Ok(Lookup::At { lsn, .. }) => Some(lsn),
             _ => None,
@@ -305,12 +306,6 @@ impl HealPacer {
 /// Whether what came, or what is in the log here, leads elsewhere over the pages here than it states.
 fn leads_elsewhere(error: &Error) -> bool {
     matches!(error, Error::Mismatch { .. } | Error::Peer { problem: PeerProblem::Mismatch { .. }, .. })
-}
-
-fn ask(wants: &Option<mpsc::Sender<Want>>, want: Want) -> Result<(), StreamError> {
-    let gone = || StreamError::Gone;
-    // One is under way at a time, so that there is always room while the stream stands.
-    wants.as_ref().ok_or_else(gone)?.try_send(want).map_err(|_| gone())
 }
 
 #[cfg(test)]

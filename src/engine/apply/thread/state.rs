@@ -1,9 +1,12 @@
 //! What is at the database's path, and how it becomes this replica's state.
 
 use std::sync::Arc;
+use std::thread::JoinHandle;
 use std::time::Instant;
 
-use crate::engine::apply::inbox::ApplyCommand;
+use tokio::sync::mpsc;
+
+use crate::engine::apply::inbox::{ApplyCommand, ApplyShared};
 use crate::engine::apply::thread::Apply;
 use crate::engine::apply::thread::healing::Suspect;
 use crate::engine::apply::thread::vouched::last_vouched;
@@ -12,7 +15,7 @@ use crate::engine::file::database::{OpenDatabase, reader};
 use crate::engine::file::doubt;
 use crate::engine::file::term::Term;
 use crate::engine::history::wal_appender::WalAppender;
-use crate::engine::incoming;
+use crate::engine::incoming::{self, Under};
 use crate::engine::recover::{self, Findings};
 use crate::error::{Error, Result, Unsupported};
 use crate::files;
@@ -29,36 +32,92 @@ const TURNS: u32 = 8;
 pub(super) enum State {
     /// Nothing that could be filled as it is.
     Closed,
+    /// Something that could not be opened. That is tried again with each command.
+    Unopened,
     /// A database without content, for a snapshot. Whoever has it open sees that come, and the file stays the same.
     Empty(WalAppender),
     /// A database that is no state of the cluster. Nobody reads it through this node; its pages are compared with the primary's.
-    Unknown(WalAppender),
+    Unknown(WalAppender, Remedy),
     /// A state of the cluster.
-    Known(WalAppender),
+    Known(Served),
+    /// Nothing any more: what was open was handed on, and the node goes on with it.
+    Left,
+}
+
+/// What leads a database to the primary's state when it can't go on with the primary's log.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Remedy {
+    /// Pages of the primary, over those that are here.
+    Heal,
+    /// No heal can: a snapshot replaces it. A state of the cluster is read from until then.
+    Snapshot,
+}
+
+/// A state of the cluster, which is read from, and this node's time on it.
+pub(super) struct Served {
+    pub(super) term: Arc<Term>,
+    pub(super) live: WalAppender,
+    pub(super) remedy: Remedy,
+    /// None before the first service. Where the thread can't be started, the node has failed.
+    pub(super) checkpointer: Option<JoinHandle<()>>,
+}
+
+impl Served {
+    pub(super) fn new(live: WalAppender, remedy: Remedy) -> Served {
+        Served { term: Term::new(live.base.clone()), live, remedy, checkpointer: None }
+    }
+
+    /// Ends the thread that copies back. The database stays open.
+    pub(super) fn end(&mut self) {
+        self.term.end();
+        if let Some(thread) = self.checkpointer.take() {
+            thread.thread().unpark();
+            // It has said how it ended.
+            let _ = thread.join();
+        }
+    }
 }
 
 impl State {
     /// The state of the cluster.
     pub(super) fn known(&mut self) -> Option<&mut WalAppender> {
         match self {
-            State::Known(live) => Some(live),
+            State::Known(served) => Some(&mut served.live),
             _ => None,
         }
     }
 
-    /// The database that a heal can lead to the primary's state, whatever it is now.
+    /// A database with content, whatever that is.
     pub(super) fn content(&mut self) -> Option<&mut WalAppender> {
         match self {
-            State::Known(live) | State::Unknown(live) => Some(live),
-            State::Closed | State::Empty(_) => None,
+            State::Known(Served { live, .. }) | State::Unknown(live, _) => Some(live),
+            State::Closed | State::Unopened | State::Left | State::Empty(_) => None,
+        }
+    }
+
+    /// The database that a heal leads to the primary's state, under the pages that come. None: a
+    /// snapshot fills it anew.
+    pub(super) fn below(&mut self) -> Under<'_> {
+        match self {
+            State::Known(Served { live, remedy: Remedy::Heal, .. }) | State::Unknown(live, Remedy::Heal) => {
+                Some(live)
+            }
+            _ => None,
+        }
+    }
+
+    /// Sets what leads a database with content to the primary's state.
+    pub(super) fn set_remedy(&mut self, to: Remedy) {
+        if let State::Known(Served { remedy, .. }) | State::Unknown(_, remedy) = self {
+            *remedy = to;
         }
     }
 
     /// Whatever is open.
     pub(super) fn open(&mut self) -> Option<&mut WalAppender> {
         match self {
-            State::Known(live) | State::Unknown(live) | State::Empty(live) => Some(live),
-            State::Closed => None,
+            State::Known(Served { live, .. }) | State::Unknown(live, _) | State::Empty(live) => Some(live),
+            State::Closed | State::Unopened | State::Left => None,
         }
     }
 
@@ -70,21 +129,20 @@ impl State {
         }
     }
 
-    /// What is open, taken out.
-    pub(super) fn take(&mut self) -> Option<WalAppender> {
-        match std::mem::replace(self, State::Closed) {
-            State::Known(live) | State::Unknown(live) | State::Empty(live) => Some(live),
-            State::Closed => None,
-        }
+    /// What is open is a state of the cluster from now on, if it was not before.
+    fn become_known(&mut self) {
+        *self = match std::mem::replace(self, State::Closed) {
+            State::Empty(live) => State::Known(Served::new(live, Remedy::Heal)),
+            State::Unknown(live, remedy) => State::Known(Served::new(live, remedy)),
+            other => other,
+        };
     }
 
     /// Closes what is open, and only then gives back what was held.
     pub(super) fn close(&mut self) {
-        if let Some(live) = self.take() {
-            let base = live.base.clone();
-            drop(live);
-            base.release_locks();
-        }
+        let Some(base) = self.open().map(|live| live.base.clone()) else { return };
+        *self = State::Closed;
+        base.release_locks();
     }
 }
 
@@ -104,6 +162,7 @@ impl Apply {
         let mut opened = match opened {
             Ok(opened) => opened,
             Err(Error::Damaged { what, .. }) => {
+                self.state = State::Closed;
                 self.say_damaged(&what);
                 return Ok(());
             }
@@ -122,7 +181,7 @@ impl Apply {
             let live = self.begin(opened, false)?;
             // What the file has of the WAL is not known either.
             live.base.index.set_backfilled(0);
-            self.state = State::Unknown(live);
+            self.state = State::Unknown(live, Remedy::Heal);
             self.say_unread(&format!("{why}; what differs from the primary's is kept when it is replaced"));
             Ok(())
         }
@@ -164,14 +223,13 @@ impl Apply {
         self.own(opened.base, opened.handle)
     }
 
-    /// A new term of what is open.
+    /// What is open is this replica's.
     pub(super) fn own(&mut self, database: Arc<OpenDatabase>, handle: Handle) -> Result<WalAppender> {
         database.when_lost(|database, error| {
             // What is there is opened, and led to the primary's state.
             let text = error.cause().to_string();
             database.node.report(Condition::FilesReplaced { database: database.path(), text: &text });
         });
-        self.term = Some(Term::new(database.clone()));
         WalAppender::new(database, handle)
     }
 
@@ -193,7 +251,7 @@ impl Apply {
         {
             incoming::discard(&self.options.paths)?;
         }
-        self.state = State::Known(live);
+        self.state = State::Known(Served::new(live, Remedy::Heal));
         if let Some(found) = doubt::text(&self.options.paths) {
             self.node.report(Condition::PagesDoubted { found: &found });
             self.suspect(Suspect::Pages);
@@ -204,16 +262,15 @@ impl Apply {
     /// What is open is a state of the cluster, from now on if it was not before: it is read from, and its WAL copied back.
     /// A primary vouches for the state `vouched`.
     pub(super) fn serve(&mut self, vouched: Option<Position>) -> Result<()> {
-        let Some(live) = self.state.take() else { return Ok(()) };
-        let base = live.base.clone();
-        self.state = State::Known(live);
-        let position = base.tip().position;
-        if self.checkpointer.is_none()
-            && let Some(term) = self.term.clone()
-        {
+        self.state.become_known();
+        let State::Known(served) = &mut self.state else { return Ok(()) };
+        if served.checkpointer.is_none() {
+            let term = served.term.clone();
             // Nothing would ever be copied back, nor read.
-            self.begin_service(&term).inspect_err(|error| term.fail(error))?;
-            tracing::info!(%position, "the replica's state is open");
+            let checkpointer = checkpointer(&term, &self.shared, self.commands.clone());
+            served.checkpointer = Some(checkpointer.inspect_err(|error| term.fail(error))?);
+            *lock(&self.shared.term) = Some(term.clone());
+            tracing::info!(position = %term.tip().position, "the replica's state is open");
         }
         // At one moment to whoever looks: who has waited for a transaction can read it, and who may read has a position.
         self.shared.readable.send_modify(|readable| {
@@ -222,27 +279,29 @@ impl Apply {
         });
         Ok(())
     }
+}
 
-    fn begin_service(&mut self, term: &Arc<Term>) -> Result<()> {
-        let commands = self.commands.clone();
-        let ready = move || {
-            if let Some(commands) = commands.upgrade() {
-                // When the queue is full, the thread looks by itself after the next batch.
-                let _ = commands.try_send(ApplyCommand::Restart);
-            }
-        };
-        let replica = ReplicaSync { synced: self.shared.synced.clone(), ready: Box::new(ready) };
-        let checkpointer = Checkpointer {
-            base: term.clone(),
-            handle: reader(term)?,
-            replica: Some(replica),
-            log_synced: Instant::now(),
-            applied_synced: Instant::now(),
-        };
-        self.checkpointer = Some(checkpointer.spawn()?);
-        *lock(&self.shared.term) = Some(term.clone());
-        Ok(())
-    }
+/// Starts the thread that copies back what is applied, and syncs it.
+fn checkpointer(
+    term: &Arc<Term>,
+    shared: &ApplyShared,
+    commands: mpsc::WeakSender<ApplyCommand>,
+) -> Result<JoinHandle<()>> {
+    let ready = move || {
+        if let Some(commands) = commands.upgrade() {
+            // When the queue is full, the thread looks by itself after the next batch.
+            let _ = commands.try_send(ApplyCommand::Restart);
+        }
+    };
+    let replica = ReplicaSync { synced: shared.synced.clone(), ready: Box::new(ready) };
+    let checkpointer = Checkpointer {
+        base: term.clone(),
+        handle: reader(term)?,
+        replica: Some(replica),
+        log_synced: Instant::now(),
+        applied_synced: Instant::now(),
+    };
+    checkpointer.spawn()
 }
 
 /// Whether there is nothing that could be lost: one page, and no table in it.
@@ -250,4 +309,37 @@ fn is_empty(opened: &Findings) -> Result<bool> {
     let tables =
         || opened.handle.connection().query_row("SELECT count(*) FROM sqlite_schema", [], |row| row.get(0));
     Ok(opened.base.tip().pages <= 1 && tables().map(|tables: i64| tables == 0)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::engine::tests::{Home, assert_same, catch_up, open_plain, standing, until};
+    use crate::report::Part;
+
+    #[test]
+    fn a_snapshot_replaces_what_could_not_be_opened_and_the_replica_goes_on_from_it() {
+        let home = Home::new();
+        let primary = home.primary("p.db");
+        let writer = open_plain(&home.path("p.db"));
+        writer.execute_batch("CREATE TABLE t(a); INSERT INTO t VALUES (1)").unwrap();
+        let replica = home.follower("r.db");
+        catch_up(&primary, &replica);
+        let node = lock(&replica.shared.term).as_ref().unwrap().node.clone();
+        for end in ["", "-wal", "-shm"] {
+            fs::remove_file(home.path(&format!("r.db{end}"))).unwrap();
+        }
+        fs::write(home.path("r.db"), "no database at all".repeat(1000)).unwrap();
+        until("the look", || standing(&replica).0.position.is_none());
+        let problem = node.problem_of(Part::Engine).unwrap();
+        assert!(problem.contains("can't be opened"), "{problem}");
+        for n in 0..3 {
+            writer.execute("INSERT INTO t VALUES (?1)", [n]).unwrap();
+            catch_up(&primary, &replica);
+        }
+        assert_eq!(node.problem_of(Part::Engine), None);
+        assert_same(&home.path("p.db"), &home.path("r.db"));
+    }
 }
