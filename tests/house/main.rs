@@ -1,3 +1,10 @@
 //! What must hold for the sources and the documents as a whole.
 
+mod floors;
+mod graph;
+mod module;
 mod prose;
+mod sizes;
+mod sources;
+mod tokens;
+mod words;

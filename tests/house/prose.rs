@@ -5,8 +5,8 @@
 //! counts by its text, and inline code counts as one word.
 
 use std::fmt::Write;
-use std::fs;
-use std::path::{Path, PathBuf};
+
+use crate::sources::{files, read};
 
 /// A sentence of more words is long.
 const LONG: usize = 25;
@@ -50,36 +50,6 @@ const ABBREVIATIONS: [&str; 6] = ["e.g.", "i.e.", "etc.", "vs.", "cf.", "ca."];
 const CODE: char = '`';
 
 // ---- where the prose is
-
-fn root() -> &'static Path {
-    Path::new(env!("CARGO_MANIFEST_DIR"))
-}
-
-fn read(name: &str) -> String {
-    fs::read_to_string(root().join(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
-}
-
-/// The files below `dir` with this ending, by their names from the root on, in order.
-fn files(dir: &str, ending: &str) -> Vec<String> {
-    let mut found = Vec::new();
-    collect(&root().join(dir), ending, &mut found);
-    let name = |path: &PathBuf| path.strip_prefix(root()).unwrap().to_string_lossy().replace('\\', "/");
-    let mut names: Vec<String> = found.iter().map(name).collect();
-    names.sort();
-    assert!(!names.is_empty(), "no file in {dir} ends with .{ending}");
-    names
-}
-
-fn collect(dir: &Path, ending: &str, found: &mut Vec<PathBuf>) {
-    for entry in fs::read_dir(dir).unwrap_or_else(|e| panic!("{}: {e}", dir.display())) {
-        let path = entry.unwrap().path();
-        if path.is_dir() {
-            collect(&path, ending, found);
-        } else if path.extension().is_some_and(|e| e == ending) {
-            found.push(path);
-        }
-    }
-}
 
 /// A document or a source, and its sentences.
 struct Text {
