@@ -4,30 +4,48 @@
 //! handler turned out to need it. Responses that committed carry a token, and a request with a token is answered
 //! from a state that has that transaction.
 //!
-//! The way of a request: `service` plans it, `future` drives the plan, `prepare` waits and holds, `forward` sends
-//! to the primary over `dial`, and `reply` sets tokens on what a local handler answered. `http2` is its connection in HTTP/2,
-//! and `preface` looks whether the server speaks that. `tunnel` and `detour` are other ways to the primary, `client` is for callers that are no request's handler.
+//! The way of a request, a module a step:
+//!
+//! 1. `service` begins it, and `plan` decides by its head, its `route` and this node's role.
+//! 2. `future` drives the plan. It calls the handler here, or goes on with 3.
+//! 3. `wait` waits for the transaction of the request's token, and for the primary when that does
+//!    not come.
+//! 4. `forward` sends the `head` and the kept body (`replay_body`) to the primary. `locate` knows
+//!    where that is, and holds the request while there is none.
+//! 5. `redirect` sends the client there in place of this node, where the layer is set up for that.
+//! 6. `dial` has the connections: `connect` opens them, and `http2` is the one in HTTP/2, whose
+//!    server `preface` watches. `tunnel` carries the bytes after an upgrade.
+//! 7. `reply` sets tokens on what a local handler answered. `failure` is the answer to a request
+//!    that could not be done.
+//!
+//! `layer` has the settings and `shared` what comes of them. `headers`, `hop` and `body` are about
+//! bytes. `client` sends requests for callers that are no request's handler.
 
 mod body;
 mod client;
+mod connect;
 mod dial;
 mod failure;
 mod forward;
 mod future;
+mod head;
 pub(crate) mod headers;
 mod hop;
 mod http2;
 mod layer;
+mod locate;
+mod plan;
 mod preface;
-mod prepare;
 mod redirect;
 mod replay_body;
 mod reply;
 mod route;
 mod service;
+mod shared;
 #[cfg(test)]
 mod tests;
 mod tunnel;
+mod wait;
 
 pub use body::{ReplayRequestBody, ReplayResponseBody};
 pub use client::PrimaryClient;
@@ -37,9 +55,10 @@ pub use failure::{Failure, Outcome, Reason};
 pub use future::ResponseFuture;
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
 pub(crate) use headers::fuzz_headers;
-pub use layer::{Forwarding, ReplayLayer, SameSite, SessionTokens, Upgrades};
+pub use layer::ReplayLayer;
 pub use route::Route;
 pub use service::ReplayService;
+pub use shared::{Forwarding, SameSite, SessionTokens, Upgrades};
 
 /// What bodies may fail with.
 pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;

@@ -15,12 +15,12 @@ use tower::Service;
 use crate::proxy::BoxError;
 use crate::proxy::body::ReplayResponseBody;
 use crate::proxy::failure::{Failure, Outcome};
-use crate::proxy::forward::{Sender, forward};
+use crate::proxy::forward::{Sender, Verdict, forward};
+use crate::proxy::head::Head;
 use crate::proxy::headers::{strip_reserved, tokens};
-use crate::proxy::layer::LayerShared;
-use crate::proxy::prepare::{Head, Verdict};
 use crate::proxy::replay_body::Keep;
 use crate::proxy::route::is_safe;
+use crate::proxy::shared::LayerShared;
 use crate::session;
 
 /// A tower service that sends requests to the primary's application, wherever that is: for jobs, WebSocket handlers and
@@ -64,7 +64,7 @@ where
         Box::pin(async move {
             let effects = !is_safe(&head.method);
             let answer = match forward(&shared, &head, body, Sender::Caller, true).await {
-                Verdict::MadeBody(answer) => *answer,
+                Verdict::Answered(answer) => *answer,
                 Verdict::Failed(reason) => {
                     let failure = Failure::new(reason);
                     if effects && failure.outcome == Outcome::Unknown {

@@ -1,37 +1,22 @@
 //! One request to one node, and what is known when it fails.
 
 use std::error::Error as _;
-use std::future::Future;
-use std::io;
-use std::pin::Pin;
-use std::task::{Context, Poll};
 use std::time::Duration;
 
-use http::{Request, Response, Uri};
+use http::{Request, Response};
 use hyper::body::Incoming;
 use hyper_util::client::legacy::Client;
-use hyper_util::client::legacy::connect::HttpConnector;
-use hyper_util::rt::{TokioExecutor, TokioIo, TokioTimer};
+use hyper_util::rt::TokioTimer;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tower::Service;
 
-use crate::proxy::BoxError;
 use crate::proxy::body::{IdleTimeoutBody, ReplayRequestBody};
+use crate::proxy::connect::{Connector, Outgoing, POOL_IDLE_SECONDS, SendError, Spawn};
 use crate::proxy::http2::Http2;
-use crate::proxy::preface::WatchedIo;
 use crate::proxy::replay_body::Keep;
 
-/// How long an unused connection is kept: less than any server or proxy on the way is likely to allow, because a
-/// request that meets a closing connection has an unknown outcome.
-pub(super) const POOL_IDLE_SECONDS: u64 = 15;
 /// Unused connections that are kept to one node.
 const POOL_IDLE_MAX: usize = 64;
-/// TCP probes an idle connection after so many seconds, so that a dead machine is noticed.
-const KEEPALIVE_SECONDS: u64 = 15;
-
-/// A body on its way to the primary.
-pub(super) type Outgoing = IdleTimeoutBody<ReplayRequestBody<http_body_util::Empty<bytes::Bytes>>>;
 
 /// What a node is spoken to in.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -40,27 +25,6 @@ pub(super) enum Protocol {
     Http2,
     /// HTTP/2, and HTTP/1.1 to a node that does not speak it.
     Http2IfSpoken,
-}
-
-/// Why there is no response.
-#[derive(Debug)]
-pub(super) enum SendError {
-    /// There was no connection, and it is no use to try another.
-    Unreachable(BoxError),
-    /// The connection closed before the request was put on it, or the node said that it has not begun it.
-    NotBegun(BoxError),
-    /// The server shows no HTTP/2; the request was not put on the connection.
-    NoHttp2(BoxError),
-    /// The request's `Host` is no host.
-    BadHost,
-    /// The client stopped sending.
-    SlowClient,
-    /// What the client sent is no body, or it left within it.
-    BadBody(BoxError),
-    /// Nothing came back in time.
-    NoAnswer,
-    /// The connection broke; the request may have been carried out.
-    Broken(BoxError),
 }
 
 /// The connections to other nodes.
@@ -72,12 +36,8 @@ pub(super) struct Dialer {
 
 impl Dialer {
     pub(super) fn new(connect: Duration, stop: CancellationToken) -> Dialer {
-        let mut http = HttpConnector::new();
-        http.set_nodelay(true);
-        http.set_keepalive(Some(Duration::from_secs(KEEPALIVE_SECONDS)));
-        http.set_connect_timeout(Some(connect));
-        let connector = Connector { http, limit: connect, http2: false };
-        let spawn = Spawn { stop };
+        let connector = Connector::new(connect);
+        let spawn = Spawn::new(stop);
         let http1 = Client::builder(spawn.clone())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(Duration::from_secs(POOL_IDLE_SECONDS))
@@ -86,7 +46,7 @@ impl Dialer {
             .retry_canceled_requests(false)
             .set_host(false)
             .build(connector.clone());
-        Dialer { http1, http2: Http2::new(Connector { http2: true, ..connector }, spawn) }
+        Dialer { http1, http2: Http2::new(connector.for_http2(), spawn) }
     }
 
     /// Sends a request and waits for the response's head. The body is not touched before a connection stands.
@@ -148,53 +108,4 @@ fn blame(error: SendError, body: &Keep, idle: Duration) -> SendError {
         return SendError::BadBody(error);
     }
     SendError::Broken(error)
-}
-
-/// Opens TCP connections within a limit that covers the look-up of names, too.
-#[derive(Clone, Debug)]
-pub(super) struct Connector {
-    http: HttpConnector,
-    pub(super) limit: Duration,
-    /// For HTTP/2, of which the server has to give proof.
-    http2: bool,
-}
-
-impl Service<Uri> for Connector {
-    type Response = TokioIo<WatchedIo>;
-    type Error = BoxError;
-    type Future = Pin<Box<dyn Future<Output = Result<Self::Response, BoxError>> + Send>>;
-
-    fn poll_ready(&mut self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
-        self.http.poll_ready(cx).map_err(Into::into)
-    }
-
-    fn call(&mut self, uri: Uri) -> Self::Future {
-        let (limit, http2) = (self.limit, self.http2);
-        let connecting = self.http.call(uri);
-        Box::pin(async move {
-            match tokio::time::timeout(limit, connecting).await {
-                Ok(connected) => Ok(TokioIo::new(WatchedIo::new(connected?.into_inner(), http2))),
-                Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut).into()),
-            }
-        })
-    }
-}
-
-/// Runs the connections' tasks until the node stops, so that none outlives it.
-#[derive(Clone, Debug)]
-pub(super) struct Spawn {
-    stop: CancellationToken,
-}
-
-impl<F> hyper::rt::Executor<F> for Spawn
-where
-    F: Future + Send + 'static,
-    F::Output: Send,
-{
-    fn execute(&self, future: F) {
-        let stop = self.stop.clone();
-        TokioExecutor::new().execute(async move {
-            stop.run_until_cancelled_owned(future).await;
-        });
-    }
 }

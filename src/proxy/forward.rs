@@ -10,15 +10,17 @@ use tokio::time::Instant;
 
 use crate::proxy::BoxError;
 use crate::proxy::body::{IdleTimeoutBody, MadeBody};
-use crate::proxy::dial::{Protocol, SendError};
+use crate::proxy::connect::SendError;
+use crate::proxy::dial::Protocol;
 use crate::proxy::failure::{Failure, Outcome, Reason};
+use crate::proxy::head::Head;
 use crate::proxy::headers::{HOP, PRIMARY, strip_answer};
 use crate::proxy::hop::{About, HOPS_MAX, Hint, Hop};
-use crate::proxy::layer::LayerShared;
-use crate::proxy::prepare::{Head, RequestTarget, Verdict, find, look, wait};
-use crate::proxy::redirect::detour;
+use crate::proxy::locate::{RequestTarget, find, look, wait};
+use crate::proxy::redirect::redirect;
 use crate::proxy::replay_body::Keep;
 use crate::proxy::route::is_safe;
+use crate::proxy::shared::LayerShared;
 use crate::report::Condition;
 use crate::txid::Epoch;
 
@@ -36,6 +38,16 @@ pub(super) enum Sender {
     Client,
     /// This process itself: where this node is the primary, its own application is called like any other.
     Caller,
+}
+
+/// What becomes of a request.
+pub(super) enum Verdict {
+    /// It can run here, with this body.
+    Here(Keep),
+    /// It is answered.
+    Answered(Box<Response<MadeBody>>),
+    /// It could not be done.
+    Failed(Reason),
 }
 
 /// Sends the request to the primary, holding it while there is none.
@@ -83,9 +95,9 @@ pub(super) async fn forward(
                 return Verdict::Here(trip.body);
             }
             if trip.hops == 1
-                && let Some(answer) = detour(shared, head, &trip.body)
+                && let Some(answer) = redirect(shared, head, &trip.body)
             {
-                return Verdict::MadeBody(Box::new(answer));
+                return Verdict::Answered(Box::new(answer));
             }
         }
         if trip.hops > HOPS_MAX {
@@ -155,7 +167,7 @@ impl Trip<'_> {
             return self.misdirected(target, epoch, hint);
         }
         self.body.release();
-        ControlFlow::Break(Verdict::MadeBody(Box::new(relay(shared, self.head, response))))
+        ControlFlow::Break(Verdict::Answered(Box::new(relay(shared, self.head, response))))
     }
 
     /// The proof that the request comes from this node.

@@ -20,10 +20,13 @@ use tower::Service;
 use crate::proxy::BoxError;
 use crate::proxy::body::MadeBody;
 use crate::proxy::failure::Reason;
-use crate::proxy::layer::LayerShared;
-use crate::proxy::prepare::{Head, Need, Verdict, failure, prepare};
+use crate::proxy::forward::Verdict;
+use crate::proxy::head::Head;
+use crate::proxy::plan::Need;
 use crate::proxy::replay_body::Keep;
 use crate::proxy::reply::{set_outcome, set_token};
+use crate::proxy::shared::{LayerShared, failure};
+use crate::proxy::wait::prepare;
 use crate::session::Session;
 
 pin_project! {
@@ -182,7 +185,7 @@ where
                         resume.session.set_sent();
                     }
                     match (verdict, resume) {
-                        (Verdict::MadeBody(answer), _) => FutureState::Done { answer: Some(*answer) },
+                        (Verdict::Answered(answer), _) => FutureState::Done { answer: Some(*answer) },
                         (Verdict::Failed(reason), _) => {
                             FutureState::Done { answer: Some(failure(this.shared, reason)) }
                         }

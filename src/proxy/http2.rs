@@ -15,7 +15,7 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 use tower::Service;
 
-use crate::proxy::dial::{Connector, Outgoing, POOL_IDLE_SECONDS, SendError, Spawn};
+use crate::proxy::connect::{Connector, Outgoing, POOL_IDLE_SECONDS, SendError, Spawn};
 use crate::proxy::preface::Shown;
 
 /// How often a connection with requests on it is pinged.

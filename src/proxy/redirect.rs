@@ -6,10 +6,10 @@ use http_body_util::Full;
 
 use crate::proxy::body::MadeBody;
 use crate::proxy::failure::Outcome;
+use crate::proxy::head::Head;
 use crate::proxy::headers::OUTCOME;
-use crate::proxy::layer::{Forwarding, LayerShared};
-use crate::proxy::prepare::Head;
 use crate::proxy::replay_body::Keep;
+use crate::proxy::shared::{Forwarding, LayerShared};
 use crate::status::PeerInfo;
 
 /// The label that names a node's machine.
@@ -21,20 +21,20 @@ const FLY_REPLAY: HeaderName = HeaderName::from_static("fly-replay");
 const FLY_REPLAY_SRC: HeaderName = HeaderName::from_static("fly-replay-src");
 
 /// The response that sends the request past this node, if it can go that way; else it is forwarded.
-pub(super) fn detour(shared: &LayerShared, head: &Head, body: &Keep) -> Option<Response<MadeBody>> {
+pub(super) fn redirect(shared: &LayerShared, head: &Head, body: &Keep) -> Option<Response<MadeBody>> {
     let primary = || shared.node.roles.borrow().primary.clone();
     let mut response = match shared.options.forwarding {
         Forwarding::Proxy => return None,
         // A browser's WebSocket does not follow a redirect.
         Forwarding::Redirect if head.upgrade.is_some() => return None,
-        Forwarding::Redirect => redirect(&primary()?, head)?,
+        Forwarding::Redirect => to_public_address(&primary()?, head)?,
         Forwarding::FlyReplay => fly_replay(&primary()?, head, body)?,
     };
     response.headers_mut().insert(CACHE_CONTROL, HeaderValue::from_static("no-store"));
     Some(response)
 }
 
-fn redirect(primary: &PeerInfo, head: &Head) -> Option<Response<MadeBody>> {
+fn to_public_address(primary: &PeerInfo, head: &Head) -> Option<Response<MadeBody>> {
     let base = primary.addresses.public.as_ref()?.trim_end_matches('/');
     let location = HeaderValue::try_from(format!("{base}{}", head.target)).ok()?;
     let mut response = empty(StatusCode::TEMPORARY_REDIRECT);

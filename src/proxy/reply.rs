@@ -5,7 +5,7 @@ use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
 use crate::proxy::failure::Outcome;
 use crate::proxy::headers::{OUTCOME, TOKEN, add_cookie};
-use crate::proxy::layer::{Cookie, LayerShared, SameSite, SessionTokens};
+use crate::proxy::shared::{Cookie, LayerShared, SameSite, SessionTokens};
 use crate::session::Session;
 use crate::token::Token;
 use crate::txid::Place;

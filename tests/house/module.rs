@@ -198,11 +198,7 @@ impl Reader<'_> {
                 }
                 Some(_) => self.path(&mut module),
                 None if token.is("{") => braces.push(std::mem::take(&mut has_members)),
-                None if token.is("}") => {
-                    if braces.pop().is_none() {
-                        break;
-                    }
-                }
+                None if token.is("}") && braces.pop().is_none() => break,
                 None => (),
             }
             self.at += 1;

@@ -1,0 +1,157 @@
+//! What the parts of the replay layer share: its options, and what all its services hold in common.
+
+use std::net::IpAddr;
+use std::sync::Arc;
+use std::sync::atomic::AtomicUsize;
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::request::Parts;
+use http::{Response, Uri};
+use http_body_util::Full;
+
+use crate::context::NodeContext;
+use crate::proxy::body::MadeBody;
+use crate::proxy::dial::Dialer;
+use crate::proxy::failure::{Failure, Reason};
+use crate::proxy::replay_body::Budget;
+use crate::proxy::route::{Route, is_below};
+use crate::token::Tokens;
+
+/// Which responses carry a token.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
+pub enum SessionTokens {
+    /// Those of requests that committed, or waited for a transaction: clients read their own writes.
+    #[default]
+    Writes,
+    /// Those of reads, too, when what they read is newer than the request's token: clients never go back in time.
+    Monotonic,
+}
+
+/// What becomes of upgrade requests, such as WebSockets, whose [`Route`] is `LocalThenReplay`. With `Local` they are served by the node that got them, whatever is said here;
+/// with `Primary` they are carried to the primary, or refused.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
+pub enum Upgrades {
+    /// They are served by the node that got them, once it has the transaction of the request's token.
+    #[default]
+    Local,
+    /// They are served by the primary: replicas carry the bytes both ways.
+    Primary,
+    /// Replicas answer 503.
+    Refuse,
+}
+
+/// How a request gets from a replica to the primary.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
+pub enum Forwarding {
+    /// This node forwards it to the primary's application address, and streams the response back.
+    #[default]
+    Proxy,
+    /// The client is redirected (307) to the primary's public address ([`Addresses::public`](crate::Addresses::public)), and sends the
+    /// request again. Clients must follow such redirects, with their cookies if they rely on the token's one. What can't be redirected, such as a
+    /// WebSocket, and everything while the primary advertises no public address, is forwarded.
+    Redirect,
+    /// Fly.io's proxy in front is told to replay the request on the primary's machine (`fly-replay: instance=..`, status 409), which the primary
+    /// names by its label `machine`, mostly `FLY_MACHINE_ID`. Bodies above 1 MB or of unknown length, which that
+    /// proxy does not replay, and everything while there is no such label, are forwarded.
+    FlyReplay,
+}
+
+/// The `SameSite` attribute of the token's cookie.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[non_exhaustive]
+pub enum SameSite {
+    /// Sent with navigation from other sites.
+    #[default]
+    Lax,
+    /// Sent with requests from the same site only.
+    Strict,
+    /// Sent always; browsers require `Secure` with it.
+    None,
+}
+
+/// What all services of one layer share.
+#[derive(Clone)]
+pub(super) struct LayerShared {
+    pub(super) node: Arc<NodeContext>,
+    pub(super) tokens: Arc<Tokens>,
+    pub(super) dialer: Dialer,
+    pub(super) held: Arc<AtomicUsize>,
+    pub(super) options: Options,
+}
+
+pub(super) type Hook<I, O> = Arc<dyn for<'a> Fn(&'a I) -> O + Send + Sync>;
+
+#[derive(Clone)]
+pub(super) struct Options {
+    pub(super) route: Option<Hook<Parts, Route>>,
+    pub(super) prefixes: Vec<(String, Route)>,
+    pub(super) patterns: Vec<(String, Route)>,
+    pub(super) matched_path: Option<Hook<Parts, Option<String>>>,
+    pub(super) endpoint: String,
+    pub(super) upgrades: Upgrades,
+    /// Names of protocols that requests are upgraded to.
+    pub(super) protocols: Vec<String>,
+    pub(super) forwarding: Forwarding,
+    pub(super) http2: bool,
+    pub(super) budget: Budget,
+    pub(super) hold_timeout: Duration,
+    pub(super) held_max: usize,
+    pub(super) wait_timeout: Duration,
+    pub(super) response_timeout: Duration,
+    pub(super) idle_timeout: Duration,
+    pub(super) session: SessionTokens,
+    pub(super) cookie: Cookie,
+    pub(super) failure: Option<Hook<Failure, Response<Bytes>>>,
+    pub(super) original_uri: Option<Hook<Parts, Option<Uri>>>,
+    pub(super) client_ip: Option<Hook<Parts, Option<IpAddr>>>,
+}
+
+#[derive(Clone)]
+pub(super) struct Cookie {
+    /// None: tokens travel in the header only.
+    pub(super) name: Option<String>,
+    pub(super) path: String,
+    pub(super) max_age: Duration,
+    pub(super) same_site: SameSite,
+    /// None: when the client speaks https.
+    pub(super) secure: Option<bool>,
+}
+
+impl Options {
+    pub(super) fn route(&self, parts: &Parts) -> Route {
+        let path = parts.uri.path();
+        if let Some((_, route)) = self.prefixes.iter().find(|(prefix, _)| is_below(path, prefix)) {
+            return *route;
+        }
+        if !self.patterns.is_empty()
+            && let Some(matched) = self.matched_path.as_ref().and_then(|path| path(parts))
+            && let Some((_, route)) = self.patterns.iter().find(|(pattern, _)| *pattern == matched)
+        {
+            return *route;
+        }
+        self.route.as_ref().map_or_else(|| Route::by_method(parts), |route| route(parts))
+    }
+
+    pub(super) fn is_endpoint(&self, path: &str) -> bool {
+        // An empty prefix would let everything through.
+        !self.endpoint.is_empty() && is_below(path, &self.endpoint)
+    }
+
+    pub(super) fn failure(&self, failure: Failure) -> Response<Bytes> {
+        match &self.failure {
+            Some(own) => failure.complete(own(&failure)),
+            None => failure.response(),
+        }
+    }
+}
+
+/// The response to a request that could not be done.
+pub(super) fn failure(shared: &LayerShared, reason: Reason) -> Response<MadeBody> {
+    let failure = Failure::new(reason);
+    tracing::debug!(?reason, status = failure.status.as_u16(), "the replay layer answers for the app");
+    shared.options.failure(failure).map(|words| MadeBody::Own(Full::new(words)))
+}
