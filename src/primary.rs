@@ -9,6 +9,7 @@ pub(crate) mod fake;
 mod model;
 mod page_requests;
 mod plan;
+mod read_ahead;
 mod recovery;
 mod registry;
 mod send_queue;

@@ -1,21 +1,20 @@
 //! Sends a follower what it lacks, and from then on the log as it grows.
 
+mod pages;
+
 use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
+use tokio::sync::{Semaphore, mpsc};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
-use tokio_util::task::AbortOnDropHandle;
 
-use crate::checksum::{Checksum, PageHash};
 use crate::context::NodeContext;
-use crate::engine::{PIECE_BYTES, Piece, answer};
 use crate::error::{Error, Result};
 use crate::log::Lookup;
-use crate::page::{PageNo, PageSize};
+use crate::page::PageNo;
 use crate::primary::boundary::Boundary;
 use crate::primary::clock::ReplicaClock;
 use crate::primary::page_requests::Questions;
@@ -24,26 +23,16 @@ use crate::primary::send_queue::{Closed, StreamSender};
 use crate::primary::{LAST_REQUESTS_TIMEOUT, LogPin, SHUTTING_DOWN, StreamSource, blocking};
 use crate::report::Condition;
 use crate::txid::{Epoch, EpochHistory, Position};
-use crate::wire::{
-    self, HealBegin, Heartbeat, Hello, Message, Sent, SnapBegin, SnapEnd, Want, WantRun, Welcome,
-};
+use crate::wire::{self, HealBegin, Heartbeat, Hello, Message, Want, Welcome};
 
 /// Bytes of the log that are read at once.
 const READ_MAX_BYTES: usize = 1024 * 1024;
-/// Pieces that are read and hashed in one go on a blocking thread.
-const PIECES_AT_ONCE: usize = 4;
-/// Pages that a replica asked for and that are read in one go: as many as a go of pieces has of the usual size.
-const RUN_PAGES_AT_ONCE: usize = 256;
-/// Such goes that wait to be sent: reading, hashing and sending overlap.
-const GOES_AHEAD: usize = 2;
 /// How often the position is said. A replica that hears nothing for some seconds says so, and takes ten seconds of silence for a dead primary.
 const BEAT: Duration = Duration::from_secs(1);
 /// Longest wait until the log has what the first snapshot piece was read at.
 const LOG_LAG_MAX: Duration = Duration::from_secs(10);
 /// How often a peer's epoch is exceeded before its hello is given up.
 const RAISES_MAX: usize = 3;
-
-const _: () = assert!(PIECE_BYTES / PageSize::MIN_BYTES as usize <= wire::SPAN_MAX_PAGES as usize);
 
 /// How a stream ended.
 #[derive(Debug)]
@@ -283,131 +272,6 @@ impl ReplicaStream {
         }
     }
 
-    /// All pages from `from` on, and the position of the first of them.
-    async fn snapshot(&mut self, resumed: Option<Position>, from: PageNo) -> Result<Position, End> {
-        let (mut goes, _reader) = read_ahead(self.supply.clone(), from, read_go);
-        let mut first = None;
-        loop {
-            let go = tokio::select! {
-                go = goes.recv() => go.ok_or_else(|| Error::Internal("the reader of a snapshot has ended early".into()))??,
-                () = tokio::time::sleep_until(self.last_beat + BEAT) => {
-                    self.beat().await?;
-                    continue;
-                }
-            };
-            self.tell_epochs().await?;
-            let first = match first {
-                Some(first) => first,
-                None => {
-                    let at = *first.insert(resumed.unwrap_or(go.position));
-                    let page_size = self.supply.page_size();
-                    self.say(&[Message::SnapBegin(SnapBegin {
-                        first: at,
-                        from,
-                        page_size,
-                        pages: go.pages,
-                    })])
-                    .await?;
-                    at
-                }
-            };
-            if !go.bytes.is_empty() {
-                self.outlet.send(go.bytes).await?;
-            }
-            if let Some(Sent { position: exact_at, pages }) = go.last {
-                self.say(&[Message::SnapEnd(SnapEnd { exact_at, pages })]).await?;
-                return Ok(first);
-            }
-            self.beat_if_due().await?;
-        }
-    }
-
-    /// Waits until few enough others compare.
-    async fn turn(&mut self) -> Result<OwnedSemaphorePermit, End> {
-        let mut turn = std::pin::pin!(self.comparisons.clone().acquire_owned());
-        loop {
-            tokio::select! {
-                turn = &mut turn => return Ok(turn.map_err(|_| Error::ShutDown)?),
-                () = tokio::time::sleep_until(self.last_beat + BEAT) => self.beat().await?,
-            }
-        }
-    }
-
-    /// Sums over all pages, for a replica to compare with its own. The position of the first, and where the last was read.
-    async fn sums(&mut self, diverged: bool) -> Result<(Position, Sent), End> {
-        let (mut goes, _reader) = read_ahead(self.supply.clone(), PageNo::FIRST, read_sums);
-        let mut first = None;
-        loop {
-            let go = tokio::select! {
-                go = goes.recv() => go.ok_or_else(|| Error::Internal("the reader of pages has ended early".into()))??,
-                () = tokio::time::sleep_until(self.last_beat + BEAT) => {
-                    self.beat().await?;
-                    continue;
-                }
-            };
-            let from = match first {
-                Some(from) => from,
-                None => {
-                    let (from, page_size) = (*first.insert(go.position), self.supply.page_size());
-                    let begin = HealBegin { from, page_size, pages: go.pages, compare: true, diverged };
-                    self.say(&[Message::HealBegin(begin)]).await?;
-                    from
-                }
-            };
-            if !go.bytes.is_empty() {
-                self.outlet.send(go.bytes).await?;
-            }
-            if let Some(last) = go.last {
-                self.say(&[Message::Sent(last)]).await?;
-                return Ok((from, last));
-            }
-            self.beat_if_due().await?;
-        }
-    }
-
-    /// Sends what the replica asks for, until it wants nothing more; then says where that is exact.
-    async fn answer(&mut self, mut wants: mpsc::Receiver<Want>, mut last: Option<Sent>) -> Result<(), End> {
-        loop {
-            let want = tokio::select! {
-                want = wants.recv() => want.ok_or(End::Left)?,
-                () = tokio::time::sleep_until(self.last_beat + BEAT) => {
-                    self.beat().await?;
-                    continue;
-                }
-            };
-            let done = want.runs.is_empty();
-            let (mut runs, mut pages) = (want.runs.into_iter(), 0);
-            loop {
-                let some: Vec<WantRun> = std::iter::from_fn(|| {
-                    let run = (pages < RUN_PAGES_AT_ONCE).then(|| runs.next()).flatten()?;
-                    pages += run.hashes.len();
-                    Some(run)
-                })
-                .collect();
-                pages = 0;
-                if some.is_empty() && (!done || last.is_some()) {
-                    break;
-                }
-                let supply = self.supply.clone();
-                let read =
-                    move || answer(|first, most| supply.read_piece(first, most), supply.page_size(), &some);
-                let (bytes, sent) = blocking(read).await?;
-                last = Some(sent);
-                if !bytes.is_empty() {
-                    self.outlet.send(bytes).await?;
-                }
-                self.beat_if_due().await?;
-            }
-            let Some(sent) = last else { continue };
-            if done {
-                let (exact_at, pages) = (sent.position, sent.pages);
-                self.say(&[Message::SnapEnd(SnapEnd { exact_at, pages })]).await?;
-                return Ok(());
-            }
-            self.say(&[Message::Sent(sent)]).await?;
-        }
-    }
-
     async fn pin_tip(&self) -> Result<Box<dyn LogPin>, End> {
         let log = self.supply.clone();
         let pin = blocking(move || {
@@ -523,110 +387,4 @@ async fn read(log: &Arc<dyn StreamSource>, lsn: u64) -> Result<LogRead> {
         Err(Error::Io { source, .. }) if source.kind() == io::ErrorKind::NotFound => Ok(LogRead::Gone),
         read => read.map(LogRead::Bytes),
     }
-}
-
-/// Some pieces, encoded.
-struct PageBatch {
-    bytes: Bytes,
-    /// The position of the first piece in it, and the database's size there.
-    position: Position,
-    pages: u32,
-    /// Said with the last piece: where that was read.
-    last: Option<Sent>,
-}
-
-/// Reads some pages from one on and says where the next ones begin.
-type ReadPageBatch = fn(&dyn StreamSource, PageNo) -> Result<(PageBatch, PageNo)>;
-
-/// Reads and hashes ahead of the sender; ends when the handle is dropped.
-fn read_ahead(
-    supply: Arc<dyn StreamSource>,
-    from: PageNo,
-    read: ReadPageBatch,
-) -> (mpsc::Receiver<Result<PageBatch>>, AbortOnDropHandle<()>) {
-    let (sender, receiver) = mpsc::channel(GOES_AHEAD);
-    let task = tokio::spawn(async move {
-        let mut from = from;
-        // A place first: what is read must not be held while the sender waits.
-        while let Ok(place) = sender.reserve().await {
-            let supply = supply.clone();
-            match blocking(move || read(&*supply, from)).await {
-                Ok((go, next)) => {
-                    let last = go.last.is_some();
-                    place.send(Ok(go));
-                    if last {
-                        return;
-                    }
-                    from = next;
-                }
-                Err(error) => return place.send(Err(error)),
-            }
-        }
-    });
-    (receiver, AbortOnDropHandle::new(task))
-}
-
-fn read_go(supply: &dyn StreamSource, from: PageNo) -> Result<(PageBatch, PageNo)> {
-    let mut bytes = BytesMut::with_capacity(PIECES_AT_ONCE * (PIECE_BYTES + 1024));
-    let page = supply.page_size().bytes();
-    read_pieces(supply, from, |first, piece| {
-        wire::encode_pieces(first, piece.position, &piece.data, page, &mut bytes)
-    })
-    .map(|(first, last, next)| {
-        let Sent { position, pages } = first;
-        (PageBatch { bytes: bytes.freeze(), position, pages, last }, next)
-    })
-}
-
-fn read_sums(supply: &dyn StreamSource, from: PageNo) -> Result<(PageBatch, PageNo)> {
-    let size = supply.page_size();
-    let span = span_pages(size);
-    let mut sums = Vec::new();
-    let (Sent { position, pages }, last, next) = read_pieces(supply, from, |first, piece| {
-        let mut numbers = first.get()..;
-        sums.extend(piece.data.chunks(span as usize * size.bytes()).map(|run| {
-            let pages = numbers.by_ref().zip(run.chunks_exact(size.bytes()));
-            let pages = pages.filter_map(|(n, page)| Some((PageNo::new(n)?, page)));
-            let pages = pages.filter(|(n, _)| !n.is_lock_page(size));
-            let sum = pages.fold(Checksum::EMPTY, |sum, (n, page)| sum.with(PageHash::of(n, page)));
-            sum.as_u128().to_le_bytes()
-        }));
-    })?;
-    let mut bytes = BytesMut::new();
-    if !sums.is_empty() {
-        wire::encode(&Message::Sums { first: from, span, sums: &sums }, &mut bytes);
-    }
-    Ok((PageBatch { bytes: bytes.freeze(), position, pages, last }, next))
-}
-
-/// Pages that one sum stands for: as many as a piece has, so that a span is read at one moment.
-fn span_pages(size: PageSize) -> u32 {
-    (PIECE_BYTES / size.bytes()) as u32
-}
-
-/// Reads some pieces. Where the first was read, where the last of all was, and where the next one begins.
-fn read_pieces(
-    supply: &dyn StreamSource,
-    from: PageNo,
-    mut visit: impl FnMut(PageNo, &Piece),
-) -> Result<(Sent, Option<Sent>, PageNo)> {
-    let page_bytes = supply.page_size().bytes();
-    let mut next = from;
-    let mut begun = None;
-    for _ in 0..PIECES_AT_ONCE {
-        let piece = supply.read_piece(next, PIECE_BYTES)?;
-        let here = Sent { position: piece.position, pages: piece.pages };
-        let first = *begun.get_or_insert(here);
-        let read = (piece.data.len() / page_bytes) as u32;
-        if read > 0 {
-            visit(next, &piece);
-        }
-        let after = PageNo::new(next.get().saturating_add(read)).unwrap_or(next);
-        if read == 0 || after.get() > piece.pages {
-            return Ok((first, Some(here), after));
-        }
-        next = after;
-    }
-    let first = begun.ok_or_else(|| Error::Internal("a snapshot without pieces".into()))?;
-    Ok((first, None, next))
 }

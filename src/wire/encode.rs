@@ -7,8 +7,9 @@ use crate::status::{Addresses, PeerInfo};
 use crate::txid::Position;
 use crate::wire::fields::hash_of;
 use crate::wire::{
-    FOLLOWS_NONE, HEADER_BYTES, Hello, Kind, MARKS_MAX, Message, PAYLOAD_MAX_BYTES, PEER_MAX_BYTES,
-    PIECE_BYTES, REASON_MAX_BYTES, SnapBegin, VERSION, Welcome,
+    Ack, FOLLOWS_NONE, Goodbye, HEADER_BYTES, HealBegin, Hello, Kind, MARKS_MAX, Message, PAYLOAD_MAX_BYTES,
+    PEER_MAX_BYTES, PIECE_BYTES, REASON_MAX_BYTES, Segment, SnapBegin, TxnBegin, TxnEnd, VERSION, Want,
+    Welcome,
 };
 
 /// Encodes a unit behind `out`.
@@ -74,25 +75,14 @@ fn head(kind: Kind, payload: usize) -> [u8; 8] {
 
 fn put_fields(message: &Message<'_>, out: &mut BytesMut) -> Kind {
     match message {
-        // Encoded apart, by `encode_page`: its hash is another one.
+        // `encode_page` encodes a page, because its hash is another one.
         Message::Page { number, page, .. } => {
             out.put_u32_le(number.get());
             out.put_slice(page);
             Kind::Page
         }
-        Message::TxnBegin(m) => {
-            out.put_slice(&m.before.to_bytes());
-            out.put_slice(&m.epoch.to_bytes());
-            out.put_u32_le(m.page_size.get());
-            Kind::TxnBegin
-        }
-        Message::TxnEnd(m) => {
-            out.put_slice(&m.after.to_bytes());
-            out.put_u32_le(m.pages);
-            out.put_u32_le(m.changed);
-            out.put_u64_le(m.unix_micros);
-            Kind::TxnEnd
-        }
+        Message::TxnBegin(m) => put_txn_begin(m, out),
+        Message::TxnEnd(m) => put_txn_end(m, out),
         Message::Hello(m) => put_hello(m, out),
         Message::Welcome(m) => put_welcome(m, out),
         Message::Epochs(history) => {
@@ -104,12 +94,7 @@ fn put_fields(message: &Message<'_>, out: &mut BytesMut) -> Kind {
             out.put_u64_le(m.clock);
             Kind::Heartbeat
         }
-        Message::Ack(m) => {
-            put_optional(m.applied, out);
-            put_optional(m.synced, out);
-            out.put_u64_le(m.clock);
-            Kind::Ack
-        }
+        Message::Ack(m) => put_ack(m, out),
         Message::SnapBegin(m) => put_snap_begin(m, out),
         Message::SnapPiece { first, position, pages } => {
             out.reserve(4 + Position::BYTES + pages.len());
@@ -123,46 +108,38 @@ fn put_fields(message: &Message<'_>, out: &mut BytesMut) -> Kind {
             out.put_u32_le(m.pages);
             Kind::SnapEnd
         }
-        Message::HealBegin(m) => {
-            out.put_slice(&m.from.to_bytes());
-            out.put_u32_le(m.page_size.get());
-            out.put_u32_le(m.pages);
-            out.put_u8(u8::from(m.compare));
-            out.put_u8(u8::from(m.diverged));
-            Kind::HealBegin
-        }
+        Message::HealBegin(m) => put_heal_begin(m, out),
         Message::Sums { first, span, sums } => {
             out.put_u32_le(first.get());
             out.put_u32_le(*span);
             out.put_slice(sums.as_flattened());
             Kind::Sums
         }
-        Message::Want(m) => {
-            for run in &m.runs {
-                out.put_u32_le(run.first.get());
-                out.put_u32_le(run.hashes.len() as u32);
-                out.put_slice(run.hashes.as_flattened());
-            }
-            Kind::Want
-        }
+        Message::Want(m) => put_want(m, out),
         Message::Sent(m) => {
             out.put_slice(&m.position.to_bytes());
             out.put_u32_le(m.pages);
             Kind::Sent
         }
         Message::Drain => Kind::Drain,
-        Message::Goodbye(m) => {
-            let cut = cut_at(&m.reason, REASON_MAX_BYTES);
-            out.put_slice(&m.reason.as_bytes()[..cut]);
-            Kind::Goodbye
-        }
-        Message::Segment(m) => {
-            out.put_u64_le(m.start);
-            out.put_slice(&m.before.to_bytes());
-            out.put_u64_le(m.follows.unwrap_or(FOLLOWS_NONE));
-            Kind::Segment
-        }
+        Message::Goodbye(m) => put_goodbye(m, out),
+        Message::Segment(m) => put_segment(m, out),
     }
+}
+
+fn put_txn_begin(m: &TxnBegin, out: &mut BytesMut) -> Kind {
+    out.put_slice(&m.before.to_bytes());
+    out.put_slice(&m.epoch.to_bytes());
+    out.put_u32_le(m.page_size.get());
+    Kind::TxnBegin
+}
+
+fn put_txn_end(m: &TxnEnd, out: &mut BytesMut) -> Kind {
+    out.put_slice(&m.after.to_bytes());
+    out.put_u32_le(m.pages);
+    out.put_u32_le(m.changed);
+    out.put_u64_le(m.unix_micros);
+    Kind::TxnEnd
 }
 
 fn put_hello(m: &Hello, out: &mut BytesMut) -> Kind {
@@ -194,12 +171,50 @@ fn put_welcome(m: &Welcome, out: &mut BytesMut) -> Kind {
     Kind::Welcome
 }
 
+fn put_ack(m: &Ack, out: &mut BytesMut) -> Kind {
+    put_optional(m.applied, out);
+    put_optional(m.synced, out);
+    out.put_u64_le(m.clock);
+    Kind::Ack
+}
+
 fn put_snap_begin(m: &SnapBegin, out: &mut BytesMut) -> Kind {
     out.put_slice(&m.first.to_bytes());
     out.put_u32_le(m.from.get());
     out.put_u32_le(m.page_size.get());
     out.put_u32_le(m.pages);
     Kind::SnapBegin
+}
+
+fn put_heal_begin(m: &HealBegin, out: &mut BytesMut) -> Kind {
+    out.put_slice(&m.from.to_bytes());
+    out.put_u32_le(m.page_size.get());
+    out.put_u32_le(m.pages);
+    out.put_u8(u8::from(m.compare));
+    out.put_u8(u8::from(m.diverged));
+    Kind::HealBegin
+}
+
+fn put_want(m: &Want, out: &mut BytesMut) -> Kind {
+    for run in &m.runs {
+        out.put_u32_le(run.first.get());
+        out.put_u32_le(run.hashes.len() as u32);
+        out.put_slice(run.hashes.as_flattened());
+    }
+    Kind::Want
+}
+
+fn put_goodbye(m: &Goodbye, out: &mut BytesMut) -> Kind {
+    let cut = cut_at(&m.reason, REASON_MAX_BYTES);
+    out.put_slice(&m.reason.as_bytes()[..cut]);
+    Kind::Goodbye
+}
+
+fn put_segment(m: &Segment, out: &mut BytesMut) -> Kind {
+    out.put_u64_le(m.start);
+    out.put_slice(&m.before.to_bytes());
+    out.put_u64_le(m.follows.unwrap_or(FOLLOWS_NONE));
+    Kind::Segment
 }
 
 fn put_optional(position: Option<Position>, out: &mut BytesMut) {
