@@ -8,8 +8,8 @@
 //! | `options`, `figures` | what a database needs to know, and what the status shows of it |
 //! | `source` | what may be read of a database while it goes on |
 //! | `file` | an open database without opinion: the tip, its pages, anchors, the WAL file, the watch over both |
-//! | `checkpoint` | frames are copied into the database file, the WAL is begun anew, its length has a bound |
 //! | `history` | what both roles write: records to the log, frames to the WAL, epochs |
+//! | `checkpoint` | frames are copied into the database file, the WAL is begun anew, its length has a bound |
 //! | `incoming` | a state that comes from another node, page by page, beside the one that is there |
 //! | `lost` | what was replaced and is kept |
 //! | `recover` | which state the files are; gives [`Opened`] |

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::parse::ParseError;
-use crate::status::PeerInfo;
+use crate::status::{PeerInfo, is_plain};
 use crate::txid::Txid;
 
 /// What the crate's functions return.
@@ -434,13 +434,6 @@ pub enum PeerProblem {
     /// It ended the stream with a reason.
     #[error("it ended the stream: {0}")]
     Goodbye(String),
-}
-
-/// Whether a character can be shown in a line as it is: it is no control character, and none that
-/// is not seen but turns others around, or ends the line.
-pub(crate) fn is_plain(c: char) -> bool {
-    let unseen = matches!(c, '\u{61c}' | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
-    !c.is_control() && !unseen
 }
 
 /// A text of somebody else as it may stand in logs and problems: in one line, and of so many bytes

@@ -9,7 +9,6 @@ use std::time::{Duration, SystemTime};
 use serde::{Deserialize, Serialize};
 
 use crate::checksum::Checksum;
-use crate::error::is_plain;
 use crate::page::PageNo;
 use crate::peer::{Incarnation, NodeId};
 use crate::txid::{Epoch, Position};
@@ -102,6 +101,13 @@ impl Addresses {
         let all = [&self.replication, &self.app].into_iter().chain(&self.public).chain(labels);
         all.flat_map(|text| text.chars()).all(is_plain)
     }
+}
+
+/// Whether a character can be shown in a line as it is. A control character can't, nor one that is
+/// not seen but turns others around or ends the line.
+pub(crate) fn is_plain(c: char) -> bool {
+    let unseen = matches!(c, '\u{61c}' | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
+    !c.is_control() && !unseen
 }
 
 /// What is known of another node.

@@ -11,6 +11,7 @@ pub(in crate::engine) mod newest;
 pub(in crate::engine) mod pages;
 pub(in crate::engine) mod progress;
 pub(in crate::engine) mod term;
+pub(in crate::engine) mod tip;
 pub(in crate::engine) mod unsynced_marker;
 pub(in crate::engine) mod wal_bound;
 pub(in crate::engine) mod wal_file;

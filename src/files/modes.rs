@@ -7,7 +7,7 @@ use std::path::Path;
 
 use crate::error::{Error, Result};
 #[cfg(unix)]
-use crate::files::state_directory::database_of;
+use crate::files::paths::database_of;
 
 /// A database that is not there yet, and that nothing was said of.
 pub(crate) const PRIVATE: u32 = 0o600;

@@ -127,6 +127,16 @@ pub(crate) fn beside(path: &Path, end: &str) -> PathBuf {
     name.into()
 }
 
+/// The database that a path in its state directory belongs to.
+#[cfg(unix)]
+pub(super) fn database_of(path: &Path) -> Option<PathBuf> {
+    use std::os::unix::ffi::OsStrExt;
+    path.ancestors().find_map(|above| {
+        let name = above.file_name()?.as_bytes().strip_suffix(SUFFIX.as_bytes())?;
+        Some(above.with_file_name(std::ffi::OsStr::from_bytes(name)))
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

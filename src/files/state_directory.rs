@@ -5,7 +5,7 @@ use std::fs;
 #[cfg(unix)]
 use std::fs::{File, OpenOptions};
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use crate::error::{Error, Result, Unsupported};
 #[cfg(unix)]
@@ -15,6 +15,8 @@ use crate::files::of_link;
 #[cfg(unix)]
 use crate::files::parent_of;
 use crate::files::paths::SUFFIX;
+#[cfg(unix)]
+use crate::files::paths::database_of;
 
 /// Makes the state directory, for its owner alone. One that is there is tightened if others can
 /// read it.
@@ -94,16 +96,6 @@ fn new_directory(path: &Path) -> Result<bool> {
     #[cfg(unix)]
     give(&open_directory(path)?, path, None)?;
     Ok(true)
-}
-
-/// The database that a path in its state directory belongs to.
-#[cfg(unix)]
-pub(super) fn database_of(path: &Path) -> Option<PathBuf> {
-    use std::os::unix::ffi::OsStrExt;
-    path.ancestors().find_map(|above| {
-        let name = above.file_name()?.as_bytes().strip_suffix(SUFFIX.as_bytes())?;
-        Some(above.with_file_name(std::ffi::OsStr::from_bytes(name)))
-    })
 }
 
 /// Whether the directory that the database is in is open to the same group. That group can put another

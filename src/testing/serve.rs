@@ -18,8 +18,7 @@ use tower::Service;
 
 use crate::error::{Error, Result};
 use crate::lock::lock;
-
-type BoxError = Box<dyn std::error::Error + Send + Sync>;
+use crate::proxy::BoxError;
 
 /// A service, and what ends its connections.
 type Life<S> = Option<(S, CancellationToken)>;

@@ -2,8 +2,8 @@
 
 use crate::checksum::PageHash;
 use crate::engine::capture::handle::PrimaryEngine;
+use crate::engine::checkpoint::backfill::DRAIN_MAX;
 use crate::engine::checkpoint::backfill::{mark_again, try_for};
-use crate::engine::checkpoint::restart::DRAIN_MAX;
 use crate::engine::file::anchor::{Anchor, FileState};
 use crate::engine::file::database::OpenDatabase;
 use crate::engine::file::witnesses::{Witness, Witnesses};

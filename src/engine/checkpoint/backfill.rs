@@ -4,7 +4,6 @@
 
 use std::time::{Duration, Instant};
 
-use crate::engine::checkpoint::restart::DRAIN_MAX;
 use crate::engine::file::anchor::FileState;
 use crate::engine::file::database::{OpenDatabase, Tip};
 use crate::engine::file::newest::{Found, Newest};
@@ -25,6 +24,8 @@ pub(in crate::engine) const REST_MAX_FRAMES: u32 = 256;
 const RUN_BYTES: usize = 256 * 1024;
 /// The most that is written to the file at once.
 const WRITE_BYTES: usize = 64 * 1024;
+/// Longest that new writers wait while readers drain from the WAL.
+pub(in crate::engine) const DRAIN_MAX: Duration = Duration::from_millis(30);
 /// Pause between tries of a lock that is held for microseconds by others.
 pub(in crate::engine) const LOCK_STEP: Duration = Duration::from_micros(30);
 

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::engine::checkpoint::backfill::REST_MAX_FRAMES;
+use crate::engine::checkpoint::backfill::{DRAIN_MAX, REST_MAX_FRAMES};
 use crate::engine::checkpoint::backfill::{LOCK_STEP, copy, lock_file, rest, safe_frame};
 use crate::engine::checkpoint::generation::begin_generation;
 use crate::engine::file::database::{OpenDatabase, Tip, index_header};
@@ -14,9 +14,7 @@ use crate::sqlite::{Handle, Lock, Slot};
 use crate::wal::{frame_offset, push_frame};
 use std::sync::TryLockError;
 
-/// Longest that new writers wait while readers drain from the WAL.
-pub(in crate::engine) const DRAIN_MAX: Duration = Duration::from_millis(30);
-/// The same for locks of readers that take long.
+/// Pause between tries of a lock of readers that take long.
 const LONG_STEP: Duration = Duration::from_millis(1);
 
 /// What came of trying to restart the WAL.

@@ -22,7 +22,9 @@ use crate::page::PageSize;
 use crate::report::Condition;
 use crate::sqlite::{FileLocks, Handle, Lock, Slot, WalIndex};
 use crate::txid::Position;
-use crate::wal::{IndexHeader, Salts, WalSum, frame_bytes};
+use crate::wal::{IndexHeader, frame_bytes};
+
+pub(in crate::engine) use crate::engine::file::tip::Tip;
 
 /// Commit boundaries that are remembered within a generation, so that a backfill that readers hold back can still
 /// stop at a known position.
@@ -31,16 +33,6 @@ const BOUNDARIES_MAX: usize = 1024;
 /// and how long between two looks.
 const HEADER_WAIT: Duration = Duration::from_millis(200);
 const HEADER_STEP: Duration = Duration::from_micros(100);
-
-/// The last commit that this node has taken in.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(in crate::engine) struct Tip {
-    pub(in crate::engine) salts: Salts,
-    pub(in crate::engine) frame: u32,
-    pub(in crate::engine) sum: WalSum,
-    pub(in crate::engine) position: Position,
-    pub(in crate::engine) pages: u32,
-}
 
 /// What a role does when the files turn out not to be what they were.
 pub(in crate::engine) type WhenLost = fn(&OpenDatabase, &Error);

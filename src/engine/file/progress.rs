@@ -3,7 +3,7 @@
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
-use crate::engine::file::database::Tip;
+use crate::engine::file::tip::Tip;
 use crate::error::{Error, Result};
 use crate::wal::Salts;
 

@@ -5,9 +5,10 @@ use std::time::{Duration, Instant};
 
 use crate::engine::apply::thread::Apply;
 use crate::engine::apply::thread::state::{Served, State};
+use crate::engine::checkpoint::backfill::DRAIN_MAX;
 use crate::engine::checkpoint::bound::{BRAKE_TIMES, REST_TIMES, Teller};
 use crate::engine::checkpoint::pacer::RestartPacer;
-use crate::engine::checkpoint::restart::{DRAIN_MAX, Restart, restart};
+use crate::engine::checkpoint::restart::{Restart, restart};
 use crate::engine::history::wal_appender::WalAppender;
 use crate::error::{Error, Result};
 use crate::report::Condition;
