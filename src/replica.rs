@@ -1,5 +1,6 @@
 //! Follows a primary: connect, verify, hand over what comes, acknowledge, back off.
 
+mod acks;
 mod backoff;
 mod connection;
 mod give_back;

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 use http::StatusCode;
 use http_body_util::channel::Sender;
 use tokio::sync::mpsc;
@@ -18,20 +18,16 @@ use crate::engine::{ReplicaStanding, StreamError};
 use crate::error::{Error, PeerProblem, Result, shown};
 use crate::handshake::{self, Answer, Knock, Refusal};
 use crate::net::{self, Endpoint, Heard, Incoming, OpenResponse};
+use crate::replica::acks::{acknowledge, encoded};
 use crate::replica::lag::Lagging;
 use crate::replica::pace::Coming;
 use crate::replica::units::{Units, foreign};
 use crate::replica::{Feed, Reporter, give_back};
-use crate::report::Condition;
 use crate::secret::Proved;
 use crate::status::PeerInfo;
 use crate::txid::{Epoch, EpochHistory, Position};
-use crate::wire::{self, Ack, Goodbye, Hello, Kind, Message, Plan, Unit, Want, Welcome};
+use crate::wire::{Goodbye, Hello, Kind, Message, Plan, Unit, Want, Welcome};
 
-/// Acknowledgements of what is applied come at most this often; those of what is synced at once.
-const ACK_PAUSE: Duration = Duration::from_millis(100);
-/// An acknowledgement comes at least this often, also as a sign of life.
-const ACK_EVERY: Duration = Duration::from_secs(1);
 /// Bytes that are handed over at once.
 const BATCH_MAX_BYTES: usize = 1024 * 1024;
 /// Questions of the primary that wait: it asks one at a time, and may have given one up.
@@ -432,73 +428,4 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
     fn goodbye(&self, reason: String) -> Error {
         self.blame(PeerProblem::Goodbye(shown(&reason, GOODBYE_MAX_BYTES)))
     }
-}
-
-/// Says what was applied and synced, and asks for what a heal wants; returns when the connection takes nothing any more.
-async fn acknowledge<F: Feed>(
-    node: &NodeContext,
-    feed: &F,
-    dialled: Instant,
-    (mut wants, mut asked): (mpsc::Receiver<Want>, Option<mpsc::Receiver<Want>>),
-    mut request: Sender<Bytes, Infallible>,
-    drained: CancellationToken,
-) {
-    let mut answered = std::pin::pin!(async {
-        drained.cancelled().await;
-        node.forwards_answered().await;
-    });
-    let mut quiet = false;
-    let mut synced = feed.synced();
-    let mut said = None;
-    let mut synced_moves = true;
-    loop {
-        let has = (node.applied.position(), *synced.borrow_and_update());
-        let due = said.is_none_or(|(last, at): (_, Instant)| last != has || at.elapsed() >= ACK_EVERY);
-        if due {
-            let clock = dialled.elapsed().as_micros() as u64;
-            let ack = Ack { applied: has.0, synced: has.1, clock };
-            if request.send_data(encoded(&Message::Ack(ack))).await.is_err() {
-                return;
-            }
-            said = Some((has, Instant::now()));
-        }
-        tokio::select! {
-            Some(want) = wants.recv() => {
-                if request.send_data(encoded(&Message::Want(want))).await.is_err() {
-                    return;
-                }
-            }
-            Some(want) = next_of(&mut asked) => {
-                // Pages that can't be read are not answered for: who asked asks another replica.
-                let answer = feed.answer(want).await.unwrap_or_else(|error| {
-                    Condition::PagesNotAnswered { error: &error }.say();
-                    Bytes::new()
-                });
-                if request.send_data(answer).await.is_err() {
-                    return;
-                }
-            }
-            () = &mut answered, if !quiet => {
-                quiet = true;
-                if request.send_data(encoded(&Message::Drain)).await.is_err() {
-                    return;
-                }
-            }
-            moved = synced.changed(), if synced_moves => synced_moves = moved.is_ok(),
-            () = tokio::time::sleep(ACK_PAUSE) => {}
-        }
-    }
-}
-
-async fn next_of(receiver: &mut Option<mpsc::Receiver<Want>>) -> Option<Want> {
-    match receiver {
-        Some(receiver) => receiver.recv().await,
-        None => None,
-    }
-}
-
-fn encoded(message: &Message<'_>) -> Bytes {
-    let mut bytes = BytesMut::new();
-    wire::encode(message, &mut bytes);
-    bytes.freeze()
 }
