@@ -13,6 +13,17 @@ const UNSAFE: [&str; 2] = ["src/sqlite/ffi.rs", "src/sqlite/shm.rs"];
 /// What speaks over the network, or makes it easy.
 const NETWORK: [&str; 7] = ["tokio::net", "std::net", "http", "hyper", "hyper_util", "h2", "tower"];
 
+/// What makes a file or a directory.
+const MAKES_FILES: [&str; 7] = [
+    "std::fs::File::create",
+    "std::fs::File::create_new",
+    "std::fs::write",
+    "std::fs::copy",
+    "std::fs::create_dir",
+    "std::fs::create_dir_all",
+    "std::fs::DirBuilder",
+];
+
 /// Paths that some modules do without.
 struct Rule {
     why: &'static str,
@@ -28,7 +39,7 @@ enum Where {
     AllBut(&'static [&'static str]),
 }
 
-const RULES: [Rule; 10] = [
+const RULES: [Rule; 12] = [
     Rule {
         why: "words know nothing of what runs",
         of: Where::Floors(&[0]),
@@ -78,6 +89,18 @@ const RULES: [Rule; 10] = [
         of: Where::Floors(&[4]),
         without: &["tokio"],
         but: &["tokio::sync"],
+    },
+    Rule {
+        why: "`files` makes what is beside a database, or others could read it",
+        of: Where::Modules(&["log", "engine", "primary", "replica", "db::identity", "db::open_files"]),
+        without: &MAKES_FILES,
+        but: &[],
+    },
+    Rule {
+        why: "`files` opens what is beside a database, and follows no link",
+        of: Where::AllBut(&["files", "sqlite::locks", "engine::file::wal_file", "engine::file::modified"]),
+        without: &["std::fs::OpenOptions", "std::fs::File::options"],
+        but: &[],
     },
     Rule {
         why: "roles reach a database and a peer through the floors below",
