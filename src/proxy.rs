@@ -1,8 +1,8 @@
 //! The replay layer: a tower middleware that lets every node take every request.
 //!
-//! Requests that may change something go to the primary; all others run here, and again on the primary when their
-//! handler turned out to need it. Responses that committed carry a token, and a request with a token is answered
-//! from a state that has that transaction.
+//! Requests that may change something go to the primary. All others run here, and again on the
+//! primary when their handler turned out to need it. Responses that committed carry a token. A node
+//! answers a request with a token from a state that has that transaction.
 //!
 //! The way of a request, a module a step:
 //!

@@ -1,4 +1,5 @@
-//! The bodies of the layer: requests on their way to the handler, responses on their way to the client.
+//! The bodies of the layer: requests on their way to the handler, responses on their way to the
+//! client.
 
 use std::pin::Pin;
 use std::task::{Context, Poll, ready};
@@ -15,8 +16,9 @@ use crate::proxy::BoxError;
 use crate::proxy::replay_body::{DrainOnDrop, Keep};
 
 pin_project! {
-    /// A request's body as the wrapped service gets it: the one that came in, which the layer may be able to take
-    /// back for the primary. With the feature `axum` it is inside of an axum `Body`.
+    /// A request's body as the wrapped service gets it: the one that came in, which the layer may
+    /// be able to take back for the primary. With the feature `axum` it is inside of an axum
+    /// `Body`.
     pub struct ReplayRequestBody<B> {
         #[pin]
         kind: RequestKind<B>,
@@ -106,7 +108,8 @@ impl<B> std::fmt::Debug for ReplayRequestBody<B> {
 }
 
 pin_project! {
-    /// A response's body: the wrapped service's own, the primary's, or a few words of the layer. With the feature `axum` the layer's responses have an axum `Body`.
+    /// A response's body: the wrapped service's own, the primary's, or a few words of the layer.
+    /// With the feature `axum` the layer's responses have an axum `Body`.
     pub struct ReplayResponseBody<RB> {
         #[pin]
         kind: ResponseKind<RB>,

@@ -23,13 +23,18 @@ use crate::proxy::route::is_safe;
 use crate::proxy::shared::LayerShared;
 use crate::session;
 
-/// A tower service that sends requests to the primary's application, wherever that is: for jobs, WebSocket handlers and
-/// everything else on a replica that has to write. Made by [`Db::primary_client`](crate::Db::primary_client).
+/// A tower service that sends requests to the primary's application, wherever that is: for jobs,
+/// WebSocket handlers and everything else on a replica that has to write.
+/// [`Db::primary_client`](crate::Db::primary_client) makes it.
 ///
-/// Of a request's URI path and query count. It goes the same way as a client's request that the replay layer forwards: held for some seconds
-/// while there is no primary, sent once unless its method is safe, its body and the response's streamed. On the primary itself it goes to
-/// this node's own application address. When the primary's answer carries a token, the [`Session`](crate::Session) of the calling task is told, so that
-/// the response that is being made there carries it on; other callers read it by [`Db::verify_token`](crate::Db::verify_token).
+/// Of a request's URI path and query count. It goes the same way as a client's request that the
+/// replay layer forwards. The client holds it for some seconds while there is no primary, sends it
+/// once unless its method is safe, and streams both bodies. On the primary itself the request goes
+/// to this node's own application address.
+///
+/// When the primary's answer carries a token, the client tells the [`Session`](crate::Session) of
+/// the calling task, and the response that is being made there carries the token on. Other callers
+/// read it by [`Db::verify_token`](crate::Db::verify_token).
 #[derive(Clone)]
 pub struct PrimaryClient {
     shared: Arc<LayerShared>,

@@ -1,4 +1,5 @@
-//! Connections to other nodes: how they are opened and run, and why a request on one has no response.
+//! Connections to other nodes: how they are opened and run, and why a request on one has no
+//! response.
 
 use std::future::Future;
 use std::io;
@@ -16,8 +17,8 @@ use crate::proxy::BoxError;
 use crate::proxy::body::{IdleTimeoutBody, ReplayRequestBody};
 use crate::proxy::preface::WatchedIo;
 
-/// How long an unused connection is kept: less than any server or proxy on the way is likely to allow, because a
-/// request that meets a closing connection has an unknown outcome.
+/// How long an unused connection is kept: less than any server or proxy on the way is likely to
+/// allow, because a request that meets a closing connection has an unknown outcome.
 pub(super) const POOL_IDLE_SECONDS: u64 = 15;
 
 /// TCP probes an idle connection after so many seconds, so that a dead machine is noticed.
@@ -31,7 +32,8 @@ pub(super) type Outgoing = IdleTimeoutBody<ReplayRequestBody<http_body_util::Emp
 pub(super) enum SendError {
     /// There was no connection, and it is no use to try another.
     Unreachable(BoxError),
-    /// The connection closed before the request was put on it, or the node said that it has not begun it.
+    /// The connection closed before the request was put on it, or the node said that it has not
+    /// begun it.
     NotBegun(BoxError),
     /// The server shows no HTTP/2; the request was not put on the connection.
     NoHttp2(BoxError),

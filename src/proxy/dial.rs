@@ -49,7 +49,8 @@ impl Dialer {
         Dialer { http1, http2: Http2::new(connector.for_http2(), spawn) }
     }
 
-    /// Sends a request and waits for the response's head. The body is not touched before a connection stands.
+    /// Sends a request and waits for the response's head. The body is not touched before a
+    /// connection stands.
     ///
     /// # Cancel safety
     /// Dropping the future closes the connection that the request is on.
@@ -72,7 +73,8 @@ impl Dialer {
         };
         tokio::pin!(response);
         loop {
-            // The deadline comes nearer when the body ends, but never nearer than `answer` from then.
+            // The deadline comes nearer when the body ends, but never nearer than `answer` from
+            // then.
             let due = body.deadline(idle, answer).min(Instant::now() + answer);
             tokio::select! {
                 biased;

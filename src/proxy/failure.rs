@@ -22,10 +22,11 @@ pub enum Outcome {
 
 impl Outcome {
     /// What this error tells of the request that fails because of it: that the write which it ends
-    /// was not begun, or that nobody knows. None where the error alone does not tell, as when
-    /// SQLite refuses a statement, which may come after others. For responses of the application's
-    /// own making; those that axum makes of an [`Error`] have it. The layer takes it back when the
-    /// request has committed something before.
+    /// was not begun, or that no node knows. None where the error alone does not tell, as when
+    /// SQLite refuses a statement, which may come after others.
+    ///
+    /// It is for responses of the application's own making; those that axum makes of an [`Error`]
+    /// have it. The layer takes it back when the request has committed something before.
     pub fn of(error: &Error) -> Option<Outcome> {
         match error {
             Error::NotPrimary { .. } | Error::Busy { .. } | Error::ShutDown => Some(Outcome::NotExecuted),

@@ -26,7 +26,8 @@ use crate::txid::Epoch;
 
 /// Tries at once on a further connection after one on which the request was not begun.
 const STALE_MAX: u8 = 3;
-/// The first pause before a primary is tried again that could not be reached; each is twice the one before it.
+/// The first pause before a primary is tried again that could not be reached; each is twice the one
+/// before it.
 const PAUSE_FIRST: Duration = Duration::from_millis(10);
 /// And the longest.
 const PAUSE_MAX: Duration = Duration::from_millis(200);
@@ -36,7 +37,8 @@ const PAUSE_MAX: Duration = Duration::from_millis(200);
 pub(super) enum Sender {
     /// A client, through the layer: where this node is the primary, the request runs here.
     Client,
-    /// This process itself: where this node is the primary, its own application is called like any other.
+    /// This process itself: where this node is the primary, its own application is called like any
+    /// other.
     Caller,
 }
 
@@ -52,8 +54,8 @@ pub(super) enum Verdict {
 
 /// Sends the request to the primary, holding it while there is none.
 ///
-/// It is sent once more after a broken connection if its method is safe, and it is `repeatable`: what has to run on the primary may have effects, whatever
-/// its method.
+/// It is sent once more after a broken connection if its method is safe, and it is `repeatable`:
+/// what has to run on the primary may have effects, whatever its method.
 pub(super) async fn forward(
     shared: &LayerShared,
     head: &Head,
@@ -207,7 +209,11 @@ impl Trip<'_> {
                 self.retry(target, Reason::Unreachable)
             }
             SendError::NotBegun(error) if self.stale > 0 => {
-                tracing::debug!(%error, ?target, "a connection was closed before the request was begun; another is tried");
+                tracing::debug!(
+                    %error,
+                    ?target,
+                    "a connection was closed before the request was begun; another is tried"
+                );
                 self.stale -= 1;
                 self.retry(target, Reason::Unreachable)
             }
@@ -244,8 +250,8 @@ impl Trip<'_> {
         }
     }
 
-    /// Another try. Where to is looked up again, because the primary may have said meanwhile that it takes no more; but for an
-    /// address that another node gave.
+    /// Another try. It looks up again where to, because the primary may have said meanwhile that it
+    /// takes no more. An address that another node gave stays.
     fn retry(&mut self, target: RequestTarget, or: Reason) -> Step {
         self.next =
             Some(target).filter(|target| matches!(target, RequestTarget::There { incarnation: None, .. }));
@@ -267,7 +273,8 @@ impl Trip<'_> {
         ControlFlow::Break(self.failed_by(reason))
     }
 
-    /// What is said in the end. After a connection that broke it is not known any more that the request did not run.
+    /// What is said in the end. After a connection that broke it is not known any more that the
+    /// request did not run.
     fn failed_by(&self, reason: Reason) -> Verdict {
         let forgets = self.broke && Failure::new(reason).outcome == Outcome::NotExecuted;
         Verdict::Failed(if forgets { Reason::Broken } else { reason })
@@ -293,7 +300,7 @@ fn request(head: &Head, app: &str, hop: Option<&str>) -> Result<Request<()>, Box
     Ok(request)
 }
 
-/// The app's URL with the request's path and query behind it, byte for byte.
+/// The app's URL followed by the request's path and query, byte for byte.
 fn join(app: &str, target: &str) -> Result<Uri, BoxError> {
     let base: Uri = app.parse()?;
     let mut parts = base.into_parts();

@@ -32,7 +32,8 @@ use crate::session::Session;
 pin_project! {
     /// The future of [`ReplayService`](crate::ReplayService).
     ///
-    /// Dropping it before it is done drops the handler's future, or closes the connection to the primary.
+    /// Dropping it before it is done drops the handler's future, or closes the connection to the
+    /// primary.
     pub struct ResponseFuture<S, B>
     where
         S: Service<Request<B>>,
@@ -151,7 +152,8 @@ impl<S, B, RB> ResponseFuture<S, B>
 where
     S: Service<Request<B>, Response = Response<RB>>,
 {
-    /// Polls; the functions make the response's body of the wrapped service's, and of the layer's own.
+    /// Polls; the functions make the response's body of the wrapped service's, and of the layer's
+    /// own.
     fn poll_with<O>(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -206,7 +208,8 @@ where
     }
 }
 
-/// The way to the primary for a request whose handler needed it, if nothing was committed here, nor may have been, and no other database's layer sent it anywhere.
+/// The way to the primary for a request whose handler needed it. None when something was committed
+/// here, or may have been, and when another database's layer has sent the request somewhere.
 fn replay<S, B>(shared: &Arc<LayerShared>, run: &mut LocalRun) -> Option<FutureState<S, B>>
 where
     S: Service<Request<B>>,

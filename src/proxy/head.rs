@@ -46,7 +46,8 @@ impl Head {
             came: parts.extensions.get::<Came>().map_or(0, Came::count),
         };
         headers::strip_hop_by_hop(&mut head.headers);
-        // HTTP/2 has the host in the URI. A client that says both is left to the app, which sees the same on every node.
+        // HTTP/2 has the host in the URI. A client that says both is left to the app, which sees
+        // the same on every node.
         if !head.headers.contains_key(HOST)
             && let Some(authority) = parts.uri.authority()
             && let Ok(host) = HeaderValue::from_str(authority.as_str())
@@ -82,13 +83,15 @@ impl Head {
     }
 }
 
-/// gRPC, and whoever else asks for trailers in HTTP/2, gets ones that nobody announced, which HTTP/1.1 has no place for. A server that was asked in
-/// HTTP/2 mostly speaks it on the primary, too.
+/// A client that asks for trailers in HTTP/2, as gRPC does, gets ones that no header announced, and
+/// HTTP/1.1 has no place for those. A server that was asked in HTTP/2 mostly speaks it on the
+/// primary, too.
 fn wants_trailers(parts: &Parts) -> bool {
     parts.version == Version::HTTP_2 && parts.headers.contains_key(TE)
 }
 
-/// Whether a request names one resource at one host, so that every server on its way reads it alike.
+/// Whether a request names one resource at one host, so that every server on its way reads it
+/// alike.
 fn is_definite(parts: &Parts, options: &Options) -> bool {
     parts.headers.get_all(HOST).iter().nth(1).is_none() && target(parts, options).starts_with('/')
 }

@@ -27,7 +27,8 @@ const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 /// What begins the name of each header that only nodes may send, but for [`TOKEN`].
 const RESERVED: &str = "replite-";
 
-/// Headers that are about one connection and never go on (RFC 9110, 7.6.1). `te` is looked at on its own.
+/// Headers that are about one connection and never go on (RFC 9110, 7.6.1). `te` is looked at on
+/// its own.
 const HOP_BY_HOP: [&str; 7] = [
     "connection",
     "keep-alive",
@@ -40,7 +41,8 @@ const HOP_BY_HOP: [&str; 7] = [
 
 /// Cookie headers that are searched for our cookie; browsers send one, HTTP/2 may split it.
 const COOKIE_HEADERS_MAX: usize = 64;
-/// Cookies of our name, and tokens in headers, that are looked at. A sibling domain may have set some of the cookies; those with the longest path come first.
+/// Cookies of our name, and tokens in headers, that are looked at. A sibling domain may have set
+/// some of the cookies; those with the longest path come first.
 const TOKENS_MAX: usize = 8;
 
 /// Removes the headers that only nodes may send, so that no client can pretend to be one.
@@ -88,9 +90,11 @@ fn lists(value: &HeaderValue, word: &str) -> bool {
     value.to_str().is_ok_and(|v| v.split(',').any(|item| item.trim().eq_ignore_ascii_case(word)))
 }
 
-/// Which of these protocols the request asks for, such as `websocket`: a GET with an `Upgrade` header, or an extended CONNECT. With any
-/// other method, and for any other protocol, the header is an offer that need not be taken (RFC 9110, 7.8), such as the one to go on in HTTP/2, which some
-/// clients make with each first request.
+/// Which of these protocols the request asks for, such as `websocket`: a GET with an `Upgrade`
+/// header, or an extended CONNECT.
+///
+/// With any other method, and for any other protocol, the header is an offer that need not be taken
+/// (RFC 9110, 7.8). Some clients offer with each first request to go on in HTTP/2.
 pub(super) fn upgrade<'a>(parts: &'a Parts, protocols: &[String]) -> Option<&'a str> {
     let known = |asked: &&str| {
         let name = asked.split('/').next().unwrap_or_default();
@@ -154,7 +158,8 @@ pub(super) fn cookies<'a>(headers: &'a HeaderMap, name: &str) -> impl Iterator<I
         .take(TOKENS_MAX)
 }
 
-/// The first tokens in the headers: one for each database, and each in a header of its own or behind a comma.
+/// The first tokens in the headers: one for each database, and each in a header of its own or after
+/// a comma.
 pub(super) fn tokens(headers: &HeaderMap) -> impl Iterator<Item = &str> {
     let values = headers.get_all(TOKEN).iter().filter_map(|value| value.to_str().ok());
     values.flat_map(|value| value.split(',')).map(str::trim).take(TOKENS_MAX)

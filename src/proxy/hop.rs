@@ -7,11 +7,13 @@ use crate::peer::NodeId;
 use crate::secret::{Keyring, PROOF_BYTES, Purpose, SHORT_PROOF_BYTES};
 use crate::txid::Epoch;
 
-/// Nodes that a request is offered to, one after the other and by whatever layers, before it is given up.
+/// Nodes that a request is offered to, one after the other and by whatever layers, before it is
+/// given up.
 pub(super) const HOPS_MAX: u8 = 3;
 
 const VERSION: &str = "v1";
-/// The longest header value that is looked at: version, count, node, epoch and proof have 140 bytes.
+/// The longest header value that is looked at: version, count, node, epoch and proof have 140
+/// bytes.
 const HOP_TEXT_MAX_BYTES: usize = 160;
 /// The longest hint that is looked at: fixed fields and a URL.
 const HINT_TEXT_MAX_BYTES: usize = 1024;
@@ -27,14 +29,15 @@ pub(super) struct Hop {
     pub(super) epoch: Epoch,
 }
 
-/// The hop that a request came by, in its extensions: the outermost layer takes it out of the headers, and it may be meant for one below, which has
-/// another database, and other keys.
+/// The hop that a request came by, in its extensions: the outermost layer takes it out of the
+/// headers, and it may be meant for one below, which has another database, and other keys.
 #[derive(Clone)]
 pub(super) struct Came(pub(super) HeaderValue);
 
 impl Came {
-    /// How often the request was sent on, by the layers of all databases. Not proved: a layer can't prove the hop of another's. Whoever makes one up has his own
-    /// request refused, and nothing else.
+    /// How often the request was sent on, by the layers of all databases. Not proved: a layer can't
+    /// prove the hop of another's. A client that makes one up has its own request refused, and
+    /// nothing else.
     pub(super) fn count(&self) -> u8 {
         let count = || self.0.to_str().ok()?.split('.').nth(1)?.parse().ok();
         count().unwrap_or(0)
@@ -106,8 +109,9 @@ impl Hint {
         HeaderValue::try_from(format!("{VERSION}.{}.{}.{}", self.epoch, Hex(&proof), self.url)).ok()
     }
 
-    /// Reads a header's value; none when its proof does not hold for the hop that was sent. So an app that
-    /// answers 421 for reasons of its own, or a server that is no node, can't send requests elsewhere.
+    /// Reads a header's value; none when its proof does not hold for the hop that was sent. So an
+    /// app that answers 421 for reasons of its own, or a server that is no node, can't send
+    /// requests elsewhere.
     pub(super) fn verify(value: &HeaderValue, keys: &Keyring, hop: &str) -> Option<Hint> {
         let text = value.to_str().ok().filter(|text| text.len() <= HINT_TEXT_MAX_BYTES)?;
         let mut split = text.splitn(4, '.');

@@ -20,7 +20,8 @@ use crate::proxy::preface::Shown;
 
 /// How often a connection with requests on it is pinged.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
-/// One whose pings stay unanswered for this long is dead. On a slow link they come behind all that is on its way.
+/// One whose pings stay unanswered for this long is dead. On a slow link they wait for all that is
+/// on its way before them.
 const PING_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The connection to the node that was asked last.
@@ -67,7 +68,8 @@ impl Http2 {
         })
     }
 
-    /// A way onto the connection, which is opened if need be. Its server has shown that it speaks HTTP/2.
+    /// A way onto the connection, which is opened if need be. Its server has shown that it speaks
+    /// HTTP/2.
     async fn way(&self, to: Authority) -> Result<(SendRequest<Outgoing>, Shown), SendError> {
         let mut open = self.open.lock().await;
         if let Some(open) = &mut *open
@@ -104,8 +106,8 @@ impl Http2 {
     }
 }
 
-/// Names the request's host as HTTP/2 does, in the URI alone: a server takes a `Host` beside another authority for an attack (RFC 9113,
-/// 8.3.1). Where the URI led to before.
+/// Names the request's host as HTTP/2 does, in the URI alone: a server takes a `Host` beside
+/// another authority for an attack (RFC 9113, 8.3.1). Where the URI led to before.
 fn name<B>(request: &mut Request<B>) -> Result<Authority, SendError> {
     let mut parts = std::mem::take(request.uri_mut()).into_parts();
     let to = parts.authority.clone().ok_or_else(|| SendError::Unreachable("it names no host".into()))?;
@@ -119,8 +121,10 @@ fn name<B>(request: &mut Request<B>) -> Result<Authority, SendError> {
     Ok(to)
 }
 
-/// Whether the node has said, or nobody was told, so that the request was not begun there: it was never put on the connection, it came behind the last
-/// one that the node says it looked at, or it was refused. A node that goes away says first that it does, and later which was the last: an error
+/// Whether it is certain that the node has not begun the request. It was never put on the
+/// connection, it came after the last one that the node says it looked at, or the node refused it.
+///
+/// A node that goes away says first that it does, and later which request was the last. An error
 /// between the two tells nothing of a request that was put on the connection in that moment.
 fn was_not_begun(error: &hyper::Error, shown: &Shown) -> bool {
     if error.is_canceled() {

@@ -32,11 +32,13 @@ const HELD_MAX: usize = 1024;
 /// Prefixes that can be given a route; each request is compared with all of them.
 const PREFIXES_MAX: usize = 64;
 
-/// A [`tower::Layer`] that lets every node take every request: those that may change something go to the primary,
-/// clients read their own writes on every node.
+/// A [`tower::Layer`] that lets every node take every request: those that may change something go
+/// to the primary, clients read their own writes on every node.
 ///
-/// It goes around everything that belongs to running a handler, and below what each node does for each request (trace, request id, CORS, limits): one tested order is in
-/// `docs/stack.md`. With the feature `axum` it goes wherever axum takes a layer. An application with two databases has two layers: `docs/guide.md` says how.
+/// It goes around everything that belongs to running a handler, and below what each node does for
+/// each request (trace, request id, CORS, limits): one tested order is in `docs/stack.md`. With the
+/// feature `axum` it goes wherever axum takes a layer. An application with two databases has two
+/// layers: `docs/guide.md` says how.
 #[derive(Clone)]
 #[must_use = "a layer does its work around a service"]
 pub struct ReplayLayer {
@@ -93,13 +95,15 @@ impl ReplayLayer {
         ReplayLayer { shared: Arc::new(shared) }
     }
 
-    /// Where requests run, in place of [`Route::by_method`]. It is asked for each request but those of the
-    /// replication endpoint and those that [`ReplayLayer::route_prefix`] or [`ReplayLayer::route_matched`] decide on.
+    /// Where requests run, in place of [`Route::by_method`]. It is asked for each request but those
+    /// of the replication endpoint and those that [`ReplayLayer::route_prefix`] or
+    /// [`ReplayLayer::route_matched`] decide on.
     pub fn route(self, route: impl Fn(&Parts) -> Route + Send + Sync + 'static) -> Self {
         self.with(|o| o.route = Some(Arc::new(route)))
     }
 
-    /// Where requests to this path and below run, whatever their method; of several, the first given counts. Below axum's `nest` the path is what it leaves of it.
+    /// Where requests to this path and below run, whatever their method; of several, the first
+    /// given counts. Below axum's `nest` the path is what it leaves of it.
     ///
     /// # Panics
     /// When more than 64 prefixes are given.
@@ -108,8 +112,9 @@ impl ReplayLayer {
         self.with(|o| o.prefixes.push((prefix.into(), route)))
     }
 
-    /// Where requests to this route of the application's router run, whatever their method: the route as it was given to the router, such as
-    /// `/oauth/{provider}/callback`. It needs [`ReplayLayer::matched_path`], or the feature `axum`.
+    /// Where requests to this route of the application's router run, whatever their method: the
+    /// route as it was given to the router, such as `/oauth/{provider}/callback`. It needs
+    /// [`ReplayLayer::matched_path`], or the feature `axum`.
     ///
     /// # Panics
     /// When more than 64 routes are given.
@@ -118,19 +123,21 @@ impl ReplayLayer {
         self.with(|o| o.patterns.push((pattern.into(), route)))
     }
 
-    /// The router's route that a request matched, for [`ReplayLayer::route_matched`]. With the feature `axum` it is known by itself where the layer was added by `Router::layer` or
+    /// The router's route that a request matched, for [`ReplayLayer::route_matched`]. With the
+    /// feature `axum` it is known by itself where the layer was added by `Router::layer` or
     /// `route_layer`.
     pub fn matched_path(self, path: impl Fn(&Parts) -> Option<String> + Send + Sync + 'static) -> Self {
         self.with(|o| o.matched_path = Some(Arc::new(path)))
     }
 
-    /// Where the replication endpoint is mounted, if not at `/_replite`: the layer lets it through untouched. An
-    /// empty path says that it is not mounted below this layer.
+    /// Where the replication endpoint is mounted, if not at `/_replite`: the layer lets it through
+    /// untouched. An empty path says that it is not mounted below this layer.
     pub fn endpoint(self, path: impl Into<String>) -> Self {
         self.with(|o| o.endpoint = path.into().trim_end_matches('/').to_owned())
     }
 
-    /// A protocol that requests may be upgraded to, beside `websocket`. The `Upgrade` header of any other counts for nothing here: the request is one like all others.
+    /// A protocol that requests may be upgraded to, beside `websocket`. The `Upgrade` header of any
+    /// other counts for nothing here: the request is one like all others.
     ///
     /// # Panics
     /// When more than 64 protocols are given.
@@ -149,20 +156,22 @@ impl ReplayLayer {
         self.with(|o| o.forwarding = forwarding)
     }
 
-    /// Whether the primary's application is spoken to in HTTP/2 (without TLS, by prior knowledge), and not in HTTP/1.1. Requests that came in HTTP/2 and
-    /// ask for trailers (`te`), such as gRPC's, always are. The client's host is the request's authority then.
+    /// Whether the primary's application is spoken to in HTTP/2 (without TLS, by prior knowledge),
+    /// and not in HTTP/1.1. Requests that came in HTTP/2 and ask for trailers (`te`), such as
+    /// gRPC's, always are. The client's host is the request's authority then.
     pub fn http2(self, yes: bool) -> Self {
         self.with(|o| o.http2 = yes)
     }
 
-    /// A client for the primary with this layer's limits; see [`Db::primary_client`](crate::Db::primary_client).
+    /// A client for the primary with this layer's limits; see
+    /// [`Db::primary_client`](crate::Db::primary_client).
     pub fn primary_client(&self) -> PrimaryClient {
         PrimaryClient::new(self.shared.clone())
     }
 
-    /// Bytes of bodies that are kept while they may still have to be sent to the primary: of one request (64 KiB),
-    /// and of all together (16 MiB). A request with a larger body that turns out to need the primary is answered
-    /// with 503.
+    /// Bytes of bodies that are kept while they may still have to be sent to the primary: of one
+    /// request (64 KiB), and of all together (16 MiB). A request with a larger body that turns out
+    /// to need the primary is answered with 503.
     pub fn buffer_limits(self, request: usize, process: usize) -> Self {
         self.with(|o| o.budget = Budget::new(request, process))
     }
@@ -191,13 +200,14 @@ impl ReplayLayer {
         self
     }
 
-    /// For how long the primary may take for a response's head once it has the whole request (30 s).
+    /// For how long the primary may take for a response's head once it has the whole request (30
+    /// s).
     pub fn response_timeout(self, limit: Duration) -> Self {
         self.with(|o| o.response_timeout = limit)
     }
 
-    /// The longest pause between two pieces of a forwarded body, either way (60 s). Event streams may pause for as
-    /// long as they like.
+    /// The longest pause between two pieces of a forwarded body, either way (60 s). Event streams
+    /// may pause for as long as they like.
     pub fn idle_timeout(self, limit: Duration) -> Self {
         self.with(|o| o.idle_timeout = limit)
     }
@@ -212,8 +222,9 @@ impl ReplayLayer {
         self.with(|o| o.cookie.name = None)
     }
 
-    /// The cookie's name, in place of `replite_` and the first digits of a hash over the cluster's and the database's names. Browsers send a
-    /// host's cookies to all of its ports: two applications there whose clusters and databases have the same names need different ones.
+    /// The cookie's name, in place of `replite_` and the first digits of a hash over the cluster's
+    /// and the database's names. Browsers send a host's cookies to all of its ports: two
+    /// applications there whose clusters and databases have the same names need different ones.
     ///
     /// # Panics
     /// When the name has other than letters, digits, `-` and `_`.
@@ -235,7 +246,7 @@ impl ReplayLayer {
         self.with(|o| o.cookie.path = path)
     }
 
-    /// The cookie's `Max-Age` (300 s): longer than any replica should be behind.
+    /// The cookie's `Max-Age` (300 s): longer than any replica should be late.
     pub fn cookie_max_age(self, max_age: Duration) -> Self {
         self.with(|o| o.cookie.max_age = max_age)
     }
@@ -245,18 +256,20 @@ impl ReplayLayer {
         self.with(|o| o.cookie.same_site = same_site)
     }
 
-    /// Whether the cookie has `Secure`; by default it has when the client speaks https, by the request's scheme or
-    /// `X-Forwarded-Proto`.
+    /// Whether the cookie has `Secure`; by default it has when the client speaks https, by the
+    /// request's scheme or `X-Forwarded-Proto`.
     pub fn cookie_secure(self, secure: bool) -> Self {
         self.with(|o| o.cookie.secure = Some(secure))
     }
 
-    /// The app's own responses in place of those of the layer. `replite-outcome` and `Retry-After` are added.
+    /// The app's own responses in place of those of the layer. `replite-outcome` and `Retry-After`
+    /// are added.
     pub fn on_failure(self, response: impl Fn(&Failure) -> Response<Bytes> + Send + Sync + 'static) -> Self {
         self.with(|o| o.failure = Some(Arc::new(response)))
     }
 
-    /// The URI as it came, where it was changed before the layer, as below axum's `nest`: with the feature `axum` that one is known by itself.
+    /// The URI as it came, where it was changed before the layer, as below axum's `nest`: with the
+    /// feature `axum` that one is known by itself.
     pub fn original_uri(self, uri: impl Fn(&Parts) -> Option<Uri> + Send + Sync + 'static) -> Self {
         self.with(|o| o.original_uri = Some(Arc::new(uri)))
     }

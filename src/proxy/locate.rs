@@ -21,13 +21,14 @@ pub(super) enum RequestTarget {
         url: String,
         /// The newest epoch known when that was learnt.
         epoch: Epoch,
-        /// The process that is the primary; none where the address is what another node said. One that starts again is another one.
+        /// The process that is the primary; none where the address is what another node said. One
+        /// that starts again is another one.
         incarnation: Option<Incarnation>,
     },
 }
 
-/// Waits until there is a primary, at most until the instant. A target to avoid counts as none: it has said that it is not the
-/// primary.
+/// Waits until there is a primary, at most until the instant. A target to avoid counts as none: it
+/// has said that it is not the primary.
 pub(super) async fn find(
     shared: &LayerShared,
     until: Instant,
@@ -51,7 +52,8 @@ pub(super) async fn find(
     if found { Ok(()) } else { Err(Reason::NoPrimary) }
 }
 
-/// Waits before the primary is tried again, which could not be reached: less when something else is heard of it.
+/// Waits before the primary is tried again, which could not be reached: less when something else is
+/// heard of it.
 pub(super) async fn wait(shared: &LayerShared, until: Instant, pause: Duration) -> Result<(), Reason> {
     let _held = Held::enter(&shared.held, shared.options.held_max).ok_or(Reason::TooManyHeld)?;
     let mut roles = shared.node.roles.subscribe();

@@ -119,8 +119,8 @@ fn misdirected(shared: &LayerShared, hop: &str) -> RequestPlan {
     RequestPlan::Answered(Box::new(response))
 }
 
-/// The newest valid token of the request's headers and cookies. Numbers of two branches say nothing of what is newer: one that is lost comes last, and one
-/// that is not known here first.
+/// The newest valid token of the request's headers and cookies. Numbers of two branches say nothing
+/// of what is newer: one that is lost comes last, and one that is not known here first.
 fn request_token(shared: &LayerShared, parts: &Parts) -> Option<Token> {
     let name = shared.options.cookie.name.as_ref();
     let cookies = name.into_iter().flat_map(|name| headers::cookies(&parts.headers, name));

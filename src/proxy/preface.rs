@@ -1,8 +1,10 @@
 //! What a server's bytes say of HTTP/2: whether it speaks it, and which request it began last.
 //!
-//! HTTP/2 is spoken by prior knowledge to a server that may not speak it, so that no request goes out before the server has shown that it does: its
-//! first frame is one of settings (RFC 9113, 3.4). And a server that goes away first says so with the highest of all numbers, which says nothing of any
-//! request (6.8); only a later, lower one tells which it has not begun.
+//! A node speaks HTTP/2 by prior knowledge to a server that may not speak it. No request goes out
+//! before the server has shown that it does: its first frame is one of settings (RFC 9113, 3.4).
+//!
+//! A server that goes away first says so with the highest of all numbers, which says nothing of any
+//! request (6.8). Only a later, lower one tells which it has not begun.
 
 use std::io;
 use std::pin::Pin;
@@ -32,7 +34,8 @@ pub(super) struct Shown {
 }
 
 impl Shown {
-    /// Waits until it is known whether the server speaks HTTP/2. None when the connection broke before.
+    /// Waits until it is known whether the server speaks HTTP/2. None when the connection broke
+    /// before.
     pub(super) async fn speaks(&mut self) -> Option<bool> {
         self.speaks.wait_for(Option::is_some).await.ok().and_then(|speaks| *speaks)
     }

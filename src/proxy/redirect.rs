@@ -1,4 +1,5 @@
-//! Ways to the primary that do not go through this node: a redirect, or an order to the proxy in front.
+//! Ways to the primary that do not go through this node: a redirect, or an order to the proxy in
+//! front.
 
 use http::header::{CACHE_CONTROL, LOCATION};
 use http::{HeaderName, HeaderValue, Response, StatusCode};
@@ -43,7 +44,8 @@ fn to_public_address(primary: &PeerInfo, head: &Head) -> Option<Response<MadeBod
 }
 
 fn fly_replay(primary: &PeerInfo, head: &Head, body: &Keep) -> Option<Response<MadeBody>> {
-    // Here again: the proxy and this node disagree on where the primary is, and must not go in circles.
+    // Here again: the proxy and this node disagree on where the primary is, and must not go in
+    // circles.
     if head.headers.contains_key(FLY_REPLAY_SRC) {
         return None;
     }

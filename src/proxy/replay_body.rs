@@ -1,6 +1,8 @@
-//! A request body that can be taken back: what was read of it is kept, within limits, and the rest is still there.
+//! A request body that can be taken back: what was read of it is kept, within limits, and the rest
+//! is still there.
 //!
-//! Nothing is ever read ahead: a body moves only when the handler or the connection to the primary asks for more.
+//! Nothing is ever read ahead: a body moves only when the handler or the connection to the primary
+//! asks for more.
 
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -128,8 +130,8 @@ impl Keep {
         })))
     }
 
-    /// Takes the whole body back from whoever reads it; they get an error. None when more of it was read than is
-    /// kept, or when it was taken back before.
+    /// Takes the whole body back from its reader, which gets an error. None when more of it was
+    /// read than is kept, or when it was taken back before.
     pub(super) fn recall(&self) -> Option<Keep> {
         let mut state = self.lock();
         if !state.keeping {
@@ -165,7 +167,8 @@ impl Keep {
         }
     }
 
-    /// When patience ends: `idle` after the last progress while the body still comes, `answer` after its end.
+    /// When patience ends: `idle` after the last progress while the body still comes, `answer`
+    /// after its end.
     pub(super) fn deadline(&self, idle: Duration, answer: Duration) -> Instant {
         let state = self.lock();
         state.last_progress + if state.at_end() { answer } else { idle }
@@ -247,8 +250,9 @@ impl Keep {
     }
 }
 
-/// A body of which what its reader leaves is read, too, for a while and in the background. A server that closes a connection with bytes unread
-/// resets it, and the node at the other end might never see the answer.
+/// A body of which what its reader leaves is read, too, for a while and in the background. A server
+/// that closes a connection with bytes unread resets it, and the node at the other end might never
+/// see the answer.
 pub(super) struct DrainOnDrop(pub(super) Keep);
 
 impl Drop for DrainOnDrop {

@@ -14,7 +14,8 @@ use crate::txid::Place;
 pub(super) fn set_outcome(session: &Session, status: StatusCode, headers: &mut HeaderMap) {
     let unknown = session.outcome_unknown();
     let says_not = headers.get(OUTCOME).is_some_and(|o| o == Outcome::NotExecuted.as_str());
-    // An error's response can't know what was committed before it, to this or another database: sending again would not be safe.
+    // An error's response can't know what was committed before it, to this or another database:
+    // sending again would not be safe.
     if says_not && (unknown || session.committed_anywhere()) || unknown && status.is_server_error() {
         headers.insert(OUTCOME, HeaderValue::from_static(Outcome::Unknown.as_str()));
     }
@@ -40,7 +41,8 @@ pub(super) fn set_token(shared: &LayerShared, session: &Session, secure: bool, h
         return;
     }
     let token = shared.tokens.sign(known.map_or(newest, |known| known.max(newest)));
-    // A response of another node's, which another database's layer got, may carry one of this database already.
+    // A response of another node's, which another database's layer got, may carry one of this
+    // database already.
     let mine = |value: &HeaderValue| value.to_str().ok().and_then(|text| shared.tokens.verify(text));
     let (old, others): (Vec<_>, Vec<_>) =
         headers.get_all(TOKEN).iter().cloned().partition(|v| mine(v).is_some());
@@ -70,10 +72,11 @@ enum Sharing {
     Open,
 }
 
-/// Keeps shared caches from giving one client's cookie to others. False when the app wants the response shared:
-/// then there must be no cookie on it.
+/// Keeps shared caches from giving one client's cookie to others. False when the app wants the
+/// response shared: then there must be no cookie on it.
 ///
-/// Beside `Cache-Control` there are headers for some caches only, which go before it there: RFC 9213's `CDN-Cache-Control` and its kin, which all end like that, and older ones.
+/// Beside `Cache-Control` there are headers for some caches only, which go before it there: RFC
+/// 9213's `CDN-Cache-Control` and its kin, which all end like that, and older ones.
 fn make_private(headers: &mut HeaderMap) -> bool {
     let mut open = Vec::new();
     for name in headers.keys() {
@@ -97,7 +100,7 @@ fn make_private(headers: &mut HeaderMap) -> bool {
 fn sharing(name: &HeaderName, headers: &HeaderMap) -> Option<Sharing> {
     let targeted = match name.as_str() {
         "cache-control" => false,
-        // Seconds, or an instant behind an `@`; nginx's.
+        // Seconds, or an instant after an `@`; nginx's.
         "x-accel-expires" => {
             let off = headers.get_all(name).iter().all(|value| value.as_bytes().trim_ascii() == b"0");
             return Some(if off { Sharing::Forbidden } else { Sharing::Wanted });

@@ -12,15 +12,15 @@ pub enum Route {
     Local,
     /// On the primary.
     Primary,
-    /// On the node that got it, once it has the transaction of the request's token; and again on the primary when
-    /// the handler turned out to need it and committed nothing.
+    /// On the node that got it, once it has the transaction of the request's token. The layer sends
+    /// it to the primary, too, when the handler turned out to need that and committed nothing.
     LocalThenReplay,
 }
 
 impl Route {
-    /// Where a request runs when nothing else is configured: `GET`, `HEAD`, `OPTIONS` and `TRACE` are
-    /// [`Route::LocalThenReplay`], all others [`Route::Primary`]. An extended `CONNECT`, by which HTTP/2 asks for a WebSocket, counts as the `GET` that it is
-    /// in HTTP/1.1.
+    /// Where a request runs when nothing else is configured: `GET`, `HEAD`, `OPTIONS` and `TRACE`
+    /// are [`Route::LocalThenReplay`], all others [`Route::Primary`]. An extended `CONNECT`, by
+    /// which HTTP/2 asks for a WebSocket, counts as the `GET` that it is in HTTP/1.1.
     pub fn by_method(parts: &Parts) -> Route {
         let extended = parts.method == Method::CONNECT && parts.extensions.get::<Protocol>().is_some();
         if !is_safe(&parts.method) && !extended {

@@ -33,7 +33,8 @@ impl<S: fmt::Debug> fmt::Debug for ReplayService<S> {
     }
 }
 
-/// With the feature `axum` the wrapped service gets axum's `Body`, as axum's own middlewares want it, and so does the caller, as `axum::serve` wants it.
+/// With the feature `axum` the wrapped service gets axum's `Body`, as axum's own middlewares want
+/// it, and so does the caller, as `axum::serve` wants it.
 #[cfg(feature = "axum")]
 impl<S, B, RB> Service<Request<B>> for ReplayService<S>
 where
@@ -57,7 +58,8 @@ where
     }
 }
 
-/// The wrapped service gets the body that came in, in one of the layer's own, and so does the caller the response's. With the feature `axum` these are axum's.
+/// The wrapped service gets the body that came in, in one of the layer's own, and so does the
+/// caller the response's. With the feature `axum` these are axum's.
 #[cfg(not(feature = "axum"))]
 impl<S, B, RB> Service<Request<B>> for ReplayService<S>
 where

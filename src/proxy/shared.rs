@@ -22,19 +22,23 @@ use crate::token::Tokens;
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub enum SessionTokens {
-    /// Those of requests that committed, or waited for a transaction: clients read their own writes.
+    /// Those of requests that committed, or waited for a transaction: clients read their own
+    /// writes.
     #[default]
     Writes,
-    /// Those of reads, too, when what they read is newer than the request's token: clients never go back in time.
+    /// Those of reads, too, when what they read is newer than the request's token: clients never go
+    /// back in time.
     Monotonic,
 }
 
-/// What becomes of upgrade requests, such as WebSockets, whose [`Route`] is `LocalThenReplay`. With `Local` they are served by the node that got them, whatever is said here;
-/// with `Primary` they are carried to the primary, or refused.
+/// What becomes of upgrade requests, such as WebSockets, whose [`Route`] is `LocalThenReplay`. With
+/// `Local` they are served by the node that got them, whatever is said here; with `Primary` they
+/// are carried to the primary, or refused.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub enum Upgrades {
-    /// They are served by the node that got them, once it has the transaction of the request's token.
+    /// They are served by the node that got them, once it has the transaction of the request's
+    /// token.
     #[default]
     Local,
     /// They are served by the primary: replicas carry the bytes both ways.
@@ -50,13 +54,16 @@ pub enum Forwarding {
     /// This node forwards it to the primary's application address, and streams the response back.
     #[default]
     Proxy,
-    /// The client is redirected (307) to the primary's public address ([`Addresses::public`](crate::Addresses::public)), and sends the
-    /// request again. Clients must follow such redirects, with their cookies if they rely on the token's one. What can't be redirected, such as a
-    /// WebSocket, and everything while the primary advertises no public address, is forwarded.
+    /// The client is redirected (307) to the primary's public address
+    /// ([`Addresses::public`](crate::Addresses::public)), and sends the request again. Clients must
+    /// follow such redirects, with their cookies if they rely on the token's one. What can't be
+    /// redirected, such as a WebSocket, and everything while the primary advertises no public
+    /// address, is forwarded.
     Redirect,
-    /// Fly.io's proxy in front is told to replay the request on the primary's machine (`fly-replay: instance=..`, status 409), which the primary
-    /// names by its label `machine`, mostly `FLY_MACHINE_ID`. Bodies above 1 MB or of unknown length, which that
-    /// proxy does not replay, and everything while there is no such label, are forwarded.
+    /// Fly.io's proxy in front is told to replay the request on the primary's machine (`fly-replay:
+    /// instance=..`, status 409), which the primary names by its label `machine`, mostly
+    /// `FLY_MACHINE_ID`. Bodies above 1 MB or of unknown length, which that proxy does not replay,
+    /// and everything while there is no such label, are forwarded.
     FlyReplay,
 }
 

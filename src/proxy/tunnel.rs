@@ -45,8 +45,8 @@ impl Upgrade {
         }
     }
 
-    /// Joins the two connections, if the primary switched, for as long as both stand and the node runs. The response's head is
-    /// made one for the client.
+    /// Joins the two connections, if the primary switched, for as long as both stand and the node
+    /// runs. The response's head is made one for the client.
     pub(super) fn join(&self, response: &mut Response<Incoming>, stop: CancellationToken) {
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {
             return;
@@ -81,8 +81,8 @@ async fn carry(client: OnUpgrade, primary: OnUpgrade) -> Result<(), super::BoxEr
     Ok(())
 }
 
-/// A WebSocket key: the base64 form of 16 bytes. HTTP/2 has none, HTTP/1.1 wants one. Hexadecimal digits are base64 digits,
-/// too, and `w` ends with the four zero bits that the last digit needs.
+/// A WebSocket key: the base64 form of 16 bytes. HTTP/2 has none, HTTP/1.1 wants one. Hexadecimal
+/// digits are base64 digits, too, and `w` ends with the four zero bits that the last digit needs.
 fn key() -> HeaderValue {
     let digits = Uuid::new_v4().simple().to_string();
     HeaderValue::try_from(format!("{}w==", &digits[..21])).unwrap_or(HeaderValue::from_static(""))

@@ -22,8 +22,9 @@ pub(super) async fn prepare(shared: Arc<LayerShared>, need: Need, head: Arc<Head
         if applied(&shared, txid, shared.options.wait_timeout).await {
             return Verdict::Here(body);
         }
-        // While there is nobody to ask, it waits on for whichever comes first: a primary that goes down in good order has sent all that it
-        // acknowledged, but for what took it too long.
+        // While there is no primary to ask, it waits on for that or for the transaction. A primary
+        // that goes down in good order has sent all that it acknowledged, but for what took it too
+        // long.
         let left = held_until.saturating_duration_since(Instant::now());
         let found = tokio::select! {
             biased;
