@@ -14,7 +14,6 @@ use rusqlite::Connection;
 
 use crate::engine::{CommitGate, Durability};
 use crate::error::{Error, Result};
-use crate::files::Paths;
 use crate::lease::Fixed;
 use crate::node::writer::{ConnectionKind, Migrate, OnConnect, WriterSetup};
 use crate::secret::Secret;

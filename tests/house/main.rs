@@ -1,5 +1,6 @@
 //! What must hold for the sources and the documents as a whole.
 
+mod documents;
 mod floors;
 mod graph;
 mod module;

@@ -15,6 +15,11 @@ pub(crate) fn read(name: &str) -> String {
     fs::read_to_string(root().join(name)).unwrap_or_else(|e| panic!("{name}: {e}"))
 }
 
+/// Whether there is such a file or folder.
+pub(crate) fn exists(name: &str) -> bool {
+    root().join(name).exists()
+}
+
 /// The files below `dir` with this ending, by their names from the root on, in order.
 pub(crate) fn files(dir: &str, ending: &str) -> Vec<String> {
     let mut found = Vec::new();
