@@ -59,7 +59,7 @@ const RULES: [Rule; 12] = [
         why: "data is in memory",
         of: Where::Floors(&[1]),
         without: &["std::fs", "tokio::fs", "tokio::net", "std::net", "http", "hyper", "h2", "tower"],
-        but: &[],
+        but: &["std::net::IpAddr", "std::net::SocketAddr"],
     },
     Rule {
         why: "formats are bytes in, bytes out",
