@@ -87,8 +87,11 @@ pub enum SameSite {
 /// A [`tower::Layer`] that lets every node take every request: those that may change something go to the primary,
 /// clients read their own writes on every node.
 ///
-/// It goes around everything that belongs to running a handler, and below what each node does for each request (trace, request id, CORS, limits): one tested order is in
-/// `docs/stack.md`. With the feature `axum` it goes wherever axum takes a layer. An application with two databases has two layers: `docs/guide.md` says how.
+/// It goes around everything that belongs to running a handler, and below what each node does for
+/// each request (trace, request id, CORS, limits). [Where the layer goes](crate::guide::stack) has
+/// an order that is tested. With the feature `axum` it goes wherever axum takes a layer. An
+/// application with
+/// [two databases](crate::guide#two-databases-in-one-app) has two layers.
 #[derive(Clone)]
 #[must_use = "a layer does its work around a service"]
 pub struct ReplayLayer {
