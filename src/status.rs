@@ -17,6 +17,25 @@ use crate::txid::{Epoch, Position};
 pub(crate) use time::{as_unix_millis, from_unix_millis, unix_millis, whole_millis};
 
 /// What a node does at the moment.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), replite::Error> {
+/// use replite::{Db, Role};
+///
+/// let db = Db::temporary(|config| {
+///     config.migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS notes (text TEXT)"))
+/// })
+/// .await?;
+/// match db.role() {
+///     Role::Primary => println!("jobs run here"),
+///     Role::Replica => println!("jobs run on the primary"),
+///     Role::Stopped => println!("an operator must look"),
+///     other => println!("{other}"),
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
@@ -105,6 +124,22 @@ impl Addresses {
 }
 
 /// What is known of another node.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), replite::Error> {
+/// use replite::Db;
+///
+/// let db = Db::temporary(|config| {
+///     config.migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS notes (text TEXT)"))
+/// })
+/// .await?;
+/// let me = db.node();
+/// assert_eq!(me.node, db.node_id());
+/// assert!(me.addresses.labels.is_empty());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct PeerInfo {
@@ -117,6 +152,20 @@ pub struct PeerInfo {
 }
 
 /// A node's role, and the primary as far as it is known.
+///
+/// ```
+/// # async fn example(db: replite::Db) -> Result<(), replite::Error> {
+/// let mut roles = db.roles();
+/// while roles.changed().await.is_ok() {
+///     let state = roles.borrow_and_update().clone();
+///     match state.primary {
+///         Some(primary) => println!("the primary is at {}", primary.addresses.app),
+///         None => println!("there is no primary at the moment"),
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct RoleState {
@@ -130,6 +179,22 @@ pub struct RoleState {
 }
 
 /// How a node stands, for people and dashboards.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), replite::Error> {
+/// use replite::Db;
+///
+/// let db = Db::temporary(|config| {
+///     config.migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS notes (text TEXT)"))
+/// })
+/// .await?;
+/// let status = db.status();
+/// assert_eq!(status.problem, None);
+/// println!("{} at {:?}, {} replicas", status.role, status.position, status.replicas.len());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, Serialize)]
 #[non_exhaustive]
 pub struct Status {
@@ -189,6 +254,16 @@ impl Status {
 }
 
 /// What of a [`Status`] may be shown to everybody; made by [`Status::public`].
+///
+/// ```
+/// use axum::{Json, extract::State};
+/// use replite::{Db, PublicStatus};
+///
+/// async fn page(State(db): State<Db>) -> Json<PublicStatus> {
+///     Json(db.status().public())
+/// }
+/// # let _ = page;
+/// ```
 #[derive(Clone, PartialEq, Debug, Serialize)]
 #[non_exhaustive]
 pub struct PublicStatus {
@@ -205,6 +280,18 @@ pub struct PublicStatus {
 }
 
 /// How far a replica is behind its primary.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use replite::Db;
+///
+/// fn is_fresh(db: &Db) -> bool {
+///     // The primary has no lag.
+///     db.status().lag.is_none_or(|lag| lag.connected && lag.age < Duration::from_secs(5))
+/// }
+/// # let _ = is_fresh;
+/// ```
 #[derive(Clone, Copy, PartialEq, Debug, Serialize)]
 #[non_exhaustive]
 pub struct Lag {
@@ -220,6 +307,19 @@ pub struct Lag {
 }
 
 /// What came of hashing all pages of the database at one state; see [`Db::verify`](crate::Db::verify).
+///
+/// ```
+/// use replite::Verification;
+///
+/// fn tell(found: &Verification) -> String {
+///     if found.holds() {
+///         return format!("{} pages are right; that took {:?}", found.pages, found.elapsed);
+///     }
+///     let all = if found.all_named { "all of them" } else { "not all of them" };
+///     format!("bad pages: {:?}, {all}", found.bad_pages)
+/// }
+/// # let _ = tell;
+/// ```
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 #[non_exhaustive]
 pub struct Verification {
@@ -274,6 +374,25 @@ impl Verification {
 }
 
 /// A transaction in the retained log.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), replite::Error> {
+/// use replite::{Db, Error};
+///
+/// let db = Db::temporary(|config| {
+///     config.migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS notes (text TEXT)"))
+/// })
+/// .await?;
+/// let commit = db
+///     .write(|tx| Ok::<_, Error>(tx.execute("INSERT INTO notes VALUES ('a')", [])?))
+///     .await?;
+/// db.wait_for(commit.txid.expect("it wrote something")).await?; // for capture
+/// let log = db.transactions(None, 1000).await?;
+/// assert_eq!(log.last().map(|last| last.position.txid()), commit.txid);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 #[non_exhaustive]
 pub struct LoggedTransaction {
@@ -291,6 +410,16 @@ pub struct LoggedTransaction {
 }
 
 /// A replica as its primary sees it.
+///
+/// ```
+/// use replite::Db;
+///
+/// fn slowest(db: &Db) -> Option<u64> {
+///     let replicas = db.status().replicas;
+///     replicas.iter().filter_map(|replica| replica.applied).map(|at| at.number()).min()
+/// }
+/// # let _ = slowest;
+/// ```
 #[derive(Clone, Debug, Serialize)]
 #[non_exhaustive]
 pub struct ReplicaStatus {
@@ -306,6 +435,21 @@ pub struct ReplicaStatus {
 }
 
 /// Whether a node can do its work.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), replite::Error> {
+/// use replite::Db;
+///
+/// let db = Db::temporary(|config| {
+///     config.migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS notes (text TEXT)"))
+/// })
+/// .await?;
+/// let health = db.health();
+/// assert!(health.live && health.can_read, "{:?}", health.reasons);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 #[non_exhaustive]
 pub struct Health {
@@ -320,6 +464,16 @@ pub struct Health {
 }
 
 /// Why a WAL is not begun anew.
+///
+/// ```
+/// use replite::WalReason;
+///
+/// fn is_ours(why: WalReason) -> bool {
+///     // The application's own doing, which it can end.
+///     matches!(why, WalReason::Readers | WalReason::OpenTransaction)
+/// }
+/// # let _ = is_ours;
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum WalReason {
@@ -351,6 +505,26 @@ impl fmt::Display for WalReason {
 }
 
 /// What came of [`Db::checkpoint`](crate::Db::checkpoint).
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), replite::Error> {
+/// use std::time::Duration;
+///
+/// use replite::{Checkpoint, Db};
+///
+/// let db = Db::temporary(|config| {
+///     config.migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS notes (text TEXT)"))
+/// })
+/// .await?;
+/// match db.checkpoint(Duration::from_secs(5)).await? {
+///     Checkpoint::Done => println!("the file is whole"),
+///     Checkpoint::Busy { why, .. } => println!("not yet: {why}"),
+///     _ => {}
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Checkpoint {
@@ -368,6 +542,24 @@ pub enum Checkpoint {
 }
 
 /// Something worth telling an operator. All of them are logged, too.
+///
+/// ```
+/// use replite::{Db, Event};
+///
+/// async fn watch(db: Db) {
+///     let mut events = db.events();
+///     while let Some(event) = events.next().await {
+///         match event {
+///             Event::Healed { pages, lost: Some(lost), .. } => {
+///                 println!("{pages} pages came; what was here is in {}", lost.display());
+///             }
+///             Event::LocksLost { times, .. } => println!("closed by others: {times}"),
+///             other => println!("{other:?}"),
+///         }
+///     }
+/// }
+/// # let _ = watch;
+/// ```
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Event {

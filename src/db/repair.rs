@@ -24,6 +24,17 @@ struct Bad {
 }
 
 /// Pages of a primary's database whose bytes are wrong, and their right images, which a replica had; see [`Db::find_repair`].
+///
+/// ```
+/// # async fn example(db: replite::Db) -> Result<(), replite::Error> {
+/// if let Some(repair) = db.find_repair().await? {
+///     println!("node {} has the right images of {:?}", repair.from.node, repair.pages());
+///     let verification = repair.apply().await?;
+///     assert!(verification.holds());
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Repair {

@@ -30,6 +30,15 @@ const HELD_MAX: usize = 1024;
 const PREFIXES_MAX: usize = 64;
 
 /// Which responses carry a token.
+///
+/// ```
+/// use replite::{Db, ReplayLayer, SessionTokens};
+///
+/// fn layer(db: &Db) -> ReplayLayer {
+///     db.replay_layer().session(SessionTokens::Monotonic)
+/// }
+/// # let _ = layer;
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub enum SessionTokens {
@@ -42,6 +51,15 @@ pub enum SessionTokens {
 
 /// What becomes of upgrade requests, such as WebSockets, whose [`Route`] is `LocalThenReplay`. With `Local` they are served by the node that got them, whatever is said here;
 /// with `Primary` they are carried to the primary, or refused.
+///
+/// ```
+/// use replite::{Db, ReplayLayer, Upgrades};
+///
+/// fn layer(db: &Db) -> ReplayLayer {
+///     db.replay_layer().upgrades(Upgrades::Primary)
+/// }
+/// # let _ = layer;
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub enum Upgrades {
@@ -55,6 +73,15 @@ pub enum Upgrades {
 }
 
 /// How a request gets from a replica to the primary.
+///
+/// ```
+/// use replite::{Db, Forwarding, ReplayLayer};
+///
+/// fn layer(db: &Db) -> ReplayLayer {
+///     db.replay_layer().forwarding(Forwarding::Redirect)
+/// }
+/// # let _ = layer;
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub enum Forwarding {
@@ -72,6 +99,15 @@ pub enum Forwarding {
 }
 
 /// The `SameSite` attribute of the token's cookie.
+///
+/// ```
+/// use replite::{Db, ReplayLayer, SameSite};
+///
+/// fn layer(db: &Db) -> ReplayLayer {
+///     db.replay_layer().cookie_same_site(SameSite::Strict)
+/// }
+/// # let _ = layer;
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub enum SameSite {
@@ -92,6 +128,28 @@ pub enum SameSite {
 /// an order that is tested. With the feature `axum` it goes wherever axum takes a layer. An
 /// application with
 /// [two databases](crate::guide#two-databases-in-one-app) has two layers.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), replite::Error> {
+/// use std::time::Duration;
+///
+/// use axum::{Router, routing::get};
+/// use replite::{Db, Route};
+///
+/// let db = Db::temporary(|config| {
+///     config.migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS notes (text TEXT)"))
+/// })
+/// .await?;
+/// let layer = db
+///     .replay_layer()
+///     .route_prefix("/healthz", Route::Local)
+///     .hold_timeout(Duration::from_secs(8)); // while the primary restarts
+/// let app: Router = Router::new().route("/", get(|| async { "hello" })).layer(layer);
+/// # drop(app);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone)]
 #[must_use = "a layer does its work around a service"]
 pub struct ReplayLayer {
