@@ -16,7 +16,6 @@ pub(crate) const RETRY_AFTER_SECONDS: &str = "1";
 /// use replite::{Error, Outcome};
 ///
 /// assert_eq!(Outcome::of(&Error::ShutDown), Some(Outcome::NotExecuted));
-/// assert_eq!(Outcome::of(&Error::OutcomeUnknown("power".into())), Some(Outcome::Unknown));
 /// // The closure may have done something before.
 /// assert_eq!(Outcome::of(&Error::Reentrant), None);
 /// ```
