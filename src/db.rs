@@ -477,7 +477,7 @@ impl Events {
     pub async fn next(&mut self) -> Option<Event> {
         match self.receiver.recv().await {
             Ok(event) => Some(event),
-            Err(broadcast::error::RecvError::Lagged(missed)) => Some(Event::Missed(missed)),
+            Err(broadcast::error::RecvError::Lagged(missed)) => Some(Event::Missed { events: missed }),
             Err(broadcast::error::RecvError::Closed) => None,
         }
     }

@@ -564,43 +564,90 @@ pub enum Checkpoint {
 #[non_exhaustive]
 pub enum Event {
     /// The role, or what is known of the primary, changed.
-    Role(RoleState),
+    #[non_exhaustive]
+    Role {
+        /// What holds from now on.
+        state: RoleState,
+    },
     /// A replica connected (on the primary).
-    ReplicaJoined(PeerInfo),
+    #[non_exhaustive]
+    ReplicaJoined {
+        /// The replica.
+        replica: PeerInfo,
+    },
     /// A replica's connection ended (on the primary).
-    ReplicaLeft(PeerInfo),
+    #[non_exhaustive]
+    ReplicaLeft {
+        /// The replica.
+        replica: PeerInfo,
+    },
     /// The stream from the primary stands (on a replica).
-    Connected(PeerInfo),
+    #[non_exhaustive]
+    Connected {
+        /// The primary.
+        primary: PeerInfo,
+    },
     /// The stream from the primary ended (on a replica).
-    Disconnected(String),
-    /// A snapshot begins, and why.
-    SnapshotStarted(String),
+    #[non_exhaustive]
+    Disconnected {
+        /// How it ended.
+        why: String,
+    },
+    /// A snapshot begins.
+    #[non_exhaustive]
+    SnapshotStarted {
+        /// Why this node needs one.
+        why: String,
+    },
     /// A snapshot was taken over.
-    SnapshotFinished(Position),
-    /// This node's state is being led back to the primary's, and why.
-    HealStarted(String),
-    /// It was.
+    #[non_exhaustive]
+    SnapshotFinished {
+        /// The state that this node has now.
+        position: Position,
+    },
+    /// The primary begins to lead this node's state back to its own.
+    #[non_exhaustive]
+    HealStarted {
+        /// What led the state astray.
+        why: String,
+    },
+    /// This node's state was led back to the primary's.
+    #[non_exhaustive]
     Healed {
         /// The state that it has now.
         position: Position,
         /// How many pages came for it.
         pages: u64,
-        /// Where what it replaced is kept, if that was not in the primary's history; see [`Db::lost`](crate::Db::lost).
+        /// Where the node keeps what it replaced, if that was not in the primary's history; see
+        /// [`Db::lost`](crate::Db::lost).
         lost: Option<std::path::PathBuf>,
     },
-    /// Bad pages of this primary were written anew; see [`Db::find_repair`](crate::Db::find_repair).
+    /// Bad pages of this primary were written anew; see
+    /// [`Db::find_repair`](crate::Db::find_repair).
+    #[non_exhaustive]
     Repaired {
         /// Which.
         pages: Vec<PageNo>,
         /// The replica that had the right images.
         from: PeerInfo,
     },
-    /// The log lost its past: it begins anew at this position. On a primary, replicas that are behind it have to compare their pages.
-    LogGap(Position),
-    /// Local history that the primary does not have was put aside before it was replaced.
-    Kept(std::path::PathBuf),
-    /// The WAL is beyond twice its limit ([`Config::wal_limit`](crate::Config::wal_limit)) and was not begun anew within a second, or is beyond four
-    /// times. Told once for each doubling; [`Status::problem`] says so for as long as it lasts.
+    /// The log lost its past and begins anew. On a primary, replicas that are at an older state have
+    /// to compare their pages.
+    #[non_exhaustive]
+    LogGap {
+        /// Where the log begins.
+        position: Position,
+    },
+    /// The node put local history aside that the primary does not have, before it replaced it.
+    #[non_exhaustive]
+    Kept {
+        /// Where it is kept.
+        path: std::path::PathBuf,
+    },
+    /// The WAL is beyond twice its limit ([`Config::wal_limit`](crate::Config::wal_limit)) and was
+    /// not begun anew within a second, or it is beyond four times. The node tells it once for each
+    /// doubling. [`Status::problem`] says so for as long as it lasts.
+    #[non_exhaustive]
     WalGrows {
         /// Its length in bytes.
         bytes: u64,
@@ -609,9 +656,11 @@ pub enum Event {
         /// What is in the way.
         why: WalReason,
     },
-    /// The locks of this process's connections on the database were gone, and were taken again: something in this process opened and closed the
-    /// database or its `-shm` by other means than SQLite. What a node holds for life is held otherwise (on Linux) and was not lost; but a write that was under way
-    /// in this process may have met one of another process.
+    /// The locks of this process's connections on the database were gone, and the node took them
+    /// again. Something in this process opened and closed the database or its `-shm` by other means
+    /// than SQLite. What a node holds for life it holds otherwise (on Linux), and did not lose. But
+    /// a write that was under way in this process may have met one of another process.
+    #[non_exhaustive]
     LocksLost {
         /// The database.
         database: std::path::PathBuf,
@@ -619,20 +668,39 @@ pub enum Event {
         times: u64,
     },
     /// All pages were hashed, and are those of the position.
-    Verified(Verification),
-    /// All pages were hashed, and are not those of the position: the disk, or somebody else than SQLite, changed the files.
-    VerificationFailed(Verification),
-    /// Somebody knocked at this node's replication endpoint with another secret; at most one such event a minute.
+    #[non_exhaustive]
+    Verified {
+        /// What came of it.
+        verification: Verification,
+    },
+    /// All pages were hashed, and are not those of the position. The disk changed the files, or
+    /// something else than SQLite did.
+    #[non_exhaustive]
+    VerificationFailed {
+        /// What came of it.
+        verification: Verification,
+    },
+    /// A peer knocked at this node's replication endpoint with another secret. There is at most one
+    /// such event a minute.
+    #[non_exhaustive]
     OtherSecret {
-        /// The id of the node that it says to be; anybody can say that.
+        /// The id of the node that it says to be. Anyone can say that.
         node: NodeId,
         /// How often that happened since the last such event.
         times: u64,
     },
     /// Replication of this database has stopped.
-    Stopped(String),
-    /// Events were missed because this receiver was too slow.
-    Missed(u64),
+    #[non_exhaustive]
+    Stopped {
+        /// What stopped it.
+        why: String,
+    },
+    /// This receiver was too slow and missed events.
+    #[non_exhaustive]
+    Missed {
+        /// How many.
+        events: u64,
+    },
 }
 
 #[cfg(test)]
