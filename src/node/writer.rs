@@ -33,7 +33,7 @@ const CLOSE_STEP: Duration = Duration::from_millis(1);
 /// Commits that may wait for their acknowledgement; the writer then waits, too.
 const WAITING_MAX: usize = 4096;
 
-/// Which connection a function of [`Config::on_connect`] is given.
+/// Which connection a function of [`Config::on_connect`](crate::Config::on_connect) is given.
 ///
 /// ```
 /// use replite::{Config, ConnectionKind};
