@@ -18,6 +18,18 @@ use crate::token::Token;
 /// A response that says whether to try again and tells nothing of the inside. [`Error::NotPrimary`]
 /// also reports to the request's [`Session`] that the primary is needed, so that the replay layer
 /// sends the request there instead.
+///
+/// ```
+/// use axum::extract::State;
+/// use replite::{Db, Error};
+///
+/// async fn add(State(db): State<Db>, text: String) -> Result<(), Error> {
+///     let insert = "INSERT INTO notes VALUES (?1)";
+///     db.write(move |tx| Ok::<_, Error>(tx.execute(insert, [text])?)).await?;
+///     Ok(())
+/// }
+/// # let _ = axum::routing::post::<_, _, Db>(add);
+/// ```
 impl IntoResponse for Error {
     fn into_response(self) -> Response {
         let (status, words) = sort(&self);
@@ -92,6 +104,15 @@ fn sort(error: &Error) -> (StatusCode, &'static str) {
 
 /// The request's session; 500 where the replay layer is not around the handler. Below the layers of
 /// several databases it is the innermost one's: the others by [`Db::session`](crate::Db::session).
+///
+/// ```
+/// use replite::Session;
+///
+/// async fn handler(session: Session) -> String {
+///     format!("{:?}", session.committed())
+/// }
+/// # let _ = axum::routing::get::<_, _, ()>(handler);
+/// ```
 impl<S: Sync> FromRequestParts<S> for Session {
     type Rejection = (StatusCode, &'static str);
 
@@ -105,6 +126,15 @@ impl<S: Sync> FromRequestParts<S> for Session {
 }
 
 /// The token that came with the request, as `Option<Token>`; none when it was absent or not valid.
+///
+/// ```
+/// use replite::Token;
+///
+/// async fn handler(token: Option<Token>) -> String {
+///     token.map_or("no token".into(), |token| token.txid().to_string())
+/// }
+/// # let _ = axum::routing::get::<_, _, ()>(handler);
+/// ```
 impl<S: Sync> OptionalFromRequestParts<S> for Token {
     type Rejection = Infallible;
 

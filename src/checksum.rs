@@ -17,6 +17,14 @@ const PAGE_KEY: [u8; 28] = *b"replite page hash, version 1";
 /// `replite page hash, version 1` and the page number (`u32`, little endian). A sum can be kept up to date from the old and the
 /// new image of each changed page, and, unlike an exclusive-or of linear checksums, equal changes on two pages
 /// do not cancel.
+///
+/// ```
+/// use replite::Checksum;
+///
+/// let checksum = Checksum::from_u128(5);
+/// assert_eq!(checksum.to_string().parse::<Checksum>()?, checksum);
+/// # Ok::<_, Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub struct Checksum(u128);
 

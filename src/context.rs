@@ -138,7 +138,7 @@ impl NodeContext {
         self.applied.close();
         self.report_aside(condition);
         if let Some(state) = changed {
-            self.reports.send(Event::Role(state));
+            self.reports.send(Event::Role { state });
         }
     }
 
@@ -151,7 +151,7 @@ impl NodeContext {
     /// Changes the role, or what is known of the primary; silent when nothing changed.
     pub(crate) fn change_role(&self, change: RoleChange) {
         if let Some(state) = self.roles.change(change) {
-            self.reports.send(Event::Role(state));
+            self.reports.send(Event::Role { state });
         }
     }
 

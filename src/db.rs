@@ -48,6 +48,26 @@ pub use snapshot::Snapshot;
 /// Dropping the last clone stops every thread and task of it: at once on a plain thread, in the background where async tasks run, so
 /// that none waits for a disk; who opens the same file meanwhile waits until it is closed, and a process that ends meanwhile loses nothing
 /// that was acknowledged. [`Db::shutdown`] also waits for replicas to get what was captured, and returns when all is done.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), replite::Error> {
+/// use replite::{Db, Error};
+///
+/// let db = Db::temporary(|config| {
+///     config.migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS notes (text TEXT)"))
+/// })
+/// .await?;
+/// let commit = db
+///     .write(|tx| Ok::<_, Error>(tx.execute("INSERT INTO notes VALUES ('a')", [])?))
+///     .await?;
+/// let count: i64 = db.read(|conn| {
+///     Ok::<_, Error>(conn.query_row("SELECT count(*) FROM notes", [], |row| row.get(0))?)
+/// })?;
+/// assert_eq!((commit.value, count), (1, 1));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug)]
 pub struct Db {
     pub(crate) inner: Arc<LastHandle>,
@@ -430,6 +450,20 @@ impl Db {
 }
 
 /// The events of a node; see [`Db::events`].
+///
+/// ```
+/// # async fn example(db: replite::Db) -> Result<(), replite::Error> {
+/// use replite::Event;
+///
+/// let mut events = db.events();
+/// while let Some(event) = events.next().await {
+///     if let Event::WalGrows { bytes, why, .. } = event {
+///         eprintln!("the WAL has {bytes} bytes: {why}");
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Events {
     receiver: broadcast::Receiver<Event>,
@@ -443,7 +477,7 @@ impl Events {
     pub async fn next(&mut self) -> Option<Event> {
         match self.receiver.recv().await {
             Ok(event) => Some(event),
-            Err(broadcast::error::RecvError::Lagged(missed)) => Some(Event::Missed(missed)),
+            Err(broadcast::error::RecvError::Lagged(missed)) => Some(Event::Missed { events: missed }),
             Err(broadcast::error::RecvError::Closed) => None,
         }
     }

@@ -13,6 +13,19 @@ use crate::txid::Txid;
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Who can do something about an [`Error`].
+///
+/// ```
+/// use replite::{Blame, Error};
+///
+/// fn alert(error: &Error) -> bool {
+///     match error.blame() {
+///         Blame::Disk | Blame::Outside | Blame::Replite => true,
+///         Blame::Caller | Blame::Peer => false,
+///         _ => true,
+///     }
+/// }
+/// assert!(!alert(&Error::Reentrant));
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Blame {
@@ -64,6 +77,20 @@ impl fmt::Display for Cause {
 }
 
 /// Anything that can go wrong. [`Error::blame`] says who must act.
+///
+/// ```
+/// use replite::Error;
+///
+/// fn advice(error: &Error) -> &'static str {
+///     match error {
+///         Error::NotPrimary { .. } => "the replay layer sends the request to the primary",
+///         Error::Busy { .. } | Error::PoolExhausted { .. } => "try again in a moment",
+///         Error::OutcomeUnknown(_) => "look whether the write is there, before it is made again",
+///         _ => "see the text",
+///     }
+/// }
+/// assert_eq!(advice(&Error::Reentrant), "see the text");
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
@@ -311,6 +338,20 @@ pub enum Error {
 }
 
 /// Why a database can't be served.
+///
+/// ```
+/// use replite::{Error, Unsupported};
+///
+/// fn hint(error: &Error) -> Option<&'static str> {
+///     let Error::Unsupported { reason, .. } = error else { return None };
+///     match reason {
+///         Unsupported::NetworkFileSystem(_) => Some("use a local disk"),
+///         Unsupported::NotADatabase => Some("is the file encrypted?"),
+///         _ => None,
+///     }
+/// }
+/// # let _ = hint;
+/// ```
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Unsupported {
@@ -350,6 +391,16 @@ pub enum Unsupported {
 }
 
 /// What is wrong with a peer.
+///
+/// ```
+/// use replite::{Error, PeerProblem};
+///
+/// fn is_misconfigured(error: &Error) -> bool {
+///     let Error::Peer { problem, .. } = error else { return false };
+///     matches!(problem, PeerProblem::Secret | PeerProblem::NotHttp2 | PeerProblem::Cluster(_))
+/// }
+/// # let _ = is_misconfigured;
+/// ```
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PeerProblem {

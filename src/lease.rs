@@ -5,6 +5,14 @@
 /// A node that is configured as the primary is it from its first start on; there must be exactly one. Should two
 /// be started by mistake, their histories differ by their epochs' branch ids, and a replica that meets both
 /// follows the higher epoch and keeps a copy of what it had.
+///
+/// ```
+/// use replite::{Config, lease};
+///
+/// let primary = Config::new("app.db").lease(lease::Fixed::primary()); // as without
+/// let replica = Config::new("app.db").lease(lease::Fixed::replica_of("http://10.0.0.1:7000"));
+/// # drop((primary, replica));
+/// ```
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct Fixed {
     primary: Option<String>,

@@ -1,12 +1,36 @@
+// Of several definitions of a link the first counts: here those for the documentation.
+#![doc = "[docs/guide.md]: crate::guide"]
+#![doc = "[docs/stack.md]: crate::guide::stack"]
+#![doc = "[docs/trouble.md]: crate::guide::trouble"]
+#![doc = "[docs/design.md]: https://docs.rs/crate/replite/latest/source/docs/design.md"]
+#![doc = "[ARCHITECTURE.md]: https://docs.rs/crate/replite/latest/source/ARCHITECTURE.md"]
+#![doc = "[CHANGELOG.md]: https://docs.rs/crate/replite/latest/source/CHANGELOG.md"]
+#![doc = "[benches/README.md]: https://docs.rs/crate/replite/latest/source/benches/README.md"]
+#![doc = ""]
 #![doc = include_str!("../README.md")]
+#![cfg_attr(docsrs, feature(doc_cfg))]
 
-/// The code of the documents compiles and runs.
-#[cfg(doctest)]
-mod docs {
-    #[doc = include_str!("../docs/guide.md")]
-    mod guide {}
+#[doc = "[stack.md]: crate::guide::stack"]
+#[doc = "[trouble.md]: crate::guide::trouble"]
+#[doc = "[migrations.md]: crate::guide::migrations"]
+#[doc = "[bad pages]: crate::guide::trouble#bad-pages-of-a-primary"]
+#[doc = "[beside us]: crate#what-else-may-use-sqlite-beside-us"]
+#[doc = "[README]: crate#prove-it-for-your-routes"]
+#[doc = ""]
+#[doc = include_str!("../docs/guide.md")]
+pub mod guide {
     #[doc = include_str!("../docs/stack.md")]
-    mod stack {}
+    pub mod stack {}
+
+    #[doc = "[Secrets and addresses]: crate::guide#secrets-and-addresses"]
+    #[doc = ""]
+    #[doc = include_str!("../docs/trouble.md")]
+    pub mod trouble {}
+
+    // Its code needs a crate that the example of its own in `examples/migrations` has, which runs it.
+    #[cfg(not(doctest))]
+    #[doc = include_str!("../docs/migrations.md")]
+    pub mod migrations {}
 }
 
 mod applied;

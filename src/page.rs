@@ -12,6 +12,13 @@ pub(crate) use set::PageSet;
 const PENDING_BYTE: u64 = 0x4000_0000;
 
 /// The number of a page in a database file, from 1.
+///
+/// ```
+/// use replite::PageNo;
+///
+/// assert_eq!(PageNo::new(1), Some(PageNo::FIRST));
+/// assert_eq!(PageNo::new(0), None);
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
 pub struct PageNo(u32);
 
@@ -53,6 +60,15 @@ impl fmt::Display for PageNo {
 }
 
 /// The size of a database's pages: a power of two from 512 to 65,536 bytes.
+///
+/// ```
+/// use replite::{PageNo, PageSize};
+///
+/// let size = PageSize::new(4096)?;
+/// assert_eq!(PageNo::FIRST.offset(size), 0);
+/// assert!(PageSize::new(1000).is_err());
+/// # Ok::<_, Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct PageSize(u32);
 

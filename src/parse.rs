@@ -3,6 +3,13 @@
 /// A text, or a number, is not of the form that it should have.
 ///
 /// The caller made it or passed it on: nothing happened, and the same text is refused again.
+///
+/// ```
+/// use replite::Txid;
+///
+/// let refused = "17".parse::<Txid>().unwrap_err();
+/// assert_eq!((refused.what(), refused.text()), ("transaction id", "17"));
+/// ```
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("not a valid {what}: {text:?}")]
 pub struct ParseError {

@@ -35,6 +35,16 @@ pub(crate) const SECRETS_MAX: usize = 8;
 /// Whoever holds a proof that was made with it, such as a client its token, can try guesses at the secret without asking anybody. That is of no use against random
 /// bytes, and of much against what people think up. So a text is taken for a secret only in the forms that hold 32 bytes; a phrase has a constructor of its own, which
 /// makes each guess expensive.
+///
+/// ```
+/// use replite::{Config, Secret};
+///
+/// let secret = Secret::generate()?;
+/// assert!(!format!("{secret:?}").contains(&secret.to_text()));
+/// let config = Config::new("app.db").secret(secret);
+/// # drop(config);
+/// # Ok::<_, replite::Error>(())
+/// ```
 #[derive(Clone)]
 pub struct Secret([u8; SECRET_BYTES]);
 

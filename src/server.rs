@@ -41,6 +41,18 @@ pub(crate) enum Mount {
 /// by axum's `nest_service("/_replite", db.service())`; the server must speak HTTP/2.
 ///
 /// Who does not prove the cluster's secret gets an empty 404 for every path and method.
+///
+/// ```
+/// use axum::Router;
+/// use replite::Db;
+///
+/// fn app(db: &Db, routes: Router) -> Router {
+///     routes
+///         .layer(db.replay_layer())
+///         .nest_service("/_replite", db.service()) // after the layers, which leave it alone
+/// }
+/// # let _ = app;
+/// ```
 #[derive(Clone)]
 pub struct ReplicationService {
     shared: Arc<ServerShared>,

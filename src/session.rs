@@ -22,6 +22,17 @@ tokio::task_local! {
 ///
 /// Below the layers of several databases a request has a session of each. A commit counts in that of its own database; [`Db::session`](crate::Db::session) gives it. The one in
 /// the extensions, and [`Session::current`], is the innermost layer's; as the task's, it stands for all of them.
+///
+/// ```
+/// use replite::{Db, Error, Session};
+///
+/// /// The answer has the token, for a client that has neither cookies nor a look at headers.
+/// async fn add(session: Session, db: Db) -> Result<String, Error> {
+///     db.write(|tx| Ok::<_, Error>(tx.execute("INSERT INTO notes VALUES ('a')", [])?)).await?;
+///     Ok(session.token().map_or(String::new(), |token| token.to_string()))
+/// }
+/// # let _ = add;
+/// ```
 #[derive(Clone)]
 pub struct Session(Arc<SessionState>);
 

@@ -16,6 +16,25 @@ use crate::txid::{Epoch, Position};
 pub(crate) use time::{as_unix_millis, from_unix_millis, unix_millis, whole_millis};
 
 /// What a node does at the moment.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), replite::Error> {
+/// use replite::{Db, Role};
+///
+/// let db = Db::temporary(|config| {
+///     config.migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS notes (text TEXT)"))
+/// })
+/// .await?;
+/// match db.role() {
+///     Role::Primary => println!("jobs run here"),
+///     Role::Replica => println!("jobs run on the primary"),
+///     Role::Stopped => println!("an operator must look"),
+///     other => println!("{other}"),
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 #[non_exhaustive]
@@ -111,6 +130,22 @@ pub(crate) fn is_plain(c: char) -> bool {
 }
 
 /// What is known of another node.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), replite::Error> {
+/// use replite::Db;
+///
+/// let db = Db::temporary(|config| {
+///     config.migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS notes (text TEXT)"))
+/// })
+/// .await?;
+/// let me = db.node();
+/// assert_eq!(me.node, db.node_id());
+/// assert!(me.addresses.labels.is_empty());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct PeerInfo {
@@ -123,6 +158,20 @@ pub struct PeerInfo {
 }
 
 /// A node's role, and the primary as far as it is known.
+///
+/// ```
+/// # async fn example(db: replite::Db) -> Result<(), replite::Error> {
+/// let mut roles = db.roles();
+/// while roles.changed().await.is_ok() {
+///     let state = roles.borrow_and_update().clone();
+///     match state.primary {
+///         Some(primary) => println!("the primary is at {}", primary.addresses.app),
+///         None => println!("there is no primary at the moment"),
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct RoleState {
@@ -136,6 +185,22 @@ pub struct RoleState {
 }
 
 /// How a node stands, for people and dashboards.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), replite::Error> {
+/// use replite::Db;
+///
+/// let db = Db::temporary(|config| {
+///     config.migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS notes (text TEXT)"))
+/// })
+/// .await?;
+/// let status = db.status();
+/// assert_eq!(status.problem, None);
+/// println!("{} at {:?}, {} replicas", status.role, status.position, status.replicas.len());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Debug, Serialize)]
 #[non_exhaustive]
 pub struct Status {
@@ -195,6 +260,16 @@ impl Status {
 }
 
 /// What of a [`Status`] may be shown to everybody; made by [`Status::public`].
+///
+/// ```
+/// use axum::{Json, extract::State};
+/// use replite::{Db, PublicStatus};
+///
+/// async fn page(State(db): State<Db>) -> Json<PublicStatus> {
+///     Json(db.status().public())
+/// }
+/// # let _ = page;
+/// ```
 #[derive(Clone, PartialEq, Debug, Serialize)]
 #[non_exhaustive]
 pub struct PublicStatus {
@@ -211,6 +286,18 @@ pub struct PublicStatus {
 }
 
 /// How far a replica is behind its primary.
+///
+/// ```
+/// use std::time::Duration;
+///
+/// use replite::Db;
+///
+/// fn is_fresh(db: &Db) -> bool {
+///     // The primary has no lag.
+///     db.status().lag.is_none_or(|lag| lag.connected && lag.age < Duration::from_secs(5))
+/// }
+/// # let _ = is_fresh;
+/// ```
 #[derive(Clone, Copy, PartialEq, Debug, Serialize)]
 #[non_exhaustive]
 pub struct Lag {
@@ -226,6 +313,19 @@ pub struct Lag {
 }
 
 /// What came of hashing all pages of the database at one state; see [`Db::verify`](crate::Db::verify).
+///
+/// ```
+/// use replite::Verification;
+///
+/// fn tell(found: &Verification) -> String {
+///     if found.holds() {
+///         return format!("{} pages are right; that took {:?}", found.pages, found.elapsed);
+///     }
+///     let all = if found.all_named { "all of them" } else { "not all of them" };
+///     format!("bad pages: {:?}, {all}", found.bad_pages)
+/// }
+/// # let _ = tell;
+/// ```
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 #[non_exhaustive]
 pub struct Verification {
@@ -280,6 +380,25 @@ impl Verification {
 }
 
 /// A transaction in the retained log.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), replite::Error> {
+/// use replite::{Db, Error};
+///
+/// let db = Db::temporary(|config| {
+///     config.migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS notes (text TEXT)"))
+/// })
+/// .await?;
+/// let commit = db
+///     .write(|tx| Ok::<_, Error>(tx.execute("INSERT INTO notes VALUES ('a')", [])?))
+///     .await?;
+/// db.wait_for(commit.txid.expect("it wrote something")).await?; // for capture
+/// let log = db.transactions(None, 1000).await?;
+/// assert_eq!(log.last().map(|last| last.position.txid()), commit.txid);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
 #[non_exhaustive]
 pub struct LoggedTransaction {
@@ -297,6 +416,16 @@ pub struct LoggedTransaction {
 }
 
 /// A replica as its primary sees it.
+///
+/// ```
+/// use replite::Db;
+///
+/// fn slowest(db: &Db) -> Option<u64> {
+///     let replicas = db.status().replicas;
+///     replicas.iter().filter_map(|replica| replica.applied).map(|at| at.number()).min()
+/// }
+/// # let _ = slowest;
+/// ```
 #[derive(Clone, Debug, Serialize)]
 #[non_exhaustive]
 pub struct ReplicaStatus {
@@ -312,6 +441,21 @@ pub struct ReplicaStatus {
 }
 
 /// Whether a node can do its work.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), replite::Error> {
+/// use replite::Db;
+///
+/// let db = Db::temporary(|config| {
+///     config.migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS notes (text TEXT)"))
+/// })
+/// .await?;
+/// let health = db.health();
+/// assert!(health.live && health.can_read, "{:?}", health.reasons);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 #[non_exhaustive]
 pub struct Health {
@@ -326,6 +470,16 @@ pub struct Health {
 }
 
 /// Why a WAL is not begun anew.
+///
+/// ```
+/// use replite::WalReason;
+///
+/// fn is_ours(why: WalReason) -> bool {
+///     // The application's own doing, which it can end.
+///     matches!(why, WalReason::Readers | WalReason::OpenTransaction)
+/// }
+/// # let _ = is_ours;
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum WalReason {
@@ -357,6 +511,26 @@ impl fmt::Display for WalReason {
 }
 
 /// What came of [`Db::checkpoint`](crate::Db::checkpoint).
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), replite::Error> {
+/// use std::time::Duration;
+///
+/// use replite::{Checkpoint, Db};
+///
+/// let db = Db::temporary(|config| {
+///     config.migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS notes (text TEXT)"))
+/// })
+/// .await?;
+/// match db.checkpoint(Duration::from_secs(5)).await? {
+///     Checkpoint::Done => println!("the file is whole"),
+///     Checkpoint::Busy { why, .. } => println!("not yet: {why}"),
+///     _ => {}
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Checkpoint {
@@ -374,47 +548,112 @@ pub enum Checkpoint {
 }
 
 /// Something worth telling an operator. All of them are logged, too.
+///
+/// ```
+/// use replite::{Db, Event};
+///
+/// async fn watch(db: Db) {
+///     let mut events = db.events();
+///     while let Some(event) = events.next().await {
+///         match event {
+///             Event::Healed { pages, lost: Some(lost), .. } => {
+///                 println!("{pages} pages came; what was here is in {}", lost.display());
+///             }
+///             Event::LocksLost { times, .. } => println!("closed by others: {times}"),
+///             other => println!("{other:?}"),
+///         }
+///     }
+/// }
+/// # let _ = watch;
+/// ```
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub enum Event {
     /// The role, or what is known of the primary, changed.
-    Role(RoleState),
+    #[non_exhaustive]
+    Role {
+        /// What holds from now on.
+        state: RoleState,
+    },
     /// A replica connected (on the primary).
-    ReplicaJoined(PeerInfo),
+    #[non_exhaustive]
+    ReplicaJoined {
+        /// The replica.
+        replica: PeerInfo,
+    },
     /// A replica's connection ended (on the primary).
-    ReplicaLeft(PeerInfo),
+    #[non_exhaustive]
+    ReplicaLeft {
+        /// The replica.
+        replica: PeerInfo,
+    },
     /// The stream from the primary stands (on a replica).
-    Connected(PeerInfo),
+    #[non_exhaustive]
+    Connected {
+        /// The primary.
+        primary: PeerInfo,
+    },
     /// The stream from the primary ended (on a replica).
-    Disconnected(String),
-    /// A snapshot begins, and why.
-    SnapshotStarted(String),
+    #[non_exhaustive]
+    Disconnected {
+        /// How it ended.
+        why: String,
+    },
+    /// A snapshot begins.
+    #[non_exhaustive]
+    SnapshotStarted {
+        /// Why this node needs one.
+        why: String,
+    },
     /// A snapshot was taken over.
-    SnapshotFinished(Position),
-    /// This node's state is being led back to the primary's, and why.
-    HealStarted(String),
-    /// It was.
+    #[non_exhaustive]
+    SnapshotFinished {
+        /// The state that this node has now.
+        position: Position,
+    },
+    /// The primary begins to lead this node's state back to its own.
+    #[non_exhaustive]
+    HealStarted {
+        /// What led the state astray.
+        why: String,
+    },
+    /// This node's state was led back to the primary's.
+    #[non_exhaustive]
     Healed {
         /// The state that it has now.
         position: Position,
         /// How many pages came for it.
         pages: u64,
-        /// Where what it replaced is kept, if that was not in the primary's history; see [`Db::lost`](crate::Db::lost).
+        /// Where the node keeps what it replaced, if that was not in the primary's history; see
+        /// [`Db::lost`](crate::Db::lost).
         lost: Option<std::path::PathBuf>,
     },
-    /// Bad pages of this primary were written anew; see [`Db::find_repair`](crate::Db::find_repair).
+    /// Bad pages of this primary were written anew; see
+    /// [`Db::find_repair`](crate::Db::find_repair).
+    #[non_exhaustive]
     Repaired {
         /// Which.
         pages: Vec<PageNo>,
         /// The replica that had the right images.
         from: PeerInfo,
     },
-    /// The log lost its past: it begins anew at this position. On a primary, replicas that are behind it have to compare their pages.
-    LogGap(Position),
-    /// Local history that the primary does not have was put aside before it was replaced.
-    Kept(std::path::PathBuf),
-    /// The WAL is beyond twice its limit ([`Config::wal_limit`](crate::Config::wal_limit)) and was not begun anew within a second, or is beyond four
-    /// times. Told once for each doubling; [`Status::problem`] says so for as long as it lasts.
+    /// The log lost its past and begins anew. On a primary, replicas that are at an older state have
+    /// to compare their pages.
+    #[non_exhaustive]
+    LogGap {
+        /// Where the log begins.
+        position: Position,
+    },
+    /// The node put local history aside that the primary does not have, before it replaced it.
+    #[non_exhaustive]
+    Kept {
+        /// Where it is kept.
+        path: std::path::PathBuf,
+    },
+    /// The WAL is beyond twice its limit ([`Config::wal_limit`](crate::Config::wal_limit)) and was
+    /// not begun anew within a second, or it is beyond four times. The node tells it once for each
+    /// doubling. [`Status::problem`] says so for as long as it lasts.
+    #[non_exhaustive]
     WalGrows {
         /// Its length in bytes.
         bytes: u64,
@@ -423,9 +662,11 @@ pub enum Event {
         /// What is in the way.
         why: WalReason,
     },
-    /// The locks of this process's connections on the database were gone, and were taken again: something in this process opened and closed the
-    /// database or its `-shm` by other means than SQLite. What a node holds for life is held otherwise (on Linux) and was not lost; but a write that was under way
-    /// in this process may have met one of another process.
+    /// The locks of this process's connections on the database were gone, and the node took them
+    /// again. Something in this process opened and closed the database or its `-shm` by other means
+    /// than SQLite. What a node holds for life it holds otherwise (on Linux), and did not lose. But
+    /// a write that was under way in this process may have met one of another process.
+    #[non_exhaustive]
     LocksLost {
         /// The database.
         database: std::path::PathBuf,
@@ -433,20 +674,39 @@ pub enum Event {
         times: u64,
     },
     /// All pages were hashed, and are those of the position.
-    Verified(Verification),
-    /// All pages were hashed, and are not those of the position: the disk, or somebody else than SQLite, changed the files.
-    VerificationFailed(Verification),
-    /// Somebody knocked at this node's replication endpoint with another secret; at most one such event a minute.
+    #[non_exhaustive]
+    Verified {
+        /// What came of it.
+        verification: Verification,
+    },
+    /// All pages were hashed, and are not those of the position. The disk changed the files, or
+    /// something else than SQLite did.
+    #[non_exhaustive]
+    VerificationFailed {
+        /// What came of it.
+        verification: Verification,
+    },
+    /// A peer knocked at this node's replication endpoint with another secret. There is at most one
+    /// such event a minute.
+    #[non_exhaustive]
     OtherSecret {
-        /// The id of the node that it says to be; anybody can say that.
+        /// The id of the node that it says to be. Anyone can say that.
         node: NodeId,
         /// How often that happened since the last such event.
         times: u64,
     },
     /// Replication of this database has stopped.
-    Stopped(String),
-    /// Events were missed because this receiver was too slow.
-    Missed(u64),
+    #[non_exhaustive]
+    Stopped {
+        /// What stopped it.
+        why: String,
+    },
+    /// This receiver was too slow and missed events.
+    #[non_exhaustive]
+    Missed {
+        /// How many.
+        events: u64,
+    },
 }
 
 #[cfg(test)]

@@ -97,6 +97,21 @@ pub struct Cluster<S> {
 }
 
 /// What a cluster is started from; see [`Cluster::start`].
+///
+/// ```
+/// # async fn example() -> Result<(), replite::Error> {
+/// use axum::Router;
+/// use replite::testing::{Builder, Cluster};
+///
+/// fn small(nodes: usize) -> Builder {
+///     Cluster::start(nodes).config(|config| config.read_connections(2))
+/// }
+///
+/// let cluster = small(3).app(|db| Router::new().layer(db.replay_layer())).await?;
+/// # drop(cluster);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone)]
 #[must_use = "a cluster starts when it is given its application"]
 pub struct Builder {
@@ -243,6 +258,20 @@ impl<S: Application> Cluster<S> {
 }
 
 /// One node of a [`Cluster`].
+///
+/// ```
+/// use axum::Router;
+/// use replite::{Error, testing::Cluster};
+///
+/// async fn outage(cluster: &Cluster<Router>) -> Result<(), Error> {
+///     let primary = cluster.node(0);
+///     primary.kill().await;
+///     assert!(cluster.node(1).db().health().can_read);
+///     primary.start().await?;
+///     cluster.caught_up().await
+/// }
+/// # let _ = outage;
+/// ```
 pub struct Node<S> {
     config: Config,
     stand: Stand<S>,

@@ -22,6 +22,26 @@ const TEXT_BYTES: usize = 2 + 1 + 8 + 1 + 33 + 1 + 16 + 1 + 2 * SHORT_PROOF_BYTE
 /// ```text
 /// v1.5f0c2a11.0000000000000003-9f...e1.000000000000004d.6b...02
 /// ```
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), replite::Error> {
+/// use replite::{Db, Error};
+///
+/// let db = Db::temporary(|config| {
+///     config.migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS notes (text TEXT)"))
+/// })
+/// .await?;
+/// let commit = db
+///     .write(|tx| Ok::<_, Error>(tx.execute("INSERT INTO notes VALUES ('a')", [])?))
+///     .await?;
+/// let token = db.token(commit.txid.expect("it wrote something"));
+/// // On another node, where the text came with a message of some queue:
+/// assert_eq!(db.verify_token(token.as_str()), commit.txid);
+/// assert_eq!(db.verify_token("v1.made.up"), None);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, PartialEq, Eq)]
 pub struct Token {
     txid: Txid,

@@ -9,6 +9,14 @@ use crate::parse::ParseError;
 
 /// One term of one primary: a number that grows at every change and restart of the primary, and a random
 /// branch id that tells apart two histories which claim the same number.
+///
+/// ```
+/// use replite::Epoch;
+///
+/// let (before, after) = (Epoch::new(3, 0xfeed), Epoch::new(4, 0xbeef));
+/// assert!(before < after);
+/// assert_eq!(before.to_string(), "0000000000000003-000000000000feed");
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Epoch {
     number: u64,
@@ -50,6 +58,16 @@ impl Epoch {
 
 /// A committed transaction: its epoch and its number in the history together, so that a wait for it can't
 /// succeed on another history. The text form is three fields of 16 hex digits, joined by `-`.
+///
+/// ```
+/// use replite::{Epoch, Txid};
+///
+/// let txid = Txid::new(Epoch::new(3, 0xfeed), 77);
+/// assert_eq!(txid.to_string().parse::<Txid>()?, txid);
+/// // What was committed under another branch id is another transaction.
+/// assert_ne!(txid, Txid::new(Epoch::new(3, 0xbeef), 77));
+/// # Ok::<_, Box<dyn std::error::Error>>(())
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Txid {
     epoch: Epoch,
@@ -78,6 +96,24 @@ impl Txid {
 pub(crate) const NUMBER_MAX: u64 = u64::MAX >> 1;
 
 /// A state of the database, named exactly: the last transaction in it and the checksum of all its pages.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), replite::Error> {
+/// use replite::{Db, Error};
+///
+/// let db = Db::temporary(|config| {
+///     config.migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS notes (text TEXT)"))
+/// })
+/// .await?;
+/// let mut positions = db.watch();
+/// db.write(|tx| Ok::<_, Error>(tx.execute("INSERT INTO notes VALUES ('a')", [])?)).await?;
+/// // Nodes that are at the same position have the same pages.
+/// positions.changed().await.expect("the database is open");
+/// println!("{:?}", *positions.borrow());
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
 pub struct Position {
     txid: Txid,

@@ -338,7 +338,8 @@ impl Config {
     /// state that can be proved goes on without the transactions that no file has any more. It may mix states and lack commits: better restore it from a replica. Where the
     /// error names two readings, it is the one in which SQLite's is right. Take it out of the configuration again when it has done its work.
     ///
-    /// The page "When something is wrong" (`docs/trouble.md`) has every text of that error, and what to do.
+    /// The page [When something is wrong](crate::guide::trouble) has every text of that error, and
+    /// what to do.
     pub fn accept_damaged(mut self, accept: bool) -> Config {
         self.accept_damaged = accept;
         self

@@ -24,6 +24,17 @@ struct Bad {
 }
 
 /// Pages of a primary's database whose bytes are wrong, and their right images, which a replica had; see [`Db::find_repair`].
+///
+/// ```
+/// # async fn example(db: replite::Db) -> Result<(), replite::Error> {
+/// if let Some(repair) = db.find_repair().await? {
+///     println!("node {} has the right images of {:?}", repair.from.node, repair.pages());
+///     let verification = repair.apply().await?;
+///     assert!(verification.holds());
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Repair {
@@ -41,9 +52,11 @@ impl Db {
     /// bad ([`Verification::bad_pages`]). Each must have the hash that this node's own log has of the page, so that no replica is believed, be it damaged or
     /// lying. Nothing is changed before [`Repair::apply`]. None when all pages are right.
     ///
-    /// A page that no transaction in the retained log has changed is not named. The position's checksum alone, a sum over all pages, guards against accidents, not
-    /// against who makes pages up until the sum comes out: so nobody's word is taken for such pages. Where there are any, the database that a replica has is the
-    /// way out; see "A primary's pages are bad" in `docs/trouble.md`.
+    /// A page that no transaction in the retained log has changed is not named. The position's
+    /// checksum alone, a sum over all pages, guards against accidents. It does not guard against a
+    /// peer that makes pages up until the sum comes out, so the primary believes no replica there.
+    /// Where there are such pages, the database that a replica has is the way out; see
+    /// [Bad pages of a primary](crate::guide::trouble#bad-pages-of-a-primary).
     ///
     /// # Errors
     /// As for [`Db::verify`]; [`Error::NotPrimary`] on a replica, which heals itself; [`Error::Damaged`] when no page is named, or no replica has the right images, with what

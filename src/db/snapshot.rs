@@ -113,6 +113,25 @@ impl Db {
 }
 
 /// A copy of the database that is read; see [`Db::snapshot`].
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), replite::Error> {
+/// use replite::Db;
+/// use tokio::io::AsyncReadExt;
+///
+/// let db = Db::temporary(|config| {
+///     config.migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS notes (text TEXT)"))
+/// })
+/// .await?;
+/// let mut snapshot = db.snapshot().await?;
+/// let mut copy = Vec::new();
+/// snapshot.read_to_end(&mut copy).await.expect("the temporary file can be read");
+/// assert_eq!(copy.len() as u64, snapshot.len());
+/// assert!(copy.starts_with(b"SQLite format 3\0"));
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Debug)]
 pub struct Snapshot {
     // Before the file's name: some systems remove no file that is open.

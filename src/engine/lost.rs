@@ -42,6 +42,21 @@ const PREFIX: &str = "branch-";
 const CURE: &str = "is a copy of what was replaced, which the node does not need: take what can be read from the other files of its directory, then move that away";
 
 /// A branch of the history that this node had and that a heal replaced by the primary's; see [`Db::lost`](crate::Db::lost).
+///
+/// ```
+/// use replite::{Error, LostBranch};
+///
+/// fn tell(branch: &LostBranch) -> Result<(), Error> {
+///     println!("{} pages of a state that was replaced at {:?}", branch.pages, branch.time);
+///     if let Some(told) = branch.rows()? {
+///         for row in told.rows {
+///             println!("{} {}: {:?} became {:?}", row.table, row.rowid, row.lost, row.kept);
+///         }
+///     }
+///     Ok(())
+/// }
+/// # let _ = tell;
+/// ```
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct LostBranch {

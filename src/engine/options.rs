@@ -6,6 +6,14 @@ use crate::files::Paths;
 use crate::log::LogOptions;
 
 /// When a commit is acknowledged.
+///
+/// ```
+/// use replite::{Config, Durability};
+///
+/// // For data that can be had again: an import, a cache.
+/// let config = Config::new("cache.db").durability(Durability::Unsynced);
+/// # drop(config);
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub enum Durability {

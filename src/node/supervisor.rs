@@ -318,8 +318,8 @@ mod tests {
         let mut roles = 0;
         while let Ok(event) = tokio::time::timeout(Duration::ZERO, events.next()).await {
             match event.unwrap() {
-                Event::Role(_) => roles += 1,
-                Event::Missed(missed) => roles += missed,
+                Event::Role { .. } => roles += 1,
+                Event::Missed { events: missed, .. } => roles += missed,
                 _ => {}
             }
         }

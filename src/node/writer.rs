@@ -33,7 +33,17 @@ const CLOSE_STEP: Duration = Duration::from_millis(1);
 /// Commits that may wait for their acknowledgement; the writer then waits, too.
 const WAITING_MAX: usize = 4096;
 
-/// Which connection a function of [`Config::on_connect`] is given.
+/// Which connection a function of [`Config::on_connect`](crate::Config::on_connect) is given.
+///
+/// ```
+/// use replite::{Config, ConnectionKind};
+///
+/// let config = Config::new("app.db").on_connect(|conn, kind| match kind {
+///     ConnectionKind::Writer => conn.pragma_update(None, "foreign_keys", true),
+///     _ => Ok(()),
+/// });
+/// # drop(config);
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum ConnectionKind {
@@ -59,6 +69,31 @@ pub(crate) struct WriterSetup {
 }
 
 /// What a write brought about.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), replite::Error> {
+/// use replite::{Db, Error};
+///
+/// let db = Db::temporary(|config| {
+///     config.migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS notes (text TEXT)"))
+/// })
+/// .await?;
+/// let commit = db
+///     .write(|tx| {
+///         tx.execute("INSERT INTO notes VALUES ('a')", [])?;
+///         Ok::<_, Error>(tx.last_insert_rowid())
+///     })
+///     .await?;
+/// assert_eq!(commit.value, 1);
+/// // Any node can wait for it.
+/// db.wait_for(commit.txid.expect("it wrote something")).await?;
+/// // A write that changes nothing has no transaction.
+/// let none = db.write(|tx| Ok::<_, Error>(tx.execute("DELETE FROM notes WHERE 0", [])?)).await?;
+/// assert_eq!(none.txid, None);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct Commit<T> {

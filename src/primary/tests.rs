@@ -391,7 +391,8 @@ async fn acknowledgements_are_shown_and_their_absence_ends_the_stream() {
     comes("an acknowledgement", || stream.source.replicas()[0].applied.is_some()).await;
     assert_eq!(stream.source.replicas()[0].synced, Some(at(1, 8)));
     assert_eq!(stream.goodbye().await, format!("nothing was heard from this replica for {SILENCE_MAX:?}"));
-    assert!(matches!(events.recv().await.unwrap(), Event::ReplicaLeft(peer) if peer.node.as_u128() == 2));
+    let event = events.recv().await.unwrap();
+    assert!(matches!(event, Event::ReplicaLeft { replica, .. } if replica.node.as_u128() == 2));
 }
 
 /// On a slow link one unit takes its time.

@@ -35,6 +35,25 @@ use crate::session;
 /// When the primary's answer carries a token, the client tells the [`Session`](crate::Session) of
 /// the calling task, and the response that is being made there carries the token on. Other callers
 /// read it by [`Db::verify_token`](crate::Db::verify_token).
+///
+/// ```
+/// use bytes::Bytes;
+/// use http_body_util::Full;
+/// use replite::{Db, Outcome};
+/// use tower::ServiceExt;
+///
+/// async fn report(db: &Db, text: &str) -> Result<(), http::Error> {
+///     let body = Full::new(Bytes::copy_from_slice(text.as_bytes()));
+///     let request = http::Request::post("/api/reports").body(body)?;
+///     match db.primary_client().oneshot(request).await {
+///         Ok(response) => println!("{}", response.status()),
+///         Err(failure) if failure.outcome == Outcome::NotExecuted => println!("later: {failure}"),
+///         Err(failure) => println!("it may have arrived: {failure}"),
+///     }
+///     Ok(())
+/// }
+/// # let _ = report;
+/// ```
 #[derive(Clone)]
 pub struct PrimaryClient {
     shared: Arc<LayerShared>,

@@ -11,6 +11,14 @@ use crate::proxy::headers::OUTCOME;
 pub(crate) const RETRY_AFTER_SECONDS: &str = "1";
 
 /// What is known about a request that failed.
+///
+/// ```
+/// use replite::{Error, Outcome};
+///
+/// assert_eq!(Outcome::of(&Error::ShutDown), Some(Outcome::NotExecuted));
+/// // The closure may have done something before.
+/// assert_eq!(Outcome::of(&Error::Reentrant), None);
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Outcome {
@@ -73,6 +81,19 @@ impl Outcome {
 }
 
 /// Why the layer answered in place of the app.
+///
+/// ```
+/// use replite::{Failure, Reason};
+///
+/// fn words(failure: &Failure) -> &'static str {
+///     match failure.reason {
+///         Reason::NoPrimary | Reason::Unreachable => "We are updating. Try again in a moment.",
+///         Reason::BodyTooLarge => "The file is too large to be sent here.",
+///         _ => "That did not work.",
+///     }
+/// }
+/// # let _ = words;
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Reason {
@@ -113,6 +134,21 @@ pub enum Reason {
 
 /// A request that could not be done. The layer makes a response of it;
 /// [`PrimaryClient`](crate::PrimaryClient) returns it as its error.
+///
+/// ```
+/// use replite::{Db, Failure, ReplayLayer};
+///
+/// fn json(failure: &Failure) -> http::Response<bytes::Bytes> {
+///     let mut response = http::Response::new(format!("{{\"error\":\"{failure}\"}}").into());
+///     *response.status_mut() = failure.status;
+///     response
+/// }
+///
+/// fn layer(db: &Db) -> ReplayLayer {
+///     db.replay_layer().on_failure(json) // the layer adds `replite-outcome` and `Retry-After`
+/// }
+/// # let _ = layer;
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{}", self.words())]
 #[non_exhaustive]

@@ -36,9 +36,31 @@ const PREFIXES_MAX: usize = 64;
 /// to the primary, clients read their own writes on every node.
 ///
 /// It goes around everything that belongs to running a handler, and below what each node does for
-/// each request (trace, request id, CORS, limits): one tested order is in `docs/stack.md`. With the
-/// feature `axum` it goes wherever axum takes a layer. An application with two databases has two
-/// layers: `docs/guide.md` says how.
+/// each request (trace, request id, CORS, limits). [Where the layer goes](crate::guide::stack) has
+/// an order that is tested. With the feature `axum` it goes wherever axum takes a layer. An
+/// application with [two databases](crate::guide#two-databases-in-one-app) has two layers.
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), replite::Error> {
+/// use std::time::Duration;
+///
+/// use axum::{Router, routing::get};
+/// use replite::{Db, Route};
+///
+/// let db = Db::temporary(|config| {
+///     config.migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS notes (text TEXT)"))
+/// })
+/// .await?;
+/// let layer = db
+///     .replay_layer()
+///     .route_prefix("/healthz", Route::Local)
+///     .hold_timeout(Duration::from_secs(8)); // while the primary restarts
+/// let app: Router = Router::new().route("/", get(|| async { "hello" })).layer(layer);
+/// # drop(app);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone)]
 #[must_use = "a layer does its work around a service"]
 pub struct ReplayLayer {

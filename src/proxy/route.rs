@@ -5,6 +5,20 @@ use http::request::Parts;
 use hyper::ext::Protocol;
 
 /// Where a request is to run.
+///
+/// ```
+/// use replite::{Db, ReplayLayer, Route};
+///
+/// fn layer(db: &Db) -> ReplayLayer {
+///     db.replay_layer()
+///         .route_prefix("/metrics", Route::Local)
+///         .route(|parts| match parts.uri.path() {
+///             "/search" => Route::LocalThenReplay, // a POST that only reads
+///             _ => Route::by_method(parts),
+///         })
+/// }
+/// # let _ = layer;
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Route {

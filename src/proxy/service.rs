@@ -21,6 +21,23 @@ use crate::proxy::shared::LayerShared;
 use crate::session::Session;
 
 /// The middleware that [`ReplayLayer`](crate::ReplayLayer) makes of a service.
+///
+/// ```
+/// # async fn example(db: replite::Db) -> Result<(), replite::Error> {
+/// use bytes::Bytes;
+/// use http::{Request, Response};
+/// use http_body_util::Full;
+/// use tower::{ServiceBuilder, service_fn};
+///
+/// let app = |_: Request<_>| async {
+///     Ok::<_, std::convert::Infallible>(Response::new(axum::body::Body::from("hello")))
+/// };
+/// let service = ServiceBuilder::new().layer(db.replay_layer()).service(service_fn(app));
+/// # let request = Request::new(Full::new(Bytes::new()));
+/// # let _ = tower::ServiceExt::oneshot(service, request);
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone)]
 pub struct ReplayService<S> {
     pub(super) inner: S,

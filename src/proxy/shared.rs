@@ -19,6 +19,15 @@ use crate::proxy::route::{Route, is_below};
 use crate::token::Tokens;
 
 /// Which responses carry a token.
+///
+/// ```
+/// use replite::{Db, ReplayLayer, SessionTokens};
+///
+/// fn layer(db: &Db) -> ReplayLayer {
+///     db.replay_layer().session(SessionTokens::Monotonic)
+/// }
+/// # let _ = layer;
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub enum SessionTokens {
@@ -34,6 +43,15 @@ pub enum SessionTokens {
 /// What becomes of upgrade requests, such as WebSockets, whose [`Route`] is `LocalThenReplay`. With
 /// `Local` they are served by the node that got them, whatever is said here; with `Primary` they
 /// are carried to the primary, or refused.
+///
+/// ```
+/// use replite::{Db, ReplayLayer, Upgrades};
+///
+/// fn layer(db: &Db) -> ReplayLayer {
+///     db.replay_layer().upgrades(Upgrades::Primary)
+/// }
+/// # let _ = layer;
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub enum Upgrades {
@@ -48,6 +66,15 @@ pub enum Upgrades {
 }
 
 /// How a request gets from a replica to the primary.
+///
+/// ```
+/// use replite::{Db, Forwarding, ReplayLayer};
+///
+/// fn layer(db: &Db) -> ReplayLayer {
+///     db.replay_layer().forwarding(Forwarding::Redirect)
+/// }
+/// # let _ = layer;
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub enum Forwarding {
@@ -68,6 +95,15 @@ pub enum Forwarding {
 }
 
 /// The `SameSite` attribute of the token's cookie.
+///
+/// ```
+/// use replite::{Db, ReplayLayer, SameSite};
+///
+/// fn layer(db: &Db) -> ReplayLayer {
+///     db.replay_layer().cookie_same_site(SameSite::Strict)
+/// }
+/// # let _ = layer;
+/// ```
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub enum SameSite {

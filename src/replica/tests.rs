@@ -643,7 +643,7 @@ async fn an_absurd_hello_is_refused_and_honest_replicas_go_on() {
         reaches(&honest, at(1, number)).await;
     }
     while let Ok(event) = events.try_recv() {
-        if let Event::Disconnected(why) = event {
+        if let Event::Disconnected { why, .. } = event {
             assert!(why.contains("disk full"), "{why}");
         }
     }
@@ -667,7 +667,7 @@ async fn a_replica_waits_for_its_primary_and_says_a_problem_once() {
     let position = primary.node.applied.position().unwrap();
     reaches(&replica, position).await;
     comes("no problem", || replica.problem().is_none()).await;
-    assert!(!std::iter::from_fn(|| events.try_recv().ok()).any(|e| matches!(e, Event::Disconnected(_))));
+    assert!(!std::iter::from_fn(|| events.try_recv().ok()).any(|e| matches!(e, Event::Disconnected { .. })));
 
     // The primary stops: the stream ends with a word, and the role says that it is away.
     stop(&primary.node, &primary.tracker).await;

@@ -20,7 +20,7 @@ conditions! {
     ReplicationStopped { database: &'a str, why: &'a str } "replication_stopped" {
         lasts Engine = format!("{STOPPED}{why}");
         log error(database, error = why, "replication stopped");
-        event Event::Stopped(why.into());
+        event Event::Stopped { why: why.into() };
         counts "replite_stopped_total" += 1;
     }
     /// A peer knocks at this node with another secret.
@@ -208,11 +208,11 @@ conditions! {
     /// A WAL was put aside.
     WalKept { kept: &'a Path } "wal_kept" {
         log warn(kept = %kept.display(), "the WAL is kept as it was");
-        event Event::Kept(kept.into());
+        event Event::Kept { path: kept.into() };
     }
     /// What the log replaces when it makes the database good was put aside.
     PagesKept { kept: &'a Path } "pages_kept" {
-        event Event::Kept(kept.into());
+        event Event::Kept { path: kept.into() };
     }
     /// The log has more than the WAL, and is applied.
     LogRedone { from: Position, to: Position } "log_redone" {
@@ -224,7 +224,7 @@ conditions! {
             kept = %kept.display(), ?from, ?to,
             "the log does not lead on from the database's state, and is put aside"
         );
-        event Event::Kept(kept.into());
+        event Event::Kept { path: kept.into() };
     }
     /// The epoch history is damaged, and was put aside.
     EpochsKept { error: &'a dyn Display } "epochs_kept" {
@@ -289,7 +289,7 @@ conditions! {
     /// The log is written again, and has a gap.
     LogGap { after: Position } "log_gap" {
         ends Log;
-        event Event::LogGap(after);
+        event Event::LogGap { position: after };
         counts "replite_log_gaps_total" += 1;
     }
     /// The log can't be synced, and is begun anew.
@@ -298,7 +298,7 @@ conditions! {
             %error, %at,
             "the log can't be synced, and is begun anew: replicas that are behind compare their pages"
         );
-        event Event::LogGap(at);
+        event Event::LogGap { position: at };
         counts "replite_log_gaps_total" += 1;
     }
     /// The log can't be written while a primary starts.
@@ -416,7 +416,7 @@ conditions! {
             elapsed_ms = whole_millis(verification.elapsed),
             "verified: the pages are those of the position"
         );
-        event Event::Verified(verification.clone());
+        event Event::Verified { verification: verification.clone() };
         counts "replite_verifications_total" ["result" = "holds"] += 1;
     }
     /// A verification found other pages than those of the position.
@@ -428,7 +428,7 @@ conditions! {
             pages = verification.pages,
             "{}", verification.problem()
         );
-        event Event::VerificationFailed(verification.clone());
+        event Event::VerificationFailed { verification: verification.clone() };
         counts "replite_verifications_total" ["result" = "differs"] += 1;
     }
     /// A verification came to no end.
@@ -480,12 +480,12 @@ conditions! {
     /// A snapshot begins.
     SnapshotStarted { first: Position, from: PageNo } "snapshot_started" {
         log info(%first, %from, "a snapshot begins");
-        event Event::SnapshotStarted("this node has no state of the cluster".into());
+        event Event::SnapshotStarted { why: "this node has no state of the cluster".into() };
     }
     /// A snapshot goes on that was begun before.
     SnapshotResumed { from: Position } "snapshot_resumed" {
         log info(%from, "what came of a snapshot is compared with the primary's pages");
-        event Event::SnapshotStarted("what came of a snapshot before is compared".into());
+        event Event::SnapshotStarted { why: "what came of a snapshot before is compared".into() };
     }
     /// Other connections are in a snapshot's way.
     SnapshotBlocked { text: &'a str } "snapshot_blocked" {
@@ -495,7 +495,7 @@ conditions! {
     SnapshotFinished { position: Position } "snapshot_finished" {
         ends State;
         log info(%position, "the snapshot is taken over");
-        event Event::SnapshotFinished(position);
+        event Event::SnapshotFinished { position };
         counts "replite_snapshots_total" += 1;
     }
     /// The last pages of a snapshot that broke off come once more.
@@ -513,12 +513,12 @@ conditions! {
     /// The database that a snapshot replaces was put aside.
     DatabaseKept { kept: &'a Path } "database_kept" {
         log warn(kept = %kept.display(), "the database that was here is kept aside");
-        event Event::Kept(kept.into());
+        event Event::Kept { path: kept.into() };
     }
     /// A replica's state is being led back to the primary's.
     HealStarted { position: Position, from: Position, compare: bool, why: &'a str } "heal_started" {
         log warn(%position, %from, compare, "a heal begins: {why}");
-        event Event::HealStarted(why.into());
+        event Event::HealStarted { why: why.into() };
     }
     /// A replica's state was led back to the primary's.
     Healed { position: Position, pages: u64, lost: Option<&'a Path> } "healed" {
@@ -539,7 +539,7 @@ conditions! {
             kept = %kept.display(), %tip,
             "this node had commits that are not in the primary's history; they are kept"
         );
-        event Event::Kept(kept.into());
+        event Event::Kept { path: kept.into() };
     }
     /// The rows of a branch that was put aside are not known.
     BranchUntold { error: &'a dyn Display, branch: &'a Path } "branch_untold" {
@@ -554,7 +554,7 @@ conditions! {
     /// The stream from the primary stands.
     Following { primary: &'a dyn Display, peer: &'a PeerInfo, plan: &'a dyn Debug } "following" {
         log info(%primary, node = %peer.node, ?plan, "following the primary");
-        event Event::Connected(peer.clone());
+        event Event::Connected { primary: peer.clone() };
     }
     /// Something came from the primary and was taken in.
     StreamWorks "stream_works" {
@@ -563,7 +563,7 @@ conditions! {
     /// A stream that stood has ended.
     StreamLost { problem: &'a str } "stream_lost" {
         lasts Stream = problem;
-        event Event::Disconnected(problem.into());
+        event Event::Disconnected { why: problem.into() };
         counts "replite_stream_losses_total" += 1;
     }
     /// The primary is not followed at present. The same problem is told once.
@@ -595,25 +595,25 @@ conditions! {
     /// A replica joined.
     ReplicaJoined { peer: &'a PeerInfo } "replica_joined" {
         log info(node = %peer.node, url = %peer.addresses.replication, "a replica joined");
-        event Event::ReplicaJoined(peer.clone());
+        event Event::ReplicaJoined { replica: peer.clone() };
         counts "replite_replicas_joined_total" += 1;
     }
     /// A replica left.
     ReplicaLeft { peer: &'a PeerInfo } "replica_left" {
         log info(node = %peer.node, "a replica left, or its connection broke");
-        event Event::ReplicaLeft(peer.clone());
+        event Event::ReplicaLeft { replica: peer.clone() };
         counts "replite_replicas_left_total" += 1;
     }
     /// This primary ended a replica's stream, and said why.
     ReplicaSentAway { peer: &'a PeerInfo, reason: &'a str } "replica_sent_away" {
         log info(node = %peer.node, reason, "a replica's stream was ended");
-        event Event::ReplicaLeft(peer.clone());
+        event Event::ReplicaLeft { replica: peer.clone() };
         counts "replite_replicas_left_total" += 1;
     }
     /// A replica's stream failed.
     ReplicaFailed { peer: &'a PeerInfo, error: &'a dyn Display } "replica_failed" {
         log warn(node = %peer.node, %error, "a replica's stream failed");
-        event Event::ReplicaLeft(peer.clone());
+        event Event::ReplicaLeft { replica: peer.clone() };
         counts "replite_replicas_left_total" += 1;
     }
     /// A peer was refused.

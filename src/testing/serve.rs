@@ -78,6 +78,24 @@ impl<S> Drop for Stand<S> {
 }
 
 /// What can be served by a node of a [`Cluster`](crate::testing::Cluster): any tower service of HTTP requests that can be cloned, such as axum's `Router`.
+///
+/// ```
+/// # async fn example() -> Result<(), replite::Error> {
+/// use std::convert::Infallible;
+///
+/// use axum::body::Body;
+/// use http::{Request, Response};
+/// use replite::testing::Cluster;
+///
+/// // Any service will do; most are an axum `Router`.
+/// let hello = |_: Request<hyper::body::Incoming>| async {
+///     Ok::<_, Infallible>(Response::new(Body::from("hello")))
+/// };
+/// let cluster = Cluster::start(2).app(move |_| tower::service_fn(hello)).await?;
+/// # drop(cluster);
+/// # Ok(())
+/// # }
+/// ```
 pub trait Application: Clone + Send + Sync + 'static {
     /// Serves one connection to its end.
     #[doc(hidden)]

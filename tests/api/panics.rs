@@ -140,7 +140,7 @@ async fn primary_process() {
     let why = stopped(&db).await;
     assert!(why.contains("a panic in replite-") && why.contains("the subscriber panics"), "{why}");
     refused(&db).await;
-    let told = async { while !matches!(events.next().await.unwrap(), Event::Stopped(_)) {} };
+    let told = async { while !matches!(events.next().await.unwrap(), Event::Stopped { .. }) {} };
     within("the event", told).await;
     let ahead = db.position().unwrap().txid();
     let ahead = replite::Txid::new(ahead.epoch(), ahead.number() + 5);
@@ -194,7 +194,7 @@ async fn replica_process() {
     }
     let why = stopped(&follower).await;
     assert!(why.contains("a panic in replite-apply"), "{why}");
-    let told = async { while !matches!(events.next().await.unwrap(), Event::Stopped(_)) {} };
+    let told = async { while !matches!(events.next().await.unwrap(), Event::Stopped { .. }) {} };
     within("the event", told).await;
     let read = follower.read(|c| Ok::<i64, Error>(c.query_row("SELECT count(*) FROM t", [], |r| r.get(0))?));
     assert!(matches!(&read, Err(Error::NoState(why)) if why.contains("a panic in")), "{read:?}");

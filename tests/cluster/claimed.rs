@@ -219,8 +219,10 @@ async fn a_foreign_database_of_another_page_size_is_kept_whole() {
     let source = Db::open(primary(&p, 0)).await.unwrap();
     let target = Db::open(replica(&r, &source.node().addresses.replication)).await.unwrap();
     let mut events = target.events();
-    within("a snapshot", async { while !matches!(events.next().await, Some(Event::SnapshotStarted(_))) {} })
-        .await;
+    within("a snapshot", async {
+        while !matches!(events.next().await, Some(Event::SnapshotStarted { .. })) {}
+    })
+    .await;
     // It is not taken away from who has it.
     assert_eq!(
         foreign.query_row("SELECT a FROM mine", [], |row| row.get::<_, String>(0)).unwrap(),

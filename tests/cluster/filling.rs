@@ -126,7 +126,7 @@ async fn healed_without_snapshot(events: &mut Events) -> u64 {
         loop {
             match events.next().await.expect("an event") {
                 Event::Healed { pages, .. } => return pages,
-                Event::SnapshotStarted(why) => panic!("a whole snapshot: {why}"),
+                Event::SnapshotStarted { why, .. } => panic!("a whole snapshot: {why}"),
                 _ => {}
             }
         }

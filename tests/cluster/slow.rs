@@ -88,7 +88,7 @@ async fn endings(events: &mut Events) -> (usize, Vec<String>) {
     let (mut told, mut all) = (0, Vec::new());
     while let Ok(Some(event)) = tokio::time::timeout(Duration::from_millis(1), events.next()).await {
         told += 1;
-        if let Event::Disconnected(why) = event {
+        if let Event::Disconnected { why, .. } = event {
             all.push(why);
         }
     }

@@ -70,7 +70,7 @@ fn healing_process() {
         loop {
             tokio::select! {
                 event = events.next() => match event {
-                    Some(Event::HealStarted(_)) => speak("begun"),
+                    Some(Event::HealStarted { .. }) => speak("begun"),
                     Some(Event::Healed { .. }) => speak("healed"),
                     Some(_) => {}
                     None => break,

@@ -67,7 +67,7 @@ async fn next_failed(events: &mut Events) -> Verification {
     within("a failed verification", async {
         loop {
             match events.next().await {
-                Some(Event::VerificationFailed(found)) => return found,
+                Some(Event::VerificationFailed { verification: found, .. }) => return found,
                 Some(_) => {}
                 None => panic!("no more events"),
             }
@@ -328,7 +328,9 @@ async fn it_runs_by_itself_from_time_to_time() {
     assert_eq!(found.bad_pages.len(), 1);
     flip_outside(&path, at);
     within("a good one", async {
-        while !matches!(events.next().await, Some(Event::Verified(found)) if found.holds()) {}
+        let good =
+            |event| matches!(event, Some(Event::Verified { verification, .. }) if verification.holds());
+        while !good(events.next().await) {}
     })
     .await;
     assert_eq!(db.status().problem, None);
@@ -348,7 +350,7 @@ async fn calls_at_the_same_time_share_one() {
     let third = db.verify().await.unwrap();
     let mut told = Vec::new();
     while told.last() != Some(&third) {
-        if let Some(Event::Verified(found)) = within("an event", events.next()).await {
+        if let Some(Event::Verified { verification: found, .. }) = within("an event", events.next()).await {
             told.push(found);
         }
     }

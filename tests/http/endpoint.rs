@@ -62,7 +62,7 @@ async fn a_stream_below_a_timeout_begins_again_where_it_was_cut() {
         last = Some(insert(&p, "x", n).await);
         if n % 5 == 4 {
             // Silence is what the layer cuts.
-            while !matches!(within("a cut", events.next()).await, Some(Event::Disconnected(_))) {}
+            while !matches!(within("a cut", events.next()).await, Some(Event::Disconnected { .. })) {}
         }
     }
     r.wait_for_timeout(last.unwrap(), LIMIT).await.unwrap();
@@ -295,7 +295,7 @@ async fn ended(events: &mut Events) -> String {
     within("the end of a stream", async {
         loop {
             match events.next().await {
-                Some(Event::Disconnected(why)) => return why,
+                Some(Event::Disconnected { why, .. }) => return why,
                 Some(_) => {}
                 None => panic!("the node ended"),
             }

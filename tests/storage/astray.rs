@@ -113,7 +113,9 @@ async fn a_backup_put_over_the_file_of_a_running_primary_is_never_vouched_for() 
         let more = write_on(&p).await;
         assert_stopped(&p, if how == "mv" { "another file" } else { "somebody else" });
         within("the event", async {
-            while !matches!(events.next().await.unwrap(), Event::Stopped(why) if why.contains("p.db")) {}
+            while !matches!(events.next().await.unwrap(), Event::Stopped { why, .. } if why.contains("p.db"))
+            {
+            }
         })
         .await;
         r.shutdown().await;

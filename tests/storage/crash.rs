@@ -86,7 +86,7 @@ async fn a_killed_primary_keeps_what_it_acknowledged_and_its_replica_goes_on() {
         if round == 0 {
             // What follows must not need a snapshot.
             within("ready", db.ready()).await.unwrap();
-            while events.next().await.is_some_and(|e| !matches!(e, Event::SnapshotFinished(_))) {}
+            while events.next().await.is_some_and(|e| !matches!(e, Event::SnapshotFinished { .. })) {}
         }
         lines.extend(process.kill());
         for line in lines {
@@ -120,10 +120,10 @@ async fn a_killed_primary_keeps_what_it_acknowledged_and_its_replica_goes_on() {
     let mut connected = 0;
     while let Some(event) = events.next().await {
         assert!(
-            !matches!(event, Event::SnapshotStarted(_) | Event::Missed(_)),
+            !matches!(event, Event::SnapshotStarted { .. } | Event::Missed { .. }),
             "{event:?}: a restart cost more"
         );
-        connected += usize::from(matches!(event, Event::Connected(_)));
+        connected += usize::from(matches!(event, Event::Connected { .. }));
     }
     assert!(connected > 0, "the replica was never told of a restart");
     process.kill();
@@ -147,8 +147,8 @@ fn replica_process() {
         tokio::spawn(async move {
             while let Some(event) = events.next().await {
                 match event {
-                    Event::SnapshotStarted(why) => speak(&format!("snapshot {why}")),
-                    Event::SnapshotFinished(position) => speak(&format!("filled {position}")),
+                    Event::SnapshotStarted { why, .. } => speak(&format!("snapshot {why}")),
+                    Event::SnapshotFinished { position, .. } => speak(&format!("filled {position}")),
                     _ => {}
                 }
             }

@@ -20,7 +20,7 @@ fn cramped_primary() {
     let mut events = db.events();
     runtime.spawn(async move {
         while let Some(event) = events.next().await {
-            if matches!(event, Event::LogGap(_)) {
+            if matches!(event, Event::LogGap { .. }) {
                 speak("gap");
             }
         }
@@ -127,11 +127,13 @@ fn replica_with_a_full_file() {
     runtime.block_on(async {
         let db = Db::open(replica(&PathBuf::from(variable("DB")), &variable("URL"))).await.unwrap();
         let mut events = db.events();
-        within("the stream", async { while !matches!(events.next().await, Some(Event::Connected(_))) {} })
-            .await;
+        within("the stream", async {
+            while !matches!(events.next().await, Some(Event::Connected { .. })) {}
+        })
+        .await;
         tokio::spawn(async move {
             while let Some(event) = events.next().await {
-                if let Event::Disconnected(why) = event {
+                if let Event::Disconnected { why, .. } = event {
                     speak(&format!("disconnected {why}"));
                 }
             }

@@ -59,7 +59,7 @@ async fn the_logs_quota_is_kept_and_costs_no_commit() {
     drop(ends);
     let most = watch.join().unwrap();
     assert!(most > QUOTA / 4 && most <= QUOTA, "{most} bytes of {QUOTA}");
-    within("the gap", async { while !matches!(events.next().await, Some(Event::LogGap(_))) {} }).await;
+    within("the gap", async { while !matches!(events.next().await, Some(Event::LogGap { .. })) {} }).await;
     a.shutdown().await;
     b.shutdown().await;
 }

@@ -256,7 +256,7 @@ fn following_process() {
         loop {
             tokio::select! {
                 event = events.next() => match event {
-                    Some(Event::HealStarted(_) | Event::SnapshotStarted(_)) => speak("healed"),
+                    Some(Event::HealStarted { .. } | Event::SnapshotStarted { .. }) => speak("healed"),
                     Some(_) => {}
                     None => break,
                 },

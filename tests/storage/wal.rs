@@ -160,7 +160,7 @@ async fn told(events: &mut Events) -> (u64, u64, WalReason) {
     within("a word of the WAL's length", async {
         loop {
             match events.next().await {
-                Some(Event::WalGrows { bytes, limit, why }) => return (bytes, limit, why),
+                Some(Event::WalGrows { bytes, limit, why, .. }) => return (bytes, limit, why),
                 Some(_) => {}
                 None => panic!("the node ended"),
             }

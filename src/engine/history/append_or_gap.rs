@@ -161,7 +161,7 @@ mod tests {
         assert!(matches!(engine.begun(), Err(Error::Stopped(_))));
         loop {
             match events.try_recv() {
-                Ok(event) => assert!(!matches!(event, Event::LogGap(_)), "the log was dropped"),
+                Ok(event) => assert!(!matches!(event, Event::LogGap { .. }), "the log was dropped"),
                 Err(TryRecvError::Empty) => break,
                 Err(error) => panic!("{error}"),
             }
@@ -222,7 +222,7 @@ mod tests {
         }
         let mut gap = None;
         until("it is told", || {
-            if let Ok(Event::LogGap(at)) = events.try_recv() {
+            if let Ok(Event::LogGap { position: at, .. }) = events.try_recv() {
                 gap = Some(at);
             }
             gap.is_some()

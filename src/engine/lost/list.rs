@@ -11,6 +11,18 @@ use crate::files::Paths;
 use crate::status::from_unix_millis;
 
 /// Something that is kept beside a database because it had to go from its place, a directory; see [`Db::lost`](crate::Db::lost).
+///
+/// ```
+/// # async fn example(db: replite::Db) -> Result<(), replite::Error> {
+/// for lost in db.lost().await? {
+///     println!("{:?}: {} bytes in {}", lost.time, lost.bytes, lost.path.display());
+///     if let Some(branch) = lost.branch() {
+///         branch.export(&std::env::temp_dir().join("lost.db"))?; // for the shell
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub struct Lost {
@@ -25,6 +37,22 @@ pub struct Lost {
 }
 
 /// What a [`Lost`] is.
+///
+/// ```
+/// # async fn example(db: replite::Db) -> Result<(), replite::Error> {
+/// use replite::LostKind;
+///
+/// for lost in db.lost().await? {
+///     match &lost.kind {
+///         LostKind::Branch(branch) => println!("up to transaction {}", branch.tip.number()),
+///         LostKind::Database => println!("a database that gave way to a snapshot"),
+///         LostKind::Unreadable(why) => println!("what can't be read: {why}"),
+///         other => println!("{other:?}"),
+///     }
+/// }
+/// # Ok(())
+/// # }
+/// ```
 #[derive(Clone, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum LostKind {

@@ -27,6 +27,20 @@ const ROWS_MAX: usize = 20_000;
 const BYTES_MAX: usize = 64 << 20;
 
 /// A row of a rowid table that a heal changed.
+///
+/// ```
+/// use replite::LostRow;
+///
+/// /// What has to be done so that the row is as the lost branch had it.
+/// fn action(row: &LostRow) -> &'static str {
+///     match (&row.lost, &row.kept) {
+///         (Some(_), None) => "insert it",
+///         (Some(_), Some(_)) => "update it",
+///         (None, _) => "delete it, if the branch had deleted it",
+///     }
+/// }
+/// # let _ = action;
+/// ```
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct LostRow {
@@ -42,6 +56,19 @@ pub struct LostRow {
 }
 
 /// The rows of a lost branch; see [`LostBranch::rows`](crate::LostBranch::rows).
+///
+/// ```
+/// use replite::{Error, LostBranch};
+///
+/// fn notes(branch: &LostBranch) -> Result<usize, Error> {
+///     let Some(told) = branch.rows()? else { return Ok(0) };
+///     if told.truncated {
+///         eprintln!("more rows were changed: see the pages");
+///     }
+///     Ok(told.rows.iter().filter(|row| row.table == "notes").count())
+/// }
+/// # let _ = notes;
+/// ```
 #[derive(Clone, PartialEq, Debug, Default)]
 #[non_exhaustive]
 pub struct LostRows {

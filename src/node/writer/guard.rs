@@ -24,6 +24,28 @@ use crate::txid::Txid;
 /// What the holder changed of the connection stays, but for what the node relies on: the WAL hook, `synchronous`, `wal_autocheckpoint`, `query_only`, the
 /// busy timeout, and the flags of `sqlite3_db_config` that defend the schema are as they were before when the guard is dropped.
 /// `PRAGMA locking_mode = EXCLUSIVE` is not authorized: nobody could read or write any more. Another journal mode than WAL is refused by SQLite ("locked").
+///
+/// ```
+/// # #[tokio::main(flavor = "current_thread")]
+/// # async fn main() -> Result<(), replite::Error> {
+/// use replite::Db;
+///
+/// let db = Db::temporary(|config| {
+///     config.migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS notes (text TEXT)"))
+/// })
+/// .await?;
+/// # tokio::task::spawn_blocking(move || {
+/// let mut writer = db.writer()?; // blocks
+/// writer.execute_batch("VACUUM; INSERT INTO notes VALUES ('a')")?;
+/// let last = writer.flush()?; // on the disk
+/// assert!(last.is_some());
+/// # Ok::<_, replite::Error>(())
+/// # })
+/// # .await
+/// # .expect("no panic")?;
+/// # Ok(())
+/// # }
+/// ```
 pub struct WriterGuard<'a> {
     open: MutexGuard<'a, Option<OpenWriter>>,
     shared: &'a WriterShared,

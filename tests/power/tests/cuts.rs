@@ -407,7 +407,7 @@ fn following_process() {
     runtime.spawn(async move {
         while let Some(event) = events.next().await {
             match event {
-                Event::SnapshotFinished(_) | Event::Healed { .. } => speak("filled"),
+                Event::SnapshotFinished { .. } | Event::Healed { .. } => speak("filled"),
                 _ => {}
             }
         }

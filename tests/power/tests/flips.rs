@@ -231,8 +231,8 @@ async fn equal(replica: &Db, primary: &Db) -> bool {
             tokio::select! {
                 moved = positions.changed() => moved.map_err(drop)?,
                 event = events.next() => match event {
-                    Some(Event::Disconnected(_)) if refused == REFUSED_MAX => return Err(()),
-                    Some(Event::Disconnected(_)) => refused += 1,
+                    Some(Event::Disconnected { .. }) if refused == REFUSED_MAX => return Err(()),
+                    Some(Event::Disconnected { .. }) => refused += 1,
                     _ => {}
                 }
             }
