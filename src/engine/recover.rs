@@ -8,6 +8,7 @@ pub(in crate::engine) mod position;
 mod redo;
 
 use std::fs;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -79,19 +80,7 @@ pub(in crate::engine) fn open(
     let mut handle = Handle::open(&path, primary).map_err(|e| refine(e, &options))?;
     let page_size = prepare(&handle, &options, primary)?;
     let index = WalIndex::new(&mut handle)?;
-    let locks = FileLocks::open(&path)?.map(Arc::new);
-    if !hold(&mut handle, locks.as_deref(), Slot::CHECKPOINT)? {
-        return Err(Error::AlreadyOpen { path, holder: "another process" });
-    }
-    if !hold(&mut handle, locks.as_deref(), Slot::WRITE)? {
-        return Err(Error::Timeout {
-            what: "the write lock, which another process holds".into(),
-            after: LOCKS_WAIT,
-        });
-    }
-    if let Some(locks) = &locks {
-        locks.watch()?;
-    }
+    let locks = hold_all(&mut handle, path)?;
     let header =
         index.header().ok_or_else(|| Error::Disturbed("the wal-index has no sound header".into()))?;
     if header.max_frame > 0 {
@@ -140,6 +129,24 @@ pub(in crate::engine) fn open(
         highest_epoch,
     };
     opened.locate(&header, pages)
+}
+
+/// Takes CKPT and WRITE, and begins to watch over locks.
+fn hold_all(handle: &mut Handle, path: PathBuf) -> Result<Option<Arc<FileLocks>>> {
+    let locks = FileLocks::open(&path)?.map(Arc::new);
+    if !hold(handle, locks.as_deref(), Slot::CHECKPOINT)? {
+        return Err(Error::AlreadyOpen { path, holder: "another process" });
+    }
+    if !hold(handle, locks.as_deref(), Slot::WRITE)? {
+        return Err(Error::Timeout {
+            what: "the write lock, which another process holds".into(),
+            after: LOCKS_WAIT,
+        });
+    }
+    if let Some(locks) = &locks {
+        locks.watch()?;
+    }
+    Ok(locks)
 }
 
 /// Takes a lock for the life of the database: one that nobody in this process can drop by mistake, where there is such a thing.

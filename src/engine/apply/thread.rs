@@ -4,6 +4,7 @@ mod bounded;
 mod connection;
 mod filling;
 mod healing;
+mod stage;
 mod state;
 mod vouched;
 
@@ -32,8 +33,8 @@ use crate::wire::Want;
 
 use bounded::Bounded;
 use connection::Connection;
-use healing::{HealPacer, Suspect};
-use state::{Remedy, Served, State};
+use healing::HealPacer;
+use stage::{Remedy, Served, State, Suspect};
 
 pub(in crate::engine) struct Apply {
     options: EngineOptions,

@@ -4,7 +4,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::engine::apply::thread::Apply;
-use crate::engine::apply::thread::state::{Served, State};
+use crate::engine::apply::thread::stage::{Served, State};
 use crate::engine::checkpoint::backfill::DRAIN_MAX;
 use crate::engine::checkpoint::bound::{BRAKE_TIMES, REST_TIMES, Teller};
 use crate::engine::checkpoint::pacer::RestartPacer;

@@ -6,12 +6,12 @@ use tokio::sync::mpsc;
 
 use crate::engine::apply::stream_error::StreamError;
 use crate::engine::apply::thread::bounded::is_long;
-use crate::engine::apply::thread::healing::Healing;
-use crate::engine::apply::thread::state::State;
+use crate::engine::apply::thread::stage::State;
 use crate::engine::apply::thread::{Apply, no_state};
 use crate::engine::file::epochs::write_epochs;
 use crate::engine::history::record_intake::RecordIntake;
 use crate::engine::history::wal_appender::WalAppender;
+use crate::engine::incoming::heal::Heal;
 use crate::engine::incoming::{self, IncomingState};
 use crate::error::Result;
 use crate::report::Condition;
@@ -29,6 +29,17 @@ pub(super) struct Connection {
     pub(super) receiving: Receiving,
     /// A history that this node's state is not in; it becomes ours with the state that follows.
     next_history: Option<EpochHistory>,
+}
+
+/// A heal and what is known of the branch that it ends.
+pub(super) struct Healing {
+    pub(super) heal: Heal,
+    /// The last state that is known to be in both histories.
+    pub(super) fork: Option<Position>,
+    /// Where our records after it begin in the log.
+    pub(super) records_from: Option<u64>,
+    /// The primary's records may still be such as we had.
+    pub(super) behind: bool,
 }
 
 /// What the primary sends at the moment.

@@ -5,8 +5,8 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use crate::engine::apply::stream_error::StreamError;
-use crate::engine::apply::thread::connection::{Connection, Receiving};
-use crate::engine::apply::thread::state::Remedy;
+use crate::engine::apply::thread::connection::{Connection, Healing, Receiving};
+use crate::engine::apply::thread::stage::{Remedy, Suspect};
 use crate::engine::apply::thread::{Apply, no_state};
 use crate::engine::file::doubt;
 use crate::engine::file::epochs::write_epochs;
@@ -258,27 +258,6 @@ impl LeadingBack<'_> {
             _ => None,
         }
     }
-}
-
-/// Why all pages are to be compared, although the position is in the primary's history.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Suspect {
-    No,
-    /// What comes from the primary's log makes no sense.
-    Stream,
-    /// The pages here may not be what the position says.
-    Pages,
-}
-
-/// A heal and what is known of the branch that it ends.
-pub(super) struct Healing {
-    pub(super) heal: Heal,
-    /// The last state that is known to be in both histories.
-    fork: Option<Position>,
-    /// Where our records after it begin in the log.
-    records_from: Option<u64>,
-    /// The primary's records may still be such as we had.
-    behind: bool,
 }
 
 /// How often heals may follow each other.

@@ -8,14 +8,14 @@ use tokio::sync::mpsc;
 
 use crate::engine::apply::inbox::{ApplyCommand, ApplyShared};
 use crate::engine::apply::thread::Apply;
-use crate::engine::apply::thread::healing::Suspect;
+use crate::engine::apply::thread::stage::{Remedy, Served, State, Suspect};
 use crate::engine::apply::thread::vouched::last_vouched;
 use crate::engine::checkpoint::thread::{Checkpointer, ReplicaSync};
 use crate::engine::file::database::{OpenDatabase, reader};
 use crate::engine::file::doubt;
 use crate::engine::file::term::Term;
 use crate::engine::history::wal_appender::WalAppender;
-use crate::engine::incoming::{self, Under};
+use crate::engine::incoming;
 use crate::engine::recover::{self, Findings};
 use crate::error::{Error, Result, Unsupported};
 use crate::files;
@@ -27,124 +27,6 @@ use crate::txid::{Place, Position};
 
 /// How often a database is turned to WAL, should that not be possible and no reason be given.
 const TURNS: u32 = 8;
-
-/// What is at the database's path. What is open has CKPT and WRITE held.
-pub(super) enum State {
-    /// Nothing that could be filled as it is.
-    Closed,
-    /// Something that could not be opened. That is tried again with each command.
-    Unopened,
-    /// A database without content, for a snapshot. Whoever has it open sees that come, and the file stays the same.
-    Empty(WalAppender),
-    /// A database that is no state of the cluster. Nobody reads it through this node; its pages are compared with the primary's.
-    Unknown(WalAppender, Remedy),
-    /// A state of the cluster.
-    Known(Served),
-    /// Nothing any more: what was open was handed on, and the node goes on with it.
-    Left,
-}
-
-/// What leads a database to the primary's state when it can't go on with the primary's log.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Remedy {
-    /// Pages of the primary, over those that are here.
-    Heal,
-    /// No heal can: a snapshot replaces it. A state of the cluster is read from until then.
-    Snapshot,
-}
-
-/// A state of the cluster, which is read from, and this node's time on it.
-pub(super) struct Served {
-    pub(super) term: Arc<Term>,
-    pub(super) live: WalAppender,
-    pub(super) remedy: Remedy,
-    /// None before the first service. Where the thread can't be started, the node has failed.
-    pub(super) checkpointer: Option<JoinHandle<()>>,
-}
-
-impl Served {
-    pub(super) fn new(live: WalAppender, remedy: Remedy) -> Served {
-        Served { term: Term::new(live.base.clone()), live, remedy, checkpointer: None }
-    }
-
-    /// Ends the thread that copies back. The database stays open.
-    pub(super) fn end(&mut self) {
-        self.term.end();
-        if let Some(thread) = self.checkpointer.take() {
-            thread.thread().unpark();
-            // It has said how it ended.
-            let _ = thread.join();
-        }
-    }
-}
-
-impl State {
-    /// The state of the cluster.
-    pub(super) fn known(&mut self) -> Option<&mut WalAppender> {
-        match self {
-            State::Known(served) => Some(&mut served.live),
-            _ => None,
-        }
-    }
-
-    /// A database with content, whatever that is.
-    pub(super) fn content(&mut self) -> Option<&mut WalAppender> {
-        match self {
-            State::Known(Served { live, .. }) | State::Unknown(live, _) => Some(live),
-            State::Closed | State::Unopened | State::Left | State::Empty(_) => None,
-        }
-    }
-
-    /// The database that a heal leads to the primary's state, under the pages that come. None: a
-    /// snapshot fills it anew.
-    pub(super) fn below(&mut self) -> Under<'_> {
-        match self {
-            State::Known(Served { live, remedy: Remedy::Heal, .. }) | State::Unknown(live, Remedy::Heal) => {
-                Some(live)
-            }
-            _ => None,
-        }
-    }
-
-    /// Sets what leads a database with content to the primary's state.
-    pub(super) fn set_remedy(&mut self, to: Remedy) {
-        if let State::Known(Served { remedy, .. }) | State::Unknown(_, remedy) = self {
-            *remedy = to;
-        }
-    }
-
-    /// Whatever is open.
-    pub(super) fn open(&mut self) -> Option<&mut WalAppender> {
-        match self {
-            State::Known(Served { live, .. }) | State::Unknown(live, _) | State::Empty(live) => Some(live),
-            State::Closed | State::Unopened | State::Left => None,
-        }
-    }
-
-    /// A database that a snapshot of this page size can fill.
-    pub(super) fn empty(&mut self, size: PageSize) -> Option<&mut WalAppender> {
-        match self {
-            State::Empty(live) if live.base.page_size == size => Some(live),
-            _ => None,
-        }
-    }
-
-    /// What is open is a state of the cluster from now on, if it was not before.
-    fn become_known(&mut self) {
-        *self = match std::mem::replace(self, State::Closed) {
-            State::Empty(live) => State::Known(Served::new(live, Remedy::Heal)),
-            State::Unknown(live, remedy) => State::Known(Served::new(live, remedy)),
-            other => other,
-        };
-    }
-
-    /// Closes what is open, and only then gives back what was held.
-    pub(super) fn close(&mut self) {
-        let Some(base) = self.open().map(|live| live.base.clone()) else { return };
-        *self = State::Closed;
-        base.release_locks();
-    }
-}
 
 impl Apply {
     /// Opens what is at the path; where there is nothing, it is claimed by an empty database of this page size.

@@ -1,0 +1,153 @@
+//! What databases are refused for, and what is wrong with a peer.
+
+use std::time::Duration;
+
+/// Why a database can't be served.
+///
+/// ```
+/// use replite::{Error, Unsupported};
+///
+/// fn hint(error: &Error) -> Option<&'static str> {
+///     let Error::Unsupported { reason, .. } = error else { return None };
+///     match reason {
+///         Unsupported::NetworkFileSystem(_) => Some("use a local disk"),
+///         Unsupported::NotADatabase => Some("is the file encrypted?"),
+///         _ => None,
+///     }
+/// }
+/// # let _ = hint;
+/// ```
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Unsupported {
+    /// The linked SQLite has a WAL race that newer ones don't have.
+    #[error("SQLite {found} is linked; {needed} or newer is needed")]
+    SqliteTooOld {
+        /// The linked version.
+        found: String,
+        /// The oldest that serves.
+        needed: &'static str,
+    },
+    /// Not a file: `:memory:`, an empty name or a URI.
+    #[error("an in-memory or URI database has no WAL file to replicate")]
+    NotAFile,
+    /// The path is a symbolic link that points to no file.
+    #[error("the path is a symbolic link to nothing")]
+    DanglingLink,
+    /// The bytes are not a SQLite database, or it is encrypted.
+    #[error("the file is not a SQLite database")]
+    NotADatabase,
+    /// The directory can't be written.
+    #[error("the directory can't be written: {0}")]
+    ReadOnlyDirectory(String),
+    /// The VFS has no shared memory for the wal-index, or not in the version needed.
+    #[error("the file system or VFS has no shared memory")]
+    NoSharedMemory,
+    /// The file system is a network or FUSE one.
+    #[error("{0} is a network or user-space file system, where SQLite's locks can't be trusted")]
+    NetworkFileSystem(String),
+    /// The state directory, or what has its name, is not for this database's owner alone. The text says
+    /// what to do.
+    #[error("the state directory is not private: {0}")]
+    StateDirectory(&'static str),
+    /// The journal mode could not be turned to WAL.
+    #[error("the journal mode stays {0:?}; it must be WAL")]
+    NotWal(String),
+}
+
+/// What is wrong with a peer.
+///
+/// ```
+/// use replite::{Error, PeerProblem};
+///
+/// fn is_misconfigured(error: &Error) -> bool {
+///     let Error::Peer { problem, .. } = error else { return false };
+///     matches!(problem, PeerProblem::Secret | PeerProblem::NotHttp2 | PeerProblem::Cluster(_))
+/// }
+/// # let _ = is_misconfigured;
+/// ```
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PeerProblem {
+    /// It could not be reached, or the connection broke.
+    #[error("connection failed: {0}")]
+    Connection(String),
+    /// It does not speak HTTP/2.
+    #[error(
+        "it does not speak HTTP/2: enable HTTP/2 (axum's `http2` feature) there, and in every proxy between"
+    )]
+    NotHttp2,
+    /// Something else than replite answered.
+    #[error("not a replite endpoint: status {status}, content type {content_type:?}, begins {begins:?}")]
+    NotReplite {
+        /// The HTTP status.
+        status: u16,
+        /// The content type.
+        content_type: String,
+        /// The first bytes of the body.
+        begins: String,
+    },
+    /// It answers an empty 404, which says as little as it can.
+    #[error(
+        "an empty 404: its secret is another one, or no endpoint is mounted at this path; compare the secrets of both nodes, and the URL"
+    )]
+    NotFound,
+    /// The secret was not proved: the peers' secrets differ.
+    #[error("it did not prove the cluster's secret: both nodes need a secret in common")]
+    Secret,
+    /// It proved a secret that is not valid here any more; see
+    /// [`Db::rotate_secrets`](crate::Db::rotate_secrets).
+    #[error("the secret that it proved is not valid here any more")]
+    SecretDropped,
+    /// It speaks another version of the protocol.
+    #[error("it speaks protocol version {theirs}; this node speaks {ours}")]
+    Version {
+        /// Its version.
+        theirs: u32,
+        /// Ours.
+        ours: u32,
+    },
+    /// It belongs to another cluster.
+    #[error("it belongs to cluster {0:?}")]
+    Cluster(String),
+    /// It does not serve this database.
+    #[error("it does not serve database {0:?}")]
+    Database(String),
+    /// It stands in an epoch that was superseded.
+    #[error("it sent epoch {theirs}, but {ours} is known")]
+    OldEpoch {
+        /// Its epoch.
+        theirs: String,
+        /// The newer one.
+        ours: String,
+    },
+    /// It is not the primary.
+    #[error("it is not the primary")]
+    NotPrimary,
+    /// Another running process has this node's id: a data directory was copied, or is used twice.
+    #[error(
+        "another live process uses this node's id: stop it, or delete the node id beside the copied database"
+    )]
+    DuplicateNode,
+    /// It refused for a reason of its own, such as too many streams.
+    #[error("it refused: {0}")]
+    Refused(String),
+    /// It sent bytes that make no sense.
+    #[error("bad bytes: {0}")]
+    Garbled(String),
+    /// Over the pages that are here, what it sent leads elsewhere than it states: the one or the
+    /// other is wrong. A replica compares all of its pages with the primary's then.
+    #[error("position mismatch: expected {expected}, found {found}")]
+    Mismatch {
+        /// What it states.
+        expected: String,
+        /// Where it leads.
+        found: String,
+    },
+    /// It was silent for too long.
+    #[error("nothing was heard for {0:?}")]
+    Silent(Duration),
+    /// It ended the stream with a reason.
+    #[error("it ended the stream: {0}")]
+    Goodbye(String),
+}
