@@ -1,4 +1,4 @@
-//! The position of a node, and those who wait for it to reach a transaction.
+//! The position of a node, and the callers that wait for it to reach a transaction.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -33,7 +33,8 @@ struct AppliedState {
     history: Arc<EpochHistory>,
     /// This node is the primary, whose word the history is.
     leads: bool,
-    /// Epochs that were in the history before it was replaced by another, newest last. Not kept over a restart: then they are unknown.
+    /// Epochs that were in the history before it was replaced by another, newest last. Not kept
+    /// over a restart: then they are unknown.
     left: VecDeque<Epoch>,
     /// By number and a serial that keeps two waiters for one number apart.
     waiters: BTreeMap<(u64, u64), Waiter>,
@@ -76,7 +77,7 @@ impl Applied {
         self.watch.subscribe()
     }
 
-    /// Moves the position on within the history that is known; wakes who waited for it.
+    /// Moves the position on within the known history, and wakes the callers that waited for it.
     pub(crate) fn advance(&self, position: Position) {
         let mut inner = self.lock();
         inner.position = Some(position);
@@ -87,13 +88,14 @@ impl Applied {
         self.watch.send_replace(Some(position));
     }
 
-    /// Takes over another history, and a position in it (or none); waiters whose branch is lost learn it now.
+    /// Takes over another history, and a position in it (or none). Waiters whose branch is lost
+    /// learn it now.
     pub(crate) fn replace(&self, history: EpochHistory, position: Option<Position>) {
         self.take_over(history, position, false);
     }
 
-    /// [`Applied::replace`] by the primary, which says what the history is: an epoch that it does not know is lost, unless the number
-    /// is above its own.
+    /// [`Applied::replace`] by the primary, which says what the history is. An epoch that it does
+    /// not know is lost, unless the epoch's number is above its own.
     pub(crate) fn lead(&self, history: EpochHistory, position: Position) {
         self.take_over(history, Some(position), true);
     }
@@ -114,7 +116,8 @@ impl Applied {
         self.watch.send_replace(position);
     }
 
-    /// Has no state and no history, for the time being: nothing is lost by that, and who waits goes on waiting.
+    /// Has no state and no history, for the time being. Nothing is lost by that, and callers that
+    /// wait go on waiting.
     pub(crate) fn forget(&self) {
         let mut inner = self.lock();
         inner.history = Arc::default();
@@ -156,7 +159,8 @@ impl Applied {
             inner.waiters.insert(key, (txid, sender));
             (receiver, key)
         };
-        // Removed also when the caller gives up, so that a cap on waiters can't be filled by the dead.
+        // Removed also when the caller gives up: callers that are gone must not fill the cap on
+        // waiters.
         let _place = Leave { applied: self, key };
         match tokio::time::timeout(limit, receiver).await {
             Ok(Ok(settled)) => settled,
@@ -303,7 +307,8 @@ mod tests {
         Txid::new(Epoch::new(number, branch), at)
     }
 
-    /// A primary whose state directory is gone begins again at epoch 1, on another branch. What is not known is not lost, however low its number.
+    /// A primary whose state directory is gone begins again at epoch 1, on another branch. What is
+    /// not known is not lost, however low its number.
     #[tokio::test]
     async fn an_epoch_that_was_not_heard_of_is_waited_for_whatever_its_number() {
         let applied = Applied::new();

@@ -22,7 +22,8 @@ use crate::status::{Event, Lag, PeerInfo, Role};
 pub(crate) use role::{RoleChange, RoleValue};
 pub(crate) use seldom::Seldom;
 
-/// How long no read may have failed before one that works says that they work again.
+/// After a read failed: for how long no other may fail before a read that works says that reads
+/// work again.
 const READS_QUIET: Duration = Duration::from_secs(1);
 
 struct CloseIdle(Box<dyn Fn() + Send + Sync>);
@@ -45,27 +46,28 @@ pub(crate) struct NodeContext {
     pub(crate) applied: Arc<Applied>,
     /// The role; doors look here to decide whether to forward.
     pub(crate) roles: RoleValue,
-    /// On a replica, how far behind.
+    /// On a replica, how far it lags.
     pub(crate) lag: Mutex<Option<Lag>>,
     /// Why replication has stopped for good.
     failure: Mutex<Option<Cause>>,
     /// Its problems and events.
     reports: Reports,
-    /// The database's files are not those that were opened: nothing is read from them.
+    /// The database's files are not those that the node opened: it reads nothing from them.
     astray: AtomicBool,
-    /// Counts how often the files were opened.
+    /// Counts how often the node opened the files.
     files: Arc<AtomicU64>,
     /// Closes what is idle of connections to files that are not there any more.
     close_idle: OnceLock<CloseIdle>,
-    /// When a read failed, in milliseconds since `begun`, and one; zero: none has, or one has worked since.
+    /// When a read failed: milliseconds since `begun`, and one. Zero: no read has failed, or one
+    /// has worked since.
     read_failed: AtomicU64,
     begun: Instant,
     /// Knocks with another secret.
     strangers: Seldom,
     /// Cancelled when the node stops: every task ends.
     pub(crate) stop: CancellationToken,
-    /// Cancelled before that, when the application's server is to end: long streams end and nothing new is begun, but what
-    /// runs already runs on.
+    /// Cancelled before that, when the application's server is to end. Long streams end and nothing
+    /// new begins, but what runs already runs on.
     pub(crate) drain: CancellationToken,
     /// Requests that are on their way to another node's application, and have no answer yet.
     forwards: watch::Sender<usize>,
@@ -126,8 +128,8 @@ impl NodeContext {
         self.reports.subscribe()
     }
 
-    /// Replication of the database has stopped for good. First that is so; then the application is
-    /// told, whose code may be what failed.
+    /// Replication of the database has stopped for good. The node's state says so first. Then the
+    /// application is told, whose code may be what failed.
     pub(crate) fn fail(&self, error: &Error) {
         let cause = error.cause();
         *lock(&self.failure) = Some(cause.clone());
@@ -155,8 +157,8 @@ impl NodeContext {
         }
     }
 
-    /// Counts a request from now on, before anybody looks up where to send it: so no request that is not counted goes to a primary
-    /// that is not the primary any more.
+    /// Counts a request from now on. The caller does this before it looks up where to send the
+    /// request. So no uncounted request goes to a primary that is not the primary any more.
     pub(crate) fn forward(&self) -> Forward<'_> {
         self.forwards.send_modify(|number| *number += 1);
         Forward(&self.forwards)
@@ -168,7 +170,8 @@ impl NodeContext {
         let _ = self.forwards.subscribe().wait_for(|number| *number == 0).await;
     }
 
-    /// The first eight hex digits that tell this database's tokens and cookies from those of others.
+    /// The first eight hex digits that tell this database's tokens and cookies from those of
+    /// others.
     pub(crate) fn database_tag(&self) -> String {
         let mut hasher = blake3::Hasher::new_derive_key("replite 2026 v1 database tag");
         for part in [&self.cluster, &self.database] {
@@ -188,7 +191,7 @@ impl NodeContext {
         self.astray.store(astray, Ordering::Relaxed);
     }
 
-    /// The files are opened anew: connections to what was there before are of no use.
+    /// The node opens the files anew: connections to what was there before are of no use.
     pub(crate) fn renew_files(&self) {
         self.files.fetch_add(1, Ordering::Release);
         if let Some(CloseIdle(close)) = self.close_idle.get() {
@@ -196,12 +199,12 @@ impl NodeContext {
         }
     }
 
-    /// What closes them.
+    /// Sets what closes those connections.
     pub(crate) fn when_renewed(&self, close: impl Fn() + Send + Sync + 'static) {
         let _ = self.close_idle.set(CloseIdle(Box::new(close)));
     }
 
-    /// How often they were.
+    /// How often the node opened the files, still counting.
     pub(crate) fn files(&self) -> Arc<AtomicU64> {
         self.files.clone()
     }
@@ -224,7 +227,7 @@ impl NodeContext {
         }
     }
 
-    /// A read worked. Where some do and some don't, it is too early to say that all is well.
+    /// A read worked. Where some work and some don't, it is too early to say that all is well.
     pub(crate) fn read_worked(&self) {
         if self.reads_may_work() {
             self.read_failed.store(0, Ordering::Relaxed);
@@ -238,8 +241,8 @@ impl NodeContext {
         failed != 0 && self.begun.elapsed() >= Duration::from_millis(failed) + READS_QUIET
     }
 
-    /// A peer that says to be this node knocked with another secret. Strangers can do that as often
-    /// as they like; it is told now and then.
+    /// A peer that claims to be `node` knocked with another secret. Strangers can do that as often
+    /// as they like, so the node reports it only now and then.
     pub(crate) fn other_secret(&self, node: NodeId) {
         if let Some(times) = self.strangers.happened() {
             self.report(Condition::OtherSecret { database: &self.database, node, times });

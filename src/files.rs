@@ -4,8 +4,9 @@
 //! Directories are made for their owner alone. A file gets the database's mode and, where that is
 //! for us to give, its owner: SQLite does the same with the `-wal`.
 //!
-//! No symbolic link is followed, and what is made anew was not there. Otherwise a user who can put
-//! something there could have us write over files that are not that user's, or read forged ones.
+//! Nothing here follows a symbolic link, and what is made anew was not there. Otherwise a user who
+//! can put something there could have us write over files that are not that user's, or read forged
+//! ones.
 
 mod inode;
 mod modes;
@@ -33,8 +34,8 @@ pub(crate) use positioned::{read_at, read_exact_at, write_all_at};
 pub(crate) use reserve::replace_file;
 pub(crate) use state_directory::{make_directory, make_state_dir};
 
-/// Makes a file anew, to be written and read. What has its name is removed, and not looked at: it is
-/// a file of ours that was left half done.
+/// Makes a file anew, to be written and read. A file that has its name is one of ours that was left
+/// half done: this removes it without looking at it.
 pub(crate) fn create(path: &Path) -> Result<File> {
     remove(path)?;
     let mut options = options(true);

@@ -1,7 +1,9 @@
-//! Every decoder, as a function of bytes from anywhere: none of them may panic, hang, or allocate what the bytes only claim.
+//! Every decoder, as a function of bytes from anywhere: none of them may panic, hang, or allocate
+//! what the bytes only claim.
 //!
-//! `fuzz/` runs them under coverage guidance; the test here runs them over the corpus that is kept there, and over mutations of it.
-//! Formats that are guarded by a hash are also given the hash that fits, so that what is behind it is reached.
+//! `fuzz/` runs them under coverage guidance. The test here runs them over the corpus that is kept
+//! there, and over mutations of it. A format that a hash guards also gets the hash that fits:
+//! otherwise nothing after the hash would be reached.
 
 use std::fs;
 
@@ -53,7 +55,7 @@ pub fn wire(data: &[u8]) {
     assert!(decoder.buffered() <= rest.len());
 }
 
-/// The fields of a unit of any kind, behind a hash that fits.
+/// The fields of a unit of any kind, after a hash that fits.
 pub fn wire_sealed(data: &[u8]) {
     let Some((&kind, payload)) = data.split_first() else { return };
     let mut decoder = Decoder::default();
@@ -86,8 +88,9 @@ pub fn log(data: &[u8]) {
 /// The highest bit of a unit's kind in [`log_sealed`]: its hash does not hold.
 const BROKEN: u8 = 0x80;
 
-/// A log of segments whose units have hashes that fit, unless it is said that they do not. Each input unit is its kind, the length of its
-/// payload (2 bytes) and the payload; a SEGMENT begins a file.
+/// A log of segments whose units have hashes that fit, unless the input says that they do not. Each
+/// input unit is its kind, the length of its payload (2 bytes) and the payload; a SEGMENT begins a
+/// file.
 pub fn log_sealed(mut data: &[u8]) {
     let mut segments: Vec<Vec<u8>> = Vec::new();
     while let Some((&[kind, l0, l1], rest)) = data.split_first_chunk() {
@@ -133,7 +136,7 @@ fn read_log<'a>(segments: impl Iterator<Item = &'a [u8]>) {
         }
     }
     let _ = (log.marks(), log.list(0, 1000), log.state_with(Checksum::EMPTY));
-    // Whatever it was, it goes on, and is the same when it is opened again.
+    // Whatever the log was, it goes on, and is the same when it is opened again.
     let Some(before) = log.tip().filter(|tip| tip.number() < NUMBER_MAX) else { return };
     let after = Position::new(Txid::new(before.epoch(), before.number() + 1), Checksum::EMPTY);
     let page_size = PageSize::new(512).expect("a page size");
@@ -157,7 +160,7 @@ pub fn wal(data: &[u8]) {
     }
 }
 
-/// PeerChannels `name: value` as headers.
+/// Lines `name: value` as headers.
 fn headers(data: &[u8]) -> HeaderMap {
     let mut headers = HeaderMap::new();
     for line in data.split(|byte| *byte == b'\n').take(64) {

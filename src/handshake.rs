@@ -1,8 +1,9 @@
 //! How two nodes prove the cluster's secret to each other, in the heads of one HTTP exchange.
 //!
-//! The replica knocks with a nonce and a proof; who does not prove the secret learns nothing. The primary
-//! answers with a nonce of its own and a proof over both; the replica's hello, the first unit of the request's
-//! body, proves both nonces once more, so that a recorded knock is worth nothing.
+//! The replica knocks with a nonce and a proof. A peer that does not prove the secret learns
+//! nothing. The primary answers with a nonce of its own and a proof over both. The replica's hello,
+//! the first unit of the request's body, proves both nonces once more. A recorded knock is
+//! therefore worth nothing.
 
 use bytes::BytesMut;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
@@ -113,7 +114,7 @@ impl Knock {
     }
 }
 
-/// Somebody who does not prove the secret, and learns nothing.
+/// A peer that does not prove the secret, and learns nothing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Stranger {
     /// What it sends is no knock.
@@ -133,14 +134,16 @@ impl Answer {
         headers.insert(H_NONCE, text(&hex(&self.nonce))?);
         headers.insert(H_PROOF, text(&hex(&proof))?);
         headers.insert(http::header::CONTENT_TYPE, HeaderValue::from_static(CONTENT_TYPE));
-        // Layers that compress whatever the other headers say leave alone what says how it is encoded.
+        // Some layers compress whatever the other headers say. They leave alone what says how it is
+        // encoded.
         headers.insert(http::header::CONTENT_ENCODING, HeaderValue::from_static("identity"));
         headers.insert(http::header::CACHE_CONTROL, HeaderValue::from_static("no-store, no-transform"));
         headers.insert(HeaderName::from_static("x-accel-buffering"), HeaderValue::from_static("no"));
         Ok(headers)
     }
 
-    /// Reads an answer. `None`: this is no answer of ours at all; an error: it is one, but a wrong one.
+    /// Reads an answer. `None`: this is no answer of ours at all. An error: it is one, but a wrong
+    /// one.
     pub(crate) fn read(
         headers: &HeaderMap,
         knock: &Knock,
@@ -179,8 +182,9 @@ pub(crate) fn seal_hello(hello: &mut Hello, knock: &Knock, answer: &Nonce, keys:
     hello.proof = keys.prove(Purpose::Hello, &[&knock.nonce, answer, &rest]);
 }
 
-/// By which secret a hello proves that its sender saw our nonce, if it does and belongs to this knock. `payload` is the hello's
-/// unit's: the proof is over the bytes that came, not over what we would have sent.
+/// By which secret a hello proves that its sender saw our nonce, if it does and belongs to this
+/// knock. `payload` is that of the hello's unit: the proof is over the bytes that came, not over
+/// what we would have sent.
 pub(crate) fn hello_holds(
     hello: &Hello,
     payload: &[u8],
@@ -193,7 +197,7 @@ pub(crate) fn hello_holds(
     keys.proved(Purpose::Hello, &[&knock.nonce, answer, rest], &hello.proof).filter(|_| fits)
 }
 
-/// What a hello's proof covers: its payload behind the proof.
+/// What a hello's proof covers: its payload after the proof.
 fn hello_rest(hello: &Hello) -> Vec<u8> {
     let mut bytes = BytesMut::new();
     wire::encode(&Message::Hello(hello.clone()), &mut bytes);

@@ -2,9 +2,9 @@
 
 /// The primary is fixed by configuration: it never changes while the nodes run.
 ///
-/// A node that is configured as the primary is it from its first start on; there must be exactly one. Should two
-/// be started by mistake, their histories differ by their epochs' branch ids, and a replica that meets both
-/// follows the higher epoch and keeps a copy of what it had.
+/// The node that is configured as the primary is it from its first start on; there must be exactly
+/// one. Should two be started by mistake, their histories differ by their epochs' branch ids. A
+/// replica that meets both follows the higher epoch and keeps a copy of what it had.
 ///
 /// ```
 /// use replite::{Config, lease};
@@ -24,8 +24,8 @@ impl Fixed {
         Fixed { primary: None }
     }
 
-    /// This node follows the primary whose replication endpoint has this URL, such as `http://10.0.0.1:8081`;
-    /// without a path `/_replite` is meant.
+    /// This node follows the primary whose replication endpoint has this URL, such as
+    /// `http://10.0.0.1:8081`. Without a path, the URL means `/_replite`.
     pub fn replica_of(url: impl Into<String>) -> Fixed {
         Fixed { primary: Some(url.into()) }
     }

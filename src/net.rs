@@ -22,24 +22,26 @@ pub(crate) use dial::{OpenResponse, open};
 pub(crate) use listen::Listener;
 pub(crate) use url::Endpoint;
 
-/// HTTP/2 flow control of one stream, in bytes: what may be under way in one direction. 8 MiB keep a link of
-/// 1 GB/s with 8 ms of delay busy.
+/// HTTP/2 flow control of one stream, in bytes: what may be under way in one direction. 8 MiB keep
+/// a link of 1 GB/s with 8 ms of delay busy.
 pub(crate) const STREAM_WINDOW_BYTES: u32 = 8 * 1024 * 1024;
 /// The same for a connection.
 pub(crate) const CONNECTION_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
-/// Largest HTTP/2 frame, in bytes: what is in one is seen when all of it has come, which takes some seconds on a slow link.
+/// Largest HTTP/2 frame, in bytes. A reader sees what is in a frame when all of it has come, which
+/// takes some seconds on a slow link.
 pub(crate) const FRAME_MAX_BYTES: u32 = 64 * 1024;
 
 const _: () = assert!(CONNECTION_WINDOW_BYTES >= STREAM_WINDOW_BYTES);
 
-/// What has come on a connection, whatever it was: a link that is slow is not silent. No HTTP/2 pings are sent to find out, for their
-/// answers wait behind all that a full link has still to carry.
+/// What has come on a connection, whatever it was: a link that is slow is not silent. The node
+/// sends no HTTP/2 pings to find out. Their answers would wait for all that a full link has still
+/// to carry.
 #[derive(Debug)]
 pub(crate) struct Heard {
     since: Instant,
     /// Microseconds since then, when the last bytes came.
     last: AtomicU64,
-    /// The same, since when somebody waits for more; [`NOBODY`] if nobody does.
+    /// The same, since when a reader waits for more; [`NOBODY`] if none does.
     awaited: AtomicU64,
     bytes: AtomicU64,
 }
@@ -58,12 +60,12 @@ impl Heard {
         self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
     }
 
-    /// From now on somebody waits for more, or not.
+    /// From now on a reader waits for more, or not.
     pub(crate) fn wait(&self, yes: bool) {
         self.awaited.store(if yes { self.micros() } else { NOBODY }, Ordering::Relaxed);
     }
 
-    /// For how long nothing has come, although somebody waits.
+    /// For how long nothing has come, although a reader waits.
     pub(crate) fn silence(&self) -> Duration {
         let (last, awaited) = (self.last.load(Ordering::Relaxed), self.awaited.load(Ordering::Relaxed));
         Duration::from_micros(self.micros().saturating_sub(last.max(awaited)))

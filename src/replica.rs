@@ -79,7 +79,8 @@ impl Feed for ReplicaEngine {
     }
 }
 
-/// Starts to follow the primary at `primary`, until that is to end or the node has stopped. All tasks are the tracker's.
+/// Starts to follow the primary at `primary`, until that is to end or the node has stopped. All
+/// tasks are the tracker's.
 pub(crate) fn spawn<F: Feed>(
     node: Arc<NodeContext>,
     feed: Arc<F>,
@@ -139,7 +140,7 @@ async fn streams<F: Feed>(
             backoff.reset();
         }
         let epoch = session.epoch().unwrap_or_else(|| node.roles.borrow().epoch);
-        // The connection is closed before anybody is told that the primary is away.
+        // The connection is closed before the application is told that the primary is away.
         drop(session);
         lagging.disconnected();
         lagging.publish(node);

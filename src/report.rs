@@ -4,10 +4,10 @@
 //! ended. `NodeContext::report` does with it what its row in the table says. The row may have a
 //! problem that begins or ends, an event, a log line and counters.
 //!
-//! The rule: each change of a problem, each event, and each log line at `warn` or `error` about the
-//! state of a node or its database is a condition. Lines at `info`, `debug` and `trace` about a
-//! local detail are plain calls of `tracing` where they happen. So are those about one request of a
-//! client, or about a mistake of the application.
+//! The rule: each change of a problem and each event is a condition. So is each log line at `warn`
+//! or `error` about the state of a node or its database. Lines at `info`, `debug` and `trace` about
+//! a local detail are plain calls of `tracing` where they happen. So are those about one request of
+//! a client, or about a mistake of the application.
 //!
 //! A problem lasts until another condition ends it; only replication that has stopped stays so.
 //! Modules that know no node, such as the log's files, write the condition's log line by

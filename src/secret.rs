@@ -30,11 +30,13 @@ const PHRASE_PASSES: u32 = 3;
 /// The most secrets that are valid at one time.
 pub(crate) const SECRETS_MAX: usize = 8;
 
-/// A shared secret of a cluster: 32 random bytes. It never travels and never appears in `Debug` output.
+/// A shared secret of a cluster: 32 random bytes. It never travels and never appears in `Debug`
+/// output.
 ///
-/// Whoever holds a proof that was made with it, such as a client its token, can try guesses at the secret without asking anybody. That is of no use against random
-/// bytes, and of much against what people think up. So a text is taken for a secret only in the forms that hold 32 bytes; a phrase has a constructor of its own, which
-/// makes each guess expensive.
+/// With a proof that was made with it, such as a client's token, its holder can try guesses at the
+/// secret without asking anyone. That is of no use against random bytes, and of much against what
+/// people think up. So a text is taken for a secret only in the forms that hold 32 bytes. A phrase
+/// has a constructor of its own, which makes each guess expensive.
 ///
 /// ```
 /// use replite::{Config, Secret};
@@ -55,7 +57,8 @@ impl Secret {
     /// [`Error::NoRandom`] when the operating system has no random numbers.
     pub fn generate() -> Result<Secret, Error> {
         loop {
-            // One that its own text form would be refused for is drawn again; that is once in some billions.
+            // Once in some billions, a random secret is one whose own text form would be refused.
+            // It is drawn again.
             let secret = Secret(random::array()?);
             if Secret::new(secret.to_text()).is_ok() {
                 return Ok(secret);
@@ -63,8 +66,10 @@ impl Secret {
         }
     }
 
-    /// A secret from its text: 32 bytes as 43 digits of base64, with `+/` or `-_`, and with or without the `=` at the end, or as 64 hexadecimal digits. White space around
-    /// it is ignored. `openssl rand -base64 32` and `openssl rand -hex 32` make one, and so do [`Secret::generate`] and [`Secret::to_text`].
+    /// A secret from its text: 32 bytes as 43 digits of base64, or as 64 hexadecimal digits. Base64
+    /// may have `+/` or `-_`, and the `=` at the end or not. White space around it is ignored.
+    /// `openssl rand -base64 32` and `openssl rand -hex 32` make one, and so do
+    /// [`Secret::generate`] and [`Secret::to_text`].
     ///
     /// ```
     /// use replite::Secret;
@@ -77,8 +82,9 @@ impl Secret {
     /// ```
     ///
     /// # Errors
-    /// [`Error::WeakSecret`] for any other text, and for one that can't be random: most of its bytes alike, or without any upper-case or any lower-case letter in base64. That it
-    /// is random can't be seen from it.
+    /// [`Error::WeakSecret`] for any other text, and for one that can't be random. Such a text has
+    /// most of its bytes alike, or its base64 has no upper-case or no lower-case letter. That a
+    /// text is random can't be seen from it.
     pub fn new(text: impl AsRef<str>) -> Result<Secret, Error> {
         let text = text.as_ref().trim();
         if let Some(bytes) = unhex(text) {
@@ -104,14 +110,18 @@ impl Secret {
         Ok(Secret(bytes))
     }
 
-    /// A secret from a phrase that people can remember, by Argon2id (version 19, 64 MiB, 3 passes, 1 lane). The salt is the BLAKE3 hash, in a context of its own, of the cluster's name
-    /// ([`Config::cluster`](crate::Config::cluster)): every node of the cluster derives the same secret from the same phrase and name, and a guess counts for one cluster only.
+    /// A secret from a phrase that people can remember, by Argon2id (version 19, 64 MiB, 3 passes,
+    /// 1 lane). The salt is the BLAKE3 hash, in a context of its own, of the cluster's name
+    /// ([`Config::cluster`](crate::Config::cluster)). Every node of the cluster derives the same
+    /// secret from the same phrase and name. A guess counts for one cluster only.
     ///
-    /// It blocks for some tenths of a second and takes the memory for as long. A random secret is better: a phrase is as good as it is hard to guess. White space around
-    /// it is ignored; all else counts, byte for byte.
+    /// It blocks for some tenths of a second and takes the memory for as long. A random secret is
+    /// better: a phrase is as good as it is hard to guess. White space around it is ignored; all
+    /// else counts, byte for byte.
     ///
     /// # Errors
-    /// [`Error::WeakSecret`] when it has fewer than 16 bytes or fewer than 8 different ones, [`Error::Config`] when it has more than 1024, or there is no memory.
+    /// [`Error::WeakSecret`] when it has fewer than 16 bytes or fewer than 8 different ones.
+    /// [`Error::Config`] when it has more than 1024 bytes, or there is no memory.
     pub fn from_phrase(phrase: impl AsRef<str>, cluster: &str) -> Result<Secret, Error> {
         let phrase = phrase.as_ref().trim().as_bytes();
         if phrase.len() < PHRASE_MIN_BYTES {
@@ -133,7 +143,9 @@ impl Secret {
         Ok(Secret(bytes))
     }
 
-    /// The text form, for an environment variable or a file of the other nodes: 43 digits of URL-safe base64 (letters, digits, `-` and `_`). Whoever reads it is a member of the cluster.
+    /// The text form, for an environment variable or a file of the other nodes: 43 digits of
+    /// URL-safe base64 (letters, digits, `-` and `_`). Each reader of it is a member of the
+    /// cluster.
     pub fn to_text(&self) -> String {
         Base64UrlUnpadded::encode_string(&self.0)
     }
@@ -151,7 +163,8 @@ fn different(bytes: &[u8]) -> usize {
     bytes.iter().filter(|byte| !std::mem::replace(&mut seen[usize::from(**byte)], true)).count()
 }
 
-/// The bytes of either base64 alphabet, with or without padding, and nothing else: the bits beyond the last byte are zero.
+/// The bytes of either base64 alphabet, with or without padding, and nothing else: the bits beyond
+/// the last byte are zero.
 fn unbase64(text: &str) -> Option<[u8; SECRET_BYTES]> {
     let digits = if text.len() == 44 { text.strip_suffix('=')? } else { text };
     if digits.len() != 43 {
@@ -171,7 +184,7 @@ impl fmt::Debug for Secret {
     }
 }
 
-/// What a proof is for: each purpose has a key of its own, so that no proof serves for another.
+/// What a proof is for. Each purpose has a key of its own: no proof serves for another.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Purpose {
     /// A replica's first proof, in the request's head.
@@ -202,7 +215,8 @@ impl Purpose {
 
 type Keys = [[u8; 32]; Purpose::COUNT];
 
-/// Which secret something was proved with, as long as a stream lives that was let in by that. Says nothing of the secret, and appears in no output.
+/// Which secret something was proved with, as long as a stream lives that was let in by that. Says
+/// nothing of the secret, and appears in no output.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Proved([u8; 32]);
 
@@ -212,7 +226,8 @@ impl fmt::Debug for Proved {
     }
 }
 
-/// The keys of the secrets that are valid now, newest first. Shared: a rotation is seen everywhere at once.
+/// The keys of the secrets that are valid now, newest first. Shared: a rotation is seen everywhere
+/// at once.
 #[derive(Clone)]
 pub(crate) struct Keyring {
     keys: Arc<watch::Sender<Arc<[Keys]>>>,
@@ -220,8 +235,8 @@ pub(crate) struct Keyring {
 }
 
 impl Keyring {
-    /// A keyring of these secrets; proofs are made with the first, and verified with any.
-    /// Without a secret the proofs are made with a published key and prove nothing.
+    /// A keyring of these secrets. It makes proofs with the first, and verifies them with any.
+    /// Without a secret it makes them with a published key, and they prove nothing.
     pub(crate) fn new(secrets: &[Secret]) -> Result<Keyring, Error> {
         let open = secrets.is_empty();
         Ok(Keyring { keys: Arc::new(watch::Sender::new(derive(secrets)?)), open })
@@ -274,7 +289,8 @@ impl Keyring {
         short
     }
 
-    /// Whether the bytes are the first ones of a proof that was made with a secret that is valid now.
+    /// Whether the bytes are the first ones of a proof that was made with a secret that is valid
+    /// now.
     pub(crate) fn verify_short(
         &self,
         purpose: Purpose,
@@ -314,7 +330,7 @@ fn name(keys: &Keys) -> Proved {
     Proved(keyed(&keys[Purpose::Hello as usize], &[b"name"]))
 }
 
-/// BLAKE3 keyed, over each part behind its length, so that no two lists of parts are alike.
+/// BLAKE3 keyed, over each part after its length: no two lists of parts are alike.
 fn keyed(key: &[u8; 32], parts: &[&[u8]]) -> [u8; PROOF_BYTES] {
     let mut hasher = blake3::Hasher::new_keyed(key);
     for part in parts {

@@ -32,15 +32,15 @@ pub use body::ReplicationBody;
 pub(crate) enum Mount {
     /// The node's own listener; without a secret it is bound to a loopback address.
     Own,
-    /// The application's server. Behind a reverse proxy every peer is a loopback one, so without a secret
-    /// nobody is served here.
+    /// The application's server. Behind a reverse proxy every peer is a loopback one, so without a
+    /// secret it serves no peer.
     Mounted,
 }
 
-/// Serves the replication stream to this database's replicas. Mount it in the application's server, such as
-/// by axum's `nest_service("/_replite", db.service())`; the server must speak HTTP/2.
+/// Serves the replication stream to this database's replicas. Mount it in the application's server,
+/// such as by axum's `nest_service("/_replite", db.service())`; the server must speak HTTP/2.
 ///
-/// Who does not prove the cluster's secret gets an empty 404 for every path and method.
+/// A peer that does not prove the cluster's secret gets an empty 404 for every path and method.
 ///
 /// ```
 /// use axum::Router;
@@ -123,7 +123,7 @@ impl ReplicationService {
         }
     }
 
-    /// What is looked at after the secret was proved.
+    /// What the node looks at after the peer proved the secret.
     fn admit<B>(
         &self,
         request: &Request<B>,

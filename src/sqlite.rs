@@ -1,6 +1,6 @@
 //! SQLite as the outside world: dedicated connections, their files, and the shared wal-index.
 //!
-//! All unsafe code of the crate is in the two modules below.
+//! All unsafe code of the crate is in the modules `ffi` and `shm`.
 
 pub(crate) mod ffi;
 mod locks;
@@ -33,15 +33,17 @@ pub(crate) fn connect(path: &Path, flags: OpenFlags) -> rusqlite::Result<Connect
 
 /// The same to a database that no node has, and that is to be a plain file when it is closed.
 pub(crate) fn connect_alone(path: &Path, flags: OpenFlags) -> rusqlite::Result<Connection> {
-    // An application that turns SQLite's shared cache on would have our connections share locks and uncommitted pages.
+    // An application that turns SQLite's shared cache on would have our connections share locks and
+    // uncommitted pages.
     let private = OpenFlags::SQLITE_OPEN_PRIVATE_CACHE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
     let connection = Connection::open_with_flags(path, flags | private)?;
     defend(&connection, true)?;
     Ok(connection)
 }
 
-/// Whether SQL may do nothing that makes a database's file one that SQLite can't read, and the schema call no function and no virtual table but those that
-/// are marked innocuous. Off is what SQLite does by itself.
+/// Whether SQL may do nothing that makes a database's file one that SQLite can't read. The schema
+/// may then call only those functions and virtual tables that are marked innocuous. Off is what
+/// SQLite does by itself.
 pub(crate) fn defend(connection: &Connection, on: bool) -> rusqlite::Result<()> {
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_DEFENSIVE, on)?;
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_TRUSTED_SCHEMA, !on)?;

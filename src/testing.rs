@@ -32,15 +32,18 @@ const LIMIT: Duration = Duration::from_secs(30);
 type Configure = Arc<dyn Fn(Config) -> Config + Send + Sync>;
 
 impl Db {
-    /// A primary in a temporary directory, without a listener: for tests of one instance. Its files are removed when the
-    /// last handle is gone.
+    /// A primary in a temporary directory, without a listener: for tests of one instance. Its files
+    /// are removed when the last handle is gone.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
     /// # async fn main() -> Result<(), replite::Error> {
     /// use replite::{Db, Error};
     ///
-    /// let db = Db::temporary(|config| config.migrate(|conn| conn.execute_batch("CREATE TABLE t (a)"))).await?;
+    /// let db = Db::temporary(|config| {
+    ///     config.migrate(|conn| conn.execute_batch("CREATE TABLE t (a)"))
+    /// })
+    /// .await?;
     /// db.write(|tx| Ok::<_, Error>(tx.execute("INSERT INTO t VALUES (1)", [])?)).await?;
     /// # Ok(())
     /// # }
@@ -64,11 +67,12 @@ fn directory() -> Result<TempDir> {
     tempfile::tempdir().map_err(Error::io("create a directory in", std::env::temp_dir()))
 }
 
-/// A primary and its replicas in one process, over real sockets on loopback, each with its own files and its own instance of the
-/// application. The first node is the primary.
+/// A primary and its replicas in one process, over real sockets on loopback, each with its own
+/// files and its own instance of the application. The first node is the primary.
 ///
-/// Faults are made to happen: [`Node::lag`], [`Node::throttle`], [`Node::pause`], [`Node::cut`], [`Node::kill`]. Requests are given to a node's application by
-/// `oneshot`, or sent to its [`Node::url`].
+/// Faults are made to happen: [`Node::lag`], [`Node::throttle`], [`Node::pause`], [`Node::cut`],
+/// [`Node::kill`]. Requests are given to a node's application by `oneshot`, or sent to its
+/// [`Node::url`].
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
@@ -78,14 +82,20 @@ fn directory() -> Result<TempDir> {
 /// use tower::ServiceExt;
 ///
 /// async fn count(State(db): State<Db>) -> Result<String, Error> {
-///     db.read(|conn| Ok(conn.query_row("SELECT count(*) FROM t", [], |row| row.get::<_, i64>(0))?.to_string()))
+///     db.read(|conn| {
+///         let sql = "SELECT count(*) FROM t";
+///         Ok(conn.query_row(sql, [], |row| row.get::<_, i64>(0))?.to_string())
+///     })
 /// }
 ///
 /// let cluster = Cluster::start(3)
 ///     .config(|config| config.migrate(|conn| conn.execute_batch("CREATE TABLE t (a)")))
-///     .app(|db| Router::new().route("/", get(count)).with_state(db.clone()).layer(db.replay_layer()))
+///     .app(|db| {
+///         Router::new().route("/", get(count)).with_state(db.clone()).layer(db.replay_layer())
+///     })
 ///     .await?;
-/// let response = cluster.node(2).app().oneshot(http::Request::get("/").body(Body::empty())?).await?;
+/// let request = http::Request::get("/").body(Body::empty())?;
+/// let response = cluster.node(2).app().oneshot(request).await?;
 /// assert_eq!(response.status(), 200);
 /// # Ok(())
 /// # }
@@ -133,17 +143,19 @@ impl Cluster<()> {
 }
 
 impl Builder {
-    /// Changes the configuration of every node. Paths, addresses, lease and secrets are the cluster's.
+    /// Changes the configuration of every node. Paths, addresses, lease and secrets are the
+    /// cluster's.
     pub fn config(mut self, change: impl Fn(Config) -> Config + Send + Sync + 'static) -> Builder {
         self.configure = Arc::new(change);
         self
     }
 
-    /// Starts the nodes, each with the application that is made for its database, mostly a router with [`Db::replay_layer`] around it. Returns
-    /// when every node can be read.
+    /// Starts the nodes, each with the application that is made for its database, mostly a router
+    /// with [`Db::replay_layer`] around it. Returns when every node can be read.
     ///
     /// # Errors
-    /// As for [`Db::open`]; [`Error::Config`] for no node at all, [`Error::Timeout`] when a replica is not filled in time.
+    /// As for [`Db::open`]; [`Error::Config`] for no node at all, [`Error::Timeout`] when a replica
+    /// is not filled in time.
     ///
     /// # Cancel safety
     /// Dropped, what was started ends.
@@ -310,17 +322,20 @@ impl<S: Application> Node<S> {
         format!("http://{}", self.stand.address)
     }
 
-    /// From now on everything between this replica and the primary arrives so much later, either way.
+    /// From now on everything between this replica and the primary arrives so much later, either
+    /// way.
     pub fn lag(&self, delay: Duration) {
         self.each_link(|link| link.delay(delay));
     }
 
-    /// From now on so many bytes a second go between this replica and the primary, each way; with none, as many as come.
+    /// From now on so many bytes a second go between this replica and the primary, each way; with
+    /// none, as many as come.
     pub fn throttle(&self, rate: Option<u64>) {
         self.each_link(|link| link.throttle(rate));
     }
 
-    /// From now on nothing moves between this replica and the primary, though the connection stands; until [`Node::resume`].
+    /// From now on nothing moves between this replica and the primary, though the connection
+    /// stands; until [`Node::resume`].
     pub fn pause(&self) {
         self.each_link(|link| link.pause(true));
     }
@@ -343,8 +358,9 @@ impl<S: Application> Node<S> {
         self.each_link(|link| link.let_in(true));
     }
 
-    /// The node is gone at once: its connections break, and nobody is answered. Its files stay. (Locks, threads and files of this process are
-    /// given back in order; to see what a kill leaves behind on the disk takes a process of its own.)
+    /// The node is gone at once: its connections break, and it answers no one. Its files stay.
+    /// (Locks, threads and files of this process are given back in order. To see what a kill leaves
+    /// on the disk takes a process of its own.)
     ///
     /// # Cancel safety
     /// As for [`Db::shutdown`].

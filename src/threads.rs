@@ -1,6 +1,8 @@
-//! Threads and tasks that a node starts, and what becomes of a panic in one: it ends nothing without a word.
+//! Threads and tasks that a node starts, and what becomes of a panic in one: it ends nothing
+//! without a word.
 //!
-//! The application's code runs in all of them: its tracing subscriber, its metrics recorder, destructors of its values.
+//! The application's code runs in all of them: its tracing subscriber, its metrics recorder,
+//! destructors of its values.
 
 use std::any::Any;
 use std::future::Future;
@@ -13,8 +15,8 @@ use pin_project_lite::pin_project;
 
 use crate::error::{Error, Result};
 
-/// Starts a thread. `work` does what it is there for; `end` then gets what that worked on, and how it ended, a panic being an error like others:
-/// it says so, and gives back what is held.
+/// Starts a thread. `work` does what it is there for. `end` then gets what `work` worked on, and
+/// how it ended; a panic is an error like others. `end` says it, and gives back what is held.
 pub(crate) fn start<T: Send + 'static>(
     name: &'static str,
     state: T,
@@ -24,7 +26,7 @@ pub(crate) fn start<T: Send + 'static>(
     let run = move || {
         let mut state = state;
         let ended = caught(name, || work(&mut state)).flatten();
-        // One more panic has nobody left to tell but the panic hook, which was called.
+        // Only the panic hook is left to be told of one more panic, and it was called.
         let _ = caught(name, || end(state, ended));
     };
     std::thread::Builder::new().name(name.into()).spawn(run).map_err(Error::io("spawn", name))

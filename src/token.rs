@@ -10,12 +10,12 @@ use crate::txid::{Epoch, Txid};
 
 /// The version that begins each token.
 const VERSION: &str = "v1";
-/// Bytes of a token's text: version, tag, epoch, number and proof with dots between. Anything longer or shorter
-/// is not looked at.
+/// Bytes of a token's text: version, tag, epoch, number and proof with dots between. Anything
+/// longer or shorter is not looked at.
 const TEXT_BYTES: usize = 2 + 1 + 8 + 1 + 33 + 1 + 16 + 1 + 2 * SHORT_PROOF_BYTES;
 
-/// A transaction that a client has seen, with a proof that a node of this cluster said so. A node that is given
-/// the token waits until it has the transaction before it reads.
+/// A transaction that a client has seen, with a proof that a node of this cluster said so. A node
+/// that is given the token waits until it has the transaction before it reads.
 ///
 /// The text form is `v1.<database tag>.<epoch>.<number>.<proof>`.
 ///

@@ -99,7 +99,8 @@ pub(crate) fn wal_header(size: PageSize, sequence: u32, salts: Salts) -> ([u8; W
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct FrameHeader {
     pub(crate) page: u32,
-    /// The database's size in pages after the commit that this frame ends; zero within a transaction.
+    /// The database's size in pages after the commit that this frame ends; zero within a
+    /// transaction.
     pub(crate) commit: u32,
     pub(crate) salts: Salts,
     pub(crate) sum: WalSum,
@@ -118,7 +119,7 @@ impl FrameHeader {
     }
 }
 
-/// Writes a frame behind `out` and returns the running checksum after it.
+/// Appends a frame to `out` and returns the running checksum after it.
 pub(crate) fn push_frame(
     out: &mut Vec<u8>,
     page_no: PageNo,
@@ -181,7 +182,8 @@ impl IndexHeader {
         IndexHeader { change, big_endian, page_size, max_frame, pages, frame_sum, salts }
     }
 
-    /// Reads one copy of the header; nothing when it is not initialised, of another format, or torn.
+    /// Reads one copy of the header; nothing when it is not initialised, of another format, or
+    /// torn.
     pub(crate) fn parse(bytes: &[u8; INDEX_HEADER_BYTES]) -> Option<IndexHeader> {
         let sum = WalSum::default().over(&bytes[..40], cfg!(target_endian = "big"));
         let stored = WalSum(ne_u32(&bytes[40..44]), ne_u32(&bytes[44..48]));

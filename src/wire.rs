@@ -6,43 +6,58 @@
 //! |---|---|---|
 //! | 0 | 4 | length of the payload, at most [`PAYLOAD_MAX_BYTES`] |
 //! | 4 | 1 | kind |
-//! | 5 | 1 | flags; bit 0: who does not know the kind may skip the unit; all else 0 |
+//! | 5 | 1 | flags; bit 0: a reader that does not know the kind may skip the unit; all else 0 |
 //! | 6 | 2 | version, 1 |
 //! | 8 | 16 | hash |
 //! | 24 | length | payload |
 //!
-//! The hash of a PAGE unit is the page's hash ([`PageHash::of_numbered`] of the payload), so that one hash serves
-//! framing and database checksum. Its header is covered by other means: the kind picks the hash's key, any
-//! flag is refused, and the length is part of what is hashed. The hash of every other unit is the first 16 bytes
-//! of BLAKE3, keyed with a published constant, over bytes 0 to 7 of the header and the payload.
+//! The hash of a PAGE unit is the page's hash ([`PageHash::of_numbered`] of the payload): one hash
+//! serves framing and database checksum. Its header is covered by other means. The kind picks the
+//! hash's key, any flag is refused, and the length is part of what is hashed.
 //!
-//! Payloads. `position` is 40 bytes (epoch number 8, epoch branch 8, transaction number 8, checksum 16), `epoch`
-//! its first 16. `optional position` is a byte 0, or a byte 1 and a position. `peer` is a length (2 bytes, at most
-//! [`PEER_MAX_BYTES`]) and a JSON object. Nothing may follow the last field.
+//! The hash of every other unit is the first 16 bytes of BLAKE3, keyed with a published constant.
+//! It is over bytes 0 to 7 of the header and the payload.
 //!
-//! | kind | name | fields |
-//! |---|---|---|
-//! | 1 | TXN_BEGIN | position before, epoch, page size (4) |
-//! | 2 | PAGE | page number (4), the page |
-//! | 3 | TXN_END | position after, pages in the database (4), page units in the record (4), microseconds since 1970 (8) |
-//! | 4 | HELLO | proof (32), optional position, a byte 0 or a byte 1 and what a snapshot is resumed with: position, page number (4); suspect (1: 0 or 1), count of marks (1) and as many positions, peer, epoch history |
-//! | 5 | WELCOME | epoch, plan (1: see [`Plan`]), position, page size (4), peer |
-//! | 6 | EPOCHS | epoch history: count (4), then per epoch: epoch, first transaction (8), checksum before it (16) |
-//! | 7 | HEARTBEAT | position, microseconds of the replica's clock (8): those of its last ACK, and what has passed since |
-//! | 8 | ACK | optional position applied, optional position synced, microseconds of the replica's clock (8) |
-//! | 9 | SNAP_BEGIN | position of the first piece, first page (4), page size (4), pages in the database now (4) |
-//! | 10 | SNAP_PIECE | first page (4), position, pages |
-//! | 11 | SNAP_END | position at which the snapshot, or the heal, is exact; pages in the database there (4) |
-//! | 12 | GOODBYE | reason: UTF-8, at most [`REASON_MAX_BYTES`] |
-//! | 14 | HEAL_BEGIN | position that the records go on from, page size (4), pages in the database now (4), compare (1: 0 or 1), diverged (1: 0 or 1) |
-//! | 15 | SUMS | first page (4), pages in each sum (4), sums of page hashes (16 each) |
-//! | 16 | WANT | runs: first page (4), count of pages (4), the hash of each page as it is here (16 each; zeros: it is not here) |
-//! | 17 | SENT | position of the last page that was read, pages in the database there (4) |
-//! | 18 | DRAIN | none. From the primary: its application is about to end, so send it no more requests. From the replica: all that it had sent are answered |
-//! | 13 | SEGMENT | address of the segment's first record byte (8), position before its first record, address where the segment before it ends (8; all ones: it follows none) |
+//! Payloads. `position` is 40 bytes (epoch number 8, epoch branch 8, transaction number 8, checksum
+//! 16), `epoch` its first 16. `optional position` is a byte 0, or a byte 1 and a position. `peer`
+//! is a length (2 bytes, at most [`PEER_MAX_BYTES`]) and a JSON object. Nothing may follow the last
+//! field.
 //!
-//! The header's layout and the hash of SEGMENT never change with the version, so that every version can tell a
-//! newer segment from a damaged one.
+//! The fields by kind:
+//!
+//! - 1 TXN_BEGIN: position before, epoch, page size (4).
+//! - 2 PAGE: page number (4), the page.
+//! - 3 TXN_END: position after, pages in the database (4), page units in the record (4),
+//!   microseconds since 1970 (8).
+//! - 4 HELLO: proof (32), optional position, a byte 0 or a byte 1 and what a snapshot is resumed
+//!   with: position, page number (4). Then suspect (1: 0 or 1), count of marks (1) and as many
+//!   positions, peer, epoch history.
+//! - 5 WELCOME: epoch, plan (1: see [`Plan`]), position, page size (4), peer.
+//! - 6 EPOCHS: epoch history: count (4), then per epoch: epoch, first transaction (8), checksum
+//!   before it (16).
+//! - 7 HEARTBEAT: position, microseconds of the replica's clock (8): those of its last ACK, and
+//!   what has passed since.
+//! - 8 ACK: optional position applied, optional position synced, microseconds of the replica's
+//!   clock (8).
+//! - 9 SNAP_BEGIN: position of the first piece, first page (4), page size (4), pages in the
+//!   database now (4).
+//! - 10 SNAP_PIECE: first page (4), position, pages.
+//! - 11 SNAP_END: position at which the snapshot, or the heal, is exact; pages in the database
+//!   there (4).
+//! - 12 GOODBYE: reason: UTF-8, at most [`REASON_MAX_BYTES`].
+//! - 13 SEGMENT: address of the segment's first record byte (8), position before its first record.
+//!   Then the address where the segment before it ends (8; all ones: it follows none).
+//! - 14 HEAL_BEGIN: position that the records go on from, page size (4), pages in the database now
+//!   (4). Then compare (1: 0 or 1) and diverged (1: 0 or 1).
+//! - 15 SUMS: first page (4), pages in each sum (4), sums of page hashes (16 each).
+//! - 16 WANT: runs. Each is first page (4), count of pages (4), the hash of each page as it is here
+//!   (16 each; zeros: it is not here).
+//! - 17 SENT: position of the last page that was read, pages in the database there (4).
+//! - 18 DRAIN: none. From the primary: its application is about to end, and the replica sends it no
+//!   more requests. From the replica: all requests that it had sent are answered.
+//!
+//! The header's layout and the hash of SEGMENT never change with the version: every version can
+//! tell a newer segment from a damaged one.
 use bytes::Bytes;
 
 use crate::checksum::PageHash;
@@ -63,13 +78,15 @@ pub(crate) use fields::sealed;
 #[cfg(test)]
 pub(crate) use tests::seeds;
 
-/// Largest payload of a unit: a snapshot piece of a megabyte and its fields, or sixteen times the largest page.
+/// Largest payload of a unit: a snapshot piece of a megabyte and its fields, or sixteen times the
+/// largest page.
 pub(crate) const PAYLOAD_MAX_BYTES: usize = 1024 * 1024 + 64 * 1024;
 /// Bytes of a unit's header.
 pub(crate) const HEADER_BYTES: usize = 24;
 /// The version of the units, one for all kinds.
 pub(crate) const VERSION: u16 = 1;
-/// Bytes of the pages of a snapshot piece that we send, unless one page is more. What came of one before a connection breaks has come for nothing: so they are small.
+/// Bytes of the pages of a snapshot piece that we send, unless one page is more. They are small
+/// because what came of a piece before its connection breaks has come for nothing.
 const PIECE_BYTES: usize = 32 * 1024;
 /// The most that the pages of one snapshot piece may come to.
 pub(crate) const PIECE_MAX_BYTES: usize = 1024 * 1024;
@@ -88,7 +105,7 @@ pub(crate) const HELLO_PROOF_BYTES: usize = 32;
 
 /// The key of every hash but those of pages. It is published: the hash guards against accidents.
 const UNIT_KEY: [u8; 32] = *b"replite unit hash, version 1 ...";
-/// Header flag: who does not know the kind passes the unit over.
+/// Header flag: a reader that does not know the kind passes the unit over.
 const MAY_SKIP: u8 = 1;
 /// Bytes of a snapshot piece before its pages: page number and position.
 const PIECE_FIELDS_BYTES: usize = 4 + Position::BYTES;
@@ -176,7 +193,8 @@ impl Unit {
         (version > VERSION && raw[4] == Kind::Segment as u8 && holds).then_some(version)
     }
 
-    /// Checks the hash and reads the fields. The hash of a [`Message::Page`] is the one that was verified.
+    /// Checks the hash and reads the fields. The hash of a [`Message::Page`] is the one that was
+    /// verified.
     ///
     /// # Errors
     /// [`WireError::Hash`] before any field is looked at; then [`WireError::Fields`].
@@ -256,7 +274,7 @@ pub(crate) struct TxnEnd {
 
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Hello {
-    /// Proof over both nonces, the request's identity and the rest of this unit (see the server).
+    /// Proof over both nonces, the request's identity and the rest of this unit (see `handshake`).
     pub(crate) proof: [u8; 32],
     pub(crate) peer: PeerInfo,
     pub(crate) position: Option<Position>,
@@ -276,13 +294,16 @@ pub(crate) enum Plan {
     Log = 1,
     /// The replica is empty: a snapshot comes.
     Snapshot = 2,
-    /// The replica left the history at a state that the log reaches back to: it asks for the pages that its branch touched.
+    /// The replica left the history at a state that the log reaches back to. It asks for the pages
+    /// that its branch touched.
     Heal = 3,
     /// The snapshot that was begun goes on.
     Resume = 4,
-    /// The replica is behind the log, or off the history at no known state: page hashes are compared.
+    /// The log does not reach back to the replica, or the replica is off the history at no known
+    /// state. They compare page hashes.
     Compare = 5,
-    /// The primary may have lost what the replica's log has: the replica sends its records after the welcome's position, and a goodbye.
+    /// The primary may have lost what the replica's log has. The replica sends its records after
+    /// the welcome's position, and a goodbye.
     Recover = 6,
 }
 
@@ -298,7 +319,8 @@ pub(crate) struct Welcome {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Heartbeat {
     pub(crate) position: Position,
-    /// At the earliest, the replica's own [`Ack::clock`] when this was said: how old it is when it comes is told by one clock.
+    /// At the earliest, the replica's own [`Ack::clock`] when this was said. So one clock tells how
+    /// old it is when it comes.
     pub(crate) clock: u64,
 }
 
@@ -332,7 +354,8 @@ pub(crate) struct SnapEnd {
 /// A replica's state is to be led back by its difference.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct HealBegin {
-    /// The state that the records which follow go on from. Without `compare` it is the replica's own earlier state.
+    /// The state that the records which follow go on from. Without `compare` it is the replica's
+    /// own earlier state.
     pub(crate) from: Position,
     pub(crate) page_size: PageSize,
     /// The database's size in pages now.

@@ -45,7 +45,8 @@ impl RoleValue {
         self.0.send_modify(change);
     }
 
-    /// Changes it; what has stopped stays so. The new state, if it is another one.
+    /// Changes the role. A role that has stopped stays so. Returns the new state, if it is another
+    /// one.
     pub(super) fn change(&self, change: RoleChange) -> Option<RoleState> {
         let mut changed = None;
         self.0.send_if_modified(|now| {

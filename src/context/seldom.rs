@@ -1,4 +1,4 @@
-//! What others can make happen as often as they like, told now and then.
+//! What others can make happen as often as they like, and the node tells only now and then.
 
 use std::sync::{Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -22,7 +22,7 @@ struct Seen {
 }
 
 impl Seldom {
-    /// It happened. How often since it was told last, when it is to be told now.
+    /// It happened. Returns how often since it was told last, when it is to be told now.
     pub(crate) fn happened(&self) -> Option<u64> {
         self.lock().happened(Instant::now())
     }

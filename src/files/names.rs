@@ -17,7 +17,8 @@ pub(crate) fn parent_of(path: &Path) -> &Path {
 /// [`Error::Io`]. One whose `op` is "open" says nothing of what is on the disk: there was no
 /// descriptor to ask with.
 pub(crate) fn sync_directory(path: &Path) -> Result<()> {
-    // Elsewhere a directory can't be opened as a file, and its entries are durable with their files.
+    // Elsewhere a directory can't be opened as a file, and its entries are durable with their
+    // files.
     if cfg!(unix) {
         let directory = File::open(path).map_err(Error::io("open", path))?;
         directory.sync_all().map_err(Error::io("fsync", path))?;

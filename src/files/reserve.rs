@@ -1,7 +1,8 @@
-//! A little room that is kept for a full disk: with it a node can still be opened and read.
+//! A little room that the node keeps for a full disk: with it the database can still be opened and
+//! read.
 //!
 //! The first small file that finds no room gives up `<state directory>/reserve`. The node makes it
-//! again when there is room, and finds out so whether there is.
+//! again when there is room, and so finds out whether there is.
 
 use std::fs;
 use std::io::Write;
@@ -22,8 +23,8 @@ pub(crate) fn is_there(directory: &Path) -> bool {
     directory.join(RESERVE).exists()
 }
 
-/// Makes it, also in the place of one that is there. Its bytes are random: no file system makes
-/// less of them.
+/// Makes the reserve, also in the place of one that is there. Its bytes are random: no file system
+/// makes less of them.
 pub(crate) fn make(directory: &Path) -> Result<()> {
     let epochs = fs::metadata(directory.join(EPOCHS)).map_or(0, |meta| meta.len());
     let mut bytes = vec![0; (SPARE_BYTES + epochs.next_multiple_of(BLOCK_BYTES) + BLOCK_BYTES) as usize];
@@ -43,8 +44,9 @@ fn give_up(directory: &Path) -> bool {
     gone
 }
 
-/// Does something that needs a little room. If it finds none, the reserve is given up, and it is done
-/// once more. What is replaced gives its own room back: as a rule there is a reserve again at once.
+/// Does something that needs a little room. If that finds none, this gives up the reserve and does
+/// it once more. What is replaced gives its own room back: as a rule there is a reserve again at
+/// once.
 pub(crate) fn with<T>(directory: &Path, mut run: impl FnMut() -> Result<T>) -> Result<T> {
     match run() {
         Err(error) if error.no_room() && give_up(directory) => {

@@ -1,5 +1,5 @@
-//! The state directory of a database, `<database>-replite`: made for its owner alone, and refused
-//! where others could have prepared it.
+//! The state directory of a database, `<database>-replite`. The node makes it for its owner alone,
+//! and refuses one that others could have prepared.
 
 use std::fs;
 #[cfg(unix)]
@@ -18,11 +18,11 @@ use crate::files::paths::SUFFIX;
 #[cfg(unix)]
 use crate::files::paths::database_of;
 
-/// Makes the state directory, for its owner alone. One that is there is tightened if others can
-/// read it.
+/// Makes the state directory, for its owner alone. Tightens one that is there and that others can
+/// read.
 ///
 /// # Errors
-/// [`Error::Unsupported`] when one is there that others could have prepared, or can change; nothing
+/// [`Error::Unsupported`] when one is there that others could have prepared, or can change. Nothing
 /// is changed then. [`Error::Io`].
 pub(crate) fn make_state_dir(state_dir: &Path) -> Result<()> {
     if new_directory(state_dir)? {
@@ -42,7 +42,7 @@ pub(crate) fn make_state_dir(state_dir: &Path) -> Result<()> {
     #[cfg(unix)]
     {
         use std::os::unix::fs::MetadataExt;
-        // By a descriptor, so that what is looked at is what is changed.
+        // By a descriptor: what is looked at is what is changed.
         let directory = open_directory(state_dir)?;
         let meta = directory.metadata().map_err(Error::io("stat", state_dir))?;
         let owner =
@@ -98,9 +98,9 @@ fn new_directory(path: &Path) -> Result<bool> {
     Ok(true)
 }
 
-/// Whether the directory that the database is in is open to the same group. That group can put another
-/// database there, and has nothing to gain. Orchestrators open a whole volume to a group of its own,
-/// again at each start.
+/// Whether the directory that the database is in is open to the same group. That group can put
+/// another database there, and has nothing to gain. Orchestrators open a whole volume to a group of
+/// its own, again at each start.
 #[cfg(unix)]
 fn group_owns_all(state_dir: &Path, group: u32) -> bool {
     use std::os::unix::fs::MetadataExt;

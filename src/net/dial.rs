@@ -56,7 +56,7 @@ pub(crate) struct OpenResponse {
     pub(crate) guard: DropGuard,
 }
 
-/// Dials the peer and sends a POST whose body stays open; returns with the head of the response.
+/// Dials the peer and sends a POST whose body stays open. Returns with the head of the response.
 ///
 /// # Errors
 /// What is wrong with the peer.
@@ -73,7 +73,8 @@ pub(crate) async fn open(
     let heard = Arc::new(Heard::new());
     let opened = exchange_on(io, to, path, headers, tracker, &heard).await;
     match opened {
-        // A server without HTTP/2 mostly hangs up on our preface without a word. So does a link that breaks: asked once more, it tells.
+        // A server without HTTP/2 mostly hangs up on our preface without a word. So does a link
+        // that breaks. A second question tells which it was.
         Err(PeerProblem::Connection(_)) if heard.bytes() == 0 && lacks_http2(to).await => {
             Err(PeerProblem::NotHttp2)
         }
@@ -169,7 +170,7 @@ where
         .await
         .map_err(broken)?;
     tracker.spawn(async move {
-        // Its end is seen by whoever reads the body.
+        // The reader of the body sees its end.
         if let Err(error) = connection.await {
             tracing::debug!(%error, "a connection to a peer ended");
         }
@@ -208,7 +209,8 @@ async fn answer_to(to: &Endpoint, request: &[u8]) -> Option<[u8; 9]> {
     tokio::time::timeout(PROBE_TIMEOUT, probe).await.ok()?
 }
 
-/// A connection that remembers its first bytes, notes when some come, and can be cut from outside: hyper's own tasks end with it.
+/// A connection that remembers its first bytes, notes when some come, and can be cut from outside:
+/// hyper's own tasks end with it.
 struct WatchedStream<I> {
     io: I,
     first: Arc<Mutex<Vec<u8>>>,

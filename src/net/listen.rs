@@ -50,7 +50,8 @@ impl Listener {
     /// Binds. Without a secret only a loopback address is accepted.
     ///
     /// # Errors
-    /// [`Error::Config`] for an address that others could reach when there is no secret; [`Error::Io`].
+    /// [`Error::Config`] for an address that others could reach when there is no secret;
+    /// [`Error::Io`].
     pub(crate) async fn bind(address: SocketAddr, has_secret: bool) -> Result<Listener> {
         if !has_secret && !address.ip().to_canonical().is_loopback() {
             return Err(Error::Config(format!(
@@ -169,7 +170,7 @@ where
         () = stop.cancelled() => {}
     }
     connection.as_mut().graceful_shutdown();
-    // Who does not end in time is cut off: shutdown must not depend on peers.
+    // A connection that does not end in time is cut off: shutdown must not depend on peers.
     let _ = tokio::time::timeout(GRACE, connection).await;
 }
 

@@ -26,7 +26,8 @@ use crate::server::{Mount, ReplicationService};
 use crate::sqlite::{last_code, unreadable};
 use crate::threads;
 
-/// How long the end of the streams is waited for: they have a second for what is captured, and one for their last word.
+/// How long the end of the streams is waited for: they have a second for what is captured, and one
+/// for their last word.
 const STREAMS_LIMIT: Duration = Duration::from_secs(3);
 /// How long a shutdown waits for connections and tasks before it goes on without them.
 const TASKS_LIMIT: Duration = Duration::from_secs(5);
@@ -47,7 +48,7 @@ pub(crate) struct Database {
     pub(crate) opened: Instant,
     /// Transactions that replicas gave back.
     pub(crate) recovered: u64,
-    /// Somebody is about to close.
+    /// A caller is about to close it.
     pub(crate) ending: AtomicBool,
     /// It is closed, or being closed: nothing new is begun.
     pub(crate) closed: AtomicBool,
@@ -74,7 +75,8 @@ impl Database {
         }
     }
 
-    /// A connection to read with; after a time of one's own, or the configured one.
+    /// A connection to read with. The caller waits for it for `patience`, or else for the
+    /// configured time.
     pub(crate) fn lease(&self, patience: Option<Duration>) -> Result<Lease<'_>> {
         self.pool.lease(patience).inspect_err(|error| match error {
             Error::Sqlite(rusqlite::Error::SqliteFailure(code, _)) if unreadable(code.extended_code) => {
@@ -102,7 +104,7 @@ impl Database {
     /// Fails while there is nothing to read.
     pub(crate) fn readable(&self) -> Result<()> {
         if self.node.astray() {
-            // A replica opens what is at the path now.
+            // The replica opens what is at the path now.
             let changed = || Error::Disturbed(self.node.problem().unwrap_or_default());
             return Err(self.node.failure().map_or_else(changed, Error::Stopped));
         }
@@ -141,7 +143,7 @@ impl Database {
         });
     }
 
-    /// Whoever opens the file anew waits for us from now on.
+    /// A caller that opens the file anew waits for us from now on.
     pub(crate) fn announce(&self) {
         if let Some(claim) = &*lock(&self.claim) {
             claim.closing();
@@ -150,7 +152,8 @@ impl Database {
 
     /// Ends everything that is ours. Blocks for as long as the last fsyncs take.
     pub(crate) fn close(&self) {
-        // Also when something of the application's panics, the file is given back, and then that is said.
+        // The node gives the file back even when code of the application panics. After that it says
+        // that everything has ended.
         let _said_at_the_end = self.ended.clone().drop_guard();
         let _claim = lock(&self.claim).take();
         self.closed.store(true, Ordering::Release);
@@ -158,7 +161,8 @@ impl Database {
         self.tracker.close();
         self.source.set(None);
         self.pool.close();
-        // It reads through connections of its own, which have to be closed before the others.
+        // The verifier reads through connections of its own, which have to be closed before the
+        // others.
         self.verifier.close();
         self.writer.close();
         if let Some(running) = self.slot.take() {
@@ -192,7 +196,7 @@ impl Drop for LastHandle {
         if self.ending.swap(true, Ordering::AcqRel) {
             return;
         }
-        // At once, so that what is dropped with a runtime's tasks, such as the listener, is free soon.
+        // At once: what is dropped with a runtime's tasks, such as the listener, is free soon then.
         self.node.stop.cancel();
         if may_wait_here() {
             self.announce();
@@ -203,13 +207,15 @@ impl Drop for LastHandle {
     }
 }
 
-/// Whether the last fsyncs may hold up this thread: not one that drives async tasks, nor one of our own, which would wait for itself.
+/// Whether the last fsyncs may hold up this thread: not one that drives async tasks, nor one of our
+/// own, which would wait for itself.
 fn may_wait_here() -> bool {
     let ours = std::thread::current().name().is_some_and(|name| name.starts_with("replite-"));
     !ours && tokio::runtime::Handle::try_current().is_err()
 }
 
-/// Closes on a thread of its own, so that neither a dropped future nor a runtime that ends leaves it half done.
+/// Closes on a thread of its own: neither a dropped future nor a runtime that ends leaves it half
+/// done.
 pub(crate) fn close_behind(inner: &Arc<Database>, gently: bool) {
     inner.announce();
     let work = move |inner: &mut Arc<Database>| {

@@ -9,7 +9,8 @@ use crate::net::Listener;
 use crate::primary::ReplicaServer;
 use crate::server::{Mount, ReplicationService};
 
-/// The node's own listener, which may be served before the node is complete. Dropped before `leave_open`, it ends.
+/// The node's own listener, which may be served before the node is complete. Dropped before
+/// `leave_open`, it ends.
 pub(crate) struct ListenerGuard {
     pub(crate) node: Arc<NodeContext>,
     pub(crate) source: Arc<ReplicaServer>,

@@ -1,7 +1,7 @@
 //! Which database files are open in this process.
 //!
-//! A second opening of a file would share the first one's POSIX locks, and drop them when it closes; so one is
-//! claimed before anything opens it.
+//! A second opening of a file would share the first one's POSIX locks, and drop them when it
+//! closes. So each opening claims the file before anything opens it.
 
 use std::ffi::OsString;
 use std::fs;
@@ -33,7 +33,8 @@ struct OpenFile {
 }
 
 impl OpenFile {
-    /// Whether a place or a file is this database. The file may have come or been replaced after the claim.
+    /// Whether a place or a file is this database. The file may have come or been replaced after
+    /// the claim.
     fn is(&self, place: &(Inode, OsString), file: Option<Inode>) -> bool {
         self.place == *place
             || file.is_some() && (file == self.file || file == Inode::at(self.paths.database()))
@@ -45,7 +46,8 @@ impl OpenFile {
 pub(crate) struct Claim(u64);
 
 impl Claim {
-    /// Takes the place of a file, which need not exist yet; waits for one who is just leaving it.
+    /// Takes the place of a file, which need not exist yet. Waits for a handle that is just leaving
+    /// it.
     pub(crate) fn enter(path: &Path) -> Result<Claim> {
         let place = place(path)?;
         let deadline = Instant::now() + CLOSING_WAIT;

@@ -54,7 +54,7 @@ impl Reader {
         let connection = &self.connection;
         let clean = !std::thread::panicking() || connection.is_autocommit();
         let rolled_back = connection.is_autocommit() || connection.execute_batch("ROLLBACK").is_ok();
-        // A statement that was forgotten half way would have the next one see the old state.
+        // A statement that was forgotten half way would have the next reader see the old state.
         clean && rolled_back && !self.changed.load(Ordering::Relaxed) && !connection.is_busy()
     }
 }
@@ -79,8 +79,8 @@ impl Pool {
         Pool { path, most, patience, statements, expect, files, prepare, state, returned: Condvar::new() }
     }
 
-    /// A connection for the caller alone, until the lease is dropped. A nested call gets another one. It is waited for as long as is configured, or as
-    /// the caller has patience.
+    /// A connection for the caller alone, until the lease is dropped. A nested call gets another
+    /// one. The caller waits for as long as is configured, or as it has patience.
     pub(crate) fn lease(&self, patience: Option<Duration>) -> Result<Lease<'_>> {
         let patience = patience.unwrap_or(self.patience);
         let mut state = self.lock();
@@ -129,13 +129,14 @@ impl Pool {
         Ok(Reader { connection, changed, files })
     }
 
-    /// A connection is no more; whoever waits may open one.
+    /// A connection is no more; a caller that waits may open one.
     fn gone(&self) {
         self.lock().open -= 1;
         self.returned.notify_one();
     }
 
-    /// Closes the idle connections to files that the node has not open any more; those in use close when they come back.
+    /// Closes the idle connections to files that the node does not have open any more. Those in use
+    /// close when they come back.
     pub(crate) fn renew(&self) {
         let mut state = self.lock();
         let idle = std::mem::take(&mut state.idle);
@@ -192,7 +193,8 @@ fn changes_connection(context: &AuthContext<'_>) -> bool {
     }
 }
 
-/// A place among the connections that may be open; free again when it is dropped, also by a panic while one is opened.
+/// A place among the connections that may be open. It is free again when this is dropped, also by a
+/// panic while a connection is opened.
 struct ConnectionPermit<'a>(&'a Pool);
 
 impl Drop for ConnectionPermit<'_> {

@@ -48,7 +48,8 @@ impl Running {
     }
 }
 
-/// The engine that runs, until the database is closed: a handle that outlives its database keeps no file of it open.
+/// The engine that runs, until the database is closed: a handle that outlives its database keeps no
+/// file of it open.
 #[derive(Debug)]
 pub(crate) struct EngineSlot {
     node: Arc<NodeContext>,
@@ -90,7 +91,8 @@ impl EngineSlot {
         }
     }
 
-    /// From now on this one. Nothing once the database is closed: what came too late is to be closed.
+    /// Runs this one from now on. Once the database is closed this gives `next` back: it came too
+    /// late and is to be closed.
     pub(crate) fn set(&self, next: Running) -> Option<Running> {
         match &mut *self.write() {
             Some(running) => {

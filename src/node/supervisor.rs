@@ -1,4 +1,5 @@
-//! What a node does at the moment, and how that changes: the one place where a role begins and ends.
+//! What a node does at the moment, and how that changes: the one place where a role begins and
+//! ends.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -24,7 +25,7 @@ pub(crate) struct Supervisor {
     writer: Arc<Writer>,
     source: Arc<ReplicaServer>,
     tracker: TaskTracker,
-    /// While the node is a replica. Whoever changes the role holds it.
+    /// Set while the node is a replica. A change of the role holds the lock.
     following: Mutex<Option<Following>>,
 }
 
@@ -52,13 +53,14 @@ impl Supervisor {
         match (self.slot.get()?, primary) {
             (Running::Primary(engine), _) => self.lead(engine),
             (Running::Replica(_), Some(primary)) => *following = Some(self.follow(primary)?),
-            // Nobody is there to be followed yet.
+            // There is no primary to follow yet.
             (Running::Replica(_), None) => {}
         }
         Ok(())
     }
 
-    /// Serves what the engine has: replicas first, so that who hears of the primary finds one.
+    /// Serves what the engine has. Replicas can join before the role changes: a node that hears of
+    /// the primary finds one.
     fn lead(&self, engine: Arc<PrimaryEngine>) {
         let epoch = self.node.applied.history().epoch();
         self.source.set(Some(engine));
@@ -75,11 +77,13 @@ impl Supervisor {
         Ok(Following { primary, ends, task })
     }
 
-    /// Makes the replica a primary, of an epoch with a number above this and all known ones. Read connections, their snapshots and all who wait live on.
+    /// Makes the replica a primary, of an epoch with a number above this and all known ones. Read
+    /// connections, their snapshots and all waits live on.
     ///
     /// # Errors
-    /// [`Error::NoState`] when no primary vouches for what is here, and what the application's migrations say: the node is a replica then, as before.
-    /// After any other error replication has stopped.
+    /// [`Error::NoState`] when no primary vouches for what is here, and what the application's
+    /// migrations say. The node is a replica then, as before. After any other error replication has
+    /// stopped.
     #[cfg_attr(not(test), expect(dead_code, reason = "the role of a node is fixed by its configuration"))]
     pub(crate) async fn promote(&self, above: u64) -> Result<()> {
         let mut following = self.following.lock().await;
@@ -112,11 +116,12 @@ impl Supervisor {
         Err(refused)
     }
 
-    /// Makes the primary a replica of another. Read connections, their snapshots and all who wait live on; writes that are queued are refused.
+    /// Makes the primary a replica of another. Read connections, their snapshots and all waits live
+    /// on. Writes that are queued are refused.
     ///
     /// # Errors
-    /// [`Error::Timeout`] when others write for longer than `limit`: the node is the primary then, as before. After any other error replication has
-    /// stopped.
+    /// [`Error::Timeout`] when others write for longer than `limit`. The node is the primary then,
+    /// as before. After any other error replication has stopped.
     #[cfg_attr(not(test), expect(dead_code, reason = "the role of a node is fixed by its configuration"))]
     pub(crate) async fn demote(&self, primary: Endpoint, limit: Duration) -> Result<()> {
         let mut following = self.following.lock().await;

@@ -16,7 +16,8 @@ use crate::report::Condition;
 use crate::status::Verification;
 use crate::threads::{self, caught_task};
 
-/// Periods differ by up to so many parts of a hundred, so that nodes that were started together do not read their disks together for ever.
+/// Periods differ by up to so many parts of a hundred. Otherwise nodes that were started together
+/// would read their disks together for ever.
 const JITTER_PERCENT: u64 = 10;
 
 /// Runs a database's verifications, one at a time, each on a thread of its own.
@@ -63,7 +64,7 @@ impl Verifier {
                 }
                 Started::Theirs(shared) => shared,
             };
-            // The one that runs may fail, which is told to whoever began it.
+            // The one that runs may fail. The caller that began it is told that.
             if let Ok(verification) = shared.wait_for(Option::is_some).await
                 && let Some(verification) = verification.clone()
             {
@@ -102,7 +103,7 @@ impl Verifier {
             if let Ok(verification) = &result {
                 tell.send_replace(Some(verification.clone()));
             }
-            // Who asked may have gone.
+            // The caller that asked may have gone.
             let _ = reply.send(result);
         };
         state.thread = Some(threads::start("replite-verify", (self.clone(), None), work, end)?);
@@ -120,7 +121,7 @@ impl Verifier {
         Ok(verification)
     }
 
-    /// It came to no end, be it by a panic. Nothing depends on it, so that the node goes on.
+    /// It came to no end, be it by a panic. Nothing depends on it: the node goes on.
     fn failed(&self, error: &Error) {
         if matches!(error, Error::ShutDown | Error::NoState(_)) {
             return;
@@ -138,7 +139,8 @@ impl Verifier {
         self.suspect();
     }
 
-    /// What follows when the pages are not those of the position, after everybody was told of it. Runs on the verification's thread.
+    /// What follows when the pages are not those of the position, after the node reported it. Runs
+    /// on the verification's thread.
     fn suspect(&self) {
         match self.slot.get() {
             // Its pages are the only ones that it knows of: an operator decides.
@@ -164,7 +166,8 @@ impl Verifier {
         }
     }
 
-    /// Waits for the one that runs, which ends at once when the node has been told to stop; none begins any more. Blocks.
+    /// Waits for the verification that runs, which ends at once when the node has been told to
+    /// stop. No other begins any more. Blocks.
     pub(crate) fn close(&self) {
         let thread = {
             let mut state = self.lock();

@@ -1,4 +1,5 @@
-//! The one connection that writes, the thread that runs async writes on it, and the one that shares their fsyncs.
+//! The one connection that writes, the thread that runs async writes on it, and the one that shares
+//! their fsyncs.
 
 mod guard;
 mod reentrancy;
@@ -99,8 +100,11 @@ pub(crate) struct WriterSetup {
 pub struct Commit<T> {
     /// What the closure returned.
     pub value: T,
-    /// The transaction, to wait for or to hand to a client; none when nothing was written, or nothing else than was there. Never that of somebody else, unless the closure
-    /// committed by itself and ended with a transaction that wrote nothing: then it may be a later one.
+    /// The transaction, to wait for or to hand to a client. None when nothing was written, or
+    /// nothing else than was there.
+    ///
+    /// It is never that of another writer, with one exception: the closure committed by itself and
+    /// ended with a transaction that wrote nothing. Then it may be a later one.
     pub txid: Option<Txid>,
 }
 
@@ -120,7 +124,8 @@ struct WriterShared {
     node: Arc<NodeContext>,
     setup: WriterSetup,
     gate: CommitGate,
-    /// The way into the queue. No future keeps a copy, because one that nobody polls any more would keep the thread.
+    /// The way into the queue. No future keeps a copy: one that is no longer polled would keep the
+    /// thread.
     queue: Mutex<Option<Queue>>,
     connection: Mutex<Option<OpenWriter>>,
     /// Commits that were handed to the sync thread and are not acknowledged yet.
@@ -235,11 +240,13 @@ impl Writer {
         Writer { shared: Arc::new(shared), threads: Mutex::default() }
     }
 
-    /// Opens the connection, runs the application's migrations on it, and starts the threads. Blocks.
+    /// Opens the connection, runs the application's migrations on it, and starts the threads.
+    /// Blocks.
     pub(crate) fn open(&self, engine: &Arc<PrimaryEngine>) -> Result<()> {
         let shared = &self.shared;
         let open = connect(&shared.setup, engine)?;
-        // What the migrations committed has its place in history, and stays, before anybody hears that we are open.
+        // What the migrations committed has its place in history, and stays, before any caller
+        // hears that we are open.
         shared.gate.wait(engine, engine.captured()?)?;
         let (jobs, receiver) = queue::unbounded_channel();
         let room = Arc::new(Semaphore::new(shared.setup.queue));
@@ -298,10 +305,10 @@ impl Writer {
         may_block()?;
         let (inside, mut connection) = self.shared.enter()?;
         let Some(open) = connection.as_mut() else { return Err(self.shared.refusal().into()) };
-        // Held until the commit is acknowledged, whoever closes the database meanwhile.
+        // Held until the commit is acknowledged, even if the database is closed meanwhile.
         let engine = open.engine.clone();
         let commit = self.shared.transact(open, run)?;
-        // The next one commits while this one waits for the disk, so that both share an fsync.
+        // The next caller commits while this one waits for the disk: both share an fsync.
         drop((connection, inside));
         if let Some(txid) = commit.txid {
             self.shared.gate.wait(&engine, txid).map_err(Error::of_a_commit)?;
@@ -318,7 +325,8 @@ impl Writer {
         WriterGuard::new(connection, &self.shared, inside)
     }
 
-    /// [`Writer::close`], unless somebody has the connection for longer than this: then it stays open.
+    /// [`Writer::close`], unless another thread has the connection for longer than this: then it
+    /// stays open.
     ///
     /// # Errors
     /// [`Error::Timeout`].
@@ -344,16 +352,17 @@ impl Writer {
         Ok(())
     }
 
-    /// Ends the threads: what is queued is refused, what has begun ends. Blocks.
+    /// Ends the threads. What is queued is refused, what has begun ends. Blocks.
     pub(crate) fn close(&self) {
-        // The thread ends with the only sender. Who waits for room is refused.
+        // The thread ends with the only sender. Callers that wait for room are refused.
         if let Some(queue) = lock(&self.shared.queue).take() {
             queue.room.close();
         }
         let threads = std::mem::take(&mut *lock(&self.threads));
         let here = std::thread::current().id();
         if threads.iter().any(|thread| thread.thread().id() == here) {
-            // The last handle went inside of a write, or with its result: the threads end by themselves behind it.
+            // The last handle went inside of a write, or with its result: the threads end by
+            // themselves after it.
             return;
         }
         self.shared.close();
@@ -455,7 +464,8 @@ impl WriterShared {
         let asked = Instant::now();
         let begin = || Transaction::new_unchecked(connection, TransactionBehavior::Immediate);
         let mut transaction = match begin() {
-            // An application that set something which lets nobody write gets its next writes done all the same.
+            // An application may set something that prevents all writes. Its next writes are done
+            // all the same.
             Err(_) if settings.mend(connection).map_err(sqlite)? => begin(),
             begun => begun,
         }
@@ -564,8 +574,8 @@ fn run_syncs(Syncs { shared, engine, waiting: commits }: &mut Syncs) -> Result<(
     Ok(())
 }
 
-/// Runs code of the application on one of our threads, which has to outlive a panic in it: in a destructor of a value that nobody
-/// waits for any more.
+/// Runs code of the application on one of our threads: a destructor of a value that no caller waits
+/// for any more. The thread has to outlive a panic in it.
 fn survive<T>(run: impl FnOnce() -> T) -> Option<T> {
     match catch_unwind(AssertUnwindSafe(run)) {
         Ok(value) => Some(value),

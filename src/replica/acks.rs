@@ -21,7 +21,8 @@ const ACK_PAUSE: Duration = Duration::from_millis(100);
 /// An acknowledgement comes at least this often, also as a sign of life.
 const ACK_EVERY: Duration = Duration::from_secs(1);
 
-/// Says what was applied and synced, and asks for what a heal wants; returns when the connection takes nothing any more.
+/// Says what was applied and synced, and asks for what a heal wants. Returns when the connection
+/// takes nothing any more.
 pub(super) async fn acknowledge<F: Feed>(
     node: &NodeContext,
     feed: &F,
@@ -56,7 +57,7 @@ pub(super) async fn acknowledge<F: Feed>(
                 }
             }
             Some(want) = next_of(&mut asked) => {
-                // Pages that can't be read are not answered for: who asked asks another replica.
+                // Pages that can't be read are not answered for: the primary asks another replica.
                 let answer = feed.answer(want).await.unwrap_or_else(|error| {
                     Condition::PagesNotAnswered { error: &error }.say();
                     Bytes::new()

@@ -6,10 +6,12 @@ use crate::random;
 
 /// First wait: a primary that restarts is back within it, more or less.
 const FIRST: Duration = Duration::from_millis(50);
-/// Longest wait: what a replica may be late after an outage. Requests that are held for the primary have to wait for it, too.
+/// Longest wait: what a replica may be late after an outage. Requests that are held for the primary
+/// have to wait for it, too.
 const LONGEST: Duration = Duration::from_secs(1);
 
-/// Doubles from try to try; each wait is drawn from its upper half, so that replicas don't come all at once.
+/// Doubles from try to try. Each wait is drawn from its upper half: replicas don't come all at
+/// once.
 #[derive(Debug)]
 pub(super) struct Backoff {
     next: Duration,

@@ -44,7 +44,7 @@ pub(super) struct PrimaryConnection<'a, F> {
     lagging: &'a Lagging,
     /// What acknowledgements say the time since.
     dialled: Instant,
-    /// What had been taken in when this session began.
+    /// What had been taken in when this connection began.
     taken: u64,
     /// The newest epoch that this node knows.
     epoch: Option<Epoch>,
@@ -220,7 +220,8 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         Ok(welcome)
     }
 
-    /// The primary lost what this node has. How the stream ends: by the primary's word.
+    /// Gives the primary what it lost and this node has. Returns how the stream ends: by the
+    /// primary's word.
     async fn give_back(
         &self,
         after: Position,
@@ -250,8 +251,8 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         }
     }
 
-    /// Nothing of a superseded primary is ever applied. Nor of a second one with the same epoch number: ours
-    /// would have exceeded it after our hello.
+    /// The node never applies anything of a superseded primary. Nor of a second one with the same
+    /// epoch number: ours would have exceeded it after our hello.
     fn check_epoch(&self, theirs: Epoch, ours: Epoch) -> Result<()> {
         if theirs.number() < ours.number() || (theirs.number() == ours.number() && theirs != ours) {
             let problem = PeerProblem::OldEpoch { theirs: theirs.to_string(), ours: ours.to_string() };
@@ -267,7 +268,8 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         self.node.change_role(RoleChange::Follows { primary, epoch });
     }
 
-    /// The primary's application is about to end. Requests for it are held from now on, as those without a primary are.
+    /// The primary's application is about to end. From now on the node holds requests for it, as it
+    /// does without a primary.
     fn drain(&mut self) {
         tracing::info!(primary = %self.primary, "the primary takes no more requests");
         self.drained.cancel();
@@ -282,7 +284,8 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         reporter: &mut Reporter,
     ) -> Result<Infallible, StreamError> {
         loop {
-            // All that has arrived goes over at once: applying many transactions together costs less.
+            // All that has arrived goes over at once: applying many transactions together costs
+            // less.
             let first = units.next().await?;
             let mut batch = Vec::new();
             let mut end = self.sort(first, &mut batch);
@@ -355,7 +358,8 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         self.dialled + self.dialled.elapsed().min(Duration::from_micros(clock))
     }
 
-    /// Notes how far it is, for status. What is wrong with a unit is said by who takes it in.
+    /// Notes how far the primary is, for status. The part that takes a unit in says what is wrong
+    /// with it.
     fn note(&self, unit: &Unit) {
         let bytes = |pages: u32, size: u64| u64::from(pages) * size;
         match unit.decode() {
@@ -393,7 +397,7 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         let Some(last) = batch.iter().rposition(|u| u.kind == Kind::TxnEnd) else {
             return self.take(batch).await;
         };
-        // Its hash is looked at here, too: a bad one is the follower's to refuse.
+        // Its hash is looked at here, too. The replica's engine refuses a bad one.
         if let Ok(Message::TxnEnd(end)) = batch[last].decode() {
             self.lagging.heard(end.after.number());
         }
@@ -407,7 +411,8 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         match &fed {
             Ok(()) if data => self.delivered.store(true, Ordering::Relaxed),
             Ok(()) => {}
-            // Else a primary whose bytes we can't take would be asked for them again and again at once.
+            // Otherwise the primary would be asked at once, again and again, for bytes that we
+            // can't take.
             Err(_) => self.choked.store(true, Ordering::Relaxed),
         }
         fed

@@ -15,7 +15,8 @@ const READ_MAX_BYTES: usize = 256 * 1024;
 /// Reads that wait to be sent.
 const READS_AHEAD: usize = 2;
 
-/// The log's records after a state, as they are now; none when the log does not have that state. Ends early when the log can't be read.
+/// The log's records after a state, as they are now; none when the log does not have that state.
+/// Ends early when the log can't be read.
 pub(super) fn records(log: Arc<Log>, after: Position) -> mpsc::Receiver<Bytes> {
     let (sender, receiver) = mpsc::channel(READS_AHEAD);
     tokio::task::spawn_blocking(move || {

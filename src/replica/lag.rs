@@ -1,4 +1,4 @@
-//! How far this node is behind its primary, and at what pace it comes nearer.
+//! How far this node lags, and at what pace it comes nearer to its primary.
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -16,11 +16,13 @@ use crate::txid::Position;
 
 /// How often the figures are brought up to date.
 const PUBLISH_EVERY: Duration = Duration::from_millis(100);
-/// A stream on which nothing came for this long counts as not connected: the primary says its position each second.
+/// A stream on which nothing came for this long counts as not connected: the primary says its
+/// position each second.
 const QUIET_MAX: Duration = Duration::from_millis(2500);
-/// Who is behind for longer says at what pace he comes nearer.
+/// A replica that lags for longer says at what pace it comes nearer.
 const SLOW_AFTER: Duration = Duration::from_secs(5);
-/// What the primary said and this node does not have yet: one a second, so that more than an hour is told exactly.
+/// What the primary said and this node does not have yet. One comes each second: this tells more
+/// than an hour exactly.
 const WORDS_MAX: usize = 4096;
 
 /// What is known of the distance.
@@ -29,7 +31,8 @@ pub(super) struct Lagging(Mutex<Freshness>);
 
 #[derive(Debug)]
 struct Freshness {
-    /// The number of the newest transaction that the primary is known to have, once it has said one.
+    /// The number of the newest transaction that the primary is known to have, once it has said
+    /// one.
     newest: Option<u64>,
     /// What the primary had, and when it had no more than that at the earliest, oldest first.
     words: VecDeque<(u64, Instant)>,
@@ -53,7 +56,8 @@ impl Lagging {
         Lagging(Mutex::new(Freshness { newest: None, words, level: Instant::now(), stream: None }))
     }
 
-    /// The stream stands, and the primary is at this position, whatever it was before; it said so after this node dialled, which was then.
+    /// The stream stands, and the primary is at this position, whatever it was before. It said so
+    /// after this node dialled, at `dialled`.
     pub(super) fn connected(&self, primary: Position, dialled: Instant, heard: Arc<Heard>) {
         let mut known = self.lock();
         known.newest = Some(primary.number());
@@ -205,7 +209,8 @@ mod tests {
         assert_eq!(problem(&lagging, Some(10)), None, "the end of the stream is told otherwise");
     }
 
-    /// Who is always behind is behind by as much as he is, not for ever longer; and a word that was long on its way is as old as it is.
+    /// A replica that always lags does so by as much as it is late, not for ever longer. A word
+    /// that was long on its way is as old as it is.
     #[tokio::test(start_paused = true)]
     async fn a_late_word_is_old_news() {
         let lagging = Lagging::new();

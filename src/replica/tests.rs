@@ -616,7 +616,8 @@ async fn a_primary_that_drains_gets_no_more_requests_and_waits_for_those_on_thei
     stop(&primary.node, &primary.tracker).await;
 }
 
-/// A hello that named the epoch 2^62 had the primary go there, and from then on refuse everybody who had heard of that.
+/// A hello that named the epoch 2^62 had the primary go there, and from then on refuse everybody
+/// who had heard of that.
 #[tokio::test]
 async fn an_absurd_hello_is_refused_and_honest_replicas_go_on() {
     let primary = Primary::start(&SECRET).await;

@@ -137,7 +137,8 @@ fn the_service_is_what_routers_ask_for() {
     let _: axum::Router = axum::Router::new().nest_service("/_replite", service);
 }
 
-/// A replica with another secret saw a bare 404, and nobody was told on the primary; who knocks often does not fill its logs.
+/// A replica with another secret saw a bare 404, and no one was told on the primary; who knocks
+/// often does not fill its logs.
 #[tokio::test]
 async fn a_knock_with_another_secret_is_told_to_the_operator_now_and_then() {
     let (service, _, node) = service(&SECRET, Mount::Mounted);

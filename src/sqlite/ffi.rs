@@ -1,8 +1,8 @@
 //! A dedicated connection's database file, by the methods of SQLite's own `sqlite3_file`.
 //!
-//! Going through that handle, and not through a descriptor of our own, keeps us in the lock domain of every
-//! other connection; and no descriptor of the database is ever closed beside SQLite, which would drop the
-//! process's POSIX locks.
+//! Going through that handle, and not through a descriptor of our own, keeps us in the lock domain
+//! of every other connection. No descriptor of the database is ever closed beside SQLite: that
+//! would drop the process's POSIX locks.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
@@ -51,7 +51,8 @@ pub(crate) enum Lock {
 pub(crate) struct Handle {
     file: NonNull<ffi::sqlite3_file>,
     path: PathBuf,
-    /// Locks of the wal-index that are held. While a sibling connection is open, closing releases none of them.
+    /// Locks of the wal-index that are held. While a sibling connection is open, closing releases
+    /// none of them.
     held: Vec<(Slot, Lock)>,
     /// Keeps `file` alive.
     connection: Connection,
@@ -66,8 +67,9 @@ impl Drop for Handle {
     }
 }
 
-// SAFETY: `file` belongs to `connection`, which is Send; nothing of either is bound to a thread, and `&mut self`
-// on every method that reads, writes or locks keeps two threads from using them at once.
+// SAFETY: `file` belongs to `connection`, which is Send, and nothing of either is bound to a
+// thread. Every method that reads, writes or locks takes `&mut self`, which keeps two threads from
+// using them at once.
 unsafe impl Send for Handle {}
 
 impl Handle {
@@ -98,7 +100,8 @@ impl Handle {
         &self.path
     }
 
-    /// Turns the database to WAL, and says which journal mode it has then. The statement's own commit comes after the row that says "wal", and may fail.
+    /// Turns the database to WAL, and says which journal mode it has then. The statement's own
+    /// commit comes after the row that says "wal", and may fail.
     pub(crate) fn turn_to_wal(&self) -> rusqlite::Result<String> {
         let mut statement = self.connection.prepare("PRAGMA journal_mode = WAL")?;
         let mut rows = statement.query([])?;
@@ -110,7 +113,8 @@ impl Handle {
     }
 
     fn methods(&self) -> &ffi::sqlite3_io_methods {
-        // SAFETY: `file` stays open as long as `connection`, and the methods of an open file are set and constant.
+        // SAFETY: `file` stays open as long as `connection`, and the methods of an open file are
+        // set and constant.
         unsafe { &*(*self.file.as_ptr()).pMethods }
     }
 
@@ -139,7 +143,8 @@ impl Handle {
         if code == ffi::SQLITE_IOERR_SHORT_READ { Ok(()) } else { self.check("read", code) }
     }
 
-    /// Writes to the database file. The caller holds the checkpoint lock, and READ0, exclusive, where readers may look.
+    /// Writes to the database file. The caller holds the checkpoint lock, and READ0, exclusive,
+    /// where readers may look.
     pub(crate) fn write(&mut self, bytes: &[u8], offset: u64) -> Result<()> {
         // unixWrite masks the length to 17 bits.
         assert!(bytes.len() < 128 * 1024, "a write of {} bytes would be cut", bytes.len());
@@ -176,7 +181,7 @@ impl Handle {
         Ok(size.max(0) as u64)
     }
 
-    /// Tries a lock of the wal-index; false when somebody else holds it.
+    /// Tries a lock of the wal-index; false when another owner holds it.
     pub(crate) fn try_lock(&mut self, slot: Slot, lock: Lock) -> Result<bool> {
         let code = self.shm_lock(slot, ffi::SQLITE_SHM_LOCK | lock.flag())?;
         if code & 0xff == ffi::SQLITE_BUSY {
@@ -204,8 +209,8 @@ impl Handle {
     pub(super) fn map(&mut self, region: usize, extend: bool) -> Result<Option<NonNull<u8>>> {
         let method = self.methods().xShmMap.ok_or_else(|| self.missing("map"))?;
         let mut pointer: *mut c_void = ptr::null_mut();
-        // SAFETY: `pointer` outlives the call, and `file` is open. SQLite unmaps the region when the last
-        // connection of the process to this database closes, not before.
+        // SAFETY: `pointer` outlives the call, and `file` is open. SQLite unmaps the region when
+        // the last connection of the process to this database closes, not before.
         let code = unsafe {
             method(
                 self.file.as_ptr(),
@@ -242,15 +247,18 @@ fn main_file(connection: &Connection) -> Option<NonNull<ffi::sqlite3_file>> {
         )
     };
     let file = NonNull::new(file).filter(|_| code == ffi::SQLITE_OK)?;
-    // SAFETY: SQLite gave the pointer for a connection that is open; an unopened file has no methods.
+    // SAFETY: SQLite gave the pointer for a connection that is open; an unopened file has no
+    // methods.
     let open = unsafe { !(*file.as_ptr()).pMethods.is_null() };
     open.then_some(file)
 }
 
-/// Which process holds a lock on any of these bytes, this one included; -1 for a descriptor's lock, of which this descriptor's own are not seen.
+/// Which process holds a lock on any of these bytes, this one included. -1 for a descriptor's lock;
+/// this descriptor's own are not seen.
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 pub(super) fn lock_holder(file: &std::fs::File, start: u64, length: u64) -> io::Result<Option<i32>> {
-    // An open file description's lock has another owner than the process's locks, so that those are in its way.
+    // An open file description's lock has another owner than the process's locks: those are in its
+    // way.
     let found = fcntl_lock(file, libc::F_OFD_GETLK, libc::F_WRLCK, start, length)?;
     Ok((i32::from(found.l_type) != libc::F_UNLCK).then_some(found.l_pid))
 }
@@ -260,7 +268,8 @@ pub(super) fn lock_holder(file: &std::fs::File, start: u64, length: u64) -> io::
 pub(super) enum Owner {
     /// The process's, as SQLite's are: gone when the process closes any descriptor of the file.
     Process,
-    /// The descriptor's own: gone when that one is closed. It is in the way of the process's locks, too.
+    /// The descriptor's own: gone when that one is closed. It is in the way of the process's locks,
+    /// too.
     Descriptor,
 }
 
@@ -310,13 +319,15 @@ fn fcntl_lock(
     if code == -1 { Err(io::Error::last_os_error()) } else { Ok(lock) }
 }
 
-/// The extended code of the last call on this connection that failed, or whatever the last one left.
+/// The extended code of the last call on this connection that failed, or whatever the last one
+/// left.
 pub(crate) fn last_code(connection: &Connection) -> c_int {
     // SAFETY: the connection is open, and used by this thread alone.
     unsafe { ffi::sqlite3_extended_errcode(connection.handle()) }
 }
 
-/// Whether a code says that the database can't be read, rather than that a statement asked for something it can't have.
+/// Whether a code says that the database can't be read, rather than that a statement asked for
+/// something it can't have.
 pub(crate) fn unreadable(code: c_int) -> bool {
     matches!(code & 0xff, ffi::SQLITE_IOERR | ffi::SQLITE_NOTADB | ffi::SQLITE_CORRUPT | ffi::SQLITE_CANTOPEN)
 }
@@ -329,24 +340,28 @@ struct Commits {
     frame: AtomicU32,
 }
 
-/// Counts the commits of one connection to its main database by its WAL hook, on whatever thread they are made.
+/// Counts the commits of one connection to its main database by its WAL hook, on whatever thread
+/// they are made.
 #[derive(Debug)]
 pub(crate) struct CommitHook {
-    /// Given to SQLite. Freed by `take_off` alone: whoever borrows a connection may keep it, and put another in its place.
+    /// Given to SQLite. Freed by `take_off` alone: a borrower of the connection may keep it, and
+    /// put another in its place.
     commits: &'static Commits,
-    /// Another hook was found where this one should have been, so that a connection may have this one that is not known here.
+    /// Another hook was found where this one should have been. So a connection that is not known
+    /// here may have this one.
     strayed: bool,
 }
 
 impl CommitHook {
-    /// Hooks a connection. Through SQLite itself, because rusqlite's method is another one in each version.
+    /// Hooks a connection. Through SQLite itself, because rusqlite's method is another one in each
+    /// version.
     pub(crate) fn put_on(connection: &Connection) -> CommitHook {
         let hook = CommitHook { commits: Box::leak(Box::default()), strayed: false };
         hook.swap(connection, true);
         hook
     }
 
-    /// Puts the hook on again, in place of any other. Whether it was still there.
+    /// Puts the hook on again, in place of any other. Returns whether it was still there.
     pub(crate) fn again(&mut self, connection: &Connection) -> bool {
         let stayed = self.swap(connection, true);
         self.strayed |= !stayed;
@@ -371,7 +386,8 @@ impl CommitHook {
     /// Takes the hook off a connection that is about to be closed.
     pub(crate) fn take_off(self, connection: &Connection) {
         if self.swap(connection, false) && !self.strayed {
-            // SAFETY: it was leaked by `put_on`, no connection has it any more, and it is never used again.
+            // SAFETY: it was leaked by `put_on`, no connection has it any more, and it is never
+            // used again.
             drop(unsafe { Box::from_raw(ptr::from_ref(self.commits).cast_mut()) });
         }
     }
@@ -397,7 +413,8 @@ unsafe extern "C" fn count_commit(
     let name = unsafe { CStr::from_ptr(name) };
     // An attached database has frames of its own.
     if name == c"main" {
-        // SAFETY: the context is that of a `CommitHook`, whose `Commits` is freed only when no connection has the hook.
+        // SAFETY: the context is that of a `CommitHook`, whose `Commits` is freed only when no
+        // connection has the hook.
         let commits = unsafe { &*context.cast::<Commits>() };
         commits.frame.store(frames as u32, Ordering::Relaxed);
         commits.count.fetch_add(1, Ordering::Relaxed);

@@ -1,10 +1,14 @@
 //! Locks that stay whatever others in this process do, and a watch over those that don't.
 //!
-//! SQLite's locks are POSIX locks: they belong to a process and a file. When anybody in the process closes any descriptor of
-//! that file, all of them are gone, and nobody is told: a library that copies the database, a second SQLite, `std::fs::read`.
-//! So what a node holds for life it holds by descriptors of its own, as open file description locks (`fcntl(2)`): CKPT, on a replica WRITE, and shares
-//! in what says that the database is open and its `-shm` mapped. To all connections, in this process and others, they are as much in
-//! the way as POSIX locks. What remains of the damage is watched and mended: the locks of this process's own SQLite
+//! SQLite's locks are POSIX locks: they belong to a process and a file. When anything in the
+//! process closes any descriptor of that file, all of them are gone, and no one is told. A library
+//! that copies the database does it, a second SQLite, `std::fs::read`. So what a node holds for
+//! life it holds by descriptors of its own, as open file description locks (`fcntl(2)`). These are
+//! CKPT, on a replica WRITE, and shares in what says that the database is open and its `-shm`
+//! mapped. To all connections, in this process and others, they are as much in the way as POSIX
+//! locks.
+//!
+//! The node watches and mends what remains of the damage: the locks of this process's own SQLite
 //! connections, which are a matter of moments.
 //!
 //! Only Linux has such locks. Elsewhere SQLite's own have to do.
@@ -25,11 +29,12 @@ const SHARED: LockPlace = LockPlace { file: 0, start: 0x4000_0002, length: 510 }
 /// All that SQLite locks in a database file.
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 const WHOLE: LockPlace = LockPlace { file: 0, start: 0x4000_0000, length: 512 };
-/// In `-shm`: the process has it mapped. Who finds nobody there begins it anew.
+/// In `-shm`: the process has it mapped. A process that finds no one there begins it anew.
 const MAPPED: LockPlace = LockPlace { file: 1, start: 128, length: 1 };
 /// The first of the eight locks of the wal-index.
 const SLOTS: u64 = 120;
-/// In both files, far behind their ends: a POSIX lock that nobody else takes. While it is there, SQLite's are.
+/// In both files, far after their ends: a POSIX lock that no one else takes. While it is there,
+/// SQLite's are.
 const MARKER: u64 = 0x7fff_ffff_ffff_0000;
 
 /// Descriptors that could not be closed yet, because the process had locks on their files.
@@ -67,7 +72,8 @@ pub(crate) struct FileLocks {
 }
 
 impl FileLocks {
-    /// Opens the files, which SQLite has open and mapped already. Nothing where there are no such locks.
+    /// Opens the files, which SQLite has open and mapped already. Nothing where there are no such
+    /// locks.
     pub(crate) fn open(path: &Path) -> Result<Option<FileLocks>> {
         close_unlocked();
         if !cfg!(all(target_os = "linux", target_pointer_width = "64")) {
@@ -99,8 +105,9 @@ impl FileLocks {
         self.files.as_ref().map(|files| &files[1])
     }
 
-    /// Begins to watch. Only who holds CKPT does: a node that ended in another process has been watching until then. Where that one's marker is
-    /// still there, because its process ends just now, the file is watched from a later look on.
+    /// Begins to watch. Only the holder of CKPT does: a node that ended in another process has been
+    /// watching until then. That node's marker may still be there, because its process ends just
+    /// now. Then the file is watched from a later look on.
     pub(crate) fn watch(&self) -> Result<()> {
         for file in [0, 1] {
             if self.set(Owner::Process, Some(true), LockPlace::marker(file))? {
@@ -110,7 +117,8 @@ impl FileLocks {
         Ok(())
     }
 
-    /// Tries to hold a lock of the wal-index until [`FileLocks::release`]; false while anybody else has it.
+    /// Tries to hold a lock of the wal-index until [`FileLocks::release`]; false while another
+    /// owner has it.
     pub(crate) fn try_hold(&self, slot: Slot) -> Result<bool> {
         self.set(Owner::Descriptor, Some(true), LockPlace::slot(slot))
     }
@@ -120,10 +128,12 @@ impl FileLocks {
         self.set(Owner::Descriptor, None, LockPlace::slot(slot)).map(drop)
     }
 
-    /// Gives back what is held. The connections have to be closed: others may be the last from now on.
+    /// Gives back what is held. The connections have to be closed: others may be the last from now
+    /// on.
     pub(crate) fn release(&self) {
         self.released.store(true, Ordering::Release);
-        // While CKPT is ours: the marker belongs to the process, and may be the next one's in it from then on.
+        // While CKPT is ours: the marker belongs to the process. From then on it may be that of the
+        // next node in it.
         for file in [0, 1] {
             if self.marked[file].swap(false, Ordering::AcqRel)
                 && let Err(error) = self.set(Owner::Process, None, LockPlace::marker(file))
@@ -143,10 +153,12 @@ impl FileLocks {
         self.losses.load(Ordering::Relaxed)
     }
 
-    /// Looks whether the locks of this process's connections stand, and takes them again where not. True when they were lost.
+    /// Looks whether the locks of this process's connections stand, and takes them again where not.
+    /// True when they were lost.
     ///
     /// # Errors
-    /// [`Error::Io`] when the kernel does not answer, or another process is in the way; they are then looked for again the next time.
+    /// [`Error::Io`] when the kernel does not answer, or another process is in the way. The next
+    /// call looks for them again.
     pub(crate) fn mend(&self, handle: &mut Handle) -> Result<bool> {
         let lost = |file: usize| self.marked[file].load(Ordering::Acquire) && !self.stand(file);
         if self.released.load(Ordering::Acquire) {
@@ -164,7 +176,8 @@ impl FileLocks {
                 return Err(self.in_the_way());
             }
         }
-        // What they have for moments: SQLite's own account says whether somebody here believes to hold it.
+        // What they have for moments: SQLite's own account says whether a connection here believes
+        // to hold it.
         let reads = (0..5).map(|mark| (Slot::read(mark), false));
         for (slot, exclusive) in reads.chain([(Slot::WRITE, true)]) {
             if handle.try_lock(slot, Lock::Exclusive)? {
@@ -174,7 +187,8 @@ impl FileLocks {
             if !exclusive {
                 self.doubts.fetch_or(1 << slot.number(), Ordering::AcqRel);
             }
-            // Or it is another process's, which is then in the way, and rightly so. If that gives it back just now, it is nobody's.
+            // Or it is another process's, which is then in the way, and rightly so. If that process
+            // gives it back just now, it is no one's.
             if self.set(Owner::Process, Some(exclusive), LockPlace::slot(slot))?
                 && handle.try_lock(slot, Lock::Exclusive)?
             {
@@ -234,12 +248,13 @@ impl Drop for FileLocks {
     }
 }
 
-/// A database file that nobody has open in WAL mode or is reading or writing, here or elsewhere, for as long as this lives. Only Linux can tell.
+/// A database file that no connection has open in WAL mode or is reading or writing, here or
+/// elsewhere, for as long as this lives. Only Linux can tell.
 #[derive(Debug)]
 pub(crate) struct Alone(Option<File>);
 
 impl Alone {
-    /// Nothing when somebody else has the file.
+    /// Nothing when another owner has the file.
     pub(crate) fn with(path: &Path) -> Result<Option<Alone>> {
         let file = File::options().read(true).write(true).open(path).map_err(Error::io("open", path))?;
         let alone = Alone(Some(file));
@@ -269,20 +284,22 @@ impl Drop for Alone {
     }
 }
 
-/// Keeps descriptors of a database until nobody in this process can lose a lock by their closing.
+/// Keeps descriptors of a database until their closing can lose no lock of this process.
 pub(crate) fn park(files: impl IntoIterator<Item = File>) {
     lock(&PARKED).extend(files);
     close_unlocked();
 }
 
-/// Closes descriptors that are no longer used, as far as nobody holds a lock on their files: one of this process would be lost.
+/// Closes descriptors that are no longer used, where no one holds a lock on their files: one of
+/// this process would be lost.
 pub(crate) fn close_unlocked() {
     lock(&PARKED).retain(|file| !unlocked(file));
 }
 
 #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
 fn unlocked(file: &File) -> bool {
-    // A lock on everything but the marker, which goes with the descriptor: so nobody takes one between this look and the closing.
+    // A lock on everything but the marker, which goes with the descriptor. So no one takes a lock
+    // between this look and the closing.
     matches!(super::ffi::set_lock(file, Owner::Descriptor, Some(true), 0, MARKER), Ok(true))
 }
 

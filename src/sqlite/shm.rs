@@ -23,8 +23,8 @@ fn shm_path(handle: &Handle) -> std::path::PathBuf {
 
 /// The regions of a database's wal-index that were mapped so far.
 ///
-/// Words are read and written by relaxed atomics, with fences around a publish; the other side is SQLite, in this
-/// process or another, which uses plain accesses and its own barrier.
+/// Relaxed atomics read and write the words, with fences around a publish. The other party is
+/// SQLite, in this process or another, which uses plain accesses and its own barrier.
 #[derive(Debug)]
 pub(crate) struct WalIndex {
     regions: RwLock<Vec<Region>>,
@@ -33,7 +33,8 @@ pub(crate) struct WalIndex {
 #[derive(Clone, Copy, Debug)]
 struct Region(NonNull<u8>);
 
-// SAFETY: a region is shared memory that every thread and process may access; all access here is by atomics.
+// SAFETY: a region is shared memory that every thread and process may access; all access here is by
+// atomics.
 unsafe impl Send for Region {}
 // SAFETY: as above.
 unsafe impl Sync for Region {}
@@ -41,8 +42,9 @@ unsafe impl Sync for Region {}
 impl Region {
     fn word(&self, offset: usize) -> &AtomicU32 {
         assert!(offset.is_multiple_of(4) && offset + 4 <= REGION_BYTES, "offset {offset}");
-        // SAFETY: the offset is inside the region and aligned (regions are page-aligned), and the region stays
-        // mapped while the engine's connections are open, which outlive the `WalIndex`.
+        // SAFETY: the offset is inside the region and aligned (regions are page-aligned). The
+        // region stays mapped while the engine's connections are open, which outlive the
+        // `WalIndex`.
         unsafe { AtomicU32::from_ptr(self.0.as_ptr().add(offset).cast()) }
     }
 
@@ -63,7 +65,8 @@ impl Region {
                 break;
             }
             let frame = zero + entry;
-            // Entries above `max` may be half written by somebody else's transaction: only their number is read.
+            // Entries above `max` may be half written by another writer's transaction: only their
+            // number is read.
             if frame <= max
                 && found.is_none_or(|f| frame > f)
                 && self.word(page_number_offset(frame)).load(Ordering::Relaxed) == page
@@ -108,7 +111,7 @@ impl WalIndex {
         self.region(0)
     }
 
-    /// The header, if both copies agree and are sound; nothing while somebody writes it.
+    /// The header, if both copies agree and are sound; nothing while a writer writes it.
     pub(crate) fn header(&self) -> Option<IndexHeader> {
         let one = self.copy(0);
         fence(Ordering::SeqCst);
@@ -126,8 +129,9 @@ impl WalIndex {
         bytes
     }
 
-    /// The header that a writer left who died while it wrote it: the second copy, which is written first, when that is
-    /// whole, else the first, which was not begun then. Each says a committed end. The caller holds WRITE.
+    /// The header that a writer left when it died while writing it. It is the second copy, which is
+    /// written first, when that is whole. Otherwise it is the first, which was not begun then. Each
+    /// says a committed end. The caller holds WRITE.
     pub(crate) fn header_left(&self) -> Option<IndexHeader> {
         fence(Ordering::SeqCst);
         let left = IndexHeader::parse(&self.copy(INDEX_HEADER_BYTES));
@@ -196,7 +200,8 @@ impl WalIndex {
             .map_or(0, |region| region.word(page_number_offset(frame)).load(Ordering::Relaxed))
     }
 
-    /// Shows the page of each of these frames, in order. Regions that are not mapped here yet are left out.
+    /// Shows the page of each of these frames, in order. Regions that are not mapped here yet are
+    /// left out.
     pub(crate) fn each_page(&self, first: u32, last: u32, mut see: impl FnMut(u32, u32)) {
         let mut frame = first.max(1);
         while frame <= last {
@@ -227,10 +232,12 @@ impl WalIndex {
         None
     }
 
-    /// Enters a frame into the index. Its region is mapped; nobody sees it before the header is published. The caller holds WRITE.
+    /// Enters a frame into the index. Its region is mapped; no reader sees it before the header is
+    /// published. The caller holds WRITE.
     ///
     /// # Errors
-    /// [`Error::Corrupt`] when the region's hash table has no free slot, which that of a sound index always has.
+    /// [`Error::Corrupt`] when the region's hash table has no free slot, which that of a sound
+    /// index always has.
     pub(crate) fn append(&self, handle: &Handle, frame: u32, page: u32) -> Result<()> {
         let region = self.region(region_of(frame));
         let entry = frame - region_zero(region_of(frame));
@@ -241,7 +248,7 @@ impl WalIndex {
                 region.word(offset).store(0, Ordering::Relaxed);
             }
         } else if region.word(page_number_offset(frame)).load(Ordering::Relaxed) != 0 {
-            // Somebody who died in a transaction left entries behind the last commit.
+            // A writer that died in a transaction left entries after the last commit.
             self.clean_above(frame - 1);
         }
         let mut slot = slot_of(page);
@@ -264,8 +271,8 @@ impl WalIndex {
         })
     }
 
-    /// Removes the entries above `max_frame` from its region: those of a transaction that was not committed. Later regions are cleared when
-    /// they are begun anew. The caller holds WRITE.
+    /// Removes the entries above `max_frame` from its region: those of a transaction that was not
+    /// committed. Later regions are cleared when they are begun anew. The caller holds WRITE.
     pub(crate) fn clean_above(&self, max_frame: u32) {
         if max_frame == 0 {
             return;

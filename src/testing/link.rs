@@ -114,7 +114,8 @@ async fn connection(from: TcpStream, now: Faults, mut faults: watch::Receiver<Fa
     }
 }
 
-/// Copies bytes, each piece the delay after it came; pieces overtake none and the delays do not add up.
+/// Copies bytes, each piece the delay after it came; pieces overtake none and the delays do not add
+/// up.
 async fn carry(
     mut from: OwnedReadHalf,
     mut to: OwnedWriteHalf,

@@ -77,7 +77,8 @@ impl<S> Drop for Stand<S> {
     }
 }
 
-/// What can be served by a node of a [`Cluster`](crate::testing::Cluster): any tower service of HTTP requests that can be cloned, such as axum's `Router`.
+/// What can be served by a node of a [`Cluster`](crate::testing::Cluster): any tower service of
+/// HTTP requests that can be cloned, such as axum's `Router`.
 ///
 /// ```
 /// # async fn example() -> Result<(), replite::Error> {

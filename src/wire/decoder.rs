@@ -41,11 +41,13 @@ impl Header {
     }
 }
 
-/// Cuts a stream of bytes into units. Never allocates for what a header claims, only for what has arrived.
+/// Cuts a stream of bytes into units. Never allocates for what a header claims, only for what has
+/// arrived.
 ///
 /// A unit that lies in one chunk is a slice of it; one that spans chunks is copied together. Call
-/// [`Decoder::next`] until it gives `None` after each push, so that what is held is one unfinished unit.
-/// After an error every further call gives the same error: there is no way to find the next unit.
+/// [`Decoder::next`] until it gives `None` after each push: what is held is then one unfinished
+/// unit. After an error every further call gives the same error: there is no way to find the next
+/// unit.
 #[derive(Debug, Default)]
 pub(crate) struct Decoder {
     /// The beginning of a unit whose end is in chunks to come.
@@ -68,7 +70,8 @@ impl Decoder {
         self.partial.len() + self.chunks.iter().map(Bytes::len).sum::<usize>()
     }
 
-    /// The next whole unit, if it has arrived. Unknown kinds with the may-skip flag are passed over.
+    /// The next whole unit, if it has arrived. Unknown kinds with the may-skip flag are passed
+    /// over.
     ///
     /// # Errors
     /// What [`Header::parse`] refuses, and a skipped unit whose hash does not hold.
@@ -87,7 +90,7 @@ impl Decoder {
             if let Some(kind) = header.kind {
                 return Ok(Some(Unit { kind, hash: header.hash, raw }));
             }
-            // Verified although nobody reads it: a damaged kind byte must not make a unit vanish.
+            // Verified although no one reads it: a damaged kind byte must not make a unit vanish.
             fields::verify(None, header.hash, &raw)?;
         }
     }

@@ -12,7 +12,7 @@ use crate::wire::{
     Welcome,
 };
 
-/// Encodes a unit behind `out`.
+/// Appends a unit to `out`.
 ///
 /// # Panics
 /// When a page or a snapshot piece is larger than a unit may be: the caller chooses their size.
@@ -62,7 +62,8 @@ pub(crate) fn encode_pieces(
     }
 }
 
-/// Whether a peer can be told to others in full. If not, its labels, and then its addresses, are left out.
+/// Whether a peer can be told to others in full. If not, its labels, and then its addresses, are
+/// left out.
 pub(crate) fn peer_fits(peer: &PeerInfo) -> bool {
     json(peer).is_some()
 }
@@ -227,7 +228,8 @@ fn put_optional(position: Option<Position>, out: &mut BytesMut) {
     }
 }
 
-/// A peer whose description is too long is told with less of it: the stream matters more than a label.
+/// A peer whose description is too long is told with less of it: the stream matters more than a
+/// label.
 fn put_peer(peer: &PeerInfo, out: &mut BytesMut) {
     let shorter = || {
         let addresses = Addresses { labels: Default::default(), ..peer.addresses.clone() };

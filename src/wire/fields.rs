@@ -9,7 +9,8 @@ use crate::wire::{
     SnapBegin, SnapEnd, TxnBegin, TxnEnd, UNIT_KEY, WANT_MAX_PAGES, Want, WantRun, Welcome, WireError,
 };
 
-/// The hash of a unit that is no page, from its header and payload; what stands in the hash's place is left out.
+/// The hash of a unit that is no page, from its header and payload; what stands in the hash's place
+/// is left out.
 pub(super) fn hash_of(unit: &[u8]) -> [u8; 16] {
     let mut hasher = blake3::Hasher::new_keyed(&UNIT_KEY);
     hasher.update(&unit[..8]);
@@ -83,7 +84,8 @@ pub(super) fn decode(kind: Kind, hash: [u8; 16], unit: &[u8]) -> Result<Message<
         }),
         Kind::SnapPiece => {
             let (first, position, pages) = (f.page_no()?, f.position()?, f.rest());
-            // The page size is known to who read SNAP_BEGIN; here only that no page can be cut in two.
+            // The reader of SNAP_BEGIN knows the page size; here only that no page can be cut in
+            // two.
             if pages.len() % PageSize::MIN_BYTES as usize != 0 {
                 return Err(WireError::Fields("a snapshot piece of no whole pages"));
             }
@@ -190,7 +192,7 @@ impl<'a> Fields<'a> {
         }
         let peer: PeerInfo = serde_json::from_slice(self.bytes(length)?)
             .map_err(|_| WireError::Fields("a peer that is no such JSON"))?;
-        // Else they would stand in logs, problems and pages.
+        // Otherwise they would stand in logs, problems and pages.
         if !peer.addresses.are_plain() {
             return Err(WireError::Fields("addresses or labels with control characters"));
         }

@@ -100,7 +100,8 @@ fn every_kind() -> Vec<Message<'static>> {
     ]
 }
 
-/// Units as their kinds, lengths and payloads, in three segments: what is behind each begins where the one before it ends.
+/// Units as their kinds, lengths and payloads, in three segments: what is after each begins where
+/// the one before it ends.
 fn program(log: &[u8]) -> Vec<u8> {
     let (head, records) = log.split_at(SEGMENT_BYTES);
     let each = records.len() as u64 / 3;
@@ -122,7 +123,8 @@ fn program(log: &[u8]) -> Vec<u8> {
     program
 }
 
-/// Inputs of the decoders' fuzz targets: each unit whole, its payload behind its kind, and a log of records.
+/// Inputs of the decoders' fuzz targets: each unit whole, its payload after its kind, and a log of
+/// records.
 pub(crate) fn seeds() -> Vec<(&'static str, String, Vec<u8>)> {
     let mut seeds = Vec::new();
     let mut stream = vec![100];
@@ -143,7 +145,7 @@ pub(crate) fn seeds() -> Vec<(&'static str, String, Vec<u8>)> {
         encode(&Message::TxnEnd(end), &mut log);
     }
     seeds.push(("log_sealed", "three".into(), program(&log)));
-    // Where no log gets to: the address is behind the kind and the length.
+    // Where no log gets to: the address is after the kind and the length.
     let mut far = program(&log);
     far[3..11].copy_from_slice(&(u64::MAX - 9).to_le_bytes());
     seeds.push(("log_sealed", "far".into(), far));
@@ -354,7 +356,7 @@ fn what_is_asked_for_in_a_heal_is_bounded() {
     assert!(fields_error(encoded(&Message::Want(Want { runs: more }))), "one page more");
     let none = WantRun { first: page_no(1), hashes: Vec::new() };
     assert!(fields_error(encoded(&Message::Want(Want { runs: vec![none] }))), "a run of no pages");
-    // A count that nothing stands behind is not believed.
+    // A count that nothing stands for is not believed.
     assert!(fields_error(sealed(16, 0, &[1, 0, 0, 0, 0, 64, 0, 0])));
     for span in [0, SPAN_MAX_PAGES + 1] {
         let sums = Message::Sums { first: page_no(1), span, sums: &[[0; 16]] };
@@ -366,7 +368,7 @@ fn what_is_asked_for_in_a_heal_is_bounded() {
         Message::Hello(Hello { proof, peer, position, history, resume: None, suspect: true, marks })
     };
     round(&hello(vec![position(1); MARKS_MAX]));
-    // The count of marks stands behind proof, two flags and `suspect`.
+    // The count of marks stands after proof, two flags and `suspect`.
     let mut payload = encoded(&hello(Vec::new()))[HEADER_BYTES..].to_vec();
     payload[35] = MARKS_MAX as u8 + 1;
     payload.splice(36..36, vec![0; (MARKS_MAX + 1) * Position::BYTES]);
@@ -485,7 +487,7 @@ proptest! {
         raw.extend_from_slice(&[kind, 0, 1, 0]);
         raw.extend_from_slice(&noise);
         drain(chunked(raw.into(), sizes));
-        // Behind a good hash, so that the fields are reached.
+        // After a good hash, so that the fields are reached.
         drain(chunked(sealed(kind % 14, 0, &noise), vec![1000]));
     }
 }

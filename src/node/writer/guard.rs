@@ -16,14 +16,18 @@ use crate::report::Condition;
 use crate::session;
 use crate::txid::Txid;
 
-/// The full writer connection, for whoever holds this guard; all other writes wait.
+/// The full writer connection, for the holder of this guard; all other writes wait.
 ///
-/// Transactions are the holder's own business; one that is open when the guard is dropped is rolled back. Commits
-/// are captured and shipped like all others. [`WriterGuard::flush`] makes them durable and tells the last one.
+/// Transactions are the holder's own business. Dropping the guard rolls back one that is open.
+/// Commits are captured and shipped like all others. [`WriterGuard::flush`] makes them durable and
+/// tells the last one.
 ///
-/// What the holder changed of the connection stays, but for what the node relies on: the WAL hook, `synchronous`, `wal_autocheckpoint`, `query_only`, the
-/// busy timeout, and the flags of `sqlite3_db_config` that defend the schema are as they were before when the guard is dropped.
-/// `PRAGMA locking_mode = EXCLUSIVE` is not authorized: nobody could read or write any more. Another journal mode than WAL is refused by SQLite ("locked").
+/// What the holder changed of the connection stays, but for what the node relies on. Dropping the
+/// guard restores the WAL hook, `synchronous`, `wal_autocheckpoint`, `query_only` and the busy
+/// timeout. It also restores the flags of `sqlite3_db_config` that defend the schema.
+///
+/// `PRAGMA locking_mode = EXCLUSIVE` is not authorized: no connection could read or write any more.
+/// SQLite refuses another journal mode than WAL ("locked").
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
@@ -69,18 +73,22 @@ impl<'a> WriterGuard<'a> {
         Ok(WriterGuard { open, shared, _inside: inside })
     }
 
-    /// Waits until everything that was committed is durable. If something was committed through this guard since it was taken or last flushed, says the last
-    /// transaction by now: that one, or one of somebody else behind it. It waits for capture for as long as that makes progress.
+    /// Waits until everything that was committed is durable. If something was committed through
+    /// this guard since it was taken or last flushed, returns the last transaction by now. That is
+    /// this guard's own, or a later one of another writer. The wait for capture lasts for as long
+    /// as that makes progress.
     ///
     /// # Errors
-    /// [`Error::OutcomeUnknown`](crate::Error::OutcomeUnknown) when something was committed through this guard and can't be vouched for. When nothing was,
-    /// [`Error::Stopped`](crate::Error::Stopped) after a failure of replication, [`Error::ShutDown`](crate::Error::ShutDown) after a shutdown,
+    /// [`Error::OutcomeUnknown`](crate::Error::OutcomeUnknown) when something was committed through
+    /// this guard and can't be vouched for. When nothing was,
+    /// [`Error::Stopped`](crate::Error::Stopped) after a failure of replication,
+    /// [`Error::ShutDown`](crate::Error::ShutDown) after a shutdown,
     /// [`Error::Timeout`](crate::Error::Timeout).
     pub fn flush(&mut self) -> Result<Option<Txid>> {
         let Some(OpenWriter { connection, commits, engine, .. }) = self.open.as_mut() else {
             return Err(Error::ShutDown);
         };
-        // Who took our hook away may have committed anything.
+        // An application that took our hook away may have committed anything.
         let may_have = !commits.again(connection) || commits.count() > 0;
         commits.reset();
         let last = engine.captured().and_then(|last| {
@@ -134,7 +142,8 @@ impl Drop for WriterGuard<'_> {
     }
 }
 
-/// What the way in which we commit needs of a connection, as it was when the application had prepared it.
+/// What the way in which we commit needs of a connection, as it was when the application had
+/// prepared it.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Settings {
     synchronous: i64,
@@ -171,7 +180,7 @@ impl Settings {
         connection.pragma_update(None, "wal_autocheckpoint", 0)
     }
 
-    /// Takes back what lets nobody write. Whether there was anything.
+    /// Takes back what prevents all writes. Returns whether there was anything.
     pub(super) fn mend(self, connection: &Connection) -> rusqlite::Result<bool> {
         let query_only: bool = connection.pragma_query_value(None, "query_only", |r| r.get(0))?;
         if query_only {
@@ -188,7 +197,8 @@ impl Settings {
     }
 }
 
-/// Refuses to let SQLite lock everybody else out, our own other connections among them: it would keep from the file whoever comes, and write nothing itself.
+/// Refuses to let SQLite lock all others out, our own other connections among them. Such a
+/// connection would keep every newcomer from the file, and write nothing itself.
 pub(super) fn refuse_exclusive(connection: &mut Connection) -> rusqlite::Result<()> {
     connection.authorizer(Some(|context: AuthContext<'_>| match context.action {
         AuthAction::Pragma { pragma_name, pragma_value: Some(value) }

@@ -1,4 +1,5 @@
-//! Who may wait: a write inside of a write would wait for itself, and one on a thread that drives async tasks would hold them up.
+//! Which thread may wait. A write inside of a write would wait for itself, and one on a thread that
+//! drives async tasks would hold them up.
 
 use std::cell::RefCell;
 use std::marker::PhantomData;
@@ -48,9 +49,10 @@ impl Drop for Inside {
 
 /// Fails on a thread that drives async tasks at the moment.
 ///
-/// Tokio says so only by a panic, which a program that aborts on panics does not survive. But it gives everything that it polls
-/// a budget, and code that may block has none: `spawn_blocking`, `block_in_place`, and threads that merely know a runtime.
-/// Inside of `tokio::task::unconstrained` this notices nothing.
+/// Tokio says so only by a panic, which a program that aborts on panics does not survive. But it
+/// gives everything that it polls a budget, and code that may block has none: `spawn_blocking`,
+/// `block_in_place`, and threads that merely know a runtime. Inside of `tokio::task::unconstrained`
+/// this notices nothing.
 pub(super) fn may_block() -> Result<()> {
     if Handle::try_current().is_ok() && has_budget() { Err(Error::BlockingInAsync) } else { Ok(()) }
 }
