@@ -15,7 +15,7 @@ use crate::engine::incoming::heal::Heal;
 use crate::engine::incoming::{self, IncomingState};
 use crate::error::Result;
 use crate::report::Condition;
-use crate::txid::{EpochHistory, Place};
+use crate::txid::{EpochHistory, Place, Position};
 use crate::wire::{Kind, Message, SnapBegin, Unit, Want};
 
 /// Questions of a heal that may be on their way: one.
