@@ -70,7 +70,9 @@ pub(in crate::engine) struct Findings {
 }
 
 /// Opens the file, takes the locks and finds the position. Does not change the files' content, but
-/// for the journal mode of a primary's database and for records that its log lacks.
+/// for the journal mode of a primary's database and for records that its log lacks. Where the epoch
+/// history is gone, takes it from the log. As far as the log reaches, it says which epoch each of
+/// its transactions is of.
 pub(in crate::engine) fn open(
     options: EngineOptions,
     node: Arc<NodeContext>,
@@ -97,20 +99,17 @@ pub(in crate::engine) fn open(
         index.header().ok_or_else(|| Error::Disturbed("the wal-index has no sound header".into()))?;
     if header.max_frame > 0 {
         index.ensure(&mut handle, region_of(header.max_frame), true)?;
-        // While others have the file open, the index outlives a process that dies in a transaction.
-        // It then keeps what that process entered.
+        // It keeps what a process that died in a transaction entered, if others have the file open.
         index.clean_above(header.max_frame);
     }
     let pages = page_count(&mut handle, &header, page_size)?;
     let wal = WalFile::open(&options.paths)?;
-    // The WAL may have been made just now. Were it lost, a database that a copy was going into
-    // would be torn for good.
+    // It may be new. Were it lost, a database that a copy was going into would be torn for good.
     wal.sync_name()?;
     let mut anchors = Anchors::open(&options.paths)?;
     let Epochs { mut history, mut own } = epochs(&options)?;
     let log = Log::open(&options.paths.log(), options.log)?;
     if history.last().is_none() {
-        // As far as the log reaches, it says which epoch each of its transactions is of.
         (history, own) = (log.epochs()?, false);
     }
     if history.last().is_some() {
