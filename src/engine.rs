@@ -1,22 +1,22 @@
-//! One database file: capture and apply, checkpoints, snapshots; owns the position.
+//! One database file: capture and apply, checkpoints, snapshots. This module owns the position.
 //!
-//! [`PrimaryEngine`] is a primary's open file, [`ReplicaEngine`] a replica's, there or yet to come. The rooms, lowest first; each imports only from rooms above it
-//! in this list:
+//! [`PrimaryEngine`] is a primary's open file. [`ReplicaEngine`] is a replica's, there or yet to
+//! come. The rooms, lowest first; each imports only from rooms above it in this list:
 //!
 //! | room | what is there |
 //! |---|---|
 //! | `options`, `figures` | what a database needs to know, and what the status shows of it |
 //! | `source` | what may be read of a database while it goes on |
-//! | `file` | an open database without opinion: the tip, its pages, anchors, the WAL file, the watch over both |
+//! | `file` | an open database: the tip, its pages, anchors, the WAL file, the watch over both |
 //! | `history` | what both roles write: records to the log, frames to the WAL, epochs |
-//! | `checkpoint` | frames are copied into the database file, the WAL is begun anew, its length has a bound |
-//! | `incoming` | a state that comes from another node, page by page, beside the one that is there |
-//! | `lost` | what was replaced and is kept |
+//! | `checkpoint` | copies frames into the database file, begins the WAL anew, bounds its length |
+//! | `incoming` | a state that comes from another node, page by page, beside the present one |
+//! | `lost` | what a heal replaced, kept |
 //! | `recover` | which state the files are; gives [`Opened`] |
 //! | `capture` | a primary's threads |
 //! | `apply` | a replica's threads |
 //! | `turns` | from one role to the other |
-//! | `check` | the whole database is hashed; a page is repaired |
+//! | `check` | hashes the whole database, and repairs pages |
 
 mod apply;
 mod capture;

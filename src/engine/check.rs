@@ -1,4 +1,4 @@
-//! The whole database is hashed; a page is repaired.
+//! Hashes the whole database, and repairs pages.
 
 pub(in crate::engine) mod repair;
 pub(in crate::engine) mod verify;

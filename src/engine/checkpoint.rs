@@ -1,4 +1,4 @@
-//! Frames are copied into the database file, and the WAL is begun anew.
+//! Copies frames into the database file, and begins the WAL anew.
 
 pub(in crate::engine) mod backfill;
 pub(in crate::engine) mod bound;

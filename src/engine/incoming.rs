@@ -1,14 +1,14 @@
-//! A state on its way in: pages in a file that, over what is here already, become exact and are
-//! verified.
+//! A state on its way in: pages in a file that, over what is here already, become exact. Then the
+//! checksum verifies them.
 //!
 //! In `<state directory>/incoming`, `pages` holds the pages at their places. `state` says how far a
 //! snapshot has come, `held` which pages a comparison has.
 //!
-//! A snapshot can't be gone on with when the primary's log does not reach back to its begin any more.
-//! Then it becomes a comparison over what came of it.
+//! A snapshot can't go on when the primary's log does not reach back to its begin any more. Then it
+//! becomes a comparison over what came of it.
 //!
-//! Pages may come newer than the position that they were read at. The log records that follow are
-//! applied to the file until the state that the primary names; then the checksum decides.
+//! Pages may come newer than the position of their read. The replica applies the log records that
+//! follow to the file, up to the state that the primary names. Then the checksum decides.
 
 pub(in crate::engine) mod heal;
 pub(in crate::engine) mod overlay;
@@ -40,18 +40,18 @@ const STATE: Sealed = Sealed {
 const STATE_BYTES: usize = 4 + 4 + Position::BYTES;
 const HELD_MAGIC: [u8; 8] = *b"repheld2";
 const HELD_HEAD_BYTES: usize = 8 + 4 + 4;
-/// FillProgress is made durable after so many bytes, or after so long.
+/// The replica makes its progress durable after this many bytes, or after this long.
 const PROGRESS_BYTES: u64 = 64 << 20;
 const PROGRESS_EVERY: Duration = Duration::from_secs(5);
-/// Bytes that are read at a time when pages that came earlier are hashed again.
+/// Bytes that one read takes when the replica hashes pages again that came earlier.
 const HASH_CHUNK_BYTES: usize = 1 << 20;
 
-/// A state that is being received, over nothing or over the pages of a live database.
+/// A state that is coming in, over nothing or over the pages of a live database.
 #[derive(Debug)]
 pub(in crate::engine) struct IncomingState {
     paths: Paths,
     file: File,
-    /// Notes the pages that the file has, for a comparison that has to be begun again.
+    /// Notes the pages that the file has, for a comparison that has to begin again.
     held: Option<File>,
     /// The page that the next piece of a snapshot begins with.
     next: u32,
@@ -83,9 +83,9 @@ pub(in crate::engine) struct Ready {
 /// What lies under the pages that have come: the live database, if there is one.
 pub(in crate::engine) type Under<'a> = Option<&'a mut WalAppender>;
 
-/// What an earlier attempt left, if it can be gone on with.
+/// What an earlier attempt left, if the replica can go on with it.
 ///
-/// Unlike for other files of the state directory, a newer version is no error: the primary has all
+/// Unlike for other files of the state directory, a newer version is no error. The primary has all
 /// that is here, and the snapshot begins anew.
 pub(in crate::engine) fn progress(paths: &Paths) -> Option<FillProgress> {
     let fields = STATE.read(&paths.incoming_state()).ok()??;
@@ -168,7 +168,7 @@ impl IncomingState {
             discard(paths)?;
         }
         let mut incoming = IncomingState::new(paths, begin.page_size, begin.first, 0)?;
-        // What lies behind the progress that was made durable may be anything.
+        // What lies after the progress that was made durable may be anything.
         let length = begin.from.offset(begin.page_size);
         incoming.file.set_len(length).map_err(Error::io("truncate", incoming.path()))?;
         incoming.next = begin.from.get();
@@ -178,8 +178,8 @@ impl IncomingState {
         Ok(incoming)
     }
 
-    /// Begins a heal over a live database of so many pages, whose state is led back by what comes. Over
-    /// none, what came of a snapshot is led back.
+    /// Begins a heal over a live database of `pages` pages, whose state the heal leads back.
+    /// Without such a database it leads back what came of a snapshot.
     pub(in crate::engine) fn over(paths: &Paths, begin: HealBegin, pages: u32) -> Result<IncomingState> {
         let mut held = begin.compare.then(|| read_held(paths, begin.page_size)).flatten();
         if begin.compare && held.is_none() {
@@ -267,7 +267,8 @@ impl IncomingState {
         if self.since_progress == 0 {
             return Ok(());
         }
-        // Pieces came last, and no record was applied yet: this is still the first piece's position.
+        // Pieces came last, and the replica applied no record yet: this is still the first piece's
+        // position.
         self.save_progress(self.overlay.position())
     }
 
@@ -292,7 +293,7 @@ impl IncomingState {
         Ok(count)
     }
 
-    /// The pieces are complete. True when the state is exact already.
+    /// The pieces are complete. Returns true when the state is exact already.
     pub(in crate::engine) fn end(&mut self, end: SnapEnd, live: Under<'_>) -> Result<bool, IntakeError> {
         if live.is_none() && self.held.is_none() && !self.overlay.ended() {
             self.save_progress(self.overlay.position())?;
@@ -316,7 +317,7 @@ impl IncomingState {
         overlay.page(number, hash, page, &mut store)
     }
 
-    /// A record ends. True when the state has become exact.
+    /// A record ends. Returns true when the state has become exact.
     pub(in crate::engine) fn txn_end(&mut self, end: TxnEnd, live: Under<'_>) -> Result<bool, IntakeError> {
         let (overlay, mut store) = self.parts(live);
         overlay.txn_end(end, &mut store)
@@ -341,19 +342,19 @@ impl IncomingState {
     }
 }
 
-/// Has the pages that came of a snapshot, if they are of this size, be those that a comparison has.
+/// Makes the pages that came of a snapshot, if they are of this size, those that a comparison has.
 fn hold_progress(paths: &Paths, page_size: PageSize) -> Result<Option<PageSet>> {
     let Some(next) = progress(paths).filter(|p| p.page_size == page_size).map(|p| p.next.get()) else {
         return Ok(None);
     };
     replace_file(&paths.incoming_held(), &held_head(page_size, next - 1))?;
-    // With both of them there, the snapshot would be gone on with, over newer pages: as good.
+    // With both files there, the node would go on with the snapshot, over newer pages: as good.
     let state = paths.incoming_state();
     fs::remove_file(&state).map_err(Error::io("remove", &state))?;
     Ok(read_held(paths, page_size))
 }
 
-/// The size of the primary's pages, where some are on their way in.
+/// The size of the primary's pages, if some are on their way in.
 pub(in crate::engine) fn page_size(paths: &Paths) -> Option<PageSize> {
     progress(paths).map(|progress| progress.page_size).or_else(|| held_size(paths))
 }
@@ -374,7 +375,8 @@ fn held_head(page_size: PageSize, last: u32) -> Vec<u8> {
 pub(in crate::engine) fn read_held(paths: &Paths, page_size: PageSize) -> Option<PageSet> {
     let there = fs::metadata(paths.incoming_pages()).ok()?.len() / u64::from(page_size.get());
     let mut bytes = Vec::new();
-    // A number may stand there more than once. A file that is none of ours is not read to its end.
+    // A number may stand there more than once. The replica does not read a file that is none of
+    // ours to its end.
     let most = HELD_HEAD_BYTES as u64 + 4 * there.saturating_mul(16);
     files::open(&paths.incoming_held()).ok()?.take(most).read_to_end(&mut bytes).ok()?;
     let numbers = bytes.strip_prefix(HELD_MAGIC.as_slice())?.strip_prefix(&page_size.get().to_le_bytes())?;
@@ -382,7 +384,7 @@ pub(in crate::engine) fn read_held(paths: &Paths, page_size: PageSize) -> Option
     let mut have = PageSet::default();
     let numbers =
         numbers.chunks_exact(4).map(le_u32).chain(1..=u64::from(u32::from_le_bytes(*last)).min(there) as u32);
-    // What such a page holds is compared like any other.
+    // A comparison treats what such a page holds like any other.
     numbers.filter_map(PageNo::new).filter(|n| u64::from(n.get()) <= there).for_each(|n| have.insert(n));
     Some(have)
 }

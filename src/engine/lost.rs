@@ -1,8 +1,12 @@
-//! `<state directory>/lost`: what a heal replaced, and what else could not stay, so that nothing that was committed anywhere is thrown away.
+//! `<state directory>/lost`: what a heal replaced, and what else could not stay. Nothing that was
+//! committed anywhere is thrown away.
 //!
-//! A branch is a directory `branch-<position of its tip>` (behind that `-damaged-<time>` for pages that were none of that position's) with `branch.json` (what it is), `pages` (PAGE units: the image of each page
-//! that the heal replaced or dropped, as it was), `records` (its transactions, as they stood in the log, as far as they did) and `rows.jsonl`
-//! (which rows that concerned). It is written under another name, fsynced, and renamed before the heal changes anything.
+//! A branch is a directory `branch-<position of its tip>`. When its pages were none of that
+//! position's, `-damaged-<time>` follows in the name. It has `branch.json` (what it is) and `pages`
+//! (PAGE units: the image of each page that the heal replaced or dropped, as it was). It also has
+//! `records` (its transactions, as they stood in the log, as far as they did) and `rows.jsonl`
+//! (which rows that concerned). The replica writes it under another name, fsyncs it, and renames it
+//! before the heal changes anything.
 
 mod btree;
 mod export;
@@ -35,13 +39,14 @@ pub use rows::{LostRow, LostRows};
 pub(super) use rows::{StateBefore, tell};
 
 const FORMAT: u32 = 1;
-/// The most bytes of a `branch.json` that are read; ours have less than 1000.
+/// The most bytes of a `branch.json` that the node reads; ours have less than 1000.
 const BRANCH_MAX_BYTES: u64 = 64 * 1024;
 const PREFIX: &str = "branch-";
-/// Of a file of a branch that is corrupt.
+/// What to do about a file of a branch that is corrupt.
 const CURE: &str = "is a copy of what was replaced, which the node does not need: take what can be read from the other files of its directory, then move that away";
 
-/// A branch of the history that this node had and that a heal replaced by the primary's; see [`Db::lost`](crate::Db::lost).
+/// A branch of the history that this node had and that a heal replaced by the primary's; see
+/// [`Db::lost`](crate::Db::lost).
 ///
 /// ```
 /// use replite::{Error, LostBranch};
@@ -61,14 +66,15 @@ const CURE: &str = "is a copy of what was replaced, which the node does not need
 #[non_exhaustive]
 pub struct LostBranch {
     format: u32,
-    /// The last state that is known to be in both histories. None when the logs did not reach back to it.
+    /// The last state that is known to be in both histories. None when the logs did not reach back
+    /// to it.
     pub fork: Option<Position>,
-    /// The state that was replaced.
+    /// The state that the heal replaced.
     pub tip: Position,
     /// The state that took its place.
     pub healed_to: Position,
-    /// Not a branch: the pages that were replaced were not what the position of the tip says. The disk damaged them, or they were
-    /// changed by other means than SQLite.
+    /// Not a branch: the pages that the heal replaced were not what the position of the tip says.
+    /// The disk damaged them, or something other than SQLite changed them.
     pub damaged: bool,
     /// When that was. JSON has it in milliseconds since 1970, as `unix_millis`.
     #[serde(rename = "unix_millis", with = "as_unix_millis")]
@@ -77,9 +83,10 @@ pub struct LostBranch {
     pub page_size: u32,
     /// The database's size in pages at the tip.
     pub size_pages: u32,
-    /// How many page images are kept.
+    /// How many page images the directory keeps.
     pub pages: u64,
-    /// Bytes of the branch's transaction records that are kept; they may begin before the fork.
+    /// Bytes of the branch's transaction records that the directory keeps; they may begin before
+    /// the fork.
     pub record_bytes: u64,
     #[serde(skip)]
     path: PathBuf,
@@ -98,7 +105,7 @@ pub(super) struct Replaced<'a> {
 }
 
 impl LostBranch {
-    /// Where it is kept.
+    /// Where the branch is.
     pub fn path(&self) -> &Path {
         &self.path
     }
@@ -122,10 +129,12 @@ impl LostBranch {
     }
 }
 
-/// Keeps the local image of every page that the heal will replace or drop, and the branch's records. Durable on return.
+/// Keeps the local image of every page that the heal will replace or drop, and the branch's
+/// records. They are durable on return.
 ///
 /// # Errors
-/// [`Error::Io`]; [`Error::LostFull`] when the quota does not allow it: nothing may be replaced then.
+/// [`Error::Io`]; [`Error::LostFull`] when the quota does not allow it: the heal may replace
+/// nothing then.
 pub(super) fn keep(paths: &Paths, live: &mut WalAppender, doomed: &Replaced<'_>) -> Result<LostBranch> {
     let tip = live.base.tip();
     let lost = paths.lost();
@@ -156,7 +165,7 @@ pub(super) fn keep(paths: &Paths, live: &mut WalAppender, doomed: &Replaced<'_>)
         tip: tip.position,
         healed_to: doomed.ready.position,
         damaged: doomed.damaged,
-        // As exact as it is written.
+        // As exact as the file has it.
         time: from_unix_millis(unix_millis()),
         page_size: live.base.page_size.get(),
         size_pages: tip.pages,
@@ -170,7 +179,8 @@ pub(super) fn keep(paths: &Paths, live: &mut WalAppender, doomed: &Replaced<'_>)
     Ok(branch)
 }
 
-/// Copies a database file that is about to be emptied, and what SQLite has beside it. Where to; durable on return.
+/// Copies a database file that the node is about to empty, and what SQLite has beside it. Returns
+/// where to. The copy is durable on return.
 ///
 /// # Errors
 /// As for [`keep`].
@@ -204,7 +214,7 @@ pub(super) fn keep_file(options: &EngineOptions, mut file: &File) -> Result<Path
     Ok(kept)
 }
 
-/// An empty directory; what an earlier try left that found no room counts for nothing.
+/// Makes an empty directory. What an earlier try left that found no room counts for nothing.
 fn begin_anew(new: PathBuf) -> Result<PathBuf> {
     files::remove_directory(&new)?;
     files::make_directory(&new)?;
@@ -219,7 +229,7 @@ fn settle(paths: &Paths, new: &Path, path: &Path) -> Result<()> {
     sync_directory(paths.state_dir())
 }
 
-/// Our pages that are not in the state that comes, or are others there.
+/// Our pages that are not in the state that comes, or that are others there.
 fn differing(live: &mut WalAppender, ready: &Ready) -> Result<PageSet> {
     let ours = live.base.tip().pages;
     let mut pages = PageSet::default();
@@ -248,7 +258,7 @@ fn write_pages(live: &mut WalAppender, pages: &PageSet, out: &mut Output<'_>) ->
     Ok(())
 }
 
-/// A file while it is being written.
+/// A file in the making.
 struct Output<'a> {
     path: &'a Path,
     out: BufWriter<File>,

@@ -5,7 +5,7 @@ use std::time::Duration;
 use crate::files::Paths;
 use crate::log::LogOptions;
 
-/// When a commit is acknowledged.
+/// When the primary acknowledges a commit.
 ///
 /// ```
 /// use replite::{Config, Durability};
@@ -17,18 +17,25 @@ use crate::log::LogOptions;
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub enum Durability {
-    /// After an fsync that is shared by all commits that wait for one. Nothing is shipped to a replica before it
-    /// is on the primary's disk, so that no replica is ever ahead of it.
+    /// After an fsync that all commits share which wait for one. The primary ships nothing to a
+    /// replica before it is on its own disk. So no replica is ever ahead of the primary.
     #[default]
     Synced,
-    /// Without waiting for an fsync, like SQLite's `synchronous = NORMAL`: a power cut can take the commits since
-    /// the last checkpoint, and replicas can then be ahead of the primary. A killed process loses nothing.
+    /// Without waiting for an fsync, like SQLite's `synchronous = NORMAL`. A power cut can take the
+    /// commits since the last checkpoint. Replicas can then be ahead of the primary. A killed
+    /// process loses nothing.
     ///
-    /// When a primary is opened that was not closed before the machine went down, [`Db::open`](crate::Db::open) asks the replicas that connect to its
-    /// [`Config::listen`](crate::Config::listen) address within [`Config::recovery_timeout`](crate::Config::recovery_timeout) for the transactions that go on where
-    /// its own end, and nobody can write meanwhile. What no replica gives back in that time is lost; a replica that has it
-    /// keeps it apart ([`Db::lost`](crate::Db::lost)) and follows the primary. An endpoint that the application mounts is not up before `open` returns: without an own listener
-    /// nobody is asked.
+    /// Suppose that the machine went down before the primary closed the database. The next
+    /// [`Db::open`](crate::Db::open) then asks its replicas for the transactions that go on where
+    /// its own end. It asks those that connect to its [`Config::listen`](crate::Config::listen)
+    /// address within [`Config::recovery_timeout`](crate::Config::recovery_timeout). No one can
+    /// write meanwhile.
+    ///
+    /// What no replica gives back in that time is lost. A replica that has it keeps it apart
+    /// ([`Db::lost`](crate::Db::lost)) and follows the primary.
+    ///
+    /// An endpoint that the application mounts is not up before `open` returns. Without a listener
+    /// of its own the primary asks no replica.
     Unsynced,
 }
 
@@ -49,15 +56,15 @@ impl Durability {
 pub(crate) struct EngineOptions {
     pub(crate) paths: Paths,
     pub(crate) durability: Durability,
-    /// The WAL is restarted when it is longer than this.
+    /// The node restarts the WAL when it is longer than this.
     pub(crate) wal_limit_bytes: u64,
     pub(crate) log: LogOptions,
-    /// Most bytes that what a heal replaced may take up.
+    /// Most bytes that `lost`, what heals replaced, may take up.
     pub(crate) lost_bytes: u64,
     /// Longest that a foreign commit may stay unseen.
     pub(crate) poll_max: Duration,
-    /// A primary goes on from a database whose WAL is gone while frames were being copied into it.
+    /// A primary goes on from a database whose WAL is gone while a node was copying frames into it.
     pub(crate) accept_damaged: bool,
-    /// What a database file that is made here gets.
+    /// The mode that a database file gets which this node makes.
     pub(crate) database_mode: Option<u32>,
 }

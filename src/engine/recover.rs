@@ -38,23 +38,24 @@ use crate::wal::{IndexHeader, frame_offset, region_of};
 /// Longest wait for another process that checkpoints or writes at the moment of opening.
 const LOCKS_WAIT: Duration = Duration::from_secs(5);
 
-/// An opened database, CKPT and WRITE held by `handle`.
+/// An opened database. `handle` holds CKPT and WRITE.
 #[derive(Debug)]
 pub(in crate::engine) struct Findings {
     pub(in crate::engine) base: Arc<OpenDatabase>,
     pub(in crate::engine) handle: Handle,
     pub(in crate::engine) primary: bool,
-    /// This node opened the newest epoch: commits that the log does not have are of that epoch, and become records of it. On any other
-    /// node they are nobody's.
+    /// This node opened the newest epoch: commits that the log does not have are of that epoch, and
+    /// become records of it. On any other node they belong to no history.
     pub(in crate::engine) own: bool,
     pub(in crate::engine) history: EpochHistory,
     /// Whether the position in the tip is known to be that of the bytes.
     pub(in crate::engine) exact: bool,
-    /// A state of the history that is known to be before the one in the tip, which has no name itself.
+    /// A state of the history that is known to be before the one in the tip, which has no name
+    /// itself.
     pub(in crate::engine) proved: Option<Position>,
     /// The anchors that count, newest first.
     pub(in crate::engine) known: Vec<Anchor>,
-    /// The one whose frame is in the WAL, from which the commits were counted.
+    /// The anchor whose frame is in the WAL. The commits were counted from it.
     pub(in crate::engine) anchor: Option<Anchor>,
     /// The number of the last commit in the WAL, counted from there.
     pub(in crate::engine) counted: u64,
@@ -69,8 +70,10 @@ pub(in crate::engine) struct Findings {
     pub(in crate::engine) highest_epoch: u64,
 }
 
-/// Opens the file, takes the locks and finds the position. The files' content is not changed, but for the journal
-/// mode of a primary's database and for records that its log lacks.
+/// Opens the file, takes the locks and finds the position. Does not change the files' content, but
+/// for the journal mode of a primary's database and for records that its log lacks. Where the epoch
+/// history is gone, takes it from the log. As far as the log reaches, it says which epoch each of
+/// its transactions is of.
 pub(in crate::engine) fn open(
     options: EngineOptions,
     node: Arc<NodeContext>,
@@ -85,18 +88,17 @@ pub(in crate::engine) fn open(
         index.header().ok_or_else(|| Error::Disturbed("the wal-index has no sound header".into()))?;
     if header.max_frame > 0 {
         index.ensure(&mut handle, region_of(header.max_frame), true)?;
-        // While others have the file open, the index outlives a process that dies in a transaction, and with it what that one entered.
+        // It keeps what a process that died in a transaction entered, if others have the file open.
         index.clean_above(header.max_frame);
     }
     let pages = page_count(&mut handle, &header, page_size)?;
     let wal = WalFile::open(&options.paths)?;
-    // It may have been made just now. Were it lost, a database into which it was being copied would be torn for good.
+    // It may be new. Were it lost, a database that a copy was going into would be torn for good.
     wal.sync_name()?;
     let mut anchors = Anchors::open(&options.paths)?;
     let Epochs { mut history, mut own } = epochs(&options)?;
     let log = Log::open(&options.paths.log(), options.log)?;
     if history.last().is_none() {
-        // As far as the log reaches, it says which epoch each of its transactions is of.
         (history, own) = (log.epochs()?, false);
     }
     if history.last().is_some() {
@@ -149,7 +151,8 @@ fn hold_all(handle: &mut Handle, path: PathBuf) -> Result<Option<Arc<FileLocks>>
     Ok(locks)
 }
 
-/// Takes a lock for the life of the database: one that nobody in this process can drop by mistake, where there is such a thing.
+/// Takes a lock for the life of the database. Where the system has such a lock, nothing else in
+/// this process can drop it by mistake.
 fn hold(handle: &mut Handle, locks: Option<&FileLocks>, slot: Slot) -> Result<bool> {
     let Some(locks) = locks else { return try_for(handle, slot, Lock::Exclusive, LOCKS_WAIT) };
     let end = std::time::Instant::now() + LOCKS_WAIT;
@@ -189,8 +192,8 @@ fn prepare(handle: &Handle, options: &EngineOptions, primary: bool) -> Result<Pa
     };
     let mut now = match mode("PRAGMA journal_mode") {
         Err(Error::Damaged { .. }) => {
-            // It is shorter than its first page says, which SQLite puts up with in this mode. Nothing is written in it.
-            // The defence would undo that.
+            // The file is shorter than its first page says, which SQLite puts up with in this mode.
+            // Nothing is written in this mode. The defence would undo that.
             defend(connection, false)?;
             connection.set_db_config(DbConfig::SQLITE_DBCONFIG_WRITABLE_SCHEMA, true)?;
             mode("PRAGMA journal_mode")?
@@ -208,7 +211,7 @@ fn prepare(handle: &Handle, options: &EngineOptions, primary: bool) -> Result<Pa
     }
     let read = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |r| r.get::<_, i64>(0));
     match read {
-        // What its pages are is found out by their hashes; the log may make them good.
+        // The hashes of its pages tell what they are; the log may make them good.
         Err(e) if e.sqlite_error_code() == Some(rusqlite::ErrorCode::DatabaseCorrupt) => {
             Condition::SchemaUnreadable { path: options.paths.database(), error: &e }.say();
         }
@@ -233,7 +236,8 @@ fn page_count(handle: &mut Handle, header: &IndexHeader, size: PageSize) -> Resu
     })
 }
 
-/// Reads the epoch history. One that can't be read is put aside, and made good from the log as far as that reaches.
+/// Reads the epoch history. Puts one aside that it can't read, and makes it good from the log as
+/// far as that reaches.
 fn epochs(options: &EngineOptions) -> Result<Epochs> {
     match read_epochs(&options.paths) {
         Err(error @ Error::Corrupt { .. }) => {
@@ -247,10 +251,11 @@ fn epochs(options: &EngineOptions) -> Result<Epochs> {
 }
 
 impl Findings {
-    /// Begins a WAL generation when there is none, so that every frame has salts of ours and an anchor.
+    /// Begins a WAL generation when there is none. Every frame then has salts of ours and an
+    /// anchor.
     pub(in crate::engine) fn begin_if_empty(&mut self) -> Result<()> {
         if self.base.tip().frame == 0 {
-            // Where there is no room for it, no other generation is given up for it.
+            // Where there is no room for it, the node gives up no other generation for it.
             let bytes = frame_offset(2, self.base.page_size);
             reserve::with(self.base.options.paths.state_dir(), || self.base.wal.extend(bytes))?;
             begin_generation(&self.base, &mut self.handle, &self.base.tip())?;
@@ -259,9 +264,9 @@ impl Findings {
     }
 }
 
-/// Writes an anchor at the tip, and makes the WAL as long as it will be. WRITE is held.
+/// Writes an anchor at the tip, and makes the WAL as long as it will be. The caller holds WRITE.
 pub(in crate::engine) fn anchor(base: &OpenDatabase, handle: &mut Handle) -> Result<()> {
-    // One without room for it has room for commits all the same.
+    // A disk without room for that has room for commits all the same.
     if let Err(error) = base.wal.extend(base.options.wal_limit_bytes.min(EXTEND_MAX_BYTES)) {
         base.node.report(Condition::WalNotExtended { error: &error });
         base.note_room(&error);
@@ -271,7 +276,7 @@ pub(in crate::engine) fn anchor(base: &OpenDatabase, handle: &mut Handle) -> Res
     let tip = base.tip();
     let file = match base.file_state() {
         state @ FileState::AtRest { modified, .. } if modified == now => state,
-        // Somebody copied into it.
+        // Another process copied into the file.
         _ => {
             let witnesses = base.witnesses(handle, 0, &tip)?;
             let mark = mark_again(base, handle)?;

@@ -1,4 +1,5 @@
-//! Answers to who asks for pages by the hashes that it has: both ends of a stream give them.
+//! Answers to a node that asks for pages by the hashes that it has. Both ends of a stream give
+//! them.
 
 use bytes::{Bytes, BytesMut};
 
@@ -8,29 +9,31 @@ use crate::page::{PageNo, PageSize};
 use crate::txid::Position;
 use crate::wire::{self, Sent, WantRun};
 
-/// Bytes of pages that are read at one moment. Small, because the checkpointer waits meanwhile.
+/// Bytes of pages that one read takes. Small, because the checkpointer waits meanwhile.
 pub(crate) const PIECE_BYTES: usize = 256 * 1024;
 const _: () = assert!(PIECE_BYTES + 1024 <= wire::PAYLOAD_MAX_BYTES);
 
 /// A run of pages for a snapshot.
 #[derive(Debug)]
 pub(crate) struct Piece {
-    /// The state when the piece was read. A page may be newer than that, never older; the log records up to the
-    /// position of the last piece make it exact.
+    /// The state when the engine read the piece. A page may be newer than that, never older; the
+    /// log records up to the position of the last piece make it exact.
     pub(crate) position: Position,
-    /// The database's size in pages at that state. With `first` beyond it the piece is empty: the last one.
+    /// The database's size in pages at that state. With `first` beyond it the piece is empty: the
+    /// last one.
     pub(crate) pages: u32,
     pub(crate) data: Bytes,
 }
 
-/// Reads pages that were asked for, encodes those that the asker does not have so, and says where the last was read.
+/// Reads pages that the peer asked for. Encodes those of which the asker has no image with that
+/// hash, and says where it read the last.
 pub(crate) fn answer(
     mut read_piece: impl FnMut(PageNo, usize) -> Result<Piece>,
     size: PageSize,
     runs: &[WantRun],
 ) -> Result<(Bytes, Sent)> {
     let mut bytes = BytesMut::new();
-    // Also without any run: the position is asked for, too.
+    // Also without any run: the peer asks for the position, too.
     let piece = read_piece(PageNo::FIRST, 1)?;
     let mut sent = Sent { position: piece.position, pages: piece.pages };
     for run in runs {

@@ -1,5 +1,6 @@
-//! Every combination of what may be left of a database's files: each is opened, as a primary's and as a replica's, and compared with an independent
-//! account of which states were ever committed. `docs/design.md` has the table.
+//! Every combination of what may be left of a database's files: each is opened, as a primary's and
+//! as a replica's, and compared with an independent account of which states were ever committed.
+//! `docs/design.md` has the table.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write as _;
@@ -114,7 +115,8 @@ fn plain(path: &Path) -> Connection {
 
 /// What was there at one moment or another.
 struct World {
-    /// Each state that was committed, by its bytes, with a name; those of the history with their number.
+    /// Each state that was committed, by its bytes, with a name; those of the history with their
+    /// number.
     committed: HashMap<Vec<u8>, (String, Option<u64>)>,
     /// Number of the state that the file alone is at rest at, and of the last one in the WAL.
     rest: u64,
@@ -188,7 +190,8 @@ fn log_of(files: &Tree) -> Tree {
         .collect()
 }
 
-/// The file of a tree of database and WAL, after SQLite has done something with them and copied all back.
+/// The file of a tree of database and WAL, after SQLite has done something with them and copied all
+/// back.
 fn by_sqlite(maker: &Maker, files: &Tree, sql: &str) -> (Vec<u8>, Connection, tempfile::TempDir) {
     let _ = maker;
     let dir = tempfile::tempdir().unwrap();
@@ -516,7 +519,8 @@ type Combination = (NewestAnchor, WalFile, Database, LogFiles);
 
 #[test]
 fn whatever_is_left_of_the_files_a_node_has_a_committed_state_or_refuses() {
-    // Some of them, to look at: part of what a combination is written as, such as "(AtRest, Whole, Cut, Gone)".
+    // Some of them, to look at: part of what a combination is written as, such as "(AtRest, Whole,
+    // Cut, Gone)".
     let only = std::env::var("REPLITE_STATES").unwrap_or_default();
     let world = World::new();
     if !only.is_empty() {

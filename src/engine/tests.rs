@@ -1,5 +1,5 @@
-//! The engine against plain SQLite: whatever is done to a primary's file, by any connection, a follower that is fed
-//! from its log has the same pages.
+//! The engine against plain SQLite: whatever is done to a primary's file, by any connection, a
+//! follower that is fed from its log has the same pages.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -119,8 +119,8 @@ pub(super) fn standing(
     tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(follower.standing()).unwrap()
 }
 
-/// Does what the stream does: continues from the log where that is possible, else sends a snapshot to who has nothing,
-/// and all pages to who has something else.
+/// Does what the stream does: continues from the log where that is possible, else sends a snapshot
+/// to who has nothing, and all pages to who has something else.
 fn feed(
     engine: &PrimaryEngine,
     follower: &ReplicaEngine,
@@ -391,7 +391,8 @@ fn commits_made_while_no_engine_ran_become_history() {
             mutate(&plain, &mut rng);
         }
         if round % 2 == 1 {
-            // The last to close copies the WAL back and deletes it: the position can then not be known.
+            // The last to close copies the WAL back and deletes it: the position can then not be
+            // known.
             plain.execute_batch("PRAGMA wal_checkpoint(TRUNCATE)").unwrap();
         }
     }
@@ -426,7 +427,8 @@ fn the_wal_stays_bounded_beside_readers_that_never_pause() {
                 });
             }
         }
-        // A table of as many pages all the time: the readers of one that grows would take ever longer.
+        // A table of as many pages all the time: the readers of one that grows would take ever
+        // longer.
         let (mut restarts, mut longest) = ((0, 0), 0);
         let mut i = 0;
         until("restarts on both sides", || {
@@ -545,8 +547,9 @@ fn a_replica_that_was_filled_by_a_snapshot_keeps_its_lock_on_the_database_file()
     catch_up(&engine, &follower);
     // Behind this the snapshot is over and done with.
     standing(&follower);
-    // SQLite's shared one, and the marker that says that it stands; else another process deletes the WAL when it closes. The
-    // kernel's list is not read in one piece, so that locks of other tests may push a line out of sight.
+    // SQLite's shared one, and the marker that says that it stands; else another process deletes
+    // the WAL when it closes. The kernel's list is not read in one piece, so that locks of other
+    // tests may push a line out of sight.
     until("both locks", || {
         let mut locks = posix_locks(&home.path("r.db"));
         locks.sort();
@@ -561,7 +564,8 @@ fn a_wal_that_somebody_else_has_copied_back_is_not_restarted_behind_our_back() {
     let plain = open_plain(&home.path("p.db"));
     plain.execute_batch("PRAGMA journal_mode = WAL; CREATE TABLE t(id INTEGER PRIMARY KEY, k, v)").unwrap();
     plain.execute_batch("INSERT INTO t(k, v) VALUES (1, randomblob(3000))").unwrap();
-    // Less than what makes us restart the WAL at once. All is copied back, and the wal-index that says so outlives the opening: this connection stays.
+    // Less than what makes us restart the WAL at once. All is copied back, and the wal-index that
+    // says so outlives the opening: this connection stays.
     plain.execute_batch("PRAGMA wal_checkpoint(PASSIVE)").unwrap();
     let engine = home.primary("p.db");
     let follower = home.follower("r.db");
@@ -605,8 +609,9 @@ fn nothing_is_copied_back_in_the_name_of_a_generation_that_is_gone() {
 
 #[test]
 fn no_state_before_one_that_replaced_it_is_anchored() {
-    // A reader held a copy back at a state before a heal. Its anchors took the place of the one that named the heal's
-    // commit, which the next start then counted like any other: the new state under the old one's next number.
+    // A reader held a copy back at a state before a heal. Its anchors took the place of the one
+    // that named the heal's commit, which the next start then counted like any other: the new state
+    // under the old one's next number.
     let home = Home::new();
     let plain = open_plain(&home.path("p.db"));
     plain.execute_batch("PRAGMA journal_mode = WAL; CREATE TABLE t(id INTEGER PRIMARY KEY, k, v)").unwrap();
@@ -683,7 +688,8 @@ fn a_new_epoch_that_waits_for_a_writer_does_not_keep_that_writer_from_capture() 
     }
 }
 
-/// A descriptor that was closed in this process drops its locks, and the other process that commits then is not written over, whatever was made ready.
+/// A descriptor that was closed in this process drops its locks, and the other process that commits
+/// then is not written over, whatever was made ready.
 #[test]
 fn the_wal_is_not_begun_anew_over_a_commit_that_came_while_readers_were_waited_for() {
     let home = Home::new();

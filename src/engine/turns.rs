@@ -6,7 +6,8 @@ use crate::engine::recover::opened::Opened;
 use crate::error::Result;
 
 impl Opened {
-    /// Promotion: opens an epoch with a number above this and all known ones, and captures what is committed from now on. Blocks.
+    /// Promotion: opens an epoch with a number above this and all known ones, and captures from now
+    /// on what is committed. Blocks.
     pub(crate) fn into_primary(self, above: u64) -> Result<PrimaryEngine> {
         PrimaryEngine::lead(self, Some(above))
     }
@@ -106,7 +107,8 @@ mod tests {
                 drop(refused);
                 let now = (threads(), descriptors(home.path("").as_path()));
                 let first = first.get_or_insert(now);
-                // A descriptor may be parked for a moment, until no lock of SQLite's is on its file.
+                // A descriptor may be parked for a moment, until no lock of SQLite's is on its
+                // file.
                 assert!(now.0 <= first.0 && now.1 <= first.1 + 2, "{now:?} of {first:?} in round {round}");
             }
             catch_up(&primary, &replica);

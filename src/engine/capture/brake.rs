@@ -1,4 +1,5 @@
-//! What keeps a primary's WAL short while others write faster than it is copied back: our own writer waits, and WRITE is held.
+//! The brake keeps a primary's WAL short while others write faster than the checkpointer copies it
+//! back. It makes our own writer wait, and holds WRITE.
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, OnceLock, PoisonError};
@@ -15,28 +16,32 @@ use crate::lock::lock;
 use crate::sqlite::{Handle, Lock, Slot};
 use crate::threads;
 
-/// How often the WAL's length is looked at; capture and our own writer say when it is too long, but may be waiting for a disk.
+/// How often the brake looks at the WAL's length. Capture and our own writer say when it is too
+/// long, but they may be waiting for a disk.
 const LOOK: Duration = Duration::from_millis(50);
-/// The same while somebody is held back.
+/// The same while the brake holds a writer back.
 const STEP: Duration = Duration::from_millis(1);
-/// How long WRITE is tried for at a time, without sleeping: who writes all the time leaves it free for microseconds.
+/// How long the brake tries for WRITE at a time, without sleeping: a process that writes all the
+/// time leaves it free for microseconds.
 const TRY: Duration = Duration::from_millis(20);
-/// Longest pause in which writers get through on a slow disk. SQLite looks for a lock each 100 ms at least.
+/// Longest pause in which writers get through on a slow disk. SQLite looks for a lock at least
+/// every 100 ms.
 const GAP: Duration = Duration::from_millis(250);
-/// SQLite looks for a lock that it waits for so often at least. Whoever was held back for longer gets the lock before our own writer, which would
-/// take it the moment that it is free, and again and again.
+/// SQLite looks at least this often for a lock that it waits for. A connection that waited longer
+/// gets the lock before our own writer. Otherwise our writer would take it the moment that it is
+/// free, again and again.
 const OTHERS_FIRST: Duration = Duration::from_millis(120);
-/// Longest that our own writer is held back at a time.
+/// Longest that the brake holds our own writer back at a time.
 const WRITER_MAX: Duration = Duration::from_secs(5);
 
-/// The lock of writers, of which one thread or the other makes use.
+/// The lock of writers. Capture and the brake share it.
 #[derive(Debug)]
 pub(in crate::engine) struct WriteLock {
     handle: Handle,
     taken: bool,
-    /// Since when.
+    /// Since when WRITE is held.
     since: Option<Instant>,
-    /// Until when it is held for the sake of the WAL's length, if it is.
+    /// Until when WRITE is held for the sake of the WAL's length, if it is.
     pub(in crate::engine) until: Option<Instant>,
 }
 
@@ -66,7 +71,8 @@ impl WriteLock {
         Ok(true)
     }
 
-    /// Gives it back, unless it is held for the WAL's length. Not everything may count as backfilled.
+    /// Gives WRITE back, unless the brake holds it for the WAL's length. Not everything may count
+    /// as backfilled.
     pub(in crate::engine) fn give_back(&mut self) -> Result<()> {
         if self.taken && self.until.is_none() {
             self.taken = false;
@@ -76,7 +82,7 @@ impl WriteLock {
     }
 }
 
-/// What writers, capture and the thread have in common.
+/// What writers, capture and the brake's thread have in common.
 #[derive(Debug)]
 pub(in crate::engine) struct Brake {
     pub(in crate::engine) write: Mutex<WriteLock>,
@@ -84,7 +90,7 @@ pub(in crate::engine) struct Brake {
     on: AtomicBool,
     /// WRITE is held.
     held: AtomicBool,
-    /// The frame beyond which it is to be pulled.
+    /// The frame beyond which the thread pulls the brake.
     at: AtomicU32,
     /// Until when our own writer lets others go first.
     gate: Mutex<Option<Instant>>,
@@ -118,12 +124,12 @@ impl Brake {
         }
     }
 
-    /// Whether WRITE is held until the WAL has begun anew.
+    /// Whether the brake holds WRITE until the WAL has begun anew.
     pub(in crate::engine) fn holds(&self) -> bool {
         self.held.load(Ordering::Acquire)
     }
 
-    /// Blocks our own writer while it is held back.
+    /// Blocks our own writer while the brake is on.
     pub(in crate::engine) fn wait(&self, base: &Term) {
         if !self.on.load(Ordering::Acquire) {
             return;
@@ -140,7 +146,7 @@ impl Brake {
         }
     }
 
-    /// Lets all writers go on, until the WAL has more than so many frames.
+    /// Lets all writers go on, until the WAL has more than this many frames.
     pub(in crate::engine) fn release(
         &self,
         base: &OpenDatabase,
@@ -164,16 +170,16 @@ impl Brake {
     }
 }
 
-/// When it is pulled again.
+/// When the thread pulls the brake again.
 struct Rest {
     until: Instant,
     /// Or when the WAL has so many frames.
     at: u32,
-    /// Readers were waited for in vain; it counts as long as they are what is in the way.
+    /// The brake waited for readers in vain. This counts as long as readers are what is in the way.
     readers: bool,
 }
 
-/// The thread that pulls it and lets go.
+/// The thread that pulls the brake and lets go.
 pub(in crate::engine) struct BrakeLoop {
     base: Arc<Term>,
     brake: Arc<Brake>,
@@ -183,9 +189,9 @@ pub(in crate::engine) struct BrakeLoop {
     /// Since when WRITE is held, or tried for.
     since: Option<Instant>,
     rest: Option<Rest>,
-    /// New generations that it knows of.
+    /// New generations that the thread knows of.
     restarts: u64,
-    /// Capture is further behind than the WAL may be long.
+    /// Capture lags by more frames than the WAL may have.
     behind: bool,
 }
 
@@ -204,7 +210,7 @@ impl BrakeLoop {
                 this.base.fail(&error);
             }
             let at = this.base.limit_frames(BRAKE_TIMES, 1);
-            // The process's end, or the connection's, gives it back otherwise.
+            // The end of the process, or of the connection, gives WRITE back otherwise.
             let _ = this.brake.release(&this.base, &mut lock(&this.brake.write), at);
         })
     }
@@ -218,7 +224,7 @@ impl BrakeLoop {
         Ok(())
     }
 
-    /// Pulls it, lets go, or waits on; how long until the next look.
+    /// Pulls the brake, lets go, or waits on. Returns how long to wait until the next look.
     fn look(&mut self) -> Result<Duration> {
         let (brake, base) = (self.brake.clone(), self.base.clone());
         let (frames, usual) = (base.index.glance().0, base.limit_frames(BRAKE_TIMES, 1));
@@ -226,7 +232,7 @@ impl BrakeLoop {
             (self.restarts, self.since, self.rest) = (base.bound.restarts(), None, None);
         }
         let held = self.since.map(|since| since.elapsed());
-        // Somebody's transaction is open, and stays so.
+        // Another connection's transaction is open, and stays so.
         let open = held.is_some_and(|held| held > GAP) && !brake.holds();
         self.teller.look(&base, frames, open);
         if frames <= usual && base.bound.asked().is_none() {
@@ -248,7 +254,7 @@ impl BrakeLoop {
                 let since = *self.since.insert(Instant::now());
                 self.pull(since + patience)
             }
-            // Readers who stay. It is looked again whether they still do.
+            // These readers stay. The thread looks again whether they still do.
             (None, None) => {
                 self.let_all(base.tip().frame.saturating_add(usual))?;
                 Ok(STEP * 5)
@@ -260,7 +266,7 @@ impl BrakeLoop {
         }
     }
 
-    /// Nobody is held back until the WAL has so many frames.
+    /// Holds no writer back until the WAL has this many frames.
     fn let_all(&self, at: u32) -> Result<()> {
         let brake = &self.brake;
         if !brake.on.load(Ordering::Acquire) && !brake.holds() && brake.at.load(Ordering::Relaxed) == at {
@@ -269,13 +275,14 @@ impl BrakeLoop {
         brake.release(&self.base, &mut lock(&brake.write), at)
     }
 
-    /// Holds our own writer back, and everybody once WRITE is free. Capture and the checkpointer do the rest.
+    /// Holds our own writer back, and all others once WRITE is free. Capture and the checkpointer
+    /// do the rest.
     fn pull(&mut self, until: Instant) -> Result<Duration> {
         let brake = &self.brake;
         brake.on.store(true, Ordering::Release);
         self.base.bound.squeeze(true);
         let mut write = lock(&brake.write);
-        // Capture may have been through meanwhile.
+        // Capture may have finished meanwhile.
         if self.restarts == self.base.bound.restarts() && write.take_by(TRY, std::hint::spin_loop)? {
             write.until = Some(until);
             brake.held.store(true, Ordering::Release);
@@ -286,13 +293,14 @@ impl BrakeLoop {
         Ok(STEP)
     }
 
-    /// Not within the time: some get through, or all of them go on for a while.
+    /// The WAL has not begun anew within the time: some writers get through, or all of them go on
+    /// for a while.
     fn let_go(&mut self, frames: u32, held: Duration) -> Result<Duration> {
         let (base, brake) = (&self.base, &self.brake);
         let late = frames > base.limit_frames(LATE_TIMES, 1);
         let readers = base.bound.pinned() && !self.behind;
         let (pause, more) = match (readers, base.bound.asked()) {
-            // It was held for capture, which is through.
+            // The brake held WRITE for capture, which has finished.
             (true, _) if held < COPY_MAX => (Duration::ZERO, base.limit_frames(BRAKE_TIMES, 1)),
             (true, Some(_)) => (held, u32::MAX),
             (true, None) if late => (held * REST_TIMES, u32::MAX),

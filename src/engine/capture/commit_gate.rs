@@ -1,4 +1,5 @@
-//! May this commit be acknowledged? The one place between a commit and the answer to its writer.
+//! May this commit be acknowledged? This is the one place between a commit and the answer to its
+//! writer.
 
 use crate::engine::capture::handle::PrimaryEngine;
 use crate::engine::options::Durability;
@@ -11,7 +12,8 @@ pub(crate) struct CommitGate {
     durability: Durability,
 }
 
-/// A commit that the application may not hear of yet. The highest one of several waits for all.
+/// A commit that the application may not hear of yet. Of several such commits, the highest one
+/// waits for all.
 #[must_use = "a commit that waits is acknowledged only after `CommitGate::pass`"]
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(crate) struct Waiting {

@@ -7,7 +7,7 @@ use crate::error::{Cause, Error, Result};
 use crate::lock::lock;
 use crate::threads::caught;
 
-/// Which commits are on the disk, and who is bringing more of them there.
+/// Which commits are on the disk, and which thread is bringing more of them there.
 #[derive(Debug)]
 pub(in crate::engine) struct GroupSync {
     base: Arc<Term>,
@@ -19,12 +19,13 @@ pub(in crate::engine) struct GroupSync {
 struct SyncState {
     /// Every transaction up to this number is on the disk.
     synced: u64,
-    /// The highest number that anybody waits for. Each of them was in the WAL before it was asked for.
+    /// The highest number that any thread waits for. Each transaction was in the WAL before a
+    /// thread asked for it.
     wanted: u64,
-    /// Somebody is in fsync.
+    /// A thread is in fsync.
     leading: bool,
-    /// An fsync failed. What it left on the disk is not known and no later one can tell, so no commit
-    /// is acknowledged any more.
+    /// An fsync failed. What it left on the disk is not known and no later fsync can tell, so the
+    /// primary acknowledges no commit any more.
     failed: Option<Cause>,
 }
 
@@ -35,8 +36,8 @@ impl GroupSync {
         GroupSync { base, state: Mutex::new(state), changed: Condvar::new() }
     }
 
-    /// Blocks until the transaction, which is in the WAL, is on the disk. The first to come fsyncs for all
-    /// who have come by then; the others wait.
+    /// Blocks until the transaction, which is in the WAL, is on the disk. The first thread to come
+    /// fsyncs for all that have come by then; the others wait.
     pub(in crate::engine) fn sync(&self, number: u64) -> Result<()> {
         let mut state = lock(&self.state);
         state.wanted = state.wanted.max(number);
@@ -54,7 +55,7 @@ impl GroupSync {
             state.leading = true;
             let target = state.wanted;
             drop(state);
-            // A panic is a failure like others: the lead is given up, whatever happens.
+            // A panic is a failure like others: the thread gives up the lead, whatever happens.
             let result = caught("an fsync of the WAL", || self.base.sync_wal()).flatten();
             state = lock(&self.state);
             state.leading = false;
@@ -64,7 +65,7 @@ impl GroupSync {
             }
             self.changed.notify_all();
             if let Err(error) = result {
-                // The others are not held up by what the application does with the news.
+                // What the application does with the news does not hold the others up.
                 drop(state);
                 self.base.fail(&error);
                 state = lock(&self.state);
@@ -153,7 +154,8 @@ mod tests {
         let waiting = syncer.clone();
         std::thread::spawn(move || tell.send(waiting.sync(number)));
         until("the wait", || lock(&syncer.state).wanted >= number);
-        // It waits, for it had the mutex from there on. Whoever led has ended, and says so to nobody.
+        // It waits, for it had the mutex from there on. Whoever led has ended, and says so to
+        // nobody.
         lock(&syncer.state).leading = false;
         break_wal(&path);
         let led = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {

@@ -42,7 +42,7 @@ pub(crate) struct PrimaryEngine {
     pub(in crate::engine) commands: mpsc::SyncSender<CaptureCommand>,
     /// Reads the file for snapshots.
     pub(in crate::engine) second: Arc<Mutex<Handle>>,
-    /// Where our own writer's last commit ended, so that the next one need not wait for capture.
+    /// Where our own writer's last commit ended. The next one need not wait for capture then.
     pub(in crate::engine) last: Mutex<Option<LastCommit>>,
     pub(in crate::engine) threads: Mutex<Vec<JoinHandle<()>>>,
 }
@@ -100,7 +100,7 @@ impl PrimaryEngine {
         };
         let (last, threads) = Default::default();
         let engine = PrimaryEngine { base, syncer, waker, brake, commands, second, last, threads };
-        // Closed again should another not start.
+        // Dropping the engine closes it again, should another thread not start.
         lock(&engine.threads).push(capture_loop.start()?);
         let checkpointer = checkpointer.spawn()?;
         let (thread, base) = (checkpointer.thread().clone(), engine.base.clone());
@@ -115,10 +115,11 @@ impl PrimaryEngine {
         self.base.fail(error);
     }
 
-    /// Fails when no commit can be vouched for any more, and says why.
+    /// Fails when the primary can't vouch for commits any more, and says why.
     pub(crate) fn check(&self) -> Result<()> {
         self.base.check()?;
-        // They end by themselves only after a failure; should one have ended in some other way, it is one now.
+        // The threads end by themselves only after a failure. Should one have ended in some other
+        // way, that is a failure now.
         if lock(&self.threads).iter().any(JoinHandle::is_finished) {
             self.base.check()?;
             self.base.fail(&Error::Internal("a thread of the engine has ended".into()));
@@ -126,18 +127,19 @@ impl PrimaryEngine {
         self.base.check()
     }
 
-    /// Call before BEGIN: waits, for a bounded time, while the WAL is longer than it may be.
+    /// Call before BEGIN. Waits, for a bounded time, while the WAL is longer than it may be.
     pub(crate) fn pace(&self) {
         self.brake.wait(&self.base);
     }
 
-    /// Copies all that is committed back and begins the WAL anew. Blocks for at most so long.
+    /// Copies all that is committed back and begins the WAL anew. Blocks for at most `limit`.
     pub(crate) fn checkpoint(&self, limit: Duration) -> Result<Checkpoint> {
         self.check()?;
         bound::checkpoint(&self.base, limit, || self.brake.wake())
     }
 
-    /// Opens a new epoch with a number above `above`, because a peer with a higher one was heard. Blocks.
+    /// Opens a new epoch with a number above `above`, because this node heard of a peer with a
+    /// higher one. Blocks.
     pub(crate) fn raise_epoch(&self, above: u64) -> Result<()> {
         let (reply, answer) = mpsc::sync_channel(1);
         let gone = || self.base.check().err().unwrap_or(Error::ShutDown);
@@ -169,17 +171,20 @@ impl PrimaryEngine {
         self.base.node.no_room("SQLite found no room for a commit");
     }
 
-    /// Fails, and stops for good, when the files at the paths are not those that are open, or somebody else wrote to the database.
+    /// Fails, and stops for good, when the files at the paths are not those that are open. Does the
+    /// same when another process wrote to the database.
     pub(crate) fn expect_files(&self) -> Result<()> {
         self.base.sound()?;
         self.base.expect_files()
     }
 
-    /// Ends the primary's role: nobody writes any more, what is committed is captured and on the disk, the threads have ended. The caller has
-    /// closed its own writer. Blocks, for at most this long for writers of other processes, and for the disk.
+    /// Ends the primary's role: no connection writes any more, what is committed is captured and on
+    /// the disk, the threads have ended. The caller has closed its own writer. Blocks, for at most
+    /// `limit` for writers of other processes, and for the disk.
     ///
     /// # Errors
-    /// [`Error::Timeout`] when others write for longer; this is still the primary then. After any other error it has stopped for good.
+    /// [`Error::Timeout`] when others write for longer; this is still the primary then. After any
+    /// other error the engine has stopped for good.
     pub(crate) fn stop(&self, limit: Duration) -> Result<Opened> {
         let gone = || self.base.check().err().unwrap_or(Error::ShutDown);
         let ((held, is_held), (left, opened)) = (mpsc::sync_channel(1), mpsc::sync_channel(1));
@@ -207,7 +212,7 @@ fn stop_threads(base: &Term, threads: &Mutex<Vec<JoinHandle<()>>>, waker: &Waker
     waker.wake();
     for thread in std::mem::take(&mut *lock(threads)) {
         thread.thread().unpark();
-        // It has said how it ended.
+        // The thread has said how it ended.
         let _ = thread.join();
     }
 }

@@ -1,4 +1,5 @@
-//! Which number a commit of our own writer has, whoever else commits before and behind it, and how capture, which knows, is waited for.
+//! Which number a commit of our own writer has, whatever others commit before and after it. Capture
+//! knows the number; this module also says how the writer waits for capture.
 
 use crate::engine::capture::handle::{LastCommit, PrimaryEngine};
 use crate::engine::file::progress::Asked;
@@ -19,11 +20,11 @@ pub(crate) struct Begun {
 }
 
 impl PrimaryEngine {
-    /// Call before BEGIN IMMEDIATE: waits until capture has what others committed. A transaction that waited for that would keep everybody
-    /// from writing.
+    /// Call before BEGIN IMMEDIATE: waits until capture has what others committed. A transaction
+    /// that waited for that would keep all others from writing.
     pub(crate) fn ready(&self) -> Result<()> {
         self.check()?;
-        // Whoever writes the header just now holds the write lock, for which BEGIN waits.
+        // The process that writes the header just now holds the write lock, for which BEGIN waits.
         let Some(header) = self.base.header() else { return Ok(()) };
         let here = |mark: &LastCommit| mark.salts == header.salts && mark.frame == header.max_frame;
         if lock(&self.last).as_ref().is_some_and(here) {
@@ -33,13 +34,14 @@ impl PrimaryEngine {
         self.base.wait_tip(header.salts, header.max_frame).map(drop)
     }
 
-    /// Call after BEGIN IMMEDIATE, when the connection holds the write lock. Waits for nobody.
+    /// Call after BEGIN IMMEDIATE, when the connection holds the write lock. Waits for no one.
     pub(crate) fn begun(&self) -> Result<Begun> {
         self.check()?;
         let header = self.base.settled_header()?;
         let at = (header.salts, header.max_frame);
         let known = lock(&self.last).filter(|mark| (mark.salts, mark.frame) == at).map(|mark| mark.number);
-        // Before the tip is looked at: from here on capture says when it goes beyond.
+        // Before the code below looks at the tip: from here on capture says when the tip goes
+        // beyond.
         *lock(&self.base.asked) = Asked { at: Some(at), before: known, ..Asked::default() };
         let tip = self.base.tip();
         if (tip.salts, tip.frame) == at {
@@ -48,7 +50,8 @@ impl PrimaryEngine {
         Ok(Begun { salts: header.salts, frame: header.max_frame, change: header.change, again: false })
     }
 
-    /// Call before COMMIT: what was read is of the file that this node left, and an application that ended the transaction and began another has let others commit in between.
+    /// Call before COMMIT. Checks that the transaction read the file that this node left. An
+    /// application that ended the transaction and began another has let others commit in between.
     pub(crate) fn ending(&self, begun: Begun) -> Result<Begun> {
         self.check()?;
         self.base.expect_unwritten()?;
@@ -59,8 +62,10 @@ impl PrimaryEngine {
         Ok(Begun { again: true, ..self.begun()? })
     }
 
-    /// Call after COMMIT. `frame` is the one that the commit ended with, as the WAL hook has it; none when that was not called. `earlier` says that the connection
-    /// may have committed something before that, since the first BEGIN. `None`: nothing was written.
+    /// Call after COMMIT. `frame` is the one that the commit ended with, as the WAL hook has it;
+    /// none when SQLite did not call the hook. `earlier` says that the connection may have
+    /// committed something before that, since the first BEGIN. Returns `None` when the commit wrote
+    /// nothing.
     ///
     /// # Errors
     /// [`Error::OutcomeUnknown`].
@@ -69,7 +74,7 @@ impl PrimaryEngine {
     }
 
     fn number(&self, begun: Begun, frame: Option<u32>, earlier: bool) -> Result<Option<Txid>> {
-        // Whether capture still looks at this commit can't be told.
+        // No one can tell whether capture still looks at this commit.
         self.base.sound()?;
         let Some(frame) = frame.filter(|frame| *frame > begun.frame) else {
             if !(earlier && begun.again) {
@@ -83,14 +88,15 @@ impl PrimaryEngine {
         let next = header.is_some_and(|h| {
             (h.salts, h.max_frame, h.change) == (begun.salts, frame, begun.change.wrapping_add(1))
         });
-        // What can't be read any more is for capture to say.
+        // Capture decides on what can't be read any more.
         let counts = next && self.counts(begun, frame).unwrap_or(false);
         let (before, after) = {
             let asked = lock(&self.base.asked);
             (asked.before, asked.after)
         };
         if let (true, Some(before), None) = (counts, before, after) {
-            // Nobody restarts the WAL before capture has said something, so that what was read is of this commit.
+            // No thread restarts the WAL before capture has said something, so what was read is of
+            // this commit.
             return Ok(self.note(begun, frame, before + 1));
         }
         self.waker.wake();
@@ -121,12 +127,12 @@ impl PrimaryEngine {
         epoch.map(|epoch| Txid::new(epoch, number))
     }
 
-    /// Whether a commit is certainly one that counts; if not, it is for capture to decide.
+    /// Whether a commit is certainly one that counts. If not, capture decides.
     fn counts(&self, begun: Begun, frame: u32) -> Result<bool> {
         let index = &self.base.index;
         let page = index.page_of(frame);
         if page == 0 || frame > 1 && page == index.page_of(frame - 1) {
-            // It may only repeat the frame before it.
+            // The commit may only repeat the frame before it.
             return match frame == begun.frame + 1 && page > 1 {
                 true => self.base.is_same_image(begun.frame, frame).map(|same| !same),
                 false => Ok(false),
@@ -143,8 +149,8 @@ impl PrimaryEngine {
         })
     }
 
-    /// Call after a COMMIT that failed: whether something may have been committed all the same. Of several databases one may
-    /// have been when the next one failed.
+    /// Call after a COMMIT that failed: whether it may have committed something all the same. Of
+    /// several databases one may have been committed when the next one failed.
     pub(crate) fn may_have_committed(&self, begun: Begun) -> bool {
         let committed = || {
             let header = self.base.settled_header()?;
@@ -159,7 +165,8 @@ impl PrimaryEngine {
         committed().unwrap_or(true)
     }
 
-    /// The last transaction that is committed, captured to its end. Blocks for as long as capture takes.
+    /// The last transaction that is committed, captured to its end. Blocks for as long as capture
+    /// takes.
     pub(crate) fn captured(&self) -> Result<Txid> {
         self.base.check()?;
         let header = self.base.settled_header()?;
@@ -405,7 +412,8 @@ mod tests {
         handle.unlock(Slot::WRITE, Lock::Exclusive).unwrap();
     }
 
-    /// Pages that were in the WAL while the database was long, and are part of it again without having been written.
+    /// Pages that were in the WAL while the database was long, and are part of it again without
+    /// having been written.
     #[test]
     fn a_page_that_nobody_wrote_is_the_same_before_and_after_its_wal_is_copied_back() {
         for backfilled in [true, false] {
@@ -417,7 +425,8 @@ mod tests {
             let options = crate::engine::EngineOptions { wal_limit_bytes: 512 << 10, ..home.options("p.db") };
             let engine = PrimaryEngine::open(options, node()).unwrap();
             settled(&engine);
-            // Written while they were part of the database, which they are not when this is committed.
+            // Written while they were part of the database, which they are not when this is
+            // committed.
             foreign
                 .execute_batch(
                     "PRAGMA cache_size = 10; BEGIN; INSERT INTO t VALUES (randomblob(200000)); DELETE FROM t",

@@ -1,4 +1,4 @@
-//! A primary's database on its way to be served, and what replicas give back to it.
+//! A primary's database on its way to serve, and what replicas give back to it.
 
 use std::sync::Arc;
 
@@ -22,8 +22,8 @@ use crate::sqlite::{Handle, Slot};
 use crate::txid::{EpochHistory, Position};
 use crate::wire::Unit;
 
-/// A primary's database whose position is known, and that nobody can write to yet. Until it is served, transactions that a power cut took may
-/// be taken back from replicas.
+/// A primary's database whose position is known, and that no connection can write to yet. Until it
+/// serves, replicas may give back transactions that a power cut took.
 #[derive(Debug)]
 pub(crate) struct Opening {
     live: WalAppender,
@@ -37,7 +37,8 @@ pub(crate) struct Opening {
 }
 
 impl Opening {
-    /// Opens (and creates) the database, finds the position, and makes good from the log what the WAL lost. Blocks.
+    /// Opens (and creates) the database, finds the position, and makes good from the log what the
+    /// WAL lost. Blocks.
     pub(crate) fn begin(options: EngineOptions, node: Arc<NodeContext>) -> Result<Opening> {
         files::make_state_dir(options.paths.state_dir())?;
         let may_miss = unsynced_marker::may_be_lost(&options.paths)?;
@@ -47,17 +48,19 @@ impl Opening {
         if !opened.exact {
             opened.become_history(known)?;
         }
-        // Not before it is judged: a refusal leaves all as it was.
+        // Not before the node has judged the files: a refusal leaves all as it was.
         let tip = opened.base.tip();
         if tip.frame > 0 {
             let (wal, size) = (&opened.base.wal, opened.base.page_size);
             if wal.behind(tip.frame, tip.salts, size)?.is_some_and(|behind| behind.commits) {
-                // What a power cut left there was never acknowledged. But a bit that flips before it leaves the same.
+                // The primary never acknowledged what a power cut left there. But a bit that flips
+                // before it leaves the same.
                 opened.set_wal_aside()?;
             }
             wal.cut_behind(tip.frame, tip.salts, size)?;
         } else if opened.wal.is_ours() {
-            // Its header was changed, or its first frame; there may be commits in it that no other file has.
+            // Its header was changed, or its first frame. There may be commits in it that no other
+            // file has.
             opened.set_wal_aside()?;
         }
         opened.begin_if_empty()?;
@@ -67,7 +70,8 @@ impl Opening {
         Ok(Opening { live, intake, unfinished_bytes, history, exact, highest_epoch, may_miss })
     }
 
-    /// Whether replicas may have transactions that follow this node's state, and that it lost.
+    /// Whether replicas may have transactions that follow this node's state, and that this node
+    /// lost.
     pub(crate) fn may_miss(&self) -> bool {
         self.may_miss && self.exact
     }
@@ -84,10 +88,12 @@ impl Opening {
         self.live.base.page_size
     }
 
-    /// Takes units of records that follow the tip. Each whole transaction stays, whatever comes after it. Blocks.
+    /// Takes units of records that follow the tip. Each whole transaction stays, whatever comes
+    /// after it. Blocks.
     ///
     /// # Errors
-    /// [`IntakeError::Mismatch`] and [`IntakeError::Garbled`] when they don't follow, or are no records.
+    /// [`IntakeError::Mismatch`] and [`IntakeError::Garbled`] when they don't follow, or are no
+    /// records.
     pub(crate) fn take(&mut self, units: &[Unit]) -> Result<(), IntakeError> {
         let taken = units.iter().try_for_each(|unit| self.take_unit(unit));
         let published = self.intake.publish(&mut self.live);
@@ -99,7 +105,7 @@ impl Opening {
         if !self.intake.unit(&mut self.live, unit, &message, &self.history)? {
             return Err(IntakeError::garbled(format!("{:?} in place of a record", unit.kind)));
         }
-        // No log has a longer one: it would push all others out.
+        // No log has a longer transaction: it would push all others out.
         self.unfinished_bytes = match self.live.in_transaction() {
             true => self.unfinished_bytes + unit.raw.len() as u64,
             false => 0,
@@ -121,7 +127,7 @@ impl Opening {
         self.abort();
         let Opening { live, history, exact, highest_epoch, .. } = self;
         let WalAppender { base, handle, .. } = live;
-        // What was begun and not ended goes.
+        // A transaction that began and did not end goes.
         let tip = base.tip();
         base.wal.cut_behind(tip.frame, tip.salts, base.page_size)?;
         let above = exact.then_some(highest_epoch);
@@ -130,8 +136,8 @@ impl Opening {
 }
 
 impl PrimaryEngine {
-    /// Opens a new epoch with a number above this and all known ones, and starts the threads. None: the history's last epoch was opened for this.
-    /// Blocks.
+    /// Opens a new epoch with a number above this and all known ones, and starts the threads. None:
+    /// the node opened the history's last epoch for this. Blocks.
     pub(in crate::engine) fn lead(opened: Opened, above: Option<u64>) -> Result<PrimaryEngine> {
         let Some((base, mut handle, mut history)) = opened.hand_on() else { return Err(Error::ShutDown) };
         begin(&base, &mut handle, &mut history, above)?;
@@ -158,15 +164,16 @@ fn begin(
         write_epochs(&options.paths, history, true)?;
     }
     recover::anchor(base, handle)?;
-    // The anchor's WAL is synced; what comes now may not be.
+    // The anchor's WAL is synced. What comes now may not be.
     if options.durability.ships_unsynced() {
         unsynced_marker::begin(&options.paths)?;
     } else {
         unsynced_marker::end(&options.paths)?;
     }
-    // Another process that stayed in the database may have copied everything back while nobody minded.
+    // Another process that stayed in the database may have copied everything back while no node
+    // prevented that.
     if let Err(error) = keep_from_others(base, handle) {
-        // It did it in the other way, which needs no room.
+        // `keep_from_others` did it in the other way, which needs no room.
         base.note_room(&error);
         if !error.no_room() {
             return Err(error);
@@ -344,8 +351,9 @@ mod tests {
         assert_eq!(opening.tip(), before);
     }
 
-    /// The disk kept the end of the WAL and not its middle, and the log goes a part of the way: what is written once more from the log is what
-    /// was there, bit for bit, and the end follows from it.
+    /// The disk kept the end of the WAL and not its middle, and the log goes a part of the way:
+    /// what is written once more from the log is what was there, bit for bit, and the end follows
+    /// from it.
     #[test]
     fn frames_behind_a_hole_do_not_come_back_when_the_log_fills_it() {
         let home = Home::new();

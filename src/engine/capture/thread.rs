@@ -1,4 +1,5 @@
-//! The primary's owner thread: it watches the wal-index, captures commits, restarts the WAL, changes epochs.
+//! The primary's owner thread: it watches the wal-index, captures commits, restarts the WAL,
+//! changes epochs.
 
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
@@ -30,20 +31,23 @@ use crate::threads;
 use crate::txid::Position;
 use crate::wal::IndexHeader;
 
-/// After the last commit the thread keeps looking for this long before it sleeps: a wake-up costs more.
+/// After the last commit the thread keeps looking for this long before it sleeps: a wake-up costs
+/// more.
 const SPIN: Duration = Duration::from_micros(30);
 /// First sleep when nothing happens; doubled up to the option's `poll_max`.
 const SLEEP_MIN: Duration = Duration::from_millis(1);
-/// How long the write lock is tried for when the WAL is to be restarted.
+/// How long the thread tries for the write lock when the WAL is to be restarted.
 const WRITE_WAIT: Duration = Duration::from_millis(20);
-/// A header that stays torn for so long, with the write lock free, was left by a writer that died.
+/// A header that stays torn for this long, with the write lock free, is one that a dead writer
+/// left.
 const TORN_AFTER: Duration = Duration::from_millis(20);
 
-/// How long the write lock is tried for when an epoch is to be opened, and how long between two looks at what else
-/// was committed meanwhile.
+/// How long the thread tries for the write lock when it is to open an epoch. And how long it waits
+/// between two looks at what else was committed meanwhile.
 const EPOCH_WAIT: Duration = Duration::from_secs(5);
 const EPOCH_STEP: Duration = Duration::from_millis(1);
-/// How long an append to the log is tried that fails, and not for want of room, and how long between two tries.
+/// How long the thread retries an append to the log that fails, and not for want of room. And how
+/// long it waits between two tries.
 const APPEND_WAIT: Duration = Duration::from_secs(5);
 const APPEND_STEP: Duration = Duration::from_millis(20);
 
@@ -63,7 +67,7 @@ pub(in crate::engine) struct CaptureLoop {
     pub(in crate::engine) commands: mpsc::Receiver<CaptureCommand>,
     pub(in crate::engine) pacer: RestartPacer,
     pub(in crate::engine) brake: Arc<Brake>,
-    /// Who gets the database when the thread ends. WRITE is held for it.
+    /// Where the database goes when the thread ends. WRITE is held for it.
     pub(in crate::engine) left: Option<mpsc::SyncSender<Opened>>,
 }
 
@@ -74,7 +78,7 @@ impl CaptureLoop {
 
     fn end(mut self, ended: Result<()>) {
         match ended {
-            // Told, and for good. The log is what the next start has.
+            // The node has reported it, for good. The log is what the next start has.
             _ if self.base.lost() => {
                 if let Err(error) = self.last_words() {
                     self.base.node.report(Condition::LastCommitsNotLogged { error: &error });
@@ -83,14 +87,14 @@ impl CaptureLoop {
             Err(error) => self.base.fail(&error),
             Ok(()) => {
                 if let Some(left) = self.left.take() {
-                    // Where nobody takes it, it is closed.
+                    // Where no receiver takes it, it is closed.
                     let _ = left.send(self.opened());
                     return;
                 }
             }
         }
         self.base.node.applied.close();
-        // CKPT goes: not while the other thread copies in its name.
+        // CKPT goes, but not while the other thread copies in its name.
         let base = self.base.clone();
         let _nobody_copies = lock(&base.backfill);
         drop(self.capture);
@@ -111,8 +115,9 @@ impl CaptureLoop {
             while let Ok(command) = self.commands.try_recv() {
                 self.obey(command)?;
             }
-            // All of it, not the frame count alone: a writer that died after the first copy that it writes, which is the
-            // second, has left the count as it was, and nobody else can read or write until that is mended.
+            // All of the header, not the frame count alone. A writer writes the second of the two
+            // copies first. One that died after that has left the count as it was. No other process
+            // can read or write until that is mended.
             match self.base.header() {
                 Some(h) if h.max_frame != self.capture.tip.frame || h.salts != self.capture.tip.salts => {
                     self.capture(&h)?;
@@ -135,14 +140,16 @@ impl CaptureLoop {
         if self.base.lost() {
             return Ok(());
         }
-        // What is committed is handed on, so that the next start finds log and anchor at the end.
+        // The thread hands on what is committed: the next start then finds log and anchor at the
+        // end.
         if let Some(header) = self.base.header() {
             self.capture(&header)?;
         }
         self.rest()
     }
 
-    /// Brings what is committed to the log. Descriptor and mapping still have files that were removed.
+    /// Brings what is committed to the log. Descriptor and mapping still have files that were
+    /// removed.
     fn last_words(&mut self) -> Result<()> {
         if let Some(header) = self.base.header() {
             self.capture(&header)?;
@@ -153,7 +160,8 @@ impl CaptureLoop {
     fn capture(&mut self, header: &IndexHeader) -> Result<()> {
         self.brake.passed(header.max_frame);
         let mut sink = ToLog { base: &self.base, syncer: &self.syncer, brake: &self.brake };
-        // Always the end, whoever asked for it: part of a record may be out, and nothing can be put behind that.
+        // Always the end, whatever asked for it: part of a record may be out, and nothing can be
+        // put after that.
         self.capture.advance(header, &mut sink).map_err(|error| match error {
             Error::Stopped(_) | Error::ShutDown => error,
             other => Error::Stopped(other.cause()),
@@ -164,7 +172,7 @@ impl CaptureLoop {
     fn rest(&mut self) -> Result<()> {
         self.base.sync_wal()?;
         append_or_gap::sync(&self.base)?;
-        // Not between the anchor of somebody who copies and what it says.
+        // Not between the anchor of a thread that copies and what the anchor says.
         let base = self.base.clone();
         let _nobody_copies = lock(&base.backfill);
         self.base.expect_as_left()?;
@@ -181,7 +189,7 @@ impl CaptureLoop {
                     Err(error) if error.is_fatal() => Err(Error::Stopped(error.cause())),
                     _ => Ok(()),
                 };
-                // The asker may have gone; the epoch is open all the same.
+                // The asker may have gone. The epoch is open all the same.
                 let _ = reply.send(result);
                 failed
             }
@@ -194,7 +202,8 @@ impl CaptureLoop {
                     _ => Ok(()),
                 };
                 if taken.is_ok() {
-                    // From here on nothing is committed: what there is is captured below, and the thread ends.
+                    // From here on no connection commits. The code below captures what there is,
+                    // and the thread ends.
                     self.left = Some(left);
                 }
                 let _ = held.send(taken);
@@ -203,7 +212,8 @@ impl CaptureLoop {
         }
     }
 
-    /// Takes WRITE to keep it. What others commit until then is captured meanwhile: a writer may wait for that with WRITE held.
+    /// Takes WRITE to keep it. Captures meanwhile what others commit until then: a writer may wait
+    /// for that with WRITE held.
     fn take_write(&mut self, limit: Duration) -> Result<()> {
         let end = Instant::now() + limit;
         let base = self.base.clone();
@@ -226,8 +236,8 @@ impl CaptureLoop {
         if self.capture.history.epoch().number() > above {
             return Ok(());
         }
-        // No commit may be under way: its writer would name it by the old epoch. That writer may wait for capture, which
-        // therefore goes on meanwhile.
+        // No commit may be under way: its writer would name it by the old epoch. That writer may
+        // wait for capture, so capture goes on meanwhile.
         let end = Instant::now() + EPOCH_WAIT;
         let brake = self.brake.clone();
         let mut write = loop {
@@ -264,7 +274,7 @@ impl CaptureLoop {
         result
     }
 
-    /// Captures to the very end. WRITE is held.
+    /// Captures to the very end. The caller holds WRITE.
     fn settled(&mut self) -> Result<()> {
         let header = self.mended_header()?;
         self.capture(&header)
@@ -290,11 +300,11 @@ impl CaptureLoop {
                 self.base.node.report(Condition::CheckpointWorks);
                 return Ok(());
             }
-            // It is tried again and again.
+            // The thread tries again and again.
             Ok(false) if held => return Ok(()),
-            // The node is being closed: it ends with the loop, in order.
+            // The node is closing: the thread ends with the loop, in order.
             Ok(false) | Err(Error::ShutDown) => {}
-            // Full or failing disk: the WAL grows meanwhile, and nothing is lost.
+            // The disk is full or fails: the WAL grows meanwhile, and nothing is lost.
             Err(error @ Error::Io { .. }) => {
                 self.base.node.report(Condition::RestartFails { error: &error });
                 self.base.note_room(&error);
@@ -308,13 +318,13 @@ impl CaptureLoop {
 
     fn restart(&mut self) -> Result<bool> {
         let brake = self.brake.clone();
-        // Who has it otherwise is about to take it for us.
+        // The brake's thread has it otherwise, and is about to take it for us.
         let Ok(mut write) = brake.write.try_lock() else { return Ok(false) };
         if !write.take(WRITE_WAIT)? {
             return Ok(false);
         }
         let base = self.base.clone();
-        // What was committed is taken; the rest is the disk's.
+        // Capture has what was committed. The rest depends on the disk.
         let on_disk = base.progress.on_disk();
         let left = write.until.map_or(DRAIN_MAX, |until| until.saturating_duration_since(Instant::now()));
         let result = self.restart_locked(left.max(DRAIN_MAX));
@@ -337,13 +347,14 @@ impl CaptureLoop {
             Ok(_) => Ok(false),
             Err(error) => Err(error),
         };
-        // Whatever happened: WRITE is not given back while everything counts as backfilled.
+        // Whatever happened: the thread does not give WRITE back while everything counts as
+        // backfilled.
         self.capture.tip = keep_from_others(&self.base, &mut self.capture.handle)?;
         done
     }
 
-    /// Has the header whole again after a foreign writer died inside of its header write. Readers and writers would have SQLite recover, for which it
-    /// needs CKPT, which we hold for life.
+    /// Makes the header whole again after a foreign writer died inside of its header write. Readers
+    /// and writers would have SQLite recover, for which it needs CKPT, which we hold for life.
     fn mend_header(&mut self) -> Result<()> {
         let brake = self.brake.clone();
         let Ok(mut write) = brake.write.try_lock() else { return Ok(()) };
@@ -355,7 +366,8 @@ impl CaptureLoop {
         mended.map(drop)
     }
 
-    /// The header, with WRITE held: nobody is writing it. Should it be torn, one of its two copies is whole, and takes the place of the other.
+    /// Returns the header with WRITE held: no other process is writing it. Should it be torn, one
+    /// of its two copies is whole, and takes the place of the other.
     fn mended_header(&self) -> Result<IndexHeader> {
         match (self.base.header(), self.base.index.header_left()) {
             (Some(header), _) => Ok(header),
@@ -389,7 +401,7 @@ impl Sink for ToLog<'_> {
         let on_disk = self.base.progress.on_disk();
         let (begun, mut failed) = (Instant::now(), false);
         while let Err(error) = append_or_gap(self.base, units.clone(), after) {
-            // Such as for want of descriptors.
+            // For example because the process has no descriptor left.
             let cause = error.cause().of("the log can't be written");
             if begun.elapsed() >= APPEND_WAIT || self.base.stopping() {
                 return Err(Error::Stopped(cause));
@@ -402,7 +414,7 @@ impl Sink for ToLog<'_> {
         if failed && !*lock(&self.base.log_broken) {
             self.base.node.report(Condition::LogWorks);
         }
-        // Others write while this is done.
+        // Others write while the thread does this.
         self.brake.passed(self.base.index.glance().0);
         if let Some(after) = after {
             self.base.node.applied.advance(after);

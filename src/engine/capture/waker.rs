@@ -23,7 +23,7 @@ impl Waker {
 
     pub(in crate::engine) fn sleep(&self, limit: Duration, again: impl Fn() -> bool) {
         self.asleep.store(true, Ordering::SeqCst);
-        // Whoever committed before the store did not wake us.
+        // A writer that committed before the store did not wake us.
         if !again() {
             std::thread::park_timeout(limit);
         }

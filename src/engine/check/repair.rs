@@ -1,4 +1,4 @@
-//! Writing pages of the database file anew whose bytes are not what the position says.
+//! Writes pages of the database file anew whose bytes are not what the position says.
 
 use crate::checksum::PageHash;
 use crate::engine::capture::handle::PrimaryEngine;
@@ -22,13 +22,15 @@ pub(crate) struct RightPage {
 }
 
 impl PrimaryEngine {
-    /// Writes pages whose right images were proved into the file. The position is right and stays: this is no transaction. A page that was
-    /// changed meanwhile, or that the WAL has, is left alone. Which were written. Blocks.
+    /// Writes pages whose right images were proved into the file. The position is right and stays:
+    /// this is no transaction. A page that was changed meanwhile, or that the WAL has, is left
+    /// alone. Returns which pages it wrote. Blocks.
     pub(crate) fn repair(&self, pages: &[RightPage]) -> Result<Vec<PageNo>> {
         let base = &self.base;
         base.check()?;
         let mut handle = lock(&self.second);
-        // Nobody copies frames, and no reader reads from the file alone, while pages are written.
+        // No thread copies frames, and no reader reads from the file alone, while this writes
+        // pages.
         let _nobody_copies = lock(&base.backfill);
         // Once capture has stopped, CKPT is no longer ours.
         base.check()?;
@@ -41,7 +43,7 @@ impl PrimaryEngine {
         let written = caught("a repair", write).flatten();
         handle.unlock(Slot::READ0, Lock::Exclusive)?;
         let written = written?;
-        // The file is what it was; only its modification time is another one.
+        // The file is what it was. Only its modification time is another one.
         if let Some(anchor) = newest {
             let file = match anchor.file {
                 FileState::AtRest { position, .. } => base.at_rest(position)?,
@@ -60,15 +62,16 @@ impl PrimaryEngine {
     }
 }
 
-/// Writes the pages into the file, durably, each where it has the bad bytes. READ0 and the right to copy are held.
+/// Writes the pages into the file, durably, each where it has the bad bytes. The caller holds READ0
+/// and the right to copy.
 fn write_pages(
     base: &OpenDatabase,
     handle: &mut Handle,
     newest: Option<Anchor>,
     pages: &[RightPage],
 ) -> Result<Vec<PageNo>> {
-    // Should the node die in here, the file's new modification time says nothing: it is the state that it was, with some of its bad pages,
-    // of which the last are the witnesses.
+    // Should the node die in here, the file's new modification time says nothing. The file is then
+    // the state that it was, with some of its bad pages. The last of these are the witnesses.
     let bad = pages.iter().rev().map(|page| Witness::new(page.number, page.wrong)).take(Witnesses::MAX / 2);
     let bad: Witnesses = match newest {
         Some(Anchor { file: FileState::Backfilling(missing), .. }) => bad.chain(missing.iter()).collect(),
@@ -82,7 +85,7 @@ fn write_pages(
     let mut written = Vec::new();
     for RightPage { number, wrong, right } in pages {
         let frame = base.settled_header()?.max_frame;
-        // Somebody may have committed more than capture has taken.
+        // Another connection may have committed more than capture has taken.
         base.map_to(handle, frame)?;
         if base.index.lookup(number.get(), 1, frame).is_some() {
             continue;
@@ -95,7 +98,7 @@ fn write_pages(
         }
     }
     if matches!(newest, Some(Anchor { file: FileState::AtRest { .. }, .. })) {
-        // It is told by its time again.
+        // The file's time tells its state again.
         handle.truncate(length)?;
     }
     handle.sync()?;

@@ -1,4 +1,5 @@
-//! Verification: all pages of one state are hashed beside readers and writers, and compared with the position.
+//! Verification: hashes all pages of one state beside readers and writers, and compares the sum
+//! with the position.
 
 use std::collections::{BTreeMap, HashMap};
 use std::num::NonZeroU64;
@@ -34,9 +35,10 @@ const SLEEP_STEP: Duration = Duration::from_millis(10);
 const TWO_THREADS_RUNS: u32 = 256;
 /// Bytes of the log that are read at a time.
 const LOG_BYTES: usize = 1 << 20;
-/// Pages whose hashes are remembered from the log, at most, of some 32 bytes each; bad ones among the others stay unnamed.
+/// Pages whose hashes a verification remembers from the log, at most, of some 32 bytes each. Bad
+/// ones among the others stay unnamed.
 const KNOWN_MAX: usize = 1 << 20;
-/// The most pages that are named.
+/// The most pages that a verification names.
 const BAD_MAX: usize = Verification::BAD_PAGES_MAX;
 
 impl PrimaryEngine {
@@ -55,11 +57,12 @@ impl PrimaryEngine {
 }
 
 impl ReplicaEngine {
-    /// Hashes the whole database at the last transaction that was applied. Blocks for as long as that takes.
+    /// Hashes the whole database at the last transaction that this replica applied. Blocks for as
+    /// long as that takes.
     pub(crate) fn verify(&self, bytes_per_second: Option<NonZeroU64>) -> Result<Verification> {
         let (base, handle) = {
-            // The apply thread takes the base out before it closes its connections: until then the wal-index is mapped, and
-            // our connection keeps it so.
+            // The apply thread takes the base out before it closes its connections. Until then the
+            // wal-index is mapped, and our connection keeps it so.
             let shared = lock(&self.shared.term);
             let base =
                 shared.clone().ok_or_else(|| Error::NoState("the replica is not filled yet".into()))?;
@@ -103,22 +106,25 @@ fn verify(base: &Term, mut handle: Handle, limit: Option<NonZeroU64>) -> Result<
     Ok(verification)
 }
 
-/// Whether the node ends, whoever ends it.
+/// Fails when the node ends, whatever ends it.
 fn stopped(base: &Term) -> Result<()> {
     if base.stopping() || base.node.stop.is_cancelled() { Err(Error::ShutDown) } else { Ok(()) }
 }
 
-/// Holds the state at the tip still, for as long as the handle lives: no frame after it is copied into the file, and the WAL is not begun
-/// anew. By a read mark, as a reader does it, but at the tip, whose position is known, and never at READ0, which would keep all frames out
-/// of the file.
+/// Holds the state at the tip still, for as long as the handle lives. No thread copies a frame
+/// after it into the file, and none begins the WAL anew. It holds a read mark as a reader does, but
+/// at the tip, whose position is known. It never takes READ0, which would keep all frames out of
+/// the file.
 fn pin(base: &Term, handle: &mut Handle) -> Result<Tip> {
     let mut end = Instant::now() + MARK_WAIT;
     while Instant::now() < end {
         stopped(base)?;
         match base.backfill.try_lock() {
-            // A copy that is under way is waited for in steps, because the node may end meanwhile.
+            // The loop waits in steps for a copy that is under way, because the node may end
+            // meanwhile.
             Err(TryLockError::WouldBlock) => end = Instant::now() + MARK_WAIT,
-            // Between the look at the tip and the lock nobody copies frames behind it, nor begins the WAL anew.
+            // Between the look at the tip and the lock no thread copies frames after it, nor begins
+            // the WAL anew.
             _nobody_copies => {
                 let tip = base.tip();
                 if pin_at(base, handle, tip.frame)? {
@@ -143,7 +149,7 @@ fn pin_at(base: &OpenDatabase, handle: &mut Handle, frame: u32) -> Result<bool> 
             }
         }
     }
-    // All are in use: one that stands at an older frame protects what comes after it as well.
+    // All are in use. One that stands at an older frame protects what comes after it as well.
     for mark in 1..5 {
         if share(base, handle, mark, frame)? {
             return Ok(true);
@@ -152,13 +158,13 @@ fn pin_at(base: &OpenDatabase, handle: &mut Handle, frame: u32) -> Result<bool> 
     Ok(false)
 }
 
-/// Shares a mark if it protects the frame. Once it is shared nobody moves it.
+/// Shares a mark if it protects the frame. No reader moves a shared mark.
 fn share(base: &OpenDatabase, handle: &mut Handle, mark: usize, frame: u32) -> Result<bool> {
     let slot = Slot::read(mark);
     if !handle.try_lock(slot, Lock::Shared)? {
         return Ok(false);
     }
-    // A reader may have moved it between.
+    // A reader may have moved the mark in between.
     if base.index.read_mark(mark) <= frame && !base.doubts(slot) {
         return Ok(true);
     }
@@ -166,7 +172,8 @@ fn share(base: &OpenDatabase, handle: &mut Handle, mark: usize, frame: u32) -> R
     Ok(false)
 }
 
-/// The sum over all pages at the tip, which is pinned. Sums commute, so that two threads may share the runs.
+/// The sum over all pages at the tip, which the caller has pinned. Sums commute, so two threads may
+/// share the runs.
 fn hash(base: &Term, handle: &mut Handle, tip: &Tip, limit: Option<NonZeroU64>) -> Result<Checksum> {
     let whole = Whole::new(base, tip.frame, tip.pages);
     let (next, begun) = (AtomicU32::new(0), Instant::now());
@@ -199,7 +206,7 @@ fn hash(base: &Term, handle: &mut Handle, tip: &Tip, limit: Option<NonZeroU64>) 
     })
 }
 
-/// Sleeps for as long as the limit asks for after so many pages.
+/// Sleeps for as long as the limit asks for after this many pages.
 fn pause(base: &Term, pages: u32, begun: Instant, limit: Option<NonZeroU64>) -> Result<()> {
     let due = limit.map_or(Duration::ZERO, |limit| {
         let bytes = u128::from(pages) * u128::from(base.page_size.get());
@@ -215,7 +222,8 @@ fn pause(base: &Term, pages: u32, begun: Instant, limit: Option<NonZeroU64>) -> 
     }
 }
 
-/// The pages that are not what the newest record says that has them, and whether they are the whole difference.
+/// Names the pages that are not what the newest record with them says, and says whether they are
+/// the whole difference.
 fn name_bad_pages(
     base: &Term,
     handle: &mut Handle,
@@ -241,7 +249,8 @@ fn name_bad_pages(
     Ok((bad, mended == tip.position.checksum()))
 }
 
-/// The hash of each page that the retained log has an image of, as of a state. None when the log does not reach to it.
+/// The hash of each page that the retained log has an image of, as of a state. None when the log
+/// does not reach to that state.
 fn logged(base: &Term, at: Position) -> Result<HashMap<PageNo, PageHash>> {
     let log = &base.log;
     let mut known = HashMap::new();
@@ -260,7 +269,7 @@ fn logged(base: &Term, at: Position) -> Result<HashMap<PageNo, PageHash>> {
         decoder.push(bytes);
         while let Some(unit) = decoder.next().map_err(|e| corrupt(lsn, e))? {
             match unit.decode().map_err(|e| corrupt(lsn, e))? {
-                // Its hash was verified: a damaged log names no page.
+                // The reader verified its hash: a damaged log names no page.
                 Message::Page { number, hash, .. }
                     if known.len() < KNOWN_MAX || known.contains_key(&number) =>
                 {

@@ -1,6 +1,6 @@
-//! Copying frames back into the database file, and beginning the WAL anew.
+//! Copies frames back into the database file, and begins the WAL anew.
 //!
-//! Everybody else's checkpoints are refused while we hold the CKPT lock; these are ours.
+//! SQLite refuses all others' checkpoints while we hold the CKPT lock; these are ours.
 
 use std::time::{Duration, Instant};
 
@@ -20,16 +20,17 @@ use crate::wal::{FRAME_HEADER_BYTES, IndexHeader, READ_MARK_UNUSED, frame_bytes,
 
 /// Frames that may be left to copy while the write lock is held.
 pub(in crate::engine) const REST_MAX_FRAMES: u32 = 256;
-/// Pages are copied in runs of about this size, before each of which the files are looked at.
+/// A copy takes pages in runs of about this size, and looks at the files before each run.
 const RUN_BYTES: usize = 256 * 1024;
-/// The most that is written to the file at once.
+/// The most that a copy writes to the file at once.
 const WRITE_BYTES: usize = 64 * 1024;
 /// Longest that new writers wait while readers drain from the WAL.
 pub(in crate::engine) const DRAIN_MAX: Duration = Duration::from_millis(30);
-/// Pause between tries of a lock that is held for microseconds by others.
+/// Pause between tries of a lock that others hold for microseconds.
 pub(in crate::engine) const LOCK_STEP: Duration = Duration::from_micros(30);
 
-/// Copies what readers allow, without stopping anybody. Returns the frame that the file now stands at.
+/// Copies what readers allow, without stopping any connection. Returns the frame that the file now
+/// stands at.
 pub(in crate::engine) fn backfill_some(
     base: &Term,
     handle: &mut Handle,
@@ -37,8 +38,8 @@ pub(in crate::engine) fn backfill_some(
 ) -> Result<Option<u32>> {
     let _one = lock(&base.backfill);
     let tip = base.tip();
-    // Once capture has stopped, CKPT is no longer ours; and frames of a generation that is not the tip's are never ours
-    // to copy, nor to count.
+    // Once capture has stopped, CKPT is no longer ours. Frames of a generation that is not the
+    // tip's are never ours to copy, nor to count.
     let ours = |h: IndexHeader| h.salts == tip.salts && h.max_frame >= tip.frame;
     if base.check().is_err() || !base.header().is_some_and(ours) {
         return Ok(None);
@@ -57,8 +58,8 @@ pub(in crate::engine) fn backfill_some(
     let result = copy(base, handle, &target, done);
     handle.unlock(Slot::READ0, Lock::Exclusive)?;
     result?;
-    // A writer that sees everything backfilled may restart the WAL by itself. Only who holds the write
-    // lock for life may say "everything".
+    // A writer that sees everything backfilled may restart the WAL by itself. Only a node that
+    // holds the write lock for life may say "everything".
     let full = base.header().is_none_or(|h| h.max_frame <= target.frame);
     let visible = if full && !may_complete { target.frame - 1 } else { target.frame };
     base.index.set_backfilled(visible);
@@ -67,7 +68,7 @@ pub(in crate::engine) fn backfill_some(
     Ok(Some(visible))
 }
 
-/// Takes READ0, which readers have who use no frame of the WAL.
+/// Takes READ0, which readers hold that use no frame of the WAL.
 pub(in crate::engine) fn lock_file(base: &OpenDatabase, handle: &mut Handle) -> Result<bool> {
     let locked = try_for(handle, Slot::READ0, Lock::Exclusive, DRAIN_MAX)?;
     base.bound.mark(0, (!locked).then_some(0));
@@ -81,10 +82,11 @@ pub(in crate::engine) fn rest(base: &OpenDatabase, target: &Tip) -> Result<()> {
     base.write_anchor(target, file, false)
 }
 
-/// Copies the newest image of each page in `done+1 ..= target` and fsyncs. READ0 is held, exclusive.
+/// Copies the newest image of each page in `done+1 ..= target` and fsyncs. The caller holds READ0,
+/// exclusive.
 pub(in crate::engine) fn copy(base: &Term, handle: &mut Handle, target: &Tip, done: u32) -> Result<()> {
-    // What is copied must be on the disk in the WAL first, and in the log: after this, the file can't
-    // go back to the state that the log's tip may need.
+    // The WAL must have what is copied on the disk first, and so must the log. After this, the file
+    // can't go back to the state that the log's tip may need.
     base.sync_wal()?;
     if let Err(error) = append_or_gap::sync(base) {
         base.node.report(Condition::BackfillUnsynced { error: &error });
@@ -107,14 +109,14 @@ pub(in crate::engine) fn copy(base: &Term, handle: &mut Handle, target: &Tip, do
     while newest.next(&mut pages) {
         pages.retain(|(page, _)| *page > first && *page <= target.pages);
         for run in pages.chunks(run) {
-            // Each time: a large copy takes a while.
+            // Before each run: a large copy takes a while.
             base.writing(|| images.copy(base, handle, run))?;
             if base.stopping() {
                 return Err(Error::ShutDown);
             }
         }
     }
-    // The last: while it is the older one, not all was copied.
+    // Page 1 comes last: while the file has the older one, not all was copied.
     if let Some(frame) = base.index.lookup(first, done + 1, target.frame) {
         base.writing(|| images.copy(base, handle, &[(first, frame)]))?;
     }
@@ -130,7 +132,8 @@ struct Images {
 }
 
 impl Images {
-    /// Copies pages from their frames, neighbours by one write; frames that are neighbours are read at once.
+    /// Copies pages from their frames. Neighbouring pages take one write, and neighbouring frames
+    /// one read.
     fn copy(&mut self, base: &OpenDatabase, handle: &mut Handle, run: &[Found]) -> Result<()> {
         let (size, frame) = (base.page_size.bytes(), frame_bytes(base.page_size));
         for neighbours in run.chunk_by(|(one, _), (other, _)| one + 1 == *other) {
@@ -152,19 +155,20 @@ impl Images {
     }
 }
 
-/// A mark behind the end of a file of so many bytes.
+/// A mark after the end of a file of this many bytes.
 fn new_mark(offset: u64) -> Result<CopyTag> {
     Ok(CopyTag { offset, nonce: random::array()? })
 }
 
-/// Without it only a hash of everything tells later that the file is still this one.
+/// Without the mark only a hash of everything tells later that the file is still this one.
 fn set_mark(handle: &mut Handle, mark: CopyTag) {
     if let Err(error) = handle.write(&mark.nonce, mark.offset) {
         tracing::debug!(%error, "the file is not marked");
     }
 }
 
-/// Whether the file is still the one that was marked: nobody has put another in its place, nor cut it.
+/// Whether the file is still the one that was marked: no one has put another in its place, nor cut
+/// it.
 pub(in crate::engine) fn is_marked(handle: &mut Handle, mark: Option<CopyTag>) -> Result<bool> {
     let Some(mark) = mark else { return Ok(false) };
     let mut found = [0; CopyTag::BYTES];
@@ -172,7 +176,8 @@ pub(in crate::engine) fn is_marked(handle: &mut Handle, mark: Option<CopyTag>) -
     Ok(found == mark.nonce && handle.size()? == mark.offset + CopyTag::BYTES as u64)
 }
 
-/// Marks a file whose content was proved, and that has no time which says so. The mark that it has already stays.
+/// Marks a file whose content was proved, and that has no time which says so. A mark that it has
+/// already stays.
 pub(in crate::engine) fn mark_again(base: &OpenDatabase, handle: &mut Handle) -> Result<Option<CopyTag>> {
     if let FileState::Backfilling(witnesses) = base.file_state()
         && is_marked(handle, witnesses.mark)?
@@ -188,7 +193,7 @@ pub(in crate::engine) fn mark_again(base: &OpenDatabase, handle: &mut Handle) ->
 /// The last frame that no reader needs to stay out of the file.
 pub(in crate::engine) fn safe_frame(base: &OpenDatabase, handle: &mut Handle, max: u32) -> Result<u32> {
     let mut safe = max;
-    // The marks are looked at as they are now, and no loss of locks is behind them that nobody saw.
+    // This looks at the marks as they are now, after it has noticed any loss of locks.
     base.mend_locks(handle)?;
     let newest = base.index.glance().0;
     for mark in 1..5 {

@@ -10,8 +10,9 @@ use crate::random;
 use crate::sqlite::Handle;
 use crate::wal::{READ_MARK_UNUSED, Salts, push_frame, wal_header};
 
-/// Writes the header and the identity frame of a new generation over the WAL's begin, and publishes it. The file
-/// alone holds the tip's state and is synced; CKPT and WRITE are held, and nobody reads from the WAL.
+/// Writes the header and the identity frame of a new generation over the WAL's begin, and publishes
+/// it. The file alone holds the tip's state and is synced. The caller holds CKPT and WRITE, and no
+/// reader reads from the WAL.
 pub(in crate::engine) fn begin_generation(
     base: &OpenDatabase,
     handle: &mut Handle,
@@ -38,11 +39,13 @@ fn begin_over(base: &OpenDatabase, handle: &mut Handle, tip: &Tip, file: FileSta
     let new = Tip { salts, frame: 1, sum, ..*tip };
     let (position, pages) = (tip.position, tip.pages);
     let anchor = Anchor { generation, salts, frame: 1, sum, position, pages, file, ahead: false };
-    // Before the first byte of the new generation: whoever finds that generation finds its meaning.
+    // Before the first byte of the new generation: a start that finds that generation finds its
+    // meaning.
     lock(&base.anchors).write(anchor, true)?;
     overwrite(base, handle, &new, &bytes).map_err(|error| {
-        // The index says by now that the WAL is empty, and the file may be neither the old WAL nor the new one. Readers
-        // have all in the database; but whoever went on from the old tip would mix two generations.
+        // The index says by now that the WAL is empty, and the file may be neither the old WAL nor
+        // the new one. Readers have all in the database. But a writer that went on from the old tip
+        // would mix two generations.
         let error = Error::Stopped(error.cause().of("the WAL could not be begun anew"));
         base.give_up(&error);
         error
@@ -52,7 +55,8 @@ fn begin_over(base: &OpenDatabase, handle: &mut Handle, tip: &Tip, file: FileSta
     Ok(new)
 }
 
-/// Puts a new generation of one frame in the place of the old one, first in the index, then in the file.
+/// Puts a new generation of one frame in the place of the old one, first in the index, then in the
+/// file.
 fn overwrite(base: &OpenDatabase, handle: &Handle, new: &Tip, bytes: &[u8]) -> Result<()> {
     let big_endian = cfg!(target_endian = "big");
     base.index.set_backfilled(0);
@@ -69,7 +73,8 @@ fn overwrite(base: &OpenDatabase, handle: &Handle, new: &Tip, bytes: &[u8]) -> R
     base.wal.write(bytes, 0)?;
     base.sync_wal()?;
     if long {
-        // What a long reader or a large transaction made of it is given back to the file system.
+        // The node gives back to the file system what a long reader or a large transaction made of
+        // the WAL.
         base.wal.truncate(base.options.wal_limit_bytes.max(bytes.len() as u64))?;
     }
     base.index.append(handle, 1, 1)?;
@@ -77,7 +82,8 @@ fn overwrite(base: &OpenDatabase, handle: &Handle, new: &Tip, bytes: &[u8]) -> R
     Ok(())
 }
 
-/// Salts that no other generation of this database, nor of another branch of it, has had. The second follows from the first: see [`are_ours`].
+/// Salts that no other generation of this database, nor of another branch of it, has had. The
+/// second follows from the first: see [`are_ours`].
 fn salts_of(tip: &Tip, generation: u64) -> Result<Salts> {
     let random = random::array::<16>()?;
     let mut hasher = blake3::Hasher::new_derive_key("replite 2026 v1 wal salts");
@@ -97,7 +103,8 @@ fn salts_from(first: [u8; 4]) -> Salts {
     Salts(salts)
 }
 
-/// Whether a generation was begun by a node. SQLite adds one to the first salt and draws the second, when it begins a WAL anew.
+/// Whether a node began a generation. SQLite adds one to the first salt and draws the second, when
+/// it begins a WAL anew.
 pub(in crate::engine) fn are_ours(salts: Salts) -> bool {
     let mut first = [0; 4];
     first.copy_from_slice(&salts.0[..4]);

@@ -1,4 +1,4 @@
-//! How the WAL is begun anew under readers, and kept from being begun anew by others.
+//! How a node begins the WAL anew under readers, and keeps others from doing so.
 
 use std::time::{Duration, Instant};
 
@@ -22,7 +22,7 @@ const LONG_STEP: Duration = Duration::from_millis(1);
 pub(in crate::engine) enum Restart {
     /// A new generation began; the tip is its first frame.
     Done(Tip),
-    /// Too much is left to copy, or somebody else copies.
+    /// Too much is left to copy, or another thread copies.
     NotYet,
     /// Everything is copied, but readers stayed in the WAL.
     Readers,
@@ -58,8 +58,9 @@ pub(in crate::engine) fn restart(base: &Term, handle: &mut Handle, drain: Durati
     begun.map(Restart::Done)
 }
 
-/// Whether the tip is the header's end still. WRITE is held; but a descriptor that was closed in this process may have dropped it, which is seen a while
-/// later, and readers were waited for.
+/// Whether the tip is the header's end still. WRITE is held, but a descriptor that was closed in
+/// this process may have dropped it. The node sees that a while later, and it has waited for
+/// readers meanwhile.
 fn is_the_end(base: &OpenDatabase, tip: &Tip) -> Result<bool> {
     match base.header() {
         Some(header) if header.salts != tip.salts || header.max_frame < tip.frame => {
@@ -69,7 +70,7 @@ fn is_the_end(base: &OpenDatabase, tip: &Tip) -> Result<bool> {
     }
 }
 
-/// Copies the rest and says that all is copied; false while a reader is in the way.
+/// Copies the rest and says that all is copied. Returns false while a reader is in the way.
 fn complete(base: &Term, handle: &mut Handle, tip: &Tip) -> Result<bool> {
     let done = base.index.backfilled();
     if done >= tip.frame {
@@ -115,22 +116,22 @@ pub(in crate::engine) fn lock_marks(
             if let Ok(true) = locked {
                 break;
             }
-            // All is copied: nobody joins it any more.
+            // All is copied: no reader joins this mark any more.
             base.bound.mark(mark, Some(base.index.read_mark(mark)));
             base.bound.pin(true);
             if locked.is_err() || begun.elapsed() >= limit || gives_up() {
                 (1..mark).try_for_each(|held| handle.unlock(Slot::read(held), Lock::Exclusive))?;
                 return locked;
             }
-            // Who stays for longer is not looked for as often.
+            // After `DRAIN_MAX` the loop looks less often for a reader that stays.
             std::thread::sleep(if begun.elapsed() < DRAIN_MAX { LOCK_STEP } else { LONG_STEP });
         }
     }
     Ok(true)
 }
 
-/// Rewrites page 1 as it is, so that the WAL has a frame that is not backfilled and nobody else restarts it.
-/// WRITE is held and the tip is the header's end.
+/// Rewrites page 1 as it is. The WAL has a frame then that is not backfilled, and no other process
+/// restarts it. The caller holds WRITE, and the tip is the header's end.
 fn append_identity(base: &OpenDatabase, handle: &mut Handle) -> Result<Tip> {
     let tip = base.tip();
     let header = base.settled_header()?;
@@ -149,18 +150,18 @@ fn append_identity(base: &OpenDatabase, handle: &mut Handle) -> Result<Tip> {
     Ok(new)
 }
 
-/// Sees to it that nobody else restarts the WAL once WRITE is given back: not everything may count as backfilled then.
-/// WRITE is held and the tip is the header's end.
+/// Sees to it that no other process restarts the WAL once WRITE is given back: not everything may
+/// count as backfilled then. The caller holds WRITE, and the tip is the header's end.
 pub(in crate::engine) fn keep_from_others(base: &OpenDatabase, handle: &mut Handle) -> Result<Tip> {
     let tip = base.tip();
-    // Frames of somebody else are not backfilled either.
+    // Frames that others wrote are not backfilled either.
     if base.index.backfilled() < tip.frame || !is_the_end(base, &tip)? {
         return Ok(tip);
     }
     let kept = append_identity(base, handle);
     if kept.is_err() {
-        // No room for a frame. Then the last one counts as not backfilled, and the header changes, so that a reader
-        // who has seen everything backfilled can't become a writer.
+        // There is no room for a frame. Then the last one counts as not backfilled, and the header
+        // changes. A reader that has seen everything backfilled can't become a writer then.
         base.index.set_backfilled(tip.frame.saturating_sub(1));
         if let Some(header) = base.header() {
             let change = header.change.wrapping_add(1);

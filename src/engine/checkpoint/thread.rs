@@ -1,4 +1,5 @@
-//! The thread that copies frames back into the database file, and on a replica syncs what was applied.
+//! The thread that copies frames back into the database file, and on a replica syncs what was
+//! applied.
 
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -24,9 +25,9 @@ const LOOK: Duration = Duration::from_millis(50);
 const PAUSE: Duration = Duration::from_secs(1);
 /// How often a replica fsyncs what it applied.
 const APPLIED_SYNC: Duration = Duration::from_millis(200);
-/// How often the log is fsynced when nothing else asks for it.
+/// How often the thread fsyncs the log when nothing else asks for it.
 const LOG_SYNC: Duration = Duration::from_secs(1);
-/// How often the reserve is looked for, and made again on a disk that was full.
+/// How often the thread looks for the reserve, and makes it again on a disk that was full.
 const ROOM_LOOK: Duration = Duration::from_secs(1);
 /// The fewest frames that are worth a backfill.
 const FRAMES_MIN: u32 = 64;
@@ -34,7 +35,7 @@ const FRAMES_MIN: u32 = 64;
 pub(in crate::engine) struct Checkpointer {
     pub(in crate::engine) base: Arc<Term>,
     pub(in crate::engine) handle: Handle,
-    /// On a replica, whose write lock is held for life.
+    /// On a replica, which holds the write lock for life.
     pub(in crate::engine) replica: Option<ReplicaSync>,
     pub(in crate::engine) log_synced: Instant,
     pub(in crate::engine) applied_synced: Instant,
@@ -68,7 +69,7 @@ impl Checkpointer {
                         self.base.node.report(Condition::CheckpointWorks);
                     }
                     Ok(()) | Err(Error::ShutDown) => {}
-                    // Told, and for good.
+                    // The node has reported it, for good.
                     Err(_) if self.base.sound().is_err() => {
                         if let (true, Some(replica)) = (self.base.lost(), &self.replica) {
                             (replica.ready)();
@@ -76,7 +77,8 @@ impl Checkpointer {
                     }
                     Err(error) => {
                         self.base.note_room(&error);
-                        // The WAL grows meanwhile; nothing is lost, and the copy is made again from its begin.
+                        // The WAL grows meanwhile. Nothing is lost, and the thread makes the copy
+                        // again from its begin.
                         if !failing {
                             self.base.node.report(Condition::CheckpointFails { error: &error });
                         }
@@ -90,14 +92,15 @@ impl Checkpointer {
         Ok(())
     }
 
-    /// Has a reserve for the day when the disk is full. Whether one can be made tells whether it is.
+    /// Keeps a reserve for the day when the disk is full. Whether the thread can make one tells
+    /// whether it is.
     fn keep_reserve(&self, last: &mut Option<Instant>) {
         let (node, directory) = (&self.base.node, self.base.options.paths.state_dir());
         if last.is_some_and(|last| last.elapsed() < ROOM_LOOK) || self.base.check().is_err() {
             return;
         }
         let first = last.replace(Instant::now()).is_none();
-        // At first in any case: who opened us may have found no room.
+        // At first in any case: the code that opened us may have found no room.
         if !first && reserve::is_there(directory) && !node.has_problem(Part::Room) {
             return;
         }
@@ -113,23 +116,25 @@ impl Checkpointer {
         self.base.expect_files()?;
         self.base.mend_locks(&mut self.handle)?;
         let logged = self.sync_log();
-        // The WAL is copied back all the same: a disk that fails the log would else make it grow for ever.
+        // The thread copies the WAL back all the same. A disk that fails the log would else make
+        // the WAL grow for ever.
         let copied = self.copy_back();
         logged.and(copied)
     }
 
     fn sync_log(&mut self) -> Result<()> {
         if self.log_synced.elapsed() > LOG_SYNC && !*lock(&self.base.log_broken) {
-            // Here, so that no append ever has to do it.
+            // Here, so no append ever has to do it.
             self.log_synced = Instant::now();
             append_or_gap::sync(&self.base)?;
         }
         if let Some(replica) = &self.replica {
-            // What a primary vouches for: nothing else is acknowledged.
+            // What a primary vouches for: the replica acknowledges nothing else.
             let position = self.base.node.applied.position();
             if *replica.synced.borrow() != position && self.applied_synced.elapsed() >= APPLIED_SYNC {
                 self.applied_synced = Instant::now();
-                // The log first: a record that the WAL has and the log lacks would not be vouched for.
+                // The log first: no one would vouch for a record that the WAL has and the log
+                // lacks.
                 append_or_gap::sync(&self.base)?;
                 self.base.sync_wal()?;
                 replica.synced.send_replace(position);
@@ -145,7 +150,7 @@ impl Checkpointer {
         let behind = frames.saturating_sub(self.base.index.backfilled());
         let long = u64::from(frames) > limit;
         let due = if self.base.bound.squeezed() {
-            // What is left then is copied by who begins the WAL anew.
+            // The thread that begins the WAL anew copies what is left then.
             behind > REST_MAX_FRAMES
         } else {
             behind > worth || (long && behind > FRAMES_MIN)

@@ -1,7 +1,8 @@
-//! Anchors: which position a frame of the WAL stands for, kept beside the database.
+//! Anchors: which position a frame of the WAL stands for. The node keeps them beside the database.
 //!
-//! `<state directory>/anchors` has two slots of 256 bytes, at 0 and 4096, written in turn, so that a torn write leaves the
-//! other. `<state directory>/epochs` holds the epoch history and is replaced by rename.
+//! `<state directory>/anchors` has two slots of 256 bytes, at 0 and 4096. The node writes them in
+//! turn, so a torn write leaves the other. `<state directory>/epochs` holds the epoch history; the
+//! node replaces it by rename.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -32,17 +33,19 @@ const _: () = assert!(WITNESSES_AT + Witnesses::MAX * Witness::BYTES <= CHECK_AT
 /// What was known of the database file alone when an anchor was written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum FileState {
-    /// The file alone, without the WAL, is the state at `position`, and nobody has written to it since
-    /// `modified` (nanoseconds since 1970).
+    /// The file alone, without the WAL, is the state at `position`. No process has written to it
+    /// since `modified` (nanoseconds since 1970).
     AtRest { position: Position, modified: i64 },
-    /// Frames up to the anchor are being copied into it, or may have been: it need not be a committed state.
+    /// The node is copying frames up to the anchor into the file, or may have begun to: it need not
+    /// be a committed state.
     Backfilling(Witnesses),
 }
 
 /// The position that a frame of the WAL stands for.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Anchor {
-    /// Counts the WAL generations that this node began; never reused, so that salts are not either.
+    /// Counts the WAL generations that this node began. The node never reuses a number, so it never
+    /// reuses salts either.
     pub(crate) generation: u64,
     pub(crate) salts: Salts,
     /// A commit frame of that generation; zero: only what `file` says counts.
@@ -52,7 +55,8 @@ pub(crate) struct Anchor {
     /// The database's size in pages.
     pub(crate) pages: u32,
     pub(crate) file: FileState,
-    /// Written before its commit frame, which may not have come to be: then the anchor counts for nothing.
+    /// The node wrote the anchor before its commit frame, which may not have come to be. Then the
+    /// anchor counts for nothing.
     pub(crate) ahead: bool,
 }
 
@@ -144,11 +148,11 @@ pub(crate) struct Anchors {
     file: File,
     path: PathBuf,
     sequence: u64,
-    /// Of an anchor that was forgotten.
+    /// The highest generation of an anchor that was forgotten.
     generation: u64,
-    /// The file was there, and no anchor was ever written to it.
+    /// The file was there, and no node ever wrote an anchor to it.
     unwritten: bool,
-    /// It was made just now.
+    /// This node made the file just now.
     made: bool,
     slots: [Option<(u64, Anchor)>; 2],
 }
@@ -186,12 +190,14 @@ impl Anchors {
         all.into_iter().map(|(_, anchor)| anchor).collect()
     }
 
-    /// Whether a node that made the file died before it had written the first anchor: then nothing is missing.
+    /// Whether a node that made the file died before it had written the first anchor. Then nothing
+    /// is missing.
     pub(crate) fn unwritten(&self) -> bool {
         self.unwritten
     }
 
-    /// Beside a history there must have been anchors: a file that was made just now is not to be taken for that of a first start.
+    /// Notes that anchors are missing: beside a history there must have been some. A file that was
+    /// made just now must not pass for that of a first start.
     pub(crate) fn miss(&mut self) -> Result<()> {
         if std::mem::take(&mut self.made) {
             let bytes = SLOT_OFFSETS[1] + SLOT_BYTES as u64;
@@ -201,7 +207,7 @@ impl Anchors {
         Ok(())
     }
 
-    /// Forgets anchors that are of no use: the next one is written over them.
+    /// Forgets anchors that are of no use. The next one overwrites them.
     pub(crate) fn retain(&mut self, keep: impl Fn(&Anchor) -> bool) {
         self.generation = self.generation();
         for slot in &mut self.slots {
@@ -209,7 +215,7 @@ impl Anchors {
         }
     }
 
-    /// The highest generation that was ever used.
+    /// The highest generation that this database ever used.
     pub(crate) fn generation(&self) -> u64 {
         let known = self.slots.iter().flatten().map(|(_, a)| a.generation);
         known.max().unwrap_or(0).max(self.generation)

@@ -1,4 +1,5 @@
-//! What the threads of one open database share: the wal-index, the WAL, the tip, and how a page is read as of a frame.
+//! What the threads of one open database share: the wal-index, the WAL, the tip, and how a thread
+//! reads a page as of a frame.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -26,11 +27,11 @@ use crate::wal::{IndexHeader, frame_bytes};
 
 pub(in crate::engine) use crate::engine::file::tip::Tip;
 
-/// Commit boundaries that are remembered within a generation, so that a backfill that readers hold back can still
-/// stop at a known position.
+/// Commit boundaries of a generation that the node remembers. A backfill that readers hold back can
+/// then still stop at a known position.
 const BOUNDARIES_MAX: usize = 1024;
-/// How long somebody may take to write the wal-index's header, for which SQLite needs less than a microsecond unless the system takes its processor away;
-/// and how long between two looks.
+/// How long another process may take to write the wal-index's header. SQLite needs less than a
+/// microsecond, unless the system takes its processor away. And how long to wait between two looks.
 const HEADER_WAIT: Duration = Duration::from_millis(200);
 const HEADER_STEP: Duration = Duration::from_micros(100);
 
@@ -52,19 +53,20 @@ pub(in crate::engine) struct OpenDatabase {
     pub(in crate::engine) asked: Mutex<Asked>,
     boundaries: Mutex<Vec<Tip>>,
     pub(in crate::engine) anchors: Mutex<Anchors>,
-    /// Read-held while a page is looked up and read; write-held while the WAL is restarted.
+    /// Read-held while a thread looks a page up and reads it. Write-held while a thread restarts
+    /// the WAL.
     pub(in crate::engine) generation: RwLock<()>,
-    /// Held by whoever copies frames into the database file.
+    /// The thread that copies frames into the database file holds it.
     pub(in crate::engine) backfill: Mutex<()>,
     pub(in crate::engine) bound: Bound,
     locks: Option<Arc<FileLocks>>,
     pub(in crate::engine) watch: Watch,
-    /// The log could not be written and waits for a whole transaction to begin again behind.
+    /// The node could not write the log, which waits to begin again after a whole transaction.
     pub(in crate::engine) log_broken: Mutex<bool>,
-    /// Why the files can't be believed any more.
+    /// Why no one can believe the files any more.
     broken: Mutex<Option<Cause>>,
     when_lost: Mutex<WhenLost>,
-    /// The files are not those that were opened, or not as they were left.
+    /// The files are not those that the node opened, or not as the node left them.
     lost: AtomicBool,
 }
 
@@ -111,7 +113,7 @@ impl OpenDatabase {
         *lock(&self.tip)
     }
 
-    /// Moves the tip; waiters in this crate and outside are woken by the caller through `node.applied`.
+    /// Moves the tip. The caller wakes waiters in this crate and outside through `node.applied`.
     pub(in crate::engine) fn set_tip(&self, tip: Tip) {
         let before = std::mem::replace(&mut *lock(&self.tip), tip);
         let mut boundaries = lock(&self.boundaries);
@@ -131,8 +133,9 @@ impl OpenDatabase {
         self.tip_moved.notify_all();
     }
 
-    /// Moves the tip to a state that does not follow from the commits before it. From now on no boundary before it is one:
-    /// an anchor there would have its commit counted like any other.
+    /// Moves the tip to a state that does not follow from the commits before it. From now on no
+    /// boundary before it is one: the next start would count its commit from an anchor there like
+    /// any other.
     pub(in crate::engine) fn leap(&self, tip: Tip) {
         lock(&self.boundaries).clear();
         self.set_tip(tip);
@@ -143,7 +146,7 @@ impl OpenDatabase {
         lock(&self.boundaries).iter().rev().find(|t| t.frame <= frame).copied()
     }
 
-    /// No backfill ends between this frame and the last one that was taken.
+    /// No backfill ends between this frame and the last one that capture took.
     pub(in crate::engine) fn forget_boundaries(&self, from: u32) {
         lock(&self.boundaries).retain(|tip| tip.frame < from);
     }
@@ -152,13 +155,14 @@ impl OpenDatabase {
     pub(in crate::engine) fn taken(&self, before: &Tip, now: &Tip) {
         let asked = lock(&self.asked).hear(before, now);
         if asked {
-            // Who has looked already waits by the time that this has the lock.
+            // A thread that has looked already waits by the time that this has the lock.
             drop(lock(&self.tip));
             self.tip_moved.notify_all();
         }
     }
 
-    /// Waits until `look` finds something at the tip. It says for how long to wait before it looks again, should the tip not move before.
+    /// Waits until `look` finds something at the tip. `look` says for how long to wait before it
+    /// looks again, should the tip not move before.
     pub(in crate::engine) fn wait_moved<T>(
         &self,
         mut look: impl FnMut(&Tip) -> Result<Result<T, Duration>>,
@@ -179,12 +183,12 @@ impl OpenDatabase {
         self.tip_moved.notify_all();
     }
 
-    /// Fails when the files can't be believed any more, and says why.
+    /// Fails when no one can believe the files any more, and says why.
     pub(in crate::engine) fn intact(&self) -> Result<()> {
         lock(&self.broken).as_ref().map_or(Ok(()), |why| Err(Error::Stopped(why.clone())))
     }
 
-    /// The files can't be gone on with, whatever the role: stops replication of this database for good, loudly.
+    /// No role can go on with the files: stops replication of this database for good, loudly.
     pub(in crate::engine) fn give_up(&self, error: &Error) {
         if lock(&self.broken).replace(error.cause()).is_none() {
             self.wake();
@@ -199,10 +203,12 @@ impl OpenDatabase {
         }
     }
 
-    /// Looks whether the files are those that were opened, and the database as this node left it, as far as nobody copies into it just now.
+    /// Looks whether the files are those that the node opened. Unless a thread copies into the
+    /// database just now, looks too whether it is as this node left it.
     ///
     /// # Errors
-    /// [`Error::Stopped`] when they are not. From then on nothing here is believed, nor written.
+    /// [`Error::Stopped`] when they are not. From then on the node neither believes nor writes
+    /// anything here.
     pub(in crate::engine) fn expect_files(&self) -> Result<()> {
         let found = match self.backfill.try_lock() {
             Err(TryLockError::WouldBlock) => self.watch.astray(),
@@ -211,13 +217,14 @@ impl OpenDatabase {
         found.map_or(Ok(()), |found| Err(self.lose(&found)))
     }
 
-    /// The same for who holds `backfill`.
+    /// The same for a caller that holds `backfill`.
     pub(in crate::engine) fn expect_as_left(&self) -> Result<()> {
         self.watch.as_left().map_or(Ok(()), |found| Err(self.lose(&found)))
     }
 
-    /// Whether nobody else wrote to the database until now, when a transaction has read all that it reads: what is read from such a file is not
-    /// committed. While frames are being copied into it, who copies looks.
+    /// Fails if another process wrote to the database until now, when a transaction has read all
+    /// that it reads. A transaction must not commit what it read from such a file. While a thread
+    /// copies frames into it, that thread looks.
     ///
     /// # Errors
     /// As for [`OpenDatabase::expect_files`].
@@ -230,7 +237,8 @@ impl OpenDatabase {
         self.watch.written().map_or(Ok(()), |found| Err(self.lose(&found)))
     }
 
-    /// Writes to the database file, which is then as this node left it. The caller holds `backfill`, or is alone.
+    /// Writes to the database file, which is then as this node left it. The caller holds
+    /// `backfill`, or is alone.
     pub(in crate::engine) fn writing<T>(&self, write: impl FnOnce() -> Result<T>) -> Result<T> {
         self.expect_as_left()?;
         let done = write();
@@ -246,7 +254,8 @@ impl OpenDatabase {
     fn lose(&self, found: &Astray) -> Error {
         let cause = Cause::new(found.to_string(), Blame::Outside);
         let error = Error::Stopped(cause.clone());
-        // First: who commits from now on is refused, so that the last look of capture has all that was acknowledged.
+        // First: the node refuses every commit from now on. The last look of capture then has all
+        // that was acknowledged.
         let known = lock(&self.broken).replace(cause).is_some() && self.lost();
         self.lost.store(true, Ordering::Release);
         if !known {
@@ -259,19 +268,20 @@ impl OpenDatabase {
         error
     }
 
-    /// What is to be done when the files turn out not to be what they were.
+    /// Sets what to do when the files turn out not to be what they were.
     pub(in crate::engine) fn when_lost(&self, run: WhenLost) {
         *lock(&self.when_lost) = run;
     }
 
-    /// Has the next start believe nothing of the file but its hash. An anchor of a file at rest needs no more: it names that one's time.
+    /// Has the next start believe nothing of the file but its hash. An anchor of a file at rest
+    /// needs no more: it names the file's time.
     fn disown(&self) {
         let file = self.file_state();
         if let FileState::AtRest { .. } = file {
             return;
         }
         let nowhere = Tip { frame: 0, ..self.tip() };
-        // Both of them.
+        // Both anchors.
         for _ in 0..2 {
             if let Err(error) = self.write_anchor(&nowhere, file, true) {
                 self.node.report(Condition::AnchorNotReplaced { error: &error });
@@ -289,7 +299,8 @@ impl OpenDatabase {
         Ok(())
     }
 
-    /// Whether a reader of this process may need an older state than the read mark of this slot says; it is asked until it was seen without one.
+    /// Whether a reader of this process may need an older state than the read mark of this slot
+    /// says. The doubt lasts until a thread has seen the mark without a reader.
     pub(in crate::engine) fn doubts(&self, slot: Slot) -> bool {
         self.locks.as_ref().is_some_and(|locks| locks.doubts(slot))
     }
@@ -300,7 +311,8 @@ impl OpenDatabase {
         }
     }
 
-    /// Tries to take a lock for longer than a moment: one that nobody in this process can drop by mistake, where there is such a thing.
+    /// Tries to take a lock for longer than a moment. Where the system has such a lock, nothing
+    /// else in this process can drop it by mistake.
     pub(in crate::engine) fn try_hold(&self, handle: &mut Handle, slot: Slot) -> Result<bool> {
         match &self.locks {
             Some(locks) => locks.try_hold(slot),
@@ -321,14 +333,14 @@ impl OpenDatabase {
         self.locks.as_deref().map_or(0, FileLocks::losses)
     }
 
-    /// Gives back what is held for life. The threads have ended.
+    /// Gives back the locks that are held for life. The threads have ended.
     pub(in crate::engine) fn release_locks(&self) {
         if let Some(locks) = &self.locks {
             locks.release();
         }
     }
 
-    /// The header, which somebody else may be writing for a moment.
+    /// The header, which another process may be writing for a moment.
     pub(in crate::engine) fn settled_header(&self) -> Result<IndexHeader> {
         let end = Instant::now() + HEADER_WAIT;
         loop {
@@ -345,7 +357,7 @@ impl OpenDatabase {
         }
     }
 
-    /// The header, if nobody is writing it just now.
+    /// The header, if no process is writing it just now.
     pub(in crate::engine) fn header(&self) -> Option<IndexHeader> {
         for _ in 0..1000 {
             if let Some(header) = self.index.header() {
@@ -356,7 +368,8 @@ impl OpenDatabase {
         None
     }
 
-    /// Syncs the WAL. After a failure nobody knows what of it is on the disk, on this boot of the machine or another.
+    /// Syncs the WAL. After a failure no one knows what of it is on the disk, on this boot of the
+    /// machine or another.
     pub(in crate::engine) fn sync_wal(&self) -> Result<()> {
         let synced = self.wal.sync();
         if synced.is_err() && self.options.durability.ships_unsynced() {
@@ -371,7 +384,8 @@ impl OpenDatabase {
         newest.unwrap_or(FileState::Backfilling(Witnesses::default()))
     }
 
-    /// What an anchor is to say of a file that alone is the state at `position`, and that nobody writes to. The caller holds `backfill`, or is alone.
+    /// What an anchor is to say of a file that alone is the state at `position`, and that no
+    /// process writes to. The caller holds `backfill`, or is alone.
     pub(in crate::engine) fn at_rest(&self, position: Position) -> Result<FileState> {
         self.expect_as_left()?;
         let now = self.watch.modified()?;
@@ -391,7 +405,8 @@ impl OpenDatabase {
         self.put_anchor(tip, file, false, durable)
     }
 
-    /// Writes, durably, the anchor of a commit frame that is about to be written, and that says which state it leads to.
+    /// Writes, durably, the anchor of a commit frame that the caller is about to write. The anchor
+    /// says which state that frame leads to.
     pub(in crate::engine) fn announce(&self, tip: &Tip, file: FileState) -> Result<()> {
         self.put_anchor(tip, file, true, true)
     }

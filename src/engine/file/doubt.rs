@@ -1,7 +1,8 @@
-//! That a verification failed, kept over restarts. Until they are healed or verified, the pages of a
-//! node are not what its position says.
+//! Keeps over restarts that a verification failed. Until a heal or a verification has cleared them,
+//! the pages of a node are not what its position says.
 //!
-//! `<state directory>/doubt` is there meanwhile. What is in it is for people: what was found.
+//! `<state directory>/doubt` is there meanwhile. Its content is for people: what the verification
+//! found.
 
 use std::io::Read;
 
@@ -18,7 +19,7 @@ pub(in crate::engine) fn begin(paths: &Paths, text: &str) {
     }
 }
 
-/// What was found, if there is a doubt.
+/// What the verification found, if there is a doubt.
 pub(in crate::engine) fn text(paths: &Paths) -> Option<String> {
     let file = files::open(&paths.doubt());
     if matches!(&file, Err(error) if error.kind() == std::io::ErrorKind::NotFound) {
@@ -32,7 +33,7 @@ pub(in crate::engine) fn text(paths: &Paths) -> Option<String> {
 
 /// The pages are what the position says.
 pub(in crate::engine) fn end(paths: &Paths) {
-    // Should it come back by a power cut, the pages are looked at once more.
+    // Should a power cut bring the file back, the node looks at the pages once more.
     if let Err(error) = files::remove(&paths.doubt()) {
         Condition::DoubtNotForgotten { error: &error }.say();
     }

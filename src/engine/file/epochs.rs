@@ -1,4 +1,4 @@
-//! The epoch history of a database, kept beside it. It is replaced by rename.
+//! The epoch history of a database, kept beside it. The node replaces it by rename.
 
 use crate::error::Result;
 use crate::files::Paths;

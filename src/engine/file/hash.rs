@@ -9,17 +9,18 @@ use crate::page::PageNo;
 use crate::report::Condition;
 use crate::sqlite::Handle;
 
-/// Bytes that are read from the database file at a time.
+/// Bytes that one read takes from the database file.
 const RUN_BYTES: usize = 256 << 10;
-/// How often a long hash at open says in the log how far it has come.
+/// How often a long hash at open logs how far it has come.
 const SAY_EVERY: Duration = Duration::from_secs(1);
 
-/// All pages of a database as of a frame, in runs. Nothing up to that frame may go: the caller holds the locks for it.
+/// All pages of a database as of a frame, in runs. Nothing up to that frame may go: the caller
+/// holds the locks for it.
 pub(in crate::engine) struct Whole<'a> {
     base: &'a OpenDatabase,
     frame: u32,
     pages: u32,
-    /// A bit for each page that the WAL has: all others need not be looked up.
+    /// A bit for each page that the WAL has: the others need no look-up.
     in_wal: Vec<u64>,
     run_pages: u32,
 }
@@ -46,7 +47,7 @@ impl<'a> Whole<'a> {
         run.saturating_mul(self.run_pages).min(self.pages)
     }
 
-    /// Adds the pages of a run. The buffer is made as large as it has to be.
+    /// Adds the pages of a run. Makes the buffer as large as it has to be.
     pub(in crate::engine) fn add_run(
         &self,
         handle: &mut Handle,
@@ -75,7 +76,8 @@ impl<'a> Whole<'a> {
 }
 
 impl OpenDatabase {
-    /// Hashes the whole database as of a frame while it is being opened, and says how far it has come.
+    /// Hashes the whole database as of a frame while the node opens it, and says how far it has
+    /// come.
     pub(in crate::engine) fn hash_all(
         &self,
         handle: &mut Handle,
@@ -101,7 +103,7 @@ impl OpenDatabase {
     }
 }
 
-/// When something is to be said of how far a hash has come.
+/// When to say how far a hash has come.
 #[derive(Debug)]
 struct HashReport {
     pages: u32,
@@ -110,7 +112,8 @@ struct HashReport {
 }
 
 impl HashReport {
-    /// The percentage, if it is another one than before, and whether it is time to say it in the log.
+    /// The percentage, if it is another one than before, and whether it is time to say it in the
+    /// log.
     fn note(&mut self, done: u32, now: Instant) -> Option<(u32, bool)> {
         let percent = (u64::from(done) * 100 / u64::from(self.pages.max(1))) as u32;
         if self.percent == Some(percent) {

@@ -1,10 +1,11 @@
-//! Hashes of pages that were lately changed.
+//! Hashes of pages that changed lately.
 
 use crate::checksum::PageHash;
 use crate::page::PageNo;
 
-/// Page hashes that were computed lately, so that a hot page's old image is not read and hashed again.
-/// Direct-mapped and bounded; an entry is the hash of the page as of the last commit.
+/// Page hashes that were computed lately. They save reading and hashing a hot page's old image
+/// again. The cache is direct-mapped and bounded; an entry is the hash of the page as of the last
+/// commit.
 #[derive(Debug)]
 pub(in crate::engine) struct HashCache {
     entries: Vec<Option<(u32, PageHash)>>,

@@ -1,4 +1,4 @@
-//! Modification times that tell whether somebody wrote to a file.
+//! Modification times that tell whether another process wrote to a file.
 
 use std::fs::{self, File, Metadata};
 use std::path::Path;
@@ -12,9 +12,13 @@ pub(crate) fn modified_of(meta: &Metadata, path: &Path) -> Result<i64> {
     Ok(time.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos() as i64))
 }
 
-/// Gives a file a modification time that no later write will give it, and says which. The kernel takes the time of a write from a clock that may
-/// stand still for milliseconds, and some file systems keep whole seconds: two writes may have the same. Nothing where the time can't be set,
-/// which is for the file's owner to do. Nobody else may be writing. By its descriptor where there is one: at the path there may be another by now.
+/// Gives a file a modification time that no later write will give it, and returns it. The kernel
+/// takes the time of a write from a clock that may stand still for milliseconds. Some file systems
+/// keep whole seconds. So two writes may have the same time.
+///
+/// Returns `None` where the time can't be set, which only the file's owner may do. No other process
+/// may be writing. Works by the file's descriptor where there is one: at the path there may be
+/// another file by now.
 pub(crate) fn stamp(path: &Path, open: Option<&File>) -> Result<Option<i64>> {
     /// What the coarsest file systems keep.
     const COARSEST_MICROS: i64 = 2_000_000;
@@ -27,7 +31,8 @@ pub(crate) fn stamp(path: &Path, open: Option<&File>) -> Result<Option<i64>> {
         let meta =
             open.map_or_else(|| fs::metadata(path), File::metadata).map_err(Error::io("stat", path))?;
         let found = modified_of(&meta, path)?;
-        // One that was rounded may come again as long as its second lasts: then one that is over.
+        // A rounded time may come again as long as its second lasts. Then the loop sets one that is
+        // over.
         if found == micros * 1000 || micros < now {
             return Ok(Some(found));
         }
@@ -35,7 +40,8 @@ pub(crate) fn stamp(path: &Path, open: Option<&File>) -> Result<Option<i64>> {
     Ok(None)
 }
 
-/// By name, or by a descriptor that stays open: to close one of a database would drop SQLite's locks on it.
+/// Sets the time by name, or by a descriptor that stays open: closing one of a database would drop
+/// SQLite's locks on it.
 #[cfg(unix)]
 fn set_modified(path: &Path, open: Option<&File>, micros: i64) -> std::io::Result<()> {
     use rustix::fs::{AtFlags, CWD, Timespec, Timestamps, UTIME_OMIT, futimens, utimensat};

@@ -1,8 +1,9 @@
-//! The newest frame of each page in a stretch of the WAL, in the order of the pages, in bounded memory however long the WAL is.
+//! The newest frame of each page in a stretch of the WAL, in the order of the pages. It takes
+//! bounded memory however long the WAL is.
 
 use crate::sqlite::WalIndex;
 
-/// Pages of one pass over the index. Twice as many entries of eight bytes are held meanwhile.
+/// Pages of one pass over the index. The pass holds twice as many entries of eight bytes.
 const PAGES: usize = 32 * 1024;
 
 /// A page, and the frame with its newest image.
@@ -15,7 +16,7 @@ pub(in crate::engine) struct Newest<'a> {
     last: u32,
     /// Turns a page number into its rank, and back.
     turn: u32,
-    /// The lowest rank that was not given yet; none at the end.
+    /// The lowest rank that no pass has given yet; none at the end.
     from: Option<u32>,
     pages: usize,
     /// The rank above, the frame below, turned so that the newest comes first.
@@ -23,7 +24,8 @@ pub(in crate::engine) struct Newest<'a> {
 }
 
 impl<'a> Newest<'a> {
-    /// Lowest page first, of the frames `first` to `last`. The index is mapped up to there.
+    /// Lowest page first, of the frames `first` to `last`. The caller has mapped the index up to
+    /// there.
     pub(in crate::engine) fn ascending(index: &'a WalIndex, first: u32, last: u32) -> Newest<'a> {
         Newest { index, first, last, turn: 0, from: Some(0), pages: PAGES, entries: Vec::new() }
     }
@@ -33,7 +35,7 @@ impl<'a> Newest<'a> {
         Newest { turn: u32::MAX, ..Newest::ascending(index, first, last) }
     }
 
-    /// The next pages in order, into `found`; false when there are none.
+    /// Puts the next pages in order into `found`. Returns false when there are none.
     pub(in crate::engine) fn next(&mut self, found: &mut Vec<Found>) -> bool {
         found.clear();
         let Some(from) = self.from else { return false };
@@ -49,7 +51,7 @@ impl<'a> Newest<'a> {
                 settle(entries);
                 if entries.len() >= pages {
                     entries.truncate(pages);
-                    // Those behind have their turn later.
+                    // The pages after those have their turn later.
                     to = rank_of(entries[pages - 1]);
                     if rank > to {
                         return;

@@ -12,7 +12,8 @@ use crate::sqlite::Handle;
 use crate::wal::{FRAME_HEADER_BYTES, frame_offset, region_of};
 
 impl OpenDatabase {
-    /// Reads a page as of a frame: from the WAL, or from the file when the WAL up to that frame does not have it.
+    /// Reads a page as of a frame: from the WAL, or from the file when the WAL up to that frame
+    /// does not have it.
     pub(in crate::engine) fn read_page(
         &self,
         handle: &mut Handle,

@@ -1,4 +1,4 @@
-//! How capture comes along, and how who waits for it learns that.
+//! How far capture has come, and how the threads that wait for it learn that.
 
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -7,14 +7,14 @@ use crate::engine::file::tip::Tip;
 use crate::error::{Error, Result};
 use crate::wal::Salts;
 
-/// Nobody waits any longer for capture when it has given no sign of life for so long.
+/// No thread waits any longer for capture when it has given no sign of life for this long.
 const STILL_MAX: Duration = Duration::from_secs(30);
 
 /// Signs of life of the thread that captures.
 #[derive(Debug, Default)]
 pub(in crate::engine) struct CaptureProgress {
     steps: AtomicU64,
-    /// It waits for the disk, which takes as long as that takes.
+    /// Capture waits for the disk, however long that takes.
     on_disk: AtomicU32,
 }
 
@@ -28,7 +28,7 @@ impl CaptureProgress {
         self.on_disk.load(Ordering::Relaxed) > 0
     }
 
-    /// Until this is dropped, what is being done is the disk's.
+    /// Until this is dropped, the work is the disk's.
     pub(in crate::engine) fn on_disk(&self) -> OnDisk<'_> {
         self.on_disk.fetch_add(1, Ordering::Relaxed);
         OnDisk(self)
@@ -46,7 +46,7 @@ impl Drop for OnDisk<'_> {
     }
 }
 
-/// Of one who waits for capture.
+/// The patience of a thread that waits for capture.
 #[derive(Debug)]
 pub(in crate::engine) struct Patience {
     seen: u64,
@@ -61,7 +61,7 @@ impl Patience {
     /// For how long to wait before the next look.
     ///
     /// # Errors
-    /// [`Error::Timeout`] when nothing was done for too long.
+    /// [`Error::Timeout`] when capture did nothing for too long.
     pub(in crate::engine) fn left(&mut self, progress: &CaptureProgress, now: Instant) -> Result<Duration> {
         let steps = progress.steps.load(Ordering::Relaxed);
         if steps != self.seen || progress.on_disk.load(Ordering::Relaxed) > 0 {
@@ -72,21 +72,22 @@ impl Patience {
             let what = "capture of what was committed, which does nothing any more".into();
             return Err(Error::Timeout { what, after: STILL_MAX });
         }
-        // Short waits, so that a failure or a stop is seen, too.
+        // Short waits let the thread see a failure or a stop, too.
         Ok(left.min(Duration::from_millis(50)))
     }
 }
 
-/// What the writer wants to know of capture: it alone counts all commits, and does not remember the number of each.
+/// What the writer wants to know of capture. Capture alone counts all commits, and does not
+/// remember the number of each.
 #[derive(Debug, Default)]
 pub(in crate::engine) struct Asked {
     /// Where the WAL ended before the writer's commit.
     pub(in crate::engine) at: Option<(Salts, u32)>,
-    /// The number of what ended there.
+    /// The number of the commit that ended there.
     pub(in crate::engine) before: Option<u64>,
-    /// The first commit behind that.
+    /// The first commit after that.
     pub(in crate::engine) after: Option<Next>,
-    /// The last frame that was taken since.
+    /// The last frame that capture took since.
     pub(in crate::engine) taken: u32,
 }
 
@@ -99,7 +100,8 @@ pub(in crate::engine) struct Next {
 }
 
 impl Asked {
-    /// Capture has taken a commit, which led from one tip to the next. Whether the writer wants to know.
+    /// Capture has taken a commit, which led from one tip to the next. Returns whether the writer
+    /// wants to know.
     pub(in crate::engine) fn hear(&mut self, before: &Tip, now: &Tip) -> bool {
         let Some((_, frame)) = self.at.filter(|(salts, _)| *salts == now.salts) else { return false };
         let number = now.position.number();

@@ -1,6 +1,7 @@
 //! What a role's time on an open database owns: whether it is to end, and why it failed.
 //!
-//! The open database stays when its role changes; the term goes, and with it the threads that it was given to.
+//! The open database stays when its role changes. The term goes, and with it the threads that hold
+//! it.
 
 use std::ops::Deref;
 use std::sync::atomic::{AtomicBool, Ordering};

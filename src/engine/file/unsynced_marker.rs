@@ -1,8 +1,8 @@
 //! Whether a power cut may have taken commits of this node.
 //!
 //! A primary that does not sync its commits makes `<state directory>/unsynced` when it opens the
-//! database, and removes it when it has closed it. The file names the boot of the machine: what a
-//! process wrote survives its death, and nothing that was not synced survives that of the system.
+//! database, and removes it when it has closed it. The file names the boot of the machine. What a
+//! process wrote survives its death. Nothing that was not synced survives the death of the system.
 
 use std::fs;
 
@@ -12,11 +12,12 @@ use crate::report::Condition;
 
 /// A UUID, new with each boot of Linux.
 const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
-/// The most bytes of the file that are read: more than a boot's id has, so that a longer file is none.
+/// The most bytes of the file that the node reads. It is more than a boot's id has, so a longer
+/// file is none.
 const MAX_BYTES: u64 = 64;
 
-/// Whether commits may have been lost: the database was not closed, and this is another boot, or none
-/// that is known.
+/// Whether commits may have been lost: no primary closed the database, and this is another boot, or
+/// none that is known.
 pub(in crate::engine) fn may_be_lost(paths: &Paths) -> Result<bool> {
     let path = paths.unsynced();
     match files::read(&path, MAX_BYTES) {
@@ -26,7 +27,7 @@ pub(in crate::engine) fn may_be_lost(paths: &Paths) -> Result<bool> {
     }
 }
 
-/// Whether the database was not closed by a primary that does not sync its commits.
+/// Whether a primary that does not sync its commits left the database without closing it.
 pub(in crate::engine) fn was_open(paths: &Paths) -> bool {
     paths.unsynced().exists()
 }

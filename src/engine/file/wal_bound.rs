@@ -1,4 +1,5 @@
-//! What is known of the WAL's length: who waits for a new generation, and which readers are in the way of one.
+//! What is known of the WAL's length: which thread waits for a new generation, and which readers
+//! are in the way of one.
 
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
@@ -9,11 +10,11 @@ use crate::lock::lock;
 /// What is known of the WAL's length, besides the tip.
 #[derive(Debug, Default)]
 pub(in crate::engine) struct Bound {
-    /// New generations that were begun.
+    /// New generations that this node began.
     restarts: AtomicU64,
-    /// Until when somebody waits for one.
+    /// Until when a thread waits for one.
     asked: Mutex<Option<Instant>>,
-    /// Somebody is held back until the copy is through.
+    /// The brake holds a writer back until the copy is complete.
     squeezed: AtomicBool,
     /// Frames of this generation's largest transaction.
     pub(in crate::engine) largest: AtomicU32,
@@ -23,17 +24,17 @@ pub(in crate::engine) struct Bound {
 /// Readers that are in the way, by their marks. READ0 is the first.
 #[derive(Debug, Default)]
 pub(in crate::engine) struct Readers {
-    /// Since when a mark has been in use whose frame is not the newest. No reader takes such a one any more as long as another is free, so that it
-    /// is in use for as long as one reader stays.
+    /// Since when a mark has been in use whose frame is not the newest. No reader takes such a mark
+    /// any more as long as another is free. So it is in use for as long as one reader stays.
     older: [Option<(u32, Instant)>; 5],
-    /// The longest that one of late was.
+    /// The longest that a recent one stayed.
     pub(in crate::engine) longest: Duration,
-    /// All is copied but what they keep out of the file.
+    /// All is copied but what readers keep out of the file.
     pub(in crate::engine) pinned: bool,
 }
 
 impl Readers {
-    /// How long the oldest that is there has stayed.
+    /// How long the oldest reader that is there has stayed.
     pub(in crate::engine) fn oldest(&self) -> Duration {
         self.older.iter().flatten().map(|(_, since)| since.elapsed()).max().unwrap_or_default()
     }
@@ -61,7 +62,7 @@ impl Bound {
         *asked = Some(asked.map_or(until, |before| before.max(until)));
     }
 
-    /// How long somebody still waits for a new beginning.
+    /// How long a thread still waits for a new beginning.
     pub(in crate::engine) fn asked(&self) -> Option<Duration> {
         let left = lock(&self.asked).map(|until| until.saturating_duration_since(Instant::now()));
         left.filter(|left| !left.is_zero())
@@ -75,7 +76,7 @@ impl Bound {
         self.squeezed.load(Ordering::Acquire)
     }
 
-    /// A transaction of so many frames was taken in.
+    /// Capture or apply took in a transaction of this many frames.
     pub(in crate::engine) fn transaction(&self, frames: u32) {
         if frames > self.largest.load(Ordering::Relaxed) {
             self.largest.store(frames, Ordering::Relaxed);

@@ -1,6 +1,7 @@
 //! The `-wal` file, read, written and synced by position.
 //!
-//! SQLite puts no lock on this file, so that, unlike the database and the `-shm`, it may have descriptors of ours.
+//! SQLite puts no lock on this file. So, unlike the database and the `-shm`, it may have
+//! descriptors of ours.
 
 use std::fs::{File, OpenOptions};
 use std::io;
@@ -13,22 +14,23 @@ use crate::page::PageSize;
 use crate::report::Condition;
 use crate::wal::{FRAME_HEADER_BYTES, FrameHeader, Salts, frame_bytes, frame_offset};
 
-/// Zeros that are written at a time.
+/// Zeros that one write adds.
 const EXTEND_BYTES: usize = 1 << 20;
 /// The longest part of a WAL that is made before it is needed.
 pub(crate) const EXTEND_MAX_BYTES: u64 = 16 << 20;
 
-/// The WAL file of an open database. It is neither renamed nor deleted while a connection of ours is open.
+/// The WAL file of an open database. No process renames or deletes it while a connection of ours is
+/// open.
 #[derive(Debug)]
 pub(crate) struct WalFile {
     file: File,
     path: PathBuf,
-    /// An fsync failed. The kernel says so once, to one of the threads that sync; what is missing on the disk since
-    /// then, a later success does not bring there.
+    /// An fsync failed. The kernel says so once, to one of the threads that sync. A later success
+    /// does not bring to the disk what is missing there since then.
     lost: AtomicBool,
 }
 
-/// What lies behind the last commit.
+/// What lies after the last commit.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Behind {
     /// The end of a commit, which does not follow from what is before it.
@@ -47,7 +49,8 @@ impl WalFile {
         &self.file
     }
 
-    /// Makes the file's name durable. SQLite does that with its own first sync of a WAL that it made; ours are of the content only.
+    /// Makes the file's name durable. SQLite does that with its own first sync of a WAL that it
+    /// made. Our syncs are of the content only.
     pub(crate) fn sync_name(&self) -> Result<()> {
         files::sync_name(&self.path)
     }
@@ -75,8 +78,9 @@ impl WalFile {
         Ok(self.file.metadata().map_err(Error::io("stat", &self.path))?.len())
     }
 
-    /// Makes the file at least this long, with zeros, so that an fsync after a commit has no new length to record. The
-    /// caller holds WRITE: nobody else may be writing frames there. Where there is no room for all of it, it takes none: others need some, too.
+    /// Makes the file at least this long, with zeros. An fsync after a commit has no new length to
+    /// record then. The caller holds WRITE: no other process may be writing frames there. Where
+    /// there is no room for all of it, it takes none: others need some, too.
     pub(crate) fn extend(&self, bytes: u64) -> Result<()> {
         let before = self.bytes()?;
         self.extend_from(before, bytes).inspect_err(|_| {
@@ -96,7 +100,8 @@ impl WalFile {
         Ok(())
     }
 
-    /// Whether frames of this generation lie behind the last commit, and whether one of them ends a commit.
+    /// Whether frames of this generation lie after the last commit, and whether one of them ends a
+    /// commit.
     pub(crate) fn behind(&self, last: u32, salts: Salts, size: PageSize) -> Result<Option<Behind>> {
         let bytes = self.bytes()?;
         let mut header = [0; FRAME_HEADER_BYTES];
@@ -118,8 +123,9 @@ impl WalFile {
         Ok(found)
     }
 
-    /// Cuts off frames of this generation behind the last commit, if there are any: what a dead writer or a power cut left there. They may be
-    /// whole and continue a commit that is written once more, bit for bit, in the place of one that was lost; then they would
+    /// Cuts off frames of this generation after the last commit, if there are any: what a dead
+    /// writer or a power cut left there. Such frames may be whole. They may continue a commit that
+    /// the node writes once more, bit for bit, in the place of one that was lost. Then they would
     /// count. The caller holds WRITE.
     pub(crate) fn cut_behind(&self, last: u32, salts: Salts, size: PageSize) -> Result<()> {
         if self.behind(last, salts, size)?.is_some() {

@@ -1,8 +1,10 @@
-//! Whether the files at the paths are those that a node has open, and the database file is as the node left it.
+//! Whether the files at the paths are those that a node has open, and the database file is as the
+//! node left it.
 //!
-//! SQLite, and a descriptor, go on with a file that was removed or replaced; and whoever copies another one over the database asks for
-//! no lock. So each file is known by its device and inode, and the database file, which nobody but us writes to while we hold CKPT, by its
-//! modification time and length.
+//! SQLite, and a descriptor, go on with a file that was removed or replaced. A tool that copies
+//! another file over the database asks for no lock. So the node knows each file by its device and
+//! inode. It knows the database file by its modification time and length, too: only this node
+//! writes to it while it holds CKPT.
 
 use std::fmt;
 use std::fs::{self, File, Metadata};
@@ -33,11 +35,11 @@ pub(in crate::engine) struct Watch {
 struct KnownFile {
     what: What,
     path: PathBuf,
-    /// `None`: only whether a file is there is looked at.
+    /// `None`: the watch only looks whether a file is there.
     inode: Option<Inode>,
 }
 
-/// How the database file is while nobody writes to it.
+/// How the database file is while no process writes to it.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 struct Left {
     modified: i64,
@@ -57,7 +59,7 @@ pub(in crate::engine) enum What {
 pub(in crate::engine) enum Astray {
     Gone(What, PathBuf),
     Another(What, PathBuf),
-    /// The database file was written to by somebody else.
+    /// Another process wrote to the database file.
     Written(PathBuf),
 }
 
@@ -111,7 +113,8 @@ impl Watch {
         Ok(watch)
     }
 
-    /// What is wrong with the files at the paths; nothing as a rule. A path that can't be looked at says nothing.
+    /// What is wrong with the files at the paths; nothing as a rule. A path that this node can't
+    /// look at says nothing.
     pub(in crate::engine) fn astray(&self) -> Option<Astray> {
         self.files.iter().find_map(|known| match fs::metadata(&known.path) {
             Ok(meta) if Inode::of(&meta) == known.inode => None,
@@ -126,12 +129,14 @@ impl Watch {
         })
     }
 
-    /// The same, and whether the database file is as it was left. Nobody here may be writing to it.
+    /// The same, and whether the database file is as this node left it. No thread here may be
+    /// writing to it.
     pub(in crate::engine) fn as_left(&self) -> Option<Astray> {
         self.astray().or_else(|| self.written())
     }
 
-    /// Whether somebody else wrote to the file that is open here. Nobody here may be writing to it.
+    /// Whether another process wrote to the file that is open here. No thread here may be writing
+    /// to it.
     pub(in crate::engine) fn written(&self) -> Option<Astray> {
         let now = self.now().ok()?;
         (now != *lock(&self.left)).then(|| Astray::Written(self.database.clone()))
@@ -148,7 +153,8 @@ impl Watch {
         Ok(self.now()?.modified)
     }
 
-    /// Gives the database file, as it was left, a time that no later write will give it. See [`stamp`].
+    /// Gives the database file, as this node left it, a time that no later write will give it. See
+    /// [`stamp`].
     pub(in crate::engine) fn stamp(&self) -> Result<Option<i64>> {
         let stamped = stamp(&self.database, self.descriptor());
         self.leave()?;

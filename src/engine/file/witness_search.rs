@@ -11,9 +11,12 @@ use crate::report::Condition;
 use crate::sqlite::Handle;
 
 impl OpenDatabase {
-    /// Pages behind frame `copied` whose images at `tip` the file does not have yet: the first page, without which a database does not grow,
-    /// and which is copied last; the highest ones, which are copied before it; and some between. Where there are others, none whose bytes come back by
-    /// themselves when a table is emptied.
+    /// Pages after frame `copied` whose images at `tip` the file does not have yet. The first page
+    /// comes first: a database does not grow without it, and a copy takes it last. Then come the
+    /// highest ones, which a copy takes just before it, and some between.
+    ///
+    /// Where there are others, none is a page whose bytes come back by themselves when a table is
+    /// emptied.
     pub(in crate::engine) fn witnesses(
         &self,
         handle: &mut Handle,
@@ -27,7 +30,8 @@ impl OpenDatabase {
         let first = self.index.lookup(PageNo::FIRST.get(), copied + 1, tip.frame);
         let mut pages: Vec<Found> = first.map(|frame| (PageNo::FIRST.get(), frame)).into_iter().collect();
         loop {
-            // Beyond the last ones, a page is looked at when one of each step is not found yet.
+            // Beyond the last ones, the loop looks at a page when it has not found one of each step
+            // yet.
             let (step, mut wanted) = ((pages.len() / (Witnesses::MAX - LAST)).max(1), 0);
             for (at, (page, frame)) in pages.iter().copied().enumerate() {
                 if found.len() == Witnesses::MAX {
@@ -42,7 +46,7 @@ impl OpenDatabase {
                 }
                 self.read_frame(frame, &mut image)?;
                 if let Err(error) = handle.read(&mut there, page.offset(self.page_size)) {
-                    // It is about to be written over.
+                    // The copy is about to overwrite it.
                     self.node.report(Condition::WitnessUnreadable { error: &error, page });
                     continue;
                 }
@@ -67,7 +71,7 @@ impl OpenDatabase {
         }
     }
 
-    /// What the last anchor says of the file; nobody copies any more.
+    /// What the last anchor says of the file. No thread copies any more.
     pub(in crate::engine) fn left_behind(&self, handle: &mut Handle) -> Result<FileState> {
         match self.file_state() {
             state @ FileState::AtRest { .. } => Ok(state),

@@ -1,11 +1,13 @@
-//! Pages that tell whether somebody copied all of the WAL back, and how a file is known again that frames are being copied into.
+//! Pages that tell whether another process copied all of the WAL back. They also let a node
+//! recognize a file that it was copying frames into.
 
 use crate::checksum::PageHash;
 use crate::page::PageNo;
 use crate::wal::le_u32;
 
-/// A page that the WAL has and that the file has an older image of, by that image's hash. While the file has it still, nobody has copied all of
-/// the WAL back; and SQLite gives up no WAL before that.
+/// A page that the WAL has and that the file has an older image of, by that image's hash. While the
+/// file has it still, no process has copied all of the WAL back. SQLite gives up no WAL before
+/// that.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Witness {
     page: PageNo,
@@ -36,8 +38,8 @@ impl Witness {
     }
 }
 
-/// What is written behind the end of a file that frames are being copied into: whoever puts another file in its place, or cuts it, takes that away.
-/// To SQLite it is nothing.
+/// What a node writes after the end of a file that it copies frames into. Putting another file in
+/// its place, or cutting it, takes the mark away. To SQLite it is nothing.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct CopyTag {
     pub(crate) offset: u64,
@@ -48,7 +50,8 @@ impl CopyTag {
     pub(crate) const BYTES: usize = 16;
 }
 
-/// Some pages of those that a copy changes, as many as an anchor has room for; and how the file is known again.
+/// Some pages of those that a copy changes, as many as an anchor has room for. And the mark by
+/// which a node recognizes the file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Witnesses {
     pages: [Option<Witness>; Witnesses::MAX],

@@ -1,7 +1,9 @@
-//! What goes into the log, and what follows when it can't be written or synced.
+//! What goes into the log, and what follows when the node can't write or sync it.
 //!
-//! A full disk, or the log's own quota, never stops a commit: the log loses its past instead, and says so. What an fsync that failed left on the disk no later one
-//! tells, so that the log is begun anew at its tip. Nothing else is mended by dropping records: such a failure ends what wanted to append.
+//! A full disk, or the log's own quota, never stops a commit: the log loses its past instead, and
+//! says so. No later fsync tells what a failed one left on the disk. So the node begins the log
+//! anew at its tip. Dropping records mends nothing else: any other failure ends what wanted to
+//! append.
 
 use bytes::Bytes;
 
@@ -16,7 +18,8 @@ use crate::txid::Position;
 /// Appends to the log.
 ///
 /// # Errors
-/// Those of the system, but for a full disk. Nothing of `units` is in the log then, and nothing was dropped.
+/// Those of the system, but for a full disk. Nothing of `units` is in the log then, and the log
+/// dropped nothing.
 pub(in crate::engine) fn append_or_gap(
     base: &OpenDatabase,
     units: Bytes,
@@ -38,7 +41,7 @@ pub(in crate::engine) fn append_or_gap(
             Err(error) => return Err(error),
         }
     }
-    // It begins again behind a whole transaction, as soon as the disk allows.
+    // The log begins again after a whole transaction, as soon as the disk allows.
     let Some(after) = after else { return Ok(()) };
     match base.log.reset(after) {
         Ok(()) => {
@@ -51,7 +54,8 @@ pub(in crate::engine) fn append_or_gap(
     }
 }
 
-/// From here on the log says what is vouched for. Where it can't be written, it is begun behind the next transaction.
+/// From here on the log says what the node vouches for. Where the node can't write the log, the log
+/// begins after the next transaction.
 ///
 /// # Errors
 /// As for [`append_or_gap`].
@@ -69,10 +73,11 @@ pub(in crate::engine) fn begin_anew(base: &OpenDatabase, at: Position) -> Result
 /// Fsyncs the log.
 ///
 /// # Errors
-/// [`Error::Io`]. The log is begun anew then, where its last record is whole; what is not, is by whoever appends it.
+/// [`Error::Io`]. The log begins anew then, where its last record is whole. Otherwise the code that
+/// appends the rest of the record begins it anew.
 pub(in crate::engine) fn sync(base: &OpenDatabase) -> Result<()> {
     let Err(error) = base.log.sync() else { return Ok(()) };
-    // No append between the two.
+    // No thread appends between the two.
     let broken = lock(&base.log_broken);
     let renewed = base.log.renew();
     if !matches!(renewed, Ok(None))

@@ -4,7 +4,8 @@ use crate::engine::history::intake_error::IntakeError;
 use crate::random;
 use crate::txid::{Epoch, EpochStart, NUMBER_MAX, Position};
 
-/// Adds an epoch with a number above `above` and all known ones. It is garbage when these leave no room for a higher one.
+/// Adds an epoch with a number above `above` and all known ones. `above` is garbled when it leaves
+/// no room for a higher one.
 pub(in crate::engine) fn open_epoch(
     history: &mut crate::txid::EpochHistory,
     above: u64,

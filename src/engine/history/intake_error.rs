@@ -1,24 +1,25 @@
-//! Why what is taken in does not fit, told by code that does not know where it came from.
+//! Why a record, a page or a sum does not fit. The code that finds it does not know where the data
+//! came from.
 
 use std::path::Path;
 
 use crate::error::{Error, PeerProblem};
 use crate::log::Log;
 
-/// Why a record, a page or a sum can't be taken in. It blames nobody yet: who took it in knows
-/// where it came from.
+/// Why this node can't take in a record, a page or a sum. It blames no one yet: the code that took
+/// it in knows where it came from.
 #[derive(Debug)]
 pub(crate) enum IntakeError {
-    /// It is not of the form that it must have, or comes out of order.
+    /// The data does not have the form that it must have, or comes out of order.
     Garbled(String),
-    /// Over the pages that are here it leads elsewhere than it states.
+    /// Over the pages that are here the record leads elsewhere than it states.
     Mismatch {
-        /// What it states.
+        /// What the record states.
         expected: String,
-        /// Where it leads.
+        /// Where the record leads.
         found: String,
     },
-    /// Taking it in failed, whatever it is.
+    /// Taking the data in failed, whatever it is.
     Failed(Error),
 }
 
@@ -37,7 +38,7 @@ impl IntakeError {
         IntakeError::Mismatch { expected: expected.to_string(), found: found.to_string() }
     }
 
-    /// It came from another node.
+    /// The data came from another node.
     pub(crate) fn of_peer(self, peer: impl Into<String>) -> Error {
         match self {
             IntakeError::Garbled(what) => Error::garbled(peer, what),
@@ -48,7 +49,7 @@ impl IntakeError {
         }
     }
 
-    /// It is in the files of this node's database.
+    /// The data is in the files of this node's database.
     pub(in crate::engine) fn of_files(self, database: &Path) -> Error {
         match self {
             IntakeError::Garbled(what) => Error::Damaged { path: database.to_path_buf(), what },
@@ -57,7 +58,7 @@ impl IntakeError {
         }
     }
 
-    /// It came from an address of this node's own log.
+    /// The data came from an address of this node's own log.
     pub(in crate::engine) fn of_log(self, log: &Log, lsn: u64) -> Error {
         match self {
             IntakeError::Garbled(what) => log.corrupt(lsn, what),

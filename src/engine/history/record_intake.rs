@@ -20,7 +20,8 @@ pub(in crate::engine) struct RecordIntake {
 }
 
 impl RecordIntake {
-    /// Takes a unit of a record: verified, but neither logged nor published yet. Whether it was one.
+    /// Takes a unit of a record: verified, but neither logged nor published yet. Returns whether it
+    /// was one.
     pub(in crate::engine) fn unit(
         &mut self,
         live: &mut WalAppender,
@@ -48,7 +49,7 @@ impl RecordIntake {
         Ok(true)
     }
 
-    /// The log gets the records first, then readers see them.
+    /// Gives the log the records first; then readers see them.
     pub(in crate::engine) fn publish(&mut self, live: &mut WalAppender) -> Result<()> {
         if self.whole > 0 {
             let records = self.buffer.split_to(self.whole).freeze();
@@ -56,7 +57,8 @@ impl RecordIntake {
             append_or_gap(&live.base, records, Some(live.position()))?;
         }
         if let Err(error) = live.publish() {
-            // The log has the records already. They come again, and must not stand in it twice.
+            // The log has the records already. They come again, and must not stand in the log
+            // twice.
             if let Err(error) = begin_anew(&live.base, live.base.tip().position) {
                 live.base.node.report(Condition::LogNotRenewed { error: &error });
             }

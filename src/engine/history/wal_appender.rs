@@ -1,4 +1,4 @@
-//! A replica's side of the WAL: verified transactions become frames that readers see at once.
+//! How a replica writes the WAL: verified transactions become frames that readers see at once.
 
 use std::sync::Arc;
 
@@ -16,16 +16,16 @@ use crate::txid::{Epoch, EpochHistory, Position};
 use crate::wal::{FRAME_HEADER_BYTES, WalSum, frame_bytes, frame_offset, push_frame, region_of};
 use crate::wire::{TxnBegin, TxnEnd};
 
-/// Frames are written to the WAL when they are together larger than this.
+/// The appender writes frames to the WAL when they are together larger than this.
 const WRITE_BYTES: usize = 512 * 1024;
 
-/// Appends transactions to the WAL. CKPT and WRITE are held by `handle` as long as it lives.
+/// Appends transactions to the WAL. `handle` holds CKPT and WRITE as long as it lives.
 #[derive(Debug)]
 pub(in crate::engine) struct WalAppender {
     pub(in crate::engine) base: Arc<OpenDatabase>,
     pub(in crate::engine) handle: Handle,
     cache: HashCache,
-    /// The state after the last whole transaction that was taken, published or not.
+    /// The state after the last whole transaction that the appender took, published or not.
     run: Tip,
     /// What readers see.
     published: Tip,
@@ -47,7 +47,7 @@ const PAGES_MAX: u32 = u32::MAX - 1;
 /// A page and its number.
 pub(in crate::engine) type NumberedPage = (PageNo, Bytes);
 
-/// The transaction that is coming in.
+/// A transaction that is coming in.
 #[derive(Debug)]
 struct Txn {
     begin: TxnBegin,
@@ -78,12 +78,12 @@ impl WalAppender {
         })
     }
 
-    /// The position after the last whole transaction that was taken.
+    /// The position after the last whole transaction that the appender took.
     pub(in crate::engine) fn position(&self) -> Position {
         self.run.position
     }
 
-    /// The last frame of the last whole transaction that was taken.
+    /// The last frame of the last whole transaction that the appender took.
     pub(in crate::engine) fn last_frame(&self) -> u32 {
         self.run.frame
     }
@@ -167,7 +167,7 @@ impl WalAppender {
         }
         let found =
             Position::new(crate::txid::Txid::new(txn.begin.epoch, self.run.position.number() + 1), checksum);
-        // A commit frame says the size; of zero pages it would be none.
+        // A commit frame says the size; with zero pages it would be no commit frame.
         if found != end.after || end.changed != txn.changed || txn.changed == 0 || end.pages == 0 {
             return Err(IntakeError::mismatch(end.after, found));
         }
@@ -178,7 +178,8 @@ impl WalAppender {
         Ok(())
     }
 
-    /// Writes the page that was held back as a frame; `commit` is the database's size when it ends a transaction.
+    /// Writes the page that the appender held back as a frame. `commit` is the database's size when
+    /// the page ends a transaction.
     fn push_held(&mut self, commit: u32) -> Result<()> {
         let Some((number, page)) = self.held.take() else { return Ok(()) };
         let frame = self.last_frame + 1;
@@ -262,7 +263,7 @@ impl WalAppender {
         self.sum = self.run.sum;
     }
 
-    /// Goes on from a tip that a restart of the WAL, or another hand, has set.
+    /// Goes on from a tip that a restart of the WAL, or other code, has set.
     pub(in crate::engine) fn resume(&mut self, tip: Tip) {
         debug_assert!(self.txn.is_none() && self.frames.is_empty());
         self.run = tip;
@@ -273,9 +274,9 @@ impl WalAppender {
         self.big_endian = cfg!(target_endian = "big");
     }
 
-    /// Writes one commit of given pages that leads to a state which was verified elsewhere: a snapshot over a live
-    /// database. `next` yields each page that differs; `before_commit` is called with the tip that the
-    /// commit frame will be, before that frame is written.
+    /// Writes one commit of given pages that leads to a state which was verified elsewhere: a
+    /// snapshot over a live database. `next` yields each page that differs. This calls
+    /// `before_commit` with the tip that the commit frame will be, before it writes that frame.
     pub(in crate::engine) fn replace(
         &mut self,
         next: &mut dyn FnMut(&mut WalAppender) -> Result<Option<NumberedPage>>,
@@ -298,7 +299,8 @@ impl WalAppender {
         self.push_held(size)?;
         self.run = Tip { frame: self.last_frame, sum: self.sum, position, pages: size, ..self.run };
         let base = self.base.clone();
-        // A copy that readers stop before this commit would put its anchors over the one that tells what it is.
+        // A copy that readers stop before this commit would overwrite the anchor that tells what
+        // the commit is.
         let _nobody_copies = lock(&base.backfill);
         before_commit(&self.run)?;
         self.publish()?;

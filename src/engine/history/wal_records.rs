@@ -17,7 +17,7 @@ use crate::txid::{Epoch, EpochHistory, Position, Txid};
 use crate::wal::{FRAME_HEADER_BYTES, FrameHeader, IndexHeader, WalSum, frame_bytes, frame_offset};
 use crate::wire::{self, HEADER_BYTES, Message, TxnBegin, TxnEnd};
 
-/// Frames are read in runs of about this size; a transaction that is larger is captured page by page.
+/// Capture reads frames in runs of about this size. It takes a larger transaction page by page.
 const RUN_BYTES: usize = 512 * 1024;
 /// Records of one batch, in bytes, unless told otherwise.
 const BATCH_BYTES: usize = 512 * 1024;
@@ -35,15 +35,17 @@ pub(in crate::engine) struct Capture {
     pub(in crate::engine) base: Arc<OpenDatabase>,
     pub(in crate::engine) handle: Handle,
     pub(in crate::engine) cache: HashCache,
-    /// The last commit that was read; handed on are all of them when `advance` has returned.
+    /// The last commit that capture read. When `advance` has returned, all commits up to it are
+    /// handed on.
     pub(in crate::engine) tip: Tip,
     /// Says the epoch of each transaction.
     pub(in crate::engine) history: Arc<EpochHistory>,
-    /// Records are handed on when they are together larger than this.
+    /// Capture hands records on when they are together larger than this.
     pub(in crate::engine) batch_bytes: usize,
-    /// SQLite wrote these frames, which may repeat a commit. A node, as a replica, writes each as the transaction that it is.
+    /// SQLite wrote these frames, which may repeat a commit. A node, as a replica, writes each as
+    /// the transaction that it is.
     pub(in crate::engine) repeats: bool,
-    /// Losses of locks that the tip was looked at after.
+    /// How many losses of locks there were when capture last looked at the tip.
     losses: u64,
     run: Vec<u8>,
     out: BytesMut,
@@ -120,7 +122,8 @@ impl Capture {
         self.hand_on(sink)
     }
 
-    /// The commit that was taken last is still there: of two writers, one without its lock, each may have written over the other's.
+    /// Fails unless the commit that capture took last is still there. Of two writers, one without
+    /// its lock, each may have written over the other's.
     fn expect_tip(&self) -> Result<()> {
         if self.tip.frame == 0 {
             return Ok(());
@@ -137,7 +140,7 @@ impl Capture {
         )))
     }
 
-    /// Takes the commits that lie wholly in the run; false when not even one does.
+    /// Takes the commits that lie wholly in the run. Returns false when not even one does.
     fn take_run(&mut self, run: &[u8], first: u32, sink: &mut dyn Sink) -> Result<bool> {
         let frame = frame_bytes(self.base.page_size);
         let (mut begin, mut taken) = (0, false);
@@ -185,7 +188,7 @@ impl Capture {
         Err(Error::Disturbed(format!("the WAL's index ends at frame {max}, which is no commit")))
     }
 
-    /// A commit whose frames are all at hand.
+    /// Takes a commit whose frames are all at hand.
     fn take_small(&mut self, commit: CommitFrames, frames: &[u8]) -> Result<()> {
         let frame = frame_bytes(self.base.page_size);
         let newest = newest_images(frames, frame);
@@ -205,7 +208,7 @@ impl Capture {
         self.finish(record)
     }
 
-    /// A commit that is read page by page, and handed on in pieces.
+    /// Takes a commit page by page, and hands it on in pieces.
     fn take_large(&mut self, commit: CommitFrames, sink: &mut dyn Sink) -> Result<()> {
         self.hand_on(sink)?;
         sink.committed(self.tip.position.number() + 1)?;
@@ -262,8 +265,10 @@ impl Capture {
         read.map(|()| hash)
     }
 
-    /// A commit of nothing but an unchanged page 1 is our own, made to move the WAL on; it is no transaction. Neither is one of nothing but the frame
-    /// before it, as SQLite makes them behind a commit where the disk may harm a sector when it writes to it (`psow=0`).
+    /// Whether the record is no transaction. A commit of nothing but an unchanged page 1 is our
+    /// own, made to move the WAL on. A commit of nothing but the frame before it is SQLite's.
+    /// SQLite makes one after a commit where the disk may harm a sector when it writes to it
+    /// (`psow=0`).
     fn is_repeated(&self, record: &Record) -> bool {
         let page = record.last_page;
         record.commit.first == record.commit.last
@@ -273,7 +278,7 @@ impl Capture {
             && (page == 1 || self.repeats && self.base.index.page_of(self.tip.frame) == page)
     }
 
-    /// The next commit is taken.
+    /// Goes on to the next commit.
     fn move_on(&mut self, tip: Tip) {
         let before = std::mem::replace(&mut self.tip, tip);
         self.base.taken(&before, &tip);
@@ -316,10 +321,11 @@ impl Capture {
         Ok(())
     }
 
-    /// Takes the pages by which the database grew, and that the transaction did not write: what a reader of them gets, a replica must get too.
+    /// Takes the pages by which the database grew, and that the transaction did not write. A
+    /// replica must get what a reader of them gets.
     fn take_unwritten(&mut self, record: &mut Record, new_pages: impl Iterator<Item = PageNo>) -> Result<()> {
         let (base, commit, size) = (self.base.clone(), record.commit, self.base.page_size);
-        // They stay as they are read here, whatever is copied, and whenever.
+        // The pages stay as capture reads them here, whatever a checkpoint copies, and whenever.
         let on_disk = base.progress.on_disk();
         let _nobody_copies = lock(&base.backfill);
         drop(on_disk);
@@ -338,7 +344,8 @@ impl Capture {
             }
             self.take_page(record, number, PageHash::of(number, &page), &page)?;
         }
-        // A frame of when the database was as long before. It was not copied while the database was shorter; now it has to be.
+        // This frame is from when the database was as long before. No copy took it while the
+        // database was shorter; now a copy has to.
         if older <= base.index.backfilled() {
             base.index.set_backfilled(older - 1);
         }
@@ -363,7 +370,7 @@ impl Capture {
         if !self.out.is_empty() {
             sink.committed(self.tip.position.number())?;
             sink.records(self.out.split().freeze(), Some(self.tip.position))?;
-            // One allocation serves many batches, as long as nobody keeps the old ones.
+            // One allocation serves many batches, as long as no one keeps the old ones.
             self.out.reserve(BATCH_BYTES / 8 + HEADER_BYTES);
         }
         if self.base.tip() != self.tip {
@@ -373,7 +380,7 @@ impl Capture {
     }
 }
 
-/// A record while it is being made.
+/// A record in the making.
 #[derive(Debug)]
 struct Record {
     commit: CommitFrames,

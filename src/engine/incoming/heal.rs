@@ -1,8 +1,11 @@
 //! A replica's part in a heal: finding the pages to ask for.
 //!
-//! Either its log says what it did since a state that is the primary's, or the primary sends sums over all of its pages, and the spans whose
-//! sums differ are looked at page by page. Both lead to one set of pages, which are asked for with their hashes, so that only those
-//! that differ travel.
+//! There are two ways to find them. Either the replica's log says what it did since a state that is
+//! the primary's. Or the primary sends sums over all of its pages, and the replica looks page by
+//! page at the spans whose sums differ.
+//!
+//! Both lead to one set of pages. The replica asks for them with their hashes, so only those that
+//! differ travel.
 
 use crate::checksum::Checksum;
 use crate::engine::history::intake_error::IntakeError;
@@ -19,7 +22,7 @@ pub(crate) struct Heal {
     phase: Phase,
     /// The pages to ask for.
     wanted: PageSet,
-    /// The first that was not asked for yet; none: all were.
+    /// The first page that the heal has not asked for yet. None: it has asked for all.
     next: Option<PageNo>,
     /// Pages that sums came for.
     summed: u32,
@@ -29,9 +32,9 @@ pub(crate) struct Heal {
 enum Phase {
     /// Sums come.
     Summing,
-    /// Pages come that were asked for.
+    /// Pages come that the heal asked for.
     Wanting,
-    /// The primary was told that nothing more is wanted.
+    /// The heal told the primary that it wants nothing more.
     Told,
 }
 
@@ -42,14 +45,16 @@ impl Heal {
         Heal { begin, phase, wanted: PageSet::default(), next: Some(PageNo::FIRST), summed: 0 }
     }
 
-    /// Only what was touched since the fork can differ.
+    /// Only pages that were touched since the fork can differ.
     pub(crate) fn since(begin: HealBegin, touched: &Touched) -> Heal {
         let mut wanted = touched.pages.clone();
-        // What the branch dropped it has not any more; where the primary did not drop it, too, no record brings it.
+        // The branch no longer has what it dropped. Where the primary did not drop it, too, no
+        // record brings it.
         let size = touched.size.unwrap_or(begin.pages).min(begin.pages);
         let dropped = touched.least.saturating_add(1)..=size;
         dropped.filter_map(PageNo::new).for_each(|page| wanted.insert(page));
-        // What the primary does not have can't be had; what it had not at the fork comes with its records.
+        // The primary can't send what it does not have. What it did not have at the fork comes with
+        // its records.
         wanted.cut_above(size);
         Heal { begin, phase: Phase::Wanting, wanted, next: Some(PageNo::FIRST), summed: 0 }
     }
@@ -76,7 +81,7 @@ impl Heal {
         Ok(())
     }
 
-    /// Everything that was asked for has come: what to ask for next.
+    /// Everything that the heal asked for has come. Returns what to ask for next.
     pub(crate) fn sent(
         &mut self,
         overlay: &mut Overlay,
@@ -85,7 +90,7 @@ impl Heal {
     ) -> Result<Option<Want>, IntakeError> {
         match self.phase {
             Phase::Summing => {
-                // What no sum came for is nowhere on the primary.
+                // The primary does not have a page that no sum came for.
                 overlay.forget_above(self.summed, store)?;
                 overlay.drop_above(sent.pages, store)?;
                 self.wanted.cut_above(sent.pages);

@@ -1,7 +1,9 @@
-//! The arithmetic of a state on its way in: which pages count, and what their sum is. No input or output of its own.
+//! The arithmetic of a state on its way in: which pages count, and what their sum is. It does no
+//! input or output of its own.
 //!
-//! Pages come over what is below (a live database's pages, or nothing), each as of some position at or behind that from which the
-//! records go on. Then the records come, until the state that the primary names; there the sum decides.
+//! Pages come over what is below (a live database's pages, or nothing). Each is as of the position
+//! from which the records go on, or as of a later one. Then the records come, until the state that
+//! the primary names. There the sum decides.
 
 use crate::checksum::{Checksum, PageHash};
 use crate::engine::history::intake_error::IntakeError;
@@ -21,7 +23,7 @@ pub(crate) trait Store {
     fn cut_above(&mut self, last: u32) -> Result<()>;
 }
 
-/// A state that is being received.
+/// A state that is coming in.
 #[derive(Debug)]
 pub(crate) struct Overlay {
     page_size: PageSize,
@@ -33,13 +35,13 @@ pub(crate) struct Overlay {
     sum: Checksum,
     /// The state that the records must reach; known when all pages have come.
     end: Option<SnapEnd>,
-    /// The position of the last record that was applied.
+    /// The position of the last record that the replica applied.
     position: Position,
     txn: Option<TxnBegin>,
 }
 
 impl Overlay {
-    /// Over so many pages; records go on from `position`.
+    /// An overlay over `below` pages. Records go on from `position`.
     pub(crate) fn new(page_size: PageSize, position: Position, below: u32) -> Overlay {
         let (have, sum) = (PageSet::default(), Checksum::EMPTY);
         Overlay { page_size, have, below, sum, end: None, position, txn: None }
@@ -49,22 +51,22 @@ impl Overlay {
         self.page_size
     }
 
-    /// The position of the last record that was applied.
+    /// The position of the last record that the replica applied.
     pub(crate) fn position(&self) -> Position {
         self.position
     }
 
-    /// Pages that an earlier attempt brought. Nothing is summed by this.
+    /// Adds pages that an earlier attempt brought. Sums nothing.
     pub(crate) fn resume(&mut self, have: PageSet) {
         self.have = have;
     }
 
-    /// Pages that are there, and their sum: what is below is known, or came in order.
+    /// Sets the sum of the pages that are there: what is below is known, or came in order.
     pub(crate) fn trust(&mut self, sum: Checksum) {
         self.sum = sum;
     }
 
-    /// All pages have come?
+    /// Whether all pages have come.
     pub(crate) fn ended(&self) -> bool {
         self.end.is_some()
     }
@@ -74,7 +76,7 @@ impl Overlay {
         (self.have, self.position, self.end.map_or(0, |end| end.pages))
     }
 
-    /// A run of pages that none came for before, and that are written already.
+    /// Adds a run of pages that none came for before, and that are in the file already.
     pub(crate) fn append(&mut self, first: PageNo, pages: &[u8]) {
         for (number, page) in (first.get()..).zip(pages.chunks_exact(self.page_size.bytes())) {
             let Some(number) = PageNo::new(number) else { break };
@@ -85,7 +87,7 @@ impl Overlay {
         }
     }
 
-    /// A run of pages that take the place of those that counted.
+    /// Adds a run of pages that take the place of those that counted.
     pub(crate) fn patch(
         &mut self,
         first: PageNo,
@@ -103,7 +105,7 @@ impl Overlay {
         Ok(())
     }
 
-    /// All pages have come. True when the state is exact already.
+    /// All pages have come. Returns true when the state is exact already.
     pub(crate) fn end(&mut self, end: SnapEnd, store: &mut dyn Store) -> Result<bool, IntakeError> {
         if self.end.is_some() || end.exact_at.number() < self.position.number() || end.pages == 0 {
             return Err(IntakeError::garbled("a snapshot ends twice, before its begin, or without pages"));
@@ -136,7 +138,7 @@ impl Overlay {
         Ok(self.put(number, hash, page, store)?)
     }
 
-    /// A record ends. True when the state has become exact.
+    /// A record ends. Returns true when the state has become exact.
     pub(crate) fn txn_end(&mut self, end: TxnEnd, store: &mut dyn Store) -> Result<bool, IntakeError> {
         if self.txn.take().is_none() || end.after.number() != self.position.number() + 1 || end.pages == 0 {
             return Err(IntakeError::garbled("a transaction ends out of place in a snapshot"));
@@ -195,7 +197,7 @@ impl Overlay {
         Ok(())
     }
 
-    /// Pages above a number count no longer, and were never summed.
+    /// Pages above a number count no longer. Nothing ever summed them.
     pub(crate) fn forget_above(&mut self, pages: u32, store: &mut dyn Store) -> Result<()> {
         self.below = self.below.min(pages);
         self.have.cut_above(pages);

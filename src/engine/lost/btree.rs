@@ -1,6 +1,8 @@
-//! Which table a leaf page belongs to, and which rows are on it: as much of SQLite's b-tree format as that takes.
+//! Which table a leaf page belongs to, and which rows are on it: as much of SQLite's b-tree format
+//! as that takes.
 //!
-//! <https://www.sqlite.org/fileformat2.html#b_tree_pages>. Rowid tables only. Every offset is checked: the pages may be damaged.
+//! <https://www.sqlite.org/fileformat2.html#b_tree_pages>. Rowid tables only. The code checks every
+//! offset: the pages may be damaged.
 
 use std::collections::BTreeMap;
 
@@ -27,7 +29,7 @@ pub(super) struct StatePages<'a> {
     pub(super) count: u32,
 }
 
-/// The leaf pages of a table that are in a set, found by its interior pages alone.
+/// The leaf pages of a table that are in a set. Reads the table's interior pages alone.
 pub(super) fn leaves(
     pages: &mut StatePages<'_>,
     root: PageNo,

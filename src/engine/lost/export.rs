@@ -19,13 +19,13 @@ use crate::sqlite::connect_alone;
 use crate::status::LoggedTransaction;
 use crate::wire::{Decoder, HEADER_BYTES, Message, Unit};
 
-/// Bytes that are read at a time.
+/// Bytes that one read takes.
 const READ_BYTES: usize = 256 * 1024;
 
 /// All functions block.
 impl LostBranch {
-    /// The branch's transactions, oldest first, as far as their records are kept; where the fork is not known, some before it may be
-    /// among them.
+    /// The branch's transactions, oldest first, as far as the node kept their records. Where the
+    /// fork is not known, some before it may be among them.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Corrupt`].
@@ -45,7 +45,8 @@ impl LostBranch {
         Ok(listed)
     }
 
-    /// Visits the pages that were replaced, as they were, in order. Each was checked against its hash.
+    /// Visits the pages that the heal replaced, as they were, in order. Each was checked against
+    /// its hash.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Corrupt`]; what `visit` returns.
@@ -56,8 +57,8 @@ impl LostBranch {
         })
     }
 
-    /// The rows that the heal changed. None when the process ended before they were told, or when the tables could not be read; then
-    /// pages and records are all that there is.
+    /// The rows that the heal changed. None when the process ended before it told them, or when it
+    /// could not read the tables. Then pages and records are all that there is.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Corrupt`].
@@ -65,9 +66,13 @@ impl LostBranch {
         rows::read(self.path())
     }
 
-    /// Writes the branch into a new SQLite file, which who can't read the database can't read, for `ATTACH` and the shell. `replite_branch` says what it is, `replite_transactions`,
-    /// `replite_pages` and `replite_rows` have what the functions here give; and for each table of which the branch had rows that were replaced
-    /// there is a table `lost_<name>` with those rows, under their columns, behind `replite_rowid`.
+    /// Writes the branch into a new SQLite file, for `ATTACH` and the shell. A user that can't read
+    /// the database can't read that file either.
+    ///
+    /// `replite_branch` says what the branch is. `replite_transactions`, `replite_pages` and
+    /// `replite_rows` have what the functions here give. A table of the branch may have had rows
+    /// that the heal replaced. For each such table there is a table `lost_<name>` with those rows:
+    /// `replite_rowid` first, then their own columns.
     ///
     /// # Errors
     /// [`Error::FileExists`], [`Error::Io`]; [`Error::Sqlite`]; [`Error::Corrupt`].
@@ -77,7 +82,8 @@ impl LostBranch {
         drop(made?);
         let done = self.fill(to);
         if done.is_err() {
-            // A file that is not whole would pass for one that is; that it can't be removed changes nothing about the error.
+            // A file that is not whole would pass for one that is. If it can't be removed, that
+            // changes nothing about the error.
             let _ = fs::remove_file(to);
         }
         done
@@ -155,7 +161,7 @@ impl LostBranch {
     }
 }
 
-/// A row into the table of its like.
+/// Inserts a row into the table of its like.
 fn insert_lost(tx: &Connection, table: &str, rowid: i64, row: &Map<String, Value>) -> Result<()> {
     let table = quoted(&format!("lost_{table}"));
     let columns: String = row.keys().map(|name| format!(", {}", quoted(name))).collect();

@@ -1,4 +1,4 @@
-//! All that is kept in `<state directory>/lost`.
+//! All that the node keeps in `<state directory>/lost`.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -10,7 +10,8 @@ use crate::error::{Error, Result};
 use crate::files::Paths;
 use crate::status::from_unix_millis;
 
-/// Something that is kept beside a database because it had to go from its place, a directory; see [`Db::lost`](crate::Db::lost).
+/// Something that the node keeps beside a database because it had to go from its place. It is a
+/// directory; see [`Db::lost`](crate::Db::lost).
 ///
 /// ```
 /// # async fn example(db: replite::Db) -> Result<(), replite::Error> {
@@ -28,9 +29,9 @@ use crate::status::from_unix_millis;
 pub struct Lost {
     /// What it is.
     pub kind: LostKind,
-    /// Where it is kept.
+    /// Where it is.
     pub path: PathBuf,
-    /// When it was put there.
+    /// When the node put it there.
     pub time: SystemTime,
     /// What it takes up of [`Config::lost_quota`](crate::Config::lost_quota).
     pub bytes: u64,
@@ -58,14 +59,14 @@ pub struct Lost {
 pub enum LostKind {
     /// What a heal replaced: a branch of the history, or pages that were damaged.
     Branch(Box<LostBranch>),
-    /// A database file, with the WAL or the journal that it had, that a snapshot could not be put into: it was damaged, or a foreign one with
-    /// pages of another size.
+    /// A database file, with the WAL or the journal that it had, that a snapshot could not go into.
+    /// It was damaged, or a foreign one with pages of another size.
     Database,
     /// A log that did not lead to its database's state.
     Log,
     /// A WAL that was not its database's.
     Wal,
-    /// What can't be read, or is of no kind that this version knows; and why.
+    /// What the node can't read, or what is of no kind that this version knows; and why.
     Unreadable(String),
 }
 
@@ -78,7 +79,7 @@ impl Lost {
         }
     }
 
-    /// All that is kept beside a database, oldest first.
+    /// All that the node keeps beside a database, oldest first.
     pub(crate) fn list(paths: &Paths) -> Result<Vec<Lost>> {
         let lost = paths.lost();
         let entries = match fs::read_dir(&lost) {
@@ -90,7 +91,7 @@ impl Lost {
         for entry in entries {
             let entry = entry.map_err(Error::io("read", &lost))?;
             let path = entry.path();
-            // What is not a directory is somebody else's; what is not complete has no name yet.
+            // What is not a directory is not ours. What is not complete has no name yet.
             if !path.is_dir() || path.extension().is_some_and(|end| end == "new") {
                 continue;
             }

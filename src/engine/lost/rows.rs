@@ -1,4 +1,5 @@
-//! The rows that a heal changed, told from the states before and after it, while both can still be read.
+//! The rows that a heal changed. The replica reads them from the states before and after it, while
+//! it can still read both.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -21,7 +22,7 @@ use crate::page::{PageNo, PageSet};
 use crate::sqlite::Handle;
 
 const FILE: &str = "rows.jsonl";
-/// Rows that are told of one branch.
+/// Rows that a heal tells of one branch.
 const ROWS_MAX: usize = 20_000;
 /// Bytes of them.
 const BYTES_MAX: usize = 64 << 20;
@@ -48,8 +49,9 @@ pub struct LostRow {
     pub table: String,
     /// The row's id.
     pub rowid: i64,
-    /// The row as the lost branch had it, by column. None: it did not have it, be it that the branch had deleted it or that the primary has
-    /// inserted it since. A blob is an object with the one field `blob`, in hex.
+    /// The row as the lost branch had it, by column. None: the branch did not have it, because it
+    /// had deleted it or because the primary has inserted it since. A blob is an object with the
+    /// one field `blob`, in hex.
     pub lost: Option<Map<String, Value>>,
     /// The row as the primary has it.
     pub kept: Option<Map<String, Value>>,
@@ -74,7 +76,7 @@ pub struct LostRow {
 pub struct LostRows {
     /// The rows, by table and id: first those that the branch had.
     pub rows: Vec<LostRow>,
-    /// Whether there were more than are told: at most 20,000 are, of 64 MiB together.
+    /// Whether there were more than the heal told: it tells at most 20,000, of 64 MiB together.
     pub truncated: bool,
 }
 
@@ -94,7 +96,7 @@ impl StateBefore {
     }
 }
 
-/// Tells the rows of a branch that was kept at `path`.
+/// Tells the rows of a branch that the node kept at `path`.
 pub(in crate::engine) fn tell(
     path: &Path,
     before: StateBefore,
@@ -174,7 +176,7 @@ struct Told {
 }
 
 impl Told {
-    /// Writes a row if it is not the same on both sides.
+    /// Writes a row if it is not the same in both states.
     fn row(
         &mut self,
         table: &str,
@@ -243,7 +245,7 @@ fn json(value: ValueRef<'_>) -> Value {
     }
 }
 
-/// What was told; `None` when the process ended before it was.
+/// The rows that the heal told. `None` when the process ended before that.
 pub(super) fn read(path: &Path) -> Result<Option<LostRows>> {
     let path = path.join(FILE);
     let file = match crate::files::open(&path) {

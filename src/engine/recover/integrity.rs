@@ -1,4 +1,5 @@
-//! A database whose WAL is gone while frames were being copied into it: whether somebody else has copied the rest.
+//! A database whose WAL is gone while a node was copying frames into it: whether another process
+//! has copied the rest.
 
 use std::collections::{HashMap, HashSet};
 
@@ -15,7 +16,7 @@ use crate::page::PageNo;
 use crate::report::Condition;
 use crate::wire::Message;
 
-/// Pages of the log that are remembered, some hundred bytes each.
+/// Pages of the log that the check remembers, some hundred bytes each.
 const PAGES_MAX: usize = 1 << 18;
 /// And of their earlier images.
 const EARLIER_MAX: usize = 1 << 20;
@@ -35,8 +36,8 @@ const NO_LOG: &str = "the WAL beside it was begun by others, and the log that co
     `Config::accept_damaged` loses nothing; or the WAL goes with another file: then put that one there";
 
 impl Findings {
-    /// Whether the file, whose position is unknown and whose WAL is not this node's any more, may hold pages of several states, and why: then it is
-    /// none, and must not be read.
+    /// Whether the file may hold pages of several states, and why. Its position is unknown, and its
+    /// WAL is not this node's any more. A mixed file is no state, and no one must read it.
     pub(in crate::engine) fn damage(&mut self) -> Result<Option<Doubt>> {
         let Some(newest) = self.known.first().copied() else {
             let first_start = lock(&self.base.anchors).unwritten();
@@ -74,8 +75,9 @@ impl Findings {
         }
     }
 
-    /// Whether pages of the file, which no WAL is over, are as earlier records of the log have them, and not as the newest: no WAL is begun anew before
-    /// all of it was copied. Ordinary SQL may put a single page back; page 1 never.
+    /// Whether pages of the file, which no WAL is over, are as earlier records of the log have
+    /// them, and not as the newest. No process begins a WAL anew before all of it is in the file.
+    /// Ordinary SQL may put a single page back; page 1 never.
     fn goes_back(&mut self) -> Result<bool> {
         let (base, tip) = (self.base.clone(), self.base.tip());
         let log = &base.log;
@@ -108,14 +110,15 @@ impl Findings {
         Ok(back > 1)
     }
 
-    /// The pages of which the file itself, whatever a newer WAL says, still has the image that the WAL would have replaced.
+    /// The pages of which the file itself still has the image that the WAL would have replaced,
+    /// whatever a newer WAL says.
     fn older(&mut self, witnesses: &Witnesses) -> Result<Vec<PageNo>> {
         let mut page = vec![0; self.base.page_size.bytes()];
         let size = self.handle.size()?;
         let mut older = Vec::new();
         for witness in witnesses.iter() {
             let end = witness.page().offset(self.base.page_size) + u64::from(self.base.page_size.get());
-            // The database has become smaller since; where it never grew, its first page tells.
+            // The database has become smaller since. Where it never grew, its first page tells.
             if end > size || witness.page().get() > self.base.tip().pages {
                 continue;
             }
@@ -160,7 +163,8 @@ mod tests {
     const UPDATE: &str = "UPDATE t SET a = 'behind'";
     const GROW: &str = "INSERT INTO t SELECT 'behind', randomblob(3000) FROM t";
 
-    /// A database of 200 rows that is opened, and changed by a connection that leaves the WAL where it is when it closes.
+    /// A database of 200 rows that is opened, and changed by a connection that leaves the WAL where
+    /// it is when it closes.
     fn changed(home: &Home, sql: &str) -> (PrimaryEngine, Connection) {
         run(
             home,
@@ -241,7 +245,8 @@ mod tests {
         }
     }
 
-    /// A table that is emptied may get a page back that it had before: what an administrator does on a full disk.
+    /// A table that is emptied may get a page back that it had before: what an administrator does
+    /// on a full disk.
     #[test]
     fn one_page_that_is_as_before_has_two_readings_and_both_are_named() {
         let home = Home::new();

@@ -1,4 +1,5 @@
-//! Which state a primary goes on from, where its files don't simply say it. `docs/design.md` has the whole table.
+//! Which state a primary goes on from, where its files don't simply say it. `docs/design.md` has
+//! the whole table.
 
 use std::fmt;
 
@@ -44,12 +45,12 @@ impl Findings {
         self.highest_epoch > 0 || self.base.log.tip().is_some()
     }
 
-    /// Finds the committed state that a primary goes on from, and makes good from the log what its files lack. A state that has no name,
-    /// and may become history, stays not `exact`.
+    /// Finds the committed state that a primary goes on from, and makes good from the log what its
+    /// files lack. A state that has no name, and may become history, does not become `exact`.
     ///
     /// # Errors
-    /// [`Error::Damaged`] when no committed state can be proved, or when transactions that were on the disk here are in no file any more: nothing
-    /// was changed then.
+    /// [`Error::Damaged`] when the primary can prove no committed state, or when transactions that
+    /// were on the disk here are in no file any more. The files are unchanged then.
     pub(in crate::engine) fn judge(mut self, unsynced: bool) -> Result<Findings> {
         let read = self.exact;
         self.name();
@@ -71,7 +72,8 @@ impl Findings {
     fn name(&mut self) {
         let position = self.base.tip().position;
         if self.history.last().is_none() && self.exact && position.epoch().number() > 0 {
-            // The epochs were lost with their file, and the log does not tell of them. What was before this state is nowhere named.
+            // The epochs were lost with their file, and the log does not tell of them. Nothing
+            // names what was before this state.
             let (first, before) = (position.number() + 1, position.checksum());
             self.history.push(EpochStart { epoch: position.epoch(), first, before });
         }
@@ -79,7 +81,8 @@ impl Findings {
         if !self.exact || !self.chained {
             return;
         }
-        // Commits that the log contradicts; or, in an epoch that is another node's, does not have: that one has others under their numbers.
+        // These are commits that the log contradicts. Or they are commits of another node's epoch
+        // that the log does not have: that node has others under their numbers.
         let logged = self.base.log.tip().filter(|logged| self.has(*logged));
         let agreed = self.anchor.map(|anchor| anchor.position);
         match self.log_says {
@@ -94,7 +97,8 @@ impl Findings {
         }
     }
 
-    /// Why the files, read as SQLite reads them, may be no state that was ever committed. Asked before an anchor is written.
+    /// Why the files, read as SQLite reads them, may be no state that was ever committed. Call
+    /// before an anchor is written.
     pub(in crate::engine) fn doubt(&mut self) -> Result<Option<Doubt>> {
         if self.known.first().is_some_and(|anchor| anchor.position.epoch().number() == 0) {
             return Ok(Some(Doubt::Mixed(NEVER_KNOWN)));
@@ -102,13 +106,14 @@ impl Findings {
         Ok(match self.wal {
             Wal::Short => Some(Doubt::Mixed(CUT)),
             Wal::Stray => Some(Doubt::Mixed(STRAY)),
-            // Where all of the WAL is in the file, there is one reading: whoever copied it did not count what he committed before.
+            // Where all of the WAL is in the file, there is one reading. The process that copied it
+            // did not count what it committed before.
             Wal::Whole | Wal::Before => (!self.is_copied()?).then_some(Doubt::Mixed(ALTERED)),
             Wal::Foreign | Wal::Gone => self.damage()?,
         })
     }
 
-    /// Finds a state that can be proved in files that, read as they are, are none.
+    /// Finds a state that it can prove in files that, read as they are, are none.
     fn repair(mut self, doubt: &Doubt) -> Result<Findings> {
         let why = match doubt {
             Doubt::Mixed(why) => {
@@ -134,14 +139,15 @@ impl Findings {
         Err(self.damaged(format!("{why}{}; {CURE}", self.missing())))
     }
 
-    /// SQLite must find a state whole that is to become history.
+    /// Fails unless SQLite finds the state whole that is to become history.
     fn expect_whole(mut self) -> Result<Findings> {
         tracing::info!(path = %self.base.path().display(), "the position is unknown; `PRAGMA integrity_check` runs before the state becomes history");
         let what = match integrity(self.handle.connection()) {
             Ok(None) => return Ok(self),
             Ok(Some(what)) => what,
             Err(error) => {
-                // The schema may need functions, collations or modules that only the application's connections have.
+                // The schema may need functions, collations or modules that only the application's
+                // connections have.
                 self.base.node.report(Condition::IntegrityNotChecked { error: &error });
                 return Ok(self);
             }
@@ -205,7 +211,7 @@ impl Findings {
         Ok(logged.unwrap_or(from).number())
     }
 
-    /// Whether that is all that was here.
+    /// Whether the log leads from a state to all that was here.
     pub(in crate::engine) fn leads_to_all(&self, from: Position) -> Result<bool> {
         Ok(self.reached(from)? >= self.last_known())
     }
@@ -231,19 +237,19 @@ impl Findings {
         format!("; of transactions {from} to {to} no file here has all pages any more")
     }
 
-    /// A state was found that can be proved: whether it is all that was here.
+    /// A state was found that can be proved. Checks whether it is all that was here.
     fn reach(&mut self, unsynced: bool) -> Result<()> {
         let here = self.base.tip().position;
         let whole = self.wal == Wal::Whole && self.anchor == self.known.first().copied();
         if !whole && self.is_older(here) {
-            // The file itself was later than this: no WAL was lost, but an older file was put in its place.
+            // The file itself was later than this. No WAL was lost: an older file is in its place.
             let last = self.last_known();
             self.base.node.report(Condition::OlderDatabase { position: here, last });
             self.set_log_aside()?;
             self.history = self.history.up_to(here);
             return self.reset_log(here);
         }
-        // What a power cut took of a primary that syncs nothing, its replicas are asked for.
+        // A primary that syncs nothing asks its replicas for what a power cut took.
         if self.leads_to_all(here)? || self.base.options.accept_damaged || unsynced {
             return Ok(());
         }
@@ -256,8 +262,10 @@ impl Findings {
         )))
     }
 
-    /// The state that SQLite reads, which has no name, becomes a transaction of a new epoch, with a number that nobody has used. What the log has is kept
-    /// in `lost`; and nothing counts as being in this history but what was proved to be before it, so that replicas keep what they have.
+    /// The state that SQLite reads, which has no name, becomes a transaction of a new epoch, with a
+    /// number that no node has used. The node keeps what the log has in `lost`. Only what was
+    /// proved to be before this state counts as being in this history. So replicas keep what they
+    /// have.
     pub(in crate::engine) fn become_history(&mut self, known: bool) -> Result<()> {
         let mut tip = self.base.tip();
         self.history = match self.proved {
@@ -276,7 +284,8 @@ impl Findings {
         if known {
             self.base.node.report(Condition::ForeignChange { position: tip.position });
         }
-        // First, so that what the log has is off this history if it is not moved any more.
+        // First: what the log has is off this history then, even if the move of the log never
+        // happens.
         crate::engine::file::epochs::write_epochs(&self.base.options.paths, &self.history, true)?;
         self.set_log_aside()?;
         self.base.leap(tip);

@@ -1,7 +1,9 @@
-//! A primary's files that, read as they are, are no committed state, and a state that can be proved in them.
+//! A primary's files that, read as they are, are no committed state, and a state that the primary
+//! can prove in them.
 //!
-//! Either the file alone is one, so that the WAL can be done without; or the log's pages over what is there are the state that the log ends with, which
-//! its checksum proves. In both ways what is given up is kept in `lost`, first.
+//! There are two ways. Either the file alone is such a state, and the primary can do without the
+//! WAL. Or the log's pages over what is there are the state that the log ends with, which its
+//! checksum proves. In both ways the primary first keeps in `lost` what it gives up.
 
 use std::time::Duration;
 
@@ -24,9 +26,9 @@ use crate::txid::{Place, Position};
 use crate::wal::frame_offset;
 use crate::wire::{HealBegin, Message, SnapEnd};
 
-/// Longest wait for readers of a WAL that is to be dropped.
+/// Longest wait for readers of a WAL that is to go.
 const READERS_WAIT: Duration = Duration::from_secs(5);
-/// Pages that are hashed at a time.
+/// Pages that one step hashes.
 const SPAN_PAGES: u32 = 64;
 /// Where the first page says how many there are.
 const SIZE_AT: usize = 28;
@@ -66,8 +68,8 @@ impl Findings {
         Ok(())
     }
 
-    /// Puts the newest pages of the whole log over what SQLite reads. If that makes the state which the log ends with, exactly, it takes the place
-    /// of what is there.
+    /// Puts the newest pages of the whole log over what SQLite reads. If that makes exactly the
+    /// state which the log ends with, it takes the place of what is there.
     pub(in crate::engine) fn mend(self, why: &str) -> Result<Findings> {
         let log = self.base.log.clone();
         let (Some(from), Some(to)) = (log.start(), log.tip()) else { return Ok(self) };
@@ -89,7 +91,7 @@ impl Findings {
             incoming::discard(&paths)?;
             return Ok(Findings { handle: live.handle, ..self });
         };
-        // All that may find no room, before anything is changed.
+        // All that may find no room, before this changes anything.
         keep(&mut live, &ready)?;
         let opened = Findings { handle: live.handle, ..self };
         opened.set_wal_aside()?;
@@ -101,7 +103,8 @@ impl Findings {
         }
         let mut live = WalAppender::new(base.clone(), opened.handle)?;
         if tip.frame == 0 {
-            // There is no generation to append to. That the file is at rest is not said: it is not.
+            // There is no generation to append to. The anchor does not say that the file is at
+            // rest: it is not.
             let begun = begin_unproved(&base, &mut live.handle, &tip)?;
             live.resume(begun);
         }
@@ -119,7 +122,7 @@ impl Findings {
         let paths = &self.base.options.paths;
         let (wal, lost) = (paths.wal(), paths.lost());
         if let Some(kept) = lost::same_file(&lost, "wal-", &wal)? {
-            // A start that came no further.
+            // An earlier start came no further.
             self.base.node.report(Condition::WalAlreadyKept { kept: &kept });
             return Ok(());
         }
@@ -175,7 +178,7 @@ fn over_all(live: &mut WalAppender, from: Position, to: Position) -> Result<Read
     incoming.finish()
 }
 
-/// Keeps what is about to be replaced.
+/// Keeps what the node is about to replace.
 fn keep(live: &mut WalAppender, ready: &Ready) -> Result<()> {
     let base = live.base.clone();
     let quota_bytes = base.options.lost_bytes;
@@ -185,7 +188,8 @@ fn keep(live: &mut WalAppender, ready: &Ready) -> Result<()> {
     Ok(())
 }
 
-/// Puts a state that was proved in the place of what is there, in one transaction in the WAL, which is on the disk then.
+/// Puts a state that was proved in the place of what is there, in one transaction in the WAL. That
+/// transaction is on the disk on return.
 pub(in crate::engine) fn replace(live: &mut WalAppender, ready: &Ready) -> Result<()> {
     let base = live.base.clone();
     let mut differing = Differing::new(ready);

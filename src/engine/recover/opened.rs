@@ -6,8 +6,9 @@ use crate::engine::file::database::OpenDatabase;
 use crate::sqlite::Handle;
 use crate::txid::{EpochHistory, Position};
 
-/// An open database without a role. Its position is known, nobody writes to it, and no thread is at work on it: CKPT and WRITE are held. Readers
-/// go on meanwhile, and keep their snapshots.
+/// An open database without a role. Its position is known, no connection writes to it, and no
+/// thread is at work on it. This value holds CKPT and WRITE. Readers go on meanwhile, and keep
+/// their snapshots.
 ///
 /// Dropping it closes the database: the next start finds what is there.
 #[derive(Debug)]
@@ -31,7 +32,7 @@ impl Opened {
         self.database.tip().position
     }
 
-    /// The parts, of which the next role takes care.
+    /// Hands on the parts, of which the next role takes care.
     pub(in crate::engine) fn hand_on(mut self) -> Option<(Arc<OpenDatabase>, Handle, EpochHistory)> {
         let handle = self.handle.take()?;
         Some((self.database.clone(), handle, std::mem::take(&mut self.history)))
@@ -41,7 +42,7 @@ impl Opened {
 impl Drop for Opened {
     fn drop(&mut self) {
         if let Some(handle) = self.handle.take() {
-            // The connection first: others may be the last from then on.
+            // The connection first: other connections may be the last from then on.
             drop(handle);
             self.database.release_locks();
         }

@@ -1,7 +1,9 @@
-//! Which state the files are: by the newest anchor and the commits after it, by the file at rest, or by the name of their hash.
+//! Finds which state the files are. The newest anchor and the commits after it tell, or the file at
+//! rest, or the name of their hash.
 //!
-//! Nothing here guesses. A state is *exact* when a chain of checksums leads to it from an anchor, over a file that is as that anchor left it, or when
-//! the hash of everything is that of a state which an anchor or a record names.
+//! Nothing here guesses. A state is *exact* in two cases. A chain of checksums leads to it from an
+//! anchor, over a file that is as that anchor left it. Or the hash of everything is that of a state
+//! which an anchor or a record names.
 
 use std::sync::Arc;
 
@@ -39,13 +41,14 @@ pub(in crate::engine) enum LogSays {
 pub(in crate::engine) enum Wal {
     /// The newest anchor's frame is in it.
     Whole,
-    /// It is the generation before the newest anchor's, which was not begun.
+    /// It is the generation before the newest anchor's, which no node began.
     Before,
     /// A node began it, but no anchor knows it: they are older, or gone.
     Stray,
-    /// It is the generation of an anchor, but does not have the frame of that anchor, which was on the disk: it was cut, or what is in it was changed.
+    /// It is the generation of an anchor, but does not have the frame of that anchor, which was on
+    /// the disk. The WAL was cut, or its content was changed.
     Short,
-    /// Nobody here began it: SQLite did, which copies all of a WAL back first.
+    /// No node began it: SQLite did, which copies all of a WAL back first.
     Foreign,
     /// There is none, or nothing is in it.
     Gone,
@@ -65,7 +68,7 @@ impl Wal {
         if header.max_frame == 0 {
             // SQLite has begun it anew, and got no further.
             let foreign = header.salts != Salts::default() && !are_ours(header.salts);
-            // Frames of ours behind a header that SQLite does not take for one.
+            // There are frames of ours after a header that SQLite does not take for one.
             return Ok(match first_frame(wal, size)?.filter(|_| !foreign) {
                 Some(first) if known_of(first.salts) => Wal::Short,
                 Some(first) if are_ours(first.salts) => Wal::Stray,
@@ -105,7 +108,8 @@ fn fits(anchor: &Anchor, wal: &WalFile, header: &IndexHeader, size: PageSize) ->
         && FrameHeader::parse(&bytes).sum == anchor.sum
 }
 
-/// The anchors that count, newest first: not those of a commit frame that was never written, whose place is the next one's.
+/// The anchors that count, newest first. The anchor of a commit frame that no one ever wrote does
+/// not count: the next one takes its place.
 pub(in crate::engine) fn standing(
     anchors: &mut Anchors,
     wal: &WalFile,
@@ -146,7 +150,8 @@ impl Findings {
     pub(in crate::engine) fn locate(mut self, header: &IndexHeader, pages: u32) -> Result<Findings> {
         let size = self.base.page_size;
         let mut hashed = None;
-        // One without an epoch names no state: what is counted from it would get a name that is another state's.
+        // An anchor without an epoch names no state. A state counted from it would get the name of
+        // another state.
         let counts = |anchor: &Anchor| {
             anchor.position.epoch().number() > 0 && fits(anchor, &self.base.wal, header, size)
         };
@@ -163,7 +168,7 @@ impl Findings {
     }
 
     /// Counts the commits after the anchor, and appends to the log those that it does not have.
-    /// The sum of all pages, too, if that had to be known.
+    /// Returns the sum of all pages, too, if it had to hash them.
     fn replay(
         mut self,
         header: &IndexHeader,
@@ -171,10 +176,12 @@ impl Findings {
         newest: bool,
     ) -> Result<(Findings, Option<Checksum>)> {
         let base = self.base.clone();
-        // Somebody wrote to the file since: old images that are read from it may be newer than they should be. Then only a full hash decides.
+        // Another process wrote to the file since: old images that the count reads from it may be
+        // newer than they should be. Then only a full hash decides.
         let doubt = match anchor.file {
             FileState::AtRest { modified: then, .. } => {
-                // After a power cut the time of an earlier anchor may be there still, with what was copied since.
+                // After a power cut the file may still have the time of an earlier anchor, with
+                // what a copy brought since.
                 let copied = matches!(self.known[0].file, FileState::Backfilling(_));
                 copied || base.watch.modified()? != then
             }
@@ -213,7 +220,8 @@ impl Findings {
         let begin =
             Tip { frame: anchor.frame, sum: anchor.sum, position, pages: anchor.pages, ..end(header, 0) };
         self.base.leap(begin);
-        // What follows a state that is off the history is not of it either, whatever epochs have its numbers there.
+        // What follows a state that is off the history is not of it either, whatever epochs have
+        // its numbers there.
         let history = match self.has(position) {
             true => self.history.clone(),
             false => EpochHistory::ending(position),
@@ -228,7 +236,8 @@ impl Findings {
         capture.advance(header, &mut sink)?;
         let tip = capture.tip;
         if let Some(logged) = sink.tip {
-            // Of the anchor, or of the end: where the log has these numbers, it has these states.
+            // The anchor's state, or the end's: where the log has these numbers, it has these
+            // states.
             for counted in [position, tip.position] {
                 if counted.number() == logged.number() {
                     sink.mismatch |= logged != counted;
@@ -248,7 +257,8 @@ impl Findings {
         Ok((Findings { handle: capture.handle, log_says, ..self }, tip))
     }
 
-    /// Without a usable anchor: the file at rest, or the hash of everything, may be a state that is known by name.
+    /// Looks without a usable anchor: the file at rest, or the hash of everything, may be a state
+    /// that is known by name.
     fn look_up(&mut self, header: &IndexHeader, pages: u32, hashed: Option<Checksum>) -> Result<()> {
         let mut tip = end(header, pages);
         if header.max_frame == 0
@@ -257,7 +267,7 @@ impl Findings {
             tip.position = position;
             self.exact = true;
         } else {
-            // What was hashed as of the last commit is the state of the WAL's end.
+            // A hash as of the last commit is that of the state at the WAL's end.
             let sum = match hashed {
                 Some(sum) => sum,
                 None => self.base.hash_all(&mut self.handle, tip.frame, tip.pages)?,
@@ -270,8 +280,9 @@ impl Findings {
         Ok(())
     }
 
-    /// The state that the file alone is, if it is as the newest anchor left it. The newest only: the time of an earlier one may be on the
-    /// disk still when what was copied since is.
+    /// The state that the file alone is, if it is as the newest anchor left it. Only the newest
+    /// counts. After a power cut the disk may still have the time of an earlier one, together with
+    /// what a copy brought since.
     pub(in crate::engine) fn at_rest(&self) -> Result<Option<Position>> {
         let now = self.base.watch.modified()?;
         Ok(self.known.first().and_then(|anchor| match anchor.file {
@@ -288,7 +299,7 @@ impl Findings {
         });
         let named = self.base.log.tip().into_iter().chain(named.flatten());
         let found = named.filter(|p| p.checksum() == sum).max_by_key(|p| p.number());
-        // A file that is older than what the log has: of a backup, or with a WAL that is gone.
+        // The file is older than what the log has: it is from a backup, or its WAL is gone.
         found.or_else(|| {
             self.base.log.state_with(sum).unwrap_or_else(|error| {
                 self.base.node.report(Condition::StateNotSearched { error: &error });
@@ -298,8 +309,10 @@ impl Findings {
     }
 }
 
-/// Whether somebody may have copied frames behind the anchor into the file. We died while we copied those up to it; their pages are read
-/// from the WAL. Of each page that only later frames have, the file must hold what was there before them: then it is none of their images.
+/// Whether another process may have copied frames after the anchor into the file. This node died
+/// while it copied those up to the anchor; their pages are read from the WAL. Of each page that
+/// only later frames have, the file must hold what was there before them. So it must hold none of
+/// their images.
 fn copied_beyond(base: &OpenDatabase, handle: &mut Handle, anchor: &Anchor, last: u32) -> Result<bool> {
     let size = base.page_size.bytes();
     let (mut frame, mut file) = (vec![0; FRAME_HEADER_BYTES + size], vec![0; size]);
@@ -309,7 +322,8 @@ fn copied_beyond(base: &OpenDatabase, handle: &mut Handle, anchor: &Anchor, last
         let (head, image) = frame.split_at(FRAME_HEADER_BYTES);
         let commit = FrameHeader::parse(head).commit;
         if commit != 0 {
-            // What is dropped is read before that, and has no frame that would tell.
+            // The count reads pages that the commit drops as of the commit before. They have no
+            // frame that would tell.
             if commit < pages {
                 return Ok(true);
             }
@@ -329,7 +343,7 @@ fn copied_beyond(base: &OpenDatabase, handle: &mut Handle, anchor: &Anchor, last
     Ok(false)
 }
 
-/// Appends to the log what it lacks of the commits that are read again.
+/// Appends to the log what it lacks of the commits that this start reads again.
 struct Rebuild {
     node: Arc<NodeContext>,
     log: Arc<Log>,
@@ -363,7 +377,7 @@ impl Sink for Rebuild {
                 appended = self.log.append(units.clone(), after);
             }
             match appended {
-                // It begins anew behind these commits.
+                // The log begins anew after these commits.
                 Err(error) if no_room(&error) => {
                     self.node.report(Condition::LogLosesPast { error: &error });
                     self.append = false;

@@ -1,4 +1,5 @@
-//! The log over the files: what it has beyond them is applied again, and what does not belong to them is put aside.
+//! The log over the files. The node applies again what the log has beyond them, and puts aside what
+//! does not belong to them.
 
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::recover::Findings;
@@ -19,8 +20,8 @@ impl Findings {
         }
     }
 
-    /// Applies the records that the log has beyond the WAL: an administrator deleted it, or a power cut took its
-    /// tail. Records that do not follow are put aside.
+    /// Applies the records that the log has beyond the WAL: an administrator deleted the WAL, or a
+    /// power cut took its tail. Puts records aside that do not follow.
     pub(in crate::engine) fn redo(self) -> Result<Findings> {
         let tip = self.base.tip();
         let Some(logged) = self.base.log.tip() else {
@@ -44,15 +45,16 @@ impl Findings {
             return Ok(Findings { handle: appender.handle, ..self });
         }
         if logged.number() < number && !self.primary {
-            // Somebody wrote to a replica's file, or a power cut took the log's tail: that the log ends before the
-            // state says that no primary vouches for it.
+            // Another process wrote to a replica's file, or a power cut took the log's tail. The
+            // log ends before the state, which says that no primary vouches for that state.
             return Ok(self);
         }
         if logged.number() >= number {
             self.set_log_aside()?;
         }
-        // A replica's log goes on to say what its primary vouched for last: begun at this state it would vouch for it, also
-        // for what somebody wrote here after the node died between its log and its WAL.
+        // A replica's log goes on to say what its primary vouched for last. If the log began at
+        // this state, it would vouch for this state. That would cover what another process wrote
+        // here after the node died between its log and its WAL.
         let vouched = if self.primary { tip.position } else { logged };
         self.reset_log(vouched)?;
         Ok(self)
@@ -68,7 +70,8 @@ impl Findings {
         if error.no_room() { Ok(()) } else { Err(error) }
     }
 
-    /// Keeps a log that does not lead on from this database's state, if it has any record. It has no position then.
+    /// Keeps a log that does not lead on from this database's state, if it has any record. The log
+    /// has no position then.
     pub(in crate::engine) fn set_log_aside(&self) -> Result<()> {
         let log = &self.base.log;
         if log.start() == log.tip() {
@@ -78,7 +81,7 @@ impl Findings {
         let lost = self.base.options.paths.lost();
         let kept = lost.join(format!("log-{}", unix_millis()));
         files::make_directory(&kept)?;
-        // Its name is durable before anything is moved there.
+        // The directory's name is durable before the node moves anything there.
         sync_directory(&lost)?;
         sync_directory(self.base.options.paths.state_dir())?;
         log.move_to(&kept)?;
