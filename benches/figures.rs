@@ -1,4 +1,5 @@
-//! Figures: ratios to raw SQLite, measured side by side in one run. `cargo bench --bench figures -- NAME` runs one.
+//! Figures: ratios to raw SQLite, measured side by side in one run.
+//! `cargo bench --bench figures -- NAME` runs one.
 
 #[path = "../tests/support/app.rs"]
 mod app;

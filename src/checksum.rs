@@ -7,16 +7,16 @@ use crate::hex::unhex;
 use crate::page::{PageNo, PageSize};
 use crate::parse::ParseError;
 
-/// What the key of every page hash begins with; the page number ends it. It is published: the hash guards against accidents and
-/// divergence, not against somebody who can write the file.
+/// What the key of every page hash begins with; the page number ends it. It is published: the hash
+/// guards against accidents and divergence, not against somebody who can write the file.
 const PAGE_KEY: [u8; 28] = *b"replite page hash, version 1";
 
 /// The sum modulo 2^128 of the hashes of a database's pages.
 ///
-/// A page's hash is the first 16 bytes, little endian, of BLAKE3 over the page's bytes, with a key that consists of
-/// `replite page hash, version 1` and the page number (`u32`, little endian). A sum can be kept up to date from the old and the
-/// new image of each changed page, and, unlike an exclusive-or of linear checksums, equal changes on two pages
-/// do not cancel.
+/// A page's hash is the first 16 bytes, little endian, of BLAKE3 over the page's bytes, with a key
+/// that consists of `replite page hash, version 1` and the page number (`u32`, little endian). A
+/// sum can be kept up to date from the old and the new image of each changed page, and, unlike an
+/// exclusive-or of linear checksums, equal changes on two pages do not cancel.
 ///
 /// ```
 /// use replite::Checksum;
@@ -42,8 +42,8 @@ impl Checksum {
         self.0
     }
 
-    /// Of a database's bytes, such as a file without a WAL has them. The lock page counts for nothing, and neither does a rest that is no
-    /// whole page.
+    /// Of a database's bytes, such as a file without a WAL has them. The lock page counts for
+    /// nothing, and neither does a rest that is no whole page.
     ///
     /// ```
     /// # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -118,7 +118,8 @@ impl PageHash {
         PageHash::keyed(number.get().to_le_bytes(), page)
     }
 
-    /// Hashes a page that stands behind its number, `number u32 LE || page`, whatever is in the place of both.
+    /// Hashes a page that stands behind its number, `number u32 LE || page`, whatever is in the
+    /// place of both.
     pub(crate) fn of_numbered(number_and_page: &[u8]) -> PageHash {
         match number_and_page.split_first_chunk() {
             Some((number, page)) => PageHash::keyed(*number, page),

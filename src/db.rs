@@ -45,9 +45,11 @@ pub use snapshot::Snapshot;
 
 /// A replicated SQLite database: one node's handle. Clones share it.
 ///
-/// Dropping the last clone stops every thread and task of it: at once on a plain thread, in the background where async tasks run, so
-/// that none waits for a disk; who opens the same file meanwhile waits until it is closed, and a process that ends meanwhile loses nothing
-/// that was acknowledged. [`Db::shutdown`] also waits for replicas to get what was captured, and returns when all is done.
+/// Dropping the last clone stops every thread and task of it: at once on a plain thread, in the
+/// background where async tasks run, so that none waits for a disk; who opens the same file
+/// meanwhile waits until it is closed, and a process that ends meanwhile loses nothing that was
+/// acknowledged. [`Db::shutdown`] also waits for replicas to get what was captured, and returns
+/// when all is done.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
@@ -74,8 +76,9 @@ pub struct Db {
 }
 
 impl Db {
-    /// Opens the database as a node: the primary's is created when it does not exist, a replica's is filled from its
-    /// primary. A replica opens before its primary is up, and waits for it in the background.
+    /// Opens the database as a node: the primary's is created when it does not exist, a replica's
+    /// is filled from its primary. A replica opens before its primary is up, and waits for it in
+    /// the background.
     ///
     /// Tasks are spawned on the runtime that this runs in; it needs tokio's time and net drivers.
     ///
@@ -96,29 +99,35 @@ impl Db {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Config`] when the configuration contradicts itself, [`Error::Unsupported`] when the database can't be served,
-    /// [`Error::AlreadyOpen`] when it is open as a node already, [`Error::Corrupt`], [`Error::Newer`] and [`Error::Damaged`] when files are not
-    /// what they should be, [`Error::Io`] and [`Error::Sqlite`] when the system or SQLite fails.
+    /// [`Error::Config`] when the configuration contradicts itself, [`Error::Unsupported`] when the
+    /// database can't be served, [`Error::AlreadyOpen`] when it is open as a node already,
+    /// [`Error::Corrupt`], [`Error::Newer`] and [`Error::Damaged`] when files are not what they
+    /// should be, [`Error::Io`] and [`Error::Sqlite`] when the system or SQLite fails.
     ///
     /// # Cancel safety
-    /// Dropping the future leaves no thread behind, but the opening itself may still run to its end.
+    /// Dropping the future leaves no thread behind, but the opening itself may still run to its
+    /// end.
     pub async fn open(config: Config) -> Result<Db> {
         open::open(config).await
     }
 
-    /// Runs `f` in a transaction (`BEGIN IMMEDIATE`) on the writer's thread; commits when it returns `Ok`, rolls back
-    /// when it returns `Err` or panics. With [`Durability::Synced`](crate::Durability::Synced) it returns after the
-    /// commit is on the disk; commits that wait at the same time share one fsync.
+    /// Runs `f` in a transaction (`BEGIN IMMEDIATE`) on the writer's thread; commits when it
+    /// returns `Ok`, rolls back when it returns `Err` or panics. With
+    /// [`Durability::Synced`](crate::Durability::Synced) it returns after the commit is on the
+    /// disk; commits that wait at the same time share one fsync.
     ///
     /// # Errors
-    /// What `f` returned, or one of our own through `E: From<Error>`: [`Error::NotPrimary`] on a replica, [`Error::Panicked`],
-    /// [`Error::Reentrant`] inside of another write, [`Error::Busy`] when another connection writes for longer than five seconds,
-    /// [`Error::Sqlite`] when BEGIN fails for another reason or COMMIT does, [`Error::Stopped`] after a failure of replication,
-    /// [`Error::Timeout`] when what others committed is not captured, [`Error::ShutDown`]. With all of these nothing was committed. Only [`Error::OutcomeUnknown`] leaves open
-    /// whether the write is kept.
+    /// What `f` returned, or one of our own through `E: From<Error>`: [`Error::NotPrimary`] on a
+    /// replica, [`Error::Panicked`], [`Error::Reentrant`] inside of another write, [`Error::Busy`]
+    /// when another connection writes for longer than five seconds, [`Error::Sqlite`] when BEGIN
+    /// fails for another reason or COMMIT does, [`Error::Stopped`] after a failure of replication,
+    /// [`Error::Timeout`] when what others committed is not captured, [`Error::ShutDown`]. With all
+    /// of these nothing was committed. Only [`Error::OutcomeUnknown`] leaves open whether the write
+    /// is kept.
     ///
     /// # Cancel safety
-    /// Dropped before the writer has begun with it, the closure never runs. Dropped after that, it runs and commits.
+    /// Dropped before the writer has begun with it, the closure never runs. Dropped after that, it
+    /// runs and commits.
     pub async fn write<T, E, F>(&self, f: F) -> Result<Commit<T>, E>
     where
         F: FnOnce(&mut Transaction<'_>) -> Result<T, E> + Send + 'static,
@@ -128,12 +137,13 @@ impl Db {
         self.told(self.writer_side()?.write(f).await)
     }
 
-    /// [`Db::write`] on the caller's thread, which may block. The fastest way to write from a thread. Inside of a write to another
-    /// database it works; two databases that wait for each other in this way wait for ever.
+    /// [`Db::write`] on the caller's thread, which may block. The fastest way to write from a
+    /// thread. Inside of a write to another database it works; two databases that wait for each
+    /// other in this way wait for ever.
     ///
     /// # Errors
-    /// As for [`Db::write`], and [`Error::BlockingInAsync`] on a thread that runs async tasks (which is not noticed inside of
-    /// `tokio::task::unconstrained`).
+    /// As for [`Db::write`], and [`Error::BlockingInAsync`] on a thread that runs async tasks
+    /// (which is not noticed inside of `tokio::task::unconstrained`).
     pub fn write_blocking<T, E, F>(&self, f: F) -> Result<Commit<T>, E>
     where
         F: FnOnce(&mut Transaction<'_>) -> Result<T, E>,
@@ -142,12 +152,13 @@ impl Db {
         self.told(self.writer_side()?.write_blocking(f))
     }
 
-    /// The full writer connection, for what a closure can't do: `VACUUM`, pragmas, a migration tool. All other writes
-    /// wait until the guard is dropped. Blocks.
+    /// The full writer connection, for what a closure can't do: `VACUUM`, pragmas, a migration
+    /// tool. All other writes wait until the guard is dropped. Blocks.
     ///
     /// # Errors
-    /// [`Error::NotPrimary`] on a replica, [`Error::BlockingInAsync`] on a thread that runs async tasks, [`Error::Reentrant`] inside of
-    /// a write, [`Error::Stopped`] after a failure of replication, [`Error::ShutDown`].
+    /// [`Error::NotPrimary`] on a replica, [`Error::BlockingInAsync`] on a thread that runs async
+    /// tasks, [`Error::Reentrant`] inside of a write, [`Error::Stopped`] after a failure of
+    /// replication, [`Error::ShutDown`].
     pub fn writer(&self) -> Result<WriterGuard<'_>> {
         self.writer_side()?.guard()
     }
@@ -165,14 +176,16 @@ impl Db {
         }
     }
 
-    /// Runs `f` with a read-only connection of the pool, on the caller's thread: for short reads of hot rows, which take
-    /// microseconds. It blocks for as long as `f` does; longer ones belong into [`Db::read_async`].
+    /// Runs `f` with a read-only connection of the pool, on the caller's thread: for short reads of
+    /// hot rows, which take microseconds. It blocks for as long as `f` does; longer ones belong
+    /// into [`Db::read_async`].
     ///
-    /// Each statement sees the newest committed state; `conn.unchecked_transaction()` holds one state for several.
+    /// Each statement sees the newest committed state; `conn.unchecked_transaction()` holds one
+    /// state for several.
     ///
     /// # Errors
-    /// What `f` returned, or one of our own: [`Error::NoState`] on a replica that has not been filled yet, [`Error::PoolExhausted`],
-    /// [`Error::ShutDown`].
+    /// What `f` returned, or one of our own: [`Error::NoState`] on a replica that has not been
+    /// filled yet, [`Error::PoolExhausted`], [`Error::ShutDown`].
     pub fn read<T, E, F>(&self, f: F) -> Result<T, E>
     where
         F: FnOnce(&Connection) -> Result<T, E>,
@@ -209,12 +222,14 @@ impl Db {
         }
     }
 
-    /// Returns once this node has the transaction: what was committed in it is then seen by every read here. One of an epoch that this node has not
-    /// heard of is waited for, too: its primary may have begun anew.
+    /// Returns once this node has the transaction: what was committed in it is then seen by every
+    /// read here. One of an epoch that this node has not heard of is waited for, too: its primary
+    /// may have begun anew.
     ///
     /// # Errors
-    /// [`Error::Timeout`] after [`Config::wait_timeout`], [`Error::Lost`] when the transaction is on a branch that is known to be lost: this node's
-    /// history has left it, or this node is the primary and does not have it, [`Error::TooMany`] when too many wait, [`Error::ShutDown`].
+    /// [`Error::Timeout`] after [`Config::wait_timeout`], [`Error::Lost`] when the transaction is
+    /// on a branch that is known to be lost: this node's history has left it, or this node is the
+    /// primary and does not have it, [`Error::TooMany`] when too many wait, [`Error::ShutDown`].
     ///
     /// # Cancel safety
     /// Nothing happens but the waiting.
@@ -241,18 +256,21 @@ impl Db {
         self.inner.slot.primary()?.captured()
     }
 
-    /// The transactions in this node's retained log, oldest first: those after `after`, or from the oldest on, at most `most`. For the next
-    /// ones give the last one's [`Position::txid`]. None when `after` is of an epoch that this node has not heard of.
+    /// The transactions in this node's retained log, oldest first: those after `after`, or from the
+    /// oldest on, at most `most`. For the next ones give the last one's [`Position::txid`]. None
+    /// when `after` is of an epoch that this node has not heard of.
     ///
     /// # Errors
-    /// [`Error::Lost`] when `after` is on a branch that is known to be lost, [`Error::Corrupt`] when the log is damaged, [`Error::Io`], [`Error::ShutDown`].
+    /// [`Error::Lost`] when `after` is on a branch that is known to be lost, [`Error::Corrupt`]
+    /// when the log is damaged, [`Error::Io`], [`Error::ShutDown`].
     ///
     /// # Cancel safety
     /// Nothing happens but reading.
     pub async fn transactions(&self, after: Option<Txid>, most: usize) -> Result<Vec<LoggedTransaction>> {
         match after.map(|txid| (txid, self.inner.node.applied.place(txid))) {
             Some((txid, Place::Lost)) => return Err(Error::Lost { txid }),
-            // What follows it is not here yet; what has the same numbers here may be of another branch.
+            // What follows it is not here yet; what has the same numbers here may be of another
+            // branch.
             Some((_, Place::Unknown)) => return Ok(Vec::new()),
             Some((_, Place::OnHistory)) | None => {}
         }
@@ -261,8 +279,9 @@ impl Db {
         blocking(move || log.list(after.map_or(0, Txid::number), most)).await
     }
 
-    /// All that had to go from its place on this node, oldest first: branches that heals have replaced, which are commits that were made here and are not
-    /// in the primary's history; databases, logs and WALs that were put aside. It is kept in `<database>-replite/lost` until
+    /// All that had to go from its place on this node, oldest first: branches that heals have
+    /// replaced, which are commits that were made here and are not in the primary's history;
+    /// databases, logs and WALs that were put aside. It is kept in `<database>-replite/lost` until
     /// somebody moves it away. What can't be read there is listed as such.
     ///
     /// # Errors
@@ -275,8 +294,8 @@ impl Db {
         blocking(move || Lost::list(&paths)).await
     }
 
-    /// Waits until `done` says so of this node's state; it is asked again after each change. For a replica that
-    /// needs the schema of a newer version before it can work:
+    /// Waits until `done` says so of this node's state; it is asked again after each change. For a
+    /// replica that needs the schema of a newer version before it can work:
     ///
     /// ```no_run
     /// # async fn example(db: replite::Db) -> Result<(), replite::Error> {
@@ -301,8 +320,8 @@ impl Db {
             positions.mark_unchanged();
             let ask = done.clone();
             let asked = self.read_async(move |conn| {
-                // `table_exists` and the like look at what the connection knows of the schema; only a statement that
-                // reads has SQLite notice that it has changed.
+                // `table_exists` and the like look at what the connection knows of the schema; only
+                // a statement that reads has SQLite notice that it has changed.
                 conn.query_row("SELECT count(*) FROM sqlite_schema", [], |_| Ok(()))?;
                 ask(conn).map_err(Error::from)
             });
@@ -316,11 +335,13 @@ impl Db {
         }
     }
 
-    /// The state that this node has; none on a replica that was not filled yet. On the primary it follows a commit
-    /// that was just acknowledged within moments; `wait_for` waits for that.
+    /// The state that this node has; none on a replica that was not filled yet. On the primary it
+    /// follows a commit that was just acknowledged within moments; `wait_for` waits for that.
     ///
-    /// On a replica only what a primary vouches for counts. When somebody wrote to its file while it was closed, or its log lost its end, reads
-    /// see more than the position says, or there is none, until the primary has decided on the rest; [`Status::problem`](crate::Status::problem) says so meanwhile.
+    /// On a replica only what a primary vouches for counts. When somebody wrote to its file while
+    /// it was closed, or its log lost its end, reads see more than the position says, or there is
+    /// none, until the primary has decided on the rest; [`Status::problem`](crate::Status::problem)
+    /// says so meanwhile.
     pub fn position(&self) -> Option<Position> {
         self.inner.node.applied.position()
     }
@@ -335,13 +356,15 @@ impl Db {
         self.inner.node.roles.subscribe()
     }
 
-    /// The position ([`Db::position`]), to watch: it changes with each transaction that is committed or applied here, whoever made it. For caches to
-    /// invalidate and live pages; SQLite's update hooks don't fire for what a replica applies.
+    /// The position ([`Db::position`]), to watch: it changes with each transaction that is
+    /// committed or applied here, whoever made it. For caches to invalidate and live pages;
+    /// SQLite's update hooks don't fire for what a replica applies.
     pub fn watch(&self) -> watch::Receiver<Option<Position>> {
         self.inner.node.applied.watch()
     }
 
-    /// What happens on this node, from now on. A receiver that is more than 256 events behind misses some, and is told how many.
+    /// What happens on this node, from now on. A receiver that is more than 256 events behind
+    /// misses some, and is told how many.
     pub fn events(&self) -> Events {
         Events { receiver: self.inner.node.events() }
     }
@@ -383,30 +406,34 @@ impl Db {
         }
     }
 
-    /// Replaces the cluster's secrets while everything runs, the newest first. A node proves with the first and accepts all:
-    /// give every node `[old, new]`, then every node `[new, old]`, then `[new]`.
+    /// Replaces the cluster's secrets while everything runs, the newest first. A node proves with
+    /// the first and accepts all: give every node `[old, new]`, then every node `[new, old]`, then
+    /// `[new]`.
     ///
     /// # Errors
-    /// [`Error::Config`] when there are too many, or when the node had no secret and is to have one, or the reverse.
+    /// [`Error::Config`] when there are too many, or when the node had no secret and is to have
+    /// one, or the reverse.
     pub fn rotate_secrets(&self, secrets: &[Secret]) -> Result<()> {
         self.inner.node.keys.rotate(secrets)
     }
 
-    /// The replication endpoint, to be mounted at `/_replite` of the application's own server, which must speak HTTP/2. It needs
-    /// a secret: behind a reverse proxy everybody comes from a loopback address. An own listener
-    /// ([`Config::listen`]) that the public can't reach is the better choice.
+    /// The replication endpoint, to be mounted at `/_replite` of the application's own server,
+    /// which must speak HTTP/2. It needs a secret: behind a reverse proxy everybody comes from a
+    /// loopback address. An own listener ([`Config::listen`]) that the public can't reach is the
+    /// better choice.
     pub fn service(&self) -> ReplicationService {
         self.inner.service(Mount::Mounted)
     }
 
-    /// The layer that lets every node take every request: those that may change something go to the primary, and clients
-    /// read their own writes on every node. See [`ReplayLayer`].
+    /// The layer that lets every node take every request: those that may change something go to the
+    /// primary, and clients read their own writes on every node. See [`ReplayLayer`].
     pub fn replay_layer(&self) -> ReplayLayer {
         ReplayLayer::new(self.inner.node.clone())
     }
 
-    /// A tower service that sends requests to the primary's application, wherever that is: for jobs and WebSocket handlers
-    /// on a replica that have to write. [`ReplayLayer::primary_client`] gives one with a layer's own limits.
+    /// A tower service that sends requests to the primary's application, wherever that is: for jobs
+    /// and WebSocket handlers on a replica that have to write. [`ReplayLayer::primary_client`]
+    /// gives one with a layer's own limits.
     ///
     /// ```no_run
     /// # async fn example(db: replite::Db) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
@@ -422,13 +449,14 @@ impl Db {
         self.replay_layer().primary_client()
     }
 
-    /// A token for a transaction: what a client carries to read its own write on another node. The layer sets and
-    /// reads them by itself; this is for other ways of carrying them.
+    /// A token for a transaction: what a client carries to read its own write on another node. The
+    /// layer sets and reads them by itself; this is for other ways of carrying them.
     pub fn token(&self, txid: Txid) -> Token {
         Token::sign(&self.inner.node, txid)
     }
 
-    /// What the request that this task works for did to this database; none where the database's replay layer is not around.
+    /// What the request that this task works for did to this database; none where the database's
+    /// replay layer is not around.
     pub fn session(&self) -> Option<Session> {
         Session::current_of(&self.inner.node)
     }
@@ -443,7 +471,8 @@ impl Db {
         written.map_err(Failed::into_one)
     }
 
-    /// The transaction of a token's text; none when it is not one of this database, or its proof does not hold.
+    /// The transaction of a token's text; none when it is not one of this database, or its proof
+    /// does not hold.
     pub fn verify_token(&self, text: &str) -> Option<Txid> {
         Token::verify(&self.inner.node, text)
     }

@@ -1,32 +1,37 @@
 //! The retained transaction records of a node.
 //!
-//! The log is a directory of append-only segments. A segment is a file named `<start>.log`, `start` being 16 hex
-//! digits. It begins with one SEGMENT unit ([`crate::wire`]; 80 bytes) that repeats `start` and states the
-//! position before the segment's first record; the rest is records, byte for byte as they are streamed:
+//! The log is a directory of append-only segments. A segment is a file named `<start>.log`, `start`
+//! being 16 hex digits. It begins with one SEGMENT unit ([`crate::wire`]; 80 bytes) that repeats
+//! `start` and states the position before the segment's first record; the rest is records, byte for
+//! byte as they are streamed:
 //!
 //! ```text
 //! 0000000000000000.log   SEGMENT | TXN_BEGIN PAGE* TXN_END | TXN_BEGIN PAGE* TXN_END | ...
 //! 0000000004000a10.log   SEGMENT | TXN_BEGIN ...
 //! ```
 //!
-//! **Addresses.** A log address ("LSN") counts record bytes only: a byte at `offset` of a segment's file has the
-//! address `start + offset - 80`, so that a reader that crosses into the next segment sees records and nothing else.
-//! A segment ends between two records. Within one opening of the log an address never stands for two different
-//! bytes: when bytes are taken back ([`Log::abort`], [`Log::reset`]) the log goes on in a new
-//! segment one address *beyond* the old end, and whoever reads at an address that was taken back gets an error.
-//! A reader that stands exactly where the kept bytes end may go on by [`Log::step_over`].
+//! **Addresses.** A log address ("LSN") counts record bytes only: a byte at `offset` of a segment's
+//! file has the address `start + offset - 80`, so that a reader that crosses into the next segment
+//! sees records and nothing else. A segment ends between two records. Within one opening of the log
+//! an address never stands for two different bytes: when bytes are taken back ([`Log::abort`],
+//! [`Log::reset`]) the log goes on in a new segment one address *beyond* the old end, and whoever
+//! reads at an address that was taken back gets an error. A reader that stands exactly where the
+//! kept bytes end may go on by [`Log::step_over`].
 //!
-//! **Continuity.** A SEGMENT unit names the address at which the segment before it ends, or says that it follows
-//! none (after a reset). A segment before that one whose file ends earlier, or is missing, is a gap.
+//! **Continuity.** A SEGMENT unit names the address at which the segment before it ends, or says
+//! that it follows none (after a reset). A segment before that one whose file ends earlier, or is
+//! missing, is a gap.
 //!
-//! **Opening.** The last segment is read and every hash in it verified; what follows its last complete record is cut
-//! off. The one before it is verified, too, because it may not have been fsynced: a segment is, at the
-//! latest, when the second one after it begins. Older ones are trusted for their heads and lengths; whoever
-//! receives their units verifies them anyway. At a gap, everything before it is dropped. A segment whose
-//! head was written by a newer version is an error, and nothing is changed.
+//! **Opening.** The last segment is read and every hash in it verified; what follows its last
+//! complete record is cut off. The one before it is verified, too, because it may not have been
+//! fsynced: a segment is, at the latest, when the second one after it begins. Older ones are
+//! trusted for their heads and lengths; whoever receives their units verifies them anyway. At a
+//! gap, everything before it is dropped. A segment whose head was written by a newer version is an
+//! error, and nothing is changed.
 //!
-//! **Crash points.** A torn append, a torn head of a new segment, an aborted record: cut at open. A removal that did
-//! not reach the disk: the segment is back; if it no longer fits the ones after it, it is dropped again.
+//! **Crash points.** A torn append, a torn head of a new segment, an aborted record: cut at open. A
+//! removal that did not reach the disk: the segment is back; if it no longer fits the ones after
+//! it, it is dropped again.
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -70,9 +75,11 @@ pub(crate) struct LogOptions {
     pub(crate) segment_bytes: u64,
     /// Segments are dropped, oldest first, when all together are larger than this ...
     pub(crate) keep_bytes: u64,
-    /// ... or when their newest record was appended longer ago than this, counted from when the log was opened at the earliest.
+    /// ... or when their newest record was appended longer ago than this, counted from when the log
+    /// was opened at the earliest.
     pub(crate) keep_age: Duration,
-    /// Segments that a connected replica still needs are kept up to this size all together; it is never exceeded.
+    /// Segments that a connected replica still needs are kept up to this size all together; it is
+    /// never exceeded.
     pub(crate) quota_bytes: u64,
     /// Newest bytes kept in memory for streams.
     pub(crate) tail_bytes: usize,
@@ -82,7 +89,8 @@ pub(crate) struct LogOptions {
 pub(crate) struct Log {
     dir: PathBuf,
     options: LogOptions,
-    /// Locked before `tail`. Held while bytes are written, never during an fsync of what was appended.
+    /// Locked before `tail`. Held while bytes are written, never during an fsync of what was
+    /// appended.
     state: Mutex<LogState>,
     tail: Mutex<Tail>,
     end: watch::Sender<u64>,
@@ -93,8 +101,8 @@ pub(crate) struct Log {
 /// What `Log::find` says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Lookup {
-    /// The record that follows the transaction with the asked number begins at `lsn`, and states `before`.
-    /// Also for the tip: then `lsn` is the end of the last complete record.
+    /// The record that follows the transaction with the asked number begins at `lsn`, and states
+    /// `before`. Also for the tip: then `lsn` is the end of the last complete record.
     At { lsn: u64, before: Position },
     /// Older than the log reaches.
     TooOld,
@@ -106,8 +114,8 @@ impl Log {
     /// Opens the log in `dir` (created when missing) and cuts off a torn or unfinished tail.
     ///
     /// # Errors
-    /// [`Error::Newer`], with all files left as they are; [`Error::Io`]. Corrupt bytes are no error: they
-    /// are cut off or dropped, and a log line says so.
+    /// [`Error::Newer`], with all files left as they are; [`Error::Io`]. Corrupt bytes are no
+    /// error: they are cut off or dropped, and a log line says so.
     pub(crate) fn open(dir: &Path, options: LogOptions) -> Result<Arc<Log>> {
         let mut state = recover::recover(dir)?;
         state.retain(&options, Instant::now());
@@ -122,7 +130,8 @@ impl Log {
         }))
     }
 
-    /// The position after the last complete record; `None` while the log is empty and was never `reset`.
+    /// The position after the last complete record; `None` while the log is empty and was never
+    /// `reset`.
     pub(crate) fn tip(&self) -> Option<Position> {
         self.lock().tip
     }
@@ -143,13 +152,13 @@ impl Log {
         self.lock().bytes()
     }
 
-    /// Appends whole units: a part of one record, or the rest of one and whole records after it. `after` is the
-    /// position after them when they end a record.
-    /// On an error the log is as before the call.
+    /// Appends whole units: a part of one record, or the rest of one and whole records after it.
+    /// `after` is the position after them when they end a record. On an error the log is as before
+    /// the call.
     ///
     /// # Errors
-    /// [`Error::Io`], such as for a full disk, a record that the quota has no room for, or a log that is [doubtful](Log::doubtful); [`Error::Internal`] when the log
-    /// was never `reset`.
+    /// [`Error::Io`], such as for a full disk, a record that the quota has no room for, or a log
+    /// that is [doubtful](Log::doubtful); [`Error::Internal`] when the log was never `reset`.
     pub(crate) fn append(&self, units: Bytes, after: Option<Position>) -> Result<()> {
         if units.is_empty() {
             return Ok(());
@@ -197,8 +206,8 @@ impl Log {
     /// Drops all records; the next one must follow `at`.
     ///
     /// # Errors
-    /// [`Error::Io`] when the new segment can't be written. The records are dropped nevertheless, and the next
-    /// append tries again.
+    /// [`Error::Io`] when the new segment can't be written. The records are dropped nevertheless,
+    /// and the next append tries again.
     pub(crate) fn reset(&self, at: Position) -> Result<()> {
         self.forget(self.lock(), at)
     }
@@ -208,7 +217,8 @@ impl Log {
         self.lock().doubtful
     }
 
-    /// Drops all records of a log that is doubtful and whose last one is whole. Where the next one must follow; nothing when it is not so.
+    /// Drops all records of a log that is doubtful and whose last one is whole. Where the next one
+    /// must follow; nothing when it is not so.
     ///
     /// # Errors
     /// As for [`Log::reset`].
@@ -243,7 +253,8 @@ impl Log {
     /// Moves all records into another directory; what is left has no position until it is `reset`.
     ///
     /// # Errors
-    /// [`Error::Io`]. What was moved by then stays there; what was not is still the log, the newest part of it.
+    /// [`Error::Io`]. What was moved by then stays there; what was not is still the log, the newest
+    /// part of it.
     pub(crate) fn move_to(&self, kept: &Path) -> Result<()> {
         self.sync()?;
         let mut state = self.lock();
@@ -261,8 +272,8 @@ impl Log {
         files::sync_directory(&self.dir)
     }
 
-    /// Drops the oldest segment, whoever needs it, to make room on a full disk. False when only the current one
-    /// is left.
+    /// Drops the oldest segment, whoever needs it, to make room on a full disk. False when only the
+    /// current one is left.
     pub(crate) fn drop_oldest(&self) -> bool {
         let mut state = self.lock();
         let mut gone = std::mem::take(&mut state.garbage);
@@ -275,10 +286,12 @@ impl Log {
         !gone.is_empty()
     }
 
-    /// fsyncs what was appended, and removes the files of segments that were dropped. Appends go on meanwhile.
+    /// fsyncs what was appended, and removes the files of segments that were dropped. Appends go on
+    /// meanwhile.
     ///
     /// # Errors
-    /// [`Error::Io`]; what was appended since the last success may then be lost, and stays so whatever a later call would find: the log is doubtful.
+    /// [`Error::Io`]; what was appended since the last success may then be lost, and stays so
+    /// whatever a later call would find: the log is doubtful.
     pub(crate) fn sync(&self) -> Result<()> {
         let _one = lock(&self.syncing);
         let (files, dir) = {

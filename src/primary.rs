@@ -1,4 +1,5 @@
-//! Serves this node's history to followers: catch up from the log or by a snapshot, then every commit.
+//! Serves this node's history to followers: catch up from the log or by a snapshot, then every
+//! commit.
 
 mod acks;
 mod boundary;
@@ -51,10 +52,11 @@ use stream::{End, ReplicaStream};
 
 /// Replicas that are served at one time, a database.
 pub(crate) const STREAMS_MAX: usize = 64;
-/// Peers at one time that knocked and have not said hello. A cap of their own, so that recorded knocks
-/// can't take the places of the replicas.
+/// Peers at one time that knocked and have not said hello. A cap of their own, so that recorded
+/// knocks can't take the places of the replicas.
 pub(crate) const HANDSHAKES_MAX: usize = 32;
-/// Replicas whose pages are compared with ours at one time; more wait. Each costs a hash of the whole database.
+/// Replicas whose pages are compared with ours at one time; more wait. Each costs a hash of the
+/// whole database.
 const COMPARISONS_MAX: usize = 2;
 /// How long a node that drains waits for what its replicas have sent to its application.
 const LAST_REQUESTS_TIMEOUT: Duration = Duration::from_secs(1);
@@ -70,12 +72,14 @@ const NOT_PRIMARY: &str = "this node is not the primary any more";
 const DROPPED: &str = "the secret that this stream was opened with is not valid any more";
 /// Why a stream ends when the same node opened another.
 const REPLACED: &str = "a newer stream of this node took over";
-/// Questions of a heal that may wait to be answered: who asks waits for the answer before the next one.
+/// Questions of a heal that may wait to be answered: who asks waits for the answer before the next
+/// one.
 const WANTS_MAX: usize = 1;
 /// Longest wait until a last word is handed to the connection.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What a stream needs of the database that it serves: see [`PrimaryEngine`] and [`Log`](crate::log::Log).
+/// What a stream needs of the database that it serves: see [`PrimaryEngine`] and
+/// [`Log`](crate::log::Log).
 pub(crate) trait StreamSource: Send + Sync + 'static {
     fn page_size(&self) -> PageSize;
     /// Blocks.
@@ -211,7 +215,8 @@ impl ReplicaServer {
         !matches!(*self.stock.borrow(), Serving::Nothing)
     }
 
-    /// What there is to serve, once it is there; an end for a replica that gave what this node lacked.
+    /// What there is to serve, once it is there; an end for a replica that gave what this node
+    /// lacked.
     async fn supply(
         &self,
         hello: &Hello,
@@ -247,7 +252,8 @@ impl ReplicaServer {
         }
     }
 
-    /// A peer is not let in. Who recorded a knock can have that as often as he likes, so it is told now and then.
+    /// A peer is not let in. Who recorded a knock can have that as often as he likes, so it is told
+    /// now and then.
     pub(crate) fn refused(&self, knock: &Knock, why: impl std::fmt::Display) {
         match self.refusals.happened() {
             Some(times) => {
@@ -292,7 +298,8 @@ impl ReplicaServer {
 
     /// Returns when nobody is served any more. For a node that drains: it lets nobody in meanwhile.
     pub(crate) async fn deserted(&self) {
-        // In this order, because who is let in goes from the one to the other. Neither is ever closed.
+        // In this order, because who is let in goes from the one to the other. Neither is ever
+        // closed.
         let _ = self.handshakes.acquire_many(HANDSHAKES_MAX as u32).await;
         let _ = self.streams.acquire_many(STREAMS_MAX as u32).await;
     }
@@ -388,7 +395,8 @@ async fn last_word(outlet: Option<StreamSender>, end: End) {
 /// Returns when a stream must end, whether it has sent everything or not.
 async fn cut_off(node: &NodeContext) {
     node.drain.cancelled().await;
-    // Without a limit a replica that takes nothing would hold up the end of the application's server.
+    // Without a limit a replica that takes nothing would hold up the end of the application's
+    // server.
     let _ = tokio::time::timeout(LAST_REQUESTS_TIMEOUT + LAST_RECORDS_TIMEOUT, node.stop.cancelled()).await;
 }
 

@@ -16,12 +16,14 @@ tokio::task_local! {
     static CURRENT: Session;
 }
 
-/// What one request did to one database. The database's replay layer puts it into the request's extensions and around the
-/// task that runs the handler; writes and waits report into it by themselves there. Work that the handler spawned onto other
-/// tasks reports through a clone: with [`Session::scope`], or by [`Session::observe`].
+/// What one request did to one database. The database's replay layer puts it into the request's
+/// extensions and around the task that runs the handler; writes and waits report into it by
+/// themselves there. Work that the handler spawned onto other tasks reports through a clone: with
+/// [`Session::scope`], or by [`Session::observe`].
 ///
-/// Below the layers of several databases a request has a session of each. A commit counts in that of its own database; [`Db::session`](crate::Db::session) gives it. The one in
-/// the extensions, and [`Session::current`], is the innermost layer's; as the task's, it stands for all of them.
+/// Below the layers of several databases a request has a session of each. A commit counts in that
+/// of its own database; [`Db::session`](crate::Db::session) gives it. The one in the extensions,
+/// and [`Session::current`], is the innermost layer's; as the task's, it stands for all of them.
 ///
 /// ```
 /// use replite::{Db, Error, Session};
@@ -80,8 +82,8 @@ impl Session {
         Session::current()?.of(node).cloned()
     }
 
-    /// Reports a commit; of several, the highest counts. Where the request has sessions of several databases it counts in that of its own, which
-    /// is told by its epoch.
+    /// Reports a commit; of several, the highest counts. Where the request has sessions of several
+    /// databases it counts in that of its own, which is told by its epoch.
     pub fn observe(&self, txid: impl Into<Option<Txid>>) {
         if let Some(txid) = txid.into() {
             let knows = |session: &&Session| session.node().applied.place(txid) != Place::Unknown;
@@ -95,8 +97,9 @@ impl Session {
         done.committed = done.committed.max(Some(txid));
     }
 
-    /// Reports that only the primary can do what the request asks for. On a replica the layer then sends the
-    /// request to the primary in place of the handler's response, if nothing was committed.
+    /// Reports that only the primary can do what the request asks for. On a replica the layer then
+    /// sends the request to the primary in place of the handler's response, if nothing was
+    /// committed.
     pub fn need_primary(&self) {
         self.lock().primary_needed = true;
     }
@@ -106,7 +109,8 @@ impl Session {
         self.lock().committed
     }
 
-    /// Whether the request committed anything, to whatever database: then it must not run again, and its outcome is not that of a request that did nothing.
+    /// Whether the request committed anything, to whatever database: then it must not run again,
+    /// and its outcome is not that of a request that did nothing.
     pub(crate) fn committed_anywhere(&self) -> bool {
         self.0.fate.committed.load(Ordering::Relaxed)
     }
@@ -141,13 +145,14 @@ impl Session {
         self.0.request.as_ref()
     }
 
-    /// A token for the highest transaction that the request committed, or waited for. The layer sets it on the response by itself;
-    /// this is for clients that want it in the body.
+    /// A token for the highest transaction that the request committed, or waited for. The layer
+    /// sets it on the response by itself; this is for clients that want it in the body.
     pub fn token(&self) -> Option<Token> {
         self.seen().map(|txid| self.0.tokens.sign(txid))
     }
 
-    /// Runs a future, such as one that is about to be spawned, as part of this session, and of those of the request's other databases.
+    /// Runs a future, such as one that is about to be spawned, as part of this session, and of
+    /// those of the request's other databases.
     ///
     /// # Cancel safety
     /// As safe as the future itself.
@@ -204,7 +209,8 @@ pub(crate) fn committed(node: &NodeContext, txid: Txid) {
     });
 }
 
-/// Reported by `Db::write` and friends, on the caller's task: [`Error::OutcomeUnknown`](crate::Error::OutcomeUnknown).
+/// Reported by `Db::write` and friends, on the caller's task:
+/// [`Error::OutcomeUnknown`](crate::Error::OutcomeUnknown).
 pub(crate) fn outcome_unknown() {
     let _ = CURRENT.try_with(|session| session.0.fate.unknown.store(true, Ordering::Relaxed));
 }
@@ -232,7 +238,8 @@ pub(crate) fn primary_needed(node: &NodeContext) {
     });
 }
 
-/// Reported by whoever has only the error: that this is the primary that was needed. The write may have been tried where no session was around, such as on a thread of its own.
+/// Reported by whoever has only the error: that this is the primary that was needed. The write may
+/// have been tried where no session was around, such as on a thread of its own.
 #[cfg(feature = "axum")]
 pub(crate) fn this_primary_needed(primary: Option<&PeerInfo>) {
     let _ = CURRENT.try_with(|session| {
@@ -332,7 +339,8 @@ mod tests {
         let (outer, inner) = sessions();
         inner.clone().enter(|| primary_needed(&b));
         assert_eq!((outer.primary_needed(), inner.primary_needed()), (false, true));
-        // By the error alone: where this is not the primary, and if there are several, whose primary it names.
+        // By the error alone: where this is not the primary, and if there are several, whose
+        // primary it names.
         let other = node("x", Role::Replica);
         let of =
             |node: &Arc<NodeContext>, outer| Session::new(Arc::new(Tokens::new(node.clone())), None, outer);

@@ -179,8 +179,8 @@ pub struct RoleState {
     pub role: Role,
     /// The newest epoch that this node knows.
     pub epoch: Epoch,
-    /// The primary (this node itself, when it is the primary), once it is known and reachable; none while it is about to end
-    /// and takes no more requests.
+    /// The primary (this node itself, when it is the primary), once it is known and reachable; none
+    /// while it is about to end and takes no more requests.
     pub primary: Option<PeerInfo>,
 }
 
@@ -214,7 +214,8 @@ pub struct Status {
     pub role: Role,
     /// The newest epoch that it knows.
     pub epoch: Epoch,
-    /// The state that it has, if it has one that is vouched for; see [`Db::position`](crate::Db::position).
+    /// The state that it has, if it has one that is vouched for; see
+    /// [`Db::position`](crate::Db::position).
     pub position: Option<Position>,
     /// The primary, if known.
     pub primary: Option<PeerInfo>,
@@ -226,20 +227,25 @@ pub struct Status {
     pub wal_frames: u32,
     /// See `wal_frames`.
     pub backfilled_frames: u32,
-    /// The state before the oldest transaction in the retained log: a replica that is behind it has to compare its pages with the primary's.
+    /// The state before the oldest transaction in the retained log: a replica that is behind it has
+    /// to compare its pages with the primary's.
     pub log_start: Option<Position>,
     /// The retained log's size in bytes.
     pub log_bytes: u64,
-    /// How often the locks of this process's connections on the files were lost and taken again; see [`Event::LocksLost`].
+    /// How often the locks of this process's connections on the files were lost and taken again;
+    /// see [`Event::LocksLost`].
     pub locks_lost: u64,
-    /// How often this node's state was led back to the primary's since it started; see [`Event::Healed`].
+    /// How often this node's state was led back to the primary's since it started; see
+    /// [`Event::Healed`].
     pub heals: u64,
-    /// Transactions that a power cut had taken from this primary, and that replicas gave back when it was opened;
-    /// see [`Durability::Unsynced`](crate::Durability::Unsynced).
+    /// Transactions that a power cut had taken from this primary, and that replicas gave back when
+    /// it was opened; see [`Durability::Unsynced`](crate::Durability::Unsynced).
     pub recovered: u64,
-    /// What the last verification found, if there was one since the node started; see [`Db::verify`](crate::Db::verify).
+    /// What the last verification found, if there was one since the node started; see
+    /// [`Db::verify`](crate::Db::verify).
     pub verification: Option<Verification>,
-    /// What is wrong, while it lasts, in words for operators: they may have paths, addresses and what other nodes said. See [`Status::public`].
+    /// What is wrong, while it lasts, in words for operators: they may have paths, addresses and
+    /// what other nodes said. See [`Status::public`].
     pub problem: Option<String>,
     /// What of it anybody may know.
     #[serde(skip)]
@@ -247,7 +253,8 @@ pub struct Status {
 }
 
 impl Status {
-    /// What of it may be shown to everybody, such as on a page without a login: no paths, addresses, ids, or texts of others.
+    /// What of it may be shown to everybody, such as on a page without a login: no paths,
+    /// addresses, ids, or texts of others.
     pub fn public(&self) -> PublicStatus {
         PublicStatus {
             role: self.role,
@@ -303,16 +310,17 @@ pub struct PublicStatus {
 pub struct Lag {
     /// Transactions that the primary has and this node does not, as of the last word from it.
     pub transactions: u64,
-    /// The age of the state here. So long ago, or later, the primary had nothing that this node does
-    /// not have. The primary says where it stands once a second: this goes up to about a second on a
-    /// replica that has everything. JSON has it in milliseconds, as `millis`.
+    /// The age of the state here. So long ago, or later, the primary had nothing that this node
+    /// does not have. The primary says where it stands once a second: this goes up to about a
+    /// second on a replica that has everything. JSON has it in milliseconds, as `millis`.
     #[serde(rename = "millis", serialize_with = "time::millis")]
     pub age: Duration,
     /// Whether the stream stands, and something came on it in the last few seconds.
     pub connected: bool,
 }
 
-/// What came of hashing all pages of the database at one state; see [`Db::verify`](crate::Db::verify).
+/// What came of hashing all pages of the database at one state; see
+/// [`Db::verify`](crate::Db::verify).
 ///
 /// ```
 /// use replite::Verification;
@@ -337,10 +345,12 @@ pub struct Verification {
     pub pages: u32,
     /// And how many bytes.
     pub bytes: u64,
-    /// Pages that are not what the newest transaction in the retained log that changed them made of them: at most
-    /// [`Verification::BAD_PAGES_MAX`], in order. Of a page that no transaction in the log has changed, nothing is known here.
+    /// Pages that are not what the newest transaction in the retained log that changed them made of
+    /// them: at most [`Verification::BAD_PAGES_MAX`], in order. Of a page that no transaction in
+    /// the log has changed, nothing is known here.
     pub bad_pages: Vec<PageNo>,
-    /// Whether `bad_pages` are the whole difference: with the right images of these pages the checksum would be the expected one.
+    /// Whether `bad_pages` are the whole difference: with the right images of these pages the
+    /// checksum would be the expected one.
     pub all_named: bool,
     /// When it ended. JSON has it in milliseconds since 1970, as `finished_ms`.
     #[serde(rename = "finished_ms", with = "as_unix_millis")]
@@ -459,13 +469,15 @@ pub struct ReplicaStatus {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize)]
 #[non_exhaustive]
 pub struct Health {
-    /// The node's threads run: it was not shut down, and replication has not failed. Where it has, only opening it anew helps.
+    /// The node's threads run: it was not shut down, and replication has not failed. Where it has,
+    /// only opening it anew helps.
     pub live: bool,
     /// Reads are answered from a state that is recent enough.
     pub can_read: bool,
     /// Writes can be carried out here or by the primary.
     pub can_write: bool,
-    /// Why not, in words for operators, like those of [`Status::problem`]: not for a page that everybody sees.
+    /// Why not, in words for operators, like those of [`Status::problem`]: not for a page that
+    /// everybody sees.
     pub reasons: Vec<String>,
 }
 
@@ -483,8 +495,9 @@ pub struct Health {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum WalReason {
-    /// A reader stays inside of one transaction, or readers that take long follow each other without a gap. Nobody is held back for one that stays for more than a
-    /// few seconds: the WAL grows until it leaves.
+    /// A reader stays inside of one transaction, or readers that take long follow each other
+    /// without a gap. Nobody is held back for one that stays for more than a few seconds: the WAL
+    /// grows until it leaves.
     Readers,
     /// One transaction made it as long as that. It becomes shorter once all is copied back.
     LargeTransaction,
@@ -534,7 +547,8 @@ impl fmt::Display for WalReason {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
 pub enum Checkpoint {
-    /// Everything that was committed before the call is in the database file and on the disk, and the WAL has begun anew.
+    /// Everything that was committed before the call is in the database file and on the disk, and
+    /// the WAL has begun anew.
     Done,
     /// Not within the limit. Everything goes on as before.
     Busy {
@@ -637,8 +651,8 @@ pub enum Event {
         /// The replica that had the right images.
         from: PeerInfo,
     },
-    /// The log lost its past and begins anew. On a primary, replicas that are at an older state have
-    /// to compare their pages.
+    /// The log lost its past and begins anew. On a primary, replicas that are at an older state
+    /// have to compare their pages.
     #[non_exhaustive]
     LogGap {
         /// Where the log begins.

@@ -7,8 +7,8 @@ use crate::checksum::Checksum;
 use crate::hex::unhex_u64;
 use crate::parse::ParseError;
 
-/// One term of one primary: a number that grows at every change and restart of the primary, and a random
-/// branch id that tells apart two histories which claim the same number.
+/// One term of one primary: a number that grows at every change and restart of the primary, and a
+/// random branch id that tells apart two histories which claim the same number.
 ///
 /// ```
 /// use replite::Epoch;
@@ -56,8 +56,8 @@ impl Epoch {
     }
 }
 
-/// A committed transaction: its epoch and its number in the history together, so that a wait for it can't
-/// succeed on another history. The text form is three fields of 16 hex digits, joined by `-`.
+/// A committed transaction: its epoch and its number in the history together, so that a wait for it
+/// can't succeed on another history. The text form is three fields of 16 hex digits, joined by `-`.
 ///
 /// ```
 /// use replite::{Epoch, Txid};
@@ -91,11 +91,12 @@ impl Txid {
     }
 }
 
-/// The highest number of a transaction, and of an epoch, that is taken from a file or a peer. No history gets there, and there is always one more: one
-/// that is only claimed overflows nothing.
+/// The highest number of a transaction, and of an epoch, that is taken from a file or a peer. No
+/// history gets there, and there is always one more: one that is only claimed overflows nothing.
 pub(crate) const NUMBER_MAX: u64 = u64::MAX >> 1;
 
-/// A state of the database, named exactly: the last transaction in it and the checksum of all its pages.
+/// A state of the database, named exactly: the last transaction in it and the checksum of all its
+/// pages.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
@@ -267,7 +268,8 @@ pub(crate) struct EpochStart {
 pub(crate) enum Place {
     /// The history has, or may come to have, this transaction: only its number decides.
     OnHistory,
-    /// An epoch that this history has not heard of, whatever its number: it may be in the future of this history, or on another branch.
+    /// An epoch that this history has not heard of, whatever its number: it may be in the future of
+    /// this history, or on another branch.
     Unknown,
     /// Another branch: this history will never have the transaction.
     Lost,
@@ -280,7 +282,8 @@ pub(crate) struct EpochHistory {
 }
 
 impl EpochHistory {
-    /// The most epochs that a node remembers; older ones are forgotten, those without a transaction before all others. One is added at each start of a primary.
+    /// The most epochs that a node remembers; older ones are forgotten, those without a transaction
+    /// before all others. One is added at each start of a primary.
     pub(crate) const MAX: usize = 4096;
     /// Bytes of one stored entry: epoch, first transaction, checksum before it.
     pub(crate) const ENTRY_BYTES: usize = 40;
@@ -297,8 +300,9 @@ impl EpochHistory {
             );
         }
         if self.starts.len() == Self::MAX {
-            // One that no transaction is named by goes first: many starts or raises without a write must not push out the one that the state is named by. The
-            // oldest may be that one without a transaction of its own.
+            // One that no transaction is named by goes first: many starts or raises without a write
+            // must not push out the one that the state is named by. The oldest may be that one
+            // without a transaction of its own.
             let ends = |at: usize| self.starts.get(at + 1).map_or(start.first, |next| next.first);
             let empty = (1..Self::MAX).find(|&at| self.starts[at].first == ends(at));
             self.starts.remove(empty.unwrap_or(0));
@@ -348,14 +352,15 @@ impl EpochHistory {
         EpochHistory { starts: starts.copied().collect() }
     }
 
-    /// A transaction up to which both histories are certainly one: the last before the newest epoch that they share.
+    /// A transaction up to which both histories are certainly one: the last before the newest epoch
+    /// that they share.
     pub(crate) fn common(&self, other: &EpochHistory) -> u64 {
         let shared = self.starts.iter().rev().find(|start| other.starts.contains(start));
         shared.map_or(0, |start| start.first.saturating_sub(1))
     }
 
-    /// The epochs that are left when another history takes the place of this one. Those before the last that both share are in both, also when one
-    /// of them has forgotten them.
+    /// The epochs that are left when another history takes the place of this one. Those before the
+    /// last that both share are in both, also when one of them has forgotten them.
     pub(crate) fn left_for(&self, other: &EpochHistory) -> impl Iterator<Item = Epoch> {
         let shared = |start: &EpochStart| other.starts.iter().rev().any(|o| o.epoch == start.epoch);
         let from = self.starts.iter().rposition(shared).map_or(0, |at| at + 1);

@@ -54,7 +54,8 @@ fn posts(address: std::net::SocketAddr) -> f64 {
     runtime().block_on(async { runtime().spawn(run).await.expect("a task") })
 }
 
-/// A primary and a replica whose applications are served, and the replica's application with its layer.
+/// A primary and a replica whose applications are served, and the replica's application with its
+/// layer.
 struct Pair {
     primary: Db,
     replica: Db,
@@ -169,7 +170,8 @@ pub(crate) fn temporary() {
     figure("temporary_db_ms", "ms", times);
 }
 
-/// Eight clients of a replica whose primary is restarted in good order, again and again; all in processes of their own.
+/// Eight clients of a replica whose primary is restarted in good order, again and again; all in
+/// processes of their own.
 pub(crate) fn restarted() {
     const RESTARTS: usize = 50;
     for (http2, how) in [(false, "forwarded in HTTP/1.1"), (true, "forwarded in HTTP/2")] {

@@ -122,7 +122,8 @@ pub(crate) fn child() -> bool {
                 }
                 println!("{seen}");
             }
-            // Waits for each of the transactions, and says how long after its application the waiter ran again.
+            // Waits for each of the transactions, and says how long after its application the
+            // waiter ran again.
             "wakeups" => {
                 let from = db.position().expect("a state").txid();
                 println!("watching");

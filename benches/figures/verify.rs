@@ -14,7 +14,8 @@ const RUNS: usize = 7;
 const ROWS: i64 = 16;
 const TRANSACTIONS: i64 = 64;
 
-/// A verification is run beside nothing else, with the file in the system's cache, as plain BLAKE3 is.
+/// A verification is run beside nothing else, with the file in the system's cache, as plain BLAKE3
+/// is.
 pub(crate) fn whole() {
     let dir = directory();
     let path = dir.path().join("p.db");

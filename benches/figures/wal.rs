@@ -1,4 +1,5 @@
-//! How long the WAL becomes beside writers and readers that never pause, and what the writers pay for that.
+//! How long the WAL becomes beside writers and readers that never pause, and what the writers pay
+//! for that.
 
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};

@@ -1,6 +1,7 @@
 //! A small notes application on three replicated instances.
 //!
-//! `cargo run --release --example axum-app` starts three processes; `-- node --listen A --data DIR --primary URL` runs one.
+//! `cargo run --release --example axum-app` starts three processes;
+//! `-- node --listen A --data DIR --primary URL` runs one.
 
 mod api;
 mod launcher;

@@ -12,8 +12,8 @@ use tokio_util::sync::CancellationToken;
 use crate::{Error, NodeArguments, api, store};
 
 const CLUSTER: &str = "notes";
-/// How long connections may take to end. With what `Db::shutdown` may take, and the rest of main, a shutdown stays
-/// below the launcher's limit.
+/// How long connections may take to end. With what `Db::shutdown` may take, and the rest of main, a
+/// shutdown stays below the launcher's limit.
 const CONNECTIONS_LIMIT: Duration = Duration::from_secs(2);
 /// How long the file to import may be locked.
 const IMPORT_LIMIT: Duration = Duration::from_secs(30);

@@ -9,16 +9,21 @@ use crate::status::Checkpoint;
 use crate::threads::blocking;
 
 impl Db {
-    /// Copies everything that is committed into the database file, and begins the WAL anew, on a primary and on a replica. For a moment at which the
-    /// file is to be small or whole; a node does it by itself when the WAL is longer than [`Config::wal_limit`](crate::Config::wal_limit). `PRAGMA
-    /// wal_checkpoint` is refused beside a node, on its own connections, too.
+    /// Copies everything that is committed into the database file, and begins the WAL anew, on a
+    /// primary and on a replica. For a moment at which the file is to be small or whole; a node
+    /// does it by itself when the WAL is longer than
+    /// [`Config::wal_limit`](crate::Config::wal_limit). `PRAGMA wal_checkpoint` is refused beside a
+    /// node, on its own connections, too.
     ///
-    /// Readers are waited for up to `limit`, and never wait themselves. Writers, of this node and of other processes, are held back meanwhile, but never for
-    /// longer than 4 s at a time, and not for a reader that has been there for longer than that; on a replica applying is.
+    /// Readers are waited for up to `limit`, and never wait themselves. Writers, of this node and
+    /// of other processes, are held back meanwhile, but never for longer than 4 s at a time, and
+    /// not for a reader that has been there for longer than that; on a replica applying is.
     ///
     /// # Errors
-    /// [`Error::NoState`](crate::Error::NoState) on a replica that has not been filled yet, [`Error::Stopped`](crate::Error::Stopped) when replication
-    /// has stopped, [`Error::ShutDown`](crate::Error::ShutDown). A disk that fails is a [`Checkpoint::Busy`], and a problem in the status.
+    /// [`Error::NoState`](crate::Error::NoState) on a replica that has not been filled yet,
+    /// [`Error::Stopped`](crate::Error::Stopped) when replication has stopped,
+    /// [`Error::ShutDown`](crate::Error::ShutDown). A disk that fails is a [`Checkpoint::Busy`],
+    /// and a problem in the status.
     ///
     /// # Cancel safety
     /// Dropped, it goes on for up to `limit`.

@@ -131,8 +131,9 @@ impl Config {
         self
     }
 
-    /// The URL under which other nodes reach this one's application, such as `http://10.0.0.1:8080`. Its replication
-    /// endpoint is then taken to be mounted there, at `/_replite`, unless [`Config::listen`] gives it a port of its own.
+    /// The URL under which other nodes reach this one's application, such as
+    /// `http://10.0.0.1:8080`. Its replication endpoint is then taken to be mounted there, at
+    /// `/_replite`, unless [`Config::listen`] gives it a port of its own.
     pub fn advertise(mut self, url: impl Into<String>) -> Config {
         self.addresses.app = url.into();
         self
@@ -150,19 +151,22 @@ impl Config {
         self
     }
 
-    /// The cluster's secret, the same on all nodes: [`Secret::new`] says how to make one. Without one, replication works between processes of one machine only, over
-    /// [`Config::listen`] on a loopback address.
+    /// The cluster's secret, the same on all nodes: [`Secret::new`] says how to make one. Without
+    /// one, replication works between processes of one machine only, over [`Config::listen`] on a
+    /// loopback address.
     pub fn secret(self, secret: Secret) -> Config {
         self.secrets([secret])
     }
 
-    /// Several secrets that are valid at once, the newest first; see [`Db::rotate_secrets`](crate::Db::rotate_secrets).
+    /// Several secrets that are valid at once, the newest first; see
+    /// [`Db::rotate_secrets`](crate::Db::rotate_secrets).
     pub fn secrets(mut self, secrets: impl IntoIterator<Item = Secret>) -> Config {
         self.secrets = secrets.into_iter().collect();
         self
     }
 
-    /// Serves the replication endpoint on a listener of its own; best on an address that the public can't reach.
+    /// Serves the replication endpoint on a listener of its own; best on an address that the public
+    /// can't reach.
     pub fn listen(mut self, address: SocketAddr) -> Config {
         self.listen = Some(address);
         self
@@ -174,39 +178,46 @@ impl Config {
         self
     }
 
-    /// The WAL's length in bytes at which it is begun anew. 4 MiB if not set, as SQLite's own. Beyond twice that writers are held back until it is copied back, and it
-    /// stays within eight times, but for a transaction that is larger and for a reader that stays inside of one for seconds; see
-    /// [`Event::WalGrows`](crate::Event::WalGrows).
+    /// The WAL's length in bytes at which it is begun anew. 4 MiB if not set, as SQLite's own.
+    /// Beyond twice that writers are held back until it is copied back, and it stays within eight
+    /// times, but for a transaction that is larger and for a reader that stays inside of one for
+    /// seconds; see [`Event::WalGrows`](crate::Event::WalGrows).
     pub fn wal_limit(mut self, bytes: u64) -> Config {
         self.wal_limit_bytes = bytes;
         self
     }
 
-    /// The permissions of a database file that is made here, such as `0o640`, whatever the process's mask. If not set, the file of a replica is for its owner
-    /// alone (`0o600`), or as the file that it replaces, and a primary's is as SQLite makes it. One that is there is left as it is. What lies beside it follows the
-    /// database's own permissions; the directory `<database>-replite` is always for its owner alone. Unix only.
+    /// The permissions of a database file that is made here, such as `0o640`, whatever the
+    /// process's mask. If not set, the file of a replica is for its owner alone (`0o600`), or as
+    /// the file that it replaces, and a primary's is as SQLite makes it. One that is there is left
+    /// as it is. What lies beside it follows the database's own permissions; the directory
+    /// `<database>-replite` is always for its owner alone. Unix only.
     pub fn database_mode(mut self, mode: u32) -> Config {
         self.database_mode = Some(mode);
         self
     }
 
-    /// How much of the past is kept for replicas that were away: up to so many bytes, and for so long, counted from when the node was started at the
-    /// earliest. 1 GiB and a day if not set. A replica that was away for longer compares its pages with the primary's.
+    /// How much of the past is kept for replicas that were away: up to so many bytes, and for so
+    /// long, counted from when the node was started at the earliest. 1 GiB and a day if not set. A
+    /// replica that was away for longer compares its pages with the primary's.
     pub fn log_retention(mut self, bytes: u64, age: Duration) -> Config {
         (self.log_bytes, self.log_age) = (bytes, age);
         self
     }
 
-    /// The most that the log takes up on the disk: what [`Config::log_retention`] keeps, what connected replicas still need beyond that,
-    /// and the transaction that is under way. Four times the retained bytes if not set, at least 4 MiB. A transaction that is larger is
-    /// committed all the same: the log then begins anew behind it, and replicas compare their pages with the primary's.
+    /// The most that the log takes up on the disk: what [`Config::log_retention`] keeps, what
+    /// connected replicas still need beyond that, and the transaction that is under way. Four times
+    /// the retained bytes if not set, at least 4 MiB. A transaction that is larger is committed all
+    /// the same: the log then begins anew behind it, and replicas compare their pages with the
+    /// primary's.
     pub fn log_quota(mut self, bytes: u64) -> Config {
         self.log_quota = Some(bytes);
         self
     }
 
-    /// How many bytes of lost branches are kept; see [`Db::lost`](crate::Db::lost). 16 GiB if not set. None is ever deleted: a
-    /// heal that would need more waits, and says so in [`Status::problem`](crate::Status::problem).
+    /// How many bytes of lost branches are kept; see [`Db::lost`](crate::Db::lost). 16 GiB if not
+    /// set. None is ever deleted: a heal that would need more waits, and says so in
+    /// [`Status::problem`](crate::Status::problem).
     pub fn lost_quota(mut self, bytes: u64) -> Config {
         self.lost_bytes = bytes;
         self
@@ -221,10 +232,11 @@ impl Config {
         self
     }
 
-    /// Runs on the writer connection of the primary, before [`Db::open`](crate::Db::open) returns: schema migrations, also by a tool, whose
-    /// error is passed on as [`Error::Migration`]. What it committed is on the disk and named by
-    /// [`Db::position`](crate::Db::position) when `open` returns. A transaction that it leaves open is an error. Replicas get the schema from
-    /// their primary and run nothing; see [`Db::wait_until`](crate::Db::wait_until).
+    /// Runs on the writer connection of the primary, before [`Db::open`](crate::Db::open) returns:
+    /// schema migrations, also by a tool, whose error is passed on as [`Error::Migration`]. What it
+    /// committed is on the disk and named by [`Db::position`](crate::Db::position) when `open`
+    /// returns. A transaction that it leaves open is an error. Replicas get the schema from their
+    /// primary and run nothing; see [`Db::wait_until`](crate::Db::wait_until).
     ///
     /// ```
     /// # use replite::Config;
@@ -278,47 +290,57 @@ impl Config {
         self
     }
 
-    /// Opens the application's connections with SQLite's own defaults in place of the safe ones. If not set,
-    /// [`SQLITE_DBCONFIG_DEFENSIVE`](https://www.sqlite.org/c3ref/c_dbconfig_defensive.html) is on and
-    /// [`trusted_schema`](https://www.sqlite.org/pragma.html#pragma_trusted_schema) off, as SQLite advises, so that neither SQL that somebody
-    /// slipped in nor a database file that came from elsewhere can do more than change rows. What an application may miss then:
+    /// Opens the application's connections with SQLite's own defaults in place of the safe ones. If
+    /// not set,
+    /// [`SQLITE_DBCONFIG_DEFENSIVE`](https://www.sqlite.org/c3ref/c_dbconfig_defensive.html) is on
+    /// and [`trusted_schema`](https://www.sqlite.org/pragma.html#pragma_trusted_schema) off, as
+    /// SQLite advises, so that neither SQL that somebody slipped in nor a database file that came
+    /// from elsewhere can do more than change rows. What an application may miss then:
     ///
-    /// - `PRAGMA writable_schema`, `PRAGMA schema_version = N` and `PRAGMA journal_mode = OFF` do nothing, and the tables in which FTS5 and other virtual tables
-    ///   keep what is theirs, and `sqlite_dbpage`, can't be written.
-    /// - Functions of the application, and of extensions, fail in views, triggers, CHECK, DEFAULT, generated columns and indexes, unless they
-    ///   are registered as innocuous (`FunctionFlags::SQLITE_INNOCUOUS`). So do virtual tables in views and triggers: FTS5 and R-Tree, which are marked so, work there,
-    ///   but for FTS5's `MATCH` and its functions, such as `bm25`.
+    /// - `PRAGMA writable_schema`, `PRAGMA schema_version = N` and `PRAGMA journal_mode = OFF` do
+    ///   nothing, and the tables in which FTS5 and other virtual tables keep what is theirs, and
+    ///   `sqlite_dbpage`, can't be written.
+    /// - Functions of the application, and of extensions, fail in views, triggers, CHECK, DEFAULT,
+    ///   generated columns and indexes, unless they are registered as innocuous
+    ///   (`FunctionFlags::SQLITE_INNOCUOUS`). So do virtual tables in views and triggers: FTS5 and
+    ///   R-Tree, which are marked so, work there, but for FTS5's `MATCH` and its functions, such as
+    ///   `bm25`.
     ///
-    /// Statements of the application's own may use all of them either way. `Config::on_connect` can set one of the two for one of the connections.
+    /// Statements of the application's own may use all of them either way. `Config::on_connect` can
+    /// set one of the two for one of the connections.
     pub fn trust_schema(mut self, trust: bool) -> Config {
         self.trust_schema = trust;
         self
     }
 
-    /// Opens a database on a network or user-space file system all the same. Only for file systems whose POSIX locks
-    /// and shared memory are known to work between all processes that use the file.
+    /// Opens a database on a network or user-space file system all the same. Only for file systems
+    /// whose POSIX locks and shared memory are known to work between all processes that use the
+    /// file.
     pub fn allow_network_filesystem(mut self, allow: bool) -> Config {
         self.allow_network_filesystem = allow;
         self
     }
 
-    /// How long a replica stays fit to read, in [`Db::health`](crate::Db::health), after it lost its primary. A minute
-    /// if not set.
+    /// How long a replica stays fit to read, in [`Db::health`](crate::Db::health), after it lost
+    /// its primary. A minute if not set.
     pub fn grace(mut self, grace: Duration) -> Config {
         self.grace = grace;
         self
     }
 
-    /// Runs [`Db::verify`](crate::Db::verify) in the background, again and again: the first time after one period, and with up to a tenth of
-    /// it more or less, so that nodes do not all read their disks at once. What it finds is told by
-    /// [`Event::VerificationFailed`](crate::Event::VerificationFailed), [`Status::verification`](crate::Status::verification) and the log. Off if not set.
+    /// Runs [`Db::verify`](crate::Db::verify) in the background, again and again: the first time
+    /// after one period, and with up to a tenth of it more or less, so that nodes do not all read
+    /// their disks at once. What it finds is told by
+    /// [`Event::VerificationFailed`](crate::Event::VerificationFailed),
+    /// [`Status::verification`](crate::Status::verification) and the log. Off if not set.
     pub fn verify_every(mut self, period: Duration) -> Config {
         self.verify_every = Some(period);
         self
     }
 
-    /// The most bytes that a verification reads in a second. As many as two cores can hash if not set. The slower it is, the more the WAL
-    /// grows meanwhile, which is not begun anew while it runs.
+    /// The most bytes that a verification reads in a second. As many as two cores can hash if not
+    /// set. The slower it is, the more the WAL grows meanwhile, which is not begun anew while it
+    /// runs.
     pub fn verify_limit(mut self, bytes_per_second: NonZeroU64) -> Config {
         self.verify_limit = Some(bytes_per_second);
         self
@@ -326,17 +348,20 @@ impl Config {
 
     /// How long a primary asks its replicas, when it opens, for commits that a power cut took from
     /// it; see [`Durability::Unsynced`]. 10 seconds if not set: a replica tries to connect again
-    /// within eight. The primary waits up to 20 seconds more while it knows that a replica has more,
-    /// and up to a minute for one that is giving it. With zero it asks no replica.
+    /// within eight. The primary waits up to 20 seconds more while it knows that a replica has
+    /// more, and up to a minute for one that is giving it. With zero it asks no replica.
     pub fn recovery_timeout(mut self, limit: Duration) -> Config {
         self.recovery_timeout = limit;
         self
     }
 
-    /// Opens a primary's database that is refused ([`Error::Damaged`]) all the same. What SQLite reads in its files as they are becomes a new branch of
-    /// history, if `PRAGMA integrity_check` finds no fault in it, and replaces what the replicas have, which they keep ([`Db::lost`](crate::Db::lost)); a
-    /// state that can be proved goes on without the transactions that no file has any more. It may mix states and lack commits: better restore it from a replica. Where the
-    /// error names two readings, it is the one in which SQLite's is right. Take it out of the configuration again when it has done its work.
+    /// Opens a primary's database that is refused ([`Error::Damaged`]) all the same. What SQLite
+    /// reads in its files as they are becomes a new branch of history, if `PRAGMA integrity_check`
+    /// finds no fault in it, and replaces what the replicas have, which they keep
+    /// ([`Db::lost`](crate::Db::lost)); a state that can be proved goes on without the transactions
+    /// that no file has any more. It may mix states and lack commits: better restore it from a
+    /// replica. Where the error names two readings, it is the one in which SQLite's is right. Take
+    /// it out of the configuration again when it has done its work.
     ///
     /// The page [When something is wrong](crate::guide::trouble) has every text of that error, and
     /// what to do.

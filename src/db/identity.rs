@@ -1,7 +1,7 @@
 //! Which node a state directory belongs to.
 //!
-//! `node` is a sealed file, `repnodid`, of version 1. Its fields: node id (UUID v7) 16, device 8 and
-//! inode 8 of the directory, then cluster and database, each after its length (`u16`).
+//! `node` is a sealed file, `repnodid`, of version 1. Its fields: node id (UUID v7) 16, device 8
+//! and inode 8 of the directory, then cluster and database, each after its length (`u16`).
 
 use std::fs;
 use std::path::Path;
@@ -25,8 +25,8 @@ const SEALED: Sealed = Sealed {
 /// Fields before the names.
 const FIXED_BYTES: usize = 16 + 8 + 8;
 
-/// Reads the node's id, or makes one: at the first start, and when the directory is a copy of another
-/// node's.
+/// Reads the node's id, or makes one: at the first start, and when the directory is a copy of
+/// another node's.
 pub(super) fn node_id(paths: &Paths, cluster: &str, database: &str) -> Result<NodeId> {
     let directory = paths.state_dir();
     let here = place(directory)?;

@@ -64,8 +64,8 @@ fn resolve(path: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Makes the state directory, after whatever would refuse the database itself: a primary's is made, and turned to WAL,
-/// before.
+/// Makes the state directory, after whatever would refuse the database itself: a primary's is made,
+/// and turned to WAL, before.
 pub(super) fn state_dir(paths: &Paths, replica: bool, mode: Option<u32>) -> Result<()> {
     let (path, state_dir) = (paths.database(), paths.state_dir());
     if state_dir.symlink_metadata().is_ok() {
@@ -88,7 +88,8 @@ pub(super) fn state_dir(paths: &Paths, replica: bool, mode: Option<u32>) -> Resu
     files::sync_name(path)
 }
 
-/// A database that is not there yet gets the mode that the configuration says. SQLite makes it, if that says nothing.
+/// A database that is not there yet gets the mode that the configuration says. SQLite makes it, if
+/// that says nothing.
 fn create_database(path: &Path, mode: Option<u32>) -> Result<()> {
     match mode {
         Some(mode) if !path.exists() => files::create_database(path, mode).map(|file| park([file])),

@@ -23,7 +23,8 @@ struct Bad {
     right: BTreeMap<PageNo, PageHash>,
 }
 
-/// Pages of a primary's database whose bytes are wrong, and their right images, which a replica had; see [`Db::find_repair`].
+/// Pages of a primary's database whose bytes are wrong, and their right images, which a replica
+/// had; see [`Db::find_repair`].
 ///
 /// ```
 /// # async fn example(db: replite::Db) -> Result<(), replite::Error> {
@@ -48,9 +49,11 @@ pub struct Repair {
 }
 
 impl Db {
-    /// On a primary: verifies, and when the pages are not those of the position, asks the connected replicas for the right images of those that are named
-    /// bad ([`Verification::bad_pages`]). Each must have the hash that this node's own log has of the page, so that no replica is believed, be it damaged or
-    /// lying. Nothing is changed before [`Repair::apply`]. None when all pages are right.
+    /// On a primary: verifies, and when the pages are not those of the position, asks the connected
+    /// replicas for the right images of those that are named bad ([`Verification::bad_pages`]).
+    /// Each must have the hash that this node's own log has of the page, so that no replica is
+    /// believed, be it damaged or lying. Nothing is changed before [`Repair::apply`]. None when all
+    /// pages are right.
     ///
     /// A page that no transaction in the retained log has changed is not named. The position's
     /// checksum alone, a sum over all pages, guards against accidents. It does not guard against a
@@ -59,8 +62,9 @@ impl Db {
     /// [Bad pages of a primary](crate::guide::trouble#bad-pages-of-a-primary).
     ///
     /// # Errors
-    /// As for [`Db::verify`]; [`Error::NotPrimary`] on a replica, which heals itself; [`Error::Damaged`] when no page is named, or no replica has the right images, with what
-    /// is known of the pages.
+    /// As for [`Db::verify`]; [`Error::NotPrimary`] on a replica, which heals itself;
+    /// [`Error::Damaged`] when no page is named, or no replica has the right images, with what is
+    /// known of the pages.
     ///
     /// # Cancel safety
     /// Nothing happens but reading and asking.
@@ -98,10 +102,12 @@ impl Repair {
         self.pages.iter().map(|page| page.number).collect()
     }
 
-    /// Writes the right images into the database file, and verifies again. A page that a transaction has changed meanwhile is left alone.
+    /// Writes the right images into the database file, and verifies again. A page that a
+    /// transaction has changed meanwhile is left alone.
     ///
     /// # Errors
-    /// [`Error::Timeout`] when readers of the file don't end for some milliseconds: try again; [`Error::Io`]; those of [`Db::verify`].
+    /// [`Error::Timeout`] when readers of the file don't end for some milliseconds: try again;
+    /// [`Error::Io`]; those of [`Db::verify`].
     ///
     /// # Cancel safety
     /// Dropped, the pages are written all the same.
@@ -113,7 +119,8 @@ impl Repair {
     }
 }
 
-/// The right images of the bad pages, if a replica has them all. Each is known by its own hash: what a replica sends besides is not looked at.
+/// The right images of the bad pages, if a replica has them all. Each is known by its own hash:
+/// what a replica sends besides is not looked at.
 async fn proven(line: &PeerChannel, engine: &Arc<PrimaryEngine>, bad: &Bad) -> Result<Vec<RightPage>> {
     let size = engine.page_size();
     let mut found: BTreeMap<PageNo, RightPage> = BTreeMap::new();

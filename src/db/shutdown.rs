@@ -7,12 +7,16 @@ use crate::db::Db;
 use crate::node::database::close_behind;
 
 impl Db {
-    /// For `with_graceful_shutdown`: ends what would keep the application's server from ending, and nothing else.
+    /// For `with_graceful_shutdown`: ends what would keep the application's server from ending, and
+    /// nothing else.
     ///
-    /// [`Db::health`] says so from now on, and [`Db::draining`] returns. Replicas are told: they hold their requests for this node, until it is
-    /// back or they have waited for too long ([`ReplayLayer::hold_timeout`](crate::ReplayLayer::hold_timeout)). When those that they had sent are answered, or after a
-    /// second, replicas get what is captured and their streams end; none are let in. Requests that wait here for a primary are answered. Reads, writes, `wait_for` and
-    /// requests that were sent to the primary run on, until [`Db::shutdown`]. Returns when the streams have ended, within three seconds.
+    /// [`Db::health`] says so from now on, and [`Db::draining`] returns. Replicas are told: they
+    /// hold their requests for this node, until it is back or they have waited for too long
+    /// ([`ReplayLayer::hold_timeout`](crate::ReplayLayer::hold_timeout)). When those that they had
+    /// sent are answered, or after a second, replicas get what is captured and their streams end;
+    /// none are let in. Requests that wait here for a primary are answered. Reads, writes,
+    /// `wait_for` and requests that were sent to the primary run on, until [`Db::shutdown`].
+    /// Returns when the streams have ended, within three seconds.
     ///
     /// See [`Db::shutdown`] for the whole of an application's end.
     ///
@@ -22,8 +26,9 @@ impl Db {
         self.inner.drain().await;
     }
 
-    /// Returns once the node drains, or is shut down. For the application's own long responses, such as server-sent events,
-    /// which have to end before its server can: `stream.take_until(db.draining())`, or a branch of a `select!`. It does not keep the
+    /// Returns once the node drains, or is shut down. For the application's own long responses,
+    /// such as server-sent events, which have to end before its server can:
+    /// `stream.take_until(db.draining())`, or a branch of a `select!`. It does not keep the
     /// database open.
     ///
     /// # Cancel safety
@@ -32,12 +37,14 @@ impl Db {
         self.inner.node.drain.clone().cancelled_owned()
     }
 
-    /// Stops every thread and task of this database, and returns when they have ended. What was acknowledged is kept; further calls
-    /// fail with [`Error::ShutDown`](crate::Error::ShutDown). Can be called more than once: each call returns when all is done.
+    /// Stops every thread and task of this database, and returns when they have ended. What was
+    /// acknowledged is kept; further calls fail with [`Error::ShutDown`](crate::Error::ShutDown).
+    /// Can be called more than once: each call returns when all is done.
     ///
-    /// It takes up to nine seconds for peers that do not hang up, and as long as the closure of a write that is running and the last
-    /// fsyncs take; without such peers it takes milliseconds. This is the `main` of an application. Whatever its clients do, it ends
-    /// within twenty seconds of the signal:
+    /// It takes up to nine seconds for peers that do not hang up, and as long as the closure of a
+    /// write that is running and the last fsyncs take; without such peers it takes milliseconds.
+    /// This is the `main` of an application. Whatever its clients do, it ends within twenty seconds
+    /// of the signal:
     ///
     /// ```no_run
     /// use std::time::Duration;

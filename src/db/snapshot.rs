@@ -22,13 +22,16 @@ use crate::txid::Position;
 const TEMPORARY: &str = "snapshot-";
 
 impl Db {
-    /// Copies a committed state into a new plain SQLite file, while everything goes on. The position that is
-    /// returned is in that state; later transactions may be, too. The file appears at `path` only
-    /// when it is complete and on the disk; nothing is replaced. Who can't read the database can't read it.
+    /// Copies a committed state into a new plain SQLite file, while everything goes on. The
+    /// position that is returned is in that state; later transactions may be, too. The file appears
+    /// at `path` only when it is complete and on the disk; nothing is replaced. Who can't read the
+    /// database can't read it.
     ///
     /// # Errors
-    /// As for [`Db::read_async`], [`Error::NoState`] also while no primary vouches for what is here, [`Error::FileExists`] when something of that name is there, [`Error::Io`] when the file can't be written, and [`Error::Config`] when `path` belongs to a
-    /// database that is open as a node in this process, or has a `-wal` or `-journal` of an earlier file beside it.
+    /// As for [`Db::read_async`], [`Error::NoState`] also while no primary vouches for what is
+    /// here, [`Error::FileExists`] when something of that name is there, [`Error::Io`] when the
+    /// file can't be written, and [`Error::Config`] when `path` belongs to a database that is open
+    /// as a node in this process, or has a `-wal` or `-journal` of an earlier file beside it.
     ///
     /// # Cancel safety
     /// Dropped, the copy still runs to its end.
@@ -37,8 +40,9 @@ impl Db {
         blocking(move || db.place_snapshot(&path)).await
     }
 
-    /// Copies a committed state and gives it to be read, such as for a download: a whole plain SQLite file. The copy is made in a temporary file
-    /// beside the database, which needs as much room, and is gone when the [`Snapshot`] is dropped.
+    /// Copies a committed state and gives it to be read, such as for a download: a whole plain
+    /// SQLite file. The copy is made in a temporary file beside the database, which needs as much
+    /// room, and is gone when the [`Snapshot`] is dropped.
     ///
     /// ```
     /// # async fn example(db: replite::Db) -> Result<axum::body::Body, replite::Error> {
@@ -51,7 +55,8 @@ impl Db {
     /// ```
     ///
     /// # Errors
-    /// As for [`Db::read_async`], [`Error::NoState`] also while no primary vouches for what is here, and [`Error::Io`] when the copy can't be written.
+    /// As for [`Db::read_async`], [`Error::NoState`] also while no primary vouches for what is
+    /// here, and [`Error::Io`] when the copy can't be written.
     ///
     /// # Cancel safety
     /// Dropped, the copy still runs to its end, and is removed.
@@ -212,7 +217,8 @@ fn check(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Copies a whole database in one step, so that all of it is of one state. Busy is an error here, not a pause.
+/// Copies a whole database in one step, so that all of it is of one state. Busy is an error here,
+/// not a pause.
 fn copy_whole(from: &Connection, to: &mut Connection) -> Result<()> {
     match Backup::new(from, to)?.step(-1)? {
         StepResult::Done => Ok(()),

@@ -44,10 +44,12 @@ impl Db {
 
     /// Whether this node can do its work.
     ///
-    /// `can_read` stays true for a grace time ([`Config::grace`](crate::Config::grace)) after the primary was lost: a balancer that
-    /// drops every replica while the primary is away would make the outage itself.
-    /// It is false while reads fail, and none of them for what its statement asked: such as when the disk, or a descriptor, can't be had. Then this very
-    /// call reads a little, so that a node that nobody reads from recovers. `can_write` is false on a primary that has stopped.
+    /// `can_read` stays true for a grace time ([`Config::grace`](crate::Config::grace)) after the
+    /// primary was lost: a balancer that drops every replica while the primary is away would make
+    /// the outage itself. It is false while reads fail, and none of them for what its statement
+    /// asked: such as when the disk, or a descriptor, can't be had. Then this very call reads a
+    /// little, so that a node that nobody reads from recovers. `can_write` is false on a primary
+    /// that has stopped.
     pub fn health(&self) -> Health {
         let inner = &self.inner;
         let status = self.status();
@@ -78,7 +80,8 @@ impl Db {
         if live && status.primary.is_none() {
             reasons.push("the primary is not reachable".to_string());
         }
-        // The stream stands, but nothing comes: the primary may be gone. What was heard is among the problems.
+        // The stream stands, but nothing comes: the primary may be gone. What was heard is among
+        // the problems.
         let silent = status.role == Role::Replica && status.lag.is_some_and(|lag| !lag.connected);
         // What stops a replica stops no write: those are the primary's.
         let stopped = status.role == Role::Primary

@@ -1,4 +1,5 @@
-//! What a replica that has left the history asks its own log: where it may have left, and what it did since.
+//! What a replica that has left the history asks its own log: where it may have left, and what it
+//! did since.
 use bytes::Bytes;
 
 use super::{Log, Lookup};
@@ -24,8 +25,8 @@ pub(crate) struct Touched {
 }
 
 impl Log {
-    /// Some states that records of this log led to, newest first, at distances from the tip that double, and the oldest
-    /// that it has. The tip itself is not among them.
+    /// Some states that records of this log led to, newest first, at distances from the tip that
+    /// double, and the oldest that it has. The tip itself is not among them.
     ///
     /// # Errors
     /// Those of [`Log::find`].
@@ -41,7 +42,8 @@ impl Log {
         Ok(marks)
     }
 
-    /// What the transactions after `state`, one of [`Log::marks`], did; `None` when the log does not reach back to it any more.
+    /// What the transactions after `state`, one of [`Log::marks`], did; `None` when the log does
+    /// not reach back to it any more.
     ///
     /// # Errors
     /// [`Error::Io`](crate::Error::Io); [`Error::Corrupt`](crate::Error::Corrupt).
@@ -82,7 +84,8 @@ impl Log {
     /// Visits the units from one record boundary to another. Blocks.
     ///
     /// # Errors
-    /// [`Error::Io`](crate::Error::Io), also when the bytes were dropped meanwhile; [`Error::Corrupt`](crate::Error::Corrupt); what `visit` returns.
+    /// [`Error::Io`](crate::Error::Io), also when the bytes were dropped meanwhile;
+    /// [`Error::Corrupt`](crate::Error::Corrupt); what `visit` returns.
     pub(crate) fn records(
         &self,
         lsn: u64,

@@ -19,11 +19,12 @@ struct Search {
 }
 
 impl Log {
-    /// Where the record after the transaction `number` begins. May read from disk, at most a segment's headers.
+    /// Where the record after the transaction `number` begins. May read from disk, at most a
+    /// segment's headers.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Corrupt`] when a segment of an earlier opening is damaged: then nothing can be
-    /// streamed from before the damage.
+    /// [`Error::Io`]; [`Error::Corrupt`] when a segment of an earlier opening is damaged: then
+    /// nothing can be streamed from before the damage.
     pub(crate) fn find(&self, number: u64) -> Result<Lookup> {
         let search = match self.search(number) {
             Ok(search) => search,
@@ -81,7 +82,8 @@ impl Log {
         })
     }
 
-    /// The bytes at `lsn`, at most `max`, from memory; `None` when they must be read from disk or `lsn` is the end.
+    /// The bytes at `lsn`, at most `max`, from memory; `None` when they must be read from disk or
+    /// `lsn` is the end.
     pub(crate) fn read_memory(&self, lsn: u64, max: usize) -> Option<Bytes> {
         self.lock_tail().read(lsn, max)
     }
@@ -89,7 +91,8 @@ impl Log {
     /// The same from disk; empty at the end. Blocks. Not cut at a unit's boundary.
     ///
     /// # Errors
-    /// [`Error::Io`] of kind `NotFound` when the bytes were dropped or taken back, or `lsn` is beyond the end.
+    /// [`Error::Io`] of kind `NotFound` when the bytes were dropped or taken back, or `lsn` is
+    /// beyond the end.
     pub(crate) fn read_disk(&self, lsn: u64, max: usize) -> Result<Bytes> {
         let (path, offset, length) = {
             let state = self.lock();
@@ -110,8 +113,9 @@ impl Log {
         if got < buffer.len() { Err(self.gone(lsn)) } else { Ok(buffer.freeze()) }
     }
 
-    /// Where a reader that stands at `lsn` goes on: at `lsn` itself, or, when what followed a record was taken back
-    /// there, at the beginning of the record that came in its place (or the end).
+    /// Where a reader that stands at `lsn` goes on: at `lsn` itself, or, when what followed a
+    /// record was taken back there, at the beginning of the record that came in its place (or the
+    /// end).
     pub(crate) fn step_over(&self, lsn: u64) -> u64 {
         let state = self.lock();
         let after = state.segments.partition_point(|s| s.start <= lsn);

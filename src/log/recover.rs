@@ -76,7 +76,8 @@ pub(super) fn recover(dir: &Path) -> Result<LogState> {
     Ok(state)
 }
 
-/// Takes from the end of `candidates` the segments that lead without a gap to the one with `next` as its head.
+/// Takes from the end of `candidates` the segments that lead without a gap to the one with `next`
+/// as its head.
 fn run_before(candidates: &mut Vec<Candidate>, mut next: Segment) -> Result<VecDeque<Seg>> {
     let mut run = VecDeque::new();
     while let Some(end) = next.follows

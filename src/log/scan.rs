@@ -17,7 +17,8 @@ pub(super) const HEAD_BYTES: u64 = SEGMENT_BYTES as u64;
 const INDEX_EVERY_BYTES: u64 = 256 * 1024;
 /// Bytes read at one time while all is verified.
 const SCAN_READ_BYTES: usize = 256 * 1024;
-/// Bytes read at one time while hopping: the end of one record, the beginning of the next, and its first header.
+/// Bytes read at one time while hopping: the end of one record, the beginning of the next, and its
+/// first header.
 const HOP_READ_BYTES: usize = 256;
 /// Bytes of a TXN_BEGIN unit, the longer of the two that hopping reads in full.
 const TXN_BEGIN_BYTES: usize = HEADER_BYTES + Position::BYTES + Epoch::BYTES + 4;
@@ -146,7 +147,8 @@ pub(super) enum Edge {
     End(TxnEnd),
 }
 
-/// Visits the edges of each record, with the address of a beginning and the one behind an end, reading little more than headers.
+/// Visits the edges of each record, with the address of a beginning and the one behind an end,
+/// reading little more than headers.
 pub(super) fn hop(
     file: &File,
     path: &Path,

@@ -24,7 +24,8 @@ pub(super) fn open_to_write(path: &Path) -> Result<File> {
     files::open_to_write(path).map_err(Error::io("open", path))
 }
 
-/// Removes segments that nobody needs. One that can't be removed now goes when the log is next opened.
+/// Removes segments that nobody needs. One that can't be removed now goes when the log is next
+/// opened.
 pub(super) fn remove(paths: &[PathBuf]) {
     for path in paths {
         if let Err(error) = files::remove(path) {
@@ -33,7 +34,8 @@ pub(super) fn remove(paths: &[PathBuf]) {
     }
 }
 
-/// Whether records must go to make room: a disk, a quota of the system's, the limit of a file's size, or the log's own quota.
+/// Whether records must go to make room: a disk, a quota of the system's, the limit of a file's
+/// size, or the log's own quota.
 pub(crate) fn no_room(error: &Error) -> bool {
     use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
     matches!(error, Error::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded | FileTooLarge))

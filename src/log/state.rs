@@ -26,7 +26,8 @@ pub(super) struct Seg {
     pub(super) end: u64,
     /// The position before its first record.
     pub(super) before: Position,
-    /// When its newest record was appended, or the log was opened if that was later: the clock of the system may jump, and no record goes for that.
+    /// When its newest record was appended, or the log was opened if that was later: the clock of
+    /// the system may jump, and no record goes for that.
     pub(super) newest: Instant,
     /// `None` until somebody searches in it: a segment of an earlier opening.
     pub(super) index: Option<Index>,
@@ -41,7 +42,8 @@ impl Seg {
     }
 }
 
-/// Cuts a segment's file where the segment ends. Should this fail, the next segment's head still says where.
+/// Cuts a segment's file where the segment ends. Should this fail, the next segment's head still
+/// says where.
 fn truncate(segment: &Seg) -> Result<(Arc<File>, PathBuf)> {
     let file = segments::open_to_write(&segment.path)?;
     let length = HEAD_BYTES + segment.end - segment.start;
@@ -59,7 +61,8 @@ pub(super) struct LogState {
     /// The address after the last complete record.
     pub(super) complete: u64,
     pub(super) tip: Option<Position>,
-    /// An fsync failed. No later one tells what of the records is on the disk, so that nothing is appended or said to be synced before they are forgotten.
+    /// An fsync failed. No later one tells what of the records is on the disk, so that nothing is
+    /// appended or said to be synced before they are forgotten.
     pub(super) doubtful: bool,
     /// The last segment's file has bytes beyond `end` that could not be cut off.
     pub(super) sealed: bool,
@@ -110,7 +113,8 @@ impl LogState {
             return Err(Error::Io { op: "append to", path: segment.path.clone(), source });
         }
         if let Err(source) = files::write_all_at(file, units, offset) {
-            // What was written of it must not stand behind the end: a later, shorter append would leave its rest.
+            // What was written of it must not stand behind the end: a later, shorter append would
+            // leave its rest.
             self.sealed = file.set_len(offset).is_err();
             return Err(Error::Io { op: "append to", path: segment.path.clone(), source });
         }
@@ -128,7 +132,8 @@ impl LogState {
         Ok(begun)
     }
 
-    /// Forgets the oldest segments, whoever needs them, so that so many bytes more stay within the quota. Says whether any went.
+    /// Forgets the oldest segments, whoever needs them, so that so many bytes more stay within the
+    /// quota. Says whether any went.
     pub(super) fn make_room(&mut self, options: &LogOptions, more: u64) -> bool {
         let mut bytes = self.bytes() + HEAD_BYTES + more;
         let before = self.segments.len();
@@ -181,7 +186,8 @@ impl LogState {
         self.noted(head.and_then(|()| files::sync_directory(dir)))
     }
 
-    /// The result of an fsync. One that failed is not forgotten; one that could not be tried is tried again.
+    /// The result of an fsync. One that failed is not forgotten; one that could not be tried is
+    /// tried again.
     pub(super) fn noted(&mut self, synced: Result<()>) -> Result<()> {
         self.doubtful |= matches!(synced, Err(Error::Io { op: "fsync", .. }));
         synced
@@ -196,8 +202,9 @@ impl LogState {
         Err(Error::Io { op: "go on with the log in", path: dir.to_path_buf(), source })
     }
 
-    /// Takes back what is at and after `lsn`, a record boundary at which the position was `tip`. The log goes on
-    /// in a new segment beyond its old end. Returns the files to remove, whatever else failed.
+    /// Takes back what is at and after `lsn`, a record boundary at which the position was `tip`.
+    /// The log goes on in a new segment beyond its old end. Returns the files to remove, whatever
+    /// else failed.
     pub(super) fn take_back(&mut self, dir: &Path, lsn: u64, tip: Position) -> (Vec<PathBuf>, Result<()>) {
         let kept = self.segments.partition_point(|s| s.start < lsn);
         // Newest first, so that a crash leaves no gap.

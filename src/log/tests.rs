@@ -425,7 +425,8 @@ fn the_oldest_segments_go_by_size_by_age_and_not_while_pinned() {
     assert_records(&log, first, n);
     drop(log);
 
-    // By age, which no clock of the system tells: not what the files say, but for how long the records have been there since the log was opened.
+    // By age, which no clock of the system tells: not what the files say, but for how long the
+    // records have been there since the log was opened.
     for file in files_of(&dir) {
         let file = fs::OpenOptions::new().write(true).open(file).unwrap();
         file.set_modified(SystemTime::now() - Duration::from_secs(7200)).unwrap();
@@ -522,7 +523,8 @@ fn the_index_leads_past_records_larger_than_its_step() {
     }
 }
 
-/// Files can't grow beyond some kilobytes in the child, as on a full disk: a part of a write succeeds.
+/// Files can't grow beyond some kilobytes in the child, as on a full disk: a part of a write
+/// succeeds.
 #[cfg(unix)]
 #[test]
 fn a_full_disk_leaves_the_log_as_it_was() {
@@ -628,7 +630,8 @@ pub(crate) struct Broken {
 
 #[cfg(target_os = "linux")]
 impl Broken {
-    /// For one that takes all that is written and can't be synced, or for one that can't be written.
+    /// For one that takes all that is written and can't be synced, or for one that can't be
+    /// written.
     pub(crate) fn at(path: &Path, writable: bool) -> Broken {
         let stand_for = if writable { Path::new("/dev/null") } else { path };
         let other = fs::File::options().read(true).write(writable).open(stand_for).unwrap();
@@ -670,7 +673,8 @@ fn lead(number: i32, to: &impl std::os::fd::AsRawFd) -> std::os::fd::OwnedFd {
     }
 }
 
-/// The second fsync says that all is well, as it does on a system that has thrown away what it could not write.
+/// The second fsync says that all is well, as it does on a system that has thrown away what it
+/// could not write.
 #[test]
 #[cfg(target_os = "linux")]
 fn after_an_fsync_that_failed_nothing_counts_as_synced_until_the_records_are_forgotten() {
@@ -698,7 +702,8 @@ fn after_an_fsync_that_failed_nothing_counts_as_synced_until_the_records_are_for
     let log = open(&dir);
     assert_eq!(log.start(), Some(position(21)));
     assert_records(&log, 22, 22);
-    // Within a record it waits for the end of that; and it is the same when a new segment has the one before synced.
+    // Within a record it waits for the end of that; and it is the same when a new segment has the
+    // one before synced.
     let half = record(23, 2);
     log.append(half.slice(..100), None).unwrap();
     let broken = Broken::at(&files_of(&dir)[0], true);

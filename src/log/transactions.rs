@@ -16,8 +16,9 @@ use crate::wire::TxnEnd;
 const LOOKED_UP_AT_ONCE: usize = 4096;
 
 impl Log {
-    /// The transactions behind number `after`, oldest first, at most `most` of them; those that are not in the log any more are left
-    /// out. Reads headers from disk, about two hundred bytes a transaction and as much a page. Blocks.
+    /// The transactions behind number `after`, oldest first, at most `most` of them; those that are
+    /// not in the log any more are left out. Reads headers from disk, about two hundred bytes a
+    /// transaction and as much a page. Blocks.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Corrupt`] when a segment is damaged.
@@ -52,7 +53,8 @@ impl Log {
         }
     }
 
-    /// The epochs that its transactions are of, as far back as it reaches; none when it is empty, or names what can't follow one another. Blocks.
+    /// The epochs that its transactions are of, as far back as it reaches; none when it is empty,
+    /// or names what can't follow one another. Blocks.
     ///
     /// # Errors
     /// Those of [`Log::list`].
@@ -86,7 +88,8 @@ impl Log {
         }
     }
 
-    /// Lists from a record's beginning to its segment's end. Where the next segment begins, if there is one.
+    /// Lists from a record's beginning to its segment's end. Where the next segment begins, if
+    /// there is one.
     fn list_segment(
         &self,
         from: u64,

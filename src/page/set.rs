@@ -1,4 +1,5 @@
-//! A set of page numbers that costs a bit a page where they are dense, and little where they are not.
+//! A set of page numbers that costs a bit a page where they are dense, and little where they are
+//! not.
 
 use std::collections::BTreeMap;
 

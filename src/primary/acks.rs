@@ -21,7 +21,8 @@ use crate::wire::{Decoder, Hello, Kind, Message, Unit, Want, WireError};
 const HELLO_SILENCE_MAX: Duration = Duration::from_secs(10);
 /// Longest wait for all of it: with the longest history, on a slow link.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(60);
-/// A replica of which nothing came for this long is gone; it acknowledges each second. On a slow link pages that it sends come before the next acknowledgement: they count, too.
+/// A replica of which nothing came for this long is gone; it acknowledges each second. On a slow
+/// link pages that it sends come before the next acknowledgement: they count, too.
 pub(super) const SILENCE_MAX: Duration = Duration::from_secs(15);
 
 /// The hello, and by which secret it is proved.
@@ -52,7 +53,8 @@ pub(super) async fn hello(
     proved.map(|proved| (hello, proved)).ok_or_else(|| Error::peer(peer, PeerProblem::Secret))
 }
 
-/// Reads acknowledgements, and what a heal asks for, until the replica leaves, is silent for too long or sends something else.
+/// Reads acknowledgements, and what a heal asks for, until the replica leaves, is silent for too
+/// long or sends something else.
 pub(super) async fn acks(
     units: &mut ReceivedUnits,
     seat: &ReplicaSlot,
@@ -137,7 +139,8 @@ impl ReceivedUnits {
         ReceivedUnits { upstream, decoder: Decoder::default() }
     }
 
-    /// The next unit; `None` when the body ended, or broke off, as connections do. A unit may take longer than the limit to come, as long as something comes.
+    /// The next unit; `None` when the body ended, or broke off, as connections do. A unit may take
+    /// longer than the limit to come, as long as something comes.
     pub(super) async fn next(&mut self, silence: Duration) -> Result<Option<Unit>, Unheard> {
         loop {
             if let Some(unit) = self.now()? {

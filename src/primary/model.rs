@@ -1,8 +1,10 @@
-//! Hello, fork and heal over histories made by seed: the decisions and the arithmetic of both sides, without files or sockets.
+//! Hello, fork and heal over histories made by seed: the decisions and the arithmetic of both
+//! sides, without files or sockets.
 //!
-//! Nodes commit, crash, lose their tails, are restored from old copies, forget their past and are written to by strangers. Then one says
-//! hello to another, and what is decided is carried out. It must end with the primary's state, whatever happened; nothing that only the
-//! follower had may be replaced without being told to be kept.
+//! Nodes commit, crash, lose their tails, are restored from old copies, forget their past and are
+//! written to by strangers. Then one says hello to another, and what is decided is carried out. It
+//! must end with the primary's state, whatever happened; nothing that only the follower had may be
+//! replaced without being told to be kept.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -329,7 +331,8 @@ fn meet(primary: &mut ModelNode, follower: &ModelNode, rng: &mut StdRng) {
         Decision::Log { lsn } => {
             assert!(shared && hello.position == Some(theirs.position) && follower.damaged.is_none());
             assert_eq!(lsn, theirs.position.number());
-            // What follows is the follower's future: it must have a place in the history that it is told.
+            // What follows is the follower's future: it must have a place in the history that it is
+            // told.
             assert_eq!(primary.history.place(theirs.position.txid()), Place::OnHistory);
         }
         Decision::Heal { from, lsn } => {
@@ -344,7 +347,8 @@ fn meet(primary: &mut ModelNode, follower: &ModelNode, rng: &mut StdRng) {
             heal(primary, follower, Some(from), true, rng);
         }
         Decision::Compare { diverged } => {
-            // What is not kept must be the primary's, or be kept by the follower itself, which knows that nobody vouches for it.
+            // What is not kept must be the primary's, or be kept by the follower itself, which
+            // knows that nobody vouches for it.
             assert!(diverged || shared || !follower.vouched(), "{:?} would be lost", theirs.position);
             heal(primary, follower, None, diverged, rng);
         }
@@ -362,8 +366,9 @@ fn history(seed: u64) {
         let last = node.states.len() - 1;
         match rng.random_range(0..14) {
             0 => node.promote(&mut rng),
-            // The unsynced tail is lost, or an old copy is put in the node's place. (Who writes to such a copy before its node starts makes
-            // transactions in the names of those that are gone; that is seen by their checksums, as far as the log reaches.)
+            // The unsynced tail is lost, or an old copy is put in the node's place. (Who writes to
+            // such a copy before its node starts makes transactions in the names of those that are
+            // gone; that is seen by their checksums, as far as the log reaches.)
             1 => {
                 node.go_back(last - rng.random_range(0..=last.min(6)));
                 node.promote(&mut rng);

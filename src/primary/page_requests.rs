@@ -72,7 +72,8 @@ impl PeerChannels {
         lines.clone()
     }
 
-    /// A new line, and its two ends in the stream: where questions come out, and where answers go in.
+    /// A new line, and its two ends in the stream: where questions come out, and where answers go
+    /// in.
     pub(super) fn open(&self, peer: &PeerInfo) -> (Questions, Answers) {
         let (questions, receiver) = mpsc::channel(1);
         let mut lines = lock(&self.0);
@@ -122,8 +123,9 @@ struct Pending {
 
 impl Answers {
     fn begin(&self, (want, reply, coming): PageQuestion) -> Want {
-        // An earlier asker may have given up. Should its answer still come, it is taken for this one's, by which nothing is
-        // proved; and the stream ends with the answer that nobody asked for then.
+        // An earlier asker may have given up. Should its answer still come, it is taken for this
+        // one's, by which nothing is proved; and the stream ends with the answer that nobody asked
+        // for then.
         *lock(&self.0) = Some(Pending { answer: PageAnswer::default(), bytes: 0, reply, coming });
         want
     }

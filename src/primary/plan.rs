@@ -6,12 +6,15 @@ use crate::page::PageNo;
 use crate::txid::{Epoch, EpochHistory, NUMBER_MAX, Place, Position};
 use crate::wire::{self, Hello};
 
-/// How far above our newest epoch one that a replica names may be for ours to be raised above it. Starts of primaries count in ones: no two nodes of a cluster get so far apart. A hello
-/// of somebody who lies brings the numbers forward by no more, so that it takes 2^30 of them, each with an fsync under the write lock, to get to [`RAISED_MAX`].
+/// How far above our newest epoch one that a replica names may be for ours to be raised above it.
+/// Starts of primaries count in ones: no two nodes of a cluster get so far apart. A hello of
+/// somebody who lies brings the numbers forward by no more, so that it takes 2^30 of them, each
+/// with an fsync under the write lock, to get to [`RAISED_MAX`].
 const RAISE_STEP_MAX: u64 = 1 << 32;
 
-/// Highest epoch number that ours is raised above for a replica. Higher ones come from starts of primaries only, for which as many numbers are left. Who knows one of
-/// our epochs is followed whatever its number.
+/// Highest epoch number that ours is raised above for a replica. Higher ones come from starts of
+/// primaries only, for which as many numbers are left. Who knows one of our epochs is followed
+/// whatever its number.
 const RAISED_MAX: u64 = NUMBER_MAX >> 1;
 
 const _: () = assert!(RAISED_MAX + RAISE_STEP_MAX < NUMBER_MAX);
@@ -25,10 +28,12 @@ pub(crate) enum Decision {
     Snapshot,
     /// Go on with a snapshot at page `from`, then send the log's bytes from `lsn` on.
     Resume { first: Position, from: PageNo, lsn: u64 },
-    /// It left our history, at `from` or later: send the pages that it asks for, then the log's bytes from `lsn` on.
+    /// It left our history, at `from` or later: send the pages that it asks for, then the log's
+    /// bytes from `lsn` on.
     Heal { from: Position, lsn: u64 },
-    /// Send sums over all pages, then the pages that it asks for: over its state, or over what came of a snapshot that can't be gone on with. `diverged`: it may have what is not in
-    /// our history.
+    /// Send sums over all pages, then the pages that it asks for: over its state, or over what came
+    /// of a snapshot that can't be gone on with. `diverged`: it may have what is not in our
+    /// history.
     Compare { diverged: bool },
     /// The replica knows an epoch that ours does not exceed: open one above it and decide again.
     Raise { above: u64 },
@@ -61,7 +66,8 @@ pub(crate) fn plan(
     hello: &Hello,
 ) -> Result<Decision> {
     let (ours, theirs) = (history.epoch(), hello.history.epoch());
-    // The same number on another branch: two primaries claimed it. A replica would not tell us from the other.
+    // The same number on another branch: two primaries claimed it. A replica would not tell us from
+    // the other.
     if theirs.number() >= ours.number() && theirs != ours {
         let above = theirs.number();
         let near = above - ours.number() <= RAISE_STEP_MAX && above <= RAISED_MAX;
@@ -79,7 +85,8 @@ pub(crate) fn plan(
         return Ok(match stands(history, tip, &mut find, first)? {
             Fit::Continues { lsn } => Decision::Resume { first, from, lsn },
             _ if from == PageNo::FIRST => Decision::Snapshot,
-            // The log does not reach back any more: a snapshot from page 1 on would end like this again.
+            // The log does not reach back any more: a snapshot from page 1 on would end like this
+            // again.
             _ => Decision::Compare { diverged: false },
         });
     };
@@ -254,7 +261,8 @@ mod tests {
         }
     }
 
-    /// One hello that named a high epoch raised the primary's so far that nobody who followed it was believed any more.
+    /// One hello that named a high epoch raised the primary's so far that nobody who followed it
+    /// was believed any more.
     #[test]
     fn no_sequence_of_hellos_makes_a_follower_unacceptable() {
         for seed in 0..8 {
@@ -269,7 +277,8 @@ mod tests {
             let mut ours = history(&[(first, 1)]);
             let mut tip = at(first, 0);
             let mut states = vec![tip];
-            // One that writes nothing keeps the name of its state, however many epochs are opened above it.
+            // One that writes nothing keeps the name of its state, however many epochs are opened
+            // above it.
             let idle = seed >= 4;
             // What followers know that heard of us at one time or another, and where they stand.
             let mut followers = vec![(ours.clone(), tip)];

@@ -100,7 +100,8 @@ fn span_pages(size: PageSize) -> u32 {
     (PIECE_BYTES / size.bytes()) as u32
 }
 
-/// Reads some pieces. Where the first was read, where the last of all was, and where the next one begins.
+/// Reads some pieces. Where the first was read, where the last of all was, and where the next one
+/// begins.
 fn read_pieces(
     supply: &dyn StreamSource,
     from: PageNo,

@@ -1,4 +1,5 @@
-//! What a power cut took from this node, taken back from the logs of its replicas before anybody can write.
+//! What a power cut took from this node, taken back from the logs of its replicas before anybody
+//! can write.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -44,7 +45,8 @@ pub(crate) struct Recovery {
 struct RecoveryState {
     /// None when no replica is asked any more.
     opening: Option<Opening>,
-    /// Counts who was asked: what one of them sent is not taken any more when the next one is asked.
+    /// Counts who was asked: what one of them sent is not taken any more when the next one is
+    /// asked.
     asking: u64,
     replicas: HashMap<NodeId, Giver>,
 }
@@ -65,7 +67,8 @@ impl Recovery {
         Arc::new(Recovery { state: Mutex::new(state), turn: tokio::sync::Mutex::default(), tip })
     }
 
-    /// Asks for so long, and a while longer when a replica is known to have more. None the second time.
+    /// Asks for so long, and a while longer when a replica is known to have more. None the second
+    /// time.
     pub(crate) async fn finish(self: &Arc<Self>, limit: Duration) -> Option<Opening> {
         let end = Instant::now() + limit;
         tokio::time::sleep_until(end).await;
@@ -87,12 +90,14 @@ impl Recovery {
         .ok()
     }
 
-    /// When this node has more than before: a replica that had nothing for it may have something now.
+    /// When this node has more than before: a replica that had nothing for it may have something
+    /// now.
     pub(super) fn watch(&self) -> watch::Receiver<u64> {
         self.tip.subscribe()
     }
 
-    /// Takes what this replica has, if it has what this node lacks. Why its stream ends then: it comes again, and is served.
+    /// Takes what this replica has, if it has what this node lacks. Why its stream ends then: it
+    /// comes again, and is served.
     pub(super) async fn ask(
         self: &Arc<Self>,
         node: &NodeContext,
@@ -205,8 +210,8 @@ impl Recovery {
 }
 
 impl RecoveryState {
-    /// The number of the last transaction of a replica that is in the same history as far as both know it, and further on. Whether it does go
-    /// on from here, its records say.
+    /// The number of the last transaction of a replica that is in the same history as far as both
+    /// know it, and further on. Whether it does go on from here, its records say.
     fn ahead(&self, hello: &Hello) -> Option<u64> {
         let opening = self.opening.as_ref()?;
         let history = opening.history();
@@ -252,7 +257,8 @@ impl RecoveryState {
     }
 }
 
-/// Whether a replica has nothing more, or nothing that can be taken; not when it, or this node, was hindered.
+/// Whether a replica has nothing more, or nothing that can be taken; not when it, or this node, was
+/// hindered.
 fn is_all(taken: &Result<()>) -> bool {
     match taken {
         Ok(()) | Err(Error::Peer { problem: PeerProblem::Garbled(_) | PeerProblem::Mismatch { .. }, .. }) => {

@@ -12,8 +12,9 @@ use crate::peer::{Incarnation, NodeId};
 use crate::status::{PeerInfo, ReplicaStatus};
 use crate::wire::Ack;
 
-/// A replica that acknowledged within this time is alive: another process with its id is a mistake. After it,
-/// the other process is taken for the same node, started again after its host had vanished.
+/// A replica that acknowledged within this time is alive: another process with its id is a mistake.
+/// After it, the other process is taken for the same node, started again after its host had
+/// vanished.
 const ALIVE: Duration = Duration::from_secs(3);
 
 /// Another live process uses the node id.
@@ -54,8 +55,9 @@ impl Registry {
         conflict(&self.lock(), node, incarnation)
     }
 
-    /// Takes a seat. Of two streams of one process the newest wins: the older one is a connection that broke
-    /// without our knowing. Of two processes with one id the one that is there and alive wins.
+    /// Takes a seat. Of two streams of one process the newest wins: the older one is a connection
+    /// that broke without our knowing. Of two processes with one id the one that is there and alive
+    /// wins.
     pub(crate) fn join(&self, peer: &PeerInfo) -> Result<ReplicaSlot, Conflict> {
         let mut seats = self.lock();
         if let Some(conflict) = conflict(&seats, peer.node, peer.incarnation) {

@@ -1,4 +1,5 @@
-//! The way out of a stream: a queue with a bound in bytes, whose clean end is said and never implied.
+//! The way out of a stream: a queue with a bound in bytes, whose clean end is said and never
+//! implied.
 
 use std::io;
 use std::sync::Arc;
@@ -9,7 +10,8 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::primary::broken;
 
-/// Bytes of a stream that wait to be taken by the connection: what a slow replica may cost in memory.
+/// Bytes of a stream that wait to be taken by the connection: what a slow replica may cost in
+/// memory.
 const WAITING_MAX_BYTES: usize = 4 * 1024 * 1024;
 /// Pieces that wait; many small ones have a cost of their own.
 const WAITING_MAX_PIECES: usize = 64;

@@ -27,7 +27,8 @@ use crate::wire::{self, HealBegin, Heartbeat, Hello, Message, Want, Welcome};
 
 /// Bytes of the log that are read at once.
 const READ_MAX_BYTES: usize = 1024 * 1024;
-/// How often the position is said. A replica that hears nothing for some seconds says so, and takes ten seconds of silence for a dead primary.
+/// How often the position is said. A replica that hears nothing for some seconds says so, and takes
+/// ten seconds of silence for a dead primary.
 const BEAT: Duration = Duration::from_secs(1);
 /// Longest wait until the log has what the first snapshot piece was read at.
 const LOG_LAG_MAX: Duration = Duration::from_secs(10);
@@ -144,7 +145,8 @@ impl ReplicaStream {
                 self.log(lsn, pin).await
             }
             Decision::Snapshot => {
-                // Before the first piece is read, so that the records after it are still there at the end.
+                // Before the first piece is read, so that the records after it are still there at
+                // the end.
                 let pin = self.pin_tip().await?;
                 let first = self.snapshot(None, PageNo::FIRST).await?;
                 let lsn = self.after(first).await?;
@@ -179,7 +181,8 @@ impl ReplicaStream {
             let (node, supply, hello) = (self.node.clone(), self.supply.clone(), hello.clone());
             let decided = blocking(move || {
                 let (history, replica) = (node.applied.history(), hello.peer.node);
-                // A record is in the log, and may have gone out from there, before the position says so.
+                // A record is in the log, and may have gone out from there, before the position
+                // says so.
                 let (said, logged) = (node.applied.position(), supply.tip());
                 let tip = said.into_iter().chain(logged).max_by_key(|at| at.number());
                 let tip = tip.ok_or_else(|| Error::NoState("no position yet".into()))?;
@@ -224,7 +227,8 @@ impl ReplicaStream {
             let bytes = match read(&log, lsn).await? {
                 LogRead::Bytes(bytes) => bytes,
                 LogRead::Gone => {
-                    // A record that was taken back before any of it was sent is nothing to this replica.
+                    // A record that was taken back before any of it was sent is nothing to this
+                    // replica.
                     let on = log.step_over(lsn);
                     if on == lsn || !self.boundary.is_clean() {
                         return Err(End::Said(FELL_BEHIND.into()));
@@ -256,7 +260,8 @@ impl ReplicaStream {
                     () = tokio::time::sleep_until(self.last_beat + BEAT) => self.beat().await?,
                     () = self.node.drain.cancelled(), if self.draining.is_none() && self.boundary.is_clean() => {}
                     () = requests_answered(self.draining, &self.quiet) => {
-                        // What was acknowledged to a client by now may not have come into the log yet.
+                        // What was acknowledged to a client by now may not have come into the log
+                        // yet.
                         let log = log.clone();
                         blocking(move || log.settle()).await?;
                         settled = true;
@@ -347,8 +352,8 @@ impl ReplicaStream {
     }
 }
 
-/// Returns when the requests that a replica had sent before it was told of the drain are answered, or have taken too long: what they
-/// commit goes to the replica, too.
+/// Returns when the requests that a replica had sent before it was told of the drain are answered,
+/// or have taken too long: what they commit goes to the replica, too.
 async fn requests_answered(until: Option<Instant>, quiet: &CancellationToken) {
     match until {
         Some(until) => drop(tokio::time::timeout_at(until, quiet.cancelled()).await),

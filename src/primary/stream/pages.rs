@@ -13,7 +13,8 @@ use crate::primary::stream::{BEAT, End, ReplicaStream};
 use crate::txid::Position;
 use crate::wire::{HealBegin, Message, Sent, SnapBegin, SnapEnd, Want, WantRun};
 
-/// Pages that a replica asked for and that are read in one go: as many as a go of pieces has of the usual size.
+/// Pages that a replica asked for and that are read in one go: as many as a go of pieces has of the
+/// usual size.
 const RUN_PAGES_AT_ONCE: usize = 256;
 
 impl ReplicaStream {
@@ -71,7 +72,8 @@ impl ReplicaStream {
         }
     }
 
-    /// Sums over all pages, for a replica to compare with its own. The position of the first, and where the last was read.
+    /// Sums over all pages, for a replica to compare with its own. The position of the first, and
+    /// where the last was read.
     pub(super) async fn sums(&mut self, diverged: bool) -> Result<(Position, Sent), End> {
         let (mut goes, _reader) = read_ahead(self.supply.clone(), PageNo::FIRST, read_sums);
         let mut first = None;

@@ -147,7 +147,8 @@ async fn a_primary_that_does_not_listen_yet_is_waited_for() {
     }
 }
 
-/// A server that says this to its first request in HTTP/2, and then closes the connection; and that is another one from then on.
+/// A server that says this to its first request in HTTP/2, and then closes the connection; and that
+/// is another one from then on.
 async fn says_once(word: &'static [u8]) -> (String, mpsc::UnboundedReceiver<String>) {
     let (seen, requests) = mpsc::unbounded_channel();
     let app = Router::new().fallback(move |body: String| async move {
@@ -193,7 +194,8 @@ async fn what_a_primary_has_not_begun_by_its_word_is_sent_again_whole() {
         assert_eq!(requests.recv().await.unwrap(), "once");
         assert!(requests.try_recv().is_err());
     }
-    // An internal error of the stream says nothing of what came before it, nor does the end of the connection.
+    // An internal error of the stream says nothing of what came before it, nor does the end of the
+    // connection.
     let failed: &[u8] = &[0, 0, 4, 3, 0, 0, 0, 0, 1, 0, 0, 0, 2];
     for word in [failed, &[]] {
         let (url, mut requests) = says_once(word).await;
@@ -247,7 +249,8 @@ async fn a_primary_that_dies_with_the_request_leaves_the_outcome_unknown() {
     assert!(seen.try_recv().is_err());
 }
 
-/// It took the request, and nobody is there when a read is tried again: nobody can say that it did not run.
+/// It took the request, and nobody is there when a read is tried again: nobody can say that it did
+/// not run.
 #[tokio::test]
 async fn what_may_have_run_is_not_called_not_executed_when_the_next_try_finds_nobody() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

@@ -243,7 +243,8 @@ async fn two_applications_on_one_host_do_not_disturb_each_other() {
         format!("replite_{}={token}", node.database_tag())
     };
     let (server, _primary, node) = reader(|l| l.wait_timeout(LONG)).await;
-    // One with other names has a cookie of its own; one with the same names, but another secret, has one that counts for nothing.
+    // One with other names has a cookie of its own; one with the same names, but another secret,
+    // has one that counts for nothing.
     for cookie in [other("shop", 7), other("app", 8), format!("{}; {}", other("shop", 8), other("app", 8))] {
         let request = Request::get(server.url()).header("cookie", cookie).body(full("")).unwrap();
         assert_eq!(text(send(request).await).await, "10");
@@ -316,7 +317,8 @@ async fn a_monotonic_session_never_goes_back_in_time() {
     assert_eq!(token_of(&node, &send(get(&server, &token)).await), None, "it did not grow");
 }
 
-/// A replica whose app reads `read` bytes of the body, may commit, and then finds that it needs the primary.
+/// A replica whose app reads `read` bytes of the body, may commit, and then finds that it needs the
+/// primary.
 async fn needy(read: usize, commits: bool) -> (Pair, Arc<AtomicUsize>) {
     needy_and(read, move |session| {
         if commits {
