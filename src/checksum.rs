@@ -13,10 +13,10 @@ const PAGE_KEY: [u8; 28] = *b"replite page hash, version 1";
 
 /// The sum modulo 2^128 of the hashes of a database's pages.
 ///
-/// A page's hash is the first 16 bytes, little endian, of BLAKE3 over the page's bytes, with a key
-/// that consists of `replite page hash, version 1` and the page number (`u32`, little endian). A
-/// sum can be kept up to date from the old and the new image of each changed page, and, unlike an
-/// exclusive-or of linear checksums, equal changes on two pages do not cancel.
+/// A page's hash is the first 16 bytes, little endian, of BLAKE3 over the page's bytes. The key
+/// consists of `replite page hash, version 1` and the page number (`u32`, little endian). From the
+/// old and the new image of each changed page a sum can be kept up to date. Equal changes on two
+/// pages do not cancel, as they do in an exclusive-or of linear checksums.
 ///
 /// ```
 /// use replite::Checksum;
@@ -118,7 +118,7 @@ impl PageHash {
         PageHash::keyed(number.get().to_le_bytes(), page)
     }
 
-    /// Hashes a page that stands behind its number, `number u32 LE || page`, whatever is in the
+    /// Hashes a page that stands after its number, `number u32 LE || page`, whatever is in the
     /// place of both.
     pub(crate) fn of_numbered(number_and_page: &[u8]) -> PageHash {
         match number_and_page.split_first_chunk() {

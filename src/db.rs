@@ -45,11 +45,13 @@ pub use snapshot::Snapshot;
 
 /// A replicated SQLite database: one node's handle. Clones share it.
 ///
-/// Dropping the last clone stops every thread and task of it: at once on a plain thread, in the
-/// background where async tasks run, so that none waits for a disk; who opens the same file
-/// meanwhile waits until it is closed, and a process that ends meanwhile loses nothing that was
-/// acknowledged. [`Db::shutdown`] also waits for replicas to get what was captured, and returns
-/// when all is done.
+/// Dropping the last clone closes the database: its threads stop, its tasks end, and the file is
+/// free again. On a plain thread the drop waits for that. Inside a tokio runtime it returns at
+/// once, and a background thread does the closing, because no async task should wait for a disk.
+/// Opening the same file meanwhile waits for it. A process that ends meanwhile loses nothing that
+/// was acknowledged.
+///
+/// [`Db::shutdown`] also waits until replicas have what was captured, and returns when all is done.
 ///
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
@@ -76,11 +78,12 @@ pub struct Db {
 }
 
 impl Db {
-    /// Opens the database as a node: the primary's is created when it does not exist, a replica's
-    /// is filled from its primary. A replica opens before its primary is up, and waits for it in
-    /// the background.
+    /// Opens the database as a node. A primary creates its database when there is none. A replica
+    /// is filled from its primary; it may open before that is up, and waits for it in the
+    /// background.
     ///
-    /// Tasks are spawned on the runtime that this runs in; it needs tokio's time and net drivers.
+    /// It spawns its tasks on the runtime in which it runs, which needs tokio's time and net
+    /// drivers.
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -99,31 +102,39 @@ impl Db {
     /// ```
     ///
     /// # Errors
-    /// [`Error::Config`] when the configuration contradicts itself, [`Error::Unsupported`] when the
-    /// database can't be served, [`Error::AlreadyOpen`] when it is open as a node already,
-    /// [`Error::Corrupt`], [`Error::Newer`] and [`Error::Damaged`] when files are not what they
-    /// should be, [`Error::Io`] and [`Error::Sqlite`] when the system or SQLite fails.
+    /// - [`Error::Config`] when the configuration contradicts itself.
+    /// - [`Error::Unsupported`] when the database can't be served.
+    /// - [`Error::AlreadyOpen`] when it is open as a node already.
+    /// - [`Error::Corrupt`], [`Error::Newer`] and [`Error::Damaged`] when files are not what they
+    ///   should be.
+    /// - [`Error::Migration`] when what [`Config::migrate`] runs fails.
+    /// - [`Error::Io`] and [`Error::Sqlite`] when the system or SQLite fails.
     ///
     /// # Cancel safety
-    /// Dropping the future leaves no thread behind, but the opening itself may still run to its
+    /// Dropping the future leaves no thread of the node. The opening itself may still run to its
     /// end.
     pub async fn open(config: Config) -> Result<Db> {
         open::open(config).await
     }
 
-    /// Runs `f` in a transaction (`BEGIN IMMEDIATE`) on the writer's thread; commits when it
-    /// returns `Ok`, rolls back when it returns `Err` or panics. With
-    /// [`Durability::Synced`](crate::Durability::Synced) it returns after the commit is on the
-    /// disk; commits that wait at the same time share one fsync.
+    /// Runs `f` in a transaction (`BEGIN IMMEDIATE`) on the writer's thread. The writer commits
+    /// when `f` returns `Ok`, and rolls back when it returns `Err` or panics. With
+    /// [`Durability::Synced`](crate::Durability::Synced) the call returns after the commit is on
+    /// the disk; commits that wait at the same time share one fsync.
     ///
     /// # Errors
-    /// What `f` returned, or one of our own through `E: From<Error>`: [`Error::NotPrimary`] on a
-    /// replica, [`Error::Panicked`], [`Error::Reentrant`] inside of another write, [`Error::Busy`]
-    /// when another connection writes for longer than five seconds, [`Error::Sqlite`] when BEGIN
-    /// fails for another reason or COMMIT does, [`Error::Stopped`] after a failure of replication,
-    /// [`Error::Timeout`] when what others committed is not captured, [`Error::ShutDown`]. With all
-    /// of these nothing was committed. Only [`Error::OutcomeUnknown`] leaves open whether the write
-    /// is kept.
+    /// What `f` returned, or one of our own through `E: From<Error>`. With all of these but the
+    /// last, nothing was committed.
+    ///
+    /// - [`Error::NotPrimary`] on a replica.
+    /// - [`Error::Panicked`] when `f` panics.
+    /// - [`Error::Reentrant`] inside of another write.
+    /// - [`Error::Busy`] when another connection writes for longer than five seconds.
+    /// - [`Error::Sqlite`] when BEGIN fails for another reason, or COMMIT does.
+    /// - [`Error::Stopped`] after a failure of replication.
+    /// - [`Error::Timeout`] when what others committed is not captured.
+    /// - [`Error::ShutDown`] after [`Db::shutdown`].
+    /// - [`Error::OutcomeUnknown`], which leaves open whether the write is kept.
     ///
     /// # Cancel safety
     /// Dropped before the writer has begun with it, the closure never runs. Dropped after that, it
@@ -137,13 +148,13 @@ impl Db {
         self.told(self.writer_side()?.write(f).await)
     }
 
-    /// [`Db::write`] on the caller's thread, which may block. The fastest way to write from a
-    /// thread. Inside of a write to another database it works; two databases that wait for each
+    /// [`Db::write`] on the caller's thread, which may block: the fastest way to write from a
+    /// thread. It works inside of a write to another database. Two databases that wait for each
     /// other in this way wait for ever.
     ///
     /// # Errors
-    /// As for [`Db::write`], and [`Error::BlockingInAsync`] on a thread that runs async tasks
-    /// (which is not noticed inside of `tokio::task::unconstrained`).
+    /// As for [`Db::write`], and [`Error::BlockingInAsync`] on a thread that runs async tasks. The
+    /// check does not notice it inside of `tokio::task::unconstrained`.
     pub fn write_blocking<T, E, F>(&self, f: F) -> Result<Commit<T>, E>
     where
         F: FnOnce(&mut Transaction<'_>) -> Result<T, E>,
@@ -156,9 +167,11 @@ impl Db {
     /// tool. All other writes wait until the guard is dropped. Blocks.
     ///
     /// # Errors
-    /// [`Error::NotPrimary`] on a replica, [`Error::BlockingInAsync`] on a thread that runs async
-    /// tasks, [`Error::Reentrant`] inside of a write, [`Error::Stopped`] after a failure of
-    /// replication, [`Error::ShutDown`].
+    /// - [`Error::NotPrimary`] on a replica.
+    /// - [`Error::BlockingInAsync`] on a thread that runs async tasks.
+    /// - [`Error::Reentrant`] inside of a write.
+    /// - [`Error::Stopped`] after a failure of replication.
+    /// - [`Error::ShutDown`] after [`Db::shutdown`].
     pub fn writer(&self) -> Result<WriterGuard<'_>> {
         self.writer_side()?.guard()
     }
@@ -176,9 +189,9 @@ impl Db {
         }
     }
 
-    /// Runs `f` with a read-only connection of the pool, on the caller's thread: for short reads of
-    /// hot rows, which take microseconds. It blocks for as long as `f` does; longer ones belong
-    /// into [`Db::read_async`].
+    /// Runs `f` with a read-only connection of the pool, on the caller's thread. It is for short
+    /// reads of hot rows, which take microseconds: it blocks for as long as `f` runs. Longer reads
+    /// belong into [`Db::read_async`].
     ///
     /// Each statement sees the newest committed state; `conn.unchecked_transaction()` holds one
     /// state for several.
@@ -222,14 +235,17 @@ impl Db {
         }
     }
 
-    /// Returns once this node has the transaction: what was committed in it is then seen by every
-    /// read here. One of an epoch that this node has not heard of is waited for, too: its primary
-    /// may have begun anew.
+    /// Returns once this node has the transaction. Every read here then sees what was committed in
+    /// it. The call also waits for a transaction of an epoch that this node has not heard of,
+    /// because its primary may have begun anew.
     ///
     /// # Errors
-    /// [`Error::Timeout`] after [`Config::wait_timeout`], [`Error::Lost`] when the transaction is
-    /// on a branch that is known to be lost: this node's history has left it, or this node is the
-    /// primary and does not have it, [`Error::TooMany`] when too many wait, [`Error::ShutDown`].
+    /// - [`Error::Timeout`] after [`Config::wait_timeout`].
+    /// - [`Error::Lost`] when the transaction is on a branch that is known to be lost. Either this
+    ///   node's history has left the branch, or this node is the primary and does not have the
+    ///   transaction.
+    /// - [`Error::TooMany`] when too many wait.
+    /// - [`Error::ShutDown`] after [`Db::shutdown`].
     ///
     /// # Cancel safety
     /// Nothing happens but the waiting.
@@ -250,15 +266,15 @@ impl Db {
         Ok(())
     }
 
-    /// The last transaction that was committed here by anybody, once it is captured. Blocks.
+    /// The last transaction that any connection committed here, once it is captured. Blocks.
     #[cfg(feature = "testing")]
     pub(crate) fn captured(&self) -> Result<Txid> {
         self.inner.slot.primary()?.captured()
     }
 
-    /// The transactions in this node's retained log, oldest first: those after `after`, or from the
-    /// oldest on, at most `most`. For the next ones give the last one's [`Position::txid`]. None
-    /// when `after` is of an epoch that this node has not heard of.
+    /// At most `most` transactions of this node's retained log, oldest first: those after `after`,
+    /// or from the oldest one on. To get the next ones, give the last one's [`Position::txid`]. The
+    /// list is empty when `after` is of an epoch that this node has not heard of.
     ///
     /// # Errors
     /// [`Error::Lost`] when `after` is on a branch that is known to be lost, [`Error::Corrupt`]
@@ -279,10 +295,11 @@ impl Db {
         blocking(move || log.list(after.map_or(0, Txid::number), most)).await
     }
 
-    /// All that had to go from its place on this node, oldest first: branches that heals have
-    /// replaced, which are commits that were made here and are not in the primary's history;
-    /// databases, logs and WALs that were put aside. It is kept in `<database>-replite/lost` until
-    /// somebody moves it away. What can't be read there is listed as such.
+    /// What this node has put aside, oldest first. There are branches that heals have replaced:
+    /// commits that were made here and are not in the primary's history. There are databases, logs
+    /// and WALs that had to go from their place. The node keeps all of it in
+    /// `<database>-replite/lost` until somebody moves it away. What it can't read there, it lists
+    /// as such.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::ShutDown`].
@@ -294,8 +311,8 @@ impl Db {
         blocking(move || Lost::list(&paths)).await
     }
 
-    /// Waits until `done` says so of this node's state; it is asked again after each change. For a
-    /// replica that needs the schema of a newer version before it can work:
+    /// Waits until `done` returns `true` for this node's state, and asks again after each change.
+    /// For a replica that needs the schema of a newer version before it can work:
     ///
     /// ```no_run
     /// # async fn example(db: replite::Db) -> Result<(), replite::Error> {
@@ -336,12 +353,12 @@ impl Db {
     }
 
     /// The state that this node has; none on a replica that was not filled yet. On the primary it
-    /// follows a commit that was just acknowledged within moments; `wait_for` waits for that.
+    /// follows an acknowledged commit within moments; [`Db::wait_for`] waits for that.
     ///
-    /// On a replica only what a primary vouches for counts. When somebody wrote to its file while
-    /// it was closed, or its log lost its end, reads see more than the position says, or there is
-    /// none, until the primary has decided on the rest; [`Status::problem`](crate::Status::problem)
-    /// says so meanwhile.
+    /// On a replica only what a primary vouches for counts. Somebody may have written to its file
+    /// while it was closed, or its log may have lost its end. Reads then see more than the position
+    /// says, or there is no position, until the primary has decided on the rest.
+    /// [`Status::problem`](crate::Status::problem) says so meanwhile.
     pub fn position(&self) -> Option<Position> {
         self.inner.node.applied.position()
     }
@@ -356,15 +373,15 @@ impl Db {
         self.inner.node.roles.subscribe()
     }
 
-    /// The position ([`Db::position`]), to watch: it changes with each transaction that is
-    /// committed or applied here, whoever made it. For caches to invalidate and live pages;
-    /// SQLite's update hooks don't fire for what a replica applies.
+    /// The position ([`Db::position`]), to watch. It changes with each transaction that any
+    /// connection commits here, or that the node applies. It is for live pages, and for caches that
+    /// have to be invalidated: SQLite's update hooks don't fire for what a replica applies.
     pub fn watch(&self) -> watch::Receiver<Option<Position>> {
         self.inner.node.applied.watch()
     }
 
-    /// What happens on this node, from now on. A receiver that is more than 256 events behind
-    /// misses some, and is told how many.
+    /// What happens on this node, from now on. A receiver that is more than 256 events late misses
+    /// some, and [`Event::Missed`] tells it how many.
     pub fn events(&self) -> Events {
         Events { receiver: self.inner.node.events() }
     }
@@ -455,8 +472,8 @@ impl Db {
         Token::sign(&self.inner.node, txid)
     }
 
-    /// What the request that this task works for did to this database; none where the database's
-    /// replay layer is not around.
+    /// What the request that this task works for did to this database; none outside of the
+    /// database's replay layer.
     pub fn session(&self) -> Option<Session> {
         Session::current_of(&self.inner.node)
     }

@@ -8,8 +8,8 @@ use uuid::Uuid;
 
 use crate::parse::ParseError;
 
-/// The id of a node, which it keeps over restarts. It is kept in the state directory; a copy of
-/// that directory gets an id of its own.
+/// The id of a node. The node keeps it over restarts, in its state directory; a copy of that
+/// directory gets an id of its own.
 ///
 /// The text form, which JSON has, too, is that of a UUID.
 ///

@@ -12,18 +12,19 @@ use crate::token::{Token, Tokens};
 use crate::txid::{Place, Txid};
 
 tokio::task_local! {
-    /// The innermost layer's; those of the layers around it hang on it.
+    /// The innermost layer's session. Those of the layers around it hang on it.
     static CURRENT: Session;
 }
 
 /// What one request did to one database. The database's replay layer puts it into the request's
-/// extensions and around the task that runs the handler; writes and waits report into it by
-/// themselves there. Work that the handler spawned onto other tasks reports through a clone: with
+/// extensions and around the task that runs the handler. There, writes and waits report into it by
+/// themselves. Work that the handler spawned onto other tasks reports through a clone: with
 /// [`Session::scope`], or by [`Session::observe`].
 ///
-/// Below the layers of several databases a request has a session of each. A commit counts in that
-/// of its own database; [`Db::session`](crate::Db::session) gives it. The one in the extensions,
-/// and [`Session::current`], is the innermost layer's; as the task's, it stands for all of them.
+/// Below the layers of several databases a request has a session of each. A commit counts in the
+/// session of its own database, which [`Db::session`](crate::Db::session) gives. The session in the
+/// extensions, and [`Session::current`], is the innermost layer's. As the task's, it stands for all
+/// of them.
 ///
 /// ```
 /// use replite::{Db, Error, Session};
@@ -42,7 +43,7 @@ struct SessionState {
     tokens: Arc<Tokens>,
     request: Option<Token>,
     done: Mutex<Done>,
-    /// That of the layer around this one's.
+    /// The session of the layer around this one's.
     outer: Option<Session>,
     fate: Arc<Fate>,
 }
@@ -83,7 +84,7 @@ impl Session {
     }
 
     /// Reports a commit; of several, the highest counts. Where the request has sessions of several
-    /// databases it counts in that of its own, which is told by its epoch.
+    /// databases, the commit counts in that of its own, which its epoch tells.
     pub fn observe(&self, txid: impl Into<Option<Txid>>) {
         if let Some(txid) = txid.into() {
             let knows = |session: &&Session| session.node().applied.place(txid) != Place::Unknown;
@@ -109,7 +110,7 @@ impl Session {
         self.lock().committed
     }
 
-    /// Whether the request committed anything, to whatever database: then it must not run again,
+    /// Whether the request committed anything, to whatever database. Then it must not run again,
     /// and its outcome is not that of a request that did nothing.
     pub(crate) fn committed_anywhere(&self) -> bool {
         self.0.fate.committed.load(Ordering::Relaxed)
@@ -201,7 +202,7 @@ impl fmt::Debug for Session {
 
 /// Reported by `Db::write` and friends, on the caller's task.
 pub(crate) fn committed(node: &NodeContext, txid: Txid) {
-    // Outside of a request nobody wants to know.
+    // Outside of a request there is no session to tell.
     let _ = CURRENT.try_with(|session| match session.of(node) {
         Some(session) => session.committed_here(txid),
         // No layer of this database is around; the request must not run twice all the same.
@@ -238,8 +239,8 @@ pub(crate) fn primary_needed(node: &NodeContext) {
     });
 }
 
-/// Reported by whoever has only the error: that this is the primary that was needed. The write may
-/// have been tried where no session was around, such as on a thread of its own.
+/// Reported by code that has only the error: that this is the primary that was needed. The write
+/// may have been tried where no session was around, such as on a thread of its own.
 #[cfg(feature = "axum")]
 pub(crate) fn this_primary_needed(primary: Option<&PeerInfo>) {
     let _ = CURRENT.try_with(|session| {

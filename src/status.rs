@@ -86,8 +86,8 @@ pub struct Addresses {
 }
 
 impl Addresses {
-    /// Those of a node whose application other nodes reach at this URL. Its replication endpoint is
-    /// then taken to be there, too, unless [`Config::listen`](crate::Config::listen) or
+    /// Those of a node whose application other nodes reach at this URL. The node then advertises
+    /// its replication endpoint there, too, unless [`Config::listen`](crate::Config::listen) or
     /// [`Addresses::replication`] says otherwise.
     pub fn new(app: impl Into<String>) -> Addresses {
         Addresses { app: app.into(), ..Addresses::default() }
@@ -179,8 +179,8 @@ pub struct RoleState {
     pub role: Role,
     /// The newest epoch that this node knows.
     pub epoch: Epoch,
-    /// The primary (this node itself, when it is the primary), once it is known and reachable; none
-    /// while it is about to end and takes no more requests.
+    /// The primary, once it is known and reachable: this node itself, when it is the primary. None
+    /// while the primary is about to end and takes no more requests.
     pub primary: Option<PeerInfo>,
 }
 
@@ -219,7 +219,7 @@ pub struct Status {
     pub position: Option<Position>,
     /// The primary, if known.
     pub primary: Option<PeerInfo>,
-    /// On a replica: how far it is behind.
+    /// On a replica: how late it is.
     pub lag: Option<Lag>,
     /// On a primary: the replicas that are connected.
     pub replicas: Vec<ReplicaStatus>,
@@ -227,8 +227,8 @@ pub struct Status {
     pub wal_frames: u32,
     /// See `wal_frames`.
     pub backfilled_frames: u32,
-    /// The state before the oldest transaction in the retained log: a replica that is behind it has
-    /// to compare its pages with the primary's.
+    /// The state before the oldest transaction in the retained log. A replica whose state is older
+    /// has to compare its pages with the primary's.
     pub log_start: Option<Position>,
     /// The retained log's size in bytes.
     pub log_bytes: u64,
@@ -247,7 +247,7 @@ pub struct Status {
     /// What is wrong, while it lasts, in words for operators: they may have paths, addresses and
     /// what other nodes said. See [`Status::public`].
     pub problem: Option<String>,
-    /// What of it anybody may know.
+    /// The part of `problem` that anybody may know.
     #[serde(skip)]
     pub(crate) public_problems: Vec<&'static str>,
 }
@@ -284,7 +284,7 @@ pub struct PublicStatus {
     pub role: Role,
     /// The state that it has.
     pub position: Option<Position>,
-    /// On a replica: how far it is behind.
+    /// On a replica: how late it is.
     pub lag: Option<Lag>,
     /// On a primary: how many replicas are connected.
     pub replicas: usize,
@@ -292,7 +292,7 @@ pub struct PublicStatus {
     pub problems: Vec<&'static str>,
 }
 
-/// How far a replica is behind its primary.
+/// How late a replica is, compared with its primary.
 ///
 /// ```
 /// use std::time::Duration;
@@ -496,8 +496,8 @@ pub struct Health {
 #[non_exhaustive]
 pub enum WalReason {
     /// A reader stays inside of one transaction, or readers that take long follow each other
-    /// without a gap. Nobody is held back for one that stays for more than a few seconds: the WAL
-    /// grows until it leaves.
+    /// without a gap. The node holds no writer back for one that stays for more than a few seconds:
+    /// the WAL grows until it leaves.
     Readers,
     /// One transaction made it as long as that. It becomes shorter once all is copied back.
     LargeTransaction,

@@ -7,8 +7,8 @@ use crate::checksum::Checksum;
 use crate::hex::unhex_u64;
 use crate::parse::ParseError;
 
-/// One term of one primary: a number that grows at every change and restart of the primary, and a
-/// random branch id that tells apart two histories which claim the same number.
+/// One term of one primary: a number and a random branch id. The number grows at every change and
+/// restart of the primary. The branch id tells apart two histories that claim the same number.
 ///
 /// ```
 /// use replite::Epoch;
@@ -56,8 +56,9 @@ impl Epoch {
     }
 }
 
-/// A committed transaction: its epoch and its number in the history together, so that a wait for it
-/// can't succeed on another history. The text form is three fields of 16 hex digits, joined by `-`.
+/// A committed transaction: its epoch and its number in the history. With both together, a wait for
+/// it can't succeed on another history. The text form is three fields of 16 hex digits, joined by
+/// `-`.
 ///
 /// ```
 /// use replite::{Epoch, Txid};
@@ -91,8 +92,9 @@ impl Txid {
     }
 }
 
-/// The highest number of a transaction, and of an epoch, that is taken from a file or a peer. No
-/// history gets there, and there is always one more: one that is only claimed overflows nothing.
+/// The highest number of a transaction, and of an epoch, that a node takes from a file or a peer.
+/// No history gets there, and there is always one more: a number that is only claimed overflows
+/// nothing.
 pub(crate) const NUMBER_MAX: u64 = u64::MAX >> 1;
 
 /// A state of the database, named exactly: the last transaction in it and the checksum of all its
@@ -300,9 +302,9 @@ impl EpochHistory {
             );
         }
         if self.starts.len() == Self::MAX {
-            // One that no transaction is named by goes first: many starts or raises without a write
-            // must not push out the one that the state is named by. The oldest may be that one
-            // without a transaction of its own.
+            // An epoch that names no transaction goes first. Many starts or raises without a write
+            // must not push out the one that names the state. The oldest may be that one without a
+            // transaction of its own.
             let ends = |at: usize| self.starts.get(at + 1).map_or(start.first, |next| next.first);
             let empty = (1..Self::MAX).find(|&at| self.starts[at].first == ends(at));
             self.starts.remove(empty.unwrap_or(0));
@@ -340,13 +342,13 @@ impl EpochHistory {
         if begun && !ended { Place::OnHistory } else { Place::Lost }
     }
 
-    /// One that has nothing but a state, and what follows it in its epoch.
+    /// A history that has nothing but a state, and what follows it in its epoch.
     pub(crate) fn ending(state: Position) -> EpochHistory {
         let (first, before) = (state.number() + 1, state.checksum());
         EpochHistory { starts: vec![EpochStart { epoch: state.epoch(), first, before }] }
     }
 
-    /// Without the epochs that began after a state: their transactions are not in it.
+    /// This history without the epochs that began after a state: their transactions are not in it.
     pub(crate) fn up_to(&self, state: Position) -> EpochHistory {
         let starts = self.starts.iter().filter(|start| start.first <= state.number() + 1);
         EpochHistory { starts: starts.copied().collect() }

@@ -10,14 +10,15 @@ use crate::threads::blocking;
 
 impl Db {
     /// Copies everything that is committed into the database file, and begins the WAL anew, on a
-    /// primary and on a replica. For a moment at which the file is to be small or whole; a node
-    /// does it by itself when the WAL is longer than
+    /// primary and on a replica. It is for a moment at which the file is to be small or whole. A
+    /// node does it by itself when the WAL is longer than
     /// [`Config::wal_limit`](crate::Config::wal_limit). `PRAGMA wal_checkpoint` is refused beside a
     /// node, on its own connections, too.
     ///
-    /// Readers are waited for up to `limit`, and never wait themselves. Writers, of this node and
-    /// of other processes, are held back meanwhile, but never for longer than 4 s at a time, and
-    /// not for a reader that has been there for longer than that; on a replica applying is.
+    /// The call waits for readers up to `limit`; they never wait themselves. Meanwhile it holds
+    /// back writers, of this node and of other processes, and on a replica the apply thread. It
+    /// never does so for longer than 4 s at a time, nor for a reader that has been there for longer
+    /// than that.
     ///
     /// # Errors
     /// [`Error::NoState`](crate::Error::NoState) on a replica that has not been filled yet,

@@ -84,7 +84,7 @@ impl fmt::Debug for Config {
 }
 
 impl Config {
-    /// A primary of its own, for the database file at `path`. It is created when it does not exist.
+    /// A primary of its own, for the database file at `path`, which it creates when there is none.
     pub fn new(path: impl Into<PathBuf>) -> Config {
         Config {
             path: path.into(),
@@ -119,7 +119,7 @@ impl Config {
         }
     }
 
-    /// The cluster's name; nodes of another cluster are refused. `default` if not set.
+    /// The cluster's name: a node refuses the nodes of another cluster. `default` if not set.
     pub fn cluster(mut self, name: impl Into<String>) -> Config {
         self.cluster = name.into();
         self
@@ -132,7 +132,7 @@ impl Config {
     }
 
     /// The URL under which other nodes reach this one's application, such as
-    /// `http://10.0.0.1:8080`. Its replication endpoint is then taken to be mounted there, at
+    /// `http://10.0.0.1:8080`. The node then advertises its replication endpoint there, too, at
     /// `/_replite`, unless [`Config::listen`] gives it a port of its own.
     pub fn advertise(mut self, url: impl Into<String>) -> Config {
         self.addresses.app = url.into();
@@ -178,45 +178,48 @@ impl Config {
         self
     }
 
-    /// The WAL's length in bytes at which it is begun anew. 4 MiB if not set, as SQLite's own.
-    /// Beyond twice that writers are held back until it is copied back, and it stays within eight
-    /// times, but for a transaction that is larger and for a reader that stays inside of one for
-    /// seconds; see [`Event::WalGrows`](crate::Event::WalGrows).
+    /// The WAL's length in bytes at which the node begins it anew. 4 MiB if not set, as SQLite's
+    /// own. Beyond twice that the node holds writers back until the WAL is copied back. It stays
+    /// within eight times the limit, with two exceptions: a transaction that is larger, and a
+    /// reader that stays inside of one for seconds. See
+    /// [`Event::WalGrows`](crate::Event::WalGrows).
     pub fn wal_limit(mut self, bytes: u64) -> Config {
         self.wal_limit_bytes = bytes;
         self
     }
 
     /// The permissions of a database file that is made here, such as `0o640`, whatever the
-    /// process's mask. If not set, the file of a replica is for its owner alone (`0o600`), or as
-    /// the file that it replaces, and a primary's is as SQLite makes it. One that is there is left
-    /// as it is. What lies beside it follows the database's own permissions; the directory
+    /// process's mask. If not set, a replica's file is for its owner alone (`0o600`), or has the
+    /// permissions of the file that it replaces. A primary's file is then as SQLite makes it. A
+    /// file that is there is left as it is.
+    ///
+    /// What lies beside the database follows the database's own permissions. The directory
     /// `<database>-replite` is always for its owner alone. Unix only.
     pub fn database_mode(mut self, mode: u32) -> Config {
         self.database_mode = Some(mode);
         self
     }
 
-    /// How much of the past is kept for replicas that were away: up to so many bytes, and for so
-    /// long, counted from when the node was started at the earliest. 1 GiB and a day if not set. A
-    /// replica that was away for longer compares its pages with the primary's.
+    /// How much of the past the node keeps for replicas that were away: up to so many bytes, and
+    /// for so long. 1 GiB and a day if not set. The age counts from the node's start at the
+    /// earliest. A replica that was away for longer compares its pages with the primary's.
     pub fn log_retention(mut self, bytes: u64, age: Duration) -> Config {
         (self.log_bytes, self.log_age) = (bytes, age);
         self
     }
 
-    /// The most that the log takes up on the disk: what [`Config::log_retention`] keeps, what
-    /// connected replicas still need beyond that, and the transaction that is under way. Four times
-    /// the retained bytes if not set, at least 4 MiB. A transaction that is larger is committed all
-    /// the same: the log then begins anew behind it, and replicas compare their pages with the
-    /// primary's.
+    /// The most that the log takes up on the disk. That is what [`Config::log_retention`] keeps,
+    /// what connected replicas still need beyond it, and the transaction that is under way. Four
+    /// times the retained bytes if not set, at least 4 MiB. A transaction that is larger is
+    /// committed all the same: the log then begins anew after it, and replicas compare their pages
+    /// with the primary's.
     pub fn log_quota(mut self, bytes: u64) -> Config {
         self.log_quota = Some(bytes);
         self
     }
 
-    /// How many bytes of lost branches are kept; see [`Db::lost`](crate::Db::lost). 16 GiB if not
-    /// set. None is ever deleted: a heal that would need more waits, and says so in
+    /// How many bytes of lost branches the node keeps; see [`Db::lost`](crate::Db::lost). 16 GiB if
+    /// not set. It never deletes one: a heal that would need more waits, and says so in
     /// [`Status::problem`](crate::Status::problem).
     pub fn lost_quota(mut self, bytes: u64) -> Config {
         self.lost_bytes = bytes;
@@ -232,11 +235,12 @@ impl Config {
         self
     }
 
-    /// Runs on the writer connection of the primary, before [`Db::open`](crate::Db::open) returns:
-    /// schema migrations, also by a tool, whose error is passed on as [`Error::Migration`]. What it
-    /// committed is on the disk and named by [`Db::position`](crate::Db::position) when `open`
-    /// returns. A transaction that it leaves open is an error. Replicas get the schema from their
-    /// primary and run nothing; see [`Db::wait_until`](crate::Db::wait_until).
+    /// Runs schema migrations on the primary's writer connection, before
+    /// [`Db::open`](crate::Db::open) returns. A migration tool may do them; `open` passes its error
+    /// on as [`Error::Migration`]. What `run` committed is on the disk and named by
+    /// [`Db::position`](crate::Db::position) when `open` returns. A transaction that it leaves open
+    /// is an error. Replicas get the schema from their primary and run nothing; see
+    /// [`Db::wait_until`](crate::Db::wait_until).
     ///
     /// ```
     /// # use replite::Config;
@@ -294,15 +298,15 @@ impl Config {
     /// not set,
     /// [`SQLITE_DBCONFIG_DEFENSIVE`](https://www.sqlite.org/c3ref/c_dbconfig_defensive.html) is on
     /// and [`trusted_schema`](https://www.sqlite.org/pragma.html#pragma_trusted_schema) off, as
-    /// SQLite advises, so that neither SQL that somebody slipped in nor a database file that came
-    /// from elsewhere can do more than change rows. What an application may miss then:
+    /// SQLite advises. Neither SQL that somebody slipped in, nor a database file that came from
+    /// elsewhere, can do more than change rows then. What an application may miss then:
     ///
     /// - `PRAGMA writable_schema`, `PRAGMA schema_version = N` and `PRAGMA journal_mode = OFF` do
-    ///   nothing, and the tables in which FTS5 and other virtual tables keep what is theirs, and
-    ///   `sqlite_dbpage`, can't be written.
+    ///   nothing. No statement can write `sqlite_dbpage`, nor the tables in which FTS5 and other
+    ///   virtual tables keep what is theirs.
     /// - Functions of the application, and of extensions, fail in views, triggers, CHECK, DEFAULT,
     ///   generated columns and indexes, unless they are registered as innocuous
-    ///   (`FunctionFlags::SQLITE_INNOCUOUS`). So do virtual tables in views and triggers: FTS5 and
+    ///   (`FunctionFlags::SQLITE_INNOCUOUS`). So do virtual tables in views and triggers. FTS5 and
     ///   R-Tree, which are marked so, work there, but for FTS5's `MATCH` and its functions, such as
     ///   `bm25`.
     ///
@@ -328,19 +332,19 @@ impl Config {
         self
     }
 
-    /// Runs [`Db::verify`](crate::Db::verify) in the background, again and again: the first time
-    /// after one period, and with up to a tenth of it more or less, so that nodes do not all read
-    /// their disks at once. What it finds is told by
-    /// [`Event::VerificationFailed`](crate::Event::VerificationFailed),
-    /// [`Status::verification`](crate::Status::verification) and the log. Off if not set.
+    /// Runs [`Db::verify`](crate::Db::verify) in the background, again and again, the first time
+    /// after one period. A pause is up to a tenth longer or shorter, because nodes should not all
+    /// read their disks at once. [`Event::VerificationFailed`](crate::Event::VerificationFailed),
+    /// [`Status::verification`](crate::Status::verification) and the log tell what it finds. Off if
+    /// not set.
     pub fn verify_every(mut self, period: Duration) -> Config {
         self.verify_every = Some(period);
         self
     }
 
     /// The most bytes that a verification reads in a second. As many as two cores can hash if not
-    /// set. The slower it is, the more the WAL grows meanwhile, which is not begun anew while it
-    /// runs.
+    /// set. The slower it is, the more the WAL grows: the node does not begin it anew while a
+    /// verification runs.
     pub fn verify_limit(mut self, bytes_per_second: NonZeroU64) -> Config {
         self.verify_limit = Some(bytes_per_second);
         self
@@ -348,20 +352,23 @@ impl Config {
 
     /// How long a primary asks its replicas, when it opens, for commits that a power cut took from
     /// it; see [`Durability::Unsynced`]. 10 seconds if not set: a replica tries to connect again
-    /// within eight. The primary waits up to 20 seconds more while it knows that a replica has
-    /// more, and up to a minute for one that is giving it. With zero it asks no replica.
+    /// within eight. While the primary knows that a replica has more, it waits up to 20 seconds
+    /// longer. For a replica that is giving what it has, it waits up to a minute. With zero it asks
+    /// no replica.
     pub fn recovery_timeout(mut self, limit: Duration) -> Config {
         self.recovery_timeout = limit;
         self
     }
 
-    /// Opens a primary's database that is refused ([`Error::Damaged`]) all the same. What SQLite
-    /// reads in its files as they are becomes a new branch of history, if `PRAGMA integrity_check`
-    /// finds no fault in it, and replaces what the replicas have, which they keep
-    /// ([`Db::lost`](crate::Db::lost)); a state that can be proved goes on without the transactions
-    /// that no file has any more. It may mix states and lack commits: better restore it from a
-    /// replica. Where the error names two readings, it is the one in which SQLite's is right. Take
-    /// it out of the configuration again when it has done its work.
+    /// Opens all the same a primary's database that [`Db::open`](crate::Db::open) refuses with
+    /// [`Error::Damaged`]. What SQLite reads in its files as they are becomes a new branch of
+    /// history, if `PRAGMA integrity_check` finds no fault in it. The branch replaces what the
+    /// replicas have, which they keep ([`Db::lost`](crate::Db::lost)). A state that can be proved
+    /// goes on without the transactions that no file has any more.
+    ///
+    /// What is opened may mix states and lack commits: better restore it from a replica. Where the
+    /// error names two readings, it is the one in which SQLite's is right. Take this out of the
+    /// configuration again when it has done its work.
     ///
     /// The page [When something is wrong](crate::guide::trouble) has every text of that error, and
     /// what to do.

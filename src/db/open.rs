@@ -116,7 +116,7 @@ impl OpenedNode {
             };
             let slot = EngineSlot::new(node.clone(), running);
             let (replicas, tasks) = (source.clone(), tracker.clone());
-            // With its owner: should nobody wait for it any more, it is closed.
+            // With its owner: when nothing waits for it any more, it is closed.
             Ok(LastHandle(Arc::new(Database {
                 verifier: Verifier::new(node.clone(), slot.clone(), config.verify_limit),
                 pool: pool(&config, paths.database(), slot.clone(), node.files()),
@@ -155,7 +155,7 @@ impl OpenedNode {
     }
 }
 
-/// Has replicas give back what a power cut took. How many transactions these were.
+/// Has replicas give back what a power cut took. Returns how many transactions these were.
 async fn recover(
     opening: Box<Opening>,
     doors: &mut ListenerGuard,

@@ -1,4 +1,4 @@
-//! What can't be served is refused before anything is changed.
+//! Refuses what can't be served, before anything is changed.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -64,8 +64,8 @@ fn resolve(path: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Makes the state directory, after whatever would refuse the database itself: a primary's is made,
-/// and turned to WAL, before.
+/// Makes the state directory. What would refuse the database itself comes before: by now a
+/// primary's database has been made, and turned to WAL.
 pub(super) fn state_dir(paths: &Paths, replica: bool, mode: Option<u32>) -> Result<()> {
     let (path, state_dir) = (paths.database(), paths.state_dir());
     if state_dir.symlink_metadata().is_ok() {

@@ -49,22 +49,23 @@ pub struct Repair {
 }
 
 impl Db {
-    /// On a primary: verifies, and when the pages are not those of the position, asks the connected
-    /// replicas for the right images of those that are named bad ([`Verification::bad_pages`]).
-    /// Each must have the hash that this node's own log has of the page, so that no replica is
-    /// believed, be it damaged or lying. Nothing is changed before [`Repair::apply`]. None when all
-    /// pages are right.
+    /// On a primary: verifies the database, and finds the right images of bad pages. When the pages
+    /// are not those of the position, it asks the connected replicas for those that the
+    /// verification names ([`Verification::bad_pages`]). Each image must have the hash that this
+    /// node's own log has of the page, so the primary believes no replica, be it damaged or lying.
+    /// It changes nothing before [`Repair::apply`]. None when all pages are right.
     ///
-    /// A page that no transaction in the retained log has changed is not named. The position's
-    /// checksum alone, a sum over all pages, guards against accidents. It does not guard against a
-    /// peer that makes pages up until the sum comes out, so the primary believes no replica there.
-    /// Where there are such pages, the database that a replica has is the way out; see
-    /// [Bad pages of a primary](crate::guide::trouble#bad-pages-of-a-primary).
+    /// The verification does not name a page that no transaction in the retained log has changed.
+    /// The position's checksum alone, a sum over all pages, guards against accidents. It does not
+    /// guard against a peer that makes pages up until the sum comes out, so the primary believes no
+    /// replica there. For such pages the database of a replica is the way out; see [Bad pages of a
+    /// primary](crate::guide::trouble#bad-pages-of-a-primary).
     ///
     /// # Errors
-    /// As for [`Db::verify`]; [`Error::NotPrimary`] on a replica, which heals itself;
-    /// [`Error::Damaged`] when no page is named, or no replica has the right images, with what is
-    /// known of the pages.
+    /// - Those of [`Db::verify`].
+    /// - [`Error::NotPrimary`] on a replica, which heals itself.
+    /// - [`Error::Damaged`] when no page is named, or no replica has the right images. It says what
+    ///   is known of the pages.
     ///
     /// # Cancel safety
     /// Nothing happens but reading and asking.
@@ -102,15 +103,16 @@ impl Repair {
         self.pages.iter().map(|page| page.number).collect()
     }
 
-    /// Writes the right images into the database file, and verifies again. A page that a
-    /// transaction has changed meanwhile is left alone.
+    /// Writes the right images into the database file, and verifies again. It leaves alone a page
+    /// that a transaction has changed meanwhile.
     ///
     /// # Errors
-    /// [`Error::Timeout`] when readers of the file don't end for some milliseconds: try again;
-    /// [`Error::Io`]; those of [`Db::verify`].
+    /// - [`Error::Timeout`] when readers of the file don't end for some milliseconds: try again.
+    /// - [`Error::Io`] when the file can't be written.
+    /// - Those of [`Db::verify`].
     ///
     /// # Cancel safety
-    /// Dropped, the pages are written all the same.
+    /// Dropped, it writes the pages all the same.
     pub async fn apply(self) -> Result<Verification> {
         let Repair { engine, pages, db, from, .. } = self;
         let written = blocking(move || engine.repair(&pages)).await?;
@@ -119,8 +121,8 @@ impl Repair {
     }
 }
 
-/// The right images of the bad pages, if a replica has them all. Each is known by its own hash:
-/// what a replica sends besides is not looked at.
+/// The right images of the bad pages, if a replica has them all. Each is known by its own hash. The
+/// primary does not look at what else a replica sends.
 async fn proven(line: &PeerChannel, engine: &Arc<PrimaryEngine>, bad: &Bad) -> Result<Vec<RightPage>> {
     let size = engine.page_size();
     let mut found: BTreeMap<PageNo, RightPage> = BTreeMap::new();

@@ -10,13 +10,15 @@ impl Db {
     /// For `with_graceful_shutdown`: ends what would keep the application's server from ending, and
     /// nothing else.
     ///
-    /// [`Db::health`] says so from now on, and [`Db::draining`] returns. Replicas are told: they
-    /// hold their requests for this node, until it is back or they have waited for too long
-    /// ([`ReplayLayer::hold_timeout`](crate::ReplayLayer::hold_timeout)). When those that they had
-    /// sent are answered, or after a second, replicas get what is captured and their streams end;
-    /// none are let in. Requests that wait here for a primary are answered. Reads, writes,
-    /// `wait_for` and requests that were sent to the primary run on, until [`Db::shutdown`].
-    /// Returns when the streams have ended, within three seconds.
+    /// [`Db::health`] says so from now on, and [`Db::draining`] returns. The primary tells its
+    /// replicas. They hold their requests for this node until it is back, or they have waited for
+    /// too long ([`ReplayLayer::hold_timeout`](crate::ReplayLayer::hold_timeout)). When those that
+    /// they had sent are answered, or after a second, the streams send what is captured and end.
+    /// The node lets no replica in, and answers requests that wait here for a primary. Reads,
+    /// writes, `wait_for` and requests that were sent to the primary run on, until
+    /// [`Db::shutdown`].
+    ///
+    /// The call returns when the streams have ended, within three seconds.
     ///
     /// See [`Db::shutdown`] for the whole of an application's end.
     ///
@@ -41,8 +43,10 @@ impl Db {
     /// acknowledged is kept; further calls fail with [`Error::ShutDown`](crate::Error::ShutDown).
     /// Can be called more than once: each call returns when all is done.
     ///
-    /// It takes up to nine seconds for peers that do not hang up, and as long as the closure of a
-    /// write that is running and the last fsyncs take; without such peers it takes milliseconds.
+    /// It waits up to nine seconds for peers that do not hang up; without such peers it takes
+    /// milliseconds. It also waits for the closure of a write that is running, and for the last
+    /// fsyncs.
+    ///
     /// This is the `main` of an application. Whatever its clients do, it ends within twenty seconds
     /// of the signal:
     ///

@@ -22,16 +22,19 @@ use crate::txid::Position;
 const TEMPORARY: &str = "snapshot-";
 
 impl Db {
-    /// Copies a committed state into a new plain SQLite file, while everything goes on. The
-    /// position that is returned is in that state; later transactions may be, too. The file appears
-    /// at `path` only when it is complete and on the disk; nothing is replaced. Who can't read the
-    /// database can't read it.
+    /// Copies a committed state into a new plain SQLite file, while everything goes on. The state
+    /// has the transaction of the position that is returned, and may have later ones. The file
+    /// appears at `path` only when it is complete and on the disk, and replaces nothing. No user
+    /// can read it who can't read the database.
     ///
     /// # Errors
-    /// As for [`Db::read_async`], [`Error::NoState`] also while no primary vouches for what is
-    /// here, [`Error::FileExists`] when something of that name is there, [`Error::Io`] when the
-    /// file can't be written, and [`Error::Config`] when `path` belongs to a database that is open
-    /// as a node in this process, or has a `-wal` or `-journal` of an earlier file beside it.
+    /// - Those of [`Db::read_async`].
+    /// - [`Error::NoState`] also while no primary vouches for what is here.
+    /// - [`Error::FileExists`] when something of that name is there.
+    /// - [`Error::Io`] when the file can't be written.
+    /// - [`Error::Config`] when `path` belongs to a database that is open as a node in this
+    ///   process.
+    /// - [`Error::Config`] also when a `-wal` or `-journal` of an earlier file is beside `path`.
     ///
     /// # Cancel safety
     /// Dropped, the copy still runs to its end.
@@ -42,7 +45,7 @@ impl Db {
 
     /// Copies a committed state and gives it to be read, such as for a download: a whole plain
     /// SQLite file. The copy is made in a temporary file beside the database, which needs as much
-    /// room, and is gone when the [`Snapshot`] is dropped.
+    /// room. It is gone when the [`Snapshot`] is dropped.
     ///
     /// ```
     /// # async fn example(db: replite::Db) -> Result<axum::body::Body, replite::Error> {
@@ -55,8 +58,9 @@ impl Db {
     /// ```
     ///
     /// # Errors
-    /// As for [`Db::read_async`], [`Error::NoState`] also while no primary vouches for what is
-    /// here, and [`Error::Io`] when the copy can't be written.
+    /// - Those of [`Db::read_async`].
+    /// - [`Error::NoState`] also while no primary vouches for what is here.
+    /// - [`Error::Io`] when the copy can't be written.
     ///
     /// # Cancel safety
     /// Dropped, the copy still runs to its end, and is removed.
@@ -175,12 +179,12 @@ struct Temporary(PathBuf);
 
 impl Drop for Temporary {
     fn drop(&mut self) {
-        // What can't be removed is when the database is opened the next time.
+        // What can't be removed now is removed when the database is next opened.
         let _ = fs::remove_file(&self.0);
     }
 }
 
-/// Removes copies that a process left behind which was killed.
+/// Removes the copies that a killed process left.
 pub(super) fn clear(paths: &Paths) {
     let Ok(entries) = fs::read_dir(paths.state_dir()) else { return };
     for entry in entries.flatten() {

@@ -45,11 +45,11 @@ impl Db {
     /// Whether this node can do its work.
     ///
     /// `can_read` stays true for a grace time ([`Config::grace`](crate::Config::grace)) after the
-    /// primary was lost: a balancer that drops every replica while the primary is away would make
-    /// the outage itself. It is false while reads fail, and none of them for what its statement
-    /// asked: such as when the disk, or a descriptor, can't be had. Then this very call reads a
-    /// little, so that a node that nobody reads from recovers. `can_write` is false on a primary
-    /// that has stopped.
+    /// node lost its primary. A balancer that drops every replica while the primary is away would
+    /// make the outage itself. `can_read` is false while reads fail for what is not in their
+    /// statements, such as a disk, or a descriptor, that can't be had. Then this very call reads a
+    /// little: a node without other reads recovers by that. `can_write` is false on a primary that
+    /// has stopped.
     pub fn health(&self) -> Health {
         let inner = &self.inner;
         let status = self.status();
@@ -63,7 +63,7 @@ impl Db {
         if draining {
             reasons.push("draining".to_string());
         }
-        // Where nobody reads, nobody else would find that it works again.
+        // Where there are no other reads, only this one finds that they work again.
         if inner.node.reads_may_work() {
             inner.try_read();
         }

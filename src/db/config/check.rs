@@ -33,8 +33,8 @@ impl Config {
         Ok(name)
     }
 
-    /// Checks everything that can be checked without touching a file. The primary's endpoint, on a
-    /// replica.
+    /// Checks everything that can be checked without touching a file. Returns the primary's
+    /// endpoint, on a replica.
     pub(in crate::db) fn check(&self) -> Result<Option<Endpoint>> {
         check_name("cluster", &self.cluster)?;
         self.database_name()?;
