@@ -442,7 +442,7 @@ impl Db {
         self.inner.service(Mount::Mounted)
     }
 
-    /// The layer that lets every node take every request: those that may change something go to the
+    /// The layer that lets every node take every request. Those that may change something go to the
     /// primary, and clients read their own writes on every node. See [`ReplayLayer`].
     pub fn replay_layer(&self) -> ReplayLayer {
         ReplayLayer::new(self.inner.node.clone())

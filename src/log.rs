@@ -1,8 +1,8 @@
 //! The retained transaction records of a node.
 //!
 //! The log is a directory of append-only segments. A segment is a file named `<start>.log`, `start`
-//! being 16 hex digits. It begins with one SEGMENT unit ([`crate::wire`]; 80 bytes) that repeats
-//! `start` and states the position before the segment's first record; the rest is records, byte for
+//! being 16 hex digits. It begins with one SEGMENT unit ([`crate::wire`]; 80 bytes), which repeats
+//! `start` and states the position before the segment's first record. The rest is records, byte for
 //! byte as they are streamed:
 //!
 //! ```text
@@ -10,28 +10,29 @@
 //! 0000000004000a10.log   SEGMENT | TXN_BEGIN ...
 //! ```
 //!
-//! **Addresses.** A log address ("LSN") counts record bytes only: a byte at `offset` of a segment's
-//! file has the address `start + offset - 80`, so that a reader that crosses into the next segment
-//! sees records and nothing else. A segment ends between two records. Within one opening of the log
-//! an address never stands for two different bytes: when bytes are taken back ([`Log::abort`],
-//! [`Log::reset`]) the log goes on in a new segment one address *beyond* the old end, and whoever
-//! reads at an address that was taken back gets an error. A reader that stands exactly where the
-//! kept bytes end may go on by [`Log::step_over`].
+//! **Addresses.** A log address ("LSN") counts record bytes only. A byte at `offset` of a segment's
+//! file has the address `start + offset - 80`. A reader that crosses into the next segment
+//! therefore sees records and nothing else. A segment ends between two records.
+//!
+//! Within one opening of the log an address never stands for two different bytes. When bytes are
+//! taken back ([`Log::abort`], [`Log::reset`]) the log goes on in a new segment, one address
+//! *beyond* the old end. A reader at an address that was taken back gets an error. A reader that
+//! stands exactly where the kept bytes end may go on by [`Log::step_over`].
 //!
 //! **Continuity.** A SEGMENT unit names the address at which the segment before it ends, or says
 //! that it follows none (after a reset). A segment before that one whose file ends earlier, or is
 //! missing, is a gap.
 //!
-//! **Opening.** The last segment is read and every hash in it verified; what follows its last
-//! complete record is cut off. The one before it is verified, too, because it may not have been
-//! fsynced: a segment is, at the latest, when the second one after it begins. Older ones are
-//! trusted for their heads and lengths; whoever receives their units verifies them anyway. At a
-//! gap, everything before it is dropped. A segment whose head was written by a newer version is an
-//! error, and nothing is changed.
+//! **Opening.** `open` reads the last segment, verifies every hash in it, and cuts off what follows
+//! its last complete record. It verifies the segment before that, too, which may not have been
+//! fsynced. A segment is fsynced, at the latest, when the second one after it begins. It trusts the
+//! heads and lengths of older ones; a replica that receives their units verifies them anyway. At a
+//! gap it drops everything before it. A segment whose head was written by a newer version is an
+//! error, and then nothing is changed.
 //!
-//! **Crash points.** A torn append, a torn head of a new segment, an aborted record: cut at open. A
-//! removal that did not reach the disk: the segment is back; if it no longer fits the ones after
-//! it, it is dropped again.
+//! **Crash points.** A torn append, a torn head of a new segment, an aborted record: `open` cuts
+//! them off. A removal that did not reach the disk: the segment is back. If it no longer fits the
+//! ones after it, `open` drops it again.
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -64,7 +65,7 @@ use state::LogState;
 use tail::Tail;
 pub(crate) use transactions::logged;
 
-/// Of a segment that is corrupt.
+/// What to do about a segment that is corrupt.
 const CURE: &str = "has transactions for replicas that are behind, and for what a damaged database lacks: verify the database, and when that is sound, \
     stop the node, move the directory of the log away and start it again; replicas that are behind compare their pages then";
 /// Files of dropped segments that may wait for the next sync to be removed.
@@ -78,8 +79,8 @@ pub(crate) struct LogOptions {
     /// ... or when their newest record was appended longer ago than this, counted from when the log
     /// was opened at the earliest.
     pub(crate) keep_age: Duration,
-    /// Segments that a connected replica still needs are kept up to this size all together; it is
-    /// never exceeded.
+    /// Segments that a connected replica still needs are kept up to this size all together. The log
+    /// never exceeds it.
     pub(crate) quota_bytes: u64,
     /// Newest bytes kept in memory for streams.
     pub(crate) tail_bytes: usize,
@@ -115,7 +116,7 @@ impl Log {
     ///
     /// # Errors
     /// [`Error::Newer`], with all files left as they are; [`Error::Io`]. Corrupt bytes are no
-    /// error: they are cut off or dropped, and a log line says so.
+    /// error: `open` cuts them off or drops them, and a log line says so.
     pub(crate) fn open(dir: &Path, options: LogOptions) -> Result<Arc<Log>> {
         let mut state = recover::recover(dir)?;
         state.retain(&options, Instant::now());
@@ -158,7 +159,7 @@ impl Log {
     ///
     /// # Errors
     /// [`Error::Io`], such as for a full disk, a record that the quota has no room for, or a log
-    /// that is [doubtful](Log::doubtful); [`Error::Internal`] when the log was never `reset`.
+    /// that is [doubtful](Log::doubtful). [`Error::Internal`] when the log was never `reset`.
     pub(crate) fn append(&self, units: Bytes, after: Option<Position>) -> Result<()> {
         if units.is_empty() {
             return Ok(());
@@ -172,7 +173,7 @@ impl Log {
         let lsn = state.end;
         let begun = state.append(&self.dir, &self.options, &units, after)?;
         self.lock_tail().push(lsn, units);
-        // Under the lock, so that the end never seems to fall.
+        // Under the lock: otherwise the end could seem to fall.
         self.end.send_replace(state.end);
         if begun {
             state.retain(&self.options, Instant::now());
@@ -217,8 +218,8 @@ impl Log {
         self.lock().doubtful
     }
 
-    /// Drops all records of a log that is doubtful and whose last one is whole. Where the next one
-    /// must follow; nothing when it is not so.
+    /// Drops all records of a log that is doubtful and whose last one is whole. Returns where the
+    /// next one must follow; nothing when the log is not like that.
     ///
     /// # Errors
     /// As for [`Log::reset`].
@@ -243,22 +244,22 @@ impl Log {
             segments::remove(&gone);
             state.begin_segment(&self.dir)
         });
-        // Before the old segments are gone, so that a crash leaves the old log or the new one.
+        // Before the old segments are gone: a crash leaves the old log or the new one.
         let synced = begun.and_then(|()| state.sync_head(&self.dir));
         drop(state);
         segments::remove(&gone);
         synced
     }
 
-    /// Moves all records into another directory; what is left has no position until it is `reset`.
+    /// Moves all records into another directory. What is left has no position until it is `reset`.
     ///
     /// # Errors
-    /// [`Error::Io`]. What was moved by then stays there; what was not is still the log, the newest
+    /// [`Error::Io`]. What was moved by then stays there. What was not is still the log, the newest
     /// part of it.
     pub(crate) fn move_to(&self, kept: &Path) -> Result<()> {
         self.sync()?;
         let mut state = self.lock();
-        // Oldest first, so that what is left by a crash has no gap.
+        // Oldest first: what a crash leaves has no gap.
         while let Some(segment) = state.segments.front() {
             let Some(name) = segment.path.file_name() else { break };
             let moved = std::fs::rename(&segment.path, kept.join(name));
@@ -272,8 +273,8 @@ impl Log {
         files::sync_directory(&self.dir)
     }
 
-    /// Drops the oldest segment, whoever needs it, to make room on a full disk. False when only the
-    /// current one is left.
+    /// Drops the oldest segment to make room on a full disk, even when a reader needs it. False
+    /// when only the current one is left.
     pub(crate) fn drop_oldest(&self) -> bool {
         let mut state = self.lock();
         let mut gone = std::mem::take(&mut state.garbage);
@@ -290,7 +291,7 @@ impl Log {
     /// meanwhile.
     ///
     /// # Errors
-    /// [`Error::Io`]; what was appended since the last success may then be lost, and stays so
+    /// [`Error::Io`]: what was appended since the last success may then be lost. It stays so
     /// whatever a later call would find: the log is doubtful.
     pub(crate) fn sync(&self) -> Result<()> {
         let _one = lock(&self.syncing);

@@ -1,4 +1,4 @@
-//! Serves this node's history to followers: catch up from the log or by a snapshot, then every
+//! Serves this node's history to replicas: catch up from the log or by a snapshot, then every
 //! commit.
 
 mod acks;
@@ -52,7 +52,7 @@ use stream::{End, ReplicaStream};
 
 /// Replicas that are served at one time, a database.
 pub(crate) const STREAMS_MAX: usize = 64;
-/// Peers at one time that knocked and have not said hello. A cap of their own, so that recorded
+/// Peers at one time that knocked and have not said hello. They have a cap of their own: recorded
 /// knocks can't take the places of the replicas.
 pub(crate) const HANDSHAKES_MAX: usize = 32;
 /// Replicas whose pages are compared with ours at one time; more wait. Each costs a hash of the
@@ -72,8 +72,8 @@ const NOT_PRIMARY: &str = "this node is not the primary any more";
 const DROPPED: &str = "the secret that this stream was opened with is not valid any more";
 /// Why a stream ends when the same node opened another.
 const REPLACED: &str = "a newer stream of this node took over";
-/// Questions of a heal that may wait to be answered: who asks waits for the answer before the next
-/// one.
+/// Questions of a heal that may wait to be answered. A replica waits for the answer before it asks
+/// the next one.
 const WANTS_MAX: usize = 1;
 /// Longest wait until a last word is handed to the connection.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
@@ -252,8 +252,8 @@ impl ReplicaServer {
         }
     }
 
-    /// A peer is not let in. Who recorded a knock can have that as often as he likes, so it is told
-    /// now and then.
+    /// A peer is not let in. Anyone who recorded a knock can have that as often as he likes, so a
+    /// log line says it only now and then.
     pub(crate) fn refused(&self, knock: &Knock, why: impl std::fmt::Display) {
         match self.refusals.happened() {
             Some(times) => {
@@ -296,10 +296,11 @@ impl ReplicaServer {
         let _ = self.stock.subscribe().wait_for(other).await;
     }
 
-    /// Returns when nobody is served any more. For a node that drains: it lets nobody in meanwhile.
+    /// Returns when no replica is served any more. For a node that drains: it lets none in
+    /// meanwhile.
     pub(crate) async fn deserted(&self) {
-        // In this order, because who is let in goes from the one to the other. Neither is ever
-        // closed.
+        // In this order, because a peer that is let in goes from the one to the other. Neither is
+        // ever closed.
         let _ = self.handshakes.acquire_many(HANDSHAKES_MAX as u32).await;
         let _ = self.streams.acquire_many(STREAMS_MAX as u32).await;
     }
@@ -313,7 +314,7 @@ pub(crate) struct Peer {
     pub(crate) place: OwnedSemaphorePermit,
 }
 
-/// Serves one follower until it leaves, lags, lies or the node stops.
+/// Serves one replica until it leaves, lags, lies or the node stops.
 pub(crate) async fn serve(source: Arc<ReplicaServer>, guest: Peer, upstream: Incoming, outlet: StreamSender) {
     let node = source.node.clone();
     let mut units = ReceivedUnits::new(upstream);
@@ -325,7 +326,8 @@ pub(crate) async fn serve(source: Arc<ReplicaServer>, guest: Peer, upstream: Inc
         Ok(hello) => hello,
         Err(error) => {
             source.refused(&guest.knock, error);
-            // Nothing was proved by a fresh nonce, so nothing is said: the stream breaks off.
+            // The peer proved nothing by a fresh nonce, so it is told nothing: the stream breaks
+            // off.
             return;
         }
     };
@@ -369,7 +371,7 @@ pub(crate) async fn serve(source: Arc<ReplicaServer>, guest: Peer, upstream: Inc
         end = pump.run(&hello, wants) => end,
         end = acks(&mut units, &seat, &clock, &asks, &answers, &quiet) => end,
         () = cut_off(&node) => End::Said(SHUTTING_DOWN.into()),
-        // What it commits from now on comes to nobody.
+        // No replica gets what it commits from now on.
         () = node.stopped() => End::Said(STOPPED.into()),
         () = source.withdrawn(&of) => End::Said(NOT_PRIMARY.into()),
         () = seat.replaced() => End::Said(REPLACED.into()),

@@ -121,7 +121,7 @@ pub(crate) fn bulk() {
         vec![here as f64 / 1024.0, there as f64 / 1024.0],
     );
     drop(other);
-    // The frames go back into the file, so that `cp` copies as much.
+    // The frames go back into the file: `cp` copies as much then.
     let bytes = || std::fs::metadata(&path).map_or(0, |m| m.len());
     let end = Instant::now() + Duration::from_secs(60);
     while bytes() < ROWS * 4000 && Instant::now() < end {

@@ -113,7 +113,7 @@ impl IntoResponse for Failure {
             Failure::Refused(status, text) => (status, Json(json!({ "error": text }))).into_response(),
             Failure::Db(error) => {
                 tracing::error!(%error, "a request failed");
-                // Status and headers say whether to try again, and whether that is safe; the words
+                // Status and headers say whether to try again, and whether that is safe. The words
                 // are ours, for the error's own may have addresses and paths.
                 let (mut head, _) = error.into_response().into_parts();
                 for about_the_words in [header::CONTENT_TYPE, header::CONTENT_LENGTH] {
@@ -211,8 +211,8 @@ async fn remove(State(app): Shared, id: Result<Path<i64>, PathRejection>) -> Res
     if commit.value { Ok(StatusCode::NO_CONTENT) } else { Err(Failure::no_such_note()) }
 }
 
-/// A live feed of this instance's position: one event at once, and one after each change, whoever
-/// made it.
+/// A live feed of this instance's position: one event at once, and one after each change, from any
+/// connection or process.
 async fn events(State(app): Shared) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
     let mut positions = app.db.watch();
     positions.mark_changed();

@@ -31,7 +31,7 @@ pub(crate) async fn run(base_port: u16, data: &Path) -> Result<(), Error> {
     let mut instances = Vec::new();
     for port in base_port..base_port.checked_add(3).ok_or("no such ports")? {
         let listen = format!("127.0.0.1:{port}");
-        // Else who has the port would be taken for our instance.
+        // Otherwise another process that has the port would be taken for our instance.
         std::net::TcpListener::bind(&listen).map_err(|e| format!("{listen}: {e}"))?;
         let (url, directory) = (format!("http://{listen}"), data.join(port.to_string()));
         instances.push(Instance { url, listen, directory });

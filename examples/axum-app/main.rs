@@ -55,7 +55,7 @@ struct NodeArguments {
     /// The cluster's secret: what `openssl rand -base64 32` prints, or a phrase.
     #[arg(long, env = "REPLITE_SECRET", hide_env_values = true)]
     secret: String,
-    /// End when standard input ends: so no instance outlives its launcher.
+    /// End when standard input ends: no instance outlives its launcher.
     #[arg(long, hide = true)]
     with_parent: bool,
 }

@@ -36,7 +36,7 @@ pub(crate) async fn run(arguments: NodeArguments) -> Result<(), Error> {
         } else {
             lease::Fixed::replica_of(&arguments.primary)
         });
-    // Before the database: who can't have the port should not touch the data.
+    // Before the database: an instance that can't have the port should not touch the data.
     let listener = tokio::net::TcpListener::bind(arguments.listen).await?;
     let db = Db::open(config).await?;
     let end = CancellationToken::new();
@@ -82,7 +82,7 @@ async fn parent_gone() {
     let _ = wait.await;
 }
 
-/// Copies a database by SQLite itself, so that one that is in use is copied whole.
+/// Copies a database by SQLite itself, which copies one that is in use whole.
 fn copy(from: &Path, to: &Path) -> Result<(), Error> {
     let new = to.with_extension("importing");
     // What an import left that did not get to its end.

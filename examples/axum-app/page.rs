@@ -37,7 +37,7 @@ fn escape(text: &str) -> String {
             '>' => safe.push_str("&gt;"),
             '"' => safe.push_str("&quot;"),
             '\'' => safe.push_str("&#39;"),
-            // So that a search text can't be taken for a place to fill.
+            // A search text must not be taken for a place to fill.
             '{' => safe.push_str("&#123;"),
             c => safe.push(c),
         }

@@ -13,8 +13,8 @@ pub(crate) struct Note {
     pub(crate) created: String,
 }
 
-/// Makes the tables where they are missing. The index is kept by triggers, so that the `sqlite3`
-/// shell can write, too.
+/// Makes the tables where they are missing. Triggers keep the index, because the `sqlite3` shell
+/// may write, too.
 pub(crate) fn migrate(conn: &mut Connection) -> rusqlite::Result<()> {
     let tx = conn.transaction()?;
     let indexed = tx.table_exists(None, "notes_fts")?;
@@ -63,7 +63,7 @@ pub(crate) fn list(conn: &Connection, query: &str, limit: u32) -> rusqlite::Resu
     }
 }
 
-/// Each word of the user's in quotes, so that nothing in it is query syntax; the last one may be
+/// Each word of the user's in quotes: nothing in it is query syntax then. The last one may be
 /// unfinished.
 fn fts(query: &str) -> Option<String> {
     let words: Vec<String> = query

@@ -302,8 +302,8 @@ impl Config {
     /// elsewhere, can do more than change rows then. What an application may miss then:
     ///
     /// - `PRAGMA writable_schema`, `PRAGMA schema_version = N` and `PRAGMA journal_mode = OFF` do
-    ///   nothing. No statement can write `sqlite_dbpage`, nor the tables in which FTS5 and other
-    ///   virtual tables keep what is theirs.
+    ///   nothing. SQL can't write to `sqlite_dbpage`, nor directly to the tables in which FTS5 and
+    ///   other virtual tables keep what is theirs.
     /// - Functions of the application, and of extensions, fail in views, triggers, CHECK, DEFAULT,
     ///   generated columns and indexes, unless they are registered as innocuous
     ///   (`FunctionFlags::SQLITE_INNOCUOUS`). So do virtual tables in views and triggers. FTS5 and

@@ -50,10 +50,10 @@ pub struct Repair {
 
 impl Db {
     /// On a primary: verifies the database, and finds the right images of bad pages. When the pages
-    /// are not those of the position, it asks the connected replicas for those that the
-    /// verification names ([`Verification::bad_pages`]). Each image must have the hash that this
-    /// node's own log has of the page, so the primary believes no replica, be it damaged or lying.
-    /// It changes nothing before [`Repair::apply`]. None when all pages are right.
+    /// are not those of the position, it asks the connected replicas for the pages that the
+    /// verification names bad ([`Verification::bad_pages`]). Each image must have the hash that
+    /// this node's own log has of the page: no replica is believed, be it damaged or lying. It
+    /// changes nothing before [`Repair::apply`]. None when all pages are right.
     ///
     /// The verification does not name a page that no transaction in the retained log has changed.
     /// The position's checksum alone, a sum over all pages, guards against accidents. It does not

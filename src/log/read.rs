@@ -23,7 +23,7 @@ impl Log {
     /// segment's headers.
     ///
     /// # Errors
-    /// [`Error::Io`]; [`Error::Corrupt`] when a segment of an earlier opening is damaged: then
+    /// [`Error::Io`]; [`Error::Corrupt`] when a segment of an earlier opening is damaged. Then
     /// nothing can be streamed from before the damage.
     pub(crate) fn find(&self, number: u64) -> Result<Lookup> {
         let search = match self.search(number) {
@@ -113,9 +113,9 @@ impl Log {
         if got < buffer.len() { Err(self.gone(lsn)) } else { Ok(buffer.freeze()) }
     }
 
-    /// Where a reader that stands at `lsn` goes on: at `lsn` itself, or, when what followed a
-    /// record was taken back there, at the beginning of the record that came in its place (or the
-    /// end).
+    /// Where a reader that stands at `lsn` goes on: as a rule at `lsn` itself. When the log has
+    /// taken back what followed a record there, it is where the record begins that came in its
+    /// place, or the end.
     pub(crate) fn step_over(&self, lsn: u64) -> u64 {
         let state = self.lock();
         let after = state.segments.partition_point(|s| s.start <= lsn);

@@ -143,12 +143,12 @@ pub(super) struct Stretch {
 #[derive(Clone, Copy, Debug)]
 pub(super) enum Edge {
     Begin(Position),
-    /// The end, behind the unit that was read.
+    /// The end, after the unit that was read.
     End(TxnEnd),
 }
 
-/// Visits the edges of each record, with the address of a beginning and the one behind an end,
-/// reading little more than headers.
+/// Visits the edges of each record: a beginning with its address, an end with the address after it.
+/// Reads little more than headers.
 pub(super) fn hop(
     file: &File,
     path: &Path,

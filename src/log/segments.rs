@@ -24,7 +24,7 @@ pub(super) fn open_to_write(path: &Path) -> Result<File> {
     files::open_to_write(path).map_err(Error::io("open", path))
 }
 
-/// Removes segments that nobody needs. One that can't be removed now goes when the log is next
+/// Removes segments that no reader needs. One that can't be removed now goes when the log is next
 /// opened.
 pub(super) fn remove(paths: &[PathBuf]) {
     for path in paths {

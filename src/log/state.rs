@@ -26,8 +26,8 @@ pub(super) struct Seg {
     pub(super) end: u64,
     /// The position before its first record.
     pub(super) before: Position,
-    /// When its newest record was appended, or the log was opened if that was later: the clock of
-    /// the system may jump, and no record goes for that.
+    /// When its newest record was appended, or the log was opened if that was later. No record goes
+    /// because the clock of the system jumps.
     pub(super) newest: Instant,
     /// `None` until somebody searches in it: a segment of an earlier opening.
     pub(super) index: Option<Index>,
@@ -61,8 +61,8 @@ pub(super) struct LogState {
     /// The address after the last complete record.
     pub(super) complete: u64,
     pub(super) tip: Option<Position>,
-    /// An fsync failed. No later one tells what of the records is on the disk, so that nothing is
-    /// appended or said to be synced before they are forgotten.
+    /// An fsync failed. No later one tells what of the records is on the disk. Before the log has
+    /// forgotten them, it appends nothing and says of nothing that it is synced.
     pub(super) doubtful: bool,
     /// The last segment's file has bytes beyond `end` that could not be cut off.
     pub(super) sealed: bool,
@@ -113,7 +113,7 @@ impl LogState {
             return Err(Error::Io { op: "append to", path: segment.path.clone(), source });
         }
         if let Err(source) = files::write_all_at(file, units, offset) {
-            // What was written of it must not stand behind the end: a later, shorter append would
+            // What was written of it must not stand after the end: a later, shorter append would
             // leave its rest.
             self.sealed = file.set_len(offset).is_err();
             return Err(Error::Io { op: "append to", path: segment.path.clone(), source });
@@ -132,8 +132,8 @@ impl LogState {
         Ok(begun)
     }
 
-    /// Forgets the oldest segments, whoever needs them, so that so many bytes more stay within the
-    /// quota. Says whether any went.
+    /// Forgets the oldest segments, also those that readers need, until so many bytes more stay
+    /// within the quota. Says whether any went.
     pub(super) fn make_room(&mut self, options: &LogOptions, more: u64) -> bool {
         let mut bytes = self.bytes() + HEAD_BYTES + more;
         let before = self.segments.len();
@@ -207,7 +207,7 @@ impl LogState {
     /// else failed.
     pub(super) fn take_back(&mut self, dir: &Path, lsn: u64, tip: Position) -> (Vec<PathBuf>, Result<()>) {
         let kept = self.segments.partition_point(|s| s.start < lsn);
-        // Newest first, so that a crash leaves no gap.
+        // Newest first: a crash leaves no gap.
         let mut gone: Vec<_> = self.segments.drain(kept..).map(|s| s.path).collect();
         gone.reverse();
         self.rotated.retain(|(_, path)| !gone.contains(path));

@@ -16,9 +16,9 @@ use crate::wire::TxnEnd;
 const LOOKED_UP_AT_ONCE: usize = 4096;
 
 impl Log {
-    /// The transactions behind number `after`, oldest first, at most `most` of them; those that are
-    /// not in the log any more are left out. Reads headers from disk, about two hundred bytes a
-    /// transaction and as much a page. Blocks.
+    /// At most `most` transactions after number `after`, oldest first, without those that are not
+    /// in the log any more. Reads headers from disk, about two hundred bytes a transaction and as
+    /// much a page. Blocks.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Corrupt`] when a segment is damaged.
@@ -45,7 +45,7 @@ impl Log {
         let mut after = self.start().map_or(0, |start| start.number());
         loop {
             let some = self.list(after, LOOKED_UP_AT_ONCE)?;
-            // Of older segments nobody verified that their numbers grow.
+            // No one has verified that the numbers of older segments grow.
             let last = some.last().map(|last| last.position.number()).filter(|last| *last > after);
             let Some(last) = last else { return Ok(found) };
             after = last;

@@ -21,8 +21,8 @@ use crate::wire::{Decoder, Hello, Kind, Message, Unit, Want, WireError};
 const HELLO_SILENCE_MAX: Duration = Duration::from_secs(10);
 /// Longest wait for all of it: with the longest history, on a slow link.
 const HELLO_TIMEOUT: Duration = Duration::from_secs(60);
-/// A replica of which nothing came for this long is gone; it acknowledges each second. On a slow
-/// link pages that it sends come before the next acknowledgement: they count, too.
+/// A replica of which nothing came for this long is gone: it acknowledges each second. On a slow
+/// link pages that it sends come before the next acknowledgement, and count, too.
 pub(super) const SILENCE_MAX: Duration = Duration::from_secs(15);
 
 /// The hello, and by which secret it is proved.

@@ -18,7 +18,7 @@ impl Boundary {
         self.have == 0 && self.missing == 0
     }
 
-    /// How many of the bytes to send now: up to the end of the last whole unit, or all of them when
+    /// How many of the bytes to send now: up to the end of the last whole unit. All of them when
     /// they end no unit at all. They count as sent.
     pub(crate) fn cut(&mut self, bytes: &[u8]) -> usize {
         let mut at = 0;

@@ -6,9 +6,9 @@ use crate::lock::lock;
 
 use tokio::time::Instant;
 
-/// What the replica's clock shows at least: what it said last, and what has passed here since. With
-/// it in a heartbeat the replica tells by its own clock alone how old that is when it comes,
-/// however much was before it on the link.
+/// What the replica's clock shows at least: what it said last, and what has passed here since. A
+/// heartbeat has it. By its own clock alone the replica then tells how old the heartbeat is when it
+/// comes, however much was before it on the link.
 #[derive(Clone, Debug, Default)]
 pub(super) struct ReplicaClock(Arc<Mutex<Option<(u64, Instant)>>>);
 

@@ -61,7 +61,7 @@ impl PeerChannel {
     }
 }
 
-/// The lines of a primary.
+/// The channels of a primary to its replicas.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct PeerChannels(Arc<Mutex<Vec<PeerChannel>>>);
 
@@ -72,8 +72,8 @@ impl PeerChannels {
         lines.clone()
     }
 
-    /// A new line, and its two ends in the stream: where questions come out, and where answers go
-    /// in.
+    /// A new channel, and its two ends in the stream: where questions come out, and where answers
+    /// go in.
     pub(super) fn open(&self, peer: &PeerInfo) -> (Questions, Answers) {
         let (questions, receiver) = mpsc::channel(1);
         let mut lines = lock(&self.0);
@@ -123,14 +123,14 @@ struct Pending {
 
 impl Answers {
     fn begin(&self, (want, reply, coming): PageQuestion) -> Want {
-        // An earlier asker may have given up. Should its answer still come, it is taken for this
-        // one's, by which nothing is proved; and the stream ends with the answer that nobody asked
-        // for then.
+        // An earlier asker may have given up. Should its answer still come, this asker takes it for
+        // its own, which proves nothing. The stream then ends with the answer that no one asked
+        // for.
         *lock(&self.0) = Some(Pending { answer: PageAnswer::default(), bytes: 0, reply, coming });
         want
     }
 
-    /// Pages came. False when nobody asked for so much.
+    /// Pages came. False when no one asked for so much.
     pub(super) fn pages(&self, first: PageNo, pages: &[u8]) -> bool {
         match &mut *lock(&self.0) {
             Some(pending) if pending.bytes + pages.len() <= ANSWER_MAX_BYTES => {
@@ -143,11 +143,11 @@ impl Answers {
         }
     }
 
-    /// The answer is complete. False when nobody asked.
+    /// The answer is complete. False when no one asked.
     pub(super) fn end(&self, at: Sent) -> bool {
         let Some(mut pending) = lock(&self.0).take() else { return false };
         pending.answer.at = Some(at);
-        // Who asked may have gone.
+        // The asker may have gone.
         let _ = pending.reply.send(pending.answer);
         true
     }

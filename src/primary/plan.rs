@@ -7,14 +7,14 @@ use crate::txid::{Epoch, EpochHistory, NUMBER_MAX, Place, Position};
 use crate::wire::{self, Hello};
 
 /// How far above our newest epoch one that a replica names may be for ours to be raised above it.
-/// Starts of primaries count in ones: no two nodes of a cluster get so far apart. A hello of
-/// somebody who lies brings the numbers forward by no more, so that it takes 2^30 of them, each
-/// with an fsync under the write lock, to get to [`RAISED_MAX`].
+/// Starts of primaries count in ones: no two nodes of a cluster get so far apart. A hello that lies
+/// brings the numbers forward by no more. To get to [`RAISED_MAX`] takes 2^30 of them, each with an
+/// fsync under the write lock.
 const RAISE_STEP_MAX: u64 = 1 << 32;
 
 /// Highest epoch number that ours is raised above for a replica. Higher ones come from starts of
-/// primaries only, for which as many numbers are left. Who knows one of our epochs is followed
-/// whatever its number.
+/// primaries only, for which as many numbers are left. The primary serves a replica that names one
+/// of its epochs, whatever the number.
 const RAISED_MAX: u64 = NUMBER_MAX >> 1;
 
 const _: () = assert!(RAISED_MAX + RAISE_STEP_MAX < NUMBER_MAX);
@@ -31,9 +31,9 @@ pub(crate) enum Decision {
     /// It left our history, at `from` or later: send the pages that it asks for, then the log's
     /// bytes from `lsn` on.
     Heal { from: Position, lsn: u64 },
-    /// Send sums over all pages, then the pages that it asks for: over its state, or over what came
-    /// of a snapshot that can't be gone on with. `diverged`: it may have what is not in our
-    /// history.
+    /// Send sums over all pages, then the pages that it asks for. They go over its state, or over
+    /// what came of a snapshot that can't be gone on with. `diverged`: it may have what is not in
+    /// our history.
     Compare { diverged: bool },
     /// The replica knows an epoch that ours does not exceed: open one above it and decide again.
     Raise { above: u64 },
@@ -66,7 +66,7 @@ pub(crate) fn plan(
     hello: &Hello,
 ) -> Result<Decision> {
     let (ours, theirs) = (history.epoch(), hello.history.epoch());
-    // The same number on another branch: two primaries claimed it. A replica would not tell us from
+    // The same number on another branch: two primaries claimed it. A replica could not tell us from
     // the other.
     if theirs.number() >= ours.number() && theirs != ours {
         let above = theirs.number();

@@ -1,4 +1,4 @@
-//! Pages are read and hashed ahead of the stream that sends them.
+//! Reads and hashes pages ahead of the stream that sends them.
 
 use std::sync::Arc;
 
@@ -16,7 +16,7 @@ use crate::wire::{self, Message, Sent};
 
 /// Pieces that are read and hashed in one go on a blocking thread.
 const PIECES_AT_ONCE: usize = 4;
-/// Such goes that wait to be sent: reading, hashing and sending overlap.
+/// Such batches that wait to be sent: reading, hashing and sending overlap.
 const GOES_AHEAD: usize = 2;
 
 const _: () = assert!(PIECE_BYTES / PageSize::MIN_BYTES as usize <= wire::SPAN_MAX_PAGES as usize);

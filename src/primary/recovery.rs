@@ -1,5 +1,5 @@
-//! What a power cut took from this node, taken back from the logs of its replicas before anybody
-//! can write.
+//! Takes back what a power cut took from this node, from the logs of its replicas, before any
+//! connection can write.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -26,12 +26,12 @@ use crate::wire::{self, Hello, Kind, Message, Plan, Unit, Welcome};
 const SILENCE_MAX: Duration = Duration::from_secs(5);
 /// Longest time that one replica may take for all of them.
 const TAKE_MAX: Duration = Duration::from_secs(60);
-/// How much longer than asked for it is waited for a replica that is known to have more.
+/// How much longer than asked for the node waits for a replica that is known to have more.
 const LATE_MAX: Duration = Duration::from_secs(20);
 /// Pause between looks whether it has come.
 const LATE_STEP: Duration = Duration::from_millis(50);
 
-/// A database that is not served yet, and the replicas that were asked for what it may miss.
+/// A database that is not served yet, and the replicas that the node asks for what it may miss.
 #[derive(Debug)]
 pub(crate) struct Recovery {
     state: Mutex<RecoveryState>,
@@ -45,8 +45,8 @@ pub(crate) struct Recovery {
 struct RecoveryState {
     /// None when no replica is asked any more.
     opening: Option<Opening>,
-    /// Counts who was asked: what one of them sent is not taken any more when the next one is
-    /// asked.
+    /// Counts the replicas that were asked. The node takes nothing more from one of them when it
+    /// asks the next one.
     asking: u64,
     replicas: HashMap<NodeId, Giver>,
 }
@@ -80,7 +80,7 @@ impl Recovery {
             drop(turn);
             tokio::time::sleep(LATE_STEP).await;
         }
-        // From here on nobody is asked.
+        // From here on the node asks no replica.
         let mut opening = self.lock().opening.take()?;
         blocking(move || {
             opening.abort();
@@ -96,8 +96,8 @@ impl Recovery {
         self.tip.subscribe()
     }
 
-    /// Takes what this replica has, if it has what this node lacks. Why its stream ends then: it
-    /// comes again, and is served.
+    /// Takes what this replica has, if it has what this node lacks. Returns why its stream ends
+    /// then: it comes again, and is served.
     pub(super) async fn ask(
         self: &Arc<Self>,
         node: &NodeContext,
@@ -105,7 +105,7 @@ impl Recovery {
         units: &mut ReceivedUnits,
         outlet: &StreamSender,
     ) -> Option<String> {
-        // Before its turn, so that it is waited for.
+        // Before its turn: only then does the node wait for it.
         self.lock().note(hello);
         let _turn = self.turn.lock().await;
         let asking = self.begin().await?;
@@ -138,7 +138,8 @@ impl Recovery {
         Some(format!("{transactions} transactions are taken back from this replica"))
     }
 
-    /// Whose turn it is now; nothing of an earlier one is left, nor comes any more.
+    /// Begins a replica's turn, and returns its number. Nothing of an earlier turn is left, nor
+    /// comes any more.
     async fn begin(self: &Arc<Self>) -> Option<u64> {
         let asking = {
             let mut state = self.lock();
@@ -149,7 +150,7 @@ impl Recovery {
         Some(asking)
     }
 
-    /// The last whole transaction; what is behind it is forgotten.
+    /// The last whole transaction. The node forgets what is after it.
     async fn settled(self: &Arc<Self>) -> Result<Position> {
         let recovery = self.clone();
         blocking(move || {
@@ -210,8 +211,8 @@ impl Recovery {
 }
 
 impl RecoveryState {
-    /// The number of the last transaction of a replica that is in the same history as far as both
-    /// know it, and further on. Whether it does go on from here, its records say.
+    /// The number of the last transaction of a replica that is further on in the same history, as
+    /// far as both know it. Whether it does go on from here, its records say.
     fn ahead(&self, hello: &Hello) -> Option<u64> {
         let opening = self.opening.as_ref()?;
         let history = opening.history();

@@ -55,7 +55,7 @@ impl Registry {
         conflict(&self.lock(), node, incarnation)
     }
 
-    /// Takes a seat. Of two streams of one process the newest wins: the older one is a connection
+    /// Takes a slot. Of two streams of one process the newest wins: the older one is a connection
     /// that broke without our knowing. Of two processes with one id the one that is there and alive
     /// wins.
     pub(crate) fn join(&self, peer: &PeerInfo) -> Result<ReplicaSlot, Conflict> {
@@ -120,7 +120,7 @@ impl ReplicaSlot {
         }
     }
 
-    /// Returns when a newer stream of the same node took the seat.
+    /// Returns when a newer stream of the same node took the slot.
     pub(crate) async fn replaced(&self) {
         self.replaced.cancelled().await;
     }

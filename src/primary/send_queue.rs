@@ -62,7 +62,7 @@ impl StreamSender {
         self.pieces.send(Queued::Data(bytes, room)).await.map_err(|_| Closed)
     }
 
-    /// Ends the stream cleanly. An outlet that is only dropped breaks it off.
+    /// Ends the stream cleanly. A sender that is only dropped breaks it off.
     pub(crate) async fn finish(self) -> Result<(), Closed> {
         self.pieces.send(Queued::End).await.map_err(|_| Closed)
     }

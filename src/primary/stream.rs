@@ -1,4 +1,4 @@
-//! Sends a follower what it lacks, and from then on the log as it grows.
+//! Sends a replica what it lacks, and from then on the log as it grows.
 
 mod pages;
 
@@ -52,7 +52,7 @@ impl From<Error> for End {
     }
 }
 
-/// One follower's stream.
+/// One replica's stream.
 pub(super) struct ReplicaStream {
     node: Arc<NodeContext>,
     supply: Arc<dyn StreamSource>,
@@ -64,7 +64,8 @@ pub(super) struct ReplicaStream {
     questions: Questions,
     /// Turns to compare all pages.
     comparisons: Arc<Semaphore>,
-    /// Until when it is waited for the replica's requests, once it was told that this node drains.
+    /// Until when the stream waits for the replica's requests, once it has told the replica that
+    /// this node drains.
     draining: Option<Instant>,
     /// Cancelled when the replica has said that all of them are answered.
     quiet: CancellationToken,
@@ -145,8 +146,8 @@ impl ReplicaStream {
                 self.log(lsn, pin).await
             }
             Decision::Snapshot => {
-                // Before the first piece is read, so that the records after it are still there at
-                // the end.
+                // Before the first piece is read: the records after it must still be there at the
+                // end.
                 let pin = self.pin_tip().await?;
                 let first = self.snapshot(None, PageNo::FIRST).await?;
                 let lsn = self.after(first).await?;
@@ -352,8 +353,8 @@ impl ReplicaStream {
     }
 }
 
-/// Returns when the requests that a replica had sent before it was told of the drain are answered,
-/// or have taken too long: what they commit goes to the replica, too.
+/// Returns when the requests are answered that a replica had sent before it was told of the drain,
+/// or have taken too long. What they commit goes to the replica, too.
 async fn requests_answered(until: Option<Instant>, quiet: &CancellationToken) {
     match until {
         Some(until) => drop(tokio::time::timeout_at(until, quiet.cancelled()).await),

@@ -16,9 +16,8 @@ use crate::proxy::BoxError;
 use crate::proxy::replay_body::{DrainOnDrop, Keep};
 
 pin_project! {
-    /// A request's body as the wrapped service gets it: the one that came in, which the layer may
-    /// be able to take back for the primary. With the feature `axum` it is inside of an axum
-    /// `Body`.
+    /// A request's body as the wrapped service gets it: the one that came in. The layer may be able
+    /// to take it back for the primary. With the feature `axum` it is inside of an axum `Body`.
     pub struct ReplayRequestBody<B> {
         #[pin]
         kind: RequestKind<B>,

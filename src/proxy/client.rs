@@ -23,8 +23,8 @@ use crate::proxy::route::is_safe;
 use crate::proxy::shared::LayerShared;
 use crate::session;
 
-/// A tower service that sends requests to the primary's application, wherever that is: for jobs,
-/// WebSocket handlers and everything else on a replica that has to write.
+/// A tower service that sends requests to the primary's application, wherever that is. It is for
+/// jobs, WebSocket handlers and everything else on a replica that has to write.
 /// [`Db::primary_client`](crate::Db::primary_client) makes it.
 ///
 /// Of a request's URI path and query count. It goes the same way as a client's request that the
@@ -33,8 +33,8 @@ use crate::session;
 /// to this node's own application address.
 ///
 /// When the primary's answer carries a token, the client tells the [`Session`](crate::Session) of
-/// the calling task, and the response that is being made there carries the token on. Other callers
-/// read it by [`Db::verify_token`](crate::Db::verify_token).
+/// the calling task. The response that is being made there carries the token on. Other callers read
+/// it by [`Db::verify_token`](crate::Db::verify_token).
 ///
 /// ```
 /// use bytes::Bytes;

@@ -18,10 +18,10 @@ use crate::proxy::body::{IdleTimeoutBody, ReplayRequestBody};
 use crate::proxy::preface::WatchedIo;
 
 /// How long an unused connection is kept: less than any server or proxy on the way is likely to
-/// allow, because a request that meets a closing connection has an unknown outcome.
+/// allow. A request that meets a closing connection has an unknown outcome.
 pub(super) const POOL_IDLE_SECONDS: u64 = 15;
 
-/// TCP probes an idle connection after so many seconds, so that a dead machine is noticed.
+/// TCP probes an idle connection after so many seconds. The node notices a dead machine by that.
 const KEEPALIVE_SECONDS: u64 = 15;
 
 /// A body on its way to the primary.
@@ -93,7 +93,7 @@ impl Service<Uri> for Connector {
     }
 }
 
-/// Runs the connections' tasks until the node stops, so that none outlives it.
+/// Runs the connections' tasks until the node stops: none outlives it.
 #[derive(Clone, Debug)]
 pub(super) struct Spawn {
     stop: CancellationToken,

@@ -29,8 +29,8 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    /// What this error tells of the request that fails because of it: that the write which it ends
-    /// was not begun, or that no node knows. None where the error alone does not tell, as when
+    /// What this error tells of the request that fails because of it. Either the write which it
+    /// ends was not begun, or no node knows. None where the error alone does not tell, as when
     /// SQLite refuses a statement, which may come after others.
     ///
     /// It is for responses of the application's own making; those that axum makes of an [`Error`]
@@ -110,7 +110,7 @@ pub enum Reason {
     NotApplied,
     /// The request came back to the node that sent it, or nodes disagree on who the primary is.
     Loop,
-    /// The request was sent on as often as may be, by the layers of several databases: it needs the
+    /// The layers of several databases sent the request on as often as may be. It needs the
     /// primaries of all of them, and these are on different nodes.
     Apart,
     /// An upgrade request, which the configuration refuses on a replica.
@@ -118,7 +118,7 @@ pub enum Reason {
     /// `CONNECT`, which is not forwarded.
     Method,
     /// The request has several `Host` headers, or one that HTTP/2 can't carry, or a target without
-    /// a path: servers could read it in two ways.
+    /// a path. Servers could read it in two ways.
     Ambiguous,
     /// The client stopped sending the request's body.
     SlowClient,
@@ -128,7 +128,7 @@ pub enum Reason {
     NoAnswer,
     /// The connection to the primary broke before it answered.
     Broken,
-    /// The node that was asked to by another node is not the primary.
+    /// A node that another node took for the primary is not the primary.
     Misdirected,
 }
 

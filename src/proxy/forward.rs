@@ -54,8 +54,8 @@ pub(super) enum Verdict {
 
 /// Sends the request to the primary, holding it while there is none.
 ///
-/// It is sent once more after a broken connection if its method is safe, and it is `repeatable`:
-/// what has to run on the primary may have effects, whatever its method.
+/// It sends the request once more after a broken connection if its method is safe and it is
+/// `repeatable`. What has to run on the primary may have effects, whatever its method.
 pub(super) async fn forward(
     shared: &LayerShared,
     head: &Head,
@@ -251,7 +251,7 @@ impl Trip<'_> {
     }
 
     /// Another try. It looks up again where to, because the primary may have said meanwhile that it
-    /// takes no more. An address that another node gave stays.
+    /// takes no more. It keeps an address that another node gave.
     fn retry(&mut self, target: RequestTarget, or: Reason) -> Step {
         self.next =
             Some(target).filter(|target| matches!(target, RequestTarget::There { incarnation: None, .. }));
@@ -273,8 +273,8 @@ impl Trip<'_> {
         ControlFlow::Break(self.failed_by(reason))
     }
 
-    /// What is said in the end. After a connection that broke it is not known any more that the
-    /// request did not run.
+    /// What is said in the end. After a connection that broke, this node does not know any more
+    /// that the request did not run.
     fn failed_by(&self, reason: Reason) -> Verdict {
         let forgets = self.broke && Failure::new(reason).outcome == Outcome::NotExecuted;
         Verdict::Failed(if forgets { Reason::Broken } else { reason })

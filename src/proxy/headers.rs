@@ -45,7 +45,7 @@ const COOKIE_HEADERS_MAX: usize = 64;
 /// some of the cookies; those with the longest path come first.
 const TOKENS_MAX: usize = 8;
 
-/// Removes the headers that only nodes may send, so that no client can pretend to be one.
+/// Removes the headers that only nodes may send: no client can pretend to be one.
 pub(super) fn strip_reserved(headers: &mut HeaderMap) {
     let reserved = |name: &HeaderName| name.as_str().starts_with(RESERVED) && *name != TOKEN;
     if !headers.keys().any(reserved) {

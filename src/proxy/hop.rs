@@ -29,13 +29,13 @@ pub(super) struct Hop {
     pub(super) epoch: Epoch,
 }
 
-/// The hop that a request came by, in its extensions: the outermost layer takes it out of the
-/// headers, and it may be meant for one below, which has another database, and other keys.
+/// The hop that a request came by, in its extensions. The outermost layer takes it out of the
+/// headers. It may be meant for a layer below, which has another database and other keys.
 #[derive(Clone)]
 pub(super) struct Came(pub(super) HeaderValue);
 
 impl Came {
-    /// How often the request was sent on, by the layers of all databases. Not proved: a layer can't
+    /// How often the layers of all databases sent the request on. It is not proved: a layer can't
     /// prove the hop of another's. A client that makes one up has its own request refused, and
     /// nothing else.
     pub(super) fn count(&self) -> u8 {

@@ -54,7 +54,7 @@ impl Http2 {
         mut request: Request<Outgoing>,
     ) -> Result<Response<Incoming>, SendError> {
         let to = name(&mut request)?;
-        // Who waits for another's try to connect does not wait longer than that one.
+        // A request that waits for another's try to connect does not wait longer than that one.
         let (mut way, shown) = match tokio::time::timeout(self.connector.limit, self.way(to)).await {
             Ok(way) => way?,
             Err(_) => return Err(SendError::Unreachable("no connection in time".into())),

@@ -32,8 +32,8 @@ const HELD_MAX: usize = 1024;
 /// Prefixes that can be given a route; each request is compared with all of them.
 const PREFIXES_MAX: usize = 64;
 
-/// A [`tower::Layer`] that lets every node take every request: those that may change something go
-/// to the primary, clients read their own writes on every node.
+/// A [`tower::Layer`] that lets every node take every request. Those that may change something go
+/// to the primary, and clients read their own writes on every node.
 ///
 /// It goes around everything that belongs to running a handler, and below what each node does for
 /// each request (trace, request id, CORS, limits). [Where the layer goes](crate::guide::stack) has
@@ -124,8 +124,8 @@ impl ReplayLayer {
         self.with(|o| o.route = Some(Arc::new(route)))
     }
 
-    /// Where requests to this path and below run, whatever their method; of several, the first
-    /// given counts. Below axum's `nest` the path is what it leaves of it.
+    /// Where requests to this path and below run, whatever their method. Of several prefixes that
+    /// fit, the first given counts. Below axum's `nest` the path is what it leaves of it.
     ///
     /// # Panics
     /// When more than 64 prefixes are given.
@@ -134,8 +134,8 @@ impl ReplayLayer {
         self.with(|o| o.prefixes.push((prefix.into(), route)))
     }
 
-    /// Where requests to this route of the application's router run, whatever their method: the
-    /// route as it was given to the router, such as `/oauth/{provider}/callback`. It needs
+    /// Where requests to this route of the application's router run, whatever their method. The
+    /// route is as it was given to the router, such as `/oauth/{provider}/callback`. It needs
     /// [`ReplayLayer::matched_path`], or the feature `axum`.
     ///
     /// # Panics
@@ -152,7 +152,7 @@ impl ReplayLayer {
         self.with(|o| o.matched_path = Some(Arc::new(path)))
     }
 
-    /// Where the replication endpoint is mounted, if not at `/_replite`: the layer lets it through
+    /// Where the replication endpoint is mounted, if not at `/_replite`. The layer lets it through
     /// untouched. An empty path says that it is not mounted below this layer.
     pub fn endpoint(self, path: impl Into<String>) -> Self {
         self.with(|o| o.endpoint = path.into().trim_end_matches('/').to_owned())
@@ -191,9 +191,9 @@ impl ReplayLayer {
         PrimaryClient::new(self.shared.clone())
     }
 
-    /// Bytes of bodies that are kept while they may still have to be sent to the primary: of one
-    /// request (64 KiB), and of all together (16 MiB). A request with a larger body that turns out
-    /// to need the primary is answered with 503.
+    /// How many bytes of bodies the layer keeps while it may still have to send them to the
+    /// primary. The limits are for one request (64 KiB) and for all together (16 MiB). It answers
+    /// 503 to a request with a larger body that turns out to need the primary.
     pub fn buffer_limits(self, request: usize, process: usize) -> Self {
         self.with(|o| o.budget = Budget::new(request, process))
     }
@@ -245,8 +245,9 @@ impl ReplayLayer {
     }
 
     /// The cookie's name, in place of `replite_` and the first digits of a hash over the cluster's
-    /// and the database's names. Browsers send a host's cookies to all of its ports: two
-    /// applications there whose clusters and databases have the same names need different ones.
+    /// and the database's names. Browsers send a host's cookies to all of its ports. Two
+    /// applications there whose clusters and databases have the same names need different cookie
+    /// names.
     ///
     /// # Panics
     /// When the name has other than letters, digits, `-` and `_`.
@@ -278,20 +279,20 @@ impl ReplayLayer {
         self.with(|o| o.cookie.same_site = same_site)
     }
 
-    /// Whether the cookie has `Secure`; by default it has when the client speaks https, by the
+    /// Whether the cookie has `Secure`. If not set, it has when the client speaks https, by the
     /// request's scheme or `X-Forwarded-Proto`.
     pub fn cookie_secure(self, secure: bool) -> Self {
         self.with(|o| o.cookie.secure = Some(secure))
     }
 
-    /// The app's own responses in place of those of the layer. `replite-outcome` and `Retry-After`
-    /// are added.
+    /// The app's own responses in place of those of the layer, which adds `replite-outcome` and
+    /// `Retry-After`.
     pub fn on_failure(self, response: impl Fn(&Failure) -> Response<Bytes> + Send + Sync + 'static) -> Self {
         self.with(|o| o.failure = Some(Arc::new(response)))
     }
 
-    /// The URI as it came, where it was changed before the layer, as below axum's `nest`: with the
-    /// feature `axum` that one is known by itself.
+    /// The URI as it came, where it was changed before the layer, as below axum's `nest`. With the
+    /// feature `axum` the layer knows that one by itself.
     pub fn original_uri(self, uri: impl Fn(&Parts) -> Option<Uri> + Send + Sync + 'static) -> Self {
         self.with(|o| o.original_uri = Some(Arc::new(uri)))
     }

@@ -46,13 +46,13 @@ pub(super) async fn find(
     });
     tokio::select! {
         _ = tokio::time::timeout_at(until, seen) => {}
-        // What is held was not sent to anybody, so that its client can safely try another node.
+        // A request that is held was sent to no node: its client can safely try another one.
         () = shared.node.drain.cancelled() => {}
     }
     if found { Ok(()) } else { Err(Reason::NoPrimary) }
 }
 
-/// Waits before the primary is tried again, which could not be reached: less when something else is
+/// Waits before the next try of a primary that could not be reached: less when something else is
 /// heard of it.
 pub(super) async fn wait(shared: &LayerShared, until: Instant, pause: Duration) -> Result<(), Reason> {
     let _held = Held::enter(&shared.held, shared.options.held_max).ok_or(Reason::TooManyHeld)?;

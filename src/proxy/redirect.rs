@@ -56,7 +56,7 @@ fn fly_replay(primary: &PeerInfo, head: &Head, body: &Keep) -> Option<Response<M
         return None;
     }
     let value = HeaderValue::try_from(format!("instance={machine}")).ok()?;
-    // Only seen by a client that is not behind that proxy.
+    // Only a client sees it whose requests do not come through that proxy.
     let mut response = empty(StatusCode::CONFLICT);
     response.headers_mut().insert(FLY_REPLAY, value);
     response.headers_mut().insert(OUTCOME, HeaderValue::from_static(Outcome::NotExecuted.as_str()));

@@ -250,9 +250,9 @@ impl Keep {
     }
 }
 
-/// A body of which what its reader leaves is read, too, for a while and in the background. A server
-/// that closes a connection with bytes unread resets it, and the node at the other end might never
-/// see the answer.
+/// A body whose rest, when its reader leaves one, is read, too, for a while and in the background.
+/// A server that closes a connection with bytes unread resets it, and the node at the other end
+/// might never see the answer.
 pub(super) struct DrainOnDrop(pub(super) Keep);
 
 impl Drop for DrainOnDrop {

@@ -68,15 +68,15 @@ pub(super) fn set_token(shared: &LayerShared, session: &Session, secure: bool, h
 enum Sharing {
     Wanted,
     Forbidden,
-    /// Nothing, so that some would, and may be told not to.
+    /// Nothing: some caches would share it, and may be told not to.
     Open,
 }
 
 /// Keeps shared caches from giving one client's cookie to others. False when the app wants the
 /// response shared: then there must be no cookie on it.
 ///
-/// Beside `Cache-Control` there are headers for some caches only, which go before it there: RFC
-/// 9213's `CDN-Cache-Control` and its kin, which all end like that, and older ones.
+/// Beside `Cache-Control` there are headers for some caches only, which go before it there. They
+/// are RFC 9213's `CDN-Cache-Control` and its kin, which all end like that, and older ones.
 fn make_private(headers: &mut HeaderMap) -> bool {
     let mut open = Vec::new();
     for name in headers.keys() {
@@ -123,7 +123,7 @@ fn sharing(name: &HeaderName, headers: &HeaderMap) -> Option<Sharing> {
     Some(match (wanted, forbidden) {
         (true, _) => Sharing::Wanted,
         (_, true) => Sharing::Forbidden,
-        // Who speaks to shared caches by name means that they store it.
+        // An app that speaks to shared caches by name means that they store it.
         _ if targeted && !off => Sharing::Wanted,
         _ => Sharing::Open,
     })

@@ -41,8 +41,8 @@ pub enum SessionTokens {
 }
 
 /// What becomes of upgrade requests, such as WebSockets, whose [`Route`] is `LocalThenReplay`. With
-/// `Local` they are served by the node that got them, whatever is said here; with `Primary` they
-/// are carried to the primary, or refused.
+/// `Local` the node that got them serves them, whatever is said here. With `Primary` they are
+/// carried to the primary, or refused.
 ///
 /// ```
 /// use replite::{Db, ReplayLayer, Upgrades};
@@ -55,11 +55,10 @@ pub enum SessionTokens {
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 #[non_exhaustive]
 pub enum Upgrades {
-    /// They are served by the node that got them, once it has the transaction of the request's
-    /// token.
+    /// The node that got them serves them, once it has the transaction of the request's token.
     #[default]
     Local,
-    /// They are served by the primary: replicas carry the bytes both ways.
+    /// The primary serves them: replicas carry the bytes both ways.
     Primary,
     /// Replicas answer 503.
     Refuse,
@@ -81,16 +80,17 @@ pub enum Forwarding {
     /// This node forwards it to the primary's application address, and streams the response back.
     #[default]
     Proxy,
-    /// The client is redirected (307) to the primary's public address
-    /// ([`Addresses::public`](crate::Addresses::public)), and sends the request again. Clients must
-    /// follow such redirects, with their cookies if they rely on the token's one. What can't be
-    /// redirected, such as a WebSocket, and everything while the primary advertises no public
-    /// address, is forwarded.
+    /// The layer redirects the client (307) to the primary's public address
+    /// ([`Addresses::public`](crate::Addresses::public)), where it sends the request again. Clients
+    /// must follow such redirects, with their cookies if they rely on the token's one.
+    ///
+    /// The layer forwards what can't be redirected, such as a WebSocket, and everything while the
+    /// primary advertises no public address.
     Redirect,
-    /// Fly.io's proxy in front is told to replay the request on the primary's machine (`fly-replay:
-    /// instance=..`, status 409), which the primary names by its label `machine`, mostly
+    /// The layer tells Fly.io's proxy in front to replay the request on the primary's machine
+    /// (`fly-replay: instance=..`, status 409). The primary names it by its label `machine`, mostly
     /// `FLY_MACHINE_ID`. Bodies above 1 MB or of unknown length, which that proxy does not replay,
-    /// and everything while there is no such label, are forwarded.
+    /// the layer forwards, and everything while there is no such label.
     FlyReplay,
 }
 

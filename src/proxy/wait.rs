@@ -22,7 +22,7 @@ pub(super) async fn prepare(shared: Arc<LayerShared>, need: Need, head: Arc<Head
         if applied(&shared, txid, shared.options.wait_timeout).await {
             return Verdict::Here(body);
         }
-        // While there is no primary to ask, it waits on for that or for the transaction. A primary
+        // While there is no primary to ask, it waits on for one or for the transaction. A primary
         // that goes down in good order has sent all that it acknowledged, but for what took it too
         // long.
         let left = held_until.saturating_duration_since(Instant::now());

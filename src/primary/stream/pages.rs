@@ -13,8 +13,8 @@ use crate::primary::stream::{BEAT, End, ReplicaStream};
 use crate::txid::Position;
 use crate::wire::{HealBegin, Message, Sent, SnapBegin, SnapEnd, Want, WantRun};
 
-/// Pages that a replica asked for and that are read in one go: as many as a go of pieces has of the
-/// usual size.
+/// Pages that a replica asked for and that are read in one go: as many as a batch of pieces has of
+/// the usual size.
 const RUN_PAGES_AT_ONCE: usize = 256;
 
 impl ReplicaStream {
@@ -105,7 +105,7 @@ impl ReplicaStream {
         }
     }
 
-    /// Sends what the replica asks for, until it wants nothing more; then says where that is exact.
+    /// Sends what the replica asks for until it wants nothing more. Then says where that is exact.
     pub(super) async fn answer(
         &mut self,
         mut wants: mpsc::Receiver<Want>,
