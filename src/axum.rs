@@ -16,7 +16,7 @@ use crate::session::{self, Session};
 use crate::token::Token;
 
 /// A response that says whether to try again and tells nothing of the inside. [`Error::NotPrimary`]
-/// also reports to the request's [`Session`] that the primary is needed, so that the replay layer
+/// also reports to the request's [`Session`] that the primary is needed. The replay layer then
 /// sends the request there instead.
 ///
 /// ```

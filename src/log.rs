@@ -213,7 +213,7 @@ impl Log {
         self.forget(self.lock(), at)
     }
 
-    /// Whether an fsync failed, so that the log takes nothing before it is `reset`.
+    /// Whether an fsync failed. The log then takes nothing before it is `reset`.
     pub(crate) fn doubtful(&self) -> bool {
         self.lock().doubtful
     }

@@ -221,8 +221,8 @@ fn check(path: &Path) -> Result<()> {
     Ok(())
 }
 
-/// Copies a whole database in one step, so that all of it is of one state. Busy is an error here,
-/// not a pause.
+/// Copies a whole database in one step: all of it is of one state. Busy is an error here, not a
+/// pause.
 fn copy_whole(from: &Connection, to: &mut Connection) -> Result<()> {
     match Backup::new(from, to)?.step(-1)? {
         StepResult::Done => Ok(()),

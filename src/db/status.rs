@@ -46,7 +46,7 @@ impl Db {
     ///
     /// `can_read` stays true for a grace time ([`Config::grace`](crate::Config::grace)) after the
     /// node lost its primary. A balancer that drops every replica while the primary is away would
-    /// make the outage itself. `can_read` is false while reads fail for what is not in their
+    /// make the outage itself. `can_read` is false while reads fail for a reason outside of their
     /// statements, such as a disk, or a descriptor, that can't be had. Then this very call reads a
     /// little: a node without other reads recovers by that. `can_write` is false on a primary that
     /// has stopped.

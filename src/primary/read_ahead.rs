@@ -95,7 +95,7 @@ pub(super) fn read_sums(supply: &dyn StreamSource, from: PageNo) -> Result<(Page
     Ok((PageBatch { bytes: bytes.freeze(), position, pages, last }, next))
 }
 
-/// Pages that one sum stands for: as many as a piece has, so that a span is read at one moment.
+/// Pages that one sum stands for: as many as a piece has, which is read at one moment.
 fn span_pages(size: PageSize) -> u32 {
     (PIECE_BYTES / size.bytes()) as u32
 }

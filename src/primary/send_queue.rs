@@ -16,7 +16,7 @@ const WAITING_MAX_BYTES: usize = 4 * 1024 * 1024;
 /// Pieces that wait; many small ones have a cost of their own.
 const WAITING_MAX_PIECES: usize = 64;
 
-/// The other side takes nothing any more.
+/// The other end takes nothing any more.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) struct Closed;
 

@@ -90,8 +90,7 @@ fn wants_trailers(parts: &Parts) -> bool {
     parts.version == Version::HTTP_2 && parts.headers.contains_key(TE)
 }
 
-/// Whether a request names one resource at one host, so that every server on its way reads it
-/// alike.
+/// Whether a request names one resource at one host. Every server on its way then reads it alike.
 fn is_definite(parts: &Parts, options: &Options) -> bool {
     parts.headers.get_all(HOST).iter().nth(1).is_none() && target(parts, options).starts_with('/')
 }

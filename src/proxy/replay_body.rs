@@ -51,7 +51,7 @@ impl Budget {
     }
 }
 
-/// A handle to a body that is being read by somebody else and can be taken back from them.
+/// A handle to a body that another task reads, and that can be taken back from it.
 #[derive(Clone)]
 pub(super) struct Keep(Arc<Mutex<ReplayState>>);
 
@@ -67,7 +67,7 @@ struct ReplayState {
     resend: bool,
     /// The trailers, too, were read before, and go out last.
     resend_trailers: bool,
-    /// The source has nothing to give since its last frame: it is the client that is waited for.
+    /// The source has nothing to give since its last frame: the layer waits for the client.
     starving: bool,
     /// The source failed: what the client sent is no body, or it left.
     failed: bool,
@@ -174,7 +174,7 @@ impl Keep {
         state.last_progress + if state.at_end() { answer } else { idle }
     }
 
-    /// Whether somebody asked for more of the body and the client has not sent it.
+    /// Whether its reader asked for more of the body and the client has not sent it.
     pub(super) fn starving(&self) -> bool {
         let state = self.lock();
         state.starving && !state.at_end()

@@ -48,7 +48,7 @@ impl Route {
     }
 }
 
-/// Whether the method promises to change nothing, so that a request may be sent again.
+/// Whether the method promises to change nothing. The request may then be sent again.
 pub(super) fn is_safe(method: &Method) -> bool {
     matches!(*method, Method::GET | Method::HEAD | Method::OPTIONS | Method::TRACE)
 }

@@ -16,7 +16,7 @@ const SEC_WEBSOCKET_ACCEPT: HeaderName = HeaderName::from_static("sec-websocket-
 /// A request for another protocol.
 #[derive(Clone, Debug)]
 pub(super) struct Upgrade {
-    /// The client's side.
+    /// The client's end.
     client: OnUpgrade,
     protocol: HeaderValue,
     /// Asked for by an extended CONNECT of HTTP/2 (RFC 8441), and not by an `Upgrade` header.
