@@ -95,7 +95,12 @@ impl Db {
     ///     conn.execute_batch("CREATE TABLE IF NOT EXISTS visits (at TEXT)")
     /// }))
     /// .await?;
-    /// let commit = db.write(|tx| Ok::<_, replite::Error>(tx.execute("INSERT INTO visits VALUES ('now')", [])?)).await?;
+    /// let commit = db
+    ///     .write(|tx| {
+    ///         let rows = tx.execute("INSERT INTO visits VALUES ('now')", [])?;
+    ///         Ok::<_, replite::Error>(rows)
+    ///     })
+    ///     .await?;
     /// assert_eq!(commit.value, 1);
     /// # Ok(())
     /// # }
@@ -453,10 +458,12 @@ impl Db {
     /// gives one with a layer's own limits.
     ///
     /// ```no_run
-    /// # async fn example(db: replite::Db) -> Result<(), Box<dyn std::error::Error + Send + Sync>> {
+    /// # type BoxError = Box<dyn std::error::Error + Send + Sync>;
+    /// # async fn example(db: replite::Db) -> Result<(), BoxError> {
     /// use tower::ServiceExt;
     ///
-    /// let request = http::Request::post("/api/notes").body(http_body_util::Full::<bytes::Bytes>::from("hello"))?;
+    /// let body = http_body_util::Full::<bytes::Bytes>::from("hello");
+    /// let request = http::Request::post("/api/notes").body(body)?;
     /// let response = db.primary_client().oneshot(request).await?;
     /// assert!(response.status().is_success());
     /// # Ok(())

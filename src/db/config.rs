@@ -251,7 +251,8 @@ impl Config {
     ///         tx.execute_batch("CREATE TABLE notes (text TEXT); PRAGMA user_version = 1")?;
     ///         tx.commit()?;
     ///     }
-    ///     Ok::<_, replite::Error>(()) // or the error of `rusqlite_migration`, `refinery`, `anyhow`
+    ///     // Or the error of `rusqlite_migration`, `refinery`, `anyhow`.
+    ///     Ok::<_, replite::Error>(())
     /// });
     /// # let _ = config;
     /// ```

@@ -79,7 +79,10 @@ impl Db {
     ///     tokio::select! {
     ///         served = &mut server => served??,
     ///         // A client that takes its response too slowly is cut off.
-    ///         () = async { db.draining().await; tokio::time::sleep(Duration::from_secs(10)).await } => server.abort(),
+    ///         () = async {
+    ///             db.draining().await;
+    ///             tokio::time::sleep(Duration::from_secs(10)).await
+    ///         } => server.abort(),
     ///     }
     ///     db.shutdown().await;
     ///     Ok(())
