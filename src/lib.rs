@@ -27,7 +27,8 @@ pub mod guide {
     #[doc = include_str!("../docs/trouble.md")]
     pub mod trouble {}
 
-    // Its code needs a crate that the example of its own in `examples/migrations` has, which runs it.
+    // Its code needs a crate that only `examples/migrations`, an example of its own, has. That one
+    // runs it.
     #[cfg(not(doctest))]
     #[doc = include_str!("../docs/migrations.md")]
     pub mod migrations {}

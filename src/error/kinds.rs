@@ -46,8 +46,8 @@ pub enum Unsupported {
     /// The file system is a network or FUSE one.
     #[error("{0} is a network or user-space file system, where SQLite's locks can't be trusted")]
     NetworkFileSystem(String),
-    /// The state directory, or what has its name, is not for this database's owner alone. The text says
-    /// what to do.
+    /// The state directory, or what has its name, is not for this database's owner alone. The text
+    /// says what to do.
     #[error("the state directory is not private: {0}")]
     StateDirectory(&'static str),
     /// The journal mode could not be turned to WAL.

@@ -197,7 +197,7 @@ mod tests {
         let update = "UPDATE t SET b = randomblob(3000) WHERE rowid > 180";
         for (sql, after, in_log) in [
             (UPDATE, "SELECT 1", true),
-            // What was written last is written over, and more comes behind it.
+            // What was written last is written over, and more comes after it.
             (UPDATE, update, true),
             // A page that the log does not have.
             (UPDATE, "INSERT INTO t SELECT 'foreign', randomblob(3000) FROM t LIMIT 50", false),
