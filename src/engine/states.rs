@@ -293,7 +293,8 @@ impl World {
         let end = half_copied.len().max(target.pages as usize * PAGE);
         half_copied.resize(end, 0);
         half_copied.extend_from_slice(&[7; CopyTag::BYTES]);
-        let sql = "UPDATE t SET v = randomblob(300) WHERE n IN (3, 9, 25); INSERT INTO t(v) VALUES (randomblob(400))";
+        let sql = "UPDATE t SET v = randomblob(300) WHERE n IN (3, 9, 25); INSERT INTO t(v) VALUES \
+            (randomblob(400))";
         let (changed, connection, dir) = by_sqlite(&maker, &files, sql);
         maker.committed.insert(image(&dir.path().join("a.db")), ("changed by SQLite".into(), None));
         connection.execute_batch("UPDATE t SET v = randomblob(300) WHERE n IN (5, 11, 30)").unwrap();

@@ -254,7 +254,8 @@ fn mutate(connection: &Connection, rng: &mut StdRng) {
         82..86 => {
             let n = rng.random_range(0..1000);
             run(&format!(
-                "CREATE TABLE IF NOT EXISTS x{n}(a, b); INSERT INTO x{n} VALUES (1, 2); CREATE INDEX IF NOT EXISTS i{n} ON x{n}(a)"
+                "CREATE TABLE IF NOT EXISTS x{n}(a, b); INSERT INTO x{n} VALUES (1, 2); CREATE INDEX IF NOT \
+                 EXISTS i{n} ON x{n}(a)"
             ));
         }
         86..89 => {
@@ -266,7 +267,8 @@ fn mutate(connection: &Connection, rng: &mut StdRng) {
             }
         }
         89..92 => run(
-            "BEGIN; SAVEPOINT a; DELETE FROM t WHERE id % 3 = 0; ROLLBACK TO a; INSERT INTO t(k, v) VALUES (9, 'x'); COMMIT",
+            "BEGIN; SAVEPOINT a; DELETE FROM t WHERE id % 3 = 0; ROLLBACK TO a; INSERT INTO t(k, v) VALUES \
+             (9, 'x'); COMMIT",
         ),
         92..94 => run("BEGIN; DELETE FROM t; ROLLBACK"),
         94..96 => run("UPDATE t SET k = k"),
@@ -289,7 +291,8 @@ fn random_sql_of_a_foreign_connection_arrives_page_by_page_at_every_page_size() 
         let plain = open_plain(&home.path("p.db"));
         plain
             .execute_batch(&format!(
-                "PRAGMA page_size = {size}; PRAGMA auto_vacuum = {}; CREATE TABLE t(id INTEGER PRIMARY KEY, k, v); CREATE INDEX tk ON t(k)",
+                "PRAGMA page_size = {size}; PRAGMA auto_vacuum = {}; CREATE TABLE t(id INTEGER PRIMARY KEY, \
+                 k, v); CREATE INDEX tk ON t(k)",
                 round % 3
             ))
             .unwrap();

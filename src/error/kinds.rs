@@ -89,7 +89,8 @@ pub enum PeerProblem {
     },
     /// It answers an empty 404, which says as little as it can.
     #[error(
-        "an empty 404: its secret is another one, or no endpoint is mounted at this path; compare the secrets of both nodes, and the URL"
+        "an empty 404: its secret is another one, or no endpoint is mounted at this path; compare the \
+         secrets of both nodes, and the URL"
     )]
     NotFound,
     /// The secret was not proved: the peers' secrets differ.

@@ -331,7 +331,8 @@ impl Apply {
 
 impl Drop for Apply {
     fn drop(&mut self) {
-        // Also where no thread was started. After an orderly end there is nothing left to give back.
+        // Also where no thread was started. After an orderly end there is nothing left to give
+        // back.
         self.stop(false);
     }
 }

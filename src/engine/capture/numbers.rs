@@ -106,7 +106,8 @@ impl PrimaryEngine {
         })?;
         if !(after.end..=after.repeated).contains(&frame) {
             return Err(Error::Disturbed(format!(
-                "somebody else's commit ends at frame {} of the WAL, where ours should be, up to frame {frame}",
+                "somebody else's commit ends at frame {} of the WAL, where ours should be, up to frame \
+                 {frame}",
                 after.end
             )));
         }

@@ -9,7 +9,8 @@ use crate::txid::Position;
 use crate::wire::Plan;
 
 impl Apply {
-    /// A primary that goes on with its log has the very state that the hello named, and vouches for it.
+    /// A primary that goes on with its log has the very state that the hello named, and vouches for
+    /// it.
     pub(super) fn welcome(&mut self, plan: Plan) -> Result<()> {
         let Some(live) = self.state.known() else { return Ok(()) };
         let position = live.position();
