@@ -105,7 +105,8 @@ pub enum Error {
     Config(String),
     /// A secret that could be guessed. Nothing was opened. Make another, as the text says.
     #[error(
-        "no secret to rely on: {0}; make one with `openssl rand -base64 32`, or derive one from a phrase (Secret::from_phrase)"
+        "no secret to rely on: {0}; make one with `openssl rand -base64 32`, or derive one from a phrase \
+         (Secret::from_phrase)"
     )]
     WeakSecret(&'static str),
     /// A text is not of the form that it should have. Nothing was committed: correct the text.
@@ -145,7 +146,10 @@ pub enum Error {
     BlockingInAsync,
     /// This node is not the primary, so it can't commit. Nothing of the write was run. Send it to
     /// the primary: the replay layer does that.
-    #[error("not the primary{}", primary.as_ref().map_or(String::new(), |p| format!(" (it is {})", p.addresses.app)))]
+    #[error(
+        "not the primary{}",
+        primary.as_ref().map_or(String::new(), |p| format!(" (it is {})", p.addresses.app))
+    )]
     NotPrimary {
         /// What is known of the primary.
         primary: Option<Box<PeerInfo>>,
@@ -247,9 +251,10 @@ pub enum Error {
         /// The newest version that can be read.
         supported: u32,
     },
-    /// What is left of the database's files is no committed state that could be proved, can be read
-    /// in two ways, or lacks transactions that were on the disk. Nothing was changed. The text says
-    /// what is known, which transactions no file has any more, and what to do.
+    /// The database's files are damaged. What is left of them is no committed state that could be
+    /// proved, or can be read in two ways. Or it lacks transactions that were on the disk. Nothing
+    /// was changed. The text says what is known, which transactions no file has any more, and what
+    /// to do.
     #[error("{} is damaged: {what}", path.display())]
     Damaged {
         /// The database file.
@@ -272,7 +277,11 @@ pub enum Error {
     /// What a heal, or the mending of a damaged database, would replace can't be kept: too much of
     /// that kind is kept already. Nothing was changed. Look at it with
     /// [`Db::lost`](crate::Db::lost), and move some of it away.
-    #[error("{} has {used} bytes and {needed} more must be kept, which is more than {quota}: move some of it away", path.display())]
+    #[error(
+        "{} has {used} bytes and {needed} more must be kept, which is more than {quota}: \
+         move some of it away",
+        path.display()
+    )]
     LostFull {
         /// The directory.
         path: PathBuf,

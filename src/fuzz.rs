@@ -323,8 +323,9 @@ mod tests {
                 .map(|(name, value)| [name.as_str().as_bytes(), b":", value.as_bytes()].concat());
             write("handshake", name, &lines.collect::<Vec<_>>().join(&b'\n'));
         }
-        let http = "cookie: a=b; replite=v1.x; c=\"d\"\nconnection: upgrade, te\nupgrade: websocket\nforwarded: for=1.2.3.4;proto=https
-x-forwarded-for: 1.1.1.1, 2.2.2.2\nx-forwarded-proto: https\nte: trailers\nreplite-hop: 1\nauthorization: x";
+        let http = "cookie: a=b; replite=v1.x; c=\"d\"\nconnection: upgrade, te\nupgrade: websocket\n\
+            forwarded: for=1.2.3.4;proto=https\nx-forwarded-for: 1.1.1.1, 2.2.2.2\n\
+            x-forwarded-proto: https\nte: trailers\nreplite-hop: 1\nauthorization: x";
         write("http", "request", http.as_bytes());
         let txid = Txid::new(Epoch::new(3, 0xfeed), 77);
         let position = Position::new(txid, Checksum::from_u128(5));

@@ -53,9 +53,9 @@ pub(crate) fn fuzz_lost(data: &[u8]) {
     let paths = Paths::fresh(dir.path());
     let branch = paths.lost().join("branch-x");
     fs::create_dir_all(&branch).expect("a directory");
-    let position = format!("{:016x}-{:016x}-{:016x}-{:032x}", 1, 2, 3, 4);
+    let tip = format!("{:016x}-{:016x}-{:016x}-{:032x}", 1, 2, 3, 4);
     let json = format!(
-        r#"{{"format":1,"fork":null,"tip":"{position}","healed_to":"{position}","damaged":false,"unix_millis":1,
+        r#"{{"format":1,"fork":null,"tip":"{tip}","healed_to":"{tip}","damaged":false,"unix_millis":1,
             "page_size":512,"size_pages":1,"pages":1,"record_bytes":0}}"#
     );
     for (at, name) in ["branch.json", "pages", "records", "rows.jsonl"].into_iter().enumerate() {

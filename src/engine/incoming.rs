@@ -408,7 +408,7 @@ mod tests {
         SnapBegin { first, from, page_size: PageSize::new(512).unwrap(), pages: 4 }
     }
 
-    /// Leaves a snapshot of four pages behind, with its progress.
+    /// Leaves a part of a snapshot of four pages, with its progress.
     fn interrupted(paths: &Paths) -> PageNo {
         let mut incoming = IncomingState::begin(paths, begin(PageNo::FIRST)).unwrap();
         incoming.piece(PageNo::FIRST, &[7; 4 * 512]).unwrap();

@@ -43,7 +43,8 @@ const FORMAT: u32 = 1;
 const BRANCH_MAX_BYTES: u64 = 64 * 1024;
 const PREFIX: &str = "branch-";
 /// What to do about a file of a branch that is corrupt.
-const CURE: &str = "is a copy of what was replaced, which the node does not need: take what can be read from the other files of its directory, then move that away";
+const CURE: &str = "is a copy of what was replaced, which the node does not need: take what can be read from \
+    the other files of its directory, then move that away";
 
 /// A branch of the history that this node had and that a heal replaced by the primary's; see
 /// [`Db::lost`](crate::Db::lost).

@@ -240,7 +240,7 @@ impl World {
         }
         engine.close();
         drop(engine);
-        // The generation that is looked at: nobody copies but we.
+        // The generation that is looked at: no one else copies.
         options.wal_limit_bytes = 64 << 20;
         let engine = PrimaryEngine::open(options, node()).unwrap();
         maker.note(&engine);
@@ -250,7 +250,7 @@ impl World {
         backfill_some(&engine.base, &mut lock(&engine.second), false).unwrap();
         let newest = lock(&engine.base.anchors).newest_first()[0];
         let FileState::AtRest { position, modified } = newest.file else { panic!("{newest:?}") };
-        // A backfill that nobody says is all leaves the last frame out.
+        // A backfill that is not said to be all leaves the last frame out.
         let (rest, rest_frame) = (position.number(), newest.frame);
         let at_rest = maker.files();
         for _ in 0..2 {
@@ -280,7 +280,7 @@ impl World {
         let log_ahead = log_of(&maker.files());
         let database = files[Path::new("a.db")].clone();
         let wal = files[Path::new("a.db-wal")].clone();
-        // What a copy that was cut short leaves, behind whose end is its mark.
+        // What a copy that was cut short leaves: its mark is after its end.
         let mut half_copied = database.clone();
         let size = PageSize::new(PAGE as u32).unwrap();
         for frame in rest_frame + 1..rest_frame + 1 + (target.frame - rest_frame) / 2 {
@@ -293,7 +293,8 @@ impl World {
         let end = half_copied.len().max(target.pages as usize * PAGE);
         half_copied.resize(end, 0);
         half_copied.extend_from_slice(&[7; CopyTag::BYTES]);
-        let sql = "UPDATE t SET v = randomblob(300) WHERE n IN (3, 9, 25); INSERT INTO t(v) VALUES (randomblob(400))";
+        let sql = "UPDATE t SET v = randomblob(300) WHERE n IN (3, 9, 25); INSERT INTO t(v) VALUES \
+            (randomblob(400))";
         let (changed, connection, dir) = by_sqlite(&maker, &files, sql);
         maker.committed.insert(image(&dir.path().join("a.db")), ("changed by SQLite".into(), None));
         connection.execute_batch("UPDATE t SET v = randomblob(300) WHERE n IN (5, 11, 30)").unwrap();

@@ -176,7 +176,7 @@ fn feed(
     }
 }
 
-/// All pages, and the empty piece behind the last.
+/// All pages, and the empty piece after the last.
 fn send_pieces(engine: &PrimaryEngine, out: &mut BytesMut, between: &mut dyn FnMut()) -> Piece {
     let mut next = PageNo::FIRST;
     loop {
@@ -254,7 +254,8 @@ fn mutate(connection: &Connection, rng: &mut StdRng) {
         82..86 => {
             let n = rng.random_range(0..1000);
             run(&format!(
-                "CREATE TABLE IF NOT EXISTS x{n}(a, b); INSERT INTO x{n} VALUES (1, 2); CREATE INDEX IF NOT EXISTS i{n} ON x{n}(a)"
+                "CREATE TABLE IF NOT EXISTS x{n}(a, b); INSERT INTO x{n} VALUES (1, 2); CREATE INDEX IF NOT \
+                 EXISTS i{n} ON x{n}(a)"
             ));
         }
         86..89 => {
@@ -266,7 +267,8 @@ fn mutate(connection: &Connection, rng: &mut StdRng) {
             }
         }
         89..92 => run(
-            "BEGIN; SAVEPOINT a; DELETE FROM t WHERE id % 3 = 0; ROLLBACK TO a; INSERT INTO t(k, v) VALUES (9, 'x'); COMMIT",
+            "BEGIN; SAVEPOINT a; DELETE FROM t WHERE id % 3 = 0; ROLLBACK TO a; INSERT INTO t(k, v) VALUES \
+             (9, 'x'); COMMIT",
         ),
         92..94 => run("BEGIN; DELETE FROM t; ROLLBACK"),
         94..96 => run("UPDATE t SET k = k"),
@@ -289,7 +291,8 @@ fn random_sql_of_a_foreign_connection_arrives_page_by_page_at_every_page_size() 
         let plain = open_plain(&home.path("p.db"));
         plain
             .execute_batch(&format!(
-                "PRAGMA page_size = {size}; PRAGMA auto_vacuum = {}; CREATE TABLE t(id INTEGER PRIMARY KEY, k, v); CREATE INDEX tk ON t(k)",
+                "PRAGMA page_size = {size}; PRAGMA auto_vacuum = {}; CREATE TABLE t(id INTEGER PRIMARY KEY, \
+                 k, v); CREATE INDEX tk ON t(k)",
                 round % 3
             ))
             .unwrap();
@@ -545,7 +548,7 @@ fn a_replica_that_was_filled_by_a_snapshot_keeps_its_lock_on_the_database_file()
     let engine = home.primary("p.db");
     let follower = home.follower("r.db");
     catch_up(&engine, &follower);
-    // Behind this the snapshot is over and done with.
+    // After this the snapshot is over and done with.
     standing(&follower);
     // SQLite's shared one, and the marker that says that it stands; else another process deletes
     // the WAL when it closes. The kernel's list is not read in one piece, so that locks of other
@@ -703,7 +706,7 @@ fn the_wal_is_not_begun_anew_over_a_commit_that_came_while_readers_were_waited_f
     reader_of_all.query_row("SELECT count(*) FROM t", [], |_| Ok(())).unwrap();
     let base = engine.base.clone();
     let begun = std::thread::scope(|scope| {
-        // As who holds WRITE does it; but nobody does.
+        // As a holder of WRITE does it; but no one holds it.
         let restarts = scope.spawn(|| {
             let mut handle = reader(&base).unwrap();
             let begun = checkpoint::restart::restart(&base, &mut handle, Duration::from_secs(60)).unwrap();

@@ -54,7 +54,7 @@ mod tests {
                 let (path, ends, reads, written) = (home.path(name), &ends, &reads, &written);
                 scope.spawn(move || {
                     let connection = Connection::open(path).unwrap();
-                    // Nobody waits: what is in the way of a reader is an error.
+                    // No reader waits: what is in the way of one is an error.
                     connection.busy_timeout(Duration::ZERO).unwrap();
                     let mut before = 0;
                     while !ends.load(Ordering::Acquire) {

@@ -46,8 +46,8 @@ pub enum Unsupported {
     /// The file system is a network or FUSE one.
     #[error("{0} is a network or user-space file system, where SQLite's locks can't be trusted")]
     NetworkFileSystem(String),
-    /// The state directory, or what has its name, is not for this database's owner alone. The text says
-    /// what to do.
+    /// The state directory, or what has its name, is not for this database's owner alone. The text
+    /// says what to do.
     #[error("the state directory is not private: {0}")]
     StateDirectory(&'static str),
     /// The journal mode could not be turned to WAL.
@@ -89,7 +89,8 @@ pub enum PeerProblem {
     },
     /// It answers an empty 404, which says as little as it can.
     #[error(
-        "an empty 404: its secret is another one, or no endpoint is mounted at this path; compare the secrets of both nodes, and the URL"
+        "an empty 404: its secret is another one, or no endpoint is mounted at this path; compare the \
+         secrets of both nodes, and the URL"
     )]
     NotFound,
     /// The secret was not proved: the peers' secrets differ.

@@ -49,7 +49,8 @@ pub(crate) fn make_state_dir(state_dir: &Path) -> Result<()> {
             database_of(state_dir).and_then(|database| fs::metadata(database).ok()).map(|meta| meta.uid());
         if meta.uid() != own_user() && owner != Some(meta.uid()) {
             return refused(
-                "it belongs neither to this process's user nor to the database's owner: look at what is in it, then `chown` it or move it away",
+                "it belongs neither to this process's user nor to the database's owner: look at what is in \
+                 it, then `chown` it or move it away",
             );
         }
         let others = meta.mode() & 0o022;

@@ -169,7 +169,10 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         let acks = acknowledge(self.node, self.feed, self.dialled, waiting, request, self.drained.clone());
         tokio::select! {
             ended = self.receive(&mut units, reporter) => ended,
-            () = acks => Err(self.blame(PeerProblem::Connection("nothing more can be sent on it".into())).into()),
+            () = acks => {
+                let problem = PeerProblem::Connection("nothing more can be sent on it".into());
+                Err(self.blame(problem).into())
+            }
         }
     }
 

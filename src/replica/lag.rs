@@ -149,7 +149,8 @@ impl Freshness {
         if !lag.connected {
             let seconds = stream.heard.silence().as_secs();
             return Some(format!(
-                "nothing was heard from the primary for {seconds} s, not even what it says each second: it stands still, or the link does"
+                "nothing was heard from the primary for {seconds} s, not even what it says each second: it \
+                 stands still, or the link does"
             ));
         }
         let standing = now.saturating_duration_since(stream.since);

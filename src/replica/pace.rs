@@ -58,16 +58,19 @@ impl Coming {
                 format!("the database here is being filled: {have} of {total} have come, at {rate}/s")
             }
             _ if !filled => format!(
-                "the database here is being filled: what was committed while its pages came is still to come, at {rate}/s"
+                "the database here is being filled: what was committed while its pages came is still to \
+                 come, at {rate}/s"
             ),
             Coming::Heal => format!(
-                "this node is {seconds} s behind: its pages are being compared with the primary's, which sends at {rate}/s"
+                "this node is {seconds} s behind: its pages are being compared with the primary's, which \
+                 sends at {rate}/s"
             ),
             _ if lag.transactions == 0 => return None,
             _ => {
                 let transactions = lag.transactions;
                 format!(
-                    "this node is {seconds} s behind: {transactions} transactions are still to come, at {rate}/s"
+                    "this node is {seconds} s behind: {transactions} transactions are still to come, at \
+                     {rate}/s"
                 )
             }
         })

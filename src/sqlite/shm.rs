@@ -14,7 +14,8 @@ use crate::wal::{
 };
 
 /// Of a wal-index that is corrupt.
-const CURE: &str = "is SQLite's wal-index, with no data of its own: close all connections to the database, remove it, and start the node again";
+const CURE: &str = "is SQLite's wal-index, with no data of its own: close all connections to the database, \
+    remove it, and start the node again";
 
 /// The file of a database's wal-index.
 fn shm_path(handle: &Handle) -> std::path::PathBuf {
@@ -265,7 +266,8 @@ impl WalIndex {
             path: shm_path(handle),
             offset: (region_of(frame) * REGION_BYTES) as u64,
             what: format!(
-                "the wal-index has no room for frame {frame}, though a region has two slots for each of its frames"
+                "the wal-index has no room for frame {frame}, though a region has two slots for each of its \
+                 frames"
             ),
             cure: CURE,
         })

@@ -24,7 +24,8 @@ const COMMENT_WIDTH: usize = 100;
 const LINE_WIDTH: usize = 110;
 
 /// Documents beside those in `docs`.
-const DOCUMENTS: [&str; 4] = ["README.md", "ARCHITECTURE.md", "CHANGELOG.md", "benches/README.md"];
+const DOCUMENTS: [&str; 5] =
+    ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "CHANGELOG.md", "benches/README.md"];
 
 /// Words that hide the actor or mean two things, and what to write instead.
 const BANNED: [(&str, &str); 3] = [

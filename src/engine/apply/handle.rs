@@ -26,7 +26,7 @@ use crate::status::Checkpoint;
 use crate::txid::Position;
 use crate::wire::{Unit, Want};
 
-/// Batches that may wait for the apply thread; the stream reads on only when one is taken.
+/// Batches that may wait for the apply thread. The stream reads on only when the thread takes one.
 const QUEUE_MAX: usize = 8;
 
 /// Pause between looks at a full queue while the thread is to end.
@@ -80,16 +80,19 @@ impl ReplicaEngine {
         *self.shared.readable.borrow()
     }
 
-    /// Forgets what an earlier stream left unfinished and says where the replica stands. What comes out of the channel is to be asked of
-    /// the primary while the stream stands.
+    /// Forgets what an earlier stream left unfinished, and says where the replica stands. What
+    /// comes out of the channel is to be asked of the primary, for as long as the stream stands.
     pub(crate) async fn standing(&self) -> Result<(ReplicaStanding, mpsc::Receiver<Want>), StreamError> {
         let (reply, answer) = oneshot::channel();
         self.commands.send(ApplyCommand::ReplicaStanding(reply)).await.map_err(|_| self.gone())?;
         Ok(answer.await.map_err(|_| self.gone())?)
     }
 
-    /// Hands over data units in order; waits while the bounded queue is full. An error of the apply thread comes
-    /// back from this or a later call, also one without units; the stream must then be ended.
+    /// Hands over data units in order, and waits while the bounded queue is full.
+    ///
+    /// # Errors
+    /// An error of the apply thread comes back from this or a later call, also from one without
+    /// units. The caller must then end the stream.
     pub(crate) async fn feed(&self, units: Vec<Unit>) -> Result<(), StreamError> {
         if let Some(error) = lock(&self.shared.failure).take() {
             return Err(error);
@@ -105,19 +108,21 @@ impl ReplicaEngine {
         lock(&self.shared.fallen).clone().map_or(Error::ShutDown, Error::Stopped)
     }
 
-    /// Has all pages compared with the primary's, and healed: they are not what the position says. Blocks.
+    /// Has the apply thread compare all pages with the primary's, and heal them: they are not what
+    /// the position says. Blocks.
     pub(crate) fn suspect(&self) {
         // A thread that has ended has nothing to heal any more.
         let _ = self.commands.blocking_send(ApplyCommand::Suspect);
     }
 
-    /// Reads pages that the primary asks for, and encodes those that it does not have so. Blocks; see [`ApplyShared::answer`].
+    /// Reads pages that the primary asks for, and encodes those that it does not have so. Blocks;
+    /// see [`ApplyShared::answer`].
     pub(crate) fn answers(&self) -> impl FnOnce(Want) -> Result<Bytes> + Send + 'static {
         let shared = self.shared.clone();
         move |want| shared.answer(&want)
     }
 
-    /// Grows when something of what was fed has been taken in, as far as it went.
+    /// Grows when the apply thread has taken in something of what it was fed, as far as it went.
     pub(crate) fn taken(&self) -> u64 {
         self.shared.taken.load(Ordering::Relaxed)
     }
@@ -132,19 +137,20 @@ impl ReplicaEngine {
         self.shared.heals.load(Ordering::Relaxed)
     }
 
-    /// Fails when the files at the paths are not those that are open, or somebody else wrote to the database.
+    /// Fails when the files at the paths are not those that are open, or when somebody else wrote
+    /// to the database.
     pub(crate) fn expect_files(&self) -> Result<()> {
         let base = lock(&self.shared.term).clone();
-        // Replication goes on: what is at the path now is opened.
+        // Replication goes on: the apply thread opens what is at the path now.
         let disturbed = |error: Error| Error::Disturbed(error.cause().to_string());
         base.map_or(Ok(()), |base| base.expect_files().map_err(disturbed))
     }
 
-    /// Copies all that is applied back and begins the WAL anew. Blocks for at most so long.
+    /// Copies back all that is applied, and begins the WAL anew. Blocks for at most so long.
     pub(crate) fn checkpoint(&self, limit: Duration) -> Result<Checkpoint> {
         let base = lock(&self.shared.term).clone();
         let base = base.ok_or_else(|| Error::NoState("the replica is not filled yet".into()))?;
-        // The checkpointer has the apply thread look each time that it looks itself.
+        // Each time that the checkpointer looks itself, it has the apply thread look, too.
         bound::checkpoint(&base, limit, || {})
     }
 
@@ -157,10 +163,12 @@ impl ReplicaEngine {
         lock(&self.shared.term).as_ref().map(|b| b.log.clone())
     }
 
-    /// Ends the replica's role: nothing is applied any more, all that was is on the disk, the threads have ended. Blocks.
+    /// Ends the replica's role. The thread applies nothing any more, all that it applied is on the
+    /// disk, and the threads have ended. Blocks.
     ///
     /// # Errors
-    /// [`Error::NoState`] where no primary vouches for what is here; this is still a replica then. After any other error it has stopped for good.
+    /// [`Error::NoState`] where no primary vouches for what is here: this is still a replica then.
+    /// After any other error it has stopped for good.
     pub(crate) fn stop(&self) -> Result<Opened> {
         let (reply, opened) = std::sync::mpsc::sync_channel(1);
         self.commands.blocking_send(ApplyCommand::Leave(reply)).map_err(|_| self.gone())?;
@@ -173,7 +181,7 @@ impl ReplicaEngine {
     pub(crate) fn close(&self) {
         let Some(thread) = lock(&self.thread).take() else { return };
         self.shared.stop.store(true, Ordering::Release);
-        // In a full queue the thread sees the flag; in an empty one only a command wakes it.
+        // In a full queue the thread sees the flag. In an empty one only a command wakes it.
         while let Err(mpsc::error::TrySendError::Full(_)) = self.commands.try_send(ApplyCommand::Stop) {
             std::thread::sleep(QUEUE_FULL_STEP);
         }

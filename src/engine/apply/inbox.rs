@@ -35,7 +35,8 @@ pub(in crate::engine) struct ApplyShared {
 }
 
 impl ApplyShared {
-    /// The state can't be closed while a piece is read.
+    /// Reads the pages that the primary asks for, piece by piece. The apply thread can't close the
+    /// state while this reads a piece.
     pub(in crate::engine) fn answer(&self, want: &Want) -> Result<Bytes> {
         let nothing = || Error::NoState("nothing to compare with yet".into());
         let (mut handle, size) = {
@@ -71,10 +72,11 @@ pub(in crate::engine) enum ApplyCommand {
 pub(crate) struct ReplicaStanding {
     pub(crate) position: Option<Position>,
     pub(crate) history: Arc<EpochHistory>,
-    /// A snapshot that was begun: the position of its first piece, and the first page that is missing.
+    /// A snapshot that was begun: the position of its first piece, and the first page that is
+    /// missing.
     pub(crate) resume: Option<(Position, PageNo)>,
-    /// The pages may not be what the position says: all of them are to be compared.
+    /// The pages may not be what the position says: the primary and this node compare all of them.
     pub(crate) suspect: bool,
-    /// Earlier states, newest first, among which the fork is looked for.
+    /// Earlier states, newest first, among which the primary looks for the fork.
     pub(crate) marks: Vec<Position>,
 }

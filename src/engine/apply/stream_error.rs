@@ -6,8 +6,8 @@ use crate::engine::history::intake_error::IntakeError;
 use crate::error::Error;
 use crate::page::PageSize;
 
-/// Why a replica's stream ends. The status shows it and the next stream is tried; no call of an
-/// application returns it.
+/// Why a replica's stream ends. The status shows it, and the replica tries the next stream. No call
+/// of an application returns it.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum StreamError {
     /// A verification found bad pages: the hello of the next stream says so.

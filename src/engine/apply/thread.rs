@@ -147,7 +147,7 @@ impl Apply {
                     self.abort();
                     let opened = self.leave();
                     let ends = opened.is_ok();
-                    // Where nobody takes it, it is closed.
+                    // Where no caller takes it, dropping it closes it.
                     let _ = reply.send(opened);
                     if ends {
                         break;
@@ -159,7 +159,8 @@ impl Apply {
         Ok(())
     }
 
-    /// Where the files are not those that were opened, nothing of the state here is believed: what is at the path is opened anew.
+    /// Where the files are not those that it opened, the thread believes nothing of the state here.
+    /// It opens anew what is at the path.
     fn expect_files(&mut self) {
         if let State::Unopened = self.state {
             return self.open_anew();
@@ -174,7 +175,7 @@ impl Apply {
         self.end_service();
         self.state.close();
         drop(base);
-        // What was promised of that state is not.
+        // What this node promised of that state is not.
         self.history = EpochHistory::default();
         self.node.applied.forget();
         self.suspect = Suspect::No;
@@ -182,7 +183,8 @@ impl Apply {
         self.open_anew();
     }
 
-    /// Until it works: connections that somebody here or elsewhere still has to the old files may be in the way.
+    /// Each command tries this until it works. Connections to the old files, of this process or
+    /// another, may be in the way.
     fn open_anew(&mut self) {
         self.node.renew_files();
         let opened =
@@ -197,7 +199,7 @@ impl Apply {
         }
     }
 
-    /// Nobody reads what is open any more, and nothing is copied back.
+    /// From here on no reader reads what is open, and no thread copies back.
     fn end_service(&mut self) {
         *lock(&self.shared.term) = None;
         self.shared.readable.send_replace(false);
@@ -206,7 +208,8 @@ impl Apply {
         }
     }
 
-    /// The end after a panic. Whoever feeds is told first, then everything is given back.
+    /// The end after a panic. The stream that feeds learns of it first, then the thread gives
+    /// everything back.
     fn fall(&mut self, error: &Error, commands: mpsc::Receiver<ApplyCommand>) {
         *lock(&self.shared.fallen) = Some(error.cause());
         drop(commands);
@@ -219,9 +222,11 @@ impl Apply {
         self.stop(false);
     }
 
-    /// Gives everything back. What was open when the thread failed is left as it is, like after a kill.
+    /// Gives everything back. What was open when the thread failed stays as it is, like after a
+    /// kill.
     fn stop(&mut self, orderly: bool) {
-        // With our connections the wal-index goes out of memory: nobody may ask for its figures any more.
+        // With our connections the wal-index goes out of memory: no thread may ask for its figures
+        // after this.
         *lock(&self.shared.term) = None;
         if let State::Known(served) = &mut self.state {
             served.end();
@@ -238,7 +243,8 @@ impl Apply {
         }
     }
 
-    /// Ends the replica's role, where the node has a state that a primary vouched for: all of it is on the disk, and the threads have ended.
+    /// Ends the replica's role, where the node has a state that a primary vouched for. All of it is
+    /// on the disk then, and the threads have ended.
     fn leave(&mut self) -> Result<Opened> {
         let none = || Error::NoState("no primary vouches for what is here".into());
         let vouched = self.node.applied.position();
@@ -260,7 +266,7 @@ impl Apply {
         Ok(Opened::new(base, handle, std::mem::take(&mut self.history)))
     }
 
-    /// Runs a step of a stream; a failure ends that stream and is told to whoever feeds it.
+    /// Runs a step of a stream. A failure ends that stream, and the stream that feeds learns of it.
     fn session(&mut self, step: impl FnOnce(&mut Apply, &mut Connection) -> Result<(), StreamError>) {
         let Some(mut connection) = self.connection.take() else { return };
         let done = step(self, &mut connection);
@@ -292,7 +298,7 @@ impl Apply {
             None => Default::default(),
         };
         intake.abort(self.state.known());
-        // What came of a snapshot stays, so that the next stream goes on from there.
+        // What came of a snapshot stays: the next stream goes on from there.
         if let Some(incoming) = receiving.incoming()
             && let Err(error) = incoming.keep()
         {
@@ -305,7 +311,7 @@ impl Apply {
         *lock(&self.shared.failure) = None;
         let (connection, receiver) = Connection::open();
         self.connection = Some(connection);
-        // What is to be filled anew is nothing to go on from.
+        // A database that a snapshot fills anew is nothing to go on from.
         let position = self.state.below().map(|live| live.position());
         let paths = &self.options.paths;
         let standing = ReplicaStanding {
@@ -325,12 +331,13 @@ impl Apply {
 
 impl Drop for Apply {
     fn drop(&mut self) {
-        // Also where no thread was started. After an orderly end there is nothing left to give back.
+        // Also where no thread was started. After an orderly end there is nothing left to give
+        // back.
         self.stop(false);
     }
 }
 
-/// Leaves everything so that the next start needs no replay.
+/// Leaves everything such that the next start needs no replay.
 fn rest(live: &mut WalAppender) -> Result<()> {
     let base = &live.base;
     append_or_gap::sync(base)?;

@@ -73,7 +73,7 @@ impl GroupSync {
         }
     }
 
-    /// Has whoever wants an fsync wait for one, as on a disk that takes its time.
+    /// Has each thread that wants an fsync wait for one, as on a disk that takes its time.
     #[cfg(test)]
     pub(in crate::engine) fn hold(&self, hold: bool) {
         lock(&self.state).leading = hold;
@@ -154,8 +154,8 @@ mod tests {
         let waiting = syncer.clone();
         std::thread::spawn(move || tell.send(waiting.sync(number)));
         until("the wait", || lock(&syncer.state).wanted >= number);
-        // It waits, for it had the mutex from there on. Whoever led has ended, and says so to
-        // nobody.
+        // It waits, for it had the mutex from there on. The thread that led has ended, and tells no
+        // one.
         lock(&syncer.state).leading = false;
         break_wal(&path);
         let led = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {

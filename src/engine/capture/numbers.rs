@@ -106,7 +106,8 @@ impl PrimaryEngine {
         })?;
         if !(after.end..=after.repeated).contains(&frame) {
             return Err(Error::Disturbed(format!(
-                "somebody else's commit ends at frame {} of the WAL, where ours should be, up to frame {frame}",
+                "somebody else's commit ends at frame {} of the WAL, where ours should be, up to frame \
+                 {frame}",
                 after.end
             )));
         }
@@ -383,7 +384,7 @@ mod tests {
                 if n % 2 == 0 { "INSERT INTO t VALUES (1)" } else { "INSERT INTO t VALUES (zeroblob(9000))" };
             assert_eq!(ours.write(&engine, sql).unwrap().unwrap().number(), before + n);
         }
-        // So is one that changes nothing, whoever makes it.
+        // So is one that changes nothing, from either connection.
         let same = "UPDATE t SET a = a WHERE rowid = (SELECT max(rowid) FROM t)";
         ours.write(&engine, same).unwrap();
         let before = settled(&engine);

@@ -292,7 +292,7 @@ mod tests {
             assert_eq!(opening.tip(), before, "{what}");
         }
 
-        // What is whole stays, whatever comes behind it.
+        // What is whole stays, whatever comes after it.
         opening.take(&[&records[0][..], &records[2][..]].concat()).unwrap_err();
         opening.abort();
         assert_eq!(opening.tip().number(), before.number() + 1);
@@ -351,8 +351,8 @@ mod tests {
         assert_eq!(opening.tip(), before);
     }
 
-    /// The disk kept the end of the WAL and not its middle, and the log goes a part of the way:
-    /// what is written once more from the log is what was there, bit for bit, and the end follows
+    /// The disk kept the end of the WAL and not its middle, and the log goes a part of the way.
+    /// What the node writes once more from the log is what was there, bit for bit. The end follows
     /// from it.
     #[test]
     fn frames_behind_a_hole_do_not_come_back_when_the_log_fills_it() {

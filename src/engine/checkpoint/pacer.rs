@@ -1,4 +1,4 @@
-//! When a restart of the WAL is tried again after one that did not succeed.
+//! When the engine tries a restart of the WAL again, after one that did not succeed.
 
 use std::time::{Duration, Instant};
 
@@ -22,13 +22,13 @@ impl RestartPacer {
         RestartPacer { due: now, pause: PAUSE, failed_until: now }
     }
 
-    /// Whether the pause after the last try in vain is over. A restart that somebody waits for is
-    /// tried before that.
+    /// Whether the pause after the last try in vain is over. A restart that a caller waits for
+    /// comes before that.
     pub(in crate::engine) fn is_due(&self, now: Instant) -> bool {
         now >= self.due
     }
 
-    /// Whether the disk has had its pause after a failure. Nothing is tried before that.
+    /// Whether the disk has had its pause after a failure. The engine tries nothing before that.
     pub(in crate::engine) fn disk_rested(&self, now: Instant) -> bool {
         now >= self.failed_until
     }

@@ -10,7 +10,8 @@ const SEALED: Sealed = Sealed {
     version: 1,
     // A full history and its frame.
     max_bytes: (EpochHistory::MAX * EpochHistory::ENTRY_BYTES + 64) as u64,
-    cure: "says which transactions are of which epoch; it is put aside as `epochs.corrupt`, and made good from the log at the next start",
+    cure: "says which transactions are of which epoch; it is put aside as `epochs.corrupt`, and made good \
+        from the log at the next start",
 };
 
 /// The epochs of a database's history, and whether this node opened the newest one.

@@ -99,7 +99,7 @@ mod tests {
         let mut handle = reader(&engine.base).unwrap();
         let (index, mut rng) = (&engine.base.index, StdRng::seed_from_u64(5));
         let first = engine.base.tip().frame + 1;
-        // Behind the last commit, where nobody looks: three regions.
+        // After the last commit, where no reader looks: three regions.
         let frames: Vec<Found> = (first..first + 9000)
             .map(|frame| (if rng.random_bool(0.5) { 2 } else { rng.random_range(1..700) }, frame))
             .collect();

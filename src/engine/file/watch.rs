@@ -75,13 +75,16 @@ impl fmt::Display for Astray {
                 "what is committed is in the log: start the node again, which makes it good from there"
             }
             (What::StateDir, _) => {
-                "put it back, if it was moved, and start the node again; without it the log and the history are gone, and replicas compare their pages"
+                "put it back, if it was moved, and start the node again; without it the log and the history \
+                 are gone, and replicas compare their pages"
             }
             (What::Database, Astray::Gone(..)) => {
-                "what is committed is in the log: put the file back, or an older copy, and start the node again"
+                "what is committed is in the log: put the file back, or an older copy, and start the node \
+                 again"
             }
             (What::Database, _) => {
-                "stop the node, put the right file there, of a replica or a backup, with no `-wal` of another beside it, and start it again"
+                "stop the node, put the right file there, of a replica or a backup, with no `-wal` of \
+                 another beside it, and start it again"
             }
         };
         write!(f, "{} {now} while it was open here; nothing more is written; {cure}", path.display())

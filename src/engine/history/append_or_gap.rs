@@ -233,7 +233,7 @@ mod tests {
             gap.is_some()
         });
         assert_eq!(gap, engine.log().tip());
-        // It goes on from there, and so does who is behind: by a comparison.
+        // It goes on from there, and so does a replica that is late: by a comparison.
         plain.execute("INSERT INTO t VALUES (3)", []).unwrap();
         let position = settled(&engine);
         assert!(matches!(engine.log().find(gap.unwrap().number()).unwrap(), Lookup::At { .. }));

@@ -168,7 +168,8 @@ impl Capture {
                 path: self.base.options.paths.wal(),
                 offset: frame_offset(frame, self.base.page_size),
                 what: "a committed frame is of another generation".into(),
-                cure: "has SQLite's commits, and somebody else wrote to it: start the node again, which finds out from the log what it has",
+                cure: "has SQLite's commits, and somebody else wrote to it: start the node again, which \
+                    finds out from the log what it has",
             });
         }
         Ok(head)

@@ -215,7 +215,10 @@ mod tests {
 
     proptest! {
         #[test]
-        fn any_page_is_read_without_panic(mut page in prop::collection::vec(any::<u8>(), 512), kind in 0u8..14) {
+        fn any_page_is_read_without_panic(
+            mut page in prop::collection::vec(any::<u8>(), 512),
+            kind in 0u8..14,
+        ) {
             page[0] = kind;
             let _ = rowids(PageNo::new(2).unwrap(), &page);
             let _ = children(PageNo::new(2).unwrap(), &page);

@@ -94,7 +94,8 @@ impl LostBranch {
         let tx = file.transaction()?;
         tx.execute_batch(
             "CREATE TABLE replite_branch (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
-             CREATE TABLE replite_transactions (number INTEGER PRIMARY KEY, position TEXT, unix_micros INTEGER, changed_pages INTEGER, pages INTEGER);
+             CREATE TABLE replite_transactions (number INTEGER PRIMARY KEY, position TEXT, \
+             unix_micros INTEGER, changed_pages INTEGER, pages INTEGER);
              CREATE TABLE replite_pages (number INTEGER PRIMARY KEY, page BLOB);
              CREATE TABLE replite_rows (name TEXT, row INTEGER, lost TEXT, kept TEXT);",
         )?;

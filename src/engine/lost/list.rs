@@ -145,9 +145,9 @@ mod tests {
             fs::create_dir_all(lost.join(name)).unwrap();
             fs::write(lost.join(name).join(file), bytes).unwrap();
         };
-        let position = format!("{:016x}-{:016x}-{:016x}-{:032x}", 1, 2, 3, 4);
+        let tip = format!("{:016x}-{:016x}-{:016x}-{:032x}", 1, 2, 3, 4);
         let json = format!(
-            r#"{{"format":1,"fork":null,"tip":"{position}","healed_to":"{position}","damaged":false,"unix_millis":3,
+            r#"{{"format":1,"fork":null,"tip":"{tip}","healed_to":"{tip}","damaged":false,"unix_millis":3,
                 "page_size":512,"size_pages":1,"pages":1,"record_bytes":0}}"#
         );
         make("database-5", "app.db", &[0; 700]);
@@ -167,7 +167,7 @@ mod tests {
         let at = from_unix_millis;
         assert_eq!(begin, [(at(2), 30), (at(3), json.len() as u64), (at(4), 20), (at(5), 700)]);
         assert_eq!(named("wal-2").kind, LostKind::Wal);
-        assert_eq!(named("branch-a").branch().unwrap().tip.to_string(), position);
+        assert_eq!(named("branch-a").branch().unwrap().tip.to_string(), tip);
         assert_eq!(named("log-4").kind, LostKind::Log);
         assert_eq!(named("database-5").kind, LostKind::Database);
         for (name, why) in [("branch-b", "corrupt"), ("branch-c", "version 2"), ("strange-1", "known kind")] {

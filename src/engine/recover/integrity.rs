@@ -23,16 +23,21 @@ const EARLIER_MAX: usize = 1 << 20;
 
 const GONE: &str =
     "its WAL is gone, whose frames were being copied into it, so that the file alone is no committed state";
-const MAYBE: &str = "its WAL is gone, whose frames were being copied into it, and one page of the file is as it was before that. Either that copy was never \
-    ended, and the file alone is no committed state; or somebody ended it and then committed the very bytes that the page had before (emptied a table, or set a value back), and the file is \
-    whole: then `Config::accept_damaged` loses nothing";
-const NO_ANCHORS: &str = "its state directory lacks the anchors, and nothing there names what the file is. Either somebody committed to it, and it is whole: then `Config::accept_damaged` loses nothing; \
-    or it lacks what a WAL had that is gone";
-const OTHER_WAL: &str = "the file is as it was left, and the WAL beside it is none of this node's. Either that node's WAL was removed, and somebody has written since: then `Config::accept_damaged` takes what he wrote; \
-    or a WAL was put there that goes with another file: then remove it";
-const OLD_FILE: &str = "the WAL beside it was begun by others, and the file has pages that are older than the log's. Either the WAL goes with another file: then put that one there; \
-    or what the log has beyond the file was lost before somebody wrote to it: then `Config::accept_damaged` takes what he wrote";
-const NO_LOG: &str = "the WAL beside it was begun by others, and the log that could tell whether the file goes with it is gone. Either somebody has copied all of this node's WAL and written since: then \
+const MAYBE: &str = "its WAL is gone, whose frames were being copied into it, and one page of the file is as \
+    it was before that. Either that copy was never ended, and the file alone is no committed state; or \
+    somebody ended it and then committed the very bytes that the page had before (emptied a table, or set a \
+    value back), and the file is whole: then `Config::accept_damaged` loses nothing";
+const NO_ANCHORS: &str = "its state directory lacks the anchors, and nothing there names what the file is. \
+    Either somebody committed to it, and it is whole: then `Config::accept_damaged` loses nothing; or it \
+    lacks what a WAL had that is gone";
+const OTHER_WAL: &str = "the file is as it was left, and the WAL beside it is none of this node's. Either \
+    that node's WAL was removed, and somebody has written since: then `Config::accept_damaged` takes what he \
+    wrote; or a WAL was put there that goes with another file: then remove it";
+const OLD_FILE: &str = "the WAL beside it was begun by others, and the file has pages that are older than \
+    the log's. Either the WAL goes with another file: then put that one there; or what the log has beyond \
+    the file was lost before somebody wrote to it: then `Config::accept_damaged` takes what he wrote";
+const NO_LOG: &str = "the WAL beside it was begun by others, and the log that could tell whether the file \
+    goes with it is gone. Either somebody has copied all of this node's WAL and written since: then \
     `Config::accept_damaged` loses nothing; or the WAL goes with another file: then put that one there";
 
 impl Findings {
@@ -197,7 +202,7 @@ mod tests {
         let update = "UPDATE t SET b = randomblob(3000) WHERE rowid > 180";
         for (sql, after, in_log) in [
             (UPDATE, "SELECT 1", true),
-            // What was written last is written over, and more comes behind it.
+            // What was written last is written over, and more comes after it.
             (UPDATE, update, true),
             // A page that the log does not have.
             (UPDATE, "INSERT INTO t SELECT 'foreign', randomblob(3000) FROM t LIMIT 50", false),
@@ -222,7 +227,8 @@ mod tests {
             let log = home.path("p.db-replite").join("log");
             fs::rename(&log, home.path("log")).unwrap();
             let refused = open(&home).map(|_| ());
-            let told = matches!(&refused, Err(Error::Damaged { what, .. }) if what.contains("WAL is gone") && what.contains("of transactions 1 to 1"));
+            let told = matches!(&refused, Err(Error::Damaged { what, .. })
+                if what.contains("WAL is gone") && what.contains("of transactions 1 to 1"));
             assert!(told, "{sql}; {after}: {refused:?}");
             fs::remove_dir_all(&log).unwrap();
             fs::rename(home.path("log"), &log).unwrap();
@@ -276,7 +282,8 @@ mod tests {
             .unwrap();
         drop(file);
         let refused = open(&home).map(|_| ());
-        let told = matches!(&refused, Err(Error::Damaged { what, .. }) if what.contains("Either") && what.contains("accept_damaged"));
+        let told = matches!(&refused, Err(Error::Damaged { what, .. })
+            if what.contains("Either") && what.contains("accept_damaged"));
         assert!(told, "{refused:?}");
         let mut options = home.options("p.db");
         options.accept_damaged = true;

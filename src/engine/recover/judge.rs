@@ -30,14 +30,19 @@ impl fmt::Display for Doubt {
     }
 }
 
-const CUT: &str = "its WAL does not have what was on the disk there: it was cut off, or bytes in it changed, so that the file with what is left of it mixes states";
-const STRAY: &str = "its state directory is older than its WAL, or lacks the anchors, so that nothing says which file the WAL goes with";
-const ALTERED: &str = "its file is not as it was left, nor has all of what its WAL has. Either somebody was killed while he copied the WAL back; or bytes were changed by other means than SQLite, or another file \
+const CUT: &str = "its WAL does not have what was on the disk there: it was cut off, or bytes in it changed, \
+    so that the file with what is left of it mixes states";
+const STRAY: &str = "its state directory is older than its WAL, or lacks the anchors, so that nothing says \
+    which file the WAL goes with";
+const ALTERED: &str = "its file is not as it was left, nor has all of what its WAL has. Either somebody was \
+    killed while he copied the WAL back; or bytes were changed by other means than SQLite, or another file \
     was put in its place, and file and WAL together mix states";
-const NEVER_KNOWN: &str = "it was opened when it was no state of its cluster, or was being made good, and that did not come to its end. Either it is whole, or it was damaged before that, and mixes states";
+const NEVER_KNOWN: &str = "it was opened when it was no state of its cluster, or was being made good, and \
+    that did not come to its end. Either it is whole, or it was damaged before that, and mixes states";
 /// What an operator can do.
-const CURE: &str = "restore it from a copy that a replica makes (`Db::snapshot_to`) or from a backup, with its state directory moved away; \
-    or open it once with `Config::accept_damaged`, which takes what SQLite reads, may mix states, and replaces what the replicas have";
+const CURE: &str = "restore it from a copy that a replica makes (`Db::snapshot_to`) or from a backup, with \
+    its state directory moved away; or open it once with `Config::accept_damaged`, which takes what SQLite \
+    reads, may mix states, and replaces what the replicas have";
 
 impl Findings {
     /// Whether anything here speaks of a history.
@@ -141,7 +146,10 @@ impl Findings {
 
     /// Fails unless SQLite finds the state whole that is to become history.
     fn expect_whole(mut self) -> Result<Findings> {
-        tracing::info!(path = %self.base.path().display(), "the position is unknown; `PRAGMA integrity_check` runs before the state becomes history");
+        tracing::info!(
+            path = %self.base.path().display(),
+            "the position is unknown; `PRAGMA integrity_check` runs before the state becomes history"
+        );
         let what = match integrity(self.handle.connection()) {
             Ok(None) => return Ok(self),
             Ok(Some(what)) => what,
@@ -157,7 +165,8 @@ impl Findings {
             return Ok(self);
         }
         Err(self.damaged(format!(
-            "its position is unknown, and `PRAGMA integrity_check` says: {what}{}; restore it from a replica or a backup, with its state directory moved away",
+            "its position is unknown, and `PRAGMA integrity_check` says: {what}{}; restore it from a replica \
+             or a backup, with its state directory moved away",
             self.missing()
         )))
     }
@@ -226,7 +235,9 @@ impl Findings {
         let (from, to) = (self.last_in_file().unwrap_or(0) + 1, self.last_known());
         let to = match self.base.log.start() {
             Some(start) if start.number() < from => {
-                return "; its log has all transactions since, but does not go with what is in the file otherwise".into();
+                return "; its log has all transactions since, but does not go with what is in the file \
+                        otherwise"
+                    .into();
             }
             Some(start) if start.number() < to => start.number(),
             _ => to,
@@ -255,9 +266,11 @@ impl Findings {
         }
         let (reached, last) = (self.reached(here)?, self.last_known());
         Err(self.damaged(format!(
-            "its files lead to transaction {reached}, and no file here has transactions {} to {last} any more, which were on its disk: its WAL is gone or was cut, and its log does not reach back; \
-             a replica may have them: restore it from a copy that a replica makes (`Db::snapshot_to`), with its state directory moved away; or open it once with `Config::accept_damaged`, \
-             which goes on from transaction {reached} and replaces what the replicas have",
+            "its files lead to transaction {reached}, and no file here has transactions {} to {last} any \
+             more, which were on its disk: its WAL is gone or was cut, and its log does not reach back; a \
+             replica may have them: restore it from a copy that a replica makes (`Db::snapshot_to`), with \
+             its state directory moved away; or open it once with `Config::accept_damaged`, which goes on \
+             from transaction {reached} and replaces what the replicas have",
             reached + 1
         )))
     }

@@ -1,4 +1,4 @@
-//! A replica's WAL is begun anew, and applying waits for that when the WAL is too long.
+//! A replica begins its WAL anew, and applying waits for that when the WAL is too long.
 
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
@@ -13,13 +13,13 @@ use crate::engine::history::wal_appender::WalAppender;
 use crate::error::{Error, Result};
 use crate::report::Condition;
 
-/// Between two tries while the copy is waited for.
+/// Pause between two tries while the apply thread waits for the copy.
 const STEP: Duration = Duration::from_millis(1);
 
-/// When it is tried again.
+/// When the apply thread tries again to begin the WAL anew.
 pub(super) struct Bounded {
     pacer: RestartPacer,
-    /// Readers were waited for in vain.
+    /// The thread waited for readers in vain: it does not wait again before this.
     rest_until: Instant,
     teller: Teller,
 }
@@ -30,14 +30,14 @@ impl Bounded {
     }
 }
 
-/// Whether so much was applied that the WAL is to be begun anew first.
+/// Whether the WAL has become so long that it is to be begun anew before more is applied.
 pub(super) fn is_long(live: &WalAppender) -> bool {
     live.last_frame() > live.base.limit_frames(BRAKE_TIMES, 1)
 }
 
 impl Apply {
-    /// Begins the WAL anew when it is long. When it is too long that is waited for, as long as it is worth while: whoever feeds waits meanwhile, and
-    /// no reader does.
+    /// Begins the WAL anew when it is long. When it is too long, the thread waits for that for as
+    /// long as it is worth while. The stream that feeds waits meanwhile, and no reader does.
     pub(super) fn maybe_restart(&mut self) -> Result<()> {
         let begun = Instant::now();
         loop {

@@ -27,7 +27,7 @@ pub(super) struct Connection {
     wants: mpsc::Sender<Want>,
     intake: RecordIntake,
     pub(super) receiving: Receiving,
-    /// A history that this node's state is not in; it becomes ours with the state that follows.
+    /// A history that this node's state is not in. It becomes ours with the state that follows.
     next_history: Option<EpochHistory>,
 }
 
@@ -84,7 +84,7 @@ impl Connection {
     }
 
     pub(super) fn ask(&self, want: Want) -> Result<(), StreamError> {
-        // One is under way at a time: there is room while the stream stands.
+        // One question is under way at a time: there is room while the stream stands.
         self.wants.try_send(want).map_err(|_| StreamError::Gone)
     }
 
@@ -162,7 +162,8 @@ impl Apply {
         let Some(incoming) = connection.receiving.incoming() else {
             let live = self.state.known().ok_or_else(no_state)?;
             connection.intake.unit(live, unit, &message, &self.history)?;
-            // Else the WAL is not begun anew before a batch happens to end with a transaction.
+            // Without this the thread would not begin the WAL anew before a batch happens to end
+            // with a transaction.
             if matches!(message, Message::TxnEnd(_)) && is_long(live) {
                 self.publish(connection)?;
             }
@@ -199,7 +200,7 @@ impl Apply {
         let before = live.base.tip().position;
         connection.intake.publish(live)?;
         let position = live.base.tip().position;
-        // Else no primary may vouch for what is here.
+        // Where the position stayed, no primary may vouch for what is here.
         if position != before {
             self.node.applied.advance(position);
         }

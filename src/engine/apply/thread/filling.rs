@@ -1,4 +1,5 @@
-//! How a snapshot becomes this node's state, in the file that is at the path: never in another file under the same name, for others may have it open.
+//! How a snapshot becomes this node's state, in the file that is at the path. It is never another
+//! file under the same name, for others may have this one open.
 
 use bytes::BytesMut;
 
@@ -21,10 +22,10 @@ use crate::report::Condition;
 use crate::sqlite::Alone;
 use crate::txid::EpochHistory;
 
-/// Bytes that are copied at a time; SQLite's handle takes less than 128 KiB.
+/// Bytes that are copied at a time. SQLite's handle takes less than 128 KiB.
 const COPY_BYTES: usize = 64 * 1024;
 
-/// What was open before there was to be room.
+/// What was open before the thread made room.
 #[derive(Clone, Copy)]
 enum OpenBefore {
     Closed,
@@ -34,7 +35,8 @@ enum OpenBefore {
 }
 
 impl Apply {
-    /// Pages go into the file behind its end, where nobody sees them; then one commit of the first page makes all of them the database.
+    /// Pages go into the file after its end, where no reader sees them. Then one commit of the
+    /// first page makes all of them the database.
     pub(super) fn fill(&mut self, ready: &Ready, history: EpochHistory) -> Result<(), StreamError> {
         self.make_room(ready.page_size)?;
         let live = self.state.empty(ready.page_size).ok_or(StreamError::WrittenMeanwhile)?;
@@ -50,7 +52,8 @@ impl Apply {
         self.suspect = Suspect::No;
         self.node.report(Condition::PagesReplaced);
         self.serve(Some(ready.position))?;
-        // The file alone is then the state, as if it had always been: should somebody delete the WAL, nothing is lost.
+        // The file alone is then the state, as if it had always been. Should somebody delete the
+        // WAL, nothing is lost.
         if let State::Known(Served { term, live, .. }) = &mut self.state
             && let Err(error) = backfill_some(term, &mut live.handle, true)
         {
@@ -83,7 +86,7 @@ impl Apply {
                 self.node.report(Condition::FilesOpened);
             }
             (Ok(()), _) | (Err(_), OpenBefore::Empty) => self.open_path(Some(size))?,
-            // It is read from again.
+            // This node reads from it again.
             (Err(_), OpenBefore::Content(remedy)) => {
                 self.open_path(None)?;
                 self.state.set_remedy(remedy);
@@ -93,7 +96,8 @@ impl Apply {
         cleared
     }
 
-    /// Empties the file, after what it has is kept. Not while somebody else has it open: to SQLite that would be damage.
+    /// Empties the file, after it has kept what is in it. It does not while somebody else has the
+    /// file open: to SQLite that would be damage.
     fn clear(&self, keep: bool) -> Result<(), StreamError> {
         let path = self.options.paths.database();
         let Some(alone) = Alone::with(path)? else {
@@ -114,11 +118,12 @@ impl Apply {
     }
 }
 
-/// Copies all pages but the first to their places, and makes them durable. A database of one page has no use for them yet, and CKPT and WRITE are held.
+/// Copies all pages but the first to their places, and makes them durable. A database of one page
+/// has no use for them yet, and this node holds CKPT and WRITE.
 fn copy(live: &mut WalAppender, ready: &Ready) -> Result<()> {
     let size = ready.page_size.bytes();
     let bytes = u64::from(ready.pages) * size as u64;
-    // Of a larger one that did not come to its end.
+    // Pages of a larger snapshot that did not come to its end.
     if live.handle.size()? > bytes {
         live.base.writing(|| live.handle.truncate(bytes))?;
     }
@@ -134,7 +139,7 @@ fn copy(live: &mut WalAppender, ready: &Ready) -> Result<()> {
     live.handle.sync()
 }
 
-/// Durable on return.
+/// Makes the pages the database, by a commit of the first one. It is durable on return.
 fn commit(live: &mut WalAppender, ready: &Ready) -> Result<()> {
     let base = live.base.clone();
     let (mut first, mut there) =

@@ -1,4 +1,5 @@
-//! The apply thread's part in heals: when one begins, what is kept, and how its pages become one transaction.
+//! The apply thread's part in heals: when one begins, what is kept, and how its pages become one
+//! transaction.
 
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
@@ -44,7 +45,8 @@ impl Apply {
     pub(super) fn judge(&mut self, connection: &Connection, error: &StreamError) {
         let StreamError::Failed(error) = error else { return };
         let Some(live) = self.state.below() else {
-            // Pages of a snapshot that is gone on with, which were not looked at again: not once more.
+            // The stream went on with pages of an earlier snapshot, which the thread did not verify
+            // again. It does not go on with them once more.
             if leads_elsewhere(error)
                 && let Err(error) = incoming::discard(&self.options.paths)
             {
@@ -55,9 +57,10 @@ impl Apply {
         let position = live.base.tip().position;
         let compared = connection.receiving.compares();
         match error {
-            // Pages that were verified when they came led elsewhere from ours.
+            // Pages that the thread verified when they came led elsewhere from ours.
             error if leads_elsewhere(error) && !compared => self.suspect(Suspect::Pages),
-            // Once may be the network, or a record that was just taken back. Our own log may not be readable either.
+            // Once may be the network, or a record that the primary just took back. Our own log may
+            // not be readable either.
             Error::Peer { problem: PeerProblem::Garbled(_), .. } | Error::Corrupt { .. } if !compared => {
                 let at = Some(position);
                 if std::mem::replace(&mut self.garbled_at, at) == at && self.suspect == Suspect::No {
@@ -121,7 +124,8 @@ impl Apply {
         Ok(())
     }
 
-    /// What came of a snapshot is compared, for the primary's log does not reach back to its begin any more.
+    /// Compares what came of a snapshot, for the primary's log does not reach back to its begin any
+    /// more.
     fn go_on_filling(&mut self, connection: &mut Connection, begin: HealBegin) -> Result<(), StreamError> {
         if !begin.compare {
             return Err(no_state());
@@ -134,8 +138,8 @@ impl Apply {
         Ok(())
     }
 
-    /// No transaction changes the size of pages: the next stream brings a snapshot. The primary's history has no state from before its pages had
-    /// that size, so that what is here is kept.
+    /// No transaction changes the size of pages: the next stream brings a snapshot. The primary's
+    /// history has no state from before its pages had that size. Therefore what is here is kept.
     fn other_page_size(&mut self, ours: PageSize, theirs: PageSize) -> StreamError {
         self.state.set_remedy(Remedy::Snapshot);
         let end = StreamError::OtherPageSize { ours, theirs };
@@ -150,7 +154,8 @@ impl Apply {
         next.map_or(Ok(()), |want| connection.ask(want))
     }
 
-    /// A record of the primary's led to this state: the fork is not before it when we had it, too.
+    /// A record of the primary's led to this state. When we had that record, too, the fork is not
+    /// before it.
     pub(super) fn common(&mut self, connection: &mut Connection, after: Position) -> Result<()> {
         let Receiving::Heal(_, healing) = &mut connection.receiving else { return Ok(()) };
         let Some(live) = self.state.known() else { return Ok(()) };
@@ -193,7 +198,7 @@ impl Apply {
         Ok(())
     }
 
-    /// Notes which rows the lost branch had; the pages are kept already.
+    /// Notes which rows the lost branch had. The pages are kept already.
     fn tell_rows(&mut self, (path, before): (PathBuf, Option<StateBefore>), ready: &Ready) -> PathBuf {
         if let (Some(live), Some(before)) = (self.state.known(), before)
             && let Err(error) = lost::tell(&path, before, live, ready)
@@ -282,7 +287,8 @@ impl HealPacer {
     }
 }
 
-/// Whether what came, or what is in the log here, leads elsewhere over the pages here than it states.
+/// Whether what came, or what is in the log here, leads elsewhere over the pages here than it
+/// states.
 fn leads_elsewhere(error: &Error) -> bool {
     matches!(error, Error::Mismatch { .. } | Error::Peer { problem: PeerProblem::Mismatch { .. }, .. })
 }

@@ -12,15 +12,17 @@ use crate::page::PageSize;
 pub(super) enum State {
     /// Nothing that could be filled as it is.
     Closed,
-    /// Something that could not be opened. That is tried again with each command.
+    /// Something that could not be opened. The thread tries that again with each command.
     Unopened,
-    /// A database without content, for a snapshot. Whoever has it open sees that come, and the file stays the same.
+    /// A database without content, for a snapshot. Other processes that have it open see the
+    /// snapshot come, and the file stays the same.
     Empty(WalAppender),
-    /// A database that is no state of the cluster. Nobody reads it through this node; its pages are compared with the primary's.
+    /// A database that is no state of the cluster. No reader reads it through this node. Its pages
+    /// are compared with the primary's.
     Unknown(WalAppender, Remedy),
     /// A state of the cluster.
     Known(Served),
-    /// Nothing any more: what was open was handed on, and the node goes on with it.
+    /// Nothing any more. The thread handed on what was open, and the node goes on with it.
     Left,
 }
 
@@ -29,11 +31,11 @@ pub(super) enum State {
 pub(super) enum Remedy {
     /// Pages of the primary, over those that are here.
     Heal,
-    /// No heal can: a snapshot replaces it. A state of the cluster is read from until then.
+    /// No heal can: a snapshot replaces it. Until then this node reads from a state of the cluster.
     Snapshot,
 }
 
-/// A state of the cluster, which is read from, and this node's time on it.
+/// A state of the cluster, which this node reads from, and this node's time on it.
 pub(super) struct Served {
     pub(super) term: Arc<Term>,
     pub(super) live: WalAppender,
@@ -118,7 +120,7 @@ impl State {
         };
     }
 
-    /// Closes what is open, and only then gives back what was held.
+    /// Closes what is open, and only then gives back the locks that it held.
     pub(super) fn close(&mut self) {
         let Some(base) = self.open().map(|live| live.base.clone()) else { return };
         *self = State::Closed;

@@ -25,11 +25,12 @@ use crate::report::Condition;
 use crate::sqlite::{Handle, park};
 use crate::txid::{Place, Position};
 
-/// How often a database is turned to WAL, should that not be possible and no reason be given.
+/// How often the thread turns a database to WAL, where SQLite can't and gives no reason.
 const TURNS: u32 = 8;
 
 impl Apply {
-    /// Opens what is at the path; where there is nothing, it is claimed by an empty database of this page size.
+    /// Opens what is at the path. Where there is nothing, an empty database of this page size
+    /// claims the path.
     pub(super) fn open_path(&mut self, size: Option<PageSize>) -> Result<()> {
         if !self.options.paths.database().exists() {
             let mode = self.options.database_mode.unwrap_or(files::PRIVATE);
@@ -69,7 +70,7 @@ impl Apply {
         }
     }
 
-    /// Of an empty file, which gets this page size, or of a database in rollback mode.
+    /// Turns to WAL an empty file, which gets this page size, or a database in rollback mode.
     fn turn_to_wal(&self, size: Option<PageSize>) -> Result<()> {
         let handle = Handle::open(self.options.paths.database(), false)?;
         let connection = handle.connection();
@@ -105,10 +106,10 @@ impl Apply {
         self.own(opened.base, opened.handle)
     }
 
-    /// What is open is this replica's.
+    /// Makes what is open this replica's.
     pub(super) fn own(&mut self, database: Arc<OpenDatabase>, handle: Handle) -> Result<WalAppender> {
         database.when_lost(|database, error| {
-            // What is there is opened, and led to the primary's state.
+            // The thread opens what is there, and the primary leads it to its state.
             let text = error.cause().to_string();
             database.node.report(Condition::FilesReplaced { database: database.path(), text: &text });
         });
@@ -116,19 +117,22 @@ impl Apply {
     }
 
     fn go_live(&mut self, opened: Findings) -> Result<()> {
-        // Where the epochs were lost, or are older than the log, its records lead nowhere; the primary sends them again.
+        // Where the epochs were lost, or are older than the log, its records lead nowhere. The
+        // primary sends them again.
         let logged = opened.base.log.tip();
         let redo = logged.is_none_or(|logged| opened.history.place(logged.txid()) == Place::OnHistory);
         let anchored = opened.known.clone();
         let live = self.begin(opened, redo)?;
         let position = live.position();
         let vouched = last_vouched(logged, position, &anchored);
-        // A node that died while it was led back may have the epochs of the one history and the state of the other.
+        // A node that died while its primary led it back may have the epochs of the one history and
+        // the state of the other.
         let vouched = vouched.filter(|state| self.history.place(state.txid()) == Place::OnHistory);
         if vouched != Some(position) {
             self.node.report(Condition::StateNotVouched { position, vouched });
         }
-        // Of a snapshot that was taken over before the node died; one with pages of another size is to replace what is here.
+        // Pages of a snapshot that became the state before the node died. A snapshot with pages of
+        // another size stays: it is to replace what is here.
         if incoming::progress(&self.options.paths).is_some_and(|begun| begun.page_size == live.base.page_size)
         {
             incoming::discard(&self.options.paths)?;
@@ -141,20 +145,22 @@ impl Apply {
         self.serve(vouched)
     }
 
-    /// What is open is a state of the cluster, from now on if it was not before: it is read from, and its WAL copied back.
-    /// A primary vouches for the state `vouched`.
+    /// Serves what is open, which is a state of the cluster from now on if it was not before.
+    /// Connections read from it, and its WAL is copied back. A primary vouches for the state
+    /// `vouched`.
     pub(super) fn serve(&mut self, vouched: Option<Position>) -> Result<()> {
         self.state.become_known();
         let State::Known(served) = &mut self.state else { return Ok(()) };
         if served.checkpointer.is_none() {
             let term = served.term.clone();
-            // Nothing would ever be copied back, nor read.
+            // Without that thread nothing would ever be copied back, nor read.
             let checkpointer = checkpointer(&term, &self.shared, self.commands.clone());
             served.checkpointer = Some(checkpointer.inspect_err(|error| term.fail(error))?);
             *lock(&self.shared.term) = Some(term.clone());
             tracing::info!(position = %term.tip().position, "the replica's state is open");
         }
-        // At one moment to whoever looks: who has waited for a transaction can read it, and who may read has a position.
+        // Both change at one moment to those who look. A thread that has waited for a transaction
+        // can read it, and a thread that may read has a position.
         self.shared.readable.send_modify(|readable| {
             self.node.applied.replace(self.history.clone(), vouched);
             *readable = true;

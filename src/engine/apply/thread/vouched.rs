@@ -9,7 +9,8 @@ use crate::txid::Position;
 use crate::wire::Plan;
 
 impl Apply {
-    /// A primary that goes on with its log has the very state that the hello named, and vouches for it.
+    /// A primary that goes on with its log has the very state that the hello named, and vouches for
+    /// it.
     pub(super) fn welcome(&mut self, plan: Plan) -> Result<()> {
         let Some(live) = self.state.known() else { return Ok(()) };
         let position = live.position();
@@ -22,11 +23,14 @@ impl Apply {
     }
 }
 
-/// The last state that a primary is known to vouch for, and that what is here went on from: what the log led to.
+/// The last state that a primary is known to vouch for, and that what is here went on from. It is
+/// what the log led to.
 ///
-/// A log that ends behind the state may have led elsewhere, such as when the node died between its log and its WAL and somebody else wrote to the file
-/// after that. An anchor there says that the file was in that state. Nothing is known from a log that is empty, or that ends at another state
-/// which is as new.
+/// A log that ends before the state may have led elsewhere. One example: the node died between its
+/// log and its WAL, and somebody else wrote to the file after that. An anchor there says that the
+/// file was in that state.
+///
+/// Nothing is known from a log that is empty, or that ends at another state which is as new.
 pub(super) fn last_vouched(
     logged: Option<Position>,
     here: Position,
