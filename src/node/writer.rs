@@ -212,6 +212,10 @@ impl Writer {
         threads.push(threads::start("replite-sync", two, run_syncs, |syncs, ended| {
             syncs.shared.end(&syncs.engine, ended, None);
         })?);
+        // Not before: should the second thread not start, the first one ends with the only sender.
+        // Otherwise it would keep the engine, and its locks, for ever.
+        *lock(&shared.connection) = Some(open);
+        *lock(&shared.queue) = Some(Queue { jobs, room });
         Ok(())
     }
 
