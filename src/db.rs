@@ -185,7 +185,9 @@ impl Db {
         if self.inner.closed.load(Ordering::Acquire) {
             return Err(Error::ShutDown);
         }
-        match not_primary(&self.inner.node) {
+        // A replica stays one when its replication has stopped.
+        let replica = || self.inner.slot.is_replica().then_some(Error::NotPrimary { primary: None });
+        match not_primary(&self.inner.node).or_else(replica) {
             None => Ok(&self.inner.writer),
             Some(error) => {
                 session::primary_needed(&self.inner.node);

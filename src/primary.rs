@@ -373,7 +373,10 @@ pub(crate) async fn serve(source: Arc<ReplicaServer>, guest: Peer, upstream: Inc
         () = cut_off(&node) => End::Said(SHUTTING_DOWN.into()),
         // No replica gets what it commits from now on.
         () = node.stopped() => End::Said(STOPPED.into()),
-        () = source.withdrawn(&of) => End::Said(NOT_PRIMARY.into()),
+        // A node that is closed withdraws what it serves, too.
+        () = source.withdrawn(&of) => {
+            End::Said(if node.stop.is_cancelled() { SHUTTING_DOWN } else { NOT_PRIMARY }.into())
+        }
         () = seat.replaced() => End::Said(REPLACED.into()),
         () = node.keys.dropped(proved) => End::Said(DROPPED.into()),
     };

@@ -145,9 +145,10 @@ impl OpenedNode {
                 inner.pool.renew();
             }
         });
+        // First: a replica that knocks at once is let in.
+        inner.supervisor.begin(primary).await?;
         doors.open();
         doors.leave_open();
-        inner.supervisor.begin(primary).await?;
         if let Some(period) = verify_every {
             inner.tracker.spawn(inner.verifier.clone().repeat(period));
         }

@@ -78,6 +78,12 @@ impl EngineSlot {
         }
     }
 
+    /// Whether it is a replica's, be it that replication has stopped.
+    pub(crate) fn is_replica(&self) -> bool {
+        let running = self.running.read().unwrap_or_else(PoisonError::into_inner);
+        matches!(&*running, Some(Running::Replica(_)))
+    }
+
     /// The primary's.
     ///
     /// # Errors

@@ -239,7 +239,7 @@ mod tests {
     #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
     async fn two_nodes_change_roles_a_hundred_times_and_nobody_who_reads_or_waits_learns_of_it() {
         let name = "two_nodes_change_roles_a_hundred_times_and_nobody_who_reads_or_waits_learns_of_it";
-        if !tokio::task::block_in_place(|| alone(&format!("db::supervisor::tests::{name}"))) {
+        if !tokio::task::block_in_place(|| alone(&format!("node::supervisor::tests::{name}"))) {
             return;
         }
         let dir = tempfile::tempdir().unwrap();

@@ -203,8 +203,6 @@ impl Writer {
         let one =
             Jobs { shared: shared.clone(), engine: engine.clone(), room: room.clone(), receiver, to_sync };
         let two = Syncs { shared: shared.clone(), engine: engine.clone(), waiting };
-        *lock(&shared.connection) = Some(open);
-        *lock(&shared.queue) = Some(Queue { jobs, room });
         let mut threads = lock(&self.threads);
         threads.push(threads::start("replite-writer", one, run_jobs, |jobs, ended| {
             jobs.shared.end(&jobs.engine, ended, Some(jobs.receiver));
@@ -212,6 +210,10 @@ impl Writer {
         threads.push(threads::start("replite-sync", two, run_syncs, |syncs, ended| {
             syncs.shared.end(&syncs.engine, ended, None);
         })?);
+        // Not before: should the second thread not start, the first one ends with the only sender.
+        // Otherwise it would keep the engine, and its locks, for ever.
+        *lock(&shared.connection) = Some(open);
+        *lock(&shared.queue) = Some(Queue { jobs, room });
         Ok(())
     }
 
@@ -461,6 +463,24 @@ pub(crate) fn not_primary(node: &NodeContext) -> Option<Error> {
 mod tests {
     use super::*;
     use crate::db::{Config, Db};
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_replica_that_has_stopped_sends_its_writes_to_the_primary_like_any_other() {
+        let dir = tempfile::tempdir().unwrap();
+        let nowhere = crate::lease::Fixed::replica_of("http://127.0.0.1:9");
+        let db = Db::open(Config::new(dir.path().join("a.db")).lease(nowhere)).await.unwrap();
+        let run = |tx: &mut Transaction<'_>| Ok::<_, Error>(tx.execute("CREATE TABLE t(a)", [])?);
+        let refused = |error: Error| matches!(error, Error::NotPrimary { .. });
+        assert!(refused(db.write(run).await.unwrap_err()), "it follows");
+        db.inner.node.fail(&Error::Disturbed("by intent".into()));
+        assert_eq!(db.role(), Role::Stopped);
+        assert!(refused(db.write(run).await.unwrap_err()), "it has stopped");
+        let blocking = db.clone();
+        let guard = tokio::task::spawn_blocking(move || blocking.writer().map(drop)).await.unwrap();
+        assert!(refused(guard.unwrap_err()), "it has stopped");
+        db.shutdown().await;
+        assert!(matches!(db.write(run).await, Err(Error::ShutDown)));
+    }
 
     #[tokio::test(flavor = "multi_thread")]
     async fn after_the_end_of_a_thread_what_is_queued_and_what_comes_later_is_refused() {

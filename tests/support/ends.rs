@@ -35,9 +35,11 @@ pub(crate) fn alone(name: &str) -> bool {
         return true;
     }
     let test = std::env::current_exe().unwrap();
-    let ended =
-        std::process::Command::new(test).args(["--exact", name, "--nocapture"]).env(ALONE, "1").status();
-    assert!(ended.as_ref().is_ok_and(std::process::ExitStatus::success), "{ended:?}");
+    let ended = std::process::Command::new(test).args(["--exact", name]).env(ALONE, "1").output().unwrap();
+    let said = String::from_utf8_lossy(&ended.stdout);
+    // A name that no test has ends well, too.
+    let ran = ended.status.success() && said.contains("test result: ok. 1 passed;");
+    assert!(ran, "{name}: {}\n{said}{}", ended.status, String::from_utf8_lossy(&ended.stderr));
     false
 }
 
