@@ -180,7 +180,7 @@ mod tests {
         rusqlite::Error::SqliteFailure(ffi::Error::new(code), None)
     }
 
-    /// With a word in each that nobody outside may see.
+    /// With a word in each that no one outside may see.
     fn cases() -> Vec<Case> {
         let path = || "/secret.db".into();
         let text = || "secret.db".to_string();

@@ -2,6 +2,7 @@
 
 mod checkpoint;
 mod config;
+mod events;
 mod identity;
 mod open;
 mod preflight;
@@ -17,7 +18,7 @@ use std::sync::atomic::Ordering;
 use std::time::Duration;
 
 use rusqlite::{Connection, Transaction};
-use tokio::sync::{broadcast, watch};
+use tokio::sync::watch;
 
 use crate::engine::Lost;
 use crate::error::{Error, Result};
@@ -29,13 +30,14 @@ use crate::proxy::{PrimaryClient, ReplayLayer};
 use crate::secret::Secret;
 use crate::server::{Mount, ReplicationService};
 use crate::session::{self, Session};
-use crate::status::{Event, LoggedTransaction, PeerInfo, Role, RoleState};
+use crate::status::{LoggedTransaction, PeerInfo, Role, RoleState};
 use crate::threads::blocking;
 use crate::token::Token;
 use crate::txid::{Place, Position, Txid};
 
 pub use crate::node::writer::{Commit, ConnectionKind, WriterGuard};
 pub use config::Config;
+pub use events::Events;
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
 pub(crate) use identity::fuzz_identity;
 #[cfg(test)]
@@ -387,12 +389,6 @@ impl Db {
         self.inner.node.applied.watch()
     }
 
-    /// What happens on this node, from now on. A receiver that is more than 256 events late misses
-    /// some, and [`Event::Missed`] tells it how many.
-    pub fn events(&self) -> Events {
-        Events { receiver: self.inner.node.events() }
-    }
-
     /// This node's id, incarnation and addresses.
     pub fn node(&self) -> &PeerInfo {
         &self.inner.node.me
@@ -501,39 +497,5 @@ impl Db {
     /// does not hold.
     pub fn verify_token(&self, text: &str) -> Option<Txid> {
         Token::verify(&self.inner.node, text)
-    }
-}
-
-/// The events of a node; see [`Db::events`].
-///
-/// ```
-/// # async fn example(db: replite::Db) -> Result<(), replite::Error> {
-/// use replite::Event;
-///
-/// let mut events = db.events();
-/// while let Some(event) = events.next().await {
-///     if let Event::WalGrows { bytes, why, .. } = event {
-///         eprintln!("the WAL has {bytes} bytes: {why}");
-///     }
-/// }
-/// # Ok(())
-/// # }
-/// ```
-#[derive(Debug)]
-pub struct Events {
-    receiver: broadcast::Receiver<Event>,
-}
-
-impl Events {
-    /// The next event; none after the database was shut down and dropped.
-    ///
-    /// # Cancel safety
-    /// No event is lost by dropping the future.
-    pub async fn next(&mut self) -> Option<Event> {
-        match self.receiver.recv().await {
-            Ok(event) => Some(event),
-            Err(broadcast::error::RecvError::Lagged(missed)) => Some(Event::Missed { events: missed }),
-            Err(broadcast::error::RecvError::Closed) => None,
-        }
     }
 }

@@ -66,8 +66,9 @@ use tail::Tail;
 pub(crate) use transactions::logged;
 
 /// What to do about a segment that is corrupt.
-const CURE: &str = "has transactions for replicas that are behind, and for what a damaged database lacks: verify the database, and when that is sound, \
-    stop the node, move the directory of the log away and start it again; replicas that are behind compare their pages then";
+const CURE: &str = "has transactions for replicas that are behind, and for what a damaged database \
+    lacks: verify the database, and when that is sound, stop the node, move the directory of the log away \
+    and start it again; replicas that are behind compare their pages then";
 /// Files of dropped segments that may wait for the next sync to be removed.
 const GARBAGE_MAX: usize = 2;
 

@@ -127,7 +127,16 @@ impl Addresses {
 /// Whether a character can be shown in a line as it is. A control character can't, nor one that is
 /// not seen but turns others around or ends the line.
 pub(crate) fn is_plain(c: char) -> bool {
-    let unseen = matches!(c, '\u{61c}' | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}');
+    let unseen = matches!(
+        c,
+        '\u{61c}'
+            | '\u{200b}'
+            | '\u{200e}'
+            | '\u{200f}'
+            | '\u{2028}'..='\u{202e}'
+            | '\u{2060}'..='\u{206f}'
+            | '\u{feff}'
+    );
     !c.is_control() && !unseen
 }
 

@@ -90,7 +90,8 @@ impl Db {
             }
         }
         let what = format!(
-            "{}; what no connected replica has, or the log does not name, can't be repaired{why}: put the database of a replica in its place",
+            "{}; what no connected replica has, or the log does not name, can't be repaired{why}: \
+             put the database of a replica in its place",
             verification.problem()
         );
         Err(Error::Damaged { path: self.inner.paths.database().to_path_buf(), what })

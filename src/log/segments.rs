@@ -38,5 +38,6 @@ pub(super) fn remove(paths: &[PathBuf]) {
 /// size, or the log's own quota.
 pub(crate) fn no_room(error: &Error) -> bool {
     use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
-    matches!(error, Error::Io { source, .. } if matches!(source.kind(), StorageFull | QuotaExceeded | FileTooLarge))
+    let full = |kind| matches!(kind, StorageFull | QuotaExceeded | FileTooLarge);
+    matches!(error, Error::Io { source, .. } if full(source.kind()))
 }

@@ -164,8 +164,10 @@ impl Database {
         // The verifier reads through connections of its own, which have to be closed before the
         // others.
         self.verifier.close();
+        // First: a role that is about to begin finds that it is too late.
+        let running = self.slot.take();
         self.writer.close();
-        if let Some(running) = self.slot.take() {
+        if let Some(running) = running {
             running.close();
         }
         crate::sqlite::close_unlocked();

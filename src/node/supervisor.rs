@@ -97,6 +97,11 @@ impl Supervisor {
             let engine = Arc::new(replica.stop()?.into_primary(above)?);
             set(&slot, Running::Primary(engine.clone()))?;
             let opened = writer.open(&engine);
+            if slot.get().is_err() {
+                // The database was closed meanwhile, and its writer before this one opened.
+                writer.close();
+                return Err(Error::ShutDown);
+            }
             if opened.is_err() {
                 set(&slot, Running::Replica(Arc::new(engine.stop(LEAVE_LIMIT)?.into_replica()?)))?;
             }
@@ -136,7 +141,7 @@ impl Supervisor {
                 led.stop(limit).inspect_err(|error| {
                     // It goes on.
                     if matches!(error, Error::Timeout { .. })
-                        && let Err(error) = writer.open(&led)
+                        && let Err(error) = writer.reopen(&led)
                     {
                         led.fail(&error);
                     }

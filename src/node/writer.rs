@@ -192,8 +192,17 @@ impl Writer {
     /// Opens the connection, runs the application's migrations on it, and starts the threads.
     /// Blocks.
     pub(crate) fn open(&self, engine: &Arc<PrimaryEngine>) -> Result<()> {
+        self.start(engine, self.shared.setup.migrate.as_ref())
+    }
+
+    /// [`Writer::open`] in a term whose migrations have run.
+    pub(crate) fn reopen(&self, engine: &Arc<PrimaryEngine>) -> Result<()> {
+        self.start(engine, None)
+    }
+
+    fn start(&self, engine: &Arc<PrimaryEngine>, migrate: Option<&Migrate>) -> Result<()> {
         let shared = &self.shared;
-        let open = connect(&shared.setup, engine)?;
+        let open = connect(&shared.setup, engine, migrate)?;
         // What the migrations committed has its place in history, and stays, before any caller
         // hears that we are open.
         shared.gate.wait(engine, engine.captured()?)?;
@@ -325,7 +334,11 @@ impl Writer {
 }
 
 /// Opens the connection as the application and we want it, and has the database migrated.
-fn connect(setup: &WriterSetup, engine: &Arc<PrimaryEngine>) -> Result<OpenWriter> {
+fn connect(
+    setup: &WriterSetup,
+    engine: &Arc<PrimaryEngine>,
+    migrate: Option<&Migrate>,
+) -> Result<OpenWriter> {
     let mut connection = sqlite::connect(&setup.path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
     defend(&connection, !setup.trust_schema)?;
     connection.set_prepared_statement_cache_capacity(setup.statement_cache);
@@ -338,7 +351,7 @@ fn connect(setup: &WriterSetup, engine: &Arc<PrimaryEngine>) -> Result<OpenWrite
         run(&connection, ConnectionKind::Writer)?;
     }
     let settings = Settings::of(&connection)?;
-    if let Some(run) = &setup.migrate {
+    if let Some(run) = migrate {
         let migrated = catch_unwind(AssertUnwindSafe(|| run(&mut connection)));
         migrated.unwrap_or_else(|panic| Err(Error::Panicked(message(&*panic))))?;
         if !connection.is_autocommit() {

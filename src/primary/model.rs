@@ -91,11 +91,11 @@ impl ModelNode {
             return self.open_epoch(0, rng);
         }
         if self.own {
-            // Its own commits, whoever made them, are of its epoch.
+            // All of its own commits are of its epoch.
             self.log.1 = self.states.len() - 1;
             return self.open_epoch(0, rng);
         }
-        // Nobody vouches for what is here: all of it is one transaction of the new epoch.
+        // No primary vouches for what is here: all of it is one transaction of the new epoch.
         let pages = self.tip().pages.clone();
         self.states.truncate(self.log.1 + 1);
         self.open_epoch(0, rng);
@@ -347,8 +347,8 @@ fn meet(primary: &mut ModelNode, follower: &ModelNode, rng: &mut StdRng) {
             heal(primary, follower, Some(from), true, rng);
         }
         Decision::Compare { diverged } => {
-            // What is not kept must be the primary's, or be kept by the follower itself, which
-            // knows that nobody vouches for it.
+            // What is not kept must be the primary's, or be kept by the replica itself, which
+            // knows that no primary vouches for it.
             assert!(diverged || shared || !follower.vouched(), "{:?} would be lost", theirs.position);
             heal(primary, follower, None, diverged, rng);
         }

@@ -261,7 +261,7 @@ mod tests {
         }
     }
 
-    /// One hello that named a high epoch raised the primary's so far that nobody who followed it
+    /// One hello that named a high epoch raised the primary's so far that no node that followed it
     /// was believed any more.
     #[test]
     fn no_sequence_of_hellos_makes_a_follower_unacceptable() {

@@ -259,7 +259,8 @@ impl ReplicaStream {
                         self.say(&[Message::Want(want)]).await?;
                     }
                     () = tokio::time::sleep_until(self.last_beat + BEAT) => self.beat().await?,
-                    () = self.node.drain.cancelled(), if self.draining.is_none() && self.boundary.is_clean() => {}
+                    () = self.node.drain.cancelled(),
+                        if self.draining.is_none() && self.boundary.is_clean() => {}
                     () = requests_answered(self.draining, &self.quiet) => {
                         // What was acknowledged to a client by now may not have come into the log
                         // yet.
@@ -365,8 +366,9 @@ async fn requests_answered(until: Option<Instant>, quiet: &CancellationToken) {
 /// Said to a replica whose epochs no start of a primary of this history can have led to.
 fn too_far(theirs: Epoch, ours: Epoch) -> String {
     format!(
-        "the replica knows epoch {theirs}, which is none of this primary's and too far above its own, {ours}, to be exceeded: if this is the right primary, stop the replica, \
-         move its database, the -wal and the directory -replite beside it away, and start it again, so that it is filled anew"
+        "the replica knows epoch {theirs}, which is none of this primary's and too far above its own, \
+         {ours}, to be exceeded: if this is the right primary, stop the replica, move its database, the \
+         -wal and the directory -replite beside it away, and start it again, so that it is filled anew"
     )
 }
 

@@ -187,8 +187,8 @@ async fn the_log_follows_from_memory_and_disk_with_heartbeats_between() {
     assert_eq!(stream.kind().await, Kind::TxnBegin);
 }
 
-/// A record goes out from the log before the position says so: whoever has it then must not be
-/// taken for one with a history of its own.
+/// A record goes out from the log before the position says so. A replica that has it then must not
+/// be taken for one with a history of its own.
 #[tokio::test]
 async fn a_replica_that_has_more_than_the_position_says_goes_on_with_the_log() {
     let dir = tempfile::tempdir().unwrap();
@@ -255,7 +255,7 @@ async fn a_real_log_is_followed_from_disk_over_segments_and_over_what_was_taken_
         }
         if number == 1000 {
             // The stream stands at the end, or comes to it, and the next record is begun twice.
-            // Whichever part of the first try it sent, it must not send the second one behind it.
+            // Whichever part of the first try it sent, it must not send the second one after it.
             number = 1001;
             log.append(record(1001)[0].clone(), None).unwrap();
             log.abort().unwrap();
@@ -365,7 +365,7 @@ async fn a_slow_replica_costs_no_memory_and_is_told_when_its_records_are_gone() 
     for _ in 0..300 {
         fake.commit(60);
     }
-    // Nobody reads: the stream's task stops at its bound, well before the log's end.
+    // No replica reads: the stream's task stops at its bound, well before the log's end.
     for _ in 0..1000 {
         tokio::task::yield_now().await;
     }

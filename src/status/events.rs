@@ -192,7 +192,7 @@ pub enum Event {
     },
     /// The WAL is beyond twice its limit ([`Config::wal_limit`](crate::Config::wal_limit)) and was
     /// not begun anew within a second, or it is beyond four times. The node tells it once for each
-    /// doubling. [`Status::problem`] says so for as long as it lasts.
+    /// doubling. [`Status::problem`](crate::Status::problem) says so for as long as it lasts.
     #[non_exhaustive]
     WalGrows {
         /// Its length in bytes.

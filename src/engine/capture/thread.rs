@@ -227,6 +227,8 @@ impl CaptureLoop {
             if let Some(header) = base.header() {
                 self.capture(&header)?;
             }
+            // The brake may hold it until the WAL has begun anew.
+            self.maybe_restart()?;
             std::thread::sleep(EPOCH_STEP);
         }
         Ok(())

@@ -190,7 +190,7 @@ impl OpenDatabase {
 
     /// No role can go on with the files: stops replication of this database for good, loudly.
     pub(in crate::engine) fn give_up(&self, error: &Error) {
-        if lock(&self.broken).replace(error.cause()).is_none() {
+        if lock(&self.broken).replace(error.cause()).is_none() && self.node.failure().is_none() {
             self.wake();
             self.node.fail(error);
         }

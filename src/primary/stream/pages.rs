@@ -28,7 +28,7 @@ impl ReplicaStream {
         let mut first = None;
         loop {
             let go = tokio::select! {
-                go = goes.recv() => go.ok_or_else(|| Error::Internal("the reader of a snapshot has ended early".into()))??,
+                go = goes.recv() => go.ok_or_else(|| ended_early("the reader of a snapshot"))??,
                 () = tokio::time::sleep_until(self.last_beat + BEAT) => {
                     self.beat().await?;
                     continue;
@@ -79,7 +79,7 @@ impl ReplicaStream {
         let mut first = None;
         loop {
             let go = tokio::select! {
-                go = goes.recv() => go.ok_or_else(|| Error::Internal("the reader of pages has ended early".into()))??,
+                go = goes.recv() => go.ok_or_else(|| ended_early("the reader of pages"))??,
                 () = tokio::time::sleep_until(self.last_beat + BEAT) => {
                     self.beat().await?;
                     continue;
@@ -151,4 +151,9 @@ impl ReplicaStream {
             self.say(&[Message::Sent(sent)]).await?;
         }
     }
+}
+
+/// A thread of ours that should have gone on.
+fn ended_early(what: &str) -> Error {
+    Error::Internal(format!("{what} has ended early"))
 }

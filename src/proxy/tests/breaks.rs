@@ -65,13 +65,14 @@ async fn holding_is_bounded_in_time_and_number() {
     let held = tokio::spawn(send(post()));
     comes("a request that is held", || node2.roles.receiver_count() > 0).await;
     is(&send(post()).await, 503, "not-executed");
-    // A node that stops holds nobody.
+    // A node that stops holds no request.
     node2.stop.cancel();
     is(&held.await.unwrap(), 503, "not-executed");
     drop(node);
 }
 
-/// Who was refused gave back a place that it had not got: after a burst nobody was held any more.
+/// Who was refused gave back a place that it had not got: after a burst no request was held any
+/// more.
 #[tokio::test]
 async fn after_a_burst_beyond_the_limit_requests_are_held_again() {
     let primary = Server::start(Router::new().fallback(mirror)).await;
@@ -97,7 +98,8 @@ async fn after_a_burst_beyond_the_limit_requests_are_held_again() {
 async fn no_early_100_continue_while_there_is_no_primary() {
     let (replica, _node) = replica_of("", |l| l.hold_timeout(SHORT).held_requests(8)).await;
     let mut stream = TcpStream::connect(replica.address).await.unwrap();
-    let head = "POST / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 5\r\nconnection: close\r\n\r\n";
+    let head = "POST / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\
+                connection: close\r\n\r\n";
     stream.write_all(head.as_bytes()).await.unwrap();
     let mut answer = String::new();
     stream.read_to_string(&mut answer).await.unwrap();
@@ -108,7 +110,8 @@ async fn no_early_100_continue_while_there_is_no_primary() {
 async fn a_client_that_expects_100_continue_gets_it_when_the_primary_wants_the_body() {
     let pair = Pair::new(Router::new().fallback(mirror), Router::new(), |l| l).await;
     let mut stream = TcpStream::connect(pair.replica.address).await.unwrap();
-    let head = "POST / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 5\r\nconnection: close\r\n\r\n";
+    let head = "POST / HTTP/1.1\r\nhost: x\r\nexpect: 100-continue\r\ncontent-length: 5\r\n\
+                connection: close\r\n\r\n";
     stream.write_all(head.as_bytes()).await.unwrap();
     let mut told = [0; 25];
     stream.read_exact(&mut told).await.unwrap();
@@ -249,8 +252,8 @@ async fn a_primary_that_dies_with_the_request_leaves_the_outcome_unknown() {
     assert!(seen.try_recv().is_err());
 }
 
-/// It took the request, and nobody is there when a read is tried again: nobody can say that it did
-/// not run.
+/// It took the request, and is gone when a read is tried again: no one can say that it did not
+/// run.
 #[tokio::test]
 async fn what_may_have_run_is_not_called_not_executed_when_the_next_try_finds_nobody() {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();

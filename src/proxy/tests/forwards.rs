@@ -242,7 +242,7 @@ async fn a_node_that_is_not_the_primary_points_to_it_before_it_reads_the_body() 
     assert_eq!(runs.load(Ordering::Relaxed), 1);
     assert!(!send(post(b"y".to_vec())).await.headers().contains_key("replite-primary"));
 
-    // They disagree without one of them knowing better: nobody is asked in circles.
+    // They disagree without one of them knowing better: no request goes in circles.
     follow(&second_node, 1, Some(peer(3, &third.url())));
     is(&send(post(b"y".to_vec())).await, 508, "not-executed");
     // It knows of none: held, then given up.

@@ -87,7 +87,7 @@ async fn a_long_download_is_paced_by_the_client_and_whole_at_its_end() {
     let mut response = send(pair.post("/").body(full("")).unwrap()).await;
     let first = next(response.body_mut()).await.unwrap();
     let mut length = first.len();
-    // Nobody reads: what was made stays far from the whole 64 MiB.
+    // No client reads: what was made stays far from the whole 64 MiB.
     let mut before = 0;
     loop {
         tokio::time::sleep(SHORT).await;

@@ -122,7 +122,7 @@ impl Pair {
     }
 }
 
-/// A replica that follows whoever listens at the address, with an app that answers `here`.
+/// A replica that follows what listens at the address, with an app that answers `here`.
 pub(super) async fn replica_of(
     url: &str,
     options: impl FnOnce(ReplayLayer) -> ReplayLayer,
