@@ -33,6 +33,7 @@ use crate::log::{Lookup, Pin};
 use crate::net::Incoming;
 use crate::page::{PageNo, PageSize};
 use crate::report::Condition;
+use crate::secret::Proved;
 use crate::status::{PeerInfo, ReplicaStatus};
 use crate::threads::blocking;
 use crate::txid::Position;
@@ -175,9 +176,9 @@ enum Serving {
 /// What there is to serve on this node, if it is the primary, and who is being served.
 pub(crate) struct ReplicaServer {
     node: Arc<NodeContext>,
-    stock: watch::Sender<Serving>,
+    serving: watch::Sender<Serving>,
     registry: Registry,
-    lines: PeerChannels,
+    channels: PeerChannels,
     streams: Arc<Semaphore>,
     handshakes: Arc<Semaphore>,
     comparisons: Arc<Semaphore>,
@@ -189,9 +190,9 @@ impl ReplicaServer {
     pub(crate) fn new(node: Arc<NodeContext>) -> Arc<ReplicaServer> {
         Arc::new(ReplicaServer {
             node,
-            stock: watch::Sender::new(Serving::Nothing),
+            serving: watch::Sender::new(Serving::Nothing),
             registry: Registry::default(),
-            lines: PeerChannels::default(),
+            channels: PeerChannels::default(),
             streams: Arc::new(Semaphore::new(STREAMS_MAX)),
             handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
             comparisons: Arc::new(Semaphore::new(COMPARISONS_MAX)),
@@ -201,30 +202,30 @@ impl ReplicaServer {
 
     /// From now on this node is the primary with this database, or (`None`) it is not the primary.
     /// Streams of what it had before end.
-    pub(crate) fn set(&self, supply: Option<Arc<dyn StreamSource>>) {
-        self.stock.send_replace(supply.map_or(Serving::Nothing, Serving::StreamSource));
+    pub(crate) fn set(&self, source: Option<Arc<dyn StreamSource>>) {
+        self.serving.send_replace(source.map_or(Serving::Nothing, Serving::StreamSource));
     }
 
     /// Until it is served, replicas are asked for what the database may miss.
     pub(crate) fn recover(&self, recovery: Arc<Recovery>) {
-        self.stock.send_replace(Serving::Recovery(recovery));
+        self.serving.send_replace(Serving::Recovery(recovery));
     }
 
     /// Whether this node is the primary, or is about to be.
     pub(crate) fn serves(&self) -> bool {
-        !matches!(*self.stock.borrow(), Serving::Nothing)
+        !matches!(*self.serving.borrow(), Serving::Nothing)
     }
 
     /// What there is to serve, once it is there; an end for a replica that gave what this node
     /// lacked.
-    async fn supply(
+    async fn source(
         &self,
         hello: &Hello,
         units: &mut ReceivedUnits,
-        outlet: &StreamSender,
+        sender: &StreamSender,
     ) -> Result<Arc<dyn StreamSource>, End> {
-        let mut stock = self.stock.subscribe();
-        let recovery = match &*stock.borrow() {
+        let mut serving = self.serving.subscribe();
+        let recovery = match &*serving.borrow() {
             Serving::Recovery(recovery) => Some(recovery.clone()),
             _ => None,
         };
@@ -232,11 +233,11 @@ impl ReplicaServer {
             let mut moved = recovery.watch();
             loop {
                 moved.mark_unchanged();
-                if let Some(end) = recovery.ask(&self.node, hello, units, outlet).await {
+                if let Some(end) = recovery.ask(&self.node, hello, units, sender).await {
                     return Err(End::Said(end));
                 }
                 tokio::select! {
-                    over = stock.wait_for(|stock| !matches!(stock, Serving::Recovery(_))) => {
+                    over = serving.wait_for(|serving| !matches!(serving, Serving::Recovery(_))) => {
                         over.map_err(|_| Error::ShutDown)?;
                         break;
                     }
@@ -245,9 +246,9 @@ impl ReplicaServer {
                 }
             }
         }
-        let stock = stock.wait_for(|stock| !matches!(stock, Serving::Recovery(_))).await;
-        match &*stock.map_err(|_| Error::ShutDown)? {
-            Serving::StreamSource(supply) => Ok(supply.clone()),
+        let serving = serving.wait_for(|serving| !matches!(serving, Serving::Recovery(_))).await;
+        match &*serving.map_err(|_| Error::ShutDown)? {
+            Serving::StreamSource(source) => Ok(source.clone()),
             _ => Err(End::Said(SHUTTING_DOWN.into())),
         }
     }
@@ -269,8 +270,8 @@ impl ReplicaServer {
     }
 
     /// Ways to ask the replicas that are connected.
-    pub(crate) fn lines(&self) -> Vec<PeerChannel> {
-        self.lines.list()
+    pub(crate) fn channels(&self) -> Vec<PeerChannel> {
+        self.channels.list()
     }
 
     /// Whether another live process serves under this node id.
@@ -289,11 +290,23 @@ impl ReplicaServer {
         self.handshakes.clone().try_acquire_owned().ok()
     }
 
+    /// The peer's hello, and by which secret it is proved. None: the peer is refused.
+    async fn greeted(&self, peer: &Peer, units: &mut ReceivedUnits) -> Option<(Hello, Proved)> {
+        let hello = tokio::select! {
+            hello = hello(&self.node, peer, units) => hello,
+            () = self.node.drain.cancelled() => Err(Error::ShutDown),
+        };
+        // The peer proved nothing by a fresh nonce, so it is told nothing: the stream breaks off.
+        hello.inspect_err(|error| self.refused(&peer.knock, error)).ok()
+    }
+
     /// Returns when this is not what there is to serve any more.
-    async fn withdrawn(&self, supply: &Arc<dyn StreamSource>) {
-        let other = |now: &Serving| !matches!(now, Serving::StreamSource(now) if Arc::ptr_eq(now, supply));
+    async fn withdrawn(&self, source: &Arc<dyn StreamSource>) -> End {
+        let other = |now: &Serving| !matches!(now, Serving::StreamSource(now) if Arc::ptr_eq(now, source));
         // The sender is ours.
-        let _ = self.stock.subscribe().wait_for(other).await;
+        let _ = self.serving.subscribe().wait_for(other).await;
+        // A node that is closed withdraws what it serves, too.
+        End::Said(if self.node.stop.is_cancelled() { SHUTTING_DOWN } else { NOT_PRIMARY }.into())
     }
 
     /// Returns when no replica is served any more. For a node that drains: it lets none in
@@ -315,85 +328,75 @@ pub(crate) struct Peer {
 }
 
 /// Serves one replica until it leaves, lags, lies or the node stops.
-pub(crate) async fn serve(source: Arc<ReplicaServer>, guest: Peer, upstream: Incoming, outlet: StreamSender) {
-    let node = source.node.clone();
+pub(crate) async fn serve(
+    replica_server: Arc<ReplicaServer>,
+    peer: Peer,
+    upstream: Incoming,
+    sender: StreamSender,
+) {
+    let node = replica_server.node.clone();
     let mut units = ReceivedUnits::new(upstream);
-    let hello = tokio::select! {
-        hello = hello(&node, &guest, &mut units) => hello,
-        () = node.drain.cancelled() => Err(Error::ShutDown),
-    };
-    let (hello, proved) = match hello {
-        Ok(hello) => hello,
-        Err(error) => {
-            source.refused(&guest.knock, error);
-            // The peer proved nothing by a fresh nonce, so it is told nothing: the stream breaks
-            // off.
-            return;
-        }
-    };
-    let Peer { place, knock, .. } = guest;
+    let Some((hello, proved)) = replica_server.greeted(&peer, &mut units).await else { return };
+    let Peer { place, knock, .. } = peer;
     let peer = hello.peer.clone();
-    let Ok(_stream) = source.streams.clone().try_acquire_owned() else {
-        return farewell(outlet, "too many replicas".into()).await;
+    let Ok(_stream) = replica_server.streams.clone().try_acquire_owned() else {
+        return farewell(sender, "too many replicas".into()).await;
     };
     drop(place);
-    let seat = match source.registry.join(&peer) {
-        Ok(seat) => seat,
+    let slot = match replica_server.registry.join(&peer) {
+        Ok(slot) => slot,
         Err(Conflict) => {
-            source.refused(&knock, "another live process has this node id");
-            return farewell(outlet, "duplicate node id".into()).await;
+            replica_server.refused(&knock, "another live process has this node id");
+            return farewell(sender, "duplicate node id".into()).await;
         }
     };
     node.report(Condition::ReplicaJoined { peer: &peer });
 
-    let supply = tokio::select! {
-        supply = source.supply(&hello, &mut units, &outlet) => supply,
+    let source = tokio::select! {
+        source = replica_server.source(&hello, &mut units, &sender) => source,
         () = node.drain.cancelled() => Err(End::Said(SHUTTING_DOWN.into())),
-        () = seat.replaced() => Err(End::Said(REPLACED.into())),
+        () = slot.replaced() => Err(End::Said(REPLACED.into())),
         () = node.keys.dropped(proved) => Err(End::Said(DROPPED.into())),
     };
-    let supply = match supply {
-        Ok(supply) => supply,
+    let source = match source {
+        Ok(source) => source,
         Err(end) => {
             left(&node, &peer, &end);
-            drop(seat);
-            return last_word(Some(outlet), end).await;
+            drop(slot);
+            return last_word(Some(sender), end).await;
         }
     };
-    let of = supply.clone();
-    let (questions, answers) = source.lines.open(&peer);
+    let of = source.clone();
+    let (questions, answers) = replica_server.channels.open(&peer);
     let clock = ReplicaClock::default();
-    let turns = source.comparisons.clone();
-    let mut pump = ReplicaStream::new(node.clone(), supply, outlet, questions, (turns, clock.clone()));
+    let turns = replica_server.comparisons.clone();
+    let mut stream = ReplicaStream::new(node.clone(), source, sender, questions, (turns, clock.clone()));
     let (asks, wants) = mpsc::channel(WANTS_MAX);
-    let quiet = pump.quiet();
+    let quiet = stream.quiet();
     let end = tokio::select! {
-        end = pump.run(&hello, wants) => end,
-        end = acks(&mut units, &seat, &clock, &asks, &answers, &quiet) => end,
+        end = stream.run(&hello, wants) => end,
+        end = acks(&mut units, &slot, &clock, &asks, &answers, &quiet) => end,
         () = cut_off(&node) => End::Said(SHUTTING_DOWN.into()),
         // No replica gets what it commits from now on.
         () = node.stopped() => End::Said(STOPPED.into()),
-        // A node that is closed withdraws what it serves, too.
-        () = source.withdrawn(&of) => {
-            End::Said(if node.stop.is_cancelled() { SHUTTING_DOWN } else { NOT_PRIMARY }.into())
-        }
-        () = seat.replaced() => End::Said(REPLACED.into()),
+        end = replica_server.withdrawn(&of) => end,
+        () = slot.replaced() => End::Said(REPLACED.into()),
         () = node.keys.dropped(proved) => End::Said(DROPPED.into()),
     };
     left(&node, &peer, &end);
-    drop(seat);
-    last_word(pump.outlet_between_units(), end).await;
+    drop(slot);
+    last_word(stream.sender_between_units(), end).await;
 }
 
 /// Says why a stream ends, where it may still be said.
-async fn last_word(outlet: Option<StreamSender>, end: End) {
+async fn last_word(sender: Option<StreamSender>, end: End) {
     let reason = match end {
         End::Left => return,
         End::Said(reason) => reason,
         End::Failed(error) => error.to_string(),
     };
-    if let Some(outlet) = outlet {
-        farewell(outlet, reason).await;
+    if let Some(sender) = sender {
+        farewell(sender, reason).await;
     }
 }
 
@@ -414,12 +417,12 @@ fn left(node: &NodeContext, peer: &PeerInfo, end: &End) {
 }
 
 /// The last word, and a clean end; a peer that takes nothing any more gets a broken stream instead.
-async fn farewell(outlet: StreamSender, reason: String) {
+async fn farewell(sender: StreamSender, reason: String) {
     let last = async {
         let mut bytes = BytesMut::new();
         wire::encode(&Message::Goodbye(Goodbye { reason }), &mut bytes);
-        outlet.send(bytes.freeze()).await?;
-        outlet.finish().await
+        sender.send(bytes.freeze()).await?;
+        sender.finish().await
     };
     if !matches!(tokio::time::timeout(GOODBYE_TIMEOUT, last).await, Ok(Ok(()))) {
         tracing::debug!("a peer did not take the last word");

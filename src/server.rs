@@ -60,9 +60,9 @@ pub struct ReplicationService {
 
 struct ServerShared {
     node: Arc<NodeContext>,
-    source: Arc<ReplicaServer>,
+    replica_server: Arc<ReplicaServer>,
     tracker: TaskTracker,
-    door: Mount,
+    mount: Mount,
     warned: AtomicBool,
 }
 
@@ -70,11 +70,11 @@ impl ReplicationService {
     /// A service for one door. Streams run as tasks of the tracker.
     pub(crate) fn new(
         node: Arc<NodeContext>,
-        source: Arc<ReplicaServer>,
+        replica_server: Arc<ReplicaServer>,
         tracker: TaskTracker,
-        door: Mount,
+        mount: Mount,
     ) -> ReplicationService {
-        let shared = ServerShared { node, source, tracker, door, warned: AtomicBool::new(false) };
+        let shared = ServerShared { node, replica_server, tracker, mount, warned: AtomicBool::new(false) };
         ReplicationService { shared: Arc::new(shared) }
     }
 
@@ -82,8 +82,8 @@ impl ReplicationService {
     where
         B: Body + Send + 'static,
     {
-        let ServerShared { node, door, .. } = &*self.shared;
-        if node.keys.is_open() && *door == Mount::Mounted {
+        let ServerShared { node, mount, .. } = &*self.shared;
+        if node.keys.is_open() && *mount == Mount::Mounted {
             if !self.shared.warned.swap(true, Ordering::Relaxed) {
                 node.report(Condition::EndpointWithoutSecret);
             }
@@ -100,11 +100,11 @@ impl ReplicationService {
             }
         };
         match self.admit(&request, knock) {
-            Ok((guest, response)) => {
-                let (outlet, response) = response;
+            Ok((peer, response)) => {
+                let (sender, response) = response;
                 let upstream = Incoming::new(request.into_body());
-                let (node, replica) = (node.clone(), guest.knock.node);
-                let stream = primary::serve(self.shared.source.clone(), guest, upstream, outlet);
+                let (node, replica) = (node.clone(), peer.knock.node);
+                let stream = primary::serve(self.shared.replica_server.clone(), peer, upstream, sender);
                 self.shared.tracker.spawn(async move {
                     // The replica sees a stream that broke off, and comes again.
                     if let Err(error) = caught_task("a replica's stream", stream).await {
@@ -129,7 +129,7 @@ impl ReplicationService {
         request: &Request<B>,
         knock: Knock,
     ) -> Result<(Peer, (StreamSender, Response<ReplicationBody>)), Refusal> {
-        let ServerShared { node, source, .. } = &*self.shared;
+        let ServerShared { node, replica_server, .. } = &*self.shared;
         if !request.uri().path().ends_with(STREAM_PATH) || request.method() != Method::POST {
             return Err(Refusal::Path);
         }
@@ -148,15 +148,15 @@ impl ReplicationService {
         if node.drain.is_cancelled() || node.roles.borrow().role == Role::Stopped {
             return Err(Refusal::Stopping);
         }
-        if !source.serves() {
+        if !replica_server.serves() {
             let primary = node.roles.borrow().primary.as_ref().map(|p| p.addresses.replication.clone());
             return Err(Refusal::NotPrimary(primary));
         }
-        if source.conflict(&knock).is_some() {
-            source.refused(&knock, "another live process has this node id");
+        if replica_server.conflict(&knock).is_some() {
+            replica_server.refused(&knock, "another live process has this node id");
             return Err(Refusal::DuplicateNode);
         }
-        let place = source.place().ok_or(Refusal::Busy)?;
+        let place = replica_server.place().ok_or(Refusal::Busy)?;
         let unable = |error| {
             node.report(Condition::KnockNotAnswered { error: &error });
             Refusal::Busy
@@ -164,16 +164,16 @@ impl ReplicationService {
         let nonce = handshake::nonce().map_err(unable)?;
         let answer = Answer { node: node.me.node, incarnation: node.me.incarnation, nonce };
         let headers = answer.headers(&knock, &node.keys).map_err(unable)?;
-        let (outlet, body) = ReplicationBody::stream();
+        let (sender, body) = ReplicationBody::stream();
         let mut response = Response::new(body);
         *response.headers_mut() = headers;
-        Ok((Peer { knock, nonce, place }, (outlet, response)))
+        Ok((Peer { knock, nonce, place }, (sender, response)))
     }
 }
 
 impl fmt::Debug for ReplicationService {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("ReplicationService").field("door", &self.shared.door).finish_non_exhaustive()
+        f.debug_struct("ReplicationService").field("door", &self.shared.mount).finish_non_exhaustive()
     }
 }
 

@@ -46,10 +46,10 @@ pub(super) async fn open(config: Config) -> Result<Db> {
     let addresses = config.advertised(listener.as_ref().map(Listener::address));
     let follows = primary.is_some();
     let begun = blocking(OPENING, move || OpenedNode::new(config, keys, addresses, follows)).await?;
-    let mut doors = ListenerGuard::new(&begun.node, &begun.source, &begun.tracker, listener);
-    let opened = begun.finish(&mut doors, primary).await;
+    let mut listener_guard = ListenerGuard::new(&begun.node, &begun.replica_server, &begun.tracker, listener);
+    let opened = begun.finish(&mut listener_guard, primary).await;
     if opened.is_err() {
-        doors.close().await;
+        listener_guard.close().await;
     }
     opened
 }
@@ -60,7 +60,7 @@ struct OpenedNode {
     paths: Paths,
     claim: open_files::Claim,
     node: Arc<NodeContext>,
-    source: Arc<ReplicaServer>,
+    replica_server: Arc<ReplicaServer>,
     tracker: TaskTracker,
     files: Files,
 }
@@ -89,16 +89,16 @@ impl OpenedNode {
             true => Files::Replica(Arc::new(ReplicaEngine::open(options, node.clone())?)),
             false => Files::Primary(Box::new(Opening::begin(options, node.clone())?)),
         };
-        let (source, tracker) = (ReplicaServer::new(node.clone()), TaskTracker::new());
-        Ok(OpenedNode { config, paths, claim, node, source, tracker, files })
+        let (replica_server, tracker) = (ReplicaServer::new(node.clone()), TaskTracker::new());
+        Ok(OpenedNode { config, paths, claim, node, replica_server, tracker, files })
     }
 
     /// Makes the node complete and starts its tasks, on the runtime of the caller.
-    async fn finish(self, doors: &mut ListenerGuard, primary: Option<Endpoint>) -> Result<Db> {
-        let OpenedNode { config, paths, claim, node, source, tracker, files } = self;
+    async fn finish(self, listener_guard: &mut ListenerGuard, primary: Option<Endpoint>) -> Result<Db> {
+        let OpenedNode { config, paths, claim, node, replica_server, tracker, files } = self;
         let (files, recovered) = match files {
             Files::Primary(opening) if opening.may_miss() && !config.recovery_timeout.is_zero() => {
-                let (opening, recovered) = recover(opening, doors, config.recovery_timeout).await?;
+                let (opening, recovered) = recover(opening, listener_guard, config.recovery_timeout).await?;
                 (Files::Primary(opening), recovered)
             }
             files => (files, 0),
@@ -115,7 +115,7 @@ impl OpenedNode {
                 Files::Replica(engine) => Running::Replica(engine),
             };
             let slot = EngineSlot::new(node.clone(), running);
-            let (replicas, tasks) = (source.clone(), tracker.clone());
+            let (replicas, tasks) = (replica_server.clone(), tracker.clone());
             // With its owner: when nothing waits for it any more, it is closed.
             Ok(LastHandle(Arc::new(Database {
                 verifier: Verifier::new(node.clone(), slot.clone(), config.verify_limit),
@@ -125,7 +125,7 @@ impl OpenedNode {
                 paths,
                 slot,
                 writer,
-                source,
+                replica_server,
                 tracker,
                 wait_timeout: config.wait_timeout,
                 grace: config.grace,
@@ -147,8 +147,8 @@ impl OpenedNode {
         });
         // First: a replica that knocks at once is let in.
         inner.supervisor.begin(primary).await?;
-        doors.open();
-        doors.leave_open();
+        listener_guard.open();
+        listener_guard.leave_open();
         if let Some(period) = verify_every {
             inner.tracker.spawn(inner.verifier.clone().repeat(period));
         }
@@ -159,19 +159,19 @@ impl OpenedNode {
 /// Has replicas give back what a power cut took. Returns how many transactions these were.
 async fn recover(
     opening: Box<Opening>,
-    doors: &mut ListenerGuard,
+    listener_guard: &mut ListenerGuard,
     limit: Duration,
 ) -> Result<(Box<Opening>, u64)> {
-    if doors.listener.is_none() {
-        doors.node.report(Condition::LossNotAsked);
+    if listener_guard.listener.is_none() {
+        listener_guard.node.report(Condition::LossNotAsked);
         return Ok((opening, 0));
     }
     let position = opening.tip();
     let before = position.number();
-    doors.node.report(Condition::LossAsked { position, limit });
+    listener_guard.node.report(Condition::LossAsked { position, limit });
     let recovery = Recovery::new(*opening);
-    doors.source.recover(recovery.clone());
-    doors.open();
+    listener_guard.replica_server.recover(recovery.clone());
+    listener_guard.open();
     let opening = recovery.finish(limit).await.ok_or(Error::ShutDown)?;
     let recovered = opening.tip().number() - before;
     Ok((Box::new(opening), recovered))

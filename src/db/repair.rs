@@ -80,13 +80,13 @@ impl Db {
         let bad = Bad { at: verification.position, right };
         let mut why = String::new();
         // Nothing to ask for where the log names none.
-        for line in self.inner.source.lines().into_iter().filter(|_| !bad.right.is_empty()) {
-            match proven(&line, &engine, &bad).await {
+        for channel in self.inner.replica_server.channels().into_iter().filter(|_| !bad.right.is_empty()) {
+            match proven(&channel, &engine, &bad).await {
                 Ok(pages) => {
-                    let (db, from) = (self.clone(), line.peer);
+                    let (db, from) = (self.clone(), channel.peer);
                     return Ok(Some(Repair { verification, from, db, engine, pages }));
                 }
-                Err(error) => why += &format!("; {}: {error}", line.peer.node),
+                Err(error) => why += &format!("; {}: {error}", channel.peer.node),
             }
         }
         let what = format!(
@@ -124,7 +124,7 @@ impl Repair {
 
 /// The right images of the bad pages, if a replica has them all. Each is known by its own hash. The
 /// primary does not look at what else a replica sends.
-async fn proven(line: &PeerChannel, engine: &Arc<PrimaryEngine>, bad: &Bad) -> Result<Vec<RightPage>> {
+async fn proven(channel: &PeerChannel, engine: &Arc<PrimaryEngine>, bad: &Bad) -> Result<Vec<RightPage>> {
     let size = engine.page_size();
     let mut found: BTreeMap<PageNo, RightPage> = BTreeMap::new();
     let numbers: Vec<PageNo> = bad.right.keys().copied().collect();
@@ -137,7 +137,7 @@ async fn proven(line: &PeerChannel, engine: &Arc<PrimaryEngine>, bad: &Bad) -> R
         .await?;
         let run =
             |(first, hash): &(PageNo, PageHash)| WantRun { first: *first, hashes: vec![hash.to_bytes()] };
-        let answer = line.ask(Want { runs: wrong.iter().map(run).collect() }).await?;
+        let answer = channel.ask(Want { runs: wrong.iter().map(run).collect() }).await?;
         if answer.at.is_none_or(|at| at.position.number() < bad.at.number()) {
             return Err(Error::NoState("it is behind the state that was verified".into()));
         }

@@ -25,7 +25,7 @@ impl Db {
             position: node.applied.position(),
             primary: roles.primary,
             lag: *lock(&node.lag),
-            replicas: inner.source.replicas(),
+            replicas: inner.replica_server.replicas(),
             wal_frames: wal.frames,
             backfilled_frames: wal.backfilled,
             log_start: log.as_ref().and_then(|log| log.start()),

@@ -136,11 +136,11 @@ impl LostBranch {
 /// # Errors
 /// [`Error::Io`]; [`Error::LostFull`] when the quota does not allow it: the heal may replace
 /// nothing then.
-pub(super) fn keep(paths: &Paths, live: &mut WalAppender, doomed: &Replaced<'_>) -> Result<LostBranch> {
+pub(super) fn keep(paths: &Paths, live: &mut WalAppender, replaced: &Replaced<'_>) -> Result<LostBranch> {
     let tip = live.base.tip();
     let lost = paths.lost();
     let mut name = format!("{PREFIX}{}", tip.position);
-    if doomed.damaged {
+    if replaced.damaged {
         name += &format!("-damaged-{}", unix_millis());
     }
     let path = lost.join(name);
@@ -149,23 +149,23 @@ pub(super) fn keep(paths: &Paths, live: &mut WalAppender, doomed: &Replaced<'_>)
         return LostBranch::read(path);
     }
     let log = live.base.log.clone();
-    let (from, until) = (doomed.records_from.unwrap_or(log.complete()), log.complete());
-    let pages = differing(live, doomed.ready)?;
+    let (from, until) = (replaced.records_from.unwrap_or(log.complete()), log.complete());
+    let pages = differing(live, replaced.ready)?;
     let unit = wire::HEADER_BYTES + 4 + live.base.page_size.bytes();
     let needed = pages.len() as u64 * unit as u64 + until.saturating_sub(from);
     let used = bytes_below(&lost)?;
-    if used.saturating_add(needed) > doomed.quota_bytes {
-        return Err(Error::LostFull { path: lost, used, needed, quota: doomed.quota_bytes });
+    if used.saturating_add(needed) > replaced.quota_bytes {
+        return Err(Error::LostFull { path: lost, used, needed, quota: replaced.quota_bytes });
     }
     let new = begin_anew(path.with_extension("new"))?;
     write(&new.join("pages"), |out| write_pages(live, &pages, out))?;
     write(&new.join("records"), |out| log.bytes_between(from, until, |bytes| out.put(&bytes)))?;
     let branch = LostBranch {
         format: FORMAT,
-        fork: doomed.fork,
+        fork: replaced.fork,
         tip: tip.position,
-        healed_to: doomed.ready.position,
-        damaged: doomed.damaged,
+        healed_to: replaced.ready.position,
+        damaged: replaced.damaged,
         // As exact as the file has it.
         time: from_unix_millis(unix_millis()),
         page_size: live.base.page_size.get(),

@@ -41,7 +41,7 @@ pub(crate) struct Database {
     pub(crate) writer: Arc<Writer>,
     pub(crate) supervisor: Supervisor,
     pub(crate) verifier: Arc<Verifier>,
-    pub(crate) source: Arc<ReplicaServer>,
+    pub(crate) replica_server: Arc<ReplicaServer>,
     pub(crate) tracker: TaskTracker,
     pub(crate) wait_timeout: Duration,
     pub(crate) grace: Duration,
@@ -115,13 +115,13 @@ impl Database {
         Err(Error::NoState(problem.unwrap_or_else(|| "the replica is not filled yet".into())))
     }
 
-    pub(crate) fn service(&self, door: Mount) -> ReplicationService {
-        ReplicationService::new(self.node.clone(), self.source.clone(), self.tracker.clone(), door)
+    pub(crate) fn service(&self, mount: Mount) -> ReplicationService {
+        ReplicationService::new(self.node.clone(), self.replica_server.clone(), self.tracker.clone(), mount)
     }
 
     pub(crate) async fn drain(&self) {
         self.node.drain.cancel();
-        if tokio::time::timeout(STREAMS_LIMIT, self.source.deserted()).await.is_err() {
+        if tokio::time::timeout(STREAMS_LIMIT, self.replica_server.deserted()).await.is_err() {
             self.node.report(Condition::StreamsLate);
         }
     }
@@ -159,7 +159,7 @@ impl Database {
         self.closed.store(true, Ordering::Release);
         self.node.stop.cancel();
         self.tracker.close();
-        self.source.set(None);
+        self.replica_server.set(None);
         self.pool.close();
         // The verifier reads through connections of its own, which have to be closed before the
         // others.

@@ -13,7 +13,7 @@ use crate::server::{Mount, ReplicationService};
 /// `leave_open`, it ends.
 pub(crate) struct ListenerGuard {
     pub(crate) node: Arc<NodeContext>,
-    pub(crate) source: Arc<ReplicaServer>,
+    pub(crate) replica_server: Arc<ReplicaServer>,
     tracker: TaskTracker,
     pub(crate) listener: Option<Listener>,
     left_open: bool,
@@ -22,18 +22,19 @@ pub(crate) struct ListenerGuard {
 impl ListenerGuard {
     pub(crate) fn new(
         node: &Arc<NodeContext>,
-        source: &Arc<ReplicaServer>,
+        replica_server: &Arc<ReplicaServer>,
         tracker: &TaskTracker,
         listener: Option<Listener>,
     ) -> ListenerGuard {
-        let (node, source, tracker) = (node.clone(), source.clone(), tracker.clone());
-        ListenerGuard { node, source, tracker, listener, left_open: false }
+        let (node, replica_server, tracker) = (node.clone(), replica_server.clone(), tracker.clone());
+        ListenerGuard { node, replica_server, tracker, listener, left_open: false }
     }
 
     pub(crate) fn open(&mut self) {
         let Some(listener) = self.listener.take() else { return };
-        let ListenerGuard { node, source, tracker, .. } = self;
-        let service = ReplicationService::new(node.clone(), source.clone(), tracker.clone(), Mount::Own);
+        let ListenerGuard { node, replica_server, tracker, .. } = self;
+        let service =
+            ReplicationService::new(node.clone(), replica_server.clone(), tracker.clone(), Mount::Own);
         tracker.spawn(listener.serve(service, tracker.clone(), node.stop.clone()));
     }
 
@@ -51,7 +52,7 @@ impl ListenerGuard {
 
     pub(crate) fn end(&self) {
         self.node.stop.cancel();
-        self.source.set(None);
+        self.replica_server.set(None);
     }
 }
 

@@ -23,7 +23,7 @@ pub(crate) struct Supervisor {
     node: Arc<NodeContext>,
     slot: Arc<EngineSlot>,
     writer: Arc<Writer>,
-    source: Arc<ReplicaServer>,
+    replica_server: Arc<ReplicaServer>,
     tracker: TaskTracker,
     /// Set while the node is a replica. A change of the role holds the lock.
     following: Mutex<Option<Following>>,
@@ -41,10 +41,10 @@ impl Supervisor {
         node: Arc<NodeContext>,
         slot: Arc<EngineSlot>,
         writer: Arc<Writer>,
-        source: Arc<ReplicaServer>,
+        replica_server: Arc<ReplicaServer>,
         tracker: TaskTracker,
     ) -> Supervisor {
-        Supervisor { node, slot, writer, source, tracker, following: Mutex::default() }
+        Supervisor { node, slot, writer, replica_server, tracker, following: Mutex::default() }
     }
 
     /// Begins the role that the node has when it starts.
@@ -63,7 +63,7 @@ impl Supervisor {
     /// the primary finds one.
     fn lead(&self, engine: Arc<PrimaryEngine>) {
         let epoch = self.node.applied.history().epoch();
-        self.source.set(Some(engine));
+        self.replica_server.set(Some(engine));
         self.node.change_role(RoleChange::Leads { me: self.node.me.clone(), epoch });
     }
 
@@ -134,7 +134,7 @@ impl Supervisor {
         // Requests wait for the next primary from now on, and replicas look for it.
         let epoch = self.node.applied.history().epoch();
         self.node.change_role(RoleChange::Follows { primary: None, epoch });
-        self.source.set(None);
+        self.replica_server.set(None);
         let (slot, writer, led) = (self.slot.clone(), self.writer.clone(), engine.clone());
         let demoted = blocking(move || {
             let left = writer.close_within(limit).and_then(|()| {

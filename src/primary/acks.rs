@@ -28,48 +28,48 @@ pub(super) const SILENCE_MAX: Duration = Duration::from_secs(15);
 /// The hello, and by which secret it is proved.
 pub(super) async fn hello(
     node: &NodeContext,
-    guest: &Peer,
+    peer: &Peer,
     units: &mut ReceivedUnits,
 ) -> Result<(Hello, Proved)> {
-    let peer = guest.knock.node.to_string();
+    let name = peer.knock.node.to_string();
     let unit = match tokio::time::timeout(HELLO_TIMEOUT, units.next(HELLO_SILENCE_MAX)).await {
-        Ok(unit) => unit.map_err(|e| e.at(&peer))?,
+        Ok(unit) => unit.map_err(|e| e.at(&name))?,
         Err(_) => {
             let slow = format!("its hello took longer than {HELLO_TIMEOUT:?}");
-            return Err(Error::peer(peer, PeerProblem::Connection(slow)));
+            return Err(Error::peer(name, PeerProblem::Connection(slow)));
         }
     };
     let Some(unit) = unit else {
-        return Err(Error::peer(peer, PeerProblem::Connection("ended before its hello".into())));
+        return Err(Error::peer(name, PeerProblem::Connection("ended before its hello".into())));
     };
     if unit.kind != Kind::Hello {
-        return Err(Error::garbled(peer, format!("{:?} in place of a hello", unit.kind)));
+        return Err(Error::garbled(name, format!("{:?} in place of a hello", unit.kind)));
     }
-    let message = unit.decode().map_err(|e| Error::garbled(&peer, e.to_string()))?;
+    let message = unit.decode().map_err(|e| Error::garbled(&name, e.to_string()))?;
     let Message::Hello(hello) = message else {
-        return Err(Error::garbled(peer, "a hello that is none"));
+        return Err(Error::garbled(name, "a hello that is none"));
     };
-    let proved = handshake::hello_holds(&hello, unit.payload(), &guest.knock, &guest.nonce, &node.keys);
-    proved.map(|proved| (hello, proved)).ok_or_else(|| Error::peer(peer, PeerProblem::Secret))
+    let proved = handshake::hello_holds(&hello, unit.payload(), &peer.knock, &peer.nonce, &node.keys);
+    proved.map(|proved| (hello, proved)).ok_or_else(|| Error::peer(name, PeerProblem::Secret))
 }
 
 /// Reads acknowledgements, and what a heal asks for, until the replica leaves, is silent for too
 /// long or sends something else.
 pub(super) async fn acks(
     units: &mut ReceivedUnits,
-    seat: &ReplicaSlot,
+    slot: &ReplicaSlot,
     clock: &ReplicaClock,
     asks: &mpsc::Sender<Want>,
     answers: &Answers,
     quiet: &CancellationToken,
 ) -> End {
-    let peer = seat.node().to_string();
+    let peer = slot.node().to_string();
     loop {
         let unit = match units.now() {
             Ok(Some(unit)) => unit,
             Ok(None) => match units.more(SILENCE_MAX).await {
                 Ok(true) => {
-                    seat.alive();
+                    slot.alive();
                     continue;
                 }
                 Ok(false) => return End::Left,
@@ -83,7 +83,7 @@ pub(super) async fn acks(
         match unit.decode() {
             Ok(Message::Ack(ack)) => {
                 clock.said(ack.clock);
-                seat.heard(ack);
+                slot.heard(ack);
             }
             Ok(Message::Want(want)) => {
                 // One question at a time, and none outside of a heal.

@@ -67,18 +67,18 @@ pub(crate) struct PeerChannels(Arc<Mutex<Vec<PeerChannel>>>);
 
 impl PeerChannels {
     pub(crate) fn list(&self) -> Vec<PeerChannel> {
-        let mut lines = lock(&self.0);
-        lines.retain(|line| !line.questions.is_closed());
-        lines.clone()
+        let mut channels = lock(&self.0);
+        channels.retain(|channel| !channel.questions.is_closed());
+        channels.clone()
     }
 
     /// A new channel, and its two ends in the stream: where questions come out, and where answers
     /// go in.
     pub(super) fn open(&self, peer: &PeerInfo) -> (Questions, Answers) {
         let (questions, receiver) = mpsc::channel(1);
-        let mut lines = lock(&self.0);
-        lines.retain(|line| !line.questions.is_closed());
-        lines.push(PeerChannel { peer: peer.clone(), questions });
+        let mut channels = lock(&self.0);
+        channels.retain(|channel| !channel.questions.is_closed());
+        channels.push(PeerChannel { peer: peer.clone(), questions });
         let pending = Answers::default();
         (Questions { receiver, pending: pending.clone() }, pending)
     }

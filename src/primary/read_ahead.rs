@@ -36,7 +36,7 @@ pub(super) type ReadPageBatch = fn(&dyn StreamSource, PageNo) -> Result<(PageBat
 
 /// Reads and hashes ahead of the sender; ends when the handle is dropped.
 pub(super) fn read_ahead(
-    supply: Arc<dyn StreamSource>,
+    source: Arc<dyn StreamSource>,
     from: PageNo,
     read: ReadPageBatch,
 ) -> (mpsc::Receiver<Result<PageBatch>>, AbortOnDropHandle<()>) {
@@ -45,8 +45,8 @@ pub(super) fn read_ahead(
         let mut from = from;
         // A place first: what is read must not be held while the sender waits.
         while let Ok(place) = sender.reserve().await {
-            let supply = supply.clone();
-            match blocking(move || read(&*supply, from)).await {
+            let source = source.clone();
+            match blocking(move || read(&*source, from)).await {
                 Ok((go, next)) => {
                     let last = go.last.is_some();
                     place.send(Ok(go));
@@ -62,10 +62,10 @@ pub(super) fn read_ahead(
     (receiver, AbortOnDropHandle::new(task))
 }
 
-pub(super) fn read_go(supply: &dyn StreamSource, from: PageNo) -> Result<(PageBatch, PageNo)> {
+pub(super) fn read_go(source: &dyn StreamSource, from: PageNo) -> Result<(PageBatch, PageNo)> {
     let mut bytes = BytesMut::with_capacity(PIECES_AT_ONCE * (PIECE_BYTES + 1024));
-    let page = supply.page_size().bytes();
-    read_pieces(supply, from, |first, piece| {
+    let page = source.page_size().bytes();
+    read_pieces(source, from, |first, piece| {
         wire::encode_pieces(first, piece.position, &piece.data, page, &mut bytes)
     })
     .map(|(first, last, next)| {
@@ -74,11 +74,11 @@ pub(super) fn read_go(supply: &dyn StreamSource, from: PageNo) -> Result<(PageBa
     })
 }
 
-pub(super) fn read_sums(supply: &dyn StreamSource, from: PageNo) -> Result<(PageBatch, PageNo)> {
-    let size = supply.page_size();
+pub(super) fn read_sums(source: &dyn StreamSource, from: PageNo) -> Result<(PageBatch, PageNo)> {
+    let size = source.page_size();
     let span = span_pages(size);
     let mut sums = Vec::new();
-    let (Sent { position, pages }, last, next) = read_pieces(supply, from, |first, piece| {
+    let (Sent { position, pages }, last, next) = read_pieces(source, from, |first, piece| {
         let mut numbers = first.get()..;
         sums.extend(piece.data.chunks(span as usize * size.bytes()).map(|run| {
             let pages = numbers.by_ref().zip(run.chunks_exact(size.bytes()));
@@ -103,15 +103,15 @@ fn span_pages(size: PageSize) -> u32 {
 /// Reads some pieces. Where the first was read, where the last of all was, and where the next one
 /// begins.
 fn read_pieces(
-    supply: &dyn StreamSource,
+    source: &dyn StreamSource,
     from: PageNo,
     mut visit: impl FnMut(PageNo, &Piece),
 ) -> Result<(Sent, Option<Sent>, PageNo)> {
-    let page_bytes = supply.page_size().bytes();
+    let page_bytes = source.page_size().bytes();
     let mut next = from;
     let mut begun = None;
     for _ in 0..PIECES_AT_ONCE {
-        let piece = supply.read_piece(next, PIECE_BYTES)?;
+        let piece = source.read_piece(next, PIECE_BYTES)?;
         let here = Sent { position: piece.position, pages: piece.pages };
         let first = *begun.get_or_insert(here);
         let read = (piece.data.len() / page_bytes) as u32;

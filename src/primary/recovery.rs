@@ -103,7 +103,7 @@ impl Recovery {
         node: &NodeContext,
         hello: &Hello,
         units: &mut ReceivedUnits,
-        outlet: &StreamSender,
+        sender: &StreamSender,
     ) -> Option<String> {
         // Before its turn: only then does the node wait for it.
         self.lock().note(hello);
@@ -117,7 +117,7 @@ impl Recovery {
         let taken = async {
             let gone =
                 |_| Error::peer(hello.peer.node.to_string(), PeerProblem::Connection("it left".into()));
-            outlet.send(bytes.freeze()).await.map_err(gone)?;
+            sender.send(bytes.freeze()).await.map_err(gone)?;
             self.take(asking, &hello.peer, units).await
         };
         let taken = match tokio::time::timeout(TAKE_MAX, taken).await {

@@ -23,7 +23,7 @@ pub(crate) struct Conflict;
 
 #[derive(Debug, Default, Clone)]
 pub(crate) struct Registry {
-    seats: Arc<Mutex<ReplicaSlots>>,
+    slots: Arc<Mutex<ReplicaSlots>>,
 }
 
 #[derive(Debug, Default)]
@@ -59,20 +59,20 @@ impl Registry {
     /// that broke without our knowing. Of two processes with one id the one that is there and alive
     /// wins.
     pub(crate) fn join(&self, peer: &PeerInfo) -> Result<ReplicaSlot, Conflict> {
-        let mut seats = self.lock();
-        if let Some(conflict) = conflict(&seats, peer.node, peer.incarnation) {
+        let mut slots = self.lock();
+        if let Some(conflict) = conflict(&slots, peer.node, peer.incarnation) {
             return Err(conflict);
         }
-        seats.serial += 1;
-        let serial = seats.serial;
+        slots.serial += 1;
+        let serial = slots.serial;
         let replaced = CancellationToken::new();
         let since = SystemTime::now();
         let status = ReplicaStatus { peer: peer.clone(), applied: None, synced: None, since };
         let entry = SlotEntry { serial, status, heard: Instant::now(), replaced: replaced.clone() };
-        if let Some(older) = seats.by_node.insert(peer.node, entry) {
+        if let Some(older) = slots.by_node.insert(peer.node, entry) {
             older.replaced.cancel();
         }
-        drop(seats);
+        drop(slots);
         Ok(ReplicaSlot { registry: self.clone(), node: peer.node, serial, replaced })
     }
 
@@ -83,12 +83,12 @@ impl Registry {
     }
 
     fn lock(&self) -> MutexGuard<'_, ReplicaSlots> {
-        lock(&self.seats)
+        lock(&self.slots)
     }
 }
 
-fn conflict(seats: &ReplicaSlots, node: NodeId, incarnation: Incarnation) -> Option<Conflict> {
-    let entry = seats.by_node.get(&node)?;
+fn conflict(slots: &ReplicaSlots, node: NodeId, incarnation: Incarnation) -> Option<Conflict> {
+    let entry = slots.by_node.get(&node)?;
     let other = entry.status.peer.incarnation != incarnation;
     (other && entry.heard.elapsed() < ALIVE).then_some(Conflict)
 }
@@ -100,8 +100,8 @@ impl ReplicaSlot {
 
     /// Notes an acknowledgement.
     pub(crate) fn heard(&self, ack: Ack) {
-        let mut seats = self.registry.lock();
-        if let Some(entry) = seats.by_node.get_mut(&self.node)
+        let mut slots = self.registry.lock();
+        if let Some(entry) = slots.by_node.get_mut(&self.node)
             && entry.serial == self.serial
         {
             entry.status.applied = ack.applied;
@@ -112,8 +112,8 @@ impl ReplicaSlot {
 
     /// Something came from the replica, though no acknowledgement.
     pub(crate) fn alive(&self) {
-        let mut seats = self.registry.lock();
-        if let Some(entry) = seats.by_node.get_mut(&self.node)
+        let mut slots = self.registry.lock();
+        if let Some(entry) = slots.by_node.get_mut(&self.node)
             && entry.serial == self.serial
         {
             entry.heard = Instant::now();
@@ -128,9 +128,9 @@ impl ReplicaSlot {
 
 impl Drop for ReplicaSlot {
     fn drop(&mut self) {
-        let mut seats = self.registry.lock();
-        if seats.by_node.get(&self.node).is_some_and(|e| e.serial == self.serial) {
-            seats.by_node.remove(&self.node);
+        let mut slots = self.registry.lock();
+        if slots.by_node.get(&self.node).is_some_and(|e| e.serial == self.serial) {
+            slots.by_node.remove(&self.node);
         }
     }
 }

@@ -103,36 +103,36 @@ impl Drop for StreamReceiver {
 mod tests {
     use super::*;
 
-    async fn next(inlet: &mut StreamReceiver) -> Option<io::Result<Bytes>> {
-        std::future::poll_fn(|cx| inlet.poll_next(cx)).await
+    async fn next(receiver: &mut StreamReceiver) -> Option<io::Result<Bytes>> {
+        std::future::poll_fn(|cx| receiver.poll_next(cx)).await
     }
 
     #[tokio::test]
     async fn a_clean_end_is_told_from_a_break() {
-        let (outlet, mut inlet) = queue();
-        outlet.send(Bytes::from_static(b"a")).await.unwrap();
-        outlet.finish().await.unwrap();
-        assert_eq!(next(&mut inlet).await.unwrap().unwrap(), "a");
-        assert!(next(&mut inlet).await.is_none() && inlet.is_ended());
-        let (outlet, mut inlet) = queue();
-        drop(outlet);
-        assert!(next(&mut inlet).await.unwrap().is_err());
-        assert!(next(&mut inlet).await.is_none());
+        let (sender, mut receiver) = queue();
+        sender.send(Bytes::from_static(b"a")).await.unwrap();
+        sender.finish().await.unwrap();
+        assert_eq!(next(&mut receiver).await.unwrap().unwrap(), "a");
+        assert!(next(&mut receiver).await.is_none() && receiver.is_ended());
+        let (sender, mut receiver) = queue();
+        drop(sender);
+        assert!(next(&mut receiver).await.unwrap().is_err());
+        assert!(next(&mut receiver).await.is_none());
     }
 
     #[tokio::test(start_paused = true)]
     async fn bytes_in_the_queue_are_bounded_and_a_closed_queue_wakes_its_sender() {
-        let (outlet, mut inlet) = queue();
+        let (sender, mut receiver) = queue();
         let piece = Bytes::from(vec![0; WAITING_MAX_BYTES / 2]);
-        outlet.send(piece.clone()).await.unwrap();
-        outlet.send(piece.clone()).await.unwrap();
-        let full = tokio::time::timeout(std::time::Duration::from_secs(1), outlet.send(piece.clone())).await;
+        sender.send(piece.clone()).await.unwrap();
+        sender.send(piece.clone()).await.unwrap();
+        let full = tokio::time::timeout(std::time::Duration::from_secs(1), sender.send(piece.clone())).await;
         assert!(full.is_err(), "the third piece waits");
-        assert!(next(&mut inlet).await.unwrap().is_ok());
-        outlet.send(piece.clone()).await.unwrap();
-        let waiting = tokio::spawn(async move { outlet.send(piece).await });
+        assert!(next(&mut receiver).await.unwrap().is_ok());
+        sender.send(piece.clone()).await.unwrap();
+        let waiting = tokio::spawn(async move { sender.send(piece).await });
         tokio::task::yield_now().await;
-        drop(inlet);
+        drop(receiver);
         assert_eq!(waiting.await.unwrap(), Err(Closed));
     }
 }

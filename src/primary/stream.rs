@@ -55,8 +55,8 @@ impl From<Error> for End {
 /// One replica's stream.
 pub(super) struct ReplicaStream {
     node: Arc<NodeContext>,
-    supply: Arc<dyn StreamSource>,
-    outlet: StreamSender,
+    source: Arc<dyn StreamSource>,
+    sender: StreamSender,
     boundary: Boundary,
     /// The history that the replica was told last.
     told: Arc<EpochHistory>,
@@ -75,8 +75,8 @@ pub(super) struct ReplicaStream {
 impl ReplicaStream {
     pub(super) fn new(
         node: Arc<NodeContext>,
-        supply: Arc<dyn StreamSource>,
-        outlet: StreamSender,
+        source: Arc<dyn StreamSource>,
+        sender: StreamSender,
         questions: Questions,
         (comparisons, clock): (Arc<Semaphore>, ReplicaClock),
     ) -> ReplicaStream {
@@ -85,8 +85,8 @@ impl ReplicaStream {
         let quiet = CancellationToken::new();
         ReplicaStream {
             node,
-            supply,
-            outlet,
+            source,
+            sender,
             boundary,
             told,
             last_beat,
@@ -104,8 +104,8 @@ impl ReplicaStream {
     }
 
     /// The way out, when a last unit may be put on it.
-    pub(super) fn outlet_between_units(self) -> Option<StreamSender> {
-        self.boundary.is_clean().then_some(self.outlet)
+    pub(super) fn sender_between_units(self) -> Option<StreamSender> {
+        self.boundary.is_clean().then_some(self.sender)
     }
 
     /// Serves until something ends it.
@@ -131,17 +131,17 @@ impl ReplicaStream {
             epoch: self.told.epoch(),
             plan: announced,
             position: tip,
-            page_size: self.supply.page_size(),
+            page_size: self.source.page_size(),
         };
         self.say(&[Message::Welcome(welcome), Message::Epochs((*self.told).clone())]).await?;
         tracing::debug!(node = %hello.peer.node, ?decision, "a replica's plan");
         match decision {
             Decision::Log { lsn } => {
-                let pin = self.supply.pin(lsn);
+                let pin = self.source.pin(lsn);
                 self.log(lsn, pin).await
             }
             Decision::Resume { first, from, lsn } => {
-                let pin = self.supply.pin(lsn);
+                let pin = self.source.pin(lsn);
                 self.snapshot(Some(first), from).await?;
                 self.log(lsn, pin).await
             }
@@ -154,9 +154,9 @@ impl ReplicaStream {
                 self.log(lsn, pin).await
             }
             Decision::Heal { from, lsn } => {
-                let pin = self.supply.pin(lsn);
-                let (page_size, supply) = (self.supply.page_size(), self.supply.clone());
-                let pages = blocking(move || supply.read_piece(PageNo::FIRST, 1)).await?.pages;
+                let pin = self.source.pin(lsn);
+                let (page_size, source) = (self.source.page_size(), self.source.clone());
+                let pages = blocking(move || source.read_piece(PageNo::FIRST, 1)).await?.pages;
                 let begin = HealBegin { from, page_size, pages, compare: false, diverged: true };
                 self.say(&[Message::HealBegin(begin)]).await?;
                 self.answer(wants, None).await?;
@@ -179,15 +179,15 @@ impl ReplicaStream {
     async fn decide(&self, hello: &Hello) -> Result<(Decision, Position), End> {
         let hello = Arc::new(hello.clone());
         for _ in 0..RAISES_MAX {
-            let (node, supply, hello) = (self.node.clone(), self.supply.clone(), hello.clone());
+            let (node, source, hello) = (self.node.clone(), self.source.clone(), hello.clone());
             let decided = blocking(move || {
                 let (history, replica) = (node.applied.history(), hello.peer.node);
                 // A record is in the log, and may have gone out from there, before the position
                 // says so.
-                let (said, logged) = (node.applied.position(), supply.tip());
+                let (said, logged) = (node.applied.position(), source.tip());
                 let tip = said.into_iter().chain(logged).max_by_key(|at| at.number());
                 let tip = tip.ok_or_else(|| Error::NoState("no position yet".into()))?;
-                let find = |number| match supply.find(number) {
+                let find = |number| match source.find(number) {
                     // The log is of no use there, and the pages are.
                     Err(error @ Error::Corrupt { .. }) => {
                         node.report(Condition::PlaceNotFound { error: &error, node: replica });
@@ -199,7 +199,7 @@ impl ReplicaStream {
                 match decision {
                     Decision::Raise { above } => {
                         node.report(Condition::NewerEpoch { above, node: replica });
-                        supply.raise_epoch(above)?;
+                        source.raise_epoch(above)?;
                     }
                     Decision::TooFar { theirs, ours } => {
                         node.report(Condition::EpochsTooFar { theirs, ours, node: replica });
@@ -219,7 +219,7 @@ impl ReplicaStream {
 
     /// The log from `lsn` on, for ever.
     async fn log(&mut self, mut lsn: u64, pin: Box<dyn LogPin>) -> Result<std::convert::Infallible, End> {
-        let log = self.supply.clone();
+        let log = self.source.clone();
         let mut end = log.watch();
         let mut settled = false;
         loop {
@@ -272,7 +272,7 @@ impl ReplicaStream {
                 continue;
             }
             let n = self.boundary.cut(&bytes);
-            self.outlet.send(bytes.slice(..n)).await?;
+            self.sender.send(bytes.slice(..n)).await?;
             lsn += n as u64;
             pin.advance(lsn);
             self.beat_if_due().await?;
@@ -280,7 +280,7 @@ impl ReplicaStream {
     }
 
     async fn pin_tip(&self) -> Result<Box<dyn LogPin>, End> {
-        let log = self.supply.clone();
+        let log = self.source.clone();
         let pin = blocking(move || {
             let tip = log.tip().ok_or_else(|| Error::NoState("the log has no position yet".into()))?;
             match log.find(tip.number())? {
@@ -293,7 +293,7 @@ impl ReplicaStream {
 
     /// Where the log goes on after a position that was just captured.
     async fn after(&self, position: Position) -> Result<u64, End> {
-        let log = self.supply.clone();
+        let log = self.source.clone();
         let mut end = log.watch();
         let deadline = Instant::now() + LOG_LAG_MAX;
         loop {
@@ -350,7 +350,7 @@ impl ReplicaStream {
         for message in messages {
             wire::encode(message, &mut bytes);
         }
-        self.outlet.send(bytes.freeze()).await
+        self.sender.send(bytes.freeze()).await
     }
 }
 

@@ -61,7 +61,7 @@ impl StreamSource for OverLog {
 /// A primary that serves one follower, and the follower's two ends.
 struct Stream {
     node: Arc<NodeContext>,
-    source: Arc<ReplicaServer>,
+    replica_server: Arc<ReplicaServer>,
     up: Sender<Bytes, io::Error>,
     down: StreamReceiver,
     decoder: Decoder,
@@ -78,19 +78,19 @@ impl Stream {
     fn start(pages: u32) -> (Arc<NodeContext>, Arc<Fake>, Arc<ReplicaServer>) {
         let node = node(1, &SECRET, Role::Primary);
         let fake = Fake::new(node.clone(), pages);
-        let source = ReplicaServer::new(node.clone());
-        source.set(Some(fake.clone()));
-        (node, fake, source)
+        let replica_server = ReplicaServer::new(node.clone());
+        replica_server.set(Some(fake.clone()));
+        (node, fake, replica_server)
     }
 
     /// Joins; the follower has id 2.
     async fn join(
-        (node, supply, source): (Arc<NodeContext>, Arc<impl StreamSource>, Arc<ReplicaServer>),
+        (node, source, replica_server): (Arc<NodeContext>, Arc<impl StreamSource>, Arc<ReplicaServer>),
         position: Option<Position>,
         history: EpochHistory,
         resume: Option<(Position, PageNo)>,
     ) -> Stream {
-        source.set(Some(supply));
+        replica_server.set(Some(source));
         let follower = super::fake::node(2, &SECRET, Role::Replica);
         let knock = Knock {
             version: 1,
@@ -105,12 +105,12 @@ impl Stream {
         let mut hello = Hello { proof, peer, position, history, resume, suspect, marks };
         handshake::seal_hello(&mut hello, &knock, &[4; 32], &follower.keys);
         let (mut up, body) = Channel::new(4);
-        let (outlet, down) = queue();
-        let place = source.place().unwrap();
-        let guest = Peer { knock, nonce: [4; 32], place };
-        let task = tokio::spawn(serve(source.clone(), guest, Incoming::new(body), outlet));
+        let (sender, down) = queue();
+        let place = replica_server.place().unwrap();
+        let peer = Peer { knock, nonce: [4; 32], place };
+        let task = tokio::spawn(serve(replica_server.clone(), peer, Incoming::new(body), sender));
         up.send_data(encoded(&Message::Hello(hello))).await.unwrap();
-        Stream { node, source, up, down, decoder: Decoder::default(), task }
+        Stream { node, replica_server, up, down, decoder: Decoder::default(), task }
     }
 
     async fn next(&mut self) -> Option<Unit> {
@@ -209,9 +209,9 @@ async fn a_replica_that_has_more_than_the_position_says_goes_on_with_the_log() {
     let end = wire::TxnEnd { after: at(1, 1), pages: 1, changed: 0, unix_micros: 0 };
     wire::encode(&Message::TxnEnd(end), &mut record);
     log.append(record.freeze(), Some(at(1, 1))).unwrap();
-    let (node, _, source) = Stream::start(1);
+    let (node, _, replica_server) = Stream::start(1);
     assert_eq!(node.applied.position(), Some(at(1, 0)));
-    let primary = (node, Arc::new(OverLog(log)), source);
+    let primary = (node, Arc::new(OverLog(log)), replica_server);
     let mut stream = Stream::join(primary, Some(at(1, 1)), history(&[(1, 1)]), None).await;
     assert_eq!(stream.plan().await, Plan::Log);
 }
@@ -240,8 +240,8 @@ async fn a_real_log_is_followed_from_disk_over_segments_and_over_what_was_taken_
     }
     let node = super::fake::node(1, &SECRET, Role::Primary);
     node.applied.replace(history(&[(1, 1)]), Some(at(1, 1000)));
-    let source = ReplicaServer::new(node.clone());
-    let primary = (node, Arc::new(OverLog(log.clone())), source);
+    let replica_server = ReplicaServer::new(node.clone());
+    let primary = (node, Arc::new(OverLog(log.clone())), replica_server);
     let mut stream = Stream::join(primary, Some(at(1, 3)), history(&[(1, 1)]), None).await;
     assert_eq!(stream.plan().await, Plan::Log);
     let mut number = 3;
@@ -376,7 +376,7 @@ async fn a_slow_replica_costs_no_memory_and_is_told_when_its_records_are_gone() 
     let reason = stream.goodbye().await;
     assert_eq!(reason, "fell behind the log");
     stream.task.await.unwrap();
-    assert!(stream.source.replicas().is_empty());
+    assert!(stream.replica_server.replicas().is_empty());
 }
 
 #[tokio::test(start_paused = true)]
@@ -389,8 +389,8 @@ async fn acknowledgements_are_shown_and_their_absence_ends_the_stream() {
         let ack = Ack { applied: Some(at(1, 9)), synced: Some(at(1, 8)), clock: 0 };
         stream.up.send_data(encoded(&Message::Ack(ack))).await.unwrap();
     }
-    comes("an acknowledgement", || stream.source.replicas()[0].applied.is_some()).await;
-    assert_eq!(stream.source.replicas()[0].synced, Some(at(1, 8)));
+    comes("an acknowledgement", || stream.replica_server.replicas()[0].applied.is_some()).await;
+    assert_eq!(stream.replica_server.replicas()[0].synced, Some(at(1, 8)));
     assert_eq!(stream.goodbye().await, format!("nothing was heard from this replica for {SILENCE_MAX:?}"));
     let event = events.recv().await.unwrap();
     assert!(matches!(event, Event::ReplicaLeft { replica, .. } if replica.node.as_u128() == 2));
@@ -406,10 +406,10 @@ async fn any_part_of_a_unit_is_a_sign_of_life() {
         tokio::time::sleep(SILENCE_MAX - Duration::from_secs(1)).await;
         stream.up.send_data(Bytes::copy_from_slice(part)).await.unwrap();
     }
-    comes("an acknowledgement", || stream.source.replicas()[0].applied.is_some()).await;
+    comes("an acknowledgement", || stream.replica_server.replicas()[0].applied.is_some()).await;
     let other = Incarnation::from_u128(77);
     let second = Knock { incarnation: other, ..knock_of(2) };
-    assert!(stream.source.conflict(&second).is_some(), "it is alive");
+    assert!(stream.replica_server.conflict(&second).is_some(), "it is alive");
 }
 
 fn knock_of(id: u128) -> Knock {
@@ -445,14 +445,14 @@ async fn garbage_from_a_replica_ends_its_stream_with_a_reason() {
     stream.up.send_data(ack.slice(..ack.len() - 1)).await.unwrap();
     drop(stream.up);
     stream.task.await.unwrap();
-    assert!(stream.source.replicas().is_empty(), "half a unit and an end");
+    assert!(stream.replica_server.replicas().is_empty(), "half a unit and an end");
 }
 
 #[tokio::test(start_paused = true)]
 async fn a_peer_without_a_good_hello_gets_not_one_byte() {
     let other = super::fake::node(2, &[9; 32], Role::Replica);
     for garbage in [None, Some(Bytes::from_static(&[0xff; 64])), Some(Bytes::new())] {
-        let (_, _, source) = Stream::start(1);
+        let (_, _, replica_server) = Stream::start(1);
         let knock = Knock {
             version: 1,
             cluster: "test".into(),
@@ -465,19 +465,19 @@ async fn a_peer_without_a_good_hello_gets_not_one_byte() {
         let (suspect, marks) = (false, Vec::new());
         let mut hello = Hello { proof: [0; 32], peer, position: None, history, resume: None, suspect, marks };
         // The nonce of an exchange that was recorded, and another secret.
-        handshake::seal_hello(&mut hello, &knock, &[5; 32], &source.node.keys);
+        handshake::seal_hello(&mut hello, &knock, &[5; 32], &replica_server.node.keys);
         let sealed = encoded(&Message::Hello(hello));
         let (mut up, body) = Channel::<_, io::Error>::new(4);
-        let (outlet, mut down) = queue();
-        let place = source.place().unwrap();
-        let guest = Peer { knock, nonce: [4; 32], place };
-        let task = tokio::spawn(serve(source.clone(), guest, Incoming::new(body), outlet));
+        let (sender, mut down) = queue();
+        let place = replica_server.place().unwrap();
+        let peer = Peer { knock, nonce: [4; 32], place };
+        let task = tokio::spawn(serve(replica_server.clone(), peer, Incoming::new(body), sender));
         up.send_data(garbage.unwrap_or(sealed)).await.unwrap();
         // With nothing sent, the wait for a hello ends by itself; `up` stays open.
         task.await.unwrap();
         let said = std::future::poll_fn(|cx| down.poll_next(cx)).await;
         assert!(matches!(said, Some(Err(_))), "{said:?}");
-        assert_eq!(source.handshakes.available_permits(), HANDSHAKES_MAX);
+        assert_eq!(replica_server.handshakes.available_permits(), HANDSHAKES_MAX);
     }
 }
 
@@ -493,7 +493,7 @@ async fn the_node_s_stop_ends_streams_with_a_word() {
 #[tokio::test(start_paused = true)]
 async fn a_node_that_drains_sends_what_is_committed_and_ends_its_streams() {
     let primary = Stream::start(1);
-    let (node, fake, source) = (primary.0.clone(), primary.1.clone(), primary.2.clone());
+    let (node, fake, replica_server) = (primary.0.clone(), primary.1.clone(), primary.2.clone());
     let mut stream = Stream::join(primary, Some(at(1, 0)), history(&[(1, 1)]), None).await;
     assert_eq!(stream.plan().await, Plan::Log);
     fake.late.store(2, Ordering::SeqCst);
@@ -511,7 +511,7 @@ async fn a_node_that_drains_sends_what_is_committed_and_ends_its_streams() {
         }
     }
     assert_eq!(stream.goodbye().await, "shutting down");
-    source.deserted().await;
+    replica_server.deserted().await;
     assert!(begun.elapsed() < LAST_REQUESTS_TIMEOUT, "nothing more was waited for");
 }
 
@@ -535,7 +535,7 @@ async fn a_node_that_drains_does_not_wait_long_for_the_requests_of_a_replica() {
 #[tokio::test(start_paused = true)]
 async fn a_replica_that_takes_nothing_does_not_hold_up_a_node_that_drains() {
     let primary = Stream::start(1);
-    let (node, fake, source) = (primary.0.clone(), primary.1.clone(), primary.2.clone());
+    let (node, fake, replica_server) = (primary.0.clone(), primary.1.clone(), primary.2.clone());
     let mut stream = Stream::join(primary, Some(at(1, 0)), history(&[(1, 1)]), None).await;
     assert_eq!(stream.plan().await, Plan::Log);
     for _ in 0..300 {
@@ -543,18 +543,18 @@ async fn a_replica_that_takes_nothing_does_not_hold_up_a_node_that_drains() {
     }
     let begun = tokio::time::Instant::now();
     node.drain.cancel();
-    source.deserted().await;
+    replica_server.deserted().await;
     assert!(begun.elapsed() <= LAST_RECORDS_TIMEOUT + GOODBYE_TIMEOUT, "{:?}", begun.elapsed());
     stream.task.await.unwrap();
 }
 
 #[tokio::test(start_paused = true)]
 async fn places_for_handshakes_are_bounded() {
-    let (_, _, source) = Stream::start(1);
-    let places: Vec<_> = (0..HANDSHAKES_MAX).map(|_| source.place().unwrap()).collect();
-    assert!(source.place().is_none());
+    let (_, _, replica_server) = Stream::start(1);
+    let places: Vec<_> = (0..HANDSHAKES_MAX).map(|_| replica_server.place().unwrap()).collect();
+    assert!(replica_server.place().is_none());
     drop(places);
-    assert!(source.place().is_some());
+    assert!(replica_server.place().is_some());
 }
 
 #[tokio::test(start_paused = true)]
@@ -572,5 +572,9 @@ async fn comparisons_take_turns_and_who_waits_hears_from_the_primary() {
     for kind in [Kind::HealBegin, Kind::Sums, Kind::Sent] {
         assert_eq!(stream.kind().await, kind);
     }
-    assert_eq!(stream.source.comparisons.available_permits(), COMPARISONS_MAX, "the turn is given back");
+    assert_eq!(
+        stream.replica_server.comparisons.available_permits(),
+        COMPARISONS_MAX,
+        "the turn is given back"
+    );
 }

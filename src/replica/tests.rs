@@ -508,7 +508,7 @@ async fn a_problem_lasts_until_something_is_taken_in() {
 struct Primary {
     node: Arc<NodeContext>,
     fake: Arc<Fake>,
-    source: Arc<ReplicaServer>,
+    replica_server: Arc<ReplicaServer>,
     tracker: TaskTracker,
     to: Endpoint,
 }
@@ -517,14 +517,15 @@ impl Primary {
     async fn start(secret: &[u8]) -> Primary {
         let node = node(1, secret, Role::Primary);
         let fake = Fake::new(node.clone(), 3000);
-        let source = ReplicaServer::new(node.clone());
-        source.set(Some(fake.clone()));
+        let replica_server = ReplicaServer::new(node.clone());
+        replica_server.set(Some(fake.clone()));
         let tracker = TaskTracker::new();
-        let service = ReplicationService::new(node.clone(), source.clone(), tracker.clone(), Mount::Own);
+        let service =
+            ReplicationService::new(node.clone(), replica_server.clone(), tracker.clone(), Mount::Own);
         let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), true).await.unwrap();
         let to = Endpoint::parse(&format!("http://{}", listener.address())).unwrap();
         tracker.spawn(listener.serve(service, tracker.clone(), node.stop.clone()));
-        Primary { node, fake, source, tracker, to }
+        Primary { node, fake, replica_server, tracker, to }
     }
 }
 
@@ -563,7 +564,7 @@ async fn a_replica_is_filled_follows_is_seen_and_comes_back() {
     reaches(&replica, at(1, 7)).await;
     // Acknowledged by itself, within a second.
     comes("the acknowledgement", || {
-        primary.source.replicas().first().and_then(|r| r.synced) == Some(at(1, 7))
+        primary.replica_server.replicas().first().and_then(|r| r.synced) == Some(at(1, 7))
     })
     .await;
     comes("a replica that is level", || {
@@ -586,7 +587,7 @@ async fn a_replica_is_filled_follows_is_seen_and_comes_back() {
     assert!(said.iter().any(|e| e.starts_with("Connected")), "{said:?}");
 
     stop(&replica, &tracker).await;
-    comes("the replica leaves", || primary.source.replicas().is_empty()).await;
+    comes("the replica leaves", || primary.replica_server.replicas().is_empty()).await;
     stop(&primary.node, &primary.tracker).await;
 }
 
@@ -607,9 +608,9 @@ async fn a_primary_that_drains_gets_no_more_requests_and_waits_for_those_on_thei
     // What the request commits comes here before the stream ends.
     primary.fake.commit(1);
     tokio::time::timeout(Duration::from_secs(20), reaches(&replica, at(1, 2))).await.expect("its commit");
-    assert_eq!(primary.source.replicas().len(), 1);
+    assert_eq!(primary.replica_server.replicas().len(), 1);
     drop(request);
-    primary.source.deserted().await;
+    primary.replica_server.deserted().await;
     reaches(&replica, at(1, 2)).await;
     assert!(replica.roles.borrow().primary.is_none());
     stop(&replica, &tracker).await;
@@ -684,14 +685,14 @@ async fn two_processes_with_one_id_do_not_push_each_other_out() {
     let feed = FakeFeed::new(&replica, EpochHistory::default(), None);
     let tracker = TaskTracker::new();
     spawn(replica.clone(), feed, primary.to.clone(), replica.stop.child_token(), &tracker);
-    comes("the replica", || !primary.source.replicas().is_empty()).await;
+    comes("the replica", || !primary.replica_server.replicas().is_empty()).await;
     let copied = Try::new();
     let mut me = copied.node.me.clone();
     me.incarnation = Incarnation::from_u128(77);
     let node = NodeContext::new(me, "test".into(), "app".into(), keys(&SECRET), Role::Replica);
     let copied = Try { node, ..copied };
     assert!(matches!(copied.against(&primary.to).await, PeerProblem::DuplicateNode));
-    assert_eq!(primary.source.replicas().len(), 1);
+    assert_eq!(primary.replica_server.replicas().len(), 1);
     stop(&replica, &tracker).await;
     stop(&primary.node, &primary.tracker).await;
 }
@@ -718,7 +719,7 @@ async fn the_listener_outlives_strangers_and_garbage() {
     let run = Try::new();
     let token = CancellationToken::new();
     let joined = async {
-        comes("the replica", || !primary.source.replicas().is_empty()).await;
+        comes("the replica", || !primary.replica_server.replicas().is_empty()).await;
         token.cancel();
     };
     tokio::select! {
@@ -731,10 +732,10 @@ async fn the_listener_outlives_strangers_and_garbage() {
 #[tokio::test]
 async fn the_mounted_endpoint_of_an_axum_server_serves() {
     let primary = node(1, &SECRET, Role::Primary);
-    let source = ReplicaServer::new(primary.clone());
-    source.set(Some(Fake::new(primary.clone(), 10)));
+    let replica_server = ReplicaServer::new(primary.clone());
+    replica_server.set(Some(Fake::new(primary.clone(), 10)));
     let streams = TaskTracker::new();
-    let service = ReplicationService::new(primary.clone(), source, streams.clone(), Mount::Mounted);
+    let service = ReplicationService::new(primary.clone(), replica_server, streams.clone(), Mount::Mounted);
     let app = axum::Router::new().nest_service("/_replite", service);
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let to = endpoint(&listener);

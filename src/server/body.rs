@@ -19,8 +19,8 @@ impl ReplicationBody {
     }
 
     pub(super) fn stream() -> (StreamSender, ReplicationBody) {
-        let (outlet, inlet) = queue();
-        (outlet, ReplicationBody(Some(inlet)))
+        let (sender, receiver) = queue();
+        (sender, ReplicationBody(Some(receiver)))
     }
 }
 
@@ -35,7 +35,7 @@ impl Body for ReplicationBody {
     ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
         match &mut self.0 {
             None => Poll::Ready(None),
-            Some(inlet) => inlet.poll_next(cx).map(|next| next.map(|bytes| bytes.map(Frame::data))),
+            Some(receiver) => receiver.poll_next(cx).map(|next| next.map(|bytes| bytes.map(Frame::data))),
         }
     }
 

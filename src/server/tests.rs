@@ -39,11 +39,15 @@ fn knock() -> Knock {
     }
 }
 
-fn service(secret: &[u8], door: Mount) -> (ReplicationService, Arc<ReplicaServer>, Arc<NodeContext>) {
+fn service(secret: &[u8], mount: Mount) -> (ReplicationService, Arc<ReplicaServer>, Arc<NodeContext>) {
     let node = node(1, secret, Role::Primary);
-    let source = ReplicaServer::new(node.clone());
-    source.set(Some(Fake::new(node.clone(), 1)));
-    (ReplicationService::new(node.clone(), source.clone(), TaskTracker::new(), door), source, node)
+    let replica_server = ReplicaServer::new(node.clone());
+    replica_server.set(Some(Fake::new(node.clone(), 1)));
+    (
+        ReplicationService::new(node.clone(), replica_server.clone(), TaskTracker::new(), mount),
+        replica_server,
+        node,
+    )
 }
 
 fn request<B>(headers: HeaderMap, body: B) -> Request<B> {
@@ -86,7 +90,7 @@ async fn strangers_get_a_bare_404_for_every_path_and_method() {
 
 #[tokio::test]
 async fn who_proved_the_secret_learns_why_he_is_refused() {
-    let (service, source, node) = service(&SECRET, Mount::Mounted);
+    let (service, replica_server, node) = service(&SECRET, Mount::Mounted);
     let ask = |knock: Knock| request(knock.headers(&keys(&SECRET)).unwrap(), Untouched);
     let is = |status, word: &str| (status, word.to_owned());
     assert_eq!(refused(&service, ask(Knock { version: 2, ..knock() })).await, is(409, "version=1"));
@@ -102,7 +106,7 @@ async fn who_proved_the_secret_learns_why_he_is_refused() {
     assert_eq!(refused(&service, get).await, is(404, "path"));
     let copied = Knock { node: node.me.node, ..knock() };
     assert_eq!(refused(&service, ask(copied)).await, is(409, "duplicate-node"));
-    source.set(None);
+    replica_server.set(None);
     assert_eq!(refused(&service, ask(knock())).await, is(421, "not-primary"));
     node.drain.cancel();
     assert_eq!(refused(&service, ask(knock())).await, is(503, "stopping"));

@@ -44,7 +44,7 @@ impl CommitGate {
     /// Waits until the commit may be acknowledged. Blocks; callers share one fsync.
     pub(crate) fn pass(self, engine: &PrimaryEngine, waiting: Waiting) -> Result<()> {
         match waiting.until {
-            Until::OnDisk => engine.syncer.sync(waiting.txid.number()),
+            Until::OnDisk => engine.group_sync.sync(waiting.txid.number()),
         }
     }
 
@@ -74,14 +74,14 @@ mod tests {
         let (first, second) = (synced.hold(txid).unwrap(), synced.hold(next).unwrap());
         assert_eq!([second, first].into_iter().max(), Some(second), "the last one waits for both");
         synced.pass(&engine, first).unwrap();
-        engine.syncer.hold(true);
+        engine.group_sync.hold(true);
         writer.execute_batch("INSERT INTO t VALUES (1)").unwrap();
         unsynced.wait(&engine, next).unwrap();
         std::thread::scope(|scope| {
             let waits = scope.spawn(|| synced.wait(&engine, next));
-            until("the wait", || engine.syncer.wanted() >= next.number());
+            until("the wait", || engine.group_sync.wanted() >= next.number());
             assert!(!waits.is_finished());
-            engine.syncer.hold(false);
+            engine.group_sync.hold(false);
             waits.join().unwrap().unwrap();
         });
     }

@@ -147,19 +147,19 @@ mod tests {
         options.durability = Durability::Unsynced;
         let path = std::fs::canonicalize(options.paths.database().parent().unwrap()).unwrap().join("p.db");
         let engine = crate::engine::PrimaryEngine::open(options, node()).unwrap();
-        let syncer = engine.syncer.clone();
+        let group_sync = engine.group_sync.clone();
         let number = engine.captured().unwrap().number() + 1;
-        lock(&syncer.state).leading = true;
+        lock(&group_sync.state).leading = true;
         let (tell, told) = std::sync::mpsc::channel();
-        let waiting = syncer.clone();
+        let waiting = group_sync.clone();
         std::thread::spawn(move || tell.send(waiting.sync(number)));
-        until("the wait", || lock(&syncer.state).wanted >= number);
+        until("the wait", || lock(&group_sync.state).wanted >= number);
         // It waits, for it had the mutex from there on. The thread that led has ended, and tells no
         // one.
-        lock(&syncer.state).leading = false;
+        lock(&group_sync.state).leading = false;
         break_wal(&path);
         let led = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            tracing::subscriber::with_default(Bomb, || syncer.sync(number))
+            tracing::subscriber::with_default(Bomb, || group_sync.sync(number))
         }));
         let waited = told.recv_timeout(Duration::from_secs(60)).expect("it waits for ever");
         assert!(matches!(waited, Err(Error::Stopped(_))), "{waited:?}");

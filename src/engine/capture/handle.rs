@@ -36,7 +36,7 @@ use crate::wal::Salts;
 #[derive(Debug)]
 pub(crate) struct PrimaryEngine {
     pub(in crate::engine) base: Arc<Term>,
-    pub(in crate::engine) syncer: Arc<GroupSync>,
+    pub(in crate::engine) group_sync: Arc<GroupSync>,
     pub(in crate::engine) waker: Arc<Waker>,
     pub(in crate::engine) brake: Arc<Brake>,
     pub(in crate::engine) commands: mpsc::SyncSender<CaptureCommand>,
@@ -77,14 +77,14 @@ impl PrimaryEngine {
         }
         let tip = base.tip();
         let second = Arc::new(Mutex::new(reader(&base)?));
-        let syncer = Arc::new(GroupSync::new(base.clone(), tip.position.number()));
+        let group_sync = Arc::new(GroupSync::new(base.clone(), tip.position.number()));
         let waker = Arc::new(Waker::default());
         let (commands, receiver) = mpsc::sync_channel(4);
         let brake = Arc::new(Brake::new(&base, WriteLock::new(reader(&base)?)));
         let capture_loop = CaptureLoop {
             base: base.clone(),
             capture: Capture::new(base.database().clone(), handle, tip, Arc::new(history)),
-            syncer: syncer.clone(),
+            group_sync: group_sync.clone(),
             waker: waker.clone(),
             commands: receiver,
             pacer: RestartPacer::new(),
@@ -99,7 +99,7 @@ impl PrimaryEngine {
             applied_synced: Instant::now(),
         };
         let (last, threads) = Default::default();
-        let engine = PrimaryEngine { base, syncer, waker, brake, commands, second, last, threads };
+        let engine = PrimaryEngine { base, group_sync, waker, brake, commands, second, last, threads };
         // Dropping the engine closes it again, should another thread not start.
         lock(&engine.threads).push(capture_loop.start()?);
         let checkpointer = checkpointer.spawn()?;

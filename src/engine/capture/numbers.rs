@@ -233,7 +233,7 @@ mod tests {
     impl<'a> Held<'a> {
         /// Capture waits with a foreign commit for its fsync.
         fn with_a_commit(engine: &'a PrimaryEngine, home: &Home) -> Held<'a> {
-            engine.syncer.hold(true);
+            engine.group_sync.hold(true);
             let held = Held(engine);
             open_plain(&home.path("p.db")).execute_batch("INSERT INTO t VALUES (1)").unwrap();
             until("the fsync", || engine.base.progress.is_on_disk());
@@ -243,7 +243,7 @@ mod tests {
 
     impl Drop for Held<'_> {
         fn drop(&mut self) {
-            self.0.syncer.hold(false);
+            self.0.group_sync.hold(false);
         }
     }
 

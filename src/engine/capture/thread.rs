@@ -62,7 +62,7 @@ pub(in crate::engine) enum CaptureCommand {
 pub(in crate::engine) struct CaptureLoop {
     pub(in crate::engine) base: Arc<Term>,
     pub(in crate::engine) capture: Capture,
-    pub(in crate::engine) syncer: Arc<GroupSync>,
+    pub(in crate::engine) group_sync: Arc<GroupSync>,
     pub(in crate::engine) waker: Arc<Waker>,
     pub(in crate::engine) commands: mpsc::Receiver<CaptureCommand>,
     pub(in crate::engine) pacer: RestartPacer,
@@ -159,7 +159,7 @@ impl CaptureLoop {
 
     fn capture(&mut self, header: &IndexHeader) -> Result<()> {
         self.brake.passed(header.max_frame);
-        let mut sink = ToLog { base: &self.base, syncer: &self.syncer, brake: &self.brake };
+        let mut sink = ToLog { base: &self.base, group_sync: &self.group_sync, brake: &self.brake };
         // Always the end, whatever asked for it: part of a record may be out, and nothing can be
         // put after that.
         self.capture.advance(header, &mut sink).map_err(|error| match error {
@@ -343,7 +343,7 @@ impl CaptureLoop {
         let done = match restart(&self.base, &mut self.capture.handle, drain) {
             Ok(Restart::Done(tip)) => {
                 self.capture.tip = tip;
-                self.syncer.synced(tip.position.number());
+                self.group_sync.synced(tip.position.number());
                 return Ok(true);
             }
             Ok(_) => Ok(false),
@@ -386,7 +386,7 @@ impl CaptureLoop {
 /// Hands records to the log, after they are on the disk in the WAL.
 struct ToLog<'a> {
     base: &'a Arc<Term>,
-    syncer: &'a GroupSync,
+    group_sync: &'a GroupSync,
     brake: &'a Brake,
 }
 
@@ -396,7 +396,7 @@ impl Sink for ToLog<'_> {
         if self.base.options.durability.ships_unsynced() {
             return Ok(());
         }
-        self.syncer.sync(number)
+        self.group_sync.sync(number)
     }
 
     fn records(&mut self, units: Bytes, after: Option<Position>) -> Result<()> {

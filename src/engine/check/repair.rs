@@ -118,7 +118,7 @@ mod tests {
         let engine = home.primary("p.db");
         settled(&engine);
         // Capture waits for the disk, and takes nothing more.
-        engine.syncer.hold(true);
+        engine.group_sync.hold(true);
         foreign.execute_batch("INSERT INTO t VALUES (2)").unwrap();
         let taken = engine.base.header().unwrap().max_frame;
         until("the fsync", || engine.base.progress.is_on_disk());
@@ -132,7 +132,7 @@ mod tests {
         };
         let repaired = engine.repair(&[page]);
         let free = lock(&engine.second).try_lock(Slot::READ0, Lock::Exclusive);
-        engine.syncer.hold(false);
+        engine.group_sync.hold(false);
         assert_eq!(repaired.unwrap(), [], "the WAL has it");
         assert!(free.unwrap(), "the lock is given back");
         lock(&engine.second).unlock(Slot::READ0, Lock::Exclusive).unwrap();

@@ -182,8 +182,8 @@ fn over_all(live: &mut WalAppender, from: Position, to: Position) -> Result<Read
 fn keep(live: &mut WalAppender, ready: &Ready) -> Result<()> {
     let base = live.base.clone();
     let quota_bytes = base.options.lost_bytes;
-    let doomed = Replaced { ready, fork: None, records_from: None, quota_bytes, damaged: true };
-    let kept = lost::keep(&base.options.paths, live, &doomed)?;
+    let replaced = Replaced { ready, fork: None, records_from: None, quota_bytes, damaged: true };
+    let kept = lost::keep(&base.options.paths, live, &replaced)?;
     base.node.report(Condition::PagesKept { kept: kept.path() });
     Ok(())
 }

@@ -24,7 +24,7 @@ impl ReplicaStream {
         resumed: Option<Position>,
         from: PageNo,
     ) -> Result<Position, End> {
-        let (mut goes, _reader) = read_ahead(self.supply.clone(), from, read_go);
+        let (mut goes, _reader) = read_ahead(self.source.clone(), from, read_go);
         let mut first = None;
         loop {
             let go = tokio::select! {
@@ -39,7 +39,7 @@ impl ReplicaStream {
                 Some(first) => first,
                 None => {
                     let at = *first.insert(resumed.unwrap_or(go.position));
-                    let page_size = self.supply.page_size();
+                    let page_size = self.source.page_size();
                     self.say(&[Message::SnapBegin(SnapBegin {
                         first: at,
                         from,
@@ -51,7 +51,7 @@ impl ReplicaStream {
                 }
             };
             if !go.bytes.is_empty() {
-                self.outlet.send(go.bytes).await?;
+                self.sender.send(go.bytes).await?;
             }
             if let Some(Sent { position: exact_at, pages }) = go.last {
                 self.say(&[Message::SnapEnd(SnapEnd { exact_at, pages })]).await?;
@@ -75,7 +75,7 @@ impl ReplicaStream {
     /// Sums over all pages, for a replica to compare with its own. The position of the first, and
     /// where the last was read.
     pub(super) async fn sums(&mut self, diverged: bool) -> Result<(Position, Sent), End> {
-        let (mut goes, _reader) = read_ahead(self.supply.clone(), PageNo::FIRST, read_sums);
+        let (mut goes, _reader) = read_ahead(self.source.clone(), PageNo::FIRST, read_sums);
         let mut first = None;
         loop {
             let go = tokio::select! {
@@ -88,14 +88,14 @@ impl ReplicaStream {
             let from = match first {
                 Some(from) => from,
                 None => {
-                    let (from, page_size) = (*first.insert(go.position), self.supply.page_size());
+                    let (from, page_size) = (*first.insert(go.position), self.source.page_size());
                     let begin = HealBegin { from, page_size, pages: go.pages, compare: true, diverged };
                     self.say(&[Message::HealBegin(begin)]).await?;
                     from
                 }
             };
             if !go.bytes.is_empty() {
-                self.outlet.send(go.bytes).await?;
+                self.sender.send(go.bytes).await?;
             }
             if let Some(last) = go.last {
                 self.say(&[Message::Sent(last)]).await?;
@@ -132,13 +132,13 @@ impl ReplicaStream {
                 if some.is_empty() && (!done || last.is_some()) {
                     break;
                 }
-                let supply = self.supply.clone();
+                let source = self.source.clone();
                 let read =
-                    move || answer(|first, most| supply.read_piece(first, most), supply.page_size(), &some);
+                    move || answer(|first, most| source.read_piece(first, most), source.page_size(), &some);
                 let (bytes, sent) = blocking(read).await?;
                 last = Some(sent);
                 if !bytes.is_empty() {
-                    self.outlet.send(bytes).await?;
+                    self.sender.send(bytes).await?;
                 }
                 self.beat_if_due().await?;
             }
