@@ -741,6 +741,8 @@ fn a_hash_at_open_says_how_far_it_has_come() {
         let opening = scope.spawn(|| {
             let mut handle = reader(&base).unwrap();
             while !seen.load(Ordering::Relaxed) {
+                // At an opening no thread is there that begins the WAL anew.
+                let _generation = base.generation.read().unwrap();
                 let tip = base.tip();
                 base.hash_all(&mut handle, tip.frame, tip.pages).unwrap();
             }

@@ -9,7 +9,7 @@ use std::time::Duration;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use replite::rusqlite::Connection;
-use replite::{Config, Db, Error, Event};
+use replite::{Checkpoint, Config, Db, Error, Event};
 
 use crate::fork::*;
 use crate::support::*;
@@ -83,6 +83,9 @@ async fn restored(how: Restored) {
         last = insert(&a, "after", n).await;
     }
     within("the replica has it", b.wait_for(last)).await.unwrap();
+    // The file has all of it, and is known by that. Were frames still to be copied into it, an older
+    // file would look like one whose WAL is gone, and the log would lead it on to the last row.
+    assert_eq!(a.checkpoint(LIMIT).await.unwrap(), Checkpoint::Done);
     a.shutdown().await;
     b.shutdown().await;
     if let Restored::OldCopy = how {
