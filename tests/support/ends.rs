@@ -27,8 +27,9 @@ pub(crate) async fn comes(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// Whether the test that calls this is alone in its process. Where it is not, it is run once more in a process of its own, whose threads and descriptors can
-/// be counted, and there is nothing left to do here.
+/// Whether the test that calls this is alone in its process. Where it is not, it is run once more in
+/// a process of its own, whose threads and descriptors can be counted, and there is nothing left to
+/// do here.
 pub(crate) fn alone(name: &str) -> bool {
     const ALONE: &str = "REPLITE_TEST_ALONE";
     if std::env::var_os(ALONE).is_some() {
