@@ -13,8 +13,12 @@ mod heals;
 mod home;
 #[path = "../tests/support/http.rs"]
 mod http_support;
+#[path = "figures/members.rs"]
+mod members;
 #[path = "figures/reads.rs"]
 mod reads;
+#[path = "figures/roles.rs"]
+mod roles;
 #[path = "figures/streams.rs"]
 mod streams;
 #[path = "../tests/support/lib.rs"]
@@ -29,7 +33,7 @@ use std::time::Instant;
 /// Figures that are measured together, and what measures them.
 type Figure = (&'static [&'static str], fn());
 
-const FIGURES: [Figure; 20] = [
+const FIGURES: [Figure; 25] = [
     (&["commit_normal_ratio"], commits::normal),
     (&["commit_full_ratio"], commits::full),
     (&["group_commit_ratio"], commits::group),
@@ -38,6 +42,7 @@ const FIGURES: [Figure; 20] = [
     (&["replica_read_p99_ratio"], reads::beside_apply),
     (&["apply_under_readers_p99_ms"], reads::apply_under_readers),
     (&["lag_p50_us", "lag_p99_us"], streams::lag),
+    (&["lag_mounted_p50_us", "lag_mounted_p90_us"], streams::lag_mounted),
     (&["catchup_txn_per_s"], streams::catch_up),
     (&["snapshot_cp_ratio", "big_txn_memory_mib"], streams::bulk),
     (&["layer_get_us", "replay_post_us"], doors::layer),
@@ -50,6 +55,10 @@ const FIGURES: [Figure; 20] = [
     (&["open_after_kill_ms"], heals::open_after_kill),
     (&["hash_us_per_page"], heals::hashes),
     (&["wal_peak_mib", "wal_commits_ratio"], wal::bounded),
+    (&["failover_p50_s", "failover_max_s"], roles::failover),
+    (&["restart_takeover_ms"], roles::restart),
+    (&["promote_ms", "promote_first_write_ms", "demote_ms"], roles::changes),
+    (&["lease_requests_per_minute"], roles::requests),
 ];
 
 /// The process of a node that `app` starts.
@@ -58,7 +67,7 @@ fn node_process() {
 }
 
 fn main() {
-    if home::child() || verify::child() || wal::child() {
+    if home::child() || members::child() || verify::child() || wal::child() {
         return;
     }
     if support::is_child() {
@@ -75,6 +84,12 @@ fn main() {
             eprintln!("({} s)", begin.elapsed().as_secs());
         }
     }
+}
+
+/// How many rounds a long figure has: all of them where it is named, else a tenth.
+fn rounds(names: &[&str], all: usize) -> usize {
+    let named = std::env::args().skip(1).any(|word| names.contains(&word.as_str()));
+    if named { all } else { all / 10 }
 }
 
 /// Prints a figure: the median of the runs, and their spread.

@@ -71,7 +71,7 @@ fn sort(error: &Error) -> (StatusCode, &'static str) {
         }
         Error::ShutDown => (StatusCode::SERVICE_UNAVAILABLE, "this node is shutting down\n"),
         Error::Timeout { .. } => (StatusCode::GATEWAY_TIMEOUT, "not done in time\n"),
-        Error::OutcomeUnknown(_) => {
+        Error::OutcomeUnknown { .. } => {
             (StatusCode::INTERNAL_SERVER_ERROR, "it is not known whether this was done\n")
         }
         Error::Lost { .. } => (StatusCode::CONFLICT, "the transaction was lost with its branch\n"),
@@ -86,6 +86,7 @@ fn sort(error: &Error) -> (StatusCode, &'static str) {
         | Error::BlockingInAsync
         | Error::Panicked(_)
         | Error::Migration(_)
+        | Error::OnPromote(_)
         | Error::Sqlite(_)
         | Error::Peer { .. }
         | Error::Corrupt { .. }
@@ -211,6 +212,7 @@ mod tests {
             Error::Lost { .. } => Error::Lost { txid }, Caller, 409, None;
             Error::Panicked(_) => Error::Panicked(text()), Caller, 500, None;
             Error::Migration(_) => Error::Migration(text().into()), Caller, 500, None;
+            Error::OnPromote(_) => Error::OnPromote(text().into()), Caller, 500, None;
             // Statements before may have done something elsewhere.
             Error::Sqlite(_) => Error::Sqlite(sqlite(ffi::SQLITE_BUSY)), Caller, 503, None;
             Error::Sqlite(_) => Error::Sqlite(sqlite(ffi::SQLITE_FULL)), Caller, 503, None;
@@ -225,9 +227,10 @@ mod tests {
             Error::LostFull { .. } =>
                 Error::LostFull { path: path(), used: 1, needed: 1, quota: 1 }, Outside, 500, None;
             Error::Io { .. } => io(), Outside, 500, None;
-            Error::OutcomeUnknown(_) =>
-                Error::OutcomeUnknown(cause(Blame::Caller)), Caller, 500, Some("unknown");
-            Error::OutcomeUnknown(_) => peer().of_a_commit(), Peer, 500, Some("unknown");
+            Error::OutcomeUnknown { .. } =>
+                Error::OutcomeUnknown { txid: None, cause: cause(Blame::Caller) },
+                Caller, 500, Some("unknown");
+            Error::OutcomeUnknown { .. } => peer().of_a_commit(), Peer, 500, Some("unknown");
             // An operator has to act: another try does not help.
             Error::Stopped(_) => Error::Stopped(cause(Blame::Replite)), Replite, 500, None;
             Error::Stopped(_) => Error::Stopped(io().cause()), Outside, 500, None;

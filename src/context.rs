@@ -1,7 +1,11 @@
 //! What every part of a running node shares: identity, keys, role, position, events, shutdown.
 
+mod counting;
+mod heard;
+mod lease;
 mod role;
 mod seldom;
+mod to_disk;
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -13,14 +17,22 @@ use tokio_util::sync::CancellationToken;
 
 use crate::applied::Applied;
 use crate::error::{Cause, Error};
+use crate::fence::Fence;
 use crate::lock::lock;
 use crate::peer::NodeId;
 use crate::report::{Condition, Part, Reports};
 use crate::secret::Keyring;
 use crate::status::{Event, Lag, PeerInfo, Role};
 
+use counting::AskCounting;
+pub(crate) use counting::Counting;
+pub(crate) use heard::{EpochsHeard, is_near};
+#[cfg(test)]
+pub(crate) use heard::{RAISE_STEP_MAX, RAISED_MAX};
+pub(crate) use lease::{ClockPair, Fitness, LeaseContext, SyncedClock};
 pub(crate) use role::{RoleChange, RoleValue};
 pub(crate) use seldom::Seldom;
+pub(crate) use to_disk::ToDisk;
 
 /// After a read failed: for how long no other may fail before a read that works says that reads
 /// work again.
@@ -46,18 +58,26 @@ pub(crate) struct NodeContext {
     pub(crate) applied: Arc<Applied>,
     /// The role; doors look here to decide whether to forward.
     pub(crate) roles: RoleValue,
+    /// Until when it may acknowledge commits.
+    pub(crate) fence: Arc<Fence>,
+    /// What has to do with a lease.
+    pub(crate) lease: LeaseContext,
     /// On a replica, how far it lags.
     pub(crate) lag: Mutex<Option<Lag>>,
     /// Why replication has stopped for good.
     failure: Mutex<Option<Cause>>,
     /// Its problems and events.
     reports: Reports,
+    /// This replica has what was committed late, and no primary vouches for it.
+    late: AtomicBool,
     /// The database's files are not those that the node opened: it reads nothing from them.
     astray: AtomicBool,
     /// Counts how often the node opened the files.
     files: Arc<AtomicU64>,
     /// Closes what is idle of connections to files that are not there any more.
     close_idle: OnceLock<CloseIdle>,
+    /// Says whether the position has all that is committed.
+    counting: AskCounting,
     /// When a read failed: milliseconds since `begun`, and one. Zero: no read has failed, or one
     /// has worked since.
     read_failed: AtomicU64,
@@ -89,6 +109,7 @@ impl NodeContext {
         database: String,
         keys: Keyring,
         role: Role,
+        lease: LeaseContext,
     ) -> Arc<NodeContext> {
         let stop = CancellationToken::new();
         Arc::new(NodeContext {
@@ -98,12 +119,16 @@ impl NodeContext {
             keys,
             applied: Applied::new(),
             roles: RoleValue::new(role),
+            fence: Arc::new(Fence::unlimited()),
+            lease,
             lag: Mutex::new(None),
             failure: Mutex::default(),
             reports: Reports::new(),
+            late: AtomicBool::new(false),
             astray: AtomicBool::new(false),
             files: Arc::default(),
             close_idle: OnceLock::new(),
+            counting: AskCounting::default(),
             read_failed: AtomicU64::new(0),
             begun: Instant::now(),
             strangers: Seldom::default(),
@@ -157,6 +182,27 @@ impl NodeContext {
         }
     }
 
+    /// Whether it is the primary, and may acknowledge commits.
+    pub(crate) fn leads(&self) -> bool {
+        self.roles.borrow().role == Role::Primary && self.fence.is_open()
+    }
+
+    /// Whether it was the primary until its lease ended, and no other has vouched for what it has
+    /// since. What is here may have commits that no other node will ever have.
+    pub(crate) fn is_fenced(&self) -> bool {
+        let fenced = match self.roles.borrow().role {
+            Role::Primary => !self.fence.is_open(),
+            role => role == Role::Fencing,
+        };
+        fenced || self.late.load(Ordering::Acquire)
+    }
+
+    /// Says whether it has commits that came after its lease had ended, and that no primary vouches
+    /// for. Set before the role changes.
+    pub(crate) fn set_late(&self, late: bool) {
+        self.late.store(late, Ordering::Release);
+    }
+
     /// Counts a request from now on. The caller does this before it looks up where to send the
     /// request. So no uncounted request goes to a primary that is not the primary any more.
     pub(crate) fn forward(&self) -> Forward<'_> {
@@ -202,6 +248,17 @@ impl NodeContext {
     /// Sets what closes those connections.
     pub(crate) fn when_renewed(&self, close: impl Fn() + Send + Sync + 'static) {
         let _ = self.close_idle.set(CloseIdle(Box::new(close)));
+    }
+
+    /// Sets what says whether the position has all that is committed.
+    pub(crate) fn when_read(&self, ask: impl Fn() -> Option<Counting> + Send + Sync + 'static) {
+        self.counting.set(ask);
+    }
+
+    /// None: the position has all that a read here may have seen until now. Otherwise this is what
+    /// waits for that.
+    pub(crate) fn counting(&self) -> Option<Counting> {
+        self.counting.ask()
     }
 
     /// How often the node opened the files, still counting.

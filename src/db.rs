@@ -4,33 +4,34 @@ mod checkpoint;
 mod config;
 mod events;
 mod identity;
+mod lease;
 mod open;
 mod preflight;
 mod repair;
+mod roles;
 mod shutdown;
 mod snapshot;
 mod status;
 mod verify;
+mod write;
 
 use std::path::Path;
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use rusqlite::{Connection, Transaction};
+use rusqlite::Connection;
 use tokio::sync::watch;
 
 use crate::engine::Lost;
 use crate::error::{Error, Result};
 use crate::node::database::LastHandle;
 use crate::node::slot::Running;
-use crate::node::writer::{Failed, Writer, not_primary};
 use crate::peer::NodeId;
 use crate::proxy::{PrimaryClient, ReplayLayer};
 use crate::secret::Secret;
 use crate::server::{Mount, ReplicationService};
 use crate::session::{self, Session};
-use crate::status::{LoggedTransaction, PeerInfo, Role, RoleState};
+use crate::status::{LoggedTransaction, PeerInfo, Role};
 use crate::threads::blocking;
 use crate::token::Token;
 use crate::txid::{Place, Position, Txid};
@@ -122,80 +123,6 @@ impl Db {
     /// end.
     pub async fn open(config: Config) -> Result<Db> {
         open::open(config).await
-    }
-
-    /// Runs `f` in a transaction (`BEGIN IMMEDIATE`) on the writer's thread. The writer commits
-    /// when `f` returns `Ok`, and rolls back when it returns `Err` or panics. With
-    /// [`Durability::Synced`](crate::Durability::Synced) the call returns after the commit is on
-    /// the disk; commits that wait at the same time share one fsync.
-    ///
-    /// # Errors
-    /// What `f` returned, or one of our own through `E: From<Error>`. With all of these but the
-    /// last, nothing was committed.
-    ///
-    /// - [`Error::NotPrimary`] on a replica.
-    /// - [`Error::Panicked`] when `f` panics.
-    /// - [`Error::Reentrant`] inside of another write.
-    /// - [`Error::Busy`] when another connection writes for longer than five seconds.
-    /// - [`Error::Sqlite`] when BEGIN fails for another reason, or COMMIT does.
-    /// - [`Error::Stopped`] after a failure of replication.
-    /// - [`Error::Timeout`] when what others committed is not captured.
-    /// - [`Error::ShutDown`] after [`Db::shutdown`].
-    /// - [`Error::OutcomeUnknown`], which leaves open whether the write is kept.
-    ///
-    /// # Cancel safety
-    /// Dropped before the writer has begun with it, the closure never runs. Dropped after that, it
-    /// runs and commits.
-    pub async fn write<T, E, F>(&self, f: F) -> Result<Commit<T>, E>
-    where
-        F: FnOnce(&mut Transaction<'_>) -> Result<T, E> + Send + 'static,
-        T: Send + 'static,
-        E: From<Error> + Send + 'static,
-    {
-        self.told(self.writer_side()?.write(f).await)
-    }
-
-    /// [`Db::write`] on the caller's thread, which may block: the fastest way to write from a
-    /// thread. It works inside of a write to another database. Two databases that wait for each
-    /// other in this way wait for ever.
-    ///
-    /// # Errors
-    /// As for [`Db::write`], and [`Error::BlockingInAsync`] on a thread that runs async tasks. The
-    /// check does not notice it inside of `tokio::task::unconstrained`.
-    pub fn write_blocking<T, E, F>(&self, f: F) -> Result<Commit<T>, E>
-    where
-        F: FnOnce(&mut Transaction<'_>) -> Result<T, E>,
-        E: From<Error>,
-    {
-        self.told(self.writer_side()?.write_blocking(f))
-    }
-
-    /// The full writer connection, for what a closure can't do: `VACUUM`, pragmas, a migration
-    /// tool. All other writes wait until the guard is dropped. Blocks.
-    ///
-    /// # Errors
-    /// - [`Error::NotPrimary`] on a replica.
-    /// - [`Error::BlockingInAsync`] on a thread that runs async tasks.
-    /// - [`Error::Reentrant`] inside of a write.
-    /// - [`Error::Stopped`] after a failure of replication.
-    /// - [`Error::ShutDown`] after [`Db::shutdown`].
-    pub fn writer(&self) -> Result<WriterGuard<'_>> {
-        self.writer_side()?.guard()
-    }
-
-    fn writer_side(&self) -> Result<&Writer> {
-        if self.inner.closed.load(Ordering::Acquire) {
-            return Err(Error::ShutDown);
-        }
-        // A replica stays one when its replication has stopped.
-        let replica = || self.inner.slot.is_replica().then_some(Error::NotPrimary { primary: None });
-        match not_primary(&self.inner.node).or_else(replica) {
-            None => Ok(&self.inner.writer),
-            Some(error) => {
-                session::primary_needed(&self.inner.node);
-                Err(error)
-            }
-        }
     }
 
     /// Runs `f` with a read-only connection of the pool, on the caller's thread. It is for short
@@ -362,7 +289,9 @@ impl Db {
     }
 
     /// The state that this node has; none on a replica that was not filled yet. On the primary it
-    /// follows an acknowledged commit within moments; [`Db::wait_for`] waits for that.
+    /// follows an acknowledged commit within moments; [`Db::wait_for`] waits for that. A read may
+    /// see a commit before the position has it, on the primary for as long as an fsync takes. Where
+    /// responses to reads have tokens ([`SessionTokens`](crate::SessionTokens)), the layer waits.
     ///
     /// On a replica only what a primary vouches for counts. Somebody may have written to its file
     /// while it was closed, or its log may have lost its end. Reads then see more than the position
@@ -370,16 +299,6 @@ impl Db {
     /// [`Status::problem`](crate::Status::problem) says so meanwhile.
     pub fn position(&self) -> Option<Position> {
         self.inner.node.applied.position()
-    }
-
-    /// What this node does at the moment.
-    pub fn role(&self) -> Role {
-        self.inner.node.roles.borrow().role
-    }
-
-    /// The role and the primary, to watch.
-    pub fn roles(&self) -> watch::Receiver<RoleState> {
-        self.inner.node.roles.subscribe()
     }
 
     /// The position ([`Db::position`]), to watch. It changes with each transaction that any
@@ -404,7 +323,8 @@ impl Db {
         self.inner.paths.database()
     }
 
-    /// Returns once this node can be read: at once on a primary, on a replica when it has a state.
+    /// Returns once this node can be read: at once on a primary, on any other node when it has a
+    /// state. It does not wait for a primary.
     ///
     /// # Errors
     /// [`Error::ShutDown`], [`Error::Stopped`] when replication has failed.
@@ -412,16 +332,21 @@ impl Db {
     /// # Cancel safety
     /// Nothing happens but the waiting.
     pub async fn ready(&self) -> Result<()> {
-        let Running::Replica(engine) = self.inner.slot.get()? else { return Ok(()) };
-        let mut readable = engine.readable();
-        drop(engine);
-        tokio::select! {
-            biased;
-            ready = readable.wait_for(|readable| *readable) => ready.map(drop).map_err(|_| Error::ShutDown),
-            () = self.inner.node.stop.cancelled() => Err(Error::ShutDown),
-            () = self.inner.node.stopped() => {
-                let why = self.inner.node.failure();
-                Err(why.map_or(Error::ShutDown, Error::Stopped))
+        let node = &self.inner.node;
+        loop {
+            let Running::Replica(engine) = self.inner.slot.get()? else { return Ok(()) };
+            let mut readable = engine.readable();
+            drop(engine);
+            let mut roles = node.roles.subscribe();
+            tokio::select! {
+                biased;
+                ready = readable.wait_for(|readable| *readable) => if ready.is_ok() {
+                    return Ok(());
+                },
+                () = node.stop.cancelled() => return Err(Error::ShutDown),
+                () = node.stopped() => return Err(node.failure().map_or(Error::ShutDown, Error::Stopped)),
+                // An empty node that became the primary.
+                _ = roles.wait_for(|state| state.role == Role::Primary) => {}
             }
         }
     }
@@ -481,16 +406,6 @@ impl Db {
     /// database's replay layer.
     pub fn session(&self) -> Option<Session> {
         Session::current_of(&self.inner.node)
-    }
-
-    /// Tells the request's session what came of a write.
-    fn told<T, E: From<Error>>(&self, written: Result<Commit<T>, Failed<E>>) -> Result<Commit<T>, E> {
-        match &written {
-            Ok(Commit { txid: Some(txid), .. }) => session::committed(&self.inner.node, *txid),
-            Err(Failed::Ours(Error::OutcomeUnknown(_))) => session::outcome_unknown(),
-            _ => {}
-        }
-        written.map_err(Failed::into_one)
     }
 
     /// The transaction of a token's text; none when it is not one of this database, or its proof

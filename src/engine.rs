@@ -38,22 +38,27 @@ pub(crate) use apply::handle::ReplicaEngine;
 pub(crate) use apply::inbox::ReplicaStanding;
 pub(crate) use apply::stream_error::StreamError;
 pub(crate) use capture::commit_gate::{CommitGate, Waiting};
+pub(crate) use capture::counting::Uncounted;
 pub(crate) use capture::handle::PrimaryEngine;
 pub(crate) use capture::startup::Opening;
 pub(crate) use check::repair::RightPage;
 pub(crate) use figures::WalFigures;
+pub(crate) use file::epochs::newest_epoch;
 #[cfg(test)]
 pub(crate) use fuzz::fuzz_seeds;
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
 pub(crate) use fuzz::{fuzz_btree, fuzz_lost, fuzz_state_files};
+pub(crate) use history::epoch::draw_epoch;
 #[cfg(test)]
 pub(crate) use incoming::heal::Heal;
 #[cfg(test)]
-pub(crate) use incoming::overlay::{Overlay, Store};
+pub(crate) use incoming::overlay::{Overlay, PageStore};
 pub use lost::{Lost, LostBranch, LostKind, LostRow, LostRows};
 pub use options::Durability;
 pub(crate) use options::EngineOptions;
+pub(crate) use recover::opened::Opened;
 pub(crate) use source::{PIECE_BYTES, Piece, answer};
+pub(crate) use turns::NotTurned;
 
 #[cfg(test)]
 mod states;

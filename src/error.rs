@@ -89,7 +89,7 @@ impl fmt::Display for Cause {
 ///     match error {
 ///         Error::NotPrimary { .. } => "the replay layer sends the request to the primary",
 ///         Error::Busy { .. } | Error::PoolExhausted { .. } => "try again in a moment",
-///         Error::OutcomeUnknown(_) => "look whether the write is there, before it is made again",
+///         Error::OutcomeUnknown { .. } => "look for the write before it is made again",
 ///         _ => "see the text",
 ///     }
 /// }
@@ -206,10 +206,15 @@ pub enum Error {
     /// The closure panicked, and its transaction was rolled back. Mend the closure.
     #[error("the closure panicked: {0}")]
     Panicked(String),
-    /// The application's migration failed, and the database was not opened. What the migration had
-    /// committed by then stays. Mend the migration.
+    /// The application's migration failed, and the database was not opened, or the node did not
+    /// become the primary. What the migration had committed by then stays. Mend the migration.
     #[error("migration: {0}")]
     Migration(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// What the application does when its node becomes the primary
+    /// ([`Config::on_promote`](crate::Config::on_promote)) failed, and the node did not become it.
+    /// What was committed by then stays. Mend what failed.
+    #[error("on_promote: {0}")]
+    OnPromote(#[source] Box<dyn std::error::Error + Send + Sync>),
     /// SQLite refused, mostly the caller's SQL. Its transaction was rolled back. The code says what
     /// to do.
     #[error("sqlite: {0}")]
@@ -307,8 +312,8 @@ pub enum Error {
     },
 
     /// A write was committed, or may have been, and can't be vouched for. Replication stopped, or
-    /// the database was shut down, before the write had its number and was on the disk. The cause
-    /// says why.
+    /// the database was shut down, before the write had its number and was on the disk. Or the node
+    /// was not the primary any more when it was. The cause says why.
     ///
     /// Whether the write is kept is not known. It is not rolled back: reads of this node may have
     /// it, and replicas may get it. A failing disk, a power cut or the cure for what went wrong may
@@ -317,8 +322,16 @@ pub enum Error {
     ///
     /// All other errors of a write say that nothing of it was committed, but for what the
     /// application committed by itself inside of its closure.
-    #[error("it is not known whether the write is kept: {0}")]
-    OutcomeUnknown(Cause),
+    #[error("it is not known whether the write is kept: {cause}")]
+    OutcomeUnknown {
+        /// The transaction that it is, if it is kept and that is known: [`Db::wait_for`] with it
+        /// tells, on any node, once that node knows of the next primary.
+        ///
+        /// [`Db::wait_for`]: crate::Db::wait_for
+        txid: Option<Txid>,
+        /// Why it is not known.
+        cause: Cause,
+    },
     /// Replication of this database has stopped for good. Every later call says so, with the first
     /// cause. Nothing of the call was committed. Mend what the cause says, and open the database
     /// again.
@@ -412,6 +425,7 @@ impl Error {
             | Error::Lost { .. }
             | Error::Panicked(_)
             | Error::Migration(_)
+            | Error::OnPromote(_)
             | Error::Sqlite(_) => Blame::Caller,
             Error::Peer { .. } => Blame::Peer,
             Error::Corrupt { .. } | Error::Newer { .. } | Error::Damaged { .. } | Error::Mismatch { .. } => {
@@ -420,7 +434,7 @@ impl Error {
             Error::Io { .. } | Error::LostFull { .. } | Error::Disturbed(_) | Error::NoRandom(_) => {
                 Blame::Outside
             }
-            Error::OutcomeUnknown(cause) | Error::Stopped(cause) => cause.blame,
+            Error::OutcomeUnknown { cause, .. } | Error::Stopped(cause) => cause.blame,
             Error::ThreadPanicked { .. } | Error::Internal(_) => Blame::Replite,
         }
     }
@@ -428,7 +442,7 @@ impl Error {
     /// Why replication has stopped, if this is what stops it.
     pub(crate) fn cause(&self) -> Cause {
         match self {
-            Error::Stopped(cause) | Error::OutcomeUnknown(cause) => cause.clone(),
+            Error::Stopped(cause) | Error::OutcomeUnknown { cause, .. } => cause.clone(),
             other => Cause::new(other.to_string(), other.blame()),
         }
     }
@@ -447,7 +461,15 @@ impl Error {
 
     /// What it means for a write that may have been committed.
     pub(crate) fn of_a_commit(self) -> Error {
-        Error::OutcomeUnknown(self.cause())
+        match self {
+            known @ Error::OutcomeUnknown { .. } => known,
+            other => Error::OutcomeUnknown { txid: None, cause: other.cause() },
+        }
+    }
+
+    /// The same for a commit whose transaction is known.
+    pub(crate) fn of_commit(self, txid: Txid) -> Error {
+        Error::OutcomeUnknown { txid: Some(txid), cause: self.cause() }
     }
 
     pub(crate) fn io(op: &'static str, path: impl AsRef<Path>) -> impl FnOnce(io::Error) -> Error {

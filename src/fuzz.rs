@@ -10,7 +10,7 @@ use std::fs;
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use crate::context::NodeContext;
+use crate::context::{LeaseContext, NodeContext};
 use crate::handshake::{Answer, Knock, Refusal};
 use crate::log::{Log, LogOptions, Lookup};
 use crate::net::Endpoint;
@@ -27,7 +27,7 @@ use crate::{Checksum, Epoch, Position, Txid};
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 12] = [
+pub const TARGETS: [Target; 13] = [
     ("wire", wire),
     ("wire_sealed", wire_sealed),
     ("log", log),
@@ -36,10 +36,11 @@ pub const TARGETS: [Target; 12] = [
     ("wal", wal),
     ("btree", crate::engine::fuzz_btree),
     ("lost", crate::engine::fuzz_lost),
-    ("identity", crate::db::fuzz_identity),
+    ("identity", identity),
     ("handshake", handshake),
     ("texts", texts),
     ("http", http),
+    ("record", crate::lease::record::fuzz_record),
 ];
 
 /// Units out of chunks of any size; what decodes encodes to the same bytes.
@@ -199,6 +200,12 @@ pub fn handshake(data: &[u8]) {
     let _ = Refusal::read(&headers, "app");
 }
 
+/// The small files of the state directory that say who the node is, and of whom it has heard.
+pub fn identity(data: &[u8]) {
+    crate::db::fuzz_identity(data);
+    crate::files::lease::fuzz_lease(data);
+}
+
 /// Words that people and clients write: identifiers, tokens, URLs, the bytes of an epoch history.
 pub fn texts(data: &[u8]) {
     if let Ok(history) = EpochHistory::decode(data) {
@@ -220,7 +227,8 @@ pub fn texts(data: &[u8]) {
     }
     let _ = Endpoint::parse(text);
     let me = PeerInfo { node: NodeId::NIL, incarnation: Incarnation::NIL, addresses: Addresses::default() };
-    let node = NodeContext::new(me, "test".into(), "app".into(), keys(), Role::Primary);
+    let node =
+        NodeContext::new(me, "test".into(), "app".into(), keys(), Role::Primary, LeaseContext::fixed());
     if let Some(txid) = Token::verify(&node, text) {
         // Hex digits have two forms.
         assert!(Token::sign(&node, txid).as_str().eq_ignore_ascii_case(text));
@@ -301,6 +309,12 @@ mod tests {
             write(target, name, &bytes);
         }
         write("identity", "node", &crate::db::fuzz_identity_seed());
+        for (name, bytes) in crate::lease::record::seeds() {
+            write("record", name, &bytes);
+        }
+        for (name, bytes) in crate::files::lease::fuzz_lease_seeds() {
+            write("identity", name, &bytes);
+        }
         let keys = keys();
         let knock = Knock {
             version: 1,
@@ -331,7 +345,14 @@ mod tests {
         let position = Position::new(txid, Checksum::from_u128(5));
         let me =
             PeerInfo { node: NodeId::NIL, incarnation: Incarnation::NIL, addresses: Addresses::default() };
-        let node = NodeContext::new(me, "test".into(), "app".into(), self::keys(), Role::Primary);
+        let node = NodeContext::new(
+            me,
+            "test".into(),
+            "app".into(),
+            self::keys(),
+            Role::Primary,
+            LeaseContext::fixed(),
+        );
         write("texts", "txid", txid.to_string().as_bytes());
         write("texts", "position", position.to_string().as_bytes());
         write("texts", "token", Token::sign(&node, txid).as_str().as_bytes());

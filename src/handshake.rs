@@ -4,21 +4,28 @@
 //! nothing. The primary answers with a nonce of its own and a proof over both. The replica's hello,
 //! the first unit of the request's body, proves both nonces once more. A recorded knock is
 //! therefore worth nothing.
+//!
+//! A node that only asks how another stands ([`STANDING_PATH`]) knocks in the same way. Any node
+//! answers it. The request's body is a proof over both nonces, and the response's is a STANDING,
+//! with a proof over both nonces and what it says.
 
 use bytes::BytesMut;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
+use crate::context::NodeContext;
 use crate::error::{Error, PeerProblem, Result, shown};
 use crate::hex::{hex, unhex};
 use crate::peer::{Incarnation, NodeId};
 use crate::random;
 use crate::secret::{Keyring, PROOF_BYTES, Proved, Purpose};
-use crate::wire::{self, HEADER_BYTES, HELLO_PROOF_BYTES, Hello, Message};
+use crate::wire::{self, HEADER_BYTES, HELLO_PROOF_BYTES, Hello, Message, Standing};
 
 /// The version of the stream's protocol.
 pub(crate) const VERSION: u32 = 1;
 /// What follows the replication endpoint's path in a stream's URL.
 pub(crate) const STREAM_PATH: &str = "/v1/stream";
+/// The same for the question how a node stands.
+pub(crate) const STANDING_PATH: &str = "/v1/standing";
 /// The stream's content type: not one that compression layers have on their lists.
 pub(crate) const CONTENT_TYPE: &str = "application/vnd.replite.stream";
 /// Bytes of a nonce.
@@ -36,6 +43,9 @@ const H_NONCE: HeaderName = HeaderName::from_static("replite-nonce");
 const H_PROOF: HeaderName = HeaderName::from_static("replite-proof");
 const H_REFUSED: HeaderName = HeaderName::from_static("replite-refused");
 const H_PRIMARY: HeaderName = HeaderName::from_static("replite-primary");
+
+/// The word for [`Refusal::Stopping`].
+pub(crate) const STOPPING: &str = "stopping";
 
 /// A random number that is used once.
 pub(crate) type Nonce = [u8; NONCE_BYTES];
@@ -65,6 +75,18 @@ pub(crate) fn nonce() -> Result<Nonce> {
 }
 
 impl Knock {
+    /// A fresh one of this node.
+    pub(crate) fn of(node: &NodeContext) -> Result<Knock> {
+        Ok(Knock {
+            version: VERSION,
+            cluster: node.cluster.clone(),
+            database: node.database.clone(),
+            node: node.me.node,
+            incarnation: node.me.incarnation,
+            nonce: nonce()?,
+        })
+    }
+
     pub(crate) fn headers(&self, keys: &Keyring) -> Result<HeaderMap> {
         let mut headers = HeaderMap::new();
         headers.insert(H_VERSION, self.version.into());
@@ -199,9 +221,55 @@ pub(crate) fn hello_holds(
 
 /// What a hello's proof covers: its payload after the proof.
 fn hello_rest(hello: &Hello) -> Vec<u8> {
+    after_proof(&Message::Hello(hello.clone()))
+}
+
+/// The payload after the proof.
+fn after_proof(message: &Message<'_>) -> Vec<u8> {
     let mut bytes = BytesMut::new();
-    wire::encode(&Message::Hello(hello.clone()), &mut bytes);
+    wire::encode(message, &mut bytes);
     bytes.split_off(HEADER_BYTES + HELLO_PROOF_BYTES).to_vec()
+}
+
+/// What the head of a response means to the node that knocked. `Err(None)`: it is no word of ours.
+pub(crate) fn read_head(
+    (status, headers): (StatusCode, &HeaderMap),
+    knock: &Knock,
+    keys: &Keyring,
+) -> Result<(Answer, Proved), Option<PeerProblem>> {
+    if status == StatusCode::OK {
+        return Answer::read(headers, knock, keys).ok_or(None)?.map_err(Some);
+    }
+    Err(Refusal::read(headers, &knock.database))
+}
+
+/// The proof that who knocked saw our nonce, and asks how this node stands.
+pub(crate) fn question(knock: &Knock, answer: &Nonce, keys: &Keyring) -> [u8; PROOF_BYTES] {
+    keys.prove(Purpose::Question, &[&knock.nonce, answer])
+}
+
+/// Whether that holds.
+pub(crate) fn question_holds(proof: &[u8], knock: &Knock, answer: &Nonce, keys: &Keyring) -> bool {
+    keys.verify(Purpose::Question, &[&knock.nonce, answer], proof)
+}
+
+/// Puts the proof into what a node says of itself.
+pub(crate) fn seal_standing(standing: &mut Standing, knock: &Knock, answer: &Nonce, keys: &Keyring) {
+    let rest = after_proof(&Message::Standing(standing.clone()));
+    standing.proof = keys.prove(Purpose::Standing, &[&knock.nonce, answer, &rest]);
+}
+
+/// Whether the node that answered the knock said this, to this knock. `payload` is that of the
+/// unit, as it came.
+pub(crate) fn standing_holds(
+    standing: &Standing,
+    payload: &[u8],
+    (knock, answer): (&Knock, &Answer),
+    keys: &Keyring,
+) -> bool {
+    let rest = payload.get(HELLO_PROOF_BYTES..).unwrap_or_default();
+    let fits = standing.peer.node == answer.node && standing.peer.incarnation == answer.incarnation;
+    fits && keys.verify(Purpose::Standing, &[&knock.nonce, &answer.nonce, rest], &standing.proof)
 }
 
 /// Why a primary refuses a peer that did prove the secret.
@@ -242,7 +310,7 @@ impl Refusal {
             Refusal::Http2 => "http2".into(),
             Refusal::Path => "path".into(),
             Refusal::Busy => "busy".into(),
-            Refusal::Stopping => "stopping".into(),
+            Refusal::Stopping => STOPPING.into(),
         };
         headers.insert(H_REFUSED, text(&word).unwrap_or_else(|_| HeaderValue::from_static("unspeakable")));
         if let Refusal::NotPrimary(Some(url)) = self

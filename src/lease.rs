@@ -1,37 +1,47 @@
-//! Who is the primary.
+//! Who is the primary: fixed by configuration, or the holder of a lease.
+//!
+//! A lease is a [record](Store) in a store that all nodes reach. One node holds it, renews it, and
+//! is the primary. The store is a register with compare-and-swap and nothing else: [`Store`].
 
-/// The primary is fixed by configuration: it never changes while the nodes run.
-///
-/// The node that is configured as the primary is it from its first start on; there must be exactly
-/// one. Should two be started by mistake, their histories differ by their epochs' branch ids. A
-/// replica that meets both follows the higher epoch and keeps a copy of what it had.
-///
-/// ```
-/// use replite::{Config, lease};
-///
-/// let primary = Config::new("app.db").lease(lease::Fixed::primary()); // as without
-/// let replica = Config::new("app.db").lease(lease::Fixed::replica_of("http://10.0.0.1:7000"));
-/// # drop((primary, replica));
-/// ```
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Fixed {
-    primary: Option<String>,
+use std::sync::Arc;
+
+mod directory;
+mod fixed;
+pub(crate) mod record;
+mod store;
+
+pub use directory::Directory;
+pub use fixed::Fixed;
+pub use store::{ReadError, Store, StoreFuture, Stored, SwapError, Version};
+
+/// How the primary is found; for [`Config::lease`](crate::Config::lease), which takes [`Fixed`] and
+/// every [`Store`].
+#[derive(Clone, Debug)]
+pub struct Lease(pub(crate) LeaseKind);
+
+/// The two ways.
+#[derive(Clone, Debug)]
+pub(crate) enum LeaseKind {
+    /// The configuration says it.
+    Fixed(Fixed),
+    /// The holder of a lease, whose record is there.
+    Store(Arc<dyn Store>),
 }
 
-impl Fixed {
-    /// This node is the primary.
-    pub fn primary() -> Fixed {
-        Fixed { primary: None }
+impl From<Fixed> for Lease {
+    fn from(fixed: Fixed) -> Lease {
+        Lease(LeaseKind::Fixed(fixed))
     }
+}
 
-    /// This node follows the primary whose replication endpoint has this URL, such as
-    /// `http://10.0.0.1:8081`. Without a path, the URL means `/_replite`.
-    pub fn replica_of(url: impl Into<String>) -> Fixed {
-        Fixed { primary: Some(url.into()) }
+impl<S: Store> From<S> for Lease {
+    fn from(store: S) -> Lease {
+        Lease(LeaseKind::Store(Arc::new(store)))
     }
+}
 
-    /// The URL of the primary; none on the primary.
-    pub(crate) fn primary_url(&self) -> Option<&str> {
-        self.primary.as_deref()
+impl From<Arc<dyn Store>> for Lease {
+    fn from(store: Arc<dyn Store>) -> Lease {
+        Lease(LeaseKind::Store(store))
     }
 }

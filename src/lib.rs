@@ -2,6 +2,7 @@
 #![doc = "[docs/guide.md]: crate::guide"]
 #![doc = "[docs/stack.md]: crate::guide::stack"]
 #![doc = "[docs/trouble.md]: crate::guide::trouble"]
+#![doc = "[docs/failover.md]: crate::guide::failover"]
 #![doc = "[docs/design.md]: https://docs.rs/crate/replite/latest/source/docs/design.md"]
 #![doc = "[ARCHITECTURE.md]: https://docs.rs/crate/replite/latest/source/ARCHITECTURE.md"]
 #![doc = "[CHANGELOG.md]: https://docs.rs/crate/replite/latest/source/CHANGELOG.md"]
@@ -12,6 +13,7 @@
 
 #[doc = "[stack.md]: crate::guide::stack"]
 #[doc = "[trouble.md]: crate::guide::trouble"]
+#[doc = "[failover.md]: crate::guide::failover"]
 #[doc = "[migrations.md]: crate::guide::migrations"]
 #[doc = "[bad pages]: crate::guide::trouble#bad-pages-of-a-primary"]
 #[doc = "[beside us]: crate#what-else-may-use-sqlite-beside-us"]
@@ -27,6 +29,9 @@ pub mod guide {
     #[doc = include_str!("../docs/trouble.md")]
     pub mod trouble {}
 
+    #[doc = include_str!("../docs/failover.md")]
+    pub mod failover {}
+
     // Its code needs a crate that the example of its own in `examples/migrations` has, which runs
     // it.
     #[cfg(not(doctest))]
@@ -40,11 +45,13 @@ mod axum;
 mod checksum;
 mod context;
 mod db;
+mod election;
 #[cfg(test)]
 #[path = "../tests/support/ends.rs"]
 mod ends;
 mod engine;
 mod error;
+mod fence;
 mod files;
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
 #[doc(hidden)]
@@ -71,6 +78,7 @@ mod secret;
 mod server;
 mod session;
 mod sqlite;
+mod standing;
 mod status;
 #[cfg(feature = "testing")]
 pub mod testing;
@@ -96,8 +104,8 @@ pub use secret::Secret;
 pub use server::{ReplicationBody, ReplicationService};
 pub use session::Session;
 pub use status::{
-    Addresses, Checkpoint, Event, Health, Lag, LoggedTransaction, PeerInfo, PublicStatus, ReplicaStatus,
-    Role, RoleState, Status, Verification, WalReason,
+    Addresses, Checkpoint, Decision, Event, Health, Lag, LoggedTransaction, PeerInfo, PeerStanding,
+    PublicStatus, ReplicaStatus, Role, RoleState, Status, Verification, WaitReason, WalReason,
 };
 pub use token::Token;
 pub use txid::{Epoch, Position, Txid};

@@ -319,6 +319,11 @@ impl Log {
         Ok(())
     }
 
+    /// Has all who watch the end look again.
+    pub(crate) fn wake(&self) {
+        self.end.send_modify(|_| {});
+    }
+
     /// The end, to wait for more.
     pub(crate) fn watch(&self) -> watch::Receiver<u64> {
         self.end.subscribe()

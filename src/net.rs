@@ -2,6 +2,7 @@
 
 mod dial;
 mod listen;
+mod prompt;
 mod url;
 
 use std::future::Future;

@@ -37,7 +37,7 @@ use crate::secret::Proved;
 use crate::status::{PeerInfo, ReplicaStatus};
 use crate::threads::blocking;
 use crate::txid::Position;
-use crate::wire::{self, Goodbye, Hello, Message};
+use crate::wire::{self, Goodbye, Hello, Message, NOT_PRIMARY, SHUTTING_DOWN};
 
 pub(crate) use page_requests::{PeerChannel, QUESTION_BYTES};
 pub(crate) use recovery::Recovery;
@@ -63,12 +63,8 @@ const COMPARISONS_MAX: usize = 2;
 const LAST_REQUESTS_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a stream may go on after that, until it has sent what is captured.
 const LAST_RECORDS_TIMEOUT: Duration = Duration::from_secs(1);
-/// Why a stream ends when the node does.
-const SHUTTING_DOWN: &str = "shutting down";
 /// What a peer is told when this node's replication has failed.
 const STOPPED: &str = "replication stopped on the primary";
-/// Why a stream ends when the node is not the primary any more.
-const NOT_PRIMARY: &str = "this node is not the primary any more";
 /// Why a stream ends when the secret that let it in was dropped.
 const DROPPED: &str = "the secret that this stream was opened with is not valid any more";
 /// Why a stream ends when the same node opened another.
@@ -100,6 +96,10 @@ pub(crate) trait StreamSource: Send + Sync + 'static {
     fn step_over(&self, lsn: u64) -> u64;
     fn watch(&self) -> watch::Receiver<u64>;
     fn pin(&self, lsn: u64) -> Box<dyn LogPin>;
+    /// Where the last record ends that is still sent; none while the primary goes on.
+    fn last(&self) -> Option<u64> {
+        None
+    }
 }
 
 /// Keeps the log from an address on, until it is dropped.
@@ -155,6 +155,10 @@ impl StreamSource for PrimaryEngine {
     fn pin(&self, lsn: u64) -> Box<dyn LogPin> {
         Box::new(self.log().pin(lsn))
     }
+
+    fn last(&self) -> Option<u64> {
+        PrimaryEngine::last(self)
+    }
 }
 
 impl LogPin for Pin {
@@ -171,6 +175,8 @@ enum Serving {
     /// It will be, when replicas had the time to give back what a power cut took.
     Recovery(Arc<Recovery>),
     StreamSource(Arc<dyn StreamSource>),
+    /// It is about to be the primary no more: streams go on to their end, and no other begins.
+    Leaving(Arc<dyn StreamSource>),
 }
 
 /// What there is to serve on this node, if it is the primary, and who is being served.
@@ -206,14 +212,35 @@ impl ReplicaServer {
         self.serving.send_replace(source.map_or(Serving::Nothing, Serving::StreamSource));
     }
 
+    /// The same for a source that may be served already: its streams go on then.
+    pub(crate) fn go_on(&self, source: Arc<dyn StreamSource>) {
+        self.serving.send_if_modified(|serving| {
+            if matches!(serving, Serving::StreamSource(_)) {
+                return false;
+            }
+            *serving = Serving::StreamSource(source);
+            true
+        });
+    }
+
     /// Until it is served, replicas are asked for what the database may miss.
     pub(crate) fn recover(&self, recovery: Arc<Recovery>) {
         self.serving.send_replace(Serving::Recovery(recovery));
     }
 
+    /// Streams end when they have sent what is still to be sent ([`StreamSource::last`]), and no
+    /// other begins.
+    pub(crate) fn leave(&self) {
+        self.serving.send_if_modified(|serving| {
+            let Serving::StreamSource(source) = serving else { return false };
+            *serving = Serving::Leaving(source.clone());
+            true
+        });
+    }
+
     /// Whether this node is the primary, or is about to be.
     pub(crate) fn serves(&self) -> bool {
-        !matches!(*self.serving.borrow(), Serving::Nothing)
+        !matches!(*self.serving.borrow(), Serving::Nothing | Serving::Leaving(_))
     }
 
     /// What there is to serve, once it is there; an end for a replica that gave what this node
@@ -249,6 +276,7 @@ impl ReplicaServer {
         let serving = serving.wait_for(|serving| !matches!(serving, Serving::Recovery(_))).await;
         match &*serving.map_err(|_| Error::ShutDown)? {
             Serving::StreamSource(source) => Ok(source.clone()),
+            Serving::Leaving(_) => Err(End::Said(NOT_PRIMARY.into())),
             _ => Err(End::Said(SHUTTING_DOWN.into())),
         }
     }
@@ -302,7 +330,10 @@ impl ReplicaServer {
 
     /// Returns when this is not what there is to serve any more.
     async fn withdrawn(&self, source: &Arc<dyn StreamSource>) -> End {
-        let other = |now: &Serving| !matches!(now, Serving::StreamSource(now) if Arc::ptr_eq(now, source));
+        let other = |now: &Serving| match now {
+            Serving::StreamSource(now) | Serving::Leaving(now) => !Arc::ptr_eq(now, source),
+            Serving::Nothing | Serving::Recovery(_) => true,
+        };
         // The sender is ours.
         let _ = self.serving.subscribe().wait_for(other).await;
         // A node that is closed withdraws what it serves, too.
@@ -375,7 +406,7 @@ pub(crate) async fn serve(
     let quiet = stream.quiet();
     let end = tokio::select! {
         end = stream.run(&hello, wants) => end,
-        end = acks(&mut units, &slot, &clock, &asks, &answers, &quiet) => end,
+        end = acks(&node, &mut units, &slot, &clock, &asks, &answers, &quiet) => end,
         () = cut_off(&node) => End::Said(SHUTTING_DOWN.into()),
         // No replica gets what it commits from now on.
         () = node.stopped() => End::Said(STOPPED.into()),

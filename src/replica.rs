@@ -2,10 +2,12 @@
 
 mod acks;
 mod backoff;
+mod clocks;
 mod connection;
 mod give_back;
 mod lag;
 mod pace;
+mod reporter;
 #[cfg(test)]
 mod tests;
 mod units;
@@ -22,10 +24,11 @@ use tokio_util::task::TaskTracker;
 
 use crate::context::{NodeContext, RoleChange};
 use crate::engine::{ReplicaEngine, ReplicaStanding, StreamError};
-use crate::error::{Error, Result};
+use crate::error::{Error, PeerProblem, Result};
+use crate::handshake::STOPPING;
 use crate::log::Log;
 use crate::net::Endpoint;
-use crate::report::{Condition, Part};
+use crate::report::Condition;
 use crate::threads::{aside, blocking, caught_task};
 use crate::txid::{Epoch, Position};
 use crate::wire::{Unit, Want};
@@ -33,6 +36,9 @@ use crate::wire::{Unit, Want};
 use backoff::Backoff;
 use connection::PrimaryConnection;
 use lag::Lagging;
+use reporter::Reporter;
+
+pub(crate) use units::foreign;
 
 /// What takes over the primary's history on this node.
 pub(crate) trait Feed: Send + Sync + 'static {
@@ -88,6 +94,7 @@ pub(crate) fn spawn<F: Feed>(
     ends: CancellationToken,
     tracker: &TaskTracker,
 ) -> JoinHandle<()> {
+    tracker.spawn(clocks::keep(node.clone(), ends.clone()));
     tracker.spawn(follow(node, feed, primary, ends, tracker.clone()))
 }
 
@@ -140,77 +147,31 @@ async fn streams<F: Feed>(
             backoff.reset();
         }
         let epoch = session.epoch().unwrap_or_else(|| node.roles.borrow().epoch);
+        let drained = session.is_drained();
         // The connection is closed before the application is told that the primary is away.
         drop(session);
         lagging.disconnected();
         lagging.publish(node);
         without_primary(node, epoch);
-        reporter.ended(&error);
-        tokio::time::sleep(backoff.next()).await;
+        reporter.ended(&error, drained);
+        tokio::time::sleep(if is_early(&error) { backoff.soon() } else { backoff.next() }).await;
+    }
+}
+
+/// Whether the node that was asked may be about to become the primary, or to leave that to another
+/// at the same place: it is asked again before long.
+fn is_early(error: &StreamError) -> bool {
+    match error {
+        StreamError::Failed(Error::Peer { problem, .. }) => match problem {
+            PeerProblem::NotPrimary => true,
+            PeerProblem::Refused(word) => word == STOPPING,
+            _ => false,
+        },
+        _ => false,
     }
 }
 
 fn without_primary(node: &NodeContext, epoch: Epoch) {
     let epoch = epoch.max(node.roles.borrow().epoch);
     node.change_role(RoleChange::Follows { primary: None, epoch });
-}
-
-/// What an error of a stream means: not all of them are the primary's, or the link's.
-fn what_ended(error: &StreamError) -> &'static str {
-    match error {
-        StreamError::Failed(Error::Peer { .. }) => "can't follow the primary; trying again",
-        StreamError::HealPaused { .. } => "the next heal waits",
-        _ => "what comes from the primary can't be taken in here; trying again",
-    }
-}
-
-/// Says each problem once, however often it is met in a row.
-struct Reporter {
-    node: Arc<NodeContext>,
-    primary: Endpoint,
-    said: Option<String>,
-    connected: bool,
-}
-
-impl Reporter {
-    fn new(node: Arc<NodeContext>, primary: Endpoint) -> Reporter {
-        let said = node.problem_of(Part::Stream);
-        Reporter { node, primary, said, connected: false }
-    }
-
-    fn connected(&mut self, peer: &crate::status::PeerInfo, plan: crate::wire::Plan) {
-        self.connected = true;
-        self.node.report(Condition::Following { primary: &self.primary, peer, plan: &plan });
-    }
-
-    /// Something was taken in: what was wrong is over.
-    fn healthy(&mut self) {
-        if self.said.take().is_some() {
-            self.node.report(Condition::StreamWorks);
-        }
-    }
-
-    fn ended(&mut self, error: &StreamError) {
-        // This stream has stopped, and not replication.
-        let problem = match error {
-            StreamError::Failed(error) => error.cause().to_string(),
-            reason => reason.to_string(),
-        };
-        if std::mem::take(&mut self.connected) {
-            self.node.report(Condition::StreamLost { problem: &problem });
-        }
-        let still = self.said.as_ref() == Some(&problem);
-        let closed = matches!(error, StreamError::Failed(Error::ShutDown));
-        let (primary, what) = (&self.primary, what_ended(error));
-        let new = !still && !closed;
-        self.node.report(Condition::NotFollowing { primary, problem: &problem, what, new });
-        if still {
-            tracing::debug!(primary = %self.primary, problem, "still");
-            return;
-        }
-        if closed {
-            tracing::debug!(primary = %self.primary, "the follower is shut down");
-        }
-        self.said = Some(problem);
-    }
 }

@@ -30,6 +30,8 @@ use crate::status::Event;
 use crate::threads::aside;
 
 pub(crate) use conditions::Condition;
+#[cfg(test)]
+pub(crate) use tests::noted;
 
 /// Events that a slow receiver may be late by before it misses some.
 const EVENTS_LATE_MAX: usize = 256;
@@ -51,6 +53,8 @@ pub(crate) enum Part {
     Stream,
     /// How far a replica is late, and at what pace it catches up.
     Behind,
+    /// The lease's store, or the record in it.
+    Lease,
     /// Peers that have another secret.
     Strangers,
     /// Our own log of transactions.
@@ -63,6 +67,8 @@ pub(crate) enum Part {
     Reads,
     /// The disk.
     Room,
+    /// A change of the role.
+    Role,
 }
 
 impl Part {
@@ -75,12 +81,14 @@ impl Part {
             Part::Pages => "a verification found bad pages",
             Part::Stream => "the primary can't be followed",
             Part::Behind => "this instance is behind the primary",
+            Part::Lease => "the lease can't be read",
             Part::Strangers => "a peer was refused",
             Part::Log => "the log can't be written",
             Part::Checkpoint => "the write-ahead log can't be copied back",
             Part::Wal => "the write-ahead log grows",
             Part::Reads => "the database can't be read",
             Part::Room => "the disk is full",
+            Part::Role => "a change of the role is held up",
         }
     }
 }

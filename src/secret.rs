@@ -197,10 +197,14 @@ pub(crate) enum Purpose {
     Token,
     /// A request that one node forwards to another.
     Hop,
+    /// A fresh proof over both nonces of a node that asks how another stands.
+    Question,
+    /// How a node stands, for the node that asked.
+    Standing,
 }
 
 impl Purpose {
-    const COUNT: usize = 5;
+    const COUNT: usize = 7;
 
     fn context(self) -> &'static str {
         match self {
@@ -209,6 +213,8 @@ impl Purpose {
             Purpose::Hello => "replite 2026 v1 stream hello",
             Purpose::Token => "replite 2026 v1 token",
             Purpose::Hop => "replite 2026 v1 hop",
+            Purpose::Question => "replite 2026 v1 question",
+            Purpose::Standing => "replite 2026 v1 standing",
         }
     }
 }
@@ -318,7 +324,15 @@ fn derive(secrets: &[Secret]) -> Result<Arc<[Keys]>, Error> {
     if secrets.len() > SECRETS_MAX {
         return Err(Error::Config(format!("at most {SECRETS_MAX} secrets can be valid at once")));
     }
-    let all = [Purpose::Knock, Purpose::Answer, Purpose::Hello, Purpose::Token, Purpose::Hop];
+    let all = [
+        Purpose::Knock,
+        Purpose::Answer,
+        Purpose::Hello,
+        Purpose::Token,
+        Purpose::Hop,
+        Purpose::Question,
+        Purpose::Standing,
+    ];
     let keys = |secret: &[u8]| all.map(|purpose| blake3::derive_key(purpose.context(), secret));
     if secrets.is_empty() {
         return Ok([keys(b"no secret")].into());

@@ -14,14 +14,16 @@ use std::task::{Context, Poll};
 use bytes::Buf;
 use http::{Method, Request, Response, StatusCode, Version};
 use http_body::Body;
+use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 use tower::Service;
 
 use crate::context::NodeContext;
-use crate::handshake::{self, Answer, Knock, Refusal, STREAM_PATH, Stranger};
+use crate::handshake::{self, Answer, Knock, Nonce, Refusal, STANDING_PATH, STREAM_PATH, Stranger};
 use crate::net::Incoming;
 use crate::primary::{self, Peer, ReplicaServer, StreamSender};
 use crate::report::Condition;
+use crate::standing::{self, ASKING_MAX, AskingPeer};
 use crate::status::Role;
 use crate::threads::{aside, caught_task};
 
@@ -37,7 +39,8 @@ pub(crate) enum Mount {
     Mounted,
 }
 
-/// Serves the replication stream to this database's replicas. Mount it in the application's server,
+/// Serves the replication stream to this database's replicas, and answers the cluster's nodes that
+/// ask how this one stands. Mount it in the application's server,
 /// such as by axum's `nest_service("/_replite", db.service())`; the server must speak HTTP/2.
 ///
 /// A peer that does not prove the cluster's secret gets an empty 404 for every path and method.
@@ -64,6 +67,8 @@ struct ServerShared {
     tracker: TaskTracker,
     mount: Mount,
     warned: AtomicBool,
+    /// Places for peers that ask how this node stands.
+    asking: Arc<Semaphore>,
 }
 
 impl ReplicationService {
@@ -74,7 +79,8 @@ impl ReplicationService {
         tracker: TaskTracker,
         mount: Mount,
     ) -> ReplicationService {
-        let shared = ServerShared { node, replica_server, tracker, mount, warned: AtomicBool::new(false) };
+        let (warned, asking) = (AtomicBool::new(false), Arc::new(Semaphore::new(ASKING_MAX)));
+        let shared = ServerShared { node, replica_server, tracker, mount, warned, asking };
         ReplicationService { shared: Arc::new(shared) }
     }
 
@@ -99,40 +105,57 @@ impl ReplicationService {
                 return not_found();
             }
         };
-        match self.admit(&request, knock) {
-            Ok((peer, response)) => {
-                let (sender, response) = response;
-                let upstream = Incoming::new(request.into_body());
-                let (node, replica) = (node.clone(), peer.knock.node);
-                let stream = primary::serve(self.shared.replica_server.clone(), peer, upstream, sender);
-                self.shared.tracker.spawn(async move {
-                    // The replica sees a stream that broke off, and comes again.
-                    if let Err(error) = caught_task("a replica's stream", stream).await {
-                        node.report_aside(Condition::StreamPanicked { node: replica, error: &error });
-                    }
-                });
-                response
-            }
-            Err(refusal) => {
-                tracing::debug!(?refusal, "refused a stream");
-                let mut response = Response::new(ReplicationBody::empty());
-                *response.status_mut() = refusal.status();
-                *response.headers_mut() = refusal.headers();
-                response
-            }
-        }
+        self.admitted(request, knock).unwrap_or_else(|refusal| {
+            tracing::debug!(?refusal, "refused a peer");
+            let mut response = Response::new(ReplicationBody::empty());
+            *response.status_mut() = refusal.status();
+            *response.headers_mut() = refusal.headers();
+            response
+        })
     }
 
-    /// What the node looks at after the peer proved the secret.
-    fn admit<B>(
-        &self,
-        request: &Request<B>,
-        knock: Knock,
-    ) -> Result<(Peer, (StreamSender, Response<ReplicationBody>)), Refusal> {
-        let ServerShared { node, replica_server, .. } = &*self.shared;
-        if !request.uri().path().ends_with(STREAM_PATH) || request.method() != Method::POST {
+    /// The answer to a peer that proved the secret.
+    fn admitted<B>(&self, request: Request<B>, knock: Knock) -> Result<Response<ReplicationBody>, Refusal>
+    where
+        B: Body + Send + 'static,
+    {
+        let path = request.uri().path();
+        let (streams, asks) = (path.ends_with(STREAM_PATH), path.ends_with(STANDING_PATH));
+        if !(streams || asks) || request.method() != Method::POST {
             return Err(Refusal::Path);
         }
+        self.check(&knock, request.version())?;
+        let ServerShared { node, replica_server, tracker, .. } = &*self.shared;
+        let node = node.clone();
+        if asks {
+            let (peer, (sender, response)) = self.let_ask(knock)?;
+            let upstream = Incoming::new(request.into_body());
+            tracker.spawn(async move {
+                let asking = peer.knock.node;
+                // The peer sees an answer that broke off.
+                if let Err(error) =
+                    caught_task("an answer", standing::answer(node.clone(), peer, upstream, sender)).await
+                {
+                    node.report_aside(Condition::StreamPanicked { node: asking, error: &error });
+                }
+            });
+            return Ok(response);
+        }
+        let (peer, (sender, response)) = self.admit(knock)?;
+        let (upstream, replica) = (Incoming::new(request.into_body()), peer.knock.node);
+        let stream = primary::serve(replica_server.clone(), peer, upstream, sender);
+        tracker.spawn(async move {
+            // The replica sees a stream that broke off, and comes again.
+            if let Err(error) = caught_task("a replica's stream", stream).await {
+                node.report_aside(Condition::StreamPanicked { node: replica, error: &error });
+            }
+        });
+        Ok(response)
+    }
+
+    /// What any peer that proved the secret must be.
+    fn check(&self, knock: &Knock, version: Version) -> Result<(), Refusal> {
+        let node = &self.shared.node;
         if knock.version != handshake::VERSION {
             return Err(Refusal::Version);
         }
@@ -142,32 +165,59 @@ impl ReplicationService {
         if knock.database != node.database {
             return Err(Refusal::Database);
         }
-        if request.version() < Version::HTTP_2 {
+        if version < Version::HTTP_2 {
             return Err(Refusal::Http2);
         }
+        Ok(())
+    }
+
+    /// Lets a peer ask how this node stands, whatever this node does.
+    fn let_ask(
+        &self,
+        knock: Knock,
+    ) -> Result<(AskingPeer, (StreamSender, Response<ReplicationBody>)), Refusal> {
+        if knock.node == self.shared.node.me.node {
+            return Err(Refusal::DuplicateNode);
+        }
+        let place = self.shared.asking.clone().try_acquire_owned().map_err(|_| Refusal::Busy)?;
+        let (nonce, opened) = self.open(&knock)?;
+        Ok((AskingPeer { knock, nonce, place }, opened))
+    }
+
+    /// Lets a replica in, if this node is the primary and has room.
+    fn admit(&self, knock: Knock) -> Result<(Peer, (StreamSender, Response<ReplicationBody>)), Refusal> {
+        let ServerShared { node, replica_server, .. } = &*self.shared;
         if node.drain.is_cancelled() || node.roles.borrow().role == Role::Stopped {
             return Err(Refusal::Stopping);
         }
-        if !replica_server.serves() {
-            let primary = node.roles.borrow().primary.as_ref().map(|p| p.addresses.replication.clone());
-            return Err(Refusal::NotPrimary(primary));
+        if !replica_server.serves() || node.is_superseded() {
+            let state = node.roles.borrow();
+            let primary = state.primary.as_ref().filter(|primary| primary.node != node.me.node);
+            return Err(Refusal::NotPrimary(primary.map(|p| p.addresses.replication.clone())));
         }
         if replica_server.conflict(&knock).is_some() {
             replica_server.refused(&knock, "another live process has this node id");
             return Err(Refusal::DuplicateNode);
         }
         let place = replica_server.place().ok_or(Refusal::Busy)?;
+        let (nonce, opened) = self.open(&knock)?;
+        Ok((Peer { knock, nonce, place }, opened))
+    }
+
+    /// Answers a knock: a response whose body is still to come, and its nonce.
+    fn open(&self, knock: &Knock) -> Result<(Nonce, (StreamSender, Response<ReplicationBody>)), Refusal> {
+        let node = &self.shared.node;
         let unable = |error| {
             node.report(Condition::KnockNotAnswered { error: &error });
             Refusal::Busy
         };
         let nonce = handshake::nonce().map_err(unable)?;
         let answer = Answer { node: node.me.node, incarnation: node.me.incarnation, nonce };
-        let headers = answer.headers(&knock, &node.keys).map_err(unable)?;
+        let headers = answer.headers(knock, &node.keys).map_err(unable)?;
         let (sender, body) = ReplicationBody::stream();
         let mut response = Response::new(body);
         *response.headers_mut() = headers;
-        Ok((Peer { knock, nonce, place }, (sender, response)))
+        Ok((nonce, (sender, response)))
     }
 }
 

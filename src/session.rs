@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use crate::context::NodeContext;
 use crate::lock::lock;
 #[cfg(feature = "axum")]
-use crate::status::{PeerInfo, Role};
+use crate::status::PeerInfo;
 use crate::token::{Token, Tokens};
 use crate::txid::{Place, Txid};
 
@@ -146,6 +146,26 @@ impl Session {
         self.0.request.as_ref()
     }
 
+    /// The token that came with the request, if its transaction was lost: it was committed on a
+    /// branch that this history has left. The layer took the token for absent, and says so to the
+    /// client by the header `replite-lost`. An application can tell its user that the last change
+    /// is gone.
+    ///
+    /// ```
+    /// use replite::Session;
+    ///
+    /// async fn page(session: Session) -> &'static str {
+    ///     match session.lost_token() {
+    ///         Some(_) => "Your last change was lost. Please make it again.",
+    ///         None => "Welcome back.",
+    ///     }
+    /// }
+    /// # let _ = page;
+    /// ```
+    pub fn lost_token(&self) -> Option<&Token> {
+        self.request_token().filter(|token| self.node().applied.place(token.txid()) == Place::Lost)
+    }
+
     /// A token for the highest transaction that the request committed, or waited for. The layer
     /// sets it on the response by itself; this is for clients that want it in the body.
     pub fn token(&self) -> Option<Token> {
@@ -224,7 +244,8 @@ pub(crate) fn had_effects() {
 /// Reported by `Db::wait_for`, on the caller's task.
 pub(crate) fn waited(node: &NodeContext, txid: Txid) {
     let _ = CURRENT.try_with(|session| {
-        let Some(session) = session.of(node) else { return };
+        // What is here after the end of a lease may be here only.
+        let Some(session) = session.of(node).filter(|_| !node.is_fenced()) else { return };
         let mut done = session.lock();
         done.seen = done.seen.max(Some(txid));
     });
@@ -247,7 +268,7 @@ pub(crate) fn this_primary_needed(primary: Option<&PeerInfo>) {
         if session.all().any(Session::primary_needed) {
             return;
         }
-        let replicas = || session.all().filter(|s| s.node().roles.borrow().role != Role::Primary);
+        let replicas = || session.all().filter(|s| !s.node().leads());
         let named = |s: &&Session| {
             let roles = s.node().roles.borrow();
             primary.is_some_and(|primary| roles.primary.as_ref().is_some_and(|p| p.node == primary.node))
@@ -262,9 +283,10 @@ pub(crate) fn this_primary_needed(primary: Option<&PeerInfo>) {
 mod tests {
     use super::*;
     use crate::checksum::Checksum;
+    use crate::context::LeaseContext;
     use crate::peer::{Incarnation, NodeId};
     use crate::secret::Keyring;
-    use crate::status::Addresses;
+    use crate::status::{Addresses, Role};
     use crate::txid::{Epoch, EpochHistory, EpochStart};
 
     fn node(database: &str, role: Role) -> Arc<NodeContext> {
@@ -273,7 +295,14 @@ mod tests {
             incarnation: Incarnation::NIL,
             addresses: Addresses::default(),
         };
-        NodeContext::new(me, "c".into(), database.into(), Keyring::new(&[]).unwrap(), role)
+        NodeContext::new(
+            me,
+            "c".into(),
+            database.into(),
+            Keyring::new(&[]).unwrap(),
+            role,
+            LeaseContext::fixed(),
+        )
     }
 
     fn txid(epoch: u64, n: u64) -> Txid {

@@ -1,10 +1,11 @@
 //! Plain data that says how a node stands: roles, peers, health, events.
 
+mod election;
 mod events;
+mod role;
 mod time;
 
 use std::collections::BTreeMap;
-use std::fmt;
 use std::time::{Duration, SystemTime};
 
 use serde::{Deserialize, Serialize};
@@ -14,50 +15,10 @@ use crate::page::PageNo;
 use crate::peer::{Incarnation, NodeId};
 use crate::txid::{Epoch, Position};
 
+pub use election::{Decision, PeerStanding, WaitReason};
 pub use events::{Checkpoint, Event, WalReason};
+pub use role::{Role, RoleState};
 pub(crate) use time::{as_unix_millis, from_unix_millis, unix_millis, whole_millis};
-
-/// What a node does at the moment.
-///
-/// ```
-/// # #[tokio::main(flavor = "current_thread")]
-/// # async fn main() -> Result<(), replite::Error> {
-/// use replite::{Db, Role};
-///
-/// let db = Db::temporary(|config| {
-///     config.migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS notes (text TEXT)"))
-/// })
-/// .await?;
-/// match db.role() {
-///     Role::Primary => println!("jobs run here"),
-///     Role::Replica => println!("jobs run on the primary"),
-///     Role::Stopped => println!("an operator must look"),
-///     other => println!("{other}"),
-/// }
-/// # Ok(())
-/// # }
-/// ```
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
-#[non_exhaustive]
-pub enum Role {
-    /// It commits.
-    Primary,
-    /// It follows a primary.
-    Replica,
-    /// It has stopped, or replication has failed.
-    Stopped,
-}
-
-impl fmt::Display for Role {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            Role::Primary => "primary",
-            Role::Replica => "replica",
-            Role::Stopped => "stopped",
-        })
-    }
-}
 
 /// Where other nodes and clients reach a node; for [`Config::addresses`](crate::Config::addresses).
 ///
@@ -168,33 +129,6 @@ pub struct PeerInfo {
     pub addresses: Addresses,
 }
 
-/// A node's role, and the primary as far as it is known.
-///
-/// ```
-/// # async fn example(db: replite::Db) -> Result<(), replite::Error> {
-/// let mut roles = db.roles();
-/// while roles.changed().await.is_ok() {
-///     let state = roles.borrow_and_update().clone();
-///     match state.primary {
-///         Some(primary) => println!("the primary is at {}", primary.addresses.app),
-///         None => println!("there is no primary at the moment"),
-///     }
-/// }
-/// # Ok(())
-/// # }
-/// ```
-#[derive(Clone, PartialEq, Eq, Debug)]
-#[non_exhaustive]
-pub struct RoleState {
-    /// What this node does.
-    pub role: Role,
-    /// The newest epoch that this node knows.
-    pub epoch: Epoch,
-    /// The primary, once it is known and reachable: this node itself, when it is the primary. None
-    /// while the primary is about to end and takes no more requests.
-    pub primary: Option<PeerInfo>,
-}
-
 /// How a node stands, for people and dashboards.
 ///
 /// ```
@@ -255,6 +189,10 @@ pub struct Status {
     /// What the last verification found, if there was one since the node started; see
     /// [`Db::verify`](crate::Db::verify).
     pub verification: Option<Verification>,
+    /// While the node waits: for what; see [`RoleState::waits_for`].
+    pub waits_for: Option<WaitReason>,
+    /// Where a lease decides who is the primary: what this node decided last, oldest first.
+    pub decisions: Vec<Decision>,
     /// What is wrong, while it lasts, in words for operators: they may have paths, addresses and
     /// what other nodes said. See [`Status::public`].
     pub problem: Option<String>,

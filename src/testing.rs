@@ -1,5 +1,6 @@
 //! For tests of applications: databases that vanish, and whole clusters in one process.
 
+pub mod lease;
 mod link;
 mod serve;
 

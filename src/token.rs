@@ -157,6 +157,7 @@ fn txid_bytes(txid: Txid) -> [u8; 24] {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::context::LeaseContext;
     use crate::peer::{Incarnation, NodeId};
     use crate::secret::{Keyring, Secret};
     use crate::status::{Addresses, PeerInfo, Role};
@@ -165,7 +166,7 @@ mod tests {
         let me =
             PeerInfo { node: NodeId::NIL, incarnation: Incarnation::NIL, addresses: Addresses::default() };
         let keys = Keyring::new(&[Secret::fixed([secret; 32])]).unwrap();
-        NodeContext::new(me, "c".into(), database.into(), keys, Role::Replica)
+        NodeContext::new(me, "c".into(), database.into(), keys, Role::Replica, LeaseContext::fixed())
     }
 
     const TXID: Txid = Txid::new(Epoch::new(3, 0xfeed), 77);

@@ -36,7 +36,8 @@
 //! - 6 EPOCHS: epoch history: count (4), then per epoch: epoch, first transaction (8), checksum
 //!   before it (16).
 //! - 7 HEARTBEAT: position, microseconds of the replica's clock (8): those of its last ACK, and
-//!   what has passed since.
+//!   what has passed since. Then microseconds of the primary's lease clock (8; all ones: it leads
+//!   by no lease).
 //! - 8 ACK: optional position applied, optional position synced, microseconds of the replica's
 //!   clock (8).
 //! - 9 SNAP_BEGIN: position of the first piece, first page (4), page size (4), pages in the
@@ -55,6 +56,8 @@
 //! - 17 SENT: position of the last page that was read, pages in the database there (4).
 //! - 18 DRAIN: none. From the primary: its application is about to end, and the replica sends it no
 //!   more requests. From the replica: all requests that it had sent are answered.
+//! - 19 STANDING: proof (32), optional position, highest epoch number (8), fit (1: 0 or 1), has
+//!   state (1: 0 or 1), has content (1: 0 or 1), peer.
 //!
 //! The header's layout and the hash of SEGMENT never change with the version: every version can
 //! tell a newer segment from a damaged one.
@@ -92,6 +95,10 @@ const PIECE_BYTES: usize = 32 * 1024;
 pub(crate) const PIECE_MAX_BYTES: usize = 1024 * 1024;
 /// Longest JSON of a peer: room for four URLs and a few dozen labels.
 pub(crate) const PEER_MAX_BYTES: usize = 4096;
+/// The reason of a goodbye when the node ends. A replica knows it by this text.
+pub(crate) const SHUTTING_DOWN: &str = "shutting down";
+/// Why a stream ends when the node is not the primary any more.
+pub(crate) const NOT_PRIMARY: &str = "this node is not the primary any more";
 /// Longest reason of a goodbye: some sentences.
 pub(crate) const REASON_MAX_BYTES: usize = 1024;
 /// The most positions of its log that a replica names in its hello: one for each power of two.
@@ -100,7 +107,11 @@ pub(crate) const MARKS_MAX: usize = 64;
 pub(crate) const WANT_MAX_PAGES: usize = 16 * 1024;
 /// The most pages that one sum of a SUMS stands for.
 pub(crate) const SPAN_MAX_PAGES: u32 = 512;
-/// Where the proof of a HELLO ends in its payload; the proof covers the payload from here on.
+/// The most bytes of a STANDING unit, with its header.
+pub(crate) const STANDING_MAX_BYTES: usize =
+    HEADER_BYTES + HELLO_PROOF_BYTES + 1 + Position::BYTES + 8 + 3 + 2 + PEER_MAX_BYTES;
+/// Where the proof of a HELLO, or of a STANDING, ends in its payload; the proof covers the payload
+/// from here on.
 pub(crate) const HELLO_PROOF_BYTES: usize = 32;
 
 /// The key of every hash but those of pages. It is published: the hash guards against accidents.
@@ -112,6 +123,8 @@ const PIECE_FIELDS_BYTES: usize = 4 + Position::BYTES;
 
 /// Bytes of a SEGMENT unit, with its header.
 pub(crate) const SEGMENT_BYTES: usize = HEADER_BYTES + 8 + Position::BYTES + 8;
+/// What the heartbeat of a primary without a lease says in place of a time.
+const NO_LEASE: u64 = u64::MAX;
 /// The highest address at which a segment may begin.
 const ADDRESS_MAX: u64 = u64::MAX >> 1;
 /// What a segment that follows none says in place of an address.
@@ -157,14 +170,15 @@ pub(crate) enum Kind {
     Want = 16,
     Sent = 17,
     Drain = 18,
+    Standing = 19,
 }
 
 impl Kind {
     fn from_u8(kind: u8) -> Option<Kind> {
         use Kind::*;
-        const ALL: [Kind; 18] = [
+        const ALL: [Kind; 19] = [
             TxnBegin, Page, TxnEnd, Hello, Welcome, Epochs, Heartbeat, Ack, SnapBegin, SnapPiece, SnapEnd,
-            Goodbye, Segment, HealBegin, Sums, Want, Sent, Drain,
+            Goodbye, Segment, HealBegin, Sums, Want, Sent, Drain, Standing,
         ];
         let kind = ALL.get(usize::from(kind).checked_sub(1)?).copied();
         debug_assert!(kind.is_none_or(|k| ALL[k as usize - 1] == k), "the list is not in order");
@@ -253,6 +267,7 @@ pub(crate) enum Message<'a> {
     Sent(Sent),
     /// No more requests are to come, or will come.
     Drain,
+    Standing(Standing),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -322,6 +337,9 @@ pub(crate) struct Heartbeat {
     /// At the earliest, the replica's own [`Ack::clock`] when this was said. So one clock tells how
     /// old it is when it comes.
     pub(crate) clock: u64,
+    /// Microseconds since the primary took the epoch that the replica was told last, from before
+    /// the position was read. None where it leads by no lease.
+    pub(crate) lease_clock: Option<u64>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -385,6 +403,20 @@ pub(crate) struct WantRun {
 pub(crate) struct Sent {
     pub(crate) position: Position,
     pub(crate) pages: u32,
+}
+
+/// How a node stands, for a peer that asked.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Standing {
+    /// Proof over both nonces and the rest of this unit (see `handshake`).
+    pub(crate) proof: [u8; 32],
+    pub(crate) position: Option<Position>,
+    /// The highest epoch number that it knows.
+    pub(crate) epoch: u64,
+    pub(crate) fit: bool,
+    pub(crate) has_state: bool,
+    pub(crate) has_content: bool,
+    pub(crate) peer: PeerInfo,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -20,7 +20,7 @@ const ROWS: i64 = 262_144;
 const RUNS: usize = 5;
 
 /// A database of a gigabyte, made by plain SQLite.
-fn gigabyte(path: &Path) {
+pub(crate) fn gigabyte(path: &Path) {
     let connection = Connection::open(path).expect("a database");
     let sql = "PRAGMA journal_mode = OFF; PRAGMA synchronous = OFF;
         CREATE TABLE t(id INTEGER PRIMARY KEY, k INTEGER, v);

@@ -2,10 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use replite::{Durability, Error};
+use replite::{Db, Durability, Error, lease};
 
 use crate::home::{
-    INSERT, Other, directory, idle_memory, monotonic_ns, peak_memory, primary, replica, runtime,
+    INSERT, Other, SCHEMA, config, directory, idle_memory, monotonic_ns, peak_memory, primary, replica,
+    runtime,
 };
 use crate::{figure, quantile};
 
@@ -37,6 +38,47 @@ pub(crate) fn lag() {
     }
     figure("lag_p50_us", "us", p50);
     figure("lag_p99_us", "us", p99);
+}
+
+/// The same where the application serves the endpoint, as it does by default, in one process: until
+/// the transaction is applied. Its server holds small pieces back for as long as it may.
+pub(crate) fn lag_mounted() {
+    const COMMITS: i64 = 500;
+    let dir = directory();
+    let listener = runtime().block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).expect("a port");
+    let url = format!("http://{}", listener.local_addr().expect("bound"));
+    let p = config(&dir.path().join("p.db")).advertise(&url).migrate(|c| c.execute_batch(SCHEMA));
+    let p = runtime().block_on(Db::open(p)).expect("a primary");
+    let app = axum::Router::new().nest_service("/_replite", p.service());
+    runtime().spawn(async move { axum::serve(listener, app).await });
+    let r = config(&dir.path().join("r.db")).lease(lease::Fixed::replica_of(&url));
+    let r = runtime().block_on(Db::open(r)).expect("a replica");
+    runtime().block_on(r.ready()).expect("ready");
+    let (mut p50, mut p90) = (Vec::new(), Vec::new());
+    for _ in 0..5 {
+        let mut waiting = Vec::new();
+        for k in 0..COMMITS {
+            let insert = |tx: &mut replite::rusqlite::Transaction<'_>| {
+                Ok::<_, Error>(tx.prepare_cached(INSERT)?.execute([k])?)
+            };
+            let (txid, r) = (p.write_blocking(insert).expect("a commit").txid.expect("a commit"), r.clone());
+            let begin = Instant::now();
+            // The next commit does not wait for it.
+            waiting.push(runtime().spawn(async move {
+                r.wait_for(txid).await.expect("applied");
+                begin.elapsed().as_secs_f64() * 1e6
+            }));
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        let mut lags: Vec<f64> =
+            waiting.into_iter().map(|lag| runtime().block_on(lag).expect("a task")).collect();
+        p50.push(quantile(&mut lags, 0.5));
+        p90.push(quantile(&mut lags, 0.9));
+    }
+    figure("lag_mounted_p50_us", "us", p50);
+    figure("lag_mounted_p90_us", "us", p90);
+    runtime().block_on(r.shutdown());
+    runtime().block_on(p.shutdown());
 }
 
 /// A task that waits for a transaction on a replica: from its application until the task runs.

@@ -1,5 +1,6 @@
 //! Routes and handlers.
 
+use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,8 +19,10 @@ use hyper_util::rt::TokioExecutor;
 use replite::{Db, Error, Session};
 use serde::Deserialize;
 use serde_json::{Value, json};
+use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
+use crate::changes::{self, Change};
 use crate::{page, store};
 
 /// The longest note, in bytes.
@@ -36,6 +39,7 @@ struct App {
     db: Db,
     url: String,
     peers: Vec<String>,
+    changes: watch::Receiver<VecDeque<Change>>,
     /// Cancelled when the process is asked to end.
     end: CancellationToken,
 }
@@ -43,7 +47,7 @@ struct App {
 type Shared = State<Arc<App>>;
 
 pub(crate) fn router(db: &Db, url: String, peers: Vec<String>, end: CancellationToken) -> Router {
-    let app = Arc::new(App { db: db.clone(), url, peers, end });
+    let app = Arc::new(App { db: db.clone(), url, peers, changes: changes::watch(db), end });
     Router::new()
         .route("/", get(index))
         .route("/api/notes", get(list).post(add))
@@ -158,7 +162,12 @@ async fn index(
     search: Result<Query<Search>, QueryRejection>,
 ) -> Result<impl IntoResponse, Failure> {
     let Query(search) = search?;
-    let notes = app.db.read(|conn| store::list(conn, &search.q, LIMIT_DEFAULT).map_err(Failure::from))?;
+    let notes = app.db.read(|conn| store::list(conn, &search.q, LIMIT_DEFAULT).map_err(Failure::from));
+    let notes = match notes {
+        // The page shows what the instance waits for, and the feed tells when there is more.
+        Err(Failure::Db(Error::NoState(_))) => Vec::new(),
+        notes => notes?,
+    };
     let html = page::render(&app.url, app.db.role(), &search.q, &notes);
     Ok(([(header::CACHE_CONTROL, "no-store")], Html(html)))
 }
@@ -211,16 +220,27 @@ async fn remove(State(app): Shared, id: Result<Path<i64>, PathRejection>) -> Res
     if commit.value { Ok(StatusCode::NO_CONTENT) } else { Err(Failure::no_such_note()) }
 }
 
-/// A live feed of this instance's position: one event at once, and one after each change, from any
-/// connection or process.
+/// A live feed of this instance's position and role: one event of each at once, and one after each
+/// change. The position changes by what any connection or process writes, anywhere.
 async fn events(State(app): Shared) -> Sse<impl Stream<Item = Result<Event, Infallible>>> {
-    let mut positions = app.db.watch();
+    let (mut positions, mut changes) = (app.db.watch(), app.changes.clone());
     positions.mark_changed();
-    let feed = unfold((app, positions), async |(app, mut positions)| {
-        app.end.run_until_cancelled(positions.changed()).await?.ok()?;
-        let number = positions.borrow_and_update().map(|position| position.number());
-        let event = Event::default().event("position").data(json!(number).to_string());
-        Some((Ok(event), (app, positions)))
+    changes.mark_changed();
+    let feed = unfold((app, positions, changes), async |(app, mut positions, mut changes)| {
+        let event = tokio::select! {
+            () = app.end.cancelled() => return None,
+            changed = changes.changed() => {
+                changed.ok()?;
+                let role = changes.borrow_and_update().back().map(|change| change.role);
+                Event::default().event("role").data(json!(role).to_string())
+            }
+            changed = positions.changed() => {
+                changed.ok()?;
+                let number = positions.borrow_and_update().map(|position| position.number());
+                Event::default().event("position").data(json!(number).to_string())
+            }
+        };
+        Some((Ok(event), (app, positions, changes)))
     });
     Sse::new(feed).keep_alive(KeepAlive::default())
 }
@@ -238,7 +258,9 @@ fn describe(app: &App) -> Value {
         "id": full.node,
         "url": app.url,
         "role": status.role,
-        "epoch": full.epoch,
+        "epoch": full.epoch.number(),
+        "waits_for": app.db.roles().borrow().waits_for.map(|reason| reason.to_string()),
+        "changes": &*app.changes.borrow(),
         "txid": status.position.map(|p| p.number()),
         "checksum": status.position.map(|p| p.checksum().to_string()),
         "lag_ms": status.lag.map_or(0, |l| l.age.as_millis() as u64),

@@ -1,21 +1,27 @@
 //! Starts three instances as three processes, and ends them.
 
+use std::convert::Infallible;
+use std::ffi::OsString;
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
+use replite::lease::{self, Store};
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::time::Instant;
 
-use crate::Error;
 use crate::api::get_json;
+use crate::{Error, LauncherRoles};
 
 /// How long the instances may take to end by themselves.
 const END_LIMIT: Duration = Duration::from_secs(9);
-/// Pause before an instance that died is started again.
+/// Pause before an instance that died is started again, where the primary is fixed.
 const RESTART_PAUSE: Duration = Duration::from_secs(1);
+/// The same with a lease, beyond the lease time. An instance that is back in time takes its own
+/// lease over at once, and there would be no election to see.
+const ELECTION_PAUSE: Duration = Duration::from_secs(3);
 /// How long the table waits for all instances.
 const READY_LIMIT: Duration = Duration::from_secs(60);
 
@@ -25,42 +31,44 @@ struct Instance {
     directory: PathBuf,
 }
 
-pub(crate) async fn run(base_port: u16, data: &Path) -> Result<(), Error> {
+/// What all instances have in common.
+struct Launcher {
+    instances: Vec<Instance>,
+    secret: String,
+    /// Who is the primary, as the command line of each instance says it.
+    roles: Vec<OsString>,
+    restart_after: Duration,
+}
+
+pub(crate) async fn run(base_port: u16, data: &Path, roles: LauncherRoles) -> Result<(), Error> {
     fs::create_dir_all(data)?;
-    let secret = secret(data)?;
-    let mut instances = Vec::new();
-    for port in base_port..base_port.checked_add(3).ok_or("no such ports")? {
-        let listen = format!("127.0.0.1:{port}");
-        // Otherwise another process that has the port would be taken for our instance.
-        std::net::TcpListener::bind(&listen).map_err(|e| format!("{listen}: {e}"))?;
-        let (url, directory) = (format!("http://{listen}"), data.join(port.to_string()));
-        instances.push(Instance { url, listen, directory });
-    }
-    let urls: Vec<String> = instances.iter().map(|i| i.url.clone()).collect();
+    let launcher = Launcher::new(base_port, data, roles)?;
     let mut children = Vec::new();
-    for instance in &instances {
-        children.push(start(instance, &urls, &secret)?);
+    for instance in &launcher.instances {
+        children.push(launcher.start(instance)?);
     }
     let mut end = std::pin::pin!(crate::asked_to_end());
     let begun = tokio::select! {
         () = &mut end => Ok(false),
         (index, status) = died(&mut children) => {
             // Not started again: it would only happen again.
-            Err(format!("{} ended before all were ready ({})", urls[index], describe(status)).into())
+            let url = &launcher.instances[index].url;
+            Err(format!("{url} ended before all were ready ({})", describe(status)).into())
         }
-        ready = tokio::time::timeout(READY_LIMIT, all_ready(&urls)) => {
+        ready = tokio::time::timeout(READY_LIMIT, launcher.all_ready()) => {
             if ready.is_err() {
-                eprintln!("not all instances are ready yet; see the messages above");
+                launcher.say_what_is_missing().await;
             }
             Ok(true)
         }
     };
     let done = match begun {
         Ok(true) => {
-            print_table(&instances, &children).await;
-            println!("\nOpen {}/ and add a note. Ctrl-C ends all.", urls[2]);
+            launcher.print_table(&children).await;
+            let last = &launcher.instances[launcher.instances.len() - 1].url;
+            println!("\nOpen {last}/ and add a note. Ctrl-C ends all.");
             std::io::stdout().flush()?;
-            watch(&instances, &mut children, &urls, &secret, end).await
+            launcher.watch(&mut children, end).await
         }
         Ok(false) => Ok(()),
         Err(error) => Err(error),
@@ -69,33 +77,106 @@ pub(crate) async fn run(base_port: u16, data: &Path) -> Result<(), Error> {
     done
 }
 
+impl Launcher {
+    fn new(base_port: u16, data: &Path, roles: LauncherRoles) -> Result<Launcher, Error> {
+        let mut instances = Vec::new();
+        for port in base_port..base_port.checked_add(3).ok_or("no such ports")? {
+            let listen = format!("127.0.0.1:{port}");
+            // Otherwise another process that has the port would be taken for our instance.
+            std::net::TcpListener::bind(&listen).map_err(|e| format!("{listen}: {e}"))?;
+            let (url, directory) = (format!("http://{listen}"), data.join(port.to_string()));
+            instances.push(Instance { url, listen, directory });
+        }
+        let (arguments, restart_after) = match roles.primary {
+            Some(primary) => (vec!["--primary".into(), primary.into()], RESTART_PAUSE),
+            None => {
+                let directory = data.join("lease");
+                let default = lease::Directory::new(&directory).lease_time();
+                let time = roles.lease_time.unwrap_or(default);
+                let seconds = time.as_secs_f64().to_string().into();
+                let arguments = vec!["--lease".into(), directory.into(), "--lease-time".into(), seconds];
+                (arguments, time + ELECTION_PAUSE)
+            }
+        };
+        let restart_after = roles.restart_after.unwrap_or(restart_after);
+        Ok(Launcher { instances, secret: secret(data)?, roles: arguments, restart_after })
+    }
+
+    /// Starts again what dies, until the end is asked for.
+    async fn watch(
+        &self,
+        children: &mut [Running],
+        end: std::pin::Pin<&mut impl Future<Output = ()>>,
+    ) -> Result<(), Error> {
+        let kept = self.instances.iter().zip(children).map(|(i, running)| Box::pin(self.keep(i, running)));
+        tokio::select! {
+            () = end => Ok(()),
+            (Err(error), ..) = futures_util::future::select_all(kept) => Err(error),
+        }
+    }
+
+    /// Fails when the instance can't be started again.
+    async fn keep(&self, instance: &Instance, running: &mut Running) -> Result<Infallible, Error> {
+        loop {
+            let (status, pause) = (running.child.wait().await, self.restart_after);
+            eprintln!("{} ended ({}); it is started again after {pause:?}", instance.url, describe(status));
+            tokio::time::sleep(pause).await;
+            *running = self.start(instance)?;
+        }
+    }
+
+    /// One command line for all, but for the address and the place of the database.
+    fn start(&self, instance: &Instance) -> Result<Running, Error> {
+        let urls: Vec<&str> = self.instances.iter().map(|instance| instance.url.as_str()).collect();
+        let mut child = Command::new(std::env::current_exe()?)
+            .args(["node", "--with-parent", "--peers", &urls.join(",")])
+            .args(&self.roles)
+            .args(["--listen", &instance.listen, "--data"])
+            .arg(&instance.directory)
+            .env("REPLITE_SECRET", &self.secret)
+            // Kept open for as long as we live; a Ctrl-C at the terminal reaches them as well.
+            .stdin(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()?;
+        Ok(Running { stdin: child.stdin.take(), child })
+    }
+
+    /// All can be read, and reach a primary.
+    async fn all_ready(&self) {
+        for instance in &self.instances {
+            while get_json(&format!("{}/healthz", instance.url)).await.is_err() {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        }
+    }
+
+    async fn say_what_is_missing(&self) {
+        eprintln!("not all instances are ready yet; see the messages above");
+        for instance in &self.instances {
+            let node = get_json(&format!("{}/api/node", instance.url)).await.unwrap_or_default();
+            if let Some(reason) = node["waits_for"].as_str() {
+                eprintln!("{} waits: {reason}", instance.url);
+            }
+        }
+    }
+
+    async fn print_table(&self, children: &[Running]) {
+        println!("{:<24} {:<8} {:>8}  database", "url", "role", "pid");
+        for (instance, child) in self.instances.iter().zip(children) {
+            let node = get_json(&format!("{}/api/node", instance.url)).await.unwrap_or_default();
+            let role = node["role"].as_str().unwrap_or("?").to_string();
+            let pid = child.child.id().map_or_else(|| "-".into(), |id| id.to_string());
+            let file = instance.directory.join("notes.db");
+            println!("{:<24} {role:<8} {pid:>8}  {}", instance.url, file.display());
+        }
+    }
+}
+
 /// A running instance. It ends when its standard input does.
 struct Running {
     child: Child,
     /// Apart from the child, because waiting for that would close it.
     stdin: Option<ChildStdin>,
-}
-
-/// Starts again what dies, until the end is asked for.
-async fn watch(
-    instances: &[Instance],
-    children: &mut [Running],
-    urls: &[String],
-    secret: &str,
-    mut end: std::pin::Pin<&mut impl Future<Output = ()>>,
-) -> Result<(), Error> {
-    loop {
-        let (index, status) = tokio::select! {
-            () = &mut end => return Ok(()),
-            died = died(children) => died,
-        };
-        eprintln!("{} ended ({}); it is started again", instances[index].url, describe(status));
-        tokio::select! {
-            () = &mut end => return Ok(()),
-            () = tokio::time::sleep(RESTART_PAUSE) => {}
-        }
-        children[index] = start(&instances[index], urls, secret)?;
-    }
 }
 
 /// The next instance that ends, and how.
@@ -107,39 +188,6 @@ async fn died(children: &mut [Running]) -> (usize, std::io::Result<ExitStatus>) 
 
 fn describe(status: std::io::Result<ExitStatus>) -> String {
     status.map_or_else(|e| e.to_string(), |s| s.to_string())
-}
-
-fn start(instance: &Instance, urls: &[String], secret: &str) -> Result<Running, Error> {
-    let mut child = Command::new(std::env::current_exe()?)
-        .args(["node", "--with-parent", "--listen", &instance.listen, "--primary", &urls[0]])
-        .args(["--peers", &urls.join(",")])
-        .arg("--data")
-        .arg(&instance.directory)
-        .env("REPLITE_SECRET", secret)
-        // Kept open for as long as we live; a Ctrl-C at the terminal reaches them as well.
-        .stdin(Stdio::piped())
-        .kill_on_drop(true)
-        .spawn()?;
-    Ok(Running { stdin: child.stdin.take(), child })
-}
-
-async fn all_ready(urls: &[String]) {
-    for url in urls {
-        while get_json(&format!("{url}/readyz")).await.is_err() {
-            tokio::time::sleep(Duration::from_millis(50)).await;
-        }
-    }
-}
-
-async fn print_table(instances: &[Instance], children: &[Running]) {
-    println!("{:<24} {:<8} {:>8}  database", "url", "role", "pid");
-    for (instance, child) in instances.iter().zip(children) {
-        let node = get_json(&format!("{}/api/node", instance.url)).await.unwrap_or_default();
-        let role = node["role"].as_str().unwrap_or("?").to_string();
-        let pid = child.child.id().map_or_else(|| "-".into(), |id| id.to_string());
-        let file = instance.directory.join("notes.db");
-        println!("{:<24} {role:<8} {pid:>8}  {}", instance.url, file.display());
-    }
 }
 
 /// Closes each instance's standard input, which asks it to end, and kills what does not.

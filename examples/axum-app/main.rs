@@ -1,20 +1,23 @@
 //! A small notes application on three replicated instances.
 //!
-//! `cargo run --release --example axum-app` starts three processes;
-//! `-- node --listen A --data DIR --primary URL` runs one.
+//! `cargo run --release --example axum-app` starts three processes, which find out by a lease who
+//! is the primary. `-- node --listen A --data DIR --lease DIR --peers URL,URL,URL` runs one of them.
+//! With `--primary URL` in place of the lease, the primary is that one and stays it.
 
 mod api;
+mod changes;
 mod launcher;
 mod node;
 mod page;
 mod store;
 
+use std::io::IsTerminal;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::{Parser, Subcommand};
+use clap::{Args, Parser, Subcommand};
 
 #[derive(Parser)]
 #[command(about = "Notes, replicated by replite: without a command, three instances on this machine")]
@@ -27,6 +30,23 @@ struct Arguments {
     /// Where the databases are.
     #[arg(long, default_value = "target/axum-app")]
     data: PathBuf,
+    #[command(flatten)]
+    roles: LauncherRoles,
+}
+
+/// How the three instances find their primary.
+#[derive(Args)]
+struct LauncherRoles {
+    /// The URL of a fixed primary. Without it the instances find one by a lease.
+    #[arg(long)]
+    primary: Option<String>,
+    /// How long the lease counts when its holder does not renew it, in seconds.
+    #[arg(long, value_parser = seconds, conflicts_with = "primary")]
+    lease_time: Option<Duration>,
+    /// When an instance that died is started again, in seconds. With a lease, that is not before
+    /// another one had time to take over.
+    #[arg(long, value_parser = seconds)]
+    restart_after: Option<Duration>,
 }
 
 #[derive(Subcommand)]
@@ -43,13 +63,19 @@ struct NodeArguments {
     /// The directory of the database.
     #[arg(long)]
     data: PathBuf,
-    /// The primary's URL; this instance is the primary when it is its own.
-    #[arg(long)]
-    primary: String,
-    /// A SQLite file to begin with, where there is no database yet (on the primary).
+    #[command(flatten)]
+    roles: Roles,
+    /// How long the lease counts when its holder does not renew it, in seconds.
+    #[arg(long, value_parser = seconds, conflicts_with = "primary")]
+    lease_time: Option<Duration>,
+    /// How many instances start the cluster together; as many as `--peers` names if not set.
+    #[arg(long, conflicts_with = "primary")]
+    nodes: Option<usize>,
+    /// A SQLite file to begin with, where there is no database yet. Of several instances that are
+    /// told so one imports it, and becomes the first primary.
     #[arg(long)]
     import: Option<PathBuf>,
-    /// The URLs of all instances, for the page.
+    /// The URLs of all instances.
     #[arg(long, value_delimiter = ',')]
     peers: Vec<String>,
     /// The cluster's secret: what `openssl rand -base64 32` prints, or a phrase.
@@ -60,9 +86,34 @@ struct NodeArguments {
     with_parent: bool,
 }
 
+/// Who is the primary: exactly one of both.
+#[derive(Args, Clone)]
+#[group(required = true, multiple = false)]
+struct Roles {
+    /// The directory of the lease, on this machine, the same for all instances: the one that holds
+    /// the lease is the primary.
+    #[arg(long)]
+    lease: Option<PathBuf>,
+    /// The URL of a fixed primary; this instance is it when the URL is its own.
+    #[arg(long)]
+    primary: Option<String>,
+}
+
+impl Roles {
+    fn fixed_primary(&self) -> Option<&str> {
+        self.primary.as_deref().map(|url| url.trim_end_matches('/'))
+    }
+}
+
+fn seconds(text: &str) -> Result<Duration, Error> {
+    Ok(Duration::try_from_secs_f64(text.parse()?)?)
+}
+
 fn main() -> ExitCode {
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into());
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    // A file or another program would get the codes of the colours.
+    let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_ansi(colours).init();
     let arguments = Arguments::parse();
     let runtime = match tokio::runtime::Runtime::new() {
         Ok(runtime) => runtime,
@@ -71,7 +122,7 @@ fn main() -> ExitCode {
     let done = runtime.block_on(async {
         match arguments.command {
             Some(Command::Node(node)) => node::run(node).await,
-            None => launcher::run(arguments.base_port, &arguments.data).await,
+            None => launcher::run(arguments.base_port, &arguments.data, arguments.roles).await,
         }
     });
     // Blocking work that is still under way must not keep the process from ending.

@@ -1,7 +1,7 @@
 //! One instance: database, layer, server.
 
 use std::io::Read;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use replite::rusqlite::backup::{Backup, StepResult};
@@ -9,7 +9,7 @@ use replite::rusqlite::{Connection, OpenFlags};
 use replite::{Config, Db, Secret, lease};
 use tokio_util::sync::CancellationToken;
 
-use crate::{Error, NodeArguments, api, store};
+use crate::{Error, NodeArguments, Roles, api, store};
 
 const CLUSTER: &str = "notes";
 /// How long connections may take to end. With what `Db::shutdown` may take, and the rest of main, a
@@ -22,22 +22,21 @@ pub(crate) async fn run(arguments: NodeArguments) -> Result<(), Error> {
     std::fs::create_dir_all(&arguments.data)?;
     let path = arguments.data.join("notes.db");
     let url = format!("http://{}", arguments.listen);
-    let is_primary = arguments.primary.trim_end_matches('/') == url;
-    if let Some(import) = arguments.import.as_deref().filter(|_| is_primary && !path.exists()) {
+    if let Some(import) = &arguments.import
+        && !path.exists()
+        && imports(&arguments.roles, &url)?
+    {
         copy(import, &path)?;
     }
     let config = Config::new(&path)
         .cluster(CLUSTER)
         .advertise(&url)
         .secret(secret(&arguments.secret)?)
-        .migrate(store::migrate)
-        .lease(if is_primary {
-            lease::Fixed::primary()
-        } else {
-            lease::Fixed::replica_of(&arguments.primary)
-        });
+        .migrate(store::migrate);
+    let config = with_roles(config, &arguments, &url);
     // Before the database: an instance that can't have the port should not touch the data.
     let listener = tokio::net::TcpListener::bind(arguments.listen).await?;
+    // With a lease there need not be a primary yet: the others may have to reach this instance first.
     let db = Db::open(config).await?;
     let end = CancellationToken::new();
     let app = api::router(&db, url, arguments.peers.clone(), end.clone());
@@ -60,6 +59,46 @@ pub(crate) async fn run(arguments: NodeArguments) -> Result<(), Error> {
     }
     db.shutdown().await;
     Ok(())
+}
+
+/// Says how the primary is found. With a lease, all instances have the same configuration.
+fn with_roles(config: Config, arguments: &NodeArguments, url: &str) -> Config {
+    if let Some(directory) = &arguments.roles.lease {
+        let nodes = arguments.nodes.unwrap_or(arguments.peers.len().max(1));
+        let config = config.lease(lease::Directory::new(directory)).bootstrap(nodes);
+        return match arguments.lease_time {
+            Some(time) => config.lease_time(time),
+            None => config,
+        };
+    }
+    match arguments.roles.fixed_primary() {
+        Some(primary) if primary != url => config.lease(lease::Fixed::replica_of(primary)),
+        _ => config.lease(lease::Fixed::primary()),
+    }
+}
+
+/// Whether this instance is the one that imports. With a lease all may be told to, and two databases
+/// would make no cluster: the first one notes its URL beside the lease's directory, and stays the
+/// one, also after an import that did not get to its end.
+fn imports(roles: &Roles, url: &str) -> Result<bool, Error> {
+    let Some(directory) = &roles.lease else { return Ok(roles.fixed_primary() == Some(url)) };
+    if let Some(parent) = directory.parent() {
+        std::fs::create_dir_all(parent)?;
+    }
+    let beside = |extension: &str| {
+        let mut path = directory.clone().into_os_string();
+        path.push(extension);
+        PathBuf::from(path)
+    };
+    let (importer, mine) = (beside(".import"), beside(&format!(".import-{}", std::process::id())));
+    // What has the one name later has its content from the first moment on.
+    std::fs::write(&mine, url)?;
+    let noted = std::fs::hard_link(&mine, &importer);
+    std::fs::remove_file(&mine)?;
+    match noted {
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(error.into()),
+        _ => Ok(std::fs::read_to_string(&importer)? == url),
+    }
 }
 
 /// The cluster's secret. Anything that is none is taken for a phrase, which takes a moment.

@@ -2,7 +2,7 @@
 
 use tokio::sync::watch;
 
-use crate::status::{PeerInfo, Role, RoleState};
+use crate::status::{PeerInfo, Role, RoleState, WaitReason};
 use crate::txid::Epoch;
 
 /// What happens to a node's role.
@@ -14,6 +14,8 @@ pub(crate) enum RoleChange {
     Epoch(Epoch),
     /// It follows a primary. None: it does not reach one.
     Follows { primary: Option<PeerInfo>, epoch: Epoch },
+    /// It has no primary, and does this about it.
+    Stands { role: Role, waits_for: Option<WaitReason> },
     /// Replication has stopped, or the node is closed.
     Stopped,
 }
@@ -24,7 +26,12 @@ pub(crate) struct RoleValue(watch::Sender<RoleState>);
 
 impl RoleValue {
     pub(crate) fn new(role: Role) -> RoleValue {
-        RoleValue(watch::Sender::new(RoleState { role, epoch: Epoch::new(0, 0), primary: None }))
+        RoleValue(watch::Sender::new(RoleState {
+            role,
+            epoch: Epoch::new(0, 0),
+            primary: None,
+            waits_for: None,
+        }))
     }
 
     pub(crate) fn borrow(&self) -> watch::Ref<'_, RoleState> {
@@ -63,12 +70,26 @@ impl RoleValue {
 }
 
 fn next(now: &RoleState, change: RoleChange) -> RoleState {
-    let state = |role, epoch, primary| RoleState { role, epoch, primary };
+    let state = |role, epoch, primary| RoleState { role, epoch, primary, waits_for: None };
     match change {
         _ if now.role == Role::Stopped => now.clone(),
         RoleChange::Leads { me, epoch } => state(Role::Primary, epoch, Some(me)),
         RoleChange::Epoch(epoch) => state(now.role, epoch, now.primary.clone()),
+        // It looks for one, and says how.
+        RoleChange::Follows { primary: None, epoch }
+            if matches!(now.role, Role::Starting | Role::Electing | Role::Waiting | Role::Promoting) =>
+        {
+            RoleState { epoch, primary: None, ..now.clone() }
+        }
         RoleChange::Follows { primary, epoch } => state(Role::Replica, epoch, primary),
+        // A node whose stream from the primary stands is a replica, whatever it would wait for: it
+        // may be the store alone that it can't reach.
+        RoleChange::Stands { role: Role::Replica | Role::Waiting, .. }
+            if now.role == Role::Replica && now.primary.is_some() =>
+        {
+            now.clone()
+        }
+        RoleChange::Stands { role, waits_for } => RoleState { waits_for, ..state(role, now.epoch, None) },
         RoleChange::Stopped => state(Role::Stopped, now.epoch, None),
     }
 }
@@ -96,6 +117,14 @@ mod tests {
         let next = role.change(RoleChange::Epoch(Epoch::new(2, 2))).unwrap();
         assert_eq!((next.role, next.epoch.number(), next.primary), (Role::Primary, 2, Some(me.clone())));
         assert_eq!(role.change(follows(None)).unwrap().role, Role::Replica);
+        let stands = |role| RoleChange::Stands { role, waits_for: None };
+        assert!(role.change(stands(Role::Waiting)).is_some());
+        assert_eq!(role.change(follows(None)), None, "it waits, and says for what");
+        assert!(role.change(follows(Some(me.clone()))).is_some());
+        assert_eq!(role.change(stands(Role::Waiting)), None, "it has a primary");
+        assert_eq!(role.change(stands(Role::Replica)), None);
+        assert_eq!(role.change(stands(Role::Electing)).unwrap().primary, None);
+        assert_eq!(role.change(follows(Some(me.clone()))).unwrap().role, Role::Replica);
         let stopped = role.change(RoleChange::Stopped).unwrap();
         assert_eq!((stopped.role, stopped.primary), (Role::Stopped, None));
         assert!(role.change(RoleChange::Leads { me, epoch }).is_none());

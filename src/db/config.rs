@@ -1,26 +1,39 @@
 //! What a node is told before it opens its database.
 
 mod check;
+mod lease;
+
+pub(super) use check::Start;
 
 use std::any::Any;
 use std::fmt;
 use std::net::SocketAddr;
 use std::num::NonZeroU64;
 use std::path::{Path, PathBuf};
+use std::pin::Pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use rusqlite::Connection;
 
+use crate::db::Db;
 use crate::engine::{CommitGate, Durability};
 use crate::error::{Error, Result};
-use crate::lease::Fixed;
+use crate::lease::{Fixed, Lease};
 use crate::node::writer::{ConnectionKind, Migrate, OnConnect, WriterSetup};
 use crate::secret::Secret;
 use crate::status::Addresses;
 
 /// A replica pauses for five seconds between two tries to connect, and a try may take three.
 const RECOVERY_TIMEOUT: Duration = Duration::from_secs(10);
+/// See [`Config::failover_loss`].
+const FAILOVER_LOSS: Duration = Duration::from_secs(10);
+/// How long the application may take for what it does at a change of its node's role.
+const HOOK_LIMIT: Duration = Duration::from_secs(60);
+
+/// What the application does at a change of its node's role.
+pub(super) type RoleHook = Arc<dyn Fn(Db) -> Pin<Box<dyn Future<Output = Result<()>> + Send>> + Send + Sync>;
+
 /// How a node is set up; given to [`Db::open`](crate::Db::open), which checks it.
 ///
 /// ```no_run
@@ -42,7 +55,11 @@ pub struct Config {
     pub(super) cluster: String,
     pub(super) database: Option<String>,
     pub(super) addresses: Addresses,
-    pub(super) lease: Fixed,
+    pub(super) lease: Lease,
+    pub(super) lease_time: Option<Duration>,
+    pub(super) failover_loss: Duration,
+    pub(super) candidate: bool,
+    pub(super) bootstrap: Option<usize>,
     pub(super) secrets: Vec<Secret>,
     pub(super) listen: Option<SocketAddr>,
     pub(super) durability: Durability,
@@ -53,6 +70,9 @@ pub struct Config {
     pub(super) log_age: Duration,
     pub(super) on_connect: Option<OnConnect>,
     pub(super) migrate: Option<Migrate>,
+    pub(super) on_promote: Option<RoleHook>,
+    pub(super) on_demote: Option<RoleHook>,
+    pub(super) hook_limit: Duration,
     pub(super) read_connections: usize,
     pub(super) read_timeout: Duration,
     pub(super) wait_timeout: Duration,
@@ -91,7 +111,11 @@ impl Config {
             cluster: "default".into(),
             database: None,
             addresses: Addresses::default(),
-            lease: Fixed::primary(),
+            lease: Fixed::primary().into(),
+            lease_time: None,
+            failover_loss: FAILOVER_LOSS,
+            candidate: true,
+            bootstrap: None,
             secrets: Vec::new(),
             listen: None,
             durability: Durability::default(),
@@ -102,6 +126,9 @@ impl Config {
             log_age: Duration::from_secs(24 * 3600),
             on_connect: None,
             migrate: None,
+            on_promote: None,
+            on_demote: None,
+            hook_limit: HOOK_LIMIT,
             read_connections: 16,
             read_timeout: Duration::from_secs(5),
             wait_timeout: Duration::from_secs(5),
@@ -142,12 +169,6 @@ impl Config {
     /// All addresses of this node, where they differ more than [`Config::advertise`] allows for.
     pub fn addresses(mut self, addresses: Addresses) -> Config {
         self.addresses = addresses;
-        self
-    }
-
-    /// Who is the primary. This node, if not set.
-    pub fn lease(mut self, lease: Fixed) -> Config {
-        self.lease = lease;
         self
     }
 
@@ -235,8 +256,9 @@ impl Config {
         self
     }
 
-    /// Runs schema migrations on the primary's writer connection, before
-    /// [`Db::open`](crate::Db::open) returns. A migration tool may do them; `open` passes its error
+    /// Runs schema migrations on the primary's writer connection, each time that this node becomes
+    /// the primary: before [`Db::open`](crate::Db::open) returns, or before the node says that it
+    /// leads. A migration tool may do them; `open` passes its error
     /// on as [`Error::Migration`]. What `run` committed is on the disk and named by
     /// [`Db::position`](crate::Db::position) when `open` returns. A transaction that it leaves open
     /// is an error. Replicas get the schema from their primary and run nothing; see
@@ -262,6 +284,67 @@ impl Config {
         E: Into<Box<dyn std::error::Error + Send + Sync>>,
     {
         self.migrate = Some(Arc::new(move |conn| run(conn).map_err(|e| Error::Migration(e.into()))));
+        self
+    }
+
+    /// Runs each time that this node becomes the primary, after [`Config::migrate`] and before the
+    /// node says that it leads: jobs can start here that run on the primary only. On a node that
+    /// is the primary from its start, [`Db::open`](crate::Db::open) waits for it.
+    ///
+    /// [`Db::role`](crate::Db::role) is [`Role::Promoting`](crate::Role::Promoting) meanwhile. The
+    /// application's own connections write, and so does the handle that `run` is given, as any
+    /// other; but no request that came through the replay layer does, and those that are held for
+    /// want of a primary wait. Replicas follow from there on.
+    ///
+    /// When it fails, panics or takes longer than [`Config::role_timeout`], the node does not
+    /// become the primary. It is a replica again, and tells
+    /// [`Event::PromotionFailed`](crate::Event::PromotionFailed). What was committed by then stays
+    /// in its history. At the node's start `open` fails with
+    /// [`Error::OnPromote`](crate::Error::OnPromote).
+    ///
+    /// The handle is for the call. A task that keeps a clone of it keeps the database open, like
+    /// any handle.
+    ///
+    /// ```
+    /// # use replite::{Config, Db, Error};
+    /// let config = Config::new("app.db")
+    ///     .on_promote(|db: Db| async move {
+    ///         db.write(|tx| Ok::<_, Error>(tx.execute("DELETE FROM leases", [])?)).await?;
+    ///         Ok::<_, Error>(())
+    ///     })
+    ///     .on_demote(|_| async { Ok::<_, Error>(()) });
+    /// # let _ = config;
+    /// ```
+    pub fn on_promote<F, R, E>(mut self, run: F) -> Config
+    where
+        F: Fn(Db) -> R + Send + Sync + 'static,
+        R: Future<Output = Result<(), E>> + Send + 'static,
+        E: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        self.on_promote = Some(role_hook(run));
+        self
+    }
+
+    /// Runs each time that this node stops being the primary and goes on as a replica, also when
+    /// what [`Config::on_promote`] began came to nothing. It runs when the node takes no writes any
+    /// more, and beside what the node does then: the node does not wait for it, and an error is
+    /// only told. The next [`Config::on_promote`] begins after it has ended, or its time
+    /// ([`Config::role_timeout`]) is over. It does not run when the database is closed, nor when
+    /// replication stops.
+    pub fn on_demote<F, R, E>(mut self, run: F) -> Config
+    where
+        F: Fn(Db) -> R + Send + Sync + 'static,
+        R: Future<Output = Result<(), E>> + Send + 'static,
+        E: Into<Box<dyn std::error::Error + Send + Sync>>,
+    {
+        self.on_demote = Some(role_hook(run));
+        self
+    }
+
+    /// How long [`Config::on_promote`] and [`Config::on_demote`] may take, each. A minute if not
+    /// set.
+    pub fn role_timeout(mut self, limit: Duration) -> Config {
+        self.hook_limit = limit;
         self
     }
 
@@ -401,4 +484,16 @@ impl Config {
             migrate: self.migrate.clone(),
         }
     }
+}
+
+fn role_hook<F, R, E>(run: F) -> RoleHook
+where
+    F: Fn(Db) -> R + Send + Sync + 'static,
+    R: Future<Output = Result<(), E>> + Send + 'static,
+    E: Into<Box<dyn std::error::Error + Send + Sync>>,
+{
+    Arc::new(move |db| {
+        let done = run(db);
+        Box::pin(async { done.await.map_err(|error| Error::OnPromote(error.into())) })
+    })
 }

@@ -1,68 +1,98 @@
 //! Opening a database as a node.
 
 use std::sync::atomic::{AtomicBool, AtomicU64};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant};
 
 use rusqlite::Connection;
+use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::context::NodeContext;
-use crate::db::config::Config;
+use crate::context::{LeaseContext, NodeContext};
+use crate::db::config::{Config, RoleHook, Start};
 use crate::db::{Db, identity, preflight, snapshot};
-use crate::engine::{Opening, ReplicaEngine};
+use crate::election::Settings;
+use crate::engine::{EngineOptions, Opening, ReplicaEngine, newest_epoch};
 use crate::error::{Error, Result};
-use crate::files::Paths;
+use crate::files::{self, Paths};
+use crate::lease::Store;
+use crate::lease::record::{Holder, LeaseState};
 use crate::net::{Endpoint, Listener};
 use crate::node::database::{Database, LastHandle};
+use crate::node::elector::{Elector, Parts, RecordLook};
 use crate::node::host::ListenerGuard;
 use crate::node::open_files;
 use crate::node::pool::{Expect, Pool};
 use crate::node::slot::{EngineSlot, Running};
-use crate::node::supervisor::Supervisor;
+use crate::node::supervisor::{Hooks, Supervisor, TurnHook, Turns};
+use crate::node::tenancy::{self, Tenancy};
 use crate::node::verifier::Verifier;
 use crate::node::writer::ConnectionKind;
 use crate::node::writer::Writer;
 use crate::peer::Incarnation;
 use crate::primary::{Recovery, ReplicaServer};
+use crate::random;
 use crate::report::Condition;
 use crate::secret::Keyring;
 use crate::sqlite::defend;
 use crate::status::{Addresses, PeerInfo, Role};
 use crate::threads::blocking_for_caller as blocking;
+use crate::txid::Epoch;
 
 /// Where a panic of the application's code was.
 const OPENING: &str = "while the database was opened";
 
 /// See [`Db::open`].
 pub(super) async fn open(config: Config) -> Result<Db> {
-    let primary = config.check()?;
+    let start = config.check()?;
     let keys = Keyring::new(&config.secrets)?;
     let listener = match config.listen {
         Some(address) => Some(Listener::bind(address, !keys.is_open()).await?),
         None => None,
     };
     let addresses = config.advertised(listener.as_ref().map(Listener::address));
-    let follows = primary.is_some();
-    let begun = blocking(OPENING, move || OpenedNode::new(config, keys, addresses, follows)).await?;
-    let mut listener_guard = ListenerGuard::new(&begun.node, &begun.replica_server, &begun.tracker, listener);
-    let opened = begun.finish(&mut listener_guard, primary).await;
+    let role = match &start {
+        Start::Primary => Role::Promoting,
+        Start::Replica(_) => Role::Replica,
+        Start::Lease(..) => Role::Starting,
+    };
+    let claimed = blocking(OPENING, move || ClaimedNode::new(config, keys, addresses, role)).await?;
+    let mut listener_guard =
+        ListenerGuard::new(&claimed.node, &claimed.replica_server, &claimed.tracker, listener);
+    let opened = claimed.open(start, &mut listener_guard).await;
     if opened.is_err() {
         listener_guard.close().await;
     }
     opened
 }
 
-/// A node whose files are open, and that does nothing yet.
-struct OpenedNode {
+/// A node that has its place, its id, and nothing open.
+struct ClaimedNode {
     config: Config,
     paths: Paths,
     claim: open_files::Claim,
     node: Arc<NodeContext>,
     replica_server: Arc<ReplicaServer>,
     tracker: TaskTracker,
+    options: EngineOptions,
+    /// The database has tables.
+    has_content: bool,
+}
+
+/// A node whose files are open, and that does nothing yet.
+struct OpenedNode {
+    claimed: ClaimedNode,
     files: Files,
+    recovered: u64,
+    elected: Option<Elected>,
+}
+
+/// What a node with a lease has besides.
+struct Elected {
+    elector: Elector,
+    settings: Settings,
+    tenancy: Tenancy,
 }
 
 enum Files {
@@ -70,75 +100,164 @@ enum Files {
     Replica(Arc<ReplicaEngine>),
 }
 
-impl OpenedNode {
+impl Files {
+    /// Starts the engine of the role that they were opened for. Blocks.
+    fn run(self, writer: &Writer) -> Result<Running> {
+        match self {
+            Files::Primary(opening) => {
+                let engine = Arc::new(opening.finish(None)?);
+                writer.open(&engine)?;
+                Ok(Running::Primary(engine))
+            }
+            Files::Replica(engine) => Ok(Running::Replica(engine)),
+        }
+    }
+}
+
+impl ClaimedNode {
     /// Blocks.
-    fn new(config: Config, keys: Keyring, addresses: Addresses, follows: bool) -> Result<OpenedNode> {
+    fn new(config: Config, keys: Keyring, addresses: Addresses, role: Role) -> Result<ClaimedNode> {
         let database = config.database_name()?;
         let (paths, claim) = preflight::claim(&config.path, config.allow_network_filesystem)?;
-        preflight::state_dir(&paths, follows, config.database_mode)?;
+        let has_content = role == Role::Starting && preflight::has_content(paths.database())?;
+        preflight::state_dir(&paths, role != Role::Promoting, config.database_mode)?;
         snapshot::clear(&paths);
         let me = PeerInfo {
             node: identity::node_id(&paths, &config.cluster, &database)?,
             incarnation: Incarnation::random(),
             addresses,
         };
-        let role = if follows { Role::Replica } else { Role::Primary };
-        let node = NodeContext::new(me, config.cluster.clone(), database, keys, role);
-        let options = config.engine_options(paths.clone());
-        let files = match follows {
-            true => Files::Replica(Arc::new(ReplicaEngine::open(options, node.clone())?)),
-            false => Files::Primary(Box::new(Opening::begin(options, node.clone())?)),
+        let lease = match role {
+            Role::Starting => files::lease::open(&paths, config.failover_loss)?,
+            _ => LeaseContext::fixed(),
         };
+        let node = NodeContext::new(me, config.cluster.clone(), database, keys, role, lease);
+        if role == Role::Starting {
+            // Nothing is acknowledged without a lease.
+            node.fence.close();
+        }
         let (replica_server, tracker) = (ReplicaServer::new(node.clone()), TaskTracker::new());
-        Ok(OpenedNode { config, paths, claim, node, replica_server, tracker, files })
+        let options = config.engine_options(paths.clone());
+        Ok(ClaimedNode { config, paths, claim, node, replica_server, tracker, options, has_content })
     }
 
+    /// Opens the files and starts what the node does, on the runtime of the caller.
+    async fn open(self, start: Start, listener_guard: &mut ListenerGuard) -> Result<Db> {
+        let (opened, follows) = match start {
+            Start::Primary => (self.open_primary(listener_guard).await?, None),
+            Start::Replica(primary) => (self.open_replica().await?, Some(primary)),
+            Start::Lease(store, lease_time) => (self.open_elected(store, lease_time).await?, None),
+        };
+        opened.finish(listener_guard, follows).await
+    }
+
+    async fn open_primary(self, listener_guard: &mut ListenerGuard) -> Result<OpenedNode> {
+        let limit = self.config.recovery_timeout;
+        let (claimed, opening) = blocking(OPENING, move || {
+            let opening = Box::new(Opening::begin(self.options.clone(), self.node.clone(), None)?);
+            Ok((self, opening))
+        })
+        .await?;
+        let (opening, recovered) = match opening.may_miss() && !limit.is_zero() {
+            true => recover(opening, listener_guard, limit).await?,
+            false => (opening, 0),
+        };
+        Ok(OpenedNode { claimed, files: Files::Primary(opening), recovered, elected: None })
+    }
+
+    async fn open_replica(self) -> Result<OpenedNode> {
+        blocking(OPENING, move || {
+            let engine = Arc::new(self.replica_engine()?);
+            Ok(OpenedNode { claimed: self, files: Files::Replica(engine), recovered: 0, elected: None })
+        })
+        .await
+    }
+
+    fn replica_engine(&self) -> Result<ReplicaEngine> {
+        ReplicaEngine::open(self.options.clone(), self.node.clone())
+    }
+
+    /// A node with a lease begins as a replica, and the election makes it the primary. The one that
+    /// held the lease last, and can show that nothing happened to its files since, opens them as a
+    /// primary's first: what others wrote to them meanwhile becomes history.
+    async fn open_elected(self, store: Arc<dyn Store>, lease_time: Duration) -> Result<OpenedNode> {
+        let (claimed, tenancy) = blocking(OPENING, move || {
+            let tenancy = Tenancy::enter(&self.paths, self.node.me.incarnation)?;
+            Ok((self, tenancy))
+        })
+        .await?;
+        let (elector, look) = Elector::start(claimed.node.clone(), store, lease_time)?;
+        // Without a thread that looks there is no record that would say more.
+        let look = look.await.map_err(|_| Error::ShutDown)?;
+        blocking(OPENING, move || {
+            let me = Holder {
+                node: claimed.node.me.node,
+                incarnation: claimed.node.me.incarnation,
+                boot: tenancy::boot_id(),
+                addresses: claimed.node.me.addresses.clone(),
+            };
+            let heir = tenancy.alone && is_heirs(&look, &me, &tenancy, &claimed.paths);
+            let engine = match heir {
+                true => claimed.engine_of_heir()?,
+                false => claimed.replica_engine()?,
+            };
+            let settings = claimed.settings(me, &tenancy, lease_time, heir);
+            let files = Files::Replica(Arc::new(engine));
+            let elected = Some(Elected { elector, settings, tenancy });
+            Ok(OpenedNode { claimed, files, recovered: 0, elected })
+        })
+        .await
+    }
+
+    fn engine_of_heir(&self) -> Result<ReplicaEngine> {
+        // What becomes history here gets an epoch above all that were heard of.
+        let above = self.node.lease.heard.number().max(newest_epoch(&self.paths).map_or(0, Epoch::number));
+        let epoch = Epoch::new(above + 1, u64::from_le_bytes(random::array()?));
+        let opening = match Opening::begin(self.options.clone(), self.node.clone(), Some(epoch)) {
+            // The next primary leads it back, and what is here is kept.
+            Err(Error::Damaged { .. }) => return self.replica_engine(),
+            opening => opening?,
+        };
+        opening.finish_opened()?.into_replica().map_err(|refused| refused.error)
+    }
+
+    fn settings(&self, me: Holder, tenancy: &Tenancy, lease_time: Duration, heir: bool) -> Settings {
+        Settings {
+            me,
+            cluster: self.node.cluster.clone(),
+            database: self.node.database.clone(),
+            lease_time,
+            failover_loss: self.config.failover_loss,
+            candidate: self.config.candidate,
+            bootstrap: self.config.bootstrap,
+            bootstrapped: tenancy.bootstrapped,
+            alone: heir,
+            incarnations: tenancy.incarnations.clone(),
+        }
+    }
+}
+
+/// Whether the record says that this node, as it lies on this disk, held the lease last.
+fn is_heirs(look: &RecordLook, me: &Holder, tenancy: &Tenancy, paths: &Paths) -> bool {
+    let Ok(Some((record, _))) = &look.1 else { return false };
+    let LeaseState::Held(tenure) = &record.state else { return false };
+    let holder = &tenure.holder;
+    holder.node == me.node
+        && holder.boot == me.boot
+        && !me.boot.is_empty()
+        && tenancy.incarnations.contains(&holder.incarnation)
+        && newest_epoch(paths) == Some(tenure.epoch)
+}
+
+impl OpenedNode {
     /// Makes the node complete and starts its tasks, on the runtime of the caller.
     async fn finish(self, listener_guard: &mut ListenerGuard, primary: Option<Endpoint>) -> Result<Db> {
-        let OpenedNode { config, paths, claim, node, replica_server, tracker, files } = self;
-        let (files, recovered) = match files {
-            Files::Primary(opening) if opening.may_miss() && !config.recovery_timeout.is_zero() => {
-                let (opening, recovered) = recover(opening, listener_guard, config.recovery_timeout).await?;
-                (Files::Primary(opening), recovered)
-            }
-            files => (files, 0),
-        };
-        let verify_every = config.verify_every;
-        let inner = blocking(OPENING, move || {
-            let writer = Arc::new(Writer::new(node.clone(), config.writer_setup(paths.database())));
-            let running = match files {
-                Files::Primary(opening) => {
-                    let engine = Arc::new(opening.finish()?);
-                    writer.open(&engine)?;
-                    Running::Primary(engine)
-                }
-                Files::Replica(engine) => Running::Replica(engine),
-            };
-            let slot = EngineSlot::new(node.clone(), running);
-            let (replicas, tasks) = (replica_server.clone(), tracker.clone());
-            // With its owner: when nothing waits for it any more, it is closed.
-            Ok(LastHandle(Arc::new(Database {
-                verifier: Verifier::new(node.clone(), slot.clone(), config.verify_limit),
-                pool: pool(&config, paths.database(), slot.clone(), node.files()),
-                supervisor: Supervisor::new(node.clone(), slot.clone(), writer.clone(), replicas, tasks),
-                node,
-                paths,
-                slot,
-                writer,
-                replica_server,
-                tracker,
-                wait_timeout: config.wait_timeout,
-                grace: config.grace,
-                opened: Instant::now(),
-                recovered,
-                ending: AtomicBool::new(false),
-                closed: AtomicBool::new(false),
-                ended: CancellationToken::new(),
-                claim: Mutex::new(Some(claim)),
-                _keep: config.keep,
-            })))
-        });
-        let inner = inner.await?;
+        let (verify_every, has_content) = (self.claimed.config.verify_every, self.claimed.has_content);
+        let (runtime, handle) = (Handle::current(), Arc::new(OnceLock::new()));
+        let hooks = hooks(&self.claimed.config, &handle);
+        let (inner, settings) = blocking(OPENING, move || self.complete(runtime, hooks)).await?;
+        let inner = Arc::new(inner);
+        let _ = handle.set(Arc::downgrade(&inner));
         let pool = Arc::downgrade(&inner.0);
         inner.node.when_renewed(move || {
             if let Some(inner) = pool.upgrade() {
@@ -149,11 +268,88 @@ impl OpenedNode {
         inner.supervisor.begin(primary).await?;
         listener_guard.open();
         listener_guard.leave_open();
+        if let (Some(elector), Some(settings)) = (&inner.elector, settings) {
+            elector.begin(Parts {
+                settings,
+                supervisor: inner.supervisor.clone(),
+                slot: inner.slot.clone(),
+                replica_server: inner.replica_server.clone(),
+                paths: inner.paths.clone(),
+                has_content,
+            });
+        }
         if let Some(period) = verify_every {
             inner.tracker.spawn(inner.verifier.clone().repeat(period));
         }
-        Ok(Db { inner: Arc::new(inner) })
+        Ok(Db { inner })
     }
+
+    /// Puts the parts together. Blocks.
+    fn complete(self, runtime: Handle, hooks: Hooks) -> Result<(LastHandle, Option<Settings>)> {
+        let OpenedNode { claimed, files, recovered, elected } = self;
+        let ClaimedNode { config, paths, claim, node, replica_server, tracker, options, .. } = claimed;
+        let fixed = elected.is_none();
+        let (elector, settings, tenancy) = match elected {
+            Some(Elected { elector, settings, tenancy }) => (Some(elector), Some(settings), Some(tenancy)),
+            None => (None, None, None),
+        };
+        let writer = Arc::new(Writer::new(node.clone(), config.writer_setup(paths.database())));
+        let slot = EngineSlot::new(node.clone(), files.run(&writer)?);
+        let supervisor = Arc::new(Supervisor::new(Turns {
+            node: node.clone(),
+            slot: slot.clone(),
+            writer: writer.clone(),
+            replica_server: replica_server.clone(),
+            tracker: tracker.clone(),
+            runtime,
+            options,
+            hooks,
+            fixed,
+            edge: Mutex::default(),
+        }));
+        // With its owner: when nothing waits for it any more, it is closed.
+        let database = Database {
+            verifier: Verifier::new(node.clone(), slot.clone(), config.verify_limit),
+            pool: pool(&config, paths.database(), slot.clone(), node.files()),
+            supervisor,
+            elector,
+            node,
+            paths,
+            slot,
+            writer,
+            replica_server,
+            tracker,
+            wait_timeout: config.wait_timeout,
+            grace: config.grace,
+            opened: Instant::now(),
+            recovered,
+            ending: AtomicBool::new(false),
+            closed: AtomicBool::new(false),
+            ended: CancellationToken::new(),
+            claim: Mutex::new(Some(claim)),
+            tenancy: Mutex::new(tenancy),
+            _keep: config.keep,
+        };
+        Ok((LastHandle(Arc::new(database)), settings))
+    }
+}
+
+fn hooks(config: &Config, handle: &Arc<OnceLock<Weak<LastHandle>>>) -> Hooks {
+    Hooks {
+        on_promote: hook(config.on_promote.clone(), handle),
+        on_demote: hook(config.on_demote.clone(), handle),
+        limit: config.hook_limit,
+    }
+}
+
+/// What the application does with the node's role, with a handle that is made only then: a hook
+/// keeps no database open.
+fn hook(run: Option<RoleHook>, handle: &Arc<OnceLock<Weak<LastHandle>>>) -> Option<TurnHook> {
+    let (run, handle) = (run?, handle.clone());
+    Some(Arc::new(move || {
+        let inner = handle.get()?.upgrade()?;
+        Some(run(Db { inner }))
+    }))
 }
 
 /// Has replicas give back what a power cut took. Returns how many transactions these were.

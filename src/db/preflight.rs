@@ -130,6 +130,16 @@ fn is_database(path: &Path) -> Result<()> {
     }
 }
 
+/// Whether the database has tables. One that can't be read has.
+pub(super) fn has_content(path: &Path) -> Result<bool> {
+    if !path.exists() {
+        return Ok(false);
+    }
+    let connection = connect(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+    let tables = connection.query_row("SELECT count(*) FROM sqlite_schema", [], |r| r.get::<_, i64>(0));
+    Ok(tables.map_or(true, |tables| tables > 0))
+}
+
 /// The name of the file system, if it is one that SQLite's locks can't be trusted on.
 #[cfg(target_os = "linux")]
 fn network_file_system(directory: &Path) -> Result<Option<String>> {

@@ -15,10 +15,16 @@ impl Db {
     /// too long ([`ReplayLayer::hold_timeout`](crate::ReplayLayer::hold_timeout)). When those that
     /// they had sent are answered, or after a second, the streams send what is captured and end.
     /// The node lets no replica in, and answers requests that wait here for a primary. Reads,
-    /// writes, `wait_for` and requests that were sent to the primary run on, until
-    /// [`Db::shutdown`].
+    /// `wait_for` and requests that were sent to the primary run on, until [`Db::shutdown`]; so do
+    /// writes where the primary is fixed.
     ///
-    /// The call returns when the streams have ended, within three seconds.
+    /// Where a lease decides, the primary gives it back first: what it committed is sent to its
+    /// replicas, it becomes a replica itself, and the record says which state is its last. Another
+    /// node that has that state takes over at once. Writes that come later are refused here
+    /// ([`Error::NotPrimary`](crate::Error::NotPrimary)), and the layer sends their requests on.
+    ///
+    /// The call returns when the streams have ended, within three seconds; with a lease within
+    /// eight, should its store not answer or a write not end.
     ///
     /// See [`Db::shutdown`] for the whole of an application's end.
     ///
@@ -43,12 +49,12 @@ impl Db {
     /// acknowledged is kept; further calls fail with [`Error::ShutDown`](crate::Error::ShutDown).
     /// Can be called more than once: each call returns when all is done.
     ///
-    /// It waits up to nine seconds for peers that do not hang up; without such peers it takes
-    /// milliseconds. It also waits for the closure of a write that is running, and for the last
-    /// fsyncs.
+    /// It waits up to nine seconds for peers that do not hang up, and up to five for the store of a
+    /// lease; without such it takes milliseconds. It also waits for the closure of a write that is
+    /// running, and for the last fsyncs.
     ///
     /// This is the `main` of an application. Whatever its clients do, it ends within twenty seconds
-    /// of the signal:
+    /// of the signal, or thirty where a lease's store does not answer:
     ///
     /// ```no_run
     /// use std::time::Duration;
@@ -93,7 +99,10 @@ impl Db {
     /// Dropped after it was polled, it still goes on to its end.
     pub async fn shutdown(&self) {
         if !self.inner.ending.swap(true, Ordering::AcqRel) {
-            self.inner.node.drain.cancel();
+            // One that may lead gives the lease back first, while its streams stand.
+            if self.inner.elector.is_none() {
+                self.inner.node.drain.cancel();
+            }
             close_behind(&self.inner.0, true);
         }
         self.inner.ended.cancelled().await;

@@ -2,6 +2,7 @@
 
 use std::sync::atomic::Ordering;
 
+use crate::context::NodeContext;
 use crate::db::Db;
 use crate::lock::lock;
 use crate::node::slot::Running;
@@ -37,6 +38,8 @@ impl Db {
             recovered: inner.recovered,
             log_bytes: log.map_or(0, |log| log.bytes()),
             verification: inner.verifier.last(),
+            waits_for: roles.waits_for,
+            decisions: inner.elector.as_ref().map(|elector| elector.decisions()).unwrap_or_default(),
             problem: node.problem(),
             public_problems: node.public_problems(),
         }
@@ -46,10 +49,11 @@ impl Db {
     ///
     /// `can_read` stays true for a grace time ([`Config::grace`](crate::Config::grace)) after the
     /// node lost its primary. A balancer that drops every replica while the primary is away would
-    /// make the outage itself. `can_read` is false while reads fail for a reason outside of their
-    /// statements, such as a disk, or a descriptor, that can't be had. Then this very call reads a
-    /// little: a node without other reads recovers by that. `can_write` is false on a primary that
-    /// has stopped.
+    /// make the outage itself. A node that elects a primary, waits for one, or is about to become
+    /// one reads on. `can_read` is false while reads fail for a reason outside of their statements,
+    /// such as a disk, or a descriptor, that can't be had. Then this very call reads a little: a
+    /// node without other reads recovers by that. `can_write` is false while there is no primary,
+    /// and on one that has stopped or whose lease has ended.
     pub fn health(&self) -> Health {
         let inner = &self.inner;
         let status = self.status();
@@ -78,7 +82,7 @@ impl Db {
             reasons.push(format!("nothing new from the primary for longer than {:?}", inner.grace));
         }
         if live && status.primary.is_none() {
-            reasons.push("the primary is not reachable".to_string());
+            reasons.push(why_without_primary(&inner.node));
         }
         // The stream stands, but nothing comes: the primary may be gone. What was heard is among
         // the problems.
@@ -86,12 +90,62 @@ impl Db {
         // What stops a replica stops no write: those are the primary's.
         let stopped = status.role == Role::Primary
             && [Part::Engine, Part::Room].iter().any(|part| inner.node.has_problem(*part));
+        let fenced = matches!(status.role, Role::Primary | Role::Fencing) && inner.node.is_fenced();
+        if live && fenced {
+            reasons.push("the lease has ended, and no write is acknowledged".to_string());
+        }
         reasons.extend(inner.node.problem());
         Health {
             live,
             can_read: live && !draining && state && fresh && !inner.node.has_problem(Part::Reads),
-            can_write: live && !draining && status.primary.is_some() && !silent && !stopped,
+            can_write: live && !draining && status.primary.is_some() && !silent && !stopped && !fenced,
             reasons,
         }
+    }
+}
+
+/// Says for which reason there is no primary.
+fn why_without_primary(node: &NodeContext) -> String {
+    let state = node.roles.borrow();
+    match (state.role, state.waits_for) {
+        (_, Some(reason)) => format!("there is no primary: {reason}"),
+        (Role::Starting, _) => "it is not known yet who the primary is".to_string(),
+        (Role::Electing, _) => "there is no primary: the nodes elect one".to_string(),
+        (Role::Promoting, _) => "this node is about to become the primary".to_string(),
+        _ => "the primary is not reachable".to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::context::RoleChange;
+    use crate::db::{Config, Db};
+    use crate::status::{Role, WaitReason};
+
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_node_without_a_primary_reads_on_and_says_what_it_waits_for() {
+        let dir = tempfile::tempdir().unwrap();
+        let config = Config::new(dir.path().join("a.db")).grace(std::time::Duration::ZERO);
+        let db = Db::open(config).await.unwrap();
+        let node = db.inner.node.clone();
+        assert!(db.health().can_read && db.health().can_write);
+        let says = |word: &str| {
+            let health = db.health();
+            assert!(health.live && health.can_read && !health.can_write, "{health:?}");
+            assert!(health.reasons.iter().any(|reason| reason.contains(word)), "{health:?}");
+        };
+        node.fence.close();
+        says("the lease has ended");
+        for (role, waits_for, word) in [
+            (Role::Fencing, None, "the lease has ended"),
+            (Role::Waiting, Some(WaitReason::Paused), "elections are paused"),
+            (Role::Electing, None, "elect"),
+            (Role::Promoting, None, "about to become"),
+            (Role::Starting, None, "not known yet"),
+        ] {
+            node.change_role(RoleChange::Stands { role, waits_for });
+            says(word);
+        }
+        db.shutdown().await;
     }
 }

@@ -2,6 +2,7 @@
 
 pub(in crate::engine) mod brake;
 pub(in crate::engine) mod commit_gate;
+pub(in crate::engine) mod counting;
 pub(in crate::engine) mod group_sync;
 pub(in crate::engine) mod handle;
 pub(in crate::engine) mod numbers;

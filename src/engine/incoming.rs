@@ -21,7 +21,7 @@ use std::time::{Duration, Instant};
 use crate::checksum::PageHash;
 use crate::engine::history::intake_error::IntakeError;
 use crate::engine::history::wal_appender::WalAppender;
-use crate::engine::incoming::overlay::{Overlay, Store};
+use crate::engine::incoming::overlay::{Overlay, PageStore};
 use crate::error::{Error, Result};
 use crate::files::sealed::{CHECK_BYTES, HEAD_BYTES, Sealed};
 use crate::files::{self, Paths, read_exact_at, replace_file, sync_directory, write_all_at};
@@ -111,7 +111,7 @@ struct IncomingPages<'a> {
     live: Under<'a>,
 }
 
-impl Store for IncomingPages<'_> {
+impl PageStore for IncomingPages<'_> {
     fn write(&mut self, number: PageNo, page: &[u8]) -> Result<()> {
         write_all_at(self.file, page, number.offset(self.page_size))
             .map_err(Error::io("write", self.paths.incoming_pages()))?;
@@ -327,7 +327,7 @@ impl IncomingState {
     pub(in crate::engine) fn with<T, E>(
         &mut self,
         live: Under<'_>,
-        run: impl FnOnce(&mut Overlay, &mut dyn Store) -> Result<T, E>,
+        run: impl FnOnce(&mut Overlay, &mut dyn PageStore) -> Result<T, E>,
     ) -> Result<T, E> {
         let (overlay, mut store) = self.parts(live);
         run(overlay, &mut store)

@@ -78,6 +78,7 @@ pub(super) fn node() -> Arc<crate::context::NodeContext> {
         "db".into(),
         Keyring::new(&[]).unwrap(),
         Role::Primary,
+        crate::context::LeaseContext::fixed(),
     )
 }
 

@@ -2,19 +2,49 @@
 
 use crate::engine::apply::handle::ReplicaEngine;
 use crate::engine::capture::handle::PrimaryEngine;
+use crate::engine::file::epochs::write_epochs;
+use crate::engine::file::unsynced_marker;
 use crate::engine::recover::opened::Opened;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::txid::Epoch;
+
+/// A turn that did not come about.
+#[derive(Debug)]
+pub(crate) struct NotTurned {
+    pub(crate) error: Error,
+    /// The database, where a role can go on with it. None: it is closed.
+    pub(crate) opened: Option<Box<Opened>>,
+}
+
+impl From<Error> for NotTurned {
+    fn from(error: Error) -> NotTurned {
+        NotTurned { error, opened: None }
+    }
+}
 
 impl Opened {
-    /// Promotion: opens an epoch with a number above this and all known ones, and captures from now
-    /// on what is committed. Blocks.
-    pub(crate) fn into_primary(self, above: u64) -> Result<PrimaryEngine> {
-        PrimaryEngine::lead(self, Some(above))
+    /// Promotion: opens this epoch, and captures from now on what is committed. Blocks.
+    pub(crate) fn into_primary(mut self, epoch: Epoch) -> Result<PrimaryEngine, NotTurned> {
+        if let Err(error) = self.begin_epoch(Some(epoch)) {
+            return Err(NotTurned { error, opened: Some(Box::new(self)) });
+        }
+        Ok(PrimaryEngine::lead(self)?)
     }
 
     /// Demotion: takes in from now on what a primary sends. Blocks.
-    pub(crate) fn into_replica(self) -> Result<ReplicaEngine> {
-        ReplicaEngine::follow(self)
+    pub(crate) fn into_replica(self) -> Result<ReplicaEngine, NotTurned> {
+        if let Err(error) = self.leave_epoch() {
+            return Err(NotTurned { error, opened: Some(Box::new(self)) });
+        }
+        Ok(ReplicaEngine::follow(self)?)
+    }
+
+    /// What the WAL has from now on came from a primary.
+    fn leave_epoch(&self) -> Result<()> {
+        let paths = &self.database.options.paths;
+        self.database.sync_wal()?;
+        unsynced_marker::end(paths)?;
+        write_epochs(paths, &self.history, false)
     }
 }
 
@@ -26,8 +56,11 @@ mod tests {
     use rusqlite::Connection;
 
     use crate::ends::{Ends, alone, descriptors, threads};
-    use crate::engine::tests::{Home, assert_exact, assert_same, catch_up, open_plain, settled};
+    use crate::engine::capture::startup::Opening;
+    use crate::engine::file::epochs::read_epochs;
+    use crate::engine::tests::{Home, assert_exact, assert_same, catch_up, node, open_plain, settled};
     use crate::error::Error;
+    use crate::txid::Epoch;
 
     const LIMIT: Duration = Duration::from_secs(20);
 
@@ -90,8 +123,8 @@ mod tests {
                 refused.busy_timeout(Duration::ZERO).unwrap();
                 assert!(refused.execute("INSERT INTO t VALUES (0)", []).is_err(), "nobody writes in between");
                 drop(refused);
-                let above = led.history.epoch().number();
-                (primary, replica) = (followed.into_primary(above).unwrap(), led.into_replica().unwrap());
+                let epoch = Epoch::new(led.history.epoch().number() + 1, round);
+                (primary, replica) = (followed.into_primary(epoch).unwrap(), led.into_replica().unwrap());
                 names.swap(0, 1);
                 // What was begun before the change reads the state that it began with.
                 for connection in snapshots {
@@ -124,6 +157,38 @@ mod tests {
         let again = home.primary(names[0]);
         assert_eq!(settled(&again).number(), position.number());
         assert_eq!(rows(&open_plain(&home.path(names[0]))).unwrap(), written.load(Ordering::Acquire));
+    }
+
+    #[test]
+    fn a_node_that_led_is_opened_without_a_word_in_its_history_and_goes_on_in_either_role() {
+        let home = Home::new();
+        let engine = home.primary("a.db");
+        let writer = open_plain(&home.path("a.db"));
+        writer.execute_batch("CREATE TABLE t(a); INSERT INTO t VALUES (1)").unwrap();
+        let (before, epoch) = (settled(&engine), engine.base.node.applied.history().epoch());
+        drop((engine, writer));
+        let opened = Opening::begin(home.options("a.db"), node(), None).unwrap().finish_opened().unwrap();
+        assert_eq!((opened.position(), opened.history.epoch()), (before, epoch));
+        let replica = opened.into_replica().unwrap();
+        assert_eq!(replica.vouched().unwrap(), Some(before));
+        let on_disk = || read_epochs(&home.options("a.db").paths).unwrap();
+        assert!(!on_disk().own, "what comes now is another node's");
+        let next = Epoch::new(epoch.number() + 1, 1);
+        let engine = replica.stop().unwrap().into_primary(next).unwrap();
+        // Before any commit.
+        assert_eq!((on_disk().history.epoch(), on_disk().own), (next, true));
+        open_plain(&home.path("a.db")).execute_batch("INSERT INTO t VALUES (2)").unwrap();
+        assert_eq!(settled(&engine).epoch(), next);
+        drop(engine);
+        // Where nothing says which state it is.
+        std::fs::remove_dir_all(home.path("a.db-replite")).unwrap();
+        let replica = home.follower("a.db");
+        assert_eq!(replica.vouched().unwrap(), None);
+        replica.abandon().unwrap();
+        let opening = Opening::begin(home.options("a.db"), node(), Some(next)).unwrap();
+        let engine = opening.finish(Some(next)).unwrap();
+        assert_eq!(engine.base.node.applied.history().epoch(), next, "of that epoch, and of no other");
+        assert_eq!(rows(&open_plain(&home.path("a.db"))).unwrap(), 2);
     }
 
     #[test]

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::peer::NodeId;
+
 /// Why a database can't be served.
 ///
 /// ```
@@ -130,6 +132,9 @@ pub enum PeerProblem {
         "another live process uses this node's id: stop it, or delete the node id beside the copied database"
     )]
     DuplicateNode,
+    /// It is another node than the one that is known to be there.
+    #[error("it is node {0}, and not the one that is known to be there")]
+    AnotherNode(NodeId),
     /// It refused for a reason of its own, such as too many streams.
     #[error("it refused: {0}")]
     Refused(String),

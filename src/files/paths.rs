@@ -85,6 +85,31 @@ impl Paths {
         self.state_dir.join("node")
     }
 
+    /// Which runs of the node wrote here.
+    pub(crate) fn runs(&self) -> PathBuf {
+        self.state_dir.join("runs")
+    }
+
+    /// Locked while a process has a node here that takes part in elections.
+    pub(crate) fn process_lock(&self) -> PathBuf {
+        self.state_dir.join("process-lock")
+    }
+
+    /// There once the node took part in making the first record of a lease.
+    pub(crate) fn bootstrapped(&self) -> PathBuf {
+        self.state_dir.join("bootstrapped")
+    }
+
+    /// The highest epoch number that was heard of.
+    pub(crate) fn heard(&self) -> PathBuf {
+        self.state_dir.join("heard")
+    }
+
+    /// How far a primary was on its lease clock when it had what is here.
+    pub(crate) fn lease_clock(&self) -> PathBuf {
+        self.state_dir.join("lease-clock")
+    }
+
     /// There while commits may be lost by a power cut.
     pub(crate) fn unsynced(&self) -> PathBuf {
         self.state_dir.join("unsynced")

@@ -25,14 +25,32 @@ use crate::files::paths::database_of;
 /// [`Error::Unsupported`] when one is there that others could have prepared, or can change. Nothing
 /// is changed then. [`Error::Io`].
 pub(crate) fn make_state_dir(state_dir: &Path) -> Result<()> {
-    if new_directory(state_dir)? {
-        return Ok(());
-    }
+    if new_directory(state_dir)? { Ok(()) } else { check(state_dir, true) }
+}
+
+/// Makes a directory that the application named, for its owner alone. One that is there stays as it
+/// is. The one above it must be there.
+///
+/// # Errors
+/// As for [`check_directory`].
+pub(crate) fn make_named_directory(path: &Path) -> Result<()> {
+    if new_directory(path)? { Ok(()) } else { check_directory(path) }
+}
+
+/// Refuses a directory that others could have prepared, or can change.
+///
+/// # Errors
+/// [`Error::Unsupported`] then. [`Error::Io`].
+pub(crate) fn check_directory(path: &Path) -> Result<()> {
+    check(path, false)
+}
+
+fn check(path: &Path, tighten: bool) -> Result<()> {
     let refused = |what| {
         let reason = Unsupported::StateDirectory(what);
-        Err(Error::Unsupported { path: state_dir.to_path_buf(), reason })
+        Err(Error::Unsupported { path: path.to_path_buf(), reason })
     };
-    let meta = fs::symlink_metadata(state_dir).map_err(Error::io("stat", state_dir))?;
+    let meta = fs::symlink_metadata(path).map_err(Error::io("stat", path))?;
     if meta.is_symlink() {
         return refused("it is a symbolic link: put the directory itself there");
     }
@@ -43,10 +61,9 @@ pub(crate) fn make_state_dir(state_dir: &Path) -> Result<()> {
     {
         use std::os::unix::fs::MetadataExt;
         // By a descriptor: what is looked at is what is changed.
-        let directory = open_directory(state_dir)?;
-        let meta = directory.metadata().map_err(Error::io("stat", state_dir))?;
-        let owner =
-            database_of(state_dir).and_then(|database| fs::metadata(database).ok()).map(|meta| meta.uid());
+        let directory = open_directory(path)?;
+        let meta = directory.metadata().map_err(Error::io("stat", path))?;
+        let owner = database_of(path).and_then(|database| fs::metadata(database).ok()).map(|meta| meta.uid());
         if meta.uid() != own_user() && owner != Some(meta.uid()) {
             return refused(
                 "it belongs neither to this process's user nor to the database's owner: look at what is in \
@@ -54,13 +71,17 @@ pub(crate) fn make_state_dir(state_dir: &Path) -> Result<()> {
             );
         }
         let others = meta.mode() & 0o022;
-        if others != 0 && !(others == 0o020 && group_owns_all(state_dir, meta.gid())) {
+        if others != 0 && !(others == 0o020 && group_owns_all(path, meta.gid())) {
             return refused(
                 "others may write to it: look at what is in it, then `chmod 700` it or move it away",
             );
         }
-        set_mode(&directory, state_dir, 0o700)?;
+        if tighten {
+            set_mode(&directory, path, 0o700)?;
+        }
     }
+    #[cfg(not(unix))]
+    let _ = tighten;
     Ok(())
 }
 

@@ -19,6 +19,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::error::{PeerProblem, shown};
 use crate::lock::lock;
+use crate::net::prompt::Prompt;
 use crate::net::{
     CONNECTION_WINDOW_BYTES, Endpoint, FRAME_MAX_BYTES, Heard, Incoming, STREAM_WINDOW_BYTES, Tracked, chain,
 };
@@ -71,7 +72,7 @@ pub(crate) async fn open(
 ) -> Result<OpenResponse, PeerProblem> {
     let io = connect(to).await?;
     let heard = Arc::new(Heard::new());
-    let opened = exchange_on(io, to, path, headers, tracker, &heard).await;
+    let opened = exchange_on(Prompt(io), to, path, headers, tracker, &heard).await;
     match opened {
         // A server without HTTP/2 mostly hangs up on our preface without a word. So does a link
         // that breaks. A second question tells which it was.

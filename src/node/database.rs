@@ -14,10 +14,12 @@ use crate::context::{NodeContext, RoleChange};
 use crate::error::{Error, Result};
 use crate::files::Paths;
 use crate::lock::lock;
+use crate::node::elector::Elector;
 use crate::node::open_files::Claim;
-use crate::node::pool::{Lease, Pool};
+use crate::node::pool::{Pool, PooledConnection};
 use crate::node::slot::EngineSlot;
 use crate::node::supervisor::Supervisor;
+use crate::node::tenancy::Tenancy;
 use crate::node::verifier::Verifier;
 use crate::node::writer::Writer;
 use crate::primary::ReplicaServer;
@@ -29,6 +31,8 @@ use crate::threads;
 /// How long the end of the streams is waited for: they have a second for what is captured, and one
 /// for their last word.
 const STREAMS_LIMIT: Duration = Duration::from_secs(3);
+/// How long the end waits until the lease is given back. Without that the others wait for its time.
+const LEAVE_LIMIT: Duration = Duration::from_secs(5);
 /// How long a shutdown waits for connections and tasks before it goes on without them.
 const TASKS_LIMIT: Duration = Duration::from_secs(5);
 
@@ -39,7 +43,9 @@ pub(crate) struct Database {
     pub(crate) pool: Pool,
     pub(crate) slot: Arc<EngineSlot>,
     pub(crate) writer: Arc<Writer>,
-    pub(crate) supervisor: Supervisor,
+    pub(crate) supervisor: Arc<Supervisor>,
+    /// Where the role is a matter of a lease.
+    pub(crate) elector: Option<Elector>,
     pub(crate) verifier: Arc<Verifier>,
     pub(crate) replica_server: Arc<ReplicaServer>,
     pub(crate) tracker: TaskTracker,
@@ -55,6 +61,8 @@ pub(crate) struct Database {
     /// Cancelled when everything has ended.
     pub(crate) ended: CancellationToken,
     pub(crate) claim: Mutex<Option<Claim>>,
+    /// Its lock is kept to the end.
+    pub(crate) tenancy: Mutex<Option<Tenancy>>,
     /// Dropped last.
     pub(crate) _keep: Option<Arc<dyn Any + Send + Sync>>,
 }
@@ -77,7 +85,7 @@ impl Database {
 
     /// A connection to read with. The caller waits for it for `patience`, or else for the
     /// configured time.
-    pub(crate) fn lease(&self, patience: Option<Duration>) -> Result<Lease<'_>> {
+    pub(crate) fn lease(&self, patience: Option<Duration>) -> Result<PooledConnection<'_>> {
         self.pool.lease(patience).inspect_err(|error| match error {
             Error::Sqlite(rusqlite::Error::SqliteFailure(code, _)) if unreadable(code.extended_code) => {
                 self.node.read_failed(&error.to_string());
@@ -88,7 +96,7 @@ impl Database {
     }
 
     /// Whether a read that failed says that the database can't be read.
-    pub(crate) fn judge(&self, lease: &Lease<'_>) {
+    pub(crate) fn judge(&self, lease: &PooledConnection<'_>) {
         let code = last_code(lease);
         if unreadable(code) {
             lease.spoil();
@@ -120,6 +128,12 @@ impl Database {
     }
 
     pub(crate) async fn drain(&self) {
+        // Another node can take over before this one ends: with all that was committed here.
+        if let Some(elector) = &self.elector
+            && tokio::time::timeout(LEAVE_LIMIT, elector.leave()).await.is_err()
+        {
+            self.node.report(Condition::LeaseNotGivenBack);
+        }
         self.node.drain.cancel();
         if tokio::time::timeout(STREAMS_LIMIT, self.replica_server.deserted()).await.is_err() {
             self.node.report(Condition::StreamsLate);
@@ -156,9 +170,13 @@ impl Database {
         // that everything has ended.
         let _said_at_the_end = self.ended.clone().drop_guard();
         let _claim = lock(&self.claim).take();
+        let _tenancy = lock(&self.tenancy).take();
         self.closed.store(true, Ordering::Release);
         self.node.stop.cancel();
         self.tracker.close();
+        if let Some(elector) = &self.elector {
+            elector.close();
+        }
         self.replica_server.set(None);
         self.pool.close();
         // The verifier reads through connections of its own, which have to be closed before the
@@ -170,6 +188,9 @@ impl Database {
         if let Some(running) = running {
             running.close();
         }
+        // A change that was under way finds that, and ends.
+        self.supervisor.close();
+        self.replica_server.set(None);
         crate::sqlite::close_unlocked();
         self.node.applied.close();
         threads::aside(|| self.node.change_role(RoleChange::Stopped));

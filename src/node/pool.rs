@@ -81,7 +81,7 @@ impl Pool {
 
     /// A connection for the caller alone, until the lease is dropped. A nested call gets another
     /// one. The caller waits for as long as is configured, or as it has patience.
-    pub(crate) fn lease(&self, patience: Option<Duration>) -> Result<Lease<'_>> {
+    pub(crate) fn lease(&self, patience: Option<Duration>) -> Result<PooledConnection<'_>> {
         let patience = patience.unwrap_or(self.patience);
         let mut state = self.lock();
         let mut end = None;
@@ -90,7 +90,7 @@ impl Pool {
                 return Err(Error::ShutDown);
             }
             if let Some(reader) = state.idle.pop() {
-                return Ok(Lease { pool: self, reader: Some(reader) });
+                return Ok(PooledConnection { pool: self, reader: Some(reader) });
             }
             if state.open < self.most {
                 state.open += 1;
@@ -98,7 +98,7 @@ impl Pool {
                 let place = ConnectionPermit(self);
                 let reader = self.open()?;
                 std::mem::forget(place);
-                return Ok(Lease { pool: self, reader: Some(reader) });
+                return Ok(PooledConnection { pool: self, reader: Some(reader) });
             }
             let end = *end.get_or_insert_with(|| Instant::now() + patience);
             let left = end.saturating_duration_since(Instant::now());
@@ -204,13 +204,13 @@ impl Drop for ConnectionPermit<'_> {
 }
 
 /// A connection on loan.
-pub(crate) struct Lease<'a> {
+pub(crate) struct PooledConnection<'a> {
     pool: &'a Pool,
     /// There until dropped.
     reader: Option<Reader>,
 }
 
-impl Lease<'_> {
+impl PooledConnection<'_> {
     /// The connection is not for the next one.
     pub(crate) fn spoil(&self) {
         if let Some(reader) = &self.reader {
@@ -219,7 +219,7 @@ impl Lease<'_> {
     }
 }
 
-impl Deref for Lease<'_> {
+impl Deref for PooledConnection<'_> {
     type Target = Connection;
 
     fn deref(&self) -> &Connection {
@@ -230,7 +230,7 @@ impl Deref for Lease<'_> {
     }
 }
 
-impl Drop for Lease<'_> {
+impl Drop for PooledConnection<'_> {
     fn drop(&mut self) {
         let Some(reader) = self.reader.take() else { return };
         if !reader.come_back() || reader.files != self.pool.files.load(Ordering::Acquire) {
@@ -271,7 +271,7 @@ mod tests {
         (state.idle.len(), state.open)
     }
 
-    fn identity(lease: &Lease<'_>) -> usize {
+    fn identity(lease: &PooledConnection<'_>) -> usize {
         std::ptr::from_ref::<Connection>(lease) as usize
             + lease.reader.as_ref().map_or(0, |r| Arc::as_ptr(&r.changed) as usize)
     }

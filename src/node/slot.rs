@@ -2,8 +2,8 @@
 
 use std::sync::{Arc, PoisonError, RwLock};
 
-use crate::context::NodeContext;
-use crate::engine::{PrimaryEngine, ReplicaEngine, WalFigures};
+use crate::context::{Counting, NodeContext};
+use crate::engine::{PrimaryEngine, ReplicaEngine, Uncounted, WalFigures};
 use crate::error::{Error, Result};
 use crate::log::Log;
 use crate::node::writer::not_primary;
@@ -48,6 +48,19 @@ impl Running {
     }
 }
 
+/// See [`Counting`]. It takes as long as a write would wait for capture.
+async fn counted(mut uncounted: Uncounted) -> bool {
+    loop {
+        match uncounted.look() {
+            Ok(counted) => return counted,
+            Err(left) => {
+                // A look says what the end of the watched is.
+                let _ = tokio::time::timeout(left, uncounted.moved.changed()).await;
+            }
+        }
+    }
+}
+
 /// The engine that runs, until the database is closed: a handle that outlives its database keeps no
 /// file of it open.
 #[derive(Debug)]
@@ -58,7 +71,10 @@ pub(crate) struct EngineSlot {
 
 impl EngineSlot {
     pub(crate) fn new(node: Arc<NodeContext>, running: Running) -> Arc<EngineSlot> {
-        Arc::new(EngineSlot { node, running: RwLock::new(Some(running)) })
+        let slot = Arc::new(EngineSlot { node, running: RwLock::new(Some(running)) });
+        let counts = Arc::downgrade(&slot);
+        slot.node.when_read(move || counts.upgrade()?.counting());
+        slot
     }
 
     pub(crate) fn get(&self) -> Result<Running> {
@@ -75,6 +91,16 @@ impl EngineSlot {
             Some(Running::Primary(_)) => Ok(true),
             Some(Running::Replica(engine)) => Ok(engine.is_readable()),
             None => Err(Error::ShutDown),
+        }
+    }
+
+    /// See [`NodeContext::counting`].
+    fn counting(&self) -> Option<Counting> {
+        match &*self.running.read().unwrap_or_else(PoisonError::into_inner) {
+            Some(Running::Primary(engine)) => Some(Box::pin(counted(engine.uncounted()?))),
+            Some(Running::Replica(engine)) => engine.counting(),
+            // It may be about to take in the last of what was committed.
+            None => Some(Box::pin(std::future::ready(false))),
         }
     }
 

@@ -1,32 +1,74 @@
 //! What a node does at the moment, and how that changes: the one place where a role begins and
 //! ends.
+//!
+//! Each change runs on a thread of its own, and a caller that leaves changes nothing. Streams and
+//! the application's hooks run on the runtime in which the database was opened, so changes can be
+//! asked for on any other.
 
-use std::sync::Arc;
+mod demotion;
+mod hooks;
+mod promotion;
+#[cfg(all(test, target_os = "linux"))]
+mod tests;
+
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use tokio::sync::Mutex;
+use tokio::runtime::Handle;
+use tokio::sync::{OwnedMutexGuard, oneshot};
 use tokio::task::JoinHandle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::context::{NodeContext, RoleChange};
-use crate::engine::PrimaryEngine;
+use crate::engine::{EngineOptions, PrimaryEngine};
 use crate::error::{Error, Result};
+use crate::lock::lock;
 use crate::net::Endpoint;
 use crate::node::slot::{EngineSlot, Running};
 use crate::node::writer::Writer;
 use crate::primary::ReplicaServer;
-use crate::threads::blocking;
+use crate::report::Condition;
+use crate::status::Role;
+use crate::threads;
+use crate::txid::{Epoch, Position};
+
+pub(crate) use hooks::{Hooks, TurnHook};
+
+/// Between two looks whether a change has ended, for the close.
+const CLOSE_STEP: Duration = Duration::from_millis(1);
 
 /// Begins and ends a database's roles, one at a time.
 pub(crate) struct Supervisor {
-    node: Arc<NodeContext>,
-    slot: Arc<EngineSlot>,
-    writer: Arc<Writer>,
-    replica_server: Arc<ReplicaServer>,
-    tracker: TaskTracker,
-    /// Set while the node is a replica. A change of the role holds the lock.
-    following: Mutex<Option<Following>>,
+    turns: Arc<Turns>,
+    /// A change of the role holds the lock.
+    standing: Arc<tokio::sync::Mutex<BesideEngine>>,
+}
+
+/// What a change of the role works with.
+pub(crate) struct Turns {
+    pub(crate) node: Arc<NodeContext>,
+    pub(crate) slot: Arc<EngineSlot>,
+    pub(crate) writer: Arc<Writer>,
+    pub(crate) replica_server: Arc<ReplicaServer>,
+    pub(crate) tracker: TaskTracker,
+    /// The application's.
+    pub(crate) runtime: Handle,
+    pub(crate) options: EngineOptions,
+    pub(crate) hooks: Hooks,
+    /// Who is the primary is fixed by the configuration, and by hand.
+    pub(crate) fixed: bool,
+    /// Held while the node says that it leads, and while it is fenced: the one or the other comes
+    /// first. It has the number that the node was at when it was fenced.
+    pub(crate) edge: Mutex<Option<u64>>,
+}
+
+/// What goes on beside the engine.
+#[derive(Default)]
+struct BesideEngine {
+    following: Option<Following>,
+    /// What the application does because its node is the primary no more.
+    on_demote: Option<JoinHandle<()>>,
 }
 
 /// A primary that is followed.
@@ -36,130 +78,288 @@ struct Following {
     task: JoinHandle<()>,
 }
 
+/// A change that runs, and to whom it is told.
+struct Change<T> {
+    turns: Arc<Turns>,
+    standing: OwnedMutexGuard<BesideEngine>,
+    done: Option<Result<T>>,
+    reply: oneshot::Sender<Result<T>>,
+}
+
 impl Supervisor {
-    pub(crate) fn new(
-        node: Arc<NodeContext>,
-        slot: Arc<EngineSlot>,
-        writer: Arc<Writer>,
-        replica_server: Arc<ReplicaServer>,
-        tracker: TaskTracker,
-    ) -> Supervisor {
-        Supervisor { node, slot, writer, replica_server, tracker, following: Mutex::default() }
+    pub(crate) fn new(turns: Turns) -> Supervisor {
+        Supervisor { turns: Arc::new(turns), standing: Arc::default() }
     }
 
     /// Begins the role that the node has when it starts.
+    ///
+    /// # Cancel safety
+    /// As of all changes: dropped after it was polled, it goes on to its end.
     pub(crate) async fn begin(&self, primary: Option<Endpoint>) -> Result<()> {
-        let mut following = self.following.lock().await;
-        match (self.slot.get()?, primary) {
-            (Running::Primary(engine), _) => self.lead(engine),
-            (Running::Replica(_), Some(primary)) => *following = Some(self.follow(primary)?),
-            // There is no primary to follow yet.
-            (Running::Replica(_), None) => {}
+        self.change(move |turns, standing| match (turns.slot.get()?, primary) {
+            (Running::Primary(engine), _) => {
+                turns.greet(standing)?;
+                turns.lead(&engine)
+            }
+            (Running::Replica(_), primary) => turns.follow(standing, primary),
+        })
+        .await
+    }
+
+    /// Has the replica follow this primary, or none. The one that it follows already goes on.
+    ///
+    /// # Errors
+    /// [`Error::Internal`] on a primary.
+    pub(crate) async fn follow(&self, primary: Option<Endpoint>) -> Result<()> {
+        self.change(move |turns, standing| turns.follow(standing, primary)).await
+    }
+
+    /// Ends the stream from the primary, and takes in all that came. The node stays a replica,
+    /// without a stream. Returns the state that a primary vouches for; none when none vouches for
+    /// what is here. On a primary it is what the log has.
+    pub(crate) async fn prepare(&self) -> Result<Option<Position>> {
+        self.change(|turns, standing| match turns.slot.get()? {
+            Running::Primary(engine) => Ok(engine.log().tip()),
+            Running::Replica(engine) => {
+                turns.follow(standing, None)?;
+                engine.vouched()
+            }
+        })
+        .await
+    }
+
+    /// Makes the replica the primary, of exactly this epoch. The fence has been set for it. Read
+    /// connections, their snapshots and all waits live on. Who is held for want of a primary goes
+    /// on when the call returns.
+    ///
+    /// `unchecked`: no primary vouches for what is here, or may not. It becomes history all the
+    /// same, and replaces what the other nodes have.
+    ///
+    /// # Errors
+    /// - [`Error::Peer`] when the epoch is not above all that are known here.
+    /// - [`Error::NoState`] when no primary vouches for what is here.
+    /// - What the application's migrations say, and [`Error::OnPromote`].
+    /// - [`Error::NotPrimary`] when the fence ended before the node led.
+    /// - [`Error::Damaged`] and the like when the files, unchecked, are no state that a primary
+    ///   can go on from.
+    ///
+    /// The node is a replica then, as before, and what was committed meanwhile stays in its
+    /// history. After any other error replication has stopped.
+    pub(crate) async fn promote(&self, epoch: Epoch, unchecked: bool) -> Result<()> {
+        self.change(move |turns, standing| turns.promote(standing, Some(epoch), unchecked)).await
+    }
+
+    /// The primary opens this epoch and goes on in it. One that was fenced takes writes again. It
+    /// acknowledges none before its fence is set for this epoch.
+    ///
+    /// # Errors
+    /// [`Error::Peer`] when the epoch is not above all that are known here, [`Error::Timeout`] when
+    /// others write for too long, [`Error::NotPrimary`] on a replica.
+    pub(crate) async fn renew(&self, epoch: Epoch) -> Result<()> {
+        self.change(move |turns, _| {
+            let engine = turns.slot.primary()?;
+            engine.open_epoch(epoch)?;
+            turns.lead_on(&engine, &mut lock(&turns.edge))
+        })
+        .await
+    }
+
+    /// Acknowledges nothing from now on. What is queued is refused, what runs is interrupted, and
+    /// no connection of this node commits. Waits for nothing.
+    pub(crate) fn fence(&self) {
+        if cfg!(replite_no_fence) {
+            return;
         }
+        let Turns { node, writer, edge, .. } = &*self.turns;
+        // First: the application's code may run while another thread has the edge.
+        node.fence.close();
+        let number = self.turns.number();
+        {
+            let mut edge = lock(edge);
+            let role = node.roles.borrow().role;
+            if matches!(role, Role::Primary | Role::Promoting) {
+                edge.get_or_insert(number);
+                node.change_role(RoleChange::Stands { role: Role::Fencing, waits_for: None });
+            }
+        }
+        writer.refuse();
+        writer.interrupt();
+    }
+
+    /// Makes the primary a replica that follows none, fenced or not. Read connections, their
+    /// snapshots and all waits live on. Writes that are queued are refused, and what runs ends.
+    /// Waits for as long as others write. Returns the last state of this node's history, all of
+    /// which was on its way to the replicas that are connected, within a second. A node that was
+    /// fenced sends what was committed when this begins, and nothing after that.
+    ///
+    /// On a replica it does nothing, and returns what [`Supervisor::prepare`] does.
+    ///
+    /// # Errors
+    /// [`Error::ShutDown`]. After any other error replication has stopped.
+    pub(crate) async fn demote(&self) -> Result<Option<Position>> {
+        self.change(|turns, standing| turns.demote(standing)).await
+    }
+
+    /// [`Supervisor::promote`] by hand, in an epoch above all that are known here.
+    pub(crate) async fn promote_by_hand(&self) -> Result<()> {
+        self.change(|turns, standing| {
+            turns.expect_fixed()?;
+            turns.promote(standing, None, false)
+        })
+        .await
+    }
+
+    /// [`Supervisor::demote`] by hand. The node follows this primary from then on.
+    pub(crate) async fn demote_by_hand(&self, primary: Endpoint) -> Result<Option<Position>> {
+        self.change(|turns, standing| {
+            turns.expect_fixed()?;
+            let position = turns.demote(standing)?;
+            turns.follow(standing, Some(primary))?;
+            Ok(position)
+        })
+        .await
+    }
+
+    /// Runs a change on a thread of its own, one at a time.
+    async fn change<T: Send + 'static>(
+        &self,
+        run: impl FnOnce(&Turns, &mut BesideEngine) -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let standing = tokio::select! {
+            biased;
+            () = self.turns.node.stop.cancelled() => return Err(Error::ShutDown),
+            standing = self.standing.clone().lock_owned() => standing,
+        };
+        let (reply, answer) = oneshot::channel();
+        let change = Change { turns: self.turns.clone(), standing, done: None, reply };
+        let work = move |change: &mut Change<T>| {
+            change.done = Some(run(&change.turns, &mut change.standing));
+            Ok(())
+        };
+        threads::start("replite-role", change, work, |change, ended| {
+            let Change { turns, standing, done, reply } = change;
+            let done = match ended {
+                Ok(()) => done.unwrap_or(Err(Error::ShutDown)),
+                // No one knows how far it came.
+                Err(error) => Err(turns.stopped(error)),
+            };
+            // The next one begins before the caller of this one knows.
+            drop((standing, turns));
+            let _ = reply.send(done);
+        })?;
+        answer.await.unwrap_or(Err(Error::ShutDown))
+    }
+
+    /// Returns when no change is under way. The node is closed: those that wait end, and no other
+    /// begins. Blocks.
+    pub(crate) fn close(&self) {
+        while self.standing.try_lock().is_err() {
+            std::thread::sleep(CLOSE_STEP);
+        }
+    }
+}
+
+impl Turns {
+    fn expect_fixed(&self) -> Result<()> {
+        if self.fixed {
+            return Ok(());
+        }
+        Err(Error::Config("the lease says which node is the primary: hand it over instead".into()))
+    }
+
+    /// The node leads from now on, unless its fence has ended. Replicas can join before the role
+    /// changes: a node that hears of the primary finds one.
+    fn lead(&self, engine: &Arc<PrimaryEngine>) -> Result<()> {
+        let mut edge = lock(&self.edge);
+        if !self.node.fence.is_open() {
+            return Err(Error::NotPrimary { primary: None });
+        }
+        self.lead_on(engine, &mut edge)
+    }
+
+    /// [`Turns::lead`], be the fence open or not. The caller holds the edge.
+    fn lead_on(&self, engine: &Arc<PrimaryEngine>, edge: &mut Option<u64>) -> Result<()> {
+        self.may_go_on()?;
+        *edge = None;
+        self.writer.accept();
+        self.replica_server.go_on(engine.clone());
+        let epoch = self.node.applied.history().epoch();
+        // It follows none any more, and is late for nothing.
+        self.node.set_lag(None);
+        self.node.report_aside(Condition::StreamWorks);
+        self.node.report_aside(Condition::CaughtUp);
+        self.node.change_role(RoleChange::Leads { me: self.node.me.clone(), epoch });
+        // What came late before that is history now.
+        self.node.set_late(false);
         Ok(())
     }
 
-    /// Serves what the engine has. Replicas can join before the role changes: a node that hears of
-    /// the primary finds one.
-    fn lead(&self, engine: Arc<PrimaryEngine>) {
-        let epoch = self.node.applied.history().epoch();
-        self.replica_server.set(Some(engine));
-        self.node.change_role(RoleChange::Leads { me: self.node.me.clone(), epoch });
+    /// The number of the last transaction that is captured here.
+    fn number(&self) -> u64 {
+        self.node.applied.position().map_or(0, |position| position.number())
     }
 
-    fn follow(&self, primary: Endpoint) -> Result<Following> {
+    /// Follows this primary, or none, in place of any other.
+    fn follow(&self, standing: &mut BesideEngine, primary: Option<Endpoint>) -> Result<()> {
         let Running::Replica(engine) = self.slot.get()? else {
             return Err(Error::Internal("a primary follows nobody".into()));
         };
-        let ends = self.node.stop.child_token();
-        let task =
-            crate::replica::spawn(self.node.clone(), engine, primary.clone(), ends.clone(), &self.tracker);
-        Ok(Following { primary, ends, task })
-    }
-
-    /// Makes the replica a primary, of an epoch with a number above this and all known ones. Read
-    /// connections, their snapshots and all waits live on.
-    ///
-    /// # Errors
-    /// [`Error::NoState`] when no primary vouches for what is here, and what the application's
-    /// migrations say. The node is a replica then, as before. After any other error replication has
-    /// stopped.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the role of a node is fixed by its configuration"))]
-    pub(crate) async fn promote(&self, above: u64) -> Result<()> {
-        let mut following = self.following.lock().await;
-        let Running::Replica(replica) = self.slot.get()? else { return Ok(()) };
-        let primary = match following.take() {
-            Some(following) => Some(following.end().await),
-            None => None,
-        };
-        let (slot, writer) = (self.slot.clone(), self.writer.clone());
-        let promoted = blocking(move || {
-            let engine = Arc::new(replica.stop()?.into_primary(above)?);
-            set(&slot, Running::Primary(engine.clone()))?;
-            let opened = writer.open(&engine);
-            if slot.get().is_err() {
-                // The database was closed meanwhile, and its writer before this one opened.
-                writer.close();
-                return Err(Error::ShutDown);
-            }
-            if opened.is_err() {
-                set(&slot, Running::Replica(Arc::new(engine.stop(LEAVE_LIMIT)?.into_replica()?)))?;
-            }
-            Ok(opened.map(|()| engine))
-        });
-        let refused = match promoted.await {
-            Ok(Ok(engine)) => {
-                self.lead(engine);
-                return Ok(());
-            }
-            Ok(Err(error)) | Err(error @ Error::NoState(_)) => error,
-            Err(error) => return Err(self.stopped(error)),
-        };
-        if let Some(primary) = primary {
-            *following = Some(self.follow(primary)?);
+        let before = standing.following.as_ref().filter(|now| !now.task.is_finished());
+        if before.is_some() && before.map(|now| &now.primary) == primary.as_ref() {
+            return Ok(());
         }
-        Err(refused)
+        if self.end_following(standing)?.is_some() {
+            let epoch = self.node.roles.borrow().epoch;
+            self.node.change_role(RoleChange::Follows { primary: None, epoch });
+        }
+        let Some(primary) = primary else { return Ok(()) };
+        self.may_go_on()?;
+        let (node, ends) = (self.node.clone(), self.node.stop.child_token());
+        let (of, until) = (primary.clone(), ends.clone());
+        let _on_it = self.runtime.enter();
+        let task = crate::replica::spawn(node, engine, of, until, &self.tracker);
+        standing.following = Some(Following { primary, ends, task });
+        Ok(())
     }
 
-    /// Makes the primary a replica of another. Read connections, their snapshots and all waits live
-    /// on. Writes that are queued are refused.
-    ///
-    /// # Errors
-    /// [`Error::Timeout`] when others write for longer than `limit`. The node is the primary then,
-    /// as before. After any other error replication has stopped.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the role of a node is fixed by its configuration"))]
-    pub(crate) async fn demote(&self, primary: Endpoint, limit: Duration) -> Result<()> {
-        let mut following = self.following.lock().await;
-        let Running::Primary(engine) = self.slot.get()? else { return Ok(()) };
-        // Requests wait for the next primary from now on, and replicas look for it.
-        let epoch = self.node.applied.history().epoch();
-        self.node.change_role(RoleChange::Follows { primary: None, epoch });
-        self.replica_server.set(None);
-        let (slot, writer, led) = (self.slot.clone(), self.writer.clone(), engine.clone());
-        let demoted = blocking(move || {
-            let left = writer.close_within(limit).and_then(|()| {
-                led.stop(limit).inspect_err(|error| {
-                    // It goes on.
-                    if matches!(error, Error::Timeout { .. })
-                        && let Err(error) = writer.reopen(&led)
-                    {
-                        led.fail(&error);
-                    }
-                })
-            });
-            let replica = Arc::new(left?.into_replica()?);
-            set(&slot, Running::Replica(replica))
-        });
-        match demoted.await {
-            Ok(()) => {
-                *following = Some(self.follow(primary)?);
-                Ok::<_, Error>(())
+    /// Returns when nothing is taken in any more: the primary that was followed.
+    fn end_following(&self, standing: &mut BesideEngine) -> Result<Option<Endpoint>> {
+        let Some(Following { primary, ends, mut task }) = standing.following.take() else { return Ok(None) };
+        ends.cancel();
+        wait_for(async {
+            tokio::select! {
+                biased;
+                // A panic in it is said.
+                _ = &mut task => Ok(Some(primary)),
+                // The application's runtime may run nothing any more.
+                () = self.node.stop.cancelled() => {
+                    task.abort();
+                    Err(Error::ShutDown)
+                }
             }
-            Err(error @ Error::Timeout { .. }) => {
-                self.lead(engine);
-                Err(error)
+        })?
+    }
+
+    fn stands(&self, role: Role) {
+        self.node.change_role(RoleChange::Stands { role, waits_for: None });
+    }
+
+    /// Fails once the node is being closed. Whatever waits asks.
+    fn may_go_on(&self) -> Result<()> {
+        if self.node.stop.is_cancelled() {
+            return Err(Error::ShutDown);
+        }
+        self.slot.get().map(drop)
+    }
+
+    /// Runs this engine from now on. Closes what comes too late.
+    fn run(&self, running: Running) -> Result<()> {
+        match self.slot.set(running) {
+            None => Ok(()),
+            Some(late) => {
+                late.close();
+                Err(Error::ShutDown)
             }
-            Err(error) => Err(self.stopped(error)),
         }
     }
 
@@ -172,217 +372,8 @@ impl Supervisor {
     }
 }
 
-/// How long others may write to a database that could not be made a primary's.
-const LEAVE_LIMIT: Duration = Duration::from_secs(5);
-
-/// Closes what comes too late.
-fn set(slot: &EngineSlot, running: Running) -> Result<()> {
-    match slot.set(running) {
-        None => Ok(()),
-        Some(late) => {
-            late.close();
-            Err(Error::ShutDown)
-        }
-    }
-}
-
-impl Following {
-    /// Returns when nothing is taken in any more.
-    async fn end(self) -> Endpoint {
-        self.ends.cancel();
-        // A panic in it is said.
-        let _ = self.task.await;
-        self.primary
-    }
-}
-
-#[cfg(all(test, target_os = "linux"))]
-mod tests {
-    use std::path::Path;
-    use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-
-    use rusqlite::Transaction;
-
-    use super::*;
-    use crate::db::{Config, Db};
-    use crate::ends::{Ends, alone, comes, descriptors, threads};
-    use crate::lease::Fixed;
-    use crate::status::{Event, Role};
-    use crate::txid::Txid;
-
-    const LIMIT: Duration = Duration::from_secs(20);
-
-    fn config(path: &Path) -> Config {
-        let create = |conn: &mut rusqlite::Connection| {
-            conn.execute_batch("CREATE TABLE IF NOT EXISTS t(a INTEGER PRIMARY KEY)")?;
-            Ok::<_, Error>(())
-        };
-        Config::new(path).database("notes").listen(([127, 0, 0, 1], 0).into()).migrate(create)
-    }
-
-    fn endpoint(db: &Db) -> Endpoint {
-        Endpoint::parse(&db.node().addresses.replication).unwrap()
-    }
-
-    /// Writes a row through whichever of the two is the primary by now.
-    async fn write(dbs: &[Db; 2]) -> Txid {
-        loop {
-            for db in dbs {
-                let insert = |tx: &mut Transaction<'_>| {
-                    tx.execute("INSERT INTO t DEFAULT VALUES", []).map_err(Error::from)
-                };
-                match db.write(insert).await {
-                    Ok(commit) => return commit.txid.unwrap(),
-                    Err(Error::NotPrimary { .. }) => {}
-                    Err(error) => panic!("{error:?}"),
-                }
-            }
-            tokio::task::yield_now().await;
-        }
-    }
-
-    #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-    async fn two_nodes_change_roles_a_hundred_times_and_nobody_who_reads_or_waits_learns_of_it() {
-        let name = "two_nodes_change_roles_a_hundred_times_and_nobody_who_reads_or_waits_learns_of_it";
-        if !tokio::task::block_in_place(|| alone(&format!("node::supervisor::tests::{name}"))) {
-            return;
-        }
-        let dir = tempfile::tempdir().unwrap();
-        let one = Db::open(config(&dir.path().join("a.db"))).await.unwrap();
-        let follows =
-            config(&dir.path().join("b.db")).lease(Fixed::replica_of(&one.node().addresses.replication));
-        let two = Db::open(follows).await.unwrap();
-        two.ready().await.unwrap();
-        let dbs = [one, two];
-        let ends = AtomicBool::new(false);
-        let (reads, written) = (AtomicU64::new(0), AtomicU64::new(0));
-        let count = |db: &Db| {
-            db.read(|conn| {
-                Ok::<_, Error>(conn.query_row("SELECT count(*) FROM t", [], |r| r.get::<_, i64>(0))? as u64)
-            })
-        };
-        let mut events = dbs[0].events();
-        let mut positions = dbs.each_ref().map(Db::watch);
-        let first = std::sync::Mutex::new(None);
-        let work = async {
-            let _ends = Ends(&ends);
-            let mut primary = 0;
-            for round in 0..100 {
-                let txid = write(&dbs).await;
-                written.fetch_add(1, Ordering::AcqRel);
-                let (led, followed) = (&dbs[primary], &dbs[1 - primary]);
-                followed.wait_for(txid).await.unwrap();
-                // One who waits for what comes after the change.
-                let next = Txid::new(txid.epoch(), txid.number() + 1);
-                let early = tokio::time::timeout(Duration::from_millis(1), led.wait_for(next)).await;
-                assert!(early.is_err(), "nobody has written it");
-                let snapshots = tokio::task::block_in_place(|| dbs.each_ref().map(|db| count(db).unwrap()));
-                assert_eq!(snapshots, [written.load(Ordering::Acquire); 2]);
-                led.inner.supervisor.demote(endpoint(followed), LIMIT).await.unwrap();
-                assert_eq!(led.role(), Role::Replica);
-                assert!(matches!(led.inner.slot.primary(), Err(Error::NotPrimary { .. })));
-                let above = led.inner.node.applied.history().epoch().number();
-                followed.inner.supervisor.promote(above).await.unwrap();
-                assert_eq!(
-                    (followed.role(), followed.node()),
-                    (Role::Primary, &followed.roles().borrow().primary.clone().unwrap())
-                );
-                let waits = async {
-                    let txid = write(&dbs).await;
-                    written.fetch_add(1, Ordering::AcqRel);
-                    led.wait_for(txid).await.unwrap();
-                    txid
-                };
-                let txid =
-                    tokio::time::timeout(LIMIT, waits).await.expect("the old primary follows the new one");
-                assert_eq!(txid.number(), next.number(), "round {round}");
-                primary = 1 - primary;
-                if round == 3 {
-                    // All kinds of threads and descriptors have been there by now.
-                    *first.lock().unwrap() = Some((threads(), descriptors(dir.path())));
-                }
-            }
-        };
-        std::thread::scope(|scope| {
-            for db in &dbs {
-                scope.spawn(|| {
-                    let mut before = 0;
-                    while !ends.load(Ordering::Acquire) {
-                        let now = count(db).expect("no read fails");
-                        assert!(now >= before, "{now} rows after {before}");
-                        before = now;
-                        reads.fetch_add(1, Ordering::Relaxed);
-                    }
-                });
-            }
-            tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(work));
-        });
-        assert!(reads.load(Ordering::Relaxed) > 1000);
-        let first = first.into_inner().unwrap().unwrap();
-        // Blocking threads of the runtime come and go.
-        comes("threads and descriptors as before", || {
-            let now = (threads(), descriptors(dir.path()));
-            now.0 <= first.0 + 2 && now.1 <= first.1 + 2
-        })
-        .await;
-        let mut roles = 0;
-        while let Ok(event) = tokio::time::timeout(Duration::ZERO, events.next()).await {
-            match event.unwrap() {
-                Event::Role { .. } => roles += 1,
-                Event::Missed { events: missed, .. } => roles += missed,
-                _ => {}
-            }
-        }
-        assert!(roles >= 100, "{roles} events of roles");
-        for positions in &mut positions {
-            assert!(positions.has_changed().unwrap(), "the watch lives on");
-        }
-        for db in &dbs {
-            assert!(db.verify().await.unwrap().holds());
-            assert_eq!(count(db).unwrap(), written.load(Ordering::Acquire));
-            assert!(db.health().can_read, "{:?}", db.health());
-        }
-        assert_eq!(dbs[0].position().map(|at| at.number()), dbs[1].position().map(|at| at.number()));
-        for db in dbs {
-            db.shutdown().await;
-        }
-    }
-
-    #[tokio::test(flavor = "multi_thread")]
-    async fn a_primary_that_can_not_leave_stays_one_and_so_does_a_replica_that_has_nothing() {
-        let dir = tempfile::tempdir().unwrap();
-        let one = Db::open(config(&dir.path().join("a.db"))).await.unwrap();
-        let nowhere = Endpoint::parse("http://127.0.0.1:9").unwrap();
-        let (guard, waits) = (one.clone(), std::sync::Barrier::new(2));
-        std::thread::scope(|scope| {
-            scope.spawn(|| {
-                let writer = guard.writer().unwrap();
-                waits.wait();
-                waits.wait();
-                drop(writer);
-            });
-            waits.wait();
-            let demoted = one.inner.supervisor.demote(nowhere.clone(), Duration::from_millis(20));
-            let refused = tokio::task::block_in_place(|| tokio::runtime::Handle::current().block_on(demoted));
-            assert!(matches!(refused, Err(Error::Timeout { .. })), "{refused:?}");
-            waits.wait();
-        });
-        assert_eq!(one.role(), Role::Primary);
-        write(&[one.clone(), one.clone()]).await;
-        let other = rusqlite::Connection::open(one.path()).unwrap();
-        other.execute_batch("BEGIN IMMEDIATE").unwrap();
-        let refused = one.inner.supervisor.demote(nowhere, Duration::from_millis(20)).await;
-        assert!(matches!(refused, Err(Error::Timeout { .. })), "{refused:?}");
-        other.execute_batch("ROLLBACK").unwrap();
-        write(&[one.clone(), one.clone()]).await;
-        one.shutdown().await;
-
-        let two = Db::open(config(&dir.path().join("b.db")).lease(Fixed::replica_of("http://127.0.0.1:9")))
-            .await
-            .unwrap();
-        let refused = two.inner.supervisor.promote(0).await;
-        assert!(matches!(refused, Err(Error::NoState(_))), "{refused:?}");
-        assert_eq!(two.role(), Role::Replica);
-        two.shutdown().await;
-    }
+/// Waits on this thread, with a clock of its own: the application's runtime may be busy, or gone.
+fn wait_for<F: Future>(future: F) -> Result<F::Output> {
+    let clock = tokio::runtime::Builder::new_current_thread().enable_time().build();
+    Ok(clock.map_err(Error::io("start", "a clock"))?.block_on(future))
 }

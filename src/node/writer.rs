@@ -1,38 +1,39 @@
 //! The one connection that writes, the thread that runs async writes on it, and the one that shares
 //! their fsyncs.
 
+mod connect;
 mod guard;
 mod jobs;
+mod queue;
 mod reentrancy;
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::PathBuf;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError, mpsc};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use rusqlite::{Connection, DropBehavior, ErrorCode, OpenFlags, Transaction, TransactionBehavior};
-use tokio::sync::{Semaphore, mpsc as queue, oneshot};
+use rusqlite::{Connection, DropBehavior, ErrorCode, InterruptHandle, Transaction, TransactionBehavior};
+use tokio::sync::oneshot;
 
 use crate::context::NodeContext;
 use crate::engine::{CommitGate, PrimaryEngine};
 use crate::error::{Blame, Cause, Error, Result};
 use crate::lock::lock;
-use crate::sqlite::{self, CommitHook, defend, last_code};
+use crate::sqlite::{CommitHook, last_code};
 use crate::status::Role;
 use crate::threads::{self, message};
 use crate::txid::Txid;
 
 pub use guard::WriterGuard;
 
-use guard::Settings;
-use jobs::{Job, Jobs, Syncs, WriteJob, run_jobs, run_syncs, survive};
+use guard::ConnectionSettings;
+use jobs::{Job, JobQueue, Jobs, Syncs, WriteJob, refuse_aside, run_jobs, run_syncs, survive};
+use queue::Queue;
 use reentrancy::{Inside, may_block};
 
-/// Between two tries to get the connection that is to be closed.
-const CLOSE_STEP: Duration = Duration::from_millis(1);
 /// Commits that may wait for their acknowledgement; the writer then waits, too.
 const WAITING_MAX: usize = 4096;
 
@@ -126,19 +127,14 @@ struct WriterShared {
     node: Arc<NodeContext>,
     setup: WriterSetup,
     gate: CommitGate,
-    /// The way into the queue. No future keeps a copy: one that is no longer polled would keep the
-    /// thread.
-    queue: Mutex<Option<Queue>>,
+    queue: Mutex<Option<Arc<JobQueue>>>,
     connection: Mutex<Option<OpenWriter>>,
+    /// The connection's. What runs on it is interrupted when its commit would come too late.
+    interrupt: Mutex<Option<InterruptHandle>>,
+    /// The node is not to write for now.
+    refuses: AtomicBool,
     /// Commits that were handed to the sync thread and are not acknowledged yet.
     waiting: AtomicUsize,
-}
-
-/// Writes that wait for the thread.
-struct Queue {
-    jobs: queue::UnboundedSender<Box<dyn Job>>,
-    /// Bounds them.
-    room: Arc<Semaphore>,
 }
 
 /// The connection of one term, and the engine that its commits go to.
@@ -147,7 +143,7 @@ struct OpenWriter {
     /// Counts the connection's commits.
     commits: CommitHook,
     /// How the connection has to be when its borrower gives it back.
-    settings: Settings,
+    settings: ConnectionSettings,
     engine: Arc<PrimaryEngine>,
 }
 
@@ -184,46 +180,79 @@ impl Writer {
     /// A writer that is not open yet.
     pub(crate) fn new(node: Arc<NodeContext>, setup: WriterSetup) -> Writer {
         let gate = setup.gate;
-        let (queue, connection, waiting) = Default::default();
-        let shared = WriterShared { node, setup, gate, queue, connection, waiting };
+        let (queue, connection, interrupt, refuses, waiting) = Default::default();
+        let shared = WriterShared { node, setup, gate, queue, connection, interrupt, refuses, waiting };
         Writer { shared: Arc::new(shared), threads: Mutex::default() }
     }
 
     /// Opens the connection, runs the application's migrations on it, and starts the threads.
     /// Blocks.
     pub(crate) fn open(&self, engine: &Arc<PrimaryEngine>) -> Result<()> {
-        self.start(engine, self.shared.setup.migrate.as_ref())
-    }
-
-    /// [`Writer::open`] in a term whose migrations have run.
-    pub(crate) fn reopen(&self, engine: &Arc<PrimaryEngine>) -> Result<()> {
-        self.start(engine, None)
-    }
-
-    fn start(&self, engine: &Arc<PrimaryEngine>, migrate: Option<&Migrate>) -> Result<()> {
         let shared = &self.shared;
-        let open = connect(&shared.setup, engine, migrate)?;
-        // What the migrations committed has its place in history, and stays, before any caller
-        // hears that we are open.
-        shared.gate.wait(engine, engine.captured()?)?;
-        let (jobs, receiver) = queue::unbounded_channel();
-        let room = Arc::new(Semaphore::new(shared.setup.queue));
+        let mut open = shared.connect(engine)?;
+        *lock(&shared.interrupt) = Some(open.connection.get_interrupt_handle());
+        let migrated = shared.migrate(&mut open);
+        *lock(&shared.connection) = Some(open);
+        migrated.and_then(|()| self.start(engine)).inspect_err(|_| shared.close())?;
+        shared.refuses.store(false, Ordering::Release);
+        Ok(())
+    }
+
+    /// Starts the threads.
+    fn start(&self, engine: &Arc<PrimaryEngine>) -> Result<()> {
+        let shared = &self.shared;
+        let queue = Arc::new(Queue::new(shared.setup.queue));
         let (to_sync, waiting) = mpsc::sync_channel(WAITING_MAX);
-        let one =
-            Jobs { shared: shared.clone(), engine: engine.clone(), room: room.clone(), receiver, to_sync };
+        let one = Jobs { shared: shared.clone(), engine: engine.clone(), queue: queue.clone(), to_sync };
         let two = Syncs { shared: shared.clone(), engine: engine.clone(), waiting };
         let mut threads = lock(&self.threads);
         threads.push(threads::start("replite-writer", one, run_jobs, |jobs, ended| {
-            jobs.shared.end(&jobs.engine, ended, Some(jobs.receiver));
+            jobs.shared.end(&jobs.engine, ended, &jobs.queue);
         })?);
-        threads.push(threads::start("replite-sync", two, run_syncs, |syncs, ended| {
-            syncs.shared.end(&syncs.engine, ended, None);
-        })?);
-        // Not before: should the second thread not start, the first one ends with the only sender.
-        // Otherwise it would keep the engine, and its locks, for ever.
-        *lock(&shared.connection) = Some(open);
-        *lock(&shared.queue) = Some(Queue { jobs, room });
+        let of_jobs = queue.clone();
+        let second = threads::start("replite-sync", two, run_syncs, move |syncs, ended| {
+            syncs.shared.end(&syncs.engine, ended, &of_jobs);
+        });
+        // The first one would keep the engine, and its locks, for ever.
+        threads.push(second.inspect_err(|_| shared.refuse_all(queue.close()))?);
+        *lock(&shared.queue) = Some(queue);
         Ok(())
+    }
+
+    /// Whether it has a connection that writes.
+    pub(crate) fn is_open(&self) -> bool {
+        lock(&self.shared.queue).is_some() && !self.shared.refuses.load(Ordering::Acquire)
+    }
+
+    /// Writes that wait for the thread.
+    #[cfg(test)]
+    pub(crate) fn queued(&self) -> usize {
+        lock(&self.shared.queue).as_ref().map_or(0, |queue| queue.len())
+    }
+
+    /// Refuses what is queued and what comes, until it accepts again. What runs goes on. Waits for
+    /// nothing: on this thread no code of the application runs.
+    pub(crate) fn refuse(&self) {
+        self.shared.refuses.store(true, Ordering::Release);
+        let jobs = lock(&self.shared.queue).clone().map_or_else(Vec::new, |queue| queue.refuse());
+        if !jobs.is_empty() {
+            refuse_aside(&self.shared, jobs, &self.threads);
+        }
+    }
+
+    /// Takes writes again.
+    pub(crate) fn accept(&self) {
+        if let Some(queue) = &*lock(&self.shared.queue) {
+            queue.accept();
+            self.shared.refuses.store(false, Ordering::Release);
+        }
+    }
+
+    /// Ends the statement that runs on the connection, if one does.
+    pub(crate) fn interrupt(&self) {
+        if let Some(interrupt) = &*lock(&self.shared.interrupt) {
+            interrupt.interrupt();
+        }
     }
 
     /// Runs a closure in a transaction, on the writer's thread.
@@ -241,7 +270,7 @@ impl Writer {
         let room = lock(&self.shared.queue).as_ref().map(|queue| queue.room.clone());
         let room = room.ok_or_else(|| self.shared.refusal())?;
         let room = room.acquire_owned().await.map_err(|_| self.shared.refusal())?;
-        let queued = lock(&self.shared.queue).as_ref().is_some_and(|queue| queue.jobs.send(job).is_ok());
+        let queued = lock(&self.shared.queue).as_ref().is_some_and(|queue| queue.push(job));
         if !queued {
             return Err(self.shared.refusal().into());
         }
@@ -249,10 +278,8 @@ impl Writer {
         room.forget();
         // What is queued is refused by name.
         let panicked = || {
-            Error::OutcomeUnknown(Cause::new(
-                "a panic outside of the closure, while it ran or after that",
-                Blame::Caller,
-            ))
+            let panic = "a panic outside of the closure, while it ran or after that";
+            Error::OutcomeUnknown { txid: None, cause: Cause::new(panic, Blame::Caller) }
         };
         answer.await.unwrap_or_else(|_| Err(panicked().into()))
     }
@@ -271,7 +298,7 @@ impl Writer {
         // The next caller commits while this one waits for the disk: both share an fsync.
         drop((connection, inside));
         if let Some(txid) = commit.txid {
-            self.shared.gate.wait(&engine, txid).map_err(Error::of_a_commit)?;
+            self.shared.gate.wait(&engine, txid)?;
         }
         Ok(commit)
     }
@@ -285,38 +312,22 @@ impl Writer {
         WriterGuard::new(connection, &self.shared, inside)
     }
 
-    /// [`Writer::close`], unless another thread has the connection for longer than this: then it
-    /// stays open.
-    ///
-    /// # Errors
-    /// [`Error::Timeout`].
-    pub(crate) fn close_within(&self, limit: Duration) -> Result<()> {
-        let end = Instant::now() + limit;
-        loop {
-            match self.shared.connection.try_lock() {
-                Ok(mut open) => {
-                    self.shared.end_connection(open.take());
-                    break;
-                }
-                Err(TryLockError::Poisoned(mut open)) => {
-                    self.shared.end_connection(open.get_mut().take());
-                    break;
-                }
-                Err(TryLockError::WouldBlock) if Instant::now() < end => std::thread::sleep(CLOSE_STEP),
-                Err(TryLockError::WouldBlock) => {
-                    return Err(Error::Timeout { what: "the writer connection".into(), after: limit });
-                }
-            }
+    /// [`Writer::close`], unless another thread has the connection.
+    pub(crate) fn try_close(&self) -> bool {
+        match self.shared.connection.try_lock() {
+            Ok(mut open) => self.shared.end_connection(open.take()),
+            Err(TryLockError::Poisoned(mut open)) => self.shared.end_connection(open.get_mut().take()),
+            Err(TryLockError::WouldBlock) => return false,
         }
         self.close();
-        Ok(())
+        true
     }
 
     /// Ends the threads. What is queued is refused, what has begun ends. Blocks.
     pub(crate) fn close(&self) {
-        // The thread ends with the only sender. Callers that wait for room are refused.
-        if let Some(queue) = lock(&self.shared.queue).take() {
-            queue.room.close();
+        let queue = lock(&self.shared.queue).take();
+        if let Some(queue) = queue {
+            self.shared.refuse_all(queue.close());
         }
         let threads = std::mem::take(&mut *lock(&self.threads));
         let here = std::thread::current().id();
@@ -331,36 +342,6 @@ impl Writer {
             let _ = thread.join();
         }
     }
-}
-
-/// Opens the connection as the application and we want it, and has the database migrated.
-fn connect(
-    setup: &WriterSetup,
-    engine: &Arc<PrimaryEngine>,
-    migrate: Option<&Migrate>,
-) -> Result<OpenWriter> {
-    let mut connection = sqlite::connect(&setup.path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
-    defend(&connection, !setup.trust_schema)?;
-    connection.set_prepared_statement_cache_capacity(setup.statement_cache);
-    // COMMIT does not fsync; the shared fsync does, for all that wait.
-    connection.pragma_update(None, "synchronous", "NORMAL")?;
-    connection.pragma_update(None, "wal_autocheckpoint", 0)?;
-    // Before the application may set an authorizer of its own.
-    guard::refuse_exclusive(&mut connection)?;
-    if let Some(run) = &setup.on_connect {
-        run(&connection, ConnectionKind::Writer)?;
-    }
-    let settings = Settings::of(&connection)?;
-    if let Some(run) = migrate {
-        let migrated = catch_unwind(AssertUnwindSafe(|| run(&mut connection)));
-        migrated.unwrap_or_else(|panic| Err(Error::Panicked(message(&*panic))))?;
-        if !connection.is_autocommit() {
-            return Err(Error::Config("the migration left a transaction open; it is rolled back".into()));
-        }
-    }
-    settings.restore(&connection)?;
-    let commits = CommitHook::put_on(&connection);
-    Ok(OpenWriter { connection, commits, settings, engine: engine.clone() })
 }
 
 impl WriterShared {
@@ -382,6 +363,8 @@ impl WriterShared {
     }
 
     fn end_connection(&self, open: Option<OpenWriter>) {
+        // Before the connection that it is of.
+        *lock(&self.interrupt) = None;
         if let Some(OpenWriter { connection, commits, .. }) = open {
             commits.take_off(&connection);
         }
@@ -392,24 +375,39 @@ impl WriterShared {
         if let Some(why) = self.node.failure() {
             return Error::Stopped(why);
         }
-        not_primary(&self.node).unwrap_or(Error::ShutDown)
+        let ends = self.node.stop.is_cancelled() && self.node.fence.is_open();
+        // Of a node that goes on, the role has changed, or is about to.
+        let late = if ends { Error::ShutDown } else { Error::NotPrimary { primary: None } };
+        not_primary(&self.node).unwrap_or(late)
+    }
+
+    /// Fails when nothing is to be written any more, because this node's time as the primary is
+    /// over.
+    fn expect_open(&self) -> Result<()> {
+        match self.refuses.load(Ordering::Acquire) || !self.node.fence.is_open() {
+            true => Err(self.refusal()),
+            false => Ok(()),
+        }
+    }
+
+    /// What a failure means that left nothing committed: where the fence is the cause, that another
+    /// node has to do it.
+    fn late(&self, error: Error) -> Error {
+        match self.node.fence.is_open() {
+            true => error,
+            false => Error::NotPrimary { primary: None },
+        }
     }
 
     /// The end of a thread. Without it nothing is written any more.
-    fn end(
-        &self,
-        engine: &PrimaryEngine,
-        ended: Result<()>,
-        jobs: Option<queue::UnboundedReceiver<Box<dyn Job>>>,
-    ) {
+    fn end(&self, engine: &PrimaryEngine, ended: Result<()>, queue: &JobQueue) {
         let Err(error) = ended else { return };
         engine.fail(&error);
-        if let Some(queue) = &*lock(&self.queue) {
-            queue.room.close();
-        }
-        let Some(mut jobs) = jobs else { return };
-        jobs.close();
-        while let Ok(job) = jobs.try_recv() {
+        self.refuse_all(queue.close());
+    }
+
+    fn refuse_all(&self, jobs: Vec<Box<dyn Job>>) {
+        for job in jobs {
             survive(|| job.refuse(self.refusal()));
         }
     }
@@ -421,6 +419,7 @@ impl WriterShared {
     {
         let sqlite = Error::Sqlite;
         let OpenWriter { connection, commits, settings, engine } = open;
+        self.expect_open()?;
         engine.pace();
         engine.ready()?;
         commits.again(connection);
@@ -433,15 +432,20 @@ impl WriterShared {
             Err(_) if settings.mend(connection).map_err(sqlite)? => begin(),
             begun => begun,
         }
-        .map_err(|error| Error::of_begin(error, asked.elapsed()))?;
+        .map_err(|error| self.late(Error::of_begin(error, asked.elapsed())))?;
         transaction.set_drop_behavior(DropBehavior::Rollback);
         let begun = engine.begun()?;
         let result = catch_unwind(AssertUnwindSafe(|| run(&mut transaction)));
         let value = match result {
             Ok(Ok(value)) => value,
             Ok(Err(error)) => {
-                if last_code(&transaction) & 0xff == rusqlite::ffi::SQLITE_FULL {
-                    engine.no_room();
+                match last_code(&transaction) & 0xff {
+                    rusqlite::ffi::SQLITE_FULL => engine.no_room(),
+                    // We did, and nothing of it is kept.
+                    rusqlite::ffi::SQLITE_INTERRUPT if commits.count() == 0 && !self.node.fence.is_open() => {
+                        return Err(self.refusal().into());
+                    }
+                    _ => {}
                 }
                 return Err(Failed::App(error));
             }
@@ -457,19 +461,27 @@ impl WriterShared {
             }
             match engine.may_have_committed(begun) {
                 true => sqlite(error).of_a_commit(),
-                false => sqlite(error),
+                false if earlier => sqlite(error),
+                false => self.late(sqlite(error)),
             }
         })?;
         let txid = engine.committed(begun, commits.last(), earlier)?;
+        // Nothing was written, and what it has read may be old.
+        if txid.is_none() && !earlier && !self.node.fence.is_open() {
+            return Err(self.refusal().into());
+        }
         Ok(Commit { value, txid })
     }
 }
 
-/// Why a node that follows another does not write.
+/// Why a node that is not the primary does not write.
 pub(crate) fn not_primary(node: &NodeContext) -> Option<Error> {
     let state = node.roles.borrow();
     let primary = || state.primary.clone().map(Box::new);
-    (state.role == Role::Replica).then(|| Error::NotPrimary { primary: primary() })
+    match state.role {
+        Role::Primary | Role::Stopped => None,
+        _ => Some(Error::NotPrimary { primary: primary() }),
+    }
 }
 
 #[cfg(test)]
@@ -496,15 +508,22 @@ mod tests {
     }
 
     #[tokio::test(flavor = "multi_thread")]
+    #[expect(clippy::await_holding_lock, reason = "the thread that needs it is to wait")]
     async fn after_the_end_of_a_thread_what_is_queued_and_what_comes_later_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let db = Db::open(Config::new(dir.path().join("a.db"))).await.unwrap();
         let (writer, engine) = (&db.inner.writer, db.inner.slot.primary().unwrap());
         let run = |tx: &mut Transaction<'_>| Ok::<_, Error>(tx.execute("CREATE TABLE t(a)", [])?);
-        let (jobs, receiver) = queue::unbounded_channel();
+        let queue = lock(&writer.shared.queue).clone().unwrap();
+        // Its thread waits in vain: what is queued stays so.
+        let connection = lock(&writer.shared.connection);
+        let (first, _first) = oneshot::channel();
+        assert!(queue.push(Box::new(WriteJob { run, reply: first })));
+        crate::ends::comes("the thread has it", || queue.is_empty()).await;
         let (reply, answer) = oneshot::channel();
-        jobs.send(Box::new(WriteJob { run, reply }) as Box<dyn Job>).unwrap_or_else(|_| panic!("it is open"));
-        writer.shared.end(&engine, Err(Error::Disturbed("by intent".into())), Some(receiver));
+        assert!(queue.push(Box::new(WriteJob { run, reply })));
+        writer.shared.end(&engine, Err(Error::Disturbed("by intent".into())), &queue);
+        drop(connection);
         let stopped = |error: Error| matches!(error, Error::Stopped(why) if why.text() == "by intent");
         assert!(stopped(answer.await.unwrap().map_err(Failed::into_one).unwrap_err()), "queued");
         assert!(stopped(db.write(run).await.unwrap_err()), "later");

@@ -56,6 +56,7 @@ pub(super) async fn hello(
 /// Reads acknowledgements, and what a heal asks for, until the replica leaves, is silent for too
 /// long or sends something else.
 pub(super) async fn acks(
+    node: &NodeContext,
     units: &mut ReceivedUnits,
     slot: &ReplicaSlot,
     clock: &ReplicaClock,
@@ -83,7 +84,8 @@ pub(super) async fn acks(
         match unit.decode() {
             Ok(Message::Ack(ack)) => {
                 clock.said(ack.clock);
-                slot.heard(ack);
+                // A word for an epoch that is over counts for nothing.
+                if node.is_superseded() { slot.alive() } else { slot.heard(ack) }
             }
             Ok(Message::Want(want)) => {
                 // One question at a time, and none outside of a heal.

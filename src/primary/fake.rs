@@ -7,7 +7,7 @@ use bytes::{Bytes, BytesMut};
 use tokio::sync::watch;
 
 use crate::checksum::{Checksum, PageHash};
-use crate::context::NodeContext;
+use crate::context::{EpochsHeard, LeaseContext, NodeContext, SyncedClock, ToDisk};
 use crate::engine::Piece;
 use crate::error::{Error, Result};
 use crate::log::Lookup;
@@ -28,13 +28,24 @@ pub(crate) fn keys(secret: &[u8]) -> Keyring {
     Keyring::new(&secrets).unwrap()
 }
 
+/// A node whose primary is fixed.
 pub(crate) fn node(id: u128, secret: &[u8], role: Role) -> Arc<NodeContext> {
+    with_lease(id, secret, role, LeaseContext::fixed())
+}
+
+/// A node that may lead by a lease, and keeps nothing on a disk.
+pub(crate) fn leased(id: u128, secret: &[u8], role: Role) -> Arc<NodeContext> {
+    let synced = SyncedClock::new(None, std::time::Duration::from_secs(10), ToDisk::nowhere());
+    with_lease(id, secret, role, LeaseContext::leased(synced, EpochsHeard::new(0, ToDisk::nowhere())))
+}
+
+pub(crate) fn with_lease(id: u128, secret: &[u8], role: Role, lease: LeaseContext) -> Arc<NodeContext> {
     let me = PeerInfo {
         node: NodeId::from_u128(id),
         incarnation: Incarnation::from_u128(id + 1000),
         addresses: Addresses { replication: format!("http://node{id}/_replite"), ..Addresses::default() },
     };
-    NodeContext::new(me, "test".into(), "app".into(), keys(secret), role)
+    NodeContext::new(me, "test".into(), "app".into(), keys(secret), role, lease)
 }
 
 pub(crate) fn history(epochs: &[(u64, u64)]) -> EpochHistory {

@@ -13,12 +13,12 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
 use crate::checksum::{Checksum, PageHash};
-use crate::engine::{Heal, Overlay, Store};
+use crate::engine::{Heal, Overlay, PageStore};
 use crate::error::Result;
 use crate::log::{Lookup, Touched, mark_numbers};
 use crate::page::{PageNo, PageSet, PageSize};
 use crate::peer::{Incarnation, NodeId};
-use crate::primary::plan::{Decision, plan};
+use crate::primary::plan::{ReplicaPlan, plan};
 use crate::status::{Addresses, PeerInfo};
 use crate::txid::{Epoch, EpochHistory, EpochStart, Place, Position, Txid};
 use crate::wire::{HealBegin, Hello, Sent, SnapEnd, TxnBegin, TxnEnd, Want};
@@ -198,7 +198,7 @@ struct Memory {
     below: Vec<Page>,
 }
 
-impl Store for Memory {
+impl PageStore for Memory {
     fn write(&mut self, number: PageNo, page: &[u8]) -> Result<()> {
         self.came.insert(number.get(), page.to_vec());
         Ok(())
@@ -321,21 +321,21 @@ fn meet(primary: &mut ModelNode, follower: &ModelNode, rng: &mut StdRng) {
     let hello = follower.hello();
     let tip = primary.tip().position;
     let mut decision = plan(&primary.history, tip, |n| Ok(primary.find(n)), &hello).unwrap();
-    if let Decision::Raise { above } = decision {
+    if let ReplicaPlan::Raise { above } = decision {
         primary.open_epoch(above, rng);
         decision = plan(&primary.history, tip, |n| Ok(primary.find(n)), &hello).unwrap();
     }
     let theirs = follower.tip();
     let shared = primary.states.get(theirs.position.number() as usize).is_some_and(|ours| ours == theirs);
     match decision {
-        Decision::Log { lsn } => {
+        ReplicaPlan::Log { lsn } => {
             assert!(shared && hello.position == Some(theirs.position) && follower.damaged.is_none());
             assert_eq!(lsn, theirs.position.number());
             // What follows is the follower's future: it must have a place in the history that it is
             // told.
             assert_eq!(primary.history.place(theirs.position.txid()), Place::OnHistory);
         }
-        Decision::Heal { from, lsn } => {
+        ReplicaPlan::Heal { from, lsn } => {
             assert!(!shared, "a state of the primary's is not healed");
             assert_eq!((lsn, primary.states[lsn as usize].position), (from.number(), from));
             assert_eq!(follower.states[lsn as usize], primary.states[lsn as usize], "not in both histories");
@@ -346,7 +346,7 @@ fn meet(primary: &mut ModelNode, follower: &ModelNode, rng: &mut StdRng) {
             }
             heal(primary, follower, Some(from), true, rng);
         }
-        Decision::Compare { diverged } => {
+        ReplicaPlan::Compare { diverged } => {
             // What is not kept must be the primary's, or be kept by the replica itself, which
             // knows that no primary vouches for it.
             assert!(diverged || shared || !follower.vouched(), "{:?} would be lost", theirs.position);

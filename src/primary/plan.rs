@@ -1,27 +1,15 @@
 //! What a replica needs, decided from what it says and what the log has.
 
+use crate::context::is_near;
 use crate::error::Result;
 use crate::log::Lookup;
 use crate::page::PageNo;
-use crate::txid::{Epoch, EpochHistory, NUMBER_MAX, Place, Position};
+use crate::txid::{Epoch, EpochHistory, Place, Position};
 use crate::wire::{self, Hello};
-
-/// How far above our newest epoch one that a replica names may be for ours to be raised above it.
-/// Starts of primaries count in ones: no two nodes of a cluster get so far apart. A hello that lies
-/// brings the numbers forward by no more. To get to [`RAISED_MAX`] takes 2^30 of them, each with an
-/// fsync under the write lock.
-const RAISE_STEP_MAX: u64 = 1 << 32;
-
-/// Highest epoch number that ours is raised above for a replica. Higher ones come from starts of
-/// primaries only, for which as many numbers are left. The primary serves a replica that names one
-/// of its epochs, whatever the number.
-const RAISED_MAX: u64 = NUMBER_MAX >> 1;
-
-const _: () = assert!(RAISED_MAX + RAISE_STEP_MAX < NUMBER_MAX);
 
 /// What to do for a replica.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) enum Decision {
+pub(crate) enum ReplicaPlan {
     /// Send the log's bytes from here on.
     Log { lsn: u64 },
     /// It has nothing, or nothing that could be gone on with: send a snapshot.
@@ -35,22 +23,23 @@ pub(crate) enum Decision {
     /// what came of a snapshot that can't be gone on with. `diverged`: it may have what is not in
     /// our history.
     Compare { diverged: bool },
-    /// The replica knows an epoch that ours does not exceed: open one above it and decide again.
+    /// The replica knows an epoch that ours does not exceed. A primary that is fixed opens one
+    /// above it and decides again. One that leads by a lease has heard of it.
     Raise { above: u64 },
     /// The replica's newest epoch is none of ours, and too far above it to be exceeded.
     TooFar { theirs: Epoch, ours: Epoch },
 }
 
-impl Decision {
+impl ReplicaPlan {
     /// What the welcome says of it.
     pub(crate) fn announced(self) -> Option<wire::Plan> {
         match self {
-            Decision::Log { .. } => Some(wire::Plan::Log),
-            Decision::Snapshot => Some(wire::Plan::Snapshot),
-            Decision::Resume { .. } => Some(wire::Plan::Resume),
-            Decision::Heal { .. } => Some(wire::Plan::Heal),
-            Decision::Compare { .. } => Some(wire::Plan::Compare),
-            Decision::Raise { .. } | Decision::TooFar { .. } => None,
+            ReplicaPlan::Log { .. } => Some(wire::Plan::Log),
+            ReplicaPlan::Snapshot => Some(wire::Plan::Snapshot),
+            ReplicaPlan::Resume { .. } => Some(wire::Plan::Resume),
+            ReplicaPlan::Heal { .. } => Some(wire::Plan::Heal),
+            ReplicaPlan::Compare { .. } => Some(wire::Plan::Compare),
+            ReplicaPlan::Raise { .. } | ReplicaPlan::TooFar { .. } => None,
         }
     }
 }
@@ -64,46 +53,49 @@ pub(crate) fn plan(
     tip: Position,
     mut find: impl FnMut(u64) -> Result<Lookup>,
     hello: &Hello,
-) -> Result<Decision> {
+) -> Result<ReplicaPlan> {
     let (ours, theirs) = (history.epoch(), hello.history.epoch());
     // The same number on another branch: two primaries claimed it. A replica could not tell us from
     // the other.
     if theirs.number() >= ours.number() && theirs != ours {
         let above = theirs.number();
-        let near = above - ours.number() <= RAISE_STEP_MAX && above <= RAISED_MAX;
-        return Ok(if near { Decision::Raise { above } } else { Decision::TooFar { theirs, ours } });
+        return Ok(if is_near(above, ours.number()) {
+            ReplicaPlan::Raise { above }
+        } else {
+            ReplicaPlan::TooFar { theirs, ours }
+        });
     }
     let Some(position) = hello.position else {
         let Some((first, from)) = hello.resume else {
             // What an earlier comparison brought is of no one position.
             return Ok(if hello.suspect {
-                Decision::Compare { diverged: false }
+                ReplicaPlan::Compare { diverged: false }
             } else {
-                Decision::Snapshot
+                ReplicaPlan::Snapshot
             });
         };
         return Ok(match stands(history, tip, &mut find, first)? {
-            Fit::Continues { lsn } => Decision::Resume { first, from, lsn },
-            _ if from == PageNo::FIRST => Decision::Snapshot,
+            Fit::Continues { lsn } => ReplicaPlan::Resume { first, from, lsn },
+            _ if from == PageNo::FIRST => ReplicaPlan::Snapshot,
             // The log does not reach back any more: a snapshot from page 1 on would end like this
             // again.
-            _ => Decision::Compare { diverged: false },
+            _ => ReplicaPlan::Compare { diverged: false },
         });
     };
     let standing = stands(history, tip, &mut find, position)?;
     if hello.suspect {
-        return Ok(Decision::Compare { diverged: matches!(standing, Fit::Off) });
+        return Ok(ReplicaPlan::Compare { diverged: matches!(standing, Fit::Off) });
     }
     match standing {
-        Fit::Continues { lsn } => Ok(Decision::Log { lsn }),
-        Fit::Behind => Ok(Decision::Compare { diverged: false }),
+        Fit::Continues { lsn } => Ok(ReplicaPlan::Log { lsn }),
+        Fit::Behind => Ok(ReplicaPlan::Compare { diverged: false }),
         Fit::Off => {
             for mark in &hello.marks {
                 if let Fit::Continues { lsn } = stands(history, tip, &mut find, *mark)? {
-                    return Ok(Decision::Heal { from: *mark, lsn });
+                    return Ok(ReplicaPlan::Heal { from: *mark, lsn });
                 }
             }
-            Ok(Decision::Compare { diverged: true })
+            Ok(ReplicaPlan::Compare { diverged: true })
         }
     }
 }
@@ -141,9 +133,10 @@ fn stands(
 mod tests {
     use super::*;
     use crate::checksum::Checksum;
+    use crate::context::{RAISE_STEP_MAX, RAISED_MAX};
     use crate::peer::{Incarnation, NodeId};
     use crate::status::{Addresses, PeerInfo};
-    use crate::txid::{EpochStart, Txid};
+    use crate::txid::{EpochStart, NUMBER_MAX, Txid};
     use rand::rngs::StdRng;
     use rand::{Rng, SeedableRng};
 
@@ -189,17 +182,17 @@ mod tests {
         Hello { proof, peer, position, history, resume: None, suspect: false, marks }
     }
 
-    fn answer(hello: &Hello) -> Decision {
+    fn answer(hello: &Hello) -> ReplicaPlan {
         plan(&ours(), at(NOW, 100), find, hello).unwrap()
     }
 
-    fn decide(position: Option<Position>, h: EpochHistory) -> Decision {
+    fn decide(position: Option<Position>, h: EpochHistory) -> ReplicaPlan {
         answer(&hello(position, h))
     }
 
     #[test]
     fn the_log_continues_what_is_in_it_and_matches() {
-        let log = |lsn| Decision::Log { lsn };
+        let log = |lsn| ReplicaPlan::Log { lsn };
         assert_eq!(decide(Some(at(NOW, 100)), ours()), log(1000), "at the tip");
         assert_eq!(decide(Some(at(NOW, 70)), ours()), log(700));
         assert_eq!(decide(Some(at(OLD, 20)), ours()), log(200), "its oldest state");
@@ -208,19 +201,19 @@ mod tests {
 
     #[test]
     fn the_empty_gets_a_snapshot_and_the_late_compares() {
-        assert_eq!(decide(None, EpochHistory::default()), Decision::Snapshot);
-        let compare = Decision::Compare { diverged: false };
+        assert_eq!(decide(None, EpochHistory::default()), ReplicaPlan::Snapshot);
+        let compare = ReplicaPlan::Compare { diverged: false };
         assert_eq!(decide(Some(at(OLD, 19)), ours()), compare, "behind the log");
         assert_eq!(decide(Some(at(OLD, 0)), ours()), compare, "before the first transaction");
         let suspect = Hello { suspect: true, ..hello(Some(at(NOW, 100)), ours()) };
         assert_eq!(answer(&suspect), compare, "its pages may be wrong");
         let suspect = Hello { suspect: true, ..hello(Some(at(NOW, 101)), ours()) };
-        assert_eq!(answer(&suspect), Decision::Compare { diverged: true });
+        assert_eq!(answer(&suspect), ReplicaPlan::Compare { diverged: true });
     }
 
     #[test]
     fn what_is_not_in_our_history_has_diverged() {
-        let diverged = Decision::Compare { diverged: true };
+        let diverged = ReplicaPlan::Compare { diverged: true };
         assert_eq!(decide(Some(other(at(NOW, 100))), ours()), diverged, "tip, other checksum");
         assert_eq!(decide(Some(other(at(NOW, 70))), ours()), diverged, "within, other checksum");
         assert_eq!(decide(Some(at(NOW, 101)), ours()), diverged, "ahead of us");
@@ -237,10 +230,10 @@ mod tests {
             let theirs = history(&[(OLD, 1), (branch, 50)]);
             answer(&Hello { marks: marks.to_vec(), ..hello(Some(at(branch, 60)), theirs) })
         };
-        let heal = |n| Decision::Heal { from: at(OLD, n), lsn: n * 10 };
+        let heal = |n| ReplicaPlan::Heal { from: at(OLD, n), lsn: n * 10 };
         assert_eq!(off(&[at(branch, 59), at(branch, 58), at(OLD, 45), at(OLD, 30)]), heal(45));
         assert_eq!(off(&[at(branch, 52), other(at(OLD, 44)), at(OLD, 28)]), heal(28), "a mark that lies");
-        let diverged = Decision::Compare { diverged: true };
+        let diverged = ReplicaPlan::Compare { diverged: true };
         assert_eq!(off(&[at(branch, 59), at(OLD, 19)]), diverged, "behind the log");
         assert_eq!(off(&[]), diverged);
     }
@@ -249,13 +242,13 @@ mod tests {
     fn a_higher_or_doubly_claimed_epoch_is_exceeded_first() {
         for number in [4, NOW.number() + RAISE_STEP_MAX] {
             let theirs = history(&[(OLD, 1), (Epoch::new(number, 1), 60)]);
-            assert_eq!(decide(Some(at(OLD, 30)), theirs), Decision::Raise { above: number });
+            assert_eq!(decide(Some(at(OLD, 30)), theirs), ReplicaPlan::Raise { above: number });
         }
         let twin = history(&[(OLD, 1), (Epoch::new(3, 31), 60)]);
-        assert_eq!(decide(None, twin), Decision::Raise { above: 3 });
+        assert_eq!(decide(None, twin), ReplicaPlan::Raise { above: 3 });
         for number in [NOW.number() + RAISE_STEP_MAX + 1, 1 << 62, NUMBER_MAX] {
             let theirs = Epoch::new(number, 1);
-            let too_far = Decision::TooFar { theirs, ours: NOW };
+            let too_far = ReplicaPlan::TooFar { theirs, ours: NOW };
             assert_eq!(decide(None, history(&[(theirs, 60)])), too_far);
             assert_eq!(decide(Some(at(NOW, 70)), history(&[(OLD, 1), (theirs, 60)])), too_far);
         }
@@ -293,17 +286,17 @@ mod tests {
                     Ok(before.map_or(Lookup::NotYet, |&before| Lookup::At { lsn: number, before }))
                 };
                 match plan(&ours, tip, find, &lie).unwrap() {
-                    Decision::Raise { above } => {
+                    ReplicaPlan::Raise { above } => {
                         assert!(above <= RAISED_MAX && above - ours.epoch().number() <= RAISE_STEP_MAX);
                         let epoch = Epoch::new(above + 1, rng.random());
                         ours.push(EpochStart { epoch, first: tip.number() + 1, before: tip.checksum() });
                     }
-                    Decision::TooFar { .. } => {}
+                    ReplicaPlan::TooFar { .. } => {}
                     other => panic!("{other:?}"),
                 }
                 for (known, position) in followers.iter().skip(round % 8).step_by(8) {
                     let found = plan(&ours, tip, find, &hello(Some(*position), known.clone())).unwrap();
-                    assert_eq!(found, Decision::Log { lsn: position.number() }, "seed {seed}");
+                    assert_eq!(found, ReplicaPlan::Log { lsn: position.number() }, "seed {seed}");
                 }
                 if !idle && rng.random_range(0..300) == 0 {
                     tip = at(ours.epoch(), tip.number() + 1);
@@ -322,18 +315,18 @@ mod tests {
     fn a_snapshot_is_resumed_while_the_log_has_its_first_position() {
         let page = PageNo::new(500).unwrap();
         let resume = |p| answer(&Hello { resume: Some((p, page)), ..hello(None, ours()) });
-        assert_eq!(resume(at(OLD, 30)), Decision::Resume { first: at(OLD, 30), from: page, lsn: 300 });
-        let compare = Decision::Compare { diverged: false };
+        assert_eq!(resume(at(OLD, 30)), ReplicaPlan::Resume { first: at(OLD, 30), from: page, lsn: 300 });
+        let compare = ReplicaPlan::Compare { diverged: false };
         assert_eq!(resume(at(OLD, 19)), compare, "the log dropped it");
         assert_eq!(resume(other(at(OLD, 30))), compare, "of another history");
         let nothing = Hello { resume: Some((at(OLD, 19), PageNo::FIRST)), ..hello(None, ours()) };
-        assert_eq!(answer(&nothing), Decision::Snapshot, "no page came");
+        assert_eq!(answer(&nothing), ReplicaPlan::Snapshot, "no page came");
         assert_eq!(
             answer(&Hello { suspect: true, ..hello(None, ours()) }),
             compare,
             "what a comparison brought"
         );
         let live = Hello { resume: Some((at(OLD, 30), page)), ..hello(Some(at(NOW, 70)), ours()) };
-        assert_eq!(answer(&live), Decision::Log { lsn: 700 }, "the log needs no snapshot");
+        assert_eq!(answer(&live), ReplicaPlan::Log { lsn: 700 }, "the log needs no snapshot");
     }
 }

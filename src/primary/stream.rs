@@ -18,12 +18,12 @@ use crate::page::PageNo;
 use crate::primary::boundary::Boundary;
 use crate::primary::clock::ReplicaClock;
 use crate::primary::page_requests::Questions;
-use crate::primary::plan::{Decision, plan};
+use crate::primary::plan::{ReplicaPlan, plan};
 use crate::primary::send_queue::{Closed, StreamSender};
-use crate::primary::{LAST_REQUESTS_TIMEOUT, LogPin, SHUTTING_DOWN, StreamSource, blocking};
+use crate::primary::{LAST_REQUESTS_TIMEOUT, LogPin, StreamSource, blocking};
 use crate::report::Condition;
 use crate::txid::{Epoch, EpochHistory, Position};
-use crate::wire::{self, HealBegin, Heartbeat, Hello, Message, Want, Welcome};
+use crate::wire::{self, HealBegin, Heartbeat, Hello, Message, NOT_PRIMARY, SHUTTING_DOWN, Want, Welcome};
 
 /// Bytes of the log that are read at once.
 const READ_MAX_BYTES: usize = 1024 * 1024;
@@ -136,16 +136,16 @@ impl ReplicaStream {
         self.say(&[Message::Welcome(welcome), Message::Epochs((*self.told).clone())]).await?;
         tracing::debug!(node = %hello.peer.node, ?decision, "a replica's plan");
         match decision {
-            Decision::Log { lsn } => {
+            ReplicaPlan::Log { lsn } => {
                 let pin = self.source.pin(lsn);
                 self.log(lsn, pin).await
             }
-            Decision::Resume { first, from, lsn } => {
+            ReplicaPlan::Resume { first, from, lsn } => {
                 let pin = self.source.pin(lsn);
                 self.snapshot(Some(first), from).await?;
                 self.log(lsn, pin).await
             }
-            Decision::Snapshot => {
+            ReplicaPlan::Snapshot => {
                 // Before the first piece is read: the records after it must still be there at the
                 // end.
                 let pin = self.pin_tip().await?;
@@ -153,7 +153,7 @@ impl ReplicaStream {
                 let lsn = self.after(first).await?;
                 self.log(lsn, pin).await
             }
-            Decision::Heal { from, lsn } => {
+            ReplicaPlan::Heal { from, lsn } => {
                 let pin = self.source.pin(lsn);
                 let (page_size, source) = (self.source.page_size(), self.source.clone());
                 let pages = blocking(move || source.read_piece(PageNo::FIRST, 1)).await?.pages;
@@ -162,7 +162,7 @@ impl ReplicaStream {
                 self.answer(wants, None).await?;
                 self.log(lsn, pin).await
             }
-            Decision::Compare { diverged } => {
+            ReplicaPlan::Compare { diverged } => {
                 let turn = self.turn().await?;
                 let pin = self.pin_tip().await?;
                 let (first, last) = self.sums(diverged).await?;
@@ -171,12 +171,12 @@ impl ReplicaStream {
                 let lsn = self.after(first).await?;
                 self.log(lsn, pin).await
             }
-            Decision::Raise { .. } | Decision::TooFar { .. } => Err(End::Left),
+            ReplicaPlan::Raise { .. } | ReplicaPlan::TooFar { .. } => Err(End::Left),
         }
     }
 
     /// Decides, after our epoch was raised above the replica's where that is needed.
-    async fn decide(&self, hello: &Hello) -> Result<(Decision, Position), End> {
+    async fn decide(&self, hello: &Hello) -> Result<(ReplicaPlan, Position), End> {
         let hello = Arc::new(hello.clone());
         for _ in 0..RAISES_MAX {
             let (node, source, hello) = (self.node.clone(), self.source.clone(), hello.clone());
@@ -197,11 +197,16 @@ impl ReplicaStream {
                 };
                 let decision = plan(&history, tip, find, &hello)?;
                 match decision {
-                    Decision::Raise { above } => {
+                    // By the lease this node may not be the primary any more. It is not for it to
+                    // outbid the other.
+                    ReplicaPlan::Raise { above } if !node.lease.fixed => {
+                        node.hear_later(above.max(history.epoch().number() + 1))?;
+                    }
+                    ReplicaPlan::Raise { above } => {
                         node.report(Condition::NewerEpoch { above, node: replica });
                         source.raise_epoch(above)?;
                     }
-                    Decision::TooFar { theirs, ours } => {
+                    ReplicaPlan::TooFar { theirs, ours } => {
                         node.report(Condition::EpochsTooFar { theirs, ours, node: replica });
                     }
                     _ => {}
@@ -209,8 +214,11 @@ impl ReplicaStream {
                 Ok((decision, tip))
             });
             match decided.await? {
-                (Decision::Raise { .. }, _) => {}
-                (Decision::TooFar { theirs, ours }, _) => return Err(End::Said(too_far(theirs, ours))),
+                (ReplicaPlan::Raise { above }, _) if !self.node.lease.fixed => {
+                    return Err(End::Said(superseded(above)));
+                }
+                (ReplicaPlan::Raise { .. }, _) => {}
+                (ReplicaPlan::TooFar { theirs, ours }, _) => return Err(End::Said(too_far(theirs, ours))),
                 decided => return Ok(decided),
             }
         }
@@ -225,8 +233,13 @@ impl ReplicaStream {
         loop {
             // Seen before reading: an end that moves after the read wakes the wait below.
             end.borrow_and_update();
+            let last = log.last();
             let bytes = match read(&log, lsn).await? {
-                LogRead::Bytes(bytes) => bytes,
+                // What comes after that is for the next primary to say.
+                LogRead::Bytes(bytes) => match last.map(|last| last.saturating_sub(lsn) as usize) {
+                    Some(left) if left < bytes.len() => bytes.slice(..left),
+                    _ => bytes,
+                },
                 LogRead::Gone => {
                     // A record that was taken back before any of it was sent is nothing to this
                     // replica.
@@ -252,6 +265,9 @@ impl ReplicaStream {
                 }
                 if settled {
                     return Err(End::Said(SHUTTING_DOWN.into()));
+                }
+                if last.is_some_and(|last| lsn >= last) {
+                    return Err(End::Said(NOT_PRIMARY.into()));
                 }
                 tokio::select! {
                     changed = end.changed() => changed.map_err(|_| Error::ShutDown)?,
@@ -337,12 +353,21 @@ impl ReplicaStream {
     async fn beat(&mut self) -> Result<(), Closed> {
         self.last_beat = Instant::now();
         self.tell_drain().await?;
+        // Before the position: a replica with that position has all that was there by this time.
+        let lease_clock = self.lease_clock();
         match self.node.applied.position() {
             Some(position) if self.boundary.is_clean() => {
-                self.say(&[Message::Heartbeat(Heartbeat { position, clock: self.clock.now() })]).await
+                let clock = self.clock.now();
+                self.say(&[Message::Heartbeat(Heartbeat { position, clock, lease_clock })]).await
             }
             _ => Ok(()),
         }
+    }
+
+    /// Microseconds of the epoch that the replica was told last.
+    fn lease_clock(&self) -> Option<u64> {
+        let (epoch, time) = self.node.lease.clock.now()?;
+        (epoch == self.told.epoch()).then_some(time.as_micros() as u64)
     }
 
     async fn say(&self, messages: &[Message<'_>]) -> Result<(), Closed> {
@@ -361,6 +386,14 @@ async fn requests_answered(until: Option<Instant>, quiet: &CancellationToken) {
         Some(until) => drop(tokio::time::timeout_at(until, quiet.cancelled()).await),
         None => std::future::pending().await,
     }
+}
+
+/// Said to a replica that knows of a later primary, or of another one with our epoch's number.
+fn superseded(theirs: u64) -> String {
+    format!(
+        "the replica knows an epoch with number {theirs}, which this primary's does not exceed: this node \
+         acknowledges nothing until the lease shows which of the two leads"
+    )
 }
 
 /// Said to a replica whose epochs no start of a primary of this history can have led to.

@@ -5,6 +5,7 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 use http_body_util::channel::{Channel, Sender};
 
+use crate::context::{EpochsHeard, LeaseContext, SyncedClock, ToDisk};
 use crate::ends::comes;
 use crate::handshake;
 use crate::log::{Log, LogOptions};
@@ -85,13 +86,27 @@ impl Stream {
 
     /// Joins; the follower has id 2.
     async fn join(
+        primary: (Arc<NodeContext>, Arc<impl StreamSource>, Arc<ReplicaServer>),
+        position: Option<Position>,
+        history: EpochHistory,
+        resume: Option<(Position, PageNo)>,
+    ) -> Stream {
+        primary.2.set(Some(primary.1.clone()));
+        Stream::join_as(2, primary, position, history, resume).await
+    }
+
+    /// Joins a primary, which serves already, or from now on.
+    async fn join_as(
+        id: u128,
         (node, source, replica_server): (Arc<NodeContext>, Arc<impl StreamSource>, Arc<ReplicaServer>),
         position: Option<Position>,
         history: EpochHistory,
         resume: Option<(Position, PageNo)>,
     ) -> Stream {
-        replica_server.set(Some(source));
-        let follower = super::fake::node(2, &SECRET, Role::Replica);
+        if !replica_server.serves() {
+            replica_server.set(Some(source));
+        }
+        let follower = super::fake::node(id, &SECRET, Role::Replica);
         let knock = Knock {
             version: 1,
             cluster: "test".into(),
@@ -138,6 +153,16 @@ impl Stream {
             let kind = self.next().await.unwrap().kind;
             if kind != Kind::Heartbeat {
                 return kind;
+            }
+        }
+    }
+
+    /// What the next heartbeat says.
+    async fn beat(&mut self) -> (Position, Option<u64>) {
+        loop {
+            let unit = self.next().await.unwrap();
+            if let Message::Heartbeat(beat) = unit.decode().unwrap() {
+                return (beat.position, beat.lease_clock);
             }
         }
     }
@@ -343,6 +368,126 @@ async fn a_replica_from_a_newer_epoch_raises_ours_before_its_plan() {
     assert_eq!(stream.node.applied.history().epoch().number(), 8);
 }
 
+/// What came to the disk: a number, and whether the fence was open then.
+type Written = mpsc::UnboundedReceiver<(u64, bool)>;
+
+/// A primary by a lease, in epoch 1, whose numbers go to a disk of the test's.
+fn by_lease() -> (Arc<NodeContext>, Arc<Fake>, Arc<ReplicaServer>, Written) {
+    let (writes, written) = mpsc::unbounded_channel();
+    let fence = Arc::new(std::sync::OnceLock::<std::sync::Weak<NodeContext>>::new());
+    let of = fence.clone();
+    let keep = ToDisk::new(move |number| {
+        let node = of.get().and_then(std::sync::Weak::upgrade);
+        let _ = writes.send((number, node.is_some_and(|node| node.fence.is_open())));
+        Ok(())
+    });
+    let synced = SyncedClock::new(None, Duration::from_secs(10), ToDisk::nowhere());
+    let lease = LeaseContext::leased(synced, EpochsHeard::new(0, keep));
+    let node = super::fake::with_lease(1, &SECRET, Role::Primary, lease);
+    fence.set(Arc::downgrade(&node)).unwrap();
+    let fake = Fake::new(node.clone(), 1);
+    node.fence.set(crate::fence::boot_time() + Duration::from_secs(60));
+    (node.clone(), fake, ReplicaServer::new(node), written)
+}
+
+/// A primary outbid the one that was elected after it, and both went on.
+#[tokio::test(start_paused = true)]
+async fn a_primary_by_a_lease_outbids_no_one_and_acknowledges_nothing_more() {
+    // A later epoch, and ours claimed by another.
+    for (theirs, heard) in [(Epoch::new(7, 7), 7), (Epoch::new(1, 9), 2)] {
+        let (node, fake, replica_server, mut written) = by_lease();
+        fake.commit(1);
+        let told = node.lease.heard.watch();
+        let honest = (node.clone(), fake.clone(), replica_server.clone());
+        let mut honest = Stream::join_as(3, honest, Some(at(1, 0)), history(&[(1, 1)]), None).await;
+        assert_eq!(honest.plan().await, Plan::Log);
+        assert!(node.fence.is_open());
+        let mut knows = history(&[(1, 1)]);
+        if theirs.number() == 1 {
+            knows = EpochHistory::default();
+        }
+        knows.push(crate::txid::EpochStart { epoch: theirs, first: 2, before: at(1, 1).checksum() });
+        let mut stream =
+            Stream::join((node.clone(), fake.clone(), replica_server.clone()), Some(at(1, 1)), knows, None)
+                .await;
+        let said = stream.goodbye().await;
+        assert!(said.contains(&format!("number {}", theirs.number())), "{said}");
+        assert!(said.contains("acknowledges nothing"), "{said}");
+        assert_eq!(node.applied.history().epoch(), Epoch::new(1, 1), "it opens no epoch of its own");
+        assert!(!node.fence.is_open());
+        assert_eq!(written.recv().await, Some((heard, false)), "closed before the disk was waited for");
+        assert!(told.has_changed().unwrap(), "the driver is told");
+        assert!(node.is_superseded());
+
+        // A renewal that was under way opens it no more, and the next epoch does.
+        let until = crate::fence::boot_time() + Duration::from_secs(60);
+        node.acknowledge_until(Epoch::new(1, 1), until);
+        assert!(!node.fence.is_open());
+        // What the other replica says of this epoch counts for nothing.
+        let ack = Ack { applied: Some(at(1, 1)), synced: Some(at(1, 1)), clock: 0 };
+        honest.up.send_data(encoded(&Message::Ack(ack))).await.unwrap();
+        fake.commit(1);
+        while honest.kind().await != Kind::TxnEnd {}
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        assert_eq!(replica_server.replicas()[0].applied, None);
+
+        fake.raise_epoch(heard).unwrap();
+        node.acknowledge_until(Epoch::new(heard + 1, heard + 1), until);
+        assert!(node.fence.is_open() && !node.is_superseded());
+        honest.up.send_data(encoded(&Message::Ack(ack))).await.unwrap();
+        comes("an acknowledgement", || replica_server.replicas()[0].applied.is_some()).await;
+    }
+}
+
+/// One hello that lies must not bring the numbers to their end, nor close the fence.
+#[tokio::test(start_paused = true)]
+async fn a_primary_by_a_lease_does_not_hear_of_epochs_from_nowhere() {
+    for number in [2 + (1 << 32), 1 << 62, crate::txid::NUMBER_MAX] {
+        let (node, fake, replica_server, mut written) = by_lease();
+        let primary = (node.clone(), fake, replica_server);
+        let mut stream = Stream::join(primary, Some(at(1, 0)), history(&[(1, 1), (number, 1)]), None).await;
+        assert!(stream.goodbye().await.contains("too far above"));
+        assert!(!node.hear_aside(number), "nor from a request");
+        assert!(node.fence.is_open() && written.try_recv().is_err() && node.lease.heard.number() == 0);
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_epoch_that_finds_no_disk_closes_the_fence_and_is_said() {
+    let full = || Error::io("write", "heard")(io::Error::other("disk full"));
+    let synced = SyncedClock::new(None, Duration::from_secs(10), ToDisk::nowhere());
+    let lease = LeaseContext::leased(synced, EpochsHeard::new(0, ToDisk::new(move |_| Err(full()))));
+    let node = super::fake::with_lease(1, &SECRET, Role::Primary, lease);
+    let primary = (node.clone(), Fake::new(node.clone(), 1), ReplicaServer::new(node.clone()));
+    let mut stream = Stream::join(primary, Some(at(1, 0)), history(&[(1, 1), (7, 1)]), None).await;
+    assert!(stream.goodbye().await.contains("disk full"));
+    assert!(!node.fence.is_open());
+    assert_eq!(node.lease.heard.number(), 0, "it is not heard");
+}
+
+/// A heartbeat has the clock of the epoch that the replica was told, and of no other.
+#[tokio::test(start_paused = true)]
+async fn a_heartbeat_has_the_lease_clock_of_the_epoch_that_was_told() {
+    let (node, fake, replica_server, _written) = by_lease();
+    let taken = crate::fence::boot_time().saturating_sub(Duration::from_secs(5));
+    let primary = (node.clone(), fake.clone(), replica_server);
+    let mut stream = Stream::join(primary, Some(at(1, 0)), history(&[(1, 1)]), None).await;
+    assert_eq!(stream.plan().await, Plan::Log);
+    assert_eq!(stream.beat().await, (at(1, 0), None), "it took no epoch by a lease");
+    node.lease.clock.take(Epoch::new(1, 1), taken);
+    fake.commit(0);
+    let (position, clock) = stream.beat().await;
+    assert_eq!(position, at(1, 1));
+    assert!((5_000_000..100_000_000).contains(&clock.unwrap()), "{clock:?}");
+    node.lease.clock.take(Epoch::new(2, 2), taken);
+    assert_eq!(stream.beat().await, (at(1, 1), None), "the replica does not know of that epoch");
+    fake.raise_epoch(1).unwrap();
+    fake.commit(0);
+    assert!(stream.beat().await.1.is_some());
+    node.lease.clock.clear();
+    assert_eq!(stream.beat().await.1, None);
+}
+
 #[tokio::test(start_paused = true)]
 async fn a_replica_from_nowhere_is_refused_and_told_what_to_do() {
     for number in [2 + (1 << 32), 1 << 62, crate::txid::NUMBER_MAX] {
@@ -431,7 +576,7 @@ async fn garbage_from_a_replica_ends_its_stream_with_a_reason() {
     flipped[30] ^= 1;
     let mut huge = ack.to_vec();
     huge[..4].copy_from_slice(&u32::MAX.to_le_bytes());
-    let beat = wire::Heartbeat { position: at(1, 1), clock: 0 };
+    let beat = wire::Heartbeat { position: at(1, 1), clock: 0, lease_clock: None };
     let wrong = encoded(&Message::Heartbeat(beat)).to_vec();
     for (bytes, word) in [(flipped, "hash"), (huge, "limit"), (wrong, "Heartbeat")] {
         let mut stream = Stream::join(Stream::start(1), Some(at(1, 0)), history(&[(1, 1)]), None).await;

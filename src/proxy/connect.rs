@@ -45,6 +45,8 @@ pub(super) enum SendError {
     BadBody(BoxError),
     /// Nothing came back in time.
     NoAnswer,
+    /// Another node is the primary since, and nothing came back.
+    Superseded,
     /// The connection broke; the request may have been carried out.
     Broken(BoxError),
 }

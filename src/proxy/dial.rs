@@ -32,6 +32,8 @@ pub(super) enum Protocol {
 pub(super) struct Dialer {
     http1: Client<Connector, Outgoing>,
     http2: Http2,
+    /// After this a request is on a connection, or has failed for want of one.
+    pub(super) connect: Duration,
 }
 
 impl Dialer {
@@ -46,7 +48,7 @@ impl Dialer {
             .retry_canceled_requests(false)
             .set_host(false)
             .build(connector.clone());
-        Dialer { http1, http2: Http2::new(connector.for_http2(), spawn) }
+        Dialer { http1, http2: Http2::new(connector.for_http2(), spawn), connect }
     }
 
     /// Sends a request and waits for the response's head. The body is not touched before a

@@ -38,7 +38,7 @@ impl Outcome {
     pub fn of(error: &Error) -> Option<Outcome> {
         match error {
             Error::NotPrimary { .. } | Error::Busy { .. } | Error::ShutDown => Some(Outcome::NotExecuted),
-            Error::OutcomeUnknown(_) => Some(Outcome::Unknown),
+            Error::OutcomeUnknown { .. } => Some(Outcome::Unknown),
             // What went before in the same handler may have had an effect elsewhere.
             Error::Config(_)
             | Error::WeakSecret(_)
@@ -55,6 +55,7 @@ impl Outcome {
             | Error::Lost { .. }
             | Error::Panicked(_)
             | Error::Migration(_)
+            | Error::OnPromote(_)
             | Error::Sqlite(_)
             | Error::Peer { .. }
             | Error::Corrupt { .. }
@@ -126,7 +127,8 @@ pub enum Reason {
     BadBody,
     /// The primary did not answer in time.
     NoAnswer,
-    /// The connection to the primary broke before it answered.
+    /// The connection to the primary broke before it answered. Or another node became the primary,
+    /// and the one before did not answer within a second.
     Broken,
     /// A node that another node took for the primary is not the primary.
     Misdirected,

@@ -16,7 +16,7 @@ use crate::proxy::failure::{Failure, Outcome, Reason};
 use crate::proxy::head::Head;
 use crate::proxy::headers::{HOP, PRIMARY, strip_answer};
 use crate::proxy::hop::{About, HOPS_MAX, Hint, Hop};
-use crate::proxy::locate::{RequestTarget, find, look, wait};
+use crate::proxy::locate::{RequestTarget, find, look, superseded, wait};
 use crate::proxy::redirect::redirect;
 use crate::proxy::replay_body::Keep;
 use crate::proxy::route::is_safe;
@@ -66,8 +66,8 @@ pub(super) async fn forward(
     if !head.definite {
         return Verdict::Failed(Reason::Ambiguous);
     }
-    let until = Instant::now() + shared.options.hold_timeout;
-    let (next, avoid, rest) = (None, None, None);
+    let until = Instant::now() + shared.hold_timeout();
+    let (next, rest) = (None, None);
     let mut trip = Trip {
         shared,
         head,
@@ -78,16 +78,16 @@ pub(super) async fn forward(
         again: u8::from(repeatable && is_safe(&head.method)),
         broke: false,
         next,
-        avoid,
         pause: PAUSE_FIRST,
         rest,
+        unreachable: false,
+        disputed: false,
     };
     loop {
         let on_its_way = shared.node.forward();
-        let target = trip.next.take().or_else(|| look(shared, trip.avoid.as_ref()));
-        let Some(target) = target else {
+        let Some(target) = trip.target() else {
             drop(on_its_way);
-            if let Err(reason) = find(shared, until, trip.avoid.as_ref()).await {
+            if let Err(reason) = find(shared, until).await {
                 return trip.failed_by(reason);
             }
             continue;
@@ -109,10 +109,12 @@ pub(super) async fn forward(
             return verdict;
         }
         drop(on_its_way);
-        if let Some(pause) = trip.rest.take()
-            && let Err(reason) = wait(shared, until, pause).await
-        {
-            return trip.failed_by(reason);
+        if let Some((pause, reason)) = trip.rest.take() {
+            match wait(shared, until, pause).await {
+                Ok(true) => {}
+                Ok(false) => return trip.failed_by(reason),
+                Err(too_many) => return trip.failed_by(too_many),
+            }
         }
     }
 }
@@ -131,19 +133,29 @@ struct Trip<'a> {
     again: u8,
     /// A connection broke while it may have run.
     broke: bool,
-    /// Where to go next, if that is known already.
+    /// Where another node said to go.
     next: Option<RequestTarget>,
-    /// Who said that it is not the primary, without knowing better.
-    avoid: Option<RequestTarget>,
     /// How long the next pause is.
     pause: Duration,
-    /// A pause that is due.
-    rest: Option<Duration>,
+    /// A pause that is due, and what is said when it is the last one.
+    rest: Option<(Duration, Reason)>,
+    /// It was reported that the primary can't be reached.
+    unreachable: bool,
+    /// It was reported that two nodes disagree on the primary.
+    disputed: bool,
 }
 
 type Step = ControlFlow<Verdict>;
 
 impl Trip<'_> {
+    /// Where to go: where another node said, until this one itself knows as new a primary.
+    fn target(&mut self) -> Option<RequestTarget> {
+        match (self.next.take(), look(self.shared)) {
+            (Some(hinted), Some(known)) if !known.is_as_new_as(&hinted) => Some(hinted),
+            (hinted, known) => known.or(hinted),
+        }
+    }
+
     async fn visit(&mut self, target: RequestTarget) -> Step {
         let shared = self.shared;
         let (url, hop) = match &target {
@@ -159,7 +171,13 @@ impl Trip<'_> {
         };
         let (idle, answer) = (shared.options.idle_timeout, shared.options.response_timeout);
         let http2 = self.head.protocol != Protocol::Http1 && !self.http1;
-        let response = match shared.dialer.send(request, http2, &self.body, idle, answer).await {
+        let sent = shared.dialer.send(request, http2, &self.body, idle, answer);
+        let sent = tokio::select! {
+            biased;
+            sent = sent => sent,
+            () = superseded(shared, &target) => Err(SendError::Superseded),
+        };
+        let response = match sent {
             Ok(response) => response,
             Err(error) => return self.failed(target, error),
         };
@@ -183,22 +201,40 @@ impl Trip<'_> {
         Hop { count: self.hops, from: self.shared.node.me.node, epoch }.text(about)
     }
 
-    /// The node that was asked is not the primary, and has not read the body.
+    /// The node that was asked does not lead, or not any more, and has done nothing.
     fn misdirected(&mut self, asked: RequestTarget, epoch: Epoch, hint: Hint) -> Step {
+        let shared = self.shared;
+        // The epoch in which this node is about to lead is its own.
+        let here = !hint.url.is_empty() && hint.url == shared.node.me.addresses.app;
+        if !here {
+            shared.node.hear_aside(hint.epoch.number());
+        }
+        if hint.url.is_empty() || here {
+            // It knows no better, or is about to lead itself; or this node is.
+            self.rest(Reason::NoPrimary);
+            return self.retry(asked, Reason::BodyTooLarge);
+        }
         if self.hops == HOPS_MAX {
             return self.fail(Reason::Loop);
         }
-        if hint.url.is_empty() {
-            // It knows no better: held until this node does.
-            self.avoid = Some(asked);
-        } else if hint.epoch.number() > epoch.number() {
-            self.next = Some(RequestTarget::There { url: hint.url, epoch: hint.epoch, incarnation: None });
-        } else {
-            self.shared.node.report(Condition::PrimaryDisputed { asked: &asked, hint: &hint });
-            return self.fail(Reason::Loop);
+        if hint.epoch.number() > epoch.number() {
+            self.hops += 1;
+            self.next = Some(RequestTarget::There { url: hint.url, epoch: hint.epoch, run: None });
+            return self.recall(Reason::BodyTooLarge);
         }
-        self.hops += 1;
-        self.recall(Reason::BodyTooLarge)
+        // One of the two nodes has not heard yet who leads.
+        if !self.disputed {
+            shared.node.report(Condition::PrimaryDisputed { asked: &asked, hint: &hint });
+            self.disputed = true;
+        }
+        self.rest(Reason::Loop);
+        self.retry(asked, Reason::BodyTooLarge)
+    }
+
+    /// A pause before the next try.
+    fn rest(&mut self, reason: Reason) {
+        self.rest = Some((self.pause, reason));
+        self.pause = (self.pause * 2).min(PAUSE_MAX);
     }
 
     fn failed(&mut self, target: RequestTarget, error: SendError) -> Step {
@@ -218,13 +254,13 @@ impl Trip<'_> {
                 self.retry(target, Reason::Unreachable)
             }
             SendError::NotBegun(error) | SendError::NoHttp2(error) | SendError::Unreachable(error) => {
-                if self.pause == PAUSE_FIRST {
+                if !self.unreachable {
                     let unreachable = Condition::PrimaryUnreachable { error: &*error, target: &target };
                     self.shared.node.report(unreachable);
+                    self.unreachable = true;
                 }
                 self.http1 = false;
-                self.rest = Some(self.pause);
-                self.pause = (self.pause * 2).min(PAUSE_MAX);
+                self.rest(Reason::Unreachable);
                 self.retry(target, Reason::Unreachable)
             }
             SendError::BadHost => self.fail(Reason::Ambiguous),
@@ -238,23 +274,31 @@ impl Trip<'_> {
                 self.shared.node.report(Condition::PrimarySilent { target: &target });
                 self.fail(Reason::NoAnswer)
             }
+            SendError::Superseded => {
+                self.shared.node.report(Condition::PrimarySuperseded { target: &target });
+                self.break_off(target)
+            }
             SendError::Broken(error) => {
                 self.shared.node.report(Condition::PrimaryBroke { error: &*error, target: &target });
-                self.broke = true;
-                if self.again == 0 {
-                    return self.fail(Reason::Broken);
-                }
-                self.again -= 1;
-                self.retry(target, Reason::Broken)
+                self.break_off(target)
             }
         }
     }
 
-    /// Another try. It looks up again where to, because the primary may have said meanwhile that it
-    /// takes no more. It keeps an address that another node gave.
+    /// What may have run is sent again only where that changes nothing.
+    fn break_off(&mut self, target: RequestTarget) -> Step {
+        self.broke = true;
+        if self.again == 0 {
+            return self.fail(Reason::Broken);
+        }
+        self.again -= 1;
+        self.retry(target, Reason::Broken)
+    }
+
+    /// Another try. It looks up again where to, because another node may lead by then, or the
+    /// primary has said that it takes no more. It keeps an address that another node gave.
     fn retry(&mut self, target: RequestTarget, or: Reason) -> Step {
-        self.next =
-            Some(target).filter(|target| matches!(target, RequestTarget::There { incarnation: None, .. }));
+        self.next = Some(target).filter(|to| matches!(to, RequestTarget::There { run: None, .. }));
         self.recall(or)
     }
 

@@ -16,15 +16,16 @@ use pin_project_lite::pin_project;
 use tokio::task::futures::TaskLocalFuture;
 use tower::Service;
 
+use crate::context::Counting;
 #[cfg(feature = "axum")]
 use crate::proxy::BoxError;
 use crate::proxy::body::MadeBody;
 use crate::proxy::failure::Reason;
 use crate::proxy::forward::Verdict;
 use crate::proxy::head::Head;
-use crate::proxy::plan::Need;
+use crate::proxy::plan::{Need, misdirected};
 use crate::proxy::replay_body::Keep;
-use crate::proxy::reply::{set_outcome, set_token};
+use crate::proxy::reply::{complete, counting};
 use crate::proxy::shared::{LayerShared, failure};
 use crate::proxy::wait::prepare;
 use crate::session::Session;
@@ -44,6 +45,8 @@ pin_project! {
     }
 }
 
+const POLLED_AGAIN: &str = "a future must not be polled after it is done";
+
 type Preparing = Pin<Box<dyn Future<Output = Verdict> + Send>>;
 
 pin_project! {
@@ -54,6 +57,7 @@ pin_project! {
     {
         Untouched { #[pin] future: S::Future },
         Local { #[pin] future: TaskLocalFuture<Session, S::Future>, run: LocalRun },
+        Counting { counting: Counting, answered: Option<Answered<S::Response>> },
         Prepare { preparing: Preparing, resume: Option<Resume<S, B>> },
         Done { answer: Option<Response<MadeBody>> },
     }
@@ -65,6 +69,17 @@ pub(super) struct LocalRun {
     pub(super) secure: bool,
     /// What is needed to send it to the primary after all; no body when it has none.
     pub(super) replay: Option<(Arc<Head>, Option<Keep>)>,
+    /// This node was the primary when it began.
+    pub(super) led: bool,
+    /// The hop that it came by from another node.
+    pub(super) hop: Option<String>,
+}
+
+/// A handler's response, which waits for its token.
+struct Answered<R> {
+    response: R,
+    session: Session,
+    secure: bool,
 }
 
 /// A request that may run here later.
@@ -168,15 +183,32 @@ where
                     return Poll::Ready(Ok(response.map(local)));
                 }
                 StateProj::Local { future, run } => {
-                    let mut response = ready!(future.poll(cx))?;
+                    let response = ready!(future.poll(cx))?;
                     match replay(this.shared, run) {
                         Some(next) => next,
                         None => {
-                            set_outcome(&run.session, response.status(), response.headers_mut());
-                            set_token(this.shared, &run.session, run.secure, response.headers_mut());
-                            return Poll::Ready(Ok(response.map(local)));
+                            // What a spawned task still reads of the body is not kept for it.
+                            if let Some((_, Some(keep))) = &run.replay {
+                                keep.release();
+                            }
+                            let (session, secure) = (run.session.clone(), run.secure);
+                            let answered = Answered { response, session, secure };
+                            match counting(this.shared) {
+                                None => {
+                                    let response = answered.complete(this.shared, true);
+                                    return Poll::Ready(Ok(response.map(local)));
+                                }
+                                Some(counting) => {
+                                    FutureState::Counting { counting, answered: Some(answered) }
+                                }
+                            }
                         }
                     }
+                }
+                StateProj::Counting { counting, answered } => {
+                    let counted = ready!(counting.as_mut().poll(cx));
+                    let answered = answered.take().expect(POLLED_AGAIN);
+                    return Poll::Ready(Ok(answered.complete(this.shared, counted).map(local)));
                 }
                 StateProj::Prepare { preparing, resume } => {
                     let verdict = ready!(preparing.as_mut().poll(cx));
@@ -191,7 +223,7 @@ where
                         (Verdict::Failed(reason), _) => {
                             FutureState::Done { answer: Some(failure(this.shared, reason)) }
                         }
-                        (Verdict::Here(body), Some(resume)) => resume.run(body),
+                        (Verdict::Here(body), Some(resume)) => resume.run(this.shared, body),
                         // The handler ran here already, and this node has become the primary since.
                         (Verdict::Here(_), None) => {
                             FutureState::Done { answer: Some(failure(this.shared, Reason::NoPrimary)) }
@@ -199,7 +231,7 @@ where
                     }
                 }
                 StateProj::Done { answer } => {
-                    let answer = answer.take().expect("a future must not be polled after it is done");
+                    let answer = answer.take().expect(POLLED_AGAIN);
                     return Poll::Ready(Ok(answer.map(own)));
                 }
             };
@@ -208,8 +240,17 @@ where
     }
 }
 
-/// The way to the primary for a request whose handler needed it. None when something was committed
-/// here, or may have been, and when another database's layer has sent the request somewhere.
+impl<B> Answered<Response<B>> {
+    fn complete(mut self, shared: &LayerShared, counted: bool) -> Response<B> {
+        let (status, headers) = (self.response.status(), self.response.headers_mut());
+        complete(shared, &self.session, self.secure, counted, status, headers);
+        self.response
+    }
+}
+
+/// The way to the primary for a request whose handler needed it: on a replica, or on a primary
+/// whose lease ended meanwhile. None when something was committed here, or may have been, and when
+/// another database's layer has sent the request somewhere.
 fn replay<S, B>(shared: &Arc<LayerShared>, run: &mut LocalRun) -> Option<FutureState<S, B>>
 where
     S: Service<Request<B>>,
@@ -221,6 +262,14 @@ where
         || session.sent()
     {
         return None;
+    }
+    // What a primary's handler says it needs is what it has, unless the lease has ended.
+    if run.led && shared.node.leads() {
+        return None;
+    }
+    if let Some(hop) = run.hop.take() {
+        // The node that sent it has kept the body.
+        return Some(FutureState::Done { answer: Some(misdirected(shared, &hop)) });
     }
     let (head, keep) = run.replay.take()?;
     let body = match keep {
@@ -236,13 +285,14 @@ where
 }
 
 impl<S, B> Resume<S, B> {
-    fn run(self, body: Keep) -> FutureState<S, B>
+    fn run(self, shared: &LayerShared, body: Keep) -> FutureState<S, B>
     where
         S: Service<Request<B>>,
     {
         let replay = self.replay.map(|head| (head, Some(body.clone())));
-        let run = LocalRun { session: self.session, secure: self.secure, replay };
-        FutureState::local(self.service, self.parts, (self.body)(body), run)
+        let Resume { service, parts, session, secure, .. } = self;
+        let run = LocalRun { session, secure, replay, led: shared.node.leads(), hop: None };
+        FutureState::local(service, parts, (self.body)(body), run)
     }
 }
 

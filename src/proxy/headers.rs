@@ -15,6 +15,8 @@ use hyper::ext::Protocol;
 pub(crate) const TOKEN: HeaderName = HeaderName::from_static("replite-token");
 /// What is known about a request that failed: `not-executed` or `unknown`.
 pub(crate) const OUTCOME: HeaderName = HeaderName::from_static("replite-outcome");
+/// On responses: the request's token, if its transaction was lost with its branch.
+pub(super) const LOST: HeaderName = HeaderName::from_static("replite-lost");
 /// The proof that a request comes from another node.
 pub(super) const HOP: HeaderName = HeaderName::from_static("replite-hop");
 /// In a 421: who the primary is.

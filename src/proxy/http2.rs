@@ -16,7 +16,7 @@ use tokio::time::Instant;
 use tower::Service;
 
 use crate::proxy::connect::{Connector, Outgoing, POOL_IDLE_SECONDS, SendError, Spawn};
-use crate::proxy::preface::Shown;
+use crate::proxy::preface::Spoken;
 
 /// How often a connection with requests on it is pinged.
 const PING_INTERVAL: Duration = Duration::from_secs(10);
@@ -36,7 +36,7 @@ pub(super) struct Http2 {
 struct OpenConnection {
     to: Authority,
     way: SendRequest<Outgoing>,
-    shown: Shown,
+    shown: Spoken,
     used: Instant,
 }
 
@@ -70,7 +70,7 @@ impl Http2 {
 
     /// A way onto the connection, which is opened if need be. Its server has shown that it speaks
     /// HTTP/2.
-    async fn way(&self, to: Authority) -> Result<(SendRequest<Outgoing>, Shown), SendError> {
+    async fn way(&self, to: Authority) -> Result<(SendRequest<Outgoing>, Spoken), SendError> {
         let mut open = self.open.lock().await;
         if let Some(open) = &mut *open
             && open.to == to
@@ -126,7 +126,7 @@ fn name<B>(request: &mut Request<B>) -> Result<Authority, SendError> {
 ///
 /// A node that goes away says first that it does, and later which request was the last. An error
 /// between the two tells nothing of a request that was put on the connection in that moment.
-fn was_not_begun(error: &hyper::Error, shown: &Shown) -> bool {
+fn was_not_begun(error: &hyper::Error, shown: &Spoken) -> bool {
     if error.is_canceled() {
         return true;
     }

@@ -101,7 +101,7 @@ impl ReplayLayer {
             forwarding: Forwarding::Proxy,
             http2: false,
             budget: Budget::new(BUFFER_REQUEST_BYTES, BUFFER_PROCESS_BYTES),
-            hold_timeout: Duration::from_secs(5),
+            hold_timeout: None,
             held_max: HELD_MAX,
             wait_timeout: Duration::from_secs(2),
             response_timeout: Duration::from_secs(30),
@@ -198,10 +198,12 @@ impl ReplayLayer {
         self.with(|o| o.budget = Budget::new(request, process))
     }
 
-    /// For how long a request waits while there is no primary, or no way to it (5 s). The layer
-    /// sends again only what the primary has not begun.
+    /// For how long a request waits while there is no primary, or no way to it. If not set, that is
+    /// 5 s where the primary is fixed, and 3 s more than the lease time where it is elected. The
+    /// layer sends again only what no primary has begun. The client, and each proxy on the way, has
+    /// to wait for longer than that.
     pub fn hold_timeout(self, limit: Duration) -> Self {
-        self.with(|o| o.hold_timeout = limit)
+        self.with(|o| o.hold_timeout = Some(limit))
     }
 
     /// How many requests may wait in this way at one time (1024). The layer answers 503 to more.

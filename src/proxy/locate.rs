@@ -5,11 +5,18 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use crate::peer::Incarnation;
+use crate::peer::{Incarnation, NodeId};
 use crate::proxy::failure::Reason;
 use crate::proxy::shared::LayerShared;
-use crate::status::{Role, RoleState};
+use crate::status::{PeerInfo, Role, RoleState};
 use crate::txid::Epoch;
+
+/// How often a node whose lease has ended looks whether it was renewed after all: no change of the
+/// role says so.
+const RENEWED_LOOK: Duration = Duration::from_millis(20);
+
+/// How long a primary that was followed by another one may still take to answer.
+const LAST_WORD: Duration = Duration::from_secs(1);
 
 /// Where the primary is.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -21,64 +28,108 @@ pub(super) enum RequestTarget {
         url: String,
         /// The newest epoch known when that was learnt.
         epoch: Epoch,
-        /// The process that is the primary; none where the address is what another node said. One
-        /// that starts again is another one.
-        incarnation: Option<Incarnation>,
+        /// Which run of which node that is; none when the address is what another node said.
+        run: Option<(NodeId, Incarnation)>,
     },
 }
 
-/// Waits until there is a primary, at most until the instant. A target to avoid counts as none: it
-/// has said that it is not the primary.
-pub(super) async fn find(
-    shared: &LayerShared,
-    until: Instant,
-    avoid: Option<&RequestTarget>,
-) -> Result<(), Reason> {
-    if look(shared, avoid).is_some() {
+impl RequestTarget {
+    /// Whether this is known of an epoch that is not older than that of the other.
+    pub(super) fn is_as_new_as(&self, other: &RequestTarget) -> bool {
+        match (self, other) {
+            (RequestTarget::There { epoch, .. }, RequestTarget::There { epoch: other, .. }) => {
+                epoch.number() >= other.number()
+            }
+            (RequestTarget::Here, _) => true,
+            (_, RequestTarget::Here) => false,
+        }
+    }
+
+    /// Whether another node, or another run of that one, is the primary since.
+    fn is_over(&self, state: &RoleState) -> bool {
+        let RequestTarget::There { url, epoch, run } = self else { return false };
+        state.epoch.number() > epoch.number()
+            && state.primary.as_ref().is_some_and(|primary| match run {
+                Some(run) => (primary.node, primary.incarnation) != *run,
+                None => primary.addresses.app != *url,
+            })
+    }
+}
+
+/// Waits until there is a primary, at most until the instant.
+pub(super) async fn find(shared: &LayerShared, until: Instant) -> Result<(), Reason> {
+    if look(shared).is_some() {
         return Ok(());
     }
     let _held = Held::enter(&shared.held, shared.options.held_max).ok_or(Reason::TooManyHeld)?;
     let mut roles = shared.node.roles.subscribe();
-    let mut found = false;
-    let seen = roles.wait_for(|state| {
-        found = look_in(state, shared, avoid).is_some();
-        found || state.role == Role::Stopped
-    });
-    tokio::select! {
-        _ = tokio::time::timeout_at(until, seen) => {}
-        // A request that is held was sent to no node: its client can safely try another one.
-        () = shared.node.drain.cancelled() => {}
+    loop {
+        let role = {
+            let state = roles.borrow_and_update();
+            if look_in(&state, shared).is_some() {
+                return Ok(());
+            }
+            state.role
+        };
+        if role == Role::Stopped || Instant::now() >= until {
+            return Err(Reason::NoPrimary);
+        }
+        let again = if role == Role::Primary { until.min(Instant::now() + RENEWED_LOOK) } else { until };
+        tokio::select! {
+            // The sender is the node's own.
+            _ = roles.changed() => {}
+            () = tokio::time::sleep_until(again) => {}
+            // A request that is held was sent to no node: its client can safely try another one.
+            () = shared.node.drain.cancelled() => return Err(Reason::NoPrimary),
+        }
     }
-    if found { Ok(()) } else { Err(Reason::NoPrimary) }
 }
 
-/// Waits before the next try of a primary that could not be reached: less when something else is
-/// heard of it.
-pub(super) async fn wait(shared: &LayerShared, until: Instant, pause: Duration) -> Result<(), Reason> {
+/// Waits before the next try of a node that could not be reached, or that does not lead: less when
+/// something else is heard of the primary. Returns whether there is time for one.
+pub(super) async fn wait(shared: &LayerShared, until: Instant, pause: Duration) -> Result<bool, Reason> {
     let _held = Held::enter(&shared.held, shared.options.held_max).ok_or(Reason::TooManyHeld)?;
     let mut roles = shared.node.roles.subscribe();
     tokio::select! {
         () = tokio::time::sleep_until(until.min(Instant::now() + pause)) => {}
         // The sender is the node's own.
         _ = roles.changed() => {}
-        () = shared.node.drain.cancelled() => return Err(Reason::Unreachable),
+        () = shared.node.drain.cancelled() => return Ok(false),
     }
-    if Instant::now() < until { Ok(()) } else { Err(Reason::Unreachable) }
+    Ok(Instant::now() < until)
+}
+
+/// Returns when another primary has followed the one that is being asked, which has had some time
+/// to answer since. Until a connection stands it is certain that the request was not begun: that
+/// is not cut short.
+pub(super) async fn superseded(shared: &LayerShared, asked: &RequestTarget) {
+    let mut roles = shared.node.roles.subscribe();
+    let is_over = async {
+        // The sender is the node's own.
+        drop(roles.wait_for(|state| asked.is_over(state)).await);
+    };
+    tokio::join!(is_over, tokio::time::sleep(shared.dialer.connect));
+    tokio::time::sleep(LAST_WORD).await;
 }
 
 /// The primary, as far as it is known.
-pub(super) fn look(shared: &LayerShared, avoid: Option<&RequestTarget>) -> Option<RequestTarget> {
-    look_in(&shared.node.roles.borrow(), shared, avoid)
+pub(super) fn look(shared: &LayerShared) -> Option<RequestTarget> {
+    look_in(&shared.node.roles.borrow(), shared)
 }
 
-fn look_in(state: &RoleState, shared: &LayerShared, avoid: Option<&RequestTarget>) -> Option<RequestTarget> {
-    if state.role == Role::Primary {
+fn look_in(state: &RoleState, shared: &LayerShared) -> Option<RequestTarget> {
+    // One whose lease has ended leads no more, though its role has not changed yet.
+    if state.role == Role::Primary && shared.node.fence.is_open() {
         return Some(RequestTarget::Here);
     }
-    let primary = state.primary.as_ref().filter(|p| p.node != shared.node.me.node)?;
-    let (url, incarnation) = (primary.addresses.app.clone(), Some(primary.incarnation));
-    let there = RequestTarget::There { url, epoch: state.epoch, incarnation };
-    (avoid != Some(&there)).then_some(there)
+    let primary = other_primary(state, shared)?;
+    let (url, run) = (primary.addresses.app.clone(), Some((primary.node, primary.incarnation)));
+    Some(RequestTarget::There { url, epoch: state.epoch, run })
+}
+
+/// The primary, if that is another node.
+pub(super) fn other_primary<'a>(state: &'a RoleState, shared: &LayerShared) -> Option<&'a PeerInfo> {
+    state.primary.as_ref().filter(|primary| primary.node != shared.node.me.node)
 }
 
 /// A place among the requests that are held.

@@ -10,9 +10,9 @@ use crate::proxy::failure::{Failure, Reason};
 use crate::proxy::head::target;
 use crate::proxy::headers::{self, HOP, PRIMARY};
 use crate::proxy::hop::{About, Came, HOPS_MAX, Hint, Hop};
+use crate::proxy::locate::other_primary;
 use crate::proxy::route::Route;
 use crate::proxy::shared::{LayerShared, Upgrades, failure};
-use crate::status::Role;
 use crate::token::Token;
 use crate::txid::{Place, Txid};
 
@@ -22,8 +22,8 @@ pub(super) enum RequestPlan {
     Answered(Box<Response<MadeBody>>),
     /// It runs here; whether it may have to be replayed.
     Local { replay: bool },
-    /// It runs here, for another node.
-    Hop,
+    /// It runs here, for another node, which sent this hop.
+    Hop(String),
     /// Something is needed first.
     Prepare(Need),
 }
@@ -45,16 +45,19 @@ pub(super) fn plan(shared: &LayerShared, parts: &mut Parts) -> (RequestPlan, Opt
     }
     headers::strip_reserved(&mut parts.headers);
     let options = &shared.options;
-    let primary = shared.node.roles.borrow().role == Role::Primary;
+    let leads = shared.node.leads();
     if let Some(Came(value)) = parts.extensions.get::<Came>()
         && let Some((hop, text)) = verified(shared, parts, value)
     {
         if hop.from == shared.node.me.node || hop.count > HOPS_MAX {
             return (answer(shared, Reason::Loop), None);
         }
-        if !primary {
-            return (misdirected(shared, text), None);
+        // A request that comes from a later epoch is not for the primary of this one. Only a node
+        // that leads hears of it: one that is about to lead in that epoch has taken it itself.
+        if !leads || shared.node.hear_aside(hop.epoch.number()) {
+            return (RequestPlan::Answered(Box::new(misdirected(shared, text))), None);
         }
+        let text = text.to_owned();
         // The app sees the same on every node, however it was asked.
         if !parts.headers.contains_key(HOST)
             && let Some(host) =
@@ -62,18 +65,24 @@ pub(super) fn plan(shared: &LayerShared, parts: &mut Parts) -> (RequestPlan, Opt
         {
             parts.headers.insert(HOST, host);
         }
-        return (RequestPlan::Hop, request_token(shared, parts));
+        return (RequestPlan::Hop(text), request_token(shared, parts));
     }
     let upgrade = headers::upgrade(parts, &options.protocols).is_some();
     if parts.method == Method::CONNECT && !upgrade {
         return (answer(shared, Reason::Method), None);
     }
     let token = request_token(shared, parts);
-    if primary {
+    // With the token of a later epoch another node leads already, or this one's history was
+    // restored. The election finds out which; the request waits.
+    let leads =
+        leads && !token.as_ref().is_some_and(|token| shared.node.hear_aside(token.txid().epoch().number()));
+    if leads && shared.node.lease.fixed {
         return (RequestPlan::Local { replay: false }, token);
     }
     let plan = match options.route(parts) {
         Route::Local => RequestPlan::Local { replay: false },
+        // When the lease ends before the handler's first write, the next primary has the request.
+        _ if leads => RequestPlan::Local { replay: true },
         _ if upgrade && options.upgrades == Upgrades::Refuse => answer(shared, Reason::Upgrade),
         Route::Primary => RequestPlan::Prepare(Need::Primary),
         Route::LocalThenReplay if upgrade && options.upgrades == Upgrades::Primary => {
@@ -103,11 +112,11 @@ fn verified<'a>(shared: &LayerShared, parts: &Parts, value: &'a HeaderValue) -> 
     hop.zip(value.to_str().ok())
 }
 
-/// Tells another node who the primary is, before a byte of the body is read.
-fn misdirected(shared: &LayerShared, hop: &str) -> RequestPlan {
+/// Tells another node who the primary is.
+pub(super) fn misdirected(shared: &LayerShared, hop: &str) -> Response<MadeBody> {
     let hint = {
         let state = shared.node.roles.borrow();
-        let url = state.primary.as_ref().filter(|p| p.node != shared.node.me.node);
+        let url = other_primary(&state, shared);
         Hint { epoch: state.epoch, url: url.map_or_else(String::new, |p| p.addresses.app.clone()) }
     };
     // Not through the app's own failure responses: this one is for a node.
@@ -116,7 +125,7 @@ fn misdirected(shared: &LayerShared, hop: &str) -> RequestPlan {
     if let Some(value) = hint.value(&shared.node.keys, hop) {
         response.headers_mut().insert(PRIMARY, value);
     }
-    RequestPlan::Answered(Box::new(response))
+    response
 }
 
 /// The newest valid token of the request's headers and cookies. Numbers of two branches say nothing

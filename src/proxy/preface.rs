@@ -26,14 +26,14 @@ const STREAM_MAX: u32 = (1 << 31) - 1;
 
 /// What a connection's server has shown.
 #[derive(Clone, Debug)]
-pub(super) struct Shown {
+pub(super) struct Spoken {
     /// Whether it speaks HTTP/2, once that is known.
     speaks: watch::Receiver<Option<bool>>,
     /// The last stream of its last word that it goes away.
     last: Arc<AtomicU32>,
 }
 
-impl Shown {
+impl Spoken {
     /// Waits until it is known whether the server speaks HTTP/2. None when the connection broke
     /// before.
     pub(super) async fn speaks(&mut self) -> Option<bool> {
@@ -49,20 +49,20 @@ impl Shown {
 /// A connection whose server's frames are looked at, if it is for HTTP/2.
 pub(super) struct WatchedIo {
     stream: TcpStream,
-    shown: Shown,
+    shown: Spoken,
     frames: Option<Frames>,
 }
 
 impl WatchedIo {
     pub(super) fn new(stream: TcpStream, http2: bool) -> WatchedIo {
         let (speaks, known) = watch::channel(None);
-        let shown = Shown { speaks: known, last: Arc::new(AtomicU32::new(STREAM_MAX)) };
+        let shown = Spoken { speaks: known, last: Arc::new(AtomicU32::new(STREAM_MAX)) };
         let frames =
             http2.then(|| Frames { speaks, last: shown.last.clone(), head: [0; _], read: 0, left: 0 });
         WatchedIo { stream, shown, frames }
     }
 
-    pub(super) fn shown(&self) -> Shown {
+    pub(super) fn shown(&self) -> Spoken {
         self.shown.clone()
     }
 }
@@ -175,9 +175,9 @@ impl Connection for WatchedIo {
 mod tests {
     use super::*;
 
-    fn frames() -> (Frames, Shown) {
+    fn frames() -> (Frames, Spoken) {
         let (speaks, known) = watch::channel(None);
-        let shown = Shown { speaks: known, last: Arc::new(AtomicU32::new(STREAM_MAX)) };
+        let shown = Spoken { speaks: known, last: Arc::new(AtomicU32::new(STREAM_MAX)) };
         (Frames { speaks, last: shown.last.clone(), head: [0; _], read: 0, left: 0 }, shown)
     }
 

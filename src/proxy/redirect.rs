@@ -9,6 +9,7 @@ use crate::proxy::body::MadeBody;
 use crate::proxy::failure::Outcome;
 use crate::proxy::head::Head;
 use crate::proxy::headers::OUTCOME;
+use crate::proxy::locate::other_primary;
 use crate::proxy::replay_body::Keep;
 use crate::proxy::shared::{Forwarding, LayerShared};
 use crate::status::PeerInfo;
@@ -23,7 +24,7 @@ const FLY_REPLAY_SRC: HeaderName = HeaderName::from_static("fly-replay-src");
 
 /// The response that sends the request past this node, if it can go that way; else it is forwarded.
 pub(super) fn redirect(shared: &LayerShared, head: &Head, body: &Keep) -> Option<Response<MadeBody>> {
-    let primary = || shared.node.roles.borrow().primary.clone();
+    let primary = || other_primary(&shared.node.roles.borrow(), shared).cloned();
     let mut response = match shared.options.forwarding {
         Forwarding::Proxy => return None,
         // A browser's WebSocket does not follow a redirect.

@@ -3,15 +3,40 @@
 use http::header::CACHE_CONTROL;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 
+use crate::context::Counting;
 use crate::proxy::failure::Outcome;
-use crate::proxy::headers::{OUTCOME, TOKEN, add_cookie};
+use crate::proxy::headers::{LOST, OUTCOME, TOKEN, add_cookie};
 use crate::proxy::shared::{Cookie, LayerShared, SameSite, SessionTokens};
 use crate::session::Session;
 use crate::token::Token;
-use crate::txid::Place;
+use crate::txid::{Place, Txid};
+
+/// What has to be waited for before the token of a response can name all that its handler may have
+/// read: what the handler has just read may not be counted yet.
+pub(super) fn counting(shared: &LayerShared) -> Option<Counting> {
+    if shared.options.session != SessionTokens::Monotonic || shared.node.is_fenced() {
+        return None;
+    }
+    shared.node.counting()
+}
+
+/// Puts on a local handler's response what its session says. `counted` is false when the node can't
+/// name what was read.
+pub(super) fn complete(
+    shared: &LayerShared,
+    session: &Session,
+    secure: bool,
+    counted: bool,
+    status: StatusCode,
+    headers: &mut HeaderMap,
+) {
+    set_outcome(session, status, headers);
+    set_lost(session, headers);
+    set_token(shared, session, secure, counted, headers);
+}
 
 /// Says of a response that tells of a failure what is known of the outcome.
-pub(super) fn set_outcome(session: &Session, status: StatusCode, headers: &mut HeaderMap) {
+fn set_outcome(session: &Session, status: StatusCode, headers: &mut HeaderMap) {
     let unknown = session.outcome_unknown();
     let says_not = headers.get(OUTCOME).is_some_and(|o| o == Outcome::NotExecuted.as_str());
     // An error's response can't know what was committed before it, to this or another database:
@@ -21,12 +46,31 @@ pub(super) fn set_outcome(session: &Session, status: StatusCode, headers: &mut H
     }
 }
 
+/// Says that the request's token counted as absent, because its transaction was lost.
+fn set_lost(session: &Session, headers: &mut HeaderMap) {
+    if let Some(value) = session.lost_token().and_then(|lost| HeaderValue::from_str(lost.as_str()).ok())
+        && !headers.get_all(LOST).iter().any(|said| *said == value)
+    {
+        // Beside those of other databases.
+        headers.append(LOST, value);
+    }
+}
+
+/// The newest transaction that a read here may have seen, if it may be told. After the lease has
+/// ended it may not: no other node may ever have it. The same holds for a write that can't be
+/// vouched for, and what comes after it.
+fn read(shared: &LayerShared, session: &Session) -> Option<Txid> {
+    let at = shared.node.applied.position()?;
+    // Looked at last: what was here before the lease ended is no more than what was sent to others.
+    (!shared.node.is_fenced() && !session.outcome_unknown()).then(|| at.txid())
+}
+
 /// Sets the token of what the request committed, waited for, or read.
-pub(super) fn set_token(shared: &LayerShared, session: &Session, secure: bool, headers: &mut HeaderMap) {
+fn set_token(shared: &LayerShared, session: &Session, secure: bool, counted: bool, headers: &mut HeaderMap) {
     let committed = session.committed();
     let newest = match shared.options.session {
-        SessionTokens::Writes => session.seen(),
-        SessionTokens::Monotonic => session.seen().max(shared.node.applied.position().map(|p| p.txid())),
+        SessionTokens::Monotonic if counted => session.seen().max(read(shared, session)),
+        SessionTokens::Monotonic | SessionTokens::Writes => session.seen(),
     };
     let Some(newest) = newest else { return };
     let place = |txid| shared.node.applied.place(txid);

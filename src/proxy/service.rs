@@ -134,21 +134,23 @@ impl<S> ReplayService<S> {
                 } else {
                     (None, hand(ReplayRequestBody::plain(body)))
                 };
-                let run = LocalRun { session, secure, replay: head.map(|head| (head, keep)) };
+                let replay = head.map(|head| (head, keep));
+                let run = LocalRun { session, secure, replay, led: shared.node.leads(), hop: None };
                 ResponseFuture::local(shared.clone(), service, parts, body, run)
             }
-            RequestPlan::Hop => {
+            RequestPlan::Hop(hop) => {
                 let body = if body.is_end_stream() {
                     ReplayRequestBody::plain(body)
                 } else {
                     ReplayRequestBody::to_its_end(Keep::new(body, &shared.options.budget))
                 };
-                let run = LocalRun { session, secure, replay: None };
+                let run = LocalRun { session, secure, replay: None, led: true, hop: Some(hop) };
                 ResponseFuture::local(shared.clone(), service, parts, hand(body), run)
             }
             RequestPlan::Prepare(need) => {
                 let head = Arc::new(Head::of_client(&parts, &shared.options));
-                let replay = matches!(need, Need::Applied(_)).then(|| head.clone());
+                let may_replay = matches!(need, Need::Applied(_)) || !shared.node.lease.fixed;
+                let replay = may_replay.then(|| head.clone());
                 let body = Keep::new(body, &shared.options.budget);
                 let resume = Resume { service, body: kept, parts, session, secure, replay };
                 ResponseFuture::prepare(shared.clone(), need, head, body, resume)

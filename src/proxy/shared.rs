@@ -18,6 +18,12 @@ use crate::proxy::replay_body::Budget;
 use crate::proxy::route::{Route, is_below};
 use crate::token::Tokens;
 
+/// For how long a request is held where who is primary is fixed.
+const HOLD_TIMEOUT: Duration = Duration::from_secs(5);
+/// And with a lease: for so much longer than that counts. Others take it over then, which takes
+/// them a moment.
+const HOLD_BEYOND_LEASE: Duration = Duration::from_secs(3);
+
 /// Which responses carry a token.
 ///
 /// ```
@@ -36,7 +42,8 @@ pub enum SessionTokens {
     #[default]
     Writes,
     /// Those of reads, too, when what they read is newer than the request's token: clients never go
-    /// back in time.
+    /// back in time. A response whose handler may have read a commit that is not on the primary's
+    /// disk yet waits for that.
     Monotonic,
 }
 
@@ -141,7 +148,8 @@ pub(super) struct Options {
     pub(super) forwarding: Forwarding,
     pub(super) http2: bool,
     pub(super) budget: Budget,
-    pub(super) hold_timeout: Duration,
+    /// None: as long as an election may take, or else a restart.
+    pub(super) hold_timeout: Option<Duration>,
     pub(super) held_max: usize,
     pub(super) wait_timeout: Duration,
     pub(super) response_timeout: Duration,
@@ -189,6 +197,14 @@ impl Options {
             Some(own) => failure.complete(own(&failure)),
             None => failure.response(),
         }
+    }
+}
+
+impl LayerShared {
+    /// For how long a request is held.
+    pub(super) fn hold_timeout(&self) -> Duration {
+        let usual = || self.node.lease.time().map_or(HOLD_TIMEOUT, |time| time + HOLD_BEYOND_LEASE);
+        self.options.hold_timeout.unwrap_or_else(usual)
     }
 }
 

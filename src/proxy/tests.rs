@@ -3,7 +3,9 @@
 mod breaks;
 mod callers;
 mod detours;
+mod failover;
 mod forwards;
+mod lost;
 mod reads;
 mod routes;
 mod sockets;

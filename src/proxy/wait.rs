@@ -17,7 +17,7 @@ use crate::txid::Txid;
 
 /// Brings a request to where it can run.
 pub(super) async fn prepare(shared: Arc<LayerShared>, need: Need, head: Arc<Head>, body: Keep) -> Verdict {
-    let held_until = Instant::now() + shared.options.hold_timeout;
+    let held_until = Instant::now() + shared.hold_timeout();
     if let Need::Applied(txid) = need {
         if applied(&shared, txid, shared.options.wait_timeout).await {
             return Verdict::Here(body);
@@ -28,7 +28,7 @@ pub(super) async fn prepare(shared: Arc<LayerShared>, need: Need, head: Arc<Head
         let left = held_until.saturating_duration_since(Instant::now());
         let found = tokio::select! {
             biased;
-            found = find(&shared, held_until, None) => found.is_ok(),
+            found = find(&shared, held_until) => found.is_ok(),
             true = applied(&shared, txid, left) => return Verdict::Here(body),
         };
         if !found {

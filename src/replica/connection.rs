@@ -6,9 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::StatusCode;
 use http_body_util::channel::Sender;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -16,15 +15,16 @@ use tokio_util::task::TaskTracker;
 use crate::context::{NodeContext, RoleChange};
 use crate::engine::{ReplicaStanding, StreamError};
 use crate::error::{Error, PeerProblem, Result, shown};
-use crate::handshake::{self, Answer, Knock, Refusal};
+use crate::handshake::{self, Answer, Knock};
 use crate::net::{self, Endpoint, Heard, Incoming, OpenResponse};
 use crate::replica::acks::{acknowledge, encoded};
+use crate::replica::clocks::Clocks;
 use crate::replica::lag::Lagging;
 use crate::replica::pace::Coming;
 use crate::replica::units::{Units, foreign};
 use crate::replica::{Feed, Reporter, give_back};
-use crate::secret::Proved;
-use crate::status::PeerInfo;
+use crate::status::{PeerInfo, Role};
+use crate::threads::blocking;
 use crate::txid::{Epoch, EpochHistory, Position};
 use crate::wire::{Goodbye, Hello, Kind, Message, Plan, Unit, Want, Welcome};
 
@@ -60,6 +60,11 @@ pub(super) struct PrimaryConnection<'a, F> {
     choked: AtomicBool,
     /// Cancelled when the primary takes no more requests.
     drained: CancellationToken,
+    clocks: Clocks,
+    /// What is on this node's disk.
+    synced: watch::Receiver<Option<Position>>,
+    /// The number of the epoch that this stream is of.
+    number: watch::Sender<u64>,
 }
 
 impl<'a, F: Feed> PrimaryConnection<'a, F> {
@@ -87,20 +92,16 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
             level: false,
             choked: AtomicBool::new(false),
             drained: CancellationToken::new(),
+            clocks: Clocks::default(),
+            synced: feed.synced(),
+            number: watch::Sender::new(0),
         }
     }
 
     /// Follows until something ends it, and says what.
     pub(super) async fn run(&mut self, reporter: &mut Reporter) -> StreamError {
         let result = async {
-            let knock = Knock {
-                version: handshake::VERSION,
-                cluster: self.node.cluster.clone(),
-                database: self.node.database.clone(),
-                node: self.node.me.node,
-                incarnation: self.node.me.incarnation,
-                nonce: handshake::nonce()?,
-            };
+            let knock = Knock::of(self.node)?;
             let headers = knock.headers(&self.node.keys)?;
             let opened = net::open(self.primary, handshake::STREAM_PATH, headers, self.tracker).await;
             self.stream(opened.map_err(|p| self.blame(p))?, knock, reporter).await
@@ -120,6 +121,11 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         self.epoch
     }
 
+    /// Whether the primary has said that it is about to end.
+    pub(super) fn is_drained(&self) -> bool {
+        self.drained.is_cancelled()
+    }
+
     /// Everything after the head of the response has come.
     pub(super) async fn stream(
         &mut self,
@@ -128,7 +134,7 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         reporter: &mut Reporter,
     ) -> Result<Infallible, StreamError> {
         let OpenResponse { status, headers, mut body, request, heard, guard: _guard } = opened;
-        let (answer, proved) = match self.read_head(status, &headers, &knock) {
+        let (answer, proved) = match handshake::read_head((status, &headers), &knock, &self.node.keys) {
             Ok(answer) => answer,
             Err(Some(problem)) => return Err(self.blame(problem).into()),
             Err(None) => return Err(self.blame(foreign(status, &headers, &mut body).await).into()),
@@ -156,8 +162,13 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         let mut units = Units::new(body, heard.clone(), self.primary);
         let first = units.next().await?;
         let welcome = self.welcome(&first, answer, standing.history.epoch())?;
+        self.hear(welcome.epoch).await?;
         self.lagging.connected(welcome.position, self.dialled, heard);
-        self.follows(welcome.epoch, welcome.peer.clone());
+        self.epoch = Some(welcome.epoch);
+        // One that takes back what it lost serves no requests before it has that.
+        if welcome.plan != Plan::Recover {
+            self.follows(welcome.epoch, welcome.peer.clone());
+        }
         reporter.connected(&welcome.peer, welcome.plan);
         if welcome.plan == Plan::Recover {
             return Err(self.give_back(welcome.position, &mut request, &mut units).await.into());
@@ -166,27 +177,17 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         self.feed.feed(vec![first]).await?;
         let asked = self.asked.take();
         let waiting = (wants, asked);
-        let acks = acknowledge(self.node, self.feed, self.dialled, waiting, request, self.drained.clone());
-        tokio::select! {
-            ended = self.receive(&mut units, reporter) => ended,
-            () = acks => {
-                let problem = PeerProblem::Connection("nothing more can be sent on it".into());
-                Err(self.blame(problem).into())
-            }
-        }
-    }
-
-    /// The answer; `None` when this is no word of ours.
-    fn read_head(
-        &self,
-        status: StatusCode,
-        headers: &http::HeaderMap,
-        knock: &Knock,
-    ) -> Result<(Answer, Proved), Option<PeerProblem>> {
-        if status == StatusCode::OK {
-            return Answer::read(headers, knock, &self.node.keys).ok_or(None)?.map_err(Some);
-        }
-        Err(Refusal::read(headers, &self.node.database))
+        let (node, drained) = (self.node, self.drained.clone());
+        let acks = acknowledge(node, self.feed, self.dialled, waiting, request, drained);
+        let outdated = outdated(node, self.number.subscribe());
+        let (clocks, synced) = (self.clocks.clone(), self.synced.clone());
+        let end = tokio::select! {
+            ended = self.receive(&mut units, reporter) => return ended,
+            never = clocks.follow(node, synced) => match never {},
+            () = acks => PeerProblem::Connection("nothing more can be sent on it".into()),
+            ours = outdated => old_epoch(*self.number.borrow(), ours),
+        };
+        Err(self.blame(end).into())
     }
 
     async fn hello(
@@ -261,6 +262,21 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
             let problem = PeerProblem::OldEpoch { theirs: theirs.to_string(), ours: ours.to_string() };
             return Err(self.blame(problem));
         }
+        let heard = self.node.lease.heard.number();
+        if !self.node.lease.fixed && theirs.number() < heard {
+            return Err(self.blame(old_epoch(theirs.number(), heard)));
+        }
+        Ok(())
+    }
+
+    /// The primary has this epoch. That is on the disk before anything is made of it.
+    async fn hear(&self, epoch: Epoch) -> Result<()> {
+        let node = self.node.clone();
+        // First, for the stream is not ended by its own epoch.
+        self.number.send_replace(epoch.number());
+        if !node.lease.fixed && node.lease.heard.number() < epoch.number() {
+            blocking(move || node.hear(epoch.number())).await?;
+        }
         Ok(())
     }
 
@@ -269,6 +285,17 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         self.peer = Some(peer.clone());
         let primary = (!self.drained.is_cancelled()).then_some(peer);
         self.node.change_role(RoleChange::Follows { primary, epoch });
+    }
+
+    /// An election that came to nothing may have had the node forget whom it follows.
+    fn follows_still(&mut self) {
+        let forgot = {
+            let now = self.node.roles.borrow();
+            now.role == Role::Replica && now.primary.is_none()
+        };
+        if forgot && let (Some(epoch), Some(peer)) = (self.epoch, self.peer.clone()) {
+            self.follows(epoch, peer);
+        }
     }
 
     /// The primary's application is about to end. From now on the node holds requests for it, as it
@@ -291,13 +318,13 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
             // less.
             let first = units.next().await?;
             let mut batch = Vec::new();
-            let mut end = self.sort(first, &mut batch);
+            let mut end = self.sort(first, &mut batch).await;
             let mut bytes = 0;
             while end.is_ok() && bytes < BATCH_MAX_BYTES {
                 match units.now().await {
                     Ok(Some(unit)) => {
                         bytes += unit.raw.len();
-                        end = self.sort(unit, &mut batch);
+                        end = self.sort(unit, &mut batch).await;
                     }
                     Ok(None) => break,
                     Err(error) => end = Err(error),
@@ -313,20 +340,23 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
     }
 
     /// Deals with what concerns the stream; data goes into the batch.
-    fn sort(&mut self, unit: Unit, batch: &mut Vec<Unit>) -> Result<()> {
+    async fn sort(&mut self, unit: Unit, batch: &mut Vec<Unit>) -> Result<()> {
         match unit.kind {
             Kind::Page | Kind::TxnEnd | Kind::Sums | Kind::Sent => {}
             Kind::TxnBegin | Kind::SnapBegin | Kind::SnapPiece | Kind::SnapEnd | Kind::HealBegin => {
                 self.note(&unit);
             }
-            Kind::Epochs => self.epochs(&unit)?,
+            Kind::Epochs => self.epochs(&unit).await?,
             Kind::Heartbeat => {
                 let Message::Heartbeat(beat) = self.decode(&unit)? else {
                     return Err(self.garbled("a heartbeat that is none".into()));
                 };
                 self.lagging.beat(beat.position, self.when(beat.clock));
+                self.clocks.heard(beat.lease_clock, beat.position);
+                self.clocks.settle(self.node, *self.synced.borrow());
                 self.level |= self.node.applied.position() == Some(beat.position);
                 self.delivered.store(true, Ordering::Relaxed);
+                self.follows_still();
                 return Ok(());
             }
             Kind::Goodbye => {
@@ -348,7 +378,7 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
                 self.drain();
                 return Ok(());
             }
-            Kind::Hello | Kind::Welcome | Kind::Ack | Kind::Segment => {
+            Kind::Hello | Kind::Welcome | Kind::Ack | Kind::Segment | Kind::Standing => {
                 return Err(self.garbled(format!("an unexpected {:?}", unit.kind)));
             }
         }
@@ -383,13 +413,15 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         }
     }
 
-    fn epochs(&mut self, unit: &Unit) -> Result<()> {
+    async fn epochs(&mut self, unit: &Unit) -> Result<()> {
         let Message::Epochs(history) = self.decode(unit)? else {
             return Err(self.garbled("epochs that are none".into()));
         };
         let history: EpochHistory = history;
         let (theirs, ours) = (history.epoch(), self.epoch.unwrap_or_else(|| history.epoch()));
         self.check_epoch(theirs, ours)?;
+        self.hear(theirs).await?;
+        self.clocks.told(&history, self.node);
         if let Some(peer) = self.peer.clone() {
             self.follows(theirs, peer);
         }
@@ -436,4 +468,25 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
     fn goodbye(&self, reason: String) -> Error {
         self.blame(PeerProblem::Goodbye(shown(&reason, GOODBYE_MAX_BYTES)))
     }
+}
+
+/// Returns the number of an epoch that was heard of and is later than the stream's.
+async fn outdated(node: &NodeContext, mut number: watch::Receiver<u64>) -> u64 {
+    let mut heard = node.lease.heard.watch();
+    loop {
+        let (ours, theirs) = (*heard.borrow_and_update(), *number.borrow_and_update());
+        if !node.lease.fixed && ours > theirs {
+            return ours;
+        }
+        tokio::select! {
+            Ok(()) = heard.changed() => {}
+            Ok(()) = number.changed() => {}
+            // Both senders outlive the stream.
+            else => return std::future::pending().await,
+        }
+    }
+}
+
+fn old_epoch(theirs: u64, ours: u64) -> PeerProblem {
+    PeerProblem::OldEpoch { theirs: format!("number {theirs}"), ours: format!("number {ours}") }
 }

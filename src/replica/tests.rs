@@ -15,13 +15,16 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use crate::context::{EpochsHeard, LeaseContext, SyncedClock, ToDisk};
 use crate::ends::comes;
-use crate::error::PeerProblem;
+use crate::error::{Error, PeerProblem};
+use crate::files::Paths;
 use crate::handshake::{self, Answer, Knock, Refusal};
 use crate::net::{self, Listener};
 use crate::peer::Incarnation;
 use crate::primary::ReplicaServer;
-use crate::primary::fake::{Fake, SECRET, at, history, keys, node};
+use crate::primary::fake::{Fake, SECRET, at, history, keys, leased, node, with_lease};
+use crate::replica::reporter::what_ended;
 use crate::replica::*;
 use crate::report::{Condition, Part};
 use crate::server::{Mount, ReplicationService};
@@ -116,7 +119,10 @@ struct Try {
 
 impl Try {
     fn new() -> Try {
-        let node = node(2, &SECRET, Role::Replica);
+        Try::of(node(2, &SECRET, Role::Replica))
+    }
+
+    fn of(node: Arc<NodeContext>) -> Try {
         let feed = FakeFeed::new(&node, history(&[(1, 1), (3, 1)]), Some(at(1, 0)));
         Try { node, feed, tracker: TaskTracker::new() }
     }
@@ -202,6 +208,12 @@ fn streaming(headers: &HeaderMap) -> (Reply, Sender<Bytes, std::io::Error>) {
     let mut response = Response::new(body.boxed_unsync());
     *response.headers_mut() = answer.headers(&knock, &keys(&SECRET)).unwrap();
     (response, sender)
+}
+
+/// A node that may lead by a lease, with its numbers in the state directory of these paths.
+fn with_files(paths: &Paths) -> Try {
+    let lease = crate::files::lease::open(paths, Duration::from_secs(10)).unwrap();
+    Try::of(with_lease(2, &SECRET, Role::Replica, lease))
 }
 
 /// A primary that says these bytes and then ends the stream.
@@ -403,10 +415,212 @@ async fn a_superseded_primary_is_never_applied() {
     }
 }
 
+/// What the node heard of elsewhere counts like its own history, also after a restart.
+#[tokio::test]
+async fn a_primary_of_an_epoch_below_one_that_was_heard_of_is_never_applied() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = Paths::fresh(dir.path());
+    with_files(&paths).node.lease.heard.note(5).unwrap();
+    for epoch in [3, 4] {
+        let bytes = encoded(&[welcome(epoch), transaction()[0].clone(), transaction()[1].clone()]);
+        let run = with_files(&paths);
+        let problem = run.against(&saying(bytes).await).await;
+        assert!(matches!(problem, PeerProblem::OldEpoch { .. }), "{problem:?}");
+        assert!(problem.to_string().contains("number 5"), "{problem}");
+        assert_eq!(run.feed.fed(), []);
+        assert_eq!(run.node.roles.borrow().primary, None, "it is followed for no moment");
+    }
+    let run = with_files(&paths);
+    let bytes = encoded(&[welcome(5), transaction()[0].clone(), transaction()[1].clone()]);
+    assert!(matches!(run.against(&saying(bytes).await).await, PeerProblem::Connection(_)));
+    assert_eq!(run.feed.fed(), [Kind::TxnBegin, Kind::TxnEnd]);
+    // Who is primary is fixed: no number that was heard of counts.
+    let fixed = Try::new();
+    fixed.node.lease.heard.note(9).unwrap();
+    assert!(matches!(fixed.against(&saying(encoded(&[welcome(3)])).await).await, PeerProblem::Connection(_)));
+}
+
+/// The stream of a primary ends when the node hears of a later one by other ways.
+#[tokio::test]
+async fn a_stream_ends_when_a_later_epoch_is_heard_of() {
+    let senders = Arc::new(Mutex::new(Vec::new()));
+    let kept = senders.clone();
+    let to = answering(move |headers| {
+        let (response, mut sender) = streaming(&headers);
+        let epochs = Message::Epochs(history(&[(1, 1), (3, 1)]));
+        sender.try_send(http_body::Frame::data(encoded(&[welcome(3), epochs]))).unwrap();
+        kept.lock().unwrap().push(sender);
+        response
+    })
+    .await;
+    let run = Try::of(leased(2, &SECRET, Role::Replica));
+    let hears = async {
+        run.node.roles.subscribe().wait_for(|state| state.primary.is_some()).await.unwrap();
+        let node = run.node.clone();
+        // The stream's own epoch, which it was told of already, ends nothing.
+        assert!(!node.hear_aside(3));
+        assert!(node.hear_aside(6));
+        comes("it is on the disk", || node.lease.heard.number() == 6).await;
+        std::future::pending::<()>().await
+    };
+    let problem = tokio::select! {
+        problem = run.against(&to) => problem,
+        () = hears => unreachable!(),
+    };
+    assert!(matches!(problem, PeerProblem::OldEpoch { .. }), "{problem:?}");
+    // A renewed epoch of the primary that is followed does not end it.
+    let run = Try::of(leased(2, &SECRET, Role::Replica));
+    let goes_on = async {
+        run.node.roles.subscribe().wait_for(|state| state.primary.is_some()).await.unwrap();
+        let mut sender = senders.lock().unwrap().pop().unwrap();
+        let renewed = Message::Epochs(history(&[(1, 1), (3, 1), (8, 1)]));
+        sender.send_data(encoded(&[renewed])).await.unwrap();
+        run.node.roles.subscribe().wait_for(|state| state.epoch.number() == 8).await.unwrap();
+        assert_eq!(run.node.lease.heard.number(), 8);
+        sender.send_data(encoded(&transaction())).await.unwrap();
+        reaches(&run.node, at(3, 1)).await;
+    };
+    tokio::select! {
+        problem = run.against(&to) => panic!("{problem:?}"),
+        () = goes_on => {}
+    }
+}
+
+/// A welcome names a later epoch, and the process dies while that is put on the disk, and so before
+/// it does anything of it, or just after.
+#[cfg(unix)]
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_process_that_is_killed_between_hearing_and_acting_has_heard() {
+    const DIRECTORY: &str = "REPLITE_TEST_HEARD";
+    const NAME: &str = "replica::tests::a_process_that_is_killed_between_hearing_and_acting_has_heard";
+    if let Some(directory) = std::env::var_os(DIRECTORY) {
+        return dies(std::path::Path::new(&directory)).await;
+    }
+    let dir = tempfile::tempdir().unwrap();
+    let paths = Paths::fresh(dir.path());
+    let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+    child.args(["--exact", NAME]).env(DIRECTORY, dir.path()).stdout(std::process::Stdio::null());
+    let ended = tokio::task::block_in_place(|| child.status().unwrap());
+    assert_eq!(std::os::unix::process::ExitStatusExt::signal(&ended), Some(9), "{ended}");
+    let acted = dir.path().join("acted");
+    assert!(!acted.exists(), "{}", std::fs::read_to_string(&acted).unwrap());
+    let run = with_files(&paths);
+    assert_eq!(run.node.lease.heard.number(), 7);
+    let problem = run.against(&saying(encoded(&[welcome(6)])).await).await;
+    assert!(matches!(problem, PeerProblem::OldEpoch { .. }), "{problem:?}");
+}
+
+/// Hears of epoch 7, and is killed as soon as that is on the disk.
+#[cfg(unix)]
+async fn dies(directory: &std::path::Path) {
+    let paths = Paths::new(directory.join("fresh.db"));
+    let kept = crate::files::lease::open(&paths, Duration::from_secs(10)).unwrap();
+    let run: Arc<std::sync::OnceLock<(Arc<NodeContext>, Arc<FakeFeed>)>> = Arc::default();
+    let (of, acted) = (run.clone(), directory.join("acted"));
+    let keep = ToDisk::new(move |number| {
+        let (node, feed) = of.get().expect("it is set");
+        let state = node.roles.borrow().clone();
+        let told = node.lease.heard.number();
+        if state.primary.is_some() || state.epoch.number() > 3 || !feed.fed().is_empty() || told != 0 {
+            std::fs::write(&acted, format!("{state:?} {told}")).unwrap();
+        }
+        assert!(kept.heard.note(number)?);
+        rustix::process::kill_process(rustix::process::getpid(), rustix::process::Signal::KILL).unwrap();
+        loop {
+            std::thread::park();
+        }
+    });
+    let synced = SyncedClock::new(None, Duration::from_secs(10), ToDisk::nowhere());
+    let lease = LeaseContext::leased(synced, EpochsHeard::new(0, keep));
+    let replica = Try::of(with_lease(2, &SECRET, Role::Replica, lease));
+    run.set((replica.node.clone(), replica.feed.clone())).unwrap_or_else(|_| unreachable!());
+    let bytes = encoded(&[welcome(7), transaction()[0].clone(), transaction()[1].clone()]);
+    replica.against(&saying(bytes).await).await;
+}
+
+/// After the node follows another primary, what the one before still sends is nothing to it.
+#[tokio::test]
+async fn nothing_of_a_primary_is_applied_once_another_is_followed() {
+    let senders = Arc::new(Mutex::new(Vec::new()));
+    let kept = senders.clone();
+    let before = answering(move |headers| {
+        let (response, mut sender) = streaming(&headers);
+        let epochs = Message::Epochs(history(&[(1, 1), (3, 1)]));
+        sender.try_send(http_body::Frame::data(encoded(&[welcome(3), epochs]))).unwrap();
+        kept.lock().unwrap().push(sender);
+        response
+    })
+    .await;
+    let replica = leased(2, &SECRET, Role::Replica);
+    let feed = FakeFeed::new(&replica, history(&[(1, 1), (3, 1)]), Some(at(1, 0)));
+    let tracker = TaskTracker::new();
+    let ends = replica.stop.child_token();
+    let following = spawn(replica.clone(), feed.clone(), before, ends.clone(), &tracker);
+    replica.roles.subscribe().wait_for(|state| state.primary.is_some()).await.unwrap();
+    ends.cancel();
+    following.await.unwrap();
+    feed.kinds.lock().unwrap().clear();
+    // It is late, and does not know.
+    let mut late = senders.lock().unwrap().pop().unwrap();
+    let late = tokio::spawn(async move { while late.send_data(encoded(&transaction())).await.is_ok() {} });
+    let next = Primary::start(&SECRET).await;
+    let mut epochs = history(&[(1, 1), (3, 1)]);
+    epochs.push(crate::txid::EpochStart { epoch: Epoch::new(4, 4), first: 1, before: at(1, 0).checksum() });
+    next.node.applied.replace(epochs, Some(at(1, 0)));
+    spawn(replica.clone(), feed.clone(), next.to.clone(), replica.stop.child_token(), &tracker);
+    next.fake.commit(0);
+    reaches(&replica, at(4, 1)).await;
+    // Its connection was closed, and not only left unread.
+    tokio::time::timeout(Duration::from_secs(20), late).await.expect("it sends for ever").unwrap();
+    let transactions = feed.fed().iter().filter(|kind| **kind == Kind::TxnEnd).count();
+    assert_eq!(transactions, 1, "{:?}", feed.fed());
+    assert_eq!(replica.lease.heard.number(), 4);
+    stop(&replica, &tracker).await;
+    stop(&next.node, &next.tracker).await;
+}
+
+/// A node is told of the next primary before that serves.
+#[test]
+fn only_a_node_that_may_be_about_to_lead_is_asked_again_before_long() {
+    let early = |problem| is_early(&Error::peer("a", problem).into());
+    let refused = |refusal: Refusal| Refusal::read(&refusal.headers(), "app").unwrap();
+    assert!(early(refused(Refusal::NotPrimary(None))) && early(refused(Refusal::Stopping)));
+    for other in [Refusal::Busy, Refusal::DuplicateNode, Refusal::Version, Refusal::Path] {
+        assert!(!early(refused(other.clone())), "{other:?}");
+    }
+    assert!(!early(PeerProblem::Connection("refused".into())));
+    assert!(!is_early(&disk_full().into()));
+}
+
+/// The replica keeps how far the primary was on its clock when it had what is here.
+#[tokio::test]
+async fn the_lease_clock_of_a_primary_comes_to_the_replica_s_disk() {
+    let dir = tempfile::tempdir().unwrap();
+    let paths = Paths::fresh(dir.path());
+    let lease = crate::files::lease::open(&paths, Duration::from_secs(10)).unwrap();
+    let replica = with_lease(2, &SECRET, Role::Replica, lease);
+    let primary = Primary::start(&SECRET).await;
+    let taken = crate::fence::boot_time().saturating_sub(Duration::from_secs(3));
+    primary.node.lease.clock.take(Epoch::new(1, 1), taken);
+    primary.fake.commit(1);
+    let feed = FakeFeed::new(&replica, EpochHistory::default(), None);
+    let tracker = TaskTracker::new();
+    spawn(replica.clone(), feed, primary.to.clone(), replica.stop.child_token(), &tracker);
+    let kept = || crate::files::lease::open(&paths, Duration::from_secs(10)).unwrap().synced.get();
+    comes("the pair", || kept().is_some_and(|pair| pair.position == at(1, 1))).await;
+    let pair = kept().unwrap();
+    assert_eq!(pair.epoch, Epoch::new(1, 1));
+    assert!(pair.clock >= Duration::from_secs(3), "{pair:?}");
+    assert!(replica.lease.synced.get().unwrap().clock >= pair.clock);
+    assert_eq!(kept().map(|pair| pair.position), Some(at(1, 1)), "after a restart, too");
+    stop(&replica, &tracker).await;
+    stop(&primary.node, &primary.tracker).await;
+}
+
 #[tokio::test]
 async fn garbage_from_a_primary_is_typed_and_what_came_before_it_is_kept() {
     let good = encoded(&transaction());
-    let beat = encoded(&[Message::Heartbeat(Heartbeat { position: at(3, 1), clock: 0 })]);
+    let beat = encoded(&[Message::Heartbeat(Heartbeat { position: at(3, 1), clock: 0, lease_clock: None })]);
     let mut flipped = beat.to_vec();
     flipped[40] ^= 0x10;
     let mut huge = beat.to_vec();
@@ -462,6 +676,18 @@ async fn a_silent_primary_is_given_up() {
     assert!(!session.was_fruitful());
 }
 
+#[tokio::test]
+async fn a_primary_that_takes_back_what_it_lost_is_none_that_takes_requests() {
+    for (plan, takes) in [(Plan::Recover, false), (Plan::Log, true)] {
+        let Message::Welcome(welcome) = welcome(3) else { unreachable!() };
+        let bye = Goodbye { reason: "because".into() };
+        let bytes = encoded(&[Message::Welcome(Welcome { plan, ..welcome }), Message::Goodbye(bye)]);
+        let run = Try::new();
+        assert!(matches!(run.against(&saying(bytes).await).await, PeerProblem::Goodbye(_)));
+        assert_eq!(run.node.roles.borrow().primary.is_some(), takes, "{plan:?}");
+    }
+}
+
 /// A heartbeat alone is no success: what the primary has beyond this node may be what can't come.
 #[tokio::test(start_paused = true)]
 async fn a_problem_lasts_until_something_is_taken_in() {
@@ -485,7 +711,9 @@ async fn a_problem_lasts_until_something_is_taken_in() {
     let mut reporter = Reporter::new(run.node.clone(), to.clone());
     let problem = || run.node.problem_of(Part::Stream);
     let says = async {
-        let beat = |number| encoded(&[Message::Heartbeat(Heartbeat { position: at(3, number), clock: 0 })]);
+        let beat = |number| {
+            encoded(&[Message::Heartbeat(Heartbeat { position: at(3, number), clock: 0, lease_clock: None })])
+        };
         sender.send_data(encoded(&[welcome(3)])).await.unwrap();
         for _ in 0..3 {
             sender.send_data(beat(1)).await.unwrap();
@@ -689,7 +917,14 @@ async fn two_processes_with_one_id_do_not_push_each_other_out() {
     let copied = Try::new();
     let mut me = copied.node.me.clone();
     me.incarnation = Incarnation::from_u128(77);
-    let node = NodeContext::new(me, "test".into(), "app".into(), keys(&SECRET), Role::Replica);
+    let node = NodeContext::new(
+        me,
+        "test".into(),
+        "app".into(),
+        keys(&SECRET),
+        Role::Replica,
+        LeaseContext::fixed(),
+    );
     let copied = Try { node, ..copied };
     assert!(matches!(copied.against(&primary.to).await, PeerProblem::DuplicateNode));
     assert_eq!(primary.replica_server.replicas().len(), 1);

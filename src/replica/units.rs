@@ -18,7 +18,7 @@ const BEGINS_MAX_BYTES: usize = 200;
 const BEGINS_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// What an answer that is not ours is taken for.
-pub(super) async fn foreign(
+pub(crate) async fn foreign(
     status: StatusCode,
     headers: &http::HeaderMap,
     body: &mut Incoming,

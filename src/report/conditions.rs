@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::table::conditions;
 use super::{Part, STOPPED};
 use crate::page::PageNo;
-use crate::peer::NodeId;
+use crate::peer::{Incarnation, NodeId};
 use crate::status::{Event, PeerInfo, Verification, WalReason, whole_millis};
 use crate::txid::{Epoch, Position};
 
@@ -36,6 +36,45 @@ conditions! {
     /// No peer knocked with another secret for a while.
     NoOtherSecret "no_other_secret" {
         ends Strangers;
+    }
+
+    /// The node did not become the primary, and is a replica as before.
+    PromotionFailed { database: &'a Path, epoch: Epoch, error: &'a dyn Display } "promotion_failed" {
+        log error(
+            database = %database.display(), %epoch, %error,
+            "this node did not become the primary, and is a replica again"
+        );
+        event Event::PromotionFailed { why: error.to_string() };
+        counts "replite_promotions_failed_total" += 1;
+    }
+    /// What is here becomes the first state of a cluster.
+    FirstState { database: &'a Path, epoch: Epoch } "first_state" {
+        log info(database = %database.display(), %epoch, "what is here becomes the cluster's first state");
+    }
+    /// What is here becomes the primary's state, though no primary vouches for it.
+    PromotedUnchecked { database: &'a Path, epoch: Epoch } "promoted_unchecked" {
+        log warn(
+            database = %database.display(), %epoch,
+            "no primary vouches for what is here, and it becomes the cluster's state all the same: it \
+            replaces what the other nodes have, which they keep apart"
+        );
+    }
+    /// The node is to be the primary no more, and something holds that up.
+    DemotionWaits { database: &'a Path, what: &'a str } "demotion_waits" {
+        lasts Role = format!("this node is to be a replica, and waits for {what}");
+        log warn(database = %database.display(), "this node is to be a replica, and waits for {what}");
+    }
+    /// The disk holds up the end of the primary's role.
+    TurnRetried { error: &'a dyn Display } "turn_retried" {
+        lasts Role = format!("this node is to be a replica, and tries again: {error}");
+    }
+    /// Nothing holds it up any more.
+    DemotionGoesOn "demotion_goes_on" {
+        ends Role;
+    }
+    /// What the application does when its node is the primary no more failed.
+    OnDemoteFailed { error: &'a dyn Display } "on_demote_failed" {
+        log error(%error, "on_demote failed; the node is a replica all the same");
     }
 
     // The disk and the files.
@@ -120,6 +159,78 @@ conditions! {
             directory = %directory.display(),
             "the directory was copied or moved: it gets a new node id"
         );
+    }
+
+    // The lease.
+
+    /// The list of this node's runs could not be read: it does not take its own lease over at once.
+    RunsForgotten { error: &'a dyn Display } "runs_forgotten" {
+        log warn(%error, "the list of this node's runs is begun anew");
+    }
+    /// The lease's store can't be read.
+    LeaseStoreAway { problem: &'a str, new: bool } "lease_store_away" {
+        told if new;
+        lasts Lease = format!("the lease's store can't be read: {problem}");
+        log warn(problem, "the lease's store can't be read; trying again");
+    }
+    /// The record of the lease is not this database's, or can't be understood.
+    LeaseRecordNotOurs { problem: &'a str, new: bool } "lease_record_not_ours" {
+        told if new;
+        lasts Lease = format!("the lease's record can't be used: {problem}");
+        log error(problem, "the lease's record can't be used; it is left as it is");
+    }
+    /// The lease's store can be read.
+    LeaseStoreBack "lease_store_back" {
+        ends Lease;
+    }
+    /// The lease ended before it was renewed: commits are not acknowledged any more.
+    LeaseEnded { database: &'a str } "lease_ended" {
+        log warn(database, "the lease could not be renewed in time: this node stops being the primary");
+        counts "replite_leases_ended_total" += 1;
+    }
+    /// This node is about to end, and gives its lease back.
+    LeaseGivenBack { database: &'a str } "lease_given_back" {
+        log info(database, "this node is about to end, and gives its lease back");
+    }
+    /// The store shows less than this node knows.
+    LeaseStoreWentBack { what: &'a str } "lease_store_went_back" {
+        log error(what, "the lease's store went back in time");
+        counts "replite_lease_store_went_back_total" += 1;
+    }
+    /// Another process has this node's id, and the lease.
+    LeaseOfSameNode { incarnation: Incarnation } "lease_of_same_node" {
+        log error(
+            %incarnation,
+            "another process has this node's id and the lease: a state directory or machine was copied"
+        );
+    }
+    /// A cluster can't start: several of its nodes have a database with content.
+    FirstStartDisputed { nodes: &'a dyn Debug } "first_start_disputed" {
+        log error(?nodes, "several nodes of a first start have a database with content: keep that of one");
+    }
+    /// A cluster can't start for the first time: a node has been part of one.
+    NoFirstStart { node: NodeId } "no_first_start" {
+        log error(%node, "this is no first start: a node has a state of the cluster, and there is no record");
+    }
+    /// The operator's word to take the lease was not followed.
+    LeaseNotTaken { node: NodeId } "lease_not_taken" {
+        log error(%node, "the lease is not taken: another node holds it, and renews it");
+    }
+    /// A change of the node's role could not be begun, and is tried again.
+    RoleChangeRetried { error: &'a dyn Display } "role_change_retried" {
+        log warn(%error, "a change of this node's role is tried again");
+    }
+    /// A store's hint panicked: the node reads the record on its own time alone.
+    LeaseStorePanicked { error: &'a dyn Display } "lease_store_panicked" {
+        log error(%error, "the lease's store gives no more hints");
+    }
+    /// The lease was not given back when the node ended: others wait until its time is over.
+    LeaseNotGivenBack "lease_not_given_back" {
+        log warn("the lease was not given back in time");
+    }
+    /// What drives the election ended by a panic.
+    ElectionFailed { error: &'a dyn Display } "election_failed" {
+        log error(%error, "the election has ended: this node can't become the primary, nor stay it");
     }
 
     // Finding the position.
@@ -566,11 +677,17 @@ conditions! {
         event Event::Disconnected { why: problem.into() };
         counts "replite_stream_losses_total" += 1;
     }
-    /// The primary is not followed at present. The same problem is told once.
+    /// The primary is not followed at present, unlike expected. The same problem is told once.
     NotFollowing { primary: &'a dyn Display, problem: &'a str, what: &'a str, new: bool } "not_following" {
         told if new;
         lasts Stream = problem;
         log warn(%primary, problem, "{what}");
+    }
+    /// The primary is not there for a moment, as is expected. The same problem is told once.
+    PrimaryAway { primary: &'a dyn Display, problem: &'a str, what: &'a str, new: bool } "primary_away" {
+        told if new;
+        lasts Stream = problem;
+        log info(%primary, problem, "{what}");
     }
     /// What follows the primary panicked, and begins anew.
     FollowingPanicked { primary: &'a dyn Display, error: &'a dyn Display } "following_panicked" {
@@ -633,6 +750,25 @@ conditions! {
         log warn(%theirs, %ours, %node, "a replica's epochs are from nowhere");
     }
 
+    // A lease.
+
+    /// A peer names a later epoch than that of this primary, which leads by a lease.
+    LaterEpochHeard { number: u64 } "later_epoch_heard" {
+        log warn(number, "a later epoch was heard of: this primary acknowledges nothing more in its own");
+    }
+    /// The number of an epoch that was heard of could not be put on the disk.
+    EpochNotKept { error: &'a dyn Display } "epoch_not_kept" {
+        log warn(%error, "the number of a later epoch could not be put on the disk");
+    }
+    /// How old this node's state is by the primary's lease clock could not be put on the disk.
+    LeaseClockNotKept { error: &'a dyn Display } "lease_clock_not_kept" {
+        log warn(%error, "the primary's lease clock could not be put on the disk; it is tried again");
+    }
+    /// What is on the disk of a primary's lease clock can't be read.
+    LeaseClockUnreadable { error: &'a dyn Display } "lease_clock_unreadable" {
+        log warn(%error, "how old this node's state is, is not known until it has followed a primary");
+    }
+
     // Connections of peers.
 
     /// What accepts peers' connections panicked, and goes on.
@@ -673,6 +809,11 @@ conditions! {
     /// The primary's application did not answer.
     PrimarySilent { target: &'a dyn Debug } "primary_silent" {
         log warn(?target, "the primary did not answer in time");
+    }
+    /// Another node became the primary while the application of the one before had a request, which
+    /// it did not answer.
+    PrimarySuperseded { target: &'a dyn Debug } "primary_superseded" {
+        log warn(?target, "another node is the primary now, and the one before has not answered");
     }
     /// A connection to the primary's application broke within a request.
     PrimaryBroke { error: &'a (dyn StdError + 'static), target: &'a dyn Debug } "primary_broke" {

@@ -77,7 +77,9 @@ async fn strangers_get_a_bare_404_for_every_path_and_method() {
     let (service, ..) = service(&SECRET, Mount::Mounted);
     let wrong = knock().headers(&keys(&[2; 32])).unwrap();
     for headers in [HeaderMap::new(), wrong] {
-        for path in ["/", "/v1/stream", "/_replite/v1/stream", "/v2/stream", "/a?b=c"] {
+        for path in
+            ["/", "/v1/stream", "/_replite/v1/standing", "/_replite/v1/stream", "/v2/stream", "/a?b=c"]
+        {
             for method in [Method::GET, Method::POST, Method::HEAD, Method::OPTIONS, Method::CONNECT] {
                 let mut request = request(headers.clone(), Untouched);
                 *request.uri_mut() = path.parse().unwrap();
@@ -158,4 +160,27 @@ async fn a_knock_with_another_secret_is_told_to_the_operator_now_and_then() {
     let told = events.try_recv().unwrap();
     assert!(matches!(told, crate::status::Event::OtherSecret { times: 1, .. }), "{told:?}");
     assert!(events.try_recv().is_err(), "one of a thousand is told");
+}
+
+/// A primary by a lease that was told of a later one, and does not know yet who leads.
+#[tokio::test]
+async fn a_primary_that_has_heard_of_a_later_epoch_lets_no_replica_in() {
+    let node = crate::primary::fake::leased(1, &SECRET, Role::Primary);
+    let replica_server = ReplicaServer::new(node.clone());
+    replica_server.set(Some(Fake::new(node.clone(), 1)));
+    let epoch = crate::Epoch::new(1, 1);
+    node.change_role(crate::context::RoleChange::Leads { me: node.me.clone(), epoch });
+    let service = ReplicationService::new(node.clone(), replica_server, TaskTracker::new(), Mount::Mounted);
+    let ask = || request(knock().headers(&keys(&SECRET)).unwrap(), http_body_util::Empty::<Bytes>::new());
+    node.lease.heard.note(1).unwrap();
+    let response = service.clone().oneshot(ask()).await.unwrap();
+    assert_eq!(response.status(), StatusCode::OK, "its own epoch");
+    node.lease.heard.note(2).unwrap();
+    let response = service.clone().oneshot(ask()).await.unwrap();
+    assert_eq!(response.status(), StatusCode::MISDIRECTED_REQUEST);
+    assert!(!response.headers().contains_key("replite-primary"), "it does not name itself");
+    // It says how it stands all the same.
+    let mut asks = ask();
+    *asks.uri_mut() = "/_replite/v1/standing".parse().unwrap();
+    assert_eq!(service.oneshot(asks).await.unwrap().status(), StatusCode::OK);
 }

@@ -7,12 +7,14 @@
 use std::ffi::{CStr, c_char, c_int, c_void};
 use std::path::{Path, PathBuf};
 use std::ptr::NonNull;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::{io, ptr};
 
 use rusqlite::{Connection, OpenFlags, ffi};
 
 use crate::error::{Error, Result, Unsupported};
+use crate::fence::Fence;
 use crate::sqlite::connect;
 use crate::wal::REGION_BYTES;
 
@@ -333,15 +335,17 @@ pub(crate) fn unreadable(code: c_int) -> bool {
 }
 
 /// Commits of one connection to its main database.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Commits {
     count: AtomicU32,
     /// The frame that the last of them ended with.
     frame: AtomicU32,
+    /// What a commit is to come before.
+    fence: Arc<Fence>,
 }
 
 /// Counts the commits of one connection to its main database by its WAL hook, on whatever thread
-/// they are made.
+/// they are made. Where the fence has a limit, the commit hook refuses those that come after it.
 #[derive(Debug)]
 pub(crate) struct CommitHook {
     /// Given to SQLite. Freed by `take_off` alone: a borrower of the connection may keep it, and
@@ -355,8 +359,10 @@ pub(crate) struct CommitHook {
 impl CommitHook {
     /// Hooks a connection. Through SQLite itself, because rusqlite's method is another one in each
     /// version.
-    pub(crate) fn put_on(connection: &Connection) -> CommitHook {
-        let hook = CommitHook { commits: Box::leak(Box::default()), strayed: false };
+    pub(crate) fn put_on(connection: &Connection, fence: Arc<Fence>) -> CommitHook {
+        let (count, frame) = Default::default();
+        let commits = Box::leak(Box::new(Commits { count, frame, fence }));
+        let hook = CommitHook { commits, strayed: false };
         hook.swap(connection, true);
         hook
     }
@@ -395,12 +401,26 @@ impl CommitHook {
     /// Whether this hook was the connection's, which has it, or none, now.
     fn swap(&self, connection: &Connection, on: bool) -> bool {
         let context = ptr::from_ref(self.commits).cast_mut().cast::<c_void>();
+        if !on || self.commits.fence.until().is_some() {
+            let (hook, context) =
+                if on { (Some(refuse_late as _), context) } else { (None, ptr::null_mut()) };
+            // SAFETY: the connection is open, and the context lives for as long as a connection has
+            // it: what `take_off` frees, it has taken off before.
+            unsafe { ffi::sqlite3_commit_hook(connection.handle(), hook, context) };
+        }
         let (hook, context_then) =
             if on { (Some(count_commit as _), context) } else { (None, ptr::null_mut()) };
         // SAFETY: the connection is open, and the context lives for as long as a connection has it.
         let before = unsafe { ffi::sqlite3_wal_hook(connection.handle(), hook, context_then) };
         before == context
     }
+}
+
+/// Not zero: SQLite rolls the transaction back.
+unsafe extern "C" fn refuse_late(context: *mut c_void) -> c_int {
+    // SAFETY: as for `count_commit`.
+    let commits = unsafe { &*context.cast::<Commits>() };
+    c_int::from(!commits.fence.is_open())
 }
 
 unsafe extern "C" fn count_commit(

@@ -115,6 +115,12 @@ pub enum Event {
         /// What holds from now on.
         state: RoleState,
     },
+    /// This node did not become the primary, and is a replica as before.
+    #[non_exhaustive]
+    PromotionFailed {
+        /// What failed.
+        why: String,
+    },
     /// A replica connected (on the primary).
     #[non_exhaustive]
     ReplicaJoined {

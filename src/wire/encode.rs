@@ -7,9 +7,9 @@ use crate::status::{Addresses, PeerInfo};
 use crate::txid::Position;
 use crate::wire::fields::hash_of;
 use crate::wire::{
-    Ack, FOLLOWS_NONE, Goodbye, HEADER_BYTES, HealBegin, Hello, Kind, MARKS_MAX, Message, PAYLOAD_MAX_BYTES,
-    PEER_MAX_BYTES, PIECE_BYTES, REASON_MAX_BYTES, Segment, SnapBegin, TxnBegin, TxnEnd, VERSION, Want,
-    Welcome,
+    Ack, FOLLOWS_NONE, Goodbye, HEADER_BYTES, HealBegin, Hello, Kind, MARKS_MAX, Message, NO_LEASE,
+    PAYLOAD_MAX_BYTES, PEER_MAX_BYTES, PIECE_BYTES, REASON_MAX_BYTES, Segment, SnapBegin, Standing, TxnBegin,
+    TxnEnd, VERSION, Want, Welcome,
 };
 
 /// Appends a unit to `out`.
@@ -93,6 +93,7 @@ fn put_fields(message: &Message<'_>, out: &mut BytesMut) -> Kind {
         Message::Heartbeat(m) => {
             out.put_slice(&m.position.to_bytes());
             out.put_u64_le(m.clock);
+            out.put_u64_le(m.lease_clock.unwrap_or(NO_LEASE));
             Kind::Heartbeat
         }
         Message::Ack(m) => put_ack(m, out),
@@ -123,6 +124,7 @@ fn put_fields(message: &Message<'_>, out: &mut BytesMut) -> Kind {
             Kind::Sent
         }
         Message::Drain => Kind::Drain,
+        Message::Standing(m) => put_standing(m, out),
         Message::Goodbye(m) => put_goodbye(m, out),
         Message::Segment(m) => put_segment(m, out),
     }
@@ -203,6 +205,17 @@ fn put_want(m: &Want, out: &mut BytesMut) -> Kind {
         out.put_slice(run.hashes.as_flattened());
     }
     Kind::Want
+}
+
+fn put_standing(m: &Standing, out: &mut BytesMut) -> Kind {
+    out.put_slice(&m.proof);
+    put_optional(m.position, out);
+    out.put_u64_le(m.epoch);
+    for flag in [m.fit, m.has_state, m.has_content] {
+        out.put_u8(u8::from(flag));
+    }
+    put_peer(&m.peer, out);
+    Kind::Standing
 }
 
 fn put_goodbye(m: &Goodbye, out: &mut BytesMut) -> Kind {

@@ -2,11 +2,12 @@
 use crate::checksum::PageHash;
 use crate::page::{PageNo, PageSize};
 use crate::status::PeerInfo;
-use crate::txid::{Epoch, EpochHistory, Position};
+use crate::txid::{Epoch, EpochHistory, NUMBER_MAX, Position};
 use crate::wire::{
     ADDRESS_MAX, Ack, FOLLOWS_NONE, Goodbye, HEADER_BYTES, HELLO_PROOF_BYTES, HealBegin, Heartbeat, Hello,
-    Kind, MARKS_MAX, Message, PEER_MAX_BYTES, Plan, REASON_MAX_BYTES, SPAN_MAX_PAGES, Segment, Sent,
-    SnapBegin, SnapEnd, TxnBegin, TxnEnd, UNIT_KEY, WANT_MAX_PAGES, Want, WantRun, Welcome, WireError,
+    Kind, MARKS_MAX, Message, NO_LEASE, PEER_MAX_BYTES, Plan, REASON_MAX_BYTES, SPAN_MAX_PAGES, Segment,
+    Sent, SnapBegin, SnapEnd, Standing, TxnBegin, TxnEnd, UNIT_KEY, WANT_MAX_PAGES, Want, WantRun, Welcome,
+    WireError,
 };
 
 /// The hash of a unit that is no page, from its header and payload; what stands in the hash's place
@@ -70,7 +71,7 @@ pub(super) fn decode(kind: Kind, hash: [u8; 16], unit: &[u8]) -> Result<Message<
         Kind::Hello => Message::Hello(f.hello()?),
         Kind::Welcome => Message::Welcome(f.welcome()?),
         Kind::Epochs => Message::Epochs(f.history()?),
-        Kind::Heartbeat => Message::Heartbeat(Heartbeat { position: f.position()?, clock: f.u64()? }),
+        Kind::Heartbeat => Message::Heartbeat(f.heartbeat()?),
         Kind::Ack => Message::Ack(Ack {
             applied: f.optional(Fields::position)?,
             synced: f.optional(Fields::position)?,
@@ -103,6 +104,7 @@ pub(super) fn decode(kind: Kind, hash: [u8; 16], unit: &[u8]) -> Result<Message<
         Kind::Want => Message::Want(f.want()?),
         Kind::Sent => Message::Sent(Sent { position: f.position()?, pages: f.u32()? }),
         Kind::Drain => Message::Drain,
+        Kind::Standing => Message::Standing(f.standing()?),
         Kind::Goodbye => Message::Goodbye(f.goodbye()?),
         Kind::Segment => Message::Segment(Segment {
             start: f.address()?,
@@ -256,6 +258,28 @@ impl<'a> Fields<'a> {
             },
             position: self.position()?,
             page_size: self.page_size()?,
+            peer: self.peer()?,
+        })
+    }
+
+    fn heartbeat(&mut self) -> Result<Heartbeat, WireError> {
+        Ok(Heartbeat {
+            position: self.position()?,
+            clock: self.u64()?,
+            lease_clock: Some(self.u64()?).filter(|&clock| clock != NO_LEASE),
+        })
+    }
+
+    fn standing(&mut self) -> Result<Standing, WireError> {
+        Ok(Standing {
+            proof: *self.array::<HELLO_PROOF_BYTES>()?,
+            position: self.optional(Fields::position)?,
+            epoch: Some(self.u64()?)
+                .filter(|number| *number <= NUMBER_MAX)
+                .ok_or(WireError::Fields("an epoch beyond all numbers"))?,
+            fit: self.flag()?,
+            has_state: self.flag()?,
+            has_content: self.flag()?,
             peer: self.peer()?,
         })
     }

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use proptest::prelude::*;
 
 use crate::checksum::Checksum;
+use crate::hex::unhex_lossy;
 use crate::peer::{Incarnation, NodeId};
 use crate::status::Addresses;
 use crate::txid::{EpochStart, NUMBER_MAX, Txid};
@@ -59,6 +60,11 @@ fn every_kind() -> Vec<Message<'static>> {
         let (epoch, position) = (Epoch::new(3, 4), position(5));
         Message::Welcome(Welcome { peer: peer(), epoch, plan, position, page_size: size() })
     };
+    let standing = |position: Option<Position>, fit| {
+        let (proof, has_content, epoch) = ([8; 32], fit, 1 << 33);
+        let has_state = position.is_some();
+        Message::Standing(Standing { proof, position, epoch, fit, has_state, has_content, peer: peer() })
+    };
     vec![
         Message::TxnBegin(TxnBegin { before: position(1), epoch: Epoch::new(4, 4), page_size: size() }),
         page_of(page_no(77), &PAGES[..512]),
@@ -72,7 +78,7 @@ fn every_kind() -> Vec<Message<'static>> {
         welcome(Plan::Compare),
         welcome(Plan::Recover),
         Message::Epochs(history()),
-        Message::Heartbeat(Heartbeat { position: position(6), clock: 12 }),
+        Message::Heartbeat(Heartbeat { position: position(6), clock: 12, lease_clock: Some(13) }),
         Message::Ack(Ack { applied: None, synced: None, clock: 0 }),
         Message::Ack(Ack { applied: Some(position(8)), synced: Some(position(7)), clock: 1 << 40 }),
         Message::SnapBegin(SnapBegin { first: position(1), from: page_no(2), page_size: size(), pages: 11 }),
@@ -97,6 +103,9 @@ fn every_kind() -> Vec<Message<'static>> {
         Message::Drain,
         Message::Segment(Segment { start: 1 << 40, before: position(0), follows: None }),
         Message::Segment(Segment { start: 1 << 40, before: position(0), follows: Some(77) }),
+        Message::Heartbeat(Heartbeat { position: position(6), clock: 12, lease_clock: None }),
+        standing(None, false),
+        standing(Some(position(13)), true),
     ]
 }
 
@@ -252,7 +261,7 @@ fn lengths_versions_and_kinds_outside_the_bounds_are_refused() {
     for version in [0, 2, 256, u16::MAX] {
         assert_eq!(first(header(8, 8, 0, version)).unwrap_err(), WireError::Version(version));
     }
-    for kind in [0, 19, 255] {
+    for kind in [0, 20, 255] {
         assert_eq!(first(header(8, kind, 0, 1)).unwrap_err(), WireError::UnknownKind(kind));
         assert_eq!(first(header(8, kind, 2, 1)).unwrap_err(), WireError::UnknownKind(kind));
     }
@@ -317,7 +326,7 @@ fn fields_outside_their_bounds_are_refused_behind_a_good_hash() {
         }
     }
     let with = |number| Position::new(Txid::new(position(1).epoch(), number), position(1).checksum());
-    let beat = |number| Message::Heartbeat(Heartbeat { position: with(number), clock: 0 });
+    let beat = |number| Message::Heartbeat(Heartbeat { position: with(number), clock: 0, lease_clock: None });
     assert!(!fields_error(encoded(&beat(NUMBER_MAX))));
     assert!(fields_error(encoded(&beat(NUMBER_MAX + 1))), "a number that no history gets to");
     let segment = |start| Message::Segment(Segment { start, before: position(1), follows: None });
@@ -340,6 +349,50 @@ fn fields_outside_their_bounds_are_refused_behind_a_good_hash() {
     assert!(!fields_error(sealed(12, 0, &[b'x'; REASON_MAX_BYTES])));
     assert!(fields_error(sealed(12, 0, &[b'x'; REASON_MAX_BYTES + 1])));
     assert!(fields_error(sealed(12, 0, &[0xff, 0xfe])), "not UTF-8");
+}
+
+/// The units that a lease has to do with, by another implementation of the format.
+#[test]
+fn the_bytes_of_heartbeats_and_standings_stay_what_they_are() {
+    let beat = |lease_clock| Message::Heartbeat(Heartbeat { position: position(6), clock: 12, lease_clock });
+    let by_lease = concat!(
+        "38000000070001006ae8741a39b61e4d2d3b6cb0f5b65ce80300000000000000cdab0000000000000600000000",
+        "000000050000000000000080010000000000000c000000000000000d00000000000000",
+    );
+    let without = concat!(
+        "38000000070001000063d73855220baafd82340fa55e3b790300000000000000cdab0000000000000600000000",
+        "000000050000000000000080010000000000000c00000000000000ffffffffffffffff",
+    );
+    let standing = Standing {
+        proof: [8; 32],
+        position: Some(position(13)),
+        epoch: 1 << 33,
+        fit: true,
+        has_state: true,
+        has_content: true,
+        peer: peer(),
+    };
+    let json = concat!(
+        r#"{"node":"00000000-0000-0000-0000-000000000007","#,
+        r#""incarnation":"00000000-0000-0000-0000-000000000008""#,
+        r#","addresses":{"replication":"http://10.0.0.1:8081/_replite","app":"http://10.0.0.1:8081","#,
+        r#""labels":{"region":"ams"}}}"#,
+    );
+    let stands = concat!(
+        "2d01000013000100ac6c78dc8193c5c0a780c7708766b94d080808080808080808080808080808080808080808",
+        "0808080808080808080808010300000000000000cdab0000000000000d00000000000000050000000000000040",
+        "030000000000000000000002000000010101d700",
+    );
+    let stands = [unhex_lossy(stands), json.as_bytes().to_vec()].concat();
+    let all = [
+        (beat(Some(13)), unhex_lossy(by_lease)),
+        (beat(None), unhex_lossy(without)),
+        (Message::Standing(standing), stands),
+    ];
+    for (message, bytes) in all {
+        assert_eq!(encoded(&message), bytes, "{message:?}");
+        assert_eq!(first(bytes).unwrap().unwrap().decode().unwrap(), message);
+    }
 }
 
 #[test]

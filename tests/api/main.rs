@@ -7,6 +7,7 @@ mod defence;
 #[path = "../support/fork.rs"]
 mod fork;
 mod history;
+mod lease;
 mod metrics;
 mod panics;
 mod places;

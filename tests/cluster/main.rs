@@ -4,9 +4,11 @@ mod claimed;
 mod filling;
 #[path = "../support/fork.rs"]
 mod fork;
+mod lease;
 mod nodes;
 mod packages;
 mod peers;
+mod roles;
 mod slow;
 #[path = "../support/lib.rs"]
 mod support;

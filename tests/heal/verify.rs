@@ -174,7 +174,13 @@ async fn it_holds_beside_writers_checkpoints_and_apply() {
     positions.dedup();
     assert!(positions.len() > 10, "hardly anything was committed between: {positions:?}");
     assert_eq!(primary.status().verification.map(|v| v.holds()), Some(true));
-    assert_eq!(primary.status().problem, None);
+    // What the writers left in the WAL is copied back by itself.
+    within("no problem", async {
+        while primary.status().problem.is_some() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    })
+    .await;
     let last = insert(&primary, "w", 0).await;
     replica.wait_for_timeout(last, LIMIT).await.unwrap();
     assert_same_pages(&p, &r);

@@ -1,6 +1,7 @@
 //! The example application as its users run it: real processes.
 
 use std::collections::HashSet;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use http::Request;
@@ -11,8 +12,10 @@ use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 
 use crate::http_support::*;
-use crate::support::{LIMIT, three_ports, until, within};
+use crate::support::{LIMIT, plain, three_ports, until, within};
 
+/// What nodes say that could not start a cluster, because there are two databases.
+const SEVERAL: &str = "several nodes of a first start have a database with content";
 /// What the documentation promises for the end of everything.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
@@ -50,12 +53,18 @@ async fn feed(url: &str) -> Incoming {
     response.into_body()
 }
 
-/// The number in the next event; none at the end.
+/// The number in the next event that tells of a position; none at the end.
 async fn event(feed: &mut Incoming) -> Option<u64> {
-    let data = within("an event", feed.frame()).await?.unwrap().into_data().unwrap();
-    let text = String::from_utf8(data.to_vec()).unwrap();
-    let number = text.trim().strip_prefix("event: position\ndata: ").unwrap_or_else(|| panic!("{text:?}"));
-    Some(number.parse().unwrap())
+    loop {
+        let data = within("an event", feed.frame()).await?.unwrap().into_data().unwrap();
+        let text = String::from_utf8(data.to_vec()).unwrap();
+        if text.starts_with("event: role\n") {
+            continue;
+        }
+        let number =
+            text.trim().strip_prefix("event: position\ndata: ").unwrap_or_else(|| panic!("{text:?}"));
+        return Some(number.parse().unwrap());
+    }
 }
 
 /// The processes that this one started.
@@ -72,14 +81,13 @@ fn children(of: Pid) -> Vec<Pid> {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn three_instances_share_their_notes_survive_a_kill_and_end_together() {
     let dir = tempfile::tempdir().unwrap();
-    let Example { process: example, urls } = Example::launcher(three_ports(), dir.path());
+    let (Example { process: example, urls }, table) =
+        tokio::task::block_in_place(|| Example::fixed(dir.path()));
     let urls: [String; 3] = urls.try_into().unwrap();
     let nodes = urls.clone().map(|url| format!("{url}/api/node"));
     let launcher = example.pid();
-    let rows = tokio::task::block_in_place(|| urls.clone().map(|url| example.line(&format!("{url} "))));
-    let table = rows.each_ref().map(|row| row.split_whitespace().collect::<Vec<_>>());
-    assert_eq!(table.each_ref().map(|row| row[1]), ["primary", "replica", "replica"]);
-    let pids = table.each_ref().map(|row| Pid::from_raw(row[2].parse().unwrap()).unwrap());
+    assert_eq!(table.each_ref().map(|row| &*row.role), ["primary", "replica", "replica"]);
+    let pids = table.each_ref().map(|row| row.pid);
     assert_eq!(HashSet::from(pids), HashSet::from_iter(children(launcher)));
 
     // A note that was added anywhere is everywhere, and each feed tells.
@@ -134,16 +142,97 @@ async fn three_instances_share_their_notes_survive_a_kill_and_end_together() {
     }
 }
 
-/// Whether the process is there, and not only its exit status, which nobody may have asked for.
-fn runs(pid: Pid) -> bool {
-    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()));
-    stat.is_ok_and(|stat| !stat.rsplit(") ").next().unwrap().starts_with('Z'))
+/// How an instance says that it is.
+async fn described(url: &str) -> Value {
+    Http::new().get(&format!("{url}/api/node")).await.map_or(Value::Null, |answer| json(&answer))
+}
+
+/// All notes in the file of an instance that has ended, which is whole.
+fn rows(data: &Path, url: &str) -> Vec<(i64, String, String)> {
+    let conn = plain(&data.join(url.rsplit(':').next().unwrap()).join("notes.db"));
+    let whole: String = conn.query_row("PRAGMA integrity_check", [], |row| row.get(0)).unwrap();
+    assert_eq!(whole, "ok", "{url}");
+    let mut all = conn.prepare("SELECT id, text, node FROM notes ORDER BY id").unwrap();
+    all.query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))
+        .unwrap()
+        .map(Result::unwrap)
+        .collect()
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn another_instance_takes_over_from_a_primary_that_was_killed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (Example { process: example, urls }, table) =
+        tokio::task::block_in_place(|| Example::three(dir.path()));
+    let (leading, others): (Vec<Row>, Vec<Row>) = table.into_iter().partition(|row| row.role == "primary");
+    let [killed] = &leading[..] else { panic!("{leading:?}") };
+    assert!(others.iter().all(|row| row.role == "replica"), "{others:?}");
+    for url in &urls {
+        assert_eq!(add(url, "before").await.status, 201);
+    }
+    let before = described(&killed.url).await;
+
+    tokio::task::block_in_place(|| kill(killed.pid));
+    let begin = Instant::now();
+    // Held until there is a primary again.
+    let note = add(&others[0].url, "after").await;
+    assert_eq!(note.status, 201, "{note:?}");
+    println!("the first note after {:?}", begin.elapsed());
+    listed(&others[1].url, "after").await;
+    let mut leads = Vec::new();
+    for row in &others {
+        let node = described(&row.url).await;
+        assert!(node["epoch"].as_u64() > before["epoch"].as_u64(), "{node}");
+        let roles: Vec<&str> = node["changes"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|change| change["role"].as_str().unwrap())
+            .collect();
+        if node["role"] == "primary" {
+            assert!(roles.ends_with(&["electing", "promoting", "primary"]), "{roles:?}");
+            leads.push(row.url.clone());
+        }
+    }
+    assert_eq!(leads.len(), 1, "{leads:?}");
+
+    // Started again, it follows.
+    listed(&killed.url, "after").await;
+    let back = described(&killed.url).await;
+    assert_eq!((&back["id"], &back["role"]), (&before["id"], &"replica".into()), "{back}");
+    assert_eq!(back["changes"].as_array().unwrap().last().unwrap()["primary"], *leads[0]);
+    assert_eq!(add(&killed.url, "last").await.status, 201);
+    for url in &urls {
+        listed(url, "last").await;
+    }
+    tokio::task::block_in_place(|| example.end());
+    let notes = rows(dir.path(), &urls[0]);
+    assert_eq!(notes.len(), 5, "{notes:?}");
+    for url in &urls[1..] {
+        assert_eq!(rows(dir.path(), url), notes, "{url}");
+    }
+}
+
+/// What is expected is no warning, and no terminal is there that would show colours.
+#[test]
+fn an_orderly_end_of_all_warns_of_nothing() {
+    for fixed in [false, true] {
+        let dir = tempfile::tempdir().unwrap();
+        let example = Example::talkative(dir.path(), fixed);
+        example.table();
+        example.process.signal(Signal::TERM);
+        let said = example.process.success();
+        assert!(said.iter().any(|line| line.contains(" INFO ")), "{said:#?}");
+        let wrong = |line: &&String| ["WARN", "ERROR", "\u{1b}"].iter().any(|word| line.contains(word));
+        let wrong: Vec<_> = said.iter().filter(wrong).collect();
+        assert!(wrong.is_empty(), "{wrong:#?}");
+    }
 }
 
 #[test]
 fn no_instance_outlives_a_launcher_that_was_killed() {
     let dir = tempfile::tempdir().unwrap();
-    let example = Example::three(dir.path()).process;
+    let example = Example::three(dir.path()).0.process;
     let pids = children(example.pid());
     assert_eq!(pids.len(), 3);
     example.kill();
@@ -221,13 +310,71 @@ async fn an_import_waits_for_a_locked_file_and_its_notes_are_found() {
     tokio::task::block_in_place(|| example.end());
 }
 
+/// A database with a note, as another program made it.
+fn made_elsewhere(path: &Path, note: &str) {
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    let made = Connection::open(path).unwrap();
+    made.execute_batch(
+        "CREATE TABLE notes(id INTEGER PRIMARY KEY AUTOINCREMENT, text TEXT NOT NULL,
+             node TEXT NOT NULL DEFAULT '', created TEXT NOT NULL DEFAULT '')",
+    )
+    .unwrap();
+    made.execute("INSERT INTO notes(text) VALUES (?1)", [note]).unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_file_that_all_instances_are_told_to_import_is_imported_once() {
+    let dir = tempfile::tempdir().unwrap();
+    let old = dir.path().join("old.db");
+    made_elsewhere(&old, "imported");
+    let port = three_ports();
+    let three = [0, 1, 2]
+        .map(|index| Example::elected(port, index, dir.path(), &["--import", old.to_str().unwrap()]));
+    for instance in &three {
+        listed(&instance.urls[0], "imported").await;
+    }
+    let importer = std::fs::read_to_string(dir.path().join("lease.import")).unwrap();
+    assert_eq!(described(&importer).await["role"], "primary");
+    assert_eq!(add(&three[0].urls[0], "more").await.status, 201);
+    for instance in three {
+        listed(&instance.urls[0], "more").await;
+        let url = instance.urls[0].clone();
+        tokio::task::block_in_place(|| instance.process.end());
+        assert_eq!(rows(dir.path(), &url).len(), 2, "{url}");
+        assert!(!dir.path().join(url.rsplit(':').next().unwrap()).join("notes.importing").exists());
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_databases_make_no_cluster_and_it_is_said() {
+    let dir = tempfile::tempdir().unwrap();
+    let port = three_ports();
+    for port in [port, port + 1] {
+        made_elsewhere(&dir.path().join(port.to_string()).join("notes.db"), &format!("of {port}"));
+    }
+    let three = [0, 1, 2].map(|index| Example::elected(port, index, dir.path(), &[]));
+    for instance in &three {
+        within("the reason", async {
+            while !described(&instance.urls[0]).await["waits_for"].to_string().contains(SEVERAL) {}
+        })
+        .await;
+    }
+    for (index, instance) in three.into_iter().enumerate() {
+        let url = instance.urls[0].clone();
+        tokio::task::block_in_place(|| instance.process.end());
+        if index < 2 {
+            assert_eq!(rows(dir.path(), &url), [(1, format!("of {}", port + index as u16), String::new())]);
+        }
+    }
+}
+
 #[test]
 fn a_port_that_is_taken_ends_the_launcher_and_what_it_started() {
     let dir = tempfile::tempdir().unwrap();
     let port = three_ports();
     let _taken = std::net::TcpListener::bind(("127.0.0.1", port + 2)).unwrap();
     let begin = Instant::now();
-    let mut example = Example::launcher(port, dir.path()).process;
+    let mut example = Example::launcher(port, dir.path(), &[]).process;
     example.line(&format!("127.0.0.1:{}", port + 2));
     assert!(!example.wait(LIMIT).success());
     assert!(begin.elapsed() < END_LIMIT);
@@ -241,7 +388,7 @@ fn an_instance_that_can_not_begin_ends_the_others() {
     let database = dir.path().join(port.to_string()).join("notes.db");
     std::fs::create_dir_all(database.parent().unwrap()).unwrap();
     std::fs::write(database, "this is no database, whoever asks for it".repeat(100)).unwrap();
-    let mut example = Example::launcher(port, dir.path()).process;
+    let mut example = Example::launcher(port, dir.path(), &[]).process;
     example.line("ended before all were ready");
     assert!(!example.wait(LIMIT).success());
     for port in port..port + 3 {

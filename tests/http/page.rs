@@ -110,9 +110,30 @@ impl Page<'_> {
 
     /// The texts of the notes that it shows, the newest first.
     async fn notes(&self) -> Vec<String> {
-        let script = "return Array.from(document.querySelectorAll('#notes p'), p => p.textContent)";
-        let texts = self.run(script).await;
+        self.texts("#notes p").await
+    }
+
+    /// The texts of all that this finds.
+    async fn texts(&self, selector: &str) -> Vec<String> {
+        let script =
+            format!("return Array.from(document.querySelectorAll('{selector}'), e => e.textContent)");
+        let texts = self.run(&script).await;
         texts.as_array().unwrap().iter().map(|text| text.as_str().unwrap().to_string()).collect()
+    }
+
+    /// Waits until the texts of what this finds are so, and returns them.
+    async fn until(&self, selector: &str, so: impl Fn(&[String]) -> bool) -> Vec<String> {
+        let mut texts = Vec::new();
+        let shown = tokio::time::timeout(LIMIT, async {
+            loop {
+                texts = self.texts(selector).await;
+                if so(&texts) {
+                    return;
+                }
+            }
+        });
+        assert!(shown.await.is_ok(), "{selector}: {texts:?}");
+        texts
     }
 
     /// Waits until it shows exactly these.
@@ -131,7 +152,7 @@ impl Page<'_> {
 #[ignore = "needs chromium and chromedriver"]
 async fn a_note_typed_on_a_replicas_page_is_there_at_once_and_on_all_pages_within_a_second() {
     let dir = tempfile::tempdir().unwrap();
-    let Example { process: example, urls } = tokio::task::block_in_place(|| Example::three(dir.path()));
+    let (Example { process: example, urls }, _) = tokio::task::block_in_place(|| Example::fixed(dir.path()));
     let browser = Browser::start().await;
     let (a, b) = (browser.open(&urls[0]).await, browser.open(&urls[1]).await);
     let mine = browser.open(&urls[2]).await;
@@ -183,6 +204,65 @@ async fn a_note_typed_on_a_replicas_page_is_there_at_once_and_on_all_pages_withi
     a.click("#add button").await;
     mine.shows(&["outside, too", "from outside"]).await;
     println!("searched for {:?}", begin.elapsed());
+    browser.quit().await;
+    tokio::task::block_in_place(|| example.end());
+}
+
+/// The primaries that a page shows, one after the other, as it notes them itself.
+const NOTE_PRIMARIES: &str = "window.primaries = [];
+    const note = () => {
+        const now = document.querySelector('.node.primary a')?.textContent;
+        if (now && now !== window.primaries.at(-1)) window.primaries.push(now);
+    };
+    note();
+    new MutationObserver(note).observe(document.getElementById('nodes'), { childList: true })";
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs chromium and chromedriver"]
+async fn the_pages_show_how_another_instance_takes_over_from_a_primary_that_was_killed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (Example { process: example, .. }, table) =
+        tokio::task::block_in_place(|| Example::three(dir.path()));
+    let (leading, others): (Vec<Row>, Vec<Row>) = table.into_iter().partition(|row| row.role == "primary");
+    let killed = &leading[0];
+    let browser = Browser::start().await;
+    let pages = [browser.open(&others[0].url).await, browser.open(&others[1].url).await];
+    for page in &pages {
+        page.until("#role", |role| role == ["replica"]).await;
+        page.until(".node.primary a", |urls| urls == [&*killed.url]).await;
+        page.run(NOTE_PRIMARIES).await;
+    }
+    pages[0].type_into("#add input", "in spite of it").await;
+    tokio::task::block_in_place(|| kill(killed.pid));
+    let begin = Instant::now();
+    // Not by its place: the boxes above may grow in this moment.
+    pages[0].run("document.querySelector('#add button').click()").await;
+    for page in &pages {
+        page.shows(&["in spite of it"]).await;
+    }
+    println!("both pages showed the note {:?} after the kill", begin.elapsed());
+    let is_other = |urls: &[String]| urls.len() == 1 && urls[0] != killed.url;
+    let now = pages[0].until(".node.primary a", is_other).await.remove(0);
+    for (page, row) in pages.iter().zip(&others) {
+        page.until(".node.primary a", |urls| urls == [&*now]).await;
+        assert_eq!(page.run("return window.primaries").await, json!([killed.url, now]));
+        let (role, last) = match row.url == now {
+            true => ("primary", "primary, ".to_string()),
+            false => ("replica", format!("replica of {now}, ")),
+        };
+        page.until("#role", |shown| shown == [role]).await;
+        // The newest first: a time, and what it is from then on.
+        let changes = page.until(".node.me li", |lines| lines[0].contains(&last)).await;
+        if role == "primary" {
+            let words: Vec<_> = changes.iter().map(|line| line.split([' ', ',']).nth(1).unwrap()).collect();
+            assert_eq!(words[..3], ["primary", "promoting", "electing"], "{changes:?}");
+        }
+    }
+    // What was killed is started again, and follows.
+    for page in &pages {
+        page.until(".node.replica a", |urls| urls.contains(&killed.url)).await;
+        assert_eq!(page.run("return window.primaries").await, json!([killed.url, now]));
+    }
     browser.quit().await;
     tokio::task::block_in_place(|| example.end());
 }

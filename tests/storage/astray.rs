@@ -64,7 +64,7 @@ async fn write_on(db: &Db) -> Written {
             Ok(_) => assert!(!unknown, "a write that is acknowledged after one that is not"),
             // Refused before it was committed.
             Err(Error::Stopped(_)) => return Written { acknowledged: n - i64::from(unknown), unknown },
-            Err(Error::OutcomeUnknown(_)) => {
+            Err(Error::OutcomeUnknown { .. }) => {
                 assert!(!unknown, "one is under way at a time");
                 unknown = true;
             }

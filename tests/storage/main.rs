@@ -10,6 +10,7 @@ mod full;
 #[path = "../support/http.rs"]
 mod http_support;
 mod kills;
+mod lease;
 mod locks;
 mod private;
 mod quota;

@@ -11,6 +11,7 @@ use http_body_util::{BodyExt, Full};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
+use rustix::process::{Pid, Signal, kill_process};
 
 use crate::support::*;
 
@@ -106,27 +107,67 @@ pub(crate) struct Example {
     pub(crate) urls: Vec<String>,
 }
 
+/// What the launcher's table says of an instance.
+#[derive(Clone, Debug)]
+pub(crate) struct Row {
+    pub(crate) url: String,
+    pub(crate) role: String,
+    pub(crate) pid: Pid,
+}
+
 impl Example {
     fn start(urls: Vec<String>, configure: impl FnOnce(&mut Command)) -> Example {
         let mut command = Command::new(example());
+        command.env_remove("RUST_LOG").env("REPLITE_SECRET", "tK2v0CZkYt8bM5WJ3uH1nQxPp7sDfLrEaG6yVoXiN4c");
         configure(&mut command);
-        command.env_remove("RUST_LOG").env("NO_COLOR", "1");
         Example { process: Process::program(&mut command), urls }
     }
 
     /// Three instances with their launcher, on three ports in a row.
-    pub(crate) fn launcher(port: u16, data: &Path) -> Example {
-        let urls = (port..port + 3).map(|port| format!("http://127.0.0.1:{port}")).collect();
-        Example::start(urls, |command| {
-            command.arg("--base-port").arg(port.to_string()).arg("--data").arg(data);
+    pub(crate) fn launcher(port: u16, data: &Path, options: &[&str]) -> Example {
+        Example::start(urls(port), |command| {
+            command.arg("--base-port").arg(port.to_string()).arg("--data").arg(data).args(options);
         })
     }
 
-    /// The same when they are ready.
-    pub(crate) fn three(data: &Path) -> Example {
-        let example = Example::launcher(three_ports(), data);
-        example.process.line("add a note");
-        example
+    /// The same with a log of all that is told.
+    pub(crate) fn talkative(data: &Path, fixed: bool) -> Example {
+        let port = three_ports();
+        Example::start(urls(port), |command| {
+            command.arg("--base-port").arg(port.to_string()).arg("--data").arg(data).env("RUST_LOG", "info");
+            if fixed {
+                command.args(["--primary", &urls(port)[0]]);
+            }
+        })
+    }
+
+    /// Three instances that find their primary by a lease, when they are ready.
+    pub(crate) fn three(data: &Path) -> (Example, [Row; 3]) {
+        let example = Example::launcher(three_ports(), data, &[]);
+        let table = example.table();
+        (example, table)
+    }
+
+    /// The same with the first one as the fixed primary.
+    pub(crate) fn fixed(data: &Path) -> (Example, [Row; 3]) {
+        let port = three_ports();
+        let example = Example::launcher(port, data, &["--primary", &urls(port)[0]]);
+        let table = example.table();
+        (example, table)
+    }
+
+    /// Waits until all are ready.
+    pub(crate) fn table(&self) -> [Row; 3] {
+        let row = |url: &String| {
+            let line = self.process.line(&format!("{url} "));
+            let mut words = line.split_whitespace().map(str::to_string);
+            let mut word = || words.next().unwrap();
+            let (url, role) = (word(), word());
+            Row { url, role, pid: Pid::from_raw(word().parse().unwrap()).unwrap() }
+        };
+        let rows: Vec<Row> = self.urls.iter().map(row).collect();
+        self.process.line("add a note");
+        rows.try_into().unwrap()
     }
 
     /// One instance, a primary.
@@ -135,7 +176,34 @@ impl Example {
         let url = format!("http://{address}");
         Example::start(vec![url.clone()], |c| {
             c.args(["node", "--listen", &address, "--primary", &url, "--data"]).arg(data).args(options);
-            c.env("REPLITE_SECRET", "tK2v0CZkYt8bM5WJ3uH1nQxPp7sDfLrEaG6yVoXiN4c");
         })
     }
+
+    /// One of the three instances from this port on, with the lease beside the directories of all.
+    pub(crate) fn elected(first: u16, index: u16, data: &Path, options: &[&str]) -> Example {
+        let (urls, port) = (urls(first), first + index);
+        let peers = urls.join(",");
+        Example::start(vec![urls[usize::from(index)].clone()], |c| {
+            c.args(["node", "--listen", &format!("127.0.0.1:{port}"), "--peers", &peers, "--lease"]);
+            c.arg(data.join("lease")).arg("--data").arg(data.join(port.to_string())).args(options);
+        })
+    }
+}
+
+/// Those of three instances on ports in a row.
+fn urls(port: u16) -> Vec<String> {
+    (port..port + 3).map(|port| format!("http://127.0.0.1:{port}")).collect()
+}
+
+/// Kills an instance, and returns when its launcher knows. Its connections have ended then: a process
+/// whose exit status is there may still have threads.
+pub(crate) fn kill(pid: Pid) {
+    kill_process(pid, Signal::KILL).unwrap();
+    until("its end", || !Path::new(&format!("/proc/{}", pid.as_raw_nonzero())).exists());
+}
+
+/// Whether the process is there, and not only its exit status, which nobody may have asked for.
+pub(crate) fn runs(pid: Pid) -> bool {
+    let stat = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero()));
+    stat.is_ok_and(|stat| !stat.rsplit(") ").next().unwrap().starts_with('Z'))
 }

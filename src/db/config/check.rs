@@ -1,12 +1,15 @@
 //! What a configuration must be like, and what follows from it.
 
 use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::db::config::Config;
 use crate::engine::EngineOptions;
 use crate::error::{Error, Result};
 use crate::files::Paths;
+use crate::lease::record::{LEASE_TIMES, STARTERS_MAX, URLS_MAX_BYTES};
+use crate::lease::{LeaseKind, Store};
 use crate::log::LogOptions;
 use crate::net::Endpoint;
 use crate::peer::{Incarnation, NodeId};
@@ -23,6 +26,17 @@ const LOG_QUOTA_MIN_BYTES: u64 = 4 << 20;
 /// The shortest WAL that is worth restarting, in bytes.
 const WAL_LIMIT_MIN_BYTES: u64 = 64 * 1024;
 
+/// How a node starts.
+#[derive(Debug)]
+pub(in crate::db) enum Start {
+    /// As the fixed primary.
+    Primary,
+    /// As a replica of the fixed primary.
+    Replica(Endpoint),
+    /// As what the lease says, which counts so long.
+    Lease(Arc<dyn Store>, Duration),
+}
+
 impl Config {
     pub(in crate::db) fn database_name(&self) -> Result<String> {
         let name = match &self.database {
@@ -33,9 +47,8 @@ impl Config {
         Ok(name)
     }
 
-    /// Checks everything that can be checked without touching a file. Returns the primary's
-    /// endpoint, on a replica.
-    pub(in crate::db) fn check(&self) -> Result<Option<Endpoint>> {
+    /// Checks everything that can be checked without touching a file. Returns how the node starts.
+    pub(in crate::db) fn check(&self) -> Result<Start> {
         check_name("cluster", &self.cluster)?;
         self.database_name()?;
         self.check_numbers()?;
@@ -48,7 +61,39 @@ impl Config {
                 "without a secret the listener must be on loopback, not {listen}"
             )));
         }
-        self.lease.primary_url().map(Endpoint::parse).transpose()
+        self.check_lease()
+    }
+
+    fn check_lease(&self) -> Result<Start> {
+        let store = match &self.lease.0 {
+            LeaseKind::Fixed(fixed) => {
+                let primary = fixed.primary_url().map(Endpoint::parse).transpose()?;
+                return Ok(primary.map_or(Start::Primary, Start::Replica));
+            }
+            LeaseKind::Store(store) => store.clone(),
+        };
+        let time = self.lease_time.unwrap_or_else(|| store.lease_time());
+        if !LEASE_TIMES.contains(&time) {
+            let (least, most) = (LEASE_TIMES.start(), LEASE_TIMES.end());
+            return Err(Error::Config(format!("lease_time is {time:?}; {least:?} to {most:?} are possible")));
+        }
+        if self.bootstrap.is_some_and(|nodes| !(1..=STARTERS_MAX).contains(&nodes)) {
+            return Err(Error::Config(format!("bootstrap: 1 to {STARTERS_MAX} nodes are possible")));
+        }
+        let advertised = self.advertised(self.listen);
+        let Addresses { replication, app, public, .. } = &advertised;
+        let urls = replication.len() + app.len() + public.as_ref().map_or(0, String::len);
+        if self.bootstrap.is_some() && urls > URLS_MAX_BYTES {
+            return Err(Error::Config(format!(
+                "bootstrap: a node has {urls} bytes of URLs; at most {URLS_MAX_BYTES} are possible"
+            )));
+        }
+        if advertised.replication.is_empty() {
+            return Err(Error::Config(
+                "with a lease, other nodes have to reach this one: say how by `advertise` or `listen`".into(),
+            ));
+        }
+        Ok(Start::Lease(store, time))
     }
 
     fn check_numbers(&self) -> Result<()> {
@@ -176,7 +221,7 @@ mod tests {
 
     #[test]
     fn contradictions_are_refused_before_anything_is_touched() {
-        assert!(Config::new("a.db").check().unwrap().is_none());
+        assert!(matches!(Config::new("a.db").check(), Ok(Start::Primary)));
         assert!(refused(Config::new("a.db").cluster("")));
         assert!(refused(Config::new("a.db").database("two words")));
         assert!(refused(Config::new("a.db").database("x".repeat(65))));
@@ -190,11 +235,29 @@ mod tests {
         assert!(refused(Config::new("a.db").listen("0.0.0.0:1".parse().unwrap())));
         assert!(Config::new("a.db").listen("[::1]:1".parse().unwrap()).check().is_ok());
         assert!(Config::new("a.db").lease(Fixed::replica_of("ftp://x")).check().is_err());
-        assert!(Config::new("a.db").lease(Fixed::replica_of("http://x:1")).check().unwrap().is_some());
+        assert!(matches!(
+            Config::new("a.db").lease(Fixed::replica_of("http://x:1")).check(),
+            Ok(Start::Replica(_))
+        ));
         for public in ["", "a.example", "ftp://a", "https://a/?q", "https://a b"] {
             let addresses = Addresses { public: Some(public.into()), ..Addresses::default() };
             assert!(refused(Config::new("a.db").addresses(addresses)), "{public:?}");
         }
+    }
+
+    #[test]
+    fn as_many_nodes_start_a_cluster_as_its_record_has_room_for() {
+        let config = |nodes, urls: usize| {
+            let addresses = Addresses::new("http://a:1").replication("http://a:2/_replite");
+            let rest = urls - addresses.app.len() - addresses.replication.len();
+            let public = format!("http://{:a<1$}", "", rest - "http://".len());
+            let store = crate::lease::Directory::new("lease");
+            Config::new("a.db").lease(store).bootstrap(nodes).addresses(addresses.public(public))
+        };
+        assert!(config(STARTERS_MAX, URLS_MAX_BYTES).check().is_ok());
+        assert!(refused(config(STARTERS_MAX + 1, 100)));
+        assert!(refused(config(0, 100)));
+        assert!(refused(config(1, URLS_MAX_BYTES + 1)));
     }
 
     #[test]

@@ -8,7 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use tokio::sync::{mpsc, oneshot, watch};
 
-use crate::context::NodeContext;
+use crate::context::{Counting, NodeContext};
 use crate::engine::apply::inbox::ApplyCommand;
 use crate::engine::apply::inbox::ApplyShared;
 use crate::engine::apply::inbox::ReplicaStanding;
@@ -59,6 +59,7 @@ impl ReplicaEngine {
         let shared = Arc::new(ApplyShared {
             term: Mutex::new(None),
             readable: watch::Sender::new(false),
+            shown: watch::Sender::new(0),
             synced: watch::Sender::new(None),
             failure: Mutex::new(None),
             fallen: Mutex::new(None),
@@ -78,6 +79,16 @@ impl ReplicaEngine {
 
     pub(crate) fn is_readable(&self) -> bool {
         *self.shared.readable.borrow()
+    }
+
+    /// None: the position has all that was applied until now. Otherwise this waits for that.
+    pub(crate) fn counting(&self) -> Option<Counting> {
+        let shown = *self.shared.shown.borrow();
+        if shown.is_multiple_of(2) {
+            return None;
+        }
+        let mut shows = self.shared.shown.subscribe();
+        Some(Box::pin(async move { shows.wait_for(|times| *times > shown).await.is_ok() }))
     }
 
     /// Forgets what an earlier stream left unfinished, and says where the replica stands. What
@@ -177,6 +188,24 @@ impl ReplicaEngine {
         Ok(opened)
     }
 
+    /// The state that is here and that a primary vouches for, when all that came until now is taken
+    /// in. What has begun to come and is not whole is forgotten. Blocks.
+    pub(crate) fn vouched(&self) -> Result<Option<Position>> {
+        let (reply, vouched) = std::sync::mpsc::sync_channel(1);
+        self.commands.blocking_send(ApplyCommand::Vouched(reply)).map_err(|_| self.gone())?;
+        vouched.recv().map_err(|_| self.gone())
+    }
+
+    /// Ends the replica's role whatever is here, and closes the files. Who waits for a transaction
+    /// goes on waiting: the node is about to open them in another way. Blocks.
+    pub(crate) fn abandon(&self) -> Result<()> {
+        let (reply, closed) = std::sync::mpsc::sync_channel(1);
+        self.commands.blocking_send(ApplyCommand::Abandon(reply)).map_err(|_| self.gone())?;
+        closed.recv().map_err(|_| self.gone())?;
+        self.close();
+        Ok(())
+    }
+
     /// Stops and joins the threads. Blocks.
     pub(crate) fn close(&self) {
         let Some(thread) = lock(&self.thread).take() else { return };
@@ -193,5 +222,31 @@ impl ReplicaEngine {
 impl Drop for ReplicaEngine {
     fn drop(&mut self) {
         self.close();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use crate::engine::tests::{Home, catch_up, open_plain, until};
+
+    #[test]
+    fn what_a_replica_shows_is_waited_for_until_the_position_has_it() {
+        let home = Home::new();
+        let plain = open_plain(&home.path("p.db"));
+        plain.execute_batch("CREATE TABLE t(id INTEGER PRIMARY KEY, k, v)").unwrap();
+        let engine = home.primary("p.db");
+        let follower = home.follower("r.db");
+        catch_up(&engine, &follower);
+        let shown = *follower.shared.shown.borrow();
+        plain.execute_batch("INSERT INTO t(k) VALUES (1)").unwrap();
+        catch_up(&engine, &follower);
+        assert!(*follower.shared.shown.borrow() > shown, "it says what it shows");
+        until("the position", || follower.counting().is_none());
+        let showing = follower.shared.show();
+        let counting = follower.counting().unwrap();
+        drop(showing);
+        // The next one may have begun.
+        let _next = follower.shared.show();
+        assert!(tokio::runtime::Builder::new_current_thread().build().unwrap().block_on(counting));
     }
 }

@@ -22,6 +22,8 @@ use crate::wire::{self, Message, Unit, Want};
 pub(in crate::engine) struct ApplyShared {
     pub(in crate::engine) term: Mutex<Option<Arc<Term>>>,
     pub(in crate::engine) readable: watch::Sender<bool>,
+    /// Odd while readers may see what the position does not have yet.
+    pub(in crate::engine) shown: watch::Sender<u64>,
     pub(in crate::engine) synced: watch::Sender<Option<Position>>,
     /// Why the current stream can't go on.
     pub(in crate::engine) failure: Mutex<Option<StreamError>>,
@@ -35,6 +37,12 @@ pub(in crate::engine) struct ApplyShared {
 }
 
 impl ApplyShared {
+    /// Readers see more than the position has, until this is dropped.
+    pub(in crate::engine) fn show(&self) -> Showing<'_> {
+        self.shown.send_modify(|times| *times += 1);
+        Showing(&self.shown)
+    }
+
     /// Reads the pages that the primary asks for, piece by piece. The apply thread can't close the
     /// state while this reads a piece.
     pub(in crate::engine) fn answer(&self, want: &Want) -> Result<Bytes> {
@@ -55,6 +63,15 @@ impl ApplyShared {
     }
 }
 
+/// See [`ApplyShared::show`].
+pub(in crate::engine) struct Showing<'a>(&'a watch::Sender<u64>);
+
+impl Drop for Showing<'_> {
+    fn drop(&mut self) {
+        self.0.send_modify(|times| *times += 1);
+    }
+}
+
 pub(in crate::engine) enum ApplyCommand {
     Units(Vec<Unit>),
     ReplicaStanding(oneshot::Sender<(ReplicaStanding, mpsc::Receiver<Want>)>),
@@ -65,6 +82,11 @@ pub(in crate::engine) enum ApplyCommand {
     Stop,
     /// Hand on what is open, and end.
     Leave(std::sync::mpsc::SyncSender<Result<Opened>>),
+    /// Say which state is here that a primary vouches for, when all that came before this is taken
+    /// in.
+    Vouched(std::sync::mpsc::SyncSender<Option<Position>>),
+    /// End, and close what is open, whatever it is: the node is about to open it in another way.
+    Abandon(std::sync::mpsc::SyncSender<()>),
 }
 
 /// Where a replica stands, for its hello.

@@ -17,7 +17,6 @@ use tokio::sync::mpsc;
 use crate::context::NodeContext;
 use crate::engine::apply::inbox::{ApplyCommand, ApplyShared, ReplicaStanding};
 use crate::engine::apply::stream_error::StreamError;
-use crate::engine::file::epochs::write_epochs;
 use crate::engine::history::append_or_gap;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming;
@@ -102,8 +101,6 @@ impl Apply {
         let position = opened.position();
         let (options, node) = (opened.database.options.clone(), opened.database.node.clone());
         let Some((database, handle, history)) = opened.hand_on() else { return Err(Error::ShutDown) };
-        // What its WAL has from now on came from a primary.
-        write_epochs(&options.paths, &history, false)?;
         let mut apply = Apply::new(options, node, shared, commands);
         apply.history = history;
         apply.state = State::Known(Served::new(apply.own(database, handle)?, Remedy::Heal));
@@ -152,6 +149,18 @@ impl Apply {
                     if ends {
                         break;
                     }
+                }
+                ApplyCommand::Vouched(reply) => {
+                    self.abort();
+                    let _ = reply.send(self.vouched().ok());
+                }
+                ApplyCommand::Abandon(reply) => {
+                    self.disconnect();
+                    self.give_back(true);
+                    // The node opens in another way what was here, and goes on.
+                    self.state = State::Left;
+                    let _ = reply.send(());
+                    break;
                 }
             }
         }
@@ -225,6 +234,13 @@ impl Apply {
     /// Gives everything back. What was open when the thread failed stays as it is, like after a
     /// kill.
     fn stop(&mut self, orderly: bool) {
+        self.give_back(orderly);
+        if !matches!(self.state, State::Left) {
+            self.node.applied.close();
+        }
+    }
+
+    fn give_back(&mut self, orderly: bool) {
         // With our connections the wal-index goes out of memory: no thread may ask for its figures
         // after this.
         *lock(&self.shared.term) = None;
@@ -238,23 +254,29 @@ impl Apply {
             }
         }
         self.state.close();
-        if !matches!(self.state, State::Left) {
-            self.node.applied.close();
-        }
     }
 
-    /// Ends the replica's role, where the node has a state that a primary vouched for. All of it is
-    /// on the disk then, and the threads have ended.
-    fn leave(&mut self) -> Result<Opened> {
+    /// The state that is here, where a primary vouches for it and nothing of it is in doubt.
+    fn vouched(&mut self) -> Result<Position> {
         let none = || Error::NoState("no primary vouches for what is here".into());
         let vouched = self.node.applied.position();
         let State::Known(served) = &mut self.state else { return Err(none()) };
-        if Some(served.live.position()) != vouched {
+        let here = served.live.position();
+        if Some(here) != vouched {
             return Err(none());
         }
         if served.remedy == Remedy::Snapshot || self.suspect != Suspect::No {
             return Err(Error::NoState("the pages here are to be compared with the primary's".into()));
         }
+        Ok(here)
+    }
+
+    /// Ends the replica's role, where the node has a state that a primary vouched for. All of it is
+    /// on the disk then, and the threads have ended.
+    fn leave(&mut self) -> Result<Opened> {
+        self.vouched()?;
+        let none = || Error::NoState("there is no state here".into());
+        let State::Known(served) = &mut self.state else { return Err(none()) };
         served.term.check()?;
         served.end();
         rest(&mut served.live).inspect_err(|error| served.term.fail(error))?;

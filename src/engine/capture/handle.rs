@@ -1,6 +1,6 @@
 //! A primary's open database, and its threads.
 
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -17,6 +17,7 @@ use crate::engine::figures::WalFigures;
 use crate::engine::file::database::{OpenDatabase, reader};
 use crate::engine::file::doubt;
 use crate::engine::file::term::Term;
+use crate::engine::history::epoch::draw_epoch;
 use crate::engine::history::wal_records::Capture;
 #[cfg(test)]
 use crate::engine::options::EngineOptions;
@@ -29,7 +30,7 @@ use crate::page::{PageNo, PageSize};
 use crate::report::Condition;
 use crate::sqlite::Handle;
 use crate::status::Checkpoint;
-use crate::txid::EpochHistory;
+use crate::txid::{Epoch, EpochHistory};
 use crate::wal::Salts;
 
 /// A primary's open database.
@@ -44,6 +45,8 @@ pub(crate) struct PrimaryEngine {
     pub(in crate::engine) second: Arc<Mutex<Handle>>,
     /// Where our own writer's last commit ended. The next one need not wait for capture then.
     pub(in crate::engine) last: Mutex<Option<LastCommit>>,
+    /// Where the last record ends that still goes to replicas.
+    streams_end: OnceLock<u64>,
     pub(in crate::engine) threads: Mutex<Vec<JoinHandle<()>>>,
 }
 
@@ -62,7 +65,7 @@ impl PrimaryEngine {
         options: EngineOptions,
         node: Arc<crate::context::NodeContext>,
     ) -> Result<PrimaryEngine> {
-        Opening::begin(options, node)?.finish()
+        Opening::begin(options, node, None)?.finish(None)
     }
 
     pub(in crate::engine) fn start(
@@ -98,8 +101,9 @@ impl PrimaryEngine {
             log_synced: Instant::now(),
             applied_synced: Instant::now(),
         };
-        let (last, threads) = Default::default();
-        let engine = PrimaryEngine { base, group_sync, waker, brake, commands, second, last, threads };
+        let (last, streams_end, threads) = Default::default();
+        let engine =
+            PrimaryEngine { base, group_sync, waker, brake, commands, second, last, streams_end, threads };
         // Dropping the engine closes it again, should another thread not start.
         lock(&engine.threads).push(capture_loop.start()?);
         let checkpointer = checkpointer.spawn()?;
@@ -141,11 +145,42 @@ impl PrimaryEngine {
     /// Opens a new epoch with a number above `above`, because this node heard of a peer with a
     /// higher one. Blocks.
     pub(crate) fn raise_epoch(&self, above: u64) -> Result<()> {
+        let is_above = || self.base.node.applied.history().epoch().number() > above;
+        if is_above() {
+            return Ok(());
+        }
+        let epoch = draw_epoch(above).map_err(|error| error.of_peer("a replica"))?;
+        match self.open_epoch(epoch) {
+            // Another one came first.
+            Err(Error::Peer { .. }) if is_above() => Ok(()),
+            opened => opened,
+        }
+    }
+
+    /// Opens this epoch, and goes on in it. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::Peer`] when it is not above all that the history has, [`Error::Timeout`] when
+    /// others write for too long. The epoch before goes on then.
+    pub(crate) fn open_epoch(&self, epoch: Epoch) -> Result<()> {
         let (reply, answer) = mpsc::sync_channel(1);
         let gone = || self.base.check().err().unwrap_or(Error::ShutDown);
-        self.commands.send(CaptureCommand::RaiseEpoch(above, reply)).map_err(|_| gone())?;
+        self.commands.send(CaptureCommand::OpenEpoch(epoch, reply)).map_err(|_| gone())?;
         self.waker.wake();
         answer.recv().map_err(|_| gone())?
+    }
+
+    /// What comes into the log from now on goes to no replica.
+    pub(crate) fn end_streams(&self) {
+        let _ = self.streams_end.set(self.log().end());
+        // Streams that have sent it all wait for more.
+        self.log().wake();
+    }
+
+    /// Where the last record ends that still goes to replicas; none while this goes on as the
+    /// primary.
+    pub(crate) fn last(&self) -> Option<u64> {
+        self.streams_end.get().copied()
     }
 
     pub(crate) fn log(&self) -> &Arc<Log> {
@@ -176,6 +211,24 @@ impl PrimaryEngine {
     pub(crate) fn expect_files(&self) -> Result<()> {
         self.base.sound()?;
         self.base.expect_files()
+    }
+
+    /// Has commits wait for their fsync, as on a disk that takes its time.
+    #[cfg(test)]
+    pub(crate) fn hold_syncs(&self, hold: bool) {
+        self.group_sync.hold(hold);
+    }
+
+    /// Capture appends nothing until this is dropped.
+    #[cfg(test)]
+    pub(crate) fn hold_log(&self) -> std::sync::MutexGuard<'_, bool> {
+        lock(&self.base.log_broken)
+    }
+
+    /// The highest transaction whose fsync anyone has waited for.
+    #[cfg(test)]
+    pub(crate) fn wants_sync(&self) -> u64 {
+        self.group_sync.wanted()
     }
 
     /// Ends the primary's role: no connection writes any more, what is committed is captured and on

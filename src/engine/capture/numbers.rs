@@ -178,9 +178,11 @@ impl PrimaryEngine {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::Arc;
     use std::time::Duration;
 
     use crate::engine::file::database::Tip;
+    use crate::fence::Fence;
     use rusqlite::Connection;
 
     use super::*;
@@ -200,7 +202,7 @@ mod tests {
     impl Ours {
         fn open(home: &Home) -> Ours {
             let connection = open_plain(&home.path("p.db"));
-            let hook = CommitHook::put_on(&connection);
+            let hook = CommitHook::put_on(&connection, Arc::new(Fence::unlimited()));
             Ours { connection, hook }
         }
 
@@ -305,7 +307,7 @@ mod tests {
         engine.fail(&Error::Disturbed("by intent".into()));
         let committed = engine.committed(begun, ours.hook.last(), false);
         assert!(
-            matches!(&committed, Err(Error::OutcomeUnknown(why)) if why.text() == "by intent"),
+            matches!(&committed, Err(Error::OutcomeUnknown { cause, .. }) if cause.text() == "by intent"),
             "{committed:?}"
         );
         assert!(engine.may_have_committed(begun));
@@ -377,7 +379,7 @@ mod tests {
             frames = now;
         }
         let connection = padded();
-        let hook = CommitHook::put_on(&connection);
+        let hook = CommitHook::put_on(&connection, Arc::new(Fence::unlimited()));
         let mut ours = Ours { connection, hook };
         for n in 6..=10 {
             let sql =

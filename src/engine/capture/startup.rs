@@ -8,7 +8,7 @@ use crate::engine::checkpoint::restart::keep_from_others;
 use crate::engine::file::database::OpenDatabase;
 use crate::engine::file::epochs::write_epochs;
 use crate::engine::file::unsynced_marker;
-use crate::engine::history::epoch::open_epoch;
+use crate::engine::history::epoch::{draw_epoch, open_epoch};
 use crate::engine::history::intake_error::IntakeError;
 use crate::engine::history::record_intake::RecordIntake;
 use crate::engine::history::wal_appender::WalAppender;
@@ -19,7 +19,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::page::PageSize;
 use crate::sqlite::{Handle, Slot};
-use crate::txid::{EpochHistory, Position};
+use crate::txid::{Epoch, EpochHistory, Position};
 use crate::wire::Unit;
 
 /// A primary's database whose position is known, and that no connection can write to yet. Until it
@@ -31,6 +31,7 @@ pub(crate) struct Opening {
     /// Bytes of the transaction that has begun and not ended.
     unfinished_bytes: u64,
     history: EpochHistory,
+    /// Whether the state here had a name. If not, it became history with an epoch of its own.
     exact: bool,
     highest_epoch: u64,
     may_miss: bool,
@@ -38,16 +39,32 @@ pub(crate) struct Opening {
 
 impl Opening {
     /// Opens (and creates) the database, finds the position, and makes good from the log what the
-    /// WAL lost. Blocks.
-    pub(crate) fn begin(options: EngineOptions, node: Arc<NodeContext>) -> Result<Opening> {
+    /// WAL lost. Blocks. A state without a name becomes history, with this epoch, or else one that
+    /// the node draws.
+    pub(crate) fn begin(
+        options: EngineOptions,
+        node: Arc<NodeContext>,
+        epoch: Option<Epoch>,
+    ) -> Result<Opening> {
+        let (mut opened, known, may_miss) = Opening::judged(options, node)?;
+        if !opened.exact {
+            opened.become_history(known, epoch)?;
+        }
+        Opening::at_rest(opened, may_miss)
+    }
+
+    /// Opens the files and judges them, without a word in the history. Whether anything here speaks
+    /// of one, and whether a power cut may have taken transactions.
+    fn judged(options: EngineOptions, node: Arc<NodeContext>) -> Result<(Findings, bool, bool)> {
         files::make_state_dir(options.paths.state_dir())?;
         let may_miss = unsynced_marker::may_be_lost(&options.paths)?;
-        let opened = recover::open(options.clone(), node.clone(), true)?;
+        let opened = recover::open(options.clone(), node, true)?;
         let known = opened.is_known();
-        let mut opened = opened.judge(unsynced_marker::was_open(&options.paths))?;
-        if !opened.exact {
-            opened.become_history(known)?;
-        }
+        let opened = opened.judge(unsynced_marker::was_open(&options.paths))?;
+        Ok((opened, known, may_miss))
+    }
+
+    fn at_rest(mut opened: Findings, may_miss: bool) -> Result<Opening> {
         // Not before the node has judged the files: a refusal leaves all as it was.
         let tip = opened.base.tip();
         if tip.frame > 0 {
@@ -122,47 +139,70 @@ impl Opening {
         self.unfinished_bytes = 0;
     }
 
-    /// Opens a new epoch and starts the threads. Blocks.
-    pub(crate) fn finish(mut self) -> Result<PrimaryEngine> {
+    /// Opens this epoch, or else one above all that are known here, and starts the threads. Blocks.
+    pub(crate) fn finish(self, epoch: Option<Epoch>) -> Result<PrimaryEngine> {
+        let (exact, highest) = (self.exact, self.highest_epoch.max(self.history.epoch().number()));
+        let mut opened = self.finish_opened()?;
+        // The state that had no name has it by the epoch that is to begin.
+        let epoch = match epoch {
+            epoch if !exact => epoch.filter(|epoch| *epoch != opened.history.epoch()),
+            Some(epoch) => Some(epoch),
+            None => Some(draw_epoch(highest).map_err(|error| error.of_files(opened.database.path()))?),
+        };
+        opened.begin_epoch(epoch)?;
+        PrimaryEngine::lead(opened)
+    }
+
+    /// The state that is here, without a role and without an epoch of its own. Blocks.
+    pub(crate) fn finish_opened(mut self) -> Result<Opened> {
         self.abort();
-        let Opening { live, history, exact, highest_epoch, .. } = self;
+        let Opening { live, history, .. } = self;
         let WalAppender { base, handle, .. } = live;
+        let opened = Opened::new(base, handle, history);
         // A transaction that began and did not end goes.
-        let tip = base.tip();
+        let (base, tip) = (&opened.database, opened.database.tip());
         base.wal.cut_behind(tip.frame, tip.salts, base.page_size)?;
-        let above = exact.then_some(highest_epoch);
-        PrimaryEngine::lead(Opened::new(base, handle, history), above)
+        Ok(opened)
     }
 }
 
 impl PrimaryEngine {
-    /// Opens a new epoch with a number above this and all known ones, and starts the threads. None:
-    /// the node opened the history's last epoch for this. Blocks.
-    pub(in crate::engine) fn lead(opened: Opened, above: Option<u64>) -> Result<PrimaryEngine> {
-        let Some((base, mut handle, mut history)) = opened.hand_on() else { return Err(Error::ShutDown) };
-        begin(&base, &mut handle, &mut history, above)?;
+    /// Gives WRITE back, and starts the threads. The epoch has begun. Blocks.
+    pub(in crate::engine) fn lead(opened: Opened) -> Result<PrimaryEngine> {
+        let Some((base, mut handle, history)) = opened.hand_on() else { return Err(Error::ShutDown) };
         let (tip, epoch) = (base.tip(), history.epoch());
         base.node.applied.lead(history.clone(), tip.position);
+        base.give_back(&mut handle, Slot::WRITE)?;
         tracing::info!(position = %tip.position, %epoch, "serving as the primary");
         PrimaryEngine::start(base, handle, history)
     }
 }
 
-/// All that a primary's first commit has to stand on.
-fn begin(
-    base: &OpenDatabase,
-    handle: &mut Handle,
-    history: &mut EpochHistory,
-    above: Option<u64>,
-) -> Result<()> {
-    let (options, tip) = (&base.options, base.tip());
-    // An epoch must not be on the disk before the transactions that it follows.
-    base.sync_wal()?;
-    if let Some(above) = above {
-        *history = history.up_to(tip.position);
-        open_epoch(history, above, tip.position).map_err(|error| error.of_files(base.path()))?;
-        write_epochs(&options.paths, history, true)?;
+impl Opened {
+    /// Opens the epoch, durably, and makes all that a primary's first commit has to stand on. None:
+    /// the node opened the history's last epoch for this. WRITE stays held. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::Peer`] when the epoch is not above all that the history has. After any error the
+    /// database is still open, and a replica can go on with it.
+    pub(in crate::engine) fn begin_epoch(&mut self, epoch: Option<Epoch>) -> Result<()> {
+        let (base, handle, history) = self.parts()?;
+        // An epoch must not be on the disk before the transactions that it follows.
+        base.sync_wal()?;
+        if let Some(epoch) = epoch {
+            let position = base.tip().position;
+            let mut next = history.up_to(position);
+            open_epoch(&mut next, epoch, position)?;
+            write_epochs(&base.options.paths, &next, true)?;
+            *history = next;
+        }
+        stand(base, handle)
     }
+}
+
+/// All but the epoch that a primary's first commit has to stand on.
+fn stand(base: &OpenDatabase, handle: &mut Handle) -> Result<()> {
+    let options = &base.options;
     recover::anchor(base, handle)?;
     // The anchor's WAL is synced. What comes now may not be.
     if options.durability.ships_unsynced() {
@@ -179,7 +219,7 @@ fn begin(
             return Err(error);
         }
     }
-    base.give_back(handle, Slot::WRITE)
+    Ok(())
 }
 
 #[cfg(test)]
@@ -251,7 +291,7 @@ mod tests {
     fn records_that_follow_are_taken_and_no_others() {
         let home = Home::new();
         let (tip, records) = behind(&home);
-        let mut opening = Opening::begin(home.options("b.db"), node()).unwrap();
+        let mut opening = Opening::begin(home.options("b.db"), node(), None).unwrap();
         let before = opening.tip();
         assert!(opening.may_miss());
         assert_eq!((before.number(), records.len()), (tip.number() - 3, 3));
@@ -301,7 +341,7 @@ mod tests {
         opening.abort();
         opening.take(&records[1]).unwrap();
         opening.take(&records[2][..2]).unwrap();
-        let engine = opening.finish().unwrap();
+        let engine = opening.finish(None).unwrap();
         let position = settled(&engine);
         assert_eq!(position.number(), tip.number() - 1);
         assert_eq!(engine.log().tip(), Some(position));
@@ -331,7 +371,7 @@ mod tests {
         assert_eq!(numbers, (before.number() + 1..=position.number()).collect::<Vec<_>>());
         engine.close();
         assert!(!home.path("b.db-replite").join("unsynced").exists());
-        let again = Opening::begin(home.options("b.db"), node()).unwrap();
+        let again = Opening::begin(home.options("b.db"), node(), None).unwrap();
         assert_eq!(again.tip(), position);
         assert!(!again.may_miss());
     }
@@ -342,7 +382,7 @@ mod tests {
         let (_, records) = behind(&home);
         let mut options = home.options("b.db");
         options.log.quota_bytes = 4000;
-        let mut opening = Opening::begin(options, node()).unwrap();
+        let mut opening = Opening::begin(options, node(), None).unwrap();
         let before = opening.tip();
         // Its end does not even come.
         let error = opening.take(&records[0][..2]).unwrap_err();

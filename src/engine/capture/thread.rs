@@ -20,7 +20,7 @@ use crate::engine::file::epochs::write_epochs;
 use crate::engine::file::term::Term;
 use crate::engine::file::unsynced_marker;
 use crate::engine::history::append_or_gap::{self, append_or_gap};
-use crate::engine::history::epoch::open_epoch;
+use crate::engine::history::epoch::{expect_newer, open_epoch};
 use crate::engine::history::wal_records::{Capture, Sink};
 use crate::engine::recover::opened::Opened;
 use crate::error::{Error, Result};
@@ -28,7 +28,7 @@ use crate::lock::lock;
 use crate::report::Condition;
 use crate::sqlite::Slot;
 use crate::threads;
-use crate::txid::Position;
+use crate::txid::{Epoch, Position};
 use crate::wal::IndexHeader;
 
 /// After the last commit the thread keeps looking for this long before it sleeps: a wake-up costs
@@ -53,8 +53,8 @@ const APPEND_STEP: Duration = Duration::from_millis(20);
 
 /// A request to the thread.
 pub(in crate::engine) enum CaptureCommand {
-    /// Open an epoch with a number above this one.
-    RaiseEpoch(u64, mpsc::SyncSender<Result<()>>),
+    /// Open this epoch.
+    OpenEpoch(Epoch, mpsc::SyncSender<Result<()>>),
     /// Take WRITE within this time, to keep it, and end with all that was committed until then.
     Leave { limit: Duration, held: mpsc::SyncSender<Result<()>>, left: mpsc::SyncSender<Opened> },
 }
@@ -183,8 +183,8 @@ impl CaptureLoop {
 
     fn obey(&mut self, command: CaptureCommand) -> Result<()> {
         match command {
-            CaptureCommand::RaiseEpoch(above, reply) => {
-                let result = self.raise_epoch(above);
+            CaptureCommand::OpenEpoch(epoch, reply) => {
+                let result = self.open_epoch(epoch);
                 let failed = match &result {
                     Err(error) if error.is_fatal() => Err(Error::Stopped(error.cause())),
                     _ => Ok(()),
@@ -234,10 +234,12 @@ impl CaptureLoop {
         Ok(())
     }
 
-    fn raise_epoch(&mut self, above: u64) -> Result<()> {
-        if self.capture.history.epoch().number() > above {
+    fn open_epoch(&mut self, epoch: Epoch) -> Result<()> {
+        let newest = self.capture.history.epoch();
+        if newest == epoch {
             return Ok(());
         }
+        expect_newer(epoch, newest)?;
         // No commit may be under way: its writer would name it by the old epoch. That writer may
         // wait for capture, so capture goes on meanwhile.
         let end = Instant::now() + EPOCH_WAIT;
@@ -264,8 +266,7 @@ impl CaptureLoop {
                 self.base.sync_wal()?;
             }
             let mut history = (*self.capture.history).clone();
-            open_epoch(&mut history, above, self.capture.tip.position)
-                .map_err(|error| error.of_peer("a replica"))?;
+            open_epoch(&mut history, epoch, self.capture.tip.position)?;
             write_epochs(&self.base.options.paths, &history, true)?;
             self.base.node.applied.lead(history.clone(), self.capture.tip.position);
             self.base.node.change_role(RoleChange::Epoch(history.epoch()));

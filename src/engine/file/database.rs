@@ -6,6 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, TryLockError};
 use std::time::{Duration, Instant};
 
+use tokio::sync::watch;
+
 use crate::context::NodeContext;
 use crate::engine::figures::WalFigures;
 use crate::engine::file::anchor::{Anchor, Anchors, FileState};
@@ -49,6 +51,8 @@ pub(in crate::engine) struct OpenDatabase {
     pub(in crate::engine) log: Arc<Log>,
     tip: Mutex<Tip>,
     tip_moved: Condvar,
+    /// The same for tasks.
+    moved: watch::Sender<()>,
     pub(in crate::engine) progress: CaptureProgress,
     pub(in crate::engine) asked: Mutex<Asked>,
     boundaries: Mutex<Vec<Tip>>,
@@ -93,6 +97,7 @@ impl OpenDatabase {
             log,
             tip: Mutex::new(tip),
             tip_moved: Condvar::new(),
+            moved: watch::Sender::new(()),
             progress: CaptureProgress::default(),
             asked: Mutex::default(),
             boundaries: Mutex::new(vec![tip]),
@@ -130,7 +135,7 @@ impl OpenDatabase {
         }
         boundaries.push(tip);
         drop(boundaries);
-        self.tip_moved.notify_all();
+        self.wake();
     }
 
     /// Moves the tip to a state that does not follow from the commits before it. From now on no
@@ -181,6 +186,12 @@ impl OpenDatabase {
     /// Has all who wait look again.
     pub(in crate::engine) fn wake(&self) {
         self.tip_moved.notify_all();
+        self.moved.send_replace(());
+    }
+
+    /// Wakes a task whenever the tip moves. It keeps nothing open.
+    pub(in crate::engine) fn moved(&self) -> watch::Receiver<()> {
+        self.moved.subscribe()
     }
 
     /// Fails when no one can believe the files any more, and says why.

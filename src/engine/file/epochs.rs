@@ -3,7 +3,7 @@
 use crate::error::Result;
 use crate::files::Paths;
 use crate::files::sealed::Sealed;
-use crate::txid::EpochHistory;
+use crate::txid::{Epoch, EpochHistory};
 
 const SEALED: Sealed = Sealed {
     magic: *b"repepoch",
@@ -34,6 +34,11 @@ pub(crate) fn read_epochs(paths: &Paths) -> Result<Epochs> {
     Ok(Epochs { history: EpochHistory::decode(history).map_err(corrupt)?, own })
 }
 
+/// The newest epoch of the history, if that can be read.
+pub(crate) fn newest_epoch(paths: &Paths) -> Option<Epoch> {
+    read_epochs(paths).ok()?.history.last().map(|start| start.epoch)
+}
+
 /// Replaces the epoch history, durably. `own`: this node opened the newest epoch.
 pub(crate) fn write_epochs(paths: &Paths, history: &EpochHistory, own: bool) -> Result<()> {
     let fields = [&u32::from(own).to_le_bytes(), history.encode().as_slice()].concat();
@@ -48,7 +53,7 @@ mod tests {
     use crate::checksum::Checksum;
     use crate::error::Error;
     use crate::hex::{hex, unhex_lossy};
-    use crate::txid::{Epoch, EpochStart};
+    use crate::txid::EpochStart;
 
     #[test]
     fn a_newer_epoch_history_is_refused_and_stays() {

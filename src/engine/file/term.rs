@@ -85,7 +85,7 @@ impl Term {
 
     /// Waits until the tip has reached the frame, or the WAL was restarted (then it had).
     pub(in crate::engine) fn wait_tip(&self, salts: Salts, frame: u32) -> Result<Tip> {
-        self.wait_captured(|tip| (tip.salts != salts || tip.frame >= frame).then_some(*tip))
+        self.wait_captured(|tip| tip.has(salts, frame).then_some(*tip))
     }
 
     /// Waits until capture has done something, for as long as it does anything.

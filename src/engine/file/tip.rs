@@ -12,3 +12,11 @@ pub(in crate::engine) struct Tip {
     pub(in crate::engine) position: Position,
     pub(in crate::engine) pages: u32,
 }
+
+impl Tip {
+    /// Whether this is where the WAL ended so, or after that: when the WAL began anew, all that was
+    /// in it was taken in.
+    pub(in crate::engine) fn has(&self, salts: Salts, frame: u32) -> bool {
+        self.salts != salts || self.frame >= frame
+    }
+}

@@ -193,7 +193,7 @@ impl Capture {
     fn take_small(&mut self, commit: CommitFrames, frames: &[u8]) -> Result<()> {
         let frame = frame_bytes(self.base.page_size);
         let newest = newest_images(frames, frame);
-        let mut record = Record::begin(self, commit);
+        let mut record = LogRecord::begin(self, commit);
         let mark = self.out.len();
         self.push_begin();
         for at in newest {
@@ -213,7 +213,7 @@ impl Capture {
     fn take_large(&mut self, commit: CommitFrames, sink: &mut dyn Sink) -> Result<()> {
         self.hand_on(sink)?;
         sink.committed(self.tip.position.number() + 1)?;
-        let mut record = Record::begin(self, commit);
+        let mut record = LogRecord::begin(self, commit);
         self.push_begin();
         let mut image = vec![0; self.base.page_size.bytes()];
         for frame in commit.first..=commit.last {
@@ -233,7 +233,13 @@ impl Capture {
     }
 
     /// Enters one changed page into the record.
-    fn take_page(&mut self, record: &mut Record, number: PageNo, hash: PageHash, page: &[u8]) -> Result<()> {
+    fn take_page(
+        &mut self,
+        record: &mut LogRecord,
+        number: PageNo,
+        hash: PageHash,
+        page: &[u8],
+    ) -> Result<()> {
         // Pages that the transaction itself dropped again are in the WAL, but not in the database.
         if number.get() > record.commit.pages || number.is_lock_page(self.base.page_size) {
             return Ok(());
@@ -270,7 +276,7 @@ impl Capture {
     /// own, made to move the WAL on. A commit of nothing but the frame before it is SQLite's.
     /// SQLite makes one after a commit where the disk may harm a sector when it writes to it
     /// (`psow=0`).
-    fn is_repeated(&self, record: &Record) -> bool {
+    fn is_repeated(&self, record: &LogRecord) -> bool {
         let page = record.last_page;
         record.commit.first == record.commit.last
             && record.changed == 1
@@ -297,7 +303,7 @@ impl Capture {
     }
 
     /// Accounts for dropped and unwritten pages and ends the record.
-    fn finish(&mut self, mut record: Record) -> Result<()> {
+    fn finish(&mut self, mut record: LogRecord) -> Result<()> {
         let commit = record.commit;
         self.base.bound.transaction(commit.last - commit.first + 1);
         for number in (commit.pages + 1..=self.tip.pages).filter_map(PageNo::new) {
@@ -324,7 +330,11 @@ impl Capture {
 
     /// Takes the pages by which the database grew, and that the transaction did not write. A
     /// replica must get what a reader of them gets.
-    fn take_unwritten(&mut self, record: &mut Record, new_pages: impl Iterator<Item = PageNo>) -> Result<()> {
+    fn take_unwritten(
+        &mut self,
+        record: &mut LogRecord,
+        new_pages: impl Iterator<Item = PageNo>,
+    ) -> Result<()> {
         let (base, commit, size) = (self.base.clone(), record.commit, self.base.page_size);
         // The pages stay as capture reads them here, whatever a checkpoint copies, and whenever.
         let on_disk = base.progress.on_disk();
@@ -383,7 +393,7 @@ impl Capture {
 
 /// A record in the making.
 #[derive(Debug)]
-struct Record {
+struct LogRecord {
     commit: CommitFrames,
     sum: Checksum,
     changed: u32,
@@ -394,10 +404,10 @@ struct Record {
     same: bool,
 }
 
-impl Record {
-    fn begin(capture: &Capture, commit: CommitFrames) -> Record {
+impl LogRecord {
+    fn begin(capture: &Capture, commit: CommitFrames) -> LogRecord {
         let sum = capture.tip.position.checksum();
-        Record { commit, sum, changed: 0, grown: 0, last_page: 0, same: false }
+        LogRecord { commit, sum, changed: 0, grown: 0, last_page: 0, same: false }
     }
 }
 

@@ -9,7 +9,7 @@
 
 use crate::checksum::Checksum;
 use crate::engine::history::intake_error::IntakeError;
-use crate::engine::incoming::overlay::{Overlay, Store};
+use crate::engine::incoming::overlay::{Overlay, PageStore};
 use crate::error::Result;
 use crate::log::Touched;
 use crate::page::{PageNo, PageSet};
@@ -63,7 +63,7 @@ impl Heal {
     pub(crate) fn sums(
         &mut self,
         overlay: &mut Overlay,
-        store: &mut dyn Store,
+        store: &mut dyn PageStore,
         (first, span, sums): (PageNo, u32, &[[u8; 16]]),
     ) -> Result<(), IntakeError> {
         let next = u64::from(first.get()) + u64::from(span) * sums.len() as u64;
@@ -85,7 +85,7 @@ impl Heal {
     pub(crate) fn sent(
         &mut self,
         overlay: &mut Overlay,
-        store: &mut dyn Store,
+        store: &mut dyn PageStore,
         sent: Sent,
     ) -> Result<Option<Want>, IntakeError> {
         match self.phase {
@@ -103,7 +103,7 @@ impl Heal {
     }
 
     /// The next pages to ask for; none when the primary has sent all.
-    pub(crate) fn want(&mut self, overlay: &Overlay, store: &mut dyn Store) -> Result<Want> {
+    pub(crate) fn want(&mut self, overlay: &Overlay, store: &mut dyn PageStore) -> Result<Want> {
         let mut runs: Vec<(PageNo, u32)> = Vec::new();
         let pages = self.next.into_iter().flat_map(|next| self.wanted.from(next)).take(WANT_MAX_PAGES);
         let mut last = None;

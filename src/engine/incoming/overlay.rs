@@ -13,7 +13,7 @@ use crate::txid::Position;
 use crate::wire::{SnapEnd, TxnBegin, TxnEnd};
 
 /// Where the pages are: those that came, and those below them.
-pub(crate) trait Store {
+pub(crate) trait PageStore {
     fn write(&mut self, number: PageNo, page: &[u8]) -> Result<()>;
     /// A page that came.
     fn read(&mut self, number: PageNo, page: &mut [u8]) -> Result<()>;
@@ -92,7 +92,7 @@ impl Overlay {
         &mut self,
         first: PageNo,
         pages: &[u8],
-        store: &mut dyn Store,
+        store: &mut dyn PageStore,
     ) -> Result<(), IntakeError> {
         if self.end.is_some() {
             return Err(IntakeError::garbled("pages behind the end of a heal"));
@@ -106,7 +106,7 @@ impl Overlay {
     }
 
     /// All pages have come. Returns true when the state is exact already.
-    pub(crate) fn end(&mut self, end: SnapEnd, store: &mut dyn Store) -> Result<bool, IntakeError> {
+    pub(crate) fn end(&mut self, end: SnapEnd, store: &mut dyn PageStore) -> Result<bool, IntakeError> {
         if self.end.is_some() || end.exact_at.number() < self.position.number() || end.pages == 0 {
             return Err(IntakeError::garbled("a snapshot ends twice, before its begin, or without pages"));
         }
@@ -130,7 +130,7 @@ impl Overlay {
         number: PageNo,
         hash: PageHash,
         page: &[u8],
-        store: &mut dyn Store,
+        store: &mut dyn PageStore,
     ) -> Result<(), IntakeError> {
         if self.txn.is_none() || page.len() != self.page_size.bytes() || number.is_lock_page(self.page_size) {
             return Err(IntakeError::garbled("a page out of place in a snapshot"));
@@ -139,7 +139,7 @@ impl Overlay {
     }
 
     /// A record ends. Returns true when the state has become exact.
-    pub(crate) fn txn_end(&mut self, end: TxnEnd, store: &mut dyn Store) -> Result<bool, IntakeError> {
+    pub(crate) fn txn_end(&mut self, end: TxnEnd, store: &mut dyn PageStore) -> Result<bool, IntakeError> {
         if self.txn.take().is_none() || end.after.number() != self.position.number() + 1 || end.pages == 0 {
             return Err(IntakeError::garbled("a transaction ends out of place in a snapshot"));
         }
@@ -149,7 +149,7 @@ impl Overlay {
     }
 
     /// Takes a page in, in the place of the one that counted so far.
-    fn put(&mut self, number: PageNo, hash: PageHash, page: &[u8], store: &mut dyn Store) -> Result<()> {
+    fn put(&mut self, number: PageNo, hash: PageHash, page: &[u8], store: &mut dyn PageStore) -> Result<()> {
         if self.counts(number) {
             self.sum = self.sum.without(self.hash(number, store)?);
         }
@@ -164,7 +164,7 @@ impl Overlay {
     }
 
     /// The hash of a page that counts.
-    fn hash(&self, number: PageNo, store: &mut dyn Store) -> Result<PageHash> {
+    fn hash(&self, number: PageNo, store: &mut dyn PageStore) -> Result<PageHash> {
         let mut page = vec![0; self.page_size.bytes()];
         if self.have.contains(number) {
             store.read(number, &mut page)?;
@@ -175,7 +175,7 @@ impl Overlay {
     }
 
     /// Pages above a size count no longer.
-    pub(crate) fn drop_above(&mut self, pages: u32, store: &mut dyn Store) -> Result<()> {
+    pub(crate) fn drop_above(&mut self, pages: u32, store: &mut dyn PageStore) -> Result<()> {
         let first = pages.saturating_add(1);
         let mut next = PageNo::new(first);
         while let Some(number) = next.and_then(|next| self.have.from(next).next()) {
@@ -190,7 +190,7 @@ impl Overlay {
         self.forget_above(pages, store)
     }
 
-    fn uncount(&mut self, number: PageNo, store: &mut dyn Store) -> Result<()> {
+    fn uncount(&mut self, number: PageNo, store: &mut dyn PageStore) -> Result<()> {
         if !number.is_lock_page(self.page_size) {
             self.sum = self.sum.without(self.hash(number, store)?);
         }
@@ -198,13 +198,13 @@ impl Overlay {
     }
 
     /// Pages above a number count no longer. Nothing ever summed them.
-    pub(crate) fn forget_above(&mut self, pages: u32, store: &mut dyn Store) -> Result<()> {
+    pub(crate) fn forget_above(&mut self, pages: u32, store: &mut dyn PageStore) -> Result<()> {
         self.below = self.below.min(pages);
         self.have.cut_above(pages);
         store.cut_above(pages)
     }
 
-    fn exact(&mut self, store: &mut dyn Store) -> Result<bool, IntakeError> {
+    fn exact(&mut self, store: &mut dyn PageStore) -> Result<bool, IntakeError> {
         let Some(SnapEnd { exact_at: at, pages }) = self.end else { return Ok(false) };
         if self.position.number() < at.number() {
             return Ok(false);
@@ -217,7 +217,12 @@ impl Overlay {
     }
 
     /// Sums the hashes of the pages of a run that count, for the first time.
-    pub(crate) fn count_in(&mut self, first: PageNo, span: u32, store: &mut dyn Store) -> Result<Checksum> {
+    pub(crate) fn count_in(
+        &mut self,
+        first: PageNo,
+        span: u32,
+        store: &mut dyn PageStore,
+    ) -> Result<Checksum> {
         let mut sum = Checksum::EMPTY;
         for hash in self.hashes(first, span, store)?.into_iter().flatten() {
             sum = sum.with(hash);
@@ -231,7 +236,7 @@ impl Overlay {
         &self,
         first: PageNo,
         count: u32,
-        store: &mut dyn Store,
+        store: &mut dyn PageStore,
     ) -> Result<Vec<Option<PageHash>>> {
         let size = self.page_size.bytes();
         let below = self.below.saturating_add(1).saturating_sub(first.get()).min(count);

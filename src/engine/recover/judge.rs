@@ -6,13 +6,13 @@ use std::fmt;
 use rusqlite::Connection;
 
 use crate::engine::file::anchor::FileState;
-use crate::engine::history::epoch::open_epoch;
+use crate::engine::history::epoch::{draw_epoch, expect_newer, open_epoch};
 use crate::engine::recover::Findings;
 use crate::engine::recover::position::{LogSays, Wal};
 use crate::error::{Error, Result};
 use crate::page::PageNo;
 use crate::report::Condition;
-use crate::txid::{EpochHistory, EpochStart, Place, Position, Txid};
+use crate::txid::{Epoch, EpochHistory, EpochStart, Place, Position, Txid};
 
 /// Why what SQLite reads may be no committed state.
 #[derive(Debug)]
@@ -278,8 +278,13 @@ impl Findings {
     /// The state that SQLite reads, which has no name, becomes a transaction of a new epoch, with a
     /// number that no node has used. The node keeps what the log has in `lost`. Only what was
     /// proved to be before this state counts as being in this history. So replicas keep what they
-    /// have.
-    pub(in crate::engine) fn become_history(&mut self, known: bool) -> Result<()> {
+    /// have. Without an epoch that is given, the node draws one.
+    pub(in crate::engine) fn become_history(&mut self, known: bool, epoch: Option<Epoch>) -> Result<()> {
+        let newest = Epoch::new(self.highest_epoch, 0);
+        let epoch = match epoch {
+            Some(epoch) => expect_newer(epoch, newest).map(|()| epoch)?,
+            None => draw_epoch(newest.number()).map_err(|error| error.of_files(self.base.path()))?,
+        };
         let mut tip = self.base.tip();
         self.history = match self.proved {
             Some(proved) => self.history.up_to(proved),
@@ -291,8 +296,7 @@ impl Findings {
             None => (number.saturating_sub(1), tip.position.checksum()),
         };
         let before = Position::new(Txid::new(tip.position.epoch(), before), checksum);
-        open_epoch(&mut self.history, self.highest_epoch, before)
-            .map_err(|error| error.of_files(self.base.path()))?;
+        open_epoch(&mut self.history, epoch, before)?;
         tip.position = Position::new(Txid::new(self.history.epoch(), number), tip.position.checksum());
         if known {
             self.base.node.report(Condition::ForeignChange { position: tip.position });

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use crate::engine::file::database::OpenDatabase;
+use crate::error::{Error, Result};
 use crate::sqlite::Handle;
 use crate::txid::{EpochHistory, Position};
 
@@ -30,6 +31,12 @@ impl Opened {
 
     pub(crate) fn position(&self) -> Position {
         self.database.tip().position
+    }
+
+    /// The parts, for what is to be done between two roles.
+    pub(in crate::engine) fn parts(&mut self) -> Result<(&OpenDatabase, &mut Handle, &mut EpochHistory)> {
+        let handle = self.handle.as_mut().ok_or(Error::ShutDown)?;
+        Ok((&self.database, handle, &mut self.history))
     }
 
     /// Hands on the parts, of which the next role takes care.

@@ -19,12 +19,14 @@ use crate::txid::Txid;
 /// The full writer connection, for the holder of this guard; all other writes wait.
 ///
 /// Transactions are the holder's own business. Dropping the guard rolls back one that is open.
+/// When this node's time as the primary is over, COMMIT fails, and the transaction is rolled back.
 /// Commits are captured and shipped like all others. [`WriterGuard::flush`] makes them durable and
 /// tells the last one.
 ///
 /// What the holder changed of the connection stays, but for what the node relies on. Dropping the
 /// guard restores the WAL hook, `synchronous`, `wal_autocheckpoint`, `query_only` and the busy
-/// timeout. It also restores the flags of `sqlite3_db_config` that defend the schema.
+/// timeout. On a node with a lease the commit hook is the node's own, too. The guard also restores
+/// the flags of `sqlite3_db_config` that defend the schema.
 ///
 /// `PRAGMA locking_mode = EXCLUSIVE` is not authorized: no connection could read or write any more.
 /// SQLite refuses another journal mode than WAL ("locked").
@@ -65,6 +67,7 @@ impl<'a> WriterGuard<'a> {
         inside: Inside,
     ) -> Result<WriterGuard<'a>> {
         if let Some(OpenWriter { connection, commits, engine, .. }) = open.as_mut() {
+            shared.expect_open()?;
             engine.check()?;
             engine.pace();
             commits.again(connection);
@@ -80,7 +83,8 @@ impl<'a> WriterGuard<'a> {
     ///
     /// # Errors
     /// [`Error::OutcomeUnknown`](crate::Error::OutcomeUnknown) when something was committed through
-    /// this guard and can't be vouched for. When nothing was,
+    /// this guard and can't be vouched for, such as because the node is not the primary any more.
+    /// When nothing was,
     /// [`Error::Stopped`](crate::Error::Stopped) after a failure of replication,
     /// [`Error::ShutDown`](crate::Error::ShutDown) after a shutdown,
     /// [`Error::Timeout`](crate::Error::Timeout).
@@ -91,14 +95,13 @@ impl<'a> WriterGuard<'a> {
         // An application that took our hook away may have committed anything.
         let may_have = !commits.again(connection) || commits.count() > 0;
         commits.reset();
-        let last = engine.captured().and_then(|last| {
-            self.shared.gate.wait(engine, last)?;
-            Ok(last)
-        });
-        match may_have {
-            true => last.map(Some).map_err(Error::of_a_commit).inspect_err(|_| session::outcome_unknown()),
-            false => last.map(|_| None),
+        let last = engine.captured();
+        if !may_have {
+            self.shared.gate.settle(engine, last?)?;
+            return Ok(None);
         }
+        let passed = last.and_then(|last| self.shared.gate.wait(engine, last).map(|()| Some(last)));
+        passed.map_err(Error::of_a_commit).inspect_err(|_| session::outcome_unknown())
     }
 }
 
@@ -145,7 +148,7 @@ impl Drop for WriterGuard<'_> {
 /// What the way in which we commit needs of a connection, as it was when the application had
 /// prepared it.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct Settings {
+pub(super) struct ConnectionSettings {
     synchronous: i64,
     busy: Duration,
     flags: [bool; FLAGS.len()],
@@ -158,15 +161,15 @@ const FLAGS: [DbConfig; 4] = [
     DbConfig::SQLITE_DBCONFIG_WRITABLE_SCHEMA,
 ];
 
-impl Settings {
-    pub(super) fn of(connection: &Connection) -> rusqlite::Result<Settings> {
+impl ConnectionSettings {
+    pub(super) fn of(connection: &Connection) -> rusqlite::Result<ConnectionSettings> {
         let synchronous = connection.pragma_query_value(None, "synchronous", |r| r.get(0))?;
         let busy: i64 = connection.pragma_query_value(None, "busy_timeout", |r| r.get(0))?;
         let mut flags = [false; FLAGS.len()];
         for (flag, which) in flags.iter_mut().zip(FLAGS) {
             *flag = connection.db_config(which)?;
         }
-        Ok(Settings { synchronous, busy: Duration::from_millis(busy.max(0) as u64), flags })
+        Ok(ConnectionSettings { synchronous, busy: Duration::from_millis(busy.max(0) as u64), flags })
     }
 
     /// Sets all of it again. This takes every WAL hook away.

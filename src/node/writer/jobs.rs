@@ -2,15 +2,21 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
+use std::thread::JoinHandle;
 
 use rusqlite::Transaction;
-use tokio::sync::{Semaphore, mpsc as queue, oneshot};
+use tokio::sync::oneshot;
 
 use crate::engine::{PrimaryEngine, Waiting};
 use crate::error::{Error, Result};
+use crate::lock::lock;
+use crate::node::writer::queue::Queue;
 use crate::node::writer::{Commit, Failed, OpenWriter, WAITING_MAX, WriterShared};
-use crate::threads::{aside, message};
+use crate::threads::{self, aside, message};
+
+/// Async writes that wait.
+pub(super) type JobQueue = Queue<Box<dyn Job>>;
 
 /// One async write.
 pub(super) trait Job: Send {
@@ -25,8 +31,12 @@ pub(super) struct Unacknowledged {
 }
 
 impl Unacknowledged {
-    pub(super) fn settle(self, passed: Result<()>) {
-        survive(|| (self.acknowledge)(passed));
+    /// `passed`: whether it is as durable as it is to be.
+    fn settle(self, shared: &WriterShared, engine: &PrimaryEngine, passed: Result<()>) {
+        let txid = self.waiting.txid();
+        let decided =
+            passed.map_err(|error| error.of_commit(txid)).and_then(|()| shared.gate.decide(engine, txid));
+        survive(|| (self.acknowledge)(decided));
     }
 }
 
@@ -49,13 +59,13 @@ where
         let done = shared.transact(open, run);
         let txid = done.as_ref().ok().and_then(|commit| commit.txid);
         let Some(waiting) = txid.and_then(|txid| shared.gate.hold(txid)) else {
+            let decided = txid.map_or(Ok(()), |txid| shared.gate.decide(&open.engine, txid));
             // A caller that left does not want to know.
-            let _ = reply.send(done);
+            let _ = reply.send(decided.map_err(Failed::Ours).and(done));
             return None;
         };
-        let acknowledge = Box::new(move |passed: Result<()>| {
-            let passed = passed.map_err(|error| Failed::Ours(error.of_a_commit()));
-            let _ = reply.send(passed.and(done));
+        let acknowledge = Box::new(move |decided: Result<()>| {
+            let _ = reply.send(decided.map_err(Failed::Ours).and(done));
         });
         Some(Unacknowledged { waiting, acknowledge })
     }
@@ -69,8 +79,7 @@ where
 pub(super) struct Jobs {
     pub(super) shared: Arc<WriterShared>,
     pub(super) engine: Arc<PrimaryEngine>,
-    pub(super) room: Arc<Semaphore>,
-    pub(super) receiver: queue::UnboundedReceiver<Box<dyn Job>>,
+    pub(super) queue: Arc<JobQueue>,
     pub(super) to_sync: mpsc::SyncSender<Unacknowledged>,
 }
 
@@ -82,9 +91,8 @@ pub(super) struct Syncs {
 }
 
 /// The writer's thread.
-pub(super) fn run_jobs(Jobs { shared, engine, room, receiver: jobs, to_sync }: &mut Jobs) -> Result<()> {
-    while let Some(job) = jobs.blocking_recv() {
-        room.add_permits(1);
+pub(super) fn run_jobs(Jobs { shared, engine, queue: jobs, to_sync }: &mut Jobs) -> Result<()> {
+    while let Some(job) = jobs.next() {
         let Ok((inside, mut connection)) = shared.enter() else { continue };
         let commit = survive(|| match connection.as_mut() {
             Some(open) => job.run(shared, open),
@@ -98,11 +106,11 @@ pub(super) fn run_jobs(Jobs { shared, engine, room, receiver: jobs, to_sync }: &
         if jobs.is_empty() && shared.waiting.load(Ordering::Acquire) == 0 {
             // No other commit waits: an fsync here costs no wake-up of another thread.
             let passed = shared.gate.pass(engine, commit.waiting);
-            commit.settle(passed);
+            commit.settle(shared, engine, passed);
         } else {
             shared.waiting.fetch_add(1, Ordering::AcqRel);
             if let Err(mpsc::SendError(commit)) = to_sync.send(commit) {
-                commit.settle(Err(Error::ShutDown));
+                commit.settle(shared, engine, Err(Error::ShutDown));
             }
         }
     }
@@ -125,10 +133,36 @@ pub(super) fn run_syncs(Syncs { shared, engine, waiting: commits }: &mut Syncs) 
                 Ok(()) => Ok(()),
                 Err(error) => Err(Error::Stopped(error.cause())),
             };
-            commit.settle(result);
+            commit.settle(shared, engine, result);
         }
     }
     Ok(())
+}
+
+/// Refuses them on a thread of their own, which is one of `threads` from then on: their destructors
+/// are the application's code.
+pub(super) fn refuse_aside(
+    shared: &Arc<WriterShared>,
+    jobs: Vec<Box<dyn Job>>,
+    threads: &Mutex<Vec<JoinHandle<()>>>,
+) {
+    let jobs = Arc::new(Mutex::new(jobs));
+    let state = (shared.clone(), jobs.clone());
+    type Refused = (Arc<WriterShared>, Arc<Mutex<Vec<Box<dyn Job>>>>);
+    let refuse = |(shared, jobs): &mut Refused| {
+        let jobs = std::mem::take(&mut *lock(jobs));
+        shared.refuse_all(jobs);
+        Ok(())
+    };
+    match threads::start("replite-refuse", state, refuse, |_, _| {}) {
+        Ok(thread) => {
+            let mut threads = lock(threads);
+            threads.retain(|thread| !thread.is_finished());
+            threads.push(thread);
+        }
+        // There is no thread to be had.
+        Err(_) => shared.refuse_all(std::mem::take(&mut *lock(&jobs))),
+    }
 }
 
 /// Runs code of the application on one of our threads: a destructor of a value that no caller waits

@@ -303,6 +303,49 @@ async fn a_proved_hop_from_another_node_gets_421_and_a_forged_one_is_a_clients()
     assert!(text(send(request).await).await.starts_with("POST /x?z\n"));
 }
 
+/// An old primary ran a request that came from a node which knew that another one leads.
+#[tokio::test]
+async fn a_request_from_a_later_epoch_is_not_run_by_a_primary_whose_lease_is_over() {
+    let fixed = node(1, Role::Primary);
+    let by_lease = leased(peer(3, ""), Role::Primary);
+    let method = http::Method::POST;
+    for (primary, status) in [(fixed.clone(), 200), (by_lease.clone(), 421)] {
+        let layer = ReplayLayer::new(primary.clone());
+        let tag = layer.shared.tokens.tag().to_owned();
+        let server = Server::start(Router::new().fallback(mirror).layer(layer)).await;
+        let about = About { keys: &primary.keys, tag: &tag, method: &method, target: "/x" };
+        let from = |number| {
+            let hop = Hop { count: 1, from: NodeId::from_u128(77), epoch: epoch(number) }.text(about);
+            let request = Request::post(format!("{}/x", server.url())).header("replite-hop", hop);
+            send(request.body(full("x")).unwrap())
+        };
+        assert_eq!(from(1).await.status(), 200, "its own epoch");
+        assert_eq!(from(1 << 40).await.status(), 200, "no epoch is so far");
+        assert_eq!(from(3).await.status(), status);
+        assert_eq!(primary.fence.is_open(), status == 200);
+        assert_eq!(from(1).await.status(), status, "and nothing more of other nodes");
+    }
+    comes("it is on the disk", || by_lease.lease.heard.number() == 3).await;
+    assert_eq!(fixed.lease.heard.number(), 0);
+}
+
+/// What a node that was asked knows of a later epoch, the one that asked knows from then on.
+#[tokio::test]
+async fn a_hint_of_a_later_epoch_is_heard() {
+    let primary = node(1, Role::Primary);
+    let primary = Server::start(Router::new().fallback(mirror).layer(ReplayLayer::new(primary))).await;
+    let between = node(3, Role::Replica);
+    follow(&between, 5, Some(peer(1, &primary.url())));
+    let server = Server::start(nothing().layer(ReplayLayer::new(between))).await;
+    let replica = leased(peer(2, ""), Role::Replica);
+    follow(&replica, 1, Some(peer(3, &server.url())));
+    let layer = ReplayLayer::new(replica.clone());
+    let asked = Server::start(nothing().layer(layer)).await;
+    let response = send(Request::post(format!("{}/x", asked.url())).body(full("x")).unwrap()).await;
+    assert!(text(response).await.starts_with("POST /x\n"));
+    comes("it is heard", || replica.lease.heard.number() == 5).await;
+}
+
 #[tokio::test]
 async fn below_a_nested_router_the_original_uri_goes_on() {
     let primary_node = node(1, Role::Primary);

@@ -12,7 +12,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use crate::checksum::Checksum;
-use crate::context::NodeContext;
+use crate::context::{LeaseContext, NodeContext};
 use crate::proxy::tests::world::*;
 use crate::proxy::{ReplayLayer, Route, SameSite, SessionTokens};
 use crate::secret::{Keyring, Secret};
@@ -238,7 +238,14 @@ async fn above_the_cap_on_waiters_the_primary_is_asked() {
 async fn two_applications_on_one_host_do_not_disturb_each_other() {
     let other = |database: &str, secret: u8| {
         let keys = Keyring::new(&[Secret::fixed([secret; 32])]).unwrap();
-        let node = NodeContext::new(peer(7, ""), "c".into(), database.into(), keys, Role::Primary);
+        let node = NodeContext::new(
+            peer(7, ""),
+            "c".into(),
+            database.into(),
+            keys,
+            Role::Primary,
+            LeaseContext::fixed(),
+        );
         let token = Token::sign(&node, txid(99));
         format!("replite_{}={token}", node.database_tag())
     };

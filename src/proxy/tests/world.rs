@@ -21,8 +21,9 @@ use tokio::net::TcpListener;
 use tokio::task::JoinHandle;
 
 use crate::checksum::Checksum;
-use crate::context::NodeContext;
+use crate::context::{EpochsHeard, LeaseContext, NodeContext, RoleChange, SyncedClock, ToDisk};
 pub(super) use crate::ends::comes;
+use crate::fence::boot_time;
 use crate::peer::{Incarnation, NodeId};
 use crate::proxy::ReplayLayer;
 use crate::secret::{Keyring, Secret};
@@ -52,8 +53,18 @@ pub(super) fn node(id: u128, role: Role) -> Arc<NodeContext> {
 }
 
 pub(super) fn node_of(me: PeerInfo, role: Role) -> Arc<NodeContext> {
+    with_lease(me, role, LeaseContext::fixed())
+}
+
+/// The same of one that may lead by a lease.
+pub(super) fn leased(me: PeerInfo, role: Role) -> Arc<NodeContext> {
+    let synced = SyncedClock::new(None, Duration::from_secs(10), ToDisk::nowhere());
+    with_lease(me, role, LeaseContext::leased(synced, EpochsHeard::new(0, ToDisk::nowhere())))
+}
+
+fn with_lease(me: PeerInfo, role: Role, lease: LeaseContext) -> Arc<NodeContext> {
     let keys = Keyring::new(&[Secret::fixed([7; 32])]).unwrap();
-    let node = NodeContext::new(me, "c".into(), "app".into(), keys, role);
+    let node = NodeContext::new(me, "c".into(), "app".into(), keys, role, lease);
     let mut history = EpochHistory::default();
     history.push(EpochStart { epoch: epoch(1), first: 1, before: Checksum::EMPTY });
     node.applied.replace(history, Some(at(10)));
@@ -62,7 +73,50 @@ pub(super) fn node_of(me: PeerInfo, role: Role) -> Arc<NodeContext> {
 
 /// Tells a node who the primary is.
 pub(super) fn follow(node: &NodeContext, number: u64, primary: Option<PeerInfo>) {
-    node.roles.send_modify(|state| *state = RoleState { role: Role::Replica, epoch: epoch(number), primary });
+    node.roles.send_modify(|state| {
+        *state = RoleState { role: Role::Replica, epoch: epoch(number), primary, waits_for: None }
+    });
+}
+
+/// A replica that goes by a lease.
+pub(super) fn elector(id: u128) -> Arc<NodeContext> {
+    elector_as(peer(id, ""))
+}
+
+pub(super) fn elector_as(me: PeerInfo) -> Arc<NodeContext> {
+    let node = leased(me, Role::Replica);
+    node.lease.set_time(Duration::from_secs(2));
+    node.roles.send_modify(|state| state.epoch = epoch(1));
+    node
+}
+
+/// Makes it the primary of an epoch, as the election does.
+pub(super) fn lead(node: &NodeContext, number: u64) {
+    let mut history = (*node.applied.history()).clone();
+    let position = node.applied.position().unwrap();
+    if number > history.epoch().number() {
+        let start =
+            EpochStart { epoch: epoch(number), first: position.number() + 1, before: Checksum::EMPTY };
+        history.push(start);
+    }
+    node.applied.lead(history, position);
+    node.fence.set(boot_time() + LONG);
+    node.change_role(RoleChange::Leads { me: node.me.clone(), epoch: epoch(number) });
+}
+
+/// It has no primary, and does this about it.
+pub(super) fn stand(node: &NodeContext, role: Role) {
+    node.change_role(RoleChange::Stands { role, waits_for: None });
+}
+
+/// Its lease ends.
+pub(super) fn fence(node: &NodeContext) {
+    node.fence.close();
+    stand(node, Role::Fencing);
+}
+
+pub(super) async fn held(node: &NodeContext) {
+    comes("a request that is held", || node.roles.receiver_count() > 0).await;
 }
 
 pub(super) struct Server {

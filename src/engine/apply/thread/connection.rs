@@ -198,12 +198,14 @@ impl Apply {
     fn publish(&mut self, connection: &mut Connection) -> Result<()> {
         let Some(live) = self.state.known() else { return Ok(()) };
         let before = live.base.tip().position;
+        let showing = self.shared.show();
         connection.intake.publish(live)?;
         let position = live.base.tip().position;
         // Where the position stayed, no primary may vouch for what is here.
         if position != before {
             self.node.applied.advance(position);
         }
+        drop(showing);
         self.maybe_restart()
     }
 
@@ -238,6 +240,7 @@ impl Apply {
                 self.node.report(Condition::SnapshotFinished { position });
             }
         }
+        self.node.set_late(false);
         incoming::discard(&self.options.paths)?;
         Ok(())
     }

@@ -14,7 +14,11 @@ impl Apply {
     pub(super) fn welcome(&mut self, plan: Plan) -> Result<()> {
         let Some(live) = self.state.known() else { return Ok(()) };
         let position = live.position();
-        if plan == Plan::Log && self.node.applied.position() != Some(position) {
+        if plan != Plan::Log {
+            return Ok(());
+        }
+        self.node.set_late(false);
+        if self.node.applied.position() != Some(position) {
             begin_anew(&live.base, position)?;
             self.node.report(Condition::StateVouched);
             self.node.applied.advance(position);
