@@ -5,8 +5,12 @@
 mod app;
 #[path = "figures/commits.rs"]
 mod commits;
+#[path = "figures/deploys.rs"]
+mod deploys;
 #[path = "figures/doors.rs"]
 mod doors;
+#[path = "../tests/support/fleet.rs"]
+mod fleet;
 #[path = "figures/heals.rs"]
 mod heals;
 #[path = "figures/home.rs"]
@@ -33,7 +37,7 @@ use std::time::Instant;
 /// Figures that are measured together, and what measures them.
 type Figure = (&'static [&'static str], fn());
 
-const FIGURES: [Figure; 25] = [
+const FIGURES: [Figure; 27] = [
     (&["commit_normal_ratio"], commits::normal),
     (&["commit_full_ratio"], commits::full),
     (&["group_commit_ratio"], commits::group),
@@ -59,6 +63,8 @@ const FIGURES: [Figure; 25] = [
     (&["restart_takeover_ms"], roles::restart),
     (&["promote_ms", "promote_first_write_ms", "demote_ms"], roles::changes),
     (&["lease_requests_per_minute"], roles::requests),
+    (&["handoff_pause_p50_ms", "handoff_pause_p99_ms"], deploys::handoffs),
+    (&["rolling_deploy_failed", "shutdown_ms"], deploys::rolling),
 ];
 
 /// The process of a node that `app` starts.
@@ -66,12 +72,17 @@ fn node_process() {
     app::run_node();
 }
 
+/// The same of a node that `fleet` starts.
+fn fleet_process() {
+    fleet::run_member();
+}
+
 fn main() {
     if home::child() || members::child() || verify::child() || wal::child() {
         return;
     }
     if support::is_child() {
-        return node_process();
+        return if std::env::var_os("WRITERS").is_some() { fleet_process() } else { node_process() };
     }
     if let Some(path) = std::env::var_os("REPLITE_BENCH_DOOMED") {
         return heals::doomed(path.as_ref());

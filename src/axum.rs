@@ -74,6 +74,7 @@ fn sort(error: &Error) -> (StatusCode, &'static str) {
         Error::OutcomeUnknown { .. } => {
             (StatusCode::INTERNAL_SERVER_ERROR, "it is not known whether this was done\n")
         }
+        Error::HandoffFailed(_) => (StatusCode::SERVICE_UNAVAILABLE, "the lease was not handed over\n"),
         Error::Lost { .. } => (StatusCode::CONFLICT, "the transaction was lost with its branch\n"),
         // Another try does not help: the caller, or an operator, has to act.
         Error::Config(_)
@@ -201,6 +202,7 @@ mod tests {
             Error::Reentrant => Error::Reentrant, Caller, 500, None;
             Error::BlockingInAsync => Error::BlockingInAsync, Caller, 500, None;
             Error::NotPrimary { .. } => Error::NotPrimary { primary: None }, Caller, 503, NOT_BEGUN;
+            Error::HandoffFailed(_) => Error::HandoffFailed(text()), Caller, 503, None;
             Error::ShutDown => Error::ShutDown, Caller, 503, NOT_BEGUN;
             Error::NoState(_) => Error::NoState(text()), Caller, 503, None;
             Error::Busy { .. } =>

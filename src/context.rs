@@ -1,9 +1,12 @@
 //! What every part of a running node shares: identity, keys, role, position, events, shutdown.
 
+mod command;
 mod counting;
 mod heard;
 mod lease;
+mod offers;
 mod role;
+mod running;
 mod seldom;
 mod to_disk;
 
@@ -19,18 +22,22 @@ use crate::applied::Applied;
 use crate::error::{Cause, Error};
 use crate::fence::Fence;
 use crate::lock::lock;
-use crate::peer::NodeId;
+use crate::peer::{Incarnation, NodeId};
 use crate::report::{Condition, Part, Reports};
 use crate::secret::Keyring;
 use crate::status::{Event, Lag, PeerInfo, Role};
 
+pub(crate) use command::{CommandAnswer, CommandDoor, Description, OperatorCommand};
 use counting::AskCounting;
 pub(crate) use counting::Counting;
 pub(crate) use heard::{EpochsHeard, is_near};
 #[cfg(test)]
 pub(crate) use heard::{RAISE_STEP_MAX, RAISED_MAX};
 pub(crate) use lease::{ClockPair, Fitness, LeaseContext, SyncedClock};
+pub(crate) use offers::{HandoffWord, Offers};
 pub(crate) use role::{RoleChange, RoleValue};
+use running::Requests;
+pub(crate) use running::{CountOnce, RunningRequest};
 pub(crate) use seldom::Seldom;
 pub(crate) use to_disk::ToDisk;
 
@@ -89,8 +96,16 @@ pub(crate) struct NodeContext {
     /// Cancelled before that, when the application's server is to end. Long streams end and nothing
     /// new begins, but what runs already runs on.
     pub(crate) drain: CancellationToken,
+    /// [`NodeContext::begin_draining`] was called.
+    draining: AtomicBool,
+    /// No other node can become the primary soon.
+    alone: AtomicBool,
     /// Requests that are on their way to another node's application, and have no answer yet.
     forwards: watch::Sender<usize>,
+    /// Requests that run here because this node is the primary.
+    requests: Requests,
+    /// The last run of a node that handed its lease to another.
+    handed: Mutex<Option<(NodeId, Incarnation)>>,
 }
 
 /// A request on its way; counted until this is dropped.
@@ -133,7 +148,11 @@ impl NodeContext {
             begun: Instant::now(),
             strangers: Seldom::default(),
             drain: stop.child_token(),
+            draining: AtomicBool::new(false),
+            alone: AtomicBool::new(false),
             forwards: watch::Sender::new(0),
+            requests: Requests::default(),
+            handed: Mutex::default(),
             stop,
         })
     }
@@ -187,6 +206,16 @@ impl NodeContext {
         self.roles.borrow().role == Role::Primary && self.fence.is_open()
     }
 
+    /// Whether the application may begin requests here: it leads, and hands its lease to no other
+    /// node.
+    pub(crate) fn takes_requests(&self) -> bool {
+        let takes = {
+            let state = self.roles.borrow();
+            state.role == Role::Primary && state.primary.is_some()
+        };
+        takes && self.fence.is_open()
+    }
+
     /// Whether it was the primary until its lease ended, and no other has vouched for what it has
     /// since. What is here may have commits that no other node will ever have.
     pub(crate) fn is_fenced(&self) -> bool {
@@ -214,6 +243,46 @@ impl NodeContext {
     pub(crate) async fn forwards_answered(&self) {
         // The sender is ours.
         let _ = self.forwards.subscribe().wait_for(|number| *number == 0).await;
+    }
+
+    /// Counts a request that is to run here because this node is the primary. None: the node takes
+    /// no requests. It is counted before the look at that: once the node takes none, and none is
+    /// counted, none begins any more.
+    pub(crate) fn request(&self) -> Option<RunningRequest> {
+        let running = self.requests.begin();
+        self.takes_requests().then_some(running)
+    }
+
+    /// Returns when none of these requests runs.
+    pub(crate) async fn requests_done(&self) {
+        self.requests.done().await;
+    }
+
+    /// This run of a node handed its lease to another one, and lives: what was sent to it will be
+    /// answered. Said before the role names the next primary.
+    pub(crate) fn set_handed(&self, run: (NodeId, Incarnation)) {
+        *lock(&self.handed) = Some(run);
+    }
+
+    pub(crate) fn has_handed(&self, run: (NodeId, Incarnation)) -> bool {
+        *lock(&self.handed) == Some(run)
+    }
+
+    /// The application's server is about to end: its clients are told to open their next connection
+    /// elsewhere. That is before `drain` is cancelled, while a lease is handed over. `alone`: no
+    /// other node can become the primary soon.
+    pub(crate) fn begin_draining(&self, alone: bool) {
+        self.alone.store(alone, Ordering::Relaxed);
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed) || self.drain.is_cancelled()
+    }
+
+    /// Whether a node that drains may soon hear of a primary that it knows nothing of now.
+    pub(crate) fn has_prospect(&self) -> bool {
+        !self.lease.fixed && !self.alone.load(Ordering::Relaxed) && !self.stop.is_cancelled()
     }
 
     /// The first eight hex digits that tell this database's tokens and cookies from those of

@@ -4,16 +4,20 @@
 //! Each decision has three steps. What happened is taken in. Then the node acts on what it knows
 //! now, whatever it was that happened. At the end it tells what changed. What it knows is in
 //! `observe` (the register) and `swap` (what this node wrote there, or may have). `take` is the way
-//! of a candidate to the lease, by the rules of `candidate`; `holder` is what follows. `bootstrap`
-//! makes the first record.
+//! of a candidate to the lease, by the rules of `candidate`; `holder` is what follows. `handoff` is
+//! a holder's way to give it to a replica, and `offer` that of the replica. `bootstrap` makes the
+//! first record.
 
 mod bootstrap;
 mod candidate;
+mod events;
+mod handoff;
 mod holder;
 mod lead;
 #[cfg(test)]
 mod model;
 mod observe;
+mod offer;
 mod race;
 mod rules;
 mod said;
@@ -26,16 +30,20 @@ use std::sync::Arc;
 use std::time::Duration;
 
 pub(crate) use bootstrap::ENTRIES_MOST;
+pub(crate) use events::{
+    Accepted, Action, Choice, Command, Decided, Input, NotHanded, Note, OwnAnswer, PeerAnswer, Shown,
+    Swapped, Unread,
+};
 
 use crate::context::ClockPair;
-use crate::lease::Version;
-use crate::lease::record::{Attempt, Holder, Record};
+use crate::lease::record::{Attempt, Holder};
 use crate::peer::{Incarnation, NodeId};
-use crate::status::{PeerInfo, WaitReason};
+use crate::status::PeerInfo;
 use crate::txid::{Epoch, EpochHistory, NUMBER_MAX, Position};
 use candidate::Setback;
-use lead::{Ending, Lead};
+use lead::Lead;
 use observe::Sight;
+use offer::Offer;
 use race::Race;
 use said::Said;
 use swap::Swaps;
@@ -66,6 +74,8 @@ pub(crate) struct Settings {
     /// A lock shows that no other process has had this state directory since the node was opened,
     /// and it was opened as the last holder's.
     pub(crate) alone: bool,
+    /// How long [`Action::Withhold`] may take: the driver's limits, and some more.
+    pub(crate) withhold_limit: Duration,
 }
 
 /// How the node stands, read anew for each decision.
@@ -88,197 +98,7 @@ pub(crate) struct Facts {
     pub(crate) heard: u64,
     /// Fresh from the system's randomness for this very decision: a copied machine must not draw
     /// the same numbers as the one that it was copied from.
-    pub(crate) random: [u64; 4],
-}
-
-/// What happens.
-#[derive(Clone, Debug)]
-#[expect(clippy::large_enum_variant, reason = "there is one for each decision")]
-pub(crate) enum Input {
-    /// Time has passed: the instant that was asked for has come, or something may have changed.
-    Tick,
-    /// The store hints that the record has changed.
-    Changed,
-    /// A read of the register, and when it was begun.
-    Read {
-        begun: Instant,
-        outcome: Result<Option<(Record, Version)>, Unread>,
-    },
-    Swapped {
-        attempt: Attempt,
-        outcome: Swapped,
-    },
-    /// The answers of those that were asked, when all have come or the limit has passed.
-    Peers {
-        round: u64,
-        answers: Vec<PeerAnswer>,
-    },
-    /// The stream from the primary is ended, and all that came is applied: this is the state, if a
-    /// primary vouches for one.
-    Prepared {
-        position: Option<Position>,
-    },
-    /// The node serves as the primary, or does not.
-    Promoted(Result<(), String>),
-    /// A running primary goes on with the new epoch.
-    Renewed(Result<(), String>),
-    /// It serves no more, and this is all that it committed.
-    Demoted {
-        position: Option<Position>,
-    },
-    /// A peer named an epoch.
-    Heard(u64),
-    Command(Command),
-}
-
-/// Why there is no record to see.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) enum Unread {
-    /// The store can't be reached.
-    Unavailable(String),
-    /// What is there is no record of this cluster and database, or can't be understood.
-    NotOurs { version: Version, why: String },
-}
-
-/// How a swap ended.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) enum Swapped {
-    Done(Version),
-    Conflict,
-    Unavailable(String),
-    Unknown(String),
-}
-
-/// What a peer says of itself, when it is asked.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) struct PeerAnswer {
-    pub(crate) peer: PeerInfo,
-    pub(crate) position: Option<Position>,
-    /// The highest epoch number that it knows.
-    pub(crate) epoch: u64,
-    /// It would take the lease, and could: it saw the record lately, is healthy, does not drain,
-    /// and has not just failed.
-    pub(crate) fit: bool,
-    pub(crate) has_state: bool,
-    pub(crate) has_content: bool,
-}
-
-/// What an operator, or the node's own end, asks for.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) enum Command {
-    /// Take the lease with what is here, whatever others have.
-    PromoteUnchecked,
-    /// End: give the lease back in good order.
-    Leave,
-}
-
-/// What is to be done. Each one's end, where it has one, comes back as an input.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) enum Action {
-    Read,
-    /// Replace the record of this version. The driver's limit is a quarter of the lease time.
-    Swap {
-        expected: Option<Version>,
-        record: Box<Record>,
-    },
-    /// Ask these for how they stand. What comes within the limit is the answer.
-    AskPeers {
-        round: u64,
-        peers: Vec<PeerInfo>,
-        limit: Duration,
-    },
-    /// End the stream from the primary, and say what is here then.
-    Prepare,
-    /// Lead, with an epoch that goes on from what was prepared.
-    Promote {
-        epoch: Epoch,
-        unchecked: bool,
-    },
-    /// Acknowledge in this epoch until this instant. It only ever grows within an epoch.
-    Lease {
-        epoch: Epoch,
-        until: Instant,
-    },
-    /// Acknowledge nothing more.
-    Fence,
-    /// Go on after a fence, as the primary of this epoch.
-    Renew {
-        epoch: Epoch,
-    },
-    /// Stop leading.
-    Demote,
-    /// Follow this node; none: no node that could be followed is known.
-    Follow(Option<PeerInfo>),
-    /// Keep durably that this epoch number was heard of, before what comes next is done.
-    Hear(u64),
-    /// Keep durably that this node took part in making the first record.
-    MarkBootstrapped,
-    /// What others are to see of the node.
-    Show(Shown),
-    /// Wake at this instant, if nothing else has happened until then.
-    Wake(Instant),
-    Note(Note),
-    /// All that [`Command::Leave`] asked for is done.
-    Left,
-}
-
-/// What a node does, as far as its role goes.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) enum Shown {
-    Replica,
-    /// It asks the others, and is about to take the lease.
-    Electing,
-    Waiting(WaitReason),
-    Promoting,
-    Primary,
-    Fencing,
-}
-
-/// What is worth telling an operator.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) enum Note {
-    /// The store shows less than this node knows.
-    StoreWentBack(String),
-    /// Another process has this node's id, and the lease: a copied state directory or machine.
-    SameNode { incarnation: Incarnation },
-    /// Several nodes of a first start have a database with content, and only one may.
-    SeveralWithContent(Vec<NodeId>),
-    /// A node of a first start has a state of the cluster: this is none.
-    NoFirstStart(NodeId),
-    /// The operator's word was not followed: another node leads.
-    NotTaken { holder: NodeId },
-}
-
-/// What is kept of a decision, for the status.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) struct Decided {
-    pub(crate) at: Instant,
-    pub(crate) what: Choice,
-    /// Of the peers that it asked before.
-    pub(crate) answers: Vec<PeerAnswer>,
-}
-
-/// What was decided.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) enum Choice {
-    Shows(Shown),
-    /// Asks for the lease, with this epoch.
-    Takes(Epoch),
-    /// Has the lease.
-    Took(Epoch),
-    /// Acknowledges nothing more in this epoch.
-    Fences(Epoch),
-    /// Gives the lease back.
-    Releases(Epoch),
-    Follows(Option<NodeId>),
-    Notes(Note),
-}
-
-/// What a node says of itself when a peer asks; the rest of a [`PeerAnswer`] is in its [`Facts`].
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct OwnAnswer {
-    pub(crate) epoch: u64,
-    pub(crate) fit: bool,
+    pub(crate) random: [u64; 6],
 }
 
 /// The share of the lease time in which a holder acknowledges, in percent. It gives room for clocks
@@ -310,6 +130,8 @@ pub(crate) struct Election {
     /// The highest number of an epoch that this node has heard of.
     heard: u64,
     told: Said,
+    /// What the primary offered, and this node accepted.
+    offer: Option<Offer>,
     /// The newest question to the peers.
     round: u64,
     /// How many [`Action::Prepare`] have no answer yet.
@@ -346,6 +168,12 @@ impl Turn<'_> {
         Attempt(u128::from(high) << 64 | u128::from(low))
     }
 
+    /// The same for a swap that is sent later than this decision.
+    fn attempt_of_offer(&self) -> Attempt {
+        let [.., high, low] = self.facts.random;
+        Attempt(u128::from(high) << 64 | u128::from(low))
+    }
+
     fn branch(&self) -> u64 {
         self.facts.random[2]
     }
@@ -369,6 +197,7 @@ impl Election {
             left: false,
             heard: 0,
             told: Said::default(),
+            offer: None,
             round: 0,
             preparing: 0,
             marked_now: false,
@@ -394,12 +223,13 @@ impl Election {
             Stage::Follows(_) => self.follow(&mut turn),
             Stage::Leads(_) => self.lead(&mut turn),
         }
-        if self.left {
-            turn.push(Action::Wake(now + MOST_WAKE));
-            return turn.actions;
-        }
         self.read_in_time(&mut turn);
-        self.tell(&mut turn);
+        if self.left {
+            // Requests that wait here go to the one that has the lease.
+            self.tell_follow(&mut turn);
+        } else {
+            self.tell(&mut turn);
+        }
         let wake = self.wake(&turn).clamp(now + LEAST_WAKE, now + MOST_WAKE);
         turn.push(Action::Wake(wake));
         turn.actions
@@ -437,18 +267,20 @@ impl Election {
             Input::Promoted(outcome) => self.promoted(outcome, turn),
             Input::Renewed(outcome) => self.renewed(outcome, turn),
             Input::Demoted { position } => self.demoted(position, turn),
+            Input::Withheld { attempt, outcome } => self.withheld(attempt, outcome, turn),
+            Input::Offered { attempt, position } => self.offered(attempt, position, turn),
+            Input::Handed { record, version } => self.told_handed(record, version),
             Input::Heard(number) => {
                 self.hear(number, turn);
                 self.give_again(number);
             }
             // Also while it stops leading: that is when an operator asks.
             Input::Command(Command::PromoteUnchecked) => self.unchecked = Some(0),
+            Input::Command(Command::Handoff { to }) => self.asked_to_hand(to, turn),
             Input::Command(Command::Leave) => {
                 if self.leaving.is_none() {
                     self.leaving = Some(turn.now + self.sight.lease_time / 2);
-                    if let Stage::Leads(_) = self.stage {
-                        self.step_down(Ending::Release, turn);
-                    }
+                    self.hand_or_release(turn);
                 }
             }
         }

@@ -154,6 +154,10 @@ pub enum Error {
         /// What is known of the primary.
         primary: Option<Box<PeerInfo>>,
     },
+    /// The lease was not handed over. The text says why. This node leads on, unless it says that
+    /// its lease ended. Nothing that was committed is lost. Try again, or hand it to another node.
+    #[error("the lease was not handed over: {0}")]
+    HandoffFailed(String),
     /// The database was shut down, or is shutting down. Nothing of the call was committed. Open it
     /// again.
     #[error("the database is shut down")]
@@ -416,6 +420,7 @@ impl Error {
             | Error::Reentrant
             | Error::BlockingInAsync
             | Error::NotPrimary { .. }
+            | Error::HandoffFailed(_)
             | Error::ShutDown
             | Error::NoState(_)
             | Error::Busy { .. }

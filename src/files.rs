@@ -32,7 +32,7 @@ pub(crate) use modes::{PRIVATE, set_mode};
 pub(crate) use names::{absent, parent_of, place, remove, remove_directory, sync_directory, sync_name};
 pub(crate) use paths::{Paths, beside};
 pub(crate) use positioned::{read_at, read_exact_at, write_all_at};
-pub(crate) use reserve::replace_file;
+pub(crate) use reserve::{replace_file, replace_file_when};
 pub(crate) use state_directory::{check_directory, make_directory, make_named_directory, make_state_dir};
 
 /// Makes a file anew, to be written and read. A file that has its name is one of ours that was left

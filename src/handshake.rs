@@ -8,6 +8,9 @@
 //! A node that only asks how another stands ([`STANDING_PATH`]) knocks in the same way. Any node
 //! answers it. The request's body is a proof over both nonces, and the response's is a STANDING,
 //! with a proof over both nonces and what it says.
+//!
+//! An operator's command ([`COMMAND_PATH`]) comes in the same way, with keys of its own: the proof
+//! is over both nonces and the command. No question of a node can be taken for one.
 
 use bytes::BytesMut;
 use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
@@ -26,6 +29,8 @@ pub(crate) const VERSION: u32 = 1;
 pub(crate) const STREAM_PATH: &str = "/v1/stream";
 /// The same for the question how a node stands.
 pub(crate) const STANDING_PATH: &str = "/v1/standing";
+/// The same for an operator's command.
+pub(crate) const COMMAND_PATH: &str = "/v1/command";
 /// The stream's content type: not one that compression layers have on their lists.
 pub(crate) const CONTENT_TYPE: &str = "application/vnd.replite.stream";
 /// Bytes of a nonce.
@@ -74,15 +79,36 @@ pub(crate) fn nonce() -> Result<Nonce> {
     random::array()
 }
 
+/// Who knocks: a node, or an operator's program under an id of its own.
+#[derive(Clone, Debug)]
+pub(crate) struct Asker {
+    pub(crate) keys: Keyring,
+    pub(crate) cluster: String,
+    pub(crate) database: String,
+    pub(crate) node: NodeId,
+    pub(crate) incarnation: Incarnation,
+}
+
 impl Knock {
     /// A fresh one of this node.
     pub(crate) fn of(node: &NodeContext) -> Result<Knock> {
-        Ok(Knock {
-            version: VERSION,
+        Knock::by(&Asker {
+            keys: node.keys.clone(),
             cluster: node.cluster.clone(),
             database: node.database.clone(),
             node: node.me.node,
             incarnation: node.me.incarnation,
+        })
+    }
+
+    /// A fresh one.
+    pub(crate) fn by(asker: &Asker) -> Result<Knock> {
+        Ok(Knock {
+            version: VERSION,
+            cluster: asker.cluster.clone(),
+            database: asker.database.clone(),
+            node: asker.node,
+            incarnation: asker.incarnation,
             nonce: nonce()?,
         })
     }
@@ -270,6 +296,46 @@ pub(crate) fn standing_holds(
     let rest = payload.get(HELLO_PROOF_BYTES..).unwrap_or_default();
     let fits = standing.peer.node == answer.node && standing.peer.incarnation == answer.incarnation;
     fits && keys.verify(Purpose::Standing, &[&knock.nonce, &answer.nonce, rest], &standing.proof)
+}
+
+/// The proof that who knocked saw our nonce, and gives this command.
+pub(crate) fn prove_command(
+    knock: &Knock,
+    answer: &Nonce,
+    command: &[u8],
+    keys: &Keyring,
+) -> [u8; PROOF_BYTES] {
+    keys.prove(Purpose::Command, &[&knock.nonce, answer, command])
+}
+
+/// Whether that holds.
+pub(crate) fn command_holds(
+    proof: &[u8],
+    command: &[u8],
+    (knock, answer): (&Knock, &Nonce),
+    keys: &Keyring,
+) -> bool {
+    keys.verify(Purpose::Command, &[&knock.nonce, answer, command], proof)
+}
+
+/// The proof that the node which answered the knock says this to the command.
+pub(crate) fn prove_command_answer(
+    knock: &Knock,
+    answer: &Nonce,
+    said: &[u8],
+    keys: &Keyring,
+) -> [u8; PROOF_BYTES] {
+    keys.prove(Purpose::CommandAnswer, &[&knock.nonce, answer, said])
+}
+
+/// Whether that holds.
+pub(crate) fn command_answer_holds(
+    proof: &[u8],
+    said: &[u8],
+    (knock, answer): (&Knock, &Nonce),
+    keys: &Keyring,
+) -> bool {
+    keys.verify(Purpose::CommandAnswer, &[&knock.nonce, answer, said], proof)
 }
 
 /// Why a primary refuses a peer that did prove the secret.

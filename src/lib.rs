@@ -3,6 +3,7 @@
 #![doc = "[docs/stack.md]: crate::guide::stack"]
 #![doc = "[docs/trouble.md]: crate::guide::trouble"]
 #![doc = "[docs/failover.md]: crate::guide::failover"]
+#![doc = "[docs/operator.md]: crate::guide::operator"]
 #![doc = "[docs/design.md]: https://docs.rs/crate/replite/latest/source/docs/design.md"]
 #![doc = "[ARCHITECTURE.md]: https://docs.rs/crate/replite/latest/source/ARCHITECTURE.md"]
 #![doc = "[CHANGELOG.md]: https://docs.rs/crate/replite/latest/source/CHANGELOG.md"]
@@ -14,6 +15,7 @@
 #[doc = "[stack.md]: crate::guide::stack"]
 #[doc = "[trouble.md]: crate::guide::trouble"]
 #[doc = "[failover.md]: crate::guide::failover"]
+#[doc = "[operator.md]: crate::guide::operator"]
 #[doc = "[migrations.md]: crate::guide::migrations"]
 #[doc = "[bad pages]: crate::guide::trouble#bad-pages-of-a-primary"]
 #[doc = "[beside us]: crate#what-else-may-use-sqlite-beside-us"]
@@ -29,8 +31,16 @@ pub mod guide {
     #[doc = include_str!("../docs/trouble.md")]
     pub mod trouble {}
 
+    #[doc = "[Lost branches]: crate::guide#lost-branches"]
+    #[doc = "[Behind a proxy]: crate::guide#behind-a-proxy"]
+    #[doc = ""]
     #[doc = include_str!("../docs/failover.md")]
     pub mod failover {}
+
+    #[doc = "[Lost branches]: crate::guide#lost-branches"]
+    #[doc = ""]
+    #[doc = include_str!("../docs/operator.md")]
+    pub mod operator {}
 
     // Its code needs a crate that the example of its own in `examples/migrations` has, which runs
     // it.
@@ -43,6 +53,7 @@ mod applied;
 #[cfg(feature = "axum")]
 mod axum;
 mod checksum;
+mod command;
 mod context;
 mod db;
 mod election;
@@ -66,6 +77,7 @@ mod log;
 mod metrics;
 mod net;
 mod node;
+pub mod operator;
 mod page;
 mod parse;
 mod peer;

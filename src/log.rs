@@ -296,10 +296,10 @@ impl Log {
     /// whatever a later call would find: the log is doubtful.
     pub(crate) fn sync(&self) -> Result<()> {
         let _one = lock(&self.syncing);
-        let (files, dir) = {
+        let (files, end, dir) = {
             let mut state = self.lock();
             state.expect_sound(&self.dir)?;
-            (state.unsynced(), std::mem::take(&mut state.dir_dirty))
+            (state.unsynced(), state.end, std::mem::take(&mut state.dir_dirty))
         };
         let mut synced =
             files.iter().try_for_each(|(f, path)| f.sync_data().map_err(Error::io("fsync", path)));
@@ -311,6 +311,10 @@ impl Log {
         state.noted(synced)?;
         // One that is made beside this may have been told instead.
         state.expect_sound(&self.dir)?;
+        let is_last = |file: &Arc<_>| files.last().is_some_and(|(last, _)| Arc::ptr_eq(last, file));
+        if state.file.as_ref().is_some_and(is_last) {
+            state.synced = Some(end);
+        }
         state.rotated.retain(|(file, _)| !files.iter().any(|(synced, _)| Arc::ptr_eq(file, synced)));
         state.retain(&self.options, Instant::now());
         let gone = std::mem::take(&mut state.garbage);

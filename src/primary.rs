@@ -6,6 +6,7 @@ mod boundary;
 mod clock;
 #[cfg(test)]
 pub(crate) mod fake;
+mod handoff;
 #[cfg(test)]
 mod model;
 mod page_requests;
@@ -14,6 +15,7 @@ mod read_ahead;
 mod recovery;
 mod registry;
 mod send_queue;
+mod source;
 mod stream;
 #[cfg(test)]
 mod tests;
@@ -22,30 +24,32 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use bytes::{Bytes, BytesMut};
+use bytes::BytesMut;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, watch};
 
 use crate::context::{NodeContext, Seldom};
-use crate::engine::{Piece, PrimaryEngine};
 use crate::error::{Error, Result};
 use crate::handshake::{Knock, Nonce};
-use crate::log::{Lookup, Pin};
 use crate::net::Incoming;
-use crate::page::{PageNo, PageSize};
 use crate::report::Condition;
 use crate::secret::Proved;
 use crate::status::{PeerInfo, ReplicaStatus};
 use crate::threads::blocking;
 use crate::txid::Position;
-use crate::wire::{self, Goodbye, Hello, Message, NOT_PRIMARY, SHUTTING_DOWN};
+use crate::wire::{
+    self, Goodbye, Handed, HandoffStage, Hello, LeaseOffer, Message, NOT_PRIMARY, SHUTTING_DOWN,
+};
 
+pub(crate) use handoff::NotAccepted;
 pub(crate) use page_requests::{PeerChannel, QUESTION_BYTES};
 pub(crate) use recovery::Recovery;
 pub(crate) use registry::Conflict;
 pub(crate) use send_queue::{StreamReceiver, StreamSender, queue};
+pub(crate) use source::{LogPin, StreamSource};
 
 use acks::{ReceivedUnits, acks, hello};
 use clock::ReplicaClock;
+use handoff::Handoffs;
 use page_requests::PeerChannels;
 use registry::Registry;
 use send_queue::Closed;
@@ -75,98 +79,6 @@ const WANTS_MAX: usize = 1;
 /// Longest wait until a last word is handed to the connection.
 const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// What a stream needs of the database that it serves: see [`PrimaryEngine`] and
-/// [`Log`](crate::log::Log).
-pub(crate) trait StreamSource: Send + Sync + 'static {
-    fn page_size(&self) -> PageSize;
-    /// Blocks.
-    fn read_piece(&self, first: PageNo, max_bytes: usize) -> Result<Piece>;
-    /// Blocks.
-    fn raise_epoch(&self, above: u64) -> Result<()>;
-    /// Has the log take in everything that is committed by now. Blocks.
-    fn settle(&self) -> Result<()>;
-    fn tip(&self) -> Option<Position>;
-    fn end(&self) -> u64;
-    /// Blocks.
-    fn find(&self, number: u64) -> Result<Lookup>;
-    fn read_memory(&self, lsn: u64, max: usize) -> Option<Bytes>;
-    /// Blocks.
-    fn read_disk(&self, lsn: u64, max: usize) -> Result<Bytes>;
-    /// Where a reader that stands between two records goes on after a record was taken back there.
-    fn step_over(&self, lsn: u64) -> u64;
-    fn watch(&self) -> watch::Receiver<u64>;
-    fn pin(&self, lsn: u64) -> Box<dyn LogPin>;
-    /// Where the last record ends that is still sent; none while the primary goes on.
-    fn last(&self) -> Option<u64> {
-        None
-    }
-}
-
-/// Keeps the log from an address on, until it is dropped.
-pub(crate) trait LogPin: Send + Sync {
-    fn advance(&self, lsn: u64);
-}
-
-impl StreamSource for PrimaryEngine {
-    fn page_size(&self) -> PageSize {
-        PrimaryEngine::page_size(self)
-    }
-
-    fn read_piece(&self, first: PageNo, max_bytes: usize) -> Result<Piece> {
-        PrimaryEngine::read_piece(self, first, max_bytes)
-    }
-
-    fn raise_epoch(&self, above: u64) -> Result<()> {
-        PrimaryEngine::raise_epoch(self, above)
-    }
-
-    fn settle(&self) -> Result<()> {
-        self.captured().map(drop)
-    }
-
-    fn tip(&self) -> Option<Position> {
-        self.log().tip()
-    }
-
-    fn end(&self) -> u64 {
-        self.log().end()
-    }
-
-    fn find(&self, number: u64) -> Result<Lookup> {
-        self.log().find(number)
-    }
-
-    fn read_memory(&self, lsn: u64, max: usize) -> Option<Bytes> {
-        self.log().read_memory(lsn, max)
-    }
-
-    fn read_disk(&self, lsn: u64, max: usize) -> Result<Bytes> {
-        self.log().read_disk(lsn, max)
-    }
-
-    fn step_over(&self, lsn: u64) -> u64 {
-        self.log().step_over(lsn)
-    }
-
-    fn watch(&self) -> watch::Receiver<u64> {
-        self.log().watch()
-    }
-
-    fn pin(&self, lsn: u64) -> Box<dyn LogPin> {
-        Box::new(self.log().pin(lsn))
-    }
-
-    fn last(&self) -> Option<u64> {
-        PrimaryEngine::last(self)
-    }
-}
-
-impl LogPin for Pin {
-    fn advance(&self, lsn: u64) {
-        Pin::advance(self, lsn);
-    }
-}
-
 /// What a node has to serve.
 #[derive(Clone)]
 enum Serving {
@@ -185,6 +97,7 @@ pub(crate) struct ReplicaServer {
     serving: watch::Sender<Serving>,
     registry: Registry,
     channels: PeerChannels,
+    handoffs: Handoffs,
     streams: Arc<Semaphore>,
     handshakes: Arc<Semaphore>,
     comparisons: Arc<Semaphore>,
@@ -199,6 +112,7 @@ impl ReplicaServer {
             serving: watch::Sender::new(Serving::Nothing),
             registry: Registry::default(),
             channels: PeerChannels::default(),
+            handoffs: Handoffs::default(),
             streams: Arc::new(Semaphore::new(STREAMS_MAX)),
             handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
             comparisons: Arc::new(Semaphore::new(COMPARISONS_MAX)),
@@ -209,11 +123,15 @@ impl ReplicaServer {
     /// From now on this node is the primary with this database, or (`None`) it is not the primary.
     /// Streams of what it had before end.
     pub(crate) fn set(&self, source: Option<Arc<dyn StreamSource>>) {
+        if source.is_some() {
+            self.handoffs.tell(HandoffStage::GoesOn);
+        }
         self.serving.send_replace(source.map_or(Serving::Nothing, Serving::StreamSource));
     }
 
     /// The same for a source that may be served already: its streams go on then.
     pub(crate) fn go_on(&self, source: Arc<dyn StreamSource>) {
+        self.handoffs.tell(HandoffStage::GoesOn);
         self.serving.send_if_modified(|serving| {
             if matches!(serving, Serving::StreamSource(_)) {
                 return false;
@@ -300,6 +218,39 @@ impl ReplicaServer {
     /// Ways to ask the replicas that are connected.
     pub(crate) fn channels(&self) -> Vec<PeerChannel> {
         self.channels.list()
+    }
+
+    /// Tells all replicas how far a handoff of the lease is.
+    pub(crate) fn tell_handoff(&self, stage: HandoffStage) {
+        self.handoffs.tell(stage);
+    }
+
+    /// Whether the replicas were told that another node has the lease, and all that is here.
+    pub(crate) fn has_handed(&self) -> bool {
+        self.handoffs.is_done()
+    }
+
+    /// Offers the lease to a replica, which has everything up to this position then: the last one
+    /// of this node's log, to which nothing is added. Returns the id of the boot of its machine.
+    /// The caller limits the time.
+    ///
+    /// # Cancel safety
+    /// What was offered stays so. An answer that comes later is nothing to anyone.
+    pub(crate) async fn offer(
+        &self,
+        to: &PeerInfo,
+        attempt: u128,
+        position: Position,
+    ) -> Result<String, NotAccepted> {
+        self.handoffs.offer(to, LeaseOffer { attempt, position }).await
+    }
+
+    /// Tells the replica that accepted that it has the lease. Waits for nothing, and says so only
+    /// where a stream stands: the replica finds the record in the store, too.
+    pub(crate) fn handed(&self, to: &PeerInfo, attempt: u128, version: &str, record: &[u8]) {
+        if let Err(error) = self.handoffs.handed(to, &Handed { attempt, version, record }) {
+            tracing::debug!(node = %to.node, %error, "the new primary is not told");
+        }
     }
 
     /// Whether another live process serves under this node id.
@@ -401,12 +352,14 @@ pub(crate) async fn serve(
     let (questions, answers) = replica_server.channels.open(&peer);
     let clock = ReplicaClock::default();
     let turns = replica_server.comparisons.clone();
-    let mut stream = ReplicaStream::new(node.clone(), source, sender, questions, (turns, clock.clone()));
+    let (words, accepts) = replica_server.handoffs.open(&peer);
+    let mut stream =
+        ReplicaStream::new(node.clone(), source, sender, (questions, words), (turns, clock.clone()));
     let (asks, wants) = mpsc::channel(WANTS_MAX);
     let quiet = stream.quiet();
     let end = tokio::select! {
         end = stream.run(&hello, wants) => end,
-        end = acks(&node, &mut units, &slot, &clock, &asks, &answers, &quiet) => end,
+        end = acks(&node, &mut units, &slot, &clock, &asks, (&answers, &accepts), &quiet) => end,
         () = cut_off(&node) => End::Said(SHUTTING_DOWN.into()),
         // No replica gets what it commits from now on.
         () = node.stopped() => End::Said(STOPPED.into()),

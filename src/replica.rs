@@ -6,6 +6,7 @@ mod clocks;
 mod connection;
 mod give_back;
 mod lag;
+mod offers;
 mod pace;
 mod reporter;
 #[cfg(test)]
@@ -31,7 +32,7 @@ use crate::net::Endpoint;
 use crate::report::Condition;
 use crate::threads::{aside, blocking, caught_task};
 use crate::txid::{Epoch, Position};
-use crate::wire::{Unit, Want};
+use crate::wire::{NOT_PRIMARY, Unit, Want};
 
 use backoff::Backoff;
 use connection::PrimaryConnection;
@@ -54,6 +55,8 @@ pub(crate) trait Feed: Send + Sync + 'static {
     fn log(&self) -> Option<Arc<Log>>;
     /// See [`ReplicaEngine::taken`].
     fn taken(&self) -> u64;
+    /// Has everything that is applied on the disk, at once; see [`ReplicaEngine::sync`].
+    fn sync(&self) -> impl Future<Output = Result<()>> + Send;
     /// See [`ReplicaEngine::synced`].
     fn synced(&self) -> watch::Receiver<Option<Position>>;
 }
@@ -78,6 +81,10 @@ impl Feed for ReplicaEngine {
 
     fn taken(&self) -> u64 {
         ReplicaEngine::taken(self)
+    }
+
+    async fn sync(&self) -> Result<()> {
+        blocking(ReplicaEngine::sync(self)).await
     }
 
     fn synced(&self) -> watch::Receiver<Option<Position>> {
@@ -148,6 +155,9 @@ async fn streams<F: Feed>(
         }
         let epoch = session.epoch().unwrap_or_else(|| node.roles.borrow().epoch);
         let drained = session.is_drained();
+        if is_succeeded(&error) {
+            node.lease.offers.hint();
+        }
         // The connection is closed before the application is told that the primary is away.
         drop(session);
         lagging.disconnected();
@@ -167,6 +177,16 @@ fn is_early(error: &StreamError) -> bool {
             PeerProblem::Refused(word) => word == STOPPING,
             _ => false,
         },
+        _ => false,
+    }
+}
+
+/// Whether another node may be the primary by now: the record says which.
+fn is_succeeded(error: &StreamError) -> bool {
+    match error {
+        StreamError::Failed(Error::Peer { problem, .. }) => {
+            matches!(problem, PeerProblem::Goodbye(reason) if reason == NOT_PRIMARY)
+        }
         _ => false,
     }
 }

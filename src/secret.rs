@@ -201,10 +201,14 @@ pub(crate) enum Purpose {
     Question,
     /// How a node stands, for the node that asked.
     Standing,
+    /// A fresh proof over both nonces and an operator's command.
+    Command,
+    /// What a node says to that command.
+    CommandAnswer,
 }
 
 impl Purpose {
-    const COUNT: usize = 7;
+    const COUNT: usize = 9;
 
     fn context(self) -> &'static str {
         match self {
@@ -215,6 +219,8 @@ impl Purpose {
             Purpose::Hop => "replite 2026 v1 hop",
             Purpose::Question => "replite 2026 v1 question",
             Purpose::Standing => "replite 2026 v1 standing",
+            Purpose::Command => "replite 2026 v1 command",
+            Purpose::CommandAnswer => "replite 2026 v1 command answer",
         }
     }
 }
@@ -332,6 +338,8 @@ fn derive(secrets: &[Secret]) -> Result<Arc<[Keys]>, Error> {
         Purpose::Hop,
         Purpose::Question,
         Purpose::Standing,
+        Purpose::Command,
+        Purpose::CommandAnswer,
     ];
     let keys = |secret: &[u8]| all.map(|purpose| blake3::derive_key(purpose.context(), secret));
     if secrets.is_empty() {

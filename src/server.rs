@@ -18,8 +18,11 @@ use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 use tower::Service;
 
+use crate::command::{self, COMMANDS_MAX};
 use crate::context::NodeContext;
-use crate::handshake::{self, Answer, Knock, Nonce, Refusal, STANDING_PATH, STREAM_PATH, Stranger};
+use crate::handshake::{
+    self, Answer, COMMAND_PATH, Knock, Nonce, Refusal, STANDING_PATH, STREAM_PATH, Stranger,
+};
 use crate::net::Incoming;
 use crate::primary::{self, Peer, ReplicaServer, StreamSender};
 use crate::report::Condition;
@@ -39,9 +42,10 @@ pub(crate) enum Mount {
     Mounted,
 }
 
-/// Serves the replication stream to this database's replicas, and answers the cluster's nodes that
-/// ask how this one stands. Mount it in the application's server,
-/// such as by axum's `nest_service("/_replite", db.service())`; the server must speak HTTP/2.
+/// Serves the replication stream to this database's replicas, answers the cluster's nodes that ask
+/// how this one stands, and takes an operator's commands ([`operator`](crate::operator)). Mount it
+/// in the application's server, such as by axum's `nest_service("/_replite", db.service())`; the
+/// server must speak HTTP/2.
 ///
 /// A peer that does not prove the cluster's secret gets an empty 404 for every path and method.
 ///
@@ -69,6 +73,8 @@ struct ServerShared {
     warned: AtomicBool,
     /// Places for peers that ask how this node stands.
     asking: Arc<Semaphore>,
+    /// Places for commands of operators.
+    commanding: Arc<Semaphore>,
 }
 
 impl ReplicationService {
@@ -79,8 +85,15 @@ impl ReplicationService {
         tracker: TaskTracker,
         mount: Mount,
     ) -> ReplicationService {
-        let (warned, asking) = (AtomicBool::new(false), Arc::new(Semaphore::new(ASKING_MAX)));
-        let shared = ServerShared { node, replica_server, tracker, mount, warned, asking };
+        let shared = ServerShared {
+            node,
+            replica_server,
+            tracker,
+            mount,
+            warned: AtomicBool::new(false),
+            asking: Arc::new(Semaphore::new(ASKING_MAX)),
+            commanding: Arc::new(Semaphore::new(COMMANDS_MAX)),
+        };
         ReplicationService { shared: Arc::new(shared) }
     }
 
@@ -120,7 +133,8 @@ impl ReplicationService {
         B: Body + Send + 'static,
     {
         let path = request.uri().path();
-        let (streams, asks) = (path.ends_with(STREAM_PATH), path.ends_with(STANDING_PATH));
+        let (streams, commands) = (path.ends_with(STREAM_PATH), path.ends_with(COMMAND_PATH));
+        let asks = commands || path.ends_with(STANDING_PATH);
         if !(streams || asks) || request.method() != Method::POST {
             return Err(Refusal::Path);
         }
@@ -130,12 +144,17 @@ impl ReplicationService {
         if asks {
             let (peer, (sender, response)) = self.let_ask(knock)?;
             let upstream = Incoming::new(request.into_body());
+            let commanding = commands.then(|| self.shared.commanding.clone());
             tracker.spawn(async move {
                 let asking = peer.knock.node;
+                let answered = async {
+                    match commanding {
+                        Some(places) => command::answer(node.clone(), peer, upstream, sender, places).await,
+                        None => standing::answer(node.clone(), peer, upstream, sender).await,
+                    }
+                };
                 // The peer sees an answer that broke off.
-                if let Err(error) =
-                    caught_task("an answer", standing::answer(node.clone(), peer, upstream, sender)).await
-                {
+                if let Err(error) = caught_task("an answer", answered).await {
                     node.report_aside(Condition::StreamPanicked { node: asking, error: &error });
                 }
             });
@@ -171,7 +190,8 @@ impl ReplicationService {
         Ok(())
     }
 
-    /// Lets a peer ask how this node stands, whatever this node does.
+    /// Lets a peer ask how this node stands, or an operator give a command. What this node does is
+    /// no matter.
     fn let_ask(
         &self,
         knock: Knock,

@@ -2,9 +2,9 @@
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
-use crate::context::NodeContext;
+use crate::context::{CountOnce, NodeContext};
 use crate::lock::lock;
 #[cfg(feature = "axum")]
 use crate::status::PeerInfo;
@@ -46,6 +46,8 @@ struct SessionState {
     /// The session of the layer around this one's.
     outer: Option<Session>,
     fate: Arc<Fate>,
+    /// What it counts among the requests that a handoff waits for.
+    counted: OnceLock<CountOnce>,
 }
 
 /// What holds for the request as a whole, whatever its databases.
@@ -65,12 +67,20 @@ struct Done {
     /// What was waited for, and is seen here.
     seen: Option<Txid>,
     primary_needed: bool,
+    /// A write was refused because this node was not the primary.
+    refused: bool,
 }
 
 impl Session {
     pub(crate) fn new(tokens: Arc<Tokens>, request: Option<Token>, outer: Option<Session>) -> Session {
         let fate = outer.as_ref().map_or_else(Arc::default, |outer| outer.0.fate.clone());
-        Session(Arc::new(SessionState { tokens, request, done: Mutex::default(), outer, fate }))
+        let (done, counted) = (Mutex::default(), OnceLock::new());
+        Session(Arc::new(SessionState { tokens, request, done, outer, fate, counted }))
+    }
+
+    /// The request is counted until its handler is done, or hands the lease over itself.
+    pub(crate) fn set_counted(&self, counted: CountOnce) {
+        let _ = self.0.counted.set(counted);
     }
 
     /// The session of the request that this task works for, if there is one.
@@ -134,6 +144,16 @@ impl Session {
     /// Whether it was reported that the primary is needed.
     pub fn primary_needed(&self) -> bool {
         self.lock().primary_needed
+    }
+
+    /// Whether it was a refused write that needs the primary.
+    pub(crate) fn refused(&self) -> bool {
+        self.lock().refused
+    }
+
+    fn write_refused(&self) {
+        let mut done = self.lock();
+        (done.primary_needed, done.refused) = (true, true);
     }
 
     /// Whether there was a write of which it is not known whether it is kept.
@@ -220,6 +240,13 @@ impl fmt::Debug for Session {
     }
 }
 
+/// The request that this task works for asks for a handoff, which waits for all others.
+pub(crate) fn hands_over(node: &NodeContext) {
+    if let Some(counted) = Session::current_of(node).and_then(|session| session.0.counted.get().cloned()) {
+        counted.end();
+    }
+}
+
 /// Reported by `Db::write` and friends, on the caller's task.
 pub(crate) fn committed(node: &NodeContext, txid: Txid) {
     // Outside of a request there is no session to tell.
@@ -255,7 +282,7 @@ pub(crate) fn waited(node: &NodeContext, txid: Txid) {
 pub(crate) fn primary_needed(node: &NodeContext) {
     let _ = CURRENT.try_with(|session| {
         if let Some(session) = session.of(node) {
-            session.need_primary();
+            session.write_refused();
         }
     });
 }
@@ -268,13 +295,13 @@ pub(crate) fn this_primary_needed(primary: Option<&PeerInfo>) {
         if session.all().any(Session::primary_needed) {
             return;
         }
-        let replicas = || session.all().filter(|s| !s.node().leads());
+        let replicas = || session.all().filter(|s| !s.node().takes_requests());
         let named = |s: &&Session| {
             let roles = s.node().roles.borrow();
             primary.is_some_and(|primary| roles.primary.as_ref().is_some_and(|p| p.node == primary.node))
         };
         if let Some(session) = replicas().find(named).or_else(|| replicas().next()) {
-            session.need_primary();
+            session.write_refused();
         }
     });
 }

@@ -81,8 +81,9 @@ async fn question(mut upstream: Incoming) -> Option<[u8; PROOF_BYTES]> {
 /// How this node stands, not proved yet.
 fn of(node: &NodeContext) -> Standing {
     let position = node.applied.position();
-    let known = || Fitness { fit: false, has_state: position.is_some(), has_content: position.is_some() };
-    let Fitness { fit, has_state, has_content } = node.lease.fitness().unwrap_or_else(known);
+    let known =
+        || Fitness { has_state: position.is_some(), has_content: position.is_some(), ..Fitness::default() };
+    let Fitness { fit, has_state, has_content, .. } = node.lease.fitness().unwrap_or_else(known);
     let ends = node.drain.is_cancelled() || node.roles.borrow().role == Role::Stopped;
     Standing {
         proof: [0; PROOF_BYTES],

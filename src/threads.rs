@@ -37,6 +37,25 @@ pub(crate) fn caught<T>(place: &str, run: impl FnOnce() -> T) -> Result<T> {
     catch_unwind(AssertUnwindSafe(run)).map_err(|panic| panicked(place, panic))
 }
 
+/// Runs `one` on a thread of its own, and `two` beside it on this one. A panic in `one` is an
+/// error.
+///
+/// # Errors
+/// Those of the two. Where there is no thread to be had, `one` does not run.
+pub(crate) fn beside<A: Send, B>(
+    name: &'static str,
+    one: impl FnOnce() -> Result<A> + Send,
+    two: impl FnOnce() -> Result<B>,
+) -> (Result<A>, Result<B>) {
+    std::thread::scope(|scope| {
+        let run = move || caught(name, one).flatten();
+        let thread = std::thread::Builder::new().name(name.into()).spawn_scoped(scope, run);
+        let two = two();
+        let one = thread.map_err(Error::io("spawn", name));
+        (one.and_then(|thread| thread.join().map_err(|panic| panicked(name, panic)).flatten()), two)
+    })
+}
+
 /// Tells the application something whose end matters more than its being told.
 pub(crate) fn aside(tell: impl FnOnce()) {
     // The panic hook was called.

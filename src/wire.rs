@@ -58,6 +58,13 @@
 //!   more requests. From the replica: all requests that it had sent are answered.
 //! - 19 STANDING: proof (32), optional position, highest epoch number (8), fit (1: 0 or 1), has
 //!   state (1: 0 or 1), has content (1: 0 or 1), peer.
+//! - 20 HANDOFF: stage (1: see [`HandoffStage`]). From a primary that hands its lease over.
+//! - 21 OFFER: attempt (16), the primary's last position. To the replica that is to have the lease.
+//! - 22 ACCEPT: attempt (16), accepted (1: 0 or 1), text: UTF-8. The answer to an OFFER: the id of
+//!   the boot of the replica's machine, at most [`BOOT_ID_MAX_BYTES`], or why it declines, at most
+//!   256 bytes.
+//! - 23 HANDED: attempt (16), version: length (2) and UTF-8, at most 1024 bytes; the record, at
+//!   most [`LEASE_RECORD_MAX_BYTES`]. To the replica that accepted.
 //!
 //! The header's layout and the hash of SEGMENT never change with the version: every version can
 //! tell a newer segment from a damaged one.
@@ -71,6 +78,7 @@ use crate::txid::{Epoch, EpochHistory, Position};
 mod decoder;
 mod encode;
 mod fields;
+mod handoff;
 #[cfg(test)]
 mod tests;
 
@@ -78,6 +86,9 @@ pub(crate) use decoder::{Decoder, Header};
 pub(crate) use encode::{encode, encode_page, encode_pieces, peer_fits};
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
 pub(crate) use fields::sealed;
+pub(crate) use handoff::{
+    Accept, BOOT_ID_MAX_BYTES, Handed, HandoffStage, LEASE_RECORD_MAX_BYTES, LeaseOffer,
+};
 #[cfg(test)]
 pub(crate) use tests::seeds;
 
@@ -171,14 +182,18 @@ pub(crate) enum Kind {
     Sent = 17,
     Drain = 18,
     Standing = 19,
+    Handoff = 20,
+    Offer = 21,
+    Accept = 22,
+    Handed = 23,
 }
 
 impl Kind {
     fn from_u8(kind: u8) -> Option<Kind> {
         use Kind::*;
-        const ALL: [Kind; 19] = [
+        const ALL: [Kind; 23] = [
             TxnBegin, Page, TxnEnd, Hello, Welcome, Epochs, Heartbeat, Ack, SnapBegin, SnapPiece, SnapEnd,
-            Goodbye, Segment, HealBegin, Sums, Want, Sent, Drain, Standing,
+            Goodbye, Segment, HealBegin, Sums, Want, Sent, Drain, Standing, Handoff, Offer, Accept, Handed,
         ];
         let kind = ALL.get(usize::from(kind).checked_sub(1)?).copied();
         debug_assert!(kind.is_none_or(|k| ALL[k as usize - 1] == k), "the list is not in order");
@@ -232,7 +247,7 @@ pub(crate) enum WireError {
     Fields(&'static str),
 }
 
-/// A unit's fields. `Page` borrows from the unit.
+/// A unit's fields. Pages and records borrow from the unit.
 #[derive(Clone, PartialEq, Debug)]
 pub(crate) enum Message<'a> {
     TxnBegin(TxnBegin),
@@ -268,6 +283,10 @@ pub(crate) enum Message<'a> {
     /// No more requests are to come, or will come.
     Drain,
     Standing(Standing),
+    Handoff(HandoffStage),
+    Offer(LeaseOffer),
+    Accept(Accept),
+    Handed(Handed<'a>),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -10,7 +10,7 @@ use axum::extract::{DefaultBodyLimit, Path, Query, State};
 use axum::http::{StatusCode, header};
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{Html, IntoResponse, Response};
-use axum::routing::{get, put};
+use axum::routing::{get, post, put};
 use axum::{Json, Router};
 use futures_util::stream::{Stream, unfold};
 use http_body_util::{BodyExt, Empty, Limited};
@@ -55,6 +55,7 @@ pub(crate) fn router(db: &Db, url: String, peers: Vec<String>, end: Cancellation
         .route("/api/events", get(events))
         .route("/api/node", get(node))
         .route("/api/nodes", get(nodes))
+        .route("/api/handoff", post(hand_over))
         .route("/livez", get(livez))
         .route("/readyz", get(readyz))
         .route("/healthz", get(healthz))
@@ -287,6 +288,13 @@ async fn nodes(State(app): Shared) -> impl IntoResponse {
         all.extend(task.await.ok());
     }
     ([(header::CACHE_CONTROL, "no-store")], Json(all))
+}
+
+/// Has the primary hand its lease to the instance that has the most. Whichever instance is asked, the
+/// layer brings the request to the primary. Where not everybody may do that, it needs a login.
+async fn hand_over(State(app): Shared) -> Result<impl IntoResponse, Failure> {
+    let primary = app.db.handoff(None).await?;
+    Ok(Json(json!({ "primary": primary.addresses.app })))
 }
 
 async fn livez(State(app): Shared) -> impl IntoResponse {

@@ -5,10 +5,11 @@ use std::time::Duration;
 
 use tokio::sync::watch;
 
-use crate::context::{EpochsHeard, ToDisk};
+use crate::context::{CommandDoor, EpochsHeard, Offers, ToDisk};
 use crate::error::Result;
 use crate::fence::boot_time;
 use crate::lock::lock;
+use crate::status::WaitReason;
 use crate::txid::{Epoch, Position};
 
 /// The part of a node that has to do with a lease.
@@ -23,6 +24,10 @@ pub(crate) struct LeaseContext {
     pub(crate) synced: SyncedClock,
     /// The highest epoch number that was heard of.
     pub(crate) heard: EpochsHeard,
+    /// What the primary says of a handoff.
+    pub(crate) offers: Offers,
+    /// What carries an operator's commands out.
+    pub(crate) commands: CommandDoor,
     /// What the driver says of the node to a peer that asks.
     fitness: Mutex<Option<Fitness>>,
     /// How long the lease counts, by the record.
@@ -38,8 +43,16 @@ impl LeaseContext {
 
     /// For a node that may lead by a lease.
     pub(crate) fn leased(synced: SyncedClock, heard: EpochsHeard) -> LeaseContext {
-        let clock = LeaseClock::default();
-        LeaseContext { fixed: false, clock, synced, heard, fitness: Mutex::default(), time: Mutex::default() }
+        LeaseContext {
+            fixed: false,
+            clock: LeaseClock::default(),
+            synced,
+            heard,
+            offers: Offers::default(),
+            commands: CommandDoor::default(),
+            fitness: Mutex::default(),
+            time: Mutex::default(),
+        }
     }
 
     /// How long the lease counts: what the record says, or the configuration while none is known.
@@ -72,6 +85,12 @@ pub(crate) struct Fitness {
     pub(crate) has_state: bool,
     /// Its database has something in it.
     pub(crate) has_content: bool,
+    /// Why it would not take the lease. None: it would, or it has it.
+    pub(crate) why_not: Option<WaitReason>,
+    /// Whether the record that it saw last says that elections are paused.
+    pub(crate) paused: Option<bool>,
+    /// That record says that the lease was moved to another store.
+    pub(crate) moved: bool,
 }
 
 /// The time since this node took the epoch that it leads.

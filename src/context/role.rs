@@ -10,6 +10,9 @@ use crate::txid::Epoch;
 pub(crate) enum RoleChange {
     /// It is the primary, of this epoch.
     Leads { me: PeerInfo, epoch: Epoch },
+    /// It hands its lease over: it leads, and takes no new requests. [`RoleChange::Leads`] takes
+    /// that back.
+    Yields,
     /// The primary's epoch was followed by another.
     Epoch(Epoch),
     /// It follows a primary. None: it does not reach one.
@@ -74,6 +77,8 @@ fn next(now: &RoleState, change: RoleChange) -> RoleState {
     match change {
         _ if now.role == Role::Stopped => now.clone(),
         RoleChange::Leads { me, epoch } => state(Role::Primary, epoch, Some(me)),
+        RoleChange::Yields if now.role == Role::Primary => RoleState { primary: None, ..now.clone() },
+        RoleChange::Yields => now.clone(),
         RoleChange::Epoch(epoch) => state(now.role, epoch, now.primary.clone()),
         // It looks for one, and says how.
         RoleChange::Follows { primary: None, epoch }

@@ -26,8 +26,6 @@ use crate::status::Addresses;
 
 /// A replica pauses for five seconds between two tries to connect, and a try may take three.
 const RECOVERY_TIMEOUT: Duration = Duration::from_secs(10);
-/// See [`Config::failover_loss`].
-const FAILOVER_LOSS: Duration = Duration::from_secs(10);
 /// How long the application may take for what it does at a change of its node's role.
 const HOOK_LIMIT: Duration = Duration::from_secs(60);
 
@@ -58,6 +56,7 @@ pub struct Config {
     pub(super) lease: Lease,
     pub(super) lease_time: Option<Duration>,
     pub(super) failover_loss: Duration,
+    pub(super) drain_limit: Duration,
     pub(super) candidate: bool,
     pub(super) bootstrap: Option<usize>,
     pub(super) secrets: Vec<Secret>,
@@ -113,7 +112,8 @@ impl Config {
             addresses: Addresses::default(),
             lease: Fixed::primary().into(),
             lease_time: None,
-            failover_loss: FAILOVER_LOSS,
+            failover_loss: lease::FAILOVER_LOSS,
+            drain_limit: lease::DRAIN_LIMIT,
             candidate: true,
             bootstrap: None,
             secrets: Vec::new(),

@@ -20,7 +20,7 @@ use crate::lease::Store;
 use crate::lease::record::{Holder, LeaseState};
 use crate::net::{Endpoint, Listener};
 use crate::node::database::{Database, LastHandle};
-use crate::node::elector::{Elector, Parts, RecordLook};
+use crate::node::elector::{Elector, Parts, RecordLook, WITHHOLD_LIMIT};
 use crate::node::host::ListenerGuard;
 use crate::node::open_files;
 use crate::node::pool::{Expect, Pool};
@@ -232,6 +232,7 @@ impl ClaimedNode {
             bootstrap: self.config.bootstrap,
             bootstrapped: tenancy.bootstrapped,
             alone: heir,
+            withhold_limit: self.config.drain_limit + WITHHOLD_LIMIT,
             incarnations: tenancy.incarnations.clone(),
         }
     }
@@ -275,7 +276,17 @@ impl OpenedNode {
                 slot: inner.slot.clone(),
                 replica_server: inner.replica_server.clone(),
                 paths: inner.paths.clone(),
+                drain_limit: inner.drain_limit,
                 has_content,
+            });
+            let database = Arc::downgrade(&inner.0);
+            inner.node.lease.commands.open(move |command| {
+                let database = database.upgrade();
+                Box::pin(async move {
+                    let database = database.ok_or("it is closed")?;
+                    let elector = database.elector.as_ref().ok_or("it has no lease")?;
+                    elector.obey(command, &database.node).await.map_err(|error| error.to_string())
+                })
             });
         }
         if let Some(period) = verify_every {
@@ -320,6 +331,7 @@ impl OpenedNode {
             replica_server,
             tracker,
             wait_timeout: config.wait_timeout,
+            drain_limit: config.drain_limit,
             grace: config.grace,
             opened: Instant::now(),
             recovered,

@@ -18,13 +18,16 @@ impl Db {
     /// `wait_for` and requests that were sent to the primary run on, until [`Db::shutdown`]; so do
     /// writes where the primary is fixed.
     ///
-    /// Where a lease decides, the primary gives it back first: what it committed is sent to its
-    /// replicas, it becomes a replica itself, and the record says which state is its last. Another
-    /// node that has that state takes over at once. Writes that come later are refused here
-    /// ([`Error::NotPrimary`](crate::Error::NotPrimary)), and the layer sends their requests on.
+    /// Where a lease decides, the primary hands it to the replica that has the most first, as
+    /// [`Db::handoff`] does, and follows that one. Where no replica takes it, the lease is given
+    /// back: what was committed is sent to the replicas, and the record says which state is its
+    /// last. Another node that has that state takes over at once. Writes that come later are
+    /// refused here ([`Error::NotPrimary`](crate::Error::NotPrimary)), and the layer sends their
+    /// requests on.
     ///
-    /// The call returns when the streams have ended, within three seconds; with a lease within
-    /// eight, should its store not answer or a write not end.
+    /// The call returns when the streams have ended, within three seconds. With a lease it may take
+    /// eight more, should its store not answer or a write not end, and as long as requests that run
+    /// take, at most [`Config::drain_limit`](crate::Config::drain_limit).
     ///
     /// See [`Db::shutdown`] for the whole of an application's end.
     ///
@@ -49,12 +52,12 @@ impl Db {
     /// acknowledged is kept; further calls fail with [`Error::ShutDown`](crate::Error::ShutDown).
     /// Can be called more than once: each call returns when all is done.
     ///
-    /// It waits up to nine seconds for peers that do not hang up, and up to five for the store of a
-    /// lease; without such it takes milliseconds. It also waits for the closure of a write that is
-    /// running, and for the last fsyncs.
+    /// It waits up to nine seconds for peers that do not hang up, and as long as [`Db::drain`] may
+    /// for a lease that is to be handed over; without such it takes milliseconds. It also waits for
+    /// the closure of a write that is running, and for the last fsyncs.
     ///
     /// This is the `main` of an application. Whatever its clients do, it ends within twenty seconds
-    /// of the signal, or thirty where a lease's store does not answer:
+    /// of the signal, or forty where a lease's store does not answer:
     ///
     /// ```no_run
     /// use std::time::Duration;

@@ -63,7 +63,7 @@ impl Db {
         if closed {
             reasons.push("shut down".to_string());
         }
-        let draining = inner.node.drain.is_cancelled();
+        let draining = inner.node.is_draining();
         if draining {
             reasons.push("draining".to_string());
         }
@@ -111,6 +111,7 @@ fn why_without_primary(node: &NodeContext) -> String {
         (_, Some(reason)) => format!("there is no primary: {reason}"),
         (Role::Starting, _) => "it is not known yet who the primary is".to_string(),
         (Role::Electing, _) => "there is no primary: the nodes elect one".to_string(),
+        (Role::Primary, _) => "this node hands the lease to another one".to_string(),
         (Role::Promoting, _) => "this node is about to become the primary".to_string(),
         _ => "the primary is not reachable".to_string(),
     }

@@ -83,7 +83,8 @@ impl Db {
     {
         let node = &self.inner.node;
         let settled = |state: &RoleState| match state.role {
-            Role::Primary => node.fence.is_open(),
+            // One that hands its lease over says soon who has it, or takes writes again.
+            Role::Primary => node.fence.is_open() && self.inner.writer.is_open(),
             role => role == Role::Stopped || state.primary.is_some(),
         };
         let mut roles = node.roles.subscribe();

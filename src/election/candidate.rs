@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::observe::{InStore, tenure};
 use super::rules::{Rule, rule};
-use super::{Election, Facts, Instant, PeerAnswer};
+use super::{Election, Facts, Instant, PeerAnswer, Stage};
 use crate::lease::record::{LeaseState, Record, Tenure};
 use crate::peer::NodeId;
 use crate::status::WaitReason;
@@ -129,16 +129,42 @@ impl Election {
 
     /// What it tells the others: it would take the lease, were it the best.
     pub(super) fn would_take(&self, facts: &Facts, now: Instant) -> bool {
-        let Some(seen) = self.sight.seen.as_ref().filter(|_| self.sight.is_fresh(now)) else { return false };
-        let may = match &seen.what {
-            InStore::Empty => true,
-            InStore::NotOurs(_) => false,
+        self.would_not_take(facts, now).is_none()
+    }
+
+    /// Why it would not.
+    pub(super) fn would_not_take(&self, facts: &Facts, now: Instant) -> Option<WaitReason> {
+        let Some(seen) = self.sight.seen.as_ref().filter(|_| self.sight.is_fresh(now)) else {
+            return Some(WaitReason::StoreUnavailable);
+        };
+        let lacks = match &seen.what {
+            InStore::Empty => None,
+            InStore::NotOurs(_) => Some(WaitReason::RecordNotOurs),
             InStore::Record(record, _) => {
                 let here = Here { position: self.position(facts), facts };
-                self.last_tenure(record).is_none_or(|tenure| self.lacks(tenure, &here).is_none())
+                self.last_tenure(record).and_then(|tenure| self.lacks(tenure, &here))
             }
         };
-        may && self.unfit(facts, now).is_none()
+        self.unfit(facts, now).or(lacks)
+    }
+
+    /// Why this node would not take the lease. None: it would, or it has it.
+    pub(crate) fn why_not(&self, facts: &Facts, now: Instant) -> Option<WaitReason> {
+        match &self.stage {
+            Stage::Leads(_) => None,
+            Stage::Follows(_) => self.would_not_take(facts, now),
+        }
+    }
+
+    /// Whether elections are paused, by the record that was seen last.
+    pub(crate) fn paused(&self) -> Option<bool> {
+        self.sight.record().map(|record| record.paused)
+    }
+
+    /// Whether an operator moved the lease to another store: the record is held by no node.
+    pub(crate) fn moved(&self) -> bool {
+        let holder = self.sight.record().and_then(tenure).map(|tenure| tenure.holder.node);
+        holder == Some(NodeId::NIL)
     }
 
     /// The newest tenure that this node knows of: a register that went back hides it.
@@ -195,7 +221,7 @@ fn advance(position: Option<Position>) -> Option<(u64, u64)> {
 }
 
 /// Orders candidates, the first one first.
-fn comes_first(a: (Option<Position>, NodeId), b: (Option<Position>, NodeId)) -> Ordering {
+pub(super) fn comes_first(a: (Option<Position>, NodeId), b: (Option<Position>, NodeId)) -> Ordering {
     advance(b.0).cmp(&advance(a.0)).then(a.1.cmp(&b.1))
 }
 

@@ -48,6 +48,8 @@ impl Election {
         if heard > lead.epoch.number() && rule(Rule::HeardEnds) {
             lead.close(&mut self.told, turn);
         }
+        self.check_handoff(turn);
+        let Stage::Leads(lead) = &mut self.stage else { return };
         if let Engine::Serving(epoch) = lead.engine
             && epoch != lead.epoch
             && lead.ending.is_none()
@@ -89,6 +91,12 @@ impl Election {
             return self.gave_back(turn);
         }
         lead.close(&mut self.told, turn);
+        // What was sent may still be done, and is then told.
+        let may_be_handed = ending == Ending::Release && lead.is_swapping();
+        if !may_be_handed {
+            self.end_handoff(turn);
+        }
+        let Stage::Leads(lead) = &mut self.stage else { return };
         if lead.ending.is_none() {
             lead.engine = Engine::Demoting;
             lead.give_up = give_up;
@@ -113,6 +121,13 @@ impl Election {
             Base::Lost => return self.step_down(Ending::Lost, turn),
             Base::Over { version, anew } => (version, anew),
         };
+        if lead.is_swapping() && lead.ending.is_none() && self.leaving.is_some() {
+            return self.step_down(Ending::Release, turn);
+        }
+        if self.hand_over(&version, anew, turn) {
+            return;
+        }
+        let Stage::Leads(lead) = &self.stage else { return };
         if turn.now < lead.retry_at {
             return;
         }
@@ -225,6 +240,8 @@ impl Election {
         lead.until = from + fence_after(lease_time);
         if tenure.epoch != lead.epoch {
             lead.close(&mut self.told, turn);
+            self.handoff_failed(turn);
+            let Stage::Leads(lead) = &mut self.stage else { return };
             lead.epoch = tenure.epoch;
             lead.began = tenure.began;
             lead.took = sent.at;
@@ -284,6 +301,9 @@ impl Election {
         if lead.ending.is_some() {
             wake = wake.min(later(lead.give_up));
         }
+        if let Some(give_up) = lead.handoff.as_ref().and_then(|handoff| handoff.give_up()) {
+            wake = wake.min(later(give_up));
+        }
         let writes = !self.swaps.in_flight() && !lead.is_lost() && !self.swaps.needs_read(&self.sight);
         let at_once = lead.closed || !self.swaps.is_settled();
         match (writes, at_once) {
@@ -329,6 +349,7 @@ impl Election {
 
     /// This node has no lease any more, and none to give back.
     pub(super) fn gave_back(&mut self, turn: &mut Turn<'_>) {
+        self.end_handoff(turn);
         self.stage = Stage::Follows(Race::default());
         self.told.follows_none();
         if self.leaving.is_some() {

@@ -206,7 +206,7 @@ impl Election {
         }
     }
 
-    fn is_of_this_database(&self, record: &Record) -> bool {
+    pub(super) fn is_of_this_database(&self, record: &Record) -> bool {
         record.cluster == self.settings.cluster && record.database == self.settings.database
     }
 

@@ -53,6 +53,20 @@ pub(super) enum Rule {
     FinalOnly,
     /// An operator's pause holds.
     Pause,
+    /// A holder's epoch is closed before it asks for the next holder to be written.
+    HandoffCloses,
+    /// Whether another node is the holder is not known before it was read, or is overwritten.
+    HandoffUnknown,
+    /// A record is this node's only by an offer that it accepted.
+    AcceptedOnly,
+    /// Its time counts from before it said that it accepts.
+    CountFromAccept,
+    /// Who is to lead has exactly the last holder's last state.
+    ExactState,
+    /// Nothing was committed after the state that the next holder has.
+    FinalState,
+    /// A node that drains, is unwell or no candidate is handed nothing.
+    FitTarget,
 }
 
 /// Whether a rule holds.

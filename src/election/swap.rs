@@ -20,9 +20,15 @@ const UNSETTLED_MOST: usize = 64;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Aim {
     Gather,
-    Take { unchecked: bool },
+    Take {
+        unchecked: bool,
+    },
     Renew,
     Release,
+    /// Names another node, by the attempt that it was offered.
+    Handoff {
+        attempt: Attempt,
+    },
 }
 
 /// A swap that was sent.
@@ -62,7 +68,7 @@ pub(super) struct Swaps {
     /// Its answer has not come.
     flight: Option<SentSwap>,
     /// A read showed it before its answer came.
-    flight_seen: Option<Version>,
+    flight_seen: Option<(Box<Record>, Version)>,
     /// Those that may be done, or may be at any later time.
     unsettled: Vec<SentSwap>,
     pub(super) own: Option<Own>,
@@ -126,7 +132,7 @@ impl Swaps {
         }
         let InStore::Record(record, version) = what else { return None };
         if self.flight.as_ref().is_some_and(|sent| sent.record.attempt == record.attempt) {
-            self.flight_seen = Some(version.clone());
+            self.flight_seen = Some((record.clone(), version.clone()));
             return None;
         }
         if let Some(own) = self.own.as_mut().filter(|own| own.record.attempt == record.attempt) {
@@ -135,15 +141,37 @@ impl Swaps {
         }
         let at = self.unsettled.iter().position(|sent| sent.record.attempt == record.attempt)?;
         let sent = self.unsettled.swap_remove(at);
-        self.done(&sent, version.clone());
+        self.done(&sent, record.clone(), version.clone());
         Some(sent)
     }
 
-    /// This one is done: none of those before it can be any more.
-    fn done(&mut self, sent: &SentSwap, version: Version) {
+    /// This one is done: none of those before it can be any more. What is there now may have been
+    /// changed by an operator since then.
+    fn done(&mut self, sent: &SentSwap, record: Box<Record>, version: Version) {
         self.unsettled.clear();
         self.conflict = false;
-        self.own = Some(Own { record: sent.record.clone(), version });
+        let own = Own { record, version };
+        self.own = Some(own).filter(|_| !matches!(sent.purpose, Aim::Handoff { .. }));
+    }
+
+    /// The last holder's swap made this record this node's.
+    pub(super) fn adopt(&mut self, record: Box<Record>, version: Version) {
+        self.unsettled.clear();
+        self.conflict = false;
+        self.remember(record.attempt);
+        self.own = Some(Own { record, version });
+    }
+
+    fn remember(&mut self, attempt: Attempt) {
+        if self.sent.len() == REMEMBERED {
+            self.sent.pop_front();
+        }
+        self.sent.push_back(attempt);
+    }
+
+    /// What no rule allows.
+    pub(super) fn forget_unsettled(&mut self) {
+        self.unsettled.clear();
     }
 
     /// Those over a record that is certainly gone can't be done any more.
@@ -170,7 +198,10 @@ impl Election {
             Aim::Gather => replaced.map_or(self.settings.lease_time, |record| record.lease_time),
             _ => self.settings.lease_time,
         };
-        let attempt = turn.attempt();
+        let attempt = match purpose {
+            Aim::Handoff { attempt } => attempt,
+            _ => turn.attempt(),
+        };
         let record = Box::new(Record {
             cluster: self.settings.cluster.clone(),
             database: self.settings.database.clone(),
@@ -183,10 +214,9 @@ impl Election {
         let over = replaced.map(|record| age(tenure(record)));
         let sent =
             SentSwap { record: record.clone(), at: turn.now, purpose, expected: expected.clone(), over };
-        if self.swaps.sent.len() == REMEMBERED {
-            self.swaps.sent.pop_front();
+        if !matches!(purpose, Aim::Handoff { .. }) {
+            self.swaps.remember(attempt);
         }
-        self.swaps.sent.push_back(attempt);
         self.swaps.flight = Some(sent);
         self.swaps.flight_seen = None;
         // From now on the shorter of two times counts.
@@ -214,17 +244,19 @@ impl Election {
     pub(super) fn swapped(&mut self, attempt: Attempt, outcome: Swapped, turn: &mut Turn<'_>) {
         let Some(sent) = self.swaps.flight.take_if(|sent| sent.record.attempt == attempt) else { return };
         let seen = self.swaps.flight_seen.take();
-        let outcome = match (seen, outcome) {
-            (Some(version), _) => Swapped::Done(version),
-            (None, Swapped::Unknown(why)) if !rule(Rule::KnownTake) => Swapped::Done(Version::new(why)),
-            (None, outcome) => outcome,
+        let (record, outcome) = match (seen, outcome) {
+            (Some((record, version)), _) => (record, Swapped::Done(version)),
+            (None, Swapped::Unknown(why)) if !rule(Rule::KnownTake) => {
+                (sent.record.clone(), Swapped::Done(Version::new(why)))
+            }
+            (None, outcome) => (sent.record.clone(), outcome),
         };
         let retry = turn.now + self.sight.lease_time / 16;
         self.ask_again_from(retry);
         match outcome {
             Swapped::Done(version) => {
-                let what = InStore::Record(sent.record.clone(), version.clone());
-                self.swaps.done(&sent, version);
+                let what = InStore::Record(record.clone(), version.clone());
+                self.swaps.done(&sent, record, version);
                 // The register has not stood still meanwhile, and is as new as it can be.
                 self.sight.see(what, turn.now, turn.now);
                 self.swap_done(sent, turn);
@@ -244,6 +276,7 @@ impl Election {
                 self.swaps.unsettled.push(sent);
                 self.sight.next_read = turn.now;
                 self.taking_failed();
+                self.handoff_unknown(turn);
             }
         }
     }
@@ -263,6 +296,7 @@ impl Election {
             (Aim::Take { unchecked }, Stage::Follows(_)) => self.took_it(*unchecked, &sent, turn),
             (Aim::Renew, Stage::Leads(_)) => self.renewal_done(&sent, turn),
             (Aim::Release, Stage::Leads(_)) => self.gave_back(turn),
+            (Aim::Handoff { .. }, Stage::Leads(_)) => self.handed(&sent, turn),
             _ => {}
         }
     }

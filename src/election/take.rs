@@ -17,7 +17,7 @@ use crate::txid::Position;
 const NODES_MOST: usize = 32;
 
 /// How long peers have to answer how they stand.
-const ASK_LIMIT: Duration = Duration::from_millis(300);
+pub(super) const ASK_LIMIT: Duration = Duration::from_millis(300);
 /// The same at a first start.
 const ASK_FIRST_LIMIT: Duration = Duration::from_secs(2);
 
@@ -35,8 +35,11 @@ impl Election {
         if self.swaps.in_flight() {
             return;
         }
+        if self.take_offered(turn) {
+            return self.lead(turn);
+        }
         if let Some(limit) = self.leaving {
-            if !self.swaps.may_take() || turn.now >= limit {
+            if !self.swaps.may_take() && !self.may_be_handed() || turn.now >= limit {
                 self.leave(turn);
             }
             return;
@@ -187,7 +190,9 @@ impl Election {
         for answer in &answers {
             self.hear(answer.epoch, turn);
         }
-        let Stage::Follows(race) = &mut self.stage else { return };
+        let Stage::Follows(race) = &mut self.stage else {
+            return self.targets_answered(round, answers, turn);
+        };
         let Stride::Asking(why) = race.phase else { return };
         if round != self.round {
             return;
@@ -312,10 +317,14 @@ impl Election {
         let connected = turn.facts.replicas.iter().cloned();
         let known = before.into_iter().flat_map(|record| &record.nodes).map(|known| known.peer.clone());
         let holder = before.and_then(tenure).map(|tenure| peer(&tenure.holder));
+        // The one that is to lead has to know this one.
+        let hands = matches!(purpose, Aim::Handoff { .. });
+        let me = hands.then(|| peer(&self.settings.me));
         let mut nodes: Vec<KnownNode> = Vec::new();
-        for peer in connected.chain(known).chain(holder) {
+        for peer in me.into_iter().chain(connected).chain(known).chain(holder) {
             let is_there = nodes.iter().any(|known| known.peer.node == peer.node);
-            if !is_there && !self.is_me(peer.node) && nodes.len() < NODES_MOST {
+            let other = hands || !self.is_me(peer.node);
+            if !is_there && other && nodes.len() < NODES_MOST {
                 nodes.push(KnownNode { peer, has_state: true, has_content: true });
             }
         }

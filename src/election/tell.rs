@@ -38,7 +38,7 @@ impl Election {
     }
 
     /// Which node to follow. Where the record can't be read, the stream that there is goes on.
-    fn tell_follow(&mut self, turn: &mut Turn<'_>) {
+    pub(super) fn tell_follow(&mut self, turn: &mut Turn<'_>) {
         let standing = self.sight.seen.as_ref().filter(|seen| !seen.older || self.sight.went_back(turn.now));
         let record = standing.and_then(|seen| seen.what.record());
         let of_record = record.map(|record| match &record.state {

@@ -12,6 +12,17 @@ impl fmt::Display for Choice {
             Choice::Took(epoch) => write!(f, "has the lease, with epoch {epoch}"),
             Choice::Fences(epoch) => write!(f, "acknowledges nothing more in epoch {epoch}"),
             Choice::Releases(epoch) => write!(f, "gives the lease of epoch {epoch} back"),
+            Choice::SeeksTarget => f.write_str("asks the replicas, to hand the lease to one of them"),
+            Choice::Offers(node) => {
+                write!(f, "commits nothing more for a moment, and offers the lease to node {node}")
+            }
+            Choice::HandsOver(node, epoch) => {
+                write!(f, "makes node {node} the holder of the lease, with epoch {epoch}")
+            }
+            Choice::Handed(node) => write!(f, "has handed the lease to node {node}"),
+            Choice::KeepsOn(why) => write!(f, "hands the lease to no node: {why}"),
+            Choice::Accepts => f.write_str("accepts the lease that the primary offers"),
+            Choice::Declines(why) => write!(f, "does not accept the lease that the primary offers: {why}"),
             Choice::Follows(Some(node)) => write!(f, "follows node {node}"),
             Choice::Follows(None) => f.write_str("follows no node"),
             Choice::Notes(note) => note.fmt(f),

@@ -271,7 +271,8 @@ pub(in crate::engine) fn anchor(base: &OpenDatabase, handle: &mut Handle) -> Res
         base.node.report(Condition::WalNotExtended { error: &error });
         base.note_room(&error);
     }
-    base.sync_wal()?;
+    // The anchor names a frame and its sum. WRITE is held since the last sync, if there was one.
+    base.sync_own_wal()?;
     let now = base.watch.modified()?;
     let tip = base.tip();
     let file = match base.file_state() {
@@ -284,5 +285,6 @@ pub(in crate::engine) fn anchor(base: &OpenDatabase, handle: &mut Handle) -> Res
             FileState::Backfilling(witnesses.marked(mark))
         }
     };
+    // What is committed next is counted from it, after a power cut, too.
     base.write_anchor(&tip, file, true)
 }

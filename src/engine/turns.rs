@@ -25,10 +25,10 @@ impl From<Error> for NotTurned {
 impl Opened {
     /// Promotion: opens this epoch, and captures from now on what is committed. Blocks.
     pub(crate) fn into_primary(mut self, epoch: Epoch) -> Result<PrimaryEngine, NotTurned> {
-        if let Err(error) = self.begin_epoch(Some(epoch)) {
-            return Err(NotTurned { error, opened: Some(Box::new(self)) });
+        match self.begin_epoch(Some(epoch)) {
+            Ok(connections) => Ok(PrimaryEngine::lead(self, connections)?),
+            Err(error) => Err(NotTurned { error, opened: Some(Box::new(self)) }),
         }
-        Ok(PrimaryEngine::lead(self)?)
     }
 
     /// Demotion: takes in from now on what a primary sends. Blocks.
@@ -42,7 +42,8 @@ impl Opened {
     /// What the WAL has from now on came from a primary.
     fn leave_epoch(&self) -> Result<()> {
         let paths = &self.database.options.paths;
-        self.database.sync_wal()?;
+        // The role that ended has synced all, and has WRITE.
+        self.database.sync_own_wal()?;
         unsynced_marker::end(paths)?;
         write_epochs(paths, &self.history, false)
     }
@@ -51,11 +52,12 @@ impl Opened {
 #[cfg(test)]
 mod tests {
     use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-    use std::time::Duration;
+    use std::time::{Duration, Instant};
 
     use rusqlite::Connection;
 
     use crate::ends::{Ends, alone, descriptors, threads};
+    use crate::engine::capture::handle::PrimaryEngine;
     use crate::engine::capture::startup::Opening;
     use crate::engine::file::epochs::read_epochs;
     use crate::engine::tests::{Home, assert_exact, assert_same, catch_up, node, open_plain, settled};
@@ -189,6 +191,47 @@ mod tests {
         let engine = opening.finish(Some(next)).unwrap();
         assert_eq!(engine.base.node.applied.history().epoch(), next, "of that epoch, and of no other");
         assert_eq!(rows(&open_plain(&home.path("a.db"))).unwrap(), 2);
+    }
+
+    #[test]
+    fn a_primary_that_holds_ends_where_it_held_and_a_replica_leads_from_there() {
+        let home = Home::new();
+        open_plain(&home.path("a.db")).execute_batch("CREATE TABLE t(a)").unwrap();
+        let (mut names, mut led) = (["a.db", "b.db"], home.primary("a.db"));
+        let mut follows = home.follower("b.db");
+        for round in 0..10 {
+            open_plain(&home.path(names[0])).execute_batch("INSERT INTO t VALUES (1)").unwrap();
+            let mut times = vec![Instant::now()];
+            let last = led.hold(LIMIT).unwrap();
+            times.push(Instant::now());
+            assert_eq!((led.log().tip(), led.base.tip().position), (Some(last), last));
+            let other = Connection::open(home.path(names[0])).unwrap();
+            other.busy_timeout(Duration::ZERO).unwrap();
+            assert!(other.execute("INSERT INTO t VALUES (0)", []).is_err(), "nobody writes");
+            assert_eq!(rows(&other).unwrap(), round + 1);
+            drop(other);
+            catch_up(&led, &follows);
+            let mut opened = {
+                times.push(Instant::now());
+                follows.stop().unwrap()
+            };
+            times.push(Instant::now());
+            assert_eq!(opened.position(), last);
+            let connections = opened.begin_epoch(Some(Epoch::new(last.epoch().number() + 1, round))).unwrap();
+            times.push(Instant::now());
+            let next = PrimaryEngine::lead(opened, connections).unwrap();
+            times.push(Instant::now());
+            let left = led.stop(Duration::ZERO).unwrap();
+            times.push(Instant::now());
+            assert_eq!(left.position(), last);
+            (led, follows) = (next, left.into_replica().unwrap());
+            names.swap(0, 1);
+            let took: Vec<_> = times.windows(2).map(|two| two[1] - two[0]).collect();
+            let [held, _, stopped, began, leads, left] = took[..] else { unreachable!() };
+            eprintln!("held {held:?}; stopped {stopped:?}, began {began:?}, leads {leads:?}; left {left:?}");
+        }
+        catch_up(&led, &follows);
+        assert_same(&home.path("a.db"), &home.path("b.db"));
     }
 
     #[test]

@@ -29,7 +29,7 @@ pub(crate) fn make(directory: &Path) -> Result<()> {
     let epochs = fs::metadata(directory.join(EPOCHS)).map_or(0, |meta| meta.len());
     let mut bytes = vec![0; (SPARE_BYTES + epochs.next_multiple_of(BLOCK_BYTES) + BLOCK_BYTES) as usize];
     random::fill(&mut bytes)?;
-    replace(&directory.join(RESERVE), &bytes)
+    replace(&directory.join(RESERVE), &bytes, || Ok(()))
 }
 
 /// Whether there was one.
@@ -60,12 +60,14 @@ pub(crate) fn with<T>(directory: &Path, mut run: impl FnMut() -> Result<T>) -> R
     }
 }
 
-/// Replaces a small file by rename, durably. One that finds no room takes none.
-fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
+/// Replaces a small file by rename, durably. One that finds no room takes none. `ready` is asked
+/// when the bytes are on the disk, and the name is still that of the file before.
+fn replace(path: &Path, bytes: &[u8], ready: impl FnOnce() -> Result<()>) -> Result<()> {
     let new = beside(path, ".new");
     let written = files::create(&new).and_then(|mut file| {
         file.write_all(bytes).map_err(Error::io("write", &new))?;
         file.sync_all().map_err(Error::io("fsync", &new))?;
+        ready()?;
         fs::rename(&new, path).map_err(Error::io("rename", path))
     });
     if let Err(error) = written {
@@ -78,5 +80,10 @@ fn replace(path: &Path, bytes: &[u8]) -> Result<()> {
 
 /// Replaces a small file by rename, durably; on a full disk with the reserve of its directory.
 pub(crate) fn replace_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    with(files::parent_of(path), || replace(path, bytes))
+    replace_file_when(path, bytes, || Ok(()))
+}
+
+/// The same, but nothing is replaced before `ready` says so. It may be asked twice.
+pub(crate) fn replace_file_when(path: &Path, bytes: &[u8], ready: impl Fn() -> Result<()>) -> Result<()> {
+    with(files::parent_of(path), || replace(path, bytes, &ready))
 }

@@ -7,7 +7,7 @@ use std::io::{self, Read};
 use std::path::Path;
 
 use crate::error::{Error, Result};
-use crate::files::{self, replace_file};
+use crate::files::{self, replace_file, replace_file_when};
 use crate::wal::le_u32;
 
 /// Bytes before the fields: magic and version.
@@ -98,6 +98,19 @@ impl Sealed {
     /// [`Error::Io`].
     pub(crate) fn replace(&self, path: &Path, fields: &[u8]) -> Result<()> {
         replace_file(path, &self.seal(fields))
+    }
+
+    /// The same, but nothing is replaced before `ready` says so. It may be asked twice.
+    ///
+    /// # Errors
+    /// [`Error::Io`], and what `ready` says.
+    pub(crate) fn replace_when(
+        &self,
+        path: &Path,
+        fields: &[u8],
+        ready: impl Fn() -> Result<()>,
+    ) -> Result<()> {
+        replace_file_when(path, &self.seal(fields), ready)
     }
 
     /// The error for such a file whose fields make no sense.

@@ -27,8 +27,9 @@ pub type StoreFuture<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
 /// 6. A record that was written is on the disk of whatever keeps it, before the swap is done.
 ///
 /// Records have up to 16 KiB. The node bounds the time that each call takes; a store needs no
-/// timeouts of its own. All calls are made on a runtime of the node's own, with time and IO
-/// enabled, which no code of the application runs on.
+/// timeouts of its own. All calls of a node are made on a runtime of its own, with time and IO
+/// enabled, which no code of the application runs on. An [`Operator`](crate::operator::Operator)
+/// calls it on its caller's.
 pub trait Store: fmt::Debug + Send + Sync + 'static {
     /// The record; none where there has never been one.
     fn read(&self) -> StoreFuture<'_, Result<Option<Stored>, ReadError>>;

@@ -58,6 +58,8 @@ pub(super) struct LogState {
     /// The last segment's file; `None`: the next append begins a new one. `Some` within a record.
     pub(super) file: Option<Arc<File>>,
     pub(super) end: u64,
+    /// The end at which the last segment's file was fsynced, if it was.
+    pub(super) synced: Option<u64>,
     /// The address after the last complete record.
     pub(super) complete: u64,
     pub(super) tip: Option<Position>,
@@ -171,6 +173,7 @@ impl LogState {
             self.rotated.push((file, last.path.clone()));
         }
         self.file = Some(Arc::new(file));
+        self.synced = None;
         let (newest, index) = (Instant::now(), Some(Index::default()));
         self.segments.push_back(Seg { path, start, end: start, before, newest, index });
         self.dir_dirty = true;
@@ -243,7 +246,8 @@ impl LogState {
 
     /// All files that hold bytes which may not be on the disk, oldest first.
     pub(super) fn unsynced(&self) -> Vec<(Arc<File>, PathBuf)> {
-        let current = self.file.iter().zip(self.segments.back()).map(|(f, s)| (f.clone(), s.path.clone()));
+        let current = self.file.iter().filter(|_| self.synced != Some(self.end));
+        let current = current.zip(self.segments.back()).map(|(f, s)| (f.clone(), s.path.clone()));
         self.rotated.iter().cloned().chain(current).collect()
     }
 

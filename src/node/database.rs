@@ -31,8 +31,9 @@ use crate::threads;
 /// How long the end of the streams is waited for: they have a second for what is captured, and one
 /// for their last word.
 const STREAMS_LIMIT: Duration = Duration::from_secs(3);
-/// How long the end waits until the lease is given back. Without that the others wait for its time.
-const LEAVE_LIMIT: Duration = Duration::from_secs(5);
+/// How long the end waits until the lease is handed over or given back, beside the requests that
+/// run. Without that the others wait for its time.
+const LEAVE_LIMIT: Duration = Duration::from_secs(8);
 /// How long a shutdown waits for connections and tasks before it goes on without them.
 const TASKS_LIMIT: Duration = Duration::from_secs(5);
 
@@ -50,6 +51,8 @@ pub(crate) struct Database {
     pub(crate) replica_server: Arc<ReplicaServer>,
     pub(crate) tracker: TaskTracker,
     pub(crate) wait_timeout: Duration,
+    /// How long a handoff waits for requests that run.
+    pub(crate) drain_limit: Duration,
     pub(crate) grace: Duration,
     pub(crate) opened: Instant,
     /// Transactions that replicas gave back.
@@ -128,9 +131,11 @@ impl Database {
     }
 
     pub(crate) async fn drain(&self) {
+        let alone = self.node.leads() && self.replica_server.channels().is_empty();
+        self.node.begin_draining(alone);
         // Another node can take over before this one ends: with all that was committed here.
         if let Some(elector) = &self.elector
-            && tokio::time::timeout(LEAVE_LIMIT, elector.leave()).await.is_err()
+            && tokio::time::timeout(self.drain_limit + LEAVE_LIMIT, elector.leave()).await.is_err()
         {
             self.node.report(Condition::LeaseNotGivenBack);
         }

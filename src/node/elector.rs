@@ -2,19 +2,23 @@
 //! to do. On a thread and runtime of its own, with the store's client: an application that starves
 //! its runtime loses no lease by that.
 
+mod commands;
 mod facts;
+mod handoff;
 mod perform;
+mod withhold;
 
 use std::collections::VecDeque;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::thread::JoinHandle;
 use std::time::{Duration, SystemTime};
 
+use tokio::runtime::Handle;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::task::TaskTracker;
 
 use crate::context::NodeContext;
-use crate::election::{Command, Election, Input, Instant, Settings, Shown, Unread};
+use crate::election::{Command, Election, Input, Instant, Settings, Shown, Swapped, Unread};
 use crate::error::{Error, Result};
 use crate::fence::boot_time;
 use crate::files::Paths;
@@ -29,6 +33,10 @@ use crate::status::{Decision, PeerStanding, Role};
 use crate::threads::{self, caught_task};
 
 pub(crate) use facts::FactsSource;
+pub(crate) use withhold::WITHHOLD_LIMIT;
+
+use handoff::{Handing, HandoffAsk, next_word};
+use withhold::Hands;
 
 /// The longest sleep between two decisions: an input that is lost does not stop the election.
 const WAKE_MAX: Duration = Duration::from_secs(5);
@@ -50,9 +58,13 @@ pub(crate) type RecordLook = (Instant, Result<Option<(Record, Version)>, Unread>
 /// The thread that drives an election.
 pub(crate) struct Elector {
     inputs: mpsc::Sender<Input>,
+    handoffs: mpsc::Sender<HandoffAsk>,
     begin: Mutex<Option<oneshot::Sender<Parts>>>,
     left: watch::Receiver<bool>,
     decisions: Decisions,
+    store: Arc<dyn Store>,
+    /// Where the store's client runs.
+    runtime: Arc<OnceLock<Handle>>,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -63,6 +75,8 @@ pub(crate) struct Parts {
     pub(crate) slot: Arc<EngineSlot>,
     pub(crate) replica_server: Arc<ReplicaServer>,
     pub(crate) paths: Paths,
+    /// How long a handoff waits for requests that run.
+    pub(crate) drain_limit: Duration,
     /// The database has content, and is no state of a cluster.
     pub(crate) has_content: bool,
 }
@@ -74,10 +88,12 @@ struct Thread {
     lease_time: Duration,
     sender: mpsc::Sender<Input>,
     inputs: mpsc::Receiver<Input>,
+    handoffs: mpsc::Receiver<HandoffAsk>,
     first: Option<oneshot::Sender<RecordLook>>,
     parts: Option<oneshot::Receiver<Parts>>,
     left: watch::Sender<bool>,
     decisions: Decisions,
+    runtime: Arc<OnceLock<Handle>>,
 }
 
 impl Elector {
@@ -90,27 +106,33 @@ impl Elector {
     ) -> Result<(Elector, oneshot::Receiver<RecordLook>)> {
         node.lease.set_time(lease_time);
         let (sender, inputs) = mpsc::channel(INPUTS_MAX);
-        node.lease.set_time(lease_time);
+        let (handoffs, asked) = mpsc::channel(INPUTS_MAX);
         let ((first, look), (begin, parts)) = (oneshot::channel(), oneshot::channel());
         let (left, is_left) = watch::channel(false);
         let decisions = Decisions::default();
+        let runtime = Arc::<OnceLock<Handle>>::default();
         let state = Thread {
             node,
-            store,
+            store: store.clone(),
             lease_time,
             sender: sender.clone(),
             inputs,
+            handoffs: asked,
             first: Some(first),
             parts: Some(parts),
             left,
             decisions: decisions.clone(),
+            runtime: runtime.clone(),
         };
         let thread = threads::start("replite-lease", state, Thread::work, Thread::end)?;
         let elector = Elector {
             inputs: sender,
+            handoffs,
             begin: Mutex::new(Some(begin)),
             left: is_left,
             decisions,
+            store,
+            runtime,
             thread: Mutex::new(Some(thread)),
         };
         Ok((elector, look))
@@ -163,6 +185,7 @@ impl Thread {
             .enable_all()
             .build()
             .map_err(Error::io("start a runtime for", "the lease"))?;
+        let _ = self.runtime.set(runtime.handle().clone());
         let node = self.node.clone();
         let ended = runtime.block_on(async {
             tokio::select! {
@@ -196,7 +219,7 @@ impl Thread {
         }) else {
             return;
         };
-        Drive::new(self, parts).run(&mut self.inputs).await;
+        Drive::new(self, parts).run(&mut self.inputs, &mut self.handoffs).await;
     }
 }
 
@@ -230,6 +253,8 @@ struct Drive {
     election: Election,
     facts: FactsSource,
     supervisor: Arc<Supervisor>,
+    replica_server: Arc<ReplicaServer>,
+    handing: Handing,
     /// Changes of the role, in order: a task makes one after the other.
     changes: mpsc::UnboundedSender<perform::RoleTask>,
     paths: Paths,
@@ -247,10 +272,11 @@ struct Drive {
 
 impl Drive {
     fn new(thread: &Thread, parts: Parts) -> Drive {
-        let Parts { settings, supervisor, slot, replica_server, paths, has_content } = parts;
+        let Parts { settings, supervisor, slot, replica_server, paths, drain_limit, has_content } = parts;
         let (node, inputs) = (thread.node.clone(), thread.sender.clone());
-        let changes = perform::changes(supervisor.clone(), inputs.clone());
-        let facts = FactsSource::new(node.clone(), slot, replica_server, has_content);
+        let hands = Hands { node: node.clone(), replica_server: replica_server.clone(), drain_limit };
+        let changes = perform::changes(supervisor.clone(), hands, inputs.clone());
+        let facts = FactsSource::new(node.clone(), slot, replica_server.clone(), has_content);
         Drive {
             node,
             store: thread.store.clone(),
@@ -259,6 +285,8 @@ impl Drive {
             election: Election::new(settings),
             facts,
             supervisor,
+            replica_server,
+            handing: Handing::default(),
             changes,
             paths,
             tasks: TaskTracker::new(),
@@ -271,7 +299,7 @@ impl Drive {
         }
     }
 
-    async fn run(mut self, inputs: &mut mpsc::Receiver<Input>) {
+    async fn run(mut self, inputs: &mut mpsc::Receiver<Input>, handoffs: &mut mpsc::Receiver<HandoffAsk>) {
         let store = self.store.clone();
         // Not more often: a store may hint all the time.
         let hinted = || async {
@@ -284,6 +312,8 @@ impl Drive {
         let mut heard = self.node.lease.heard.watch();
         let mut roles = self.node.roles.subscribe();
         let mut hint = Box::pin(hinted());
+        let node = self.node.clone();
+        let mut words = node.lease.offers.take();
         self.decide(Input::Tick).await;
         loop {
             let pause = self.wake.saturating_sub(boot_time()).min(WAKE_MAX);
@@ -306,6 +336,15 @@ impl Drive {
                     continue;
                 }
                 _ = heard.changed() => Input::Heard(*heard.borrow_and_update()),
+                () = node.lease.offers.hinted() => Input::Changed,
+                word = next_word(&mut words) => {
+                    self.hear_handoff(word).await;
+                    continue;
+                }
+                Some(ask) = handoffs.recv() => {
+                    self.ask_handoff(ask).await;
+                    continue;
+                }
             };
             self.decide(input).await;
         }
@@ -319,6 +358,14 @@ impl Drive {
                 self.limit = record.lease_time / 4;
             }
             self.tell_store(&outcome.as_ref().map(drop).map_err(Clone::clone));
+        }
+        // A holder reads only where a swap is not settled.
+        match &input {
+            Input::Swapped { outcome: Swapped::Done(_), .. } => self.tell_store(&Ok(())),
+            Input::Swapped { outcome: Swapped::Unavailable(why) | Swapped::Unknown(why), .. } => {
+                self.tell_store(&Err(Unread::Unavailable(why.clone())));
+            }
+            _ => {}
         }
         let (now, facts) = loop {
             // Before the facts: a position is never older than its clock.

@@ -6,6 +6,7 @@
 //! asked for on any other.
 
 mod demotion;
+mod handover;
 mod hooks;
 mod promotion;
 #[cfg(all(test, target_os = "linux"))]
@@ -149,8 +150,8 @@ impl Supervisor {
         self.change(move |turns, standing| turns.promote(standing, Some(epoch), unchecked)).await
     }
 
-    /// The primary opens this epoch and goes on in it. One that was fenced takes writes again. It
-    /// acknowledges none before its fence is set for this epoch.
+    /// The primary opens this epoch and goes on in it. One that was fenced, or withheld writes,
+    /// takes them again. It acknowledges none before its fence is set for this epoch.
     ///
     /// # Errors
     /// [`Error::Peer`] when the epoch is not above all that are known here, [`Error::Timeout`] when
@@ -159,6 +160,7 @@ impl Supervisor {
         self.change(move |turns, _| {
             let engine = turns.slot.primary()?;
             engine.open_epoch(epoch)?;
+            engine.release()?;
             turns.lead_on(&engine, &mut lock(&turns.edge))
         })
         .await

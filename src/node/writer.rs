@@ -6,6 +6,7 @@ mod guard;
 mod jobs;
 mod queue;
 mod reentrancy;
+mod returned;
 
 use std::fmt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -33,6 +34,7 @@ use guard::ConnectionSettings;
 use jobs::{Job, JobQueue, Jobs, Syncs, WriteJob, refuse_aside, run_jobs, run_syncs, survive};
 use queue::Queue;
 use reentrancy::{Inside, may_block};
+use returned::{Borrows, Returned, Unanswered};
 
 /// Commits that may wait for their acknowledgement; the writer then waits, too.
 const WAITING_MAX: usize = 4096;
@@ -135,6 +137,8 @@ struct WriterShared {
     refuses: AtomicBool,
     /// Commits that were handed to the sync thread and are not acknowledged yet.
     waiting: AtomicUsize,
+    /// When the connection comes back, and when all commits are answered.
+    returned: Arc<Returned>,
 }
 
 /// The connection of one term, and the engine that its commits go to.
@@ -181,7 +185,9 @@ impl Writer {
     pub(crate) fn new(node: Arc<NodeContext>, setup: WriterSetup) -> Writer {
         let gate = setup.gate;
         let (queue, connection, interrupt, refuses, waiting) = Default::default();
-        let shared = WriterShared { node, setup, gate, queue, connection, interrupt, refuses, waiting };
+        let returned = Arc::<Returned>::default();
+        let shared =
+            WriterShared { node, setup, gate, queue, connection, interrupt, refuses, waiting, returned };
         Writer { shared: Arc::new(shared), threads: Mutex::default() }
     }
 
@@ -295,6 +301,7 @@ impl Writer {
         // Held until the commit is acknowledged, even if the database is closed meanwhile.
         let engine = open.engine.clone();
         let commit = self.shared.transact(open, run)?;
+        let _unanswered = Unanswered::new(&self.shared.returned);
         // The next caller commits while this one waits for the disk: both share an fsync.
         drop((connection, inside));
         if let Some(txid) = commit.txid {
@@ -351,9 +358,9 @@ impl WriterShared {
     }
 
     /// Waits for the connection.
-    fn enter(&self) -> Result<(Inside, MutexGuard<'_, Option<OpenWriter>>)> {
+    fn enter(&self) -> Result<(Borrows<'_>, MutexGuard<'_, Option<OpenWriter>>)> {
         let inside = Inside::enter(self.address())?;
-        Ok((inside, lock(&self.connection)))
+        Ok((self.returned.borrows(inside), lock(&self.connection)))
     }
 
     /// Closes the connection.
@@ -421,6 +428,8 @@ impl WriterShared {
         let OpenWriter { connection, commits, settings, engine } = open;
         self.expect_open()?;
         engine.pace();
+        // That may have taken a while.
+        self.expect_open()?;
         engine.ready()?;
         commits.again(connection);
         commits.reset();

@@ -11,6 +11,7 @@ use crate::handshake;
 use crate::net::Incoming;
 use crate::primary::Peer;
 use crate::primary::clock::ReplicaClock;
+use crate::primary::handoff::Accepts;
 use crate::primary::page_requests::Answers;
 use crate::primary::registry::ReplicaSlot;
 use crate::primary::stream::End;
@@ -61,7 +62,7 @@ pub(super) async fn acks(
     slot: &ReplicaSlot,
     clock: &ReplicaClock,
     asks: &mpsc::Sender<Want>,
-    answers: &Answers,
+    (answers, accepts): (&Answers, &Accepts),
     quiet: &CancellationToken,
 ) -> End {
     let peer = slot.node().to_string();
@@ -95,6 +96,11 @@ pub(super) async fn acks(
             }
             Ok(Message::SnapPiece { first, pages, .. }) if answers.pages(first, pages) => {}
             Ok(Message::Sent(sent)) if answers.end(sent) => {}
+            Ok(Message::Accept(accept)) => {
+                if !accepts.answered(accept) {
+                    return End::Failed(Error::garbled(peer, "an answer to no offer"));
+                }
+            }
             Ok(Message::Drain) => quiet.cancel(),
             Ok(Message::Goodbye(_)) => return End::Left,
             Ok(_) => {

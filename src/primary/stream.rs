@@ -17,6 +17,7 @@ use crate::log::Lookup;
 use crate::page::PageNo;
 use crate::primary::boundary::Boundary;
 use crate::primary::clock::ReplicaClock;
+use crate::primary::handoff::StreamWords;
 use crate::primary::page_requests::Questions;
 use crate::primary::plan::{ReplicaPlan, plan};
 use crate::primary::send_queue::{Closed, StreamSender};
@@ -62,6 +63,8 @@ pub(super) struct ReplicaStream {
     told: Arc<EpochHistory>,
     last_beat: Instant,
     questions: Questions,
+    /// What is said of a handoff.
+    words: StreamWords,
     /// Turns to compare all pages.
     comparisons: Arc<Semaphore>,
     /// Until when the stream waits for the replica's requests, once it has told the replica that
@@ -77,7 +80,7 @@ impl ReplicaStream {
         node: Arc<NodeContext>,
         source: Arc<dyn StreamSource>,
         sender: StreamSender,
-        questions: Questions,
+        (questions, words): (Questions, StreamWords),
         (comparisons, clock): (Arc<Semaphore>, ReplicaClock),
     ) -> ReplicaStream {
         let boundary = Boundary::default();
@@ -91,6 +94,7 @@ impl ReplicaStream {
             told,
             last_beat,
             questions,
+            words,
             comparisons,
             draining: None,
             quiet,
@@ -230,6 +234,7 @@ impl ReplicaStream {
         let log = self.source.clone();
         let mut end = log.watch();
         let mut settled = false;
+        self.words.follows();
         loop {
             // Seen before reading: an end that moves after the read wakes the wait below.
             end.borrow_and_update();
@@ -252,17 +257,12 @@ impl ReplicaStream {
                 }
             };
             // After reading: what was read may belong to an epoch that was opened in between.
-            self.tell_epochs().await?;
-            self.tell_drain().await?;
-            if self.boundary.is_clean()
-                && let Some(want) = self.questions.now()
-            {
-                self.say(&[Message::Want(want)]).await?;
-            }
+            self.tell_news().await?;
             if bytes.is_empty() {
                 if log.end() < lsn {
                     return Err(End::Said("the log was taken back".into()));
                 }
+                self.tell_words(lsn).await?;
                 if settled {
                     return Err(End::Said(SHUTTING_DOWN.into()));
                 }
@@ -274,6 +274,7 @@ impl ReplicaStream {
                     want = self.questions.next(), if self.boundary.is_clean() => {
                         self.say(&[Message::Want(want)]).await?;
                     }
+                    () = self.words.changed() => {}
                     () = tokio::time::sleep_until(self.last_beat + BEAT) => self.beat().await?,
                     () = self.node.drain.cancelled(),
                         if self.draining.is_none() && self.boundary.is_clean() => {}
@@ -327,6 +328,28 @@ impl ReplicaStream {
         }
     }
 
+    /// What is said between records.
+    async fn tell_news(&mut self) -> Result<(), End> {
+        self.tell_epochs().await?;
+        self.tell_drain().await?;
+        self.tell_stage().await?;
+        if self.boundary.is_clean()
+            && let Some(want) = self.questions.now()
+        {
+            self.say(&[Message::Want(want)]).await?;
+        }
+        Ok(())
+    }
+
+    /// Offers the lease, or says that it was handed over, when the log is sent up to its end.
+    async fn tell_words(&mut self, lsn: u64) -> Result<(), Closed> {
+        while self.boundary.is_clean() && self.source.end() <= lsn {
+            let Some(word) = self.words.now(self.source.tip()) else { break };
+            self.sender.send(word).await?;
+        }
+        Ok(())
+    }
+
     async fn tell_epochs(&mut self) -> Result<(), End> {
         let history = self.node.applied.history();
         if Arc::ptr_eq(&history, &self.told) || !self.boundary.is_clean() {
@@ -346,6 +369,16 @@ impl ReplicaStream {
         self.say(&[Message::Drain]).await
     }
 
+    /// Tells the replica how far a handoff is, when that has changed.
+    async fn tell_stage(&mut self) -> Result<(), Closed> {
+        if self.boundary.is_clean()
+            && let Some(stage) = self.words.stage()
+        {
+            self.say(&[Message::Handoff(stage)]).await?;
+        }
+        Ok(())
+    }
+
     async fn beat_if_due(&mut self) -> Result<(), Closed> {
         if self.last_beat.elapsed() >= BEAT { self.beat().await } else { Ok(()) }
     }
@@ -353,6 +386,7 @@ impl ReplicaStream {
     async fn beat(&mut self) -> Result<(), Closed> {
         self.last_beat = Instant::now();
         self.tell_drain().await?;
+        self.tell_stage().await?;
         // Before the position: a replica with that position has all that was there by this time.
         let lease_clock = self.lease_clock();
         match self.node.applied.position() {

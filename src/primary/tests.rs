@@ -7,8 +7,10 @@ use http_body_util::channel::{Channel, Sender};
 
 use crate::context::{EpochsHeard, LeaseContext, SyncedClock, ToDisk};
 use crate::ends::comes;
+use crate::engine::Piece;
 use crate::handshake;
-use crate::log::{Log, LogOptions};
+use crate::log::{Log, LogOptions, Lookup};
+use crate::page::{PageNo, PageSize};
 use crate::peer::Incarnation;
 use crate::primary::acks::SILENCE_MAX;
 use crate::primary::fake::{Fake, SECRET, at, history, node};
@@ -722,4 +724,161 @@ async fn comparisons_take_turns_and_who_waits_hears_from_the_primary() {
         COMPARISONS_MAX,
         "the turn is given back"
     );
+}
+
+type OfferTask = tokio::task::JoinHandle<Result<String, NotAccepted>>;
+
+/// What came of an offer.
+async fn ended(offer: OfferTask) -> Result<String, NotAccepted> {
+    tokio::time::timeout(Duration::from_secs(60), offer).await.expect("an end").unwrap()
+}
+
+/// A stream that is at the end of the log, with an offer on its way to it.
+async fn offered() -> (Stream, OfferTask) {
+    let primary = Stream::start(10);
+    let fake = primary.1.clone();
+    let mut stream = Stream::join(primary, Some(at(1, 0)), history(&[(1, 1)]), None).await;
+    assert_eq!(stream.plan().await, Plan::Log);
+    fake.commit(1);
+    stream.until_followed().await;
+    let to = stream.replica_server.replicas().remove(0).peer;
+    let server = stream.replica_server.clone();
+    let offer = tokio::spawn(async move { server.offer(&to, 7, at(1, 1)).await });
+    (stream, offer)
+}
+
+impl Stream {
+    /// Until a lease can be offered on it.
+    async fn until_followed(&mut self) {
+        while self.kind().await != Kind::TxnEnd {}
+    }
+
+    async fn offer(&mut self) -> wire::LeaseOffer {
+        loop {
+            let unit = self.next().await.unwrap();
+            if let Message::Offer(offer) = unit.decode().unwrap() {
+                return offer;
+            }
+        }
+    }
+
+    async fn stage(&mut self) -> HandoffStage {
+        loop {
+            let unit = self.next().await.unwrap();
+            if let Message::Handoff(stage) = unit.decode().unwrap() {
+                return stage;
+            }
+        }
+    }
+
+    async fn answer(&mut self, attempt: u128, answer: Result<String, String>) {
+        let accept = encoded(&Message::Accept(wire::Accept { attempt, answer }));
+        self.up.send_data(accept).await.unwrap();
+    }
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_offer_goes_out_at_the_end_of_the_log_and_its_answer_comes_back() {
+    let (mut stream, offer) = offered().await;
+    assert_eq!(stream.offer().await, wire::LeaseOffer { attempt: 7, position: at(1, 1) });
+    stream.answer(7, Ok("boot".into())).await;
+    assert_eq!(ended(offer).await, Ok("boot".into()));
+
+    let (mut stream, offer) = offered().await;
+    stream.offer().await;
+    stream.answer(7, Err("it drains".into())).await;
+    assert_eq!(ended(offer).await, Err(NotAccepted::Declined("it drains".into())));
+    // The word of the swap, and of the end, come before the goodbye.
+    let to = stream.replica_server.replicas().remove(0).peer;
+    stream.replica_server.handed(&to, 7, "v2", b"{}");
+    stream.replica_server.handed(&to, 7, &"v".repeat(2000), b"{}");
+    stream.replica_server.tell_handoff(HandoffStage::Done);
+    let mut said = Vec::new();
+    while said.len() < 2 {
+        let unit = stream.next().await.unwrap();
+        match unit.decode().unwrap() {
+            Message::Handed(handed) => {
+                assert_eq!(handed, Handed { attempt: 7, version: "v2", record: b"{}" });
+                said.push(Kind::Handed);
+            }
+            Message::Handoff(HandoffStage::Done) => said.push(Kind::Handoff),
+            Message::Heartbeat(_) => {}
+            other => panic!("{other:?}"),
+        }
+    }
+    stream.replica_server.set(None);
+    assert_eq!(stream.goodbye().await, NOT_PRIMARY);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_offer_ends_with_its_stream_and_an_answer_to_none_ends_the_stream() {
+    let (mut stream, offer) = offered().await;
+    stream.offer().await;
+    // The same process dials again: which of the two answers is not known.
+    let source = Fake::new(stream.node.clone(), 10);
+    let again = (stream.node.clone(), source, stream.replica_server.clone());
+    let _again = Stream::join_as(2, again, Some(at(1, 0)), history(&[(1, 1)]), None).await;
+    assert_eq!(ended(offer).await, Err(NotAccepted::Gone));
+
+    let (mut stream, offer) = offered().await;
+    stream.offer().await;
+    drop(stream.up);
+    assert_eq!(ended(offer).await, Err(NotAccepted::Gone));
+
+    let (mut stream, offer) = offered().await;
+    stream.offer().await;
+    let lied = tokio::time::Instant::now();
+    stream.answer(8, Ok(String::new())).await;
+    assert_eq!(ended(offer).await, Err(NotAccepted::Gone));
+    stream.task.await.unwrap();
+    assert!(stream.replica_server.replicas().is_empty(), "it lies, and is served no more");
+    assert!(lied.elapsed() < SILENCE_MAX, "not for its silence");
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_is_offered_to_no_other_process_and_with_no_other_state() {
+    let (mut stream, offer) = offered().await;
+    stream.offer().await;
+    let to = stream.replica_server.replicas().remove(0).peer;
+    let other = PeerInfo { incarnation: Incarnation::from_u128(9), ..to.clone() };
+    assert_eq!(stream.replica_server.offer(&other, 8, at(1, 1)).await, Err(NotAccepted::Gone));
+    assert_eq!(stream.replica_server.offer(&to, 8, at(1, 2)).await, Err(NotAccepted::Gone));
+    stream.answer(7, Ok(String::new())).await;
+    assert_eq!(ended(offer).await, Ok(String::new()));
+    // A caller that gives up leaves an answer to come, which is no lie. There is an end to that.
+    for attempt in 10..14 {
+        let given_up = stream.replica_server.offer(&to, attempt, at(1, 1));
+        assert!(tokio::time::timeout(Duration::from_secs(1), given_up).await.is_err());
+    }
+    assert_eq!(stream.replica_server.offer(&to, 14, at(1, 1)).await, Err(NotAccepted::Busy));
+    stream.answer(10, Ok(String::new())).await;
+    let late = stream.replica_server.clone();
+    let offer = tokio::spawn(async move { late.offer(&to, 15, at(1, 1)).await });
+    while stream.offer().await.attempt != 15 {}
+    stream.answer(15, Ok("late".into())).await;
+    assert_eq!(ended(offer).await, Ok("late".into()));
+}
+
+#[tokio::test(start_paused = true)]
+async fn replicas_hear_how_far_a_handoff_is_also_those_that_come_later() {
+    let (node, fake, server) = Stream::start(10);
+    let primary = || (node.clone(), fake.clone(), server.clone());
+    let join = |id| Stream::join_as(id, primary(), Some(at(1, 0)), history(&[(1, 1)]), None);
+    let mut stream = join(2).await;
+    assert_eq!(stream.plan().await, Plan::Log);
+    server.tell_handoff(HandoffStage::Begins);
+    assert!(!server.has_handed(), "what the replicas lack they get here");
+    assert_eq!(stream.stage().await, HandoffStage::Begins);
+    let mut late = join(3).await;
+    assert_eq!(late.stage().await, HandoffStage::Begins);
+    server.tell_handoff(HandoffStage::GoesOn);
+    assert_eq!((stream.stage().await, late.stage().await), (HandoffStage::GoesOn, HandoffStage::GoesOn));
+    server.tell_handoff(HandoffStage::Begins);
+    assert_eq!(stream.stage().await, HandoffStage::Begins);
+    // It leads anew, with what it has then.
+    server.set(Some(Fake::new(node.clone(), 10)));
+    server.tell_handoff(HandoffStage::Done);
+    assert!(server.has_handed());
+    let mut next = join(4).await;
+    assert_eq!(next.stage().await, HandoffStage::Done);
 }

@@ -96,7 +96,7 @@ where
                     }
                     return Err(failure);
                 }
-                Verdict::Here(_) => unreachable!("only a client's request runs where it is"),
+                Verdict::Here(..) => unreachable!("only a client's request runs where it is"),
             };
             if effects {
                 session::had_effects();

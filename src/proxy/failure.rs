@@ -48,6 +48,7 @@ impl Outcome {
             | Error::AlreadyOpen { .. }
             | Error::Reentrant
             | Error::BlockingInAsync
+            | Error::HandoffFailed(_)
             | Error::NoState(_)
             | Error::PoolExhausted { .. }
             | Error::Timeout { .. }

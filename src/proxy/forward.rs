@@ -6,8 +6,8 @@ use std::time::Duration;
 use http::header::{CONTENT_TYPE, HOST};
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, Version};
 use hyper::body::Incoming;
-use tokio::time::Instant;
 
+use crate::context::RunningRequest;
 use crate::proxy::BoxError;
 use crate::proxy::body::{IdleTimeoutBody, MadeBody};
 use crate::proxy::connect::SendError;
@@ -16,7 +16,7 @@ use crate::proxy::failure::{Failure, Outcome, Reason};
 use crate::proxy::head::Head;
 use crate::proxy::headers::{HOP, PRIMARY, strip_answer};
 use crate::proxy::hop::{About, HOPS_MAX, Hint, Hop};
-use crate::proxy::locate::{RequestTarget, find, look, superseded, wait};
+use crate::proxy::locate::{HoldLimit, RequestTarget, find, look, superseded, wait};
 use crate::proxy::redirect::redirect;
 use crate::proxy::replay_body::Keep;
 use crate::proxy::route::is_safe;
@@ -37,6 +37,8 @@ const PAUSE_MAX: Duration = Duration::from_millis(200);
 pub(super) enum Sender {
     /// A client, through the layer: where this node is the primary, the request runs here.
     Client,
+    /// The same after the handler ran here in vain, and left nothing to run it with.
+    Again,
     /// This process itself: where this node is the primary, its own application is called like any
     /// other.
     Caller,
@@ -44,8 +46,8 @@ pub(super) enum Sender {
 
 /// What becomes of a request.
 pub(super) enum Verdict {
-    /// It can run here, with this body.
-    Here(Keep),
+    /// It can run here, with this body; counted where that is because this node is the primary.
+    Here(Keep, Option<RunningRequest>),
     /// It is answered.
     Answered(Box<Response<MadeBody>>),
     /// It could not be done.
@@ -66,7 +68,7 @@ pub(super) async fn forward(
     if !head.definite {
         return Verdict::Failed(Reason::Ambiguous);
     }
-    let until = Instant::now() + shared.hold_timeout();
+    let mut hold = HoldLimit::new(shared);
     let (next, rest) = (None, None);
     let mut trip = Trip {
         shared,
@@ -87,20 +89,23 @@ pub(super) async fn forward(
         let on_its_way = shared.node.forward();
         let Some(target) = trip.target() else {
             drop(on_its_way);
-            if let Err(reason) = find(shared, until).await {
+            if let Err(reason) = find(shared, &mut hold).await {
                 return trip.failed_by(reason);
             }
             continue;
         };
-        if sender == Sender::Client {
-            if target == RequestTarget::Here {
-                return Verdict::Here(trip.body);
+        if sender == Sender::Client && target == RequestTarget::Here {
+            match shared.node.request() {
+                running @ Some(_) => return Verdict::Here(trip.body, running),
+                // It takes none any more since the look.
+                None => continue,
             }
-            if trip.hops == 1
-                && let Some(answer) = redirect(shared, head, &trip.body)
-            {
-                return Verdict::Answered(Box::new(answer));
-            }
+        }
+        if sender != Sender::Caller
+            && trip.hops == 1
+            && let Some(answer) = redirect(shared, head, &trip.body)
+        {
+            return Verdict::Answered(Box::new(answer));
         }
         if trip.hops > HOPS_MAX {
             return trip.failed_by(Reason::Apart);
@@ -110,7 +115,7 @@ pub(super) async fn forward(
         }
         drop(on_its_way);
         if let Some((pause, reason)) = trip.rest.take() {
-            match wait(shared, until, pause).await {
+            match wait(shared, &mut hold, pause).await {
                 Ok(true) => {}
                 Ok(false) => return trip.failed_by(reason),
                 Err(too_many) => return trip.failed_by(too_many),

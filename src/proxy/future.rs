@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
+use http::header::CONNECTION;
 use http::request::Parts;
-use http::{Request, Response};
+use http::{HeaderValue, Request, Response, StatusCode};
 #[cfg(feature = "axum")]
 use http_body::Body;
 use http_body_util::Empty;
@@ -16,12 +17,12 @@ use pin_project_lite::pin_project;
 use tokio::task::futures::TaskLocalFuture;
 use tower::Service;
 
-use crate::context::Counting;
+use crate::context::{Counting, RunningRequest};
 #[cfg(feature = "axum")]
 use crate::proxy::BoxError;
 use crate::proxy::body::MadeBody;
 use crate::proxy::failure::Reason;
-use crate::proxy::forward::Verdict;
+use crate::proxy::forward::{Sender, Verdict};
 use crate::proxy::head::Head;
 use crate::proxy::plan::{Need, misdirected};
 use crate::proxy::replay_body::Keep;
@@ -40,6 +41,8 @@ pin_project! {
         S: Service<Request<B>>,
     {
         shared: Arc<LayerShared>,
+        // The request came in HTTP/1, and the response says when the connection is to be closed.
+        http1: bool,
         #[pin]
         state: FutureState<S, B>,
     }
@@ -73,6 +76,8 @@ pub(super) struct LocalRun {
     pub(super) led: bool,
     /// The hop that it came by from another node.
     pub(super) hop: Option<String>,
+    /// Counts it where it runs here because this node is the primary, until the handler is done.
+    pub(super) running: Option<RunningRequest>,
 }
 
 /// A handler's response, which waits for its token.
@@ -98,15 +103,15 @@ where
     S: Service<Request<B>>,
 {
     pub(super) fn untouched(shared: Arc<LayerShared>, future: S::Future) -> Self {
-        ResponseFuture { shared, state: FutureState::Untouched { future } }
+        ResponseFuture { shared, http1: false, state: FutureState::Untouched { future } }
     }
 
     pub(super) fn done(shared: Arc<LayerShared>, answer: Response<MadeBody>) -> Self {
-        ResponseFuture { shared, state: FutureState::Done { answer: Some(answer) } }
+        ResponseFuture { shared, http1: false, state: FutureState::Done { answer: Some(answer) } }
     }
 
     pub(super) fn local(shared: Arc<LayerShared>, service: S, parts: Parts, body: B, run: LocalRun) -> Self {
-        ResponseFuture { shared, state: FutureState::local(service, parts, body, run) }
+        ResponseFuture { shared, http1: false, state: FutureState::local(service, parts, body, run) }
     }
 
     pub(super) fn prepare(
@@ -116,8 +121,14 @@ where
         body: Keep,
         resume: Resume<S, B>,
     ) -> Self {
-        let preparing = Box::pin(prepare(shared.clone(), need, head, body));
-        ResponseFuture { shared, state: FutureState::Prepare { preparing, resume: Some(resume) } }
+        let preparing = Box::pin(prepare(shared.clone(), need, head, body, Sender::Client));
+        let state = FutureState::Prepare { preparing, resume: Some(resume) };
+        ResponseFuture { shared, http1: false, state }
+    }
+
+    /// Where the node drains, the response says that the connection ends.
+    pub(super) fn on_http1(self) -> Self {
+        ResponseFuture { http1: true, ..self }
     }
 }
 
@@ -127,6 +138,9 @@ where
 {
     fn local(mut service: S, mut parts: Parts, body: B, run: LocalRun) -> Self {
         parts.extensions.insert(run.session.clone());
+        if let Some(running) = &run.running {
+            run.session.set_counted(running.counted());
+        }
         let request = Request::from_parts(parts, body);
         // Some services work in `call` already.
         let future = run.session.clone().enter(|| service.call(request));
@@ -170,6 +184,20 @@ where
     /// Polls; the functions make the response's body of the wrapped service's, and of the layer's
     /// own.
     fn poll_with<O>(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        local: fn(RB) -> O,
+        own: fn(MadeBody) -> O,
+    ) -> Poll<Result<Response<O>, S::Error>> {
+        let mut response = ready!(self.as_mut().poll_answer(cx, local, own))?;
+        let this = self.project();
+        if *this.http1 && this.shared.node.is_draining() {
+            close_after(&mut response);
+        }
+        Poll::Ready(Ok(response))
+    }
+
+    fn poll_answer<O>(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         local: fn(RB) -> O,
@@ -183,7 +211,9 @@ where
                     return Poll::Ready(Ok(response.map(local)));
                 }
                 StateProj::Local { future, run } => {
-                    let response = ready!(future.poll(cx))?;
+                    let response = ready!(future.poll(cx));
+                    run.running = None;
+                    let response = response?;
                     match replay(this.shared, run) {
                         Some(next) => next,
                         None => {
@@ -212,23 +242,7 @@ where
                 }
                 StateProj::Prepare { preparing, resume } => {
                     let verdict = ready!(preparing.as_mut().poll(cx));
-                    let resume = resume.take();
-                    if !matches!(verdict, Verdict::Here(_))
-                        && let Some(resume) = &resume
-                    {
-                        resume.session.set_sent();
-                    }
-                    match (verdict, resume) {
-                        (Verdict::Answered(answer), _) => FutureState::Done { answer: Some(*answer) },
-                        (Verdict::Failed(reason), _) => {
-                            FutureState::Done { answer: Some(failure(this.shared, reason)) }
-                        }
-                        (Verdict::Here(body), Some(resume)) => resume.run(this.shared, body),
-                        // The handler ran here already, and this node has become the primary since.
-                        (Verdict::Here(_), None) => {
-                            FutureState::Done { answer: Some(failure(this.shared, Reason::NoPrimary)) }
-                        }
-                    }
+                    prepared(this.shared, verdict, resume.take())
                 }
                 StateProj::Done { answer } => {
                     let answer = answer.take().expect(POLLED_AGAIN);
@@ -248,9 +262,37 @@ impl<B> Answered<Response<B>> {
     }
 }
 
+/// What follows on the way to the primary.
+fn prepared<S, B>(shared: &LayerShared, verdict: Verdict, resume: Option<Resume<S, B>>) -> FutureState<S, B>
+where
+    S: Service<Request<B>>,
+{
+    if !matches!(verdict, Verdict::Here(..))
+        && let Some(resume) = &resume
+    {
+        resume.session.set_sent();
+    }
+    let answer = match (verdict, resume) {
+        (Verdict::Here(body, running), Some(resume)) => return resume.run(shared, body, running),
+        (Verdict::Answered(answer), _) => *answer,
+        (Verdict::Failed(reason), _) => failure(shared, reason),
+        // The handler ran here already: then this node calls its own application.
+        (Verdict::Here(..), None) => failure(shared, Reason::NoPrimary),
+    };
+    FutureState::Done { answer: Some(answer) }
+}
+
+/// Tells the client, or the proxy in front, to open its next connection elsewhere. So none sends a
+/// request on a connection that is just being closed.
+fn close_after<B>(response: &mut Response<B>) {
+    if response.status() != StatusCode::SWITCHING_PROTOCOLS {
+        response.headers_mut().insert(CONNECTION, HeaderValue::from_static("close"));
+    }
+}
+
 /// The way to the primary for a request whose handler needed it: on a replica, or on a primary
-/// whose lease ended meanwhile. None when something was committed here, or may have been, and when
-/// another database's layer has sent the request somewhere.
+/// whose lease ended, or went to another node, meanwhile. None when something was committed here,
+/// or may have been, and when another database's layer has sent the request somewhere.
 fn replay<S, B>(shared: &Arc<LayerShared>, run: &mut LocalRun) -> Option<FutureState<S, B>>
 where
     S: Service<Request<B>>,
@@ -263,8 +305,9 @@ where
     {
         return None;
     }
-    // What a primary's handler says it needs is what it has, unless the lease has ended.
-    if run.led && shared.node.leads() {
+    // What a primary's handler says it needs is what it has, unless the lease ends. Where a write
+    // was refused, it may be the primary again by now.
+    if run.led && !session.refused() && shared.node.takes_requests() {
         return None;
     }
     if let Some(hop) = run.hop.take() {
@@ -280,18 +323,18 @@ where
         },
     };
     session.set_sent();
-    let preparing = Box::pin(prepare(shared.clone(), Need::Primary, head, body));
+    let preparing = Box::pin(prepare(shared.clone(), Need::Primary, head, body, Sender::Again));
     Some(FutureState::Prepare { preparing, resume: None })
 }
 
 impl<S, B> Resume<S, B> {
-    fn run(self, shared: &LayerShared, body: Keep) -> FutureState<S, B>
+    fn run(self, shared: &LayerShared, body: Keep, running: Option<RunningRequest>) -> FutureState<S, B>
     where
         S: Service<Request<B>>,
     {
         let replay = self.replay.map(|head| (head, Some(body.clone())));
         let Resume { service, parts, session, secure, .. } = self;
-        let run = LocalRun { session, secure, replay, led: shared.node.leads(), hop: None };
+        let run = LocalRun { session, secure, replay, led: shared.node.leads(), hop: None, running };
         FutureState::local(service, parts, (self.body)(body), run)
     }
 }

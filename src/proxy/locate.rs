@@ -7,7 +7,7 @@ use tokio::time::Instant;
 
 use crate::peer::{Incarnation, NodeId};
 use crate::proxy::failure::Reason;
-use crate::proxy::shared::LayerShared;
+use crate::proxy::shared::{HOLD_BEYOND_LEASE, LayerShared};
 use crate::status::{PeerInfo, Role, RoleState};
 use crate::txid::Epoch;
 
@@ -56,52 +56,94 @@ impl RequestTarget {
     }
 }
 
-/// Waits until there is a primary, at most until the instant.
-pub(super) async fn find(shared: &LayerShared, until: Instant) -> Result<(), Reason> {
+/// For how long a request waits for a primary.
+pub(super) struct HoldLimit {
+    until: Instant,
+    /// It was noted that the node drains.
+    drains: bool,
+}
+
+impl HoldLimit {
+    pub(super) fn new(shared: &LayerShared) -> HoldLimit {
+        HoldLimit { until: Instant::now() + shared.hold_timeout(), drains: false }
+    }
+
+    pub(super) fn left(&self) -> Duration {
+        self.until.saturating_duration_since(Instant::now())
+    }
+
+    fn is_over(&self) -> bool {
+        Instant::now() >= self.until
+    }
+
+    /// Returns when there is something new to know of how long it lasts, and notes it.
+    ///
+    /// The server of a node that drains waits for what is held, so that has not as long. Another
+    /// node that can take the lease, or was just handed it, does so within moments. Else the
+    /// request ends: it was sent to no node, and its client can safely try another one.
+    async fn shortened(&mut self, shared: &LayerShared) {
+        if self.drains {
+            shared.node.stop.cancelled().await;
+        } else {
+            shared.node.drain.cancelled().await;
+            self.drains = true;
+        }
+        let left = if shared.node.has_prospect() { HOLD_BEYOND_LEASE } else { Duration::ZERO };
+        self.until = self.until.min(Instant::now() + left);
+    }
+}
+
+/// Waits until there is a primary that takes requests, or the limit is over.
+pub(super) async fn find(shared: &LayerShared, hold: &mut HoldLimit) -> Result<(), Reason> {
     if look(shared).is_some() {
         return Ok(());
     }
     let _held = Held::enter(&shared.held, shared.options.held_max).ok_or(Reason::TooManyHeld)?;
     let mut roles = shared.node.roles.subscribe();
     loop {
-        let role = {
+        let (stopped, fenced) = {
             let state = roles.borrow_and_update();
             if look_in(&state, shared).is_some() {
                 return Ok(());
             }
-            state.role
+            // One that yields to another node changes its role before it takes requests again.
+            (state.role == Role::Stopped, state.role == Role::Primary && state.primary.is_some())
         };
-        if role == Role::Stopped || Instant::now() >= until {
+        if stopped || hold.is_over() {
             return Err(Reason::NoPrimary);
         }
-        let again = if role == Role::Primary { until.min(Instant::now() + RENEWED_LOOK) } else { until };
+        let until = hold.until;
+        let again = if fenced { until.min(Instant::now() + RENEWED_LOOK) } else { until };
         tokio::select! {
             // The sender is the node's own.
             _ = roles.changed() => {}
             () = tokio::time::sleep_until(again) => {}
-            // A request that is held was sent to no node: its client can safely try another one.
-            () = shared.node.drain.cancelled() => return Err(Reason::NoPrimary),
+            () = hold.shortened(shared) => {}
         }
     }
 }
 
 /// Waits before the next try of a node that could not be reached, or that does not lead: less when
 /// something else is heard of the primary. Returns whether there is time for one.
-pub(super) async fn wait(shared: &LayerShared, until: Instant, pause: Duration) -> Result<bool, Reason> {
+pub(super) async fn wait(
+    shared: &LayerShared,
+    hold: &mut HoldLimit,
+    pause: Duration,
+) -> Result<bool, Reason> {
     let _held = Held::enter(&shared.held, shared.options.held_max).ok_or(Reason::TooManyHeld)?;
     let mut roles = shared.node.roles.subscribe();
     tokio::select! {
-        () = tokio::time::sleep_until(until.min(Instant::now() + pause)) => {}
+        () = tokio::time::sleep_until(hold.until.min(Instant::now() + pause)) => {}
         // The sender is the node's own.
         _ = roles.changed() => {}
-        () = shared.node.drain.cancelled() => return Ok(false),
+        () = hold.shortened(shared) => {}
     }
-    Ok(Instant::now() < until)
+    Ok(!hold.is_over())
 }
 
 /// Returns when another primary has followed the one that is being asked, which has had some time
-/// to answer since. Until a connection stands it is certain that the request was not begun: that
-/// is not cut short.
+/// to answer since, and is not known to live. Until a connection stands it is certain that the
+/// request was not begun: that is not cut short.
 pub(super) async fn superseded(shared: &LayerShared, asked: &RequestTarget) {
     let mut roles = shared.node.roles.subscribe();
     let is_over = async {
@@ -110,6 +152,12 @@ pub(super) async fn superseded(shared: &LayerShared, asked: &RequestTarget) {
     };
     tokio::join!(is_over, tokio::time::sleep(shared.dialer.connect));
     tokio::time::sleep(LAST_WORD).await;
+    if let RequestTarget::There { run: Some(run), .. } = asked
+        && shared.node.has_handed(*run)
+    {
+        // It lives, and is about to say what became of the request.
+        std::future::pending::<()>().await;
+    }
 }
 
 /// The primary, as far as it is known.
@@ -118,8 +166,9 @@ pub(super) fn look(shared: &LayerShared) -> Option<RequestTarget> {
 }
 
 fn look_in(state: &RoleState, shared: &LayerShared) -> Option<RequestTarget> {
-    // One whose lease has ended leads no more, though its role has not changed yet.
-    if state.role == Role::Primary && shared.node.fence.is_open() {
+    // One whose lease has ended leads no more, though its role has not changed yet. One that hands
+    // its lease over knows of no primary.
+    if state.role == Role::Primary && state.primary.is_some() && shared.node.fence.is_open() {
         return Some(RequestTarget::Here);
     }
     let primary = other_primary(state, shared)?;

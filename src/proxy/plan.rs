@@ -5,6 +5,7 @@ use http::request::Parts;
 use http::{HeaderValue, Method, Response};
 use http_body_util::Full;
 
+use crate::context::RunningRequest;
 use crate::proxy::body::MadeBody;
 use crate::proxy::failure::{Failure, Reason};
 use crate::proxy::head::target;
@@ -20,10 +21,11 @@ use crate::txid::{Place, Txid};
 pub(super) enum RequestPlan {
     /// It is answered at once.
     Answered(Box<Response<MadeBody>>),
-    /// It runs here; whether it may have to be replayed.
-    Local { replay: bool },
+    /// It runs here; whether it may have to be replayed. Counted where it runs here because this
+    /// node is the primary.
+    Local { replay: bool, running: Option<RunningRequest> },
     /// It runs here, for another node, which sent this hop.
-    Hop(String),
+    Hop(String, RunningRequest),
     /// Something is needed first.
     Prepare(Need),
 }
@@ -37,15 +39,15 @@ pub(super) enum Need {
     Applied(Txid),
 }
 
-/// Looks at a request's head, and takes out of it what only nodes may say to each other.
-pub(super) fn plan(shared: &LayerShared, parts: &mut Parts) -> (RequestPlan, Option<Token>) {
+/// Looks at a request's head, and takes out of it what only nodes may say to each other. `keeps`:
+/// who sends the request on can keep all of its body.
+pub(super) fn plan(shared: &LayerShared, parts: &mut Parts, keeps: bool) -> (RequestPlan, Option<Token>) {
     // Few of a client's requests have it; then it was made up, or it is a node's.
     if let Some(value) = parts.headers.remove(HOP) {
         parts.extensions.insert(Came(value));
     }
     headers::strip_reserved(&mut parts.headers);
     let options = &shared.options;
-    let leads = shared.node.leads();
     if let Some(Came(value)) = parts.extensions.get::<Came>()
         && let Some((hop, text)) = verified(shared, parts, value)
     {
@@ -54,10 +56,14 @@ pub(super) fn plan(shared: &LayerShared, parts: &mut Parts) -> (RequestPlan, Opt
         }
         // A request that comes from a later epoch is not for the primary of this one. Only a node
         // that leads hears of it: one that is about to lead in that epoch has taken it itself.
-        if !leads || shared.node.hear_aside(hop.epoch.number()) {
-            return (RequestPlan::Answered(Box::new(misdirected(shared, text))), None);
-        }
-        let text = text.to_owned();
+        let running = shared.node.request().filter(|_| !shared.node.hear_aside(hop.epoch.number()));
+        let plan = match running {
+            Some(running) => RequestPlan::Hop(text.to_owned(), running),
+            // It came while the lease is being handed over, and the sender may not have the
+            // beginning of the body any more: it waits here, and goes on from here.
+            None if !keeps && shared.node.leads() => RequestPlan::Prepare(Need::Primary),
+            None => return (RequestPlan::Answered(Box::new(misdirected(shared, text))), None),
+        };
         // The app sees the same on every node, however it was asked.
         if !parts.headers.contains_key(HOST)
             && let Some(host) =
@@ -65,7 +71,7 @@ pub(super) fn plan(shared: &LayerShared, parts: &mut Parts) -> (RequestPlan, Opt
         {
             parts.headers.insert(HOST, host);
         }
-        return (RequestPlan::Hop(text), request_token(shared, parts));
+        return (plan, request_token(shared, parts));
     }
     let upgrade = headers::upgrade(parts, &options.protocols).is_some();
     if parts.method == Method::CONNECT && !upgrade {
@@ -74,26 +80,40 @@ pub(super) fn plan(shared: &LayerShared, parts: &mut Parts) -> (RequestPlan, Opt
     let token = request_token(shared, parts);
     // With the token of a later epoch another node leads already, or this one's history was
     // restored. The election finds out which; the request waits.
-    let leads =
-        leads && !token.as_ref().is_some_and(|token| shared.node.hear_aside(token.txid().epoch().number()));
+    let leads = shared.node.leads()
+        && !token.as_ref().is_some_and(|token| shared.node.hear_aside(token.txid().epoch().number()));
+    let here = |replay| RequestPlan::Local { replay, running: None };
     if leads && shared.node.lease.fixed {
-        return (RequestPlan::Local { replay: false }, token);
+        return (here(false), token);
     }
     let plan = match options.route(parts) {
-        Route::Local => RequestPlan::Local { replay: false },
-        // When the lease ends before the handler's first write, the next primary has the request.
-        _ if leads => RequestPlan::Local { replay: true },
-        _ if upgrade && options.upgrades == Upgrades::Refuse => answer(shared, Reason::Upgrade),
-        Route::Primary => RequestPlan::Prepare(Need::Primary),
+        Route::Local => here(false),
         Route::LocalThenReplay if upgrade && options.upgrades == Upgrades::Primary => {
-            RequestPlan::Prepare(Need::Primary)
+            primary(shared, upgrade, leads)
+        }
+        Route::Primary => primary(shared, upgrade, leads),
+        // What only reads runs on a primary that hands its lease over, too. A handler that writes
+        // there too late is replayed.
+        Route::LocalThenReplay if leads => here(true),
+        Route::LocalThenReplay if upgrade && options.upgrades == Upgrades::Refuse => {
+            answer(shared, Reason::Upgrade)
         }
         Route::LocalThenReplay => match &token {
             Some(token) => RequestPlan::Prepare(Need::Applied(token.txid())),
-            None => RequestPlan::Local { replay: true },
+            None => here(true),
         },
     };
     (plan, token)
+}
+
+/// The plan for what has to run on the primary.
+fn primary(shared: &LayerShared, upgrade: bool, leads: bool) -> RequestPlan {
+    match shared.node.request().filter(|_| leads) {
+        // When the lease ends before the handler's first write, the next primary has the request.
+        Some(running) => RequestPlan::Local { replay: true, running: Some(running) },
+        None if upgrade && shared.options.upgrades == Upgrades::Refuse => answer(shared, Reason::Upgrade),
+        None => RequestPlan::Prepare(Need::Primary),
+    }
 }
 
 fn answer(shared: &LayerShared, reason: Reason) -> RequestPlan {

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{Request, Response, Version};
 use http_body::Body;
 use tower::Service;
 
@@ -119,14 +119,17 @@ impl<S> ReplayService<S> {
             return ResponseFuture::untouched(shared.clone(), future);
         }
         let (mut parts, body) = request.into_parts();
-        let (plan, token) = plan(shared, &mut parts);
+        let http1 = parts.version < Version::HTTP_2;
+        let keeps =
+            body.size_hint().upper().is_some_and(|bytes| bytes <= shared.options.budget.request as u64);
+        let (plan, token) = plan(shared, &mut parts, keeps);
         // The layer of another database may be around this one.
         let outer = parts.extensions.get::<Session>().cloned();
         let session = Session::new(shared.tokens.clone(), token, outer);
         let secure = headers::is_https(&parts);
-        match plan {
+        let future = match plan {
             RequestPlan::Answered(answer) => ResponseFuture::done(shared.clone(), *answer),
-            RequestPlan::Local { replay } => {
+            RequestPlan::Local { replay, running } => {
                 let head = replay.then(|| Arc::new(Head::of_client(&parts, &shared.options)));
                 let (keep, body) = if replay && !body.is_end_stream() {
                     let keep = Keep::new(body, &shared.options.budget);
@@ -135,16 +138,18 @@ impl<S> ReplayService<S> {
                     (None, hand(ReplayRequestBody::plain(body)))
                 };
                 let replay = head.map(|head| (head, keep));
-                let run = LocalRun { session, secure, replay, led: shared.node.leads(), hop: None };
+                let led = shared.node.leads();
+                let run = LocalRun { session, secure, replay, led, hop: None, running };
                 ResponseFuture::local(shared.clone(), service, parts, body, run)
             }
-            RequestPlan::Hop(hop) => {
+            RequestPlan::Hop(hop, running) => {
                 let body = if body.is_end_stream() {
                     ReplayRequestBody::plain(body)
                 } else {
                     ReplayRequestBody::to_its_end(Keep::new(body, &shared.options.budget))
                 };
-                let run = LocalRun { session, secure, replay: None, led: true, hop: Some(hop) };
+                let (hop, running) = (Some(hop), Some(running));
+                let run = LocalRun { session, secure, replay: None, led: true, hop, running };
                 ResponseFuture::local(shared.clone(), service, parts, hand(body), run)
             }
             RequestPlan::Prepare(need) => {
@@ -155,6 +160,7 @@ impl<S> ReplayService<S> {
                 let resume = Resume { service, body: kept, parts, session, secure, replay };
                 ResponseFuture::prepare(shared.clone(), need, head, body, resume)
             }
-        }
+        };
+        if http1 { future.on_http1() } else { future }
     }
 }

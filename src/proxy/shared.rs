@@ -22,7 +22,7 @@ use crate::token::Tokens;
 const HOLD_TIMEOUT: Duration = Duration::from_secs(5);
 /// And with a lease: for so much longer than that counts. Others take it over then, which takes
 /// them a moment.
-const HOLD_BEYOND_LEASE: Duration = Duration::from_secs(3);
+pub(super) const HOLD_BEYOND_LEASE: Duration = Duration::from_secs(3);
 
 /// Which responses carry a token.
 ///

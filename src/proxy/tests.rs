@@ -5,6 +5,8 @@ mod callers;
 mod detours;
 mod failover;
 mod forwards;
+mod handoff;
+mod leaving;
 mod lost;
 mod reads;
 mod routes;

@@ -14,12 +14,15 @@ use tokio_util::sync::CancellationToken;
 use crate::context::NodeContext;
 use crate::replica::Feed;
 use crate::report::Condition;
-use crate::wire::{self, Ack, Message, Want};
+use crate::wire::{self, Accept, Ack, Message, Want};
 
 /// Acknowledgements of what is applied come at most this often; those of what is synced at once.
 const ACK_PAUSE: Duration = Duration::from_millis(100);
 /// An acknowledgement comes at least this often, also as a sign of life.
 const ACK_EVERY: Duration = Duration::from_secs(1);
+
+/// What else is said: what a heal wants, what the primary asks, and answers to its offers.
+pub(super) type WhatElse = (mpsc::Receiver<Want>, Option<mpsc::Receiver<Want>>, mpsc::Receiver<Accept>);
 
 /// Says what was applied and synced, and asks for what a heal wants. Returns when the connection
 /// takes nothing any more.
@@ -27,7 +30,7 @@ pub(super) async fn acknowledge<F: Feed>(
     node: &NodeContext,
     feed: &F,
     dialled: Instant,
-    (mut wants, mut asked): (mpsc::Receiver<Want>, Option<mpsc::Receiver<Want>>),
+    (mut wants, mut asked, mut accepts): WhatElse,
     mut request: Sender<Bytes, Infallible>,
     drained: CancellationToken,
 ) {
@@ -51,6 +54,11 @@ pub(super) async fn acknowledge<F: Feed>(
             said = Some((has, Instant::now()));
         }
         tokio::select! {
+            Some(accept) = accepts.recv() => {
+                if request.send_data(encoded(&Message::Accept(accept))).await.is_err() {
+                    return;
+                }
+            }
             Some(want) = wants.recv() => {
                 if request.send_data(encoded(&Message::Want(want))).await.is_err() {
                     return;

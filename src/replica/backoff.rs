@@ -11,8 +11,9 @@ const FIRST: Duration = Duration::from_millis(50);
 /// Longest wait: what a replica may be late after an outage. Requests that are held for the primary
 /// have to wait for it, too.
 const LONGEST: Duration = Duration::from_secs(1);
-/// Shortest and longest wait for a node that is about to be the primary.
-const SOONEST: Duration = Duration::from_millis(20);
+/// Shortest and longest wait for a node that is about to be the primary. Requests that are held
+/// wait for it, too.
+const SOONEST: Duration = Duration::from_millis(5);
 const SOON: Duration = Duration::from_millis(100);
 /// For how long a node that is not the primary may be about to be: longer than a promotion takes,
 /// as a rule.
@@ -23,13 +24,15 @@ const SOON_FOR: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 pub(super) struct Backoff {
     next: Duration,
+    /// For a node that is about to be the primary.
+    soon: Duration,
     /// When these tries began.
     since: Instant,
 }
 
 impl Default for Backoff {
     fn default() -> Backoff {
-        Backoff { next: FIRST, since: Instant::now() }
+        Backoff { next: FIRST, soon: SOONEST, since: Instant::now() }
     }
 }
 
@@ -51,14 +54,21 @@ impl Backoff {
             return self.next();
         }
         let [byte] = random::array().unwrap_or_default();
-        SOONEST + (SOON - SOONEST) * u32::from(byte) / 255
+        let wait = self.soon;
+        self.soon = (wait * 2).min(SOON);
+        spread(wait, byte)
     }
 
     fn draw(&mut self, random: u8) -> Duration {
         let wait = self.next;
         self.next = (wait * 2).min(LONGEST);
-        wait / 2 + wait / 2 * u32::from(random) / 255
+        spread(wait, random)
     }
+}
+
+/// From the upper half of a wait.
+fn spread(wait: Duration, random: u8) -> Duration {
+    wait / 2 + wait / 2 * u32::from(random) / 255
 }
 
 #[cfg(test)]
@@ -84,6 +94,7 @@ mod tests {
         for _ in 0..6 {
             backoff.next();
         }
+        assert!(backoff.soon() + backoff.soon() <= SOONEST * 3, "a handoff takes milliseconds");
         while backoff.since.elapsed() < SOON_FOR {
             let wait = backoff.soon();
             assert!((SOONEST..=SOON).contains(&wait), "{wait:?}");
@@ -91,6 +102,6 @@ mod tests {
         }
         assert!(backoff.soon() >= LONGEST / 2, "it is not in the first seconds any more");
         backoff.reset();
-        assert!(backoff.soon() <= SOON);
+        assert!(backoff.soon() <= SOONEST);
     }
 }

@@ -1,5 +1,7 @@
 //! One stream from the primary, from the knock to its end.
 
+mod following;
+
 use std::convert::Infallible;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -12,7 +14,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::context::{NodeContext, RoleChange};
+use crate::context::NodeContext;
 use crate::engine::{ReplicaStanding, StreamError};
 use crate::error::{Error, PeerProblem, Result, shown};
 use crate::handshake::{self, Answer, Knock};
@@ -20,13 +22,14 @@ use crate::net::{self, Endpoint, Heard, Incoming, OpenResponse};
 use crate::replica::acks::{acknowledge, encoded};
 use crate::replica::clocks::Clocks;
 use crate::replica::lag::Lagging;
+use crate::replica::offers::{self, OFFERS_MAX};
 use crate::replica::pace::Coming;
 use crate::replica::units::{Units, foreign};
 use crate::replica::{Feed, Reporter, give_back};
-use crate::status::{PeerInfo, Role};
+use crate::status::PeerInfo;
 use crate::threads::blocking;
 use crate::txid::{Epoch, EpochHistory, Position};
-use crate::wire::{Goodbye, Hello, Kind, Message, Plan, Unit, Want, Welcome};
+use crate::wire::{Goodbye, Hello, Kind, LeaseOffer, Message, Plan, Unit, Want, Welcome};
 
 /// Bytes that are handed over at once.
 const BATCH_MAX_BYTES: usize = 1024 * 1024;
@@ -56,6 +59,11 @@ pub(super) struct PrimaryConnection<'a, F> {
     /// What the primary asks.
     questions: mpsc::Sender<Want>,
     asked: Option<mpsc::Receiver<Want>>,
+    /// What the primary offers.
+    offers: mpsc::Sender<LeaseOffer>,
+    offered: Option<mpsc::Receiver<LeaseOffer>>,
+    /// The primary takes no new requests, and may hand its lease over.
+    withheld: bool,
     /// Whether it ended because what it delivered could not be taken over.
     choked: AtomicBool,
     /// Cancelled when the primary takes no more requests.
@@ -76,9 +84,13 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         lagging: &'a Lagging,
     ) -> PrimaryConnection<'a, F> {
         let (questions, asked) = mpsc::channel(QUESTIONS_MAX);
+        let (offers, offered) = mpsc::channel(OFFERS_MAX);
         PrimaryConnection {
             questions,
             asked: Some(asked),
+            offers,
+            offered: Some(offered),
+            withheld: false,
             node,
             feed,
             primary,
@@ -176,14 +188,19 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         // What was decided says whether the primary has the state that is here.
         self.feed.feed(vec![first]).await?;
         let asked = self.asked.take();
-        let waiting = (wants, asked);
+        let (accepts, accepted) = mpsc::channel(OFFERS_MAX);
+        let waiting = (wants, asked, accepted);
         let (node, drained) = (self.node, self.drained.clone());
         let acks = acknowledge(node, self.feed, self.dialled, waiting, request, drained);
+        // There is one stream in each connection.
+        let offered = self.offered.take().unwrap_or_else(|| mpsc::channel(1).1);
+        let offers = offers::answer(node, self.feed, offered, accepts);
         let outdated = outdated(node, self.number.subscribe());
         let (clocks, synced) = (self.clocks.clone(), self.synced.clone());
         let end = tokio::select! {
             ended = self.receive(&mut units, reporter) => return ended,
             never = clocks.follow(node, synced) => match never {},
+            never = offers => match never {},
             () = acks => PeerProblem::Connection("nothing more can be sent on it".into()),
             ours = outdated => old_epoch(*self.number.borrow(), ours),
         };
@@ -280,34 +297,6 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         Ok(())
     }
 
-    fn follows(&mut self, epoch: Epoch, peer: PeerInfo) {
-        self.epoch = Some(epoch);
-        self.peer = Some(peer.clone());
-        let primary = (!self.drained.is_cancelled()).then_some(peer);
-        self.node.change_role(RoleChange::Follows { primary, epoch });
-    }
-
-    /// An election that came to nothing may have had the node forget whom it follows.
-    fn follows_still(&mut self) {
-        let forgot = {
-            let now = self.node.roles.borrow();
-            now.role == Role::Replica && now.primary.is_none()
-        };
-        if forgot && let (Some(epoch), Some(peer)) = (self.epoch, self.peer.clone()) {
-            self.follows(epoch, peer);
-        }
-    }
-
-    /// The primary's application is about to end. From now on the node holds requests for it, as it
-    /// does without a primary.
-    fn drain(&mut self) {
-        tracing::info!(primary = %self.primary, "the primary takes no more requests");
-        self.drained.cancel();
-        if let (Some(epoch), Some(peer)) = (self.epoch, self.peer.clone()) {
-            self.follows(epoch, peer);
-        }
-    }
-
     async fn receive(
         &mut self,
         units: &mut Units<'_>,
@@ -373,12 +362,13 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
                 self.questions.try_send(want).map_err(|_| self.garbled("a second question".into()))?;
                 return Ok(());
             }
+            Kind::Handoff | Kind::Offer | Kind::Handed => return self.handoff(&unit),
             Kind::Drain => {
                 self.decode(&unit)?;
                 self.drain();
                 return Ok(());
             }
-            Kind::Hello | Kind::Welcome | Kind::Ack | Kind::Segment | Kind::Standing => {
+            Kind::Hello | Kind::Welcome | Kind::Ack | Kind::Segment | Kind::Standing | Kind::Accept => {
                 return Err(self.garbled(format!("an unexpected {:?}", unit.kind)));
             }
         }

@@ -3,6 +3,7 @@
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -15,22 +16,22 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
-use crate::context::{EpochsHeard, LeaseContext, SyncedClock, ToDisk};
+use crate::context::{EpochsHeard, HandoffWord, LeaseContext, SyncedClock, ToDisk};
 use crate::ends::comes;
 use crate::error::{Error, PeerProblem};
 use crate::files::Paths;
 use crate::handshake::{self, Answer, Knock, Refusal};
 use crate::net::{self, Listener};
 use crate::peer::Incarnation;
-use crate::primary::ReplicaServer;
 use crate::primary::fake::{Fake, SECRET, at, history, keys, leased, node, with_lease};
+use crate::primary::{NotAccepted, ReplicaServer};
 use crate::replica::reporter::what_ended;
 use crate::replica::*;
 use crate::report::{Condition, Part};
 use crate::server::{Mount, ReplicationService};
 use crate::status::{Event, Role};
 use crate::txid::EpochHistory;
-use crate::wire::{self, Goodbye, Heartbeat, Kind, Message, Plan, TxnBegin, TxnEnd, Welcome};
+use crate::wire::{self, Goodbye, HandoffStage, Heartbeat, Kind, Message, Plan, TxnBegin, TxnEnd, Welcome};
 
 /// Takes over positions and nothing else.
 struct FakeFeed {
@@ -40,6 +41,8 @@ struct FakeFeed {
     /// Errors to give, one a call.
     fail: Mutex<VecDeque<Error>>,
     synced: watch::Sender<Option<Position>>,
+    /// How often it was asked to sync at once.
+    syncs: AtomicU64,
 }
 
 impl FakeFeed {
@@ -53,6 +56,7 @@ impl FakeFeed {
             kinds: Mutex::default(),
             fail: Mutex::default(),
             synced: watch::Sender::new(position),
+            syncs: AtomicU64::new(0),
         })
     }
 
@@ -103,6 +107,12 @@ impl Feed for FakeFeed {
 
     fn taken(&self) -> u64 {
         self.kinds.lock().unwrap().len() as u64
+    }
+
+    async fn sync(&self) -> Result<()> {
+        self.syncs.fetch_add(1, Ordering::SeqCst);
+        self.synced.send_replace(self.node.applied.position());
+        Ok(())
     }
 
     fn synced(&self) -> watch::Receiver<Option<Position>> {
@@ -987,4 +997,114 @@ async fn the_mounted_endpoint_of_an_axum_server_serves() {
     stop(&primary, &streams).await;
     server.await.unwrap().unwrap();
     stop(&replica, &tracker).await;
+}
+
+/// A replica that may lead by a lease, of a primary that runs.
+async fn to_be_offered() -> (Primary, Arc<NodeContext>, Arc<FakeFeed>, TaskTracker) {
+    let primary = Primary::start(&SECRET).await;
+    primary.fake.commit(1);
+    let replica = leased(2, &SECRET, Role::Replica);
+    let feed = FakeFeed::new(&replica, EpochHistory::default(), None);
+    let tracker = TaskTracker::new();
+    spawn(replica.clone(), feed.clone(), primary.to.clone(), replica.stop.child_token(), &tracker);
+    reaches(&replica, at(1, 1)).await;
+    // The log comes after the snapshot.
+    primary.fake.commit(1);
+    reaches(&replica, at(1, 2)).await;
+    (primary, replica, feed, tracker)
+}
+
+/// What the replica's election hears next.
+async fn word(words: &mut mpsc::Receiver<HandoffWord>) -> HandoffWord {
+    tokio::time::timeout(Duration::from_secs(20), words.recv()).await.expect("a word").unwrap()
+}
+
+#[tokio::test]
+async fn an_offer_waits_for_the_disk_and_is_answered_by_the_election() {
+    let (primary, replica, feed, tracker) = to_be_offered().await;
+    let mut words = replica.lease.offers.take().unwrap();
+    assert!(replica.lease.offers.take().is_none());
+    // As between two of the regular fsyncs.
+    feed.synced.send_replace(Some(at(1, 1)));
+    let answers = [Ok("boot"), Err("it drains")];
+    for (attempt, answer) in answers.into_iter().enumerate() {
+        let (server, to) = (primary.replica_server.clone(), replica.me.clone());
+        let offer = tokio::spawn(async move { server.offer(&to, attempt as u128, at(1, 2)).await });
+        let HandoffWord::Offered { attempt: of, position, answer: reply } = word(&mut words).await else {
+            panic!("an offer")
+        };
+        assert_eq!((of, position), (attempt as u128, at(1, 2)));
+        assert_eq!(*feed.synced.borrow(), Some(at(1, 2)), "it is on the disk by then");
+        reply.send(answer.map(str::to_owned).map_err(str::to_owned)).unwrap();
+        let told = offer.await.unwrap();
+        let expected = answer.map(str::to_owned).map_err(|why| NotAccepted::Declined(why.into()));
+        assert_eq!(told, expected);
+    }
+    assert_eq!(feed.syncs.load(Ordering::SeqCst), 1, "it was there already");
+    primary.replica_server.handed(&replica.me, 1, "v7", b"the record");
+    let HandoffWord::Handed { attempt, record, version } = word(&mut words).await else { panic!("a record") };
+    assert_eq!((attempt, &record[..], &*version), (1, &b"the record"[..], "v7"));
+    // Where no election takes it, the node declines.
+    drop(words);
+    let declined = primary.replica_server.offer(&replica.me, 3, at(1, 2)).await.unwrap_err();
+    assert!(matches!(declined, NotAccepted::Declined(_)), "{declined:?}");
+    stop(&replica, &tracker).await;
+    stop(&primary.node, &primary.tracker).await;
+}
+
+#[tokio::test]
+async fn a_node_with_a_fixed_primary_or_another_state_declines_an_offer() {
+    let (primary, replica, feed, tracker) = to_be_offered().await;
+    let _words = replica.lease.offers.take().unwrap();
+    // What it has left the history, or is not vouched for.
+    replica.applied.replace(history(&[(1, 1)]), Some(at(1, 9)));
+    let declined = primary.replica_server.offer(&replica.me, 1, at(1, 2)).await.unwrap_err();
+    assert!(matches!(&declined, NotAccepted::Declined(why) if why.contains("state")), "{declined:?}");
+    assert_eq!(feed.syncs.load(Ordering::SeqCst), 0);
+    stop(&replica, &tracker).await;
+
+    let fixed = node(3, &SECRET, Role::Replica);
+    let feed = FakeFeed::new(&fixed, history(&[(1, 1)]), Some(at(1, 2)));
+    let tracker = TaskTracker::new();
+    spawn(fixed.clone(), feed, primary.to.clone(), fixed.stop.child_token(), &tracker);
+    primary.fake.commit(1);
+    reaches(&fixed, at(1, 3)).await;
+    let declined = primary.replica_server.offer(&fixed.me, 2, at(1, 3)).await.unwrap_err();
+    assert!(matches!(&declined, NotAccepted::Declined(why) if why.contains("fixed")), "{declined:?}");
+    stop(&fixed, &tracker).await;
+    stop(&primary.node, &primary.tracker).await;
+}
+
+#[tokio::test]
+async fn requests_are_held_while_the_primary_hands_over_and_the_record_is_read_when_it_has() {
+    let (primary, replica, _feed, tracker) = to_be_offered().await;
+    let known = async |yes| {
+        let mut roles = replica.roles.subscribe();
+        let known = roles.wait_for(|state| state.primary.is_some() == yes);
+        drop(tokio::time::timeout(Duration::from_secs(20), known).await.expect("what it knows").unwrap());
+    };
+    for _ in 0..2 {
+        known(true).await;
+        primary.replica_server.tell_handoff(HandoffStage::Begins);
+        known(false).await;
+        // Neither a heartbeat nor an epoch takes that back.
+        primary.fake.commit(1);
+        let position = primary.node.applied.position().unwrap();
+        reaches(&replica, position).await;
+        assert!(replica.roles.borrow().primary.is_none());
+        primary.replica_server.tell_handoff(HandoffStage::GoesOn);
+    }
+    known(true).await;
+    primary.replica_server.tell_handoff(HandoffStage::Done);
+    let hinted = async || {
+        let hint = replica.lease.offers.hinted();
+        tokio::time::timeout(Duration::from_secs(20), hint).await.expect("a hint");
+    };
+    hinted().await;
+    known(false).await;
+    // The goodbye says the same.
+    primary.replica_server.set(None);
+    hinted().await;
+    stop(&replica, &tracker).await;
+    stop(&primary.node, &primary.tracker).await;
 }

@@ -192,6 +192,16 @@ conditions! {
     LeaseGivenBack { database: &'a str } "lease_given_back" {
         log info(database, "this node is about to end, and gives its lease back");
     }
+    /// Another node has the lease, because this one handed it over.
+    LeaseHandedOver { database: &'a str, node: NodeId } "lease_handed_over" {
+        log info(database, %node, "another node has the lease: this one handed it over");
+        counts "replite_handoffs_total" += 1;
+    }
+    /// The lease was to be handed over, and was not.
+    HandoffFailed { database: &'a str, why: &'a dyn Display } "handoff_failed" {
+        log warn(database, %why, "the lease was not handed over");
+        counts "replite_handoffs_failed_total" += 1;
+    }
     /// The store shows less than this node knows.
     LeaseStoreWentBack { what: &'a str } "lease_store_went_back" {
         log error(what, "the lease's store went back in time");
@@ -215,6 +225,17 @@ conditions! {
     /// The operator's word to take the lease was not followed.
     LeaseNotTaken { node: NodeId } "lease_not_taken" {
         log error(%node, "the lease is not taken: another node holds it, and renews it");
+        event Event::LeaseNotTaken { holder: node };
+    }
+    /// An operator asks this node to do something; the name is what the operator says.
+    OperatorAsks { database: &'a str, by: &'a str, what: &'a str } "operator_asks" {
+        log warn(database, by, what, "an operator's command");
+        event Event::OperatorAsks { by: by.into(), what: what.into() };
+        counts "replite_operator_commands_total" += 1;
+    }
+    /// What came of an operator's command.
+    OperatorAnswered { by: &'a str, what: &'a str, outcome: &'a str } "operator_answered" {
+        log warn(by, what, outcome, "an operator's command has ended");
     }
     /// A change of the node's role could not be begun, and is tried again.
     RoleChangeRetried { error: &'a dyn Display } "role_change_retried" {

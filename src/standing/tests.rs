@@ -84,7 +84,7 @@ async fn every_node_answers_how_it_stands_at_that_moment() {
     };
     assert_eq!(empty, nothing, "no state, and no driver yet");
 
-    let fitness = Fitness { fit: true, has_state: true, has_content: true };
+    let fitness = Fitness { fit: true, has_state: true, has_content: true, ..Fitness::default() };
     asked.node.lease.set_fitness(fitness);
     asked.node.applied.replace(history(&[(1, 1), (3, 2)]), Some(at(3, 7)));
     let whole = PeerAnswer {

@@ -232,6 +232,22 @@ pub enum Event {
         /// What came of it.
         verification: Verification,
     },
+    /// An operator gave this node a command through its replication endpoint; see
+    /// [`operator`](crate::operator).
+    #[non_exhaustive]
+    OperatorAsks {
+        /// Who, as the operator says.
+        by: String,
+        /// What to do, in words.
+        what: String,
+    },
+    /// The operator's word to take the lease ([`Db::promote_unchecked`](crate::Db)) was not
+    /// followed: another node holds it, and renews it.
+    #[non_exhaustive]
+    LeaseNotTaken {
+        /// That node.
+        holder: NodeId,
+    },
     /// A peer knocked at this node's replication endpoint with another secret. There is at most one
     /// such event a minute.
     #[non_exhaustive]

@@ -88,7 +88,9 @@ pub struct RoleState {
     /// The newest epoch that this node knows.
     pub epoch: Epoch,
     /// The primary, once it is known and reachable: this node itself, when it is the primary. None
-    /// while the primary is about to end and takes no more requests.
+    /// while the primary is about to end and takes no more requests. A primary that hands its lease
+    /// to another node is [`Role::Primary`] with none here: what runs on it still commits, until
+    /// the lease goes over.
     pub primary: Option<PeerInfo>,
     /// While the node waits ([`Role::Waiting`]): for what.
     pub waits_for: Option<WaitReason>,

@@ -6,10 +6,11 @@ use crate::page::PageNo;
 use crate::status::{Addresses, PeerInfo};
 use crate::txid::Position;
 use crate::wire::fields::hash_of;
+use crate::wire::handoff::DECLINED_MAX_BYTES;
 use crate::wire::{
-    Ack, FOLLOWS_NONE, Goodbye, HEADER_BYTES, HealBegin, Hello, Kind, MARKS_MAX, Message, NO_LEASE,
-    PAYLOAD_MAX_BYTES, PEER_MAX_BYTES, PIECE_BYTES, REASON_MAX_BYTES, Segment, SnapBegin, Standing, TxnBegin,
-    TxnEnd, VERSION, Want, Welcome,
+    Accept, Ack, FOLLOWS_NONE, Goodbye, HEADER_BYTES, Handed, HealBegin, Hello, Kind, LeaseOffer, MARKS_MAX,
+    Message, NO_LEASE, PAYLOAD_MAX_BYTES, PEER_MAX_BYTES, PIECE_BYTES, REASON_MAX_BYTES, Segment, SnapBegin,
+    Standing, TxnBegin, TxnEnd, VERSION, Want, Welcome,
 };
 
 /// Appends a unit to `out`.
@@ -125,6 +126,13 @@ fn put_fields(message: &Message<'_>, out: &mut BytesMut) -> Kind {
         }
         Message::Drain => Kind::Drain,
         Message::Standing(m) => put_standing(m, out),
+        Message::Handoff(stage) => {
+            out.put_u8(*stage as u8);
+            Kind::Handoff
+        }
+        Message::Offer(m) => put_offer(m, out),
+        Message::Accept(m) => put_accept(m, out),
+        Message::Handed(m) => put_handed(m, out),
         Message::Goodbye(m) => put_goodbye(m, out),
         Message::Segment(m) => put_segment(m, out),
     }
@@ -229,6 +237,30 @@ fn put_segment(m: &Segment, out: &mut BytesMut) -> Kind {
     out.put_slice(&m.before.to_bytes());
     out.put_u64_le(m.follows.unwrap_or(FOLLOWS_NONE));
     Kind::Segment
+}
+
+fn put_offer(m: &LeaseOffer, out: &mut BytesMut) -> Kind {
+    out.put_u128_le(m.attempt);
+    out.put_slice(&m.position.to_bytes());
+    Kind::Offer
+}
+
+fn put_accept(m: &Accept, out: &mut BytesMut) -> Kind {
+    out.put_u128_le(m.attempt);
+    out.put_u8(u8::from(m.answer.is_ok()));
+    match &m.answer {
+        Ok(boot) => out.put_slice(boot.as_bytes()),
+        Err(why) => out.put_slice(&why.as_bytes()[..cut_at(why, DECLINED_MAX_BYTES)]),
+    }
+    Kind::Accept
+}
+
+fn put_handed(m: &Handed<'_>, out: &mut BytesMut) -> Kind {
+    out.put_u128_le(m.attempt);
+    out.put_u16_le(m.version.len() as u16);
+    out.put_slice(m.version.as_bytes());
+    out.put_slice(m.record);
+    Kind::Handed
 }
 
 fn put_optional(position: Option<Position>, out: &mut BytesMut) {

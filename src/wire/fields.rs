@@ -93,18 +93,16 @@ pub(super) fn decode(kind: Kind, hash: [u8; 16], unit: &[u8]) -> Result<Message<
             Message::SnapPiece { first, position, pages }
         }
         Kind::SnapEnd => Message::SnapEnd(SnapEnd { exact_at: f.position()?, pages: f.u32()? }),
-        Kind::HealBegin => Message::HealBegin(HealBegin {
-            from: f.position()?,
-            page_size: f.page_size()?,
-            pages: f.u32()?,
-            compare: f.flag()?,
-            diverged: f.flag()?,
-        }),
+        Kind::HealBegin => Message::HealBegin(f.heal_begin()?),
         Kind::Sums => f.sums()?,
         Kind::Want => Message::Want(f.want()?),
         Kind::Sent => Message::Sent(Sent { position: f.position()?, pages: f.u32()? }),
         Kind::Drain => Message::Drain,
         Kind::Standing => Message::Standing(f.standing()?),
+        Kind::Handoff => Message::Handoff(f.handoff()?),
+        Kind::Offer => Message::Offer(f.offer()?),
+        Kind::Accept => Message::Accept(f.accept()?),
+        Kind::Handed => Message::Handed(f.handed()?),
         Kind::Goodbye => Message::Goodbye(f.goodbye()?),
         Kind::Segment => Message::Segment(Segment {
             start: f.address()?,
@@ -116,28 +114,28 @@ pub(super) fn decode(kind: Kind, hash: [u8; 16], unit: &[u8]) -> Result<Message<
 }
 
 /// What is left of a payload.
-struct Fields<'a>(&'a [u8]);
+pub(super) struct Fields<'a>(&'a [u8]);
 
 impl<'a> Fields<'a> {
-    fn array<const N: usize>(&mut self) -> Result<&'a [u8; N], WireError> {
+    pub(super) fn array<const N: usize>(&mut self) -> Result<&'a [u8; N], WireError> {
         let (taken, rest) =
             self.0.split_first_chunk().ok_or(WireError::Fields("a unit that is too short"))?;
         self.0 = rest;
         Ok(taken)
     }
 
-    fn bytes(&mut self, count: usize) -> Result<&'a [u8], WireError> {
+    pub(super) fn bytes(&mut self, count: usize) -> Result<&'a [u8], WireError> {
         let (taken, rest) =
             self.0.split_at_checked(count).ok_or(WireError::Fields("a unit that is too short"))?;
         self.0 = rest;
         Ok(taken)
     }
 
-    fn rest(&mut self) -> &'a [u8] {
+    pub(super) fn rest(&mut self) -> &'a [u8] {
         std::mem::take(&mut self.0)
     }
 
-    fn flag(&mut self) -> Result<bool, WireError> {
+    pub(super) fn flag(&mut self) -> Result<bool, WireError> {
         match self.array()? {
             [0] => Ok(false),
             [1] => Ok(true),
@@ -160,7 +158,7 @@ impl<'a> Fields<'a> {
         Ok(u64::from_le_bytes(*self.array()?))
     }
 
-    fn position(&mut self) -> Result<Position, WireError> {
+    pub(super) fn position(&mut self) -> Result<Position, WireError> {
         Position::from_bytes(self.array()?).ok_or(WireError::Fields("a position beyond all numbers"))
     }
 
@@ -210,6 +208,16 @@ impl<'a> Fields<'a> {
             marks: self.marks()?,
             peer: self.peer()?,
             history: self.history()?,
+        })
+    }
+
+    fn heal_begin(&mut self) -> Result<HealBegin, WireError> {
+        Ok(HealBegin {
+            from: self.position()?,
+            page_size: self.page_size()?,
+            pages: self.u32()?,
+            compare: self.flag()?,
+            diverged: self.flag()?,
         })
     }
 

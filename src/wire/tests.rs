@@ -8,6 +8,7 @@ use crate::hex::unhex_lossy;
 use crate::peer::{Incarnation, NodeId};
 use crate::status::Addresses;
 use crate::txid::{EpochStart, NUMBER_MAX, Txid};
+use crate::wire::handoff::{DECLINED_MAX_BYTES, VERSION_MAX_BYTES};
 use crate::wire::*;
 
 fn position(n: u64) -> Position {
@@ -106,6 +107,13 @@ fn every_kind() -> Vec<Message<'static>> {
         Message::Heartbeat(Heartbeat { position: position(6), clock: 12, lease_clock: None }),
         standing(None, false),
         standing(Some(position(13)), true),
+        Message::Handoff(HandoffStage::GoesOn),
+        Message::Handoff(HandoffStage::Begins),
+        Message::Handoff(HandoffStage::Done),
+        Message::Offer(LeaseOffer { attempt: 7 << 70, position: position(14) }),
+        Message::Accept(Accept { attempt: 7 << 70, answer: Ok("b0".into()) }),
+        Message::Accept(Accept { attempt: 8, answer: Err("it drains".into()) }),
+        Message::Handed(Handed { attempt: 7 << 70, version: "42", record: b"{\"format\": 1}" }),
     ]
 }
 
@@ -261,7 +269,7 @@ fn lengths_versions_and_kinds_outside_the_bounds_are_refused() {
     for version in [0, 2, 256, u16::MAX] {
         assert_eq!(first(header(8, 8, 0, version)).unwrap_err(), WireError::Version(version));
     }
-    for kind in [0, 20, 255] {
+    for kind in [0, 24, 255] {
         assert_eq!(first(header(8, kind, 0, 1)).unwrap_err(), WireError::UnknownKind(kind));
         assert_eq!(first(header(8, kind, 2, 1)).unwrap_err(), WireError::UnknownKind(kind));
     }
@@ -318,7 +326,7 @@ fn fields_outside_their_bounds_are_refused_behind_a_good_hash() {
         let raw = encoded(&message);
         let payload = &raw[HEADER_BYTES..];
         // One byte less or more than the fields need; texts and pages have lengths of their own.
-        if !matches!(message, Message::Goodbye(_)) {
+        if !matches!(message, Message::Goodbye(_) | Message::Accept(_) | Message::Handed(_)) {
             if let Some((_, short)) = payload.split_last() {
                 assert!(fields_error(sealed(raw[4], 0, short)), "{message:?} short");
             }
@@ -349,6 +357,37 @@ fn fields_outside_their_bounds_are_refused_behind_a_good_hash() {
     assert!(!fields_error(sealed(12, 0, &[b'x'; REASON_MAX_BYTES])));
     assert!(fields_error(sealed(12, 0, &[b'x'; REASON_MAX_BYTES + 1])));
     assert!(fields_error(sealed(12, 0, &[0xff, 0xfe])), "not UTF-8");
+}
+
+#[test]
+fn what_a_handoff_says_is_bounded() {
+    assert!(fields_error(sealed(20, 0, &[3])), "a fourth stage");
+    let accept = |boot: &[u8]| sealed(22, 0, &[[7; 16].as_slice(), &[1], boot].concat());
+    assert!(!fields_error(accept(&[b'x'; BOOT_ID_MAX_BYTES])));
+    assert!(fields_error(accept(&[b'x'; BOOT_ID_MAX_BYTES + 1])));
+    let decline = |why: &[u8]| sealed(22, 0, &[[7; 16].as_slice(), &[0], why].concat());
+    assert!(!fields_error(decline(&[b'x'; DECLINED_MAX_BYTES])));
+    assert!(fields_error(decline(&[b'x'; DECLINED_MAX_BYTES + 1])));
+    let long = Accept { attempt: 7, answer: Err("ß".repeat(DECLINED_MAX_BYTES)) };
+    let unit = first(encoded(&Message::Accept(long))).unwrap().unwrap();
+    let Message::Accept(told) = unit.decode().unwrap() else { panic!() };
+    assert_eq!(told.answer, Err("ß".repeat(DECLINED_MAX_BYTES / 2)));
+    assert!(fields_error(accept(&[0xff, 0xfe])), "not UTF-8");
+    assert!(fields_error(accept(b"a\nb")), "a line of its own in a log");
+    assert!(fields_error(sealed(22, 0, &[[7; 16].as_slice(), &[2]].concat())), "neither yes nor no");
+    let handed = |version: usize, record: usize| {
+        let length = (version as u16).to_le_bytes();
+        sealed(23, 0, &[[7; 16].as_slice(), &length, &vec![b'v'; version], &vec![1; record]].concat())
+    };
+    assert!(!fields_error(handed(VERSION_MAX_BYTES, LEASE_RECORD_MAX_BYTES)));
+    assert!(fields_error(handed(VERSION_MAX_BYTES + 1, 0)));
+    assert!(fields_error(handed(1, LEASE_RECORD_MAX_BYTES + 1)));
+    // A length that nothing stands for is not believed.
+    assert!(fields_error(sealed(23, 0, &[[7; 16].as_slice(), &[9, 0], b"short"].concat())));
+    let most = Handed { attempt: 7, version: "v", record: &[1; LEASE_RECORD_MAX_BYTES] };
+    assert!(most.fits());
+    assert!(!Handed { record: &[1; LEASE_RECORD_MAX_BYTES + 1], ..most.clone() }.fits());
+    assert!(!Handed { version: &"v".repeat(VERSION_MAX_BYTES + 1), ..most }.fits());
 }
 
 /// The units that a lease has to do with, by another implementation of the format.
@@ -508,7 +547,7 @@ fn chunked(bytes: Bytes, sizes: Vec<usize>) -> impl Iterator<Item = Bytes> {
 proptest! {
     #[test]
     fn chunking_changes_nothing(
-        order in prop::collection::vec(0usize..23, 1..12),
+        order in prop::collection::vec(0usize..every_kind().len(), 1..12),
         sizes in prop::collection::vec(1usize..600, 1..8),
         damage in prop::option::of((any::<prop::sample::Index>(), 1u8..)),
     ) {
@@ -541,7 +580,7 @@ proptest! {
         raw.extend_from_slice(&noise);
         drain(chunked(raw.into(), sizes));
         // After a good hash, so that the fields are reached.
-        drain(chunked(sealed(kind % 14, 0, &noise), vec![1000]));
+        drain(chunked(sealed(kind % 24, 0, &noise), vec![1000]));
     }
 }
 

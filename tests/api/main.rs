@@ -9,6 +9,7 @@ mod fork;
 mod history;
 mod lease;
 mod metrics;
+mod operator;
 mod panics;
 mod places;
 mod ryw;

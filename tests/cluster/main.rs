@@ -4,8 +4,10 @@ mod claimed;
 mod filling;
 #[path = "../support/fork.rs"]
 mod fork;
+mod handoff;
 mod lease;
 mod nodes;
+mod operator;
 mod packages;
 mod peers;
 mod roles;

@@ -3,9 +3,12 @@
 #[path = "../support/app.rs"]
 mod app;
 mod busy;
+mod deploy;
 mod drain;
 mod endpoint;
 mod example;
+#[path = "../support/fleet.rs"]
+mod fleet;
 #[path = "../support/http.rs"]
 mod http_support;
 mod mounted;
@@ -15,6 +18,7 @@ mod page;
 #[path = "../support/recorder.rs"]
 mod recorder;
 mod restart;
+mod rolling;
 mod smuggling;
 mod stack;
 #[path = "../support/lib.rs"]
@@ -27,5 +31,14 @@ mod two_databases;
 fn node_process() {
     if support::is_child() {
         app::run_node();
+    }
+}
+
+/// The process of a node that `fleet` starts.
+#[test]
+#[ignore = "runs as the child of other tests"]
+fn fleet_process() {
+    if support::is_child() {
+        fleet::run_member();
     }
 }

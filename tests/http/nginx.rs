@@ -114,14 +114,16 @@ enum Carries {
 
 /// What a client saw.
 #[derive(Default)]
-struct Seen {
-    acknowledged: Vec<String>,
+pub(crate) struct Seen {
+    pub(crate) acknowledged: Vec<String>,
     /// Failed, and said to have had no effect.
-    not_executed: Vec<String>,
+    pub(crate) not_executed: Vec<String>,
     /// Failed otherwise.
-    unknown: Vec<String>,
+    pub(crate) unknown: Vec<String>,
+    /// Those of them that a node said this of.
+    pub(crate) said_unknown: usize,
     /// Reads that succeeded but missed the client's own write.
-    missed: Vec<String>,
+    pub(crate) missed: Vec<String>,
     /// Reads that had to find a write.
     reads: usize,
 }
@@ -160,12 +162,14 @@ impl User {
         match &answer {
             Ok(answer) if answer.status == 201 => self.learn(answer),
             Ok(answer) if answer.header("replite-outcome") == "not-executed" => {
-                return self.seen.not_executed.push(text);
+                return self.seen.not_executed.push(format!("{text}: {}", answer.text()));
             }
             Ok(answer) => {
                 // nginx's own have no outcome: nobody knows.
-                let known = ["unknown", ""].contains(&answer.header("replite-outcome"));
-                assert!(known && [502, 503, 504].contains(&answer.status), "{answer:?}");
+                let outcome = answer.header("replite-outcome");
+                assert!(["unknown", ""].contains(&outcome), "{answer:?}");
+                assert!([500, 502, 503, 504].contains(&answer.status), "{answer:?}");
+                self.seen.said_unknown += usize::from(!outcome.is_empty());
                 return self.seen.unknown.push(text);
             }
             Err(_) => return self.seen.unknown.push(text),
@@ -187,14 +191,14 @@ impl User {
 }
 
 /// Clients that write and read until they are told to stop.
-struct Load {
+pub(crate) struct Load {
     stop: Arc<AtomicBool>,
     acknowledged: Arc<AtomicUsize>,
     tasks: Vec<tokio::task::JoinHandle<Seen>>,
 }
 
 impl Load {
-    fn start(write_to: &str, read_from: &str) -> Load {
+    pub(crate) fn start(write_to: &str, read_from: &str) -> Load {
         let (stop, acknowledged) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicUsize::new(0)));
         let mut tasks = Vec::new();
         for (carries, kind) in [(Carries::Cookie, "cookie"), (Carries::Header, "header")] {
@@ -220,7 +224,7 @@ impl Load {
     }
 
     /// Returns once so many more writes are acknowledged.
-    async fn more(&self, writes: usize) {
+    pub(crate) async fn more(&self, writes: usize) {
         let goal = self.acknowledged.load(Ordering::SeqCst) + writes;
         within("more writes", async {
             while self.acknowledged.load(Ordering::SeqCst) < goal {
@@ -230,7 +234,7 @@ impl Load {
         .await;
     }
 
-    async fn end(self) -> Seen {
+    pub(crate) async fn end(self) -> Seen {
         self.stop.store(true, Ordering::SeqCst);
         let mut all = Seen::default();
         for task in self.tasks {
@@ -239,6 +243,7 @@ impl Load {
             all.acknowledged.extend(seen.acknowledged);
             all.not_executed.extend(seen.not_executed);
             all.unknown.extend(seen.unknown);
+            all.said_unknown += seen.said_unknown;
             all.missed.extend(seen.missed);
             all.reads += seen.reads;
         }
@@ -271,7 +276,7 @@ async fn refusals(url: &str, number: usize) -> Vec<String> {
 }
 
 /// Compares what the clients were told with what is in the table.
-fn assert_told_the_truth(seen: &Seen, notes: &BTreeMap<String, i64>) {
+pub(crate) fn assert_told_the_truth(seen: &Seen, notes: &BTreeMap<String, i64>) {
     for text in &seen.acknowledged {
         assert_eq!(notes.get(text), Some(&1), "{text} was acknowledged");
     }

@@ -266,3 +266,35 @@ async fn the_pages_show_how_another_instance_takes_over_from_a_primary_that_was_
     browser.quit().await;
     tokio::task::block_in_place(|| example.end());
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+#[ignore = "needs chromium and chromedriver"]
+async fn a_button_on_any_page_hands_the_lease_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let (Example { process: example, urls }, table) =
+        tokio::task::block_in_place(|| Example::three(dir.path()));
+    let browser = Browser::start().await;
+    let mut led = table.iter().find(|row| row.role == "primary").unwrap().url.clone();
+    // From the page of a replica, of which one is the next primary, and then from that one's own.
+    let replica = urls.iter().find(|url| **url != led).unwrap();
+    let page = browser.open(replica).await;
+    page.type_into("#add input", "before").await;
+    page.click("#add button").await;
+    page.shows(&["before"]).await;
+    for _ in 0..3 {
+        page.until(".node.primary a", |shown| shown == [&*led]).await;
+        page.run("document.querySelector('#handoff button').click()").await;
+        let said = page.until("#handoff output", |said| said[0].contains(" is the primary")).await.remove(0);
+        println!("{said}");
+        let next = said.split(' ').next().unwrap().to_string();
+        assert!(next != led && urls.contains(&next), "{said}");
+        page.until(".node.primary a", |shown| shown == [&*next]).await;
+        page.run("document.querySelector('#handoff output').textContent = ''").await;
+        led = next;
+    }
+    page.type_into("#add input", "after").await;
+    page.click("#add button").await;
+    page.shows(&["after", "before"]).await;
+    browser.quit().await;
+    tokio::task::block_in_place(|| example.end());
+}

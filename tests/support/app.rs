@@ -90,9 +90,11 @@ pub(crate) fn run_node() {
         if let Some(streams) = streams {
             config = config.listen(SocketAddr::from(([127, 0, 0, 1], streams)));
         }
-        let follows = variable("FOLLOWS");
-        let primary = follows.is_empty();
-        if !primary {
+        let (follows, leases) = (variable("FOLLOWS"), std::env::var("LEASES"));
+        let primary = follows.is_empty() && leases.is_err();
+        if let Ok(leases) = leases {
+            config = config.lease(lease::Directory::new(leases)).bootstrap(3);
+        } else if !primary {
             config = config.lease(lease::Fixed::replica_of(follows));
         }
         let db = Db::open(config).await.unwrap();
@@ -108,12 +110,14 @@ pub(crate) fn run_node() {
             }
         };
         let mut asked = signal(SignalKind::terminate()).unwrap();
+        let linger = std::env::var("LINGER_MS").map_or(0, |text| text.parse().unwrap());
         let draining = db.clone();
         let mut server = tokio::spawn(
             axum::serve(listener, app)
                 .with_graceful_shutdown(async move {
                     asked.recv().await;
                     draining.drain().await;
+                    tokio::time::sleep(Duration::from_millis(linger)).await;
                 })
                 .into_future(),
         );

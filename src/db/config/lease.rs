@@ -5,6 +5,13 @@ use std::time::Duration;
 use crate::db::config::Config;
 use crate::lease::Lease;
 
+/// See [`Config::failover_loss`].
+pub(super) const FAILOVER_LOSS: Duration = Duration::from_secs(10);
+/// See [`Config::drain_limit`].
+pub(super) const DRAIN_LIMIT: Duration = Duration::from_secs(3);
+/// The longest that can be set.
+const DRAIN_LIMIT_MAX: Duration = Duration::from_secs(3600);
+
 impl Config {
     /// Who is the primary. This node, if not set: [`Fixed::primary`](crate::lease::Fixed::primary).
     ///
@@ -46,6 +53,22 @@ impl Config {
     /// a better one comes or an operator decides: [`Db::promote_unchecked`](crate::Db).
     pub fn failover_loss(mut self, limit: Duration) -> Config {
         self.failover_loss = limit;
+        self
+    }
+
+    /// How long a primary that hands its lease over waits for the requests that run on it before it
+    /// refuses their writes: three seconds if not set, an hour at most. See
+    /// [`Db::handoff`](crate::Db::handoff). Meanwhile all nodes hold new requests that write, so
+    /// the layer's [`hold_timeout`](crate::ReplayLayer::hold_timeout) should be longer.
+    ///
+    /// ```
+    /// use std::time::Duration;
+    ///
+    /// let config = replite::Config::new("app.db").drain_limit(Duration::from_secs(2));
+    /// # drop(config);
+    /// ```
+    pub fn drain_limit(mut self, limit: Duration) -> Config {
+        self.drain_limit = limit.min(DRAIN_LIMIT_MAX);
         self
     }
 

@@ -12,7 +12,7 @@ use crate::status::WaitReason;
 use crate::txid::Epoch;
 
 /// Runs a schedule with the rule, and without.
-fn check(rule: Rule, schedule: fn() -> Option<String>) {
+pub(super) fn check(rule: Rule, schedule: fn() -> Option<String>) {
     assert_eq!(schedule(), None, "with {rule:?}");
     let wrong = without(Some(rule), schedule);
     assert!(wrong.is_some(), "nothing goes wrong without {rule:?}");
@@ -70,13 +70,13 @@ fn look(world: &mut World, at: usize) {
 }
 
 /// Runs until the register has another record.
-fn renewal(world: &mut World) {
+pub(super) fn renewal(world: &mut World) {
     let place = world.register.place();
     assert!(world.until(3 * SECOND, |world| world.register.place() != place), "no renewal");
 }
 
 /// What is wrong if a node has not all of these.
-fn lacks(world: &World, values: &[u64]) -> Option<String> {
+pub(super) fn lacks(world: &World, values: &[u64]) -> Option<String> {
     let Some(primary) = world.primary() else { return Some("no primary".into()) };
     let missing: Vec<_> = values.iter().filter(|value| !world.has(primary, **value)).collect();
     (!missing.is_empty()).then(|| format!("node {primary} leads without {missing:?}"))
@@ -146,11 +146,14 @@ mod schedules {
     /// The holder renews later than the other node begins, which has read nothing newer.
     fn a_released_record_is_restored(change: impl FnOnce(&mut World)) -> Option<String> {
         let mut world = World::begun(2);
+        // So that it is handed to no node.
+        world.nodes[1].draining = true;
         world.command(0, Command::Leave);
         let is_released = |world: &World| {
             world.register.record().is_some_and(|record| matches!(record.state, LeaseState::Released(_)))
         };
         assert!(world.until(SECOND, is_released), "it is not given back");
+        world.nodes[1].draining = false;
         let place = world.register.place();
         assert!(world.until(3 * SECOND, |world| world.primary() == Some(1)), "no failover");
         world.start(0);

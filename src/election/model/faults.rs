@@ -398,7 +398,7 @@ fn a_holder_that_hears_of_its_own_epoch_is_given_the_lease_once_more() {
     let world = World::begun(2);
     for (heard, given) in [(0, true), (1, true), (2, false)] {
         let mut election = world.nodes[0].election.clone().unwrap();
-        let (facts, now) = (world.nodes[0].facts([1, 2, 3, 4]), world.nodes[0].clock(world.now));
+        let (facts, now) = (world.nodes[0].facts([1, 2, 3, 4, 5, 6]), world.nodes[0].clock(world.now));
         let actions = election.decide(Input::Heard(heard), &facts, now);
         let lease = actions.iter().any(|action| matches!(action, Action::Lease { .. }));
         assert_eq!(lease, given, "{heard}: {actions:?}");
@@ -434,7 +434,7 @@ fn a_higher_epoch_is_kept_before_anything_is_done_about_it() {
         tenure.epoch = crate::txid::Epoch::new(7, 7);
     }
     let mut election = Election::new(world.nodes[1].settings.clone());
-    let facts = world.nodes[1].facts([1, 2, 3, 4]);
+    let facts = world.nodes[1].facts([1, 2, 3, 4, 5, 6]);
     let now = Duration::from_secs(5);
     assert!(election.decide(Input::Tick, &facts, now).contains(&Action::Read));
     let outcome = Ok(Some((record, Version::new("9"))));

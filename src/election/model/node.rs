@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::checksum::Checksum;
 use crate::election::{ClockPair, Election, Facts, Settings};
-use crate::lease::record::Holder;
+use crate::lease::record::{Attempt, Holder};
 use crate::peer::{Incarnation, NodeId};
 use crate::status::{Addresses, PeerInfo};
 use crate::txid::{Epoch, EpochHistory, EpochStart, Position, Txid};
@@ -139,6 +139,17 @@ pub(super) struct Node {
     /// Transactions that a replica gets at once.
     pub(super) batch: usize,
     pub(super) left: bool,
+    /// Its process does not end at once when it has left.
+    pub(super) lingers: bool,
+    /// For this offer it withholds commits, or is about to; the offer has no answer yet.
+    pub(super) withholding: Option<Attempt>,
+    /// Nothing is committed here.
+    pub(super) held: bool,
+    /// How long it takes until running requests are done, and the writer is closed.
+    pub(super) withholds_in: Time,
+    pub(super) withhold_fails: bool,
+    /// How many offers it has accepted.
+    pub(super) accepts: u32,
     pub(super) gives: Vec<Epoch>,
 }
 
@@ -161,6 +172,7 @@ impl Node {
             bootstrapped: false,
             incarnations: Vec::new(),
             alone: true,
+            withhold_limit: Duration::from_secs(3),
         };
         Node {
             settings,
@@ -181,6 +193,12 @@ impl Node {
             promotes_in: 20_000,
             batch: usize::MAX,
             left: false,
+            lingers: false,
+            withholding: None,
+            held: false,
+            withholds_in: 3000,
+            withhold_fails: false,
+            accepts: 0,
             gives: Vec::new(),
         }
     }
@@ -210,7 +228,7 @@ impl Node {
         self.election.is_some() && leads && self.clock(now) < self.gate
     }
 
-    pub(super) fn facts(&self, random: [u64; 4]) -> Facts {
+    pub(super) fn facts(&self, random: [u64; 6]) -> Facts {
         Facts {
             position: self.disk.position(),
             history: self.disk.epochs.clone(),

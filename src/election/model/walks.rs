@@ -21,6 +21,8 @@ struct Walk {
     wrong: Option<String>,
     acked: usize,
     epochs: usize,
+    handed: usize,
+    kept: usize,
 }
 
 /// Faults that make no node eligible, or that an operator has to end.
@@ -36,6 +38,7 @@ fn drift(world: &mut World) {
     for at in 0..world.nodes.len() {
         world.nodes[at].rate = 900_000 + world.rng.below(200_001);
         world.nodes[at].promotes_in = (5 + world.rng.below(200)) * MS;
+        world.nodes[at].withholds_in = (1 + world.rng.below(400)) * MS;
         world.nodes[at].batch = if world.rng.percent(70) { usize::MAX } else { 1 };
     }
 }
@@ -50,6 +53,7 @@ fn chaos(rng: &mut Rng) -> Chaos {
         stale: some(25),
         slow: some(15),
         fails: some(15),
+        messages: some(25),
     }
 }
 
@@ -66,7 +70,7 @@ fn trouble(world: &mut World, given: &mut Given) {
     let at = world.rng.below(world.nodes.len() as u64) as usize;
     let runs = world.nodes[at].election.is_some();
     let leads = world.primary() == Some(at);
-    match world.rng.below(100) {
+    match world.rng.below(108) {
         0..20 if runs => world.kill(at),
         0..35 if !runs => start(world, at),
         20..32 if runs => {
@@ -113,6 +117,13 @@ fn trouble(world: &mut World, given: &mut Given) {
         }
         88..90 if runs => world.command(at, Command::PromoteUnchecked),
         90..94 => world.nodes[at].fails ^= true,
+        100.. => {
+            let to = world.nodes[at].id();
+            let to = if world.rng.percent(50) { Some(to) } else { None };
+            if let Some(primary) = world.primary() {
+                world.command(primary, Command::Handoff { to });
+            }
+        }
         _ => {
             let most = if world.rng.percent(50) { usize::MAX } else { 0 };
             world.nodes[at].batch = most;
@@ -177,7 +188,9 @@ fn walk(seed: u64) -> Walk {
     }
     mend(&mut world);
     let wrong = world.violation.take().or_else(|| ends_well(&mut world, &given));
-    Walk { wrong, acked: world.acked.len(), epochs: world.leases.len() }
+    let handed = world.ended.iter().filter(|ended| ended.is_ok()).count();
+    let kept = world.ended.len() - handed;
+    Walk { wrong, acked: world.acked.len(), epochs: world.leases.len(), handed, kept }
 }
 
 /// Whether a primary is there in time once all is well, and nothing that was promised is nowhere.
@@ -250,26 +263,37 @@ fn walks_keep_the_invariants() {
         return;
     }
     let (begun, walks) = (Instant::now(), number("REPLITE_MODEL_WALKS").unwrap_or(WALKS));
-    let (mut acked, mut epochs) = (0, 0);
+    let (mut acked, mut epochs, mut handed, mut kept) = (0, 0, 0, 0);
     let mut wrong = Vec::new();
     for seed in 0..walks {
         let walk = walk(seed);
         (acked, epochs) = (acked + walk.acked, epochs + walk.epochs);
+        (handed, kept) = (handed + walk.handed, kept + walk.kept);
         wrong.extend(walk.wrong.map(|what| format!("REPLITE_MODEL_SEED={seed}: {what}")));
         if wrong.len() == 5 {
             break;
         }
     }
     println!("{walks} schedules in {:?}, {acked} acknowledged, {epochs} epochs", begun.elapsed());
+    println!("{handed} handoffs, and {kept} that came to nothing");
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
     assert!(acked > walks as usize && epochs > walks as usize, "nothing happens in the walks");
+    assert!(handed * 4 > walks as usize && kept * 4 > walks as usize, "few handoffs in the walks");
 }
 
-/// The rules that a walk comes upon by itself.
+/// The rules that a walk comes upon by itself. For each it begins near a seed that shows it.
 #[test]
 fn walks_find_what_is_wrong_without_a_rule() {
-    for rule in [Rule::WholeWait, Rule::KnownTake, Rule::LossBound, Rule::EndedStays] {
-        let found = without(Some(rule), || (0..400).find(|seed| walk(*seed).wrong.is_some()));
+    let rules = [
+        (Rule::WholeWait, 0),
+        (Rule::KnownTake, 350),
+        (Rule::LossBound, 700),
+        (Rule::EndedStays, 100),
+        (Rule::HandoffCloses, 0),
+        (Rule::HandoffUnknown, 0),
+    ];
+    for (rule, first) in rules {
+        let found = without(Some(rule), || (first..first + 1000).find(|seed| walk(*seed).wrong.is_some()));
         assert!(found.is_some(), "no walk goes wrong without {rule:?}");
     }
 }

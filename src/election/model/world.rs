@@ -4,9 +4,12 @@ use std::cmp::Reverse;
 use std::collections::{BinaryHeap, HashMap, VecDeque};
 use std::time::Duration;
 
+use super::handing::{Message, Post};
 use super::node::{Disk, Engine, Node, Time};
 use super::store::{ReadOutcome, Register};
-use crate::election::{Action, ClockPair, Command, Election, Input, PeerAnswer, Shown, Swapped, Unread};
+use crate::election::{
+    Action, ClockPair, Command, Election, Input, NotHanded, PeerAnswer, Shown, Swapped, Unread,
+};
 use crate::lease::Version;
 use crate::lease::record::{Attempt, LeaseState, Record};
 use crate::peer::{Incarnation, NodeId};
@@ -64,7 +67,7 @@ pub(super) enum Fate {
 
 #[derive(Debug)]
 #[expect(clippy::large_enum_variant, reason = "they are few at a time")]
-enum Event {
+pub(super) enum Event {
     Wake { wakes: u64 },
     Input(Input),
     Swap { expected: Option<Version>, record: Box<Record>, fate: Fate },
@@ -77,6 +80,9 @@ enum Event {
     Demoted,
     Acknowledge { value: u64, epoch: Epoch },
     Continue,
+    Hold { to: Option<PeerInfo>, attempt: Attempt },
+    OfferLimit { attempt: Attempt },
+    Message(Message),
 }
 
 #[derive(Debug)]
@@ -123,6 +129,7 @@ pub(super) struct Chaos {
     pub(super) stale: u64,
     pub(super) slow: u64,
     pub(super) fails: u64,
+    pub(super) messages: u64,
 }
 
 pub(super) struct World {
@@ -155,6 +162,14 @@ pub(super) struct World {
     /// An operator gave up what others have.
     pub(super) unchecked: bool,
     pub(super) leases: Vec<(Time, usize, Epoch)>,
+    /// What becomes of the next messages between nodes.
+    pub(super) posts: VecDeque<Option<Post>>,
+    /// Offers are made before the target has all.
+    pub(super) hasty: bool,
+    pub(super) ended: Vec<Result<NodeId, NotHanded>>,
+    pub(super) refused: Vec<NotHanded>,
+    /// The epoch that a handoff goes on from.
+    pub(super) goes_on_from: HashMap<Epoch, Epoch>,
 }
 
 impl World {
@@ -184,6 +199,11 @@ impl World {
             notes: Vec::new(),
             unchecked: false,
             leases: Vec::new(),
+            posts: VecDeque::new(),
+            hasty: false,
+            ended: Vec::new(),
+            refused: Vec::new(),
+            goes_on_from: HashMap::new(),
         }
     }
 
@@ -200,7 +220,7 @@ impl World {
         self.violation.get_or_insert(format!("at {} ms: {what}", self.now / MS));
     }
 
-    fn push(&mut self, at: Time, node: usize, event: Event) {
+    pub(super) fn push(&mut self, at: Time, node: usize, event: Event) {
         self.count += 1;
         let run = self.nodes[node].run;
         self.queue.push(Reverse(Timed { at, count: self.count, node, run, event }));
@@ -211,7 +231,7 @@ impl World {
     }
 
     /// Whether two nodes reach each other.
-    fn connected(&self, a: usize, b: usize) -> bool {
+    pub(super) fn connected(&self, a: usize, b: usize) -> bool {
         !self.cut.contains(&(a.min(b), a.max(b)))
     }
 
@@ -230,6 +250,7 @@ impl World {
         node.gate = Duration::ZERO;
         node.stopped_until = None;
         node.left = false;
+        (node.withholding, node.held) = (None, false);
         node.election = Some(Election::new(node.settings.clone()));
         self.shown[at] = None;
         self.push(self.now, at, Event::Input(Input::Tick));
@@ -344,6 +365,9 @@ impl World {
             }
             Event::Acknowledge { value, epoch } => self.acknowledge(at, value, epoch),
             Event::Continue => {}
+            Event::Hold { to, attempt } => self.hold(at, to.as_ref(), attempt),
+            Event::OfferLimit { attempt } => self.withhold_failed(at, attempt, "no answer"),
+            Event::Message(message) => self.receive(at, message),
             Event::Prepared | Event::Promoted(_) | Event::Renewed(_) | Event::Demoted => {
                 self.engine_did(at, event);
             }
@@ -376,6 +400,7 @@ impl World {
             (Event::Renewed(epoch), Engine::Primary(_)) => {
                 node.disk.open_epoch(epoch);
                 node.engine = Engine::Primary(epoch);
+                node.held = false;
                 Input::Renewed(Ok(()))
             }
             (Event::Demoted, Engine::Demoting(_)) => {
@@ -387,7 +412,7 @@ impl World {
         self.decide(at, input);
     }
 
-    fn random(&mut self, at: usize) -> [u64; 4] {
+    fn random(&mut self, at: usize) -> [u64; 6] {
         if self.same_random {
             let mut rng = Rng::new(self.swap_count.get(&at).copied().unwrap_or_default());
             return std::array::from_fn(|_| rng.next());
@@ -395,7 +420,7 @@ impl World {
         std::array::from_fn(|_| self.rng.next())
     }
 
-    fn decide(&mut self, at: usize, input: Input) {
+    pub(super) fn decide(&mut self, at: usize, input: Input) {
         let random = self.random(at);
         let node = &self.nodes[at];
         let (mut facts, clock) = (node.facts(random), node.clock(self.now));
@@ -436,7 +461,13 @@ impl World {
                 self.push(self.now + 2 * MS, at, Event::Prepared);
             }
             Action::Promote { epoch, .. } => {
-                assert_eq!(self.nodes[at].engine, Engine::Prepared, "promoted without being prepared");
+                if let Engine::Follows(_) = self.nodes[at].engine {
+                    if self.nodes[at].accepts == 0 {
+                        self.wrong(format!("node {at} leads unprepared, and by no offer"));
+                    }
+                    self.check_has_all(at, epoch);
+                }
+                assert!(matches!(self.nodes[at].engine, Engine::Prepared | Engine::Follows(_)));
                 self.nodes[at].disk.open_epoch(epoch);
                 self.nodes[at].engine = Engine::Promoting(epoch);
                 self.push(self.now + self.nodes[at].promotes_in, at, Event::Promoted(epoch));
@@ -444,6 +475,7 @@ impl World {
             Action::Renew { epoch } => {
                 assert!(matches!(self.nodes[at].engine, Engine::Primary(_)));
                 assert!(self.nodes[at].gate.is_zero(), "a new epoch without a fence");
+                self.nodes[at].withholding = None;
                 self.push(self.now + 5 * MS, at, Event::Renewed(epoch));
             }
             Action::Demote => {
@@ -452,6 +484,7 @@ impl World {
                     panic!("demoted without leading")
                 };
                 node.engine = Engine::Demoting(epoch);
+                self.let_go(at);
                 self.push(self.now + 5 * MS, at, Event::Demoted);
             }
             Action::Follow(peer) => {
@@ -470,11 +503,20 @@ impl World {
                 let (wakes, time) = (node.wakes, node.true_time(wake));
                 self.push(time.max(self.now), at, Event::Wake { wakes });
             }
+            action @ (Action::Withhold { .. }
+            | Action::GoOn
+            | Action::Handed { .. }
+            | Action::HandoffEnded(_)
+            | Action::HandoffRefused(_)
+            | Action::Accept { .. }
+            | Action::Decline { .. }) => self.perform_handoff(at, action),
             Action::Show(shown) => self.shown[at] = Some(shown),
             Action::Note(note) => self.notes.push(note),
             Action::Left => {
                 self.nodes[at].left = true;
-                self.kill(at);
+                if !self.nodes[at].lingers {
+                    self.kill(at);
+                }
             }
         }
     }
@@ -577,6 +619,7 @@ impl World {
     fn swap(&mut self, at: usize, expected: Option<Version>, record: Box<Record>) {
         *self.swap_count.entry(at).or_default() += 1;
         let fate = if self.nodes[at].reaches_store { self.fate(at) } else { Fate::Refused };
+        self.check_handoff(at, &record);
         let attempt = record.attempt;
         let (limit, now) = (self.limit(), self.now);
         match fate {
@@ -628,7 +671,7 @@ impl World {
         let reached: Vec<usize> = peers.iter().filter_map(|peer| self.reaches(from, peer.node)).collect();
         let answer = |at: usize| {
             let node = &self.nodes[at];
-            let facts = node.facts([0; 4]);
+            let facts = node.facts([0; 6]);
             let own = node.election.as_ref()?.answer(&facts, node.clock(self.now));
             Some(PeerAnswer {
                 peer: node.peer(),
@@ -657,7 +700,7 @@ impl World {
         self.replicate_from(at);
     }
 
-    fn take_from(&mut self, at: usize, from: usize) {
+    pub(super) fn take_from(&mut self, at: usize, from: usize) {
         let primary = &self.nodes[from];
         let (Engine::Primary(epoch) | Engine::Demoting(epoch)) = primary.engine else { return };
         if epoch.number() < self.nodes[at].disk.heard || primary.disk.epochs.epoch() != epoch {
@@ -684,7 +727,7 @@ impl World {
         let node = &mut self.nodes[at];
         let Engine::Primary(epoch) = node.engine else { return None };
         let awake = node.stopped_until.is_none_or(|until| until <= self.now);
-        if node.election.is_none() || !awake || node.disk.epochs.epoch() != epoch {
+        if node.election.is_none() || !awake || node.held || node.disk.epochs.epoch() != epoch {
             return None;
         }
         self.next_value += 1;

@@ -16,6 +16,7 @@ use crate::engine::apply::stream_error::StreamError;
 use crate::engine::apply::thread::Apply;
 use crate::engine::checkpoint::bound;
 use crate::engine::figures::WalFigures;
+use crate::engine::history::append_or_gap;
 use crate::engine::options::EngineOptions;
 use crate::engine::recover::opened::Opened;
 use crate::error::{Error, Result};
@@ -35,6 +36,7 @@ const QUEUE_FULL_STEP: Duration = Duration::from_millis(1);
 /// A replica's database and its apply thread.
 #[derive(Debug)]
 pub(crate) struct ReplicaEngine {
+    node: Arc<NodeContext>,
     commands: mpsc::Sender<ApplyCommand>,
     pub(in crate::engine) shared: Arc<ApplyShared>,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -44,15 +46,17 @@ impl ReplicaEngine {
     /// Opens what is there and starts the apply thread. Blocks.
     pub(crate) fn open(options: EngineOptions, node: Arc<NodeContext>) -> Result<ReplicaEngine> {
         files::make_state_dir(options.paths.state_dir())?;
-        ReplicaEngine::begin(|shared, commands| Apply::open(options, node, shared, commands))
+        ReplicaEngine::begin(node.clone(), |shared, commands| Apply::open(options, node, shared, commands))
     }
 
     /// Goes on from a state that this node vouches for itself. Blocks.
     pub(in crate::engine) fn follow(opened: Opened) -> Result<ReplicaEngine> {
-        ReplicaEngine::begin(|shared, commands| Apply::follow(opened, shared, commands))
+        let node = opened.database.node.clone();
+        ReplicaEngine::begin(node, |shared, commands| Apply::follow(opened, shared, commands))
     }
 
     fn begin(
+        node: Arc<NodeContext>,
         make: impl FnOnce(Arc<ApplyShared>, mpsc::WeakSender<ApplyCommand>) -> Result<Apply>,
     ) -> Result<ReplicaEngine> {
         let (commands, receiver) = mpsc::channel(QUEUE_MAX);
@@ -69,7 +73,7 @@ impl ReplicaEngine {
         });
         let apply = make(shared.clone(), commands.downgrade())?;
         let thread = apply.start(receiver)?;
-        Ok(ReplicaEngine { commands, shared, thread: Mutex::new(Some(thread)) })
+        Ok(ReplicaEngine { node, commands, shared, thread: Mutex::new(Some(thread)) })
     }
 
     /// True once the database file can be opened and read.
@@ -141,6 +145,29 @@ impl ReplicaEngine {
     /// The newest position that is fsynced.
     pub(crate) fn synced(&self) -> watch::Receiver<Option<Position>> {
         self.shared.synced.subscribe()
+    }
+
+    /// Has everything up to the position fsynced at once, and says so. Blocks.
+    ///
+    /// # Errors
+    /// [`Error::NoState`] without a state, and what the disk refuses.
+    pub(crate) fn sync(&self) -> impl FnOnce() -> Result<()> + Send + 'static {
+        let (shared, node) = (self.shared.clone(), self.node.clone());
+        move || {
+            let position = node.applied.position();
+            let term = lock(&shared.term).clone();
+            let term = term.ok_or_else(|| Error::NoState("the replica is not filled yet".into()))?;
+            // The log first, as at all times.
+            append_or_gap::sync(&term)?;
+            term.sync_wal()?;
+            let now = lock(&shared.term);
+            // What was put in its place is not synced.
+            if now.as_ref().is_some_and(|now| Arc::ptr_eq(now, &term)) && node.applied.position() == position
+            {
+                shared.synced.send_replace(position);
+            }
+            Ok(())
+        }
     }
 
     /// Heals that were finished since the node started.

@@ -17,6 +17,7 @@ use tokio::sync::mpsc;
 use crate::context::NodeContext;
 use crate::engine::apply::inbox::{ApplyCommand, ApplyShared, ReplicaStanding};
 use crate::engine::apply::stream_error::StreamError;
+use crate::engine::file::database::OpenDatabase;
 use crate::engine::history::append_or_gap;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming;
@@ -279,7 +280,7 @@ impl Apply {
         let State::Known(served) = &mut self.state else { return Err(none()) };
         served.term.check()?;
         served.end();
-        rest(&mut served.live).inspect_err(|error| served.term.fail(error))?;
+        settle(&served.live.base).inspect_err(|error| served.term.fail(error))?;
         let State::Known(served) = std::mem::replace(&mut self.state, State::Left) else {
             return Err(none());
         };
@@ -359,12 +360,17 @@ impl Drop for Apply {
     }
 }
 
+/// Has all that was applied on the disk. The role that follows writes an anchor of its own.
+fn settle(base: &OpenDatabase) -> Result<()> {
+    append_or_gap::sync(base)?;
+    base.sync_own_wal()?;
+    base.expect_as_left()
+}
+
 /// Leaves everything such that the next start needs no replay.
 fn rest(live: &mut WalAppender) -> Result<()> {
     let base = &live.base;
-    append_or_gap::sync(base)?;
-    base.sync_wal()?;
-    base.expect_as_left()?;
+    settle(base)?;
     let file = base.left_behind(&mut live.handle)?;
     base.write_anchor(&base.tip(), file, true)
 }

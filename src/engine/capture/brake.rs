@@ -90,6 +90,8 @@ pub(in crate::engine) struct Brake {
     on: AtomicBool,
     /// WRITE is held.
     held: AtomicBool,
+    /// No writer is to be held back: capture is about to take WRITE and to keep it, or has it.
+    eased: AtomicBool,
     /// The frame beyond which the thread pulls the brake.
     at: AtomicU32,
     /// Until when our own writer lets others go first.
@@ -104,6 +106,7 @@ impl Brake {
             write: Mutex::new(write),
             on: AtomicBool::new(false),
             held: AtomicBool::new(false),
+            eased: AtomicBool::new(false),
             at: AtomicU32::new(base.limit_frames(BRAKE_TIMES, 1)),
             gate: Mutex::new(None),
             opened: Condvar::new(),
@@ -127,6 +130,21 @@ impl Brake {
     /// Whether the brake holds WRITE until the WAL has begun anew.
     pub(in crate::engine) fn holds(&self) -> bool {
         self.held.load(Ordering::Acquire)
+    }
+
+    /// Holds no writer back until it is tightened, and gives WRITE back.
+    pub(in crate::engine) fn ease(&self, base: &OpenDatabase) -> Result<()> {
+        self.eased.store(true, Ordering::SeqCst);
+        self.release(base, &mut lock(&self.write), base.limit_frames(BRAKE_TIMES, 1))
+    }
+
+    /// Takes [`Brake::ease`] back.
+    pub(in crate::engine) fn tighten(&self) {
+        self.eased.store(false, Ordering::SeqCst);
+    }
+
+    fn is_eased(&self) -> bool {
+        self.eased.load(Ordering::SeqCst)
     }
 
     /// Blocks our own writer while the brake is on.
@@ -235,7 +253,7 @@ impl BrakeLoop {
         // Another connection's transaction is open, and stays so.
         let open = held.is_some_and(|held| held > GAP) && !brake.holds();
         self.teller.look(&base, frames, open);
-        if frames <= usual && base.bound.asked().is_none() {
+        if brake.is_eased() || frames <= usual && base.bound.asked().is_none() {
             (self.since, self.rest) = (None, None);
             self.let_all(usual)?;
             return Ok(LOOK);
@@ -283,7 +301,10 @@ impl BrakeLoop {
         self.base.bound.squeeze(true);
         let mut write = lock(&brake.write);
         // Capture may have finished meanwhile.
-        if self.restarts == self.base.bound.restarts() && write.take_by(TRY, std::hint::spin_loop)? {
+        if !brake.is_eased()
+            && self.restarts == self.base.bound.restarts()
+            && write.take_by(TRY, std::hint::spin_loop)?
+        {
             write.until = Some(until);
             brake.held.store(true, Ordering::Release);
         }

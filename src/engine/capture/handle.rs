@@ -30,7 +30,7 @@ use crate::page::{PageNo, PageSize};
 use crate::report::Condition;
 use crate::sqlite::Handle;
 use crate::status::Checkpoint;
-use crate::txid::{Epoch, EpochHistory};
+use crate::txid::{Epoch, EpochHistory, Position};
 use crate::wal::Salts;
 
 /// A primary's open database.
@@ -58,6 +58,20 @@ pub(in crate::engine) struct LastCommit {
     pub(in crate::engine) number: u64,
 }
 
+/// What a primary reads with beside capture.
+#[derive(Debug)]
+pub(in crate::engine) struct Connections {
+    snapshots: Handle,
+    brake: Handle,
+    checkpointer: Handle,
+}
+
+impl Connections {
+    pub(in crate::engine) fn open(base: &OpenDatabase) -> Result<Connections> {
+        Ok(Connections { snapshots: reader(base)?, brake: reader(base)?, checkpointer: reader(base)? })
+    }
+}
+
 impl PrimaryEngine {
     /// Opens the database as the primary, with what this node has of it. Blocks.
     #[cfg(test)]
@@ -72,6 +86,7 @@ impl PrimaryEngine {
         base: Arc<OpenDatabase>,
         handle: Handle,
         history: EpochHistory,
+        connections: Connections,
     ) -> Result<PrimaryEngine> {
         let base = Term::new(base);
         base.when_lost(|database, error| database.node.fail(error));
@@ -79,11 +94,11 @@ impl PrimaryEngine {
             base.node.report(Condition::PagesDoubted { found: &found });
         }
         let tip = base.tip();
-        let second = Arc::new(Mutex::new(reader(&base)?));
+        let second = Arc::new(Mutex::new(connections.snapshots));
         let group_sync = Arc::new(GroupSync::new(base.clone(), tip.position.number()));
         let waker = Arc::new(Waker::default());
         let (commands, receiver) = mpsc::sync_channel(4);
-        let brake = Arc::new(Brake::new(&base, WriteLock::new(reader(&base)?)));
+        let brake = Arc::new(Brake::new(&base, WriteLock::new(connections.brake)));
         let capture_loop = CaptureLoop {
             base: base.clone(),
             capture: Capture::new(base.database().clone(), handle, tip, Arc::new(history)),
@@ -92,11 +107,12 @@ impl PrimaryEngine {
             commands: receiver,
             pacer: RestartPacer::new(),
             brake: brake.clone(),
+            holds: false,
             left: None,
         };
         let checkpointer = Checkpointer {
             base: base.clone(),
-            handle: reader(&base)?,
+            handle: connections.checkpointer,
             replica: None,
             log_synced: Instant::now(),
             applied_synced: Instant::now(),
@@ -163,11 +179,41 @@ impl PrimaryEngine {
     /// [`Error::Peer`] when it is not above all that the history has, [`Error::Timeout`] when
     /// others write for too long. The epoch before goes on then.
     pub(crate) fn open_epoch(&self, epoch: Epoch) -> Result<()> {
+        self.ask(|reply| CaptureCommand::OpenEpoch(epoch, reply))
+    }
+
+    /// Has the capture thread do something. Blocks.
+    fn ask<T>(&self, make: impl FnOnce(mpsc::SyncSender<Result<T>>) -> CaptureCommand) -> Result<T> {
         let (reply, answer) = mpsc::sync_channel(1);
-        let gone = || self.base.check().err().unwrap_or(Error::ShutDown);
-        self.commands.send(CaptureCommand::OpenEpoch(epoch, reply)).map_err(|_| gone())?;
-        self.waker.wake();
-        answer.recv().map_err(|_| gone())?
+        self.commands.send(make(reply)).map_err(|_| self.gone())?;
+        self.waker.ask();
+        answer.recv().map_err(|_| self.gone())?
+    }
+
+    fn gone(&self) -> Error {
+        self.base.check().err().unwrap_or(Error::ShutDown)
+    }
+
+    /// Until [`PrimaryEngine::release`] no writer is held back for the sake of the WAL's length.
+    pub(crate) fn ease(&self) -> Result<()> {
+        self.brake.ease(&self.base)
+    }
+
+    /// Has no connection write from now on, until [`PrimaryEngine::release`]. Returns the state
+    /// with all that is committed, which is in the log and on the disk: another primary goes on
+    /// from there. Reads and streams go on. The caller has closed its own writer. Blocks, for at
+    /// most `limit` for writers of other processes, and for the disk.
+    ///
+    /// # Errors
+    /// [`Error::Timeout`] when others write for longer, [`Error::Io`] when the log can't be synced.
+    /// All is as before then.
+    pub(crate) fn hold(&self, limit: Duration) -> Result<Position> {
+        self.ask(|held| CaptureCommand::Hold { limit, held })
+    }
+
+    /// Lets connections write again. Blocks.
+    pub(crate) fn release(&self) -> Result<()> {
+        self.ask(CaptureCommand::Release)
     }
 
     /// What comes into the log from now on goes to no replica.
@@ -239,13 +285,10 @@ impl PrimaryEngine {
     /// [`Error::Timeout`] when others write for longer; this is still the primary then. After any
     /// other error the engine has stopped for good.
     pub(crate) fn stop(&self, limit: Duration) -> Result<Opened> {
-        let gone = || self.base.check().err().unwrap_or(Error::ShutDown);
-        let ((held, is_held), (left, opened)) = (mpsc::sync_channel(1), mpsc::sync_channel(1));
-        self.commands.send(CaptureCommand::Leave { limit, held, left }).map_err(|_| gone())?;
-        self.waker.wake();
-        is_held.recv().map_err(|_| gone())??;
+        let (left, opened) = mpsc::sync_channel(1);
+        self.ask(|held| CaptureCommand::Leave { limit, held, left })?;
         self.close();
-        opened.recv().map_err(|_| gone())
+        opened.recv().map_err(|_| self.gone())
     }
 
     /// Stops and joins the threads; all further calls fail with `ShutDown`. Blocks.

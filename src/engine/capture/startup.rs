@@ -1,12 +1,13 @@
 //! A primary's database on its way to serve, and what replicas give back to it.
 
-use std::sync::Arc;
+use std::cell::OnceCell;
+use std::sync::{Arc, mpsc};
 
 use crate::context::NodeContext;
-use crate::engine::capture::handle::PrimaryEngine;
+use crate::engine::capture::handle::{Connections, PrimaryEngine};
 use crate::engine::checkpoint::restart::keep_from_others;
 use crate::engine::file::database::OpenDatabase;
-use crate::engine::file::epochs::write_epochs;
+use crate::engine::file::epochs::write_epochs_when;
 use crate::engine::file::unsynced_marker;
 use crate::engine::history::epoch::{draw_epoch, open_epoch};
 use crate::engine::history::intake_error::IntakeError;
@@ -19,6 +20,7 @@ use crate::error::{Error, Result};
 use crate::files;
 use crate::page::PageSize;
 use crate::sqlite::{Handle, Slot};
+use crate::threads::beside;
 use crate::txid::{Epoch, EpochHistory, Position};
 use crate::wire::Unit;
 
@@ -149,8 +151,8 @@ impl Opening {
             Some(epoch) => Some(epoch),
             None => Some(draw_epoch(highest).map_err(|error| error.of_files(opened.database.path()))?),
         };
-        opened.begin_epoch(epoch)?;
-        PrimaryEngine::lead(opened)
+        let connections = opened.begin_epoch(epoch)?;
+        PrimaryEngine::lead(opened, connections)
     }
 
     /// The state that is here, without a role and without an epoch of its own. Blocks.
@@ -168,35 +170,61 @@ impl Opening {
 
 impl PrimaryEngine {
     /// Gives WRITE back, and starts the threads. The epoch has begun. Blocks.
-    pub(in crate::engine) fn lead(opened: Opened) -> Result<PrimaryEngine> {
+    pub(in crate::engine) fn lead(opened: Opened, connections: Connections) -> Result<PrimaryEngine> {
         let Some((base, mut handle, history)) = opened.hand_on() else { return Err(Error::ShutDown) };
         let (tip, epoch) = (base.tip(), history.epoch());
         base.node.applied.lead(history.clone(), tip.position);
         base.give_back(&mut handle, Slot::WRITE)?;
         tracing::info!(position = %tip.position, %epoch, "serving as the primary");
-        PrimaryEngine::start(base, handle, history)
+        PrimaryEngine::start(base, handle, history, connections)
     }
 }
 
 impl Opened {
     /// Opens the epoch, durably, and makes all that a primary's first commit has to stand on. None:
-    /// the node opened the history's last epoch for this. WRITE stays held. Blocks.
+    /// the node opened the history's last epoch for this. WRITE stays held. Returns what the
+    /// primary's threads read with. Blocks.
     ///
     /// # Errors
     /// [`Error::Peer`] when the epoch is not above all that the history has. After any error the
     /// database is still open, and a replica can go on with it.
-    pub(in crate::engine) fn begin_epoch(&mut self, epoch: Option<Epoch>) -> Result<()> {
+    pub(in crate::engine) fn begin_epoch(&mut self, epoch: Option<Epoch>) -> Result<Connections> {
         let (base, handle, history) = self.parts()?;
         // An epoch must not be on the disk before the transactions that it follows.
-        base.sync_wal()?;
-        if let Some(epoch) = epoch {
-            let position = base.tip().position;
-            let mut next = history.up_to(position);
-            open_epoch(&mut next, epoch, position)?;
-            write_epochs(&base.options.paths, &next, true)?;
+        base.sync_own_wal()?;
+        let Some(epoch) = epoch else {
+            stand(base, handle)?;
+            return Connections::open(base);
+        };
+        let position = base.tip().position;
+        let mut next = history.up_to(position);
+        open_epoch(&mut next, epoch, position)?;
+        // Both wait for the disk. The anchor is there before the epoch is.
+        let (tell, told) = mpsc::sync_channel(1);
+        let anchored = OnceCell::new();
+        let (connections, written) = beside(
+            "replite-epoch",
+            move || {
+                let stands = stand(base, handle);
+                // It waits for this.
+                let _ = tell.send(stands.is_ok());
+                stands.and_then(|()| Connections::open(base))
+            },
+            || {
+                write_epochs_when(&base.options.paths, &next, true, || {
+                    match anchored.get_or_init(|| told.recv().unwrap_or(false)) {
+                        true => Ok(()),
+                        // The other one says why.
+                        false => Err(Error::ShutDown),
+                    }
+                })
+            },
+        );
+        if written.is_ok() {
             *history = next;
         }
-        stand(base, handle)
+        let connections = connections?;
+        written.map(|()| connections)
     }
 }
 

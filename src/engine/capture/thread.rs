@@ -1,6 +1,8 @@
 //! The primary's owner thread: it watches the wal-index, captures commits, restarts the WAL,
 //! changes epochs.
 
+mod hold;
+
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -26,7 +28,6 @@ use crate::engine::recover::opened::Opened;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::report::Condition;
-use crate::sqlite::Slot;
 use crate::threads;
 use crate::txid::{Epoch, Position};
 use crate::wal::IndexHeader;
@@ -55,6 +56,11 @@ const APPEND_STEP: Duration = Duration::from_millis(20);
 pub(in crate::engine) enum CaptureCommand {
     /// Open this epoch.
     OpenEpoch(Epoch, mpsc::SyncSender<Result<()>>),
+    /// Take WRITE within this time, to keep it for now, and bring all that is committed to the
+    /// disk. The thread goes on.
+    Hold { limit: Duration, held: mpsc::SyncSender<Result<Position>> },
+    /// Give back what `Hold` took.
+    Release(mpsc::SyncSender<Result<()>>),
     /// Take WRITE within this time, to keep it, and end with all that was committed until then.
     Leave { limit: Duration, held: mpsc::SyncSender<Result<()>>, left: mpsc::SyncSender<Opened> },
 }
@@ -67,6 +73,8 @@ pub(in crate::engine) struct CaptureLoop {
     pub(in crate::engine) commands: mpsc::Receiver<CaptureCommand>,
     pub(in crate::engine) pacer: RestartPacer,
     pub(in crate::engine) brake: Arc<Brake>,
+    /// WRITE is held, and nothing is committed, until it is given back or the thread ends.
+    pub(in crate::engine) holds: bool,
     /// Where the database goes when the thread ends. WRITE is held for it.
     pub(in crate::engine) left: Option<mpsc::SyncSender<Opened>>,
 }
@@ -184,14 +192,17 @@ impl CaptureLoop {
     fn obey(&mut self, command: CaptureCommand) -> Result<()> {
         match command {
             CaptureCommand::OpenEpoch(epoch, reply) => {
-                let result = self.open_epoch(epoch);
-                let failed = match &result {
-                    Err(error) if error.is_fatal() => Err(Error::Stopped(error.cause())),
-                    _ => Ok(()),
-                };
                 // The asker may have gone. The epoch is open all the same.
-                let _ = reply.send(result);
-                failed
+                let result = self.open_epoch(epoch);
+                answer(&reply, result)
+            }
+            CaptureCommand::Hold { limit, held } => {
+                let result = self.hold(limit);
+                answer(&held, result)
+            }
+            CaptureCommand::Release(reply) => {
+                let result = self.release();
+                answer(&reply, result)
             }
             CaptureCommand::Leave { limit, held, left } => {
                 let taken = self.take_write(limit);
@@ -212,34 +223,15 @@ impl CaptureLoop {
         }
     }
 
-    /// Takes WRITE to keep it. Captures meanwhile what others commit until then: a writer may wait
-    /// for that with WRITE held.
-    fn take_write(&mut self, limit: Duration) -> Result<()> {
-        let end = Instant::now() + limit;
-        let base = self.base.clone();
-        while !base.try_hold(&mut self.capture.handle, Slot::WRITE)? {
-            if base.stopping() {
-                return Err(Error::ShutDown);
-            }
-            if Instant::now() >= end {
-                return Err(Error::Timeout { what: "the write lock".into(), after: limit });
-            }
-            if let Some(header) = base.header() {
-                self.capture(&header)?;
-            }
-            // The brake may hold it until the WAL has begun anew.
-            self.maybe_restart()?;
-            std::thread::sleep(EPOCH_STEP);
-        }
-        Ok(())
-    }
-
     fn open_epoch(&mut self, epoch: Epoch) -> Result<()> {
         let newest = self.capture.history.epoch();
         if newest == epoch {
             return Ok(());
         }
         expect_newer(epoch, newest)?;
+        if self.holds {
+            return self.begin_epoch(epoch);
+        }
         // No commit may be under way: its writer would name it by the old epoch. That writer may
         // wait for capture, so capture goes on meanwhile.
         let end = Instant::now() + EPOCH_WAIT;
@@ -260,21 +252,25 @@ impl CaptureLoop {
                 self.capture(&header)?;
             }
         };
-        let result = self.settled().and_then(|()| {
-            if self.base.options.durability.ships_unsynced() {
-                // An epoch must not be on the disk before the transactions that it follows.
-                self.base.sync_wal()?;
-            }
-            let mut history = (*self.capture.history).clone();
-            open_epoch(&mut history, epoch, self.capture.tip.position)?;
-            write_epochs(&self.base.options.paths, &history, true)?;
-            self.base.node.applied.lead(history.clone(), self.capture.tip.position);
-            self.base.node.change_role(RoleChange::Epoch(history.epoch()));
-            self.capture.history = Arc::new(history);
-            Ok(())
-        });
+        let result = self.begin_epoch(epoch);
         write.give_back()?;
         result
+    }
+
+    /// Opens the epoch after all that is committed. WRITE is held.
+    fn begin_epoch(&mut self, epoch: Epoch) -> Result<()> {
+        self.settled()?;
+        if self.base.options.durability.ships_unsynced() {
+            // An epoch must not be on the disk before the transactions that it follows.
+            self.base.sync_wal()?;
+        }
+        let mut history = (*self.capture.history).clone();
+        open_epoch(&mut history, epoch, self.capture.tip.position)?;
+        write_epochs(&self.base.options.paths, &history, true)?;
+        self.base.node.applied.lead(history.clone(), self.capture.tip.position);
+        self.base.node.change_role(RoleChange::Epoch(history.epoch()));
+        self.capture.history = Arc::new(history);
+        Ok(())
     }
 
     /// Captures to the very end. The caller holds WRITE.
@@ -284,6 +280,10 @@ impl CaptureLoop {
     }
 
     fn maybe_restart(&mut self) -> Result<()> {
+        if self.holds {
+            // It has the lock by other means than a restart takes it by, and not for long.
+            return Ok(());
+        }
         let held = self.brake.holds();
         let long = self.base.wal_bytes() > self.base.options.wal_limit_bytes;
         if !held && !long {
@@ -382,6 +382,16 @@ impl CaptureLoop {
             (None, None) => Err(Error::Disturbed("both copies of the wal-index header are torn".into())),
         }
     }
+}
+
+/// Answers a request. The asker may have gone. After some errors the thread ends.
+fn answer<T>(to: &mpsc::SyncSender<Result<T>>, result: Result<T>) -> Result<()> {
+    let failed = match &result {
+        Err(error) if error.is_fatal() => Err(Error::Stopped(error.cause())),
+        _ => Ok(()),
+    };
+    let _ = to.send(result);
+    failed
 }
 
 /// Hands records to the log, after they are on the disk in the WAL.

@@ -10,21 +10,29 @@ use std::time::Duration;
 pub(in crate::engine) struct Waker {
     pub(in crate::engine) thread: OnceLock<Thread>,
     asleep: AtomicBool,
+    /// There is a request.
+    asked: AtomicBool,
 }
 
 impl Waker {
     pub(in crate::engine) fn wake(&self) {
-        if self.asleep.swap(false, Ordering::AcqRel)
+        if self.asleep.swap(false, Ordering::SeqCst)
             && let Some(thread) = self.thread.get()
         {
             thread.unpark();
         }
     }
 
+    /// Wakes it for a request, also where it is about to sleep.
+    pub(in crate::engine) fn ask(&self) {
+        self.asked.store(true, Ordering::SeqCst);
+        self.wake();
+    }
+
     pub(in crate::engine) fn sleep(&self, limit: Duration, again: impl Fn() -> bool) {
         self.asleep.store(true, Ordering::SeqCst);
-        // A writer that committed before the store did not wake us.
-        if !again() {
+        // A writer that committed before the store did not wake us, nor did a request.
+        if !self.asked.swap(false, Ordering::SeqCst) && !again() {
             std::thread::park_timeout(limit);
         }
         self.asleep.store(false, Ordering::Release);

@@ -382,7 +382,15 @@ impl OpenDatabase {
     /// Syncs the WAL. After a failure no one knows what of it is on the disk, on this boot of the
     /// machine or another.
     pub(in crate::engine) fn sync_wal(&self) -> Result<()> {
-        let synced = self.wal.sync();
+        self.note_sync(self.wal.sync())
+    }
+
+    /// The same where WRITE has been held since the last sync: only this node wrote.
+    pub(in crate::engine) fn sync_own_wal(&self) -> Result<()> {
+        self.note_sync(self.wal.sync_own())
+    }
+
+    fn note_sync(&self, synced: Result<()>) -> Result<()> {
         if synced.is_err() && self.options.durability.ships_unsynced() {
             unsynced_marker::doubt(&self.options.paths);
         }

@@ -41,8 +41,18 @@ pub(crate) fn newest_epoch(paths: &Paths) -> Option<Epoch> {
 
 /// Replaces the epoch history, durably. `own`: this node opened the newest epoch.
 pub(crate) fn write_epochs(paths: &Paths, history: &EpochHistory, own: bool) -> Result<()> {
+    write_epochs_when(paths, history, own, || Ok(()))
+}
+
+/// The same, but the history before stands until `ready` says so. It may be asked twice.
+pub(crate) fn write_epochs_when(
+    paths: &Paths,
+    history: &EpochHistory,
+    own: bool,
+    ready: impl Fn() -> Result<()>,
+) -> Result<()> {
     let fields = [&u32::from(own).to_le_bytes(), history.encode().as_slice()].concat();
-    SEALED.replace(&paths.epochs(), &fields)
+    SEALED.replace_when(&paths.epochs(), &fields, ready)
 }
 
 #[cfg(test)]

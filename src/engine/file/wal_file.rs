@@ -6,7 +6,7 @@
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
 use crate::error::{Error, Result};
 use crate::files::{self, Paths, read_exact_at, write_all_at};
@@ -28,6 +28,10 @@ pub(crate) struct WalFile {
     /// An fsync failed. The kernel says so once, to one of the threads that sync. A later success
     /// does not bring to the disk what is missing there since then.
     lost: AtomicBool,
+    /// Writes of this node. One that ends is one more.
+    written: AtomicU64,
+    /// How many of them are on the disk.
+    synced: AtomicU64,
 }
 
 /// What lies after the last commit.
@@ -41,7 +45,9 @@ impl WalFile {
     pub(crate) fn open(paths: &Paths) -> Result<WalFile> {
         let path = paths.wal();
         let file = OpenOptions::new().read(true).write(true).open(&path).map_err(Error::io("open", &path))?;
-        Ok(WalFile { file, path, lost: AtomicBool::new(false) })
+        // What is there was not synced by this node.
+        let (lost, written, synced) = (AtomicBool::new(false), AtomicU64::new(1), AtomicU64::new(0));
+        Ok(WalFile { file, path, lost, written, synced })
     }
 
     /// The file itself, whatever is at its path by now.
@@ -60,18 +66,38 @@ impl WalFile {
     }
 
     pub(crate) fn write(&self, bytes: &[u8], offset: u64) -> Result<()> {
-        write_all_at(&self.file, bytes, offset).map_err(Error::io("write", &self.path))
+        let written = write_all_at(&self.file, bytes, offset).map_err(Error::io("write", &self.path));
+        self.written.fetch_add(1, Ordering::SeqCst);
+        written
     }
 
     pub(crate) fn sync(&self) -> Result<()> {
+        self.expect_sound()?;
+        let written = self.written.load(Ordering::SeqCst);
+        self.file.sync_data().map_err(|source| {
+            self.lost.store(true, Ordering::Release);
+            Error::Io { op: "fsync", path: self.path.clone(), source }
+        })?;
+        self.synced.fetch_max(written, Ordering::SeqCst);
+        Ok(())
+    }
+
+    /// The same where no other process or connection has written since the last sync. An fsync
+    /// waits for the disk also when there is nothing for it to do.
+    pub(crate) fn sync_own(&self) -> Result<()> {
+        self.expect_sound()?;
+        match self.synced.load(Ordering::SeqCst) < self.written.load(Ordering::SeqCst) {
+            true => self.sync(),
+            false => Ok(()),
+        }
+    }
+
+    fn expect_sound(&self) -> Result<()> {
         if self.lost.load(Ordering::Acquire) {
             let source = io::Error::other("an earlier fsync failed, and what it left out is not known");
             return Err(Error::Io { op: "fsync", path: self.path.clone(), source });
         }
-        self.file.sync_data().map_err(|source| {
-            self.lost.store(true, Ordering::Release);
-            Error::Io { op: "fsync", path: self.path.clone(), source }
-        })
+        Ok(())
     }
 
     pub(crate) fn bytes(&self) -> Result<u64> {
@@ -137,6 +163,8 @@ impl WalFile {
     }
 
     pub(crate) fn truncate(&self, bytes: u64) -> Result<()> {
-        self.file.set_len(bytes).map_err(Error::io("truncate", &self.path))
+        let cut = self.file.set_len(bytes).map_err(Error::io("truncate", &self.path));
+        self.written.fetch_add(1, Ordering::SeqCst);
+        cut
     }
 }

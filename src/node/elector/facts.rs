@@ -43,7 +43,7 @@ impl FactsSource {
         let has_state = history.last().is_some();
         // What stops a replica's heal or its copies stops no commit.
         let unable = [Part::Engine, Part::Room].iter().any(|part| node.has_problem(*part));
-        let mut random = [0; 4];
+        let mut random = [0; 6];
         for number in &mut random {
             *number = u64::from_le_bytes(random::array()?);
         }
@@ -67,6 +67,9 @@ impl FactsSource {
             fit: election.answer(facts, boot_time()).fit,
             has_state: facts.has_state,
             has_content: facts.has_content,
+            why_not: election.why_not(facts, boot_time()),
+            paused: election.paused(),
+            moved: election.moved(),
         });
     }
 }

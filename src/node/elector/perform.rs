@@ -11,6 +11,7 @@ use crate::error::{Error, Result};
 use crate::lease::record::Record;
 use crate::lease::{SwapError, Version};
 use crate::net::Endpoint;
+use crate::node::elector::withhold::{Hands, Withhold};
 use crate::node::elector::{Drive, look};
 use crate::node::supervisor::Supervisor;
 use crate::node::tenancy;
@@ -32,11 +33,14 @@ pub(super) enum RoleTask {
     Renew { epoch: Epoch },
     Demote,
     Follow(Option<PeerInfo>),
+    Withhold(Withhold),
+    GoOn,
 }
 
 /// Starts the task that makes changes, one after the other, in the order in which they come.
 pub(super) fn changes(
     supervisor: Arc<Supervisor>,
+    hands: Hands,
     inputs: mpsc::Sender<Input>,
 ) -> mpsc::UnboundedSender<RoleTask> {
     // No more wait than the election asked for: it asks for the next one when one has
@@ -44,7 +48,7 @@ pub(super) fn changes(
     let (sender, mut changes) = mpsc::unbounded_channel();
     tokio::spawn(async move {
         while let Some(change) = changes.recv().await {
-            if let Some(input) = make(&supervisor, change).await
+            if let Some(input) = make(&supervisor, &hands, change).await
                 && inputs.send(input).await.is_err()
             {
                 return;
@@ -56,7 +60,7 @@ pub(super) fn changes(
 
 /// Makes a change. What fails for want of a thread or a descriptor is tried again: the election
 /// relies on it, and asks for nothing twice.
-async fn make(supervisor: &Supervisor, change: RoleTask) -> Option<Input> {
+async fn make(supervisor: &Supervisor, hands: &Hands, change: RoleTask) -> Option<Input> {
     let text = |error: Error| error.to_string();
     match change {
         RoleTask::Prepare => {
@@ -75,6 +79,12 @@ async fn make(supervisor: &Supervisor, change: RoleTask) -> Option<Input> {
             // An address that is none was refused where it was given.
             let endpoint = primary.and_then(|peer| Endpoint::parse(&peer.addresses.replication).ok());
             insist(|| supervisor.follow(endpoint.clone())).await;
+            None
+        }
+        RoleTask::Withhold(offer) => Some(hands.withhold(supervisor, &offer).await),
+        RoleTask::GoOn => {
+            // Where the fence has ended it is renewed, or stops leading.
+            insist(|| supervisor.release_hold()).await;
             None
         }
     }
@@ -109,15 +119,24 @@ impl Drive {
             Action::Renew { epoch } => self.change(RoleTask::Renew { epoch }),
             Action::Demote => self.change(RoleTask::Demote),
             Action::Follow(primary) => self.change(RoleTask::Follow(primary)),
+            Action::Withhold { to, attempt } => self.withhold(to, attempt),
+            Action::GoOn => self.change(RoleTask::GoOn),
+            Action::Handed { to, record, version } => self.handed(to, &record, &version),
+            Action::HandoffEnded(outcome) => self.handoff_ended(outcome),
+            Action::HandoffRefused(why) => self.handoff_refused(&why),
+            Action::Accept { attempt, boot } => self.handing.answer(attempt, Ok(boot)),
+            Action::Decline { attempt, why } => self.handing.answer(attempt, Err(why)),
             Action::Lease { epoch, until } => self.node.acknowledge_until(epoch, until),
             Action::Fence => {
                 self.shown = None;
                 self.supervisor.fence();
-                let condition = match self.leaving {
-                    true => Condition::LeaseGivenBack { database: &self.node.database },
-                    false => Condition::LeaseEnded { database: &self.node.database },
-                };
-                self.node.report(condition);
+                let database = &self.node.database;
+                match (self.handing.offers(), self.leaving) {
+                    // What comes of it is said.
+                    (true, _) => {}
+                    (false, true) => self.node.report(Condition::LeaseGivenBack { database }),
+                    (false, false) => self.node.report(Condition::LeaseEnded { database }),
+                }
             }
             Action::Hear(number) => self.hear(number).await,
             Action::MarkBootstrapped => {
@@ -134,7 +153,12 @@ impl Drive {
         }
     }
 
-    fn change(&self, change: RoleTask) {
+    fn change(&mut self, change: RoleTask) {
+        self.handing.give_up();
+        self.queue(change);
+    }
+
+    pub(super) fn queue(&self, change: RoleTask) {
         // The task ends with the runtime.
         let _ = self.changes.send(change);
     }

@@ -24,6 +24,13 @@ const TOLD_AFTER: Duration = Duration::from_secs(1);
 const CAPTURE_LIMIT: Duration = Duration::from_secs(if cfg!(test) { 20 } else { 1 });
 /// How long the streams have for what is still to be sent.
 const STREAMS_LIMIT: Duration = Duration::from_secs(1);
+/// The same where the lease was handed over. The next primary has all then, and what another
+/// replica lacks it gets there.
+const STREAMS_AFTER_HANDOFF: Duration = Duration::from_millis(100);
+
+/// What a change may wait for.
+pub(super) const WRITER_CONNECTION: &str = "the writer connection, which the application has";
+pub(super) const WRITE_LOCK: &str = "the write lock, which another connection has";
 
 /// Says once what a change waits for, if it does for long.
 struct HeldUp<'a> {
@@ -82,12 +89,13 @@ impl Turns {
     /// free. Then the streams have sent what they are to send, or have had the time.
     pub(super) fn leave(&self, engine: &Arc<PrimaryEngine>) -> Result<Opened> {
         let mut held_up = HeldUp { turns: self, begun: Instant::now(), told: false };
+        let limit = if self.replica_server.has_handed() { STREAMS_AFTER_HANDOFF } else { STREAMS_LIMIT };
         self.writer.refuse();
         self.end_streams_if_late(engine);
         while !self.writer.try_close() {
             self.end_streams_if_late(engine);
             self.may_go_on()?;
-            held_up.waits_for("the writer connection, which the application has");
+            held_up.waits_for(WRITER_CONNECTION);
             std::thread::sleep(WRITER_STEP);
         }
         let opened = loop {
@@ -97,7 +105,7 @@ impl Turns {
             }
             self.end_streams_if_late(engine);
             self.may_go_on()?;
-            held_up.waits_for("the write lock, which another connection has");
+            held_up.waits_for(WRITE_LOCK);
         };
         drop(held_up);
         if lock(&self.edge).take().is_some_and(|fenced_at| opened.position().number() > fenced_at) {
@@ -105,8 +113,7 @@ impl Turns {
         }
         self.end_streams(engine);
         // One that takes nothing does not hold up the others.
-        let _ =
-            wait_for(async { tokio::time::timeout(STREAMS_LIMIT, self.replica_server.deserted()).await })?;
+        let _ = wait_for(async { tokio::time::timeout(limit, self.replica_server.deserted()).await })?;
         self.replica_server.set(None);
         Ok(opened)
     }

@@ -27,6 +27,7 @@ impl Turns {
             (Running::Primary(_), None) => return Ok(()),
             (Running::Primary(engine), Some(epoch)) => {
                 engine.open_epoch(epoch)?;
+                engine.release()?;
                 return self.lead(&engine);
             }
         };

@@ -2,6 +2,7 @@
 
 mod changes;
 mod fences;
+mod handover;
 mod hooks;
 
 use std::path::Path;

@@ -10,7 +10,7 @@ use rusqlite::config::DbConfig;
 use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
 
 use crate::error::{Error, Result};
-use crate::node::writer::reentrancy::Inside;
+use crate::node::writer::returned::Borrows;
 use crate::node::writer::{OpenWriter, WriterShared};
 use crate::report::Condition;
 use crate::session;
@@ -56,7 +56,7 @@ pub struct WriterGuard<'a> {
     open: MutexGuard<'a, Option<OpenWriter>>,
     shared: &'a WriterShared,
     /// Keeps the guard on the thread that took it.
-    _inside: Inside,
+    _inside: Borrows<'a>,
 }
 
 impl<'a> WriterGuard<'a> {
@@ -64,7 +64,7 @@ impl<'a> WriterGuard<'a> {
     pub(super) fn new(
         mut open: MutexGuard<'a, Option<OpenWriter>>,
         shared: &'a WriterShared,
-        inside: Inside,
+        inside: Borrows<'a>,
     ) -> Result<WriterGuard<'a>> {
         if let Some(OpenWriter { connection, commits, engine, .. }) = open.as_mut() {
             shared.expect_open()?;

@@ -12,6 +12,7 @@ use crate::engine::{PrimaryEngine, Waiting};
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::node::writer::queue::Queue;
+use crate::node::writer::returned::Unanswered;
 use crate::node::writer::{Commit, Failed, OpenWriter, WAITING_MAX, WriterShared};
 use crate::threads::{self, aside, message};
 
@@ -28,6 +29,8 @@ pub(super) trait Job: Send {
 pub(super) struct Unacknowledged {
     pub(super) waiting: Waiting,
     pub(super) acknowledge: Box<dyn FnOnce(Result<()>) + Send>,
+    /// Dropped when it is acknowledged.
+    pub(super) unanswered: Unanswered,
 }
 
 impl Unacknowledged {
@@ -37,6 +40,7 @@ impl Unacknowledged {
         let decided =
             passed.map_err(|error| error.of_commit(txid)).and_then(|()| shared.gate.decide(engine, txid));
         survive(|| (self.acknowledge)(decided));
+        drop(self.unanswered);
     }
 }
 
@@ -67,7 +71,7 @@ where
         let acknowledge = Box::new(move |decided: Result<()>| {
             let _ = reply.send(decided.map_err(Failed::Ours).and(done));
         });
-        Some(Unacknowledged { waiting, acknowledge })
+        Some(Unacknowledged { waiting, acknowledge, unanswered: Unanswered::new(&shared.returned) })
     }
 
     fn refuse(self: Box<Self>, why: Error) {

@@ -14,7 +14,6 @@ use tokio::task::JoinSet;
 
 use crate::proxy::tests::world::*;
 use crate::proxy::{Reason, Route};
-use crate::status::Role;
 use crate::token::Token;
 
 /// A server that reads a request's head and then does what the test says with the connection.
@@ -51,7 +50,7 @@ async fn a_held_request_runs_here_when_this_node_becomes_the_primary() {
     let (replica, node) = replica_of("", |l| l).await;
     let waiting = tokio::spawn(send(Request::post(replica.url()).body(full("late")).unwrap()));
     comes("a request that is held", || node.roles.receiver_count() > 0).await;
-    node.roles.send_modify(|state| state.role = Role::Primary);
+    lead(&node, 1);
     assert_eq!(text(waiting.await.unwrap()).await, "here");
 }
 

@@ -257,7 +257,7 @@ async fn a_node_that_is_not_the_primary_points_to_it_before_it_reads_the_body() 
     let (again, again_node) = replica_of(&second.url(), |l| l).await;
     let waiting = tokio::spawn(send(Request::post(again.url()).body(full(b"again".to_vec())).unwrap()));
     comes("a request that is held", || again_node.roles.receiver_count() > 0).await;
-    second_node.roles.send_modify(|state| state.role = Role::Primary);
+    lead(&second_node, 1);
     let process = PeerInfo { incarnation: Incarnation::from_u128(1), ..peer(1, &second.url()) };
     follow(&again_node, 1, Some(process));
     assert_eq!(waiting.await.unwrap().status(), 200);

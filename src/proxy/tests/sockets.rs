@@ -16,7 +16,6 @@ use tokio_tungstenite::{WebSocketStream, connect_async};
 
 use crate::proxy::tests::world::*;
 use crate::proxy::{Forwarding, Upgrades};
-use crate::status::Role;
 
 /// An app that sends each text back with its name before it, and tells when a socket ended.
 fn echo(name: &'static str) -> (Router, mpsc::UnboundedReceiver<()>) {
@@ -111,7 +110,7 @@ async fn a_socket_waits_for_a_primary_and_may_find_it_here() {
     let address = url(&pair.replica);
     let waiting = tokio::spawn(async move { connect_async(address).await.unwrap().0 });
     comes("a request that is held", || pair.replica_node.roles.receiver_count() > 0).await;
-    pair.replica_node.roles.send_modify(|state| state.role = Role::Primary);
+    lead(&pair.replica_node, 2);
     let mut socket = within(waiting).await.unwrap();
     assert_eq!(says(&mut socket, "a").await, "here:a");
 }

@@ -68,6 +68,9 @@ fn with_lease(me: PeerInfo, role: Role, lease: LeaseContext) -> Arc<NodeContext>
     let mut history = EpochHistory::default();
     history.push(EpochStart { epoch: epoch(1), first: 1, before: Checksum::EMPTY });
     node.applied.replace(history, Some(at(10)));
+    if role == Role::Primary {
+        node.change_role(RoleChange::Leads { me: node.me.clone(), epoch: epoch(1) });
+    }
     node
 }
 
@@ -109,6 +112,30 @@ pub(super) fn stand(node: &NodeContext, role: Role) {
     node.change_role(RoleChange::Stands { role, waits_for: None });
 }
 
+/// It is about to hand its lease over. [`lead`] takes it back.
+pub(super) fn yields(node: &NodeContext) {
+    node.change_role(RoleChange::Yields);
+}
+
+/// An app server that is told where it listens before its node is made.
+pub(super) struct Unstarted(std::net::TcpListener);
+
+impl Unstarted {
+    pub(super) fn new() -> Unstarted {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        listener.set_nonblocking(true).unwrap();
+        Unstarted(listener)
+    }
+
+    pub(super) fn url(&self) -> String {
+        format!("http://{}", self.0.local_addr().unwrap())
+    }
+
+    pub(super) fn start(self, app: Router) -> Server {
+        Server::on(TcpListener::from_std(self.0).unwrap(), app)
+    }
+}
+
 /// Its lease ends.
 pub(super) fn fence(node: &NodeContext) {
     node.fence.close();
@@ -126,7 +153,10 @@ pub(super) struct Server {
 
 impl Server {
     pub(super) async fn start(app: Router) -> Server {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        Server::on(TcpListener::bind("127.0.0.1:0").await.unwrap(), app)
+    }
+
+    fn on(listener: TcpListener, app: Router) -> Server {
         let address = listener.local_addr().unwrap();
         let app = app.into_make_service_with_connect_info::<SocketAddr>();
         let task = tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });

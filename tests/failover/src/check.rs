@@ -6,6 +6,7 @@ use std::time::Duration;
 use replite::{Epoch, Txid};
 
 use crate::clock::Micros;
+use crate::foreign::COMMITTED;
 use crate::history::{Acknowledged, History, Outcome, Violation, Write};
 use crate::node::Kept;
 use crate::world::Setting;
@@ -32,6 +33,8 @@ pub struct Figures {
     pub unknown: usize,
     pub unknown_done: usize,
     pub foreign: usize,
+    /// Commits of another program that are neither there nor kept: no rule speaks of them.
+    pub foreign_gone: usize,
     /// Acknowledged, and in a `lost/`; and of those in several.
     pub lost: usize,
     pub lost_twice: usize,
@@ -40,6 +43,13 @@ pub struct Figures {
     pub epochs: usize,
     pub told_lost: u64,
     pub reads: usize,
+    pub handoffs: u64,
+    pub handed: u64,
+    /// Requests that failed on a node that was not there, and on others.
+    pub failed_away: usize,
+    pub failed: usize,
+    /// The longest request that did not fail.
+    pub longest_request: Duration,
     /// The longest time between acknowledgements of two epochs.
     pub longest_gap: Duration,
 }
@@ -66,6 +76,8 @@ pub fn check(
     rules.epochs();
     rules.numbers();
     rules.rows();
+    rules.pauses();
+    rules.requests();
     (rules.violations, rules.figures)
 }
 
@@ -186,7 +198,9 @@ impl Rules<'_> {
                     }
                 }
                 Outcome::Unknown(_) | Outcome::Pending if write.client == "foreign" => {
-                    self.figures.foreign += 1
+                    self.figures.foreign += 1;
+                    let committed = write.outcome == Outcome::Unknown(COMMITTED.into());
+                    self.figures.foreign_gone += usize::from(committed && times + keepers as u64 == 0);
                 }
                 Outcome::Unknown(_) | Outcome::Pending => {
                     self.figures.unknown += 1;
@@ -208,6 +222,50 @@ impl Rules<'_> {
         let made_up: Vec<_> = self.finals.rows.keys().filter(|row| !asked.contains(*row)).collect();
         if !made_up.is_empty() {
             self.says("2 once", format!("rows that no client wrote: {made_up:?}"));
+        }
+    }
+
+    /// While elections are paused no other node leads.
+    fn pauses(&mut self) {
+        let history = self.history;
+        for paused in &history.paused {
+            let within = |begin, end| paused.begin <= begin && end <= paused.end;
+            let other = |write: &&Write| {
+                let acked = write.acknowledged();
+                acked.is_some_and(|a| a.node != paused.holder && within(a.began, a.acked))
+            };
+            let writes: Vec<&Write> = history.writes.iter().filter(other).collect();
+            if !writes.is_empty() {
+                let what = format!("writes that others than {} acknowledged", paused.holder);
+                self.says("8 paused", format!("{what}: {}", self.told(&writes)));
+            }
+            let leads = |look: &&crate::history::Look| {
+                look.role == "primary" && look.node != paused.holder && within(look.begin, look.end)
+            };
+            if let Some(look) = history.looks.iter().find(leads) {
+                let at = crate::clock::seconds(self.begin, look.begin);
+                let what = format!("{} led at {at:.3} in epoch {}", look.node, look.epoch);
+                self.says("8 paused", format!("{what}, and {} had the lease", paused.holder));
+            }
+        }
+    }
+
+    /// What clients had to bear, which no rule forbids.
+    fn requests(&mut self) {
+        let history = self.history;
+        let figures = &mut self.figures;
+        (figures.handoffs, figures.handed) = (history.handoffs, history.handed);
+        let writes = history.writes.iter().filter(|write| write.client != "foreign");
+        let writes = writes.map(|w| (w.acknowledged().is_some(), w.away, w.end.saturating_sub(w.begin)));
+        let reads = history.reads.iter().map(|r| (r.status == Some(200), r.away, r.end - r.begin));
+        for (done, away, took) in writes.chain(reads) {
+            match (done, away) {
+                (true, _) => {
+                    figures.longest_request = figures.longest_request.max(Duration::from_micros(took))
+                }
+                (false, true) => figures.failed_away += 1,
+                (false, false) => figures.failed += 1,
+            }
         }
     }
 

@@ -17,6 +17,9 @@ use crate::world::World;
 
 /// Longest pause between two requests.
 const PAUSE_MAX_MS: u64 = 50;
+/// Some writes take long: longer than a handoff waits for, where that is short.
+const SLOW_SHARE: f64 = 0.03;
+const SLOW_MAX_MS: u64 = 700;
 /// Beyond the time for which a node holds a request.
 const ANSWER_LIMIT: Duration = Duration::from_secs(12);
 /// The response header that says that the request's token is of a lost branch.
@@ -93,11 +96,15 @@ impl Client {
                 asked: member.name.clone(),
                 begin,
                 end: begin,
+                away: false,
                 outcome: Outcome::Pending,
             });
             history.writes.len() - 1
         };
-        let body = serde_json::to_vec(&Append { client: self.name.clone(), op: self.op }).unwrap_or_default();
+        let slow = self.rng.random_bool(SLOW_SHARE);
+        let pause = if slow { self.rng.random_range(0..SLOW_MAX_MS) } else { 0 };
+        let asked = Append { client: self.name.clone(), op: self.op, pause };
+        let body = serde_json::to_vec(&asked).unwrap_or_default();
         let answer = self.send(member, Method::POST, "/append", body, true).await;
         let outcome = outcome(&answer);
         if let Ok(answer) = &answer {
@@ -108,9 +115,11 @@ impl Client {
             self.session.last =
                 format!("wrote {} as {} on {}", self.op, acknowledged.txid, acknowledged.node);
         }
+        let end = now();
+        let away = member.was_away(begin, end);
         let mut history = self.world.history();
         let write = &mut history.writes[index];
-        (write.end, write.outcome) = (now(), outcome);
+        (write.end, write.away, write.outcome) = (end, away, outcome);
     }
 
     /// Keeps what an answer says of the session.
@@ -140,7 +149,8 @@ impl Client {
             Err(failed) => (None, format!("{failed:?}")),
         };
         let asked = member.name.clone();
-        if !session && status != Some(200) && !member.was_away(begin, end) {
+        let away = member.was_away(begin, end);
+        if !session && status != Some(200) && !away {
             let took = crate::clock::seconds(begin, end);
             let what =
                 format!("{asked} was up and did not answer a read: {status:?} {text} after {took:.3} s");
@@ -148,7 +158,16 @@ impl Client {
         }
         let waits = session && self.session.token.is_some();
         let client = self.name.clone();
-        self.world.history().reads.push(Read { client, asked, begin, end, status, session: waits, text });
+        self.world.history().reads.push(Read {
+            client,
+            asked,
+            begin,
+            end,
+            away,
+            status,
+            session: waits,
+            text,
+        });
         let Ok(answer) = answer else { return };
         if answer.status != 200 || !session {
             return;

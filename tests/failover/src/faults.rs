@@ -1,6 +1,7 @@
 //! What goes wrong in a round: which faults there are, and which a round has.
 
 mod files;
+mod handoff;
 mod processes;
 mod store;
 mod ways;
@@ -13,6 +14,7 @@ use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 
 use crate::clock::now;
+use crate::faults::handoff::Amid;
 use crate::history::OrderlyEnd;
 use crate::member::Member;
 use crate::world::World;
@@ -52,7 +54,16 @@ pub const FAULTS: &[(&str, u32, bool)] = &[
     ("behind_alone", 6, false),
     ("twin", 3, false),
     ("clock_jump", 4, true),
+    ("handoff", 10, false),
+    ("handoff_killed_target", 6, false),
+    ("handoff_killed_holder", 6, false),
+    ("handoff_stopped_target", 6, false),
+    ("handoff_cut", 6, false),
+    ("paused_killed", 5, false),
 ];
+
+/// What an operator does to nodes that work: no request fails but on a node that ends.
+pub const ORDERLY: &[&str] = &["handoff", "rolling", "term_primary", "term_any"];
 
 /// A fault of a round.
 #[derive(Clone, Debug)]
@@ -118,6 +129,12 @@ async fn one(world: &Arc<World>, step: &Step) {
         "stop_any" => processes::stop(world, rng, Whom::Any).await,
         "clock_jump" => processes::clock_jump(world, rng).await,
         "hook_fails" => processes::hook_fails(world, rng).await,
+        "handoff" => handoff::handoff(world, rng).await,
+        "handoff_killed_target" => handoff::amid(world, rng, Amid::TargetKilled).await,
+        "handoff_killed_holder" => handoff::amid(world, rng, Amid::HolderKilled).await,
+        "handoff_stopped_target" => handoff::amid(world, rng, Amid::TargetStopped).await,
+        "handoff_cut" => handoff::amid(world, rng, Amid::Cut).await,
+        "paused_killed" => handoff::paused_killed(world, rng).await,
         "cut_primary" => ways::cut_primary(world, rng).await,
         "cut_and_kill" => ways::cut_and_kill(world, rng).await,
         "cut_pair" => ways::cut_pair(world, rng).await,
@@ -174,12 +191,14 @@ struct Troubled<'a> {
 
 impl<'a> Troubled<'a> {
     fn new(world: &'a World, lossy: bool) -> Troubled<'a> {
+        world.is_troubled(true);
         Troubled { world, since: now(), lossy }
     }
 }
 
 impl Drop for Troubled<'_> {
     fn drop(&mut self) {
+        self.world.is_troubled(false);
         let mut history = self.world.history();
         history.troubled.push((self.since, now()));
         if self.lossy {

@@ -14,6 +14,8 @@ use crate::history::{Outcome, Write};
 use crate::world::World;
 
 const NAME: &str = "foreign";
+/// What is known of its commits.
+pub const COMMITTED: &str = "committed by another program";
 
 /// Writes until it is told to end, now and then in a transaction that stays open for a while.
 pub async fn run(world: Arc<World>, seed: u64) {
@@ -32,7 +34,7 @@ pub async fn run(world: Arc<World>, seed: u64) {
         let path = member.database();
         let wrote = tokio::task::spawn_blocking(move || write(path, op, Duration::from_millis(held))).await;
         let outcome = match wrote {
-            Ok(Ok(())) => Outcome::Unknown("committed by another program".into()),
+            Ok(Ok(())) => Outcome::Unknown(COMMITTED.into()),
             Ok(Err(error)) => match error.sqlite_error_code() {
                 Some(ErrorCode::DatabaseBusy | ErrorCode::ReadOnly | ErrorCode::CannotOpen) => {
                     Outcome::NotExecuted(error.to_string())
@@ -42,7 +44,7 @@ pub async fn run(world: Arc<World>, seed: u64) {
             Err(error) => Outcome::Unknown(error.to_string()),
         };
         let (client, asked) = (NAME.to_string(), member.name.clone());
-        world.history().writes.push(Write { client, op, asked, begin, end: now(), outcome });
+        world.history().writes.push(Write { client, op, asked, begin, end: now(), away: false, outcome });
     }
 }
 

@@ -38,6 +38,8 @@ pub struct Write {
     pub asked: String,
     pub begin: Micros,
     pub end: Micros,
+    /// The node that was asked ended or started meanwhile, or was not there.
+    pub away: bool,
     pub outcome: Outcome,
 }
 
@@ -63,6 +65,8 @@ pub struct Read {
     pub asked: String,
     pub begin: Micros,
     pub end: Micros,
+    /// As for a write.
+    pub away: bool,
     /// None where no answer came.
     pub status: Option<u16>,
     /// It carried a token, for which it may have to wait.
@@ -81,10 +85,18 @@ pub struct Look {
     pub position: Option<Position>,
 }
 
-/// An end of a node that should cost nothing: it was asked to, and nothing else was wrong.
+/// An end of a node or of its lease that should cost nothing: it was asked for.
 #[derive(Clone, Debug)]
 pub struct OrderlyEnd {
     pub node: String,
+    pub begin: Micros,
+    pub end: Micros,
+}
+
+/// Elections were paused, and this node held the lease and died.
+#[derive(Clone, Debug)]
+pub struct Paused {
+    pub holder: String,
     pub begin: Micros,
     pub end: Micros,
 }
@@ -96,6 +108,10 @@ pub struct History {
     pub reads: Vec<Read>,
     pub looks: Vec<Look>,
     pub orderly: Vec<OrderlyEnd>,
+    pub paused: Vec<Paused>,
+    /// Handoffs that were asked for, and those that came to their end.
+    pub handoffs: u64,
+    pub handed: u64,
     /// Nodes whose files were destroyed, and when: what only they had is gone.
     pub destroyed: Vec<(String, Micros)>,
     /// Anything was wrong: from then on, until then.

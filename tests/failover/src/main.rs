@@ -1,5 +1,5 @@
 //! `failover [--seed S] [--rounds N] [--seconds T] [--faults a,b] [--nodes n] [--dir D] [--fixed yes]
-//! [--keep yes] [--first yes]` checks; `failover node ..` is one of its nodes; `failover list` names
+//! [--keep yes] [--first yes] [--plan yes]` checks, or says what it would do; `failover node ..` is one of its nodes; `failover list` names
 //! the faults.
 
 use std::collections::BTreeMap;
@@ -8,7 +8,7 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use replite_failover::faults::FAULTS;
-use replite_failover::round::Order;
+use replite_failover::round::{Order, drawn};
 use replite_failover::series::{Series, rounds};
 
 fn main() -> Result<ExitCode, Box<dyn Error>> {
@@ -47,8 +47,17 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         time,
         first: argument("first").is_some(),
     };
+    let plan = argument("plan").is_some();
     if let Some(unknown) = arguments.keys().next() {
         return Err(format!("what is --{unknown}?").into());
+    }
+    if plan {
+        for seed in series.seed..series.seed.saturating_add(series.rounds) {
+            let (_, setting, steps) = drawn(&order, seed);
+            let names: Vec<&str> = steps.iter().map(|step| step.fault).collect();
+            println!("{seed}: {} nodes: {}", setting.nodes, names.join(" "));
+        }
+        return Ok(ExitCode::SUCCESS);
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
     let failed = runtime.block_on(rounds(&order, series))?;

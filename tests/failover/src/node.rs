@@ -5,10 +5,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use axum::extract::{Query, State};
+use axum::http::StatusCode;
 use axum::routing::{get, post};
 use axum::{Json, Router};
 use replite::rusqlite::Transaction;
-use replite::{Config, Db, Epoch, Error, Position, Secret, SessionTokens, Txid, lease};
+use replite::{Config, Db, Epoch, Error, NodeId, Position, Secret, SessionTokens, Txid, lease};
 use rustix::process::Signal;
 use serde::{Deserialize, Serialize};
 use tokio::net::TcpListener;
@@ -16,6 +17,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::clock::{Micros, now};
 
+pub const CLUSTER: &str = "failover";
 pub const SECRET: &str = "tK2v0CZkYt8bM5WJ3uH1nQxPp7sDfLrEaG6yVoXiN4c";
 const SCHEMA: &str = "CREATE TABLE IF NOT EXISTS log(client TEXT NOT NULL, op INTEGER NOT NULL, pad BLOB);
     CREATE INDEX IF NOT EXISTS by_client ON log(client, op);
@@ -30,6 +32,8 @@ const HOOK_LIMIT: Duration = Duration::from_secs(2);
 pub struct Append {
     pub client: String,
     pub op: u64,
+    /// What the handler takes before it writes, in milliseconds.
+    pub pause: u64,
 }
 
 /// What it is told about it.
@@ -68,6 +72,13 @@ pub struct Standing {
     pub problem: Option<String>,
 }
 
+/// Who leads after a handoff.
+#[derive(Serialize, Deserialize, Debug)]
+pub struct Handed {
+    pub node: String,
+    pub app: String,
+}
+
 /// A branch that the node keeps in `lost`, or something else there.
 #[derive(Serialize, Deserialize, Clone, Debug)]
 pub struct Kept {
@@ -85,6 +96,11 @@ pub struct Kept {
 struct Who {
     #[serde(default)]
     client: String,
+}
+
+#[derive(Deserialize)]
+struct To {
+    to: Option<NodeId>,
 }
 
 #[derive(Clone)]
@@ -122,7 +138,7 @@ fn config(arguments: &BTreeMap<String, String>) -> Result<Config, Box<dyn std::e
         |name: &str| argument(name).map(|text| text.parse::<u64>().map(Duration::from_millis)).transpose();
     let dir = PathBuf::from(argument("dir").ok_or("--dir is missing")?);
     let mut config = Config::new(dir.join("app.db"))
-        .cluster("failover")
+        .cluster(CLUSTER)
         .secret(Secret::new(SECRET)?)
         .advertise(argument("advertise").ok_or("--advertise is missing")?)
         .wal_limit(256 * 1024)
@@ -136,6 +152,9 @@ fn config(arguments: &BTreeMap<String, String>) -> Result<Config, Box<dyn std::e
     let Some(lease) = argument("lease") else { return Ok(config) };
     if let Some(limit) = millis("failover-loss")? {
         config = config.failover_loss(limit);
+    }
+    if let Some(limit) = millis("drain-limit")? {
+        config = config.drain_limit(limit);
     }
     if let Some(time) = millis("lease-time")? {
         config = config.lease_time(time);
@@ -197,6 +216,7 @@ fn routes(app: App) -> Router {
         .route("/read", get(read))
         .layer(layer)
         .route("/status", get(status))
+        .route("/handoff", post(handoff))
         .route("/lost", get(lost))
         .route("/decisions", get(decisions))
         .with_state(app)
@@ -204,6 +224,7 @@ fn routes(app: App) -> Router {
 }
 
 async fn append(State(app): State<App>, Json(asked): Json<Append>) -> Result<Json<Appended>, Error> {
+    tokio::time::sleep(Duration::from_millis(asked.pause)).await;
     let began = now();
     let commit = app.db.write(move |tx| {
         let mut insert = tx.prepare_cached("INSERT INTO log VALUES (?1, ?2, randomblob(200))")?;
@@ -243,6 +264,13 @@ async fn status(State(app): State<App>) -> Json<Standing> {
         primary: roles.primary.map(|primary| primary.addresses.app),
         problem: status.problem,
     })
+}
+
+/// An operator's word, with all that there is to say of an error.
+async fn handoff(State(app): State<App>, Query(to): Query<To>) -> Result<Json<Handed>, (StatusCode, String)> {
+    let handed = app.db.handoff(to.to).await;
+    let primary = handed.map_err(|error| (StatusCode::CONFLICT, error.to_string()))?;
+    Ok(Json(Handed { node: primary.node.to_string(), app: primary.addresses.app }))
 }
 
 /// The last decisions of the election, a line each.

@@ -15,9 +15,9 @@ use tokio::task::JoinSet;
 use crate::check::{Figures, Finals, check};
 use crate::client::Client;
 use crate::clock::{now, seconds};
-use crate::faults::{Step, perform, plan};
+use crate::faults::{ORDERLY, Step, perform, plan};
 use crate::foreign;
-use crate::history::Violation;
+use crate::history::{Violation, Write};
 use crate::node::{Kept, Standing};
 use crate::request::get;
 use crate::world::{LeaseSetting, Setting, World};
@@ -58,7 +58,28 @@ pub struct Report {
     pub primary_after: Duration,
     pub took: Duration,
     pub diary: String,
+    /// Requests that failed where nothing was wrong, if all was done in good order.
+    pub failed: Vec<String>,
     pub home: PathBuf,
+}
+
+/// What a seed says: the nodes, and the faults.
+#[must_use]
+pub fn drawn(order: &Order, seed: u64) -> (StdRng, Setting, Vec<Step>) {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let nodes = order.nodes.unwrap_or(if rng.random_bool(0.2) { 5 } else { 3 });
+    let lease = LeaseSetting {
+        time: Duration::from_millis(rng.random_range(1000..=2500)),
+        loss: Duration::from_millis(rng.random_range(1000..=4000)),
+        drain: Duration::from_millis(if seed.is_multiple_of(2) { 5000 } else { 250 }),
+    };
+    let setting = Setting {
+        nodes,
+        lease: (!order.fixed).then_some(lease),
+        log_bytes: rng.random_bool(0.3).then_some(256 * 1024),
+    };
+    let steps = plan(&mut rng, !order.fixed, &order.faults);
+    (rng, setting, steps)
 }
 
 /// Runs one.
@@ -67,18 +88,7 @@ pub struct Report {
 /// The system's.
 pub async fn run(order: &Order, seed: u64) -> io::Result<Report> {
     let begin = now();
-    let mut rng = StdRng::seed_from_u64(seed);
-    let nodes = order.nodes.unwrap_or(if rng.random_bool(0.2) { 5 } else { 3 });
-    let lease = LeaseSetting {
-        time: Duration::from_millis(rng.random_range(1000..=2500)),
-        loss: Duration::from_millis(rng.random_range(1000..=4000)),
-    };
-    let setting = Setting {
-        nodes,
-        lease: (!order.fixed).then_some(lease),
-        log_bytes: rng.random_bool(0.3).then_some(256 * 1024),
-    };
-    let steps = plan(&mut rng, !order.fixed, &order.faults);
+    let (mut rng, setting, steps) = drawn(order, seed);
     let home = order.dir.join(format!("round-{seed}"));
     if home.exists() {
         std::fs::remove_dir_all(&home)?;
@@ -114,10 +124,27 @@ pub async fn run(order: &Order, seed: u64) -> io::Result<Report> {
     violations.extend(found);
     let took = Duration::from_micros(now() - begin);
     let diary = world.diary();
+    let failed = failed(&world, &steps);
     if violations.is_empty() && !order.keep {
         std::fs::remove_dir_all(&home)?;
     }
-    Ok(Report { seed, plan: steps, violations, figures, primary_after, took, diary, home })
+    Ok(Report { seed, plan: steps, violations, figures, primary_after, took, diary, failed, home })
+}
+
+/// The requests that failed on nodes that were there, in a round that has no reason for it.
+fn failed(world: &World, steps: &[Step]) -> Vec<String> {
+    if !steps.iter().all(|step| ORDERLY.contains(&step.fault)) {
+        return Vec::new();
+    }
+    let history = world.history();
+    let of_clients = |write: &&Write| write.client != "foreign" && write.acknowledged().is_none();
+    let writes = history.writes.iter().filter(of_clients).filter(|write| !write.away);
+    let reads = history.reads.iter().filter(|read| read.status != Some(200) && !read.away);
+    let reads = reads.map(|read| {
+        let (begin, end) = (world.at(read.begin), world.at(read.end));
+        format!("read of {} at {begin:.3}..{end:.3}: {:?} {}", read.asked, read.status, read.text)
+    });
+    writes.map(|write| write.told(world.begin)).chain(reads).collect()
 }
 
 /// Clients work while faults happen. Returns when a write was acknowledged after them.

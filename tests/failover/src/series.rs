@@ -4,12 +4,15 @@ use std::time::{Duration, Instant};
 
 use crate::round::{Order, Report, run};
 
+/// Requests that failed which are named.
+const FAILED_MAX: usize = 5;
+
 /// How many.
 #[derive(Clone, Copy, Debug)]
 pub struct Series {
     pub seed: u64,
     pub rounds: u64,
-    /// No round begins after that.
+    /// None begins that would end after that, if it takes as long as the longest so far.
     pub time: Option<Duration>,
     /// The first one that fails is the last.
     pub first: bool,
@@ -22,16 +25,16 @@ pub struct Series {
 pub async fn rounds(order: &Order, series: Series) -> std::io::Result<Vec<u64>> {
     let begin = Instant::now();
     let mut failed = Vec::new();
-    let mut done = 0;
+    let (mut done, mut longest) = (0, Duration::ZERO);
     let (mut gap, mut after) = (Duration::ZERO, Duration::ZERO);
     let (mut acknowledged, mut lost) = (0, 0);
     for seed in series.seed..series.seed.saturating_add(series.rounds) {
-        if series.time.is_some_and(|time| begin.elapsed() > time) {
+        if series.time.is_some_and(|time| begin.elapsed() + longest > time) {
             break;
         }
         let report = run(order, seed).await?;
         tell(&report, order.keep);
-        done += 1;
+        (done, longest) = (done + 1, longest.max(report.took));
         (gap, after) = (gap.max(report.figures.longest_gap), after.max(report.primary_after));
         acknowledged += report.figures.acknowledged;
         lost += report.figures.lost;
@@ -56,7 +59,8 @@ fn tell(report: &Report, keep: bool) {
     let f = &report.figures;
     println!(
         "seed {}: {} in {:.1} s: {} acknowledged (lost/ {}, twice {}, destroyed {}), {} unknown ({} done), \
-         {} not executed, {} foreign, {} reads, {} epochs, told lost {}, gap {:.1?}, primary after {:.1?}{}",
+         {} not executed, {} foreign (gone {}), {} reads, {} epochs, told lost {}, {} of {} handed over, \
+         failed {} away {}, longest {:.2?}, gap {:.2?}, primary after {:.1?}{}",
         report.seed,
         names.join(" "),
         report.took.as_secs_f64(),
@@ -68,13 +72,22 @@ fn tell(report: &Report, keep: bool) {
         f.unknown_done,
         f.not_executed,
         f.foreign,
+        f.foreign_gone,
         f.reads,
         f.epochs,
         f.told_lost,
+        f.handed,
+        f.handoffs,
+        f.failed,
+        f.failed_away,
+        f.longest_request,
         f.longest_gap,
         report.primary_after,
         if report.violations.is_empty() { "" } else { ": FAILED" },
     );
+    for request in report.failed.iter().take(FAILED_MAX) {
+        println!("  failed: {request}");
+    }
     if report.violations.is_empty() && !keep {
         return;
     }

@@ -14,6 +14,10 @@ use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 
+/// How often a connection's origin is looked for, and the time between.
+const ORIGIN_TRIES: usize = 5;
+const ORIGIN_PAUSE: Duration = Duration::from_millis(2);
+
 /// What is wrong with a way.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Trouble {
@@ -100,7 +104,7 @@ impl Wires {
 
     async fn connection(self, near: TcpStream, peer: SocketAddr, target: usize, to: SocketAddr) {
         // A process that is gone has no connections, either.
-        let Some(origin) = self.origin(peer) else { return };
+        let Some(origin) = self.origin(&near, peer).await else { return };
         let way = (origin, target);
         let mut changed = self.0.changed.subscribe();
         while let Some(trouble) = self.trouble(way) {
@@ -155,19 +159,34 @@ impl Wires {
         }
     }
 
-    /// The node that has the socket with this address.
-    fn origin(&self, peer: SocketAddr) -> Option<usize> {
-        let socket = inode(peer.port())?;
-        let processes = lock(&self.0.processes).clone();
-        processes.into_iter().find(|(_, process)| has(*process, &socket)).map(|(node, _)| node)
+    /// The node that has the other end of a connection.
+    async fn origin(&self, near: &TcpStream, peer: SocketAddr) -> Option<usize> {
+        let to = near.local_addr().ok()?;
+        for _ in 0..ORIGIN_TRIES {
+            if let Some(socket) = inode(peer.port(), to.port()) {
+                let processes = lock(&self.0.processes).clone();
+                let found = processes.into_iter().find(|(_, process)| has(*process, &socket));
+                if let Some((node, _)) = found {
+                    return Some(node);
+                }
+            }
+            // The system's tables lack some entries now and then, while others come and go.
+            tokio::time::sleep(ORIGIN_PAUSE).await;
+        }
+        None
     }
 }
 
-/// The name that descriptors of the connection from this port have.
-fn inode(port: u16) -> Option<String> {
+/// The name that descriptors of the connection from this port to that one have. Others may have the
+/// same port at one end, also one that has ended.
+fn inode(from: u16, to: u16) -> Option<String> {
     let table = std::fs::read_to_string("/proc/net/tcp").ok()?;
-    let local = format!("0100007F:{port:04X}");
-    let line = table.lines().find(|line| line.split_whitespace().nth(1) == Some(&local))?;
+    let address = |port: u16| format!("0100007F:{port:04X}");
+    let (local, remote) = (address(from), address(to));
+    let line = table.lines().find(|line| {
+        let mut words = line.split_whitespace().skip(1);
+        words.next() == Some(&local) && words.next() == Some(&remote)
+    })?;
     Some(format!("socket:[{}]", line.split_whitespace().nth(9)?))
 }
 

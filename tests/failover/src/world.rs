@@ -4,6 +4,7 @@ use std::fs::OpenOptions;
 use std::io::{self, Write as _};
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -37,6 +38,8 @@ pub struct Setting {
 pub struct LeaseSetting {
     pub time: Duration,
     pub loss: Duration,
+    /// What requests that run have when the lease is handed over.
+    pub drain: Duration,
 }
 
 impl Setting {
@@ -66,6 +69,7 @@ pub struct World {
     /// Whether clients go on.
     pub clients: watch::Sender<bool>,
     history: Mutex<History>,
+    troubles: AtomicUsize,
     violations: Mutex<Vec<Violation>>,
     diary: Mutex<Vec<(Micros, String)>>,
     /// Kept bound, so that no other process gets them: nodes listen on them all the same.
@@ -103,6 +107,7 @@ impl World {
                     argument("nodes", setting.nodes.to_string());
                     argument("lease-time", times.time.as_millis().to_string());
                     argument("failover-loss", times.loss.as_millis().to_string());
+                    argument("drain-limit", times.drain.as_millis().to_string());
                     argument("hook", home.join(format!("n{}.hook", index + 1)).display().to_string());
                 }
                 (None, Some(leads)) => argument("follows", format!("http://{leads}")),
@@ -125,6 +130,7 @@ impl World {
             begin: now(),
             clients: watch::Sender::new(true),
             history: Mutex::default(),
+            troubles: AtomicUsize::new(0),
             violations: Mutex::default(),
             diary: Mutex::default(),
             _ports: ports,
@@ -134,6 +140,20 @@ impl World {
 
     pub fn history(&self) -> MutexGuard<'_, History> {
         self.history.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Something begins to be wrong, or ends to be.
+    pub fn is_troubled(&self, begins: bool) {
+        match begins {
+            true => self.troubles.fetch_add(1, Ordering::Relaxed),
+            false => self.troubles.fetch_sub(1, Ordering::Relaxed),
+        };
+    }
+
+    /// How many things are wrong at the moment.
+    #[must_use]
+    pub fn troubles(&self) -> usize {
+        self.troubles.load(Ordering::Relaxed)
     }
 
     pub fn violation(&self, rule: &'static str, what: impl Into<String>) {

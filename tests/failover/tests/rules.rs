@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use replite::{Epoch, Txid};
 use replite_failover::check::{Finals, check};
-use replite_failover::history::{Acknowledged, History, OrderlyEnd, Outcome, Write};
+use replite_failover::history::{Acknowledged, History, Look, OrderlyEnd, Outcome, Paused, Write};
 use replite_failover::node::Kept;
 use replite_failover::world::{LeaseSetting, Setting};
 
@@ -24,6 +24,7 @@ fn acknowledged(op: u64, number: u64, node: &str, began: f64, acked: f64) -> Wri
         asked: node.into(),
         begin: at(began),
         end: at(acked),
+        away: false,
         outcome: Outcome::Acknowledged(Acknowledged {
             txid: Txid::new(epoch(number), op),
             node: node.into(),
@@ -55,7 +56,11 @@ fn finals(rows: &[(u64, u64)], lost: &[(&str, &[u64])]) -> Finals {
 
 /// The rules that a history breaks.
 fn broken(history: &History, finals: &Finals) -> Vec<&'static str> {
-    let lease = LeaseSetting { time: Duration::from_secs(2), loss: Duration::from_secs(3) };
+    let lease = LeaseSetting {
+        time: Duration::from_secs(2),
+        loss: Duration::from_secs(3),
+        drain: Duration::from_secs(5),
+    };
     let setting = Setting { nodes: 3, lease: Some(lease), log_bytes: None };
     let (violations, _) = check(history, finals, &setting, 0);
     violations.into_iter().map(|violation| violation.rule).collect()
@@ -155,4 +160,26 @@ fn an_orderly_end_loses_nothing() {
     assert_eq!(broken(&history(None), &lost), ["3 orderly"]);
     assert_eq!(broken(&history(Some(2)), &lost), ["3 orderly"]);
     assert_eq!(broken(&history(Some(8)), &lost), [""; 0]);
+}
+
+#[test]
+fn while_elections_are_paused_only_the_holder_leads() {
+    let paused = || vec![Paused { holder: "n1".into(), begin: 2 * SECOND, end: 9 * SECOND }];
+    let rows = finals(&[(1, 1)], &[]);
+    let wrote = |node: &str, began: f64| {
+        let writes = vec![acknowledged(1, 2, node, began, began + 0.1)];
+        broken(&History { writes, paused: paused(), ..History::default() }, &rows)
+    };
+    assert_eq!(wrote("n1", 5.0), [""; 0]);
+    assert_eq!(wrote("n2", 1.95), [""; 0]);
+    assert_eq!(wrote("n2", 9.1), [""; 0]);
+    assert_eq!(wrote("n2", 5.0), ["8 paused"]);
+    let led = |node: &str, role: &str| {
+        let (begin, end) = (5 * SECOND, 6 * SECOND);
+        let look = Look { begin, end, node: node.into(), role: role.into(), epoch: epoch(2), position: None };
+        broken(&History { looks: vec![look], paused: paused(), ..History::default() }, &finals(&[], &[]))
+    };
+    assert_eq!(led("n1", "primary"), [""; 0]);
+    assert_eq!(led("n2", "waiting"), [""; 0]);
+    assert_eq!(led("n2", "primary"), ["8 paused"]);
 }

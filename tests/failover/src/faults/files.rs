@@ -14,7 +14,8 @@ use crate::faults::{Troubled, Whom, end, millis, ready, replica, whom};
 use crate::member::Member;
 use crate::world::World;
 
-async fn all_turns(world: &World) -> Vec<tokio::sync::MutexGuard<'_, ()>> {
+/// No other fault does something to a process or its files.
+pub(super) async fn all_turns(world: &World) -> Vec<tokio::sync::MutexGuard<'_, ()>> {
     let mut turns = Vec::new();
     for member in &world.members {
         turns.push(member.turn.lock().await);

@@ -1,0 +1,238 @@
+//! The operator's command; its page is `docs/operator.md`.
+
+use std::io::{self, BufRead, IsTerminal, Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+use replite::lease::Directory;
+use replite::operator::{Operator, OperatorError, Target};
+use replite::{NodeId, Secret};
+
+/// Something was refused, or failed.
+const FAILED: u8 = 1;
+/// The command line is wrong.
+const USAGE: u8 = 2;
+/// Neither the store nor a node could be reached.
+const UNREACHABLE: u8 = 3;
+
+/// The most bytes of a file with a secret.
+const SECRET_MAX_BYTES: u64 = 4096;
+
+/// Looks at the lease of a database's primary, and changes it.
+///
+/// It needs no node that runs for `show`, `pause`, `resume` and `move`.
+#[derive(Parser)]
+#[command(name = "replite", version, arg_required_else_help = true)]
+struct Line {
+    #[command(subcommand)]
+    what: What,
+    #[command(flatten)]
+    lease: LeaseArgs,
+}
+
+#[derive(Args)]
+struct LeaseArgs {
+    /// The directory that has the lease's record.
+    #[arg(long, value_name = "DIR", global = true)]
+    lease: Option<PathBuf>,
+    /// The cluster's name.
+    #[arg(long, value_name = "NAME", global = true, default_value = "default")]
+    cluster: String,
+    /// The database's name: that of its file without the extension, unless configured.
+    #[arg(long, value_name = "NAME", global = true, default_value = "app")]
+    database: String,
+    /// A file with the cluster's secret; otherwise the variable REPLITE_SECRET has it.
+    #[arg(long, value_name = "FILE", global = true)]
+    secret_file: Option<PathBuf>,
+    /// One more node to look at, by the URL of its replication endpoint; as often as wanted.
+    #[arg(long = "node", value_name = "URL", global = true)]
+    nodes: Vec<String>,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Shows the lease, whether it is renewed, and how its nodes stand.
+    Show {
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Has the primary hand the lease over to another node.
+    Handoff {
+        /// To this one; otherwise to the best.
+        #[arg(long, value_name = "NODE")]
+        to: Option<NodeId>,
+    },
+    /// No node takes the lease by itself from now on.
+    Pause,
+    /// Nodes may take the lease by themselves again.
+    Resume,
+    /// Has a node lead with what it has, whatever others have.
+    Promote {
+        /// Says that nothing is checked: what the node has not is lost to the cluster.
+        #[arg(long)]
+        unchecked: bool,
+        /// Does not ask.
+        #[arg(long)]
+        yes: bool,
+        /// The node's id, or the URL of its replication endpoint.
+        #[arg(value_name = "NODE|URL")]
+        node: String,
+    },
+    /// Moves the lease of a cluster that is stopped to another directory.
+    Move {
+        /// The other directory.
+        #[arg(long, value_name = "DIR")]
+        to: PathBuf,
+    },
+}
+
+/// Why the command did not do it, and with which code it ends.
+struct Failure(u8, String);
+
+impl From<OperatorError> for Failure {
+    fn from(error: OperatorError) -> Failure {
+        let code = match &error {
+            error if error.is_unreachable() => UNREACHABLE,
+            OperatorError::Invalid(_) | OperatorError::NoSecret => USAGE,
+            _ => FAILED,
+        };
+        Failure(code, error.to_string())
+    }
+}
+
+fn usage(why: impl Into<String>) -> Failure {
+    Failure(USAGE, why.into())
+}
+
+fn main() -> ExitCode {
+    // It ends with 2 where the line is wrong, and with 0 where help was asked for.
+    let line = Line::parse();
+    match run(line) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(Failure(code, why)) => {
+            // There is nowhere else to say it.
+            let _ = writeln!(io::stderr(), "replite: {why}");
+            ExitCode::from(code)
+        }
+    }
+}
+
+fn run(line: Line) -> Result<(), Failure> {
+    let operator = operator(&line.lease)?;
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|error| Failure(FAILED, error.to_string()))?;
+    let done = runtime.block_on(carry_out(line.what, &operator));
+    // A disk that hangs holds up no exit.
+    runtime.shutdown_background();
+    done
+}
+
+async fn carry_out(what: What, operator: &Operator) -> Result<(), Failure> {
+    match what {
+        What::Show { json } => show(operator, json).await,
+        What::Handoff { to } => {
+            let holder = operator.handoff(to).await?;
+            say(&format!("node {holder} has the lease\n"))
+        }
+        What::Pause => {
+            operator.pause().await?;
+            say("elections are paused: no node takes over by itself\n")
+        }
+        What::Resume => {
+            operator.resume().await?;
+            say("elections are on\n")
+        }
+        What::Promote { unchecked: false, .. } => Err(usage(
+            "promote takes what the node has and drops what it has not: say --unchecked if that is meant",
+        )),
+        What::Promote { node, yes, .. } => promote(operator, Target::from(node.as_str()), yes).await,
+        What::Move { to } => {
+            let named = std::path::absolute(&to).unwrap_or_else(|_| to.clone()).display().to_string();
+            operator.move_to(Directory::new(&to), &named).await?;
+            say(&format!("the lease is in {named} now: start the nodes with that\n"))
+        }
+    }
+}
+
+async fn show(operator: &Operator, json: bool) -> Result<(), Failure> {
+    let view = operator.show().await;
+    let text = if json {
+        let json = serde_json::to_string_pretty(&view);
+        json.map_err(|error| Failure(FAILED, error.to_string()))? + "\n"
+    } else {
+        view.to_string()
+    };
+    say(&text)?;
+    if view.is_dark() {
+        return Err(Failure(UNREACHABLE, "neither the store nor a node can be reached".into()));
+    }
+    Ok(())
+}
+
+async fn promote(operator: &Operator, node: Target, yes: bool) -> Result<(), Failure> {
+    let promotion = operator.promotion(node).await?;
+    say(&promotion.to_string())?;
+    if !yes && !agreed()? {
+        return Err(Failure(FAILED, "nothing was done".into()));
+    }
+    let holder = promotion.confirm().await?;
+    say(&format!("node {holder} is the primary\n"))
+}
+
+/// Asks on the terminal.
+fn agreed() -> Result<bool, Failure> {
+    if !io::stdin().is_terminal() {
+        return Err(usage("there is no terminal to ask on: say --yes if it is to be done"));
+    }
+    say("Type yes to go on: ")?;
+    let mut line = String::new();
+    let read = io::stdin().lock().read_line(&mut line);
+    read.map_err(|error| Failure(FAILED, error.to_string()))?;
+    Ok(line.trim() == "yes")
+}
+
+fn operator(args: &LeaseArgs) -> Result<Operator, Failure> {
+    let Some(directory) = &args.lease else {
+        return Err(usage("say with --lease which directory has the lease's record"));
+    };
+    let store = Directory::new(directory);
+    let by = std::env::var("USER").unwrap_or_else(|_| "an operator".into());
+    let mut operator = Operator::new(store, &args.cluster, &args.database).by(by);
+    if let Some(secret) = secret(args.secret_file.as_deref())? {
+        operator = operator.secret(secret);
+    }
+    Ok(args.nodes.iter().fold(operator, |operator, url| operator.node(url)))
+}
+
+/// The secret never stands on the command line, where every process sees it.
+fn secret(file: Option<&Path>) -> Result<Option<Secret>, Failure> {
+    let (text, from) = match file {
+        Some(path) => {
+            let from = path.display().to_string();
+            let bad = |error: io::Error| usage(format!("{from}: {error}"));
+            let mut text = String::new();
+            let file = std::fs::File::open(path).map_err(bad)?;
+            file.take(SECRET_MAX_BYTES).read_to_string(&mut text).map_err(bad)?;
+            (text, from)
+        }
+        None => match std::env::var("REPLITE_SECRET") {
+            Ok(text) => (text, "REPLITE_SECRET".into()),
+            Err(std::env::VarError::NotPresent) => return Ok(None),
+            Err(error) => return Err(usage(format!("REPLITE_SECRET: {error}"))),
+        },
+    };
+    Secret::new(text).map(Some).map_err(|error| usage(format!("{from}: {error}")))
+}
+
+/// Writes to standard output. A reader that has enough, such as `head`, is no failure.
+fn say(text: &str) -> Result<(), Failure> {
+    let mut out = io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => {
+            Err(Failure(FAILED, format!("standard output: {error}")))
+        }
+        _ => Ok(()),
+    }
+}

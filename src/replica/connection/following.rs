@@ -1,0 +1,68 @@
+//! Whom the node follows, and whether that one takes requests, as its stream says.
+
+use crate::context::RoleChange;
+use crate::error::Result;
+use crate::replica::Feed;
+use crate::replica::connection::PrimaryConnection;
+use crate::status::{PeerInfo, Role};
+use crate::txid::Epoch;
+use crate::wire::{Handed, HandoffStage, Message, Unit};
+
+impl<F: Feed> PrimaryConnection<'_, F> {
+    pub(super) fn follows(&mut self, epoch: Epoch, peer: PeerInfo) {
+        self.epoch = Some(epoch);
+        self.peer = Some(peer.clone());
+        let primary = (!self.drained.is_cancelled() && !self.withheld).then_some(peer);
+        self.node.change_role(RoleChange::Follows { primary, epoch });
+    }
+
+    /// An election that came to nothing may have had the node forget whom it follows.
+    pub(super) fn follows_still(&mut self) {
+        let forgot = {
+            let now = self.node.roles.borrow();
+            now.role == Role::Replica && now.primary.is_none()
+        };
+        if forgot && let (Some(epoch), Some(peer)) = (self.epoch, self.peer.clone()) {
+            self.follows(epoch, peer);
+        }
+    }
+
+    /// The primary's application is about to end. From now on the node holds requests for it, as it
+    /// does without a primary.
+    pub(super) fn drain(&mut self) {
+        tracing::info!(primary = %self.primary, "the primary takes no more requests");
+        self.drained.cancel();
+        if let (Some(epoch), Some(peer)) = (self.epoch, self.peer.clone()) {
+            self.follows(epoch, peer);
+        }
+    }
+
+    /// The primary hands its lease over, or does not after all. While it is about to, the node
+    /// holds requests for it.
+    pub(super) fn handoff(&mut self, unit: &Unit) -> Result<()> {
+        match self.decode(unit)? {
+            Message::Handoff(stage) => {
+                tracing::debug!(primary = %self.primary, ?stage, "a handoff of the primary's");
+                self.withheld = stage != HandoffStage::GoesOn;
+                if let (Some(epoch), Some(peer)) = (self.epoch, self.peer.clone()) {
+                    self.follows(epoch, peer);
+                }
+                if stage == HandoffStage::Done {
+                    if let Some(peer) = &self.peer {
+                        self.node.set_handed((peer.node, peer.incarnation));
+                    }
+                    self.node.lease.offers.hint();
+                }
+            }
+            Message::Offer(offer) => {
+                // It waits for the answer, or gives the offer up.
+                self.offers.try_send(offer).map_err(|_| self.garbled("offers without end".into()))?;
+            }
+            Message::Handed(Handed { attempt, version, record }) => {
+                self.node.lease.offers.handed(attempt, record, version);
+            }
+            _ => return Err(self.garbled(format!("a {:?} that is none", unit.kind))),
+        }
+        Ok(())
+    }
+}
