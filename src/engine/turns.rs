@@ -25,7 +25,7 @@ impl From<Error> for NotTurned {
 impl Opened {
     /// Promotion: opens this epoch, and captures from now on what is committed. Blocks.
     pub(crate) fn into_primary(mut self, epoch: Epoch) -> Result<PrimaryEngine, NotTurned> {
-        match self.begin_epoch(Some(epoch)) {
+        match self.begin_epoch_quickly(epoch) {
             Ok(connections) => Ok(PrimaryEngine::lead(self, connections)?),
             Err(error) => Err(NotTurned { error, opened: Some(Box::new(self)) }),
         }
@@ -217,7 +217,8 @@ mod tests {
             };
             times.push(Instant::now());
             assert_eq!(opened.position(), last);
-            let connections = opened.begin_epoch(Some(Epoch::new(last.epoch().number() + 1, round))).unwrap();
+            let connections =
+                opened.begin_epoch_quickly(Epoch::new(last.epoch().number() + 1, round)).unwrap();
             times.push(Instant::now());
             let next = PrimaryEngine::lead(opened, connections).unwrap();
             times.push(Instant::now());

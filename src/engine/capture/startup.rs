@@ -7,7 +7,7 @@ use crate::context::NodeContext;
 use crate::engine::capture::handle::{Connections, PrimaryEngine};
 use crate::engine::checkpoint::restart::keep_from_others;
 use crate::engine::file::database::OpenDatabase;
-use crate::engine::file::epochs::write_epochs_when;
+use crate::engine::file::epochs::{write_epochs, write_epochs_when};
 use crate::engine::file::unsynced_marker;
 use crate::engine::history::epoch::{draw_epoch, open_epoch};
 use crate::engine::history::intake_error::IntakeError;
@@ -185,6 +185,9 @@ impl Opened {
     /// the node opened the history's last epoch for this. WRITE stays held. Returns what the
     /// primary's threads read with. Blocks.
     ///
+    /// One after the other: on a full disk the reserve has room for that, and a file that is
+    /// replaced gives its room back.
+    ///
     /// # Errors
     /// [`Error::Peer`] when the epoch is not above all that the history has. After any error the
     /// database is still open, and a replica can go on with it.
@@ -192,13 +195,21 @@ impl Opened {
         let (base, handle, history) = self.parts()?;
         // An epoch must not be on the disk before the transactions that it follows.
         base.sync_own_wal()?;
-        let Some(epoch) = epoch else {
-            stand(base, handle)?;
-            return Connections::open(base);
-        };
-        let position = base.tip().position;
-        let mut next = history.up_to(position);
-        open_epoch(&mut next, epoch, position)?;
+        if let Some(epoch) = epoch {
+            let next = with_epoch(history, epoch, base.tip().position)?;
+            write_epochs(&base.options.paths, &next, true)?;
+            *history = next;
+        }
+        stand(base, handle)?;
+        Connections::open(base)
+    }
+
+    /// The same in less time, for writers wait: the parts go to the disk side by side. A disk that
+    /// is full lets that fail.
+    pub(in crate::engine) fn begin_epoch_quickly(&mut self, epoch: Epoch) -> Result<Connections> {
+        let (base, handle, history) = self.parts()?;
+        base.sync_own_wal()?;
+        let next = with_epoch(history, epoch, base.tip().position)?;
         // Both wait for the disk. The anchor is there before the epoch is.
         let (tell, told) = mpsc::sync_channel(1);
         let anchored = OnceCell::new();
@@ -226,6 +237,13 @@ impl Opened {
         let connections = connections?;
         written.map(|()| connections)
     }
+}
+
+/// The history up to this position, with the epoch that goes on from there.
+fn with_epoch(history: &EpochHistory, epoch: Epoch, position: Position) -> Result<EpochHistory> {
+    let mut next = history.up_to(position);
+    open_epoch(&mut next, epoch, position)?;
+    Ok(next)
 }
 
 /// All but the epoch that a primary's first commit has to stand on.
