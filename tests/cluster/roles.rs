@@ -270,7 +270,8 @@ fn node_process() {
             ("reach", Some(position)) => {
                 let position: Position = position.parse().unwrap();
                 runtime.block_on(db.wait_for_timeout(position.txid(), LIMIT)).unwrap();
-                // A WAL that an earlier start of a primary put aside is a copy: what it had is in the log.
+                // A primary that was killed while it committed puts its WAL aside, as a copy, when it
+                // starts: a commit in it was cut short.
                 let lost = runtime.block_on(db.lost()).unwrap();
                 let branches = lost.iter().filter(|lost| lost.kind != LostKind::Wal).count();
                 speak(&format!("reached {branches}"));
