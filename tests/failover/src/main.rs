@@ -1,6 +1,6 @@
 //! `failover [--seed S] [--rounds N] [--seconds T] [--faults a,b] [--nodes n] [--dir D] [--fixed yes]
-//! [--keep yes] [--first yes] [--plan yes]` checks, or says what it would do; `failover node ..` is one of its nodes; `failover list` names
-//! the faults.
+//! [--keep yes] [--first yes] [--plan yes]` checks, or says what it would do. `failover node ..` is
+//! one of its nodes. `failover list` names the faults.
 
 use std::collections::BTreeMap;
 use std::error::Error;
