@@ -98,6 +98,8 @@ pub(crate) struct Log {
     end: watch::Sender<u64>,
     /// Held in an fsync: of two at a time, one alone is told of a failure.
     syncing: Mutex<()>,
+    /// Locked after `state`. Held while files are removed without that.
+    removing: Mutex<()>,
 }
 
 /// What `Log::find` says.
@@ -121,7 +123,7 @@ impl Log {
     pub(crate) fn open(dir: &Path, options: LogOptions) -> Result<Arc<Log>> {
         let mut state = recover::recover(dir)?;
         state.retain(&options, Instant::now());
-        segments::remove(&std::mem::take(&mut state.garbage));
+        segments::remove(&std::mem::take(&mut state.garbage).paths);
         Ok(Arc::new(Log {
             dir: dir.to_path_buf(),
             options,
@@ -129,6 +131,7 @@ impl Log {
             tail: Mutex::new(Tail::new(options.tail_bytes)),
             state: Mutex::new(state),
             syncing: Mutex::new(()),
+            removing: Mutex::new(()),
         }))
     }
 
@@ -166,10 +169,10 @@ impl Log {
             return Ok(());
         }
         let mut state = self.lock();
-        let made_room = state.make_room(&self.options, units.len() as u64);
-        if made_room {
+        if state.make_room(&self.options, units.len() as u64) {
             // Now, not with the next sync: the quota is of the disk.
-            segments::remove(&std::mem::take(&mut state.garbage));
+            segments::remove(&std::mem::take(&mut state.garbage).paths);
+            drop(lock(&self.removing));
         }
         let lsn = state.end;
         let begun = state.append(&self.dir, &self.options, &units, after)?;
@@ -180,10 +183,9 @@ impl Log {
             state.retain(&self.options, Instant::now());
         }
         // A removal takes milliseconds, which a commit should not wait for; but the disk is finite.
-        let full = state.garbage.len() > GARBAGE_MAX;
-        let gone = if full { std::mem::take(&mut state.garbage) } else { Vec::new() };
-        drop(state);
-        segments::remove(&gone);
+        if state.garbage.paths.len() > GARBAGE_MAX {
+            self.sweep(state);
+        }
         Ok(())
     }
 
@@ -278,14 +280,26 @@ impl Log {
     /// when only the current one is left.
     pub(crate) fn drop_oldest(&self) -> bool {
         let mut state = self.lock();
-        let mut gone = std::mem::take(&mut state.garbage);
         if state.segments.len() > 1 {
-            gone.extend(state.segments.pop_front().map(|s| s.path));
+            state.drop_oldest();
         }
-        state.dir_dirty |= !gone.is_empty();
+        self.sweep(state)
+    }
+
+    /// Removes the files that no reader needs. Appends go on meanwhile. Says whether there were any.
+    fn sweep(&self, mut state: MutexGuard<'_, LogState>) -> bool {
+        let gone = std::mem::take(&mut state.garbage);
+        if gone.paths.is_empty() {
+            return false;
+        }
+        state.dir_dirty = true;
+        state.going += gone.bytes;
+        let removing = lock(&self.removing);
         drop(state);
-        segments::remove(&gone);
-        !gone.is_empty()
+        segments::remove(&gone.paths);
+        drop(removing);
+        self.lock().going -= gone.bytes;
+        true
     }
 
     /// fsyncs what was appended, and removes the files of segments that were dropped. Appends go on
@@ -317,9 +331,7 @@ impl Log {
         }
         state.rotated.retain(|(file, _)| !files.iter().any(|(synced, _)| Arc::ptr_eq(file, synced)));
         state.retain(&self.options, Instant::now());
-        let gone = std::mem::take(&mut state.garbage);
-        drop(state);
-        segments::remove(&gone);
+        self.sweep(state);
         Ok(())
     }
 

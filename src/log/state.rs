@@ -34,6 +34,10 @@ pub(super) struct Seg {
 }
 
 impl Seg {
+    pub(super) fn file_bytes(&self) -> u64 {
+        HEAD_BYTES + self.end - self.start
+    }
+
     fn cut(&mut self, lsn: u64) {
         self.end = self.end.min(lsn);
         if let Some(index) = &mut self.index {
@@ -46,8 +50,7 @@ impl Seg {
 /// says where.
 fn truncate(segment: &Seg) -> Result<(Arc<File>, PathBuf)> {
     let file = segments::open_to_write(&segment.path)?;
-    let length = HEAD_BYTES + segment.end - segment.start;
-    file.set_len(length).map_err(Error::io("truncate", &segment.path))?;
+    file.set_len(segment.file_bytes()).map_err(Error::io("truncate", &segment.path))?;
     Ok((Arc::new(file), segment.path.clone()))
 }
 
@@ -74,14 +77,30 @@ pub(super) struct LogState {
     /// Segments before the last one that were not fsynced yet.
     pub(super) rotated: Vec<(Arc<File>, PathBuf)>,
     /// Files of segments that were dropped and are still to be removed.
-    pub(super) garbage: Vec<PathBuf>,
+    pub(super) garbage: Garbage,
+    /// Bytes of those that are being removed without the log's lock.
+    pub(super) going: u64,
     /// Files were created or removed since the directory was fsynced.
     pub(super) dir_dirty: bool,
 }
 
+/// Files that no reader needs, and that still take room on the disk.
+#[derive(Default, Debug)]
+pub(super) struct Garbage {
+    pub(super) paths: Vec<PathBuf>,
+    pub(super) bytes: u64,
+}
+
+impl Garbage {
+    fn add(&mut self, dropped: Seg) {
+        self.bytes += dropped.file_bytes();
+        self.paths.push(dropped.path);
+    }
+}
+
 impl LogState {
     pub(super) fn bytes(&self) -> u64 {
-        self.segments.iter().map(|s| HEAD_BYTES + s.end - s.start).sum()
+        self.segments.iter().map(Seg::file_bytes).sum()
     }
 
     /// Appends, in a new segment where one is due. Says whether one was begun.
@@ -135,18 +154,23 @@ impl LogState {
     }
 
     /// Forgets the oldest segments, also those that readers need, until so many bytes more stay
-    /// within the quota. Says whether any went.
+    /// within the quota. Says whether files must be gone before that.
     pub(super) fn make_room(&mut self, options: &LogOptions, more: u64) -> bool {
         let mut bytes = self.bytes() + HEAD_BYTES + more;
-        let before = self.segments.len();
         while bytes > options.quota_bytes && self.segments.len() > 1 {
-            if let Some(oldest) = self.segments.pop_front() {
-                bytes -= HEAD_BYTES + oldest.end - oldest.start;
-                self.garbage.push(oldest.path);
-                self.dir_dirty = true;
-            }
+            bytes -= self.drop_oldest();
         }
-        self.segments.len() < before
+        let unneeded = self.garbage.bytes + self.going;
+        unneeded > 0 && bytes + unneeded > options.quota_bytes
+    }
+
+    /// Forgets the oldest segment. Returns the bytes of its file.
+    pub(super) fn drop_oldest(&mut self) -> u64 {
+        let Some(oldest) = self.segments.pop_front() else { return 0 };
+        let bytes = oldest.file_bytes();
+        self.garbage.add(oldest);
+        self.dir_dirty = true;
+        bytes
     }
 
     /// Begins the segment that the next record goes to. On an error nothing has changed.
@@ -265,9 +289,7 @@ impl LogState {
             if needed || !(old || bytes > options.keep_bytes) {
                 break;
             }
-            bytes -= HEAD_BYTES + oldest.end - oldest.start;
-            self.garbage.extend(self.segments.pop_front().map(|s| s.path));
-            self.dir_dirty = true;
+            bytes -= self.drop_oldest();
         }
     }
 }

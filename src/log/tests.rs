@@ -452,6 +452,28 @@ fn the_oldest_segments_go_by_size_by_age_and_not_while_pinned() {
 }
 
 #[test]
+fn files_that_are_still_to_be_removed_count_for_the_quota() {
+    let dir = tempfile::tempdir().unwrap();
+    let sized = LogOptions { keep_bytes: 12_000, quota_bytes: 20_000, ..OPTIONS };
+    let log = filled(&dir, 10, sized);
+    let on_disk = || files_of(&dir).iter().map(|f| fs::metadata(f).unwrap().len()).sum::<u64>();
+    let mut n = 10;
+    let mut most = 0;
+    for _ in 0..3 {
+        // What a replica needs is kept, up to the quota. Once it needs that no more, it is garbage.
+        let Lookup::At { lsn, .. } = log.find(log.start().unwrap().number()).unwrap() else { panic!() };
+        let pin = log.pin(lsn);
+        while log.bytes() < 18_500 {
+            n += 1;
+            put(&log, n, 1);
+            most = on_disk().max(most);
+        }
+        drop(pin);
+    }
+    assert!(most > 18_500 && most <= 20_000, "{most} bytes on the disk");
+}
+
+#[test]
 fn a_reader_beside_an_appender_sees_the_same_bytes() {
     const RECORDS: u64 = 3000;
     let dir = tempfile::tempdir().unwrap();

@@ -1,5 +1,7 @@
 //! The log's quota of the disk.
 
+use std::collections::HashMap;
+use std::ffi::OsString;
 use std::fs;
 use std::path::Path;
 use std::sync::Arc;
@@ -10,11 +12,15 @@ use replite::{Config, Db, Error, Event};
 
 use crate::support::*;
 
-/// Bytes of a node's log on the disk.
+/// Bytes of a node's log on the disk, at the least: what was there at one instant. Files come, grow
+/// and go while they are looked at, so those count that a second look finds as well.
 fn on_disk(path: &Path) -> u64 {
-    let entries = fs::read_dir(path).unwrap();
-    // A segment may be removed between the two looks.
-    entries.filter_map(|entry| entry.ok()?.metadata().ok()).map(|meta| meta.len()).sum()
+    let look = || -> HashMap<OsString, u64> {
+        let entries = fs::read_dir(path).unwrap().map(Result::unwrap);
+        entries.filter_map(|entry| Some((entry.file_name(), entry.metadata().ok()?.len()))).collect()
+    };
+    let (first, second) = (look(), look());
+    first.iter().filter(|(name, _)| second.contains_key(*name)).map(|(_, bytes)| bytes).sum()
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
