@@ -37,7 +37,7 @@ use std::time::Instant;
 /// Figures that are measured together, and what measures them.
 type Figure = (&'static [&'static str], fn());
 
-const FIGURES: [Figure; 27] = [
+const FIGURES: [Figure; 29] = [
     (&["commit_normal_ratio"], commits::normal),
     (&["commit_full_ratio"], commits::full),
     (&["group_commit_ratio"], commits::group),
@@ -47,6 +47,8 @@ const FIGURES: [Figure; 27] = [
     (&["apply_under_readers_p99_ms"], reads::apply_under_readers),
     (&["lag_p50_us", "lag_p99_us"], streams::lag),
     (&["lag_mounted_p50_us", "lag_mounted_p90_us"], streams::lag_mounted),
+    (&["tls_lag_ratio"], streams::tls_lag),
+    (&["tls_snapshot_ratio"], streams::tls_snapshot),
     (&["catchup_txn_per_s"], streams::catch_up),
     (&["snapshot_cp_ratio", "big_txn_memory_mib"], streams::bulk),
     (&["layer_get_us", "replay_post_us"], doors::layer),

@@ -31,6 +31,8 @@ type Settled = (Result<()>, oneshot::Sender<Result<()>>);
 struct AppliedState {
     position: Option<Position>,
     history: Arc<EpochHistory>,
+    /// The history that was forgotten, until another one is known.
+    forgotten: Arc<EpochHistory>,
     /// This node is the primary, whose word the history is.
     leads: bool,
     /// Epochs that were in the history before it was replaced by another, newest last. Not kept
@@ -48,6 +50,7 @@ impl Applied {
             inner: Mutex::new(AppliedState {
                 position: None,
                 history: Arc::default(),
+                forgotten: Arc::default(),
                 leads: false,
                 left: VecDeque::new(),
                 waiters: BTreeMap::new(),
@@ -103,7 +106,11 @@ impl Applied {
     fn take_over(&self, history: EpochHistory, position: Option<Position>, leads: bool) {
         let mut inner = self.lock();
         let before = std::mem::replace(&mut inner.history, Arc::new(history));
-        let left: Vec<Epoch> = before.left_for(&inner.history).collect();
+        let mut left: Vec<Epoch> = before.left_for(&inner.history).collect();
+        if !inner.history.is_empty() {
+            let forgotten = std::mem::take(&mut inner.forgotten);
+            left.extend(forgotten.left_for(&inner.history));
+        }
         inner.left.extend(left);
         let excess = inner.left.len().saturating_sub(LEFT_MAX);
         inner.left.drain(..excess);
@@ -120,7 +127,10 @@ impl Applied {
     /// wait go on waiting.
     pub(crate) fn forget(&self) {
         let mut inner = self.lock();
-        inner.history = Arc::default();
+        let history = std::mem::take(&mut inner.history);
+        if !history.is_empty() {
+            inner.forgotten = history;
+        }
         inner.position = None;
         drop(inner);
         self.watch.send_replace(None);
@@ -372,6 +382,13 @@ mod tests {
         assert!(matches!(waiting, Err(Error::Timeout { .. })), "{waiting:?}");
         applied.replace(history(&[(1, 1)]), Some(at(1, 3)));
         applied.wait_for(at(1, 3).txid(), Duration::from_millis(1)).await.unwrap();
+        // Only when the next history is known can it be said what that one lacks.
+        applied.forget();
+        applied.replace(history(&[]), None);
+        let waiting = applied.wait_for(txid(1, 9), Duration::from_millis(1)).await;
+        assert!(matches!(waiting, Err(Error::Timeout { .. })), "{waiting:?}");
+        applied.replace(history(&[(3, 1)]), Some(at(3, 1)));
+        assert!(matches!(applied.wait_for(txid(1, 9), LONG).await, Err(Error::Lost { .. })));
     }
 
     #[test]

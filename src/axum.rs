@@ -92,6 +92,7 @@ fn sort(error: &Error) -> (StatusCode, &'static str) {
         | Error::Peer { .. }
         | Error::Corrupt { .. }
         | Error::Newer { .. }
+        | Error::Older { .. }
         | Error::Damaged { .. }
         | Error::Mismatch { .. }
         | Error::LostFull { .. }
@@ -224,6 +225,7 @@ mod tests {
             Error::Corrupt { .. } =>
                 Error::Corrupt { path: path(), offset: 0, what: text(), cure: "x" }, Disk, 500, None;
             Error::Newer { .. } => Error::Newer { path: path(), found: 2, supported: 1 }, Disk, 500, None;
+            Error::Older { .. } => Error::Older { path: path(), found: 1, supported: 2 }, Disk, 500, None;
             Error::Damaged { .. } => Error::Damaged { path: path(), what: text() }, Disk, 500, None;
             Error::Mismatch { .. } => Error::Mismatch { expected: text(), found: text() }, Disk, 500, None;
             Error::LostFull { .. } =>

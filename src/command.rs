@@ -19,7 +19,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::context::{CommandAnswer, Description, Fitness, NodeContext, OperatorCommand};
 use crate::error::{PeerProblem, shown};
-use crate::handshake::{self, Asker, COMMAND_PATH, Knock};
+use crate::handshake::{self, Asker, COMMAND_PATH};
 use crate::net::{self, Endpoint, Incoming};
 use crate::peer::NodeId;
 use crate::primary::StreamSender;
@@ -144,6 +144,7 @@ pub(crate) fn describe(node: &NodeContext) -> Description {
     let ends = draining || state.role == Role::Stopped;
     Description {
         peer: node.me.clone(),
+        key: node.channel.key(),
         role: state.role,
         epoch: state.epoch,
         heard: node.highest_epoch(),
@@ -228,10 +229,7 @@ async fn exchange(
     sent: &mut bool,
     tracker: &TaskTracker,
 ) -> Result<(NodeId, CommandAnswer), PeerProblem> {
-    let ours = |error: crate::error::Error| PeerProblem::Connection(error.to_string());
-    let knock = Knock::by(asker).map_err(ours)?;
-    let headers = knock.headers(&asker.keys).map_err(ours)?;
-    let opened = net::open(to, COMMAND_PATH, headers, tracker).await?;
+    let (knock, opened) = asker.knock(to, COMMAND_PATH, tracker).await?;
     let net::OpenResponse { status, headers, mut body, mut request, guard: _guard, .. } = opened;
     let answer = match handshake::read_head((status, &headers), &knock, &asker.keys) {
         Ok((answer, _)) => answer,
@@ -256,7 +254,12 @@ async fn exchange(
         return Err(PeerProblem::Secret);
     }
     let garbled = |_| PeerProblem::Garbled("an answer that makes no sense to this version".into());
-    let said = plain(serde_json::from_slice(said).map_err(garbled)?)?;
+    let mut said = plain(serde_json::from_slice(said).map_err(garbled)?)?;
+    if let CommandAnswer::Described(described) = &mut said
+        && knock.binding.is_private()
+    {
+        described.key = knock.binding.server();
+    }
     Ok((answer.node, said))
 }
 

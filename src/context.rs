@@ -19,10 +19,12 @@ use tokio::sync::{broadcast, watch};
 use tokio_util::sync::CancellationToken;
 
 use crate::applied::Applied;
+use crate::channel::Channel;
 use crate::error::{Cause, Error};
 use crate::fence::Fence;
+use crate::keys::{DatabaseKeys, KeysInUse};
 use crate::lock::lock;
-use crate::peer::{Incarnation, NodeId};
+use crate::peer::{Incarnation, NodeId, PeerKey};
 use crate::report::{Condition, Part, Reports};
 use crate::secret::Keyring;
 use crate::status::{Event, Lag, PeerInfo, Role};
@@ -41,6 +43,8 @@ pub(crate) use running::{CountOnce, RunningRequest};
 pub(crate) use seldom::Seldom;
 pub(crate) use to_disk::ToDisk;
 
+/// A lag that was said longer ago tells nothing: a node that follows says it ten times a second.
+const LAG_SAID_MAX: Duration = Duration::from_secs(2);
 /// After a read failed: for how long no other may fail before a read that works says that reads
 /// work again.
 const READS_QUIET: Duration = Duration::from_secs(1);
@@ -62,6 +66,10 @@ pub(crate) struct NodeContext {
     /// The database's name in the cluster.
     pub(crate) database: String,
     pub(crate) keys: Keyring,
+    /// How it speaks with other nodes.
+    pub(crate) channel: Channel,
+    /// Those of the database.
+    pub(crate) database_keys: KeysInUse,
     pub(crate) applied: Arc<Applied>,
     /// The role; doors look here to decide whether to forward.
     pub(crate) roles: RoleValue,
@@ -70,7 +78,7 @@ pub(crate) struct NodeContext {
     /// What has to do with a lease.
     pub(crate) lease: LeaseContext,
     /// On a replica, how far it lags.
-    pub(crate) lag: Mutex<Option<Lag>>,
+    lag: Mutex<Option<(Lag, tokio::time::Instant)>>,
     /// Why replication has stopped for good.
     failure: Mutex<Option<Cause>>,
     /// Its problems and events.
@@ -122,9 +130,10 @@ impl NodeContext {
         me: PeerInfo,
         cluster: String,
         database: String,
-        keys: Keyring,
+        (keys, channel): (Keyring, Channel),
         role: Role,
         lease: LeaseContext,
+        database_keys: DatabaseKeys,
     ) -> Arc<NodeContext> {
         let stop = CancellationToken::new();
         Arc::new(NodeContext {
@@ -132,6 +141,8 @@ impl NodeContext {
             cluster,
             database,
             keys,
+            channel,
+            database_keys: KeysInUse::new(database_keys),
             applied: Applied::new(),
             roles: RoleValue::new(role),
             fence: Arc::new(Fence::unlimited()),
@@ -369,9 +380,9 @@ impl NodeContext {
 
     /// A peer that claims to be `node` knocked with another secret. Strangers can do that as often
     /// as they like, so the node reports it only now and then.
-    pub(crate) fn other_secret(&self, node: NodeId) {
+    pub(crate) fn other_secret(&self, node: NodeId, key: Option<PeerKey>) {
         if let Some(times) = self.strangers.happened() {
-            self.report(Condition::OtherSecret { database: &self.database, node, times });
+            self.report(Condition::OtherSecret { database: &self.database, node, key, times });
         }
     }
 
@@ -405,7 +416,21 @@ impl NodeContext {
     }
 
     pub(crate) fn set_lag(&self, lag: Option<Lag>) {
-        *lock(&self.lag) = lag;
+        *lock(&self.lag) = lag.map(|lag| (lag, tokio::time::Instant::now()));
+    }
+
+    /// How far it lags by now. What was said before it stopped to follow, or while its runtime runs
+    /// nothing, grows old.
+    pub(crate) fn lag(&self) -> Option<Lag> {
+        let (lag, said) = (*lock(&self.lag))?;
+        let since = said.elapsed();
+        let is_new = since <= LAG_SAID_MAX;
+        Some(Lag {
+            transactions: lag.transactions.filter(|_| is_new),
+            age: lag.age.map(|age| age + since),
+            connected: lag.connected && is_new,
+            stale: lag.stale + since,
+        })
     }
 }
 

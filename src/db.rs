@@ -1,5 +1,6 @@
 //! The handle that an application holds.
 
+mod channel;
 mod checkpoint;
 mod config;
 mod events;
@@ -12,6 +13,8 @@ mod roles;
 mod shutdown;
 mod snapshot;
 mod status;
+#[cfg(all(test, feature = "tls"))]
+mod tests;
 mod verify;
 mod write;
 
@@ -28,7 +31,6 @@ use crate::node::database::LastHandle;
 use crate::node::slot::Running;
 use crate::peer::NodeId;
 use crate::proxy::{PrimaryClient, ReplayLayer};
-use crate::secret::Secret;
 use crate::server::{Mount, ReplicationService};
 use crate::session::{self, Session};
 use crate::status::{LoggedTransaction, PeerInfo, Role};
@@ -351,17 +353,6 @@ impl Db {
         }
     }
 
-    /// Replaces the cluster's secrets while everything runs, the newest first. A node proves with
-    /// the first and accepts all: give every node `[old, new]`, then every node `[new, old]`, then
-    /// `[new]`.
-    ///
-    /// # Errors
-    /// [`Error::Config`] when there are too many, or when the node had no secret and is to have
-    /// one, or the reverse.
-    pub fn rotate_secrets(&self, secrets: &[Secret]) -> Result<()> {
-        self.inner.node.keys.rotate(secrets)
-    }
-
     /// The replication endpoint, to be mounted at `/_replite` of the application's own server,
     /// which must speak HTTP/2. It needs a secret: behind a reverse proxy everybody comes from a
     /// loopback address. An own listener ([`Config::listen`]) that the public can't reach is the
@@ -373,7 +364,7 @@ impl Db {
     /// The layer that lets every node take every request. Those that may change something go to the
     /// primary, and clients read their own writes on every node. See [`ReplayLayer`].
     pub fn replay_layer(&self) -> ReplayLayer {
-        ReplayLayer::new(self.inner.node.clone())
+        ReplayLayer::new(self.inner.node.clone()).with_tls(self.inner.app_tls.clone())
     }
 
     /// A tower service that sends requests to the primary's application, wherever that is: for jobs
@@ -397,9 +388,11 @@ impl Db {
     }
 
     /// A token for a transaction: what a client carries to read its own write on another node. The
-    /// layer sets and reads them by itself; this is for other ways of carrying them.
-    pub fn token(&self, txid: Txid) -> Token {
-        Token::sign(&self.inner.node, txid)
+    /// layer sets and reads them by itself; this is for other ways of carrying them. None on a
+    /// follower ([`Config::follower_secret`]), whose tokens no node would take.
+    pub fn token(&self, txid: Txid) -> Option<Token> {
+        let node = &self.inner.node;
+        (!node.keys.is_follower()).then(|| Token::sign(node, txid))
     }
 
     /// What the request that this task works for did to this database; none outside of the
@@ -409,7 +402,7 @@ impl Db {
     }
 
     /// The transaction of a token's text; none when it is not one of this database, or its proof
-    /// does not hold.
+    /// does not hold. None, too, on a follower ([`Config::follower_secret`]), which can't tell.
     pub fn verify_token(&self, text: &str) -> Option<Txid> {
         Token::verify(&self.inner.node, text)
     }

@@ -56,6 +56,7 @@ pub(crate) use incoming::overlay::{Overlay, PageStore};
 pub use lost::{Lost, LostBranch, LostKind, LostRow, LostRows};
 pub use options::Durability;
 pub(crate) use options::EngineOptions;
+pub(crate) use recover::key_of_files;
 pub(crate) use recover::opened::Opened;
 pub(crate) use source::{PIECE_BYTES, Piece, answer};
 pub(crate) use turns::NotTurned;

@@ -8,9 +8,10 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use crate::parse::ParseError;
-use crate::status::{PeerInfo, is_plain};
+use crate::status::PeerInfo;
 use crate::txid::Txid;
 
+pub(crate) use kinds::shown;
 pub use kinds::{PeerProblem, Unsupported};
 
 /// What the crate's functions return.
@@ -260,6 +261,22 @@ pub enum Error {
         /// The newest version that can be read.
         supported: u32,
     },
+    /// A file was written by an earlier version whose format is not read any more, and was left as
+    /// it is. Nothing was committed. Stop the node and move its state directory away. A replica is
+    /// then led to its primary's state, and keeps what differs; a primary begins a new branch.
+    #[error(
+        "{} has format version {found}, and this version reads none before {supported}: stop the node, move \
+         its state directory away and start it again; its primary takes the database over, as a new branch",
+        path.display()
+    )]
+    Older {
+        /// The file.
+        path: PathBuf,
+        /// Its format's version.
+        found: u32,
+        /// The oldest version that can be read.
+        supported: u32,
+    },
     /// The database's files are damaged. What is left of them is no committed state that could be
     /// proved, or can be read in two ways. Or it lacks transactions that were on the disk. Nothing
     /// was changed. The text says what is known, which transactions no file has any more, and what
@@ -367,24 +384,6 @@ pub enum Error {
     Internal(String),
 }
 
-/// A text of somebody else as it may stand in logs and problems: in one line, and of so many bytes
-/// at most.
-pub(crate) fn shown(text: &str, max_bytes: usize) -> String {
-    let mut out = String::new();
-    for c in text.chars() {
-        if out.len() >= max_bytes {
-            out.push('…');
-            break;
-        }
-        match c {
-            c if is_plain(c) => out.push(c),
-            '\n' | '\r' | '\t' => out.extend(c.escape_default()),
-            c => out.extend(c.escape_unicode()),
-        }
-    }
-    out
-}
-
 impl Error {
     /// Whether a disk, or somebody's share of it, is full.
     pub(crate) fn no_room(&self) -> bool {
@@ -433,9 +432,11 @@ impl Error {
             | Error::OnPromote(_)
             | Error::Sqlite(_) => Blame::Caller,
             Error::Peer { .. } => Blame::Peer,
-            Error::Corrupt { .. } | Error::Newer { .. } | Error::Damaged { .. } | Error::Mismatch { .. } => {
-                Blame::Disk
-            }
+            Error::Corrupt { .. }
+            | Error::Newer { .. }
+            | Error::Older { .. }
+            | Error::Damaged { .. }
+            | Error::Mismatch { .. } => Blame::Disk,
             Error::Io { .. } | Error::LostFull { .. } | Error::Disturbed(_) | Error::NoRandom(_) => {
                 Blame::Outside
             }

@@ -8,7 +8,10 @@
 //! can put something there could have us write over files that are not that user's, or read forged
 //! ones.
 
+mod certificates;
+pub(crate) mod channel_key;
 mod inode;
+pub(crate) mod keys;
 pub(crate) mod lease;
 mod modes;
 mod names;
@@ -16,6 +19,7 @@ mod paths;
 mod positioned;
 pub(crate) mod reserve;
 pub(crate) mod sealed;
+mod secret;
 mod state_directory;
 
 use std::fs::{self, File, OpenOptions};
@@ -27,6 +31,7 @@ use crate::files::modes::limit;
 #[cfg(unix)]
 use crate::files::modes::{database_mode, give};
 
+pub(crate) use certificates::CertificateFiles;
 pub(crate) use inode::Inode;
 pub(crate) use modes::{PRIVATE, set_mode};
 pub(crate) use names::{absent, parent_of, place, remove, remove_directory, sync_directory, sync_name};

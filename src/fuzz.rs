@@ -6,16 +6,21 @@
 //! otherwise nothing after the hash would be reached.
 
 use std::fs;
+use std::pin::pin;
+use std::sync::OnceLock;
+use std::task::{Context, Waker};
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
+use crate::channel::{Binding, Channel};
 use crate::context::{LeaseContext, NodeContext};
-use crate::handshake::{Answer, Knock, Refusal};
+use crate::handshake::{Answer, Knock, Refusal, TunnelKnock};
+use crate::keys::DatabaseKeys;
 use crate::log::{Log, LogOptions, Lookup};
 use crate::net::Endpoint;
 use crate::page::PageSize;
-use crate::peer::{Incarnation, NodeId};
+use crate::peer::{Incarnation, NodeId, PeerKey};
 use crate::secret::{Keyring, Secret};
 use crate::status::{Addresses, PeerInfo, Role};
 use crate::token::Token;
@@ -23,11 +28,14 @@ use crate::txid::{EpochHistory, EpochStart, NUMBER_MAX};
 use crate::wire::{self, Decoder, Kind, Message, TxnBegin, TxnEnd, Unit};
 use crate::{Checksum, Epoch, Position, Txid};
 
+/// The keys of the inputs.
+const KEYS: DatabaseKeys = DatabaseKeys::fixed(7);
+
 /// A decoder and its name, under which `fuzz/` knows it.
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 13] = [
+pub const TARGETS: [Target; 14] = [
     ("wire", wire),
     ("wire_sealed", wire_sealed),
     ("log", log),
@@ -38,6 +46,7 @@ pub const TARGETS: [Target; 13] = [
     ("lost", crate::engine::fuzz_lost),
     ("identity", identity),
     ("handshake", handshake),
+    ("tls", tls),
     ("texts", texts),
     ("http", http),
     ("record", crate::lease::record::fuzz_record),
@@ -46,7 +55,7 @@ pub const TARGETS: [Target; 13] = [
 /// Units out of chunks of any size; what decodes encodes to the same bytes.
 pub fn wire(data: &[u8]) {
     let Some((&size, rest)) = data.split_first() else { return };
-    let mut decoder = Decoder::default();
+    let mut decoder = Decoder::new(Some(KEYS.page));
     for chunk in rest.chunks(usize::from(size) + 1) {
         decoder.push(Bytes::copy_from_slice(chunk));
         while let Ok(Some(unit)) = decoder.next() {
@@ -59,8 +68,8 @@ pub fn wire(data: &[u8]) {
 /// The fields of a unit of any kind, after a hash that fits.
 pub fn wire_sealed(data: &[u8]) {
     let Some((&kind, payload)) = data.split_first() else { return };
-    let mut decoder = Decoder::default();
-    decoder.push(wire::sealed(kind, payload));
+    let mut decoder = Decoder::new(Some(KEYS.page));
+    decoder.push(wire::sealed(kind, payload, KEYS.page));
     if let Ok(Some(unit)) = decoder.next() {
         round_trip(&unit);
     }
@@ -96,7 +105,7 @@ pub fn log_sealed(mut data: &[u8]) {
     let mut segments: Vec<Vec<u8>> = Vec::new();
     while let Some((&[kind, l0, l1], rest)) = data.split_first_chunk() {
         let (payload, rest) = rest.split_at(usize::from(u16::from_le_bytes([l0, l1])).min(rest.len()));
-        let mut unit = wire::sealed(kind & !BROKEN, payload).to_vec();
+        let mut unit = wire::sealed(kind & !BROKEN, payload, KEYS.page).to_vec();
         if kind & BROKEN != 0 {
             unit[8] ^= 1;
         }
@@ -112,6 +121,7 @@ pub fn log_sealed(mut data: &[u8]) {
 /// Opens a log of these segments, and asks it for all that it knows.
 fn read_log<'a>(segments: impl Iterator<Item = &'a [u8]>) {
     let options = LogOptions {
+        page_key: KEYS.page,
         segment_bytes: 4096,
         keep_bytes: 1 << 20,
         keep_age: std::time::Duration::from_secs(3600),
@@ -187,7 +197,7 @@ fn keys() -> Keyring {
 /// The heads of an exchange.
 pub fn handshake(data: &[u8]) {
     let (headers, keys) = (headers(data), keys());
-    let _ = Knock::read(&headers, &keys);
+    let _ = Knock::read(&headers, &keys, Binding::NONE);
     let knock = Knock {
         version: 1,
         cluster: "test".into(),
@@ -195,15 +205,42 @@ pub fn handshake(data: &[u8]) {
         node: NodeId::from_u128(1),
         incarnation: Incarnation::from_u128(2),
         nonce: [3; 32],
+        binding: Binding::NONE,
     };
     let _ = Answer::read(&headers, &knock, &keys);
     let _ = Refusal::read(&headers, "app");
+    let _ = TunnelKnock::read(&headers, &keys);
 }
 
-/// The small files of the state directory that say who the node is, and of whom it has heard.
+/// What a peer says first in TLS, to the side that was dialled (where the first byte is even) or to
+/// the one that dialled, until it hangs up.
+pub fn tls(data: &[u8]) {
+    static CHANNEL: OnceLock<Channel> = OnceLock::new();
+    let Some((&side, rest)) = data.split_first() else { return };
+    let channel = CHANNEL.get_or_init(|| Channel::ephemeral(None).expect("a key"));
+    let io = tokio::io::join(rest, tokio::io::sink());
+    let begun = async {
+        match side % 2 {
+            0 => channel.accept(io).await,
+            _ => channel.connect(io).await,
+        }
+    };
+    // It may wait for a moment to have its own last word read.
+    static RUNTIME: OnceLock<tokio::runtime::Runtime> = OnceLock::new();
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_time().build();
+    let _entered = RUNTIME.get_or_init(|| runtime().expect("a runtime")).enter();
+    // All that comes is there, so it never waits. Nothing that was said before it fits its keys.
+    let begun = pin!(begun).poll(&mut Context::from_waker(Waker::noop()));
+    assert!(matches!(begun, std::task::Poll::Ready(Err(_))));
+}
+
+/// The small files of the state directory that say who the node is, which keys it has, and of whom
+/// it has heard.
 pub fn identity(data: &[u8]) {
     crate::db::fuzz_identity(data);
+    crate::files::keys::fuzz_keys(data);
     crate::files::lease::fuzz_lease(data);
+    crate::files::channel_key::fuzz_channel_key(data);
 }
 
 /// Words that people and clients write: identifiers, tokens, URLs, the bytes of an epoch history.
@@ -219,16 +256,25 @@ pub fn texts(data: &[u8]) {
             }
         )* };
     }
-    round_trips!(Txid, Epoch, Position, Checksum);
+    round_trips!(Txid, Epoch, Position, Checksum, PeerKey);
     if let Ok(txid) = text.parse::<Txid>() {
         let mut history = EpochHistory::default();
         history.push(EpochStart { epoch: txid.epoch(), first: 0, before: Checksum::EMPTY });
         let _ = history.place(txid);
     }
-    let _ = Endpoint::parse(text);
+    if let Ok(endpoint) = Endpoint::parse(text) {
+        assert_eq!(Endpoint::parse(&endpoint.to_string()).ok(), Some(endpoint));
+    }
     let me = PeerInfo { node: NodeId::NIL, incarnation: Incarnation::NIL, addresses: Addresses::default() };
-    let node =
-        NodeContext::new(me, "test".into(), "app".into(), keys(), Role::Primary, LeaseContext::fixed());
+    let node = NodeContext::new(
+        me,
+        "test".into(),
+        "app".into(),
+        (keys(), crate::channel::Channel::open()),
+        Role::Primary,
+        LeaseContext::fixed(),
+        KEYS,
+    );
     if let Some(txid) = Token::verify(&node, text) {
         // Hex digits have two forms.
         assert!(Token::sign(&node, txid).as_str().eq_ignore_ascii_case(text));
@@ -243,6 +289,7 @@ mod tests {
     use rand::{Rng, SeedableRng};
 
     use super::*;
+    use crate::handshake::Asker;
 
     fn corpus(target: &str) -> PathBuf {
         Path::new(env!("CARGO_MANIFEST_DIR")).join("fuzz/corpus").join(target)
@@ -294,6 +341,23 @@ mod tests {
         }
     }
 
+    /// What both sides say first.
+    fn first_flights() -> [(&'static str, Vec<u8>); 2] {
+        let begin = |side: u8, heard: &[u8]| {
+            let (channel, mut said) = (Channel::ephemeral(None).unwrap(), vec![side ^ 1]);
+            let io = tokio::io::join(heard, &mut said);
+            let context = &mut Context::from_waker(Waker::noop());
+            let ended = match side {
+                0 => pin!(channel.accept(io)).poll(context).map(|ended| ended.is_err()),
+                _ => pin!(channel.connect(io)).poll(context).map(|ended| ended.is_err()),
+            };
+            assert!(matches!(ended, std::task::Poll::Ready(true)));
+            said
+        };
+        let client = begin(1, &[]);
+        [("server", begin(0, &client[1..])), ("client", client)]
+    }
+
     /// Writes the seeds that the corpus began with.
     #[test]
     #[ignore = "writes into the sources"]
@@ -309,11 +373,16 @@ mod tests {
             write(target, name, &bytes);
         }
         write("identity", "node", &crate::db::fuzz_identity_seed());
+        write("identity", "database-keys", &crate::files::keys::fuzz_keys_seed());
         for (name, bytes) in crate::lease::record::seeds() {
             write("record", name, &bytes);
         }
         for (name, bytes) in crate::files::lease::fuzz_lease_seeds() {
             write("identity", name, &bytes);
+        }
+        write("identity", "channel-key", &crate::files::channel_key::fuzz_channel_key_seed().unwrap());
+        for (name, bytes) in first_flights() {
+            write("tls", name, &bytes);
         }
         let keys = keys();
         let knock = Knock {
@@ -323,13 +392,23 @@ mod tests {
             node: NodeId::from_u128(1),
             incarnation: Incarnation::from_u128(2),
             nonce: [3; 32],
+            binding: Binding::NONE,
         };
         let answer =
             Answer { node: NodeId::from_u128(5), incarnation: Incarnation::from_u128(6), nonce: [9; 32] };
+        let asker = Asker {
+            keys: keys.clone(),
+            cluster: "test".into(),
+            database: "app".into(),
+            node: knock.node,
+            incarnation: knock.incarnation,
+            channel: Channel::open(),
+        };
         let heads = [
             ("knock", knock.headers(&keys).unwrap()),
             ("answer", answer.headers(&knock, &keys).unwrap()),
             ("refusal", Refusal::Cluster("other".into()).headers()),
+            ("tunnel", TunnelKnock::headers(&asker).unwrap()),
         ];
         for (name, headers) in heads {
             let lines = headers
@@ -349,14 +428,17 @@ mod tests {
             me,
             "test".into(),
             "app".into(),
-            self::keys(),
+            (self::keys(), crate::channel::Channel::open()),
             Role::Primary,
             LeaseContext::fixed(),
+            KEYS,
         );
         write("texts", "txid", txid.to_string().as_bytes());
         write("texts", "position", position.to_string().as_bytes());
         write("texts", "token", Token::sign(&node, txid).as_str().as_bytes());
         write("texts", "url", b"http://[::1]:8081/_replite");
+        write("texts", "url_own", b"replite://[::1]:8081");
+        write("texts", "peer_key", "0f".repeat(32).as_bytes());
         let mut history = EpochHistory::default();
         for n in 1..4 {
             let epoch = Epoch::new(n, n * 9);

@@ -4,8 +4,10 @@
 #![doc = "[docs/trouble.md]: crate::guide::trouble"]
 #![doc = "[docs/failover.md]: crate::guide::failover"]
 #![doc = "[docs/operator.md]: crate::guide::operator"]
+#![doc = "[docs/trust.md]: crate::guide::trust"]
 #![doc = "[docs/design.md]: https://docs.rs/crate/replite/latest/source/docs/design.md"]
 #![doc = "[ARCHITECTURE.md]: https://docs.rs/crate/replite/latest/source/ARCHITECTURE.md"]
+#![doc = "[SECURITY.md]: https://docs.rs/crate/replite/latest/source/SECURITY.md"]
 #![doc = "[CHANGELOG.md]: https://docs.rs/crate/replite/latest/source/CHANGELOG.md"]
 #![doc = "[benches/README.md]: https://docs.rs/crate/replite/latest/source/benches/README.md"]
 #![doc = ""]
@@ -16,6 +18,7 @@
 #[doc = "[trouble.md]: crate::guide::trouble"]
 #[doc = "[failover.md]: crate::guide::failover"]
 #[doc = "[operator.md]: crate::guide::operator"]
+#[doc = "[trust.md]: crate::guide::trust"]
 #[doc = "[migrations.md]: crate::guide::migrations"]
 #[doc = "[bad pages]: crate::guide::trouble#bad-pages-of-a-primary"]
 #[doc = "[beside us]: crate#what-else-may-use-sqlite-beside-us"]
@@ -42,6 +45,13 @@ pub mod guide {
     #[doc = include_str!("../docs/operator.md")]
     pub mod operator {}
 
+    #[doc = "[SECURITY.md]: https://docs.rs/crate/replite/latest/source/SECURITY.md"]
+    #[doc = "[Secrets and addresses]: crate::guide#secrets-and-addresses"]
+    #[doc = "[channel in the design]: https://docs.rs/crate/replite/latest/source/docs/design.md"]
+    #[doc = ""]
+    #[doc = include_str!("../docs/trust.md")]
+    pub mod trust {}
+
     // Its code needs a crate that the example of its own in `examples/migrations` has, which runs
     // it.
     #[cfg(not(doctest))]
@@ -52,6 +62,7 @@ pub mod guide {
 mod applied;
 #[cfg(feature = "axum")]
 mod axum;
+mod channel;
 mod checksum;
 mod command;
 mod context;
@@ -70,6 +81,7 @@ mod files;
 pub mod fuzz;
 mod handshake;
 mod hex;
+mod keys;
 pub mod lease;
 mod lock;
 mod log;
@@ -100,13 +112,14 @@ mod txid;
 mod wal;
 mod wire;
 
+pub use channel::{Certificates, Plaintext};
 pub use checksum::Checksum;
 pub use db::{Commit, Config, ConnectionKind, Db, Events, Repair, Snapshot, WriterGuard};
 pub use engine::{Durability, Lost, LostBranch, LostKind, LostRow, LostRows};
 pub use error::{Blame, Cause, Error, PeerProblem, Result, Unsupported};
 pub use page::{PageNo, PageSize};
 pub use parse::ParseError;
-pub use peer::{Incarnation, NodeId};
+pub use peer::{Incarnation, NodeId, PeerKey};
 pub use proxy::{
     Failure, Forwarding, Outcome, PrimaryClient, Reason, ReplayLayer, ReplayRequestBody, ReplayResponseBody,
     ReplayService, ResponseFuture, Route, SameSite, SessionTokens, Upgrades,

@@ -1,8 +1,9 @@
 //! The retained transaction records of a node.
 //!
 //! The log is a directory of append-only segments. A segment is a file named `<start>.log`, `start`
-//! being 16 hex digits. It begins with one SEGMENT unit ([`crate::wire`]; 80 bytes), which repeats
-//! `start` and states the position before the segment's first record. The rest is records, byte for
+//! being 16 hex digits. It begins with one SEGMENT unit ([`crate::wire`]; 96 bytes), which repeats
+//! `start` and states the position before the segment's first record, and which page key the
+//! records go with. The rest is records, byte for
 //! byte as they are streamed:
 //!
 //! ```text
@@ -11,7 +12,7 @@
 //! ```
 //!
 //! **Addresses.** A log address ("LSN") counts record bytes only. A byte at `offset` of a segment's
-//! file has the address `start + offset - 80`. A reader that crosses into the next segment
+//! file has the address `start + offset - 96`. A reader that crosses into the next segment
 //! therefore sees records and nothing else. A segment ends between two records.
 //!
 //! Within one opening of the log an address never stands for two different bytes. When bytes are
@@ -27,8 +28,9 @@
 //! its last complete record. It verifies the segment before that, too, which may not have been
 //! fsynced. A segment is fsynced, at the latest, when the second one after it begins. It trusts the
 //! heads and lengths of older ones; a replica that receives their units verifies them anyway. At a
-//! gap it drops everything before it. A segment whose head was written by a newer version is an
-//! error, and then nothing is changed.
+//! gap it drops everything before it. A segment whose head was written by another version is an
+//! error, and then nothing is changed. Segments of another page key are moved away before
+//! ([`move_other`]).
 //!
 //! **Crash points.** A torn append, a torn head of a new segment, an aborted record: `open` cuts
 //! them off. A removal that did not reach the disk: the segment is back. If it no longer fits the
@@ -41,10 +43,12 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use tokio::sync::watch;
 
+use crate::checksum::PageKey;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::lock::lock;
 use crate::txid::Position;
+use crate::wire::Decoder;
 
 mod marks;
 mod read;
@@ -60,6 +64,7 @@ mod transactions;
 pub(crate) use marks::Touched;
 #[cfg(test)]
 pub(crate) use marks::mark_numbers;
+pub(crate) use recover::{key_of, move_other};
 pub(crate) use segments::no_room;
 use state::LogState;
 use tail::Tail;
@@ -74,6 +79,8 @@ const GARBAGE_MAX: usize = 2;
 
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct LogOptions {
+    /// The database's: what the pages in its records are hashed with.
+    pub(crate) page_key: PageKey,
     pub(crate) segment_bytes: u64,
     /// Segments are dropped, oldest first, when all together are larger than this ...
     pub(crate) keep_bytes: u64,
@@ -118,10 +125,10 @@ impl Log {
     /// Opens the log in `dir` (created when missing) and cuts off a torn or unfinished tail.
     ///
     /// # Errors
-    /// [`Error::Newer`], with all files left as they are; [`Error::Io`]. Corrupt bytes are no
-    /// error: `open` cuts them off or drops them, and a log line says so.
+    /// [`Error::Newer`] and [`Error::Older`], with all files left as they are; [`Error::Io`].
+    /// Corrupt bytes are no error: `open` cuts them off or drops them, and a log line says so.
     pub(crate) fn open(dir: &Path, options: LogOptions) -> Result<Arc<Log>> {
-        let mut state = recover::recover(dir)?;
+        let mut state = recover::recover(dir, options.page_key)?;
         state.retain(&options, Instant::now());
         segments::remove(&std::mem::take(&mut state.garbage).paths);
         Ok(Arc::new(Log {
@@ -286,7 +293,7 @@ impl Log {
         self.sweep(state)
     }
 
-    /// Removes the files that no reader needs. Appends go on meanwhile. Says whether there were any.
+    /// Removes the files that no reader needs, while appends go on. Says whether there were any.
     fn sweep(&self, mut state: MutexGuard<'_, LogState>) -> bool {
         let gone = std::mem::take(&mut state.garbage);
         if gone.paths.is_empty() {
@@ -333,6 +340,11 @@ impl Log {
         state.retain(&self.options, Instant::now());
         self.sweep(state);
         Ok(())
+    }
+
+    /// Cuts bytes of this log into units.
+    pub(crate) fn decoder(&self) -> Decoder {
+        Decoder::new(Some(self.options.page_key))
     }
 
     /// Has all who watch the end look again.

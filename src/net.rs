@@ -1,13 +1,18 @@
 //! Dial and listen: the only place where sockets are opened.
 
 mod dial;
+mod heeded;
 mod listen;
+mod pipe;
 mod prompt;
 mod url;
+mod watched;
 
 use std::future::Future;
 use std::io;
+use std::pin::Pin;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use bytes::{Buf, Bytes};
@@ -19,9 +24,10 @@ use tokio_util::task::TaskTracker;
 
 #[cfg(test)]
 pub(crate) use dial::open_on;
-pub(crate) use dial::{OpenResponse, open};
-pub(crate) use listen::Listener;
-pub(crate) use url::Endpoint;
+pub(crate) use dial::{OpenResponse, RequestBody, Tunnel, Way, open};
+pub(crate) use listen::{Answering, Listener, serve_private};
+pub(crate) use pipe::{Pipe, PipeBody};
+pub(crate) use url::{Endpoint, Scheme};
 
 /// HTTP/2 flow control of one stream, in bytes: what may be under way in one direction. 8 MiB keep
 /// a link of 1 GB/s with 8 ms of delay busy.
@@ -45,7 +51,14 @@ pub(crate) struct Heard {
     /// The same, since when a reader waits for more; [`NOBODY`] if none does.
     awaited: AtomicU64,
     bytes: AtomicU64,
+    /// Microseconds since then, when the last bytes came of a channel that is inside of this
+    /// connection; [`NOBODY`] if none is.
+    inside: AtomicU64,
 }
+
+/// A connection that lives, and in which the channel inside of it has stood still for so long, is
+/// silent: what is between two nodes may keep it alive by itself.
+const INSIDE_SILENCE_MAX: Duration = Duration::from_secs(60);
 
 /// While what came is still being dealt with, no more may be let come.
 const NOBODY: u64 = u64::MAX;
@@ -53,12 +66,17 @@ const NOBODY: u64 = u64::MAX;
 impl Heard {
     pub(crate) fn new() -> Heard {
         let (last, awaited, bytes) = (AtomicU64::new(0), AtomicU64::new(NOBODY), AtomicU64::new(0));
-        Heard { since: Instant::now(), last, awaited, bytes }
+        Heard { since: Instant::now(), last, awaited, bytes, inside: AtomicU64::new(NOBODY) }
     }
 
     pub(crate) fn note(&self, bytes: usize) {
         self.last.store(self.micros(), Ordering::Relaxed);
         self.bytes.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+
+    /// Something came of the channel inside of it.
+    fn note_inside(&self) {
+        self.inside.store(self.micros(), Ordering::Relaxed);
     }
 
     /// From now on a reader waits for more, or not.
@@ -69,7 +87,9 @@ impl Heard {
     /// For how long nothing has come, although a reader waits.
     pub(crate) fn silence(&self) -> Duration {
         let (last, awaited) = (self.last.load(Ordering::Relaxed), self.awaited.load(Ordering::Relaxed));
-        Duration::from_micros(self.micros().saturating_sub(last.max(awaited)))
+        let since = |when: u64| Duration::from_micros(self.micros().saturating_sub(when.max(awaited)));
+        let inside = since(self.inside.load(Ordering::Relaxed));
+        if inside > INSIDE_SILENCE_MAX { inside } else { since(last) }
     }
 
     fn micros(&self) -> u64 {
@@ -99,16 +119,21 @@ impl Incoming {
     /// # Cancel safety
     /// Nothing is lost when the future is dropped.
     pub(crate) async fn next(&mut self) -> Option<io::Result<Bytes>> {
+        std::future::poll_fn(|cx| self.poll_next(cx)).await
+    }
+
+    fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Option<io::Result<Bytes>>> {
         loop {
-            match self.0.frame().await? {
-                Ok(frame) => {
+            match ready!(Pin::new(&mut self.0).poll_frame(cx)) {
+                None => return Poll::Ready(None),
+                Some(Err(error)) => return Poll::Ready(Some(Err(error))),
+                Some(Ok(frame)) => {
                     if let Ok(bytes) = frame.into_data()
                         && !bytes.is_empty()
                     {
-                        return Some(Ok(bytes));
+                        return Poll::Ready(Some(Ok(bytes)));
                     }
                 }
-                Err(error) => return Some(Err(error)),
             }
         }
     }

@@ -1,5 +1,6 @@
 //! A node at work: its databases, their roles, and what the process has for it.
 
+pub(crate) mod certificates;
 pub(crate) mod database;
 pub(crate) mod elector;
 pub(crate) mod host;

@@ -31,6 +31,7 @@ use std::time::Duration;
 
 use tokio_util::task::TaskTracker;
 
+use crate::channel::{Certificates, Channel, Plaintext};
 use crate::context::OperatorCommand;
 use crate::error::Error;
 use crate::handshake::Asker;
@@ -39,6 +40,7 @@ use crate::lease::record::LeaseState;
 use crate::net::Endpoint;
 use crate::peer::{Incarnation, NodeId};
 use crate::secret::{Keyring, Secret};
+use crate::threads::blocking;
 use nodes::{Nodes, named};
 use register::{InRegister, Register, moved_to};
 
@@ -57,6 +59,8 @@ pub struct Operator {
     secrets: Vec<Secret>,
     given: Vec<String>,
     by: String,
+    plaintext: Option<Plaintext>,
+    certificates: Option<Certificates>,
 }
 
 /// A node, by its id or by the URL of its replication endpoint.
@@ -66,7 +70,7 @@ pub struct Operator {
 ///
 /// let by_id: Target = "0198c5a0-4f3e-7cc1-b2a4-9d6f00e1c7aa".into();
 /// assert!(matches!(by_id, Target::Node(_)));
-/// let by_url: Target = "http://10.0.0.1:8081".into();
+/// let by_url: Target = "replite://10.0.0.1:7000".into();
 /// assert!(matches!(by_url, Target::Url(_)));
 /// ```
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -109,6 +113,8 @@ impl Operator {
             secrets: Vec::new(),
             given: Vec::new(),
             by: "an operator".into(),
+            plaintext: None,
+            certificates: None,
         }
     }
 
@@ -119,8 +125,25 @@ impl Operator {
         self
     }
 
+    /// For a cluster whose nodes have [`Config::plaintext`](crate::Config::plaintext), and a build
+    /// without TLS: the nodes at `http://` URLs are spoken to in the clear. A node that speaks TLS
+    /// only is spoken to in TLS all the same.
+    #[must_use]
+    pub fn plaintext(mut self, allowed: Plaintext) -> Operator {
+        self.plaintext = Some(allowed);
+        self
+    }
+
+    /// For a cluster whose nodes have [`Config::tls`](crate::Config::tls): a certificate that they
+    /// take, and the names of theirs. The files are read for each call.
+    #[must_use]
+    pub fn tls(mut self, certificates: Certificates) -> Operator {
+        self.certificates = Some(certificates);
+        self
+    }
+
     /// One more node to look at, by the URL of its replication endpoint, such as
-    /// `http://10.0.0.1:8081`: one that the record does not name, or not where it is now.
+    /// `replite://10.0.0.1:7000`: one that the record does not name, or not where it is now.
     #[must_use]
     pub fn node(mut self, url: impl Into<String>) -> Operator {
         self.given.push(url.into());
@@ -186,7 +209,7 @@ impl Operator {
     }
 
     async fn described(&self, nodes: Vec<NodeView>) -> Vec<NodeView> {
-        match self.nodes() {
+        match self.nodes().await {
             Ok(asking) => asking.describe(nodes).await,
             Err(error) => {
                 let problem = Some(format!("it was not asked: {error}"));
@@ -195,11 +218,23 @@ impl Operator {
         }
     }
 
-    fn nodes(&self) -> Result<Nodes, OperatorError> {
+    async fn nodes(&self) -> Result<Nodes, OperatorError> {
         if self.secrets.is_empty() {
             return Err(OperatorError::NoSecret);
         }
         let invalid = |error: Error| OperatorError::Invalid(error.to_string());
+        let channel = match self.certificates.clone() {
+            None => Channel::ephemeral(self.plaintext).map_err(invalid)?,
+            Some(certificates) => {
+                certificates.check().map_err(invalid)?;
+                let plaintext = self.plaintext;
+                let read = blocking(move || {
+                    let bytes = certificates.read()?;
+                    Channel::certified(&certificates, &bytes, plaintext)
+                });
+                read.await.map_err(invalid)?
+            }
+        };
         let asker = Asker {
             keys: Keyring::new(&self.secrets).map_err(invalid)?,
             cluster: self.register.cluster.clone(),
@@ -207,6 +242,7 @@ impl Operator {
             // It is no node, and its id is no node's.
             node: NodeId::random(),
             incarnation: Incarnation::random(),
+            channel,
         };
         Ok(Nodes { asker, by: self.by.clone(), tracker: TaskTracker::new() })
     }
@@ -254,7 +290,7 @@ impl Operator {
     /// # Cancel safety
     /// A command that was sent is carried out.
     pub async fn handoff(&self, to: Option<NodeId>) -> Result<NodeId, OperatorError> {
-        let nodes = self.nodes()?;
+        let nodes = self.nodes().await?;
         let (record, _) = self.register.record().await?;
         let LeaseState::Held(tenure) = &record.state else { return Err(OperatorError::NoHolder) };
         let invalid = |error: Error| OperatorError::Invalid(error.to_string());
@@ -285,7 +321,7 @@ impl Operator {
     /// # Cancel safety
     /// Nothing is changed.
     pub async fn promotion(&self, node: impl Into<Target>) -> Result<Promotion, OperatorError> {
-        let nodes = self.nodes()?;
+        let nodes = self.nodes().await?;
         let mut operator = self.clone();
         let node = match node.into() {
             Target::Node(node) => node,

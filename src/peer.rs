@@ -6,6 +6,7 @@ use std::str::FromStr;
 use serde::{Deserialize, Serialize};
 use uuid::Uuid;
 
+use crate::hex::{hex, unhex};
 use crate::parse::ParseError;
 
 /// The id of a node. The node keeps it over restarts, in its state directory; a copy of that
@@ -100,6 +101,84 @@ macro_rules! id {
 
 id!(NodeId, "node id");
 id!(Incarnation, "incarnation");
+
+/// Names the key pair that a node has for its channels: the BLAKE3 hash of its public key
+/// (SubjectPublicKeyInfo, DER). A node makes the pair at its birth and keeps it. Beside the
+/// [`NodeId`], which a node only claims, this is what it can prove.
+///
+/// The text form, which JSON has, too, is 64 hexadecimal digits.
+///
+/// ```
+/// use replite::PeerKey;
+///
+/// let text = "0f".repeat(32);
+/// let key: PeerKey = text.parse()?;
+/// assert_eq!(key.to_string(), text);
+/// assert!("0f".parse::<PeerKey>().is_err());
+/// # Ok::<_, Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct PeerKey([u8; PeerKey::BYTES]);
+
+impl PeerKey {
+    pub(crate) const BYTES: usize = 32;
+
+    /// Of a public key.
+    #[cfg_attr(not(feature = "tls"), expect(dead_code, reason = "no node has a key then"))]
+    pub(crate) fn of(public_key: &[u8]) -> PeerKey {
+        PeerKey(blake3::derive_key("replite 2026 v1 peer key", public_key))
+    }
+
+    pub(crate) fn as_bytes(&self) -> &[u8; PeerKey::BYTES] {
+        &self.0
+    }
+}
+
+/// A key as log lines have it: its first eight digits, or `none` on a connection without TLS.
+#[derive(Clone, Copy)]
+pub(crate) struct ShortKey(pub(crate) Option<PeerKey>);
+
+impl fmt::Display for ShortKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            Some(key) => f.pad(&hex(&key.0[..4])),
+            None => f.pad("none"),
+        }
+    }
+}
+
+impl fmt::Display for PeerKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&hex(&self.0))
+    }
+}
+
+impl fmt::Debug for PeerKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+impl FromStr for PeerKey {
+    type Err = ParseError;
+
+    fn from_str(text: &str) -> Result<PeerKey, ParseError> {
+        unhex(text).map(PeerKey).ok_or_else(|| ParseError::new("peer key", text))
+    }
+}
+
+impl Serialize for PeerKey {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for PeerKey {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<PeerKey, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        text.parse().map_err(serde::de::Error::custom)
+    }
+}
 
 #[cfg(test)]
 mod tests {

@@ -7,6 +7,7 @@ mod clock;
 #[cfg(test)]
 pub(crate) mod fake;
 mod handoff;
+mod key_search;
 #[cfg(test)]
 mod model;
 mod page_requests;
@@ -32,7 +33,7 @@ use crate::error::{Error, Result};
 use crate::handshake::{Knock, Nonce};
 use crate::net::Incoming;
 use crate::report::Condition;
-use crate::secret::Proved;
+use crate::secret::{Proved, Rights};
 use crate::status::{PeerInfo, ReplicaStatus};
 use crate::threads::blocking;
 use crate::txid::Position;
@@ -41,9 +42,10 @@ use crate::wire::{
 };
 
 pub(crate) use handoff::NotAccepted;
+pub(crate) use key_search::KeySearch;
 pub(crate) use page_requests::{PeerChannel, QUESTION_BYTES};
 pub(crate) use recovery::Recovery;
-pub(crate) use registry::Conflict;
+pub(crate) use registry::{Conflict, Credentials};
 pub(crate) use send_queue::{StreamReceiver, StreamSender, queue};
 pub(crate) use source::{LogPin, StreamSource};
 
@@ -57,12 +59,16 @@ use stream::{End, ReplicaStream};
 
 /// Replicas that are served at one time, a database.
 pub(crate) const STREAMS_MAX: usize = 64;
-/// Peers at one time that knocked and have not said hello. They have a cap of their own: recorded
-/// knocks can't take the places of the replicas.
+/// Followers among them: they leave room for members.
+pub(crate) const FOLLOWERS_MAX: usize = 32;
+/// Peers at one time that knocked and have not said hello, half of them followers at the most. They
+/// have a cap of their own: recorded knocks can't take the places of the replicas.
 pub(crate) const HANDSHAKES_MAX: usize = 32;
 /// Replicas whose pages are compared with ours at one time; more wait. Each costs a hash of the
 /// whole database.
 const COMPARISONS_MAX: usize = 2;
+/// The same for followers: no member waits for them.
+const FOLLOWERS_COMPARISONS_MAX: usize = 1;
 /// How long a node that drains waits for what its replicas have sent to its application.
 const LAST_REQUESTS_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long a stream may go on after that, until it has sent what is captured.
@@ -71,6 +77,8 @@ const LAST_RECORDS_TIMEOUT: Duration = Duration::from_secs(1);
 const STOPPED: &str = "replication stopped on the primary";
 /// Why a stream ends when the secret that let it in was dropped.
 const DROPPED: &str = "the secret that this stream was opened with is not valid any more";
+/// Why a stream ends when the peer's key was shut out.
+const SHUT_OUT: &str = "this replica's key is shut out";
 /// Why a stream ends when the same node opened another.
 const REPLACED: &str = "a newer stream of this node took over";
 /// Questions of a heal that may wait to be answered. A replica waits for the answer before it asks
@@ -84,6 +92,8 @@ const GOODBYE_TIMEOUT: Duration = Duration::from_secs(1);
 enum Serving {
     /// It is not the primary.
     Nothing,
+    /// It will be, and lacks the keys of the database, which a replica may have.
+    Keys(Arc<KeySearch>),
     /// It will be, when replicas had the time to give back what a power cut took.
     Recovery(Arc<Recovery>),
     StreamSource(Arc<dyn StreamSource>),
@@ -101,6 +111,8 @@ pub(crate) struct ReplicaServer {
     streams: Arc<Semaphore>,
     handshakes: Arc<Semaphore>,
     comparisons: Arc<Semaphore>,
+    followers: Arc<Semaphore>,
+    followers_comparisons: Arc<Semaphore>,
     refusals: Seldom,
 }
 
@@ -116,6 +128,8 @@ impl ReplicaServer {
             streams: Arc::new(Semaphore::new(STREAMS_MAX)),
             handshakes: Arc::new(Semaphore::new(HANDSHAKES_MAX)),
             comparisons: Arc::new(Semaphore::new(COMPARISONS_MAX)),
+            followers: Arc::new(Semaphore::new(FOLLOWERS_MAX)),
+            followers_comparisons: Arc::new(Semaphore::new(FOLLOWERS_COMPARISONS_MAX)),
             refusals: Seldom::default(),
         })
     }
@@ -141,6 +155,11 @@ impl ReplicaServer {
         });
     }
 
+    /// Until something else is said, replicas are asked for the keys of the database.
+    pub(crate) fn find_keys(&self, search: Arc<KeySearch>) {
+        self.serving.send_replace(Serving::Keys(search));
+    }
+
     /// Until it is served, replicas are asked for what the database may miss.
     pub(crate) fn recover(&self, recovery: Arc<Recovery>) {
         self.serving.send_replace(Serving::Recovery(recovery));
@@ -162,16 +181,27 @@ impl ReplicaServer {
     }
 
     /// What there is to serve, once it is there; an end for a replica that gave what this node
-    /// lacked.
+    /// lacked. Nothing is taken of a follower, which waits.
     async fn source(
         &self,
-        hello: &Hello,
+        (hello, rights): (&Hello, Rights),
         units: &mut ReceivedUnits,
         sender: &StreamSender,
     ) -> Result<Arc<dyn StreamSource>, End> {
         let mut serving = self.serving.subscribe();
+        let search = match &*serving.borrow() {
+            Serving::Keys(search) => Some(search.clone()),
+            _ => None,
+        };
+        if let Some(search) = search {
+            if rights == Rights::Member {
+                search.offer(hello);
+            }
+            let over = serving.wait_for(|serving| !matches!(serving, Serving::Keys(_))).await;
+            over.map_err(|_| Error::ShutDown)?;
+        }
         let recovery = match &*serving.borrow() {
-            Serving::Recovery(recovery) => Some(recovery.clone()),
+            Serving::Recovery(recovery) if rights == Rights::Member => Some(recovery.clone()),
             _ => None,
         };
         if let Some(recovery) = recovery {
@@ -204,7 +234,8 @@ impl ReplicaServer {
     pub(crate) fn refused(&self, knock: &Knock, why: impl std::fmt::Display) {
         match self.refusals.happened() {
             Some(times) => {
-                self.node.report(Condition::PeerRefused { node: knock.node, times, why: &why });
+                let (node, key) = (knock.node, knock.binding.client());
+                self.node.report(Condition::PeerRefused { node, key, times, why: &why });
             }
             None => tracing::debug!(node = %knock.node, "refused a peer: {why}"),
         }
@@ -254,19 +285,41 @@ impl ReplicaServer {
     }
 
     /// Whether another live process serves under this node id.
-    pub(crate) fn conflict(&self, knock: &Knock) -> Option<Conflict> {
+    pub(crate) fn conflict(&self, knock: &Knock, rights: Rights) -> Option<Conflict> {
         if knock.node == self.node.me.node {
-            return Some(Conflict);
+            return Some(Conflict { key: self.node.channel.key() });
         }
-        self.registry.conflict(knock.node, knock.incarnation)
+        let by = Credentials { key: knock.binding.client(), rights };
+        self.registry.conflict((knock.node, knock.incarnation), by)
     }
 
     /// A place for a handshake, if there is one, and if there is room for one more replica.
-    pub(crate) fn place(&self) -> Option<OwnedSemaphorePermit> {
-        if self.streams.available_permits() == 0 {
-            return None;
+    pub(crate) fn place(&self, rights: Rights) -> Option<OwnedSemaphorePermit> {
+        let full = match rights {
+            Rights::Member => self.streams.available_permits() == 0,
+            Rights::Follower => {
+                let left = self.streams.available_permits().min(self.followers.available_permits());
+                left == 0 || self.handshakes.available_permits() <= HANDSHAKES_MAX / 2
+            }
+        };
+        if full { None } else { self.handshakes.clone().try_acquire_owned().ok() }
+    }
+
+    /// A place for a stream.
+    fn stream_place(&self, rights: Rights) -> Option<StreamPlace> {
+        let follower = match rights {
+            Rights::Member => None,
+            Rights::Follower => Some(self.followers.clone().try_acquire_owned().ok()?),
+        };
+        Some(StreamPlace(self.streams.clone().try_acquire_owned().ok()?, follower))
+    }
+
+    /// Whose turn it is to have all pages compared.
+    fn comparisons(&self, rights: Rights) -> Arc<Semaphore> {
+        match rights {
+            Rights::Member => self.comparisons.clone(),
+            Rights::Follower => self.followers_comparisons.clone(),
         }
-        self.handshakes.clone().try_acquire_owned().ok()
     }
 
     /// The peer's hello, and by which secret it is proved. None: the peer is refused.
@@ -283,7 +336,7 @@ impl ReplicaServer {
     async fn withdrawn(&self, source: &Arc<dyn StreamSource>) -> End {
         let other = |now: &Serving| match now {
             Serving::StreamSource(now) | Serving::Leaving(now) => !Arc::ptr_eq(now, source),
-            Serving::Nothing | Serving::Recovery(_) => true,
+            Serving::Nothing | Serving::Keys(_) | Serving::Recovery(_) => true,
         };
         // The sender is ours.
         let _ = self.serving.subscribe().wait_for(other).await;
@@ -306,8 +359,16 @@ pub(crate) struct Peer {
     pub(crate) knock: Knock,
     /// The nonce that it was answered with.
     pub(crate) nonce: Nonce,
+    /// By which secret it knocked.
+    pub(crate) proved: Proved,
     pub(crate) place: OwnedSemaphorePermit,
 }
+
+/// One among the streams, and perhaps among those of followers.
+struct StreamPlace(
+    #[expect(dead_code, reason = "it is held")] OwnedSemaphorePermit,
+    #[expect(dead_code, reason = "it is held")] Option<OwnedSemaphorePermit>,
+);
 
 /// Serves one replica until it leaves, lags, lies or the node stops.
 pub(crate) async fn serve(
@@ -321,40 +382,42 @@ pub(crate) async fn serve(
     let Some((hello, proved)) = replica_server.greeted(&peer, &mut units).await else { return };
     let Peer { place, knock, .. } = peer;
     let peer = hello.peer.clone();
-    let Ok(_stream) = replica_server.streams.clone().try_acquire_owned() else {
+    let rights = proved.rights();
+    let by = Credentials { key: knock.binding.client(), rights };
+    let Some(_stream) = replica_server.stream_place(rights) else {
         return farewell(sender, "too many replicas".into()).await;
     };
     drop(place);
-    let slot = match replica_server.registry.join(&peer) {
+    let slot = match replica_server.registry.join(&peer, by) {
         Ok(slot) => slot,
-        Err(Conflict) => {
-            replica_server.refused(&knock, "another live process has this node id");
+        Err(conflict) => {
+            replica_server.refused(&knock, conflict.words(by.key));
             return farewell(sender, "duplicate node id".into()).await;
         }
     };
-    node.report(Condition::ReplicaJoined { peer: &peer });
+    node.report(Condition::ReplicaJoined { peer: &peer, key: by.key, follower: by.is_follower() });
 
     let source = tokio::select! {
-        source = replica_server.source(&hello, &mut units, &sender) => source,
+        source = replica_server.source((&hello, rights), &mut units, &sender) => source,
         () = node.drain.cancelled() => Err(End::Said(SHUTTING_DOWN.into())),
         () = slot.replaced() => Err(End::Said(REPLACED.into())),
-        () = node.keys.dropped(proved) => Err(End::Said(DROPPED.into())),
+        end = unwelcome(&node, by, proved) => Err(end),
     };
     let source = match source {
         Ok(source) => source,
         Err(end) => {
-            left(&node, &peer, &end);
+            left(&node, (&peer, by), &end);
             drop(slot);
             return last_word(Some(sender), end).await;
         }
     };
     let of = source.clone();
-    let (questions, answers) = replica_server.channels.open(&peer);
+    let (questions, answers) = replica_server.channels.open(&peer, rights);
     let clock = ReplicaClock::default();
-    let turns = replica_server.comparisons.clone();
-    let (words, accepts) = replica_server.handoffs.open(&peer);
-    let mut stream =
-        ReplicaStream::new(node.clone(), source, sender, (questions, words), (turns, clock.clone()));
+    let turns = replica_server.comparisons(rights);
+    let (words, accepts) = replica_server.handoffs.open(&peer, rights);
+    let heard = (questions, words);
+    let mut stream = ReplicaStream::new(node.clone(), source, sender, heard, (turns, clock.clone()), rights);
     let (asks, wants) = mpsc::channel(WANTS_MAX);
     let quiet = stream.quiet();
     let end = tokio::select! {
@@ -365,11 +428,19 @@ pub(crate) async fn serve(
         () = node.stopped() => End::Said(STOPPED.into()),
         end = replica_server.withdrawn(&of) => end,
         () = slot.replaced() => End::Said(REPLACED.into()),
-        () = node.keys.dropped(proved) => End::Said(DROPPED.into()),
+        end = unwelcome(&node, by, proved) => end,
     };
-    left(&node, &peer, &end);
+    left(&node, (&peer, by), &end);
     drop(slot);
     last_word(stream.sender_between_units(), end).await;
+}
+
+/// Returns when a peer that was let in would be let in no more.
+async fn unwelcome(node: &NodeContext, by: Credentials, proved: Proved) -> End {
+    tokio::select! {
+        () = node.keys.dropped(proved) => End::Said(DROPPED.into()),
+        () = node.channel.shut_out(by.key) => End::Said(SHUT_OUT.into()),
+    }
 }
 
 /// Says why a stream ends, where it may still be said.
@@ -392,11 +463,14 @@ async fn cut_off(node: &NodeContext) {
     let _ = tokio::time::timeout(LAST_REQUESTS_TIMEOUT + LAST_RECORDS_TIMEOUT, node.stop.cancelled()).await;
 }
 
-fn left(node: &NodeContext, peer: &PeerInfo, end: &End) {
+fn left(node: &NodeContext, (peer, by): (&PeerInfo, Credentials), end: &End) {
+    let key = by.key;
     node.report(match end {
-        End::Left => Condition::ReplicaLeft { peer },
-        End::Said(reason) => Condition::ReplicaSentAway { peer, reason },
-        End::Failed(error) => Condition::ReplicaFailed { peer, error },
+        // Its connection was cut, which the stream may see first.
+        _ if node.channel.is_shut_out(key) => Condition::ReplicaSentAway { peer, key, reason: SHUT_OUT },
+        End::Left => Condition::ReplicaLeft { peer, key },
+        End::Said(reason) => Condition::ReplicaSentAway { peer, key, reason },
+        End::Failed(error) => Condition::ReplicaFailed { peer, key, error },
     });
 }
 

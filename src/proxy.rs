@@ -13,8 +13,9 @@
 //! 4. `forward` sends the `head` and the kept body (`replay_body`) to the primary. `locate` knows
 //!    where that is, and holds the request while there is none.
 //! 5. `redirect` sends the client there in place of this node, where the layer is set up for that.
-//! 6. `dial` has the connections: `connect` opens them, and `http2` is the one in HTTP/2, whose
-//!    server `preface` watches. `tunnel` carries the bytes after an upgrade.
+//! 6. `dial` has the connections: `connect` opens them, with `tls` where the URL says so. `http2`
+//!    is the one in HTTP/2, whose server `preface` watches. `tunnel` carries the bytes after an
+//!    upgrade.
 //! 7. `reply` sets tokens on what a local handler answered. `failure` is the answer to a request
 //!    that could not be done.
 //!
@@ -44,6 +45,11 @@ mod service;
 mod shared;
 #[cfg(test)]
 mod tests;
+#[cfg(not(feature = "tls"))]
+#[path = "proxy/no_tls.rs"]
+mod tls;
+#[cfg(feature = "tls")]
+mod tls;
 mod tunnel;
 mod wait;
 
@@ -59,6 +65,7 @@ pub use layer::ReplayLayer;
 pub use route::Route;
 pub use service::ReplayService;
 pub use shared::{Forwarding, SameSite, SessionTokens, Upgrades};
+pub(crate) use tls::AppTls;
 
 /// What bodies may fail with.
 pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;

@@ -27,6 +27,7 @@ use crate::context::{NodeContext, RoleChange};
 use crate::engine::{ReplicaEngine, ReplicaStanding, StreamError};
 use crate::error::{Error, PeerProblem, Result};
 use crate::handshake::STOPPING;
+use crate::keys::DatabaseKeys;
 use crate::log::Log;
 use crate::net::Endpoint;
 use crate::report::Condition;
@@ -47,6 +48,8 @@ pub(crate) trait Feed: Send + Sync + 'static {
     fn standing(
         &self,
     ) -> impl Future<Output = Result<(ReplicaStanding, mpsc::Receiver<Want>), StreamError>> + Send;
+    /// Takes the keys of the primary; see [`ReplicaEngine::take_keys`].
+    fn take_keys(&self, keys: DatabaseKeys) -> impl Future<Output = Result<(), StreamError>> + Send;
     /// The stream's units, from the welcome on; see [`ReplicaEngine::feed`].
     fn feed(&self, units: Vec<Unit>) -> impl Future<Output = Result<(), StreamError>> + Send;
     /// The pages of the answer to a primary's question, encoded; see [`ReplicaEngine::answers`].
@@ -64,6 +67,10 @@ pub(crate) trait Feed: Send + Sync + 'static {
 impl Feed for ReplicaEngine {
     async fn standing(&self) -> Result<(ReplicaStanding, mpsc::Receiver<Want>), StreamError> {
         ReplicaEngine::standing(self).await
+    }
+
+    async fn take_keys(&self, keys: DatabaseKeys) -> Result<(), StreamError> {
+        ReplicaEngine::take_keys(self, keys).await
     }
 
     async fn feed(&self, units: Vec<Unit>) -> Result<(), StreamError> {

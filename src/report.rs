@@ -69,6 +69,8 @@ pub(crate) enum Part {
     Room,
     /// A change of the role.
     Role,
+    /// The certificates of the channel.
+    Certificates,
 }
 
 impl Part {
@@ -80,7 +82,7 @@ impl Part {
             Part::State => "the database is being led to the primary's state",
             Part::Pages => "a verification found bad pages",
             Part::Stream => "the primary can't be followed",
-            Part::Behind => "this instance is behind the primary",
+            Part::Behind => "this instance is behind the primary, or may be",
             Part::Lease => "the lease can't be read",
             Part::Strangers => "a peer was refused",
             Part::Log => "the log can't be written",
@@ -89,6 +91,7 @@ impl Part {
             Part::Reads => "the database can't be read",
             Part::Room => "the disk is full",
             Part::Role => "a change of the role is held up",
+            Part::Certificates => "the certificates need to be looked at",
         }
     }
 }

@@ -3,6 +3,7 @@
 mod body;
 #[cfg(test)]
 mod tests;
+mod tunnels;
 
 use std::convert::Infallible;
 use std::fmt;
@@ -18,19 +19,23 @@ use tokio::sync::Semaphore;
 use tokio_util::task::TaskTracker;
 use tower::Service;
 
+use crate::channel::{Binding, Plaintext};
 use crate::command::{self, COMMANDS_MAX};
 use crate::context::NodeContext;
 use crate::handshake::{
-    self, Answer, COMMAND_PATH, Knock, Nonce, Refusal, STANDING_PATH, STREAM_PATH, Stranger,
+    self, Answer, COMMAND_PATH, Knock, Nonce, Refusal, STANDING_PATH, STREAM_PATH, Stranger, TUNNEL_PATH,
+    TunnelKnock,
 };
-use crate::net::Incoming;
+use crate::net::{self, Answering, Incoming, Pipe};
 use crate::primary::{self, Peer, ReplicaServer, StreamSender};
 use crate::report::Condition;
+use crate::secret::{Proved, Rights};
 use crate::standing::{self, ASKING_MAX, AskingPeer};
 use crate::status::Role;
 use crate::threads::{aside, caught_task};
 
 pub use body::ReplicationBody;
+use tunnels::{TunnelPlace, Tunnels};
 
 /// Through which door requests come.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -47,7 +52,10 @@ pub(crate) enum Mount {
 /// in the application's server, such as by axum's `nest_service("/_replite", db.service())`; the
 /// server must speak HTTP/2.
 ///
-/// A peer that does not prove the cluster's secret gets an empty 404 for every path and method.
+/// A peer that does not prove the cluster's secret gets an empty 404 for every path and method. All
+/// else is said in TLS of the nodes' own, inside the bodies of one request and its response. So the
+/// server may speak plain HTTP: other nodes dial it by an `http://` URL. A proxy between can't read
+/// what they say. It has to pass both bodies on as they come, in HTTP/2.
 ///
 /// ```
 /// use axum::Router;
@@ -63,6 +71,10 @@ pub(crate) enum Mount {
 #[derive(Clone)]
 pub struct ReplicationService {
     shared: Arc<ServerShared>,
+    /// The private channel that requests come in; `None`: as the HTTP server has them.
+    inside: Option<Binding>,
+    /// That of the channel, if it is inside of a request.
+    place: Option<Arc<TunnelPlace>>,
 }
 
 struct ServerShared {
@@ -75,6 +87,7 @@ struct ServerShared {
     asking: Arc<Semaphore>,
     /// Places for commands of operators.
     commanding: Arc<Semaphore>,
+    tunnels: Arc<Tunnels>,
 }
 
 impl ReplicationService {
@@ -93,8 +106,14 @@ impl ReplicationService {
             warned: AtomicBool::new(false),
             asking: Arc::new(Semaphore::new(ASKING_MAX)),
             commanding: Arc::new(Semaphore::new(COMMANDS_MAX)),
+            tunnels: Tunnels::new(),
         };
-        ReplicationService { shared: Arc::new(shared) }
+        ReplicationService { shared: Arc::new(shared), inside: None, place: None }
+    }
+
+    /// The same on a connection.
+    pub(crate) fn on(&self, inside: Option<Binding>) -> ReplicationService {
+        ReplicationService { shared: self.shared.clone(), inside, place: None }
     }
 
     fn answer<B>(&self, request: Request<B>) -> Response<ReplicationBody>
@@ -108,30 +127,96 @@ impl ReplicationService {
             }
             return not_found();
         }
-        let knock = match Knock::read(request.headers(), &node.keys) {
-            Ok(knock) => knock,
+        let answered = if self.inside.is_none() && request.uri().path().ends_with(TUNNEL_PATH) {
+            let head = TunnelKnock::read(request.headers(), &node.keys);
+            // One that was recorded is no head.
+            let head = head.and_then(|head| self.shared.tunnels.used().first(&head).map(|()| head));
+            head.map(|head| self.tunnel(request, &head))
+        } else {
+            let knock = Knock::read(request.headers(), &node.keys, self.inside.unwrap_or(Binding::NONE));
+            knock.map(|(knock, proved)| self.admitted(request, knock, proved))
+        };
+        match answered {
+            Ok(Ok(response)) => response,
+            Ok(Err(refusal)) => {
+                tracing::debug!(?refusal, "refused a peer");
+                let mut response = Response::new(ReplicationBody::empty());
+                *response.status_mut() = refusal.status();
+                *response.headers_mut() = refusal.headers();
+                response
+            }
             Err(stranger) => {
                 // What this node says to its operator, the stranger does not see.
                 if let Stranger::OtherSecret(claimed) = stranger {
-                    aside(|| node.other_secret(claimed));
+                    let key = self.inside.and_then(|binding| binding.client());
+                    aside(|| node.other_secret(claimed, key));
                 }
-                return not_found();
+                not_found()
             }
-        };
-        self.admitted(request, knock).unwrap_or_else(|refusal| {
-            tracing::debug!(?refusal, "refused a peer");
-            let mut response = Response::new(ReplicationBody::empty());
-            *response.status_mut() = refusal.status();
-            *response.headers_mut() = refusal.headers();
-            response
-        })
+        }
     }
 
-    /// The answer to a peer that proved the secret.
-    fn admitted<B>(&self, request: Request<B>, knock: Knock) -> Result<Response<ReplicationBody>, Refusal>
+    /// Begins a private channel inside of a request and its response.
+    fn tunnel<B>(
+        &self,
+        request: Request<B>,
+        knock: &TunnelKnock,
+    ) -> Result<Response<ReplicationBody>, Refusal>
     where
         B: Body + Send + 'static,
     {
+        if request.method() != Method::POST {
+            return Err(Refusal::Path);
+        }
+        self.check_protocol(knock.version, request.version())?;
+        let ServerShared { node, tracker, tunnels, .. } = &*self.shared;
+        if !node.channel.has_tls() {
+            return Err(Refusal::Plaintext);
+        }
+        if node.stop.is_cancelled() {
+            return Err(Refusal::Stopping);
+        }
+        let place = tunnels.begin()?;
+        let answering = answering(&request);
+        let (pipe, body) = Pipe::answering(Incoming::new(request.into_body()));
+        let (door, of) = (self.clone(), tracker.clone());
+        let (channel, stop) = (node.channel.clone(), node.stop.clone());
+        tracker.spawn(async move {
+            let service = |inside| ReplicationService { place: Some(place.clone()), ..door.on(inside) };
+            net::serve_private(pipe, channel, service, of, stop).await;
+            drop((place, answering));
+        });
+        let mut response = Response::new(ReplicationBody::channel(body));
+        handshake::of_stream(response.headers_mut());
+        Ok(response)
+    }
+
+    /// Whether a peer that is not inside a private channel may be served. Where only this machine's
+    /// own may, an application's server can't tell.
+    fn check_private(&self) -> Result<(), Refusal> {
+        let allowed = match self.shared.node.channel.plaintext() {
+            None => false,
+            Some(Plaintext::Loopback) => self.shared.mount == Mount::Own,
+            Some(Plaintext::AnyNetwork) => true,
+        };
+        if self.inside.is_some() || allowed { Ok(()) } else { Err(Refusal::Private) }
+    }
+
+    /// The answer to a peer that proved a secret.
+    fn admitted<B>(
+        &self,
+        request: Request<B>,
+        knock: Knock,
+        proved: Proved,
+    ) -> Result<Response<ReplicationBody>, Refusal>
+    where
+        B: Body + Send + 'static,
+    {
+        self.check_private()?;
+        if let Some(place) = &self.place {
+            place.proved(proved.rights())?;
+        }
+        let answering = answering(&request);
         let path = request.uri().path();
         let (streams, commands) = (path.ends_with(STREAM_PATH), path.ends_with(COMMAND_PATH));
         let asks = commands || path.ends_with(STANDING_PATH);
@@ -139,10 +224,13 @@ impl ReplicationService {
             return Err(Refusal::Path);
         }
         self.check(&knock, request.version())?;
+        if commands && proved.rights() == Rights::Follower {
+            return Err(Refusal::Follower);
+        }
         let ServerShared { node, replica_server, tracker, .. } = &*self.shared;
         let node = node.clone();
         if asks {
-            let (peer, (sender, response)) = self.let_ask(knock)?;
+            let (peer, (sender, response)) = self.let_ask(knock, proved)?;
             let upstream = Incoming::new(request.into_body());
             let commanding = commands.then(|| self.shared.commanding.clone());
             tracker.spawn(async move {
@@ -157,10 +245,11 @@ impl ReplicationService {
                 if let Err(error) = caught_task("an answer", answered).await {
                     node.report_aside(Condition::StreamPanicked { node: asking, error: &error });
                 }
+                drop(answering);
             });
             return Ok(response);
         }
-        let (peer, (sender, response)) = self.admit(knock)?;
+        let (peer, (sender, response)) = self.admit(knock, proved)?;
         let (upstream, replica) = (Incoming::new(request.into_body()), peer.knock.node);
         let stream = primary::serve(replica_server.clone(), peer, upstream, sender);
         tracker.spawn(async move {
@@ -168,6 +257,7 @@ impl ReplicationService {
             if let Err(error) = caught_task("a replica's stream", stream).await {
                 node.report_aside(Condition::StreamPanicked { node: replica, error: &error });
             }
+            drop(answering);
         });
         Ok(response)
     }
@@ -175,14 +265,19 @@ impl ReplicationService {
     /// What any peer that proved the secret must be.
     fn check(&self, knock: &Knock, version: Version) -> Result<(), Refusal> {
         let node = &self.shared.node;
-        if knock.version != handshake::VERSION {
-            return Err(Refusal::Version);
-        }
+        self.check_protocol(knock.version, version)?;
         if knock.cluster != node.cluster {
             return Err(Refusal::Cluster(node.cluster.clone()));
         }
         if knock.database != node.database {
             return Err(Refusal::Database);
+        }
+        Ok(())
+    }
+
+    fn check_protocol(&self, spoken: u32, version: Version) -> Result<(), Refusal> {
+        if spoken != handshake::VERSION {
+            return Err(Refusal::Version);
         }
         if version < Version::HTTP_2 {
             return Err(Refusal::Http2);
@@ -195,17 +290,26 @@ impl ReplicationService {
     fn let_ask(
         &self,
         knock: Knock,
+        proved: Proved,
     ) -> Result<(AskingPeer, (StreamSender, Response<ReplicationBody>)), Refusal> {
-        if knock.node == self.shared.node.me.node {
-            return Err(Refusal::DuplicateNode);
+        let ServerShared { node, asking, .. } = &*self.shared;
+        if knock.node == node.me.node {
+            return Err(Refusal::DuplicateNode(node.channel.key()));
         }
-        let place = self.shared.asking.clone().try_acquire_owned().map_err(|_| Refusal::Busy)?;
-        let (nonce, opened) = self.open(&knock)?;
+        if proved.rights() == Rights::Follower && asking.available_permits() <= ASKING_MAX / 2 {
+            return Err(Refusal::Busy);
+        }
+        let place = asking.clone().try_acquire_owned().map_err(|_| Refusal::Busy)?;
+        let (nonce, opened) = self.open(&knock, proved)?;
         Ok((AskingPeer { knock, nonce, place }, opened))
     }
 
     /// Lets a replica in, if this node is the primary and has room.
-    fn admit(&self, knock: Knock) -> Result<(Peer, (StreamSender, Response<ReplicationBody>)), Refusal> {
+    fn admit(
+        &self,
+        knock: Knock,
+        proved: Proved,
+    ) -> Result<(Peer, (StreamSender, Response<ReplicationBody>)), Refusal> {
         let ServerShared { node, replica_server, .. } = &*self.shared;
         if node.drain.is_cancelled() || node.roles.borrow().role == Role::Stopped {
             return Err(Refusal::Stopping);
@@ -215,17 +319,22 @@ impl ReplicationService {
             let primary = state.primary.as_ref().filter(|primary| primary.node != node.me.node);
             return Err(Refusal::NotPrimary(primary.map(|p| p.addresses.replication.clone())));
         }
-        if replica_server.conflict(&knock).is_some() {
-            replica_server.refused(&knock, "another live process has this node id");
-            return Err(Refusal::DuplicateNode);
+        if let Some(conflict) = replica_server.conflict(&knock, proved.rights()) {
+            replica_server.refused(&knock, conflict.words(knock.binding.client()));
+            return Err(Refusal::DuplicateNode(conflict.key));
         }
-        let place = replica_server.place().ok_or(Refusal::Busy)?;
-        let (nonce, opened) = self.open(&knock)?;
-        Ok((Peer { knock, nonce, place }, opened))
+        let place = replica_server.place(proved.rights()).ok_or(Refusal::Busy)?;
+        let (nonce, opened) = self.open(&knock, proved)?;
+        Ok((Peer { knock, nonce, proved, place }, opened))
     }
 
-    /// Answers a knock: a response whose body is still to come, and its nonce.
-    fn open(&self, knock: &Knock) -> Result<(Nonce, (StreamSender, Response<ReplicationBody>)), Refusal> {
+    /// Answers a knock, by the secret that it was proved with: a response whose body is still to
+    /// come, and its nonce.
+    fn open(
+        &self,
+        knock: &Knock,
+        proved: Proved,
+    ) -> Result<(Nonce, (StreamSender, Response<ReplicationBody>)), Refusal> {
         let node = &self.shared.node;
         let unable = |error| {
             node.report(Condition::KnockNotAnswered { error: &error });
@@ -233,7 +342,7 @@ impl ReplicationService {
         };
         let nonce = handshake::nonce().map_err(unable)?;
         let answer = Answer { node: node.me.node, incarnation: node.me.incarnation, nonce };
-        let headers = answer.headers(knock, &node.keys).map_err(unable)?;
+        let headers = answer.headers(knock, &node.keys.towards(proved)).map_err(unable)?;
         let (sender, body) = ReplicationBody::stream();
         let mut response = Response::new(body);
         *response.headers_mut() = headers;
@@ -263,6 +372,11 @@ where
     fn call(&mut self, request: Request<B>) -> Self::Future {
         ready(Ok(self.answer(request)))
     }
+}
+
+/// What says that a request is being answered, where the node's own listener asks.
+fn answering<B>(request: &Request<B>) -> Option<Answering> {
+    request.extensions().get().cloned()
 }
 
 /// All that a stranger ever sees.

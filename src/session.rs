@@ -187,9 +187,10 @@ impl Session {
     }
 
     /// A token for the highest transaction that the request committed, or waited for. The layer
-    /// sets it on the response by itself; this is for clients that want it in the body.
+    /// sets it on the response by itself; this is for clients that want it in the body. None on a
+    /// follower ([`Config::follower_secret`](crate::Config::follower_secret)).
     pub fn token(&self) -> Option<Token> {
-        self.seen().map(|txid| self.0.tokens.sign(txid))
+        self.seen().and_then(|txid| self.0.tokens.sign(txid))
     }
 
     /// Runs a future, such as one that is about to be spawned, as part of this session, and of
@@ -311,6 +312,7 @@ mod tests {
     use super::*;
     use crate::checksum::Checksum;
     use crate::context::LeaseContext;
+    use crate::keys::DatabaseKeys;
     use crate::peer::{Incarnation, NodeId};
     use crate::secret::Keyring;
     use crate::status::{Addresses, Role};
@@ -326,9 +328,10 @@ mod tests {
             me,
             "c".into(),
             database.into(),
-            Keyring::new(&[]).unwrap(),
+            (Keyring::new(&[]).unwrap(), crate::channel::Channel::open()),
             role,
             LeaseContext::fixed(),
+            DatabaseKeys::fixed(7),
         )
     }
 

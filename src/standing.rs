@@ -17,7 +17,7 @@ use tokio_util::task::TaskTracker;
 use crate::context::{Fitness, NodeContext};
 use crate::election::{ENTRIES_MOST, PeerAnswer};
 use crate::error::{Error, PeerProblem, Result};
-use crate::handshake::{self, Answer, Knock, Nonce, STANDING_PATH};
+use crate::handshake::{self, Answer, Asker, Knock, Nonce, STANDING_PATH};
 use crate::net::{self, Endpoint, Incoming};
 use crate::primary::StreamSender;
 use crate::replica::foreign;
@@ -50,11 +50,9 @@ pub(crate) async fn answer(
     let AskingPeer { knock, nonce, place: _place } = peer;
     let answered = async {
         let question = question(upstream).await?;
-        if !handshake::question_holds(&question, &knock, &nonce, &node.keys) {
-            return None;
-        }
+        let proved = handshake::question_holds(&question, &knock, &nonce, &node.keys)?;
         let mut standing = of(&node);
-        handshake::seal_standing(&mut standing, &knock, &nonce, &node.keys);
+        handshake::seal_standing(&mut standing, &knock, &nonce, &node.keys.towards(proved));
         let mut bytes = BytesMut::new();
         wire::encode(&Message::Standing(standing), &mut bytes);
         sender.send(bytes.freeze()).await.ok()?;
@@ -110,7 +108,7 @@ pub(crate) async fn ask(node: &NodeContext, peer: &PeerInfo, tracker: &TaskTrack
     let blame = |problem| Error::peer(to.to_string(), problem);
     let exchange = exchange(node, &to, tracker);
     let answered = match tokio::time::timeout(EXCHANGE_TIMEOUT, exchange).await {
-        Ok(answered) => answered?.map_err(blame)?,
+        Ok(answered) => answered.map_err(blame)?,
         Err(_) => {
             return Err(blame(PeerProblem::Connection(format!("no answer within {EXCHANGE_TIMEOUT:?}"))));
         }
@@ -149,18 +147,13 @@ pub(crate) async fn ask_all(
     answers
 }
 
-/// The outer error is this node's own.
 async fn exchange(
     node: &NodeContext,
     to: &Endpoint,
     tracker: &TaskTracker,
-) -> Result<Result<PeerAnswer, PeerProblem>> {
-    let knock = Knock::of(node)?;
-    let headers = knock.headers(&node.keys)?;
-    Ok(match net::open(to, STANDING_PATH, headers, tracker).await {
-        Ok(opened) => answer_of(node, &knock, opened).await,
-        Err(problem) => Err(problem),
-    })
+) -> Result<PeerAnswer, PeerProblem> {
+    let (knock, opened) = Asker::of(node).knock(to, STANDING_PATH, tracker).await?;
+    answer_of(node, &knock, opened).await
 }
 
 /// Asks in the body, and reads the answer.

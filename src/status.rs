@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::checksum::Checksum;
 use crate::page::PageNo;
-use crate::peer::{Incarnation, NodeId};
+use crate::peer::{Incarnation, NodeId, PeerKey};
 use crate::txid::{Epoch, Position};
 
 pub use election::{Decision, PeerStanding, WaitReason};
@@ -35,9 +35,13 @@ pub(crate) use time::{as_unix_millis, from_unix_millis, unix_millis, whole_milli
 #[derive(Clone, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
 #[non_exhaustive]
 pub struct Addresses {
-    /// The URL of the replication endpoint, such as `http://10.0.0.1:8081/_replite`.
+    /// The URL of the replication endpoint: `replite://10.0.0.1:7000` for a listener of its own,
+    /// `http://10.0.0.1:8081/_replite` for one that is mounted in the application.
     pub replication: String,
-    /// The URL of the application, to which requests are forwarded, such as `http://10.0.0.1:8081`.
+    /// The URL of the application, to which requests are forwarded, such as `http://10.0.0.1:8080`
+    /// or `https://one.example:8443`. On the way there they are in the clear with `http://`,
+    /// whatever replication speaks. With `https://` (feature `tls`) the certificate there has to
+    /// name the host; see [`Config::app_roots`](crate::Config::app_roots).
     pub app: String,
     /// The URL under which clients reach this very node, if there is one.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -153,6 +157,9 @@ pub struct Status {
     pub node: NodeId,
     /// A random id, new at each start.
     pub incarnation: Incarnation,
+    /// The key that the node proves to others to be the same one; none in a build without TLS. See
+    /// [`Db::shut_out`](crate::Db::shut_out).
+    pub key: Option<PeerKey>,
     /// The database's name in the cluster.
     pub database: String,
     /// What the node does.
@@ -164,7 +171,10 @@ pub struct Status {
     pub position: Option<Position>,
     /// The primary, if known.
     pub primary: Option<PeerInfo>,
-    /// On a replica: how late it is.
+    /// The key of the primary that this replica follows, which that one has proved. None on a
+    /// connection without TLS, and while the primary is not known. On the primary its own.
+    pub primary_key: Option<PeerKey>,
+    /// On a replica: how late it is. `None` on a primary, and on a node that has not followed one.
     pub lag: Option<Lag>,
     /// On a primary: the replicas that are connected.
     pub replicas: Vec<ReplicaStatus>,
@@ -241,31 +251,47 @@ pub struct PublicStatus {
     pub problems: Vec<&'static str>,
 }
 
-/// How late a replica is, compared with its primary.
+/// How late a replica is, compared with its primary. What is not known is `None`, and in JSON it is
+/// left out: it is never 0. (`None < Some(1)` holds in Rust: look for `Some` first.)
 ///
 /// ```
 /// use std::time::Duration;
 ///
-/// use replite::Db;
+/// use replite::{Db, Role};
 ///
 /// fn is_fresh(db: &Db) -> bool {
+///     let status = db.status();
+///     let age = status.lag.and_then(|lag| lag.age);
 ///     // The primary has no lag.
-///     db.status().lag.is_none_or(|lag| lag.connected && lag.age < Duration::from_secs(5))
+///     status.role == Role::Primary || age.is_some_and(|age| age < Duration::from_secs(5))
 /// }
 /// # let _ = is_fresh;
 /// ```
 #[derive(Clone, Copy, PartialEq, Debug, Serialize)]
 #[non_exhaustive]
 pub struct Lag {
-    /// Transactions that the primary has and this node does not, as of the last word from it.
-    pub transactions: u64,
-    /// The age of the state here. So long ago, or later, the primary had nothing that this node
-    /// does not have. The primary says where it stands once a second: this goes up to about a
-    /// second on a replica that has everything. JSON has it in milliseconds, as `millis`.
-    #[serde(rename = "millis", serialize_with = "time::millis")]
-    pub age: Duration,
-    /// Whether the stream stands, and something came on it in the last few seconds.
+    /// Transactions that the primary has and this node does not, by what the primary said in the
+    /// last five seconds. `None` while there is no such word, also when other data comes: then the
+    /// primary may have any number of them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub transactions: Option<u64>,
+    /// The age of the state here, at most. So long ago, or later, the primary had nothing that this
+    /// node does not have. The primary says where it stands once a second: this goes up to about a
+    /// second on a replica that has everything, and grows while no word comes. `None` until this
+    /// node had all that a primary had since it follows one. JSON has it in milliseconds, as
+    /// `millis`.
+    #[serde(
+        rename = "millis",
+        serialize_with = "time::some_millis",
+        skip_serializing_if = "Option::is_none"
+    )]
+    pub age: Option<Duration>,
+    /// Whether the stream stands, and something came on it in the last few seconds. That may be
+    /// old: a link that lets little through, or not all, is connected.
     pub connected: bool,
+    /// What `age` is, or, where that is not known, for how long this node follows.
+    #[serde(skip)]
+    pub(crate) stale: Duration,
 }
 
 /// What came of hashing all pages of the database at one state; see
@@ -388,8 +414,13 @@ pub struct LoggedTransaction {
 #[derive(Clone, Debug, Serialize)]
 #[non_exhaustive]
 pub struct ReplicaStatus {
-    /// Who it is.
+    /// Who it is, as it says.
     pub peer: PeerInfo,
+    /// Its key, which it has proved; none on a connection without TLS.
+    pub key: Option<PeerKey>,
+    /// It is a follower, which never leads; see
+    /// [`Config::follower_secret`](crate::Config::follower_secret).
+    pub follower: bool,
     /// The last position that it acknowledged as applied.
     pub applied: Option<Position>,
     /// The last position that it acknowledged as fsynced.
@@ -440,9 +471,13 @@ mod tests {
     /// Dashboards read these names and numbers.
     #[test]
     fn times_are_whole_numbers_in_json() {
-        let lag = Lag { transactions: 3, age: Duration::from_micros(7400900), connected: true };
+        let stale = Duration::from_micros(7400900);
+        let lag = Lag { transactions: Some(3), age: Some(stale), connected: true, stale };
         let told = json!({ "transactions": 3, "millis": 7400, "connected": true });
         assert_eq!(to_value(lag).unwrap(), told);
+        // A script takes null for 0 where it compares.
+        let unknown = Lag { transactions: None, age: None, ..lag };
+        assert_eq!(to_value(unknown).unwrap(), json!({ "connected": true }));
         let verification = Verification {
             position: Position::new(Txid::new(Epoch::new(1, 2), 3), Checksum::EMPTY),
             found: Checksum::EMPTY,

@@ -188,7 +188,7 @@ impl Builder {
             if let Some(primary) = nodes.first() {
                 let to = replication(&primary.db())?;
                 let link = Link::start(to, Duration::ZERO).await.map_err(Error::io("bind", "127.0.0.1"))?;
-                config = config.lease(Fixed::replica_of(format!("http://{}", link.address)));
+                config = config.lease(Fixed::replica_of(format!("replite://{}", link.address)));
                 let link = Arc::new(link);
                 lock(&links).push(link.clone());
                 stream = Some(link);
@@ -214,7 +214,7 @@ async fn limited<F: Future>(what: &str, future: F) -> Result<F::Output> {
 /// Where the primary's own listener is.
 fn replication(db: &Db) -> Result<SocketAddr> {
     let url = &db.node().addresses.replication;
-    let authority = url.strip_prefix("http://").and_then(|rest| rest.split('/').next());
+    let authority = url.strip_prefix("replite://");
     let address = authority.and_then(|address| address.parse().ok());
     address.ok_or_else(|| Error::Config(format!("{url:?} is not the listener's address")))
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use crate::context::NodeContext;
 use crate::hex::{Hex, unhex, unhex_u64};
-use crate::secret::{Purpose, SHORT_PROOF_BYTES};
+use crate::secret::SHORT_PROOF_BYTES;
 use crate::txid::{Epoch, Txid};
 
 /// The version that begins each token.
@@ -14,8 +14,12 @@ const VERSION: &str = "v1";
 /// longer or shorter is not looked at.
 const TEXT_BYTES: usize = 2 + 1 + 8 + 1 + 33 + 1 + 16 + 1 + 2 * SHORT_PROOF_BYTES;
 
-/// A transaction that a client has seen, with a proof that a node of this cluster said so. A node
+/// A transaction that a client has seen, with a proof that a node of this database said so. A node
 /// that is given the token waits until it has the transaction before it reads.
+///
+/// The proof is made with a key of the database, which its nodes give each other. No one can try
+/// guesses at the cluster's secret with a token, and a rotation of the secrets leaves tokens valid.
+/// A database that begins anew, without its state directory, has another key.
 ///
 /// The text form is `v1.<database tag>.<epoch>.<number>.<proof>`.
 ///
@@ -35,7 +39,7 @@ const TEXT_BYTES: usize = 2 + 1 + 8 + 1 + 33 + 1 + 16 + 1 + 2 * SHORT_PROOF_BYTE
 /// let commit = db
 ///     .write(|tx| Ok::<_, Error>(tx.execute("INSERT INTO notes VALUES ('a')", [])?))
 ///     .await?;
-/// let token = db.token(commit.txid.expect("it wrote something"));
+/// let token = db.token(commit.txid.expect("it wrote something")).expect("this is no follower");
 /// // On another node, where the text came with a message of some queue:
 /// assert_eq!(db.verify_token(token.as_str()), commit.txid);
 /// assert_eq!(db.verify_token("v1.made.up"), None);
@@ -49,7 +53,7 @@ pub struct Token {
 }
 
 impl Token {
-    /// A token for the transaction, with a proof by this node's newest secret.
+    /// A token for the transaction, with a proof by the database's key.
     pub(crate) fn sign(node: &NodeContext, txid: Txid) -> Token {
         sign(node, &node.database_tag(), txid)
     }
@@ -109,8 +113,17 @@ impl Tokens {
         &self.tag
     }
 
-    pub(crate) fn sign(&self, txid: Txid) -> Token {
-        sign(&self.node, &self.tag, txid)
+    /// None on a follower, whose tokens no node takes.
+    pub(crate) fn sign(&self, txid: Txid) -> Option<Token> {
+        (!self.node.keys.is_follower()).then(|| sign(&self.node, &self.tag, txid))
+    }
+
+    /// Whether the text may be a token of this database that this node can't verify: a follower has
+    /// no key for that.
+    pub(crate) fn is_unread(&self, text: &str) -> bool {
+        let rest = || text.strip_prefix(VERSION)?.strip_prefix('.')?.strip_prefix(self.tag.as_str());
+        let shape = text.len() == TEXT_BYTES && rest().is_some_and(|rest| rest.starts_with('.'));
+        shape && self.node.keys.is_follower()
     }
 
     pub(crate) fn verify(&self, text: &str) -> Option<Token> {
@@ -120,14 +133,15 @@ impl Tokens {
 }
 
 fn sign(node: &NodeContext, tag: &str, txid: Txid) -> Token {
-    let proof = node.keys.prove_short(Purpose::Token, &proved(tag, &txid_bytes(txid)));
+    let proof = node.database_keys.get().token.prove(&proved(tag, &txid_bytes(txid)));
     let (epoch, number) = (txid.epoch(), txid.number());
     let text = format!("{VERSION}.{tag}.{epoch}.{number:016x}.{}", Hex(&proof));
     Token { txid, text: text.into() }
 }
 
 fn verify(node: &NodeContext, tag: &str, text: &str) -> Option<Txid> {
-    if text.len() != TEXT_BYTES || !text.is_ascii() {
+    // The token key of a follower, if it has one, is none of the database's.
+    if text.len() != TEXT_BYTES || !text.is_ascii() || node.keys.is_follower() {
         return None;
     }
     let mut fields = text.split('.');
@@ -140,7 +154,7 @@ fn verify(node: &NodeContext, tag: &str, text: &str) -> Option<Txid> {
     let txid = Txid::new(epoch, unhex_u64(number)?);
     let proof: [u8; SHORT_PROOF_BYTES] = unhex(proof)?;
     let parts = txid_bytes(txid);
-    node.keys.verify_short(Purpose::Token, &proved(tag, &parts), &proof).then_some(txid)
+    node.database_keys.get().token.verify(&proved(tag, &parts), &proof).then_some(txid)
 }
 
 fn proved<'a>(tag: &'a str, txid: &'a [u8; 24]) -> [&'a [u8]; 3] {
@@ -158,15 +172,17 @@ fn txid_bytes(txid: Txid) -> [u8; 24] {
 mod tests {
     use super::*;
     use crate::context::LeaseContext;
+    use crate::keys::DatabaseKeys;
     use crate::peer::{Incarnation, NodeId};
     use crate::secret::{Keyring, Secret};
     use crate::status::{Addresses, PeerInfo, Role};
 
-    fn node(secret: u8, database: &str) -> Arc<NodeContext> {
+    fn node(key: u8, database: &str) -> Arc<NodeContext> {
         let me =
             PeerInfo { node: NodeId::NIL, incarnation: Incarnation::NIL, addresses: Addresses::default() };
-        let keys = Keyring::new(&[Secret::fixed([secret; 32])]).unwrap();
-        NodeContext::new(me, "c".into(), database.into(), keys, Role::Replica, LeaseContext::fixed())
+        let keys = (Keyring::new(&[Secret::fixed([1; 32])]).unwrap(), crate::channel::Channel::open());
+        let (database_keys, lease) = (DatabaseKeys::fixed(key), LeaseContext::fixed());
+        NodeContext::new(me, "c".into(), database.into(), keys, Role::Replica, lease, database_keys)
     }
 
     const TXID: Txid = Txid::new(Epoch::new(3, 0xfeed), 77);
@@ -178,11 +194,45 @@ mod tests {
         assert_eq!(Token::verify(&node(1, "app"), token.as_str()), Some(TXID));
         let tokens = Tokens::new(node(1, "app"));
         assert_eq!(tokens.verify(token.as_str()), Some(token.clone()));
-        assert_eq!(tokens.sign(TXID), token);
+        assert_eq!(tokens.sign(TXID), Some(token.clone()));
+        assert!(!tokens.is_unread(token.as_str()), "a member reads it");
     }
 
     #[test]
-    fn another_secret_or_database_or_a_changed_byte_is_no_token() {
+    fn a_follower_makes_no_token_and_tells_those_of_its_database_by_their_form() {
+        let member = node(1, "app");
+        let token = Token::sign(&member, TXID).to_string();
+        let keys = Keyring::with_followers(&[], &[Secret::fixed([1; 32])]).unwrap();
+        let (me, channel) = (member.me.clone(), crate::channel::Channel::open());
+        // It has the page key of the members, and another one for tokens.
+        let own = DatabaseKeys { token: DatabaseKeys::fixed(2).token, ..DatabaseKeys::fixed(1) };
+        let follower = |database: &str| {
+            let (keys, lease) = ((keys.clone(), channel.clone()), LeaseContext::fixed());
+            NodeContext::new(me.clone(), "c".into(), database.into(), keys, Role::Replica, lease, own)
+        };
+        let tokens = Tokens::new(follower("app"));
+        assert_eq!((tokens.verify(&token), tokens.sign(TXID)), (None, None));
+        assert!(tokens.is_unread(&token));
+        assert!(!tokens.is_unread(&token[1..]) && !tokens.is_unread(&format!("{token}0")));
+        assert!(!Tokens::new(follower("other")).is_unread(&token));
+        let made = Token::sign(&follower("app"), TXID).to_string();
+        assert_eq!(Token::verify(&member, &made), None, "what it makes all the same is none");
+    }
+
+    #[test]
+    fn a_token_outlives_the_secrets_and_goes_with_the_databases_key() {
+        let mine = node(1, "app");
+        let token = Token::sign(&mine, TXID).to_string();
+        mine.keys.rotate(&[Secret::fixed([9; 32])]).unwrap();
+        assert_eq!(Token::verify(&mine, &token), Some(TXID));
+        // A replica that follows another primary.
+        mine.database_keys.set(DatabaseKeys::fixed(2));
+        assert_eq!(Token::verify(&mine, &token), None);
+        assert_eq!(Token::verify(&mine, Token::sign(&node(2, "app"), TXID).as_str()), Some(TXID));
+    }
+
+    #[test]
+    fn another_key_or_database_or_a_changed_byte_is_no_token() {
         let token = Token::sign(&node(1, "app"), TXID).to_string();
         assert_eq!(Token::verify(&node(2, "app"), &token), None);
         assert_eq!(Token::verify(&node(1, "other"), &token), None);

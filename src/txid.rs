@@ -361,6 +361,11 @@ impl EpochHistory {
         shared.map_or(0, |start| start.first.saturating_sub(1))
     }
 
+    /// Whether it has no epoch.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.starts.is_empty()
+    }
+
     /// The epochs that are left when another history takes the place of this one. Those before the
     /// last that both share are in both, also when one of them has forgotten them.
     pub(crate) fn left_for(&self, other: &EpochHistory) -> impl Iterator<Item = Epoch> {

@@ -7,20 +7,22 @@
 //! | 0 | 4 | length of the payload, at most [`PAYLOAD_MAX_BYTES`] |
 //! | 4 | 1 | kind |
 //! | 5 | 1 | flags; bit 0: a reader that does not know the kind may skip the unit; all else 0 |
-//! | 6 | 2 | version, 1 |
+//! | 6 | 2 | version, 2 |
 //! | 8 | 16 | hash |
 //! | 24 | length | payload |
 //!
-//! The hash of a PAGE unit is the page's hash ([`PageHash::of_numbered`] of the payload): one hash
-//! serves framing and database checksum. Its header is covered by other means. The kind picks the
-//! hash's key, any flag is refused, and the length is part of what is hashed.
+//! The hash of a PAGE unit is the page's hash ([`PageKey::hash_of_numbered`] of the payload): one
+//! hash serves framing and database checksum. So a reader of pages needs the database's page key.
+//! Its header is covered by other means. The kind picks the hash's key, any flag is refused, and
+//! the length is part of what is hashed.
 //!
 //! The hash of every other unit is the first 16 bytes of BLAKE3, keyed with a published constant.
 //! It is over bytes 0 to 7 of the header and the payload.
 //!
 //! Payloads. `position` is 40 bytes (epoch number 8, epoch branch 8, transaction number 8, checksum
 //! 16), `epoch` its first 16. `optional position` is a byte 0, or a byte 1 and a position. `peer`
-//! is a length (2 bytes, at most [`PEER_MAX_BYTES`]) and a JSON object. Nothing may follow the last
+//! is a length (2 bytes, at most [`PEER_MAX_BYTES`]) and a JSON object. `keys` are the database's
+//! page key (28), then a byte 0, or a byte 1 and its token key (32). Nothing may follow the last
 //! field.
 //!
 //! The fields by kind:
@@ -29,10 +31,10 @@
 //! - 2 PAGE: page number (4), the page.
 //! - 3 TXN_END: position after, pages in the database (4), page units in the record (4),
 //!   microseconds since 1970 (8).
-//! - 4 HELLO: proof (32), optional position, a byte 0 or a byte 1 and what a snapshot is resumed
-//!   with: position, page number (4). Then suspect (1: 0 or 1), count of marks (1) and as many
-//!   positions, peer, epoch history.
-//! - 5 WELCOME: epoch, plan (1: see [`Plan`]), position, page size (4), peer.
+//! - 4 HELLO: proof (32), keys, optional position, a byte 0 or a byte 1 and what a snapshot is
+//!   resumed with: position, page number (4). Then suspect (1: 0 or 1), count of marks (1) and as
+//!   many positions, peer, epoch history.
+//! - 5 WELCOME: epoch, plan (1: see [`Plan`]), position, page size (4), keys, peer.
 //! - 6 EPOCHS: epoch history: count (4), then per epoch: epoch, first transaction (8), checksum
 //!   before it (16).
 //! - 7 HEARTBEAT: position, microseconds of the replica's clock (8): those of its last ACK, and
@@ -47,7 +49,8 @@
 //!   there (4).
 //! - 12 GOODBYE: reason: UTF-8, at most [`REASON_MAX_BYTES`].
 //! - 13 SEGMENT: address of the segment's first record byte (8), position before its first record.
-//!   Then the address where the segment before it ends (8; all ones: it follows none).
+//!   Then the address where the segment before it ends (8; all ones: it follows none), and the
+//!   fingerprint of the page key (16).
 //! - 14 HEAL_BEGIN: position that the records go on from, page size (4), pages in the database now
 //!   (4). Then compare (1: 0 or 1) and diverged (1: 0 or 1).
 //! - 15 SUMS: first page (4), pages in each sum (4), sums of page hashes (16 each).
@@ -66,11 +69,12 @@
 //! - 23 HANDED: attempt (16), version: length (2) and UTF-8, at most 1024 bytes; the record, at
 //!   most [`LEASE_RECORD_MAX_BYTES`]. To the replica that accepted.
 //!
-//! The header's layout and the hash of SEGMENT never change with the version: every version can
-//! tell a newer segment from a damaged one.
+//! The header's layout and the hash of SEGMENT never change with the version, and a SEGMENT has at
+//! most [`SEGMENT_MAX_BYTES`]. So every version can tell the segment of another from a damaged one.
 use bytes::Bytes;
 
-use crate::checksum::PageHash;
+use crate::checksum::{FINGERPRINT_BYTES, Fingerprint, PAGE_KEY_BYTES, PageHash, PageKey};
+use crate::keys::{DatabaseKeys, TOKEN_KEY_BYTES, TokenKey};
 use crate::page::{PageNo, PageSize};
 use crate::status::PeerInfo;
 use crate::txid::{Epoch, EpochHistory, Position};
@@ -98,7 +102,7 @@ pub(crate) const PAYLOAD_MAX_BYTES: usize = 1024 * 1024 + 64 * 1024;
 /// Bytes of a unit's header.
 pub(crate) const HEADER_BYTES: usize = 24;
 /// The version of the units, one for all kinds.
-pub(crate) const VERSION: u16 = 1;
+pub(crate) const VERSION: u16 = 2;
 /// Bytes of the pages of a snapshot piece that we send, unless one page is more. They are small
 /// because what came of a piece before its connection breaks has come for nothing.
 const PIECE_BYTES: usize = 32 * 1024;
@@ -133,7 +137,12 @@ const MAY_SKIP: u8 = 1;
 const PIECE_FIELDS_BYTES: usize = 4 + Position::BYTES;
 
 /// Bytes of a SEGMENT unit, with its header.
-pub(crate) const SEGMENT_BYTES: usize = HEADER_BYTES + 8 + Position::BYTES + 8;
+pub(crate) const SEGMENT_BYTES: usize = HEADER_BYTES + 8 + Position::BYTES + 8 + FINGERPRINT_BYTES;
+/// The most that one has in any version.
+pub(crate) const SEGMENT_MAX_BYTES: usize = 512;
+const _: () = assert!(SEGMENT_BYTES <= SEGMENT_MAX_BYTES);
+/// Bytes of a peer's keys.
+const KEYS_BYTES: usize = PAGE_KEY_BYTES + 1 + TOKEN_KEY_BYTES;
 /// What the heartbeat of a primary without a lease says in place of a time.
 const NO_LEASE: u64 = u64::MAX;
 /// The highest address at which a segment may begin.
@@ -148,6 +157,7 @@ const _: () = assert!(WANT_MAX_PAGES * (8 + 16) <= PAYLOAD_MAX_BYTES);
 // The longest HELLO fits: two optional fields, a peer and a full history.
 const _: () = assert!(
     HELLO_PROOF_BYTES
+        + KEYS_BYTES
         + 2 * (1 + Position::BYTES)
         + 4
         + 2
@@ -208,6 +218,8 @@ pub(crate) struct Unit {
     pub(crate) hash: [u8; 16],
     /// Header and payload.
     pub(crate) raw: Bytes,
+    /// What pages are hashed with, where pages may be.
+    pub(crate) page_key: Option<PageKey>,
 }
 
 impl Unit {
@@ -215,11 +227,15 @@ impl Unit {
         &self.raw[HEADER_BYTES..]
     }
 
-    /// The version of a SEGMENT unit whose hash holds and that a newer version wrote.
-    pub(crate) fn newer_segment(raw: &[u8; SEGMENT_BYTES]) -> Option<u16> {
-        let version = u16::from_le_bytes([raw[6], raw[7]]);
+    /// The version of a SEGMENT unit, at the begin of these bytes, whose hash holds and that
+    /// another version wrote.
+    pub(crate) fn other_segment(bytes: &[u8]) -> Option<u16> {
+        let [l0, l1, l2, l3, kind, _, v0, v1] = *bytes.first_chunk()?;
+        let payload = u32::from_le_bytes([l0, l1, l2, l3]) as usize;
+        let raw = bytes.get(..HEADER_BYTES.checked_add(payload)?)?;
+        let version = u16::from_le_bytes([v0, v1]);
         let holds = raw[8..HEADER_BYTES] == fields::hash_of(raw);
-        (version > VERSION && raw[4] == Kind::Segment as u8 && holds).then_some(version)
+        (version != VERSION && kind == Kind::Segment as u8 && holds).then_some(version)
     }
 
     /// Checks the hash and reads the fields. The hash of a [`Message::Page`] is the one that was
@@ -228,7 +244,7 @@ impl Unit {
     /// # Errors
     /// [`WireError::Hash`] before any field is looked at; then [`WireError::Fields`].
     pub(crate) fn decode(&self) -> Result<Message<'_>, WireError> {
-        fields::decode(self.kind, self.hash, &self.raw)
+        fields::decode(self.kind, self.hash, &self.raw, self.page_key)
     }
 }
 
@@ -310,6 +326,8 @@ pub(crate) struct TxnEnd {
 pub(crate) struct Hello {
     /// Proof over both nonces, the request's identity and the rest of this unit (see `handshake`).
     pub(crate) proof: [u8; 32],
+    /// The keys of the database that the replica has.
+    pub(crate) keys: PeerKeys,
     pub(crate) peer: PeerInfo,
     pub(crate) position: Option<Position>,
     pub(crate) history: EpochHistory,
@@ -348,6 +366,23 @@ pub(crate) struct Welcome {
     pub(crate) plan: Plan,
     pub(crate) position: Position,
     pub(crate) page_size: PageSize,
+    /// The keys of the database. All that follows goes by them.
+    pub(crate) keys: PeerKeys,
+}
+
+/// The keys of a database, as far as the peer is to have them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct PeerKeys {
+    pub(crate) page: PageKey,
+    /// None: the peer is to make no tokens.
+    pub(crate) token: Option<TokenKey>,
+}
+
+impl PeerKeys {
+    /// What one node tells another; the token key only where both are members.
+    pub(crate) fn of(keys: DatabaseKeys, members: bool) -> PeerKeys {
+        PeerKeys { page: keys.page, token: members.then_some(keys.token) }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -452,4 +487,6 @@ pub(crate) struct Segment {
     pub(crate) before: Position,
     /// Where the segment that this one continues ends; `None` when the log begins anew here.
     pub(crate) follows: Option<u64>,
+    /// Of the key that the pages in its records are hashed with.
+    pub(crate) key: Fingerprint,
 }

@@ -6,7 +6,7 @@ use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
 use std::sync::OnceLock;
 
 use replite::rusqlite::Connection;
-use replite::{Config, Db, Durability, Error, Secret, Txid, lease};
+use replite::{Config, Db, Durability, Error, Plaintext, Secret, Txid, lease};
 use tokio::runtime::Runtime;
 
 pub(crate) const SCHEMA: &str = "CREATE TABLE IF NOT EXISTS t(id INTEGER PRIMARY KEY, k INTEGER, v)";
@@ -30,11 +30,14 @@ pub(crate) fn config(path: &Path) -> Config {
 }
 
 pub(crate) fn primary(path: &Path, durability: Durability) -> Db {
-    let config = config(path)
-        .durability(durability)
-        .listen("127.0.0.1:0".parse().expect("an address"))
-        .migrate(|c| c.execute_batch(SCHEMA));
-    runtime().block_on(Db::open(config)).expect("a primary")
+    primary_of(config(path).durability(durability))
+}
+
+/// The same with what else its configuration says.
+pub(crate) fn primary_of(config: Config) -> Db {
+    let listens =
+        config.listen("127.0.0.1:0".parse().expect("an address")).migrate(|c| c.execute_batch(SCHEMA));
+    runtime().block_on(Db::open(listens)).expect("a primary")
 }
 
 pub(crate) fn replica(path: &Path, of: &Db) -> Db {
@@ -62,9 +65,15 @@ pub(crate) struct Other {
 
 impl Other {
     pub(crate) fn start(path: &Path, of: &Db) -> Other {
+        Other::start_in(path, of, false)
+    }
+
+    /// The same without TLS, or with it.
+    pub(crate) fn start_in(path: &Path, of: &Db, clear: bool) -> Other {
         let mut child = Command::new(std::env::current_exe().expect("a path"))
             .env("REPLITE_BENCH_REPLICA", path)
             .env("REPLITE_BENCH_URL", &of.node().addresses.replication)
+            .env("REPLITE_BENCH_CLEAR", if clear { "yes" } else { "" })
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
@@ -101,7 +110,10 @@ pub(crate) fn child() -> bool {
     else {
         return false;
     };
-    let config = config(&PathBuf::from(path)).lease(lease::Fixed::replica_of(url));
+    let mut config = config(&PathBuf::from(path)).lease(lease::Fixed::replica_of(url));
+    if std::env::var("REPLITE_BENCH_CLEAR").is_ok_and(|clear| !clear.is_empty()) {
+        config = config.plaintext(Plaintext::Loopback);
+    }
     let db = runtime().block_on(Db::open(config)).expect("a replica");
     runtime().block_on(db.ready()).expect("ready");
     println!("ready");

@@ -2,11 +2,11 @@
 
 use std::time::{Duration, Instant};
 
-use replite::{Db, Durability, Error, lease};
+use replite::{Db, Durability, Error, Plaintext, lease};
 
 use crate::home::{
-    INSERT, Other, SCHEMA, config, directory, idle_memory, monotonic_ns, peak_memory, primary, replica,
-    runtime,
+    INSERT, Other, SCHEMA, config, directory, idle_memory, monotonic_ns, peak_memory, primary, primary_of,
+    replica, runtime,
 };
 use crate::{figure, quantile};
 
@@ -19,25 +19,100 @@ pub(crate) fn lag() {
     let (mut p50, mut p99) = (Vec::new(), Vec::new());
     let mut next = 1;
     for _ in 0..5 {
-        other.say(&format!("watch {next} {COMMITS}"));
-        assert_eq!(other.hear(), "watching");
-        let mut returned = Vec::new();
-        for k in 0..COMMITS {
-            p.write_blocking(|tx| Ok::<_, Error>(tx.prepare_cached(INSERT)?.execute([k])?))
-                .expect("a commit");
-            returned.push(monotonic_ns());
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        let mut lags = lags(&p, &mut other, next, COMMITS);
         next += COMMITS;
-        let seen = other.hear();
-        let seen = seen.split_whitespace().map(|n| n.parse::<u64>().expect("a time"));
-        let mut lags: Vec<f64> =
-            seen.zip(&returned).map(|(s, r)| s.saturating_sub(*r) as f64 / 1e3).collect();
         p50.push(quantile(&mut lags, 0.5));
         p99.push(quantile(&mut lags, 0.99));
     }
     figure("lag_p50_us", "us", p50);
     figure("lag_p99_us", "us", p99);
+}
+
+/// Microseconds for each of so many commits; the first has this id.
+fn lags(p: &Db, other: &mut Other, next: i64, commits: i64) -> Vec<f64> {
+    other.say(&format!("watch {next} {commits}"));
+    assert_eq!(other.hear(), "watching");
+    let mut returned = Vec::new();
+    for k in 0..commits {
+        p.write_blocking(|tx| Ok::<_, Error>(tx.prepare_cached(INSERT)?.execute([k])?)).expect("a commit");
+        returned.push(monotonic_ns());
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let seen = other.hear();
+    let seen = seen.split_whitespace().map(|n| n.parse::<u64>().expect("a time"));
+    seen.zip(&returned).map(|(s, r)| s.saturating_sub(*r) as f64 / 1e3).collect()
+}
+
+/// What TLS costs a commit on its way, to the same without: two pairs of a primary and a replica in
+/// another process, in turn.
+pub(crate) fn tls_lag() {
+    const COMMITS: i64 = 1000;
+    let dir = directory();
+    let pair = |name: &str, clear: bool| {
+        let mut config = config(&dir.path().join(format!("{name}-p.db")));
+        if clear {
+            config = config.plaintext(Plaintext::Loopback);
+        }
+        let p = primary_of(config);
+        let other = Other::start_in(&dir.path().join(format!("{name}-r.db")), &p, clear);
+        (p, other)
+    };
+    let (mut private, mut clear) = (pair("tls", false), pair("clear", true));
+    let (mut ratios, mut with, mut without) = (Vec::new(), Vec::new(), Vec::new());
+    for round in 0..9 {
+        let p50 =
+            |(p, other): &mut (Db, Other)| quantile(&mut lags(p, other, 1 + round * COMMITS, COMMITS), 0.5);
+        let (a, b) = (p50(&mut private), p50(&mut clear));
+        ratios.push(a / b);
+        with.push(a);
+        without.push(b);
+    }
+    figure("tls_lag_ratio", "x", ratios);
+    figure("tls_lag_p50_us", "us", with);
+    figure("clear_lag_p50_us", "us", without);
+}
+
+/// What TLS leaves of the speed of a snapshot of 512 MiB, with both sides on the machine's cores.
+pub(crate) fn tls_snapshot() {
+    const ROWS: i64 = 131_072;
+    let dir = directory();
+    // Answers both.
+    let p = primary_of(config(&dir.path().join("p.db")).plaintext(Plaintext::Loopback));
+    p.write_blocking(|tx| {
+        let sql = "WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c WHERE i < ?1)
+                   INSERT INTO t(k, v) SELECT i, randomblob(3900) FROM c";
+        Ok::<_, Error>(tx.execute(sql, [ROWS])?)
+    })
+    .expect("a commit");
+    runtime().block_on(p.checkpoint(Duration::from_secs(30))).expect("a checkpoint");
+    let bytes = std::fs::metadata(p.path()).map_or(0, |m| m.len()) as f64;
+    let private = p.node().addresses.replication.replace("http://", "replite://").replace("/_replite", "");
+    let speed = |url: &str, clear: bool| {
+        let path = dir.path().join("r.db");
+        let mut config = config(&path).lease(lease::Fixed::replica_of(url));
+        if clear {
+            config = config.plaintext(Plaintext::Loopback);
+        }
+        let begin = Instant::now();
+        let r = runtime().block_on(Db::open(config)).expect("a replica");
+        runtime().block_on(r.ready()).expect("ready");
+        let speed = bytes / 1e6 / begin.elapsed().as_secs_f64();
+        runtime().block_on(r.shutdown());
+        drop(r);
+        let _ = std::fs::remove_file(&path);
+        let _ = std::fs::remove_dir_all(dir.path().join("r.db-replite"));
+        speed
+    };
+    let (mut ratios, mut with, mut without) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..7 {
+        let (a, b) = (speed(&private, false), speed(&p.node().addresses.replication, true));
+        ratios.push(a / b);
+        with.push(a);
+        without.push(b);
+    }
+    figure("tls_snapshot_ratio", "x", ratios);
+    figure("tls_snapshot_speed", "MB/s", with);
+    figure("clear_snapshot_speed", "MB/s", without);
 }
 
 /// The same where the application serves the endpoint, as it does by default, in one process: until

@@ -16,7 +16,7 @@ use futures_util::stream::{Stream, unfold};
 use http_body_util::{BodyExt, Empty, Limited};
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::TokioExecutor;
-use replite::{Db, Error, Session};
+use replite::{Db, Error, Role, Session};
 use serde::Deserialize;
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -264,9 +264,18 @@ fn describe(app: &App) -> Value {
         "changes": &*app.changes.borrow(),
         "txid": status.position.map(|p| p.number()),
         "checksum": status.position.map(|p| p.checksum().to_string()),
-        "lag_ms": status.lag.map_or(0, |l| l.age.as_millis() as u64),
+        "lag_ms": lag_ms(&status),
+        "lag_known": status.lag.is_none_or(|lag| lag.transactions.is_some()),
         "problems": status.problems,
     })
+}
+
+/// How old the state here is: the primary's is not, and what is unknown is null.
+fn lag_ms(status: &replite::PublicStatus) -> Option<u64> {
+    match status.role {
+        Role::Primary => Some(0),
+        _ => status.lag.and_then(|lag| lag.age).map(|age| age.as_millis() as u64),
+    }
 }
 
 /// All instances as this one sees them, for the page: no cross-origin requests are needed.

@@ -7,7 +7,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 use replite::lease::Directory;
 use replite::operator::{Operator, OperatorError, Target};
-use replite::{NodeId, Secret};
+use replite::{Certificates, NodeId, Secret};
 
 /// Something was refused, or failed.
 const FAILED: u8 = 1;
@@ -45,6 +45,18 @@ struct LeaseArgs {
     /// A file with the cluster's secret; otherwise the variable REPLITE_SECRET has it.
     #[arg(long, value_name = "FILE", global = true)]
     secret_file: Option<PathBuf>,
+    /// This command's certificate, for nodes that have certificates.
+    #[arg(long, value_name = "FILE", global = true)]
+    tls_cert: Option<PathBuf>,
+    /// The private key of that certificate.
+    #[arg(long, value_name = "FILE", global = true)]
+    tls_key: Option<PathBuf>,
+    /// The roots of the nodes' certificates.
+    #[arg(long, value_name = "FILE", global = true)]
+    tls_roots: Option<PathBuf>,
+    /// A name that a node's certificate may have; as often as wanted.
+    #[arg(long = "tls-name", value_name = "NAME", global = true)]
+    tls_names: Vec<String>,
     /// One more node to look at, by the URL of its replication endpoint; as often as wanted.
     #[arg(long = "node", value_name = "URL", global = true)]
     nodes: Vec<String>,
@@ -202,6 +214,13 @@ fn operator(args: &LeaseArgs) -> Result<Operator, Failure> {
     let mut operator = Operator::new(store, &args.cluster, &args.database).by(by);
     if let Some(secret) = secret(args.secret_file.as_deref())? {
         operator = operator.secret(secret);
+    }
+    match (&args.tls_cert, &args.tls_key, &args.tls_roots) {
+        (None, None, None) if args.tls_names.is_empty() => {}
+        (Some(chain), Some(key), Some(roots)) if !args.tls_names.is_empty() => {
+            operator = operator.tls(Certificates::new(chain, key, roots).names(&args.tls_names));
+        }
+        _ => return Err(usage("--tls-cert, --tls-key, --tls-roots and --tls-name go together")),
     }
     Ok(args.nodes.iter().fold(operator, |operator, url| operator.node(url)))
 }

@@ -7,8 +7,9 @@ use http_body_util::BodyExt;
 use http_body_util::channel::{Channel, Sender};
 use tower::ServiceExt;
 
+use crate::channel::{Binding, Channel as Private};
 use crate::command::*;
-use crate::handshake::{Answer, Nonce, STANDING_PATH};
+use crate::handshake::{Answer, Knock, Nonce, STANDING_PATH};
 use crate::lock::lock;
 use crate::net::Listener;
 use crate::peer::Incarnation;
@@ -50,15 +51,18 @@ fn asker(secret: &[u8]) -> Asker {
         database: "app".into(),
         node: NodeId::from_u128(77),
         incarnation: Incarnation::from_u128(78),
+        channel: Private::open(),
     }
 }
 
 impl Commanded {
     async fn listen(&self) -> Endpoint {
-        let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), true).await.unwrap();
+        let listener = Listener::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let to = Endpoint::parse(&format!("http://{}", listener.address())).unwrap();
+        let service = self.service.clone();
         self.tracker.spawn(listener.serve(
-            self.service.clone(),
+            self.node.channel.clone(),
+            move |inside| service.on(inside),
             self.tracker.clone(),
             self.node.stop.clone(),
         ));
@@ -212,7 +216,7 @@ async fn sent(
 #[tokio::test(start_paused = true)]
 async fn what_is_recorded_reflected_changed_cut_or_too_long_commands_nothing() {
     let commanded = commanded(leased(2, &SECRET, Role::Replica));
-    let (service, knock) = (&commanded.service, Knock::by(&asker(&SECRET)).unwrap());
+    let (service, knock) = (&commanded.service, Knock::by(&asker(&SECRET), Binding::NONE).unwrap());
     let nothing = async |what: &str, make: &dyn Fn(&Nonce) -> Vec<u8>| {
         assert_eq!(sent(service, COMMAND_PATH, &knock, make).await, None, "{what}: it breaks off");
         assert!(lock(&commanded.carried).is_empty(), "{what}");

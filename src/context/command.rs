@@ -7,7 +7,7 @@ use std::sync::OnceLock;
 
 use serde::{Deserialize, Serialize};
 
-use crate::peer::NodeId;
+use crate::peer::{NodeId, PeerKey};
 use crate::status::{PeerInfo, Role};
 use crate::txid::{Epoch, Position};
 
@@ -38,6 +38,9 @@ impl fmt::Display for OperatorCommand {
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
 pub(crate) struct Description {
     pub(crate) peer: PeerInfo,
+    /// Its key, as it says. Who asks in TLS knows better.
+    #[serde(default)]
+    pub(crate) key: Option<PeerKey>,
     pub(crate) role: Role,
     /// The newest epoch of its history.
     pub(crate) epoch: Epoch,

@@ -2,6 +2,7 @@
 
 use tokio::sync::watch;
 
+use crate::peer::PeerKey;
 use crate::status::{PeerInfo, Role, RoleState, WaitReason};
 use crate::txid::Epoch;
 
@@ -15,8 +16,8 @@ pub(crate) enum RoleChange {
     Yields,
     /// The primary's epoch was followed by another.
     Epoch(Epoch),
-    /// It follows a primary. None: it does not reach one.
-    Follows { primary: Option<PeerInfo>, epoch: Epoch },
+    /// It follows a primary, which has proved this key. None: it does not reach one.
+    Follows { primary: Option<(PeerInfo, Option<PeerKey>)>, epoch: Epoch },
     /// It has no primary, and does this about it.
     Stands { role: Role, waits_for: Option<WaitReason> },
     /// Replication has stopped, or the node is closed.
@@ -33,6 +34,7 @@ impl RoleValue {
             role,
             epoch: Epoch::new(0, 0),
             primary: None,
+            primary_key: None,
             waits_for: None,
         }))
     }
@@ -73,20 +75,26 @@ impl RoleValue {
 }
 
 fn next(now: &RoleState, change: RoleChange) -> RoleState {
-    let state = |role, epoch, primary| RoleState { role, epoch, primary, waits_for: None };
+    let state = |role, epoch, primary| RoleState { role, epoch, primary, primary_key: None, waits_for: None };
     match change {
         _ if now.role == Role::Stopped => now.clone(),
         RoleChange::Leads { me, epoch } => state(Role::Primary, epoch, Some(me)),
         RoleChange::Yields if now.role == Role::Primary => RoleState { primary: None, ..now.clone() },
         RoleChange::Yields => now.clone(),
-        RoleChange::Epoch(epoch) => state(now.role, epoch, now.primary.clone()),
+        RoleChange::Epoch(epoch) => {
+            RoleState { primary_key: now.primary_key, ..state(now.role, epoch, now.primary.clone()) }
+        }
         // It looks for one, and says how.
         RoleChange::Follows { primary: None, epoch }
             if matches!(now.role, Role::Starting | Role::Electing | Role::Waiting | Role::Promoting) =>
         {
-            RoleState { epoch, primary: None, ..now.clone() }
+            RoleState { epoch, primary: None, primary_key: None, ..now.clone() }
         }
-        RoleChange::Follows { primary, epoch } => state(Role::Replica, epoch, primary),
+        RoleChange::Follows { primary, epoch } => {
+            let (primary, primary_key) = primary.unzip();
+            let primary_key = primary_key.flatten();
+            RoleState { primary_key, ..state(Role::Replica, epoch, primary) }
+        }
         // A node whose stream from the primary stands is a replica, whatever it would wait for: it
         // may be the store alone that it can't reach.
         RoleChange::Stands { role: Role::Replica | Role::Waiting, .. }
@@ -114,13 +122,18 @@ mod tests {
         };
         let role = RoleValue::new(Role::Replica);
         let epoch = Epoch::new(1, 1);
-        let follows = |primary| RoleChange::Follows { primary, epoch };
-        assert!(role.change(follows(Some(me.clone()))).is_some());
+        let key: Option<PeerKey> = Some("07".repeat(32).parse().unwrap());
+        let follows = |primary: Option<PeerInfo>| RoleChange::Follows {
+            primary: primary.map(|primary| (primary, key)),
+            epoch,
+        };
+        assert_eq!(role.change(follows(Some(me.clone()))).unwrap().primary_key, key);
         assert!(role.change(follows(Some(me.clone()))).is_none(), "nothing new");
         let led = role.change(RoleChange::Leads { me: me.clone(), epoch }).unwrap();
         assert_eq!((led.role, led.primary), (Role::Primary, Some(me.clone())));
         let next = role.change(RoleChange::Epoch(Epoch::new(2, 2))).unwrap();
         assert_eq!((next.role, next.epoch.number(), next.primary), (Role::Primary, 2, Some(me.clone())));
+        assert_eq!(next.primary_key, None, "it is its own primary");
         assert_eq!(role.change(follows(None)).unwrap().role, Role::Replica);
         let stands = |role| RoleChange::Stands { role, waits_for: None };
         assert!(role.change(stands(Role::Waiting)).is_some());

@@ -1,5 +1,7 @@
 //! What a node is told before it opens its database.
 
+mod app;
+mod channel;
 mod check;
 mod lease;
 
@@ -16,11 +18,13 @@ use std::time::Duration;
 
 use rusqlite::Connection;
 
+use crate::channel::{Certificates, Plaintext};
 use crate::db::Db;
 use crate::engine::{CommitGate, Durability};
 use crate::error::{Error, Result};
 use crate::lease::{Fixed, Lease};
 use crate::node::writer::{ConnectionKind, Migrate, OnConnect, WriterSetup};
+use crate::peer::PeerKey;
 use crate::secret::Secret;
 use crate::status::Addresses;
 
@@ -53,6 +57,7 @@ pub struct Config {
     pub(super) cluster: String,
     pub(super) database: Option<String>,
     pub(super) addresses: Addresses,
+    pub(super) app_roots: Option<PathBuf>,
     pub(super) lease: Lease,
     pub(super) lease_time: Option<Duration>,
     pub(super) failover_loss: Duration,
@@ -60,6 +65,11 @@ pub struct Config {
     pub(super) candidate: bool,
     pub(super) bootstrap: Option<usize>,
     pub(super) secrets: Vec<Secret>,
+    pub(super) secret_file: Option<PathBuf>,
+    pub(super) follower_secrets: Vec<Secret>,
+    pub(super) shut_out: Vec<PeerKey>,
+    pub(super) plaintext: Option<Plaintext>,
+    pub(super) certificates: Option<Certificates>,
     pub(super) listen: Option<SocketAddr>,
     pub(super) durability: Durability,
     pub(super) wal_limit_bytes: u64,
@@ -110,6 +120,7 @@ impl Config {
             cluster: "default".into(),
             database: None,
             addresses: Addresses::default(),
+            app_roots: None,
             lease: Fixed::primary().into(),
             lease_time: None,
             failover_loss: lease::FAILOVER_LOSS,
@@ -117,6 +128,11 @@ impl Config {
             candidate: true,
             bootstrap: None,
             secrets: Vec::new(),
+            secret_file: None,
+            follower_secrets: Vec::new(),
+            shut_out: Vec::new(),
+            plaintext: None,
+            certificates: None,
             listen: None,
             durability: Durability::default(),
             wal_limit_bytes: 4 << 20,
@@ -155,41 +171,6 @@ impl Config {
     /// The database's name in the cluster. The file's name without its extension if not set.
     pub fn database(mut self, name: impl Into<String>) -> Config {
         self.database = Some(name.into());
-        self
-    }
-
-    /// The URL under which other nodes reach this one's application, such as
-    /// `http://10.0.0.1:8080`. The node then advertises its replication endpoint there, too, at
-    /// `/_replite`, unless [`Config::listen`] gives it a port of its own.
-    pub fn advertise(mut self, url: impl Into<String>) -> Config {
-        self.addresses.app = url.into();
-        self
-    }
-
-    /// All addresses of this node, where they differ more than [`Config::advertise`] allows for.
-    pub fn addresses(mut self, addresses: Addresses) -> Config {
-        self.addresses = addresses;
-        self
-    }
-
-    /// The cluster's secret, the same on all nodes: [`Secret::new`] says how to make one. Without
-    /// one, replication works between processes of one machine only, over [`Config::listen`] on a
-    /// loopback address.
-    pub fn secret(self, secret: Secret) -> Config {
-        self.secrets([secret])
-    }
-
-    /// Several secrets that are valid at once, the newest first; see
-    /// [`Db::rotate_secrets`](crate::Db::rotate_secrets).
-    pub fn secrets(mut self, secrets: impl IntoIterator<Item = Secret>) -> Config {
-        self.secrets = secrets.into_iter().collect();
-        self
-    }
-
-    /// Serves the replication endpoint on a listener of its own; best on an address that the public
-    /// can't reach.
-    pub fn listen(mut self, address: SocketAddr) -> Config {
-        self.listen = Some(address);
         self
     }
 
@@ -438,7 +419,7 @@ impl Config {
     /// it; see [`Durability::Unsynced`]. 10 seconds if not set: a replica tries to connect again
     /// within eight. While the primary knows that a replica has more, it waits up to 20 seconds
     /// longer. For a replica that is giving what it has, it waits up to a minute. With zero it asks
-    /// no replica.
+    /// no replica. It asks as long for the keys of its database, should they be gone.
     pub fn recovery_timeout(mut self, limit: Duration) -> Config {
         self.recovery_timeout = limit;
         self

@@ -18,6 +18,7 @@ use crate::report::Condition;
 
 const SEALED: Sealed = Sealed {
     magic: *b"repnodid",
+    oldest: 1,
     version: 1,
     max_bytes: 1024,
     cure: "says which node this is, and no more than that: remove it, and the node gets a new id",

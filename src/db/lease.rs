@@ -27,12 +27,14 @@ impl Db {
     /// Returns when this node is the primary.
     ///
     /// # Errors
-    /// [`Error::Config`] on a node with a fixed primary, [`Error::Timeout`] when another node holds
-    /// the lease or the promotion fails; the log says which. [`Error::ShutDown`].
+    /// [`Error::Config`] on a node with a fixed primary and on a follower, [`Error::Timeout`] when
+    /// another node holds the lease or the promotion fails; the log says which.
+    /// [`Error::ShutDown`].
     ///
     /// # Cancel safety
     /// What was begun goes on.
     pub async fn promote_unchecked(&self) -> Result<()> {
+        self.check_may_lead()?;
         let Some(elector) = &self.inner.elector else {
             return Err(Error::Config("the primary is fixed by configuration: there is no lease".into()));
         };

@@ -1,5 +1,7 @@
 //! Opening a database as a node.
 
+mod keys;
+
 use std::sync::atomic::{AtomicBool, AtomicU64};
 use std::sync::{Arc, Mutex, OnceLock, Weak};
 use std::time::{Duration, Instant};
@@ -9,6 +11,7 @@ use tokio::runtime::Handle;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::checksum::Fingerprint;
 use crate::context::{LeaseContext, NodeContext};
 use crate::db::config::{Config, RoleHook, Start};
 use crate::db::{Db, identity, preflight, snapshot};
@@ -19,6 +22,7 @@ use crate::files::{self, Paths};
 use crate::lease::Store;
 use crate::lease::record::{Holder, LeaseState};
 use crate::net::{Endpoint, Listener};
+use crate::node::certificates::{self, CertificateWatch};
 use crate::node::database::{Database, LastHandle};
 use crate::node::elector::{Elector, Parts, RecordLook, WITHHOLD_LIMIT};
 use crate::node::host::ListenerGuard;
@@ -31,7 +35,8 @@ use crate::node::verifier::Verifier;
 use crate::node::writer::ConnectionKind;
 use crate::node::writer::Writer;
 use crate::peer::Incarnation;
-use crate::primary::{Recovery, ReplicaServer};
+use crate::primary::{KeySearch, Recovery, ReplicaServer};
+use crate::proxy::AppTls;
 use crate::random;
 use crate::report::Condition;
 use crate::secret::Keyring;
@@ -39,6 +44,7 @@ use crate::sqlite::defend;
 use crate::status::{Addresses, PeerInfo, Role};
 use crate::threads::blocking_for_caller as blocking;
 use crate::txid::Epoch;
+use keys::{KeysFound, keys_of};
 
 /// Where a panic of the application's code was.
 const OPENING: &str = "while the database was opened";
@@ -46,9 +52,8 @@ const OPENING: &str = "while the database was opened";
 /// See [`Db::open`].
 pub(super) async fn open(config: Config) -> Result<Db> {
     let start = config.check()?;
-    let keys = Keyring::new(&config.secrets)?;
     let listener = match config.listen {
-        Some(address) => Some(Listener::bind(address, !keys.is_open()).await?),
+        Some(address) => Some(Listener::bind(address).await?),
         None => None,
     };
     let addresses = config.advertised(listener.as_ref().map(Listener::address));
@@ -57,9 +62,13 @@ pub(super) async fn open(config: Config) -> Result<Db> {
         Start::Replica(_) => Role::Replica,
         Start::Lease(..) => Role::Starting,
     };
-    let claimed = blocking(OPENING, move || ClaimedNode::new(config, keys, addresses, role)).await?;
+    let mut claimed = blocking(OPENING, move || ClaimedNode::new(config, addresses, role)).await?;
     let mut listener_guard =
         ListenerGuard::new(&claimed.node, &claimed.replica_server, &claimed.tracker, listener);
+    // It ends with the node, also when the node does not open.
+    if let Some(watch) = claimed.certificates.take() {
+        claimed.tracker.spawn(watch.run(claimed.node.clone()));
+    }
     let opened = claimed.open(start, &mut listener_guard).await;
     if opened.is_err() {
         listener_guard.close().await;
@@ -73,11 +82,15 @@ struct ClaimedNode {
     paths: Paths,
     claim: open_files::Claim,
     node: Arc<NodeContext>,
+    certificates: Option<CertificateWatch>,
     replica_server: Arc<ReplicaServer>,
     tracker: TaskTracker,
     options: EngineOptions,
     /// The database has tables.
     has_content: bool,
+    app_tls: AppTls,
+    /// The files go with this page key, which is not here.
+    lost_key: Option<Fingerprint>,
 }
 
 /// A node whose files are open, and that does nothing yet.
@@ -116,8 +129,10 @@ impl Files {
 
 impl ClaimedNode {
     /// Blocks.
-    fn new(config: Config, keys: Keyring, addresses: Addresses, role: Role) -> Result<ClaimedNode> {
+    fn new(config: Config, addresses: Addresses, role: Role) -> Result<ClaimedNode> {
         let database = config.database_name()?;
+        let keys = Keyring::with_followers(&config.all_secrets()?, &config.follower_secrets)?;
+        let app_tls = config.app_tls()?;
         let (paths, claim) = preflight::claim(&config.path, config.allow_network_filesystem)?;
         let has_content = role == Role::Starting && preflight::has_content(paths.database())?;
         preflight::state_dir(&paths, role != Role::Promoting, config.database_mode)?;
@@ -127,18 +142,41 @@ impl ClaimedNode {
             incarnation: Incarnation::random(),
             addresses,
         };
+        let KeysFound { keys: database_keys, lost } = keys_of(&paths, role)?;
         let lease = match role {
             Role::Starting => files::lease::open(&paths, config.failover_loss)?,
             _ => LeaseContext::fixed(),
         };
-        let node = NodeContext::new(me, config.cluster.clone(), database, keys, role, lease);
+        let key = (&paths, me.node);
+        let (channel, mut certificates) = certificates::channel(&config.certificates, key, config.plaintext)?;
+        channel.set_shut_out(config.shut_out.iter().copied())?;
+        let keys = (keys, channel);
+        let node = NodeContext::new(me, config.cluster.clone(), database, keys, role, lease, database_keys);
+        if let Some(allowed) = config.plaintext {
+            node.report(Condition::Plaintext { allowed: &allowed });
+        }
+        if let Some(watch) = &mut certificates {
+            watch.look(&node);
+        }
         if role == Role::Starting {
             // Nothing is acknowledged without a lease.
             node.fence.close();
         }
         let (replica_server, tracker) = (ReplicaServer::new(node.clone()), TaskTracker::new());
-        let options = config.engine_options(paths.clone());
-        Ok(ClaimedNode { config, paths, claim, node, replica_server, tracker, options, has_content })
+        let options = config.engine_options(paths.clone(), database_keys.page);
+        Ok(ClaimedNode {
+            config,
+            paths,
+            claim,
+            node,
+            certificates,
+            replica_server,
+            tracker,
+            options,
+            has_content,
+            app_tls,
+            lost_key: lost,
+        })
     }
 
     /// Opens the files and starts what the node does, on the runtime of the caller.
@@ -151,7 +189,36 @@ impl ClaimedNode {
         opened.finish(listener_guard, follows).await
     }
 
-    async fn open_primary(self, listener_guard: &mut ListenerGuard) -> Result<OpenedNode> {
+    /// A node that lost the keys of its database asks its replicas for them. Without an answer it
+    /// draws new ones: what is here begins a new branch.
+    async fn find_keys(&mut self, listener_guard: &mut ListenerGuard) -> Result<()> {
+        let Some(key) = self.lost_key else { return Ok(()) };
+        let (limit, drawn) = (self.config.recovery_timeout, self.node.database_keys.get());
+        let found = if listener_guard.has_listener && !limit.is_zero() {
+            self.node.report(Condition::KeysAsked { limit });
+            let search = KeySearch::new(key);
+            self.replica_server.find_keys(search.clone());
+            listener_guard.open();
+            let found = search.finish(limit).await;
+            self.node.report(match found {
+                Some((_, node)) => Condition::KeysFound { node },
+                None => Condition::KeysNotFound,
+            });
+            found
+        } else {
+            self.node.report(Condition::KeysNotAsked);
+            None
+        };
+        let keys = found.map_or(drawn, |(keys, _)| keys);
+        let paths = self.paths.clone();
+        blocking(OPENING, move || files::keys::write(&paths, &keys)).await?;
+        self.node.database_keys.set(keys);
+        self.options = self.options.now(&self.node);
+        Ok(())
+    }
+
+    async fn open_primary(mut self, listener_guard: &mut ListenerGuard) -> Result<OpenedNode> {
+        self.find_keys(listener_guard).await?;
         let limit = self.config.recovery_timeout;
         let (claimed, opening) = blocking(OPENING, move || {
             let opening = Box::new(Opening::begin(self.options.clone(), self.node.clone(), None)?);
@@ -196,7 +263,8 @@ impl ClaimedNode {
                 boot: tenancy::boot_id(),
                 addresses: claimed.node.me.addresses.clone(),
             };
-            let heir = tenancy.alone && is_heirs(&look, &me, &tenancy, &claimed.paths);
+            let may_lead = !claimed.config.is_follower();
+            let heir = tenancy.alone && may_lead && is_heirs(&look, &me, &tenancy, claimed.options.keyed());
             let engine = match heir {
                 true => claimed.engine_of_heir()?,
                 false => claimed.replica_engine()?,
@@ -210,8 +278,10 @@ impl ClaimedNode {
     }
 
     fn engine_of_heir(&self) -> Result<ReplicaEngine> {
+        let (_, key) = self.options.keyed();
         // What becomes history here gets an epoch above all that were heard of.
-        let above = self.node.lease.heard.number().max(newest_epoch(&self.paths).map_or(0, Epoch::number));
+        let above =
+            self.node.lease.heard.number().max(newest_epoch(&self.paths, key).map_or(0, Epoch::number));
         let epoch = Epoch::new(above + 1, u64::from_le_bytes(random::array()?));
         let opening = match Opening::begin(self.options.clone(), self.node.clone(), Some(epoch)) {
             // The next primary leads it back, and what is here is kept.
@@ -222,14 +292,16 @@ impl ClaimedNode {
     }
 
     fn settings(&self, me: Holder, tenancy: &Tenancy, lease_time: Duration, heir: bool) -> Settings {
+        let may_lead = !self.config.is_follower();
         Settings {
             me,
             cluster: self.node.cluster.clone(),
             database: self.node.database.clone(),
             lease_time,
             failover_loss: self.config.failover_loss,
-            candidate: self.config.candidate,
-            bootstrap: self.config.bootstrap,
+            // A follower enters itself nowhere.
+            candidate: self.config.candidate && may_lead,
+            bootstrap: self.config.bootstrap.filter(|_| may_lead),
             bootstrapped: tenancy.bootstrapped,
             alone: heir,
             withhold_limit: self.config.drain_limit + WITHHOLD_LIMIT,
@@ -239,7 +311,7 @@ impl ClaimedNode {
 }
 
 /// Whether the record says that this node, as it lies on this disk, held the lease last.
-fn is_heirs(look: &RecordLook, me: &Holder, tenancy: &Tenancy, paths: &Paths) -> bool {
+fn is_heirs(look: &RecordLook, me: &Holder, tenancy: &Tenancy, (paths, key): (&Paths, Fingerprint)) -> bool {
     let Ok(Some((record, _))) = &look.1 else { return false };
     let LeaseState::Held(tenure) = &record.state else { return false };
     let holder = &tenure.holder;
@@ -247,7 +319,7 @@ fn is_heirs(look: &RecordLook, me: &Holder, tenancy: &Tenancy, paths: &Paths) ->
         && holder.boot == me.boot
         && !me.boot.is_empty()
         && tenancy.incarnations.contains(&holder.incarnation)
-        && newest_epoch(paths) == Some(tenure.epoch)
+        && newest_epoch(paths, key) == Some(tenure.epoch)
 }
 
 impl OpenedNode {
@@ -298,7 +370,8 @@ impl OpenedNode {
     /// Puts the parts together. Blocks.
     fn complete(self, runtime: Handle, hooks: Hooks) -> Result<(LastHandle, Option<Settings>)> {
         let OpenedNode { claimed, files, recovered, elected } = self;
-        let ClaimedNode { config, paths, claim, node, replica_server, tracker, options, .. } = claimed;
+        let ClaimedNode { config, paths, claim, node, replica_server, tracker, options, app_tls, .. } =
+            claimed;
         let fixed = elected.is_none();
         let (elector, settings, tenancy) = match elected {
             Some(Elected { elector, settings, tenancy }) => (Some(elector), Some(settings), Some(tenancy)),
@@ -333,6 +406,7 @@ impl OpenedNode {
             wait_timeout: config.wait_timeout,
             drain_limit: config.drain_limit,
             grace: config.grace,
+            app_tls,
             opened: Instant::now(),
             recovered,
             ending: AtomicBool::new(false),
@@ -370,7 +444,7 @@ async fn recover(
     listener_guard: &mut ListenerGuard,
     limit: Duration,
 ) -> Result<(Box<Opening>, u64)> {
-    if listener_guard.listener.is_none() {
+    if !listener_guard.has_listener {
         listener_guard.node.report(Condition::LossNotAsked);
         return Ok((opening, 0));
     }

@@ -125,13 +125,13 @@ impl Repair {
 /// The right images of the bad pages, if a replica has them all. Each is known by its own hash. The
 /// primary does not look at what else a replica sends.
 async fn proven(channel: &PeerChannel, engine: &Arc<PrimaryEngine>, bad: &Bad) -> Result<Vec<RightPage>> {
-    let size = engine.page_size();
+    let (size, key) = (engine.page_size(), engine.page_key());
     let mut found: BTreeMap<PageNo, RightPage> = BTreeMap::new();
     let numbers: Vec<PageNo> = bad.right.keys().copied().collect();
     for some in numbers.chunks((QUESTION_BYTES / size.bytes()).min(WANT_MAX_PAGES)) {
         let (reading, some) = (engine.clone(), some.to_vec());
         let wrong: Vec<(PageNo, PageHash)> = blocking(move || {
-            let read = |number| Ok((number, PageHash::of(number, &reading.read_piece(number, 1)?.data)));
+            let read = |number| Ok((number, key.hash(number, &reading.read_piece(number, 1)?.data)));
             some.into_iter().map(read).collect::<Result<_>>()
         })
         .await?;
@@ -146,7 +146,7 @@ async fn proven(channel: &PeerChannel, engine: &Arc<PrimaryEngine>, bad: &Bad) -
             for (number, page) in (begin.get()..).zip(pages.chunks_exact(size.bytes())) {
                 if let Some(number) = PageNo::new(number)
                     && let Some(wrong) = wrong.get(&number).copied()
-                    && bad.right.get(&number) == Some(&PageHash::of(number, page))
+                    && bad.right.get(&number) == Some(&key.hash(number, page))
                 {
                     found.insert(number, RightPage { number, wrong, right: Bytes::copy_from_slice(page) });
                 }

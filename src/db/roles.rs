@@ -3,7 +3,7 @@
 use tokio::sync::watch;
 
 use crate::db::Db;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::net::Endpoint;
 use crate::status::{Role, RoleState};
 use crate::txid::Position;
@@ -51,13 +51,22 @@ impl Db {
     /// [`Error::NoState`](crate::Error::NoState) when no primary vouches for what is here, what
     /// [`Config::migrate`](crate::Config::migrate) fails with,
     /// [`Error::OnPromote`](crate::Error::OnPromote). The node is a replica then, as before.
-    /// [`Error::Config`](crate::Error::Config) on a node with a lease,
+    /// [`Error::Config`](crate::Error::Config) on a node with a lease, and on a follower
+    /// ([`Config::follower_secret`](crate::Config::follower_secret)).
     /// [`Error::ShutDown`](crate::Error::ShutDown). After any other error replication has stopped.
     ///
     /// # Cancel safety
     /// Dropped after it was polled, it still goes on to its end.
     pub async fn promote(&self) -> Result<()> {
+        self.check_may_lead()?;
         self.inner.supervisor.promote_by_hand().await
+    }
+
+    pub(super) fn check_may_lead(&self) -> Result<()> {
+        match self.inner.node.keys.is_follower() {
+            true => Err(Error::Config("a follower never leads: it has no secret of members".into())),
+            false => Ok(()),
+        }
     }
 
     /// Makes this primary a replica of the node whose replication endpoint has this URL, by hand,

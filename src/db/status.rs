@@ -4,7 +4,6 @@ use std::sync::atomic::Ordering;
 
 use crate::context::NodeContext;
 use crate::db::Db;
-use crate::lock::lock;
 use crate::node::slot::Running;
 use crate::report::Part;
 use crate::status::{Health, Role, Status};
@@ -20,12 +19,17 @@ impl Db {
         Status {
             node: node.me.node,
             incarnation: node.me.incarnation,
+            key: node.channel.key(),
             database: node.database.clone(),
             role: roles.role,
             epoch: roles.epoch,
             position: node.applied.position(),
             primary: roles.primary,
-            lag: *lock(&node.lag),
+            primary_key: match roles.role {
+                Role::Primary => node.channel.key(),
+                _ => roles.primary_key,
+            },
+            lag: node.lag(),
             replicas: inner.replica_server.replicas(),
             wal_frames: wal.frames,
             backfilled_frames: wal.backfilled,
@@ -74,7 +78,7 @@ impl Db {
         let astray = inner.node.astray();
         let state = inner.readable().map_err(|e| reasons.extend((!astray).then(|| e.to_string()))).is_ok();
         let fresh = match (status.role, status.lag) {
-            (Role::Replica, Some(lag)) => lag.age <= inner.grace,
+            (Role::Replica, Some(lag)) => lag.stale <= inner.grace,
             (Role::Replica, None) => inner.opened.elapsed() <= inner.grace,
             _ => true,
         };

@@ -1,7 +1,9 @@
 //! Verification of the whole database, on demand.
 
+use crate::checksum::Checksum;
 use crate::db::Db;
 use crate::error::Result;
+use crate::page::PageSize;
 use crate::status::Verification;
 
 impl Db {
@@ -46,5 +48,27 @@ impl Db {
     pub async fn verify(&self) -> Result<Verification> {
         self.inner.readable()?;
         self.inner.verifier.verify().await
+    }
+
+    /// The checksum that this database would have with these bytes, such as a file without a WAL
+    /// has them: that of its [`Position`](crate::Position) if they are its pages. The lock page
+    /// counts for nothing, and neither does a rest that is no whole page. It needs the database's
+    /// own key, so what another database says of the same bytes is another number. Blocks for as
+    /// long as the bytes take to hash.
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), Box<dyn std::error::Error>> {
+    /// # let dir = tempfile::tempdir()?;
+    /// # let db = replite::Db::open(replite::Config::new(dir.path().join("app.db"))).await?;
+    /// use replite::{Checksum, PageSize};
+    ///
+    /// let checksum = db.checksum_of(&[0; 8192], PageSize::new(4096)?);
+    /// assert_ne!(checksum, Checksum::EMPTY);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn checksum_of(&self, bytes: &[u8], page_size: PageSize) -> Checksum {
+        self.inner.node.database_keys.get().page.sum(bytes, page_size)
     }
 }

@@ -2,13 +2,18 @@
 
 use std::fs;
 
+use crate::checksum::PageKey;
 use crate::engine::file::anchor::Anchors;
 use crate::engine::file::epochs::read_epochs;
 use crate::engine::lost::fuzz_btree_page;
 use crate::engine::{Lost, incoming};
 use crate::files::Paths;
 use crate::files::sealed::check_of;
+use crate::keys::DatabaseKeys;
 use crate::page::PageSize;
+
+/// The page key of the inputs.
+const KEY: PageKey = DatabaseKeys::fixed(7).page;
 
 /// Bytes before the hash that most files of the state directory end with.
 fn sealed(bytes: &[u8]) -> Vec<u8> {
@@ -22,12 +27,12 @@ pub(crate) fn fuzz_state_files(data: &[u8]) {
     fs::create_dir(paths.incoming()).expect("a directory");
     fs::write(paths.incoming_pages(), [0; 8192]).expect("a file");
     let look = || {
-        if let Ok(anchors) = Anchors::open(&paths) {
+        if let Ok(anchors) = Anchors::open(&paths, KEY.fingerprint()) {
             let _ = (anchors.newest_first(), anchors.generation());
         }
-        let _ = read_epochs(&paths);
-        let _ = incoming::progress(&paths);
-        let _ = incoming::read_held(&paths, PageSize::new(512).expect("a page size"));
+        let _ = read_epochs(&paths, KEY.fingerprint());
+        let _ = incoming::progress(&paths, KEY);
+        let _ = incoming::read_held(&paths, KEY, PageSize::new(512).expect("a page size"));
     };
     for bytes in [data.to_vec(), sealed(data)] {
         for path in [paths.anchors(), paths.epochs(), paths.incoming_state(), paths.incoming_held()] {
@@ -83,14 +88,16 @@ pub(crate) fn fuzz_seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
     use crate::txid::EpochHistory;
     let dir = tempfile::tempdir().expect("a directory");
     let paths = Paths::fresh(dir.path());
-    write_epochs(&paths, &EpochHistory::default(), true).expect("a file");
+    write_epochs((&paths, KEY.fingerprint()), &EpochHistory::default(), true).expect("a file");
     replace_file(&dir.path().join("x"), b"").expect("a file");
     let epochs = fs::read(paths.epochs()).expect("a file");
     let (body, _) = epochs.split_last_chunk::<16>().expect("a hash");
-    let mut anchor = b"repanchr\x01\0\0\0\x01\0\0\0".to_vec();
-    anchor.resize(240, 3);
-    let mut state = b"repincom\x01\0\0\0\0\x02\0\0\x02\0\0\0".to_vec();
+    let mut anchor = b"repanchr\x02\0\0\0\x01\0\0\0".to_vec();
+    anchor.resize(224, 3);
+    anchor.extend_from_slice(&KEY.fingerprint().0);
+    let mut state = b"repincom\x02\0\0\0\0\x02\0\0\x02\0\0\0".to_vec();
     state.resize(60, 1);
+    state.extend_from_slice(&KEY.fingerprint().0);
     let connection = rusqlite::Connection::open_in_memory().expect("a database");
     connection
         .execute_batch(
@@ -105,7 +112,11 @@ pub(crate) fn fuzz_seeds() -> Vec<(&'static str, &'static str, Vec<u8>)> {
         ("state_files", "epochs", body.to_vec()),
         ("state_files", "anchor", anchor),
         ("state_files", "state", state),
-        ("state_files", "held", b"repheld1\0\x02\0\0\x01\0\0\0\x07\0\0\0".to_vec()),
+        (
+            "state_files",
+            "held",
+            [&b"repheld3"[..], &KEY.fingerprint().0, b"\0\x02\0\0\x01\0\0\0\x07\0\0\0"].concat(),
+        ),
         ("btree", "leaf", image[512..1024].to_vec()),
         (
             "btree",

@@ -18,7 +18,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use crate::checksum::PageHash;
+use crate::checksum::{FINGERPRINT_BYTES, PageHash, PageKey};
 use crate::engine::history::intake_error::IntakeError;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming::overlay::{Overlay, PageStore};
@@ -30,16 +30,18 @@ use crate::txid::Position;
 use crate::wal::le_u32;
 use crate::wire::{HealBegin, SnapBegin, SnapEnd, TxnBegin, TxnEnd};
 
-/// How far a snapshot has come: the page size, the next page, the position of the first piece.
+/// How far a snapshot has come: the page size, the next page, the position of the first piece, the
+/// page key's fingerprint.
 const STATE: Sealed = Sealed {
     magic: *b"repincom",
-    version: 1,
+    oldest: 2,
+    version: 2,
     max_bytes: (HEAD_BYTES + STATE_BYTES + CHECK_BYTES) as u64,
     cure: "says how far a snapshot has come, which begins anew without it",
 };
-const STATE_BYTES: usize = 4 + 4 + Position::BYTES;
-const HELD_MAGIC: [u8; 8] = *b"repheld2";
-const HELD_HEAD_BYTES: usize = 8 + 4 + 4;
+const STATE_BYTES: usize = 4 + 4 + Position::BYTES + FINGERPRINT_BYTES;
+const HELD_MAGIC: [u8; 8] = *b"repheld3";
+const HELD_HEAD_BYTES: usize = 8 + FINGERPRINT_BYTES + 4 + 4;
 /// The replica makes its progress durable after this many bytes, or after this long.
 const PROGRESS_BYTES: u64 = 64 << 20;
 const PROGRESS_EVERY: Duration = Duration::from_secs(5);
@@ -85,14 +87,18 @@ pub(in crate::engine) type Under<'a> = Option<&'a mut WalAppender>;
 
 /// What an earlier attempt left, if the replica can go on with it.
 ///
-/// Unlike for other files of the state directory, a newer version is no error. The primary has all
-/// that is here, and the snapshot begins anew.
-pub(in crate::engine) fn progress(paths: &Paths) -> Option<FillProgress> {
+/// Unlike for other files of the state directory, another version is no error, and neither is
+/// another page key. The primary has all that is here, and the snapshot begins anew.
+pub(in crate::engine) fn progress(paths: &Paths, key: PageKey) -> Option<FillProgress> {
     let fields = STATE.read(&paths.incoming_state()).ok()??;
     let fields: [u8; STATE_BYTES] = fields.try_into().ok()?;
     let page_size = PageSize::new(le_u32(&fields)).ok()?;
     let next = PageNo::new(le_u32(&fields[4..]))?;
-    let first = Position::from_bytes(fields[8..].try_into().ok()?)?;
+    let (first, of) = fields[8..].split_first_chunk()?;
+    let first = Position::from_bytes(first)?;
+    if *of != key.fingerprint().0 {
+        return None;
+    }
     let there = fs::metadata(paths.incoming_pages()).ok()?.len();
     (there >= next.offset(page_size)).then_some(FillProgress { first, next, page_size })
 }
@@ -146,18 +152,27 @@ impl PageStore for IncomingPages<'_> {
 }
 
 impl IncomingState {
-    fn new(paths: &Paths, page_size: PageSize, first: Position, below: u32) -> Result<IncomingState> {
+    fn new(
+        (paths, key): (&Paths, PageKey),
+        page_size: PageSize,
+        first: Position,
+        below: u32,
+    ) -> Result<IncomingState> {
         files::make_directory(&paths.incoming())?;
         let (file, _) = files::open_or_create(&paths.incoming_pages())?;
         let paths = paths.clone();
-        let overlay = Overlay::new(page_size, first, below);
+        let overlay = Overlay::new(page_size, key, first, below);
         let last_progress = Instant::now();
         Ok(IncomingState { paths, file, held: None, next: 1, since_progress: 0, last_progress, overlay })
     }
 
     /// Begins a snapshot, or goes on with the one that [`progress`] told of.
-    pub(in crate::engine) fn begin(paths: &Paths, begin: SnapBegin) -> Result<IncomingState, IntakeError> {
-        let earlier = progress(paths)
+    pub(in crate::engine) fn begin(
+        paths: &Paths,
+        key: PageKey,
+        begin: SnapBegin,
+    ) -> Result<IncomingState, IntakeError> {
+        let earlier = progress(paths, key)
             .filter(|p| p.first == begin.first && p.next == begin.from && p.page_size == begin.page_size);
         if begin.from != PageNo::FIRST && earlier.is_none() {
             return Err(IntakeError::garbled(
@@ -167,7 +182,7 @@ impl IncomingState {
         if earlier.is_none() {
             discard(paths)?;
         }
-        let mut incoming = IncomingState::new(paths, begin.page_size, begin.first, 0)?;
+        let mut incoming = IncomingState::new((paths, key), begin.page_size, begin.first, 0)?;
         // What lies after the progress that was made durable may be anything.
         let length = begin.from.offset(begin.page_size);
         incoming.file.set_len(length).map_err(Error::io("truncate", incoming.path()))?;
@@ -180,15 +195,20 @@ impl IncomingState {
 
     /// Begins a heal over a live database of `pages` pages, whose state the heal leads back.
     /// Without such a database it leads back what came of a snapshot.
-    pub(in crate::engine) fn over(paths: &Paths, begin: HealBegin, pages: u32) -> Result<IncomingState> {
-        let mut held = begin.compare.then(|| read_held(paths, begin.page_size)).flatten();
+    pub(in crate::engine) fn over(
+        paths: &Paths,
+        key: PageKey,
+        begin: HealBegin,
+        pages: u32,
+    ) -> Result<IncomingState> {
+        let mut held = begin.compare.then(|| read_held(paths, key, begin.page_size)).flatten();
         if begin.compare && held.is_none() {
-            held = hold_progress(paths, begin.page_size)?;
+            held = hold_progress(paths, key, begin.page_size)?;
         }
         if held.is_none() {
             discard(paths)?;
         }
-        let mut incoming = IncomingState::new(paths, begin.page_size, begin.from, pages)?;
+        let mut incoming = IncomingState::new((paths, key), begin.page_size, begin.from, pages)?;
         if begin.compare {
             let path = incoming.paths.incoming_held();
             let (mut file, _) = files::open_or_create(&path)?;
@@ -196,7 +216,7 @@ impl IncomingState {
             match held {
                 Some(have) => incoming.overlay.resume(have),
                 None => {
-                    file.write_all(&held_head(begin.page_size, 0)).map_err(Error::io("write", &path))?;
+                    file.write_all(&held_head(key, begin.page_size, 0)).map_err(Error::io("write", &path))?;
                 }
             }
             incoming.held = Some(file);
@@ -240,6 +260,7 @@ impl IncomingState {
         let mut fields = self.overlay.page_size().get().to_le_bytes().to_vec();
         fields.extend_from_slice(&self.next.to_le_bytes());
         fields.extend_from_slice(&first.to_bytes());
+        fields.extend_from_slice(&self.overlay.key().fingerprint().0);
         STATE.replace(&self.paths.incoming_state(), &fields)?;
         (self.since_progress, self.last_progress) = (0, Instant::now());
         Ok(())
@@ -343,43 +364,50 @@ impl IncomingState {
 }
 
 /// Makes the pages that came of a snapshot, if they are of this size, those that a comparison has.
-fn hold_progress(paths: &Paths, page_size: PageSize) -> Result<Option<PageSet>> {
-    let Some(next) = progress(paths).filter(|p| p.page_size == page_size).map(|p| p.next.get()) else {
+fn hold_progress(paths: &Paths, key: PageKey, page_size: PageSize) -> Result<Option<PageSet>> {
+    let Some(next) = progress(paths, key).filter(|p| p.page_size == page_size).map(|p| p.next.get()) else {
         return Ok(None);
     };
-    replace_file(&paths.incoming_held(), &held_head(page_size, next - 1))?;
+    replace_file(&paths.incoming_held(), &held_head(key, page_size, next - 1))?;
     // With both files there, the node would go on with the snapshot, over newer pages: as good.
     let state = paths.incoming_state();
     fs::remove_file(&state).map_err(Error::io("remove", &state))?;
-    Ok(read_held(paths, page_size))
+    Ok(read_held(paths, key, page_size))
 }
 
 /// The size of the primary's pages, if some are on their way in.
-pub(in crate::engine) fn page_size(paths: &Paths) -> Option<PageSize> {
-    progress(paths).map(|progress| progress.page_size).or_else(|| held_size(paths))
+pub(in crate::engine) fn page_size(paths: &Paths, key: PageKey) -> Option<PageSize> {
+    progress(paths, key).map(|progress| progress.page_size).or_else(|| held_size(paths, key))
 }
 
 /// The size of the pages that an earlier comparison has.
-pub(in crate::engine) fn held_size(paths: &Paths) -> Option<PageSize> {
+pub(in crate::engine) fn held_size(paths: &Paths, key: PageKey) -> Option<PageSize> {
     let mut head = [0; HELD_HEAD_BYTES];
     files::open(&paths.incoming_held()).ok()?.read_exact(&mut head).ok()?;
-    PageSize::new(le_u32(&head[8..])).ok().filter(|_| head.starts_with(&HELD_MAGIC))
+    let size = head.strip_prefix(&held_magic(key)[..])?;
+    PageSize::new(le_u32(size)).ok()
+}
+
+/// Magic and the page key's fingerprint.
+fn held_magic(key: PageKey) -> Vec<u8> {
+    [&HELD_MAGIC[..], &key.fingerprint().0].concat()
 }
 
 /// What the file begins with: pages up to `last` are there.
-fn held_head(page_size: PageSize, last: u32) -> Vec<u8> {
-    [&HELD_MAGIC[..], &page_size.get().to_le_bytes(), &last.to_le_bytes()].concat()
+fn held_head(key: PageKey, page_size: PageSize, last: u32) -> Vec<u8> {
+    [&held_magic(key)[..], &page_size.get().to_le_bytes(), &last.to_le_bytes()].concat()
 }
 
 /// The pages that an earlier comparison has, if they are of this size.
-pub(in crate::engine) fn read_held(paths: &Paths, page_size: PageSize) -> Option<PageSet> {
+pub(in crate::engine) fn read_held(paths: &Paths, key: PageKey, page_size: PageSize) -> Option<PageSet> {
     let there = fs::metadata(paths.incoming_pages()).ok()?.len() / u64::from(page_size.get());
     let mut bytes = Vec::new();
     // A number may stand there more than once. The replica does not read a file that is none of
     // ours to its end.
     let most = HELD_HEAD_BYTES as u64 + 4 * there.saturating_mul(16);
     files::open(&paths.incoming_held()).ok()?.take(most).read_to_end(&mut bytes).ok()?;
-    let numbers = bytes.strip_prefix(HELD_MAGIC.as_slice())?.strip_prefix(&page_size.get().to_le_bytes())?;
+    let numbers =
+        bytes.strip_prefix(held_magic(key).as_slice())?.strip_prefix(&page_size.get().to_le_bytes())?;
     let (last, numbers) = numbers.split_first_chunk::<4>()?;
     let mut have = PageSet::default();
     let numbers =
@@ -400,6 +428,7 @@ impl Ready {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::tests::KEY;
     use crate::hex::{hex, unhex_lossy};
     use crate::txid::{Epoch, Txid};
 
@@ -410,7 +439,7 @@ mod tests {
 
     /// Leaves a part of a snapshot of four pages, with its progress.
     fn interrupted(paths: &Paths) -> PageNo {
-        let mut incoming = IncomingState::begin(paths, begin(PageNo::FIRST)).unwrap();
+        let mut incoming = IncomingState::begin(paths, KEY, begin(PageNo::FIRST)).unwrap();
         incoming.piece(PageNo::FIRST, &[7; 4 * 512]).unwrap();
         incoming.save_progress(begin(PageNo::FIRST).first).unwrap();
         PageNo::new(5).unwrap()
@@ -421,18 +450,20 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let paths = Paths::fresh(dir.path());
         let next = interrupted(&paths);
-        assert_eq!(progress(&paths).unwrap().next, next);
-        IncomingState::begin(&paths, begin(next)).unwrap();
+        assert_eq!(progress(&paths, KEY).unwrap().next, next);
+        IncomingState::begin(&paths, KEY, begin(next)).unwrap();
         assert_eq!(fs::metadata(paths.incoming_pages()).unwrap().len(), 4 * 512);
     }
 
     /// The file of a snapshot of pages of 512 bytes, of which four have come.
     const STATE_FILE: &str = concat!(
-        "726570696e636f6d010000000002000005000000010000000000000002000000000000000300000000000000",
-        "00000000000000000000000000000000ff698a5841dd49275227d6f8a47ace4b",
+        "726570696e636f6d020000000002000005000000010000000000000002000000000000000300000000000000",
+        "00000000000000000000000000000000879da2dd53acbf762fed258221cda48f34d33b8e9b8e7df3ea084f6a",
+        "083f8b9a",
     );
     /// The file of a comparison that has pages 1 to 3 and page 5.
-    const HELD_FILE: &[u8] = b"repheld2\0\x02\0\0\x03\0\0\0\x05\0\0\0";
+    const HELD_FILE: &str =
+        concat!("72657068656c6433879da2dd53acbf762fed258221cda48f", "000200000300000005000000",);
 
     #[test]
     fn the_files_bytes_stay_what_they_are() {
@@ -442,14 +473,14 @@ mod tests {
         let (state, held) = (paths.incoming_state(), paths.incoming_held());
         assert_eq!(hex(&fs::read(&state).unwrap()), STATE_FILE);
         fs::write(&state, unhex_lossy(STATE_FILE)).unwrap();
-        let found = progress(&paths).unwrap();
+        let found = progress(&paths, KEY).unwrap();
         assert_eq!((found.first, found.next), (begin(PageNo::FIRST).first, next));
         fs::write(paths.incoming_pages(), [7; 5 * 512]).unwrap();
-        fs::write(&held, HELD_FILE).unwrap();
-        let have = read_held(&paths, PageSize::new(512).unwrap()).unwrap();
+        fs::write(&held, unhex_lossy(HELD_FILE)).unwrap();
+        let have = read_held(&paths, KEY, PageSize::new(512).unwrap()).unwrap();
         assert_eq!(have.iter().map(PageNo::get).collect::<Vec<_>>(), [1, 2, 3, 5]);
-        let head = held_head(PageSize::new(512).unwrap(), 3);
-        assert_eq!([head.as_slice(), &5u32.to_le_bytes()].concat(), HELD_FILE);
+        let head = held_head(KEY, PageSize::new(512).unwrap(), 3);
+        assert_eq!([head.as_slice(), &5u32.to_le_bytes()].concat(), unhex_lossy(HELD_FILE));
     }
 
     #[test]
@@ -463,11 +494,11 @@ mod tests {
         for bytes in [newer, [ours, vec![0]].concat()] {
             interrupted(&paths);
             fs::write(&state, &bytes).unwrap();
-            assert!(progress(&paths).is_none());
-            assert!(IncomingState::begin(&paths, begin(next)).is_err(), "what is here is not known");
+            assert!(progress(&paths, KEY).is_none());
+            assert!(IncomingState::begin(&paths, KEY, begin(next)).is_err(), "what is here is not known");
             assert_eq!(fs::read(&state).unwrap(), bytes, "a refusal leaves it as it is");
-            IncomingState::begin(&paths, begin(PageNo::FIRST)).unwrap();
-            assert_eq!(progress(&paths).unwrap().next, PageNo::FIRST);
+            IncomingState::begin(&paths, KEY, begin(PageNo::FIRST)).unwrap();
+            assert_eq!(progress(&paths, KEY).unwrap().next, PageNo::FIRST);
             assert_eq!(fs::metadata(paths.incoming_pages()).unwrap().len(), 0);
         }
     }

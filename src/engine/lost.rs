@@ -21,7 +21,7 @@ use std::time::SystemTime;
 use bytes::BytesMut;
 use serde::{Deserialize, Serialize};
 
-use crate::checksum::PageHash;
+use crate::checksum::PageKey;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming::Ready;
 use crate::engine::options::EngineOptions;
@@ -253,7 +253,7 @@ fn write_pages(live: &mut WalAppender, pages: &PageSet, out: &mut Output<'_>) ->
     for number in pages.iter() {
         live.read_current(number, &mut page)?;
         unit.clear();
-        wire::encode_page(number, PageHash::of(number, &page), &page, &mut unit);
+        wire::encode_page(number, PageKey::KEPT.hash(number, &page), &page, &mut unit);
         out.put(&unit)?;
     }
     Ok(())

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::checksum::{Fingerprint, PageKey};
+use crate::context::NodeContext;
 use crate::files::Paths;
 use crate::log::LogOptions;
 
@@ -67,4 +69,23 @@ pub(crate) struct EngineOptions {
     pub(crate) accept_damaged: bool,
     /// The mode that a database file gets which this node makes.
     pub(crate) database_mode: Option<u32>,
+}
+
+impl EngineOptions {
+    /// What the database's pages are hashed with.
+    pub(crate) fn page_key(&self) -> PageKey {
+        self.log.page_key
+    }
+
+    /// Where the files are, and what says of them that they go with this key.
+    pub(crate) fn keyed(&self) -> (&Paths, Fingerprint) {
+        (&self.paths, self.page_key().fingerprint())
+    }
+
+    /// The same with the keys that the node has by now.
+    pub(crate) fn now(&self, node: &NodeContext) -> EngineOptions {
+        let mut options = self.clone();
+        options.log.page_key = node.database_keys.get().page;
+        options
+    }
 }

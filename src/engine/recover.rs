@@ -15,23 +15,25 @@ use std::time::Duration;
 use rusqlite::Connection;
 use rusqlite::config::DbConfig;
 
+use crate::checksum::Fingerprint;
 use crate::context::NodeContext;
 use crate::engine::checkpoint::backfill::{LOCK_STEP, mark_again, try_for};
 use crate::engine::checkpoint::generation::begin_generation;
-use crate::engine::file::anchor::{Anchor, Anchors, FileState};
+use crate::engine::file::anchor::{Anchor, Anchors, FileState, anchored_key};
 use crate::engine::file::database::OpenDatabase;
 use crate::engine::file::epochs::Epochs;
-use crate::engine::file::epochs::read_epochs;
+use crate::engine::file::epochs::{key_of_epochs, read_epochs};
 use crate::engine::file::wal_file::{EXTEND_MAX_BYTES, WalFile};
 use crate::engine::file::watch::Watch;
 use crate::engine::options::EngineOptions;
 use crate::engine::recover::position::{LogSays, Wal};
 use crate::error::{Error, Result, Unsupported};
-use crate::files::reserve;
-use crate::log::Log;
+use crate::files::{self, Paths, reserve, sync_directory};
+use crate::log::{Log, key_of, move_other};
 use crate::page::PageSize;
 use crate::report::Condition;
 use crate::sqlite::{FileLocks, Handle, Lock, Slot, WalIndex, defend};
+use crate::status::unix_millis;
 use crate::txid::{EpochHistory, Position};
 use crate::wal::{IndexHeader, frame_offset, region_of};
 
@@ -95,8 +97,9 @@ pub(in crate::engine) fn open(
     let wal = WalFile::open(&options.paths)?;
     // It may be new. Were it lost, a database that a copy was going into would be torn for good.
     wal.sync_name()?;
-    let mut anchors = Anchors::open(&options.paths)?;
+    let mut anchors = Anchors::open(&options.paths, options.page_key().fingerprint())?;
     let Epochs { mut history, mut own } = epochs(&options)?;
+    set_other_log_aside(&options, &node)?;
     let log = Log::open(&options.paths.log(), options.log)?;
     if history.last().is_none() {
         (history, own) = (log.epochs()?, false);
@@ -236,10 +239,33 @@ fn page_count(handle: &mut Handle, header: &IndexHeader, size: PageSize) -> Resu
     })
 }
 
+/// Which page key the files in the state directory go with, as far as they say it.
+pub(crate) fn key_of_files(paths: &Paths) -> Option<Fingerprint> {
+    anchored_key(paths).or_else(|| key_of_epochs(paths)).or_else(|| key_of(&paths.log()))
+}
+
+/// Keeps a log whose records are of another page key: it may have a branch that is nowhere else.
+fn set_other_log_aside(options: &EngineOptions, node: &NodeContext) -> Result<()> {
+    let (paths, key) = options.keyed();
+    let kept = move_other(&paths.log(), key, || {
+        let kept = paths.lost().join(format!("log-{}", unix_millis()));
+        files::make_directory(&kept)?;
+        // The directory's name is durable before the node moves anything there.
+        sync_directory(&paths.lost())?;
+        sync_directory(paths.state_dir())?;
+        Ok(kept)
+    })?;
+    if let Some((kept, from)) = kept {
+        node.report(Condition::LogKept { kept: &kept, from: Some(from), to: None });
+    }
+    Ok(())
+}
+
 /// Reads the epoch history. Puts one aside that it can't read, and makes it good from the log as
 /// far as that reaches.
 fn epochs(options: &EngineOptions) -> Result<Epochs> {
-    match read_epochs(&options.paths) {
+    let (paths, key) = options.keyed();
+    match read_epochs(paths, key) {
         Err(error @ Error::Corrupt { .. }) => {
             Condition::EpochsKept { error: &error }.say();
             let (from, to) = (options.paths.epochs(), options.paths.epochs_corrupt());

@@ -3,7 +3,7 @@
 
 use bytes::{Bytes, BytesMut};
 
-use crate::checksum::PageHash;
+use crate::checksum::PageKey;
 use crate::error::Result;
 use crate::page::{PageNo, PageSize};
 use crate::txid::Position;
@@ -29,7 +29,7 @@ pub(crate) struct Piece {
 /// hash, and says where it read the last.
 pub(crate) fn answer(
     mut read_piece: impl FnMut(PageNo, usize) -> Result<Piece>,
-    size: PageSize,
+    (size, key): (PageSize, PageKey),
     runs: &[WantRun],
 ) -> Result<(Bytes, Sent)> {
     let mut bytes = BytesMut::new();
@@ -45,7 +45,7 @@ pub(crate) fn answer(
             if read == 0 {
                 break;
             }
-            encode_differing(next, &piece, &hashes[..read], size, &mut bytes);
+            encode_differing(next, &piece, &hashes[..read], (size, key), &mut bytes);
             hashes = &hashes[read..];
             let Some(after) = next.get().checked_add(read as u32).and_then(PageNo::new) else { break };
             next = after;
@@ -55,10 +55,16 @@ pub(crate) fn answer(
 }
 
 /// Encodes the pages of a piece whose hashes are not those, as pieces of pages in a row.
-fn encode_differing(first: PageNo, piece: &Piece, hashes: &[[u8; 16]], size: PageSize, out: &mut BytesMut) {
+fn encode_differing(
+    first: PageNo,
+    piece: &Piece,
+    hashes: &[[u8; 16]],
+    (size, key): (PageSize, PageKey),
+    out: &mut BytesMut,
+) {
     let differs = |(at, page): (usize, &[u8])| {
         let number = PageNo::new(first.get() + at as u32)?;
-        let differs = !number.is_lock_page(size) && PageHash::of(number, page).to_bytes() != hashes[at];
+        let differs = !number.is_lock_page(size) && key.hash(number, page).to_bytes() != hashes[at];
         differs.then_some((at, number))
     };
     let mut differing = piece.data.chunks_exact(size.bytes()).enumerate().filter_map(differs).peekable();

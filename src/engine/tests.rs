@@ -11,11 +11,13 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use rusqlite::Connection;
 
+use crate::checksum::PageKey;
 use crate::ends::Ends;
 use crate::engine::file::database::reader;
 use crate::engine::*;
 use crate::error::{Error, PeerProblem, Result};
 use crate::files::Paths;
+use crate::keys::DatabaseKeys;
 use crate::lock::lock;
 use crate::log::{LogOptions, Lookup};
 use crate::page::PageNo;
@@ -24,6 +26,10 @@ use crate::secret::Keyring;
 use crate::status::{Addresses, PeerInfo, Role};
 use crate::txid::{Position, Txid};
 use crate::wire::{self, Decoder, HealBegin, Message, SnapBegin, SnapEnd};
+
+/// The page key of all databases of these tests.
+pub(super) const KEY: PageKey = KEYS.page;
+pub(super) const KEYS: DatabaseKeys = DatabaseKeys::fixed(7);
 
 pub(super) struct Home {
     dir: tempfile::TempDir,
@@ -44,6 +50,7 @@ impl Home {
             durability: Durability::Synced,
             wal_limit_bytes: 64 * 1024,
             log: LogOptions {
+                page_key: KEY,
                 segment_bytes: 256 * 1024,
                 keep_bytes: 64 << 20,
                 keep_age: Duration::from_secs(3600),
@@ -76,9 +83,10 @@ pub(super) fn node() -> Arc<crate::context::NodeContext> {
         me,
         "test".into(),
         "db".into(),
-        Keyring::new(&[]).unwrap(),
+        (Keyring::new(&[]).unwrap(), crate::channel::Channel::open()),
         Role::Primary,
         crate::context::LeaseContext::fixed(),
+        KEYS,
     )
 }
 
@@ -105,7 +113,7 @@ pub(super) fn applied(follower: &ReplicaEngine) -> Option<Position> {
 }
 
 pub(super) fn send(follower: &ReplicaEngine, units: BytesMut) -> Result<(), StreamError> {
-    let mut decoder = Decoder::default();
+    let mut decoder = Decoder::new(Some(KEY));
     decoder.push(units.freeze());
     let mut all = Vec::new();
     while let Some(unit) = decoder.next().unwrap() {
@@ -504,7 +512,7 @@ fn a_transaction_that_does_not_lead_to_its_position_is_refused_and_nothing_of_it
     wire::encode(&Message::TxnBegin(begin), &mut out);
     let page = vec![1; engine.page_size().bytes()];
     let number = PageNo::new(2).unwrap();
-    wire::encode_page(number, crate::checksum::PageHash::of(number, &page), &page, &mut out);
+    wire::encode_page(number, KEY.hash(number, &page), &page, &mut out);
     let after = Position::new(Txid::new(epoch, next.number()), before.checksum());
     let pages = engine.base.tip().pages;
     wire::encode(&Message::TxnEnd(wire::TxnEnd { after, pages, changed: 1, unix_micros: 0 }), &mut out);

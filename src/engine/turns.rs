@@ -45,7 +45,7 @@ impl Opened {
         // The role that ended has synced all, and has WRITE.
         self.database.sync_own_wal()?;
         unsynced_marker::end(paths)?;
-        write_epochs(paths, &self.history, false)
+        write_epochs(self.database.options.keyed(), &self.history, false)
     }
 }
 
@@ -173,7 +173,11 @@ mod tests {
         assert_eq!((opened.position(), opened.history.epoch()), (before, epoch));
         let replica = opened.into_replica().unwrap();
         assert_eq!(replica.vouched().unwrap(), Some(before));
-        let on_disk = || read_epochs(&home.options("a.db").paths).unwrap();
+        let on_disk = || {
+            let options = home.options("a.db");
+            let (paths, key) = options.keyed();
+            read_epochs(paths, key).unwrap()
+        };
         assert!(!on_disk().own, "what comes now is another node's");
         let next = Epoch::new(epoch.number() + 1, 1);
         let engine = replica.stop().unwrap().into_primary(next).unwrap();

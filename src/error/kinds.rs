@@ -2,7 +2,8 @@
 
 use std::time::Duration;
 
-use crate::peer::NodeId;
+use crate::peer::{NodeId, PeerKey};
+use crate::status::is_plain;
 
 /// Why a database can't be served.
 ///
@@ -79,6 +80,40 @@ pub enum PeerProblem {
         "it does not speak HTTP/2: enable HTTP/2 (axum's `http2` feature) there, and in every proxy between"
     )]
     NotHttp2,
+    /// It speaks TLS only, and this node, or the way to it, has none.
+    #[error(
+        "it speaks TLS only: build this node with the feature `tls`, or give that node \
+         `Config::plaintext`, too"
+    )]
+    NeedsTls,
+    /// It is built without TLS.
+    #[error("it has no TLS: build that node with the feature `tls`, or give both nodes `Config::plaintext`")]
+    NoTls,
+    /// It takes this from members only, and this node is a follower: see
+    /// [`Config::follower_secret`](crate::Config::follower_secret).
+    #[error("it takes this from members only, and this node is a follower")]
+    MembersOnly,
+    /// Its key is shut out here: see [`Db::shut_out`](crate::Db::shut_out).
+    #[error("its key {0} is shut out here")]
+    ShutOut(PeerKey),
+    /// At the address of a private channel is something else.
+    #[error(
+        "it speaks no TLS: `replite://` is for a node's own listener; an endpoint in an HTTP server has an \
+         `http://` URL"
+    )]
+    NotPrivate,
+    /// This node has certificates ([`Config::tls`](crate::Config::tls)), and the peer has none.
+    #[error("it has no certificate, and this node has: give both nodes `Config::tls`, or neither")]
+    NoCertificate,
+    /// The peer has certificates, and this node has none.
+    #[error("it takes peers with certificates only: give both nodes `Config::tls`, or neither")]
+    NeedsCertificate,
+    /// This node does not take its certificate. The text says why.
+    #[error("its certificate is refused: {0}")]
+    Certificate(String),
+    /// It does not take this node's certificate. The text says why.
+    #[error("it refuses this node's certificate: {0}")]
+    CertificateRefused(String),
     /// Something else than replite answered.
     #[error("not a replite endpoint: status {status}, content type {content_type:?}, begins {begins:?}")]
     NotReplite {
@@ -129,9 +164,11 @@ pub enum PeerProblem {
     NotPrimary,
     /// Another running process has this node's id: a data directory was copied, or is used twice.
     #[error(
-        "another live process uses this node's id: stop it, or delete the node id beside the copied database"
+        "another live process{} uses this node's id: stop it, or delete the node id beside the copied \
+        database; if that is this node's own key (`Status::key`), a state directory is used twice",
+        of_key(.0)
     )]
-    DuplicateNode,
+    DuplicateNode(Option<PeerKey>),
     /// It is another node than the one that is known to be there.
     #[error("it is node {0}, and not the one that is known to be there")]
     AnotherNode(NodeId),
@@ -156,4 +193,26 @@ pub enum PeerProblem {
     /// It ended the stream with a reason.
     #[error("it ended the stream: {0}")]
     Goodbye(String),
+}
+
+fn of_key(key: &Option<PeerKey>) -> String {
+    key.map_or_else(String::new, |key| format!(", of key {key},"))
+}
+
+/// A text of somebody else as it may stand in logs and problems: in one line, and of so many bytes
+/// at most.
+pub(crate) fn shown(text: &str, max_bytes: usize) -> String {
+    let mut out = String::new();
+    for c in text.chars() {
+        if out.len() >= max_bytes {
+            out.push('…');
+            break;
+        }
+        match c {
+            c if is_plain(c) => out.push(c),
+            '\n' | '\r' | '\t' => out.extend(c.escape_default()),
+            c => out.extend(c.escape_unicode()),
+        }
+    }
+    out
 }

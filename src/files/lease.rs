@@ -19,6 +19,7 @@ use crate::txid::{Epoch, NUMBER_MAX, Position};
 
 const HEARD: Sealed = Sealed {
     magic: *b"repheard",
+    oldest: 1,
     version: 1,
     max_bytes: (HEAD_BYTES + 8 + CHECK_BYTES) as u64,
     cure: "says of which epochs this node has heard, so that it follows and serves no older one: remove \
@@ -27,6 +28,7 @@ const HEARD: Sealed = Sealed {
 
 const CLOCK: Sealed = Sealed {
     magic: *b"repclock",
+    oldest: 1,
     version: 1,
     max_bytes: (HEAD_BYTES + PAIR_BYTES + CHECK_BYTES) as u64,
     cure: "says how old this node's state was when it was synced last; without it the node may not \

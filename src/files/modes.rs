@@ -12,6 +12,10 @@ use crate::files::paths::database_of;
 /// A database that is not there yet, and that nothing was said of.
 pub(crate) const PRIVATE: u32 = 0o600;
 
+/// Files that are for their owner alone, whatever the database's mode is.
+#[cfg(unix)]
+const SECRET: [&str; 2] = ["channel-key", "database-keys"];
+
 /// Takes from a file of ours what others may do with it and not with the database.
 pub(super) fn limit(file: &File, path: &Path) -> Result<()> {
     #[cfg(unix)]
@@ -43,9 +47,20 @@ pub(crate) fn set_mode(file: &File, path: &Path, mode: u32) -> Result<()> {
 #[cfg(unix)]
 pub(super) fn database_mode(path: &Path) -> u32 {
     use std::os::unix::fs::MetadataExt;
+    if is_secret(path) {
+        return PRIVATE;
+    }
     let database = database_of(path).and_then(|database| fs::metadata(database).ok());
     // Its owner, who may be us, writes to them.
     database.map_or(PRIVATE, |meta| meta.mode() & 0o666 | PRIVATE)
+}
+
+/// Whether a file, also one that is to take its place, has more in it than who reads the database
+/// may know.
+#[cfg(unix)]
+fn is_secret(path: &Path) -> bool {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    SECRET.iter().any(|secret| name.starts_with(secret))
 }
 
 #[cfg(unix)]

@@ -85,6 +85,16 @@ impl Paths {
         self.state_dir.join("node")
     }
 
+    /// The key that it shows to other nodes.
+    pub(crate) fn channel_key(&self) -> PathBuf {
+        self.state_dir.join("channel-key")
+    }
+
+    /// What the pages and the tokens are keyed with.
+    pub(crate) fn database_keys(&self) -> PathBuf {
+        self.state_dir.join("database-keys")
+    }
+
     /// Which runs of the node wrote here.
     pub(crate) fn runs(&self) -> PathBuf {
         self.state_dir.join("runs")

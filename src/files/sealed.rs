@@ -19,6 +19,8 @@ pub(crate) const CHECK_BYTES: usize = 16;
 #[derive(Debug)]
 pub(crate) struct Sealed {
     pub(crate) magic: [u8; 8],
+    /// The oldest version that is read.
+    pub(crate) oldest: u32,
     /// The newest version that is read, and the one that is written.
     pub(crate) version: u32,
     /// The most bytes that are read of such a file.
@@ -33,6 +35,8 @@ pub(crate) enum Unsealed {
     Damaged(&'static str),
     /// A later version wrote them.
     Newer(u32),
+    /// An earlier version wrote them, which is not read any more.
+    Older(u32),
 }
 
 impl Sealed {
@@ -56,6 +60,7 @@ impl Sealed {
         }
         match le_u32(&head[8..]) {
             newer if newer > self.version => Err(Unsealed::Newer(newer)),
+            older if older < self.oldest => Err(Unsealed::Older(older)),
             _ => Ok(fields),
         }
     }
@@ -63,23 +68,28 @@ impl Sealed {
     /// The fields of a whole file that was read from `path`.
     ///
     /// # Errors
-    /// [`Error::Corrupt`], [`Error::Newer`].
+    /// [`Error::Corrupt`], [`Error::Newer`], [`Error::Older`].
     pub(crate) fn decode<'a>(&self, path: &Path, bytes: &'a [u8]) -> Result<&'a [u8]> {
         if bytes.len() as u64 > self.max_bytes {
             return Err(self.corrupt(path, "too long"));
         }
-        self.open(bytes).map_err(|why| match why {
-            Unsealed::Damaged(what) => self.corrupt(path, what),
-            Unsealed::Newer(found) => {
-                Error::Newer { path: path.to_path_buf(), found, supported: self.version }
-            }
-        })
+        self.open(bytes).map_err(|why| self.refused(path, why))
+    }
+
+    /// The error for bytes at `path` that are no such file.
+    pub(crate) fn refused(&self, path: &Path, why: Unsealed) -> Error {
+        let path = path.to_path_buf();
+        match why {
+            Unsealed::Damaged(what) => self.corrupt(&path, what),
+            Unsealed::Newer(found) => Error::Newer { path, found, supported: self.version },
+            Unsealed::Older(found) => Error::Older { path, found, supported: self.oldest },
+        }
     }
 
     /// Reads a file's fields; `None` when it is not there.
     ///
     /// # Errors
-    /// [`Error::Corrupt`], [`Error::Newer`], [`Error::Io`].
+    /// [`Error::Corrupt`], [`Error::Newer`], [`Error::Older`], [`Error::Io`].
     pub(crate) fn read(&self, path: &Path) -> Result<Option<Vec<u8>>> {
         let mut bytes = Vec::new();
         match files::open(path) {
@@ -132,7 +142,8 @@ mod tests {
 
     use super::*;
 
-    const KIND: Sealed = Sealed { magic: *b"reptests", version: 2, max_bytes: 40, cure: "is of a test" };
+    const KIND: Sealed =
+        Sealed { magic: *b"reptests", oldest: 1, version: 2, max_bytes: 40, cure: "is of a test" };
 
     #[test]
     fn every_flipped_or_missing_byte_is_seen() {
@@ -153,6 +164,9 @@ mod tests {
         let of = |version| Sealed { version, ..KIND }.seal(b"");
         assert!(KIND.open(&of(1)).is_ok());
         assert_eq!(KIND.open(&of(3)), Err(Unsealed::Newer(3)));
+        let since = Sealed { oldest: 2, ..KIND };
+        assert_eq!(since.open(&of(1)), Err(Unsealed::Older(1)));
+        assert!(since.open(&of(2)).is_ok());
     }
 
     #[test]

@@ -10,7 +10,7 @@
 /// use replite::{Config, lease};
 ///
 /// let primary = Config::new("app.db").lease(lease::Fixed::primary()); // as without
-/// let replica = Config::new("app.db").lease(lease::Fixed::replica_of("http://10.0.0.1:7000"));
+/// let replica = Config::new("app.db").lease(lease::Fixed::replica_of("replite://10.0.0.1:7000"));
 /// # drop((primary, replica));
 /// ```
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -24,8 +24,10 @@ impl Fixed {
         Fixed { primary: None }
     }
 
-    /// This node follows the primary whose replication endpoint has this URL, such as
-    /// `http://10.0.0.1:8081`. Without a path, the URL means `/_replite`.
+    /// This node follows the primary whose replication endpoint has this URL. With a listener of
+    /// its own ([`Config::listen`](crate::Config::listen)) that is `replite://10.0.0.1:7000`. An
+    /// endpoint that is mounted in an HTTP server has one like `http://10.0.0.1:8080`, which
+    /// without a path means `/_replite`.
     pub fn replica_of(url: impl Into<String>) -> Fixed {
         Fixed { primary: Some(url.into()) }
     }

@@ -6,7 +6,7 @@ use super::{Log, Lookup};
 use crate::error::Result;
 use crate::page::PageSet;
 use crate::txid::Position;
-use crate::wire::{Decoder, MARKS_MAX, Message, Unit};
+use crate::wire::{MARKS_MAX, Message, Unit};
 
 /// Bytes that are read at a time.
 const READ_BYTES: usize = 1 << 20;
@@ -92,7 +92,7 @@ impl Log {
         until: u64,
         mut visit: impl FnMut(&Unit, Message<'_>) -> Result<()>,
     ) -> Result<()> {
-        let mut decoder = Decoder::default();
+        let mut decoder = self.decoder();
         let mut at = lsn;
         self.bytes_between(lsn, until, |bytes| {
             decoder.push(bytes);

@@ -6,6 +6,7 @@ use std::path::Path;
 use bytes::{Bytes, BytesMut};
 
 use super::CURE;
+use crate::checksum::PageKey;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::txid::{Epoch, Position};
@@ -60,12 +61,12 @@ pub(super) struct Scan {
 }
 
 /// Verifies a segment's records up to the file offset `until`.
-pub(super) fn scan(file: &File, path: &Path, head: Segment, until: u64) -> Result<Scan> {
+pub(super) fn scan(file: &File, path: &Path, head: Segment, until: u64, key: PageKey) -> Result<Scan> {
     let mut walk = Walk {
         found: Scan { end: head.start, tip: head.before, index: Index::default(), problem: None },
         open: None,
     };
-    let mut decoder = Decoder::default();
+    let mut decoder = Decoder::new(Some(key));
     let mut offset = HEAD_BYTES;
     while offset < until {
         let wanted = usize::try_from(until - offset).unwrap_or(usize::MAX).min(SCAN_READ_BYTES);
@@ -179,7 +180,7 @@ pub(super) fn hop(
         let header = Header::parse(head).map_err(|e| corrupt(lsn, e.to_string()))?;
         if let Some(kind @ (Kind::TxnBegin | Kind::TxnEnd)) = header.kind {
             let raw = here.get(..header.unit_bytes).ok_or_else(|| corrupt(lsn, "a cut record".into()))?;
-            let unit = Unit { kind, hash: header.hash, raw: Bytes::copy_from_slice(raw) };
+            let unit = Unit { kind, hash: header.hash, raw: Bytes::copy_from_slice(raw), page_key: None };
             let (at, edge) = match unit.decode().map_err(|e| corrupt(lsn, e.to_string()))? {
                 Message::TxnBegin(begin) => (lsn, Edge::Begin(begin.before)),
                 Message::TxnEnd(end) => (lsn + header.unit_bytes as u64, Edge::End(end)),

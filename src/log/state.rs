@@ -10,6 +10,7 @@ use bytes::BytesMut;
 
 use super::scan::{HEAD_BYTES, Index};
 use super::{LogOptions, segments};
+use crate::checksum::Fingerprint;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::txid::Position;
@@ -56,6 +57,8 @@ fn truncate(segment: &Seg) -> Result<(Arc<File>, PathBuf)> {
 
 #[derive(Debug, Default)]
 pub(super) struct LogState {
+    /// What pages in its records are hashed with.
+    pub(super) key: Fingerprint,
     /// Oldest first. Empty only when the log is.
     pub(super) segments: VecDeque<Seg>,
     /// The last segment's file; `None`: the next append begins a new one. `Some` within a record.
@@ -99,6 +102,11 @@ impl Garbage {
 }
 
 impl LogState {
+    /// An empty log.
+    pub(super) fn new(key: Fingerprint) -> LogState {
+        LogState { key, ..LogState::default() }
+    }
+
     pub(super) fn bytes(&self) -> u64 {
         self.segments.iter().map(Seg::file_bytes).sum()
     }
@@ -187,8 +195,8 @@ impl LogState {
         let path = segments::path(dir, start);
         let file = files::create(&path)?;
         let mut head = BytesMut::new();
-        let follows = self.segments.back().map(|s| s.end);
-        wire::encode(&Message::Segment(Segment { start, before, follows }), &mut head);
+        let (follows, key) = (self.segments.back().map(|s| s.end), self.key);
+        wire::encode(&Message::Segment(Segment { start, before, follows, key }), &mut head);
         if let Err(source) = files::write_all_at(&file, &head, 0) {
             segments::remove(std::slice::from_ref(&path));
             return Err(Error::Io { op: "write", path, source });

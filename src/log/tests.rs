@@ -6,14 +6,17 @@ use bytes::BytesMut;
 use tempfile::TempDir;
 
 use super::*;
-use crate::checksum::{Checksum, PageHash};
+use crate::checksum::{Checksum, PageKey};
 use crate::ends::Ends;
 use crate::page::{PageNo, PageSize};
 use crate::txid::{Epoch, Txid};
 use crate::wire::{self, Decoder, Kind, Message, SEGMENT_BYTES, TxnBegin, TxnEnd};
 use std::time::SystemTime;
 
+const KEY: PageKey = PageKey::from_bytes([7; 28]);
+
 const OPTIONS: LogOptions = LogOptions {
+    page_key: KEY,
     segment_bytes: 4000,
     keep_bytes: 1 << 30,
     keep_age: Duration::from_secs(3600),
@@ -34,7 +37,7 @@ fn record(n: u64, pages: u32) -> Bytes {
     wire::encode(&Message::TxnBegin(begin), &mut out);
     for p in 1..=pages {
         let (number, page) = (PageNo::new(p).unwrap(), [(n % 251) as u8; 512]);
-        wire::encode_page(number, PageHash::of(number, &page), &page, &mut out);
+        wire::encode_page(number, KEY.hash(number, &page), &page, &mut out);
     }
     let end = TxnEnd { after: position(n), pages, changed: pages, unix_micros: n };
     wire::encode(&Message::TxnEnd(end), &mut out);
@@ -142,7 +145,7 @@ fn records_rotate_are_found_and_read_alike_from_memory_and_disk() {
     }
     assert_eq!(lsn, log.end());
     assert!(all == read_from(&log, 0));
-    let mut decoder = Decoder::default();
+    let mut decoder = Decoder::new(Some(KEY));
     decoder.push(all.into());
     while let Some(unit) = decoder.next().unwrap() {
         assert!(unit.kind != Kind::Segment && unit.decode().is_ok());
@@ -232,7 +235,7 @@ fn missing_and_damaged_segments_leave_the_newest_run() {
     let names: Vec<_> = files_of(&dir).iter().map(|f| f.file_name().unwrap().to_owned()).collect();
     let head_of = |name: &std::ffi::OsStr| fs::read(dir.path().join(name)).unwrap()[..SEGMENT_BYTES].to_vec();
     let first_of = |i: usize| {
-        let mut decoder = Decoder::default();
+        let mut decoder = Decoder::new(Some(KEY));
         decoder.push(head_of(&names[i]).into());
         match decoder.next().unwrap().unwrap().decode().unwrap() {
             Message::Segment(head) => head.before.number() + 1,
@@ -304,7 +307,7 @@ fn a_newer_segment_is_refused_and_nothing_is_changed() {
         drop(filled(&dir, 8, OPTIONS));
         let file = files_of(&dir)[which].clone();
         let mut bytes = fs::read(&file).unwrap();
-        bytes[6] = 2;
+        bytes[6] = 3;
         let mut hasher = blake3::Hasher::new_keyed(b"replite unit hash, version 1 ...");
         hasher.update(&bytes[..8]).update(&bytes[24..SEGMENT_BYTES]);
         bytes[8..24].copy_from_slice(&hasher.finalize().as_bytes()[..16]);
@@ -313,9 +316,61 @@ fn a_newer_segment_is_refused_and_nothing_is_changed() {
         fs::write(&file, bytes).unwrap();
         let before = contents(&dir);
         let found = Log::open(dir.path(), OPTIONS).unwrap_err();
-        assert!(matches!(found, Error::Newer { found: 2, supported: 1, .. }), "{found}");
+        assert!(matches!(found, Error::Newer { found: 3, supported: 2, .. }), "{found}");
         assert_eq!(contents(&dir), before);
     }
+}
+
+/// A segment of the first version had no fingerprint.
+#[test]
+fn an_older_segment_is_refused_with_the_cure_and_nothing_is_changed() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut head = 56u32.to_le_bytes().to_vec();
+    head.extend_from_slice(&[13, 0, 1, 0]);
+    head.extend_from_slice(&[0; 16]);
+    head.extend_from_slice(&[0; 8]);
+    head.extend_from_slice(&position(0).to_bytes());
+    head.extend_from_slice(&[0xff; 8]);
+    let mut hasher = blake3::Hasher::new_keyed(b"replite unit hash, version 1 ...");
+    hasher.update(&head[..8]).update(&head[24..]);
+    head[8..24].copy_from_slice(&hasher.finalize().as_bytes()[..16]);
+    for records in [0, 5000] {
+        fs::write(dir.path().join("0000000000000000.log"), [&head[..], &vec![1; records]].concat()).unwrap();
+        let before = contents(&dir);
+        let found = Log::open(dir.path(), OPTIONS).unwrap_err();
+        assert!(matches!(found, Error::Older { found: 1, supported: 2, .. }), "{found}");
+        assert!(found.to_string().contains("move its state directory away"), "{found}");
+        assert_eq!(contents(&dir), before);
+    }
+}
+
+#[test]
+fn segments_of_another_page_key_are_moved_away_and_none_of_ours() {
+    let (dir, kept) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let other = LogOptions { page_key: PageKey::from_bytes([8; 28]), ..OPTIONS };
+    let ours = KEY.fingerprint();
+    drop(filled(&dir, 8, other));
+    let files = files_of(&dir);
+    assert!(files.len() > 1, "the case needs more than one");
+    let before = contents(&dir);
+    assert!(matches!(Log::open(dir.path(), OPTIONS), Err(Error::Internal(_))), "it is never begun over");
+    assert_eq!((contents(&dir), key_of(dir.path())), (before.clone(), Some(other.page_key.fingerprint())));
+    let to = kept.path().to_path_buf();
+    // A process that dies when the first is moved.
+    fs::rename(&files[0], to.join(files[0].file_name().unwrap())).unwrap();
+    let moved = move_other(dir.path(), ours, || Ok(to.clone())).unwrap();
+    assert_eq!(moved.map(|(kept, _)| kept), Some(to));
+    assert_eq!(contents(&kept), before);
+    assert!(contents(&dir).is_empty());
+    drop(filled(&dir, 8, OPTIONS));
+    let before = contents(&dir);
+    assert_eq!(move_other(dir.path(), ours, || panic!("nothing is to be kept")).unwrap(), None);
+    assert_eq!(contents(&dir), before);
+    // Without a record there is nothing to keep.
+    let empty = tempfile::tempdir().unwrap();
+    drop(filled(&empty, 0, other));
+    assert_eq!(move_other(empty.path(), ours, || panic!("nothing is to be kept")).unwrap(), None);
+    assert!(contents(&empty).is_empty());
 }
 
 #[test]

@@ -23,6 +23,7 @@ use crate::node::tenancy::Tenancy;
 use crate::node::verifier::Verifier;
 use crate::node::writer::Writer;
 use crate::primary::ReplicaServer;
+use crate::proxy::AppTls;
 use crate::report::Condition;
 use crate::server::{Mount, ReplicationService};
 use crate::sqlite::{last_code, unreadable};
@@ -54,6 +55,8 @@ pub(crate) struct Database {
     /// How long a handoff waits for requests that run.
     pub(crate) drain_limit: Duration,
     pub(crate) grace: Duration,
+    /// For the applications of other nodes.
+    pub(crate) app_tls: AppTls,
     pub(crate) opened: Instant,
     /// Transactions that replicas gave back.
     pub(crate) recovered: u64,

@@ -15,7 +15,9 @@ pub(crate) struct ListenerGuard {
     pub(crate) node: Arc<NodeContext>,
     pub(crate) replica_server: Arc<ReplicaServer>,
     tracker: TaskTracker,
-    pub(crate) listener: Option<Listener>,
+    listener: Option<Listener>,
+    /// Whether there is one, which may be open by now.
+    pub(crate) has_listener: bool,
     left_open: bool,
 }
 
@@ -27,7 +29,8 @@ impl ListenerGuard {
         listener: Option<Listener>,
     ) -> ListenerGuard {
         let (node, replica_server, tracker) = (node.clone(), replica_server.clone(), tracker.clone());
-        ListenerGuard { node, replica_server, tracker, listener, left_open: false }
+        let has_listener = listener.is_some();
+        ListenerGuard { node, replica_server, tracker, listener, has_listener, left_open: false }
     }
 
     pub(crate) fn open(&mut self) {
@@ -35,7 +38,8 @@ impl ListenerGuard {
         let ListenerGuard { node, replica_server, tracker, .. } = self;
         let service =
             ReplicationService::new(node.clone(), replica_server.clone(), tracker.clone(), Mount::Own);
-        tracker.spawn(listener.serve(service, tracker.clone(), node.stop.clone()));
+        let (channel, of, stop) = (node.channel.clone(), tracker.clone(), node.stop.clone());
+        tracker.spawn(listener.serve(channel, move |inside| service.on(inside), of, stop));
     }
 
     pub(crate) fn leave_open(&mut self) {

@@ -17,6 +17,7 @@ const ID_BYTES: usize = 16;
 
 const RUNS: Sealed = Sealed {
     magic: *b"repruns\0",
+    oldest: 1,
     version: 1,
     max_bytes: (RUNS_MAX * ID_BYTES + 64) as u64,
     cure: "says which runs of this node wrote here; without it the node does not take its own lease \
@@ -25,6 +26,7 @@ const RUNS: Sealed = Sealed {
 
 const BOOTSTRAPPED: Sealed = Sealed {
     magic: *b"repboots",
+    oldest: 1,
     version: 1,
     max_bytes: 64,
     cure: "says that this node took part in making the first record of a lease: see that the record is \

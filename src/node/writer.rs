@@ -496,13 +496,16 @@ pub(crate) fn not_primary(node: &NodeContext) -> Option<Error> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::channel::Plaintext;
     use crate::db::{Config, Db};
 
     #[tokio::test(flavor = "multi_thread")]
     async fn a_replica_that_has_stopped_sends_its_writes_to_the_primary_like_any_other() {
         let dir = tempfile::tempdir().unwrap();
         let nowhere = crate::lease::Fixed::replica_of("http://127.0.0.1:9");
-        let db = Db::open(Config::new(dir.path().join("a.db")).lease(nowhere)).await.unwrap();
+        let db = Db::open(Config::new(dir.path().join("a.db")).plaintext(Plaintext::Loopback).lease(nowhere))
+            .await
+            .unwrap();
         let run = |tx: &mut Transaction<'_>| Ok::<_, Error>(tx.execute("CREATE TABLE t(a)", [])?);
         let refused = |error: Error| matches!(error, Error::NotPrimary { .. });
         assert!(refused(db.write(run).await.unwrap_err()), "it follows");

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::view::{LeaseStands, LeaseView, NodeView, RecordView, View};
+use crate::peer::ShortKey;
 use crate::status::Role;
 use crate::txid::Position;
 
@@ -36,7 +37,8 @@ impl fmt::Display for View {
         writeln!(f)?;
         let wide = self.nodes.iter().map(|node| Short(node.position()).to_string().len()).max();
         let wide = wide.unwrap_or_default().max("POSITION".len());
-        writeln!(f, "{:36}  {:9}  {:wide$}  {:3}  URL", "NODE", "ROLE", "POSITION", "FIT")?;
+        let (node, key) = ("NODE", "KEY");
+        writeln!(f, "{node:36}  {key:8}  {:9}  {:wide$}  {:3}  URL", "ROLE", "POSITION", "FIT")?;
         self.nodes.iter().try_for_each(|node| node.row(f, wide))
     }
 }
@@ -71,7 +73,7 @@ impl NodeView {
     fn row(&self, f: &mut fmt::Formatter<'_>, wide: usize) -> fmt::Result {
         let node = self.node.map_or("?".into(), |node| node.to_string());
         let Some(answer) = &self.answer else {
-            writeln!(f, "{node:36}  {:9}  {:wide$}  {:3}  {}", "-", "-", "-", self.url)?;
+            writeln!(f, "{node:36}  {:8}  {:9}  {:wide$}  {:3}  {}", "-", "-", "-", "-", self.url)?;
             return match &self.problem {
                 Some(problem) => note(f, problem),
                 None => Ok(()),
@@ -86,7 +88,8 @@ impl NodeView {
             "no"
         };
         let (role, position) = (answer.role.to_string(), Short(answer.position));
-        writeln!(f, "{node:36}  {role:9}  {position:wide$}  {fit:3}  {}", self.url)?;
+        let key = ShortKey(answer.key);
+        writeln!(f, "{node:36}  {key:8}  {role:9}  {position:wide$}  {fit:3}  {}", self.url)?;
         if answer.draining {
             note(f, "it is about to end")?;
         }

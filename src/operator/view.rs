@@ -8,7 +8,7 @@ use crate::context::Description;
 use crate::lease::Version;
 use crate::lease::record::{LeaseState, Record};
 use crate::operator::register::tenure;
-use crate::peer::{Incarnation, NodeId};
+use crate::peer::{Incarnation, NodeId, PeerKey};
 use crate::status::{Addresses, Role, whole_millis};
 use crate::txid::{Epoch, Position};
 
@@ -144,6 +144,9 @@ pub struct NodeView {
 pub struct NodeAnswer {
     /// Where it says that it can be reached.
     pub addresses: Addresses,
+    /// Its key, which it has proved to the one that asked; over a connection without TLS it only
+    /// says so. None in a build without TLS.
+    pub key: Option<PeerKey>,
     /// What it does.
     pub role: Role,
     /// The newest epoch of its history.
@@ -212,6 +215,7 @@ impl From<Description> for NodeAnswer {
     fn from(said: Description) -> NodeAnswer {
         NodeAnswer {
             addresses: said.peer.addresses,
+            key: said.key,
             role: said.role,
             epoch: said.epoch,
             highest_epoch: said.heard,

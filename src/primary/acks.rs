@@ -5,6 +5,7 @@ use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio_util::sync::CancellationToken;
 
+use crate::checksum::PageKey;
 use crate::context::NodeContext;
 use crate::error::{Error, PeerProblem, Result};
 use crate::handshake;
@@ -51,6 +52,8 @@ pub(super) async fn hello(
         return Err(Error::garbled(name, "a hello that is none"));
     };
     let proved = handshake::hello_holds(&hello, unit.payload(), &peer.knock, &peer.nonce, &node.keys);
+    // It was answered as one that has the rights of its knock.
+    let proved = proved.filter(|proved| proved.rights() == peer.proved.rights());
     proved.map(|proved| (hello, proved)).ok_or_else(|| Error::peer(name, PeerProblem::Secret))
 }
 
@@ -145,6 +148,11 @@ impl From<WireError> for Unheard {
 impl ReceivedUnits {
     pub(super) fn new(upstream: Incoming) -> ReceivedUnits {
         ReceivedUnits { upstream, decoder: Decoder::default() }
+    }
+
+    /// From now on pages may come, which are hashed with this key.
+    pub(super) fn expect_pages(&mut self, key: PageKey) {
+        self.decoder.set_page_key(key);
     }
 
     /// The next unit; `None` when the body ended, or broke off, as connections do. A unit may take

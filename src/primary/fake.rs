@@ -6,10 +6,11 @@ use std::sync::{Arc, Mutex, MutexGuard};
 use bytes::{Bytes, BytesMut};
 use tokio::sync::watch;
 
-use crate::checksum::{Checksum, PageHash};
+use crate::checksum::{Checksum, PageKey};
 use crate::context::{EpochsHeard, LeaseContext, NodeContext, SyncedClock, ToDisk};
 use crate::engine::Piece;
 use crate::error::{Error, Result};
+use crate::keys::DatabaseKeys;
 use crate::log::Lookup;
 use crate::page::{PageNo, PageSize};
 use crate::peer::{Incarnation, NodeId};
@@ -28,6 +29,9 @@ pub(crate) fn keys(secret: &[u8]) -> Keyring {
     Keyring::new(&secrets).unwrap()
 }
 
+/// The keys of the tests' database.
+pub(crate) const KEYS: DatabaseKeys = DatabaseKeys::fixed(7);
+
 /// A node whose primary is fixed.
 pub(crate) fn node(id: u128, secret: &[u8], role: Role) -> Arc<NodeContext> {
     with_lease(id, secret, role, LeaseContext::fixed())
@@ -45,7 +49,15 @@ pub(crate) fn with_lease(id: u128, secret: &[u8], role: Role, lease: LeaseContex
         incarnation: Incarnation::from_u128(id + 1000),
         addresses: Addresses { replication: format!("http://node{id}/_replite"), ..Addresses::default() },
     };
-    NodeContext::new(me, "test".into(), "app".into(), keys(secret), role, lease)
+    NodeContext::new(
+        me,
+        "test".into(),
+        "app".into(),
+        (keys(secret), crate::channel::Channel::open()),
+        role,
+        lease,
+        KEYS,
+    )
 }
 
 pub(crate) fn history(epochs: &[(u64, u64)]) -> EpochHistory {
@@ -109,7 +121,7 @@ impl Fake {
         wire::encode(&Message::TxnBegin(begin), &mut out);
         for number in 1..=pages {
             let (number, page) = (PageNo::new(number).unwrap(), [number as u8; 512]);
-            wire::encode_page(number, PageHash::of(number, &page), &page, &mut out);
+            wire::encode_page(number, KEYS.page.hash(number, &page), &page, &mut out);
         }
         let end = TxnEnd { after, pages: self.pages, changed: pages, unix_micros: 0 };
         wire::encode(&Message::TxnEnd(end), &mut out);
@@ -137,6 +149,10 @@ impl LogPin for NoHold {
 impl StreamSource for Fake {
     fn page_size(&self) -> PageSize {
         PageSize::new(512).unwrap()
+    }
+
+    fn page_key(&self) -> PageKey {
+        KEYS.page
     }
 
     fn read_piece(&self, first: PageNo, max_bytes: usize) -> Result<Piece> {

@@ -9,6 +9,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::lease::record::{BOOT_MAX_BYTES, RECORD_MAX_BYTES};
 use crate::lock::lock;
+use crate::secret::Rights;
 use crate::status::PeerInfo;
 use crate::txid::Position;
 use crate::wire::{
@@ -103,11 +104,12 @@ impl Handoffs {
     }
 
     /// The two ends of a new stream: where words come out, and where answers go in.
-    pub(super) fn open(&self, peer: &PeerInfo) -> (StreamWords, Accepts) {
+    pub(super) fn open(&self, peer: &PeerInfo, rights: Rights) -> (StreamWords, Accepts) {
         let accepts = Accepts::default();
         let words = StreamWords {
             handoffs: self.clone(),
             peer: peer.clone(),
+            rights,
             words: None,
             next: None,
             pending: accepts.clone(),
@@ -123,7 +125,8 @@ impl Handoffs {
 pub(super) struct StreamWords {
     handoffs: Handoffs,
     peer: PeerInfo,
-    /// None while the replica has not got to the log yet.
+    rights: Rights,
+    /// None while the replica has not got to the log yet, and on the stream of a follower.
     words: Option<mpsc::Receiver<Word>>,
     /// It waits until all of the log is sent.
     next: Option<Word>,
@@ -133,8 +136,12 @@ pub(super) struct StreamWords {
 }
 
 impl StreamWords {
-    /// From now on the stream sends the log: this replica can be offered the lease.
+    /// From now on the stream sends the log: this replica can be offered the lease, unless it is a
+    /// follower.
     pub(super) fn follows(&mut self) {
+        if self.rights == Rights::Follower {
+            return;
+        }
         let (sender, words) = mpsc::channel(WORDS_MAX);
         self.words = Some(words);
         let mut streams = lock(&self.handoffs.streams);

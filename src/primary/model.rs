@@ -18,6 +18,7 @@ use crate::error::Result;
 use crate::log::{Lookup, Touched, mark_numbers};
 use crate::page::{PageNo, PageSet, PageSize};
 use crate::peer::{Incarnation, NodeId};
+use crate::primary::fake::KEYS;
 use crate::primary::plan::{ReplicaPlan, plan};
 use crate::status::{Addresses, PeerInfo};
 use crate::txid::{Epoch, EpochHistory, EpochStart, Place, Position, Txid};
@@ -37,7 +38,7 @@ fn bytes(page: Page) -> [u8; PAGE_BYTES] {
 }
 
 fn hash(number: u32, page: Page) -> PageHash {
-    PageHash::of(PageNo::new(number).unwrap(), &bytes(page))
+    KEYS.page.hash(PageNo::new(number).unwrap(), &bytes(page))
 }
 
 fn checksum(pages: &[Page]) -> Checksum {
@@ -168,6 +169,7 @@ impl ModelNode {
         let marks = mark_numbers(self.log.0 as u64, self.log.1 as u64).filter(|_| self.vouched());
         Hello {
             proof: [0; 32],
+            keys: crate::wire::PeerKeys::of(KEYS, true),
             peer,
             position: Some(self.tip().position),
             history: self.history.clone(),
@@ -235,7 +237,7 @@ fn heal(
     let pages = primary.tip().pages.len() as u32;
     let begin = HealBegin { from: begun, page_size: size, pages, compare: from.is_none(), diverged };
     let below = follower.damaged.clone().unwrap_or_else(|| follower.tip().pages.clone());
-    let mut overlay = Overlay::new(size, begun, below.len() as u32);
+    let mut overlay = Overlay::new(size, KEYS.page, begun, below.len() as u32);
     let mut store = Memory { came: HashMap::new(), below };
     let (mut heal, mut want, mut last);
     let meanwhile = |primary: &mut ModelNode, rng: &mut StdRng| {
@@ -320,10 +322,10 @@ fn heal(
 fn meet(primary: &mut ModelNode, follower: &ModelNode, rng: &mut StdRng) {
     let hello = follower.hello();
     let tip = primary.tip().position;
-    let mut decision = plan(&primary.history, tip, |n| Ok(primary.find(n)), &hello).unwrap();
+    let mut decision = plan(&primary.history, tip, |n| Ok(primary.find(n)), &hello, KEYS.page).unwrap();
     if let ReplicaPlan::Raise { above } = decision {
         primary.open_epoch(above, rng);
-        decision = plan(&primary.history, tip, |n| Ok(primary.find(n)), &hello).unwrap();
+        decision = plan(&primary.history, tip, |n| Ok(primary.find(n)), &hello, KEYS.page).unwrap();
     }
     let theirs = follower.tip();
     let shared = primary.states.get(theirs.position.number() as usize).is_some_and(|ours| ours == theirs);

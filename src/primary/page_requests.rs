@@ -9,6 +9,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use crate::error::{Error, PeerProblem, Result};
 use crate::lock::lock;
 use crate::page::PageNo;
+use crate::secret::Rights;
 use crate::status::PeerInfo;
 use crate::wire::{Sent, Want};
 
@@ -73,12 +74,14 @@ impl PeerChannels {
     }
 
     /// A new channel, and its two ends in the stream: where questions come out, and where answers
-    /// go in.
-    pub(super) fn open(&self, peer: &PeerInfo) -> (Questions, Answers) {
+    /// go in. A follower is never asked: its pages count for nothing here.
+    pub(super) fn open(&self, peer: &PeerInfo, rights: Rights) -> (Questions, Answers) {
         let (questions, receiver) = mpsc::channel(1);
-        let mut channels = lock(&self.0);
-        channels.retain(|channel| !channel.questions.is_closed());
-        channels.push(PeerChannel { peer: peer.clone(), questions });
+        if rights == Rights::Member {
+            let mut channels = lock(&self.0);
+            channels.retain(|channel| !channel.questions.is_closed());
+            channels.push(PeerChannel { peer: peer.clone(), questions });
+        }
         let pending = Answers::default();
         (Questions { receiver, pending: pending.clone() }, pending)
     }

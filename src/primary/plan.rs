@@ -1,5 +1,6 @@
 //! What a replica needs, decided from what it says and what the log has.
 
+use crate::checksum::PageKey;
 use crate::context::is_near;
 use crate::error::Result;
 use crate::log::Lookup;
@@ -44,7 +45,8 @@ impl ReplicaPlan {
     }
 }
 
-/// Decides. `find` asks the log for the record after a transaction's number.
+/// Decides. `find` asks the log for the record after a transaction's number. `key` is what pages
+/// are hashed with here: by another one the replica's states have other names.
 ///
 /// # Errors
 /// Those of `find`.
@@ -53,6 +55,7 @@ pub(crate) fn plan(
     tip: Position,
     mut find: impl FnMut(u64) -> Result<Lookup>,
     hello: &Hello,
+    key: PageKey,
 ) -> Result<ReplicaPlan> {
     let (ours, theirs) = (history.epoch(), hello.history.epoch());
     // The same number on another branch: two primaries claimed it. A replica could not tell us from
@@ -63,6 +66,12 @@ pub(crate) fn plan(
             ReplicaPlan::Raise { above }
         } else {
             ReplicaPlan::TooFar { theirs, ours }
+        });
+    }
+    if hello.keys.page != key {
+        return Ok(match hello.position {
+            Some(_) => ReplicaPlan::Compare { diverged: true },
+            None => ReplicaPlan::Snapshot,
         });
     }
     let Some(position) = hello.position else {
@@ -134,7 +143,9 @@ mod tests {
     use super::*;
     use crate::checksum::Checksum;
     use crate::context::{RAISE_STEP_MAX, RAISED_MAX};
+    use crate::keys::DatabaseKeys;
     use crate::peer::{Incarnation, NodeId};
+    use crate::primary::fake::KEYS;
     use crate::status::{Addresses, PeerInfo};
     use crate::txid::{EpochStart, NUMBER_MAX, Txid};
     use rand::rngs::StdRng;
@@ -179,11 +190,20 @@ mod tests {
         let peer =
             PeerInfo { node: NodeId::NIL, incarnation: Incarnation::NIL, addresses: Addresses::default() };
         let (proof, marks) = ([0; 32], Vec::new());
-        Hello { proof, peer, position, history, resume: None, suspect: false, marks }
+        Hello {
+            proof,
+            keys: crate::wire::PeerKeys::of(KEYS, true),
+            peer,
+            position,
+            history,
+            resume: None,
+            suspect: false,
+            marks,
+        }
     }
 
     fn answer(hello: &Hello) -> ReplicaPlan {
-        plan(&ours(), at(NOW, 100), find, hello).unwrap()
+        plan(&ours(), at(NOW, 100), find, hello, KEYS.page).unwrap()
     }
 
     fn decide(position: Option<Position>, h: EpochHistory) -> ReplicaPlan {
@@ -209,6 +229,20 @@ mod tests {
         assert_eq!(answer(&suspect), compare, "its pages may be wrong");
         let suspect = Hello { suspect: true, ..hello(Some(at(NOW, 101)), ours()) };
         assert_eq!(answer(&suspect), ReplicaPlan::Compare { diverged: true });
+    }
+
+    #[test]
+    fn what_another_key_names_is_unknown_and_its_epochs_are_exceeded_all_the_same() {
+        let keys = crate::wire::PeerKeys::of(DatabaseKeys::fixed(9), true);
+        let other = |position, history| Hello { keys, marks: vec![at(OLD, 30)], ..hello(position, history) };
+        let compare = ReplicaPlan::Compare { diverged: true };
+        assert_eq!(answer(&other(Some(at(NOW, 100)), ours())), compare, "the name of our tip");
+        assert_eq!(answer(&other(Some(at(OLD, 10)), ours())), compare);
+        let page = PageNo::new(500).unwrap();
+        let begun = Hello { resume: Some((at(OLD, 30), page)), suspect: true, ..other(None, ours()) };
+        assert_eq!(answer(&begun), ReplicaPlan::Snapshot);
+        let theirs = history(&[(OLD, 1), (Epoch::new(4, 1), 60)]);
+        assert_eq!(answer(&other(Some(at(OLD, 30)), theirs)), ReplicaPlan::Raise { above: 4 });
     }
 
     #[test]
@@ -285,7 +319,7 @@ mod tests {
                     let before = states.get(number as usize);
                     Ok(before.map_or(Lookup::NotYet, |&before| Lookup::At { lsn: number, before }))
                 };
-                match plan(&ours, tip, find, &lie).unwrap() {
+                match plan(&ours, tip, find, &lie, KEYS.page).unwrap() {
                     ReplicaPlan::Raise { above } => {
                         assert!(above <= RAISED_MAX && above - ours.epoch().number() <= RAISE_STEP_MAX);
                         let epoch = Epoch::new(above + 1, rng.random());
@@ -295,7 +329,8 @@ mod tests {
                     other => panic!("{other:?}"),
                 }
                 for (known, position) in followers.iter().skip(round % 8).step_by(8) {
-                    let found = plan(&ours, tip, find, &hello(Some(*position), known.clone())).unwrap();
+                    let hello = hello(Some(*position), known.clone());
+                    let found = plan(&ours, tip, find, &hello, KEYS.page).unwrap();
                     assert_eq!(found, ReplicaPlan::Log { lsn: position.number() }, "seed {seed}");
                 }
                 if !idle && rng.random_range(0..300) == 0 {

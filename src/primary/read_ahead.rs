@@ -6,7 +6,7 @@ use bytes::{Bytes, BytesMut};
 use tokio::sync::mpsc;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::checksum::{Checksum, PageHash};
+use crate::checksum::Checksum;
 use crate::engine::{PIECE_BYTES, Piece};
 use crate::error::{Error, Result};
 use crate::page::{PageNo, PageSize};
@@ -75,7 +75,7 @@ pub(super) fn read_go(source: &dyn StreamSource, from: PageNo) -> Result<(PageBa
 }
 
 pub(super) fn read_sums(source: &dyn StreamSource, from: PageNo) -> Result<(PageBatch, PageNo)> {
-    let size = source.page_size();
+    let (size, key) = (source.page_size(), source.page_key());
     let span = span_pages(size);
     let mut sums = Vec::new();
     let (Sent { position, pages }, last, next) = read_pieces(source, from, |first, piece| {
@@ -84,7 +84,7 @@ pub(super) fn read_sums(source: &dyn StreamSource, from: PageNo) -> Result<(Page
             let pages = numbers.by_ref().zip(run.chunks_exact(size.bytes()));
             let pages = pages.filter_map(|(n, page)| Some((PageNo::new(n)?, page)));
             let pages = pages.filter(|(n, _)| !n.is_lock_page(size));
-            let sum = pages.fold(Checksum::EMPTY, |sum, (n, page)| sum.with(PageHash::of(n, page)));
+            let sum = pages.fold(Checksum::EMPTY, |sum, (n, page)| sum.with(key.hash(n, page)));
             sum.as_u128().to_le_bytes()
         }));
     })?;

@@ -9,6 +9,7 @@ use bytes::BytesMut;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
+use crate::checksum::PageKey;
 use crate::context::NodeContext;
 use crate::engine::Opening;
 use crate::error::{Error, PeerProblem, Result};
@@ -20,7 +21,7 @@ use crate::primary::send_queue::StreamSender;
 use crate::report::Condition;
 use crate::status::PeerInfo;
 use crate::txid::{Place, Position};
-use crate::wire::{self, Hello, Kind, Message, Plan, Unit, Welcome};
+use crate::wire::{self, Hello, Kind, Message, PeerKeys, Plan, Unit, Welcome};
 
 /// Longest wait for more of a replica's records.
 const SILENCE_MAX: Duration = Duration::from_secs(5);
@@ -43,6 +44,8 @@ pub(crate) struct Recovery {
 
 #[derive(Debug)]
 struct RecoveryState {
+    /// Of this database: another one names other states.
+    page_key: PageKey,
     /// None when no replica is asked any more.
     opening: Option<Opening>,
     /// Counts the replicas that were asked. The node takes nothing more from one of them when it
@@ -63,7 +66,8 @@ struct Giver {
 impl Recovery {
     pub(crate) fn new(opening: Opening) -> Arc<Recovery> {
         let tip = watch::Sender::new(opening.tip().number());
-        let state = RecoveryState { opening: Some(opening), asking: 0, replicas: HashMap::new() };
+        let page_key = opening.page_key();
+        let state = RecoveryState { page_key, opening: Some(opening), asking: 0, replicas: HashMap::new() };
         Arc::new(Recovery { state: Mutex::new(state), turn: tokio::sync::Mutex::default(), tip })
     }
 
@@ -109,6 +113,7 @@ impl Recovery {
         self.lock().note(hello);
         let _turn = self.turn.lock().await;
         let asking = self.begin().await?;
+        units.expect_pages(node.database_keys.get().page);
         let welcome = self.lock().welcome(node, hello)?;
         let before = welcome.position;
         tracing::info!(node = %hello.peer.node, %before, "asking a replica for what this node may have lost");
@@ -216,7 +221,7 @@ impl RecoveryState {
     fn ahead(&self, hello: &Hello) -> Option<u64> {
         let opening = self.opening.as_ref()?;
         let history = opening.history();
-        let theirs = hello.position.filter(|_| !hello.suspect)?;
+        let theirs = hello.position.filter(|_| !hello.suspect && hello.keys.page == self.page_key)?;
         let known = hello.history.last().is_some_and(|newest| history.iter().any(|start| start == newest));
         let ahead = theirs.number() > opening.tip().number();
         (known && ahead && history.place(theirs.txid()) == Place::OnHistory).then(|| theirs.number())
@@ -254,6 +259,7 @@ impl RecoveryState {
             plan: Plan::Recover,
             position: tip,
             page_size: opening.page_size(),
+            keys: PeerKeys::of(node.database_keys.get(), true),
         })
     }
 }

@@ -3,6 +3,7 @@
 use bytes::Bytes;
 use tokio::sync::watch;
 
+use crate::checksum::PageKey;
 use crate::engine::{Piece, PrimaryEngine};
 use crate::error::Result;
 use crate::log::{Lookup, Pin};
@@ -13,6 +14,7 @@ use crate::txid::Position;
 /// [`Log`](crate::log::Log).
 pub(crate) trait StreamSource: Send + Sync + 'static {
     fn page_size(&self) -> PageSize;
+    fn page_key(&self) -> PageKey;
     /// Blocks.
     fn read_piece(&self, first: PageNo, max_bytes: usize) -> Result<Piece>;
     /// Blocks.
@@ -44,6 +46,10 @@ pub(crate) trait LogPin: Send + Sync {
 impl StreamSource for PrimaryEngine {
     fn page_size(&self) -> PageSize {
         PrimaryEngine::page_size(self)
+    }
+
+    fn page_key(&self) -> PageKey {
+        PrimaryEngine::page_key(self)
     }
 
     fn read_piece(&self, first: PageNo, max_bytes: usize) -> Result<Piece> {

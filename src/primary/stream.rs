@@ -23,8 +23,11 @@ use crate::primary::plan::{ReplicaPlan, plan};
 use crate::primary::send_queue::{Closed, StreamSender};
 use crate::primary::{LAST_REQUESTS_TIMEOUT, LogPin, StreamSource, blocking};
 use crate::report::Condition;
+use crate::secret::Rights;
 use crate::txid::{Epoch, EpochHistory, Position};
-use crate::wire::{self, HealBegin, Heartbeat, Hello, Message, NOT_PRIMARY, SHUTTING_DOWN, Want, Welcome};
+use crate::wire::{
+    self, HealBegin, Heartbeat, Hello, Message, NOT_PRIMARY, PeerKeys, SHUTTING_DOWN, Want, Welcome,
+};
 
 /// Bytes of the log that are read at once.
 const READ_MAX_BYTES: usize = 1024 * 1024;
@@ -73,6 +76,7 @@ pub(super) struct ReplicaStream {
     /// Cancelled when the replica has said that all of them are answered.
     quiet: CancellationToken,
     clock: ReplicaClock,
+    rights: Rights,
 }
 
 impl ReplicaStream {
@@ -82,6 +86,7 @@ impl ReplicaStream {
         sender: StreamSender,
         (questions, words): (Questions, StreamWords),
         (comparisons, clock): (Arc<Semaphore>, ReplicaClock),
+        rights: Rights,
     ) -> ReplicaStream {
         let boundary = Boundary::default();
         let (told, last_beat) = (Arc::default(), Instant::now());
@@ -99,6 +104,7 @@ impl ReplicaStream {
             draining: None,
             quiet,
             clock,
+            rights,
         }
     }
 
@@ -136,6 +142,7 @@ impl ReplicaStream {
             plan: announced,
             position: tip,
             page_size: self.source.page_size(),
+            keys: PeerKeys::of(self.node.database_keys.get(), self.rights == Rights::Member),
         };
         self.say(&[Message::Welcome(welcome), Message::Epochs((*self.told).clone())]).await?;
         tracing::debug!(node = %hello.peer.node, ?decision, "a replica's plan");
@@ -179,11 +186,13 @@ impl ReplicaStream {
         }
     }
 
-    /// Decides, after our epoch was raised above the replica's where that is needed.
+    /// Decides, after our epoch was raised above the replica's where that is needed. What a
+    /// follower says of epochs moves none.
     async fn decide(&self, hello: &Hello) -> Result<(ReplicaPlan, Position), End> {
         let hello = Arc::new(hello.clone());
         for _ in 0..RAISES_MAX {
             let (node, source, hello) = (self.node.clone(), self.source.clone(), hello.clone());
+            let rights = self.rights;
             let decided = blocking(move || {
                 let (history, replica) = (node.applied.history(), hello.peer.node);
                 // A record is in the log, and may have gone out from there, before the position
@@ -199,8 +208,13 @@ impl ReplicaStream {
                     }
                     found => found,
                 };
-                let decision = plan(&history, tip, find, &hello)?;
+                let decision = plan(&history, tip, find, &hello, source.page_key())?;
                 match decision {
+                    ReplicaPlan::Raise { .. } | ReplicaPlan::TooFar { .. } if rights == Rights::Follower => {
+                        let (theirs, ours) = (hello.history.epoch(), history.epoch());
+                        node.report(Condition::FollowerAhead { theirs, ours, node: replica });
+                        return Ok((ReplicaPlan::TooFar { theirs, ours }, tip));
+                    }
                     // By the lease this node may not be the primary any more. It is not for it to
                     // outbid the other.
                     ReplicaPlan::Raise { above } if !node.lease.fixed => {

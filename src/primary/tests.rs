@@ -5,6 +5,8 @@ use std::sync::atomic::Ordering;
 use bytes::Bytes;
 use http_body_util::channel::{Channel, Sender};
 
+use crate::channel::Binding;
+use crate::checksum::PageKey;
 use crate::context::{EpochsHeard, LeaseContext, SyncedClock, ToDisk};
 use crate::ends::comes;
 use crate::engine::Piece;
@@ -13,8 +15,10 @@ use crate::log::{Log, LogOptions, Lookup};
 use crate::page::{PageNo, PageSize};
 use crate::peer::Incarnation;
 use crate::primary::acks::SILENCE_MAX;
+use crate::primary::fake::KEYS;
 use crate::primary::fake::{Fake, SECRET, at, history, node};
 use crate::primary::*;
+use crate::secret::Purpose;
 use crate::status::{Event, Role};
 use crate::txid::{Epoch, EpochHistory};
 use crate::wire::{Ack, Decoder, Kind, Plan, Unit};
@@ -25,6 +29,9 @@ struct OverLog(Arc<Log>);
 impl StreamSource for OverLog {
     fn page_size(&self) -> PageSize {
         PageSize::new(512).unwrap()
+    }
+    fn page_key(&self) -> PageKey {
+        KEYS.page
     }
     fn read_piece(&self, _first: PageNo, _max_bytes: usize) -> Result<Piece> {
         Ok(Piece { position: self.0.tip().unwrap(), pages: 0, data: Bytes::new() })
@@ -71,6 +78,12 @@ struct Stream {
     task: tokio::task::JoinHandle<()>,
 }
 
+/// What a member's proof is known by.
+fn member() -> Proved {
+    let keys = super::fake::keys(&SECRET);
+    keys.proved(Purpose::Knock, &[], &keys.prove(Purpose::Knock, &[])).unwrap()
+}
+
 fn encoded(message: &Message<'_>) -> Bytes {
     let mut bytes = BytesMut::new();
     wire::encode(message, &mut bytes);
@@ -110,24 +123,34 @@ impl Stream {
         }
         let follower = super::fake::node(id, &SECRET, Role::Replica);
         let knock = Knock {
-            version: 1,
+            version: 2,
             cluster: "test".into(),
             database: "app".into(),
             node: follower.me.node,
             incarnation: follower.me.incarnation,
             nonce: [3; 32],
+            binding: Binding::NONE,
         };
         let (proof, peer) = ([0; 32], follower.me.clone());
         let (suspect, marks) = (false, Vec::new());
-        let mut hello = Hello { proof, peer, position, history, resume, suspect, marks };
+        let mut hello = Hello {
+            proof,
+            keys: crate::wire::PeerKeys::of(KEYS, true),
+            peer,
+            position,
+            history,
+            resume,
+            suspect,
+            marks,
+        };
         handshake::seal_hello(&mut hello, &knock, &[4; 32], &follower.keys);
         let (mut up, body) = Channel::new(4);
         let (sender, down) = queue();
-        let place = replica_server.place().unwrap();
-        let peer = Peer { knock, nonce: [4; 32], place };
+        let place = replica_server.place(Rights::Member).unwrap();
+        let peer = Peer { knock, nonce: [4; 32], proved: member(), place };
         let task = tokio::spawn(serve(replica_server.clone(), peer, Incoming::new(body), sender));
         up.send_data(encoded(&Message::Hello(hello))).await.unwrap();
-        Stream { node, replica_server, up, down, decoder: Decoder::default(), task }
+        Stream { node, replica_server, up, down, decoder: Decoder::new(Some(KEYS.page)), task }
     }
 
     async fn next(&mut self) -> Option<Unit> {
@@ -221,6 +244,7 @@ async fn a_replica_that_has_more_than_the_position_says_goes_on_with_the_log() {
     let dir = tempfile::tempdir().unwrap();
     let keep_age = Duration::from_secs(3600);
     let options = LogOptions {
+        page_key: KEYS.page,
         segment_bytes: 1 << 20,
         keep_bytes: 1 << 20,
         keep_age,
@@ -247,6 +271,7 @@ async fn a_replica_that_has_more_than_the_position_says_goes_on_with_the_log() {
 async fn a_real_log_is_followed_from_disk_over_segments_and_over_what_was_taken_back() {
     let dir = tempfile::tempdir().unwrap();
     let options = LogOptions {
+        page_key: KEYS.page,
         segment_bytes: 20_000,
         keep_bytes: 1 << 30,
         keep_age: Duration::from_secs(3600),
@@ -556,18 +581,19 @@ async fn any_part_of_a_unit_is_a_sign_of_life() {
     comes("an acknowledgement", || stream.replica_server.replicas()[0].applied.is_some()).await;
     let other = Incarnation::from_u128(77);
     let second = Knock { incarnation: other, ..knock_of(2) };
-    assert!(stream.replica_server.conflict(&second).is_some(), "it is alive");
+    assert!(stream.replica_server.conflict(&second, Rights::Member).is_some(), "it is alive");
 }
 
 fn knock_of(id: u128) -> Knock {
     let follower = super::fake::node(id, &SECRET, Role::Replica);
     Knock {
-        version: 1,
+        version: 2,
         cluster: "test".into(),
         database: "app".into(),
         node: follower.me.node,
         incarnation: follower.me.incarnation,
         nonce: [3; 32],
+        binding: Binding::NONE,
     }
 }
 
@@ -601,23 +627,33 @@ async fn a_peer_without_a_good_hello_gets_not_one_byte() {
     for garbage in [None, Some(Bytes::from_static(&[0xff; 64])), Some(Bytes::new())] {
         let (_, _, replica_server) = Stream::start(1);
         let knock = Knock {
-            version: 1,
+            version: 2,
             cluster: "test".into(),
             database: "app".into(),
             node: other.me.node,
             incarnation: other.me.incarnation,
             nonce: [3; 32],
+            binding: Binding::NONE,
         };
         let (peer, history) = (other.me.clone(), EpochHistory::default());
         let (suspect, marks) = (false, Vec::new());
-        let mut hello = Hello { proof: [0; 32], peer, position: None, history, resume: None, suspect, marks };
+        let mut hello = Hello {
+            proof: [0; 32],
+            keys: crate::wire::PeerKeys::of(KEYS, true),
+            peer,
+            position: None,
+            history,
+            resume: None,
+            suspect,
+            marks,
+        };
         // The nonce of an exchange that was recorded, and another secret.
         handshake::seal_hello(&mut hello, &knock, &[5; 32], &replica_server.node.keys);
         let sealed = encoded(&Message::Hello(hello));
         let (mut up, body) = Channel::<_, io::Error>::new(4);
         let (sender, mut down) = queue();
-        let place = replica_server.place().unwrap();
-        let peer = Peer { knock, nonce: [4; 32], place };
+        let place = replica_server.place(Rights::Member).unwrap();
+        let peer = Peer { knock, nonce: [4; 32], proved: member(), place };
         let task = tokio::spawn(serve(replica_server.clone(), peer, Incoming::new(body), sender));
         up.send_data(garbage.unwrap_or(sealed)).await.unwrap();
         // With nothing sent, the wait for a hello ends by itself; `up` stays open.
@@ -698,10 +734,17 @@ async fn a_replica_that_takes_nothing_does_not_hold_up_a_node_that_drains() {
 #[tokio::test(start_paused = true)]
 async fn places_for_handshakes_are_bounded() {
     let (_, _, replica_server) = Stream::start(1);
-    let places: Vec<_> = (0..HANDSHAKES_MAX).map(|_| replica_server.place().unwrap()).collect();
-    assert!(replica_server.place().is_none());
+    let places: Vec<_> = (0..HANDSHAKES_MAX).map(|_| replica_server.place(Rights::Member).unwrap()).collect();
+    assert!(replica_server.place(Rights::Member).is_none());
     drop(places);
-    assert!(replica_server.place().is_some());
+    let places: Vec<_> = std::iter::from_fn(|| replica_server.place(Rights::Follower)).collect();
+    assert_eq!(places.len(), HANDSHAKES_MAX / 2, "followers leave room for members");
+    assert!(replica_server.place(Rights::Member).is_some());
+    drop(places);
+    let places: Vec<_> = std::iter::from_fn(|| replica_server.stream_place(Rights::Follower)).collect();
+    assert_eq!(places.len(), FOLLOWERS_MAX);
+    assert!(replica_server.place(Rights::Follower).is_none());
+    assert!(replica_server.stream_place(Rights::Member).is_some());
 }
 
 #[tokio::test(start_paused = true)]

@@ -34,7 +34,9 @@ use crate::session;
 ///
 /// When the primary's answer carries a token, the client tells the [`Session`](crate::Session) of
 /// the calling task. The response that is being made there carries the token on. Other callers read
-/// it by [`Db::verify_token`](crate::Db::verify_token).
+/// it by [`Db::verify_token`](crate::Db::verify_token). On a follower
+/// ([`Config::follower_secret`](crate::Config::follower_secret)), which can't read tokens, the
+/// handler passes the answer's header `replite-token` on itself.
 ///
 /// ```
 /// use bytes::Bytes;

@@ -8,6 +8,7 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use http::Uri;
+use http::uri::Scheme;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio_util::sync::CancellationToken;
@@ -16,6 +17,7 @@ use tower::Service;
 use crate::proxy::BoxError;
 use crate::proxy::body::{IdleTimeoutBody, ReplayRequestBody};
 use crate::proxy::preface::WatchedIo;
+use crate::proxy::tls::AppTls;
 
 /// How long an unused connection is kept: less than any server or proxy on the way is likely to
 /// allow. A request that meets a closing connection has an unknown outcome.
@@ -51,22 +53,30 @@ pub(super) enum SendError {
     Broken(BoxError),
 }
 
-/// Opens TCP connections within a limit that covers the look-up of names, too.
+/// The server has chosen, within TLS, not to speak HTTP/2.
+#[derive(Debug, thiserror::Error)]
+#[error("the server does not offer HTTP/2 within TLS")]
+pub(super) struct ChoseHttp1;
+
+/// Opens connections within a limit that covers the look-up of names and TLS, too.
 #[derive(Clone, Debug)]
 pub(super) struct Connector {
     http: HttpConnector,
     pub(super) limit: Duration,
     /// For HTTP/2, of which the server has to give proof.
     http2: bool,
+    tls: AppTls,
 }
 
 impl Connector {
-    pub(super) fn new(limit: Duration) -> Connector {
+    pub(super) fn new(limit: Duration, tls: AppTls) -> Connector {
         let mut http = HttpConnector::new();
+        // By https it connects to port 443, and what follows is done here.
+        http.enforce_http(false);
         http.set_nodelay(true);
         http.set_keepalive(Some(Duration::from_secs(KEEPALIVE_SECONDS)));
         http.set_connect_timeout(Some(limit));
-        Connector { http, limit, http2: false }
+        Connector { http, limit, http2: false, tls }
     }
 
     pub(super) fn for_http2(self) -> Connector {
@@ -84,15 +94,37 @@ impl Service<Uri> for Connector {
     }
 
     fn call(&mut self, uri: Uri) -> Self::Future {
-        let (limit, http2) = (self.limit, self.http2);
+        let (limit, http2, tls) = (self.limit, self.http2, self.tls.clone());
+        let host = host(&uri);
+        let scheme = uri.scheme().cloned();
         let connecting = self.http.call(uri);
+        let connect = async move {
+            let stream = connecting.await?.into_inner();
+            if scheme == Some(Scheme::HTTP) {
+                return Ok(WatchedIo::new(Box::new(stream), http2));
+            }
+            if scheme != Some(Scheme::HTTPS) {
+                return Err("neither http nor https".into());
+            }
+            let (stream, chose_http2) = tls.connect(stream, &host, http2).await?;
+            if http2 && !chose_http2 {
+                return Err(ChoseHttp1.into());
+            }
+            Ok(WatchedIo::new(stream, http2))
+        };
         Box::pin(async move {
-            match tokio::time::timeout(limit, connecting).await {
-                Ok(connected) => Ok(TokioIo::new(WatchedIo::new(connected?.into_inner(), http2))),
+            match tokio::time::timeout(limit, connect).await {
+                Ok(connected) => connected.map(TokioIo::new),
                 Err(_) => Err(io::Error::from(io::ErrorKind::TimedOut).into()),
             }
         })
     }
+}
+
+/// The host's name or address alone.
+fn host(uri: &Uri) -> String {
+    let host = uri.host().unwrap_or_default();
+    host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host).to_owned()
 }
 
 /// Runs the connections' tasks until the node stops: none outlives it.

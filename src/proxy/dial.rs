@@ -14,6 +14,7 @@ use crate::proxy::body::{IdleTimeoutBody, ReplayRequestBody};
 use crate::proxy::connect::{Connector, Outgoing, POOL_IDLE_SECONDS, SendError, Spawn};
 use crate::proxy::http2::Http2;
 use crate::proxy::replay_body::Keep;
+use crate::proxy::tls::{AppTls, was_refused};
 
 /// Unused connections that are kept to one node.
 const POOL_IDLE_MAX: usize = 64;
@@ -34,11 +35,12 @@ pub(super) struct Dialer {
     http2: Http2,
     /// After this a request is on a connection, or has failed for want of one.
     pub(super) connect: Duration,
+    pub(super) tls: AppTls,
 }
 
 impl Dialer {
-    pub(super) fn new(connect: Duration, stop: CancellationToken) -> Dialer {
-        let connector = Connector::new(connect);
+    pub(super) fn new(connect: Duration, stop: CancellationToken, tls: AppTls) -> Dialer {
+        let connector = Connector::new(connect, tls.clone());
         let spawn = Spawn::new(stop);
         let http1 = Client::builder(spawn.clone())
             .pool_timer(TokioTimer::new())
@@ -48,7 +50,7 @@ impl Dialer {
             .retry_canceled_requests(false)
             .set_host(false)
             .build(connector.clone());
-        Dialer { http1, http2: Http2::new(connector.for_http2(), spawn), connect }
+        Dialer { http1, http2: Http2::new(connector.for_http2(), spawn), connect, tls }
     }
 
     /// Sends a request and waits for the response's head. The body is not touched before a
@@ -91,7 +93,7 @@ impl Dialer {
 }
 
 fn sort(error: hyper_util::client::legacy::Error) -> SendError {
-    if error.is_connect() {
+    if error.is_connect() || was_refused(&error) {
         return SendError::Unreachable(error.into());
     }
     let source = error.source().and_then(|s| s.downcast_ref::<hyper::Error>());

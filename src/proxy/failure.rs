@@ -61,6 +61,7 @@ impl Outcome {
             | Error::Peer { .. }
             | Error::Corrupt { .. }
             | Error::Newer { .. }
+            | Error::Older { .. }
             | Error::Damaged { .. }
             | Error::Mismatch { .. }
             | Error::LostFull { .. }

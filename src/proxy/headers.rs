@@ -111,9 +111,10 @@ pub(super) fn upgrade<'a>(parts: &'a Parts, protocols: &[String]) -> Option<&'a 
     offers.flat_map(|v| v.split(',')).map(str::trim).filter(|_| asks).find(known)
 }
 
-/// Whether the client speaks https, as far as this node or the proxies before it know.
-pub(super) fn is_https(parts: &Parts) -> bool {
-    if parts.uri.scheme() == Some(&Scheme::HTTPS) {
+/// Whether the client speaks https, as far as this node or the proxies before it know. What another
+/// node speaks that sent the request here tells nothing of its client.
+pub(super) fn is_https(parts: &Parts, is_hop: bool) -> bool {
+    if !is_hop && parts.uri.scheme() == Some(&Scheme::HTTPS) {
         return true;
     }
     // The first one is what the client spoke; later ones were appended on the way.
@@ -185,7 +186,7 @@ pub(crate) fn fuzz_headers(headers: HeaderMap) {
     let mut request = http::Request::new(());
     *request.headers_mut() = headers;
     let (mut parts, ()) = request.into_parts();
-    let _ = (upgrade(&parts, &["websocket".into()]), is_https(&parts));
+    let _ = (upgrade(&parts, &["websocket".into()]), is_https(&parts, false));
     let _ = (cookies(&parts.headers, "replite").count(), tokens(&parts.headers).count());
     add_forwarded(&mut parts.headers, Some(IpAddr::from([10, 0, 0, 1])), None);
     strip_reserved(&mut parts.headers);

@@ -56,7 +56,8 @@ pub(super) struct About<'a> {
 }
 
 impl Hop {
-    /// The header's value.
+    /// The header's value. That of a follower proves nothing to any node: its request counts as one
+    /// from outside. The count that it brings keeps such a request from going around.
     pub(super) fn text(&self, about: About<'_>) -> String {
         let fields = self.fields();
         let proof = about.keys.prove(Purpose::Hop, &proved(about, &fields));
@@ -150,6 +151,21 @@ mod tests {
     }
 
     const HOP: Hop = Hop { count: 2, from: NodeId::from_u128(7), epoch: Epoch::new(4, 9) };
+
+    #[test]
+    fn a_follower_makes_no_hop_that_any_node_takes_and_is_counted() {
+        let [members, followers] = [1, 2].map(|byte| Secret::fixed([byte; 32]));
+        let member = Keyring::with_followers(&[members], std::slice::from_ref(&followers)).unwrap();
+        let follower = Keyring::with_followers(&[], &[followers]).unwrap();
+        let about = |keys| About { keys, tag: "t", method: &Method::GET, target: "/" };
+        let value = HeaderValue::try_from(HOP.text(about(&follower))).unwrap();
+        assert_eq!(Hop::verify(&value, about(&member)), None);
+        assert_eq!(Hop::verify(&value, about(&follower)), None);
+        assert_eq!(Came(value).count(), HOP.count);
+        let hint = Hint { epoch: HOP.epoch, url: "http://a:1".into() };
+        let value = hint.value(&follower, "hop").unwrap();
+        assert_eq!(Hint::verify(&value, &member, "hop"), None);
+    }
 
     #[test]
     fn a_hop_holds_for_its_method_target_database_and_secret_only() {

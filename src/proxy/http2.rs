@@ -15,7 +15,7 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 use tower::Service;
 
-use crate::proxy::connect::{Connector, Outgoing, POOL_IDLE_SECONDS, SendError, Spawn};
+use crate::proxy::connect::{ChoseHttp1, Connector, Outgoing, POOL_IDLE_SECONDS, SendError, Spawn};
 use crate::proxy::preface::Spoken;
 
 /// How often a connection with requests on it is pinged.
@@ -34,7 +34,7 @@ pub(super) struct Http2 {
 
 #[derive(Debug)]
 struct OpenConnection {
-    to: Authority,
+    to: (Scheme, Authority),
     way: SendRequest<Outgoing>,
     shown: Spoken,
     used: Instant,
@@ -70,7 +70,7 @@ impl Http2 {
 
     /// A way onto the connection, which is opened if need be. Its server has shown that it speaks
     /// HTTP/2.
-    async fn way(&self, to: Authority) -> Result<(SendRequest<Outgoing>, Spoken), SendError> {
+    async fn way(&self, to: (Scheme, Authority)) -> Result<(SendRequest<Outgoing>, Spoken), SendError> {
         let mut open = self.open.lock().await;
         if let Some(open) = &mut *open
             && open.to == to
@@ -80,9 +80,13 @@ impl Http2 {
             open.used = Instant::now();
             return Ok((open.way.clone(), open.shown.clone()));
         }
-        let uri = Uri::builder().scheme(Scheme::HTTP).authority(to.clone()).path_and_query("/").build();
+        let is_tls = to.0 == Scheme::HTTPS;
+        let uri = Uri::builder().scheme(to.0.clone()).authority(to.1.clone()).path_and_query("/").build();
         let uri = uri.map_err(|error| SendError::Unreachable(error.into()))?;
-        let io = self.connector.clone().call(uri).await.map_err(SendError::Unreachable)?;
+        let io = self.connector.clone().call(uri).await.map_err(|error| match error.is::<ChoseHttp1>() {
+            true => SendError::NoHttp2(error),
+            false => SendError::Unreachable(error),
+        })?;
         let mut shown = io.inner().shown();
         let mut builder = Builder::new(self.spawn.clone());
         builder
@@ -96,8 +100,15 @@ impl Http2 {
             // Each request on it hears of its end.
             let _ = connection.await;
         });
+        // Also of a server that has agreed to HTTP/2 within TLS: by its settings it shows that the
+        // handshake is done for it, too. Before that it may still want a certificate of this node.
         match shown.speaks().await {
             Some(true) => {}
+            Some(false) if is_tls => {
+                return Err(SendError::Unreachable(
+                    "the server agreed to HTTP/2, and does not speak it".into(),
+                ));
+            }
             Some(false) => return Err(SendError::NoHttp2("the server does not speak HTTP/2".into())),
             None => return Err(SendError::Unreachable("the connection broke at once".into())),
         }
@@ -108,9 +119,10 @@ impl Http2 {
 
 /// Names the request's host as HTTP/2 does, in the URI alone: a server takes a `Host` beside
 /// another authority for an attack (RFC 9113, 8.3.1). Where the URI led to before.
-fn name<B>(request: &mut Request<B>) -> Result<Authority, SendError> {
+fn name<B>(request: &mut Request<B>) -> Result<(Scheme, Authority), SendError> {
     let mut parts = std::mem::take(request.uri_mut()).into_parts();
-    let to = parts.authority.clone().ok_or_else(|| SendError::Unreachable("it names no host".into()))?;
+    let to = parts.scheme.clone().zip(parts.authority.clone());
+    let to = to.ok_or_else(|| SendError::Unreachable("it names no host".into()))?;
     // An empty one is no name.
     if let Some(host) = request.headers_mut().remove(HOST).filter(|host| !host.is_empty()) {
         let named = Authority::try_from(host.as_bytes()).ok().filter(|name| !name.as_str().contains('@'));
@@ -150,7 +162,7 @@ mod tests {
             }
             let mut request = request.body(()).unwrap();
             let to = name(&mut request).map_err(|error| format!("{error:?}"))?;
-            assert_eq!(to, "10.0.0.1:80");
+            assert_eq!(to, (Scheme::HTTP, Authority::from_static("10.0.0.1:80")));
             assert!(!request.headers().contains_key(HOST));
             Ok::<_, String>(request.uri().to_string())
         };

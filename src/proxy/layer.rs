@@ -21,6 +21,7 @@ use crate::proxy::service::ReplayService;
 use crate::proxy::shared::{
     Cookie, Forwarding, Hook, LayerShared, Options, SameSite, SessionTokens, Upgrades,
 };
+use crate::proxy::tls::AppTls;
 use crate::token::Tokens;
 
 /// Bytes of a request's body that are kept for the primary.
@@ -112,7 +113,7 @@ impl ReplayLayer {
             original_uri: ORIGINAL_URI.map(|uri| Arc::new(uri) as Hook<_, _>),
             client_ip: None,
         };
-        let dialer = Dialer::new(Duration::from_secs(1), node.stop.clone());
+        let dialer = Dialer::new(Duration::from_secs(1), node.stop.clone(), AppTls::default());
         let shared = LayerShared { node, tokens, dialer, held: Arc::default(), options };
         ReplayLayer { shared: Arc::new(shared) }
     }
@@ -220,7 +221,14 @@ impl ReplayLayer {
     /// For how long a connection to the primary is tried (1 s).
     pub fn connect_timeout(mut self, limit: Duration) -> Self {
         let shared = Arc::make_mut(&mut self.shared);
-        shared.dialer = Dialer::new(limit, shared.node.stop.clone());
+        shared.dialer = Dialer::new(limit, shared.node.stop.clone(), shared.dialer.tls.clone());
+        self
+    }
+
+    /// Whose certificates the applications of other nodes may have.
+    pub(crate) fn with_tls(mut self, tls: AppTls) -> Self {
+        let shared = Arc::make_mut(&mut self.shared);
+        shared.dialer = Dialer::new(shared.dialer.connect, shared.node.stop.clone(), tls);
         self
     }
 

@@ -37,6 +37,8 @@ pub(super) enum Need {
     Primary,
     /// The transaction of its token.
     Applied(Txid),
+    /// A node that can read its token: this one is a follower.
+    TokenRead,
 }
 
 /// Looks at a request's head, and takes out of it what only nodes may say to each other. `keeps`:
@@ -100,6 +102,9 @@ pub(super) fn plan(shared: &LayerShared, parts: &mut Parts, keeps: bool) -> (Req
         }
         Route::LocalThenReplay => match &token {
             Some(token) => RequestPlan::Prepare(Need::Applied(token.txid())),
+            None if tokens(shared, parts).any(|text| shared.tokens.is_unread(text)) => {
+                RequestPlan::Prepare(Need::TokenRead)
+            }
             None => here(true),
         },
     };
@@ -148,12 +153,17 @@ pub(super) fn misdirected(shared: &LayerShared, hop: &str) -> Response<MadeBody>
     response
 }
 
+/// What may be tokens in the request's headers and cookies.
+fn tokens<'a>(shared: &'a LayerShared, parts: &'a Parts) -> impl Iterator<Item = &'a str> {
+    let name = shared.options.cookie.name.as_ref();
+    let cookies = name.into_iter().flat_map(|name| headers::cookies(&parts.headers, name));
+    headers::tokens(&parts.headers).chain(cookies)
+}
+
 /// The newest valid token of the request's headers and cookies. Numbers of two branches say nothing
 /// of what is newer: one that is lost comes last, and one that is not known here first.
 fn request_token(shared: &LayerShared, parts: &Parts) -> Option<Token> {
-    let name = shared.options.cookie.name.as_ref();
-    let cookies = name.into_iter().flat_map(|name| headers::cookies(&parts.headers, name));
-    let valid = headers::tokens(&parts.headers).chain(cookies).filter_map(|text| shared.tokens.verify(text));
+    let valid = tokens(shared, parts).filter_map(|text| shared.tokens.verify(text));
     let rank = |token: &Token| {
         let place = shared.node.applied.place(token.txid());
         (place != Place::Lost, place == Place::Unknown, token.txid())

@@ -14,7 +14,6 @@ use std::task::{Context, Poll, ready};
 
 use hyper_util::client::legacy::connect::{Connected, Connection};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
-use tokio::net::TcpStream;
 use tokio::sync::watch;
 
 /// A frame's head: three bytes of length, one of type, one of flags, four of the stream's number.
@@ -46,15 +45,20 @@ impl Spoken {
     }
 }
 
+/// A connection's bytes, as they are before or after TLS.
+pub(super) trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> ByteStream for S {}
+
 /// A connection whose server's frames are looked at, if it is for HTTP/2.
 pub(super) struct WatchedIo {
-    stream: TcpStream,
+    stream: Box<dyn ByteStream>,
     shown: Spoken,
     frames: Option<Frames>,
 }
 
 impl WatchedIo {
-    pub(super) fn new(stream: TcpStream, http2: bool) -> WatchedIo {
+    pub(super) fn new(stream: Box<dyn ByteStream>, http2: bool) -> WatchedIo {
         let (speaks, known) = watch::channel(None);
         let shown = Spoken { speaks: known, last: Arc::new(AtomicU32::new(STREAM_MAX)) };
         let frames =
@@ -167,7 +171,7 @@ impl AsyncWrite for WatchedIo {
 /// For the pool of connections in HTTP/1.1.
 impl Connection for WatchedIo {
     fn connected(&self) -> Connected {
-        self.stream.connected()
+        Connected::new()
     }
 }
 

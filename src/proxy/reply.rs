@@ -84,7 +84,8 @@ fn set_token(shared: &LayerShared, session: &Session, secure: bool, counted: boo
     if committed.is_none() && known >= Some(newest) {
         return;
     }
-    let token = shared.tokens.sign(known.map_or(newest, |known| known.max(newest)));
+    let newest = known.map_or(newest, |known| known.max(newest));
+    let Some(token) = shared.tokens.sign(newest) else { return };
     // A response of another node's, which another database's layer got, may carry one of this
     // database already.
     let mine = |value: &HeaderValue| value.to_str().ok().and_then(|text| shared.tokens.verify(text));

@@ -126,7 +126,7 @@ impl<S> ReplayService<S> {
         // The layer of another database may be around this one.
         let outer = parts.extensions.get::<Session>().cloned();
         let session = Session::new(shared.tokens.clone(), token, outer);
-        let secure = headers::is_https(&parts);
+        let secure = headers::is_https(&parts, matches!(plan, RequestPlan::Hop(..)));
         let future = match plan {
             RequestPlan::Answered(answer) => ResponseFuture::done(shared.clone(), *answer),
             RequestPlan::Local { replay, running } => {

@@ -4,6 +4,7 @@ mod breaks;
 mod callers;
 mod detours;
 mod failover;
+mod followers;
 mod forwards;
 mod handoff;
 mod leaving;
@@ -12,4 +13,6 @@ mod reads;
 mod routes;
 mod sockets;
 mod streams;
+#[cfg(feature = "tls")]
+mod tls;
 mod world;

@@ -40,7 +40,8 @@ pub(super) async fn prepare(
         }
         tracing::debug!(%txid, "a read asks the primary, because this node is behind");
     }
-    forward(&shared, &head, body, sender, matches!(need, Need::Applied(_))).await
+    let reads = matches!(need, Need::Applied(_) | Need::TokenRead);
+    forward(&shared, &head, body, sender, reads).await
 }
 
 /// Whether a token's transaction is here within the limit, or will never be.

@@ -1,17 +1,16 @@
 //! What a replica says to its primary while the stream runs: what it has, what a heal wants, and
 //! what the primary asked for.
 
-use std::convert::Infallible;
 use std::pin::pin;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http_body_util::channel::Sender;
 use tokio::sync::mpsc;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::context::NodeContext;
+use crate::net::RequestBody;
 use crate::replica::Feed;
 use crate::report::Condition;
 use crate::wire::{self, Accept, Ack, Message, Want};
@@ -31,7 +30,7 @@ pub(super) async fn acknowledge<F: Feed>(
     feed: &F,
     dialled: Instant,
     (mut wants, mut asked, mut accepts): WhatElse,
-    mut request: Sender<Bytes, Infallible>,
+    mut request: RequestBody,
     drained: CancellationToken,
 ) {
     let mut answered = pin!(async {

@@ -7,8 +7,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use bytes::Bytes;
-use http_body_util::channel::Sender;
 use tokio::sync::{mpsc, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -17,8 +15,9 @@ use tokio_util::task::TaskTracker;
 use crate::context::NodeContext;
 use crate::engine::{ReplicaStanding, StreamError};
 use crate::error::{Error, PeerProblem, Result, shown};
-use crate::handshake::{self, Answer, Knock};
-use crate::net::{self, Endpoint, Heard, Incoming, OpenResponse};
+use crate::handshake::{self, Answer, Asker, Knock};
+use crate::net::{Endpoint, Heard, Incoming, OpenResponse, RequestBody};
+use crate::peer::PeerKey;
 use crate::replica::acks::{acknowledge, encoded};
 use crate::replica::clocks::Clocks;
 use crate::replica::lag::Lagging;
@@ -29,12 +28,14 @@ use crate::replica::{Feed, Reporter, give_back};
 use crate::status::PeerInfo;
 use crate::threads::blocking;
 use crate::txid::{Epoch, EpochHistory, Position};
-use crate::wire::{Goodbye, Hello, Kind, LeaseOffer, Message, Plan, Unit, Want, Welcome};
+use crate::wire::{Goodbye, Hello, Kind, LeaseOffer, Message, PeerKeys, Plan, Unit, Want, Welcome};
 
 /// Bytes that are handed over at once.
 const BATCH_MAX_BYTES: usize = 1024 * 1024;
 /// Questions of the primary that wait: it asks one at a time, and may have given one up.
 const QUESTIONS_MAX: usize = 2;
+/// How far the clocks of two machines come apart until the next acknowledgement.
+const AHEAD_MAX: Duration = Duration::from_millis(100);
 /// Bytes of a goodbye that are shown.
 const GOODBYE_MAX_BYTES: usize = 1024;
 
@@ -52,6 +53,8 @@ pub(super) struct PrimaryConnection<'a, F> {
     /// The newest epoch that this node knows.
     epoch: Option<Epoch>,
     peer: Option<PeerInfo>,
+    /// The key that the primary has proved.
+    key: Option<PeerKey>,
     /// Whether the stream delivered something.
     delivered: AtomicBool,
     /// Whether the primary said that it has no more than this node.
@@ -100,6 +103,7 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
             taken: feed.taken(),
             epoch: None,
             peer: None,
+            key: None,
             delivered: AtomicBool::new(false),
             level: false,
             choked: AtomicBool::new(false),
@@ -113,10 +117,10 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
     /// Follows until something ends it, and says what.
     pub(super) async fn run(&mut self, reporter: &mut Reporter) -> StreamError {
         let result = async {
-            let knock = Knock::of(self.node)?;
-            let headers = knock.headers(&self.node.keys)?;
-            let opened = net::open(self.primary, handshake::STREAM_PATH, headers, self.tracker).await;
-            self.stream(opened.map_err(|p| self.blame(p))?, knock, reporter).await
+            let asker = Asker::of(self.node);
+            let knocked = asker.knock(self.primary, handshake::STREAM_PATH, self.tracker).await;
+            let (knock, opened) = knocked.map_err(|problem| self.blame(problem))?;
+            self.stream(opened, knock, reporter).await
         };
         match result.await {
             Ok(never) => match never {},
@@ -151,12 +155,14 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
             Err(Some(problem)) => return Err(self.blame(problem).into()),
             Err(None) => return Err(self.blame(foreign(status, &headers, &mut body).await).into()),
         };
-        let keys = self.node.keys.clone();
-        let dropped = Err(self.blame(PeerProblem::SecretDropped).into());
-        tokio::select! {
-            ended = self.follow(&knock, &answer, (body, heard), request, reporter) => ended,
-            () = keys.dropped(proved) => dropped,
-        }
+        self.key = knock.binding.server();
+        let (keys, channel, key) = (self.node.keys.clone(), self.node.channel.clone(), self.key);
+        let end = tokio::select! {
+            ended = self.follow(&knock, &answer, (body, heard), request, reporter) => return ended,
+            () = keys.dropped(proved) => PeerProblem::SecretDropped,
+            () = channel.shut_out(key) => key.map_or(PeerProblem::SecretDropped, PeerProblem::ShutOut),
+        };
+        Err(self.blame(end).into())
     }
 
     /// Everything after the primary has proved the secret.
@@ -165,7 +171,7 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         knock: &Knock,
         answer: &Answer,
         (body, heard): (Incoming, Arc<Heard>),
-        mut request: Sender<Bytes, Infallible>,
+        mut request: RequestBody,
         reporter: &mut Reporter,
     ) -> Result<Infallible, StreamError> {
         let (standing, wants) = self.feed.standing().await?;
@@ -175,13 +181,14 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         let first = units.next().await?;
         let welcome = self.welcome(&first, answer, standing.history.epoch())?;
         self.hear(welcome.epoch).await?;
+        self.take_keys(&welcome, &mut units).await?;
         self.lagging.connected(welcome.position, self.dialled, heard);
         self.epoch = Some(welcome.epoch);
         // One that takes back what it lost serves no requests before it has that.
         if welcome.plan != Plan::Recover {
             self.follows(welcome.epoch, welcome.peer.clone());
         }
-        reporter.connected(&welcome.peer, welcome.plan);
+        reporter.connected((&welcome.peer, self.key), welcome.plan);
         if welcome.plan == Plan::Recover {
             return Err(self.give_back(welcome.position, &mut request, &mut units).await.into());
         }
@@ -212,10 +219,11 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         standing: &ReplicaStanding,
         knock: &Knock,
         answer: &Answer,
-        request: &mut Sender<Bytes, Infallible>,
+        request: &mut RequestBody,
     ) -> Result<()> {
         let mut hello = Hello {
             proof: [0; 32],
+            keys: PeerKeys::of(self.node.database_keys.get(), !self.node.keys.is_follower()),
             peer: self.node.me.clone(),
             position: standing.position,
             history: (*standing.history).clone(),
@@ -243,12 +251,7 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
 
     /// Gives the primary what it lost and this node has. Returns how the stream ends: by the
     /// primary's word.
-    async fn give_back(
-        &self,
-        after: Position,
-        request: &mut Sender<Bytes, Infallible>,
-        units: &mut Units<'_>,
-    ) -> Error {
+    async fn give_back(&self, after: Position, request: &mut RequestBody, units: &mut Units<'_>) -> Error {
         tracing::info!(primary = %self.primary, %after, "the primary takes back what it lost");
         if let Some(log) = self.feed.log() {
             let mut records = give_back::records(log, after);
@@ -340,7 +343,7 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
                 let Message::Heartbeat(beat) = self.decode(&unit)? else {
                     return Err(self.garbled("a heartbeat that is none".into()));
                 };
-                self.lagging.beat(beat.position, self.when(beat.clock));
+                self.lagging.beat(beat.position, self.answered(beat.clock));
                 self.clocks.heard(beat.lease_clock, beat.position);
                 self.clocks.settle(self.node, *self.synced.borrow());
                 self.level |= self.node.applied.position() == Some(beat.position);
@@ -376,9 +379,13 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         Ok(())
     }
 
-    /// When this node's clock was so many microseconds; nothing comes from the future.
-    fn when(&self, clock: u64) -> Instant {
-        self.dialled + self.dialled.elapsed().min(Duration::from_micros(clock))
+    /// When this node's clock was so many microseconds. At 0 the primary had no acknowledgement.
+    /// A clock that is ahead of this node's answers none, either: this machine may have stood still
+    /// while the primary counted on.
+    fn answered(&self, clock: u64) -> Option<Instant> {
+        let (now, clock) = (self.dialled.elapsed(), Duration::from_micros(clock));
+        let counts = !clock.is_zero() && clock <= now + AHEAD_MAX;
+        counts.then(|| self.dialled + clock.min(now))
     }
 
     /// Notes how far the primary is, for status. The part that takes a unit in says what is wrong

@@ -6,7 +6,6 @@ use std::time::Duration;
 use tokio::time::Instant;
 
 use crate::net::Heard;
-use crate::status::Lag;
 
 /// The time over which a rate is taken.
 const SPAN: Duration = Duration::from_secs(5);
@@ -48,12 +47,29 @@ pub(super) enum Coming {
     Heal,
 }
 
+/// How late a replica is.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Lateness {
+    /// Whether it has a state.
+    pub(super) filled: bool,
+    /// Transactions that the primary is known to have and it does not.
+    pub(super) missing: u64,
+    /// The age of the primary's newest word, if that is so old that more may be missing.
+    pub(super) silent: Option<Duration>,
+    /// For how long it has been late, and whether that is all of it.
+    pub(super) stale: (Duration, bool),
+    /// Bytes that come in a second.
+    pub(super) rate: u64,
+}
+
 impl Coming {
     /// What is to be said when this takes long.
-    pub(super) fn problem(self, filled: bool, lag: Lag, rate: u64) -> Option<String> {
-        let (rate, seconds) = (Bytes(rate), lag.age.as_secs());
-        Some(match self {
-            Coming::Snapshot { have, total } if !filled && have < total => {
+    pub(super) fn problem(self, late: Lateness) -> Option<String> {
+        let Lateness { filled, missing, silent, .. } = late;
+        let (rate, (stale, is_all)) = (Bytes(late.rate), late.stale);
+        let behind = format!("{}{} s behind", if is_all { "" } else { "at least " }, stale.as_secs());
+        Some(match (self, silent) {
+            (Coming::Snapshot { have, total }, _) if !filled && have < total => {
                 let (have, total) = (Bytes(have), Bytes(total));
                 format!("the database here is being filled: {have} of {total} have come, at {rate}/s")
             }
@@ -61,18 +77,23 @@ impl Coming {
                 "the database here is being filled: what was committed while its pages came is still to \
                  come, at {rate}/s"
             ),
-            Coming::Heal => format!(
-                "this node is {seconds} s behind: its pages are being compared with the primary's, which \
+            (Coming::Heal, _) => format!(
+                "this node is {behind}: its pages are being compared with the primary's, which \
                  sends at {rate}/s"
             ),
-            _ if lag.transactions == 0 => return None,
-            _ => {
-                let transactions = lag.transactions;
+            (_, Some(silent)) => {
+                let silent = silent.as_secs();
+                let known = match missing {
+                    0 => String::new(),
+                    _ => format!(", and at least {missing} transactions are still to come"),
+                };
                 format!(
-                    "this node is {seconds} s behind: {transactions} transactions are still to come, at \
-                     {rate}/s"
+                    "how far this node is behind is unknown: the primary's newest word of where it stands is \
+                     {silent} s old, and {rate}/s come on its stream{known}"
                 )
             }
+            _ if missing == 0 => return None,
+            _ => format!("this node is {behind}: {missing} transactions are still to come, at {rate}/s"),
         })
     }
 }
@@ -115,8 +136,9 @@ mod tests {
 
     #[test]
     fn what_comes_is_told_with_how_far_and_how_fast() {
-        let lag = Lag { transactions: 3, age: Duration::from_millis(7400), connected: true };
-        let say = |coming: Coming, filled| coming.problem(filled, lag, 9_700).unwrap();
+        let stale = (Duration::from_millis(7400), true);
+        let late = Lateness { filled: true, missing: 3, silent: None, stale, rate: 9_700 };
+        let say = |coming: Coming, filled| coming.problem(Lateness { filled, ..late }).unwrap();
         let snapshot = Coming::Snapshot { have: 120_000, total: 3_400_000 };
         let text = "the database here is being filled: 120 kB of 3.4 MB have come, at 9.7 kB/s";
         assert_eq!(say(snapshot, false), text);
@@ -126,7 +148,15 @@ mod tests {
         assert!(say(Coming::Heal, true).contains("compared with the primary's, which sends at 9.7 kB/s"));
         let text = "this node is 7 s behind: 3 transactions are still to come, at 9.7 kB/s";
         assert_eq!(say(Coming::Log, true), text);
-        let nothing = Lag { transactions: 0, ..lag };
-        assert_eq!(Coming::Log.problem(true, nothing, 9), None);
+        let text = "this node is at least 7 s behind: 3 transactions are still to come, at 9.7 kB/s";
+        assert_eq!(Coming::Log.problem(Lateness { stale: (stale.0, false), ..late }).unwrap(), text);
+        let nothing = Lateness { missing: 0, ..late };
+        assert_eq!(Coming::Log.problem(nothing), None);
+        let silent = Lateness { silent: Some(Duration::from_secs(6)), ..nothing };
+        let text = "how far this node is behind is unknown: the primary's newest word of where it stands is \
+                    6 s old, and 9.7 kB/s come on its stream";
+        assert_eq!(Coming::Log.problem(silent).unwrap(), text);
+        let silent = Coming::Log.problem(Lateness { missing: 3, ..silent }).unwrap();
+        assert_eq!(silent, format!("{text}, and at least 3 transactions are still to come"));
     }
 }

@@ -10,6 +10,7 @@ use crate::engine::StreamError;
 use crate::error::{Error, PeerProblem};
 use crate::handshake::STOPPING;
 use crate::net::Endpoint;
+use crate::peer::PeerKey;
 use crate::report::{Condition, Part};
 use crate::status::PeerInfo;
 use crate::wire::{NOT_PRIMARY, Plan, SHUTTING_DOWN};
@@ -60,9 +61,9 @@ impl Reporter {
         }
     }
 
-    pub(super) fn connected(&mut self, peer: &PeerInfo, plan: Plan) {
+    pub(super) fn connected(&mut self, (peer, key): (&PeerInfo, Option<PeerKey>), plan: Plan) {
         self.connected = true;
-        self.node.report(Condition::Following { primary: &self.primary, peer, plan: &plan });
+        self.node.report(Condition::Following { primary: &self.primary, peer, key, plan: &plan });
     }
 
     /// Something was taken in: what was wrong is over.

@@ -16,13 +16,16 @@ use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 
+use crate::channel::Binding;
 use crate::context::{EpochsHeard, HandoffWord, LeaseContext, SyncedClock, ToDisk};
 use crate::ends::comes;
 use crate::error::{Error, PeerProblem};
 use crate::files::Paths;
 use crate::handshake::{self, Answer, Knock, Refusal};
-use crate::net::{self, Listener};
+use crate::keys::DatabaseKeys;
+use crate::net::{self, Listener, OpenResponse};
 use crate::peer::Incarnation;
+use crate::primary::fake::KEYS;
 use crate::primary::fake::{Fake, SECRET, at, history, keys, leased, node, with_lease};
 use crate::primary::{NotAccepted, ReplicaServer};
 use crate::replica::reporter::what_ended;
@@ -68,6 +71,11 @@ impl FakeFeed {
 impl Feed for FakeFeed {
     async fn standing(&self) -> Result<(ReplicaStanding, mpsc::Receiver<Want>), StreamError> {
         Ok((self.standing.lock().unwrap().clone(), mpsc::channel(1).1))
+    }
+
+    async fn take_keys(&self, keys: DatabaseKeys) -> Result<(), StreamError> {
+        self.node.database_keys.set(keys);
+        Ok(())
     }
 
     async fn feed(&self, units: Vec<Unit>) -> Result<(), StreamError> {
@@ -139,12 +147,13 @@ impl Try {
 
     fn knock(&self) -> Knock {
         Knock {
-            version: 1,
+            version: 2,
             cluster: self.node.cluster.clone(),
             database: self.node.database.clone(),
             node: self.node.me.node,
             incarnation: self.node.me.incarnation,
             nonce: [3; 32],
+            binding: Binding::NONE,
         }
     }
 
@@ -211,7 +220,7 @@ async fn answering(respond: impl Fn(HeaderMap) -> Reply + Clone + Send + 'static
 
 /// A proper answer whose body is sent by the caller.
 fn streaming(headers: &HeaderMap) -> (Reply, Sender<Bytes, std::io::Error>) {
-    let knock = Knock::read(headers, &keys(&SECRET)).unwrap();
+    let knock = Knock::read(headers, &keys(&SECRET), Binding::NONE).unwrap().0;
     let primary = node(1, &SECRET, Role::Primary);
     let answer = Answer { node: primary.me.node, incarnation: primary.me.incarnation, nonce: [8; 32] };
     let (sender, body) = Channel::new(16);
@@ -248,7 +257,14 @@ fn welcome(epoch: u64) -> Message<'static> {
     let peer = node(1, &SECRET, Role::Primary).me.clone();
     let epoch = Epoch::new(epoch, epoch);
     let page_size = crate::page::PageSize::new(512).unwrap();
-    Message::Welcome(Welcome { peer, epoch, plan: Plan::Log, position: at(1, 1), page_size })
+    Message::Welcome(Welcome {
+        peer,
+        epoch,
+        plan: Plan::Log,
+        position: at(1, 1),
+        page_size,
+        keys: crate::wire::PeerKeys::of(KEYS, true),
+    })
 }
 
 fn transaction() -> [Message<'static>; 2] {
@@ -282,7 +298,7 @@ async fn a_bare_404_and_a_false_proof_mean_another_secret() {
     assert!(matches!(Try::new().against(&to).await, PeerProblem::NotFound));
     // An answer to another knock, as somebody would send who recorded one.
     let to = answering(|headers| {
-        let mut knock = Knock::read(&headers, &keys(&SECRET)).unwrap();
+        let mut knock = Knock::read(&headers, &keys(&SECRET), Binding::NONE).unwrap().0;
         knock.nonce = [0; 32];
         let answer = Answer { node: knock.node, incarnation: knock.incarnation, nonce: [8; 32] };
         let mut response = reply(200, None, "");
@@ -595,7 +611,7 @@ fn only_a_node_that_may_be_about_to_lead_is_asked_again_before_long() {
     let early = |problem| is_early(&Error::peer("a", problem).into());
     let refused = |refusal: Refusal| Refusal::read(&refusal.headers(), "app").unwrap();
     assert!(early(refused(Refusal::NotPrimary(None))) && early(refused(Refusal::Stopping)));
-    for other in [Refusal::Busy, Refusal::DuplicateNode, Refusal::Version, Refusal::Path] {
+    for other in [Refusal::Busy, Refusal::DuplicateNode(None), Refusal::Version, Refusal::Path] {
         assert!(!early(refused(other.clone())), "{other:?}");
     }
     assert!(!early(PeerProblem::Connection("refused".into())));
@@ -698,10 +714,8 @@ async fn a_primary_that_takes_back_what_it_lost_is_none_that_takes_requests() {
     }
 }
 
-/// A heartbeat alone is no success: what the primary has beyond this node may be what can't come.
-#[tokio::test(start_paused = true)]
-async fn a_problem_lasts_until_something_is_taken_in() {
-    let run = Try::new();
+/// A connection whose other end sends what the test says.
+async fn answered(run: &Try) -> (OpenResponse, Knock, Endpoint, Sender<Bytes, std::io::Error>) {
     let (ours, theirs) = tokio::io::duplex(64 * 1024);
     let (senders, mut sender) = mpsc::unbounded_channel();
     tokio::spawn(serve_h2(theirs, move |headers| {
@@ -713,7 +727,56 @@ async fn a_problem_lasts_until_something_is_taken_in() {
     let knock = run.knock();
     let headers = knock.headers(&keys(&SECRET)).unwrap();
     let opened = net::open_on(ours, &to, handshake::STREAM_PATH, headers, &run.tracker).await.unwrap();
-    let mut sender = sender.recv().await.unwrap();
+    let sender = sender.recv().await.unwrap();
+    (opened, knock, to, sender)
+}
+
+/// A primary, or what is before it, says again and again that there is nothing new. That counts
+/// only as far as it answers what this node said.
+#[tokio::test(start_paused = true)]
+async fn a_heartbeat_that_answers_nothing_is_no_news_of_the_lag() {
+    let run = Try::new();
+    let (opened, knock, to, mut sender) = answered(&run).await;
+    let lagging = Lagging::new();
+    let mut session = PrimaryConnection::new(&run.node, &*run.feed, &to, &run.tracker, &lagging);
+    let dialled = tokio::time::Instant::now();
+    let mut reporter = Reporter::new(run.node.clone(), to.clone());
+    let says = async {
+        let beat = |clock| {
+            encoded(&[Message::Heartbeat(Heartbeat { position: at(3, 1), clock, lease_clock: None })])
+        };
+        let transactions = || {
+            lagging.publish(&run.node);
+            run.node.lag().unwrap().transactions
+        };
+        sender.send_data(encoded(&[welcome(3)])).await.unwrap();
+        for second in 0..8 {
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            let ahead = (dialled.elapsed() + Duration::from_secs(1)).as_micros() as u64;
+            for clock in [0, 1, ahead, u64::MAX] {
+                sender.send_data(beat(clock)).await.unwrap();
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+            assert_eq!(transactions().is_some(), second < 4, "{second}");
+        }
+        let clock = (dialled.elapsed() - Duration::from_secs(2)).as_micros() as u64;
+        sender.send_data(beat(clock)).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(1)).await;
+        assert!(transactions().is_some(), "that was said two seconds ago, at the earliest");
+        tokio::time::sleep(Duration::from_secs(4)).await;
+        assert!(transactions().is_none(), "its age counts from then");
+    };
+    tokio::select! {
+        ended = session.stream(opened, knock, &mut reporter) => panic!("{ended:?}"),
+        () = says => {}
+    }
+}
+
+/// A heartbeat alone is no success: what the primary has beyond this node may be what can't come.
+#[tokio::test(start_paused = true)]
+async fn a_problem_lasts_until_something_is_taken_in() {
+    let run = Try::new();
+    let (opened, knock, to, mut sender) = answered(&run).await;
     let lagging = Lagging::new();
     let mut session = PrimaryConnection::new(&run.node, &*run.feed, &to, &run.tracker, &lagging);
     let problem = "nothing was heard for 10s";
@@ -760,9 +823,10 @@ impl Primary {
         let tracker = TaskTracker::new();
         let service =
             ReplicationService::new(node.clone(), replica_server.clone(), tracker.clone(), Mount::Own);
-        let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), true).await.unwrap();
+        let listener = Listener::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let to = Endpoint::parse(&format!("http://{}", listener.address())).unwrap();
-        tracker.spawn(listener.serve(service, tracker.clone(), node.stop.clone()));
+        let (channel, stop) = (node.channel.clone(), node.stop.clone());
+        tracker.spawn(listener.serve(channel, move |inside| service.on(inside), tracker.clone(), stop));
         Primary { node, fake, replica_server, tracker, to }
     }
 }
@@ -806,7 +870,7 @@ async fn a_replica_is_filled_follows_is_seen_and_comes_back() {
     })
     .await;
     comes("a replica that is level", || {
-        replica.lag.lock().unwrap().is_some_and(|lag| lag.connected && lag.transactions == 0)
+        replica.lag().is_some_and(|lag| lag.connected && lag.transactions == Some(0))
     })
     .await;
 
@@ -931,12 +995,13 @@ async fn two_processes_with_one_id_do_not_push_each_other_out() {
         me,
         "test".into(),
         "app".into(),
-        keys(&SECRET),
+        (keys(&SECRET), crate::channel::Channel::open()),
         Role::Replica,
         LeaseContext::fixed(),
+        KEYS,
     );
     let copied = Try { node, ..copied };
-    assert!(matches!(copied.against(&primary.to).await, PeerProblem::DuplicateNode));
+    assert!(matches!(copied.against(&primary.to).await, PeerProblem::DuplicateNode(_)));
     assert_eq!(primary.replica_server.replicas().len(), 1);
     stop(&replica, &tracker).await;
     stop(&primary.node, &primary.tracker).await;

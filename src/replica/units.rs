@@ -6,6 +6,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http::StatusCode;
 
+use crate::checksum::PageKey;
 use crate::error::{Error, PeerProblem, Result};
 use crate::net::{Endpoint, Heard, Incoming};
 use crate::wire::{Decoder, Unit};
@@ -64,6 +65,11 @@ pub(super) struct Units<'a> {
 impl<'a> Units<'a> {
     pub(super) fn new(body: Incoming, heard: Arc<Heard>, primary: &'a Endpoint) -> Units<'a> {
         Units { body, decoder: Decoder::default(), heard, primary }
+    }
+
+    /// The pages that come are hashed with this key.
+    pub(super) fn expect_pages(&mut self, key: PageKey) {
+        self.decoder.set_page_key(key);
     }
 
     /// The next unit; an error at the end, after silence and for garbage.

@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::table::conditions;
 use super::{Part, STOPPED};
 use crate::page::PageNo;
-use crate::peer::{Incarnation, NodeId};
+use crate::peer::{Incarnation, NodeId, PeerKey, ShortKey};
 use crate::status::{Event, PeerInfo, Verification, WalReason, whole_millis};
 use crate::txid::{Epoch, Position};
 
@@ -24,13 +24,16 @@ conditions! {
         counts "replite_stopped_total" += 1;
     }
     /// A peer knocks at this node with another secret.
-    OtherSecret { database: &'a str, node: NodeId, times: u64 } "other_secret" {
+    OtherSecret { database: &'a str, node: NodeId, key: Option<PeerKey>, times: u64 } "other_secret" {
         lasts Strangers = format!(
             "somebody who says to be node {node} knocks with another secret and is let in nowhere: \
             if it is one of yours, give it the cluster's secret"
         );
-        log warn(database, %node, times, "refused: a peer has another secret than this node");
-        event Event::OtherSecret { node, times };
+        log warn(
+            database, %node, key = %ShortKey(key), times,
+            "refused: a peer has another secret than this node"
+        );
+        event Event::OtherSecret { node, key, times };
         counts "replite_other_secret_total" += times;
     }
     /// No peer knocked with another secret for a while.
@@ -376,6 +379,44 @@ conditions! {
             for them without a listener of this node's own"
         );
     }
+    /// The keys of the database are gone, and no replica can be asked for them.
+    KeysNotAsked "keys_not_asked" {
+        log error(
+            "the keys of this database are gone, and replicas can't be asked for them without a listener of \
+             this node's own, or without a recovery timeout: new ones are drawn, and what is here begins a \
+             new branch"
+        );
+    }
+    /// The keys of the database are gone on a node with a lease.
+    KeysOfPrimary "keys_of_primary" {
+        log warn(
+            "the keys of this database are gone: this node takes those of the primary that it follows, and \
+             can't become the primary by itself before"
+        );
+    }
+    /// The keys of the database are gone, and replicas are asked for them.
+    KeysAsked { limit: Duration } "keys_asked" {
+        log warn(?limit, "the keys of this database are gone: replicas are asked for them");
+    }
+    /// A replica had the keys of the database.
+    KeysFound { node: NodeId } "keys_found" {
+        log warn(%node, "a replica had the keys of this database");
+    }
+    /// No replica said the keys of the database in time.
+    KeysNotFound "keys_not_found" {
+        log error(
+            "no replica had the keys of this database in time: new ones are drawn, and what is here begins a \
+             new branch"
+        );
+    }
+    /// A replica takes the page key of its primary, and its own state has no name any more.
+    KeysAdopted { database: &'a Path } "keys_adopted" {
+        log warn(
+            database = %database.display(),
+            "the primary's pages are hashed with another key, which this node takes over: all pages are \
+             compared with the primary's, and what differs is kept"
+        );
+    }
     /// Commits may be lost, and replicas are asked for them.
     LossAsked { position: Position, limit: Duration } "loss_asked" {
         log warn(
@@ -684,9 +725,14 @@ conditions! {
     // The stream, on a replica.
 
     /// The stream from the primary stands.
-    Following { primary: &'a dyn Display, peer: &'a PeerInfo, plan: &'a dyn Debug } "following" {
-        log info(%primary, node = %peer.node, ?plan, "following the primary");
-        event Event::Connected { primary: peer.clone() };
+    Following {
+        primary: &'a dyn Display,
+        peer: &'a PeerInfo,
+        key: Option<PeerKey>,
+        plan: &'a dyn Debug,
+    } "following" {
+        log info(%primary, node = %peer.node, key = %ShortKey(key), ?plan, "following the primary");
+        event Event::Connected { primary: peer.clone(), key };
     }
     /// Something came from the primary and was taken in.
     StreamWorks "stream_works" {
@@ -719,6 +765,13 @@ conditions! {
     Lagging { text: &'a str } "lagging" {
         lasts Behind = text;
     }
+    /// A replica does not know by how much it lags.
+    LagUnknown { text: &'a str, new: bool } "lag_unknown" {
+        told if new;
+        lasts Behind = text;
+        log warn("{text}");
+        counts "replite_lag_unknown_total" += 1;
+    }
     /// A replica does not lag.
     CaughtUp "caught_up" {
         ends Behind;
@@ -731,32 +784,47 @@ conditions! {
     // The stream, on a primary.
 
     /// A replica joined.
-    ReplicaJoined { peer: &'a PeerInfo } "replica_joined" {
-        log info(node = %peer.node, url = %peer.addresses.replication, "a replica joined");
-        event Event::ReplicaJoined { replica: peer.clone() };
+    ReplicaJoined { peer: &'a PeerInfo, key: Option<PeerKey>, follower: bool } "replica_joined" {
+        log info(
+            node = %peer.node, key = %ShortKey(key), follower, url = %peer.addresses.replication,
+            "a replica joined"
+        );
+        event Event::ReplicaJoined { replica: peer.clone(), key };
         counts "replite_replicas_joined_total" += 1;
     }
     /// A replica left.
-    ReplicaLeft { peer: &'a PeerInfo } "replica_left" {
-        log info(node = %peer.node, "a replica left, or its connection broke");
-        event Event::ReplicaLeft { replica: peer.clone() };
+    ReplicaLeft { peer: &'a PeerInfo, key: Option<PeerKey> } "replica_left" {
+        log info(node = %peer.node, key = %ShortKey(key), "a replica left, or its connection broke");
+        event Event::ReplicaLeft { replica: peer.clone(), key };
         counts "replite_replicas_left_total" += 1;
     }
     /// This primary ended a replica's stream, and said why.
-    ReplicaSentAway { peer: &'a PeerInfo, reason: &'a str } "replica_sent_away" {
-        log info(node = %peer.node, reason, "a replica's stream was ended");
-        event Event::ReplicaLeft { replica: peer.clone() };
+    ReplicaSentAway { peer: &'a PeerInfo, key: Option<PeerKey>, reason: &'a str } "replica_sent_away" {
+        log info(node = %peer.node, key = %ShortKey(key), reason, "a replica's stream was ended");
+        event Event::ReplicaLeft { replica: peer.clone(), key };
         counts "replite_replicas_left_total" += 1;
     }
     /// A replica's stream failed.
-    ReplicaFailed { peer: &'a PeerInfo, error: &'a dyn Display } "replica_failed" {
-        log warn(node = %peer.node, %error, "a replica's stream failed");
-        event Event::ReplicaLeft { replica: peer.clone() };
+    ReplicaFailed { peer: &'a PeerInfo, key: Option<PeerKey>, error: &'a dyn Display } "replica_failed" {
+        log warn(node = %peer.node, key = %ShortKey(key), %error, "a replica's stream failed");
+        event Event::ReplicaLeft { replica: peer.clone(), key };
         counts "replite_replicas_left_total" += 1;
     }
     /// A peer was refused.
-    PeerRefused { node: NodeId, times: u64, why: &'a dyn Display } "peer_refused" {
-        log warn(%node, times, "refused a peer: {why}");
+    PeerRefused { node: NodeId, key: Option<PeerKey>, times: u64, why: &'a dyn Display } "peer_refused" {
+        log warn(%node, key = %ShortKey(key), times, "refused a peer: {why}");
+    }
+    /// A node that is shut out dialled this one. Each key is told once.
+    PeerShutOut { key: PeerKey } "peer_shut_out" {
+        log warn(%key, "cut off: the key of the node that dialled is shut out");
+    }
+    /// A follower says to know a later epoch than this primary's, which is no reason to take one.
+    FollowerAhead { theirs: Epoch, ours: Epoch, node: NodeId } "follower_ahead" {
+        log warn(
+            %theirs, %ours, %node,
+            "a follower has followed a later epoch than this primary's, and is refused: if it is right, \
+            another node leads; if not, remove its database and its state directory"
+        );
     }
     /// The log does not tell where a replica is, and it compares its pages.
     PlaceNotFound { error: &'a dyn Display, node: NodeId } "place_not_found" {
@@ -799,6 +867,43 @@ conditions! {
     /// A connection could not be accepted.
     NotAccepted { address: SocketAddr, error: &'a dyn Display } "not_accepted" {
         log warn(%address, %error, "can't accept a connection");
+    }
+    /// The configuration lets the node do without TLS.
+    Plaintext { allowed: &'a dyn Debug } "plaintext" {
+        log warn(
+            ?allowed,
+            "this node speaks with others without TLS where they do: Config::plaintext says so"
+        );
+    }
+    /// The certificates in the files can't be used, and those that were in them before still are.
+    CertificatesNotTaken { error: &'a dyn Display } "certificates_not_taken" {
+        lasts Certificates = format!(
+            "the certificates in the files can't be used, and those from before stay in use: {error}"
+        );
+        log error(%error, "the certificates in the files can't be used; those from before stay in use");
+        event Event::CertificatesNotTaken { why: error.to_string() };
+        counts "replite_certificates_not_taken_total" += 1;
+    }
+    /// Other certificates are in the files, and are used from now on.
+    CertificatesTaken "certificates_taken" {
+        log info("other certificates are in use from now on");
+        event Event::CertificatesTaken;
+        counts "replite_certificates_taken_total" += 1;
+    }
+    /// Peers that have the same roots and names refuse this node's certificate.
+    CertificateDoubtful { why: &'a str } "certificate_doubtful" {
+        lasts Certificates = format!(
+            "peers with the same roots and names refuse this node's certificate: {why}"
+        );
+        log warn(why, "peers with the same roots and names refuse this node's certificate");
+    }
+    /// Nothing is wrong with the certificates any more.
+    CertificatesGood "certificates_good" {
+        ends Certificates;
+    }
+    /// TLS with peers did not come about for want of a certificate that both sides take.
+    CertificateRefused { problem: &'a dyn Display, times: u64 } "certificate_refused" {
+        log warn(times, "a peer that dialled this node was kept out: {problem}");
     }
     /// The application has mounted an endpoint that lets no peer in.
     EndpointWithoutSecret "endpoint_without_secret" {

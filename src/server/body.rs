@@ -7,20 +7,33 @@ use std::task::{Context, Poll};
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 
+use crate::net::PipeBody;
 use crate::primary::{StreamReceiver, StreamSender, queue};
 
 /// The body of a replication response: empty, or a stream that lasts as long as the replica stays.
 #[derive(Debug)]
-pub struct ReplicationBody(Option<StreamReceiver>);
+pub struct ReplicationBody(BodyContent);
+
+#[derive(Debug)]
+enum BodyContent {
+    Nothing,
+    Stream(StreamReceiver),
+    /// One direction of a private channel.
+    Channel(PipeBody),
+}
 
 impl ReplicationBody {
     pub(super) fn empty() -> ReplicationBody {
-        ReplicationBody(None)
+        ReplicationBody(BodyContent::Nothing)
+    }
+
+    pub(super) fn channel(body: PipeBody) -> ReplicationBody {
+        ReplicationBody(BodyContent::Channel(body))
     }
 
     pub(super) fn stream() -> (StreamSender, ReplicationBody) {
         let (sender, receiver) = queue();
-        (sender, ReplicationBody(Some(receiver)))
+        (sender, ReplicationBody(BodyContent::Stream(receiver)))
     }
 }
 
@@ -34,19 +47,28 @@ impl Body for ReplicationBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, io::Error>>> {
         match &mut self.0 {
-            None => Poll::Ready(None),
-            Some(receiver) => receiver.poll_next(cx).map(|next| next.map(|bytes| bytes.map(Frame::data))),
+            BodyContent::Nothing => Poll::Ready(None),
+            BodyContent::Stream(stream) => {
+                stream.poll_next(cx).map(|next| next.map(|bytes| bytes.map(Frame::data)))
+            }
+            BodyContent::Channel(body) => {
+                body.poll_next(cx).map(|next| next.map(|bytes| Ok(Frame::data(bytes))))
+            }
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.0.as_ref().is_none_or(StreamReceiver::is_ended)
+        match &self.0 {
+            BodyContent::Nothing => true,
+            BodyContent::Stream(stream) => stream.is_ended(),
+            BodyContent::Channel(_) => false,
+        }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self.0 {
-            None => SizeHint::with_exact(0),
-            Some(_) => SizeHint::default(),
+            BodyContent::Nothing => SizeHint::with_exact(0),
+            BodyContent::Stream(_) | BodyContent::Channel(_) => SizeHint::default(),
         }
     }
 }

@@ -8,6 +8,7 @@ use http_body::Frame;
 use http_body_util::BodyExt;
 use tower::ServiceExt;
 
+use crate::channel::Binding;
 use crate::peer::{Incarnation, NodeId};
 use crate::primary::fake::{Fake, SECRET, keys, node};
 use crate::server::*;
@@ -30,12 +31,13 @@ impl Body for Untouched {
 
 fn knock() -> Knock {
     Knock {
-        version: 1,
+        version: 2,
         cluster: "test".into(),
         database: "app".into(),
         node: NodeId::from_u128(2),
         incarnation: Incarnation::from_u128(1002),
         nonce: [3; 32],
+        binding: Binding::NONE,
     }
 }
 
@@ -95,7 +97,7 @@ async fn who_proved_the_secret_learns_why_he_is_refused() {
     let (service, replica_server, node) = service(&SECRET, Mount::Mounted);
     let ask = |knock: Knock| request(knock.headers(&keys(&SECRET)).unwrap(), Untouched);
     let is = |status, word: &str| (status, word.to_owned());
-    assert_eq!(refused(&service, ask(Knock { version: 2, ..knock() })).await, is(409, "version=1"));
+    assert_eq!(refused(&service, ask(Knock { version: 3, ..knock() })).await, is(409, "version=2"));
     let other = Knock { cluster: "other".into(), ..knock() };
     assert_eq!(refused(&service, ask(other)).await, is(409, "cluster=test"));
     let other = Knock { database: "other".into(), ..knock() };

@@ -11,8 +11,10 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::net::TcpListener;
 use tower::ServiceExt;
 
+use crate::channel::Binding;
 use crate::context::LeaseContext;
 use crate::handshake::Refusal;
+use crate::keys::DatabaseKeys;
 use crate::net::Listener;
 use crate::peer::{Incarnation, NodeId};
 use crate::primary::ReplicaServer;
@@ -38,9 +40,15 @@ impl Asked {
         let tracker = TaskTracker::new();
         let service =
             ReplicationService::new(node.clone(), replica_server.clone(), tracker.clone(), Mount::Own);
-        let listener = Listener::bind("127.0.0.1:0".parse().unwrap(), true).await.unwrap();
+        let listener = Listener::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
         let peer = of_peer(node.me.node, listener.address());
-        tracker.spawn(listener.serve(service, tracker.clone(), node.stop.clone()));
+        let channel = node.channel.clone();
+        tracker.spawn(listener.serve(
+            channel,
+            move |inside| service.on(inside),
+            tracker.clone(),
+            node.stop.clone(),
+        ));
         Asked { node, replica_server, tracker, peer }
     }
 
@@ -141,13 +149,21 @@ async fn others_than_those_that_were_expected_are_told_apart() {
     assert!(matches!(found, PeerProblem::AnotherNode(found) if found == asked.peer.node), "{found}");
     // A copied state directory: the one that asks has the id of the one that is asked.
     let twin = leased(2, &SECRET, Role::Replica);
-    assert!(matches!(problem(asked.asked_by(&twin).await), PeerProblem::DuplicateNode));
+    assert!(matches!(problem(asked.asked_by(&twin).await), PeerProblem::DuplicateNode(_)));
     let stranger = leased(9, &[7; 32], Role::Replica);
     assert!(matches!(problem(asked.asked_by(&stranger).await), PeerProblem::NotFound));
     let named = |cluster: &str, database: &str| {
         let lease = LeaseContext::fixed();
         let (cluster, database) = (cluster.to_string(), database.to_string());
-        NodeContext::new(asks.me.clone(), cluster, database, keys(&SECRET), Role::Replica, lease)
+        NodeContext::new(
+            asks.me.clone(),
+            cluster,
+            database,
+            (keys(&SECRET), crate::channel::Channel::open()),
+            Role::Replica,
+            lease,
+            DatabaseKeys::fixed(7),
+        )
     };
     let found = problem(asked.asked_by(&named("other", "app")).await);
     assert!(matches!(&found, PeerProblem::Cluster(name) if name == "test"), "{found}");
@@ -173,7 +189,7 @@ where
         while let Ok((io, _)) = listener.accept().await {
             let (respond, peer) = (respond.clone(), peer.clone());
             let service = hyper::service::service_fn(move |request: Request<hyper::body::Incoming>| {
-                let knock = Knock::read(request.headers(), &keys(&SECRET)).unwrap();
+                let knock = Knock::read(request.headers(), &keys(&SECRET), Binding::NONE).unwrap().0;
                 let answer = Answer { node: peer.node, incarnation: peer.incarnation, nonce: [8; 32] };
                 let (sender, body) = Channel::new(16);
                 let mut response: Response<Body> = Response::new(body.boxed_unsync());
@@ -358,7 +374,7 @@ fn nonce_of(headers: &HeaderMap, knock: &Knock) -> Nonce {
 #[tokio::test(start_paused = true)]
 async fn who_recorded_a_knock_learns_nothing() {
     let (service, _) = service();
-    let knock = Knock::of(&node(2, &SECRET, Role::Replica)).unwrap();
+    let knock = Knock::by(&Asker::of(&node(2, &SECRET, Role::Replica)), Binding::NONE).unwrap();
     let proof = |nonce: &Nonce| handshake::question(&knock, nonce, &keys(&SECRET)).to_vec();
     type Body<'a> = Box<dyn Fn(&Nonce) -> Vec<u8> + 'a>;
     let bodies: [(&str, Body); 5] = [
@@ -385,7 +401,7 @@ async fn who_recorded_a_knock_learns_nothing() {
 
 fn knock_of() -> Knock {
     let node = node(2, &SECRET, Role::Replica);
-    Knock { nonce: [5; 32], ..Knock::of(&node).unwrap() }
+    Knock { nonce: [5; 32], ..Knock::by(&Asker::of(&node), Binding::NONE).unwrap() }
 }
 
 fn proof_of(knock: &Knock, nonce: &Nonce) -> Vec<u8> {

@@ -3,7 +3,7 @@
 use std::fmt;
 
 use crate::page::PageNo;
-use crate::peer::NodeId;
+use crate::peer::{NodeId, PeerKey};
 use crate::status::{PeerInfo, RoleState, Verification};
 use crate::txid::Position;
 
@@ -124,20 +124,26 @@ pub enum Event {
     /// A replica connected (on the primary).
     #[non_exhaustive]
     ReplicaJoined {
-        /// The replica.
+        /// The replica, as it says.
         replica: PeerInfo,
+        /// The key that it has proved; none without TLS.
+        key: Option<PeerKey>,
     },
     /// A replica's connection ended (on the primary).
     #[non_exhaustive]
     ReplicaLeft {
-        /// The replica.
+        /// The replica, as it says.
         replica: PeerInfo,
+        /// The key that it has proved; none without TLS.
+        key: Option<PeerKey>,
     },
     /// The stream from the primary stands (on a replica).
     #[non_exhaustive]
     Connected {
-        /// The primary.
+        /// The primary, as it says.
         primary: PeerInfo,
+        /// The key that it has proved; none without TLS.
+        key: Option<PeerKey>,
     },
     /// The stream from the primary ended (on a replica).
     #[non_exhaustive]
@@ -254,8 +260,20 @@ pub enum Event {
     OtherSecret {
         /// The id of the node that it says to be. Anyone can say that.
         node: NodeId,
+        /// The key that it has; none without TLS, and where it came to no TLS.
+        key: Option<PeerKey>,
         /// How often that happened since the last such event.
         times: u64,
+    },
+    /// The files of [`Config::tls`](crate::Config::tls) have changed, and new connections begin
+    /// with what is in them now.
+    CertificatesTaken,
+    /// What is in the files of [`Config::tls`](crate::Config::tls) can't be used. What was in them
+    /// before stays in use.
+    #[non_exhaustive]
+    CertificatesNotTaken {
+        /// What is wrong with them.
+        why: String,
     },
     /// Replication of this database has stopped.
     #[non_exhaustive]

@@ -4,6 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
+use crate::peer::PeerKey;
 use crate::status::{PeerInfo, WaitReason};
 use crate::txid::Epoch;
 
@@ -92,6 +93,8 @@ pub struct RoleState {
     /// to another node is [`Role::Primary`] with none here: what runs on it still commits, until
     /// the lease goes over.
     pub primary: Option<PeerInfo>,
+    /// On a replica: the key that this primary has proved. None without TLS.
+    pub primary_key: Option<PeerKey>,
     /// While the node waits ([`Role::Waiting`]): for what.
     pub waits_for: Option<WaitReason>,
 }

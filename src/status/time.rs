@@ -28,6 +28,14 @@ pub(super) fn millis<S: Serializer>(duration: &Duration, to: S) -> Result<S::Ok,
     to.serialize_u64(whole_millis(*duration))
 }
 
+/// The same where it may be unknown.
+pub(super) fn some_millis<S: Serializer>(duration: &Option<Duration>, to: S) -> Result<S::Ok, S::Error> {
+    match duration {
+        Some(duration) => millis(duration, to),
+        None => to.serialize_none(),
+    }
+}
+
 /// Times as microseconds since 1970.
 pub(super) fn unix_micros<S: Serializer>(time: &SystemTime, to: S) -> Result<S::Ok, S::Error> {
     let since = time.duration_since(UNIX_EPOCH).unwrap_or_default();

@@ -3,6 +3,7 @@ use std::collections::VecDeque;
 
 use bytes::{Buf, Bytes, BytesMut};
 
+use crate::checksum::PageKey;
 use crate::wire::{HEADER_BYTES, Kind, MAY_SKIP, PAYLOAD_MAX_BYTES, Unit, VERSION, WireError, fields};
 
 /// A unit's header, its numbers within bounds. Whether its hash holds is not known yet.
@@ -55,9 +56,20 @@ pub(crate) struct Decoder {
     /// Never empty chunks.
     chunks: VecDeque<Bytes>,
     failed: Option<WireError>,
+    page_key: Option<PageKey>,
 }
 
 impl Decoder {
+    /// A decoder of units whose pages are hashed with this key; none: pages are errors.
+    pub(crate) fn new(page_key: Option<PageKey>) -> Decoder {
+        Decoder { page_key, ..Decoder::default() }
+    }
+
+    /// From the next unit on, pages are hashed with this key.
+    pub(crate) fn set_page_key(&mut self, key: PageKey) {
+        self.page_key = Some(key);
+    }
+
     /// Takes in what arrived.
     pub(crate) fn push(&mut self, bytes: Bytes) {
         if !bytes.is_empty() {
@@ -88,10 +100,10 @@ impl Decoder {
                 return Ok(None);
             };
             if let Some(kind) = header.kind {
-                return Ok(Some(Unit { kind, hash: header.hash, raw }));
+                return Ok(Some(Unit { kind, hash: header.hash, raw, page_key: self.page_key }));
             }
             // Verified although no one reads it: a damaged kind byte must not make a unit vanish.
-            fields::verify(None, header.hash, &raw)?;
+            fields::verify(None, header.hash, &raw, None)?;
         }
     }
 

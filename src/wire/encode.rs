@@ -9,8 +9,8 @@ use crate::wire::fields::hash_of;
 use crate::wire::handoff::DECLINED_MAX_BYTES;
 use crate::wire::{
     Accept, Ack, FOLLOWS_NONE, Goodbye, HEADER_BYTES, Handed, HealBegin, Hello, Kind, LeaseOffer, MARKS_MAX,
-    Message, NO_LEASE, PAYLOAD_MAX_BYTES, PEER_MAX_BYTES, PIECE_BYTES, REASON_MAX_BYTES, Segment, SnapBegin,
-    Standing, TxnBegin, TxnEnd, VERSION, Want, Welcome,
+    Message, NO_LEASE, PAYLOAD_MAX_BYTES, PEER_MAX_BYTES, PIECE_BYTES, PeerKeys, REASON_MAX_BYTES, Segment,
+    SnapBegin, Standing, TxnBegin, TxnEnd, VERSION, Want, Welcome,
 };
 
 /// Appends a unit to `out`.
@@ -155,6 +155,7 @@ fn put_txn_end(m: &TxnEnd, out: &mut BytesMut) -> Kind {
 
 fn put_hello(m: &Hello, out: &mut BytesMut) -> Kind {
     out.put_slice(&m.proof);
+    put_keys(&m.keys, out);
     put_optional(m.position, out);
     match m.resume {
         None => out.put_u8(0),
@@ -178,6 +179,7 @@ fn put_welcome(m: &Welcome, out: &mut BytesMut) -> Kind {
     out.put_u8(m.plan as u8);
     out.put_slice(&m.position.to_bytes());
     out.put_u32_le(m.page_size.get());
+    put_keys(&m.keys, out);
     put_peer(&m.peer, out);
     Kind::Welcome
 }
@@ -236,6 +238,7 @@ fn put_segment(m: &Segment, out: &mut BytesMut) -> Kind {
     out.put_u64_le(m.start);
     out.put_slice(&m.before.to_bytes());
     out.put_u64_le(m.follows.unwrap_or(FOLLOWS_NONE));
+    out.put_slice(&m.key.0);
     Kind::Segment
 }
 
@@ -261,6 +264,17 @@ fn put_handed(m: &Handed<'_>, out: &mut BytesMut) -> Kind {
     out.put_slice(m.version.as_bytes());
     out.put_slice(m.record);
     Kind::Handed
+}
+
+fn put_keys(keys: &PeerKeys, out: &mut BytesMut) {
+    out.put_slice(&keys.page.to_bytes());
+    match keys.token {
+        None => out.put_u8(0),
+        Some(token) => {
+            out.put_u8(1);
+            out.put_slice(&token.to_bytes());
+        }
+    }
 }
 
 fn put_optional(position: Option<Position>, out: &mut BytesMut) {

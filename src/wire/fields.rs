@@ -1,13 +1,14 @@
 //! A unit's hash, and its fields out of verified bytes.
-use crate::checksum::PageHash;
+use crate::checksum::{Fingerprint, PageHash, PageKey};
+use crate::keys::TokenKey;
 use crate::page::{PageNo, PageSize};
 use crate::status::PeerInfo;
 use crate::txid::{Epoch, EpochHistory, NUMBER_MAX, Position};
 use crate::wire::{
     ADDRESS_MAX, Ack, FOLLOWS_NONE, Goodbye, HEADER_BYTES, HELLO_PROOF_BYTES, HealBegin, Heartbeat, Hello,
-    Kind, MARKS_MAX, Message, NO_LEASE, PEER_MAX_BYTES, Plan, REASON_MAX_BYTES, SPAN_MAX_PAGES, Segment,
-    Sent, SnapBegin, SnapEnd, Standing, TxnBegin, TxnEnd, UNIT_KEY, WANT_MAX_PAGES, Want, WantRun, Welcome,
-    WireError,
+    Kind, MARKS_MAX, Message, NO_LEASE, PEER_MAX_BYTES, PeerKeys, Plan, REASON_MAX_BYTES, SPAN_MAX_PAGES,
+    Segment, Sent, SnapBegin, SnapEnd, Standing, TxnBegin, TxnEnd, UNIT_KEY, WANT_MAX_PAGES, Want, WantRun,
+    Welcome, WireError,
 };
 
 /// The hash of a unit that is no page, from its header and payload; what stands in the hash's place
@@ -23,29 +24,41 @@ pub(super) fn hash_of(unit: &[u8]) -> [u8; 16] {
 
 /// A unit of any kind and payload with a hash that holds.
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
-pub(crate) fn sealed(kind: u8, payload: &[u8]) -> bytes::Bytes {
+pub(crate) fn sealed(kind: u8, payload: &[u8], key: PageKey) -> bytes::Bytes {
     let mut raw = (payload.len() as u32).to_le_bytes().to_vec();
-    raw.extend_from_slice(&[kind, 0, 1, 0]);
+    let [v0, v1] = crate::wire::VERSION.to_le_bytes();
+    raw.extend_from_slice(&[kind, 0, v0, v1]);
     raw.extend_from_slice(&[0; 16]);
     raw.extend_from_slice(payload);
     let page = kind == Kind::Page as u8;
-    let hash = if page { PageHash::of_numbered(payload).to_bytes() } else { hash_of(&raw) };
+    let hash = if page { key.hash_of_numbered(payload).to_bytes() } else { hash_of(&raw) };
     raw[8..HEADER_BYTES].copy_from_slice(&hash);
     raw.into()
 }
 
 /// Checks the hash of header and payload.
-pub(super) fn verify(kind: Option<Kind>, hash: [u8; 16], unit: &[u8]) -> Result<(), WireError> {
-    let found = match kind {
-        Some(Kind::Page) => PageHash::of_numbered(&unit[HEADER_BYTES..]).to_bytes(),
+pub(super) fn verify(
+    kind: Option<Kind>,
+    hash: [u8; 16],
+    unit: &[u8],
+    key: Option<PageKey>,
+) -> Result<(), WireError> {
+    let found = match (kind, key) {
+        (Some(Kind::Page), Some(key)) => key.hash_of_numbered(&unit[HEADER_BYTES..]).to_bytes(),
+        (Some(Kind::Page), None) => return Err(WireError::Fields("a page where none may be")),
         _ => hash_of(unit),
     };
     if found == hash { Ok(()) } else { Err(WireError::Hash) }
 }
 
 /// The message in header and payload, after the hash was found to hold.
-pub(super) fn decode(kind: Kind, hash: [u8; 16], unit: &[u8]) -> Result<Message<'_>, WireError> {
-    verify(Some(kind), hash, unit)?;
+pub(super) fn decode(
+    kind: Kind,
+    hash: [u8; 16],
+    unit: &[u8],
+    key: Option<PageKey>,
+) -> Result<Message<'_>, WireError> {
+    verify(Some(kind), hash, unit, key)?;
     let mut f = Fields(&unit[HEADER_BYTES..]);
     let message = match kind {
         Kind::TxnBegin => Message::TxnBegin(TxnBegin {
@@ -53,15 +66,7 @@ pub(super) fn decode(kind: Kind, hash: [u8; 16], unit: &[u8]) -> Result<Message<
             epoch: f.epoch()?,
             page_size: f.page_size()?,
         }),
-        Kind::Page => {
-            let number = f.page_no()?;
-            let page = f.rest();
-            u32::try_from(page.len())
-                .ok()
-                .and_then(|bytes| PageSize::new(bytes).ok())
-                .ok_or(WireError::Fields("a page of no valid size"))?;
-            Message::Page { number, hash: PageHash::from_bytes(hash), page }
-        }
+        Kind::Page => f.page(hash)?,
         Kind::TxnEnd => Message::TxnEnd(TxnEnd {
             after: f.position()?,
             pages: f.u32()?,
@@ -108,6 +113,7 @@ pub(super) fn decode(kind: Kind, hash: [u8; 16], unit: &[u8]) -> Result<Message<
             start: f.address()?,
             before: f.position()?,
             follows: Some(f.u64()?).filter(|&end| end != FOLLOWS_NONE),
+            key: Fingerprint(*f.array()?),
         }),
     };
     if f.0.is_empty() { Ok(message) } else { Err(WireError::Fields("bytes after a unit's last field")) }
@@ -199,9 +205,25 @@ impl<'a> Fields<'a> {
         Ok(peer)
     }
 
+    fn page(&mut self, hash: [u8; 16]) -> Result<Message<'a>, WireError> {
+        let (number, page) = (self.page_no()?, self.rest());
+        u32::try_from(page.len())
+            .ok()
+            .and_then(|bytes| PageSize::new(bytes).ok())
+            .ok_or(WireError::Fields("a page of no valid size"))?;
+        Ok(Message::Page { number, hash: PageHash::from_bytes(hash), page })
+    }
+
+    fn keys(&mut self) -> Result<PeerKeys, WireError> {
+        let page = PageKey::from_bytes(*self.array()?);
+        let token = self.optional(|f| Ok(TokenKey::from_bytes(*f.array()?)))?;
+        Ok(PeerKeys { page, token })
+    }
+
     fn hello(&mut self) -> Result<Hello, WireError> {
         Ok(Hello {
             proof: *self.array::<HELLO_PROOF_BYTES>()?,
+            keys: self.keys()?,
             position: self.optional(Fields::position)?,
             resume: self.optional(|f| Ok((f.position()?, f.page_no()?)))?,
             suspect: self.flag()?,
@@ -266,6 +288,7 @@ impl<'a> Fields<'a> {
             },
             position: self.position()?,
             page_size: self.page_size()?,
+            keys: self.keys()?,
             peer: self.peer()?,
         })
     }

@@ -11,6 +11,8 @@ use crate::txid::{EpochStart, NUMBER_MAX, Txid};
 use crate::wire::handoff::{DECLINED_MAX_BYTES, VERSION_MAX_BYTES};
 use crate::wire::*;
 
+const KEY: PageKey = PageKey::from_bytes([7; 28]);
+
 fn position(n: u64) -> Position {
     Position::new(Txid::new(Epoch::new(3, 0xabcd), n), Checksum::from_u128(u128::from(n) << 70 | 5))
 }
@@ -36,6 +38,10 @@ fn peer() -> PeerInfo {
     }
 }
 
+fn keys() -> PeerKeys {
+    PeerKeys::of(DatabaseKeys::fixed(7), true)
+}
+
 fn history() -> EpochHistory {
     let mut history = EpochHistory::default();
     for n in 1..4 {
@@ -45,7 +51,7 @@ fn history() -> EpochHistory {
 }
 
 fn page_of(number: PageNo, page: &[u8]) -> Message<'_> {
-    Message::Page { number, hash: PageHash::of(number, page), page }
+    Message::Page { number, hash: KEY.hash(number, page), page }
 }
 
 static PAGES: [u8; 1024] = [0x5a; 1024];
@@ -55,11 +61,12 @@ fn every_kind() -> Vec<Message<'static>> {
     let hello = |position: Option<Position>, resume| {
         let (suspect, marks) = (position.is_some(), position.into_iter().collect());
         let (peer, history) = (peer(), history());
-        Message::Hello(Hello { proof: [9; 32], peer, position, history, resume, suspect, marks })
+        let keys = PeerKeys { token: None, ..keys() };
+        Message::Hello(Hello { proof: [9; 32], keys, peer, position, history, resume, suspect, marks })
     };
     let welcome = |plan| {
         let (epoch, position) = (Epoch::new(3, 4), position(5));
-        Message::Welcome(Welcome { peer: peer(), epoch, plan, position, page_size: size() })
+        Message::Welcome(Welcome { peer: peer(), epoch, plan, position, page_size: size(), keys: keys() })
     };
     let standing = |position: Option<Position>, fit| {
         let (proof, has_content, epoch) = ([8; 32], fit, 1 << 33);
@@ -102,8 +109,18 @@ fn every_kind() -> Vec<Message<'static>> {
         Message::Sent(Sent { position: position(12), pages: 9 }),
         Message::Goodbye(Goodbye { reason: "bis bald, schöne Welt".into() }),
         Message::Drain,
-        Message::Segment(Segment { start: 1 << 40, before: position(0), follows: None }),
-        Message::Segment(Segment { start: 1 << 40, before: position(0), follows: Some(77) }),
+        Message::Segment(Segment {
+            start: 1 << 40,
+            before: position(0),
+            follows: None,
+            key: KEY.fingerprint(),
+        }),
+        Message::Segment(Segment {
+            start: 1 << 40,
+            before: position(0),
+            follows: Some(77),
+            key: KEY.fingerprint(),
+        }),
         Message::Heartbeat(Heartbeat { position: position(6), clock: 12, lease_clock: None }),
         standing(None, false),
         standing(Some(position(13)), true),
@@ -125,11 +142,12 @@ fn program(log: &[u8]) -> Vec<u8> {
     let mut program = Vec::new();
     for n in 0..3u64 {
         let before = position(n + 1);
-        let segment = Segment { start: n * each, before, follows: (n > 0).then_some(n * each) };
+        let segment =
+            Segment { start: n * each, before, follows: (n > 0).then_some(n * each), key: KEY.fingerprint() };
         let own = encoded(&Message::Segment(segment));
         let head = if n == 0 { head } else { &own };
         let bytes = [head, &records[(n * each) as usize..((n + 1) * each) as usize]].concat();
-        let mut decoder = Decoder::default();
+        let mut decoder = Decoder::new(Some(KEY));
         decoder.push(bytes.into());
         while let Ok(Some(unit)) = decoder.next() {
             program.push(unit.kind as u8);
@@ -154,7 +172,7 @@ pub(crate) fn seeds() -> Vec<(&'static str, String, Vec<u8>)> {
     seeds.push(("wire", "stream".into(), stream));
     let mut log = BytesMut::new();
     let (before, epoch) = (position(1), position(1).epoch());
-    encode(&Message::Segment(Segment { start: 0, before, follows: None }), &mut log);
+    encode(&Message::Segment(Segment { start: 0, before, follows: None, key: KEY.fingerprint() }), &mut log);
     for n in 1..4 {
         encode(&Message::TxnBegin(TxnBegin { before: position(n), epoch, page_size: size() }), &mut log);
         encode(&page_of(page_no(n as u32), &PAGES[..512]), &mut log);
@@ -168,7 +186,7 @@ pub(crate) fn seeds() -> Vec<(&'static str, String, Vec<u8>)> {
     seeds.push(("log_sealed", "far".into(), far));
     let end = (log.len() - SEGMENT_BYTES) as u64;
     let first = (log.len() as u16).to_le_bytes();
-    let second = Segment { start: end, before: position(4), follows: Some(end) };
+    let second = Segment { start: end, before: position(4), follows: Some(end), key: KEY.fingerprint() };
     encode(&Message::Segment(second), &mut log);
     seeds.push(("log", "two".into(), [first.as_slice(), &log].concat()));
     seeds
@@ -183,16 +201,16 @@ fn encoded(message: &Message<'_>) -> Bytes {
 /// A unit of any bytes with a hash that holds.
 fn sealed(kind: u8, flags: u8, payload: &[u8]) -> Bytes {
     let mut raw = (payload.len() as u32).to_le_bytes().to_vec();
-    raw.extend_from_slice(&[kind, flags, 1, 0]);
+    raw.extend_from_slice(&[kind, flags, VERSION as u8, 0]);
     raw.extend_from_slice(&[0; 16]);
     raw.extend_from_slice(payload);
-    let hash = if kind == 2 { PageHash::of_numbered(payload).to_bytes() } else { fields::hash_of(&raw) };
+    let hash = if kind == 2 { KEY.hash_of_numbered(payload).to_bytes() } else { fields::hash_of(&raw) };
     raw[8..24].copy_from_slice(&hash);
     raw.into()
 }
 
 fn first(bytes: impl Into<Bytes>) -> Result<Option<Unit>, WireError> {
-    let mut decoder = Decoder::default();
+    let mut decoder = Decoder::new(Some(KEY));
     decoder.push(bytes.into());
     decoder.next()
 }
@@ -210,7 +228,7 @@ fn every_kind_round_trips_and_stays_a_slice_of_its_chunk() {
         encode(message, &mut out);
     }
     let whole = out.freeze();
-    let mut decoder = Decoder::default();
+    let mut decoder = Decoder::new(Some(KEY));
     decoder.push(whole.clone());
     for message in &messages {
         let unit = decoder.next().unwrap().unwrap();
@@ -226,7 +244,7 @@ fn any_cut_in_two_gives_the_same_units_and_no_cut_gives_a_unit_early() {
     for message in every_kind() {
         let raw = encoded(&message);
         for cut in 0..raw.len() {
-            let mut decoder = Decoder::default();
+            let mut decoder = Decoder::new(Some(KEY));
             decoder.push(raw.slice(..cut));
             assert!(decoder.next().unwrap().is_none(), "{message:?} cut at {cut}");
             assert_eq!(decoder.buffered(), cut);
@@ -263,20 +281,23 @@ fn lengths_versions_and_kinds_outside_the_bounds_are_refused() {
         raw
     };
     let most = PAYLOAD_MAX_BYTES as u32;
-    assert!(first(header(most, 10, 0, 1)).unwrap().is_none());
-    assert_eq!(first(header(most + 1, 10, 0, 1)).unwrap_err(), WireError::TooLarge(PAYLOAD_MAX_BYTES + 1));
-    assert_eq!(first(header(u32::MAX, 10, 0, 1)).unwrap_err(), WireError::TooLarge(u32::MAX as usize));
-    for version in [0, 2, 256, u16::MAX] {
+    assert!(first(header(most, 10, 0, VERSION)).unwrap().is_none());
+    assert_eq!(
+        first(header(most + 1, 10, 0, VERSION)).unwrap_err(),
+        WireError::TooLarge(PAYLOAD_MAX_BYTES + 1)
+    );
+    assert_eq!(first(header(u32::MAX, 10, 0, VERSION)).unwrap_err(), WireError::TooLarge(u32::MAX as usize));
+    for version in [0, 1, 3, 256, u16::MAX] {
         assert_eq!(first(header(8, 8, 0, version)).unwrap_err(), WireError::Version(version));
     }
     for kind in [0, 24, 255] {
-        assert_eq!(first(header(8, kind, 0, 1)).unwrap_err(), WireError::UnknownKind(kind));
-        assert_eq!(first(header(8, kind, 2, 1)).unwrap_err(), WireError::UnknownKind(kind));
+        assert_eq!(first(header(8, kind, 0, VERSION)).unwrap_err(), WireError::UnknownKind(kind));
+        assert_eq!(first(header(8, kind, 2, VERSION)).unwrap_err(), WireError::UnknownKind(kind));
     }
-    assert!(first(header(8, 2, 1, 1)).is_err());
+    assert!(first(header(8, 2, 1, VERSION)).is_err());
     // What failed stays failed, whatever else arrives.
-    let mut decoder = Decoder::default();
-    decoder.push(header(most + 1, 10, 0, 1).into());
+    let mut decoder = Decoder::new(Some(KEY));
+    decoder.push(header(most + 1, 10, 0, VERSION).into());
     assert!(decoder.next().is_err());
     decoder.push(encoded(&every_kind()[0]));
     assert!(decoder.next().is_err());
@@ -284,9 +305,9 @@ fn lengths_versions_and_kinds_outside_the_bounds_are_refused() {
 
 #[test]
 fn a_length_that_is_claimed_is_not_allocated() {
-    let mut decoder = Decoder::default();
+    let mut decoder = Decoder::new(Some(KEY));
     let mut raw = (PAYLOAD_MAX_BYTES as u32).to_le_bytes().to_vec();
-    raw.extend_from_slice(&[10, 0, 1, 0]);
+    raw.extend_from_slice(&[10, 0, VERSION as u8, 0]);
     raw.extend_from_slice(&[0; 20]);
     decoder.push(raw.into());
     assert!(decoder.next().unwrap().is_none());
@@ -337,7 +358,9 @@ fn fields_outside_their_bounds_are_refused_behind_a_good_hash() {
     let beat = |number| Message::Heartbeat(Heartbeat { position: with(number), clock: 0, lease_clock: None });
     assert!(!fields_error(encoded(&beat(NUMBER_MAX))));
     assert!(fields_error(encoded(&beat(NUMBER_MAX + 1))), "a number that no history gets to");
-    let segment = |start| Message::Segment(Segment { start, before: position(1), follows: None });
+    let segment = |start| {
+        Message::Segment(Segment { start, before: position(1), follows: None, key: KEY.fingerprint() })
+    };
     assert!(!fields_error(encoded(&segment(ADDRESS_MAX))));
     assert!(fields_error(encoded(&segment(ADDRESS_MAX + 1))), "an address that no log gets to");
     let ack = [2; 1];
@@ -395,11 +418,11 @@ fn what_a_handoff_says_is_bounded() {
 fn the_bytes_of_heartbeats_and_standings_stay_what_they_are() {
     let beat = |lease_clock| Message::Heartbeat(Heartbeat { position: position(6), clock: 12, lease_clock });
     let by_lease = concat!(
-        "38000000070001006ae8741a39b61e4d2d3b6cb0f5b65ce80300000000000000cdab0000000000000600000000",
+        "38000000070002005860a053893d13bdb16768e2d419cfd80300000000000000cdab0000000000000600000000",
         "000000050000000000000080010000000000000c000000000000000d00000000000000",
     );
     let without = concat!(
-        "38000000070001000063d73855220baafd82340fa55e3b790300000000000000cdab0000000000000600000000",
+        "38000000070002006f54c779b8a065db0fd9eb5e64af651a0300000000000000cdab0000000000000600000000",
         "000000050000000000000080010000000000000c00000000000000ffffffffffffffff",
     );
     let standing = Standing {
@@ -418,7 +441,7 @@ fn the_bytes_of_heartbeats_and_standings_stay_what_they_are() {
         r#""labels":{"region":"ams"}}}"#,
     );
     let stands = concat!(
-        "2d01000013000100ac6c78dc8193c5c0a780c7708766b94d080808080808080808080808080808080808080808",
+        "2d010000130002009459dea9efb849dc4e2d78c731faa7fb080808080808080808080808080808080808080808",
         "0808080808080808080808010300000000000000cdab0000000000000d00000000000000050000000000000040",
         "030000000000000000000002000000010101d700",
     );
@@ -457,7 +480,16 @@ fn what_is_asked_for_in_a_heal_is_bounded() {
     assert!(fields_error(encoded(&Message::Sums { first: page_no(1), span: 1, sums: &[] })), "no sums");
     let hello = |marks| {
         let (proof, peer, position, history) = ([0; 32], peer(), None, history());
-        Message::Hello(Hello { proof, peer, position, history, resume: None, suspect: true, marks })
+        Message::Hello(Hello {
+            proof,
+            keys: keys(),
+            peer,
+            position,
+            history,
+            resume: None,
+            suspect: true,
+            marks,
+        })
     };
     round(&hello(vec![position(1); MARKS_MAX]));
     // The count of marks stands after proof, two flags and `suspect`.
@@ -477,6 +509,7 @@ fn texts_that_are_too_long_are_told_in_short() {
     let told = |peer: PeerInfo| {
         let hello = Hello {
             proof: [0; 32],
+            keys: keys(),
             peer,
             position: None,
             history: history(),
@@ -507,7 +540,7 @@ fn unknown_kinds_are_skipped_when_they_may_be_and_their_hash_holds() {
         sealed(200, 1, b"from the future"),
         encoded(&Message::Ack(Ack { applied: None, synced: None, clock: 0 })),
     );
-    let mut decoder = Decoder::default();
+    let mut decoder = Decoder::new(Some(KEY));
     for bytes in [&skip, &skip, &ack] {
         decoder.push(bytes.clone());
     }
@@ -518,7 +551,7 @@ fn unknown_kinds_are_skipped_when_they_may_be_and_their_hash_holds() {
 }
 
 fn drain(chunks: impl Iterator<Item = Bytes>) -> (Vec<Bytes>, Option<WireError>) {
-    let (mut decoder, mut units) = (Decoder::default(), Vec::new());
+    let (mut decoder, mut units) = (Decoder::new(Some(KEY)), Vec::new());
     for chunk in chunks {
         decoder.push(chunk);
         loop {
@@ -576,7 +609,7 @@ proptest! {
     ) {
         drain(chunked(noise.clone().into(), sizes.clone()));
         let mut raw = length.to_le_bytes().to_vec();
-        raw.extend_from_slice(&[kind, 0, 1, 0]);
+        raw.extend_from_slice(&[kind, 0, VERSION as u8, 0]);
         raw.extend_from_slice(&noise);
         drain(chunked(raw.into(), sizes));
         // After a good hash, so that the fields are reached.
@@ -596,6 +629,7 @@ fn peers_with_control_characters_are_refused() {
             plan: Plan::Log,
             position: position(3),
             page_size: size(),
+            keys: keys(),
         };
         let unit = first(encoded(&Message::Welcome(welcome))).unwrap().unwrap();
         unit.decode().map(drop)

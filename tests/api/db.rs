@@ -258,7 +258,7 @@ async fn functions_snapshots_and_unsynced_commits() {
     assert!(!names.is_empty() && !names.iter().any(|name| name.starts_with("snapshot-")), "{names:?}");
     std::fs::write(&left, "of a process that was killed").unwrap();
     assert!(db.health().can_read && db.health().can_write);
-    assert_eq!(db.verify_token(db.token(txid).as_str()), Some(txid));
+    assert_eq!(db.verify_token(db.token(txid).unwrap().as_str()), Some(txid));
     db.shutdown().await;
     let db = Db::open(Config::new(db.path())).await.unwrap();
     assert!(!left.exists());

@@ -259,6 +259,30 @@ async fn an_empty_node_never_leads_by_itself_and_the_others_keep_what_it_replace
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_holder_that_lost_its_keys_is_no_heir_and_has_them_back_from_the_next_primary() {
+    let world = World::new(2);
+    let dbs = world.open_all().await;
+    let holder = leader(&dbs).await;
+    let txid = write(&dbs, 1).await;
+    all_have(&dbs, txid).await;
+    // Without a word: the record says that it has the lease.
+    drop(dbs);
+    let (name, other) = if holder == 0 { ("a", "b") } else { ("b", "a") };
+    let keys = |name: &str| world.path(name).with_file_name("app.db-replite").join("database-keys");
+    std::fs::remove_file(keys(name)).unwrap();
+    let lost = world.open(name).await;
+    comes("the reason", || waits_for(&lost) == Some(WaitReason::NoState)).await;
+    assert_eq!(lost.position(), None, "nothing names what is here");
+    let dbs = vec![lost, world.open(other).await];
+    let txid = write(&dbs, 2).await;
+    all_have(&dbs, txid).await;
+    assert_eq!(leader(&dbs).await, 1);
+    assert_eq!((rows(&dbs[0]), rows(&dbs[1])), (vec![1, 2], vec![1, 2]));
+    assert_eq!(std::fs::read(keys(name)).unwrap(), std::fs::read(keys(other)).unwrap());
+    end(dbs).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_database_that_was_there_before_becomes_the_clusters_and_two_are_refused() {
     let world = World::new(2);
     let fill = |name: &str| {
@@ -330,8 +354,7 @@ async fn a_cluster_goes_from_a_fixed_primary_to_a_lease_and_back_one_node_at_a_t
     };
     let p = Db::open(fixed("p", None)).await.unwrap();
     let url = p.node().addresses.replication.clone();
-    let address: std::net::SocketAddr =
-        url.strip_prefix("http://").unwrap().split('/').next().unwrap().parse().unwrap();
+    let address: std::net::SocketAddr = url.split('/').nth(2).unwrap().parse().unwrap();
     let r = Db::open(fixed("r", None).lease(lease::Fixed::replica_of(&url))).await.unwrap();
     let txid = write(std::slice::from_ref(&p), 1).await;
     all_have(std::slice::from_ref(&r), txid).await;

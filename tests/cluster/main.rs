@@ -1,5 +1,9 @@
 //! A primary and its replicas: the stream, and how a replica gets its state.
 
+#[path = "../../src/channel/tests/ca.rs"]
+#[allow(dead_code, reason = "each test binary uses its part of it")]
+mod ca;
+mod certificates;
 mod claimed;
 mod filling;
 #[path = "../support/fork.rs"]

@@ -5,6 +5,7 @@ mod faults;
 #[path = "../support/fork.rs"]
 mod fork;
 mod forks;
+mod keys;
 mod repair;
 #[path = "../support/lib.rs"]
 mod support;

@@ -422,10 +422,15 @@ fn killed_in_a_backfill(database: &Path, page: u32, older: &[u8]) {
     let newest = if bytes.len() > 4096 && sequence(4096) > sequence(0) { 4096 } else { 0 };
     let slot = &mut bytes[newest..newest + 256];
     slot[92..96].copy_from_slice(&1u32.to_le_bytes());
-    slot[144..148].copy_from_slice(&page.to_le_bytes());
-    let key = [&b"replite page hash, version 1"[..], &page.to_le_bytes()].concat();
+    // In the place of what it says of a file at rest.
+    slot[120..216].fill(0);
+    slot[120..124].copy_from_slice(&page.to_le_bytes());
+    let mut keys = database.as_os_str().to_owned();
+    keys.push("-replite/database-keys");
+    // After magic and version.
+    let key = [&fs::read(keys).unwrap()[12..40], &page.to_le_bytes()].concat();
     let hash = blake3::keyed_hash(&key.try_into().unwrap(), older);
-    slot[148..156].copy_from_slice(&hash.as_bytes()[..8]);
+    slot[124..132].copy_from_slice(&hash.as_bytes()[..8]);
     let check = blake3::hash(&slot[..240]);
     slot[240..].copy_from_slice(&check.as_bytes()[..16]);
     fs::write(&path, bytes).unwrap();

@@ -3,6 +3,7 @@
 mod documents;
 mod floors;
 mod graph;
+mod licences;
 mod module;
 mod prose;
 mod sizes;

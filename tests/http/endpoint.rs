@@ -117,7 +117,7 @@ async fn secrets_are_rotated_while_everything_runs() {
         within("ready", r.ready()).await.unwrap();
         nodes.push(r);
     }
-    let old = nodes[0].token(insert(&nodes[0], "x", 0).await).to_string();
+    let old = nodes[0].token(insert(&nodes[0], "x", 0).await).unwrap().to_string();
     let writing = Arc::new(AtomicBool::new(true));
     let writer = {
         let (p, writing) = (nodes[0].clone(), writing.clone());
@@ -139,9 +139,9 @@ async fn secrets_are_rotated_while_everything_runs() {
                 r.wait_for_timeout(reached, LIMIT).await.unwrap();
             }
         }
-        // The last stage has the new one only.
+        // Tokens have nothing to do with the secrets.
         for node in &nodes {
-            assert_eq!(node.verify_token(&old).is_some(), stage.len() == 2);
+            assert!(node.verify_token(&old).is_some());
         }
     }
     writing.store(false, Ordering::Relaxed);
@@ -164,20 +164,21 @@ async fn strangers_all_get_the_same_bare_404() {
     let dir = tempfile::tempdir().unwrap();
     let (p, mounted_at) = mounted(&dir.path().join("p.db"), |app| app).await;
     let own = Db::open(primary(&dir.path().join("q.db"), 0).database("other")).await.unwrap();
-    let own_at = own.node().addresses.replication.trim_end_matches("/_replite").to_string();
+    let own_at = format!("http://{}", address(&own.node().addresses.replication));
     let mut seen = Vec::new();
     for base in [&mounted_at, &own_at] {
         for http2 in [false, true] {
             let client: Client<_, Empty<bytes::Bytes>> =
                 Client::builder(TokioExecutor::new()).http2_only(http2).build_http();
-            for path in
-                ["/_replite", "/_replite/", "/_replite/v1/stream", "/_replite/v2/stream", "/_replite/x?y"]
+            for path in ["", "/", "/v1/stream", "/v1/tunnel", "/v2/tunnel", "/x?y"]
+                .map(|rest| format!("/_replite{rest}"))
             {
                 for method in [Method::GET, Method::POST, Method::PUT, Method::OPTIONS, Method::DELETE] {
                     let request = Request::builder()
                         .method(&method)
                         .uri(format!("{base}{path}"))
-                        .header("replite-version", "1")
+                        .header("replite-version", "2")
+                        .header("replite-node", own.node_id().to_string())
                         .header("replite-nonce", "0".repeat(64))
                         .header("replite-proof", "1".repeat(64));
                     let response = client.request(request.body(Empty::new()).unwrap()).await.unwrap();
@@ -203,14 +204,14 @@ async fn strangers_all_get_the_same_bare_404() {
 async fn what_answers_in_place_of_a_primary_is_named_in_the_status() {
     let dir = tempfile::tempdir().unwrap();
     let app = Router::new()
-        .route("/html/v1/stream", axum::routing::any(|| async { Html("<html>Welcome!") }))
-        .route("/login/v1/stream", axum::routing::any(|| async { Redirect::to("/sign-in").into_response() }))
+        .route("/html/v1/tunnel", axum::routing::any(|| async { Html("<html>Welcome!") }))
+        .route("/login/v1/tunnel", axum::routing::any(|| async { Redirect::to("/sign-in").into_response() }))
         .route(
-            "/private/v1/stream",
+            "/private/v1/tunnel",
             axum::routing::any(|| async { (StatusCode::UNAUTHORIZED, "who are you?").into_response() }),
         )
         .route(
-            "/broken/v1/stream",
+            "/broken/v1/tunnel",
             axum::routing::any(|| async {
                 (StatusCode::INTERNAL_SERVER_ERROR, axum::Json("oh no")).into_response()
             }),
@@ -266,7 +267,7 @@ async fn addresses_and_labels_are_known_on_the_other_side_also_in_ipv6() {
         let add = move || async move { insert(&db, "x", 1).await.to_string() };
         serve(app_listener, Router::new().route("/", axum::routing::post(add)).layer(p.replay_layer()));
         let replication = p.node().addresses.replication.clone();
-        assert!(replication.starts_with(&format!("http://{ip}:")), "{replication}");
+        assert!(replication.starts_with(&format!("replite://{ip}:")), "{replication}");
         let config = replica(&dir.path().join("r.db"), &replication).addresses(addresses("r", "http://r:1"));
         let r = Db::open(config).await.unwrap();
         within("ready", r.ready()).await.unwrap();

@@ -14,6 +14,7 @@ mod http_support;
 mod mounted;
 mod nginx;
 mod nginx_http2;
+mod nginx_https;
 mod page;
 #[path = "../support/recorder.rs"]
 mod recorder;

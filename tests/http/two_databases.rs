@@ -101,7 +101,7 @@ fn node_process() {
         tokio::spawn(async move { axum::serve(listener, app).await.unwrap() });
         a.ready().await.unwrap();
         b.ready().await.unwrap();
-        let tag = |db: &Db| db.token(Txid::new(Epoch::new(1, 1), 1)).as_str()[3..11].to_string();
+        let tag = |db: &Db| db.token(Txid::new(Epoch::new(1, 1), 1)).unwrap().as_str()[3..11].to_string();
         speak(&format!("ready {} {}", tag(&a), tag(&b)));
     });
     // Until the parent ends.

@@ -90,6 +90,9 @@ pub(crate) fn run_node() {
         if let Some(streams) = streams {
             config = config.listen(SocketAddr::from(([127, 0, 0, 1], streams)));
         }
+        if let Ok(roots) = std::env::var("ROOTS") {
+            config = config.app_roots(roots);
+        }
         let (follows, leases) = (variable("FOLLOWS"), std::env::var("LEASES"));
         let primary = follows.is_empty() && leases.is_err();
         if let Ok(leases) = leases {

@@ -35,7 +35,7 @@ pub(crate) fn replica(path: &Path, url: &str) -> Config {
 
 /// Where a node with a listener of its own listens, by its URL.
 pub(crate) fn address(url: &str) -> SocketAddr {
-    url.trim_start_matches("http://").split('/').next().unwrap().parse().unwrap()
+    url.split('/').nth(2).unwrap().parse().unwrap()
 }
 
 pub(crate) async fn insert(db: &Db, who: &'static str, n: i64) -> Txid {
@@ -122,6 +122,11 @@ impl Wire {
     /// So many bytes a second come through, either way.
     pub(crate) fn throttle(&self, rate: u64) {
         self.link.throttle(Some(rate));
+    }
+
+    /// As many as come, again.
+    pub(crate) fn let_through(&self) {
+        self.link.throttle(None);
     }
 
     /// Whether new connections are let in.

@@ -4,7 +4,9 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::checksum::PageKey;
 use crate::db::config::Config;
+use crate::db::config::app::is_https;
 use crate::engine::EngineOptions;
 use crate::error::{Error, Result};
 use crate::files::Paths;
@@ -53,14 +55,7 @@ impl Config {
         self.database_name()?;
         self.check_numbers()?;
         self.check_addresses()?;
-        if let Some(listen) = self.listen
-            && self.secrets.is_empty()
-            && !listen.ip().is_loopback()
-        {
-            return Err(Error::Config(format!(
-                "without a secret the listener must be on loopback, not {listen}"
-            )));
-        }
+        self.check_channel()?;
         self.check_lease()
     }
 
@@ -148,11 +143,11 @@ impl Config {
         if !peer_fits(&told) {
             return Err(Error::Config("addresses and labels are too long to be told to other nodes".into()));
         }
-        for url in [&self.addresses.app, &self.addresses.replication] {
-            if !url.is_empty() {
-                Endpoint::parse(url)?;
-            }
+        let replication = &self.addresses.replication;
+        if !replication.is_empty() {
+            Endpoint::parse(replication)?;
         }
+        self.check_app()?;
         if let Some(public) = &self.addresses.public {
             let uri: http::Uri =
                 public.parse().map_err(|_| Error::Config(format!("{public:?} is not a URL")))?;
@@ -169,15 +164,16 @@ impl Config {
         addresses.app = addresses.app.trim_end_matches('/').to_string();
         if addresses.replication.is_empty() {
             addresses.replication = match listening {
+                Some(address) if self.plaintext.is_none() => format!("replite://{address}"),
                 Some(address) => format!("http://{address}/_replite"),
-                None if addresses.app.is_empty() => String::new(),
+                None if addresses.app.is_empty() || is_https(&addresses.app) => String::new(),
                 None => format!("{}/_replite", addresses.app),
             };
         }
         addresses
     }
 
-    pub(in crate::db) fn engine_options(&self, paths: Paths) -> EngineOptions {
+    pub(in crate::db) fn engine_options(&self, paths: Paths, page_key: PageKey) -> EngineOptions {
         let quota_bytes = self.log_quota.unwrap_or(self.log_bytes.saturating_mul(4)).max(LOG_QUOTA_MIN_BYTES);
         let segment_bytes = (self.log_bytes / 8).clamp(1 << 20, 64 << 20);
         EngineOptions {
@@ -185,6 +181,7 @@ impl Config {
             durability: self.durability,
             wal_limit_bytes: self.wal_limit_bytes,
             log: LogOptions {
+                page_key,
                 segment_bytes,
                 keep_bytes: self.log_bytes,
                 keep_age: self.log_age,
@@ -212,6 +209,7 @@ fn check_name(what: &str, name: &str) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::channel::Plaintext;
     use crate::lease::Fixed;
     use crate::secret::Secret;
 
@@ -232,13 +230,10 @@ mod tests {
         }
         assert!(Config::new("a.db").database_mode(0o640).check().is_ok());
         assert!(refused(Config::new("a.db").verify_every(Duration::ZERO)));
-        assert!(refused(Config::new("a.db").listen("0.0.0.0:1".parse().unwrap())));
-        assert!(Config::new("a.db").listen("[::1]:1".parse().unwrap()).check().is_ok());
         assert!(Config::new("a.db").lease(Fixed::replica_of("ftp://x")).check().is_err());
-        assert!(matches!(
-            Config::new("a.db").lease(Fixed::replica_of("http://x:1")).check(),
-            Ok(Start::Replica(_))
-        ));
+        let replica = Config::new("a.db").lease(Fixed::replica_of("http://x:1"));
+        assert!(matches!(replica.plaintext(Plaintext::Loopback).check(), Ok(Start::Replica(_))));
+        assert!(refused(Config::new("a.db").advertise("replite://a:1")));
         for public in ["", "a.example", "ftp://a", "https://a/?q", "https://a b"] {
             let addresses = Addresses { public: Some(public.into()), ..Addresses::default() };
             assert!(refused(Config::new("a.db").addresses(addresses)), "{public:?}");
@@ -252,7 +247,8 @@ mod tests {
             let rest = urls - addresses.app.len() - addresses.replication.len();
             let public = format!("http://{:a<1$}", "", rest - "http://".len());
             let store = crate::lease::Directory::new("lease");
-            Config::new("a.db").lease(store).bootstrap(nodes).addresses(addresses.public(public))
+            let config = Config::new("a.db").lease(store).plaintext(Plaintext::Loopback);
+            config.bootstrap(nodes).addresses(addresses.public(public))
         };
         assert!(config(STARTERS_MAX, URLS_MAX_BYTES).check().is_ok());
         assert!(refused(config(STARTERS_MAX + 1, 100)));
@@ -273,7 +269,9 @@ mod tests {
         let own = config.advertised(Some("127.0.0.1:9".parse().unwrap()));
         assert_eq!(
             (own.app.as_str(), own.replication.as_str()),
-            ("http://10.0.0.1:80", "http://127.0.0.1:9/_replite")
+            ("http://10.0.0.1:80", "replite://127.0.0.1:9")
         );
+        let clear = config.plaintext(Plaintext::Loopback).advertised(Some("127.0.0.1:9".parse().unwrap()));
+        assert_eq!(clear.replication, "http://127.0.0.1:9/_replite");
     }
 }

@@ -21,6 +21,7 @@ use crate::engine::options::EngineOptions;
 use crate::engine::recover::opened::Opened;
 use crate::error::{Error, Result};
 use crate::files;
+use crate::keys::DatabaseKeys;
 use crate::lock::lock;
 use crate::log::Log;
 use crate::status::Checkpoint;
@@ -46,6 +47,7 @@ impl ReplicaEngine {
     /// Opens what is there and starts the apply thread. Blocks.
     pub(crate) fn open(options: EngineOptions, node: Arc<NodeContext>) -> Result<ReplicaEngine> {
         files::make_state_dir(options.paths.state_dir())?;
+        let options = options.now(&node);
         ReplicaEngine::begin(node.clone(), |shared, commands| Apply::open(options, node, shared, commands))
     }
 
@@ -101,6 +103,14 @@ impl ReplicaEngine {
         let (reply, answer) = oneshot::channel();
         self.commands.send(ApplyCommand::ReplicaStanding(reply)).await.map_err(|_| self.gone())?;
         Ok(answer.await.map_err(|_| self.gone())?)
+    }
+
+    /// Takes the keys of the primary. All that is fed after this goes by them. With another page
+    /// key the state that is here has no name any more.
+    pub(crate) async fn take_keys(&self, keys: DatabaseKeys) -> Result<(), StreamError> {
+        let (reply, answer) = oneshot::channel();
+        self.commands.send(ApplyCommand::Keys(keys, reply)).await.map_err(|_| self.gone())?;
+        Ok(answer.await.map_err(|_| self.gone())??)
     }
 
     /// Hands over data units in order, and waits while the bounded queue is full.

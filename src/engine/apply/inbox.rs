@@ -12,6 +12,7 @@ use crate::engine::file::term::Term;
 use crate::engine::recover::opened::Opened;
 use crate::engine::source::answer;
 use crate::error::{Cause, Error, Result};
+use crate::keys::DatabaseKeys;
 use crate::lock::lock;
 use crate::page::PageNo;
 use crate::txid::{EpochHistory, Position};
@@ -50,7 +51,7 @@ impl ApplyShared {
         let (mut handle, size) = {
             let base = lock(&self.term);
             let base = base.as_ref().ok_or_else(nothing)?;
-            (reader(base)?, base.page_size)
+            (reader(base)?, (base.page_size, base.page_key))
         };
         let read = |first, most| {
             let base = lock(&self.term);
@@ -75,6 +76,8 @@ impl Drop for Showing<'_> {
 pub(in crate::engine) enum ApplyCommand {
     Units(Vec<Unit>),
     ReplicaStanding(oneshot::Sender<(ReplicaStanding, mpsc::Receiver<Want>)>),
+    /// The primary has these keys.
+    Keys(DatabaseKeys, oneshot::Sender<Result<()>>),
     /// The WAL may be ready to be restarted.
     Restart,
     /// The pages are not what the position says.

@@ -4,6 +4,7 @@ mod bounded;
 mod connection;
 mod filling;
 mod healing;
+mod keys;
 mod stage;
 mod state;
 mod vouched;
@@ -61,7 +62,7 @@ impl Apply {
     ) -> Result<Apply> {
         let mut apply = Apply::new(options, node, shared, commands);
         // A fill that was begun knows how large the primary's pages are.
-        let size = incoming::page_size(&apply.options.paths);
+        let size = incoming::page_size(&apply.options.paths, apply.options.page_key());
         apply.open_path(size)?;
         // Before the application's own connections are there.
         if let (State::Empty(_), Some(size)) = (&apply.state, size)
@@ -129,6 +130,9 @@ impl Apply {
                 }
                 ApplyCommand::ReplicaStanding(reply) => {
                     let _ = reply.send(self.standing());
+                }
+                ApplyCommand::Keys(keys, reply) => {
+                    let _ = reply.send(self.take_keys(keys));
                 }
                 ApplyCommand::Restart => {
                     if let Err(error) = self.maybe_restart() {
@@ -336,15 +340,15 @@ impl Apply {
         self.connection = Some(connection);
         // A database that a snapshot fills anew is nothing to go on from.
         let position = self.state.below().map(|live| live.position());
-        let paths = &self.options.paths;
+        let (paths, key) = (&self.options.paths, self.options.page_key());
         let standing = ReplicaStanding {
             position,
             history: Arc::new(self.history.clone()),
-            resume: incoming::progress(paths).map(|p| (p.first, p.next)),
+            resume: incoming::progress(paths, key).map(|p| (p.first, p.next)),
             suspect: match position {
                 Some(_) => self.suspect != Suspect::No,
                 // Pages that an earlier comparison brought.
-                None => incoming::held_size(paths).is_some(),
+                None => incoming::held_size(paths, key).is_some(),
             },
             marks: if position.is_some() { self.marks() } else { Vec::new() },
         };

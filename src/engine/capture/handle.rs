@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, OnceLock, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use crate::checksum::PageKey;
 use crate::engine::capture::brake::{Brake, BrakeLoop, WriteLock};
 use crate::engine::capture::group_sync::GroupSync;
 #[cfg(test)]
@@ -235,6 +236,11 @@ impl PrimaryEngine {
 
     pub(crate) fn page_size(&self) -> PageSize {
         self.base.page_size
+    }
+
+    /// What its pages are hashed with.
+    pub(crate) fn page_key(&self) -> PageKey {
+        self.base.page_key
     }
 
     /// Reads up to `max_bytes` (at least one page) of pages from `first` on. Blocks.

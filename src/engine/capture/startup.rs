@@ -3,6 +3,7 @@
 use std::cell::OnceCell;
 use std::sync::{Arc, mpsc};
 
+use crate::checksum::PageKey;
 use crate::context::NodeContext;
 use crate::engine::capture::handle::{Connections, PrimaryEngine};
 use crate::engine::checkpoint::restart::keep_from_others;
@@ -48,6 +49,7 @@ impl Opening {
         node: Arc<NodeContext>,
         epoch: Option<Epoch>,
     ) -> Result<Opening> {
+        let options = options.now(&node);
         let (mut opened, known, may_miss) = Opening::judged(options, node)?;
         if !opened.exact {
             opened.become_history(known, epoch)?;
@@ -105,6 +107,11 @@ impl Opening {
 
     pub(crate) fn page_size(&self) -> PageSize {
         self.live.base.page_size
+    }
+
+    /// What its pages are hashed with.
+    pub(crate) fn page_key(&self) -> PageKey {
+        self.live.base.page_key
     }
 
     /// Takes units of records that follow the tip. Each whole transaction stays, whatever comes
@@ -197,7 +204,7 @@ impl Opened {
         base.sync_own_wal()?;
         if let Some(epoch) = epoch {
             let next = with_epoch(history, epoch, base.tip().position)?;
-            write_epochs(&base.options.paths, &next, true)?;
+            write_epochs(base.options.keyed(), &next, true)?;
             *history = next;
         }
         stand(base, handle)?;
@@ -222,7 +229,7 @@ impl Opened {
                 stands.and_then(|()| Connections::open(base))
             },
             || {
-                write_epochs_when(&base.options.paths, &next, true, || {
+                write_epochs_when(base.options.keyed(), &next, true, || {
                     match anchored.get_or_init(|| told.recv().unwrap_or(false)) {
                         true => Ok(()),
                         // The other one says why.
@@ -277,7 +284,6 @@ mod tests {
     use rusqlite::Connection;
 
     use super::*;
-    use crate::checksum::PageHash;
     use crate::engine::tests::{Home, node, settled};
     use crate::log::Lookup;
     use crate::page::PageNo;
@@ -285,7 +291,7 @@ mod tests {
     use crate::wire::{Decoder, Message, TxnBegin, TxnEnd, encode, encode_page};
 
     fn units(bytes: &[u8]) -> Vec<Unit> {
-        let mut decoder = Decoder::default();
+        let mut decoder = Decoder::new(Some(crate::engine::tests::KEY));
         decoder.push(Bytes::copy_from_slice(bytes));
         std::iter::from_fn(|| decoder.next().unwrap()).collect()
     }
@@ -346,13 +352,13 @@ mod tests {
         let (page, number) = (vec![7; 4096], PageNo::new(2).unwrap());
         let begin = TxnBegin { before, epoch: before.epoch(), page_size: opening.page_size() };
         encode(&Message::TxnBegin(begin), &mut forged);
-        encode_page(number, PageHash::of(number, &page), &page, &mut forged);
+        encode_page(number, crate::engine::tests::KEY.hash(number, &page), &page, &mut forged);
         let after = Position::new(Txid::new(before.epoch(), before.number() + 1), tip.checksum());
         encode(&Message::TxnEnd(TxnEnd { after, pages: 2, changed: 1, unix_micros: 0 }), &mut forged);
         // With a page that the database does not have afterwards.
         let mut beyond = BytesMut::new();
         let number = PageNo::new(1000).unwrap();
-        let hash = PageHash::of(number, &page);
+        let hash = crate::engine::tests::KEY.hash(number, &page);
         encode(&Message::TxnBegin(begin), &mut beyond);
         encode_page(number, hash, &page, &mut beyond);
         let after = Position::new(after.txid(), before.checksum().with(hash));

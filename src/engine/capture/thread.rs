@@ -266,7 +266,7 @@ impl CaptureLoop {
         }
         let mut history = (*self.capture.history).clone();
         open_epoch(&mut history, epoch, self.capture.tip.position)?;
-        write_epochs(&self.base.options.paths, &history, true)?;
+        write_epochs(self.base.options.keyed(), &history, true)?;
         self.base.node.applied.lead(history.clone(), self.capture.tip.position);
         self.base.node.change_role(RoleChange::Epoch(history.epoch()));
         self.capture.history = Arc::new(history);

@@ -92,7 +92,7 @@ fn write_pages(
         }
         let mut there = vec![0; base.page_size.bytes()];
         handle.read(&mut there, number.offset(base.page_size))?;
-        if PageHash::of(*number, &there) == *wrong {
+        if base.page_key.hash(*number, &there) == *wrong {
             handle.write(right, number.offset(base.page_size))?;
             written.push(*number);
         }
@@ -127,7 +127,7 @@ mod tests {
         assert!(engine.base.header().unwrap().max_frame > taken + 5000);
         let page = RightPage {
             number: PageNo::FIRST,
-            wrong: PageHash::of(PageNo::FIRST, &[0; 512]),
+            wrong: engine.base.page_key.hash(PageNo::FIRST, &[0; 512]),
             right: vec![0; 512].into(),
         };
         let repaired = engine.repair(&[page]);

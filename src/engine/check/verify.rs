@@ -23,7 +23,7 @@ use crate::sqlite::{Handle, Lock, Slot};
 use crate::status::Verification;
 use crate::threads::caught;
 use crate::txid::Position;
-use crate::wire::{Decoder, Message};
+use crate::wire::Message;
 
 /// Longest wait for one of SQLite's four read marks.
 const MARK_WAIT: Duration = Duration::from_secs(10);
@@ -237,7 +237,7 @@ fn name_bad_pages(
     for (number, right) in known {
         stopped(base)?;
         base.read_page(handle, number, tip.frame, &mut page)?;
-        let wrong = PageHash::of(number, &page);
+        let wrong = base.page_key.hash(number, &page);
         if wrong != right {
             mended = mended.without(wrong).with(right);
             if bad.len() == BAD_MAX {
@@ -257,7 +257,7 @@ fn logged(base: &Term, at: Position) -> Result<HashMap<PageNo, PageHash>> {
     let Some(start) = log.start() else { return Ok(known) };
     let Lookup::At { mut lsn, .. } = log.find(start.number())? else { return Ok(known) };
     let pin = log.pin(lsn);
-    let mut decoder = Decoder::default();
+    let mut decoder = log.decoder();
     let corrupt = |lsn, e: crate::wire::WireError| log.corrupt(lsn, e.to_string());
     loop {
         stopped(base)?;

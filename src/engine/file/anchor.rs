@@ -5,8 +5,9 @@
 //! node replaces it by rename.
 
 use std::fs::File;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
+use crate::checksum::{FINGERPRINT_BYTES, Fingerprint};
 use crate::engine::file::witnesses::CopyTag;
 use crate::engine::file::witnesses::Witness;
 use crate::engine::file::witnesses::Witnesses;
@@ -20,15 +21,17 @@ const SLOT_BYTES: usize = 256;
 /// A slot is a sealed file in the file.
 const SLOT: Sealed = Sealed {
     magic: *b"repanchr",
-    version: 1,
+    oldest: 2,
+    version: 2,
     max_bytes: SLOT_BYTES as u64,
     cure: "says what the database file is; the other slot counts",
 };
 /// The slots lie in different sectors and pages of any disk.
 const SLOT_OFFSETS: [u64; 2] = [0, 4096];
 const CHECK_AT: usize = SLOT_BYTES - CHECK_BYTES;
-const WITNESSES_AT: usize = 144;
-const _: () = assert!(WITNESSES_AT + Witnesses::MAX * Witness::BYTES <= CHECK_AT);
+const WITNESSES_AT: usize = 120;
+const KEY_AT: usize = CHECK_AT - FINGERPRINT_BYTES;
+const _: () = assert!(WITNESSES_AT + Witnesses::MAX * Witness::BYTES <= KEY_AT);
 
 /// What was known of the database file alone when an anchor was written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -65,7 +68,7 @@ const BACKFILLING: u32 = 1;
 const AHEAD: u32 = 2;
 
 impl Anchor {
-    fn encode(&self, sequence: u64) -> [u8; SLOT_BYTES] {
+    fn encode(&self, sequence: u64, key: Fingerprint) -> [u8; SLOT_BYTES] {
         let mut b = [0; SLOT_BYTES];
         b[12..16].copy_from_slice(&self.frame.to_le_bytes());
         b[16..24].copy_from_slice(&sequence.to_le_bytes());
@@ -89,23 +92,25 @@ impl Anchor {
                     b[104..120].copy_from_slice(&nonce);
                 }
                 for (place, witness) in
-                    b[WITNESSES_AT..CHECK_AT].chunks_exact_mut(Witness::BYTES).zip(witnesses.iter())
+                    b[WITNESSES_AT..KEY_AT].chunks_exact_mut(Witness::BYTES).zip(witnesses.iter())
                 {
                     place.copy_from_slice(&witness.to_bytes());
                 }
             }
         }
+        b[KEY_AT..CHECK_AT].copy_from_slice(&key.0);
         let sealed = SLOT.seal(&b[HEAD_BYTES..CHECK_AT]);
         b.copy_from_slice(&sealed);
         b
     }
 
-    fn decode(b: &[u8; SLOT_BYTES]) -> Result<Option<(u64, Anchor)>, u32> {
+    /// Also says which page key it goes with.
+    fn decode(b: &[u8; SLOT_BYTES]) -> Result<Option<(u64, Anchor, Fingerprint)>, Unsealed> {
         match SLOT.open(b) {
             Ok(_) => {}
             // As a rule a torn write, or none yet.
             Err(Unsealed::Damaged(_)) => return Ok(None),
-            Err(Unsealed::Newer(version)) => return Err(version),
+            Err(other) => return Err(other),
         }
         let long =
             |at: usize| u64::from(le_u32(&b[at..at + 4])) | u64::from(le_u32(&b[at + 4..at + 8])) << 32;
@@ -126,7 +131,10 @@ impl Anchor {
             nonce.copy_from_slice(&b[104..120]);
             // The end of no database is at its begin.
             let mark = Some(CopyTag { offset: long(96), nonce }).filter(|mark| mark.offset > 0);
-            FileState::Backfilling(Witnesses::decode(&b[WITNESSES_AT..CHECK_AT]).marked(mark))
+            FileState::Backfilling(
+                Witnesses::decode(&b[WITNESSES_AT..WITNESSES_AT + Witnesses::MAX * Witness::BYTES])
+                    .marked(mark),
+            )
         };
         let anchor = Anchor {
             generation: long(24),
@@ -138,7 +146,9 @@ impl Anchor {
             file,
             ahead: state & AHEAD != 0,
         };
-        Ok(Some((long(16), anchor)))
+        let mut key = [0; FINGERPRINT_BYTES];
+        key.copy_from_slice(&b[KEY_AT..CHECK_AT]);
+        Ok(Some((long(16), anchor, Fingerprint(key))))
     }
 }
 
@@ -148,6 +158,11 @@ pub(crate) struct Anchors {
     file: File,
     path: PathBuf,
     sequence: u64,
+    /// Of the page key that the positions in them go with.
+    key: Fingerprint,
+    /// What the newest anchor of another page key says of the file. It names no state of this
+    /// database.
+    other: Option<FileState>,
     /// The highest generation of an anchor that was forgotten.
     generation: u64,
     /// The file was there, and no node ever wrote an anchor to it.
@@ -158,29 +173,24 @@ pub(crate) struct Anchors {
 }
 
 impl Anchors {
-    /// Opens the file, or makes an empty one.
-    pub(crate) fn open(paths: &Paths) -> Result<Anchors> {
+    /// Opens the file, or makes an empty one. Anchors of another page key say nothing.
+    pub(crate) fn open(paths: &Paths, key: Fingerprint) -> Result<Anchors> {
         let path = paths.anchors();
         let (file, created) = crate::files::open_or_create(&path)?;
         if created {
             sync_directory(paths.state_dir())?;
         }
         let bytes = file.metadata().map_err(Error::io("stat", &path))?.len();
-        let mut slots = [None; 2];
-        for (slot, offset) in slots.iter_mut().zip(SLOT_OFFSETS) {
-            let mut bytes = [0; SLOT_BYTES];
-            // A file that is too short has no such slot yet.
-            if read_exact_at(&file, &mut bytes, offset).is_ok() {
-                *slot = Anchor::decode(&bytes).map_err(|found| Error::Newer {
-                    path: path.clone(),
-                    found,
-                    supported: SLOT.version,
-                })?;
-            }
-        }
-        let sequence = slots.iter().flatten().map(|(s, _)| *s).max().unwrap_or(0);
+        let read = read(&file, &path)?;
+        let all = || read.iter().flatten();
+        let sequence = all().map(|(sequence, ..)| *sequence).max().unwrap_or(0);
+        // No number of a generation is used twice, whatever it went with.
+        let generation = all().map(|(_, anchor, _)| anchor.generation).max().unwrap_or(0);
+        let others = all().filter(|(.., of)| *of != key);
+        let other = others.max_by_key(|(sequence, ..)| *sequence).map(|(_, anchor, _)| anchor.file);
+        let slots = read.map(|slot| slot.filter(|(.., of)| *of == key).map(|(s, anchor, _)| (s, anchor)));
         let unwritten = !created && bytes <= SLOT_BYTES as u64 && slots[0].is_none();
-        Ok(Anchors { file, path, sequence, generation: 0, unwritten, made: created, slots })
+        Ok(Anchors { file, path, sequence, key, other, generation, unwritten, made: created, slots })
     }
 
     /// The anchors that are there, newest first.
@@ -188,6 +198,17 @@ impl Anchors {
         let mut all: Vec<_> = self.slots.iter().flatten().copied().collect();
         all.sort_by_key(|(sequence, _)| std::cmp::Reverse(*sequence));
         all.into_iter().map(|(_, anchor)| anchor).collect()
+    }
+
+    /// Whether an anchor of another page key was there.
+    pub(crate) fn has_others(&self) -> bool {
+        self.other.is_some()
+    }
+
+    /// Whether an anchor of another page key was there that says that a node was copying frames
+    /// into the file.
+    pub(crate) fn copied_by_others(&self) -> bool {
+        matches!(self.other, Some(FileState::Backfilling(_)))
     }
 
     /// Whether a node that made the file died before it had written the first anchor. Then nothing
@@ -229,7 +250,7 @@ impl Anchors {
             (Some((a, _)), Some((b, _))) => usize::from(a > b),
         };
         self.sequence += 1;
-        let bytes = anchor.encode(self.sequence);
+        let bytes = anchor.encode(self.sequence, self.key);
         write_all_at(&self.file, &bytes, SLOT_OFFSETS[older]).map_err(Error::io("write", &self.path))?;
         if durable {
             self.file.sync_data().map_err(Error::io("fsync", &self.path))?;
@@ -239,15 +260,38 @@ impl Anchors {
     }
 }
 
+type ReadSlot = Option<(u64, Anchor, Fingerprint)>;
+
+fn read(file: &File, path: &Path) -> Result<[ReadSlot; 2]> {
+    let mut slots = [None; 2];
+    for (slot, offset) in slots.iter_mut().zip(SLOT_OFFSETS) {
+        let mut bytes = [0; SLOT_BYTES];
+        // A file that is too short has no such slot yet.
+        if read_exact_at(file, &mut bytes, offset).is_ok() {
+            *slot = Anchor::decode(&bytes).map_err(|why| SLOT.refused(path, why))?;
+        }
+    }
+    Ok(slots)
+}
+
+/// Which page key the newest anchor goes with, if there is one that can be read.
+pub(crate) fn anchored_key(paths: &Paths) -> Option<Fingerprint> {
+    let path = paths.anchors();
+    let slots = read(&crate::files::open(&path).ok()?, &path).ok()?;
+    let newest = slots.into_iter().flatten().max_by_key(|(sequence, ..)| *sequence);
+    newest.map(|(.., key)| key)
+}
+
 #[cfg(test)]
 mod tests {
     use std::fs;
     use std::io::Write;
 
     use super::*;
-    use crate::checksum::{Checksum, PageHash};
+    use crate::checksum::Checksum;
     use crate::engine::file::modified::modified_of;
     use crate::engine::file::modified::stamp;
+    use crate::engine::tests::KEY;
     use crate::hex::{hex, unhex_lossy};
     use crate::page::PageNo;
     use crate::txid::{Epoch, Txid};
@@ -266,36 +310,39 @@ mod tests {
         }
     }
 
-    /// A slot up to its last field that is not zero, and its hash.
+    /// A slot up to its last field that is not zero, the page key's fingerprint, and its hash.
     const FIELDS: &str = concat!(
-        "726570616e63687201000000010000000100000000000000030000000000000001020304050607080a0000000b00",
+        "726570616e63687202000000010000000100000000000000030000000000000001020304050607080a0000000b00",
         "0000020000000000000009000000000000004d00000000000000050000000000000000000000000000000c000000",
         "00000000fbffffffffffffff020000000000000009000000000000004d000000000000000500000000000000",
     );
-    const CHECK: &str = "634175a7044741a818f627f251da5fc9";
+    const KEY_NAME: &str = "879da2dd53acbf762fed258221cda48f";
+    const CHECK: &str = "6038a347fef4ca986656355289b98250";
 
     #[test]
     fn a_slots_bytes_stay_what_they_are() {
-        let mut bytes = anchor(1).encode(1);
+        let mut bytes = anchor(1).encode(1, KEY.fingerprint());
         let (fields, check) = (hex(&bytes[..FIELDS.len() / 2]), hex(&bytes[CHECK_AT..]));
         assert_eq!((fields.as_str(), check.as_str()), (FIELDS, CHECK));
-        assert!(bytes[FIELDS.len() / 2..CHECK_AT].iter().all(|byte| *byte == 0));
+        assert!(bytes[FIELDS.len() / 2..KEY_AT].iter().all(|byte| *byte == 0));
+        assert_eq!(hex(&bytes[KEY_AT..CHECK_AT]), KEY_NAME);
         bytes.fill(0);
         bytes[..FIELDS.len() / 2].copy_from_slice(&unhex_lossy(FIELDS));
+        bytes[KEY_AT..CHECK_AT].copy_from_slice(&unhex_lossy(KEY_NAME));
         bytes[CHECK_AT..].copy_from_slice(&unhex_lossy(CHECK));
-        assert_eq!(Anchor::decode(&bytes), Ok(Some((1, anchor(1)))));
+        assert_eq!(Anchor::decode(&bytes), Ok(Some((1, anchor(1), KEY.fingerprint()))));
     }
 
     #[test]
     fn a_torn_slot_leaves_the_other() {
         let dir = tempfile::tempdir().unwrap();
         let paths = Paths::fresh(dir.path());
-        let mut anchors = Anchors::open(&paths).unwrap();
+        let mut anchors = Anchors::open(&paths, KEY.fingerprint()).unwrap();
         assert!(anchors.newest_first().is_empty());
         for frame in 1..=3 {
             anchors.write(anchor(frame), true).unwrap();
         }
-        let again = Anchors::open(&paths).unwrap();
+        let again = Anchors::open(&paths, KEY.fingerprint()).unwrap();
         assert_eq!(again.newest_first(), vec![anchor(3), anchor(2)]);
         // Frame 3 went over frame 1, into the first slot.
         for at in 0..SLOT_BYTES {
@@ -304,9 +351,13 @@ mod tests {
             let mut torn = whole.clone();
             torn[at] ^= 0x40;
             fs::write(&path, &torn).unwrap();
-            assert_eq!(Anchors::open(&paths).unwrap().newest_first(), vec![anchor(2)], "byte {at}");
+            assert_eq!(
+                Anchors::open(&paths, KEY.fingerprint()).unwrap().newest_first(),
+                vec![anchor(2)],
+                "byte {at}"
+            );
             fs::write(&path, &whole[..at]).unwrap();
-            assert!(Anchors::open(&paths).unwrap().newest_first().is_empty());
+            assert!(Anchors::open(&paths, KEY.fingerprint()).unwrap().newest_first().is_empty());
             fs::write(&path, &whole).unwrap();
         }
     }
@@ -315,14 +366,14 @@ mod tests {
     fn who_was_copying_and_which_pages_were_missing_comes_back() {
         let dir = tempfile::tempdir().unwrap();
         let paths = Paths::fresh(dir.path());
-        let mut anchors = Anchors::open(&paths).unwrap();
+        let mut anchors = Anchors::open(&paths, KEY.fingerprint()).unwrap();
         let number = |n| PageNo::new(n).unwrap();
-        let all = (1..=20).map(|n| Witness::new(number(n), PageHash::of(number(n), &[n as u8; 512])));
+        let all = (1..=20).map(|n| Witness::new(number(n), KEY.hash(number(n), &[n as u8; 512])));
         for count in [0, 1, Witnesses::MAX, Witnesses::MAX + 5] {
             let witnesses: Witnesses = all.clone().take(count).collect();
             let written = Anchor { file: FileState::Backfilling(witnesses), ..anchor(1) };
             anchors.write(written, true).unwrap();
-            assert_eq!(Anchors::open(&paths).unwrap().newest_first()[0], written);
+            assert_eq!(Anchors::open(&paths, KEY.fingerprint()).unwrap().newest_first()[0], written);
             assert_eq!(
                 witnesses.iter().collect::<Vec<_>>(),
                 all.clone().take(count.min(8)).collect::<Vec<_>>()
@@ -350,8 +401,9 @@ mod tests {
     fn a_newer_file_is_refused() {
         let dir = tempfile::tempdir().unwrap();
         let paths = Paths::fresh(dir.path());
-        let bytes = Sealed { version: 2, ..SLOT }.seal(&anchor(1).encode(1)[HEAD_BYTES..CHECK_AT]);
+        let bytes =
+            Sealed { version: 3, ..SLOT }.seal(&anchor(1).encode(1, KEY.fingerprint())[HEAD_BYTES..CHECK_AT]);
         fs::write(paths.anchors(), bytes).unwrap();
-        assert!(matches!(Anchors::open(&paths), Err(Error::Newer { found: 2, .. })));
+        assert!(matches!(Anchors::open(&paths, KEY.fingerprint()), Err(Error::Newer { found: 3, .. })));
     }
 }

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
+use crate::checksum::PageKey;
 use crate::context::NodeContext;
 use crate::engine::figures::WalFigures;
 use crate::engine::file::anchor::{Anchor, Anchors, FileState};
@@ -46,6 +47,7 @@ pub(in crate::engine) struct OpenDatabase {
     pub(in crate::engine) options: EngineOptions,
     pub(in crate::engine) node: Arc<NodeContext>,
     pub(in crate::engine) page_size: PageSize,
+    pub(in crate::engine) page_key: PageKey,
     pub(in crate::engine) index: WalIndex,
     pub(in crate::engine) wal: WalFile,
     pub(in crate::engine) log: Arc<Log>,
@@ -89,6 +91,7 @@ impl OpenDatabase {
         watch: Watch,
     ) -> Arc<OpenDatabase> {
         Arc::new(OpenDatabase {
+            page_key: options.page_key(),
             options,
             node,
             page_size,

@@ -2,7 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use crate::checksum::{Checksum, PageHash};
+use crate::checksum::Checksum;
 use crate::engine::file::database::OpenDatabase;
 use crate::error::Result;
 use crate::page::PageNo;
@@ -68,7 +68,7 @@ impl<'a> Whole<'a> {
                 self.base.read_frame(found, page)?;
             }
             if let Some(number) = PageNo::new(number).filter(|n| !n.is_lock_page(self.base.page_size)) {
-                sum = sum.with(PageHash::of(number, page));
+                sum = sum.with(self.base.page_key.hash(number, page));
             }
         }
         Ok(sum)

@@ -1,6 +1,5 @@
 //! Finds the pages that are to be witnesses.
 
-use crate::checksum::PageHash;
 use crate::engine::file::anchor::FileState;
 use crate::engine::file::database::{OpenDatabase, Tip};
 use crate::engine::file::newest::{Found, Newest};
@@ -53,7 +52,7 @@ impl OpenDatabase {
                 if image == there {
                     continue;
                 }
-                let witness = Witness::new(page, PageHash::of(page, &there));
+                let witness = Witness::new(page, self.page_key.hash(page, &there));
                 if page != PageNo::FIRST && is_empty_leaf(&there) {
                     if empty.len() < Witnesses::MAX && !empty.contains(&witness) {
                         empty.push(witness);

@@ -267,7 +267,14 @@ mod tests {
             let mut bytes = bytes::BytesMut::new();
             let (peer, epoch) = (node.me.clone(), position.epoch());
             let page_size = engine.page_size();
-            let welcome = Welcome { peer, epoch, plan: Plan::Log, position, page_size };
+            let welcome = Welcome {
+                peer,
+                epoch,
+                plan: Plan::Log,
+                position,
+                page_size,
+                keys: crate::wire::PeerKeys::of(crate::engine::tests::KEYS, true),
+            };
             wire::encode(&Message::Welcome(welcome), &mut bytes);
             bytes
         };

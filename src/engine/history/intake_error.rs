@@ -80,6 +80,7 @@ mod tests {
     fn the_same_garbage_is_a_peer_s_fault_or_that_of_the_disk_here() {
         let dir = tempfile::tempdir().unwrap();
         let options = LogOptions {
+            page_key: crate::engine::tests::KEY,
             segment_bytes: 1 << 16,
             keep_bytes: 1 << 20,
             keep_age: Duration::MAX,

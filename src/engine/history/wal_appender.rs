@@ -216,15 +216,15 @@ impl WalAppender {
             // Not in the file yet.
             Some(found) if !self.frames.is_empty() && found > self.buffered => {
                 let at = (found - self.buffered - 1) as usize * frame + FRAME_HEADER_BYTES;
-                PageHash::of(number, &self.frames[at..at + self.base.page_size.bytes()])
+                self.base.page_key.hash(number, &self.frames[at..at + self.base.page_size.bytes()])
             }
             Some(found) => {
                 self.base.read_frame(found, &mut self.page)?;
-                PageHash::of(number, &self.page)
+                self.base.page_key.hash(number, &self.page)
             }
             None => {
                 self.handle.read(&mut self.page, number.offset(self.base.page_size))?;
-                PageHash::of(number, &self.page)
+                self.base.page_key.hash(number, &self.page)
             }
         };
         Ok(hash)

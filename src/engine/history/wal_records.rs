@@ -199,7 +199,7 @@ impl Capture {
         for at in newest {
             let (header, page) = frames[at * frame..(at + 1) * frame].split_at(FRAME_HEADER_BYTES);
             let Some(number) = PageNo::new(FrameHeader::parse(header).page) else { continue };
-            self.take_page(&mut record, number, PageHash::of(number, page), page)?;
+            self.take_page(&mut record, number, self.base.page_key.hash(number, page), page)?;
         }
         if self.is_repeated(&record) {
             self.out.truncate(mark);
@@ -224,7 +224,7 @@ impl Capture {
             }
             let Some(number) = PageNo::new(page) else { continue };
             self.base.read_frame(frame, &mut image)?;
-            self.take_page(&mut record, number, PageHash::of(number, &image), &image)?;
+            self.take_page(&mut record, number, self.base.page_key.hash(number, &image), &image)?;
             if self.out.len() >= BATCH_BYTES {
                 sink.records(self.out.split().freeze(), None)?;
             }
@@ -267,7 +267,7 @@ impl Capture {
         }
         let mut page = std::mem::take(&mut self.page);
         let read = self.base.read_page(&mut self.handle, number, self.tip.frame, &mut page);
-        let hash = PageHash::of(number, &page);
+        let hash = self.base.page_key.hash(number, &page);
         self.page = page;
         read.map(|()| hash)
     }
@@ -353,7 +353,7 @@ impl Capture {
                 self.cut_mark(number)?;
                 self.handle.read(&mut page, number.offset(size))?;
             }
-            self.take_page(record, number, PageHash::of(number, &page), &page)?;
+            self.take_page(record, number, self.base.page_key.hash(number, &page), &page)?;
         }
         // This frame is from when the database was as long before. No copy took it while the
         // database was shorter; now a copy has to.

@@ -5,7 +5,7 @@
 //! from which the records go on, or as of a later one. Then the records come, until the state that
 //! the primary names. There the sum decides.
 
-use crate::checksum::{Checksum, PageHash};
+use crate::checksum::{Checksum, PageHash, PageKey};
 use crate::engine::history::intake_error::IntakeError;
 use crate::error::Result;
 use crate::page::{PageNo, PageSet, PageSize};
@@ -27,6 +27,7 @@ pub(crate) trait PageStore {
 #[derive(Debug)]
 pub(crate) struct Overlay {
     page_size: PageSize,
+    key: PageKey,
     /// Pages that came.
     have: PageSet,
     /// Of the pages below, those up to this one count where none came.
@@ -42,9 +43,13 @@ pub(crate) struct Overlay {
 
 impl Overlay {
     /// An overlay over `below` pages. Records go on from `position`.
-    pub(crate) fn new(page_size: PageSize, position: Position, below: u32) -> Overlay {
+    pub(crate) fn new(page_size: PageSize, key: PageKey, position: Position, below: u32) -> Overlay {
         let (have, sum) = (PageSet::default(), Checksum::EMPTY);
-        Overlay { page_size, have, below, sum, end: None, position, txn: None }
+        Overlay { page_size, key, have, below, sum, end: None, position, txn: None }
+    }
+
+    pub(crate) fn key(&self) -> PageKey {
+        self.key
     }
 
     pub(crate) fn page_size(&self) -> PageSize {
@@ -81,7 +86,7 @@ impl Overlay {
         for (number, page) in (first.get()..).zip(pages.chunks_exact(self.page_size.bytes())) {
             let Some(number) = PageNo::new(number) else { break };
             if !number.is_lock_page(self.page_size) {
-                self.sum = self.sum.with(PageHash::of(number, page));
+                self.sum = self.sum.with(self.key.hash(number, page));
             }
             self.have.insert(number);
         }
@@ -99,7 +104,7 @@ impl Overlay {
         }
         for (number, page) in (first.get()..).zip(pages.chunks_exact(self.page_size.bytes())) {
             if let Some(number) = PageNo::new(number).filter(|n| !n.is_lock_page(self.page_size)) {
-                self.put(number, PageHash::of(number, page), page, store)?;
+                self.put(number, self.key.hash(number, page), page, store)?;
             }
         }
         Ok(())
@@ -171,7 +176,7 @@ impl Overlay {
         } else {
             store.read_below(number, &mut page)?;
         }
-        Ok(PageHash::of(number, &page))
+        Ok(self.key.hash(number, &page))
     }
 
     /// Pages above a size count no longer.
@@ -254,7 +259,7 @@ impl Overlay {
                 }
                 match page {
                     _ if self.have.contains(number) => self.hash(number, store).map(Some),
-                    Some(page) => Ok(Some(PageHash::of(number, page))),
+                    Some(page) => Ok(Some(self.key.hash(number, page))),
                     None => Ok(None),
                 }
             })

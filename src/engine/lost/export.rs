@@ -8,6 +8,7 @@ use bytes::{Bytes, BytesMut};
 use rusqlite::{Connection, OpenFlags};
 use serde_json::{Map, Value};
 
+use crate::checksum::PageKey;
 use crate::engine::lost::rows::{self, LostRows, quoted};
 use crate::engine::lost::{CURE, LostBranch};
 use crate::error::{Error, Result};
@@ -17,7 +18,7 @@ use crate::log::logged;
 use crate::page::PageNo;
 use crate::sqlite::connect_alone;
 use crate::status::LoggedTransaction;
-use crate::wire::{Decoder, HEADER_BYTES, Message, Unit};
+use crate::wire::{Decoder, HEADER_BYTES, Kind, Message, Unit};
 
 /// Bytes that one read takes.
 const READ_BYTES: usize = 256 * 1024;
@@ -32,9 +33,10 @@ impl LostBranch {
     pub fn transactions(&self) -> Result<Vec<LoggedTransaction>> {
         let fork = self.fork.map_or(0, |fork| fork.number());
         let (mut listed, mut bytes) = (Vec::new(), 0);
-        self.units("records", |unit, message| {
+        // The hash of a page in a record is by the key that the database had then.
+        self.units("records", Kind::TxnEnd, |unit, message| {
             bytes += unit.raw.len() as u64;
-            if let Message::TxnEnd(end) = message {
+            if let Some(Message::TxnEnd(end)) = message {
                 let log_bytes = std::mem::take(&mut bytes);
                 if end.after.number() > fork {
                     listed.push(logged(&end, log_bytes));
@@ -51,8 +53,8 @@ impl LostBranch {
     /// # Errors
     /// [`Error::Io`]; [`Error::Corrupt`]; what `visit` returns.
     pub fn visit_pages(&self, mut visit: impl FnMut(PageNo, &[u8]) -> Result<()>) -> Result<()> {
-        self.units("pages", |_, message| match message {
-            Message::Page { number, page, .. } => visit(number, page),
+        self.units("pages", Kind::Page, |_, message| match message {
+            Some(Message::Page { number, page, .. }) => visit(number, page),
             _ => Ok(()),
         })
     }
@@ -132,10 +134,16 @@ impl LostBranch {
         files::sync_name(to)
     }
 
-    fn units(&self, name: &str, mut visit: impl FnMut(&Unit, Message<'_>) -> Result<()>) -> Result<()> {
+    /// Visits the units of a file, and reads those of one kind.
+    fn units(
+        &self,
+        name: &str,
+        kind: Kind,
+        mut visit: impl FnMut(&Unit, Option<Message<'_>>) -> Result<()>,
+    ) -> Result<()> {
         let path = self.path().join(name);
         let mut file = files::open(&path).map_err(Error::io("open", &path))?;
-        let (mut decoder, mut offset) = (Decoder::default(), 0u64);
+        let (mut decoder, mut offset) = (Decoder::new(Some(PageKey::KEPT)), 0u64);
         let corrupt = |offset, what: String| Error::Corrupt { path: path.clone(), offset, what, cure: CURE };
         loop {
             let mut buffer = BytesMut::zeroed(READ_BYTES);
@@ -149,8 +157,8 @@ impl LostBranch {
             buffer.truncate(got);
             decoder.push(Bytes::from(buffer));
             while let Some(unit) = decoder.next().map_err(|e| corrupt(offset, e.to_string()))? {
-                let message =
-                    unit.decode().map_err(|e| corrupt(offset + HEADER_BYTES as u64, e.to_string()))?;
+                let message = (unit.kind == kind).then(|| unit.decode()).transpose();
+                let message = message.map_err(|e| corrupt(offset + HEADER_BYTES as u64, e.to_string()))?;
                 visit(&unit, message)?;
                 offset += unit.raw.len() as u64;
             }

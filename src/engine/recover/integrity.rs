@@ -3,7 +3,6 @@
 
 use std::collections::{HashMap, HashSet};
 
-use crate::checksum::PageHash;
 use crate::engine::file::anchor::FileState;
 use crate::engine::file::witnesses::{Witness, Witnesses};
 use crate::engine::recover::Findings;
@@ -107,7 +106,7 @@ impl Findings {
                 continue;
             }
             self.handle.read(&mut page, number.offset(base.page_size))?;
-            let hash = PageHash::of(number, &page);
+            let hash = base.page_key.hash(number, &page);
             if hash != newest && earlier.contains(&(number, hash)) {
                 back += if number == PageNo::FIRST { 2 } else { 1 };
             }
@@ -128,7 +127,7 @@ impl Findings {
                 continue;
             }
             self.handle.read(&mut page, witness.page().offset(self.base.page_size))?;
-            if Witness::new(witness.page(), PageHash::of(witness.page(), &page)) == witness {
+            if Witness::new(witness.page(), self.base.page_key.hash(witness.page(), &page)) == witness {
                 older.push(witness.page());
             }
         }

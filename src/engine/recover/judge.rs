@@ -10,6 +10,7 @@ use crate::engine::history::epoch::{draw_epoch, expect_newer, open_epoch};
 use crate::engine::recover::Findings;
 use crate::engine::recover::position::{LogSays, Wal};
 use crate::error::{Error, Result};
+use crate::lock::lock;
 use crate::page::PageNo;
 use crate::report::Condition;
 use crate::txid::{Epoch, EpochHistory, EpochStart, Place, Position, Txid};
@@ -39,6 +40,9 @@ const ALTERED: &str = "its file is not as it was left, nor has all of what its W
     was put in its place, and file and WAL together mix states";
 const NEVER_KNOWN: &str = "it was opened when it was no state of its cluster, or was being made good, and \
     that did not come to its end. Either it is whole, or it was damaged before that, and mixes states";
+const OTHER_KEY: &str = "its keys are gone, and so is the WAL whose frames were being copied into it. Either \
+    somebody has copied all of that WAL: then `Config::accept_damaged` loses nothing; or the file mixes \
+    states";
 /// What an operator can do.
 const CURE: &str = "restore it from a copy that a replica makes (`Db::snapshot_to`) or from a backup, with \
     its state directory moved away; or open it once with `Config::accept_damaged`, which takes what SQLite \
@@ -67,10 +71,22 @@ impl Findings {
                 self = self.expect_whole()?;
             }
         }
+        if !self.exact && !read && !self.is_known() && lock(&self.base.anchors).has_others() {
+            self = self.judge_other()?;
+        }
         if self.exact {
             self.reach(unsynced)?;
         }
         Ok(self)
+    }
+
+    /// The state directory is of another page key, so nothing there names what the files are. They
+    /// may have been left in the middle of a copy all the same.
+    fn judge_other(self) -> Result<Findings> {
+        let torn =
+            matches!(self.wal, Wal::Foreign | Wal::Gone) && lock(&self.base.anchors).copied_by_others();
+        let found = if torn { self.repair(&Doubt::TwoReadings(OTHER_KEY))? } else { self };
+        found.expect_whole()
     }
 
     /// A position counts only in a history that has it.
@@ -303,7 +319,7 @@ impl Findings {
         }
         // First: what the log has is off this history then, even if the move of the log never
         // happens.
-        crate::engine::file::epochs::write_epochs(&self.base.options.paths, &self.history, true)?;
+        crate::engine::file::epochs::write_epochs(self.base.options.keyed(), &self.history, true)?;
         self.set_log_aside()?;
         self.base.leap(tip);
         Ok(())

@@ -153,7 +153,7 @@ fn over_all(live: &mut WalAppender, from: Position, to: Position) -> Result<Read
     incoming::discard(paths)?;
     let begin = HealBegin { from, page_size: base.page_size, pages, compare: true, diverged: true };
     let there = base.tip().pages;
-    let mut incoming = IncomingState::over(paths, begin, there)?;
+    let mut incoming = IncomingState::over(paths, base.page_key, begin, there)?;
     incoming.with(Some(live), |overlay, store| {
         let mut next = 1;
         while let Some(first) = PageNo::new(next).filter(|_| next <= there) {

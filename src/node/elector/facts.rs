@@ -74,9 +74,10 @@ impl FactsSource {
     }
 }
 
-/// The replicas, those first that have the most: a record may not have room for all, and not all of
-/// it are asked.
+/// The replicas that may lead, those first that have the most: a record may not have room for all,
+/// and not all of it are asked.
 fn best_known(mut replicas: Vec<ReplicaStatus>) -> Vec<PeerInfo> {
+    replicas.retain(|replica| !replica.follower);
     let number = |position: Option<Position>| position.map(|position| position.number());
     replicas.sort_by_key(|replica| Reverse((number(replica.synced), number(replica.applied))));
     replicas.into_iter().map(|replica| replica.peer).collect()
@@ -91,7 +92,7 @@ mod tests {
     use crate::txid::{Epoch, Txid};
 
     #[test]
-    fn the_replicas_that_have_the_most_come_first() {
+    fn the_replicas_that_have_the_most_come_first_and_followers_not_at_all() {
         let position = |number| Position::new(Txid::new(Epoch::new(1, 1), number), Checksum::EMPTY);
         let replica = |node, synced: Option<u64>, applied: Option<u64>| ReplicaStatus {
             peer: PeerInfo {
@@ -99,6 +100,8 @@ mod tests {
                 incarnation: Incarnation::NIL,
                 addresses: Addresses::default(),
             },
+            key: None,
+            follower: node == 5,
             applied: applied.map(position),
             synced: synced.map(position),
             since: std::time::SystemTime::UNIX_EPOCH,
@@ -108,6 +111,7 @@ mod tests {
             replica(2, Some(5), Some(7)),
             replica(3, Some(5), Some(8)),
             replica(4, Some(6), Some(6)),
+            replica(5, Some(9), Some(9)),
         ];
         let nodes: Vec<NodeId> = best_known(replicas).iter().map(|peer| peer.node).collect();
         assert_eq!(nodes, [4, 3, 2, 1].map(NodeId::from_u128));

@@ -12,6 +12,7 @@ use rusqlite::Transaction;
 use super::*;
 use crate::db::{Config, Db};
 use crate::lease::Fixed;
+use crate::secret::Secret;
 use crate::txid::Txid;
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -21,7 +22,11 @@ fn config(path: &Path) -> Config {
         conn.execute_batch("CREATE TABLE IF NOT EXISTS t(a INTEGER PRIMARY KEY)")?;
         Ok::<_, Error>(())
     };
-    Config::new(path).database("notes").listen(([127, 0, 0, 1], 0).into()).migrate(create)
+    Config::new(path)
+        .database("notes")
+        .secret(Secret::fixed([7; 32]))
+        .listen(([127, 0, 0, 1], 0).into())
+        .migrate(create)
 }
 
 fn endpoint(db: &Db) -> Endpoint {

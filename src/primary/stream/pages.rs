@@ -133,8 +133,10 @@ impl ReplicaStream {
                     break;
                 }
                 let source = self.source.clone();
-                let read =
-                    move || answer(|first, most| source.read_piece(first, most), source.page_size(), &some);
+                let read = move || {
+                    let of = (source.page_size(), source.page_key());
+                    answer(|first, most| source.read_piece(first, most), of, &some)
+                };
                 let (bytes, sent) = blocking(read).await?;
                 last = Some(sent);
                 if !bytes.is_empty() {

@@ -24,6 +24,7 @@ use crate::checksum::Checksum;
 use crate::context::{EpochsHeard, LeaseContext, NodeContext, RoleChange, SyncedClock, ToDisk};
 pub(super) use crate::ends::comes;
 use crate::fence::boot_time;
+use crate::keys::DatabaseKeys;
 use crate::peer::{Incarnation, NodeId};
 use crate::proxy::ReplayLayer;
 use crate::secret::{Keyring, Secret};
@@ -63,8 +64,18 @@ pub(super) fn leased(me: PeerInfo, role: Role) -> Arc<NodeContext> {
 }
 
 fn with_lease(me: PeerInfo, role: Role, lease: LeaseContext) -> Arc<NodeContext> {
-    let keys = Keyring::new(&[Secret::fixed([7; 32])]).unwrap();
-    let node = NodeContext::new(me, "c".into(), "app".into(), keys, role, lease);
+    with_keys(me, role, lease, Keyring::new(&[Secret::fixed([7; 32])]).unwrap())
+}
+
+/// A follower, which has no secret of the others.
+pub(super) fn follower(id: u128) -> Arc<NodeContext> {
+    let keys = Keyring::with_followers(&[], &[Secret::fixed([8; 32])]).unwrap();
+    with_keys(peer(id, ""), Role::Replica, LeaseContext::fixed(), keys)
+}
+
+fn with_keys(me: PeerInfo, role: Role, lease: LeaseContext, keys: Keyring) -> Arc<NodeContext> {
+    let keys = (keys, crate::channel::Channel::open());
+    let node = NodeContext::new(me, "c".into(), "app".into(), keys, role, lease, DatabaseKeys::fixed(7));
     let mut history = EpochHistory::default();
     history.push(EpochStart { epoch: epoch(1), first: 1, before: Checksum::EMPTY });
     node.applied.replace(history, Some(at(10)));
@@ -77,7 +88,13 @@ fn with_lease(me: PeerInfo, role: Role, lease: LeaseContext) -> Arc<NodeContext>
 /// Tells a node who the primary is.
 pub(super) fn follow(node: &NodeContext, number: u64, primary: Option<PeerInfo>) {
     node.roles.send_modify(|state| {
-        *state = RoleState { role: Role::Replica, epoch: epoch(number), primary, waits_for: None }
+        *state = RoleState {
+            role: Role::Replica,
+            epoch: epoch(number),
+            primary,
+            primary_key: None,
+            waits_for: None,
+        }
     });
 }
 

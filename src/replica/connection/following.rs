@@ -1,18 +1,40 @@
-//! Whom the node follows, and whether that one takes requests, as its stream says.
+//! Whom the node follows, whether that one takes requests, and by which keys, as its stream says.
 
 use crate::context::RoleChange;
+use crate::engine::StreamError;
 use crate::error::Result;
+use crate::keys::DatabaseKeys;
 use crate::replica::Feed;
 use crate::replica::connection::PrimaryConnection;
+use crate::replica::units::Units;
 use crate::status::{PeerInfo, Role};
 use crate::txid::Epoch;
-use crate::wire::{Handed, HandoffStage, Message, Unit};
+use crate::wire::{Handed, HandoffStage, Message, PeerKeys, Plan, Unit, Welcome};
 
 impl<F: Feed> PrimaryConnection<'_, F> {
+    /// From here on this node has the keys of the primary.
+    pub(super) async fn take_keys(
+        &self,
+        welcome: &Welcome,
+        units: &mut Units<'_>,
+    ) -> Result<(), StreamError> {
+        let ours = self.node.database_keys.get();
+        let PeerKeys { page, token } = welcome.keys;
+        if welcome.plan == Plan::Recover && page != ours.page {
+            return Err(self.garbled("another page key, and records that are to go on".into()).into());
+        }
+        let keys = DatabaseKeys { page, token: token.unwrap_or(ours.token) };
+        if keys != ours {
+            self.feed.take_keys(keys).await?;
+        }
+        units.expect_pages(page);
+        Ok(())
+    }
+
     pub(super) fn follows(&mut self, epoch: Epoch, peer: PeerInfo) {
         self.epoch = Some(epoch);
         self.peer = Some(peer.clone());
-        let primary = (!self.drained.is_cancelled() && !self.withheld).then_some(peer);
+        let primary = (!self.drained.is_cancelled() && !self.withheld).then_some((peer, self.key));
         self.node.change_role(RoleChange::Follows { primary, epoch });
     }
 

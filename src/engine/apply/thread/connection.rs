@@ -190,7 +190,8 @@ impl Apply {
         if self.state.below().is_some() {
             return Err(StreamError::garbled("a snapshot over a live database"));
         }
-        connection.receiving = Receiving::Snapshot(IncomingState::begin(&self.options.paths, begin)?);
+        connection.receiving =
+            Receiving::Snapshot(IncomingState::begin(&self.options.paths, self.options.page_key(), begin)?);
         Ok(())
     }
 
@@ -214,7 +215,7 @@ impl Apply {
         if !self.state.known().is_some_and(ours) {
             connection.next_history = Some(history);
         } else if history != self.history {
-            write_epochs(&self.options.paths, &history, false)?;
+            write_epochs(self.options.keyed(), &history, false)?;
             self.history = history.clone();
             self.node.applied.replace(history, self.node.applied.position());
         }

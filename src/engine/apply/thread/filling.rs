@@ -3,7 +3,6 @@
 
 use bytes::BytesMut;
 
-use crate::checksum::PageHash;
 use crate::engine::apply::stream_error::StreamError;
 use crate::engine::apply::thread::Apply;
 use crate::engine::apply::thread::stage::{Remedy, Served, State, Suspect};
@@ -41,7 +40,7 @@ impl Apply {
         self.make_room(ready.page_size)?;
         let live = self.state.empty(ready.page_size).ok_or(StreamError::WrittenMeanwhile)?;
         copy(live, ready)?;
-        write_epochs(&self.options.paths, &history, false)?;
+        write_epochs(self.options.keyed(), &history, false)?;
         live.base.log.reset(ready.position)?;
         if let Err(error) = commit(live, ready) {
             live.abort();
@@ -147,8 +146,8 @@ fn commit(live: &mut WalAppender, ready: &Ready) -> Result<()> {
     ready.read(PageNo::FIRST, &mut first)?;
     live.handle.read(&mut there, 0)?;
     // While the file has the first page of an empty database, it is no state without its WAL.
-    let witness =
-        (there[..] != first[..]).then(|| Witness::new(PageNo::FIRST, PageHash::of(PageNo::FIRST, &there)));
+    let witness = (there[..] != first[..])
+        .then(|| Witness::new(PageNo::FIRST, base.page_key.hash(PageNo::FIRST, &there)));
     let file = FileState::Backfilling(witness.into_iter().collect());
     let mut page = Some((PageNo::FIRST, first.freeze()));
     live.replace(&mut |_| Ok(page.take()), ready.position, ready.pages, &mut |tip| {

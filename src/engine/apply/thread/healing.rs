@@ -104,7 +104,8 @@ impl Apply {
         let tip = live.base.tip();
         let HealBegin { from, compare, .. } = begin;
         self.node.report(Condition::HealStarted { position: tip.position, from, compare, why });
-        let mut incoming = IncomingState::over(&self.options.paths, begin, tip.pages)?;
+        let mut incoming =
+            IncomingState::over(&self.options.paths, self.options.page_key(), begin, tip.pages)?;
         let healing = if begin.compare {
             Healing { heal: Heal::compare(begin), fork: None, records_from: None, behind: false }
         } else {
@@ -131,7 +132,7 @@ impl Apply {
             return Err(no_state());
         }
         self.node.report(Condition::SnapshotResumed { from: begin.from });
-        let incoming = IncomingState::over(&self.options.paths, begin, 0)?;
+        let incoming = IncomingState::over(&self.options.paths, self.options.page_key(), begin, 0)?;
         let heal = Heal::compare(begin);
         let healing = Healing { heal, fork: None, records_from: None, behind: false };
         connection.receiving = Receiving::Heal(incoming, healing);
@@ -228,7 +229,7 @@ impl LeadingBack<'_> {
         if self.healing.heal.begin.diverged || !vouched || self.damaged {
             kept = Some(self.keep(live)?);
         }
-        write_epochs(&live.base.options.paths, self.theirs, false)?;
+        write_epochs(live.base.options.keyed(), self.theirs, false)?;
         live.base.log.reset(self.ready.position)?;
         mend::replace(live, self.ready)?;
         Ok(kept)

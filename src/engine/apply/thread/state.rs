@@ -133,7 +133,8 @@ impl Apply {
         }
         // Pages of a snapshot that became the state before the node died. A snapshot with pages of
         // another size stays: it is to replace what is here.
-        if incoming::progress(&self.options.paths).is_some_and(|begun| begun.page_size == live.base.page_size)
+        if incoming::progress(&self.options.paths, self.options.page_key())
+            .is_some_and(|begun| begun.page_size == live.base.page_size)
         {
             incoming::discard(&self.options.paths)?;
         }
