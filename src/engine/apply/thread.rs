@@ -49,6 +49,8 @@ pub(in crate::engine) struct Apply {
     suspect: Suspect,
     /// Where a stream brought garbage before.
     garbled_at: Option<Position>,
+    /// The keys of another primary were just taken.
+    rekeyed: bool,
     pace: HealPacer,
     bounded: Bounded,
 }
@@ -89,6 +91,7 @@ impl Apply {
             history: EpochHistory::default(),
             suspect: Suspect::No,
             garbled_at: None,
+            rekeyed: false,
             pace: HealPacer::default(),
             bounded: Bounded::new(),
         }

@@ -28,11 +28,15 @@ impl Apply {
             return Ok(());
         }
         self.options.log.page_key = keys.page;
-        self.node.report(Condition::KeysAdopted { database: self.options.paths.database() });
         let remedy = match &self.state {
             State::Known(Served { remedy, .. }) | State::Unknown(_, remedy) => Some(*remedy),
             _ => None,
         };
+        match remedy {
+            Some(_) => self.node.report(Condition::KeysAdopted { database: self.options.paths.database() }),
+            // A new replica, which all keys fit.
+            None => tracing::info!("the keys of the database come from the primary"),
+        }
         self.end_service();
         self.state.close();
         // What this node promised of that state is not.
@@ -41,7 +45,9 @@ impl Apply {
         (self.suspect, self.garbled_at) = (Suspect::No, None);
         // What was synced of the names before says nothing of those to come.
         self.node.lease.synced.set(None);
+        self.rekeyed = true;
         self.open_anew();
+        self.rekeyed = false;
         if let State::Unopened = self.state {
             return Err(Error::NoState("what is at the path can't be opened".into()));
         }

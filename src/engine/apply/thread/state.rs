@@ -58,6 +58,7 @@ impl Apply {
             Ok(())
         } else {
             let why = match opened.doubt()? {
+                _ if self.rekeyed => "the names of its states went with another page key".into(),
                 Some(why) => format!("it is damaged: {why}"),
                 None => "it is no state of the cluster".into(),
             };
