@@ -67,46 +67,42 @@ fn is_bare(headers: &HeaderMap) -> bool {
     headers.keys().all(|name| name == "date")
 }
 
-/// The head keeps strangers away from TLS, and is no more than that.
+/// The head keeps strangers away from TLS, and is no more than that: one that was recorded and came
+/// to no node begins a channel, once.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_recorded_head_begins_tls_and_a_recorded_knock_gets_nothing_in_it() {
+async fn a_recorded_head_begins_tls_once_and_a_recorded_knock_gets_nothing_in_it() {
     let world = World::new().await;
     let door = Door::Mounted;
-    let ender = Ender::start(door, world.at(door), Inside::Pass).await;
-    let url = door.url(ender.address);
-    let replica = replite::Db::open(replica(&world.dir.path().join("r.db"), &url)).await.unwrap();
-    comes("a knock", || !ender.seen.lock().unwrap().heads.is_empty()).await;
-    let (outer, inner) = {
-        let seen = ender.seen.lock().unwrap();
-        (seen.tunnels[0].clone(), seen.heads[0].clone())
-    };
-    replica.shutdown().await;
-    drop(ender);
+    let passing = Ender::start(door, world.at(door), Inside::Pass).await;
+    let (used, _) = heads_of(&world, &passing, "u.db", 1).await;
+    let (answer, _) = tunnel(world.at(door), &used[0]).await.unwrap();
+    assert!(answer.status() == 404 && is_bare(answer.headers()), "{answer:?}");
+
+    let keeping = Ender::start(door, world.at(door), Inside::Answer).await;
+    let (outer, inner) = heads_of(&world, &keeping, "k.db", 1).await;
+    let (outer, inner) = (outer[0].clone(), inner[0].clone());
+    let (answer, io) = tunnel(world.at(door), &outer).await.unwrap();
+    assert_eq!(answer.status(), 200);
+    let (mounted, connection) = h2::client::handshake(Key::new().connect(io).await.unwrap()).await.unwrap();
+    tokio::spawn(connection);
+    let io = TcpStream::connect(world.at(Door::Own)).await.unwrap();
+    let (own, connection) = h2::client::handshake(Key::new().connect(io).await.unwrap()).await.unwrap();
+    tokio::spawn(connection);
+    let mut doors = [mounted, own];
     for path in ["/v1/stream", "/v1/standing", "/v1/command", "/v1/tunnel", "/"] {
-        let (answer, io) = tunnel(world.at(door), &outer).await.unwrap();
-        assert_eq!(answer.status(), 200);
-        let io = Key::new().connect(io).await.unwrap();
-        let (mut client, connection) = h2::client::handshake(io).await.unwrap();
-        tokio::spawn(connection);
-        let mut request = Request::post(format!("http://x{path}")).body(()).unwrap();
-        *request.headers_mut() = if path == "/v1/tunnel" { outer.clone() } else { inner.clone() };
-        let (answer, mut up) = client.send_request(request, false).unwrap();
-        let _ = up.send_data(Bytes::from_static(MARK), true);
-        let answer = within("an answer", answer).await.unwrap();
-        assert!(answer.status() == 404 && is_bare(answer.headers()), "{path}: {answer:?}");
-        let mut body = answer.into_body();
-        assert!(within("the end", body.data()).await.is_none());
-        // Nor at the own listener.
-        let io = TcpStream::connect(world.at(Door::Own)).await.unwrap();
-        let io = Key::new().connect(io).await.unwrap();
-        let (mut client, connection) = h2::client::handshake(io).await.unwrap();
-        tokio::spawn(connection);
-        let mut request = Request::post(format!("http://x{path}")).body(()).unwrap();
-        *request.headers_mut() = inner.clone();
-        let (answer, _) = client.send_request(request, true).unwrap();
-        let answer = within("an answer", answer).await.unwrap();
-        assert!(answer.status() == 404 && is_bare(answer.headers()), "{path}: {answer:?}");
+        for client in &mut doors {
+            let mut request = Request::post(format!("http://x{path}")).body(()).unwrap();
+            *request.headers_mut() = if path == "/v1/tunnel" { outer.clone() } else { inner.clone() };
+            let (answer, mut up) = client.send_request(request, false).unwrap();
+            let _ = up.send_data(Bytes::from_static(MARK), true);
+            let answer = within("an answer", answer).await.unwrap();
+            assert!(answer.status() == 404 && is_bare(answer.headers()), "{path}: {answer:?}");
+            let mut body = answer.into_body();
+            assert!(within("the end", body.data()).await.is_none());
+        }
     }
+    let (answer, _) = tunnel(world.at(door), &outer).await.unwrap();
+    assert!(answer.status() == 404 && is_bare(answer.headers()), "again: {answer:?}");
     // The same head on another path, and another method, is no head.
     let io = TcpStream::connect(world.at(door)).await.unwrap();
     let (mut client, connection) = h2::client::handshake(io).await.unwrap();
@@ -119,7 +115,7 @@ async fn a_recorded_head_begins_tls_and_a_recorded_knock_gets_nothing_in_it() {
     world.end(Vec::new(), &[]).await;
 }
 
-/// One who recorded a head holds channels open; the honest replica has its own.
+/// One who recorded heads holds channels open; the honest replica has its own.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn channels_that_nothing_is_asked_in_end_by_themselves() {
     let world = World::new().await;
@@ -127,15 +123,13 @@ async fn channels_that_nothing_is_asked_in_end_by_themselves() {
     let relay = world.relay(door).await;
     let honest = world.replica("r.db", door, &relay).await;
     world.level(&honest).await;
-    let ender = Ender::start(door, world.at(door), Inside::Pass).await;
-    let url = door.url(ender.address);
-    let victim = replite::Db::open(replica(&world.dir.path().join("v.db"), &url)).await.unwrap();
-    comes("a head", || !ender.seen.lock().unwrap().tunnels.is_empty()).await;
-    let outer = ender.seen.lock().unwrap().tunnels[0].clone();
-    victim.shutdown().await;
+    let ender = Ender::start(door, world.at(door), Inside::Answer).await;
+    let (heads, _) = heads_of(&world, &ender, "v.db", 3).await;
     let mut held = Vec::new();
-    for _ in 0..40 {
-        held.push(tunnel(world.at(door), &outer).await.unwrap().1);
+    for head in &heads {
+        let (answer, io) = tunnel(world.at(door), head).await.unwrap();
+        assert_eq!(answer.status(), 200);
+        held.push(io);
     }
     world.level(&honest).await;
     for mut io in held {
@@ -146,6 +140,20 @@ async fn channels_that_nothing_is_asked_in_end_by_themselves() {
         });
         ended.await.expect("a channel without TLS ends");
     }
-    drop(ender);
     world.end(vec![honest], &[&relay]).await;
+}
+
+/// So many heads, outside of TLS and inside, of a replica that dials the one between.
+async fn heads_of(
+    world: &World,
+    ender: &Ender,
+    name: &str,
+    count: usize,
+) -> (Vec<HeaderMap>, Vec<HeaderMap>) {
+    let url = Door::Mounted.url(ender.address);
+    let replica = replite::Db::open(replica(&world.dir.path().join(name), &url)).await.unwrap();
+    comes("so many heads", || ender.seen.lock().unwrap().heads.len() >= count).await;
+    replica.shutdown().await;
+    let seen = ender.seen.lock().unwrap();
+    (seen.tunnels.clone(), seen.heads.clone())
 }
