@@ -314,31 +314,27 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn an_answer_that_is_not_taken_keeps_no_connection_once_it_is_made() {
         const WORK: Duration = Duration::from_secs(100);
-        let listener = Listener::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
-        let address = listener.address();
+        let (ours, theirs) = tokio::io::duplex(64 * 1024);
         let (tracker, stop) = (TaskTracker::new(), CancellationToken::new());
-        let service = |_| {
-            tower::service_fn(|request: Request<Incoming>| async move {
-                let answering = request.extensions().get::<Answering>().cloned().unwrap();
-                tokio::spawn(async move {
-                    tokio::time::sleep(WORK).await;
-                    drop(answering);
-                });
-                let body = http_body_util::Full::new(Bytes::from_static(&[0; 1000]));
-                Ok::<_, std::convert::Infallible>(Response::new(body))
-            })
-        };
-        tracker.spawn(listener.serve(Channel::open(), service, tracker.clone(), stop.clone()));
-        let io = TcpStream::connect(address).await.unwrap();
+        let service = tower::service_fn(|request: Request<Incoming>| async move {
+            let answering = request.extensions().get::<Answering>().cloned().unwrap();
+            tokio::spawn(async move {
+                tokio::time::sleep(WORK).await;
+                drop(answering);
+            });
+            let body = http_body_util::Full::new(Bytes::from_static(&[0; 1000]));
+            Ok::<_, std::convert::Infallible>(Response::new(body))
+        });
+        tracker.spawn(serve_http(theirs, service, tracker.clone(), stop.clone()));
         let mut builder = h2::client::Builder::new();
         let (mut client, connection) =
-            builder.initial_window_size(0).handshake::<_, Bytes>(io).await.unwrap();
+            builder.initial_window_size(0).handshake::<_, Bytes>(ours).await.unwrap();
         let began = tokio::time::Instant::now();
         let held = tokio::spawn(connection);
         let request = Request::post("http://node/").body(()).unwrap();
         let (response, _) = client.send_request(request, true).unwrap();
         let response = response.await.unwrap();
-        let _ = held.await.unwrap();
+        let _ = tokio::time::timeout(2 * WORK, held).await.expect("it ends").unwrap();
         assert!(began.elapsed() >= WORK && began.elapsed() < WORK + 3 * IDLE_TIMEOUT);
         drop(response);
         stop.cancel();
