@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, OnceLock};
 
 use rusqlite::config::DbConfig;
@@ -84,15 +84,23 @@ pub fn say(line: &str) {
     acks.lock().unwrap().write_all(format!("{line}\n").as_bytes()).unwrap();
 }
 
-/// The checksum of all pages, as docs/design.md defines it.
+/// The page key of a database, as docs/design.md has it in `database-keys`. Zeros where there is none:
+/// then nothing has a checksum yet.
+fn page_key(path: &Path) -> [u8; 28] {
+    let keys = PathBuf::from(format!("{}-replite/database-keys", path.display()));
+    let bytes = std::fs::read(keys).unwrap_or_default();
+    bytes.get(12..40).and_then(|key| key.try_into().ok()).unwrap_or([0; 28])
+}
+
+/// The checksum of all pages with this page key, as docs/design.md defines it.
 #[must_use]
-pub fn checksum(pages: &[u8], page_size: usize) -> u128 {
+pub fn checksum(pages: &[u8], page_size: usize, page_key: &[u8; 28]) -> u128 {
     let mut sum = 0u128;
     for (number, page) in (1u32..).zip(pages.chunks_exact(page_size)) {
         if u64::from(number - 1) * page_size as u64 == 0x4000_0000 {
             continue;
         }
-        let key = [&b"replite page hash, version 1"[..], &number.to_le_bytes()].concat();
+        let key = [&page_key[..], &number.to_le_bytes()].concat();
         let hash = blake3::keyed_hash(&key.try_into().unwrap(), page);
         sum = sum.wrapping_add(u128::from_le_bytes(hash.as_bytes()[..16].try_into().unwrap()));
     }
@@ -109,7 +117,7 @@ pub fn pages(path: &Path) -> Result<(Vec<u8>, u128), String> {
     conn.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).map_err(text)?;
     let size: usize = conn.query_row("PRAGMA page_size", [], |r| r.get(0)).map_err(text)?;
     let pages = conn.serialize("main").map_err(text)?.to_vec();
-    let sum = checksum(&pages, size);
+    let sum = checksum(&pages, size, &page_key(path));
     Ok((pages, sum))
 }
 
