@@ -37,7 +37,7 @@ use std::time::Instant;
 /// Figures that are measured together, and what measures them.
 type Figure = (&'static [&'static str], fn());
 
-const FIGURES: [Figure; 29] = [
+const FIGURES: [Figure; 31] = [
     (&["commit_normal_ratio"], commits::normal),
     (&["commit_full_ratio"], commits::full),
     (&["group_commit_ratio"], commits::group),
@@ -62,6 +62,8 @@ const FIGURES: [Figure; 29] = [
     (&["hash_us_per_page"], heals::hashes),
     (&["wal_peak_mib", "wal_commits_ratio"], wal::bounded),
     (&["failover_p50_s", "failover_max_s"], roles::failover),
+    (&["members_failover_p50_s", "members_failover_max_s"], roles::members_failover),
+    (&["members_bytes_per_minute"], roles::members_idle),
     (&["restart_takeover_ms"], roles::restart),
     (&["promote_ms", "promote_first_write_ms", "demote_ms"], roles::changes),
     (&["lease_requests_per_minute"], roles::requests),

@@ -6,6 +6,8 @@ mod config;
 mod events;
 mod identity;
 mod lease;
+#[cfg(feature = "members")]
+mod members;
 mod open;
 mod preflight;
 mod repair;
@@ -16,6 +18,8 @@ mod status;
 #[cfg(all(test, feature = "tls"))]
 mod tests;
 mod verify;
+#[cfg(feature = "members")]
+mod witness;
 mod write;
 
 use std::path::Path;
@@ -47,6 +51,8 @@ pub(crate) use identity::fuzz_identity;
 pub(crate) use identity::fuzz_identity_seed;
 pub use repair::Repair;
 pub use snapshot::Snapshot;
+#[cfg(feature = "members")]
+pub use witness::Witness;
 
 /// A replicated SQLite database: one node's handle. Clones share it.
 ///

@@ -251,6 +251,11 @@ impl Election {
         }
     }
 
+    /// So many nodes make the first record together, by what the store says of it.
+    pub(crate) fn set_starters(&mut self, nodes: usize) {
+        self.settings.bootstrap = Some(nodes);
+    }
+
     /// The last decisions, oldest first.
     pub(crate) fn decisions(&self) -> impl Iterator<Item = &Decided> {
         self.told.decisions.iter()

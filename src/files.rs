@@ -13,6 +13,8 @@ pub(crate) mod channel_key;
 mod inode;
 pub(crate) mod keys;
 pub(crate) mod lease;
+#[cfg(feature = "members")]
+pub(crate) mod member;
 mod modes;
 mod names;
 mod paths;
@@ -34,6 +36,8 @@ use crate::files::modes::{database_mode, give};
 pub(crate) use certificates::CertificateFiles;
 pub(crate) use inode::Inode;
 pub(crate) use modes::{PRIVATE, set_mode};
+#[cfg(feature = "members")]
+pub(crate) use names::list;
 pub(crate) use names::{absent, parent_of, place, remove, remove_directory, sync_directory, sync_name};
 pub(crate) use paths::{Paths, beside};
 pub(crate) use positioned::{read_at, read_exact_at, write_all_at};

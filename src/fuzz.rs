@@ -35,7 +35,7 @@ const KEYS: DatabaseKeys = DatabaseKeys::fixed(7);
 pub type Target = (&'static str, fn(&[u8]));
 
 /// All of them.
-pub const TARGETS: [Target; 14] = [
+pub const TARGETS: &[Target] = &[
     ("wire", wire),
     ("wire_sealed", wire_sealed),
     ("log", log),
@@ -50,6 +50,10 @@ pub const TARGETS: [Target; 14] = [
     ("texts", texts),
     ("http", http),
     ("record", crate::lease::record::fuzz_record),
+    #[cfg(feature = "members")]
+    ("members", crate::members::storage::fuzz_members),
+    #[cfg(feature = "members")]
+    ("members_words", crate::members::fuzz_members_words),
 ];
 
 /// Units out of chunks of any size; what decodes encodes to the same bytes.
@@ -322,7 +326,7 @@ mod tests {
     #[test]
     fn no_decoder_falls_over_its_corpus_or_what_is_like_it() {
         let mut rng = StdRng::seed_from_u64(9);
-        for (name, run) in TARGETS {
+        for (name, run) in TARGETS.iter().copied() {
             let inputs = inputs(name);
             assert!(!inputs.is_empty() || !corpus("wire").exists(), "no corpus for {name}");
             for input in &inputs {
@@ -376,6 +380,14 @@ mod tests {
         write("identity", "database-keys", &crate::files::keys::fuzz_keys_seed());
         for (name, bytes) in crate::lease::record::seeds() {
             write("record", name, &bytes);
+        }
+        #[cfg(feature = "members")]
+        for (name, bytes) in crate::members::storage::fuzz_members_seeds() {
+            write("members", name, &bytes);
+        }
+        #[cfg(feature = "members")]
+        for (name, bytes) in crate::members::fuzz_members_words_seeds() {
+            write("members_words", name, &bytes);
         }
         for (name, bytes) in crate::files::lease::fuzz_lease_seeds() {
             write("identity", name, &bytes);

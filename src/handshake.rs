@@ -12,6 +12,9 @@
 //! An operator's command ([`COMMAND_PATH`]) comes in the same way, with keys of its own: the proof
 //! is over both nonces and the command. No question of a node can be taken for one.
 //!
+//! Who asks the members that keep a lease's record ([`MEMBERS_PATH`]) proves both nonces once more,
+//! with keys of its own. What follows in the bodies is said inside the channel.
+//!
 //! A follower proves all of this by a secret of followers, and is answered by the same one. A
 //! member takes an answer of none but members. See [`Rights`](crate::secret::Rights).
 //!
@@ -49,6 +52,8 @@ pub(crate) const STREAM_PATH: &str = "/v1/stream";
 pub(crate) const STANDING_PATH: &str = "/v1/standing";
 /// The same for an operator's command.
 pub(crate) const COMMAND_PATH: &str = "/v1/command";
+/// The same for the members that keep the lease's record.
+pub(crate) const MEMBERS_PATH: &str = "/v1/members";
 /// The stream's content type: not one that compression layers have on their lists.
 pub(crate) const CONTENT_TYPE: &str = "application/vnd.replite.stream";
 /// Bytes of a nonce.

@@ -3,6 +3,7 @@
 #![doc = "[docs/stack.md]: crate::guide::stack"]
 #![doc = "[docs/trouble.md]: crate::guide::trouble"]
 #![doc = "[docs/failover.md]: crate::guide::failover"]
+#![doc = "[docs/leases.md]: crate::guide::leases"]
 #![doc = "[docs/operator.md]: crate::guide::operator"]
 #![doc = "[docs/trust.md]: crate::guide::trust"]
 #![doc = "[docs/design.md]: https://docs.rs/crate/replite/latest/source/docs/design.md"]
@@ -18,6 +19,8 @@
 #[doc = "[trouble.md]: crate::guide::trouble"]
 #[doc = "[failover.md]: crate::guide::failover"]
 #[doc = "[operator.md]: crate::guide::operator"]
+#[doc = "[leases.md]: crate::guide::leases"]
+#[doc = "[failover.md]: crate::guide::failover"]
 #[doc = "[trust.md]: crate::guide::trust"]
 #[doc = "[migrations.md]: crate::guide::migrations"]
 #[doc = "[bad pages]: crate::guide::trouble#bad-pages-of-a-primary"]
@@ -29,6 +32,7 @@ pub mod guide {
     #[doc = include_str!("../docs/stack.md")]
     pub mod stack {}
 
+    #[doc = "[leases.md]: crate::guide::leases"]
     #[doc = "[Secrets and addresses]: crate::guide#secrets-and-addresses"]
     #[doc = ""]
     #[doc = include_str!("../docs/trouble.md")]
@@ -36,11 +40,21 @@ pub mod guide {
 
     #[doc = "[Lost branches]: crate::guide#lost-branches"]
     #[doc = "[Behind a proxy]: crate::guide#behind-a-proxy"]
+    #[doc = "[leases.md]: crate::guide::leases"]
     #[doc = ""]
     #[doc = include_str!("../docs/failover.md")]
     pub mod failover {}
 
+    #[doc = "[failover.md]: crate::guide::failover"]
+    #[doc = "[operator.md]: crate::guide::operator"]
+    #[doc = ""]
+    // Its code needs the stores.
+    #[cfg(any(not(doctest), feature = "members"))]
+    #[doc = include_str!("../docs/leases.md")]
+    pub mod leases {}
+
     #[doc = "[Lost branches]: crate::guide#lost-branches"]
+    #[doc = "[leases.md]: crate::guide::leases"]
     #[doc = ""]
     #[doc = include_str!("../docs/operator.md")]
     pub mod operator {}
@@ -85,6 +99,7 @@ mod keys;
 pub mod lease;
 mod lock;
 mod log;
+mod members;
 #[cfg(feature = "metrics")]
 mod metrics;
 mod net;
@@ -114,6 +129,8 @@ mod wire;
 
 pub use channel::{Certificates, Plaintext};
 pub use checksum::Checksum;
+#[cfg(feature = "members")]
+pub use db::Witness;
 pub use db::{Commit, Config, ConnectionKind, Db, Events, Repair, Snapshot, WriterGuard};
 pub use engine::{Durability, Lost, LostBranch, LostKind, LostRow, LostRows};
 pub use error::{Blame, Cause, Error, PeerProblem, Result, Unsupported};

@@ -2,9 +2,16 @@
 
 mod dial;
 mod heeded;
+#[cfg(any(feature = "etcd", feature = "object-store"))]
+mod https;
 mod listen;
 mod pipe;
 mod prompt;
+#[cfg(not(feature = "tls"))]
+#[path = "net/no_server_tls.rs"]
+mod server_tls;
+#[cfg(feature = "tls")]
+mod server_tls;
 mod url;
 mod watched;
 
@@ -25,8 +32,11 @@ use tokio_util::task::TaskTracker;
 #[cfg(test)]
 pub(crate) use dial::open_on;
 pub(crate) use dial::{OpenResponse, RequestBody, Tunnel, Way, open};
+#[cfg(any(feature = "etcd", feature = "object-store"))]
+pub(crate) use https::{HttpsClient, HttpsError, read_body};
 pub(crate) use listen::{Answering, Listener, serve_private};
 pub(crate) use pipe::{Pipe, PipeBody};
+pub(crate) use server_tls::{Pem, ServerTls, was_refused};
 pub(crate) use url::{Endpoint, Scheme};
 
 /// HTTP/2 flow control of one stream, in bytes: what may be under way in one direction. 8 MiB keep

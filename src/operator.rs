@@ -19,6 +19,8 @@
 //! ```
 
 mod loss;
+#[cfg(feature = "members")]
+mod members;
 mod moving;
 mod nodes;
 mod problem;
@@ -26,7 +28,6 @@ mod register;
 mod table;
 mod view;
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use tokio_util::task::TaskTracker;
@@ -35,8 +36,8 @@ use crate::channel::{Certificates, Channel, Plaintext};
 use crate::context::OperatorCommand;
 use crate::error::Error;
 use crate::handshake::Asker;
-use crate::lease::Store;
 use crate::lease::record::LeaseState;
+use crate::lease::{Lease, LeaseKind};
 use crate::net::Endpoint;
 use crate::peer::{Incarnation, NodeId};
 use crate::secret::{Keyring, Secret};
@@ -45,6 +46,8 @@ use nodes::{Nodes, named};
 use register::{InRegister, Register, moved_to};
 
 pub use loss::{Difference, Loss, Promotion};
+#[cfg(feature = "members")]
+pub use members::{MemberView, MembersView};
 pub use problem::OperatorError;
 pub use view::{HolderView, LeaseStands, LeaseView, NodeAnswer, NodeView, RecordView, View};
 
@@ -55,7 +58,9 @@ const HANDOFF_LIMIT: Duration = Duration::from_secs(60);
 /// which needs time and IO; each has a limit of five seconds.
 #[derive(Clone, Debug)]
 pub struct Operator {
-    register: Register,
+    lease: Lease,
+    cluster: String,
+    database: String,
     secrets: Vec<Secret>,
     given: Vec<String>,
     by: String,
@@ -98,18 +103,11 @@ impl Operator {
     /// [`Config::cluster`](crate::Config::cluster) says, `default` if nothing, and
     /// [`Config::database`](crate::Config::database), the name of the database's file without its
     /// extension if nothing.
-    pub fn new(store: impl Store, cluster: impl Into<String>, database: impl Into<String>) -> Operator {
-        Operator::shared(Arc::new(store), cluster, database)
-    }
-
-    /// The same for a store that others have, too.
-    pub fn shared(
-        store: Arc<dyn Store>,
-        cluster: impl Into<String>,
-        database: impl Into<String>,
-    ) -> Operator {
+    pub fn new(lease: impl Into<Lease>, cluster: impl Into<String>, database: impl Into<String>) -> Operator {
         Operator {
-            register: Register { store, cluster: cluster.into(), database: database.into() },
+            lease: lease.into(),
+            cluster: cluster.into(),
+            database: database.into(),
             secrets: Vec::new(),
             given: Vec::new(),
             by: "an operator".into(),
@@ -164,7 +162,11 @@ impl Operator {
     /// # Cancel safety
     /// Nothing is changed.
     pub async fn show(&self) -> View {
-        let found = self.register.look().await;
+        let register = self.register().await;
+        let found = match &register {
+            Ok(register) => register.look().await,
+            Err(error) => Err(OperatorError::Store(error.to_string())),
+        };
         let (mut given, mut wrong) = (Vec::new(), Vec::new());
         for url in &self.given {
             match Endpoint::parse(url) {
@@ -183,29 +185,21 @@ impl Operator {
             _ => None,
         };
         let nodes = named(record, &given);
-        let (record, mut nodes) = tokio::join!(self.record_view(found), self.described(nodes));
+        let (record, mut nodes) = tokio::join!(record_view(&register, found), self.described(nodes));
         nodes.extend(wrong);
-        let Register { cluster, database, .. } = &self.register;
-        let (cluster, database) = (cluster.clone(), database.clone());
+        let (cluster, database) = (self.cluster.clone(), self.database.clone());
         View { cluster, database, record, nodes }
     }
 
-    async fn record_view(&self, found: Result<InRegister, OperatorError>) -> RecordView {
-        let (record, version) = match found {
-            Err(error) => return RecordView::Unreachable { why: error.to_string() },
-            Ok(InRegister::Nothing) => return RecordView::Nothing,
-            Ok(InRegister::Bad(error, _)) => return RecordView::Unusable { why: error.to_string() },
-            Ok(InRegister::Record(record, version)) => (record, version),
+    /// Where the record is. Members are reached anew with each call.
+    async fn register(&self) -> Result<Register, OperatorError> {
+        let store = match &self.lease.0 {
+            LeaseKind::Fixed(_) => return Err(OperatorError::NoLease),
+            LeaseKind::Store(store) => store.clone(),
+            #[cfg(feature = "members")]
+            LeaseKind::Members(members) => std::sync::Arc::new(self.outside(members).await?),
         };
-        if let Some(to) = moved_to(&record) {
-            return RecordView::Moved { to };
-        }
-        let renewed = match record.state {
-            // A holder that lives renews it each quarter of the time.
-            LeaseState::Held(_) => self.register.is_replaced(&version, record.lease_time / 2).await,
-            LeaseState::Gathering | LeaseState::Released(_) => None,
-        };
-        RecordView::Lease(Box::new(LeaseView::of(&record, &version, renewed)))
+        Ok(Register { store, cluster: self.cluster.clone(), database: self.database.clone() })
     }
 
     async fn described(&self, nodes: Vec<NodeView>) -> Vec<NodeView> {
@@ -237,8 +231,8 @@ impl Operator {
         };
         let asker = Asker {
             keys: Keyring::new(&self.secrets).map_err(invalid)?,
-            cluster: self.register.cluster.clone(),
-            database: self.register.database.clone(),
+            cluster: self.cluster.clone(),
+            database: self.database.clone(),
             // It is no node, and its id is no node's.
             node: NodeId::random(),
             incarnation: Incarnation::random(),
@@ -276,7 +270,7 @@ impl Operator {
     }
 
     pub(crate) async fn set_paused(&self, paused: bool) -> Result<(), OperatorError> {
-        self.register.set_paused(paused).await
+        self.register().await?.set_paused(paused).await
     }
 
     /// Has the node that holds the lease hand it over: to this node, or to the one that is best.
@@ -291,7 +285,7 @@ impl Operator {
     /// A command that was sent is carried out.
     pub async fn handoff(&self, to: Option<NodeId>) -> Result<NodeId, OperatorError> {
         let nodes = self.nodes().await?;
-        let (record, _) = self.register.record().await?;
+        let (record, _) = self.register().await?.record().await?;
         let LeaseState::Held(tenure) = &record.state else { return Err(OperatorError::NoHolder) };
         let invalid = |error: Error| OperatorError::Invalid(error.to_string());
         let endpoint = Endpoint::parse(&tenure.holder.addresses.replication).map_err(invalid)?;
@@ -356,8 +350,29 @@ impl Operator {
     /// # Cancel safety
     /// Dropped, it may be done in part: at no time two stores have a record by which a node elects
     /// itself.
-    pub async fn move_to(&self, other: impl Store, named: &str) -> Result<(), OperatorError> {
-        let to = Register { store: Arc::new(other), ..self.register.clone() };
-        moving::move_record(&self.register, &to, named).await
+    pub async fn move_to(&self, other: impl Into<Lease>, named: &str) -> Result<(), OperatorError> {
+        let to = Operator { lease: other.into(), ..self.clone() };
+        moving::move_record(&self.register().await?, &to.register().await?, named).await
     }
+}
+
+async fn record_view(
+    register: &Result<Register, OperatorError>,
+    found: Result<InRegister, OperatorError>,
+) -> RecordView {
+    let (record, version) = match found {
+        Err(error) => return RecordView::Unreachable { why: error.to_string() },
+        Ok(InRegister::Nothing) => return RecordView::Nothing,
+        Ok(InRegister::Bad(error, _)) => return RecordView::Unusable { why: error.to_string() },
+        Ok(InRegister::Record(record, version)) => (record, version),
+    };
+    if let Some(to) = moved_to(&record) {
+        return RecordView::Moved { to };
+    }
+    let renewed = match (&record.state, register) {
+        // A holder that lives renews it each quarter of the time.
+        (LeaseState::Held(_), Ok(register)) => register.is_replaced(&version, record.lease_time / 2).await,
+        _ => None,
+    };
+    RecordView::Lease(Box::new(LeaseView::of(&record, &version, renewed)))
 }

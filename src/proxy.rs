@@ -13,7 +13,7 @@
 //! 4. `forward` sends the `head` and the kept body (`replay_body`) to the primary. `locate` knows
 //!    where that is, and holds the request while there is none.
 //! 5. `redirect` sends the client there in place of this node, where the layer is set up for that.
-//! 6. `dial` has the connections: `connect` opens them, with `tls` where the URL says so. `http2`
+//! 6. `dial` has the connections: `connect` opens them, with TLS where the URL says so. `http2`
 //!    is the one in HTTP/2, whose server `preface` watches. `tunnel` carries the bytes after an
 //!    upgrade.
 //! 7. `reply` sets tokens on what a local handler answered. `failure` is the answer to a request
@@ -45,11 +45,6 @@ mod service;
 mod shared;
 #[cfg(test)]
 mod tests;
-#[cfg(not(feature = "tls"))]
-#[path = "proxy/no_tls.rs"]
-mod tls;
-#[cfg(feature = "tls")]
-mod tls;
 mod tunnel;
 mod wait;
 
@@ -65,7 +60,6 @@ pub use layer::ReplayLayer;
 pub use route::Route;
 pub use service::ReplayService;
 pub use shared::{Forwarding, SameSite, SessionTokens, Upgrades};
-pub(crate) use tls::AppTls;
 
 /// What bodies may fail with.
 pub(crate) type BoxError = Box<dyn std::error::Error + Send + Sync>;

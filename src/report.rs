@@ -71,6 +71,8 @@ pub(crate) enum Part {
     Role,
     /// The certificates of the channel.
     Certificates,
+    /// What this node keeps of the lease's record with others.
+    Members,
 }
 
 impl Part {
@@ -92,6 +94,7 @@ impl Part {
             Part::Room => "the disk is full",
             Part::Role => "a change of the role is held up",
             Part::Certificates => "the certificates need to be looked at",
+            Part::Members => "this instance takes no part in keeping the lease",
         }
     }
 }

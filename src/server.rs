@@ -23,9 +23,12 @@ use crate::channel::{Binding, Plaintext};
 use crate::command::{self, COMMANDS_MAX};
 use crate::context::NodeContext;
 use crate::handshake::{
-    self, Answer, COMMAND_PATH, Knock, Nonce, Refusal, STANDING_PATH, STREAM_PATH, Stranger, TUNNEL_PATH,
-    TunnelKnock,
+    self, Answer, COMMAND_PATH, Knock, MEMBERS_PATH, Nonce, Refusal, STANDING_PATH, STREAM_PATH, Stranger,
+    TUNNEL_PATH, TunnelKnock,
 };
+use crate::members::MembersDoor;
+#[cfg(feature = "members")]
+use crate::members::PLACES_MAX;
 use crate::net::{self, Answering, Incoming, Pipe};
 use crate::primary::{self, Peer, ReplicaServer, StreamSender};
 use crate::report::Condition;
@@ -75,6 +78,8 @@ pub struct ReplicationService {
     inside: Option<Binding>,
     /// That of the channel, if it is inside of a request.
     place: Option<Arc<TunnelPlace>>,
+    #[cfg_attr(not(feature = "members"), allow(dead_code, reason = "there are no members to ask"))]
+    members: MembersDoor,
 }
 
 struct ServerShared {
@@ -108,12 +113,18 @@ impl ReplicationService {
             commanding: Arc::new(Semaphore::new(COMMANDS_MAX)),
             tunnels: Tunnels::new(),
         };
-        ReplicationService { shared: Arc::new(shared), inside: None, place: None }
+        let members = MembersDoor::default();
+        ReplicationService { shared: Arc::new(shared), inside: None, place: None, members }
+    }
+
+    /// The same, which also has those in that ask the members.
+    pub(crate) fn with_members(self, members: MembersDoor) -> ReplicationService {
+        ReplicationService { members, ..self }
     }
 
     /// The same on a connection.
     pub(crate) fn on(&self, inside: Option<Binding>) -> ReplicationService {
-        ReplicationService { shared: self.shared.clone(), inside, place: None }
+        ReplicationService { inside, place: None, ..self.clone() }
     }
 
     fn answer<B>(&self, request: Request<B>) -> Response<ReplicationBody>
@@ -219,18 +230,21 @@ impl ReplicationService {
         let answering = answering(&request);
         let path = request.uri().path();
         let (streams, commands) = (path.ends_with(STREAM_PATH), path.ends_with(COMMAND_PATH));
-        let asks = commands || path.ends_with(STANDING_PATH);
-        if !(streams || asks) || request.method() != Method::POST {
+        let (asks, members) = (commands || path.ends_with(STANDING_PATH), path.ends_with(MEMBERS_PATH));
+        if !(streams || asks || members) || request.method() != Method::POST {
             return Err(Refusal::Path);
         }
         self.check(&knock, request.version())?;
         if commands && proved.rights() == Rights::Follower {
             return Err(Refusal::Follower);
         }
+        if members {
+            return self.ask_members(request, knock, proved, answering);
+        }
         let ServerShared { node, replica_server, tracker, .. } = &*self.shared;
         let node = node.clone();
         if asks {
-            let (peer, (sender, response)) = self.let_ask(knock, proved)?;
+            let (peer, (sender, response)) = self.let_ask(knock, proved, &self.shared.asking, ASKING_MAX)?;
             let upstream = Incoming::new(request.into_body());
             let commanding = commands.then(|| self.shared.commanding.clone());
             tracker.spawn(async move {
@@ -262,6 +276,55 @@ impl ReplicationService {
         Ok(response)
     }
 
+    /// Lets a peer in that asks the members, if this node is one of those that know them.
+    #[cfg(feature = "members")]
+    fn ask_members<B>(
+        &self,
+        request: Request<B>,
+        knock: Knock,
+        proved: Proved,
+        answering: Option<Answering>,
+    ) -> Result<Response<ReplicationBody>, Refusal>
+    where
+        B: Body + Send + 'static,
+    {
+        let door = &self.members;
+        let (Some(member), Some(places), Some(guests)) = (door.get(), door.places(), door.guests()) else {
+            return Err(Refusal::Path);
+        };
+        let runtime = member.runtime().ok_or(Refusal::Busy)?.clone();
+        let (peer, (sender, response)) = self.let_ask(knock, proved, places, PLACES_MAX)?;
+        let (member, guests) = (member.clone(), guests.clone());
+        let upstream = Incoming::new(request.into_body());
+        let (node, mounted) = (self.shared.node.clone(), self.shared.mount == Mount::Mounted);
+        runtime.spawn(async move {
+            let asking = peer.knock.node;
+            let served = async {
+                tokio::select! {
+                    () = crate::members::serve(member, peer, guests, upstream, sender) => {}
+                    // The application's server waits for its connections.
+                    () = node.drain.cancelled(), if mounted => {}
+                }
+            };
+            if let Err(error) = caught_task("an answer", served).await {
+                node.report_aside(Condition::StreamPanicked { node: asking, error: &error });
+            }
+            drop(answering);
+        });
+        Ok(response)
+    }
+
+    #[cfg(not(feature = "members"))]
+    fn ask_members<B>(
+        &self,
+        _: Request<B>,
+        _: Knock,
+        _: Proved,
+        _: Option<Answering>,
+    ) -> Result<Response<ReplicationBody>, Refusal> {
+        Err(Refusal::Path)
+    }
+
     /// What any peer that proved the secret must be.
     fn check(&self, knock: &Knock, version: Version) -> Result<(), Refusal> {
         let node = &self.shared.node;
@@ -291,12 +354,14 @@ impl ReplicationService {
         &self,
         knock: Knock,
         proved: Proved,
+        asking: &Arc<Semaphore>,
+        most: usize,
     ) -> Result<(AskingPeer, (StreamSender, Response<ReplicationBody>)), Refusal> {
-        let ServerShared { node, asking, .. } = &*self.shared;
+        let ServerShared { node, .. } = &*self.shared;
         if knock.node == node.me.node {
             return Err(Refusal::DuplicateNode(node.channel.key()));
         }
-        if proved.rights() == Rights::Follower && asking.available_permits() <= ASKING_MAX / 2 {
+        if proved.rights() == Rights::Follower && asking.available_permits() <= most / 2 {
             return Err(Refusal::Busy);
         }
         let place = asking.clone().try_acquire_owned().map_err(|_| Refusal::Busy)?;

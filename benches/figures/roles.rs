@@ -11,7 +11,7 @@ use replite::{Config, Db, Durability, Error, Role, lease};
 
 use crate::heals::gigabyte;
 use crate::home::{INSERT, SCHEMA, config, directory, runtime};
-use crate::members::Members;
+use crate::members::{Members, Record};
 use crate::{figure, rounds};
 
 /// What takes longer shows where the time went: seconds of a failover, milliseconds of a restart.
@@ -21,10 +21,21 @@ const SLOW_RESTART: f64 = 300.0;
 /// The primary is killed. From then on one client of another node writes until it is told of a
 /// success.
 pub(crate) fn failover() {
-    let mut members = Members::start();
-    let mut seconds = Vec::new();
-    for round in 0..rounds(&["failover_p50_s", "failover_max_s"], 50) {
+    failovers(Record::Directory, ["failover_p50_s", "failover_max_s"], 50);
+}
+
+/// The same where the nodes keep the record themselves: with the primary a member of them is gone.
+/// It says how often that was the one that leads the members.
+pub(crate) fn members_failover() {
+    failovers(Record::Members, ["members_failover_p50_s", "members_failover_max_s"], 30);
+}
+
+fn failovers(record: Record, names: [&str; 2], all: usize) {
+    let mut members = Members::start(record);
+    let (mut seconds, mut led_members) = (Vec::new(), 0);
+    for round in 0..rounds(&names, all) {
         let led = members.level();
+        led_members += usize::from(members.leads_members(led));
         pause(round);
         let through = members.other(led, round);
         let killed = members.kill(led);
@@ -40,14 +51,37 @@ pub(crate) fn failover() {
     }
     members.level();
     let most = seconds.iter().copied().fold(0.0, f64::max);
-    figure("failover_p50_s", "s", seconds);
-    println!("failover_max_s: {most:.2} s");
+    if matches!(record, Record::Members) {
+        println!("{}: {led_members} times the one that led the members was killed", names[0]);
+    }
+    figure(names[0], "s", seconds);
+    println!("{}: {most:.2} s", names[1]);
+}
+
+/// What goes from one idle node to another, in a minute each time: renewals, Raft, the stream.
+/// Headers of TCP and IP are not counted. What one sends another one receives: a node has two
+/// thirds of the sum.
+pub(crate) fn members_idle() {
+    const WINDOW: Duration = Duration::from_secs(60);
+    let bytes = Arc::new(AtomicU64::new(0));
+    let members = Members::counted(&bytes);
+    members.write(members.level());
+    members.level();
+    // What the start has begun ends.
+    std::thread::sleep(Duration::from_secs(3));
+    let mut sums = Vec::new();
+    for _ in 0..rounds(&["members_bytes_per_minute"], 3).max(1) {
+        let before = bytes.load(Ordering::Relaxed);
+        std::thread::sleep(WINDOW);
+        sums.push((bytes.load(Ordering::Relaxed) - before) as f64 * 2.0 / 3.0 / 1e6);
+    }
+    figure("members_bytes_per_minute", "MB of a node, sent and received", sums);
 }
 
 /// The primary is killed and started again at once. From its start on one client of it writes until
 /// it is told of a success.
 pub(crate) fn restart() {
-    let mut members = Members::start();
+    let mut members = Members::start(Record::Directory);
     let mut times = Vec::new();
     for round in 0..rounds(&["restart_takeover_ms"], 50) {
         let led = members.level();

@@ -8,11 +8,12 @@ use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 
-use replite::lease::{self, Store};
+use replite::lease::{Lease, Members};
 use tokio::process::{Child, ChildStdin, Command};
 use tokio::time::Instant;
 
 use crate::api::get_json;
+use crate::node::MEMBERS;
 use crate::{Error, LauncherRoles};
 
 /// How long the instances may take to end by themselves.
@@ -90,11 +91,20 @@ impl Launcher {
         let (arguments, restart_after) = match roles.primary {
             Some(primary) => (vec!["--primary".into(), primary.into()], RESTART_PAUSE),
             None => {
-                let directory = data.join("lease");
-                let default = lease::Directory::new(&directory).lease_time();
-                let time = roles.lease_time.unwrap_or(default);
+                let (text, lease) = match roles.lease.as_str() {
+                    MEMBERS => {
+                        let urls = instances.iter().map(|instance| instance.url.clone());
+                        (MEMBERS.to_owned(), Members::new(urls).into())
+                    }
+                    "directory" => {
+                        let text = format!("directory:{}", data.join("lease").display());
+                        (text.clone(), text.parse::<Lease>()?)
+                    }
+                    text => (text.to_owned(), text.parse()?),
+                };
+                let time = roles.lease_time.or(lease.lease_time()).unwrap_or_default();
                 let seconds = time.as_secs_f64().to_string().into();
-                let arguments = vec!["--lease".into(), directory.into(), "--lease-time".into(), seconds];
+                let arguments = vec!["--lease".into(), text.into(), "--lease-time".into(), seconds];
                 (arguments, time + ELECTION_PAUSE)
             }
         };

@@ -1,8 +1,11 @@
 //! A small notes application on three replicated instances.
 //!
 //! `cargo run --release --example axum-app` starts three processes, which find out by a lease who
-//! is the primary. `-- node --listen A --data DIR --lease DIR --peers URL,URL,URL` runs one of them.
-//! With `--primary URL` in place of the lease, the primary is that one and stays it.
+//! is the primary, and keep its record themselves. `--lease` has it kept elsewhere.
+//!
+//! `-- node --listen A --data DIR --lease members --peers URL,URL,URL` runs one of them, and
+//! `-- witness` a member without a database. With `--primary URL` in place of the lease, the
+//! primary is that one and stays it.
 
 mod api;
 mod changes;
@@ -37,8 +40,12 @@ struct Arguments {
 /// How the three instances find their primary.
 #[derive(Args)]
 struct LauncherRoles {
+    /// Where the record of the lease is: `members`, `directory`, `s3://bucket/prefix` or
+    /// `etcd://host:port,host:port/key`.
+    #[arg(long, default_value = node::MEMBERS)]
+    lease: String,
     /// The URL of a fixed primary. Without it the instances find one by a lease.
-    #[arg(long)]
+    #[arg(long, conflicts_with = "lease")]
     primary: Option<String>,
     /// How long the lease counts when its holder does not renew it, in seconds.
     #[arg(long, value_parser = seconds, conflicts_with = "primary")]
@@ -53,6 +60,8 @@ struct LauncherRoles {
 enum Command {
     /// Runs one instance.
     Node(NodeArguments),
+    /// Runs a member without a database: it keeps the record of the lease with two instances.
+    Witness(WitnessArguments),
 }
 
 #[derive(Parser, Clone)]
@@ -78,22 +87,47 @@ struct NodeArguments {
     /// The URLs of all instances.
     #[arg(long, value_delimiter = ',')]
     peers: Vec<String>,
-    /// The cluster's secret: what `openssl rand -base64 32` prints, or a phrase.
-    #[arg(long, env = "REPLITE_SECRET", hide_env_values = true)]
-    secret: String,
+    #[command(flatten)]
+    secret: SecretArguments,
     /// End when standard input ends: no instance outlives its launcher.
     #[arg(long, hide = true)]
     with_parent: bool,
+}
+
+#[derive(Args, Clone)]
+struct SecretArguments {
+    /// The cluster's secret: what `openssl rand -base64 32` prints, or a phrase.
+    #[arg(long, env = "REPLITE_SECRET", hide_env_values = true)]
+    secret: String,
+}
+
+#[derive(Parser, Clone)]
+struct WitnessArguments {
+    /// The address of its listener. The members name it as `replite://` and this.
+    #[arg(long)]
+    listen: SocketAddr,
+    /// The directory of its files.
+    #[arg(long)]
+    data: PathBuf,
+    /// The members, as on the instances: `members:URL,URL,URL`.
+    #[arg(long)]
+    lease: replite::lease::Lease,
+    /// How long the lease counts when its holder does not renew it, in seconds; as on the instances.
+    #[arg(long, value_parser = seconds)]
+    lease_time: Option<Duration>,
+    #[command(flatten)]
+    secret: SecretArguments,
 }
 
 /// Who is the primary: exactly one of both.
 #[derive(Args, Clone)]
 #[group(required = true, multiple = false)]
 struct Roles {
-    /// The directory of the lease, on this machine, the same for all instances: the one that holds
-    /// the lease is the primary.
+    /// Where the record of the lease is, the same for all instances: the one that holds the lease is
+    /// the primary. `members`, which are those of `--peers`; `members:URL,URL,URL`; a directory on
+    /// this machine; `s3://bucket/prefix`; `etcd://host:port,host:port/key`.
     #[arg(long)]
-    lease: Option<PathBuf>,
+    lease: Option<String>,
     /// The URL of a fixed primary; this instance is it when the URL is its own.
     #[arg(long)]
     primary: Option<String>,
@@ -110,6 +144,7 @@ fn seconds(text: &str) -> Result<Duration, Error> {
 }
 
 fn main() -> ExitCode {
+    // The members' Raft repeats itself while one of them is away; replite says it once.
     let filter = tracing_subscriber::EnvFilter::try_from_default_env().unwrap_or_else(|_| "warn".into());
     // A file or another program would get the codes of the colours.
     let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none();
@@ -122,6 +157,7 @@ fn main() -> ExitCode {
     let done = runtime.block_on(async {
         match arguments.command {
             Some(Command::Node(node)) => node::run(node).await,
+            Some(Command::Witness(witness)) => node::witness(witness).await,
             None => launcher::run(arguments.base_port, &arguments.data, arguments.roles).await,
         }
     });

@@ -4,13 +4,16 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use replite::lease::{self, Lease};
 use replite::rusqlite::backup::{Backup, StepResult};
 use replite::rusqlite::{Connection, OpenFlags};
-use replite::{Config, Db, Secret, lease};
+use replite::{Config, Db, Secret, Witness};
 use tokio_util::sync::CancellationToken;
 
-use crate::{Error, NodeArguments, Roles, api, store};
+use crate::{Error, NodeArguments, WitnessArguments, api, store};
 
+/// The lease whose record the instances of `--peers` keep themselves.
+pub(crate) const MEMBERS: &str = "members";
 const CLUSTER: &str = "notes";
 /// How long connections may take to end. With what `Db::shutdown` may take, and the rest of main, a
 /// shutdown stays below the launcher's limit.
@@ -24,16 +27,16 @@ pub(crate) async fn run(arguments: NodeArguments) -> Result<(), Error> {
     let url = format!("http://{}", arguments.listen);
     if let Some(import) = &arguments.import
         && !path.exists()
-        && imports(&arguments.roles, &url)?
+        && imports(&arguments, &url)?
     {
         copy(import, &path)?;
     }
     let config = Config::new(&path)
         .cluster(CLUSTER)
         .advertise(&url)
-        .secret(secret(&arguments.secret)?)
+        .secret(secret(&arguments.secret.secret)?)
         .migrate(store::migrate);
-    let config = with_roles(config, &arguments, &url);
+    let config = with_roles(config, &arguments, &url)?;
     // Before the database: an instance that can't have the port should not touch the data.
     let listener = tokio::net::TcpListener::bind(arguments.listen).await?;
     // With a lease there need not be a primary yet: the others may have to reach this instance first.
@@ -61,27 +64,53 @@ pub(crate) async fn run(arguments: NodeArguments) -> Result<(), Error> {
     Ok(())
 }
 
+/// A member without a database, with a listener of its own.
+pub(crate) async fn witness(arguments: WitnessArguments) -> Result<(), Error> {
+    std::fs::create_dir_all(&arguments.data)?;
+    // The names of cluster and database are those of the instances.
+    let config = Config::new(arguments.data.join("notes.db"))
+        .cluster(CLUSTER)
+        .listen(arguments.listen)
+        .secret(secret(&arguments.secret.secret)?)
+        .lease(arguments.lease);
+    Witness::run(with_lease_time(config, arguments.lease_time), crate::asked_to_end()).await?;
+    Ok(())
+}
+
 /// Says how the primary is found. With a lease, all instances have the same configuration.
-fn with_roles(config: Config, arguments: &NodeArguments, url: &str) -> Config {
-    if let Some(directory) = &arguments.roles.lease {
-        let nodes = arguments.nodes.unwrap_or(arguments.peers.len().max(1));
-        let config = config.lease(lease::Directory::new(directory)).bootstrap(nodes);
-        return match arguments.lease_time {
-            Some(time) => config.lease_time(time),
-            None => config,
-        };
-    }
-    match arguments.roles.fixed_primary() {
-        Some(primary) if primary != url => config.lease(lease::Fixed::replica_of(primary)),
-        _ => config.lease(lease::Fixed::primary()),
+fn with_roles(config: Config, arguments: &NodeArguments, url: &str) -> Result<Config, Error> {
+    let config = match (arguments.roles.lease.as_deref(), arguments.roles.fixed_primary()) {
+        // The endpoint is in each instance's own server, so that its URL is the instance's.
+        (Some(MEMBERS), _) => config.lease(lease::Members::new(arguments.peers.clone())),
+        (Some(text), _) => {
+            let nodes = arguments.nodes.unwrap_or(arguments.peers.len().max(1));
+            config.lease(text.parse::<Lease>()?).bootstrap(nodes)
+        }
+        (None, Some(primary)) if primary != url => config.lease(lease::Fixed::replica_of(primary)),
+        (None, _) => config.lease(lease::Fixed::primary()),
+    };
+    Ok(with_lease_time(config, arguments.lease_time))
+}
+
+fn with_lease_time(config: Config, time: Option<Duration>) -> Config {
+    match time {
+        Some(time) => config.lease_time(time),
+        None => config,
     }
 }
 
 /// Whether this instance is the one that imports. With a lease all may be told to, and two databases
-/// would make no cluster: the first one notes its URL beside the lease's directory, and stays the
-/// one, also after an import that did not get to its end.
-fn imports(roles: &Roles, url: &str) -> Result<bool, Error> {
-    let Some(directory) = &roles.lease else { return Ok(roles.fixed_primary() == Some(url)) };
+/// would make no cluster. It is the first of the peers, or with a lease in a directory the first to
+/// come. That one notes its URL beside the directory, and stays the one, also after an import that
+/// did not get to its end.
+fn imports(arguments: &NodeArguments, url: &str) -> Result<bool, Error> {
+    let Some(text) = arguments.roles.lease.as_deref() else {
+        return Ok(arguments.roles.fixed_primary() == Some(url));
+    };
+    if text.starts_with(MEMBERS) || text.contains("://") {
+        return Ok(arguments.peers.first().is_none_or(|first| first == url));
+    }
+    let directory = Path::new(text.strip_prefix("directory:").unwrap_or(text)).to_path_buf();
     if let Some(parent) = directory.parent() {
         std::fs::create_dir_all(parent)?;
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
-use replite::lease::Directory;
+use replite::lease::Lease;
 use replite::operator::{Operator, OperatorError, Target};
 use replite::{Certificates, NodeId, Secret};
 
@@ -33,9 +33,10 @@ struct Line {
 
 #[derive(Args)]
 struct LeaseArgs {
-    /// The directory that has the lease's record.
-    #[arg(long, value_name = "DIR", global = true)]
-    lease: Option<PathBuf>,
+    /// Where the lease's record is: a directory, members:URL,URL,URL, s3://bucket/prefix,
+    /// etcd://host:port,host:port/key. Otherwise the variable REPLITE_LEASE says it.
+    #[arg(long, value_name = "LEASE", global = true)]
+    lease: Option<String>,
     /// The cluster's name.
     #[arg(long, value_name = "NAME", global = true, default_value = "default")]
     cluster: String,
@@ -92,12 +93,43 @@ enum What {
         #[arg(value_name = "NODE|URL")]
         node: String,
     },
-    /// Moves the lease of a cluster that is stopped to another directory.
+    /// Moves the lease of a cluster that is stopped to another store.
     Move {
-        /// The other directory.
-        #[arg(long, value_name = "DIR")]
-        to: PathBuf,
+        /// The other store.
+        #[arg(long, value_name = "LEASE")]
+        to: String,
     },
+    /// Shows the members that keep the record, where the lease is kept by members.
+    #[cfg(feature = "members")]
+    Members {
+        /// As JSON.
+        #[arg(long)]
+        json: bool,
+    },
+    /// Changes the members that keep the record.
+    #[cfg(feature = "members")]
+    Member {
+        #[command(subcommand)]
+        what: MemberWhat,
+    },
+}
+
+#[cfg(feature = "members")]
+#[derive(Subcommand)]
+enum MemberWhat {
+    /// Makes a node a member; its own configuration names it as one.
+    Add {
+        /// The URL of its replication endpoint.
+        url: String,
+    },
+    /// Removes a member, which may be gone.
+    Remove {
+        /// The URL of its replication endpoint.
+        url: String,
+    },
+    /// Has the members begin though their nodes have a state already: after a move from another
+    /// store, or when most of them lost what they had agreed on.
+    Begin,
 }
 
 /// Why the command did not do it, and with which code it ends.
@@ -161,22 +193,62 @@ async fn carry_out(what: What, operator: &Operator) -> Result<(), Failure> {
         )),
         What::Promote { node, yes, .. } => promote(operator, Target::from(node.as_str()), yes).await,
         What::Move { to } => {
-            let named = std::path::absolute(&to).unwrap_or_else(|_| to.clone()).display().to_string();
-            operator.move_to(Directory::new(&to), &named).await?;
+            let (other, named) = (lease(&to)?, named(&to));
+            operator.move_to(other, &named).await?;
             say(&format!("the lease is in {named} now: start the nodes with that\n"))
+        }
+        #[cfg(feature = "members")]
+        What::Members { json } => members(operator, json).await,
+        #[cfg(feature = "members")]
+        What::Member { what: MemberWhat::Add { url } } => {
+            operator.add_member(&url).await?;
+            say(&format!("{url} is a member\n"))
+        }
+        #[cfg(feature = "members")]
+        What::Member { what: MemberWhat::Remove { url } } => {
+            operator.remove_member(&url).await?;
+            say(&format!("{url} is no member any more\n"))
+        }
+        #[cfg(feature = "members")]
+        What::Member { what: MemberWhat::Begin } => {
+            operator.begin_members().await?;
+            say("the members have begun: their record is empty, move the lease there or promote a node\n")
         }
     }
 }
 
+/// Shows who the members are. It fails where none can be reached.
+#[cfg(feature = "members")]
+async fn members(operator: &Operator, json: bool) -> Result<(), Failure> {
+    let view = operator.members().await?;
+    say(&if json { to_json(&view)? } else { view.to_string() })?;
+    match view.members.iter().all(|member| member.problem.is_some()) {
+        true => Err(Failure(UNREACHABLE, "no member can be reached".into())),
+        false => Ok(()),
+    }
+}
+
+fn lease(text: &str) -> Result<Lease, Failure> {
+    text.parse().map_err(|error: replite::Error| usage(error.to_string()))
+}
+
+/// A store's name for the mark that stays in the old one. That of a directory counts from anywhere.
+fn named(text: &str) -> String {
+    if text.starts_with("members:") || text.contains("://") {
+        return text.to_owned();
+    }
+    let path = PathBuf::from(text.strip_prefix("directory:").unwrap_or(text));
+    std::path::absolute(&path).unwrap_or(path).display().to_string()
+}
+
+fn to_json(view: &impl serde::Serialize) -> Result<String, Failure> {
+    let json = serde_json::to_string_pretty(view);
+    Ok(json.map_err(|error| Failure(FAILED, error.to_string()))? + "\n")
+}
+
 async fn show(operator: &Operator, json: bool) -> Result<(), Failure> {
     let view = operator.show().await;
-    let text = if json {
-        let json = serde_json::to_string_pretty(&view);
-        json.map_err(|error| Failure(FAILED, error.to_string()))? + "\n"
-    } else {
-        view.to_string()
-    };
-    say(&text)?;
+    say(&if json { to_json(&view)? } else { view.to_string() })?;
     if view.is_dark() {
         return Err(Failure(UNREACHABLE, "neither the store nor a node can be reached".into()));
     }
@@ -206,10 +278,11 @@ fn agreed() -> Result<bool, Failure> {
 }
 
 fn operator(args: &LeaseArgs) -> Result<Operator, Failure> {
-    let Some(directory) = &args.lease else {
-        return Err(usage("say with --lease which directory has the lease's record"));
+    let from_environment = std::env::var("REPLITE_LEASE").ok().filter(|text| !text.is_empty());
+    let Some(text) = args.lease.clone().or(from_environment) else {
+        return Err(usage("say with --lease, or REPLITE_LEASE, where the lease's record is"));
     };
-    let store = Directory::new(directory);
+    let store = lease(&text)?;
     let by = std::env::var("USER").unwrap_or_else(|_| "an operator".into());
     let mut operator = Operator::new(store, &args.cluster, &args.database).by(by);
     if let Some(secret) = secret(args.secret_file.as_deref())? {

@@ -5,7 +5,7 @@ mod channel;
 mod check;
 mod lease;
 
-pub(super) use check::Start;
+pub(super) use check::{ConfiguredStore, Start};
 
 use std::any::Any;
 use std::fmt;

@@ -83,7 +83,7 @@ impl Db {
         let Some(elector) = &self.inner.elector else { return Err(OperatorError::NoLease) };
         let (cluster, database) = (self.inner.node.cluster.clone(), self.inner.node.database.clone());
         let set = elector.with_store(|store| async move {
-            Operator::shared(store, cluster, database).set_paused(paused).await
+            Operator::new(store, cluster, database).set_paused(paused).await
         });
         set.await.unwrap_or(Err(OperatorError::NoLease))
     }

@@ -1,5 +1,6 @@
 //! Opening a database as a node.
 
+mod elected;
 mod keys;
 
 use std::sync::atomic::{AtomicBool, AtomicU64};
@@ -16,34 +17,30 @@ use crate::context::{LeaseContext, NodeContext};
 use crate::db::config::{Config, RoleHook, Start};
 use crate::db::{Db, identity, preflight, snapshot};
 use crate::election::Settings;
-use crate::engine::{EngineOptions, Opening, ReplicaEngine, newest_epoch};
+use crate::engine::{EngineOptions, Opening, ReplicaEngine};
 use crate::error::{Error, Result};
 use crate::files::{self, Paths};
-use crate::lease::Store;
-use crate::lease::record::{Holder, LeaseState};
-use crate::net::{Endpoint, Listener};
+use crate::members::MembersDoor;
+use crate::net::{Endpoint, Listener, ServerTls};
 use crate::node::certificates::{self, CertificateWatch};
 use crate::node::database::{Database, LastHandle};
-use crate::node::elector::{Elector, Parts, RecordLook, WITHHOLD_LIMIT};
+use crate::node::elector::{Elector, Parts};
 use crate::node::host::ListenerGuard;
 use crate::node::open_files;
 use crate::node::pool::{Expect, Pool};
 use crate::node::slot::{EngineSlot, Running};
 use crate::node::supervisor::{Hooks, Supervisor, TurnHook, Turns};
-use crate::node::tenancy::{self, Tenancy};
+use crate::node::tenancy::Tenancy;
 use crate::node::verifier::Verifier;
 use crate::node::writer::ConnectionKind;
 use crate::node::writer::Writer;
 use crate::peer::Incarnation;
 use crate::primary::{KeySearch, Recovery, ReplicaServer};
-use crate::proxy::AppTls;
-use crate::random;
 use crate::report::Condition;
 use crate::secret::Keyring;
 use crate::sqlite::defend;
 use crate::status::{Addresses, PeerInfo, Role};
 use crate::threads::blocking_for_caller as blocking;
-use crate::txid::Epoch;
 use keys::{KeysFound, keys_of};
 
 /// Where a panic of the application's code was.
@@ -63,8 +60,13 @@ pub(super) async fn open(config: Config) -> Result<Db> {
         Start::Lease(..) => Role::Starting,
     };
     let mut claimed = blocking(OPENING, move || ClaimedNode::new(config, addresses, role)).await?;
-    let mut listener_guard =
-        ListenerGuard::new(&claimed.node, &claimed.replica_server, &claimed.tracker, listener);
+    let mut listener_guard = ListenerGuard::new(
+        &claimed.node,
+        &claimed.replica_server,
+        &claimed.members,
+        &claimed.tracker,
+        listener,
+    );
     // It ends with the node, also when the node does not open.
     if let Some(watch) = claimed.certificates.take() {
         claimed.tracker.spawn(watch.run(claimed.node.clone()));
@@ -84,11 +86,12 @@ struct ClaimedNode {
     node: Arc<NodeContext>,
     certificates: Option<CertificateWatch>,
     replica_server: Arc<ReplicaServer>,
+    members: MembersDoor,
     tracker: TaskTracker,
     options: EngineOptions,
     /// The database has tables.
     has_content: bool,
-    app_tls: AppTls,
+    app_tls: ServerTls,
     /// The files go with this page key, which is not here.
     lost_key: Option<Fingerprint>,
 }
@@ -171,6 +174,7 @@ impl ClaimedNode {
             node,
             certificates,
             replica_server,
+            members: MembersDoor::default(),
             tracker,
             options,
             has_content,
@@ -184,7 +188,9 @@ impl ClaimedNode {
         let (opened, follows) = match start {
             Start::Primary => (self.open_primary(listener_guard).await?, None),
             Start::Replica(primary) => (self.open_replica().await?, Some(primary)),
-            Start::Lease(store, lease_time) => (self.open_elected(store, lease_time).await?, None),
+            Start::Lease(store, lease_time) => {
+                (self.open_elected(store, lease_time, listener_guard).await?, None)
+            }
         };
         opened.finish(listener_guard, follows).await
     }
@@ -243,83 +249,6 @@ impl ClaimedNode {
     fn replica_engine(&self) -> Result<ReplicaEngine> {
         ReplicaEngine::open(self.options.clone(), self.node.clone())
     }
-
-    /// A node with a lease begins as a replica, and the election makes it the primary. The one that
-    /// held the lease last, and can show that nothing happened to its files since, opens them as a
-    /// primary's first: what others wrote to them meanwhile becomes history.
-    async fn open_elected(self, store: Arc<dyn Store>, lease_time: Duration) -> Result<OpenedNode> {
-        let (claimed, tenancy) = blocking(OPENING, move || {
-            let tenancy = Tenancy::enter(&self.paths, self.node.me.incarnation)?;
-            Ok((self, tenancy))
-        })
-        .await?;
-        let (elector, look) = Elector::start(claimed.node.clone(), store, lease_time)?;
-        // Without a thread that looks there is no record that would say more.
-        let look = look.await.map_err(|_| Error::ShutDown)?;
-        blocking(OPENING, move || {
-            let me = Holder {
-                node: claimed.node.me.node,
-                incarnation: claimed.node.me.incarnation,
-                boot: tenancy::boot_id(),
-                addresses: claimed.node.me.addresses.clone(),
-            };
-            let may_lead = !claimed.config.is_follower();
-            let heir = tenancy.alone && may_lead && is_heirs(&look, &me, &tenancy, claimed.options.keyed());
-            let engine = match heir {
-                true => claimed.engine_of_heir()?,
-                false => claimed.replica_engine()?,
-            };
-            let settings = claimed.settings(me, &tenancy, lease_time, heir);
-            let files = Files::Replica(Arc::new(engine));
-            let elected = Some(Elected { elector, settings, tenancy });
-            Ok(OpenedNode { claimed, files, recovered: 0, elected })
-        })
-        .await
-    }
-
-    fn engine_of_heir(&self) -> Result<ReplicaEngine> {
-        let (_, key) = self.options.keyed();
-        // What becomes history here gets an epoch above all that were heard of.
-        let above =
-            self.node.lease.heard.number().max(newest_epoch(&self.paths, key).map_or(0, Epoch::number));
-        let epoch = Epoch::new(above + 1, u64::from_le_bytes(random::array()?));
-        let opening = match Opening::begin(self.options.clone(), self.node.clone(), Some(epoch)) {
-            // The next primary leads it back, and what is here is kept.
-            Err(Error::Damaged { .. }) => return self.replica_engine(),
-            opening => opening?,
-        };
-        opening.finish_opened()?.into_replica().map_err(|refused| refused.error)
-    }
-
-    fn settings(&self, me: Holder, tenancy: &Tenancy, lease_time: Duration, heir: bool) -> Settings {
-        let may_lead = !self.config.is_follower();
-        Settings {
-            me,
-            cluster: self.node.cluster.clone(),
-            database: self.node.database.clone(),
-            lease_time,
-            failover_loss: self.config.failover_loss,
-            // A follower enters itself nowhere.
-            candidate: self.config.candidate && may_lead,
-            bootstrap: self.config.bootstrap.filter(|_| may_lead),
-            bootstrapped: tenancy.bootstrapped,
-            alone: heir,
-            withhold_limit: self.config.drain_limit + WITHHOLD_LIMIT,
-            incarnations: tenancy.incarnations.clone(),
-        }
-    }
-}
-
-/// Whether the record says that this node, as it lies on this disk, held the lease last.
-fn is_heirs(look: &RecordLook, me: &Holder, tenancy: &Tenancy, (paths, key): (&Paths, Fingerprint)) -> bool {
-    let Ok(Some((record, _))) = &look.1 else { return false };
-    let LeaseState::Held(tenure) = &record.state else { return false };
-    let holder = &tenure.holder;
-    holder.node == me.node
-        && holder.boot == me.boot
-        && !me.boot.is_empty()
-        && tenancy.incarnations.contains(&holder.incarnation)
-        && newest_epoch(paths, key) == Some(tenure.epoch)
 }
 
 impl OpenedNode {
@@ -370,8 +299,18 @@ impl OpenedNode {
     /// Puts the parts together. Blocks.
     fn complete(self, runtime: Handle, hooks: Hooks) -> Result<(LastHandle, Option<Settings>)> {
         let OpenedNode { claimed, files, recovered, elected } = self;
-        let ClaimedNode { config, paths, claim, node, replica_server, tracker, options, app_tls, .. } =
-            claimed;
+        let ClaimedNode {
+            config,
+            paths,
+            claim,
+            node,
+            replica_server,
+            members,
+            tracker,
+            options,
+            app_tls,
+            ..
+        } = claimed;
         let fixed = elected.is_none();
         let (elector, settings, tenancy) = match elected {
             Some(Elected { elector, settings, tenancy }) => (Some(elector), Some(settings), Some(tenancy)),
@@ -402,6 +341,7 @@ impl OpenedNode {
             slot,
             writer,
             replica_server,
+            members,
             tracker,
             wait_timeout: config.wait_timeout,
             drain_limit: config.drain_limit,

@@ -53,6 +53,14 @@ pub enum Unsupported {
     /// says what to do.
     #[error("the state directory is not private: {0}")]
     StateDirectory(&'static str),
+    /// The directory of a member that keeps the lease's record is a copy, or comes from a backup.
+    /// The member could vote twice. Nothing was changed: remove that directory, and the node joins
+    /// anew.
+    #[error(
+        "the directory is a copy, or comes from a backup, which is never done with it: the member could vote \
+         twice; remove it, and the node joins anew, as a new member"
+    )]
+    CopiedMember,
     /// The journal mode could not be turned to WAL.
     #[error("the journal mode stays {0:?}; it must be WAL")]
     NotWal(String),

@@ -26,6 +26,21 @@ pub(crate) fn sync_directory(path: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The names in a directory that are text; `None` when it is not there.
+///
+/// # Errors
+/// [`Error::Io`].
+#[cfg(feature = "members")]
+pub(crate) fn list(path: &Path) -> Result<Option<Vec<String>>> {
+    let entries = match fs::read_dir(path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
+        entries => entries.map_err(Error::io("list", path))?,
+    };
+    let names =
+        entries.map(|entry| Ok(entry.map_err(Error::io("list", path))?.file_name().into_string().ok()));
+    Ok(Some(names.filter_map(Result::transpose).collect::<Result<_>>()?))
+}
+
 /// Makes a file's name durable.
 pub(crate) fn sync_name(path: &Path) -> Result<()> {
     sync_directory(parent_of(path))

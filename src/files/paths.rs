@@ -120,6 +120,12 @@ impl Paths {
         self.state_dir.join("lease-clock")
     }
 
+    /// The directory of this node as a member that keeps the record of the lease.
+    #[cfg(feature = "members")]
+    pub(crate) fn members(&self) -> PathBuf {
+        self.state_dir.join("members")
+    }
+
     /// There while commits may be lost by a power cut.
     pub(crate) fn unsynced(&self) -> PathBuf {
         self.state_dir.join("unsynced")

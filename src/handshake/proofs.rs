@@ -55,6 +55,18 @@ pub(crate) fn question_holds(proof: &[u8], knock: &Knock, answer: &Nonce, keys: 
     keys.proved(Purpose::Question, &fresh(knock, answer, &[]), proof)
 }
 
+/// The proof that who knocked saw our nonce, and speaks with the members on this connection.
+#[cfg(feature = "members")]
+pub(crate) fn prove_members(knock: &Knock, answer: &Nonce, keys: &Keyring) -> [u8; PROOF_BYTES] {
+    keys.prove(Purpose::Members, &fresh(knock, answer, &[]))
+}
+
+/// By which secret that is proved, if it holds.
+#[cfg(feature = "members")]
+pub(crate) fn members_hold(proof: &[u8], knock: &Knock, answer: &Nonce, keys: &Keyring) -> Option<Proved> {
+    keys.proved(Purpose::Members, &fresh(knock, answer, &[]), proof)
+}
+
 /// Puts the proof into what a node says of itself.
 pub(crate) fn seal_standing(standing: &mut Standing, knock: &Knock, answer: &Nonce, keys: &Keyring) {
     let rest = after_proof(&Message::Standing(standing.clone()));

@@ -14,6 +14,8 @@ use crate::context::{NodeContext, RoleChange};
 use crate::error::{Error, Result};
 use crate::files::Paths;
 use crate::lock::lock;
+use crate::members::MembersDoor;
+use crate::net::ServerTls;
 use crate::node::elector::Elector;
 use crate::node::open_files::Claim;
 use crate::node::pool::{Pool, PooledConnection};
@@ -23,7 +25,6 @@ use crate::node::tenancy::Tenancy;
 use crate::node::verifier::Verifier;
 use crate::node::writer::Writer;
 use crate::primary::ReplicaServer;
-use crate::proxy::AppTls;
 use crate::report::Condition;
 use crate::server::{Mount, ReplicationService};
 use crate::sqlite::{last_code, unreadable};
@@ -50,13 +51,14 @@ pub(crate) struct Database {
     pub(crate) elector: Option<Elector>,
     pub(crate) verifier: Arc<Verifier>,
     pub(crate) replica_server: Arc<ReplicaServer>,
+    pub(crate) members: MembersDoor,
     pub(crate) tracker: TaskTracker,
     pub(crate) wait_timeout: Duration,
     /// How long a handoff waits for requests that run.
     pub(crate) drain_limit: Duration,
     pub(crate) grace: Duration,
     /// For the applications of other nodes.
-    pub(crate) app_tls: AppTls,
+    pub(crate) app_tls: ServerTls,
     pub(crate) opened: Instant,
     /// Transactions that replicas gave back.
     pub(crate) recovered: u64,
@@ -130,7 +132,9 @@ impl Database {
     }
 
     pub(crate) fn service(&self, mount: Mount) -> ReplicationService {
-        ReplicationService::new(self.node.clone(), self.replica_server.clone(), self.tracker.clone(), mount)
+        let (node, replica_server) = (self.node.clone(), self.replica_server.clone());
+        ReplicationService::new(node, replica_server, self.tracker.clone(), mount)
+            .with_members(self.members.clone())
     }
 
     pub(crate) async fn drain(&self) {

@@ -6,6 +6,7 @@ mod commands;
 mod facts;
 mod handoff;
 mod perform;
+mod store;
 mod withhold;
 
 use std::collections::VecDeque;
@@ -33,6 +34,7 @@ use crate::status::{Decision, PeerStanding, Role};
 use crate::threads::{self, caught_task};
 
 pub(crate) use facts::FactsSource;
+pub(crate) use store::LeaseStore;
 pub(crate) use withhold::WITHHOLD_LIMIT;
 
 use handoff::{Handing, HandoffAsk, next_word};
@@ -84,7 +86,7 @@ pub(crate) struct Parts {
 /// What the thread works with.
 struct Thread {
     node: Arc<NodeContext>,
-    store: Arc<dyn Store>,
+    store: LeaseStore,
     lease_time: Duration,
     sender: mpsc::Sender<Input>,
     inputs: mpsc::Receiver<Input>,
@@ -101,7 +103,7 @@ impl Elector {
     /// the look, too.
     pub(crate) fn start(
         node: Arc<NodeContext>,
-        store: Arc<dyn Store>,
+        store: LeaseStore,
         lease_time: Duration,
     ) -> Result<(Elector, oneshot::Receiver<RecordLook>)> {
         node.lease.set_time(lease_time);
@@ -131,7 +133,7 @@ impl Elector {
             begin: Mutex::new(Some(begin)),
             left: is_left,
             decisions,
-            store,
+            store: store.store,
             runtime,
             thread: Mutex::new(Some(thread)),
         };
@@ -193,6 +195,8 @@ impl Thread {
                 () = node.stop.cancelled() => Ok(()),
             }
         });
+        // What the members still write comes to its end.
+        runtime.block_on(self.store.end());
         // What a store's client still does blocks nothing of ours.
         runtime.shutdown_background();
         ended
@@ -209,9 +213,10 @@ impl Thread {
 
     async fn run(&mut self) {
         let limit = self.lease_time / 4;
+        self.store.start();
         if let Some(first) = self.first.take() {
             // A node that is not opened after all does not want to know.
-            let _ = first.send(look(&*self.store, &self.node, limit).await);
+            let _ = first.send(look(&*self.store.store, &self.node, limit).await);
         }
         let Some(Ok(parts)) = (match self.parts.take() {
             Some(parts) => Some(parts.await),
@@ -246,7 +251,7 @@ async fn look(store: &dyn Store, node: &NodeContext, limit: Duration) -> RecordL
 /// An election under way.
 struct Drive {
     node: Arc<NodeContext>,
-    store: Arc<dyn Store>,
+    store: LeaseStore,
     /// The lease time that limits calls of the store: that of the record, once it is known.
     limit: Duration,
     inputs: mpsc::Sender<Input>,
@@ -300,7 +305,7 @@ impl Drive {
     }
 
     async fn run(mut self, inputs: &mut mpsc::Receiver<Input>, handoffs: &mut mpsc::Receiver<HandoffAsk>) {
-        let store = self.store.clone();
+        let store = self.store.store.clone();
         // Not more often: a store may hint all the time.
         let hinted = || async {
             tokio::time::sleep(HINT_PAUSE).await;
@@ -377,6 +382,9 @@ impl Drive {
             }
             tokio::time::sleep(RANDOM_PAUSE).await;
         };
+        if let Some(starters) = self.store.starters() {
+            self.election.set_starters(starters);
+        }
         let actions = self.election.decide(input, &facts, now);
         self.keep_decisions(now);
         for action in actions {

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use tokio_util::task::TaskTracker;
 
 use crate::context::NodeContext;
+use crate::members::MembersDoor;
 use crate::net::Listener;
 use crate::primary::ReplicaServer;
 use crate::server::{Mount, ReplicationService};
@@ -14,6 +15,7 @@ use crate::server::{Mount, ReplicationService};
 pub(crate) struct ListenerGuard {
     pub(crate) node: Arc<NodeContext>,
     pub(crate) replica_server: Arc<ReplicaServer>,
+    members: MembersDoor,
     tracker: TaskTracker,
     listener: Option<Listener>,
     /// Whether there is one, which may be open by now.
@@ -25,19 +27,22 @@ impl ListenerGuard {
     pub(crate) fn new(
         node: &Arc<NodeContext>,
         replica_server: &Arc<ReplicaServer>,
+        members: &MembersDoor,
         tracker: &TaskTracker,
         listener: Option<Listener>,
     ) -> ListenerGuard {
         let (node, replica_server, tracker) = (node.clone(), replica_server.clone(), tracker.clone());
         let has_listener = listener.is_some();
-        ListenerGuard { node, replica_server, tracker, listener, has_listener, left_open: false }
+        let members = members.clone();
+        ListenerGuard { node, replica_server, members, tracker, listener, has_listener, left_open: false }
     }
 
     pub(crate) fn open(&mut self) {
         let Some(listener) = self.listener.take() else { return };
-        let ListenerGuard { node, replica_server, tracker, .. } = self;
+        let ListenerGuard { node, replica_server, members, tracker, .. } = self;
         let service =
             ReplicationService::new(node.clone(), replica_server.clone(), tracker.clone(), Mount::Own);
+        let service = service.with_members(members.clone());
         let (channel, of, stop) = (node.channel.clone(), tracker.clone(), node.stop.clone());
         tracker.spawn(listener.serve(channel, move |inside| service.on(inside), of, stop));
     }

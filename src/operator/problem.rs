@@ -89,6 +89,9 @@ pub enum OperatorError {
         /// Why, in its words.
         why: String,
     },
+    /// The members that keep the record did not do it.
+    #[error("the members have not changed: {0}")]
+    Members(String),
     /// The store that the record was to be moved to has one already. Nothing was changed.
     #[error("the other store is not empty: it has {there}; this one has {here}")]
     Occupied {

@@ -14,10 +14,10 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio_util::sync::CancellationToken;
 use tower::Service;
 
+use crate::net::ServerTls;
 use crate::proxy::BoxError;
 use crate::proxy::body::{IdleTimeoutBody, ReplayRequestBody};
 use crate::proxy::preface::WatchedIo;
-use crate::proxy::tls::AppTls;
 
 /// How long an unused connection is kept: less than any server or proxy on the way is likely to
 /// allow. A request that meets a closing connection has an unknown outcome.
@@ -65,11 +65,11 @@ pub(super) struct Connector {
     pub(super) limit: Duration,
     /// For HTTP/2, of which the server has to give proof.
     http2: bool,
-    tls: AppTls,
+    tls: ServerTls,
 }
 
 impl Connector {
-    pub(super) fn new(limit: Duration, tls: AppTls) -> Connector {
+    pub(super) fn new(limit: Duration, tls: ServerTls) -> Connector {
         let mut http = HttpConnector::new();
         // By https it connects to port 443, and what follows is done here.
         http.enforce_http(false);
@@ -110,7 +110,7 @@ impl Service<Uri> for Connector {
             if http2 && !chose_http2 {
                 return Err(ChoseHttp1.into());
             }
-            Ok(WatchedIo::new(stream, http2))
+            Ok(WatchedIo::new(Box::new(stream), http2))
         };
         Box::pin(async move {
             match tokio::time::timeout(limit, connect).await {

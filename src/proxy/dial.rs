@@ -10,11 +10,11 @@ use hyper_util::rt::TokioTimer;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::net::{ServerTls, was_refused};
 use crate::proxy::body::{IdleTimeoutBody, ReplayRequestBody};
 use crate::proxy::connect::{Connector, Outgoing, POOL_IDLE_SECONDS, SendError, Spawn};
 use crate::proxy::http2::Http2;
 use crate::proxy::replay_body::Keep;
-use crate::proxy::tls::{AppTls, was_refused};
 
 /// Unused connections that are kept to one node.
 const POOL_IDLE_MAX: usize = 64;
@@ -35,11 +35,11 @@ pub(super) struct Dialer {
     http2: Http2,
     /// After this a request is on a connection, or has failed for want of one.
     pub(super) connect: Duration,
-    pub(super) tls: AppTls,
+    pub(super) tls: ServerTls,
 }
 
 impl Dialer {
-    pub(super) fn new(connect: Duration, stop: CancellationToken, tls: AppTls) -> Dialer {
+    pub(super) fn new(connect: Duration, stop: CancellationToken, tls: ServerTls) -> Dialer {
         let connector = Connector::new(connect, tls.clone());
         let spawn = Spawn::new(stop);
         let http1 = Client::builder(spawn.clone())

@@ -12,6 +12,7 @@ use http::{Response, Uri};
 use tower::Layer;
 
 use crate::context::NodeContext;
+use crate::net::ServerTls;
 use crate::proxy::client::PrimaryClient;
 use crate::proxy::dial::Dialer;
 use crate::proxy::failure::Failure;
@@ -21,7 +22,6 @@ use crate::proxy::service::ReplayService;
 use crate::proxy::shared::{
     Cookie, Forwarding, Hook, LayerShared, Options, SameSite, SessionTokens, Upgrades,
 };
-use crate::proxy::tls::AppTls;
 use crate::token::Tokens;
 
 /// Bytes of a request's body that are kept for the primary.
@@ -113,7 +113,7 @@ impl ReplayLayer {
             original_uri: ORIGINAL_URI.map(|uri| Arc::new(uri) as Hook<_, _>),
             client_ip: None,
         };
-        let dialer = Dialer::new(Duration::from_secs(1), node.stop.clone(), AppTls::default());
+        let dialer = Dialer::new(Duration::from_secs(1), node.stop.clone(), ServerTls::default());
         let shared = LayerShared { node, tokens, dialer, held: Arc::default(), options };
         ReplayLayer { shared: Arc::new(shared) }
     }
@@ -226,7 +226,7 @@ impl ReplayLayer {
     }
 
     /// Whose certificates the applications of other nodes may have.
-    pub(crate) fn with_tls(mut self, tls: AppTls) -> Self {
+    pub(crate) fn with_tls(mut self, tls: ServerTls) -> Self {
         let shared = Arc::make_mut(&mut self.shared);
         shared.dialer = Dialer::new(shared.dialer.connect, shared.node.stop.clone(), tls);
         self

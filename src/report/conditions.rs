@@ -248,6 +248,62 @@ conditions! {
     LeaseStorePanicked { error: &'a dyn Display } "lease_store_panicked" {
         log error(%error, "the lease's store gives no more hints");
     }
+    /// This node keeps the lease's record with others.
+    MemberRuns "member_runs" {
+        ends Members;
+    }
+    /// What this node keeps of the lease's record with others has stopped, and is begun again.
+    MemberStopped { error: &'a dyn Display } "member_stopped" {
+        lasts Members = format!("this member of those that keep the lease's record has stopped: {error}");
+        log error(%error, "this member has stopped, and begins again in five seconds");
+    }
+    /// A member does not answer the one that leads them.
+    MemberAway { url: &'a str, why: &'a str } "member_away" {
+        log warn(url, why, "a member of those that keep the lease's record does not answer");
+    }
+    /// It does again.
+    MemberIsBack { url: &'a str } "member_is_back" {
+        log info(url, "a member of those that keep the lease's record answers again");
+    }
+    /// Another member has not what it said to have: its Raft directory is one of before.
+    MemberWentBack { url: &'a str, id: u64 } "member_went_back" {
+        log error(
+            url, id = %format_args!("{id:x}"),
+            "a member has not what it said to have, and counts no more: its directory was restored from a \
+            copy; end it, remove its directory members, and start it again"
+        );
+    }
+    /// The same of this node.
+    ThisMemberWentBack { directory: &'a str } "this_member_went_back" {
+        lasts Members = format!(
+            "{directory} was restored from a copy, and has not what this member said to have: end the node, \
+            remove that directory, and start it again"
+        );
+        log error(
+            directory, "this member has not what it said to have: its directory was restored from a copy"
+        );
+    }
+    /// The members that keep the lease's record have begun.
+    MembersBegan { members: usize } "members_began" {
+        log info(members, "the members that keep the lease's record have begun");
+    }
+    /// This member is in the others' list under a new id, or at a new URL.
+    MemberReplaced { id: u64, url: &'a str } "member_replaced" {
+        log warn(
+            id = %format_args!("{id:x}"), url, "the other members know this one under this id at this URL"
+        );
+    }
+    /// A member was added or removed.
+    MembersChanged { url: &'a str, what: &'a str } "members_changed" {
+        log warn(url, what, "the members that keep the lease's record have changed");
+    }
+    /// With so few members none may be lost.
+    MembersTooFew { database: &'a str, voters: usize } "members_too_few" {
+        log warn(
+            database, voters,
+            "so few members survive the loss of none: three do, and the third may be a witness"
+        );
+    }
     /// The lease was not given back when the node ended: others wait until its time is over.
     LeaseNotGivenBack "lease_not_given_back" {
         log warn("the lease was not given back in time");

@@ -25,6 +25,7 @@ macro_rules! conditions {
         }
     )+) => {
         /// Something that happened to a node, or how it stands, that an operator may want to know.
+        #[cfg_attr(not(feature = "members"), allow(dead_code, reason = "some rows are those of a feature"))]
         #[derive(Clone, Copy)]
         pub(crate) enum Condition<'a> {
             $( $(#[doc = $doc])+ $condition $({ $($field: $type),+ })?, )+

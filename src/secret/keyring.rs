@@ -34,10 +34,12 @@ pub(crate) enum Purpose {
     CommandAnswer,
     /// The head of a request that asks for a channel inside of its body.
     Tunnel,
+    /// A fresh proof over both nonces of who asks the members that keep the lease's record.
+    Members,
 }
 
 impl Purpose {
-    const ALL: [Purpose; 9] = [
+    const ALL: [Purpose; 10] = [
         Purpose::Knock,
         Purpose::Answer,
         Purpose::Hello,
@@ -47,6 +49,7 @@ impl Purpose {
         Purpose::Command,
         Purpose::CommandAnswer,
         Purpose::Tunnel,
+        Purpose::Members,
     ];
 
     fn context(self) -> &'static str {
@@ -60,6 +63,7 @@ impl Purpose {
             Purpose::Command => "replite 2026 v1 command",
             Purpose::CommandAnswer => "replite 2026 v1 command answer",
             Purpose::Tunnel => "replite 2026 v1 tunnel",
+            Purpose::Members => "replite 2026 v1 members",
         }
     }
 
@@ -68,7 +72,9 @@ impl Purpose {
         use Rights::{Follower, Member};
         match self {
             // Of the side that dials. What it may do then, its rights say.
-            Purpose::Knock | Purpose::Hello | Purpose::Question | Purpose::Tunnel => &[Member, Follower],
+            Purpose::Knock | Purpose::Hello | Purpose::Question | Purpose::Tunnel | Purpose::Members => {
+                &[Member, Follower]
+            }
             // Of the side that was dialled: no follower can pass for a member's primary or peer.
             Purpose::Answer | Purpose::Standing => match own {
                 Member => &[Member],
@@ -363,7 +369,7 @@ mod tests {
         let other = Keyring::with_followers(&[], &[secret(2)]).unwrap();
         let mistaken = Keyring::new(&[secret(3)]).unwrap();
         assert!(follower.is_follower() && !member.is_follower() && !follower.is_open());
-        let asks = [Purpose::Knock, Purpose::Hello, Purpose::Question, Purpose::Tunnel];
+        let asks = [Purpose::Knock, Purpose::Hello, Purpose::Question, Purpose::Tunnel, Purpose::Members];
         let answers = [Purpose::Answer, Purpose::Standing];
         for purpose in Purpose::ALL {
             let proof = follower.prove(purpose, &[b"a"]);

@@ -21,8 +21,8 @@ fn node_process() {
     let db = runtime.block_on(async {
         let config = Config::new(variable("DATABASE"))
             .secret(secret())
-            .listen("127.0.0.1:0".parse().unwrap())
-            .lease(lease::Directory::new(variable("LEASE")))
+            .listen(format!("127.0.0.1:{}", variable("PORT")).parse().unwrap())
+            .lease(variable("LEASE").parse::<lease::Lease>().unwrap())
             .bootstrap(variable("NODES").parse().unwrap())
             .migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS t(id INTEGER PRIMARY KEY, v)"));
         Db::open(config).await.unwrap()
@@ -95,11 +95,37 @@ impl Node {
 struct World {
     dir: tempfile::TempDir,
     nodes: usize,
+    /// Of the nodes `a`, `b` and so on, where their addresses are known before; any otherwise.
+    ports: Vec<u16>,
 }
 
 impl World {
     fn new(nodes: usize) -> World {
-        World { dir: tempfile::tempdir().unwrap(), nodes }
+        World { dir: tempfile::tempdir().unwrap(), nodes, ports: Vec::new() }
+    }
+
+    /// With nodes at addresses that they keep, so that they can be members.
+    fn with_addresses(nodes: usize) -> World {
+        World { ports: (0..nodes).map(|_| own_port()).collect(), ..World::new(nodes) }
+    }
+
+    fn port(&self, name: &str) -> u16 {
+        self.ports.get(usize::from(name.as_bytes()[0] - b'a')).copied().unwrap_or(0)
+    }
+
+    fn url(&self, name: &str) -> String {
+        format!("replite://127.0.0.1:{}", self.port(name))
+    }
+
+    /// The lease that these nodes keep.
+    fn members(&self, names: &[&str]) -> String {
+        let urls: Vec<String> = names.iter().map(|name| self.url(name)).collect();
+        format!("members:{}", urls.join(","))
+    }
+
+    /// A lease in words; a name alone is a directory here.
+    fn lease(&self, lease: &str) -> String {
+        if lease.contains(':') { lease.into() } else { self.path(lease).to_str().unwrap().into() }
     }
 
     fn path(&self, name: &str) -> PathBuf {
@@ -108,10 +134,11 @@ impl World {
 
     fn start(&self, name: &'static str, lease: &str) -> Node {
         std::fs::create_dir_all(self.path(name)).unwrap();
-        let (database, lease) = (self.path(name).join("app.db"), self.path(lease));
+        let database = self.path(name).join("app.db");
         let variables = [
             ("DATABASE", database.to_str().unwrap()),
-            ("LEASE", lease.to_str().unwrap()),
+            ("LEASE", &self.lease(lease)),
+            ("PORT", &self.port(name).to_string()),
             ("NODES", &self.nodes.to_string()),
         ];
         let process = Process::start(node_process, &variables);
@@ -123,8 +150,12 @@ impl World {
     /// All of them, once one leads and all answer.
     fn start_all(&self) -> Vec<Node> {
         let names = ["a", "b", "c"];
-        let nodes: Vec<Node> = names[..self.nodes].iter().map(|name| self.start(name, "lease")).collect();
-        self.comes("all nodes", "lease", |view| {
+        self.start_these(&names[..self.nodes], "lease")
+    }
+
+    fn start_these(&self, names: &[&'static str], lease: &str) -> Vec<Node> {
+        let nodes: Vec<Node> = names.iter().map(|name| self.start(name, lease)).collect();
+        self.comes("all nodes", lease, |view| {
             let roles: Vec<&Value> = answers(view).map(|answer| &answer["role"]).collect();
             let replicas = roles.iter().filter(|role| **role == "replica").count();
             view["record"]["renewed"] == true && replicas + 1 == self.nodes && roles.len() == self.nodes
@@ -134,7 +165,7 @@ impl World {
 
     fn command(&self, lease: &str, args: &[&str]) -> Command {
         let mut command = Command::new(env!("CARGO_BIN_EXE_replite"));
-        command.args(args).arg("--lease").arg(self.path(lease));
+        command.args(args).arg("--lease").arg(self.lease(lease));
         command.env("REPLITE_SECRET", SECRET).stdin(Stdio::null());
         command
     }
@@ -150,7 +181,8 @@ impl World {
     fn comes(&self, what: &str, lease: &str, done: impl Fn(&Value) -> bool) -> Value {
         let mut last = Value::Null;
         until(what, || {
-            last = self.view(lease);
+            // Members that have not begun can't be reached.
+            last = serde_json::from_str(&self.run(lease, &["show", "--json"]).out).unwrap();
             done(&last)
         });
         last
@@ -167,7 +199,11 @@ fn holder(view: &Value) -> NodeId {
 
 /// Takes the node that leads out of the list.
 fn leader(world: &World, nodes: &mut Vec<Node>) -> Node {
-    let holder = holder(&world.view("lease"));
+    leader_by(world, "lease", nodes)
+}
+
+fn leader_by(world: &World, lease: &str, nodes: &mut Vec<Node>) -> Node {
+    let holder = holder(&world.view(lease));
     nodes.remove(nodes.iter().position(|node| node.id == holder).unwrap())
 }
 
@@ -397,6 +433,112 @@ fn a_lease_goes_to_another_store_and_no_node_leads_by_the_old_one() {
 }
 
 #[test]
+fn a_lease_goes_from_a_directory_to_members_and_back() {
+    let world = World::with_addresses(3);
+    let mut nodes = world.start_all();
+    let mut led = leader(&world, &mut nodes);
+    let txid = led.ask("write 1", "wrote");
+    for node in &mut nodes {
+        node.ask(&format!("has {txid}"), "has");
+    }
+    let members = &world.members(&["a", "b", "c"]);
+    // The replicas first, so that the lease goes to none of them.
+    let mut replicas = Vec::new();
+    for node in nodes {
+        let name = node.name;
+        node.end();
+        replicas.push(world.start(name, members));
+    }
+    // The primary has not ended: its state directory is another store's.
+    world.run(members, &["member", "begin"]).code(1).says("the members have not changed");
+    led.ask("write 2", "wrote");
+    let name = led.name;
+    led.end();
+    let mut led = world.start(name, members);
+    // Refused until all of them are there. The record can be moved at once then.
+    until("members that have begun", || world.run(members, &["member", "begin"]).code == Some(0));
+    world.run("lease", &["move", "--to", members]).code(0).says(&format!("the lease is in {members}"));
+    until("a primary", || led.ask("role", "role") == "primary");
+    let txid = led.ask("write 3", "wrote");
+    for node in &mut replicas {
+        node.ask(&format!("has {txid}"), "has");
+        assert_eq!((node.rows(), node.ask("lost", "lost")), (3, "0".into()));
+    }
+    world.run("lease", &["show"]).code(0).says("was moved to").says(members);
+
+    // And back. Paused, so that no other takes the lease of the one that is killed.
+    world.run(members, &["pause"]).code(0);
+    let home = &world.lease("home");
+    world.run(members, &["move", "--to", home]).code(1).says("holds the lease and renews it");
+    led.process.kill();
+    world.run(members, &["move", "--to", home]).code(0).says("start the nodes");
+    // The others have the old store: only this one can take it.
+    world.run(home, &["resume"]).code(0);
+    let mut led = world.start(name, home);
+    until("a primary", || led.ask("role", "role") == "primary");
+    let txid = led.ask("write 4", "wrote");
+    for node in replicas {
+        let name = node.name;
+        node.end();
+        let mut node = world.start(name, home);
+        node.ask(&format!("has {txid}"), "has");
+        assert_eq!((node.rows(), node.ask("lost", "lost")), (4, "0".into()));
+        node.process.kill();
+    }
+    assert_eq!((led.rows(), led.ask("lost", "lost")), (4, "0".into()));
+}
+
+#[test]
+fn members_are_shown_added_and_removed() {
+    let world = World::with_addresses(4);
+    let (three, four) = (&world.members(&["a", "b", "c"]), &world.members(&["a", "b", "c", "d"]));
+    // None of them is there.
+    world.run(three, &["members"]).code(3).says("no member can be reached").says("does not answer");
+    world.run(three, &["show"]).code(3);
+    world.run(three, &["member", "add", &world.url("d")]).code(3);
+    let world = World { nodes: 3, ..world };
+    let mut nodes = world.start_these(&["a", "b", "c"], three);
+    let mut led = leader_by(&world, three, &mut nodes);
+    let txid = led.ask("write 1", "wrote");
+    let voters = |lease: &str| {
+        let said = world.run(lease, &["members", "--json"]).code(0);
+        let view: Value = serde_json::from_str(&said.out).unwrap();
+        let all = view["members"].as_array().unwrap().clone();
+        let urls = all.iter().filter(|member| member["votes"] == true).map(|member| &member["url"]);
+        let urls: Vec<String> = urls.map(|url| url.as_str().unwrap().into()).collect();
+        (view["agree"] == true, urls)
+    };
+    let urls = |names: &[&str]| {
+        let mut urls: Vec<String> = names.iter().map(|name| world.url(name)).collect();
+        urls.sort();
+        urls
+    };
+    until("members that agree", || voters(three) == (true, urls(&["a", "b", "c"])));
+    world.run(three, &["members"]).code(0).says("the leader").says("a voter");
+
+    world.run(three, &["member", "begin"]).code(1).says("have begun");
+    world.run(three, &["member", "add", &world.url("d")]).code(1).says(&world.url("d"));
+    world.run(three, &["member", "add", "ftp://x"]).code(2);
+    world.run("lease", &["members"]).code(2).says("not kept by members");
+    let mut none = world.command(three, &["members"]);
+    Said::of(none.env_remove("REPLITE_SECRET").output().unwrap()).code(2).says("secret");
+
+    let mut fourth = world.start("d", four);
+    world.run(three, &["member", "add", &world.url("d")]).code(0).says("is a member");
+    until("four voters", || voters(four) == (true, urls(&["a", "b", "c", "d"])));
+    fourth.ask(&format!("has {txid}"), "has");
+    // One that is gone is removed all the same.
+    let gone = nodes.pop().unwrap();
+    let name = gone.name;
+    drop(gone);
+    world.run(four, &["member", "remove", &world.url(name)]).code(0).says("no member any more");
+    world.run(four, &["member", "remove", &world.url(name)]).code(1).says("is no member");
+    let left: Vec<&str> = ["a", "b", "c", "d"].into_iter().filter(|other| *other != name).collect();
+    until("three voters", || voters(&world.members(&left)) == (true, urls(&left)));
+    led.ask("write 2", "wrote");
+}
+
+#[test]
 fn the_command_says_what_is_wrong_and_ends_with_a_code_of_its_own() {
     let world = World::new(1);
     let node = world.start_all().pop().unwrap();
@@ -410,6 +552,11 @@ fn the_command_says_what_is_wrong_and_ends_with_a_code_of_its_own() {
     bare(&["--help"]).code(0).says("Usage");
     bare(&["show"]).code(2).says("--lease");
     bare(&["handoff", "--to", "nobody", "--lease", "x"]).code(2);
+    bare(&["show", "--lease", "redis://app:hunter2@x"]).code(2).says("members:URL,URL,URL");
+    world.run("lease", &["move", "--to", "members"]).code(2).says("not where");
+    let mut by_variable = world.command("lease", &["show"]);
+    by_variable.env("REPLITE_LEASE", "/no/such/place");
+    Said::of(by_variable.output().unwrap()).code(0);
     let nowhere = world.path("no/such/place");
     bare(&["show", "--lease", nowhere.to_str().unwrap()]).code(3).says("no such directory");
     bare(&["pause", "--lease", nowhere.to_str().unwrap()]).code(3).says("no such directory");

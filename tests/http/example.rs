@@ -229,6 +229,77 @@ fn an_orderly_end_of_all_warns_of_nothing() {
     }
 }
 
+/// Its server has connections of the other members, which would not end by themselves.
+#[test]
+fn a_member_ends_in_good_order_while_the_others_go_on() {
+    let dir = tempfile::tempdir().unwrap();
+    let (Example { process: example, .. }, table) = Example::three(dir.path());
+    for row in &table {
+        kill_process(row.pid, Signal::TERM).unwrap();
+        loop {
+            let line = example.next_line().expect("its end");
+            assert!(!line.contains("did not end in time"), "{line}");
+            if line.starts_with(&format!("{} ended (exit status: 0)", row.url)) {
+                break;
+            }
+        }
+        let back = || children(example.pid()).len() == 3;
+        until("its restart", back);
+        let ready = format!("{}/healthz", row.url);
+        until("its word", || {
+            let asked = std::process::Command::new("curl").args(["-sf", &ready]).output();
+            asked.is_ok_and(|answer| answer.status.success())
+        });
+    }
+    example.end();
+}
+
+#[test]
+fn three_instances_share_their_notes_with_a_lease_in_a_directory_too() {
+    let dir = tempfile::tempdir().unwrap();
+    let example = Example::launcher(three_ports(), dir.path(), &["--lease", "directory"]);
+    let table = example.table();
+    assert_eq!(table.iter().filter(|row| row.role == "primary").count(), 1, "{table:?}");
+    assert!(dir.path().join("lease").is_dir());
+    example.process.end();
+    let example = Example::launcher(three_ports(), dir.path(), &["--lease", "redis://x"]);
+    example.process.line("it is none of the forms");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn two_instances_and_a_witness_survive_the_primary() {
+    let dir = tempfile::tempdir().unwrap();
+    let first = three_ports();
+    let lease = format!(
+        "members:http://127.0.0.1:{first},http://127.0.0.1:{},replite://127.0.0.1:{}",
+        first + 1,
+        first + 2
+    );
+    let witness = Example::witness(first + 2, dir.path(), &lease);
+    let mut two: Vec<Example> =
+        (0..2).map(|index| Example::with_lease(first, index, dir.path(), &lease)).collect();
+    for instance in &two {
+        listening(&instance.urls[0]).await;
+        let added = within("a primary", async {
+            loop {
+                let answer = add(&instance.urls[0], "before").await;
+                if answer.status == 201 {
+                    return answer;
+                }
+            }
+        });
+        added.await;
+    }
+    let first_leads = described(&two[0].urls[0]).await["role"] == "primary";
+    let killed = two.remove(usize::from(!first_leads));
+    tokio::task::block_in_place(|| killed.process.kill());
+    let left = &two[0].urls[0];
+    within("the other one", async { while add(left, "after").await.status != 201 {} }).await;
+    assert_eq!(described(left).await["role"], "primary");
+    assert!(!dir.path().join("witness/notes.db").exists());
+    drop(witness);
+}
+
 #[test]
 fn no_instance_outlives_a_launcher_that_was_killed() {
     let dir = tempfile::tempdir().unwrap();

@@ -211,7 +211,7 @@ async fn an_operators_command_that_is_relayed_changes_nothing() {
         let ender = Ender::start(Door::Own, at, inside).await;
         elected.relays.iter().for_each(|relay| relay.lead_to(ender.address));
         let store: Arc<dyn lease::Store> = Arc::new(elected.memory.clone());
-        let operator = Operator::shared(store, "default", "app").secret(secret());
+        let operator = Operator::new(store, "default", "app").secret(secret());
         let to = elected.nodes[(led + 1) % NODES].node_id();
         let refused = within("an answer", operator.handoff(Some(to))).await;
         assert!(refused.is_err(), "{refused:?}");

@@ -135,9 +135,11 @@ impl Example {
         let port = three_ports();
         Example::start(urls(port), |command| {
             command.arg("--base-port").arg(port.to_string()).arg("--data").arg(data).env("RUST_LOG", "info");
-            if fixed {
-                command.args(["--primary", &urls(port)[0]]);
-            }
+            match fixed {
+                true => command.args(["--primary", &urls(port)[0]]),
+                // Members that end at one time lose each other, and say so.
+                false => command.args(["--lease", "directory"]),
+            };
         })
     }
 
@@ -176,6 +178,23 @@ impl Example {
         let url = format!("http://{address}");
         Example::start(vec![url.clone()], |c| {
             c.args(["node", "--listen", &address, "--primary", &url, "--data"]).arg(data).args(options);
+        })
+    }
+
+    /// One of the three instances from this port on, with this lease.
+    pub(crate) fn with_lease(first: u16, index: u16, data: &Path, lease: &str) -> Example {
+        let (urls, port) = (urls(first), first + index);
+        Example::start(vec![urls[usize::from(index)].clone()], |c| {
+            c.args(["node", "--listen", &format!("127.0.0.1:{port}"), "--lease", lease, "--data"]);
+            c.arg(data.join(port.to_string())).args(["--peers", &urls.join(",")]);
+        })
+    }
+
+    /// A member without a database.
+    pub(crate) fn witness(port: u16, data: &Path, lease: &str) -> Example {
+        Example::start(Vec::new(), |c| {
+            c.args(["witness", "--listen", &format!("127.0.0.1:{port}"), "--lease", lease, "--data"]);
+            c.arg(data.join("witness"));
         })
     }
 

@@ -7,8 +7,7 @@ use std::path::PathBuf;
 use crate::db::config::Config;
 use crate::error::{Error, Result};
 use crate::lease::LeaseKind;
-use crate::net::{Endpoint, Scheme};
-use crate::proxy::AppTls;
+use crate::net::{Endpoint, Pem, Scheme, ServerTls};
 use crate::status::Addresses;
 
 /// How a URL begins whose server has a certificate.
@@ -59,8 +58,8 @@ impl Config {
     }
 
     /// Reads the certificates. Blocks.
-    pub(in crate::db) fn app_tls(&self) -> Result<AppTls> {
-        let Some(path) = &self.app_roots else { return Ok(AppTls::default()) };
+    pub(in crate::db) fn app_tls(&self) -> Result<ServerTls> {
+        let Some(path) = &self.app_roots else { return Ok(ServerTls::default()) };
         let mut pem = Vec::new();
         let file = File::open(path).map_err(Error::io("open", path))?;
         file.take(ROOTS_MAX_BYTES + 1).read_to_end(&mut pem).map_err(Error::io("read", path))?;
@@ -68,7 +67,8 @@ impl Config {
             let most = format!("app_roots: {}: more than {ROOTS_MAX_BYTES} bytes", path.display());
             return Err(Error::Config(most));
         }
-        AppTls::of_roots(path, &pem)
+        let named = format!("app_roots: {}", path.display());
+        ServerTls::new(Some(Pem { named: &named, bytes: &pem }), None)
     }
 
     /// Checks the application's address.
@@ -85,8 +85,8 @@ impl Config {
         }
         // But for the scheme it is a URL like others.
         let host = Endpoint::parse(&format!("http://{}", &app[HTTPS.len()..]))?.host;
-        AppTls::check(&host)?;
-        let elects = matches!(self.lease.0, LeaseKind::Store(_));
+        ServerTls::check(&host)?;
+        let elects = !matches!(self.lease.0, LeaseKind::Fixed(_));
         if elects && replication.is_empty() && self.listen.is_none() {
             return Err(Error::Config(format!(
                 "with a lease, other nodes have to reach this one, and not by {app:?}: say how by `listen` \

@@ -182,13 +182,13 @@ impl Config {
         let has_secret = !self.secrets.is_empty() || self.secret_file.is_some() || is_follower;
         let primary = match &self.lease.0 {
             LeaseKind::Fixed(fixed) => fixed.primary_url().map(Endpoint::parse).transpose()?,
-            LeaseKind::Store(_) => None,
+            _ => None,
         };
         if is_follower && matches!(&self.lease.0, LeaseKind::Fixed(_)) && primary.is_none() {
             return Err(Error::Config(FOLLOWER_LEADS.into()));
         }
-        let has_peers =
-            self.listen.is_some() || primary.is_some() || matches!(self.lease.0, LeaseKind::Store(_));
+        let elects = !matches!(self.lease.0, LeaseKind::Fixed(_));
+        let has_peers = self.listen.is_some() || primary.is_some() || elects;
         if has_peers && !has_secret && self.plaintext != Some(Plaintext::Loopback) {
             return Err(Error::Config(NO_SECRET.into()));
         }

@@ -36,7 +36,35 @@ pub(in crate::db) enum Start {
     /// As a replica of the fixed primary.
     Replica(Endpoint),
     /// As what the lease says, which counts so long.
-    Lease(Arc<dyn Store>, Duration),
+    Lease(ConfiguredStore, Duration),
+}
+
+/// Where the lease's record is.
+#[derive(Debug)]
+pub(in crate::db) enum ConfiguredStore {
+    Given(Arc<dyn Store>),
+    /// At these members, each URL in its normal form.
+    #[cfg(feature = "members")]
+    Members(Vec<String>),
+}
+
+impl ConfiguredStore {
+    fn lease_time(&self) -> Duration {
+        match self {
+            ConfiguredStore::Given(store) => store.lease_time(),
+            #[cfg(feature = "members")]
+            ConfiguredStore::Members(_) => crate::lease::LEASE_TIME_OF_MEMBERS,
+        }
+    }
+
+    /// The least that its lease time can be.
+    fn lease_time_min(&self) -> Duration {
+        match self {
+            ConfiguredStore::Given(_) => *LEASE_TIMES.start(),
+            #[cfg(feature = "members")]
+            ConfiguredStore::Members(_) => crate::lease::LEASE_TIME_MIN_OF_MEMBERS,
+        }
+    }
 }
 
 impl Config {
@@ -65,11 +93,13 @@ impl Config {
                 let primary = fixed.primary_url().map(Endpoint::parse).transpose()?;
                 return Ok(primary.map_or(Start::Primary, Start::Replica));
             }
-            LeaseKind::Store(store) => store.clone(),
+            LeaseKind::Store(store) => ConfiguredStore::Given(store.clone()),
+            #[cfg(feature = "members")]
+            LeaseKind::Members(members) => ConfiguredStore::Members(members.list()?),
         };
         let time = self.lease_time.unwrap_or_else(|| store.lease_time());
-        if !LEASE_TIMES.contains(&time) {
-            let (least, most) = (LEASE_TIMES.start(), LEASE_TIMES.end());
+        let (least, most) = (store.lease_time_min(), *LEASE_TIMES.end());
+        if !(least..=most).contains(&time) {
             return Err(Error::Config(format!("lease_time is {time:?}; {least:?} to {most:?} are possible")));
         }
         if self.bootstrap.is_some_and(|nodes| !(1..=STARTERS_MAX).contains(&nodes)) {

@@ -6,7 +6,7 @@ use crate::engine::checkpoint::backfill::DRAIN_MAX;
 use crate::engine::checkpoint::backfill::{mark_again, try_for};
 use crate::engine::file::anchor::{Anchor, FileState};
 use crate::engine::file::database::OpenDatabase;
-use crate::engine::file::witnesses::{Witness, Witnesses};
+use crate::engine::file::witnesses::{WitnessPage, Witnesses};
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::page::PageNo;
@@ -72,7 +72,8 @@ fn write_pages(
 ) -> Result<Vec<PageNo>> {
     // Should the node die in here, the file's new modification time says nothing. The file is then
     // the state that it was, with some of its bad pages. The last of these are the witnesses.
-    let bad = pages.iter().rev().map(|page| Witness::new(page.number, page.wrong)).take(Witnesses::MAX / 2);
+    let bad =
+        pages.iter().rev().map(|page| WitnessPage::new(page.number, page.wrong)).take(Witnesses::MAX / 2);
     let bad: Witnesses = match newest {
         Some(Anchor { file: FileState::Backfilling(missing), .. }) => bad.chain(missing.iter()).collect(),
         _ => bad.collect(),

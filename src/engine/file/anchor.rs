@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use crate::checksum::{FINGERPRINT_BYTES, Fingerprint};
 use crate::engine::file::witnesses::CopyTag;
-use crate::engine::file::witnesses::Witness;
+use crate::engine::file::witnesses::WitnessPage;
 use crate::engine::file::witnesses::Witnesses;
 use crate::error::{Error, Result};
 use crate::files::sealed::{CHECK_BYTES, HEAD_BYTES, Sealed, Unsealed};
@@ -31,7 +31,7 @@ const SLOT_OFFSETS: [u64; 2] = [0, 4096];
 const CHECK_AT: usize = SLOT_BYTES - CHECK_BYTES;
 const WITNESSES_AT: usize = 120;
 const KEY_AT: usize = CHECK_AT - FINGERPRINT_BYTES;
-const _: () = assert!(WITNESSES_AT + Witnesses::MAX * Witness::BYTES <= KEY_AT);
+const _: () = assert!(WITNESSES_AT + Witnesses::MAX * WitnessPage::BYTES <= KEY_AT);
 
 /// What was known of the database file alone when an anchor was written.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -92,7 +92,7 @@ impl Anchor {
                     b[104..120].copy_from_slice(&nonce);
                 }
                 for (place, witness) in
-                    b[WITNESSES_AT..KEY_AT].chunks_exact_mut(Witness::BYTES).zip(witnesses.iter())
+                    b[WITNESSES_AT..KEY_AT].chunks_exact_mut(WitnessPage::BYTES).zip(witnesses.iter())
                 {
                     place.copy_from_slice(&witness.to_bytes());
                 }
@@ -132,7 +132,7 @@ impl Anchor {
             // The end of no database is at its begin.
             let mark = Some(CopyTag { offset: long(96), nonce }).filter(|mark| mark.offset > 0);
             FileState::Backfilling(
-                Witnesses::decode(&b[WITNESSES_AT..WITNESSES_AT + Witnesses::MAX * Witness::BYTES])
+                Witnesses::decode(&b[WITNESSES_AT..WITNESSES_AT + Witnesses::MAX * WitnessPage::BYTES])
                     .marked(mark),
             )
         };
@@ -368,7 +368,7 @@ mod tests {
         let paths = Paths::fresh(dir.path());
         let mut anchors = Anchors::open(&paths, KEY.fingerprint()).unwrap();
         let number = |n| PageNo::new(n).unwrap();
-        let all = (1..=20).map(|n| Witness::new(number(n), KEY.hash(number(n), &[n as u8; 512])));
+        let all = (1..=20).map(|n| WitnessPage::new(number(n), KEY.hash(number(n), &[n as u8; 512])));
         for count in [0, 1, Witnesses::MAX, Witnesses::MAX + 5] {
             let witnesses: Witnesses = all.clone().take(count).collect();
             let written = Anchor { file: FileState::Backfilling(witnesses), ..anchor(1) };

@@ -3,7 +3,7 @@
 use crate::engine::file::anchor::FileState;
 use crate::engine::file::database::{OpenDatabase, Tip};
 use crate::engine::file::newest::{Found, Newest};
-use crate::engine::file::witnesses::{Witness, Witnesses};
+use crate::engine::file::witnesses::{WitnessPage, Witnesses};
 use crate::error::Result;
 use crate::page::PageNo;
 use crate::report::Condition;
@@ -23,7 +23,7 @@ impl OpenDatabase {
         tip: &Tip,
     ) -> Result<Witnesses> {
         const LAST: usize = Witnesses::MAX / 2;
-        let (mut found, mut empty) = (Vec::<Witness>::new(), Vec::new());
+        let (mut found, mut empty) = (Vec::<WitnessPage>::new(), Vec::new());
         let (mut image, mut there) = (vec![0; self.page_size.bytes()], vec![0; self.page_size.bytes()]);
         let mut newest = Newest::descending(&self.index, copied + 1, tip.frame);
         let first = self.index.lookup(PageNo::FIRST.get(), copied + 1, tip.frame);
@@ -52,7 +52,7 @@ impl OpenDatabase {
                 if image == there {
                     continue;
                 }
-                let witness = Witness::new(page, self.page_key.hash(page, &there));
+                let witness = WitnessPage::new(page, self.page_key.hash(page, &there));
                 if page != PageNo::FIRST && is_empty_leaf(&there) {
                     if empty.len() < Witnesses::MAX && !empty.contains(&witness) {
                         empty.push(witness);

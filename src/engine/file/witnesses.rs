@@ -9,25 +9,25 @@ use crate::wal::le_u32;
 /// file has it still, no process has copied all of the WAL back. SQLite gives up no WAL before
 /// that.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Witness {
+pub(crate) struct WitnessPage {
     page: PageNo,
     older: [u8; 8],
 }
 
-impl Witness {
+impl WitnessPage {
     /// Of one in an anchor.
     pub(in crate::engine) const BYTES: usize = 12;
 
-    pub(crate) fn new(page: PageNo, older: PageHash) -> Witness {
+    pub(crate) fn new(page: PageNo, older: PageHash) -> WitnessPage {
         let hash = older.to_bytes();
         let mut older = [0; 8];
         older.copy_from_slice(&hash[..8]);
-        Witness { page, older }
+        WitnessPage { page, older }
     }
 
     /// The page's number, little-endian, and the first eight bytes of the hash.
-    pub(in crate::engine) fn to_bytes(self) -> [u8; Witness::BYTES] {
-        let mut bytes = [0; Witness::BYTES];
+    pub(in crate::engine) fn to_bytes(self) -> [u8; WitnessPage::BYTES] {
+        let mut bytes = [0; WitnessPage::BYTES];
         bytes[..4].copy_from_slice(&self.page.get().to_le_bytes());
         bytes[4..].copy_from_slice(&self.older);
         bytes
@@ -54,14 +54,14 @@ impl CopyTag {
 /// which a node recognizes the file.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Witnesses {
-    pages: [Option<Witness>; Witnesses::MAX],
+    pages: [Option<WitnessPage>; Witnesses::MAX],
     pub(crate) mark: Option<CopyTag>,
 }
 
 impl Witnesses {
     pub(crate) const MAX: usize = 8;
 
-    pub(crate) fn iter(&self) -> impl Iterator<Item = Witness> + '_ {
+    pub(crate) fn iter(&self) -> impl Iterator<Item = WitnessPage> + '_ {
         self.pages.iter().flatten().copied()
     }
 
@@ -71,19 +71,19 @@ impl Witnesses {
 
     pub(in crate::engine) fn decode(bytes: &[u8]) -> Witnesses {
         bytes
-            .chunks_exact(Witness::BYTES)
+            .chunks_exact(WitnessPage::BYTES)
             .filter_map(|b| {
                 let mut older = [0; 8];
                 older.copy_from_slice(&b[4..]);
-                Some(Witness { page: PageNo::new(le_u32(b))?, older })
+                Some(WitnessPage { page: PageNo::new(le_u32(b))?, older })
             })
             .collect()
     }
 }
 
 /// The first ones, as many as there is room for.
-impl FromIterator<Witness> for Witnesses {
-    fn from_iter<I: IntoIterator<Item = Witness>>(all: I) -> Witnesses {
+impl FromIterator<WitnessPage> for Witnesses {
+    fn from_iter<I: IntoIterator<Item = WitnessPage>>(all: I) -> Witnesses {
         let mut witnesses = Witnesses::default();
         for (place, witness) in witnesses.pages.iter_mut().zip(all) {
             *place = Some(witness);

@@ -4,7 +4,7 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::engine::file::anchor::FileState;
-use crate::engine::file::witnesses::{Witness, Witnesses};
+use crate::engine::file::witnesses::{WitnessPage, Witnesses};
 use crate::engine::recover::Findings;
 use crate::engine::recover::judge::Doubt;
 use crate::engine::recover::position::Wal;
@@ -53,7 +53,7 @@ impl Findings {
         if let FileState::Backfilling(witnesses) = newest.file {
             let older = self.older(&witnesses).unwrap_or_else(|error| {
                 self.base.node.report(Condition::WalCopyUnknown { error: &error });
-                witnesses.iter().map(Witness::page).collect()
+                witnesses.iter().map(WitnessPage::page).collect()
             });
             match older[..] {
                 [] => {
@@ -127,7 +127,7 @@ impl Findings {
                 continue;
             }
             self.handle.read(&mut page, witness.page().offset(self.base.page_size))?;
-            if Witness::new(witness.page(), self.base.page_key.hash(witness.page(), &page)) == witness {
+            if WitnessPage::new(witness.page(), self.base.page_key.hash(witness.page(), &page)) == witness {
                 older.push(witness.page());
             }
         }
@@ -307,7 +307,7 @@ mod tests {
             let sql = format!("SELECT rootpage FROM sqlite_schema WHERE name = '{table}'");
             PageNo::new(ask(&home, &sql) as u32).unwrap()
         };
-        let pages: Vec<PageNo> = witnesses.iter().map(Witness::page).collect();
+        let pages: Vec<PageNo> = witnesses.iter().map(WitnessPage::page).collect();
         assert_eq!(pages.last(), Some(&root("t")), "where there are others, it is the last to be asked");
         assert!(pages.contains(&root("u")));
     }

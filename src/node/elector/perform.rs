@@ -165,7 +165,7 @@ impl Drive {
 
     pub(super) fn read(&self) {
         let (store, node, inputs, limit) =
-            (self.store.clone(), self.node.clone(), self.inputs.clone(), self.limit);
+            (self.store.store.clone(), self.node.clone(), self.inputs.clone(), self.limit);
         self.tasks.spawn(async move {
             let (begun, outcome) = look(&*store, &node, limit).await;
             let _ = inputs.send(Input::Read { begun, outcome }).await;
@@ -176,7 +176,7 @@ impl Drive {
         // The shorter one counts from now on: an answer that comes later is of no use.
         self.limit = self.limit.min(record.lease_time / 4);
         self.node.lease.set_time(record.lease_time);
-        let (store, inputs, limit) = (self.store.clone(), self.inputs.clone(), record.lease_time / 4);
+        let (store, inputs, limit) = (self.store.store.clone(), self.inputs.clone(), record.lease_time / 4);
         self.tasks.spawn(async move {
             let (attempt, bytes) = (record.attempt, record.encode());
             let swap = caught_task("the lease's store", store.swap(expected.as_ref(), &bytes));

@@ -2,7 +2,6 @@
 
 use std::future::Future;
 use std::net::{IpAddr, Ipv4Addr};
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -27,8 +26,9 @@ use tokio_tungstenite::connect_async;
 use tokio_tungstenite::tungstenite::Message;
 
 use crate::context::NodeContext;
+use crate::net::{Pem, ServerTls};
 use crate::proxy::tests::world::*;
-use crate::proxy::{AppTls, ReplayLayer, Route, Upgrades};
+use crate::proxy::{ReplayLayer, Route, Upgrades};
 use crate::session::Session;
 use crate::status::Role;
 use crate::token::Token;
@@ -81,8 +81,9 @@ impl Authority {
         config
     }
 
-    fn tls(&self) -> AppTls {
-        AppTls::of_roots(Path::new("roots.pem"), self.certificate.pem().as_bytes()).unwrap()
+    fn tls(&self) -> ServerTls {
+        ServerTls::new(Some(Pem { named: "roots.pem", bytes: self.certificate.pem().as_bytes() }), None)
+            .unwrap()
     }
 }
 
@@ -181,10 +182,10 @@ async fn a_server_that_does_not_prove_its_name_gets_no_request() {
     };
     let protocols = ["h2", "http/1.1"];
     for http2 in [false, true] {
-        let options = |tls: AppTls| move |l: ReplayLayer| l.with_tls(tls).http2(http2).hold_timeout(SHORT);
+        let options = |tls: ServerTls| move |l: ReplayLayer| l.with_tls(tls).http2(http2).hold_timeout(SHORT);
         for (server, tls, why) in [
             (other.server(&protocols, |_| {}), authority.tls(), "an unknown authority"),
-            (authority.server(&protocols, |_| {}), AppTls::default(), "one that the system does not know"),
+            (authority.server(&protocols, |_| {}), ServerTls::default(), "one that the system does not know"),
             (authority.server(&protocols, expired), authority.tls(), "it is expired"),
             (authority.server(&protocols, misnamed), authority.tls(), "another name"),
         ] {

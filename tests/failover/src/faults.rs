@@ -13,53 +13,75 @@ use rand::rngs::StdRng;
 use rand::seq::IndexedRandom;
 use rand::{Rng, SeedableRng};
 
+use replite_stores::s3::Fault;
+
 use crate::clock::now;
 use crate::faults::handoff::Amid;
 use crate::history::OrderlyEnd;
 use crate::member::Member;
-use crate::world::World;
+use crate::store::StoreKind;
+use crate::world::{Setting, World};
 
 /// How long an orderly end may take.
 const END_LIMIT: Duration = Duration::from_secs(25);
 /// How long a node may take until it can be read after its start.
 const READY_LIMIT: Duration = Duration::from_secs(30);
 
-/// Every fault: its name, how often it is chosen, and whether it makes sense without a lease.
-pub const FAULTS: &[(&str, u32, bool)] = &[
-    ("kill_primary", 16, true),
-    ("kill_any", 8, true),
-    ("kill_often", 5, true),
-    ("kill_all", 6, true),
-    ("term_primary", 8, true),
-    ("term_any", 4, true),
-    ("term_all", 4, true),
-    ("rolling", 4, true),
-    ("stop_primary", 12, true),
-    ("stop_any", 5, true),
-    ("cut_primary", 8, true),
-    ("cut_and_kill", 6, false),
-    ("cut_pair", 6, true),
-    ("one_way", 5, true),
-    ("late", 5, true),
-    ("no_store_primary", 10, false),
-    ("no_store_any", 5, false),
-    ("no_store_all", 5, false),
-    ("record_gone", 4, false),
-    ("record_garbled", 4, false),
-    ("hook_fails", 5, false),
-    ("emptied", 5, true),
-    ("emptied_alone", 5, false),
-    ("old_copy", 4, true),
-    ("old_copy_alone", 5, false),
-    ("behind_alone", 6, false),
-    ("twin", 3, false),
-    ("clock_jump", 4, true),
-    ("handoff", 10, false),
-    ("handoff_killed_target", 6, false),
-    ("handoff_killed_holder", 6, false),
-    ("handoff_stopped_target", 6, false),
-    ("handoff_cut", 6, false),
-    ("paused_killed", 5, false),
+/// Where a fault makes sense.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Where {
+    /// Also without a lease.
+    Everywhere,
+    Lease,
+    /// With the record somewhere else than on the nodes.
+    Outside,
+    Only(StoreKind),
+}
+
+use Where::{Everywhere, Lease, Only, Outside};
+
+/// Every fault: its name, how often it is chosen, and where it makes sense.
+pub const FAULTS: &[(&str, u32, Where)] = &[
+    ("kill_primary", 16, Everywhere),
+    ("kill_any", 8, Everywhere),
+    ("kill_often", 5, Everywhere),
+    ("kill_all", 6, Everywhere),
+    ("term_primary", 8, Everywhere),
+    ("term_any", 4, Everywhere),
+    ("term_all", 4, Everywhere),
+    ("rolling", 4, Everywhere),
+    ("stop_primary", 12, Everywhere),
+    ("stop_any", 5, Everywhere),
+    ("cut_primary", 8, Everywhere),
+    ("cut_and_kill", 6, Lease),
+    ("cut_pair", 6, Everywhere),
+    ("one_way", 5, Everywhere),
+    ("late", 5, Everywhere),
+    ("no_store_primary", 10, Outside),
+    ("no_store_any", 5, Outside),
+    ("no_store_all", 5, Outside),
+    ("record_gone", 4, Only(StoreKind::Directory)),
+    ("record_garbled", 4, Only(StoreKind::Directory)),
+    ("hook_fails", 5, Lease),
+    ("emptied", 5, Everywhere),
+    ("emptied_alone", 5, Lease),
+    ("old_copy", 4, Everywhere),
+    ("old_copy_alone", 5, Lease),
+    ("behind_alone", 6, Lease),
+    ("twin", 3, Lease),
+    ("clock_jump", 4, Everywhere),
+    ("handoff", 10, Lease),
+    ("handoff_killed_target", 6, Lease),
+    ("handoff_killed_holder", 6, Lease),
+    ("handoff_stopped_target", 6, Lease),
+    ("handoff_cut", 6, Lease),
+    ("paused_killed", 5, Lease),
+    ("etcd_leader_killed", 24, Only(StoreKind::Etcd)),
+    ("etcd_down", 10, Only(StoreKind::Etcd)),
+    ("s3_errors", 14, Only(StoreKind::Objects)),
+    ("s3_silent", 10, Only(StoreKind::Objects)),
+    ("s3_answers_lost", 10, Only(StoreKind::Objects)),
+    ("raft_gone", 20, Only(StoreKind::Members)),
 ];
 
 /// What an operator does to nodes that work: no request fails but on a node that ends.
@@ -77,10 +99,20 @@ pub struct Step {
 }
 
 /// Draws the faults of a round.
-pub fn plan(rng: &mut StdRng, with_lease: bool, names: &[String]) -> Vec<Step> {
-    let usable: Vec<_> = FAULTS.iter().filter(|(_, _, without)| with_lease || *without).collect();
+pub fn plan(rng: &mut StdRng, setting: &Setting, names: &[String]) -> Vec<Step> {
+    let store = setting.store();
+    let usable: Vec<_> = FAULTS
+        .iter()
+        .filter(|(_, _, place)| match place {
+            Everywhere => true,
+            Lease => store.is_some(),
+            Outside => store.is_some_and(|store| store != StoreKind::Members),
+            Only(of) => store == Some(*of),
+        })
+        .collect();
     let chosen = |rng: &mut StdRng| {
-        let fits = |fault: &&&(&str, u32, bool)| names.is_empty() || names.iter().any(|name| name == fault.0);
+        let fits =
+            |fault: &&&(&str, u32, Where)| names.is_empty() || names.iter().any(|name| name == fault.0);
         let usable: Vec<_> = usable.iter().filter(fits).collect();
         usable.choose_weighted(rng, |fault| fault.1).ok().map(|fault| fault.0)
     };
@@ -144,6 +176,12 @@ async fn one(world: &Arc<World>, step: &Step) {
         "no_store_primary" => store::away(world, rng, Some(Whom::Primary)).await,
         "no_store_any" => store::away(world, rng, Some(Whom::Any)).await,
         "no_store_all" => store::away(world, rng, None).await,
+        "etcd_leader_killed" => store::etcd_killed(world, rng, false).await,
+        "etcd_down" => store::etcd_killed(world, rng, true).await,
+        "s3_errors" => store::s3(world, rng, store::answers(500)).await,
+        "s3_silent" => store::s3(world, rng, Fault::Hang).await,
+        "s3_answers_lost" => store::s3(world, rng, Fault::LoseAnswer).await,
+        "raft_gone" => files::raft_gone(world, rng).await,
         "record_gone" => store::record(world, rng, false).await,
         "record_garbled" => store::record(world, rng, true).await,
         "emptied" => files::emptied(world, rng, false).await,
@@ -179,6 +217,13 @@ fn replica(world: &World, rng: &mut StdRng) -> Arc<Member> {
 
 fn millis(rng: &mut StdRng, from: u64, to: u64) -> Duration {
     Duration::from_millis(rng.random_range(from..to))
+}
+
+/// Stores work again, and all ways to them.
+pub fn heal(world: &World) {
+    for member in &world.members {
+        store::set(world, std::slice::from_ref(member), true);
+    }
 }
 
 /// Something is wrong from now on, until this is dropped: what ends meanwhile may cost something.

@@ -11,5 +11,6 @@ pub mod node;
 pub mod request;
 pub mod round;
 pub mod series;
+pub mod store;
 pub mod wires;
 pub mod world;

@@ -1,5 +1,5 @@
 //! `failover [--seed S] [--rounds N] [--seconds T] [--faults a,b] [--nodes n] [--dir D] [--fixed yes]
-//! [--keep yes] [--first yes] [--plan yes]` checks, or says what it would do. `failover node ..` is
+//! [--keep yes] [--first yes] [--plan yes] [--store S]` checks, or says what it would do. `failover node ..` is
 //! one of its nodes. `failover list` names the faults.
 
 use std::collections::BTreeMap;
@@ -10,12 +10,13 @@ use std::time::Duration;
 use replite_failover::faults::FAULTS;
 use replite_failover::round::{Order, drawn};
 use replite_failover::series::{Series, rounds};
+use replite_failover::store::StoreKind;
 
 fn main() -> Result<ExitCode, Box<dyn Error>> {
     match std::env::args().nth(1).as_deref() {
         Some("node") => return replite_failover::node::run().map(|()| ExitCode::SUCCESS),
         Some("list") => {
-            FAULTS.iter().for_each(|(name, weight, _)| println!("{name:20} {weight}"));
+            FAULTS.iter().for_each(|(name, weight, place)| println!("{name:24} {weight:3} {place:?}"));
             return Ok(ExitCode::SUCCESS);
         }
         _ => {}
@@ -38,6 +39,7 @@ fn main() -> Result<ExitCode, Box<dyn Error>> {
         faults,
         nodes: argument("nodes").map(|nodes| nodes.parse()).transpose()?,
         fixed: argument("fixed").is_some(),
+        store: argument("store").map_or(Ok(StoreKind::Directory), |name| StoreKind::named(&name))?,
         keep: argument("keep").is_some(),
     };
     let time = argument("seconds").map(|time| time.parse().map(Duration::from_secs)).transpose()?;

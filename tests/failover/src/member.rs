@@ -31,6 +31,7 @@ pub struct Member {
     /// Held by the one fault that does something to the process or its files.
     pub turn: tokio::sync::Mutex<()>,
     arguments: Vec<String>,
+    environment: Vec<(String, String)>,
     wires: Wires,
     state: Mutex<State>,
 }
@@ -59,6 +60,7 @@ pub struct Place {
     pub advertised: SocketAddr,
     pub home: PathBuf,
     pub arguments: Vec<String>,
+    pub environment: Vec<(String, String)>,
 }
 
 impl Member {
@@ -75,6 +77,7 @@ impl Member {
             log: place.home.join(format!("{name}.log")),
             turn: tokio::sync::Mutex::default(),
             arguments: place.arguments,
+            environment: place.environment,
             wires,
             state: Mutex::new(State { away: Some(now()), ended: true, ..State::default() }),
             dir,
@@ -124,6 +127,7 @@ impl Member {
             .arg("--dir")
             .arg(&self.dir)
             .args(&self.arguments)
+            .envs(self.environment.iter().cloned())
             .envs(state.variables.iter().cloned())
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)

@@ -2,12 +2,15 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::routing::{get, post};
 use axum::{Json, Router};
+use replite::lease::Lease;
 use replite::rusqlite::Transaction;
 use replite::{Config, Db, Epoch, Error, NodeId, Position, Secret, SessionTokens, Txid, lease};
 use rustix::process::Signal;
@@ -19,6 +22,8 @@ use crate::clock::{Micros, now};
 
 pub const CLUSTER: &str = "failover";
 pub const SECRET: &str = "tK2v0CZkYt8bM5WJ3uH1nQxPp7sDfLrEaG6yVoXiN4c";
+/// Between two looks at who votes.
+const VOTES_PAUSE: Duration = Duration::from_millis(500);
 const SCHEMA: &str = "CREATE TABLE IF NOT EXISTS log(client TEXT NOT NULL, op INTEGER NOT NULL, pad BLOB);
     CREATE INDEX IF NOT EXISTS by_client ON log(client, op);
     CREATE TABLE IF NOT EXISTS led(epoch INTEGER)";
@@ -70,6 +75,8 @@ pub struct Standing {
     pub waits_for: Option<String>,
     pub primary: Option<String>,
     pub problem: Option<String>,
+    /// It has a vote among those that keep the lease's record.
+    pub votes: bool,
 }
 
 /// Who leads after a handoff.
@@ -107,6 +114,27 @@ struct To {
 struct App {
     db: Db,
     name: String,
+    votes: Arc<AtomicBool>,
+}
+
+impl App {
+    fn votes(&self) -> bool {
+        self.votes.load(Ordering::Relaxed)
+    }
+
+    /// Looks again and again whether this node has a vote, as all members see it.
+    async fn watch_votes(self) {
+        loop {
+            let view = self.db.members().await;
+            let url = &self.db.node().addresses.replication;
+            let votes = view.is_ok_and(|view| {
+                let own = view.members.iter().any(|member| member.url == *url && member.votes);
+                own && view.agree
+            });
+            self.votes.store(votes, Ordering::Relaxed);
+            tokio::time::sleep(VOTES_PAUSE).await;
+        }
+    }
 }
 
 /// Reads `--name value` pairs.
@@ -161,11 +189,25 @@ fn config(arguments: &BTreeMap<String, String>) -> Result<Config, Box<dyn std::e
     }
     let hook = PathBuf::from(argument("hook").unwrap_or_default());
     config = config
-        .lease(lease::Directory::new(lease))
+        .lease(lease_of(lease)?)
         .bootstrap(argument("nodes").ok_or("--nodes is missing")?.parse()?)
         .role_timeout(HOOK_LIMIT)
         .on_promote(move |db| promoted(db, hook.clone()));
     Ok(config)
+}
+
+/// Where the record is, by the command line.
+fn lease_of(text: &str) -> Result<Lease, Error> {
+    if let Some(urls) = text.strip_prefix("members:") {
+        return Ok(lease::Members::new(urls.split(',')).into());
+    }
+    if text.starts_with("s3://") {
+        return Ok(lease::ObjectStore::new(text)?.into());
+    }
+    if text.starts_with("etcd://") {
+        return Ok(lease::Etcd::from_url(text)?.into());
+    }
+    Ok(lease::Directory::new(text).into())
 }
 
 /// What an application does when it leads: it writes; and it fails or hangs where a file says so.
@@ -189,9 +231,11 @@ async fn serve(arguments: BTreeMap<String, String>) -> Result<(), Box<dyn std::e
     let mut asked = signal(SignalKind::terminate())?;
     let db = Db::open(config(&arguments)?).await?;
     tracing::info!("{name} is {} in run {}", db.node_id(), db.node().incarnation);
+    let app = App { db: db.clone(), name, votes: Arc::default() };
+    let watch = tokio::spawn(app.clone().watch_votes());
     let draining = db.clone();
     let mut server = tokio::spawn(
-        axum::serve(listener, routes(App { db: db.clone(), name }))
+        axum::serve(listener, routes(app))
             .with_graceful_shutdown(async move {
                 asked.recv().await;
                 tracing::info!("asked to end");
@@ -203,6 +247,7 @@ async fn serve(arguments: BTreeMap<String, String>) -> Result<(), Box<dyn std::e
         served = &mut server => served??,
         () = async { db.draining().await; tokio::time::sleep(CONNECTIONS_LIMIT).await } => server.abort(),
     }
+    watch.abort();
     db.shutdown().await;
     tracing::info!("ends");
     Ok(())
@@ -263,6 +308,7 @@ async fn status(State(app): State<App>) -> Json<Standing> {
         waits_for: roles.waits_for.map(|reason| reason.to_string()),
         primary: roles.primary.map(|primary| primary.addresses.app),
         problem: status.problem,
+        votes: app.votes(),
     })
 }
 

@@ -15,11 +15,12 @@ use tokio::task::JoinSet;
 use crate::check::{Figures, Finals, check};
 use crate::client::Client;
 use crate::clock::{now, seconds};
-use crate::faults::{ORDERLY, Step, perform, plan};
+use crate::faults::{self, ORDERLY, Step, perform, plan};
 use crate::foreign;
 use crate::history::{Violation, Write};
 use crate::node::{Kept, Standing};
 use crate::request::get;
+use crate::store::StoreKind;
 use crate::world::{LeaseSetting, Setting, World};
 
 /// From the first start to the first primary.
@@ -43,6 +44,7 @@ pub struct Order {
     pub nodes: Option<usize>,
     /// The primary is fixed.
     pub fixed: bool,
+    pub store: StoreKind,
     /// Directories stay also where all holds.
     pub keep: bool,
 }
@@ -68,8 +70,10 @@ pub struct Report {
 pub fn drawn(order: &Order, seed: u64) -> (StdRng, Setting, Vec<Step>) {
     let mut rng = StdRng::seed_from_u64(seed);
     let nodes = order.nodes.unwrap_or(if rng.random_bool(0.2) { 5 } else { 3 });
+    let time = Duration::from_millis(rng.random_range(1000..=2500));
     let lease = LeaseSetting {
-        time: Duration::from_millis(rng.random_range(1000..=2500)),
+        store: order.store,
+        time: time + order.store.slower(),
         loss: Duration::from_millis(rng.random_range(1000..=4000)),
         drain: Duration::from_millis(if seed.is_multiple_of(2) { 5000 } else { 250 }),
     };
@@ -78,7 +82,7 @@ pub fn drawn(order: &Order, seed: u64) -> (StdRng, Setting, Vec<Step>) {
         lease: (!order.fixed).then_some(lease),
         log_bytes: rng.random_bool(0.3).then_some(256 * 1024),
     };
-    let steps = plan(&mut rng, !order.fixed, &order.faults);
+    let steps = plan(&mut rng, &setting, &order.faults);
     (rng, setting, steps)
 }
 
@@ -183,10 +187,8 @@ async fn work(world: &Arc<World>, rng: &mut StdRng, seed: u64, steps: &[Step]) -
 
 fn heal(world: &World) {
     world.wires.heal();
+    faults::heal(world);
     for member in &world.members {
-        if let Err(error) = member.store(true) {
-            world.violation("harness", format!("the store of {}: {error}", member.name));
-        }
         // Gone already is as good.
         let _ = std::fs::remove_file(world.home.join(format!("{}.hook", member.name)));
         member.bar(None);

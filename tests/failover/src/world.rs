@@ -17,6 +17,7 @@ use crate::history::{History, Look, Violation};
 use crate::member::{Member, PAUSE, Place};
 use crate::node::Standing;
 use crate::request;
+use crate::store::{Store, StoreKind};
 use crate::wires::Wires;
 
 /// How long a node may take to say how it stands.
@@ -36,6 +37,7 @@ pub struct Setting {
 
 #[derive(Clone, Copy, Debug)]
 pub struct LeaseSetting {
+    pub store: StoreKind,
     pub time: Duration,
     pub loss: Duration,
     /// What requests that run have when the lease is handed over.
@@ -47,6 +49,12 @@ impl Setting {
     #[must_use]
     pub fn lease_time(&self) -> Duration {
         self.lease.map_or(Duration::ZERO, |lease| lease.time)
+    }
+
+    /// What keeps the lease's record; none without a lease.
+    #[must_use]
+    pub fn store(&self) -> Option<StoreKind> {
+        self.lease.map(|lease| lease.store)
     }
 
     /// How much may be lost of what was acknowledged.
@@ -65,6 +73,7 @@ pub struct World {
     /// A place for one more, which no client asks.
     pub spare: Arc<Member>,
     pub wires: Wires,
+    pub store: Store,
     pub begin: Micros,
     /// Whether clients go on.
     pub clients: watch::Sender<bool>,
@@ -92,18 +101,32 @@ impl World {
     pub async fn new(setting: Setting, home: PathBuf, binary: &Path) -> io::Result<Arc<World>> {
         std::fs::create_dir_all(home.join("store"))?;
         let wires = Wires::new();
-        let (mut ports, mut members) = (Vec::new(), Vec::new());
-        let mut leads = None;
+        let kind = setting.store().unwrap_or(StoreKind::Directory);
+        let store = Store::start(kind, binary).await?;
+        let store = store.ok_or_else(|| io::Error::other("etcd is not here"))?;
+        let (mut ports, mut places) = (Vec::new(), Vec::new());
         for index in 0..=setting.nodes {
             let (socket, listen) = port()?;
             ports.push(socket);
-            let advertised = wires.stand_before(index, listen).await?;
-            let lease = home.join(format!("n{}.store/lease", index + 1));
+            places.push((listen, wires.stand_before(index, listen).await?));
+        }
+        let urls: Vec<String> =
+            places[..setting.nodes].iter().map(|(_, way)| format!("http://{way}/_replite")).collect();
+        let mut members = Vec::new();
+        let mut leads = None;
+        for (index, (listen, advertised)) in places.into_iter().enumerate() {
+            let (lease, environment) = match kind {
+                StoreKind::Directory => {
+                    (home.join(format!("n{}.store/lease", index + 1)).display().to_string(), Vec::new())
+                }
+                StoreKind::Members => (format!("members:{}", urls.join(",")), Vec::new()),
+                StoreKind::Etcd | StoreKind::Objects => store.of_node(index).await?,
+            };
             let mut arguments = Vec::new();
             let mut argument = |name: &str, value: String| arguments.extend([format!("--{name}"), value]);
             match (&setting.lease, leads) {
                 (Some(times), _) => {
-                    argument("lease", lease.display().to_string());
+                    argument("lease", lease);
                     argument("nodes", setting.nodes.to_string());
                     argument("lease-time", times.time.as_millis().to_string());
                     argument("failover-loss", times.loss.as_millis().to_string());
@@ -116,7 +139,7 @@ impl World {
             if let Some(bytes) = setting.log_bytes {
                 argument("log-bytes", bytes.to_string());
             }
-            let place = Place { index, listen, advertised, home: home.clone(), arguments };
+            let place = Place { index, listen, advertised, home: home.clone(), arguments, environment };
             members.push(Arc::new(Member::new(place, wires.clone())?));
         }
         let spare = members.pop().ok_or_else(|| io::Error::other("no node"))?;
@@ -127,6 +150,7 @@ impl World {
             members,
             spare,
             wires,
+            store,
             begin: now(),
             clients: watch::Sender::new(true),
             history: Mutex::default(),

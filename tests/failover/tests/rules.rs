@@ -7,6 +7,7 @@ use replite::{Epoch, Txid};
 use replite_failover::check::{Finals, check};
 use replite_failover::history::{Acknowledged, History, Look, OrderlyEnd, Outcome, Paused, Write};
 use replite_failover::node::Kept;
+use replite_failover::store::StoreKind;
 use replite_failover::world::{LeaseSetting, Setting};
 
 const SECOND: u64 = 1_000_000;
@@ -57,6 +58,7 @@ fn finals(rows: &[(u64, u64)], lost: &[(&str, &[u64])]) -> Finals {
 /// The rules that a history breaks.
 fn broken(history: &History, finals: &Finals) -> Vec<&'static str> {
     let lease = LeaseSetting {
+        store: StoreKind::Directory,
         time: Duration::from_secs(2),
         loss: Duration::from_secs(3),
         drain: Duration::from_secs(5),

@@ -10,7 +10,7 @@ use crate::engine::checkpoint::backfill::backfill_some;
 use crate::engine::file::anchor::FileState;
 use crate::engine::file::doubt;
 use crate::engine::file::epochs::write_epochs;
-use crate::engine::file::witnesses::Witness;
+use crate::engine::file::witnesses::WitnessPage;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming::Ready;
 use crate::engine::lost;
@@ -147,7 +147,7 @@ fn commit(live: &mut WalAppender, ready: &Ready) -> Result<()> {
     live.handle.read(&mut there, 0)?;
     // While the file has the first page of an empty database, it is no state without its WAL.
     let witness = (there[..] != first[..])
-        .then(|| Witness::new(PageNo::FIRST, base.page_key.hash(PageNo::FIRST, &there)));
+        .then(|| WitnessPage::new(PageNo::FIRST, base.page_key.hash(PageNo::FIRST, &there)));
     let file = FileState::Backfilling(witness.into_iter().collect());
     let mut page = Some((PageNo::FIRST, first.freeze()));
     live.replace(&mut |_| Ok(page.take()), ready.position, ready.pages, &mut |tip| {

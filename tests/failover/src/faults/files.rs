@@ -1,6 +1,6 @@
 //! Somebody deletes or replaces a node's files while it is down.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,7 +12,11 @@ use crate::clock::now;
 use crate::faults::ways::alone;
 use crate::faults::{Troubled, Whom, end, millis, ready, replica, whom};
 use crate::member::Member;
+use crate::store::StoreKind;
 use crate::world::World;
+
+/// Until a member that lost what it had votes again.
+const VOTES_LIMIT: Duration = Duration::from_secs(20);
 
 /// No other fault does something to a process or its files.
 pub(super) async fn all_turns(world: &World) -> Vec<tokio::sync::MutexGuard<'_, ()>> {
@@ -40,11 +44,52 @@ fn remove(world: &World, dir: &Path) {
     }
 }
 
+/// What a node has of Raft, where the nodes themselves keep the lease's record.
+fn of_raft(member: &Member) -> PathBuf {
+    member.dir.join("app.db-replite/members")
+}
+
+/// Whether most nodes can lose no more of the record: each has a vote by now. Waits for that.
+async fn all_vote(world: &World) -> bool {
+    if world.setting.store() != Some(StoreKind::Members) {
+        return true;
+    }
+    let votes = |member: &Arc<Member>| member.standing().is_some_and(|standing| standing.votes);
+    let all = world.comes(VOTES_LIMIT, || world.members.iter().all(votes)).await;
+    if !all {
+        world.note("a member has no vote yet: no other one loses what it has");
+    }
+    all
+}
+
+/// A node loses what it has of Raft, and nothing else.
+pub(super) async fn raft_gone(world: &Arc<World>, rng: &mut StdRng) {
+    let (pause, killed) = (millis(rng, 0, 2500), rng.random_bool(0.5));
+    let which = if rng.random() { Whom::Primary } else { Whom::Any };
+    let _turns = all_turns(world).await;
+    if !all_vote(world).await {
+        return;
+    }
+    let member = whom(world, rng, which);
+    world.note(format!("{} loses what it has of Raft, killed: {killed}, down for {pause:?}", member.name));
+    let _troubled = Troubled::new(world, true);
+    match killed {
+        true => member.kill(),
+        false => end(world, &member).await,
+    }
+    remove(world, &of_raft(&member));
+    tokio::time::sleep(pause).await;
+    world.start(&member);
+}
+
 /// A node loses its directory; and the others may be down when it returns.
 pub(super) async fn emptied(world: &Arc<World>, rng: &mut StdRng, is_alone: bool) {
     let (wait, more) = (millis(rng, 0, 1500), millis(rng, 0, 2000));
     let leads = rng.random_bool(0.3);
     let _turns = all_turns(world).await;
+    if !all_vote(world).await {
+        return;
+    }
     let member = if leads { whom(world, rng, Whom::Primary) } else { replica(world, rng) };
     world.note(format!("{} loses its directory, alone: {is_alone}", member.name));
     let _troubled = Troubled::new(world, true);
@@ -66,6 +111,9 @@ pub(super) async fn emptied(world: &Arc<World>, rng: &mut StdRng, is_alone: bool
 pub(super) async fn old_copy(world: &Arc<World>, rng: &mut StdRng, is_alone: bool) {
     let (leads, more) = (rng.random_bool(0.4), millis(rng, 0, 2000));
     let _turns = all_turns(world).await;
+    if !all_vote(world).await {
+        return;
+    }
     let member = if leads { whom(world, rng, Whom::Primary) } else { replica(world, rng) };
     let kept = world.home.join(format!("{}.old", member.name));
     let _troubled = Troubled::new(world, true);
@@ -89,6 +137,10 @@ pub(super) async fn old_copy(world: &Arc<World>, rng: &mut StdRng, is_alone: boo
     destroyed(world, &member);
     remove(world, &member.dir);
     copy(world, &kept, &member.dir);
+    if of_raft(&member).exists() {
+        // That is never restored.
+        remove(world, &of_raft(&member));
+    }
     if is_alone {
         let others = world.members.iter().filter(|other| other.index != member.index);
         others.for_each(|other| other.kill());

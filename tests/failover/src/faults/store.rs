@@ -6,9 +6,11 @@ use std::time::Duration;
 
 use rand::Rng;
 use rand::rngs::StdRng;
+use replite_stores::s3::{Fault, Rule};
 
 use crate::faults::{Troubled, Whom, millis, whom};
 use crate::member::Member;
+use crate::store::Store;
 use crate::world::World;
 
 /// One node, or all, can't reach the store.
@@ -27,8 +29,11 @@ pub(super) async fn away(world: &Arc<World>, rng: &mut StdRng, which: Option<Who
     world.note(format!("the store is there for {names:?}"));
 }
 
-fn set(world: &World, members: &[Arc<Member>], there: bool) {
+pub(super) fn set(world: &World, members: &[Arc<Member>], there: bool) {
     for member in members {
+        if world.store.set_way(member.index, there) {
+            continue;
+        }
         if let Err(error) = member.store(there) {
             world.violation("harness", format!("the store of {}: {error}", member.name));
         }
@@ -86,4 +91,61 @@ fn files(world: &World) -> Vec<PathBuf> {
     let all = std::fs::read_dir(world.home.join("store/lease"));
     let all = all.into_iter().flatten().flatten().map(|entry| entry.path());
     all.filter(|path| path.is_file() && path.extension().is_none()).collect()
+}
+
+/// An answer of the S3 server that did nothing.
+pub(super) fn answers(status: u16) -> Fault {
+    Fault::Answer { status, code: "InternalError".into() }
+}
+
+/// The S3 server does something wrong for up to ten seconds, with all requests or with each third.
+pub(super) async fn s3(world: &Arc<World>, rng: &mut StdRng, fault: Fault) {
+    let Store::Objects(server, _) = &world.store else { return };
+    let (time, puts) = (millis(rng, 500, 10_000), rng.random_bool(0.4));
+    let _troubled = Troubled::new(world, true);
+    world.note(format!("S3: {fault:?} for {time:?}, puts only: {puts}"));
+    let rule = if puts { Rule::puts(fault) } else { Rule::all(fault) };
+    let server = server.lock().await;
+    if let Err(error) = server.fault(rule.lasting(time)).await {
+        world.violation("harness", format!("the S3 server: {error}"));
+    }
+    tokio::time::sleep(time).await;
+    if let Err(error) = server.calm().await {
+        world.violation("harness", format!("the S3 server: {error}"));
+    }
+    world.note("S3 works");
+}
+
+/// The leader of etcd's members is killed, or all of them, and started again.
+pub(super) async fn etcd_killed(world: &Arc<World>, rng: &mut StdRng, all: bool) {
+    let Store::Etcd(cluster, _) = &world.store else { return };
+    let time = millis(rng, 200, 6000);
+    let _troubled = Troubled::new(world, true);
+    let mut cluster = cluster.lock().await;
+    let members = match cluster.leader().await {
+        _ if all => (0..3).collect(),
+        Ok(leader) => vec![leader],
+        Err(error) => {
+            world.note(format!("etcd has no leader to kill: {error}"));
+            return;
+        }
+    };
+    world.note(format!("etcd: members {members:?} are killed for {time:?}"));
+    for member in &members {
+        if let Err(error) = cluster.kill(*member).await {
+            world.violation("harness", format!("etcd: {error}"));
+        }
+    }
+    tokio::time::sleep(time).await;
+    for member in &members {
+        if let Err(error) = cluster.restart(*member) {
+            world.violation("harness", format!("etcd: {error}"));
+        }
+    }
+    for member in members {
+        if let Err(error) = cluster.healthy(member).await {
+            world.violation("harness", format!("etcd: {error}"));
+        }
+    }
+    world.note("etcd works");
 }
