@@ -109,7 +109,7 @@ impl Etcd {
     ///
     /// let etcd = Etcd::from_url("etcd://10.0.0.1:2379,10.0.0.2:2379,10.0.0.3:2379/replite/app")?;
     /// # drop(etcd);
-    /// # replite::Result::Ok(())
+    /// # Ok::<(), replite::Error>(())
     /// ```
     ///
     /// # Errors

@@ -86,6 +86,8 @@ pub(super) struct OwnPlace {
     pub(super) id: u64,
     /// It had voted, or got something, when it was opened.
     begun: bool,
+    /// The newest record in its log then.
+    newest: Option<AgreedRecord>,
     pub(super) directory: PathBuf,
     /// As it was opened with the node, until Raft runs.
     pub(super) storage: Mutex<Option<Storage>>,
@@ -117,7 +119,8 @@ impl MemberNode {
                     None => Storage::create(&directory)?,
                 };
                 let (id, begun) = (storage.id(), storage.has_state());
-                Some(OwnPlace { url, id, begun, directory, storage: Mutex::new(Some(storage)) })
+                let newest = storage.newest_record();
+                Some(OwnPlace { url, id, begun, newest, directory, storage: Mutex::new(Some(storage)) })
             }
             false => None,
         };
@@ -163,6 +166,12 @@ impl MemberNode {
     /// Where it runs, once it does.
     pub(crate) fn runtime(&self) -> Option<&Handle> {
         self.runtime.get()
+    }
+
+    /// The newest record that this node had before this start, whether it was agreed on or not.
+    pub(crate) fn on_disk(&self) -> Option<Stored> {
+        let AgreedRecord { version, record, .. } = self.settings.own.as_ref()?.newest.clone()?;
+        Some(Stored::new(record, Version::new(version)))
     }
 
     /// Whether it keeps the record.

@@ -72,7 +72,7 @@ use tokio::sync::watch;
 use crate::error::{Error, Result, Unsupported};
 use crate::files;
 use crate::lock::lock;
-use crate::members::types::Agreed;
+use crate::members::types::{Agreed, AgreedRecord};
 
 use disk::Disk;
 use formats::WENT_BACK;
@@ -160,6 +160,18 @@ impl Storage {
     pub(crate) fn has_state(&self) -> bool {
         let Disk { vote, purged, snapshot, entries, .. } = &self.disk;
         vote.is_some() || purged.is_some() || snapshot.is_some() || !lock(entries).is_empty()
+    }
+
+    /// The record that the log ends with, whether it was agreed on or not.
+    pub(crate) fn newest_record(&self) -> Option<AgreedRecord> {
+        let Disk { snapshot, entries, .. } = &self.disk;
+        let mut state = snapshot.as_deref().cloned().unwrap_or_default();
+        for kept in lock(entries).values() {
+            if Some(kept.entry.log_id) > state.last_applied {
+                state.apply(kept.entry.clone());
+            }
+        }
+        state.register
     }
 
     /// The state that was applied: after a start that of the snapshot, until the leader says which

@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::fence::boot_time;
 use crate::files::Paths;
 use crate::lease::record::Record;
-use crate::lease::{ReadError, Store, Version};
+use crate::lease::{ReadError, Store, Stored, Version};
 use crate::lock::lock;
 use crate::node::slot::EngineSlot;
 use crate::node::supervisor::Supervisor;
@@ -215,8 +215,14 @@ impl Thread {
         let limit = self.lease_time / 4;
         self.store.start();
         if let Some(first) = self.first.take() {
+            let mut seen = look(&*self.store.store, &self.node, limit).await;
+            // Members that were all down at once may not reach each other before they are opened.
+            // What this one had then tells whether it held the lease; only a swap takes it over.
+            if let (Err(Unread::Unavailable(_)), Some(stored)) = (&seen.1, self.store.on_disk()) {
+                seen.1 = understood(Some(stored), &self.node);
+            }
             // A node that is not opened after all does not want to know.
-            let _ = first.send(look(&*self.store.store, &self.node, limit).await);
+            let _ = first.send(seen);
         }
         let Some(Ok(parts)) = (match self.parts.take() {
             Some(parts) => Some(parts.await),
@@ -236,16 +242,21 @@ async fn look(store: &dyn Store, node: &NodeContext, limit: Duration) -> RecordL
     let outcome = match tokio::time::timeout(limit, read).await {
         Err(_) => Err(Unread::Unavailable(format!("no answer within {limit:?}"))),
         Ok(Err(error)) => Err(Unread::Unavailable(error.to_string())),
-        Ok(Ok(None)) => Ok(None),
-        Ok(Ok(Some(stored))) => match Record::decode(&stored.record, &node.cluster, &node.database) {
-            Ok(record) => {
-                node.lease.set_time(record.lease_time);
-                Ok(Some((record, stored.version)))
-            }
-            Err(error) => Err(Unread::NotOurs { version: stored.version, why: error.to_string() }),
-        },
+        Ok(Ok(stored)) => understood(stored, node),
     };
     (begun, outcome)
+}
+
+/// The record that a register holds, if it is that of this database's lease.
+fn understood(stored: Option<Stored>, node: &NodeContext) -> Result<Option<(Record, Version)>, Unread> {
+    let Some(Stored { record, version }) = stored else { return Ok(None) };
+    match Record::decode(&record, &node.cluster, &node.database) {
+        Ok(record) => {
+            node.lease.set_time(record.lease_time);
+            Ok(Some((record, version)))
+        }
+        Err(error) => Err(Unread::NotOurs { version, why: error.to_string() }),
+    }
 }
 
 /// An election under way.

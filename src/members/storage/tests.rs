@@ -145,6 +145,7 @@ async fn what_was_answered_is_there_after_a_restart() {
     let storage = opened(&members);
     assert_ne!(storage.id(), id_of_member);
     let state = storage.watch().borrow().clone();
+    assert_eq!(storage.newest_record().unwrap().version, "3-7-9", "agreed on or not");
     let seen = view_of(&storage);
     assert_eq!(seen.log, entries(3, 2..10));
     assert_eq!((seen.purged, seen.vote), (Some(id(3, 1)), Some(Vote::new_committed(3, 7))));

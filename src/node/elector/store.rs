@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use crate::lease::Store;
+use crate::lease::{Store, Stored};
 #[cfg(feature = "members")]
 use crate::members::MemberNode;
 
@@ -35,6 +35,11 @@ impl LeaseStore {
         self.member.is_some()
     }
 
+    /// The newest record that this node had before this start, where it keeps it with others.
+    pub(super) fn on_disk(&self) -> Option<Stored> {
+        self.member.as_ref()?.on_disk()
+    }
+
     /// On the runtime on which this is called.
     pub(super) fn start(&self) {
         if let Some(member) = &self.member {
@@ -59,6 +64,10 @@ impl LeaseStore {
 impl LeaseStore {
     pub(crate) fn has_members(&self) -> bool {
         false
+    }
+
+    pub(super) fn on_disk(&self) -> Option<Stored> {
+        None
     }
 
     pub(super) fn start(&self) {}
