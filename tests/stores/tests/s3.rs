@@ -76,7 +76,6 @@ async fn it_keeps_the_contract_where_the_network_does_not_help() {
         faulty.lose_requests(0.1);
         faulty.lose_answers(0.1);
         faulty.hang(0.005);
-        faulty.delay(0.1, Duration::from_millis(50));
         faulty.read_old(0.1);
         Arc::new(faulty)
     })

@@ -118,7 +118,6 @@ async fn the_contract_holds_through_faults() {
         let faulty = Faulty::new(store_from(&cluster, first), first as u64);
         faulty.lose_requests(0.05);
         faulty.lose_answers(0.05);
-        faulty.delay(0.1, Duration::from_millis(50));
         faulty.read_old(0.1);
         Arc::new(faulty)
     });
