@@ -64,6 +64,15 @@ pub(crate) struct Passed {
     pub(crate) down: Vec<u8>,
 }
 
+impl Passed {
+    pub(crate) fn way(&self, way: Way) -> &[u8] {
+        match way {
+            Way::Up => &self.up,
+            Way::Down => &self.down,
+        }
+    }
+}
+
 #[derive(Clone)]
 struct Orders {
     to: SocketAddr,
@@ -121,6 +130,12 @@ impl Relay {
     pub(crate) fn newest_is_faulted(&self) -> bool {
         let last = self.shared.faulted.lock().unwrap().last().copied();
         last.is_some_and(|last| last + 1 == self.came())
+    }
+
+    /// What passed on the connection to which the last fault was done.
+    pub(crate) fn last_faulted(&self) -> Passed {
+        let last = *self.shared.faulted.lock().unwrap().last().unwrap();
+        self.shared.passed.lock().unwrap()[last].lock().unwrap().clone()
     }
 
     pub(crate) fn flow(&self, up: Flow, down: Flow) {
