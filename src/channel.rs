@@ -61,6 +61,15 @@ pub enum Plaintext {
 /// What an exporter gives, in bytes.
 const EXPORTER_BYTES: usize = 32;
 
+/// What is said inside of a connection. The side that dials says it within TLS, by ALPN.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Traffic {
+    /// Exchanges between nodes, such as the stream.
+    Exchanges,
+    /// An application's requests, which one node forwards to the other.
+    Forwards,
+}
+
 /// What a proof on a connection is bound to: the TLS exporter of RFC 9266 and the keys of both
 /// sides. The exporter alone covers the server's key, but not the client's.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -71,6 +80,7 @@ struct Ends {
     exporter: [u8; EXPORTER_BYTES],
     client: PeerKey,
     server: PeerKey,
+    traffic: Traffic,
 }
 
 impl Binding {
@@ -78,8 +88,12 @@ impl Binding {
     pub(crate) const NONE: Binding = Binding(None);
 
     #[cfg_attr(not(feature = "tls"), expect(dead_code, reason = "nothing is bound then"))]
-    fn new(exporter: [u8; EXPORTER_BYTES], client: PeerKey, server: PeerKey) -> Binding {
-        Binding(Some(Ends { exporter, client, server }))
+    fn new(
+        exporter: [u8; EXPORTER_BYTES],
+        (client, server): (PeerKey, PeerKey),
+        traffic: Traffic,
+    ) -> Binding {
+        Binding(Some(Ends { exporter, client, server, traffic }))
     }
 
     /// Whether the connection is private.
@@ -93,6 +107,11 @@ impl Binding {
             None => [&[]; 3],
             Some(bound) => [&bound.exporter, bound.client.as_bytes(), bound.server.as_bytes()],
         }
+    }
+
+    /// Whether an application's requests are inside. The exporter covers that, too.
+    pub(crate) fn is_for_forwards(&self) -> bool {
+        self.0.is_some_and(|bound| bound.traffic == Traffic::Forwards)
     }
 
     /// The key of the side that dialled.
@@ -226,11 +245,11 @@ impl Channel {
     ///
     /// # Errors
     /// The other side speaks no TLS, breaks off, or has a key that is shut out.
-    pub(crate) async fn connect<I>(&self, io: I) -> io::Result<(TlsStream<I>, Binding)>
+    pub(crate) async fn connect<I>(&self, io: I, traffic: Traffic) -> io::Result<(TlsStream<I>, Binding)>
     where
         I: AsyncRead + AsyncWrite + Unpin,
     {
-        let (io, binding) = self.tls()?.connect(io).await?;
+        let (io, binding) = self.tls()?.connect(io, traffic).await?;
         self.check(binding.server())?;
         Ok((io, binding))
     }

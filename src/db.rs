@@ -34,7 +34,7 @@ use crate::error::{Error, Result};
 use crate::node::database::LastHandle;
 use crate::node::slot::Running;
 use crate::peer::NodeId;
-use crate::proxy::{PrimaryClient, ReplayLayer};
+use crate::proxy::{ForwardedApp, PrimaryClient, ReplayLayer};
 use crate::server::{Mount, ReplicationService};
 use crate::session::{self, Session};
 use crate::status::{LoggedTransaction, PeerInfo, Role};
@@ -370,7 +370,54 @@ impl Db {
     /// The layer that lets every node take every request. Those that may change something go to the
     /// primary, and clients read their own writes on every node. See [`ReplayLayer`].
     pub fn replay_layer(&self) -> ReplayLayer {
-        ReplayLayer::new(self.inner.node.clone()).with_tls(self.inner.app_tls.clone())
+        let layer = ReplayLayer::new(self.inner.node.clone()).with_tls(self.inner.app_tls.clone());
+        layer.with_app(self.inner.app.clone())
+    }
+
+    /// Gives the node the application's service. From then on requests that other nodes forward reach
+    /// it on the private channel ([`Config::listen`], or the mounted endpoint), and not at the
+    /// application's address. Neither their bodies nor their cookies cross the network in clear text,
+    /// and they need no certificates. Call it once on each instance, with the same service that its
+    /// server has:
+    ///
+    /// ```
+    /// # #[tokio::main(flavor = "current_thread")]
+    /// # async fn main() -> Result<(), replite::Error> {
+    /// use axum::{Router, routing::get};
+    /// use replite::Db;
+    ///
+    /// let db = Db::temporary(|config| config).await?;
+    /// let app: Router = Router::new().route("/", get(|| async { "hello" })).layer(db.replay_layer());
+    /// db.serve_forwarded(app.clone())?;
+    /// // axum::serve(listener, app.into_make_service_with_connect_info::<SocketAddr>())
+    /// # db.shutdown().await;
+    /// # Ok(())
+    /// # }
+    /// ```
+    ///
+    /// An instance that has called it forwards on the channel only, and takes the hop of no request
+    /// that comes to its public address. To an instance that has not called it yet it sends nothing:
+    /// the request waits as for a primary. [`ReplayLayer::forward_in_clear`] is for the deploy that
+    /// brings this call. On the service's side the request has a
+    /// [`Forwarded`](crate::Forwarded) in its extensions. WebSockets and gRPC go this way, too.
+    ///
+    /// The node keeps the service until [`Db::shutdown`], with all that is in it, mostly handles of
+    /// this database. To drop the handles alone does not close the database then. A follower
+    /// ([`Config::follower_secret`]) forwards to the application's address all the same: what it
+    /// sends counts as a client's.
+    ///
+    /// # Errors
+    /// [`Error::Config`]: it was given before, or this build has no TLS (feature `tls`).
+    pub fn serve_forwarded(&self, app: impl ForwardedApp) -> Result<()> {
+        let node = &self.inner.node;
+        if !node.channel.has_tls() {
+            return Err(crate::channel::no_feature());
+        }
+        if self.inner.app.give(node, app) {
+            Ok(())
+        } else {
+            Err(Error::Config("the application's service was given before".into()))
+        }
     }
 
     /// A tower service that sends requests to the primary's application, wherever that is: for jobs

@@ -13,7 +13,7 @@ use std::task::{Context, Waker};
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderName, HeaderValue};
 
-use crate::channel::{Binding, Channel};
+use crate::channel::{Binding, Channel, Traffic};
 use crate::context::{LeaseContext, NodeContext};
 use crate::handshake::{Answer, Knock, Refusal, TunnelKnock};
 use crate::keys::DatabaseKeys;
@@ -226,7 +226,7 @@ pub fn tls(data: &[u8]) {
     let begun = async {
         match side % 2 {
             0 => channel.accept(io).await,
-            _ => channel.connect(io).await,
+            _ => channel.connect(io, Traffic::Exchanges).await,
         }
     };
     // It may wait for a moment to have its own last word read.
@@ -353,7 +353,7 @@ mod tests {
             let context = &mut Context::from_waker(Waker::noop());
             let ended = match side {
                 0 => pin!(channel.accept(io)).poll(context).map(|ended| ended.is_err()),
-                _ => pin!(channel.connect(io)).poll(context).map(|ended| ended.is_err()),
+                _ => pin!(channel.connect(io, Traffic::Exchanges)).poll(context).map(|ended| ended.is_err()),
             };
             assert!(matches!(ended, std::task::Poll::Ready(true)));
             said

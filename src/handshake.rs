@@ -15,6 +15,10 @@
 //! Who asks the members that keep a lease's record ([`MEMBERS_PATH`]) proves both nonces once more,
 //! with keys of its own. What follows in the bodies is said inside the channel.
 //!
+//! Who forwards an application's requests ([`FORWARD_PATH`]) does so, too. A byte in the response's
+//! body says whether they are served; then each further exchange on the connection is such a request.
+//! These connections are told apart within TLS already, and are always private.
+//!
 //! A follower proves all of this by a secret of followers, and is answered by the same one. A
 //! member takes an answer of none but members. See [`Rights`](crate::secret::Rights).
 //!
@@ -54,6 +58,11 @@ pub(crate) const STANDING_PATH: &str = "/v1/standing";
 pub(crate) const COMMAND_PATH: &str = "/v1/command";
 /// The same for the members that keep the lease's record.
 pub(crate) const MEMBERS_PATH: &str = "/v1/members";
+/// The same for requests of the application.
+pub(crate) const FORWARD_PATH: &str = "/v1/forward";
+/// What the body of the answer to that begins with: the application takes requests, or does not.
+pub(crate) const FORWARDS_SERVED: u8 = b'+';
+pub(crate) const FORWARDS_NOT_SERVED: u8 = b'-';
 /// The stream's content type: not one that compression layers have on their lists.
 pub(crate) const CONTENT_TYPE: &str = "application/vnd.replite.stream";
 /// Bytes of a nonce.

@@ -26,12 +26,13 @@ use bytes::{Buf, Bytes};
 use http_body::Body;
 use http_body_util::BodyExt;
 use http_body_util::combinators::UnsyncBoxBody;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 #[cfg(test)]
 pub(crate) use dial::open_on;
-pub(crate) use dial::{OpenResponse, RequestBody, Tunnel, Way, open};
+pub(crate) use dial::{OpenResponse, PrivateConnection, RequestBody, Tunnel, Way, open, open_for_forwards};
 #[cfg(any(feature = "etcd", feature = "object-store"))]
 pub(crate) use https::{HttpsClient, HttpsError, read_body};
 pub(crate) use listen::{Answering, Listener, serve_private};
@@ -49,6 +50,18 @@ pub(crate) const CONNECTION_WINDOW_BYTES: u32 = 16 * 1024 * 1024;
 pub(crate) const FRAME_MAX_BYTES: u32 = 64 * 1024;
 
 const _: () = assert!(CONNECTION_WINDOW_BYTES >= STREAM_WINDOW_BYTES);
+
+/// Requests of the application on one connection, at one time.
+pub(crate) const FORWARDS_MAX: u32 = 64;
+/// Flow control of one of them, in bytes: 2.5 MB/s on a link with 100 ms there and back.
+pub(crate) const FORWARD_WINDOW_BYTES: u32 = 256 * 1024;
+/// The same for their connection. All of them that stand still together leave room for another.
+pub(crate) const FORWARDS_WINDOW_BYTES: u32 = (FORWARDS_MAX + 4) * FORWARD_WINDOW_BYTES;
+
+/// A connection's bytes, as they are before or after TLS.
+pub(crate) trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<S: AsyncRead + AsyncWrite + Send + Unpin> ByteStream for S {}
 
 /// What has come on a connection, whatever it was: a link that is slow is not silent. The node
 /// sends no HTTP/2 pings to find out. Their answers would wait for all that a full link has still

@@ -13,16 +13,21 @@
 //! 4. `forward` sends the `head` and the kept body (`replay_body`) to the primary. `locate` knows
 //!    where that is, and holds the request while there is none.
 //! 5. `redirect` sends the client there in place of this node, where the layer is set up for that.
-//! 6. `dial` has the connections: `connect` opens them, with TLS where the URL says so. `http2`
-//!    is the one in HTTP/2, whose server `preface` watches. `tunnel` carries the bytes after an
-//!    upgrade.
+//! 6. `dial` has the connections. Those of the private channel are in `channel`. Others go to the
+//!    application's address: `connect` opens them, with TLS where the URL says so, and `http2` is the
+//!    one in HTTP/2. `preface` watches servers of HTTP/2. `tunnel` carries the bytes after an upgrade,
+//!    which `switched` says in HTTP/2.
 //! 7. `reply` sets tokens on what a local handler answered. `failure` is the answer to a request
 //!    that could not be done.
+//!
+//! On the primary `app` takes what came on the private channel, and calls the application.
 //!
 //! `layer` has the settings and `shared` what comes of them. `headers`, `hop` and `body` are about
 //! bytes. `client` sends requests for callers that are no request's handler.
 
+mod app;
 mod body;
+mod channel;
 mod client;
 mod connect;
 mod dial;
@@ -43,11 +48,14 @@ mod reply;
 mod route;
 mod service;
 mod shared;
+mod switched;
 #[cfg(test)]
 mod tests;
 mod tunnel;
 mod wait;
 
+pub(crate) use app::{AppAnswer, AppBody, AppDoor};
+pub use app::{ForwardedApp, ForwardedBody};
 pub use body::{ReplayRequestBody, ReplayResponseBody};
 pub use client::PrimaryClient;
 #[cfg(feature = "axum")]

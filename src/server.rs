@@ -1,6 +1,7 @@
 //! The replication endpoint as a tower service.
 
 mod body;
+mod forwards;
 #[cfg(test)]
 mod tests;
 mod tunnels;
@@ -23,14 +24,15 @@ use crate::channel::{Binding, Plaintext};
 use crate::command::{self, COMMANDS_MAX};
 use crate::context::NodeContext;
 use crate::handshake::{
-    self, Answer, COMMAND_PATH, Knock, MEMBERS_PATH, Nonce, Refusal, STANDING_PATH, STREAM_PATH, Stranger,
-    TUNNEL_PATH, TunnelKnock,
+    self, Answer, COMMAND_PATH, FORWARD_PATH, Knock, MEMBERS_PATH, Nonce, Refusal, STANDING_PATH,
+    STREAM_PATH, Stranger, TUNNEL_PATH, TunnelKnock,
 };
 use crate::members::MembersDoor;
 #[cfg(feature = "members")]
 use crate::members::PLACES_MAX;
 use crate::net::{self, Answering, Incoming, Pipe};
 use crate::primary::{self, Peer, ReplicaServer, StreamSender};
+use crate::proxy::AppDoor;
 use crate::report::Condition;
 use crate::secret::{Proved, Rights};
 use crate::standing::{self, ASKING_MAX, AskingPeer};
@@ -38,6 +40,7 @@ use crate::status::Role;
 use crate::threads::{aside, caught_task};
 
 pub use body::ReplicationBody;
+use forwards::{ConnectionService, ForwardExchange, Forwards};
 use tunnels::{TunnelPlace, Tunnels};
 
 /// Through which door requests come.
@@ -80,6 +83,10 @@ pub struct ReplicationService {
     place: Option<Arc<TunnelPlace>>,
     #[cfg_attr(not(feature = "members"), allow(dead_code, reason = "there are no members to ask"))]
     members: MembersDoor,
+    /// Where the application's service is.
+    app: AppDoor,
+    /// Whether the connection is one for its requests; none where that can't be.
+    forwards: Option<Arc<Forwards>>,
 }
 
 struct ServerShared {
@@ -113,8 +120,15 @@ impl ReplicationService {
             commanding: Arc::new(Semaphore::new(COMMANDS_MAX)),
             tunnels: Tunnels::new(),
         };
-        let members = MembersDoor::default();
-        ReplicationService { shared: Arc::new(shared), inside: None, place: None, members }
+        let (members, app) = (MembersDoor::default(), AppDoor::default());
+        ReplicationService {
+            shared: Arc::new(shared),
+            inside: None,
+            place: None,
+            members,
+            app,
+            forwards: None,
+        }
     }
 
     /// The same, which also has those in that ask the members.
@@ -122,9 +136,20 @@ impl ReplicationService {
         ReplicationService { members, ..self }
     }
 
-    /// The same on a connection.
-    pub(crate) fn on(&self, inside: Option<Binding>) -> ReplicationService {
-        ReplicationService { inside, place: None, ..self.clone() }
+    /// The same, by which other nodes' requests get to the application, once its service was given.
+    pub(crate) fn with_app(self, app: AppDoor) -> ReplicationService {
+        ReplicationService { app, ..self }
+    }
+
+    /// What is served on a connection.
+    pub(crate) fn on(&self, inside: Option<Binding>) -> ConnectionService {
+        self.inside_of(inside, None)
+    }
+
+    fn inside_of(&self, inside: Option<Binding>, place: Option<Arc<TunnelPlace>>) -> ConnectionService {
+        let forwards = Arc::<Forwards>::default();
+        let endpoint = ReplicationService { inside, place, forwards: Some(forwards.clone()), ..self.clone() };
+        ConnectionService::new(endpoint, forwards)
     }
 
     fn answer<B>(&self, request: Request<B>) -> Response<ReplicationBody>
@@ -193,7 +218,7 @@ impl ReplicationService {
         let (door, of) = (self.clone(), tracker.clone());
         let (channel, stop) = (node.channel.clone(), node.stop.clone());
         tracker.spawn(async move {
-            let service = |inside| ReplicationService { place: Some(place.clone()), ..door.on(inside) };
+            let service = |inside| door.inside_of(inside, Some(place.clone()));
             net::serve_private(pipe, channel, service, of, stop).await;
             drop((place, answering));
         });
@@ -229,6 +254,10 @@ impl ReplicationService {
         }
         let answering = answering(&request);
         let path = request.uri().path();
+        // Such a connection has other limits, and nothing else is said on it.
+        if self.inside.is_some_and(|binding| binding.is_for_forwards()) {
+            return self.begin_forwards(request, knock, proved, answering);
+        }
         let (streams, commands) = (path.ends_with(STREAM_PATH), path.ends_with(COMMAND_PATH));
         let (asks, members) = (commands || path.ends_with(STANDING_PATH), path.ends_with(MEMBERS_PATH));
         if !(streams || asks || members) || request.method() != Method::POST {
@@ -273,6 +302,38 @@ impl ReplicationService {
             }
             drop(answering);
         });
+        Ok(response)
+    }
+
+    /// Begins with a connection on which a member forwards the application's requests.
+    fn begin_forwards<B>(
+        &self,
+        request: Request<B>,
+        knock: Knock,
+        proved: Proved,
+        answering: Option<Answering>,
+    ) -> Result<Response<ReplicationBody>, Refusal>
+    where
+        B: Body + Send + 'static,
+    {
+        let (Some(forwards), Some(answering)) = (self.forwards.clone(), answering) else {
+            return Err(Refusal::Path);
+        };
+        if !request.uri().path().ends_with(FORWARD_PATH) || request.method() != Method::POST {
+            return Err(Refusal::Path);
+        }
+        self.check(&knock, request.version())?;
+        if proved.rights() == Rights::Follower {
+            return Err(Refusal::Follower);
+        }
+        let node = self.shared.node.clone();
+        if node.stop.is_cancelled() {
+            return Err(Refusal::Stopping);
+        }
+        let (nonce, (sender, response)) = self.open(&knock, proved)?;
+        let (app, upstream) = (self.app.clone(), Incoming::new(request.into_body()));
+        let exchange = ForwardExchange { node, app, forwards, knock, nonce, answering };
+        self.shared.tracker.spawn(exchange.run(upstream, sender));
         Ok(response)
     }
 

@@ -4,7 +4,7 @@ use std::io;
 
 use crate::channel::certificates::{CertificateBytes, Certificates};
 use crate::channel::key::ChannelKey;
-use crate::channel::{Binding, no_feature};
+use crate::channel::{Binding, Traffic, no_feature};
 use crate::error::{PeerProblem, Result};
 use crate::peer::PeerKey;
 
@@ -36,7 +36,7 @@ impl Tls {
         match *self {}
     }
 
-    pub(super) async fn connect<I>(&self, _: I) -> io::Result<(TlsStream<I>, Binding)> {
+    pub(super) async fn connect<I>(&self, _: I, _: Traffic) -> io::Result<(TlsStream<I>, Binding)> {
         match *self {}
     }
 

@@ -22,7 +22,7 @@ type Ended = (TlsStream<DuplexStream>, Binding);
 
 async fn both(client: &Channel, server: &Channel) -> (Ended, Ended) {
     let (ours, theirs) = duplex(64 * 1024);
-    let (client, server) = tokio::join!(client.connect(ours), server.accept(theirs));
+    let (client, server) = tokio::join!(client.connect(ours, Traffic::Exchanges), server.accept(theirs));
     (client.unwrap(), server.unwrap())
 }
 
@@ -82,7 +82,7 @@ async fn a_changed_byte_ends_the_channel() {
         }
     };
     let exchange = async {
-        let (client, server) = tokio::join!(a.connect(ours), b.accept(theirs));
+        let (client, server) = tokio::join!(a.connect(ours, Traffic::Exchanges), b.accept(theirs));
         let ((mut client, _), (mut server, _)) = (client.unwrap(), server.unwrap());
         spoil.store(true, Ordering::SeqCst);
         client.write_all(b"frames").await.unwrap();

@@ -22,7 +22,7 @@ use crate::channel::certificates::{CertificateBytes, Certificates};
 use crate::channel::key::ChannelKey;
 use crate::channel::pki::{Pki, key_of};
 use crate::channel::refused::old_version;
-use crate::channel::{Binding, EXPORTER_BYTES, refused};
+use crate::channel::{Binding, EXPORTER_BYTES, Traffic, refused};
 use crate::error::{Error, PeerProblem, Result};
 use crate::peer::PeerKey;
 
@@ -32,6 +32,8 @@ pub(crate) use tokio_rustls::TlsStream;
 const EXPORTER_LABEL: &[u8] = b"EXPORTER-Channel-Binding";
 /// The protocol inside, as ALPN names it.
 const ALPN: &[u8] = b"h2";
+/// The same with an application's requests inside.
+const ALPN_FORWARDS: &[u8] = b"replite-forwards";
 /// The name that is asked for. It means nothing, for no key has a name, and is not sent.
 const NAME: &str = "replite.invalid";
 
@@ -47,6 +49,8 @@ pub(crate) struct Tls {
     /// None: raw public keys.
     pki: Option<Pki>,
     client: Arc<ClientConfig>,
+    /// For an application's requests.
+    forwards: Arc<ClientConfig>,
     server: Arc<ServerConfig>,
 }
 
@@ -65,7 +69,8 @@ impl Tls {
         let server = Arc::new(AlwaysResolvesServerRawPublicKeys::new(certified));
         let client = client_config(provider.clone(), any.clone(), client).map_err(unusable)?;
         let server = server_config(provider, any, server).map_err(unusable)?;
-        Ok(Some(Tls { key, pki: None, client, server }))
+        let forwards = for_forwards(&client);
+        Ok(Some(Tls { key, pki: None, client, forwards, server }))
     }
 
     /// With certificates.
@@ -81,7 +86,8 @@ impl Tls {
         let client =
             client_config(provider.clone(), pki.peers.clone(), resolver.clone()).map_err(unusable)?;
         let server = server_config(provider, pki.peers.clone(), resolver).map_err(unusable)?;
-        Ok(Tls { key, pki: Some(pki), client, server })
+        let forwards = for_forwards(&client);
+        Ok(Tls { key, pki: Some(pki), client, forwards, server })
     }
 
     /// Why a peer with the same files would not take this node's certificate now.
@@ -98,18 +104,22 @@ impl Tls {
         self.key
     }
 
-    pub(super) async fn connect<I>(&self, io: I) -> io::Result<(TlsStream<I>, Binding)>
+    pub(super) async fn connect<I>(&self, io: I, traffic: Traffic) -> io::Result<(TlsStream<I>, Binding)>
     where
         I: AsyncRead + AsyncWrite + Unpin,
     {
         let name = ServerName::try_from(NAME).map_err(io::Error::other)?;
-        let stream = TlsConnector::from(self.client.clone()).connect(name, io).await?;
+        let config = match traffic {
+            Traffic::Exchanges => &self.client,
+            Traffic::Forwards => &self.forwards,
+        };
+        let stream = TlsConnector::from(config.clone()).connect(name, io).await?;
         let (_, connection) = stream.get_ref();
         let server = self.presented(connection.peer_certificates())?;
         let exporter = connection
             .export_keying_material([0; EXPORTER_BYTES], EXPORTER_LABEL, None)
             .map_err(io::Error::other)?;
-        Ok((stream.into(), Binding::new(exporter, self.key, server)))
+        Ok((stream.into(), Binding::new(exporter, (self.key, server), traffic)))
     }
 
     pub(super) async fn accept<I>(&self, io: I) -> io::Result<(TlsStream<I>, Binding)>
@@ -131,7 +141,11 @@ impl Tls {
         let exporter = connection
             .export_keying_material([0; EXPORTER_BYTES], EXPORTER_LABEL, None)
             .map_err(io::Error::other)?;
-        Ok((stream.into(), Binding::new(exporter, client, self.key)))
+        let traffic = match connection.alpn_protocol() {
+            Some(ALPN_FORWARDS) => Traffic::Forwards,
+            _ => Traffic::Exchanges,
+        };
+        Ok((stream.into(), Binding::new(exporter, (client, self.key), traffic)))
     }
 
     /// The key that the other side showed, and has proved to hold.
@@ -173,7 +187,7 @@ fn server_config(
         .with_cert_resolver(own);
     // Each connection has an exporter of its own: nothing is resumed, and nothing comes early.
     server.send_tls13_tickets = 0;
-    server.alpn_protocols = vec![ALPN.to_vec()];
+    server.alpn_protocols = vec![ALPN.to_vec(), ALPN_FORWARDS.to_vec()];
     Ok(Arc::new(server))
 }
 
@@ -191,6 +205,13 @@ fn client_config(
     client.enable_sni = false;
     client.alpn_protocols = vec![ALPN.to_vec()];
     Ok(Arc::new(client))
+}
+
+/// The same for connections that have an application's requests inside.
+fn for_forwards(client: &ClientConfig) -> Arc<ClientConfig> {
+    let mut client = client.clone();
+    client.alpn_protocols = vec![ALPN_FORWARDS.to_vec()];
+    Arc::new(client)
 }
 
 /// Takes any key: who holds it is asked by the proofs of the secret.

@@ -36,6 +36,7 @@ use crate::node::writer::ConnectionKind;
 use crate::node::writer::Writer;
 use crate::peer::Incarnation;
 use crate::primary::{KeySearch, Recovery, ReplicaServer};
+use crate::proxy::AppDoor;
 use crate::report::Condition;
 use crate::secret::Keyring;
 use crate::sqlite::defend;
@@ -63,7 +64,7 @@ pub(super) async fn open(config: Config) -> Result<Db> {
     let mut listener_guard = ListenerGuard::new(
         &claimed.node,
         &claimed.replica_server,
-        &claimed.members,
+        (&claimed.members, &claimed.app),
         &claimed.tracker,
         listener,
     );
@@ -87,6 +88,7 @@ struct ClaimedNode {
     certificates: Option<CertificateWatch>,
     replica_server: Arc<ReplicaServer>,
     members: MembersDoor,
+    app: AppDoor,
     tracker: TaskTracker,
     options: EngineOptions,
     /// The database has tables.
@@ -175,6 +177,7 @@ impl ClaimedNode {
             certificates,
             replica_server,
             members: MembersDoor::default(),
+            app: AppDoor::default(),
             tracker,
             options,
             has_content,
@@ -306,6 +309,7 @@ impl OpenedNode {
             node,
             replica_server,
             members,
+            app,
             tracker,
             options,
             app_tls,
@@ -342,6 +346,7 @@ impl OpenedNode {
             writer,
             replica_server,
             members,
+            app,
             tracker,
             wait_timeout: config.wait_timeout,
             drain_limit: config.drain_limit,

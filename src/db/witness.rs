@@ -23,6 +23,7 @@ use crate::node::tenancy::Tenancy;
 use crate::operator::MembersView;
 use crate::peer::Incarnation;
 use crate::primary::ReplicaServer;
+use crate::proxy::AppDoor;
 use crate::report::Condition;
 use crate::secret::Keyring;
 use crate::server::{Mount, ReplicationService};
@@ -130,7 +131,8 @@ impl Witness {
         if let Some(watch) = certificates {
             tracker.spawn(watch.run(node.clone()));
         }
-        let mut guard = ListenerGuard::new(&node, &replica_server, &door, &tracker, listener);
+        let mut guard =
+            ListenerGuard::new(&node, &replica_server, (&door, &AppDoor::default()), &tracker, listener);
         guard.open();
         guard.leave_open();
         let (thread, tenancy) = (Mutex::new(Some(thread)), Mutex::new(Some(tenancy)));

@@ -6,7 +6,7 @@ use tokio_util::task::TaskTracker;
 use crate::channel::{Binding, Plaintext};
 use crate::error::{Error, PeerProblem};
 use crate::handshake::{Asker, CONTENT_TYPE, H_PROOF, Knock, Refusal, TUNNEL_PATH, TunnelKnock};
-use crate::net::{self, Endpoint, OpenResponse, Scheme, Tunnel, Way};
+use crate::net::{self, Endpoint, OpenResponse, PrivateConnection, Scheme, Tunnel, Way};
 
 impl Asker {
     /// Dials a peer and knocks at one of its paths. Returns with the head of the response; what
@@ -37,6 +37,32 @@ impl Asker {
         }
         drop(opened);
         self.knock_by((self.tunnel()?, open), to, path, tracker).await
+    }
+
+    /// Dials a peer for a connection that an application's requests go over, and makes the knock that
+    /// is to be said on it. It is always private.
+    ///
+    /// # Errors
+    /// What is wrong with the peer, or with the connection.
+    ///
+    /// # Cancel safety
+    /// Dropping the future closes the connection.
+    pub(crate) async fn open_for_forwards(
+        &self,
+        to: &Endpoint,
+        tracker: &TaskTracker,
+    ) -> Result<(Knock, PrivateConnection), PeerProblem> {
+        let way = match to.scheme {
+            Scheme::Replite => Way::Direct,
+            Scheme::Http => self.tunnel()?,
+        };
+        let local = self.keys.is_open();
+        match net::open_for_forwards(&self.channel, (way, local), to, tracker).await? {
+            Ok(opened) => Ok((Knock::by(self, opened.binding).map_err(ours)?, opened)),
+            Err((_, headers)) => {
+                Err(Refusal::read(&headers, &self.database).unwrap_or(PeerProblem::NotFound))
+            }
+        }
     }
 
     fn tunnel(&self) -> Result<Way, PeerProblem> {

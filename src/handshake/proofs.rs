@@ -67,6 +67,16 @@ pub(crate) fn members_hold(proof: &[u8], knock: &Knock, answer: &Nonce, keys: &K
     keys.proved(Purpose::Members, &fresh(knock, answer, &[]), proof)
 }
 
+/// The proof that who knocked saw our nonce, and forwards requests on this connection.
+pub(crate) fn prove_forwards(knock: &Knock, answer: &Nonce, keys: &Keyring) -> [u8; PROOF_BYTES] {
+    keys.prove(Purpose::Forwards, &fresh(knock, answer, &[]))
+}
+
+/// By which secret that is proved, if it holds.
+pub(crate) fn forwards_hold(proof: &[u8], knock: &Knock, answer: &Nonce, keys: &Keyring) -> Option<Proved> {
+    keys.proved(Purpose::Forwards, &fresh(knock, answer, &[]), proof)
+}
+
 /// Puts the proof into what a node says of itself.
 pub(crate) fn seal_standing(standing: &mut Standing, knock: &Knock, answer: &Nonce, keys: &Keyring) {
     let rest = after_proof(&Message::Standing(standing.clone()));

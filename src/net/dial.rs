@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
-use crate::channel::{Binding, Channel, key_of};
+use crate::channel::{Binding, Channel, TlsStream, Traffic, key_of};
 use crate::error::{PeerProblem, shown};
 use crate::lock::lock;
 use crate::net::heeded::Heeded;
@@ -20,7 +20,8 @@ use crate::net::pipe::{Pipe, PipeBody};
 use crate::net::prompt::Prompt;
 use crate::net::watched::WatchedStream;
 use crate::net::{
-    CONNECTION_WINDOW_BYTES, Endpoint, FRAME_MAX_BYTES, Heard, Incoming, STREAM_WINDOW_BYTES, Tracked, chain,
+    ByteStream, CONNECTION_WINDOW_BYTES, Endpoint, FRAME_MAX_BYTES, Heard, Incoming, STREAM_WINDOW_BYTES,
+    Tracked, chain,
 };
 
 /// Longest wait for a TCP connection.
@@ -129,6 +130,52 @@ pub(crate) async fn open(
     }
 }
 
+/// A private connection on which nothing was said yet.
+pub(crate) struct PrivateConnection {
+    pub(crate) io: Box<dyn ByteStream>,
+    /// What is proved on it is bound to this.
+    pub(crate) binding: Binding,
+}
+
+/// Dials the peer for a connection that an application's requests go over. The tasks of what it is
+/// inside of are the tracker's, and end with it.
+///
+/// # Errors
+/// What is wrong with the peer. Inside of it the head of a response that refused the tunnel.
+///
+/// # Cancel safety
+/// Dropping the future closes the connection.
+pub(crate) async fn open_for_forwards(
+    channel: &Channel,
+    (way, local): (Way, bool),
+    to: &Endpoint,
+    tracker: &TaskTracker,
+) -> Result<Result<PrivateConnection, (StatusCode, HeaderMap)>, PeerProblem> {
+    let io = connect(to).await?;
+    if local {
+        expect_loopback(&io)?;
+    }
+    let dial = Dial { channel, to, tracker, heard: Arc::new(Heard::new()) };
+    let io = Prompt(io);
+    match way {
+        Way::Clear => Err(PeerProblem::NotPrivate),
+        Way::Direct => {
+            let (io, binding, _) = dial.secured(io, Traffic::Forwards).await?;
+            Ok(Ok(PrivateConnection { io: Box::new(io), binding }))
+        }
+        Way::Tunnel(tunnel) => match dial.begin_tunnel(io, tunnel).await? {
+            Ok(pipe) => {
+                let (io, binding, _) = dial.secured(pipe, Traffic::Forwards).await?;
+                Ok(Ok(PrivateConnection { io: Box::new(io), binding }))
+            }
+            Err((response, _)) => {
+                let (head, _) = response.into_parts();
+                Ok(Err((head.status, head.headers)))
+            }
+        },
+    }
+}
+
 async fn connect(to: &Endpoint) -> Result<TcpStream, PeerProblem> {
     let connect = TcpStream::connect((to.host.as_str(), to.port));
     let io = match tokio::time::timeout(CONNECT_TIMEOUT, connect).await {
@@ -227,21 +274,30 @@ impl Dial<'_> {
     where
         I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
-        let broken = |error: std::io::Error| match key_of(&error) {
-            Some(key) => PeerProblem::ShutOut(key),
-            None => PeerProblem::Connection(format!("TLS: {}", shown(&chain(&error), SHOWN_MAX_BYTES))),
-        };
-        let connected = self.channel.connect(io).await;
-        let (io, binding) =
-            connected.map_err(|error| self.channel.problem(&error).unwrap_or_else(|| broken(error)))?;
-        let problem = Arc::new(Mutex::new(None));
-        let io = Heeded { io, channel: self.channel.clone(), problem: problem.clone() };
+        let (io, binding, problem) = self.secured(io, Traffic::Exchanges).await?;
         match self.exchange(io, path, head(binding)?).await {
             Err(PeerProblem::Connection(why)) => {
                 Err(lock(&problem).take().unwrap_or(PeerProblem::Connection(why)))
             }
             exchanged => exchanged,
         }
+    }
+
+    /// TLS.
+    async fn secured<I>(&self, io: I, traffic: Traffic) -> Result<Secured<I>, PeerProblem>
+    where
+        I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
+        let broken = |error: std::io::Error| match key_of(&error) {
+            Some(key) => PeerProblem::ShutOut(key),
+            None => PeerProblem::Connection(format!("TLS: {}", shown(&chain(&error), SHOWN_MAX_BYTES))),
+        };
+        let connected = self.channel.connect(io, traffic).await;
+        let (io, binding) =
+            connected.map_err(|error| self.channel.problem(&error).unwrap_or_else(|| broken(error)))?;
+        let problem = Arc::new(Mutex::new(None));
+        let io = Heeded { io, channel: self.channel.clone(), problem: problem.clone() };
+        Ok((io, binding, problem))
     }
 
     /// An exchange, and the channel in its body.
@@ -255,15 +311,25 @@ impl Dial<'_> {
     where
         I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     {
+        match self.begin_tunnel(io, tunnel).await? {
+            Ok(pipe) => self.private(pipe, path, head).await,
+            Err(refused) => Ok(refused),
+        }
+    }
+
+    /// The bodies of an exchange as a connection; the exchange itself where it was refused.
+    async fn begin_tunnel<I>(&self, io: I, tunnel: Tunnel) -> Result<Result<Pipe, Exchanged>, PeerProblem>
+    where
+        I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
+    {
         let Tunnel { path: outer, headers, content_type } = tunnel;
         let outer = format!("{}{outer}", self.to.path);
         let (response, request) = self.exchange(io, &outer, headers).await?;
         let named = response.headers().get(http::header::CONTENT_TYPE).map(|named| named.as_bytes());
         if response.status() != StatusCode::OK || named != Some(content_type.as_bytes()) {
-            return Ok((response, request));
+            return Ok(Err((response, request)));
         }
-        let pipe = Pipe::new(Incoming::new(response.into_body()), request.0).heard_by(&self.heard);
-        self.private(pipe, path, head).await
+        Ok(Ok(Pipe::new(Incoming::new(response.into_body()), request.0).heard_by(&self.heard)))
     }
 
     async fn exchange<I>(&self, io: I, path: &str, headers: HeaderMap) -> Result<Exchanged, PeerProblem>
@@ -313,6 +379,9 @@ impl Dial<'_> {
         sender.send_request(request).await.map_err(broken)
     }
 }
+
+/// A connection in TLS, what its proofs are bound to, and what its errors will say of the peer.
+type Secured<I> = (Heeded<TlsStream<I>>, Binding, Arc<Mutex<Option<PeerProblem>>>);
 
 type Exchanged = (http::Response<hyper::body::Incoming>, RequestBody);
 

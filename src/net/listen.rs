@@ -23,7 +23,10 @@ use tower::{Service, ServiceExt};
 
 use crate::channel::{Binding, Channel, key_of};
 use crate::error::{Error, Result};
-use crate::net::{CONNECTION_WINDOW_BYTES, FRAME_MAX_BYTES, STREAM_WINDOW_BYTES, Tracked};
+use crate::net::{
+    CONNECTION_WINDOW_BYTES, FORWARD_WINDOW_BYTES, FORWARDS_MAX, FORWARDS_WINDOW_BYTES, FRAME_MAX_BYTES,
+    STREAM_WINDOW_BYTES, Tracked,
+};
 use crate::report::Condition;
 use crate::threads::{aside, caught_task};
 
@@ -41,6 +44,9 @@ const STREAMS_MAX: u32 = 16;
 const TLS_HANDSHAKE: u8 = 22;
 /// Largest head of a request, in bytes.
 const HEAD_MAX_BYTES: u32 = 16 * 1024;
+/// The same of a client's request that another node forwards. HTTP/2 counts 32 bytes more for each
+/// header.
+const FORWARD_HEAD_MAX_BYTES: u32 = 512 * 1024;
 
 /// A bound socket that is not served yet.
 #[derive(Debug)]
@@ -158,7 +164,7 @@ async fn serve_one<M, S, B>(
     };
     match peeked {
         Ok(Ok(1)) if first == [TLS_HANDSHAKE] => serve_private(io, channel, service, tracker, stop).await,
-        Ok(Ok(1)) => serve_http(io, service(None), tracker, stop).await,
+        Ok(Ok(1)) => serve_http(io, service(None), builder(tracker, false), stop).await,
         _ => {}
     }
 }
@@ -185,8 +191,9 @@ pub(crate) async fn serve_private<I, M, S, B>(
     };
     match accepted {
         Ok(Ok((io, binding))) => {
+            let builder = builder(tracker, binding.is_for_forwards());
             tokio::select! {
-                () = serve_http(io, service(Some(binding)), tracker, stop) => {}
+                () = serve_http(io, service(Some(binding)), builder, stop) => {}
                 () = channel.shut_out(binding.client()) => {
                     tracing::debug!("the other side's key was shut out: its connection is cut");
                 }
@@ -209,7 +216,7 @@ pub(crate) async fn serve_private<I, M, S, B>(
 }
 
 /// Serves HTTP on a connection.
-async fn serve_http<I, S, B>(io: I, service: S, tracker: TaskTracker, stop: CancellationToken)
+async fn serve_http<I, S, B>(io: I, service: S, builder: auto::Builder<Tracked>, stop: CancellationToken)
 where
     I: AsyncRead + AsyncWrite + Send + Unpin + 'static,
     S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
@@ -219,12 +226,12 @@ where
     B::Error: Into<Box<dyn StdError + Send + Sync>>,
 {
     let answering = Arc::new(AtomicUsize::new(0));
-    let counter = answering.clone();
+    let (counter, stop) = (answering.clone(), stop.child_token());
+    let end = stop.clone();
     let service = service.map_request(move |mut request: Request<Incoming>| {
-        request.extensions_mut().insert(Answering::new(counter.clone()));
+        request.extensions_mut().insert(Answering::new(counter.clone(), end.clone()));
         request
     });
-    let builder = builder(tracker);
     let mut connection = pin!(builder.serve_connection(TokioIo::new(io), TowerToHyperService::new(service)));
     let idle = async {
         loop {
@@ -249,31 +256,49 @@ where
     let _ = tokio::time::timeout(GRACE, connection).await;
 }
 
-fn builder(tracker: TaskTracker) -> auto::Builder<Tracked> {
+/// HTTP for exchanges between nodes, or for an application's requests.
+fn builder(tracker: TaskTracker, forwards: bool) -> auto::Builder<Tracked> {
+    let (stream_window, connection_window, streams) = match forwards {
+        false => (STREAM_WINDOW_BYTES, CONNECTION_WINDOW_BYTES, STREAMS_MAX),
+        // One more for the exchange that the connection begins with.
+        true => (FORWARD_WINDOW_BYTES, FORWARDS_WINDOW_BYTES, FORWARDS_MAX + 1),
+    };
     let mut builder = auto::Builder::new(Tracked(tracker));
     builder.http1().timer(TokioTimer::new()).header_read_timeout(IDLE_TIMEOUT).keep_alive(false);
     builder
         .http2()
         .timer(TokioTimer::new())
-        .initial_stream_window_size(STREAM_WINDOW_BYTES)
-        .initial_connection_window_size(CONNECTION_WINDOW_BYTES)
+        .initial_stream_window_size(stream_window)
+        .initial_connection_window_size(connection_window)
         .max_frame_size(FRAME_MAX_BYTES)
-        .max_concurrent_streams(STREAMS_MAX)
-        .max_header_list_size(HEAD_MAX_BYTES);
+        .max_concurrent_streams(streams)
+        .max_header_list_size(if forwards { FORWARD_HEAD_MAX_BYTES } else { HEAD_MAX_BYTES });
+    if forwards {
+        // For what is upgraded, such as WebSockets.
+        builder.http2().enable_connect_protocol();
+    }
     builder
 }
 
 /// A request that is being answered, for as long as what works on that keeps this. An answer that
 /// is only still to be sent counts for nothing: a peer could leave it untaken for ever.
 #[derive(Clone)]
-pub(crate) struct Answering(#[expect(dead_code, reason = "it is there to be dropped")] Arc<Counted>);
+pub(crate) struct Answering {
+    _counted: Arc<Counted>,
+    end: CancellationToken,
+}
 
 struct Counted(Arc<AtomicUsize>);
 
 impl Answering {
-    fn new(counter: Arc<AtomicUsize>) -> Answering {
+    fn new(counter: Arc<AtomicUsize>, end: CancellationToken) -> Answering {
         counter.fetch_add(1, Ordering::Relaxed);
-        Answering(Arc::new(Counted(counter)))
+        Answering { _counted: Arc::new(Counted(counter)), end }
+    }
+
+    /// Ends its connection. What is under way on it has a moment.
+    pub(crate) fn end_connection(&self) {
+        self.end.cancel();
     }
 }
 
@@ -325,7 +350,8 @@ mod tests {
             let body = http_body_util::Full::new(Bytes::from_static(&[0; 1000]));
             Ok::<_, std::convert::Infallible>(Response::new(body))
         });
-        tracker.spawn(serve_http(theirs, service, tracker.clone(), stop.clone()));
+        let builder = builder(tracker.clone(), false);
+        tracker.spawn(serve_http(theirs, service, builder, stop.clone()));
         let mut builder = h2::client::Builder::new();
         let (mut client, connection) =
             builder.initial_window_size(0).handshake::<_, Bytes>(ours).await.unwrap();

@@ -25,6 +25,7 @@ use crate::node::tenancy::Tenancy;
 use crate::node::verifier::Verifier;
 use crate::node::writer::Writer;
 use crate::primary::ReplicaServer;
+use crate::proxy::AppDoor;
 use crate::report::Condition;
 use crate::server::{Mount, ReplicationService};
 use crate::sqlite::{last_code, unreadable};
@@ -39,6 +40,9 @@ const LEAVE_LIMIT: Duration = Duration::from_secs(8);
 /// How long a shutdown waits for connections and tasks before it goes on without them.
 const TASKS_LIMIT: Duration = Duration::from_secs(5);
 
+/// How long requests may take to end that other nodes forwarded on the private channel.
+const FORWARDS_LIMIT: Duration = Duration::from_secs(5);
+
 /// An open database of a node: its engine, its connections, and what ends with it.
 pub(crate) struct Database {
     pub(crate) node: Arc<NodeContext>,
@@ -52,6 +56,8 @@ pub(crate) struct Database {
     pub(crate) verifier: Arc<Verifier>,
     pub(crate) replica_server: Arc<ReplicaServer>,
     pub(crate) members: MembersDoor,
+    /// The application's service, once it was given.
+    pub(crate) app: AppDoor,
     pub(crate) tracker: TaskTracker,
     pub(crate) wait_timeout: Duration,
     /// How long a handoff waits for requests that run.
@@ -135,6 +141,7 @@ impl Database {
         let (node, replica_server) = (self.node.clone(), self.replica_server.clone());
         ReplicationService::new(node, replica_server, self.tracker.clone(), mount)
             .with_members(self.members.clone())
+            .with_app(self.app.clone())
     }
 
     pub(crate) async fn drain(&self) {
@@ -161,6 +168,9 @@ impl Database {
         };
         clock.block_on(async {
             self.drain().await;
+            if tokio::time::timeout(FORWARDS_LIMIT, self.app.done()).await.is_err() {
+                self.node.report(Condition::ForwardsLate);
+            }
             self.node.stop.cancel();
             self.tracker.close();
             if tokio::time::timeout(TASKS_LIMIT, self.tracker.wait()).await.is_err() {
@@ -185,6 +195,7 @@ impl Database {
         let _tenancy = lock(&self.tenancy).take();
         self.closed.store(true, Ordering::Release);
         self.node.stop.cancel();
+        threads::aside(|| self.app.close());
         self.tracker.close();
         if let Some(elector) = &self.elector {
             elector.close();

@@ -8,6 +8,7 @@ use crate::context::NodeContext;
 use crate::members::MembersDoor;
 use crate::net::Listener;
 use crate::primary::ReplicaServer;
+use crate::proxy::AppDoor;
 use crate::server::{Mount, ReplicationService};
 
 /// The node's own listener, which may be served before the node is complete. Dropped before
@@ -16,6 +17,7 @@ pub(crate) struct ListenerGuard {
     pub(crate) node: Arc<NodeContext>,
     pub(crate) replica_server: Arc<ReplicaServer>,
     members: MembersDoor,
+    app: AppDoor,
     tracker: TaskTracker,
     listener: Option<Listener>,
     /// Whether there is one, which may be open by now.
@@ -27,22 +29,31 @@ impl ListenerGuard {
     pub(crate) fn new(
         node: &Arc<NodeContext>,
         replica_server: &Arc<ReplicaServer>,
-        members: &MembersDoor,
+        (members, app): (&MembersDoor, &AppDoor),
         tracker: &TaskTracker,
         listener: Option<Listener>,
     ) -> ListenerGuard {
         let (node, replica_server, tracker) = (node.clone(), replica_server.clone(), tracker.clone());
         let has_listener = listener.is_some();
-        let members = members.clone();
-        ListenerGuard { node, replica_server, members, tracker, listener, has_listener, left_open: false }
+        let (members, app) = (members.clone(), app.clone());
+        ListenerGuard {
+            node,
+            replica_server,
+            members,
+            app,
+            tracker,
+            listener,
+            has_listener,
+            left_open: false,
+        }
     }
 
     pub(crate) fn open(&mut self) {
         let Some(listener) = self.listener.take() else { return };
-        let ListenerGuard { node, replica_server, members, tracker, .. } = self;
+        let ListenerGuard { node, replica_server, members, app, tracker, .. } = self;
         let service =
             ReplicationService::new(node.clone(), replica_server.clone(), tracker.clone(), Mount::Own);
-        let service = service.with_members(members.clone());
+        let service = service.with_members(members.clone()).with_app(app.clone());
         let (channel, of, stop) = (node.channel.clone(), tracker.clone(), node.stop.clone());
         tracker.spawn(listener.serve(channel, move |inside| service.on(inside), of, stop));
     }

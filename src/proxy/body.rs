@@ -13,6 +13,7 @@ use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep};
 
 use crate::proxy::BoxError;
+use crate::proxy::channel::OnLine;
 use crate::proxy::replay_body::{DrainOnDrop, Keep};
 
 pin_project! {
@@ -220,6 +221,8 @@ impl Body for MadeBody {
 /// A body that fails when nothing comes for too long.
 pub(super) struct IdleTimeoutBody<B> {
     body: B,
+    /// The place of its exchange on a connection, until the body's end.
+    _on_line: Option<OnLine>,
     /// None: any pause is fine, as in an event stream.
     idle: Option<Duration>,
     /// Set while the body has nothing to give.
@@ -229,7 +232,12 @@ pub(super) struct IdleTimeoutBody<B> {
 
 impl<B> IdleTimeoutBody<B> {
     pub(super) fn new(body: B, idle: Option<Duration>) -> IdleTimeoutBody<B> {
-        IdleTimeoutBody { body, idle, since: None, sleep: None }
+        IdleTimeoutBody { body, _on_line: None, idle, since: None, sleep: None }
+    }
+
+    /// The same, which keeps a place on a connection.
+    pub(super) fn on(self, line: Option<OnLine>) -> IdleTimeoutBody<B> {
+        IdleTimeoutBody { _on_line: line, ..self }
     }
 }
 

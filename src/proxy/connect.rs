@@ -39,6 +39,8 @@ pub(super) enum SendError {
     NotBegun(BoxError),
     /// The server shows no HTTP/2; the request was not put on the connection.
     NoHttp2(BoxError),
+    /// The application there takes no requests on the private channel; this one was not sent.
+    NotServed,
     /// The request's `Host` is no host.
     BadHost,
     /// The client stopped sending.

@@ -10,8 +10,10 @@ use hyper_util::rt::TokioTimer;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::handshake::Asker;
 use crate::net::{ServerTls, was_refused};
 use crate::proxy::body::{IdleTimeoutBody, ReplayRequestBody};
+use crate::proxy::channel::{ChannelLines, OnLine};
 use crate::proxy::connect::{Connector, Outgoing, POOL_IDLE_SECONDS, SendError, Spawn};
 use crate::proxy::http2::Http2;
 use crate::proxy::replay_body::Keep;
@@ -28,20 +30,32 @@ pub(super) enum Protocol {
     Http2IfSpoken,
 }
 
+/// The way on which a request goes to a node.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Line<'a> {
+    Http1,
+    Http2,
+    /// The private channel, at this replication endpoint.
+    Channel(&'a str),
+}
+
 /// The connections to other nodes.
 #[derive(Clone, Debug)]
 pub(super) struct Dialer {
     http1: Client<Connector, Outgoing>,
     http2: Http2,
+    channel: ChannelLines,
+    asker: Asker,
     /// After this a request is on a connection, or has failed for want of one.
     pub(super) connect: Duration,
     pub(super) tls: ServerTls,
 }
 
 impl Dialer {
-    pub(super) fn new(connect: Duration, stop: CancellationToken, tls: ServerTls) -> Dialer {
+    pub(super) fn new(connect: Duration, asker: Asker, stop: CancellationToken, tls: ServerTls) -> Dialer {
         let connector = Connector::new(connect, tls.clone());
         let spawn = Spawn::new(stop);
+        let channel = ChannelLines::new(asker.clone(), spawn.clone(), connect);
         let http1 = Client::builder(spawn.clone())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(Duration::from_secs(POOL_IDLE_SECONDS))
@@ -50,7 +64,12 @@ impl Dialer {
             .retry_canceled_requests(false)
             .set_host(false)
             .build(connector.clone());
-        Dialer { http1, http2: Http2::new(connector.for_http2(), spawn), connect, tls }
+        Dialer { http1, http2: Http2::new(connector.for_http2(), spawn), channel, asker, connect, tls }
+    }
+
+    /// The same with another limit for connections, or other certificates.
+    pub(super) fn renewed(&self, connect: Duration, stop: CancellationToken, tls: ServerTls) -> Dialer {
+        Dialer::new(connect, self.asker.clone(), stop, tls)
     }
 
     /// Sends a request and waits for the response's head. The body is not touched before a
@@ -61,18 +80,18 @@ impl Dialer {
     pub(super) async fn send(
         &self,
         head: Request<()>,
-        http2: bool,
+        line: Line<'_>,
         body: &Keep,
         idle: Duration,
         answer: Duration,
-    ) -> Result<Response<Incoming>, SendError> {
+    ) -> Result<(Response<Incoming>, Option<OnLine>), SendError> {
         let outgoing = IdleTimeoutBody::new(ReplayRequestBody::kept(body.clone()), Some(idle));
         let request = head.map(|()| outgoing);
         let response = async {
-            if http2 {
-                self.http2.request(request).await
-            } else {
-                self.http1.request(request).await.map_err(sort)
+            match line {
+                Line::Http1 => self.http1.request(request).await.map(|r| (r, None)).map_err(sort),
+                Line::Http2 => self.http2.request(request).await.map(|r| (r, None)),
+                Line::Channel(to) => self.channel.request(to, request).await.map(|(r, on)| (r, Some(on))),
             }
         };
         tokio::pin!(response);

@@ -10,8 +10,9 @@ use hyper::body::Incoming;
 use crate::context::RunningRequest;
 use crate::proxy::BoxError;
 use crate::proxy::body::{IdleTimeoutBody, MadeBody};
+use crate::proxy::channel::OnLine;
 use crate::proxy::connect::SendError;
-use crate::proxy::dial::Protocol;
+use crate::proxy::dial::{Line, Protocol};
 use crate::proxy::failure::{Failure, Outcome, Reason};
 use crate::proxy::head::Head;
 use crate::proxy::headers::{HOP, PRIMARY, strip_answer};
@@ -84,6 +85,9 @@ pub(super) async fn forward(
         rest,
         unreachable: false,
         disputed: false,
+        on_channel: shared.forwards_on_channel(),
+        by_address: None,
+        unserved: false,
     };
     loop {
         let on_its_way = shared.node.forward();
@@ -148,6 +152,12 @@ struct Trip<'a> {
     unreachable: bool,
     /// It was reported that two nodes disagree on the primary.
     disputed: bool,
+    /// This node forwards on the private channel.
+    on_channel: bool,
+    /// The application that is reached by its address all the same.
+    by_address: Option<String>,
+    /// It was reported that the channel is not served.
+    unserved: bool,
 }
 
 type Step = ControlFlow<Verdict>;
@@ -167,7 +177,10 @@ impl Trip<'_> {
             RequestTarget::There { url, epoch, .. } => (url.as_str(), Some((*epoch, self.hop(*epoch)))),
             RequestTarget::Here => (shared.node.me.addresses.app.as_str(), None),
         };
-        let request = match request(self.head, url, hop.as_ref().map(|(_, text)| text.as_str())) {
+        let line = self.line(&target);
+        // On the channel the application's own path is the request's.
+        let base = if matches!(line, Line::Channel(_)) { origin(url) } else { url };
+        let request = match request(self.head, base, hop.as_ref().map(|(_, text)| text.as_str())) {
             Ok(request) => request,
             Err(error) => {
                 shared.node.report(Condition::AppAddressInvalid { error: &error, url });
@@ -175,15 +188,14 @@ impl Trip<'_> {
             }
         };
         let (idle, answer) = (shared.options.idle_timeout, shared.options.response_timeout);
-        let http2 = self.head.protocol != Protocol::Http1 && !self.http1;
-        let sent = shared.dialer.send(request, http2, &self.body, idle, answer);
+        let sent = shared.dialer.send(request, line, &self.body, idle, answer);
         let sent = tokio::select! {
             biased;
             sent = sent => sent,
             () = superseded(shared, &target) => Err(SendError::Superseded),
         };
-        let response = match sent {
-            Ok(response) => response,
+        let (response, on_line) = match sent {
+            Ok(sent) => sent,
             Err(error) => return self.failed(target, error),
         };
         if let Some((epoch, hop)) = hop
@@ -192,7 +204,20 @@ impl Trip<'_> {
             return self.misdirected(target, epoch, hint);
         }
         self.body.release();
-        ControlFlow::Break(Verdict::Answered(Box::new(relay(shared, self.head, response))))
+        ControlFlow::Break(Verdict::Answered(Box::new(relay(shared, self.head, response, on_line))))
+    }
+
+    /// On which way a request goes there.
+    fn line<'t>(&self, target: &'t RequestTarget) -> Line<'t> {
+        match target {
+            RequestTarget::There { url, replication, .. }
+                if self.on_channel && self.by_address.as_ref() != Some(url) =>
+            {
+                Line::Channel(replication)
+            }
+            _ if self.head.protocol != Protocol::Http1 && !self.http1 => Line::Http2,
+            _ => Line::Http1,
+        }
     }
 
     /// The proof that the request comes from this node.
@@ -224,7 +249,8 @@ impl Trip<'_> {
         }
         if hint.epoch.number() > epoch.number() {
             self.hops += 1;
-            self.next = Some(RequestTarget::There { url: hint.url, epoch: hint.epoch, run: None });
+            let Hint { epoch, url, replication } = hint;
+            self.next = Some(RequestTarget::There { url, replication, epoch, run: None });
             return self.recall(Reason::BodyTooLarge);
         }
         // One of the two nodes has not heard yet who leads.
@@ -268,6 +294,7 @@ impl Trip<'_> {
                 self.rest(Reason::Unreachable);
                 self.retry(target, Reason::Unreachable)
             }
+            SendError::NotServed => self.unserved(target),
             SendError::BadHost => self.fail(Reason::Ambiguous),
             SendError::SlowClient => self.fail(Reason::SlowClient),
             SendError::BadBody(error) => {
@@ -288,6 +315,21 @@ impl Trip<'_> {
                 self.break_off(target)
             }
         }
+    }
+
+    /// The node there has not been given its application yet, or never will be.
+    fn unserved(&mut self, target: RequestTarget) -> Step {
+        let RequestTarget::There { url, .. } = &target else { return self.fail(Reason::Unreachable) };
+        if self.shared.options.clear || url.starts_with("https:") {
+            self.by_address = Some(url.clone());
+        } else {
+            if !self.unserved {
+                self.shared.node.report(Condition::ForwardsNotServed { target: &target });
+                self.unserved = true;
+            }
+            self.rest(Reason::Unreachable);
+        }
+        self.retry(target, Reason::Unreachable)
     }
 
     /// What may have run is sent again only where that changes nothing.
@@ -349,6 +391,12 @@ fn request(head: &Head, app: &str, hop: Option<&str>) -> Result<Request<()>, Box
     Ok(request)
 }
 
+/// An app's URL without its path.
+fn origin(app: &str) -> &str {
+    let host = app.find("://").map_or(0, |at| at + 3);
+    app[host..].find('/').map_or(app, |path| &app[..host + path])
+}
+
 /// The app's URL followed by the request's path and query, byte for byte.
 fn join(app: &str, target: &str) -> Result<Uri, BoxError> {
     let base: Uri = app.parse()?;
@@ -370,9 +418,14 @@ fn hinted(response: &Response<Incoming>, shared: &LayerShared, hop: &str) -> Opt
 }
 
 /// The primary's response as the client gets it.
-fn relay(shared: &LayerShared, head: &Head, mut response: Response<Incoming>) -> Response<MadeBody> {
+fn relay(
+    shared: &LayerShared,
+    head: &Head,
+    mut response: Response<Incoming>,
+    mut on_line: Option<OnLine>,
+) -> Response<MadeBody> {
     if let Some(upgrade) = &head.upgrade {
-        upgrade.join(&mut response, shared.node.stop.clone());
+        upgrade.join(&mut response, shared.node.stop.clone(), &mut on_line);
     }
     let (mut parts, body) = response.into_parts();
     strip_answer(&mut parts.headers);
@@ -381,7 +434,8 @@ fn relay(shared: &LayerShared, head: &Head, mut response: Response<Incoming>) ->
     let events =
         parts.headers.get(CONTENT_TYPE).is_some_and(|t| t.as_bytes().starts_with(b"text/event-stream"));
     let idle = (!events).then_some(shared.options.idle_timeout);
-    let mut response = Response::from_parts(parts, MadeBody::Primary(IdleTimeoutBody::new(body, idle)));
+    let body = IdleTimeoutBody::new(body, idle).on(on_line);
+    let mut response = Response::from_parts(parts, MadeBody::Primary(body));
     if let Some(upgrade) = &head.upgrade {
         upgrade.answer(&mut response);
     }

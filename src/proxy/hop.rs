@@ -15,8 +15,8 @@ const VERSION: &str = "v1";
 /// The longest header value that is looked at: version, count, node, epoch and proof have 140
 /// bytes.
 const HOP_TEXT_MAX_BYTES: usize = 160;
-/// The longest hint that is looked at: fixed fields and a URL.
-const HINT_TEXT_MAX_BYTES: usize = 1024;
+/// The longest hint that is looked at: fixed fields and two URLs.
+const HINT_TEXT_MAX_BYTES: usize = 2048;
 
 /// A request that one node sends to another.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -101,13 +101,17 @@ pub(super) struct Hint {
     pub(super) epoch: Epoch,
     /// The primary's app URL; empty when it knows none.
     pub(super) url: String,
+    /// And its replication endpoint.
+    pub(super) replication: String,
 }
 
 impl Hint {
     /// The header's value, as an answer to the hop of this text.
     pub(super) fn value(&self, keys: &Keyring, hop: &str) -> Option<HeaderValue> {
-        let proof = keys.prove_short(Purpose::Hop, &hinted(hop, self.epoch, &self.url).each());
-        HeaderValue::try_from(format!("{VERSION}.{}.{}.{}", self.epoch, Hex(&proof), self.url)).ok()
+        // No URL has a space in it.
+        let urls = format!("{} {}", self.url, self.replication);
+        let proof = keys.prove_short(Purpose::Hop, &hinted(hop, self.epoch, &urls).each());
+        HeaderValue::try_from(format!("{VERSION}.{}.{}.{urls}", self.epoch, Hex(&proof))).ok()
     }
 
     /// Reads a header's value; none when its proof does not hold for the hop that was sent. So an
@@ -117,11 +121,12 @@ impl Hint {
         let text = value.to_str().ok().filter(|text| text.len() <= HINT_TEXT_MAX_BYTES)?;
         let mut split = text.splitn(4, '.');
         let mut next = || split.next();
-        let (version, epoch, proof, url) = (next()?, next()?, next()?, next()?);
+        let (version, epoch, proof, urls) = (next()?, next()?, next()?, next()?);
         let proof: [u8; SHORT_PROOF_BYTES] = unhex(proof)?;
         let epoch: Epoch = epoch.parse().ok().filter(|_| version == VERSION)?;
-        let holds = keys.verify_short(Purpose::Hop, &hinted(hop, epoch, url).each(), &proof);
-        holds.then(|| Hint { epoch, url: url.to_owned() })
+        let (url, replication) = urls.split_once(' ')?;
+        let holds = keys.verify_short(Purpose::Hop, &hinted(hop, epoch, urls).each(), &proof);
+        holds.then(|| Hint { epoch, url: url.to_owned(), replication: replication.to_owned() })
     }
 }
 
@@ -162,7 +167,7 @@ mod tests {
         assert_eq!(Hop::verify(&value, about(&member)), None);
         assert_eq!(Hop::verify(&value, about(&follower)), None);
         assert_eq!(Came(value).count(), HOP.count);
-        let hint = Hint { epoch: HOP.epoch, url: "http://a:1".into() };
+        let hint = Hint { epoch: HOP.epoch, url: "http://a:1".into(), replication: "replite://a:2".into() };
         let value = hint.value(&follower, "hop").unwrap();
         assert_eq!(Hint::verify(&value, &member, "hop"), None);
     }
@@ -195,7 +200,8 @@ mod tests {
     #[test]
     fn a_hint_answers_one_hop_only() {
         let mine = keys(1);
-        let hint = Hint { epoch: Epoch::new(5, 1), url: "http://10.0.0.2:80".into() };
+        let (url, replication) = ("http://10.0.0.2:80".into(), "replite://10.0.0.2:81".into());
+        let hint = Hint { epoch: Epoch::new(5, 1), url, replication };
         let value = hint.value(&mine, "hop a").unwrap();
         assert_eq!(Hint::verify(&value, &mine, "hop a"), Some(hint));
         assert_eq!(Hint::verify(&value, &mine, "hop b"), None);

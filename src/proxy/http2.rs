@@ -19,10 +19,10 @@ use crate::proxy::connect::{ChoseHttp1, Connector, Outgoing, POOL_IDLE_SECONDS, 
 use crate::proxy::preface::Spoken;
 
 /// How often a connection with requests on it is pinged.
-const PING_INTERVAL: Duration = Duration::from_secs(10);
+pub(super) const PING_INTERVAL: Duration = Duration::from_secs(10);
 /// One whose pings stay unanswered for this long is dead. On a slow link they wait for all that is
 /// on its way before them.
-const PING_TIMEOUT: Duration = Duration::from_secs(60);
+pub(super) const PING_TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The connection to the node that was asked last.
 #[derive(Clone, Debug)]
@@ -119,7 +119,7 @@ impl Http2 {
 
 /// Names the request's host as HTTP/2 does, in the URI alone: a server takes a `Host` beside
 /// another authority for an attack (RFC 9113, 8.3.1). Where the URI led to before.
-fn name<B>(request: &mut Request<B>) -> Result<(Scheme, Authority), SendError> {
+pub(super) fn name<B>(request: &mut Request<B>) -> Result<(Scheme, Authority), SendError> {
     let mut parts = std::mem::take(request.uri_mut()).into_parts();
     let to = parts.scheme.clone().zip(parts.authority.clone());
     let to = to.ok_or_else(|| SendError::Unreachable("it names no host".into()))?;
@@ -138,7 +138,7 @@ fn name<B>(request: &mut Request<B>) -> Result<(Scheme, Authority), SendError> {
 ///
 /// A node that goes away says first that it does, and later which request was the last. An error
 /// between the two tells nothing of a request that was put on the connection in that moment.
-fn was_not_begun(error: &hyper::Error, shown: &Spoken) -> bool {
+pub(super) fn was_not_begun(error: &hyper::Error, shown: &Spoken) -> bool {
     if error.is_canceled() {
         return true;
     }

@@ -12,7 +12,9 @@ use http::{Response, Uri};
 use tower::Layer;
 
 use crate::context::NodeContext;
+use crate::handshake::Asker;
 use crate::net::ServerTls;
+use crate::proxy::app::AppDoor;
 use crate::proxy::client::PrimaryClient;
 use crate::proxy::dial::Dialer;
 use crate::proxy::failure::Failure;
@@ -100,6 +102,7 @@ impl ReplayLayer {
             upgrades: Upgrades::Local,
             protocols: vec!["websocket".into()],
             forwarding: Forwarding::Proxy,
+            clear: false,
             http2: false,
             budget: Budget::new(BUFFER_REQUEST_BYTES, BUFFER_PROCESS_BYTES),
             hold_timeout: None,
@@ -113,8 +116,10 @@ impl ReplayLayer {
             original_uri: ORIGINAL_URI.map(|uri| Arc::new(uri) as Hook<_, _>),
             client_ip: None,
         };
-        let dialer = Dialer::new(Duration::from_secs(1), node.stop.clone(), ServerTls::default());
-        let shared = LayerShared { node, tokens, dialer, held: Arc::default(), options };
+        let (stop, tls) = (node.stop.clone(), ServerTls::default());
+        let dialer = Dialer::new(Duration::from_secs(1), Asker::of(&node), stop, tls);
+        let app = AppDoor::default();
+        let shared = LayerShared { node, tokens, dialer, held: Arc::default(), app, options };
         ReplayLayer { shared: Arc::new(shared) }
     }
 
@@ -179,9 +184,19 @@ impl ReplayLayer {
         self.with(|o| o.forwarding = forwarding)
     }
 
+    /// Whether requests go to the primary's application address where that node has not been given
+    /// its application's service ([`Db::serve_forwarded`](crate::Db::serve_forwarded)), and this one
+    /// has. If not set, they wait until it has, or fail with 503: what an instance may say on the
+    /// private channel it does not say in the clear. It is for the deploy that brings
+    /// `serve_forwarded`. Over an `https://` address they go in any case.
+    pub fn forward_in_clear(self, yes: bool) -> Self {
+        self.with(|o| o.clear = yes)
+    }
+
     /// Whether the primary's application is spoken to in HTTP/2 (without TLS, by prior knowledge),
     /// and not in HTTP/1.1. Requests that came in HTTP/2 and ask for trailers (`te`), such as
-    /// gRPC's, always are. The client's host is the request's authority then.
+    /// gRPC's, always are. The client's host is the request's authority then. On the private channel
+    /// it is always HTTP/2.
     pub fn http2(self, yes: bool) -> Self {
         self.with(|o| o.http2 = yes)
     }
@@ -221,14 +236,20 @@ impl ReplayLayer {
     /// For how long a connection to the primary is tried (1 s).
     pub fn connect_timeout(mut self, limit: Duration) -> Self {
         let shared = Arc::make_mut(&mut self.shared);
-        shared.dialer = Dialer::new(limit, shared.node.stop.clone(), shared.dialer.tls.clone());
+        shared.dialer = shared.dialer.renewed(limit, shared.node.stop.clone(), shared.dialer.tls.clone());
         self
     }
 
     /// Whose certificates the applications of other nodes may have.
     pub(crate) fn with_tls(mut self, tls: ServerTls) -> Self {
         let shared = Arc::make_mut(&mut self.shared);
-        shared.dialer = Dialer::new(shared.dialer.connect, shared.node.stop.clone(), tls);
+        shared.dialer = shared.dialer.renewed(shared.dialer.connect, shared.node.stop.clone(), tls);
+        self
+    }
+
+    /// Where the application's service is, once it was given.
+    pub(crate) fn with_app(mut self, app: AppDoor) -> Self {
+        Arc::make_mut(&mut self.shared).app = app;
         self
     }
 

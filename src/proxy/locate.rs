@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use crate::peer::{Incarnation, NodeId};
 use crate::proxy::failure::Reason;
 use crate::proxy::shared::{HOLD_BEYOND_LEASE, LayerShared};
-use crate::status::{PeerInfo, Role, RoleState};
+use crate::status::{Addresses, PeerInfo, Role, RoleState};
 use crate::txid::Epoch;
 
 /// How often a node whose lease has ended looks whether it was renewed after all: no change of the
@@ -26,6 +26,8 @@ pub(super) enum RequestTarget {
     /// Another node's app.
     There {
         url: String,
+        /// Its replication endpoint.
+        replication: String,
         /// The newest epoch known when that was learnt.
         epoch: Epoch,
         /// Which run of which node that is; none when the address is what another node said.
@@ -47,7 +49,7 @@ impl RequestTarget {
 
     /// Whether another node, or another run of that one, is the primary since.
     fn is_over(&self, state: &RoleState) -> bool {
-        let RequestTarget::There { url, epoch, run } = self else { return false };
+        let RequestTarget::There { url, epoch, run, .. } = self else { return false };
         state.epoch.number() > epoch.number()
             && state.primary.as_ref().is_some_and(|primary| match run {
                 Some(run) => (primary.node, primary.incarnation) != *run,
@@ -172,8 +174,9 @@ fn look_in(state: &RoleState, shared: &LayerShared) -> Option<RequestTarget> {
         return Some(RequestTarget::Here);
     }
     let primary = other_primary(state, shared)?;
-    let (url, run) = (primary.addresses.app.clone(), Some((primary.node, primary.incarnation)));
-    Some(RequestTarget::There { url, epoch: state.epoch, run })
+    let run = Some((primary.node, primary.incarnation));
+    let Addresses { app: url, replication, .. } = primary.addresses.clone();
+    Some(RequestTarget::There { url, replication, epoch: state.epoch, run })
 }
 
 /// The primary, if that is another node.

@@ -6,6 +6,7 @@ use http::{HeaderValue, Method, Response};
 use http_body_util::Full;
 
 use crate::context::RunningRequest;
+use crate::proxy::app::CameByChannel;
 use crate::proxy::body::MadeBody;
 use crate::proxy::failure::{Failure, Reason};
 use crate::proxy::head::target;
@@ -14,6 +15,7 @@ use crate::proxy::hop::{About, Came, HOPS_MAX, Hint, Hop};
 use crate::proxy::locate::other_primary;
 use crate::proxy::route::Route;
 use crate::proxy::shared::{LayerShared, Upgrades, failure};
+use crate::status::Addresses;
 use crate::token::Token;
 use crate::txid::{Place, Txid};
 
@@ -50,7 +52,10 @@ pub(super) fn plan(shared: &LayerShared, parts: &mut Parts, keeps: bool) -> (Req
     }
     headers::strip_reserved(&mut parts.headers);
     let options = &shared.options;
-    if let Some(Came(value)) = parts.extensions.get::<Came>()
+    // Where nodes speak on the private channel, nothing that came another way is a node's.
+    let may_be_hop = !shared.app.is_given() || parts.extensions.get::<CameByChannel>().is_some();
+    if may_be_hop
+        && let Some(Came(value)) = parts.extensions.get::<Came>()
         && let Some((hop, text)) = verified(shared, parts, value)
     {
         if hop.from == shared.node.me.node || hop.count > HOPS_MAX {
@@ -141,8 +146,9 @@ fn verified<'a>(shared: &LayerShared, parts: &Parts, value: &'a HeaderValue) -> 
 pub(super) fn misdirected(shared: &LayerShared, hop: &str) -> Response<MadeBody> {
     let hint = {
         let state = shared.node.roles.borrow();
-        let url = other_primary(&state, shared);
-        Hint { epoch: state.epoch, url: url.map_or_else(String::new, |p| p.addresses.app.clone()) }
+        let primary = other_primary(&state, shared).map(|primary| primary.addresses.clone());
+        let Addresses { app: url, replication, .. } = primary.unwrap_or_default();
+        Hint { epoch: state.epoch, url, replication }
     };
     // Not through the app's own failure responses: this one is for a node.
     let mut response =

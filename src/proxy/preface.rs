@@ -16,6 +16,8 @@ use hyper_util::client::legacy::connect::{Connected, Connection};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::sync::watch;
 
+use crate::net::ByteStream;
+
 /// A frame's head: three bytes of length, one of type, one of flags, four of the stream's number.
 const HEAD_BYTES: usize = 9;
 const SETTINGS: u8 = 4;
@@ -44,11 +46,6 @@ impl Spoken {
         self.last.load(Ordering::Acquire) < STREAM_MAX
     }
 }
-
-/// A connection's bytes, as they are before or after TLS.
-pub(super) trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}
-
-impl<S: AsyncRead + AsyncWrite + Send + Unpin> ByteStream for S {}
 
 /// A connection whose server's frames are looked at, if it is for HTTP/2.
 pub(super) struct WatchedIo {

@@ -11,6 +11,7 @@ use http::{Response, Uri};
 use http_body_util::Full;
 
 use crate::context::NodeContext;
+use crate::proxy::app::AppDoor;
 use crate::proxy::body::MadeBody;
 use crate::proxy::dial::Dialer;
 use crate::proxy::failure::{Failure, Reason};
@@ -130,6 +131,7 @@ pub(super) struct LayerShared {
     pub(super) tokens: Arc<Tokens>,
     pub(super) dialer: Dialer,
     pub(super) held: Arc<AtomicUsize>,
+    pub(super) app: AppDoor,
     pub(super) options: Options,
 }
 
@@ -146,6 +148,8 @@ pub(super) struct Options {
     /// Names of protocols that requests are upgraded to.
     pub(super) protocols: Vec<String>,
     pub(super) forwarding: Forwarding,
+    /// Whether an application's address will do where the private channel is not served.
+    pub(super) clear: bool,
     pub(super) http2: bool,
     pub(super) budget: Budget,
     /// None: as long as an election may take, or else a restart.
@@ -201,6 +205,12 @@ impl Options {
 }
 
 impl LayerShared {
+    /// Whether requests go to other nodes on the private channel. Followers have none for that: what
+    /// they forward counts as a client's.
+    pub(super) fn forwards_on_channel(&self) -> bool {
+        self.app.is_given() && self.node.channel.has_tls() && !self.node.keys.is_follower()
+    }
+
     /// For how long a request is held.
     pub(super) fn hold_timeout(&self) -> Duration {
         let usual = || self.node.lease.time().map_or(HOLD_TIMEOUT, |time| time + HOLD_BEYOND_LEASE);

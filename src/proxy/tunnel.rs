@@ -10,6 +10,8 @@ use hyper_util::rt::TokioIo;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
+use crate::proxy::channel::OnLine;
+
 const SEC_WEBSOCKET_KEY: HeaderName = HeaderName::from_static("sec-websocket-key");
 const SEC_WEBSOCKET_ACCEPT: HeaderName = HeaderName::from_static("sec-websocket-accept");
 
@@ -47,12 +49,19 @@ impl Upgrade {
 
     /// Joins the two connections, if the primary switched, for as long as both stand and the node
     /// runs. The response's head is made one for the client.
-    pub(super) fn join(&self, response: &mut Response<Incoming>, stop: CancellationToken) {
+    pub(super) fn join(
+        &self,
+        response: &mut Response<Incoming>,
+        stop: CancellationToken,
+        on_line: &mut Option<OnLine>,
+    ) {
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {
             return;
         }
         let (client, primary) = (self.client.clone(), hyper::upgrade::on(&mut *response));
+        let on_line = on_line.take();
         tokio::spawn(stop.run_until_cancelled_owned(async move {
+            let _until_the_end = on_line;
             if let Err(error) = carry(client, primary).await {
                 tracing::debug!(%error, "a tunnel to the primary broke");
             }

@@ -988,6 +988,15 @@ conditions! {
     PrimaryUnreachable { error: &'a (dyn StdError + 'static), target: &'a dyn Debug } "primary_unreachable" {
         log warn(error, ?target, "the primary can't be reached; it is tried again");
     }
+    /// The primary has not been given its application's service, and this node speaks on the private
+    /// channel only.
+    ForwardsNotServed { target: &'a dyn Debug } "forwards_not_served" {
+        log warn(
+            ?target,
+            "the primary takes no requests on the private channel: call `Db::serve_forwarded` on each \
+             instance; it is tried again"
+        );
+    }
     /// The primary's application did not answer.
     PrimarySilent { target: &'a dyn Debug } "primary_silent" {
         log warn(?target, "the primary did not answer in time");
@@ -1023,6 +1032,10 @@ conditions! {
     /// Streams went on after the node's end.
     StreamsLate "streams_late" {
         log warn("some streams did not end in time");
+    }
+    /// The node ends while requests are under way that other nodes forwarded on the private channel.
+    ForwardsLate "forwards_late" {
+        log warn("some forwarded requests did not end in time");
     }
     /// Tasks went on after the node's end.
     TasksLate "tasks_late" {

@@ -36,10 +36,12 @@ pub(crate) enum Purpose {
     Tunnel,
     /// A fresh proof over both nonces of who asks the members that keep the lease's record.
     Members,
+    /// A fresh proof over both nonces of who forwards an application's requests.
+    Forwards,
 }
 
 impl Purpose {
-    const ALL: [Purpose; 10] = [
+    const ALL: [Purpose; 11] = [
         Purpose::Knock,
         Purpose::Answer,
         Purpose::Hello,
@@ -50,6 +52,7 @@ impl Purpose {
         Purpose::CommandAnswer,
         Purpose::Tunnel,
         Purpose::Members,
+        Purpose::Forwards,
     ];
 
     fn context(self) -> &'static str {
@@ -64,6 +67,7 @@ impl Purpose {
             Purpose::CommandAnswer => "replite 2026 v1 command answer",
             Purpose::Tunnel => "replite 2026 v1 tunnel",
             Purpose::Members => "replite 2026 v1 members",
+            Purpose::Forwards => "replite 2026 v1 forwards",
         }
     }
 
@@ -80,7 +84,7 @@ impl Purpose {
                 Member => &[Member],
                 Follower => &[Follower],
             },
-            Purpose::Hop | Purpose::Command | Purpose::CommandAnswer => &[Member],
+            Purpose::Hop | Purpose::Forwards | Purpose::Command | Purpose::CommandAnswer => &[Member],
         }
     }
 }

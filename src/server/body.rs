@@ -9,6 +9,7 @@ use http_body::{Body, Frame, SizeHint};
 
 use crate::net::PipeBody;
 use crate::primary::{StreamReceiver, StreamSender, queue};
+use crate::proxy::AppBody;
 
 /// The body of a replication response: empty, or a stream that lasts as long as the replica stays.
 #[derive(Debug)]
@@ -20,6 +21,8 @@ enum BodyContent {
     Stream(StreamReceiver),
     /// One direction of a private channel.
     Channel(PipeBody),
+    /// The application's.
+    App(AppBody),
 }
 
 impl ReplicationBody {
@@ -29,6 +32,10 @@ impl ReplicationBody {
 
     pub(super) fn channel(body: PipeBody) -> ReplicationBody {
         ReplicationBody(BodyContent::Channel(body))
+    }
+
+    pub(super) fn app(body: AppBody) -> ReplicationBody {
+        ReplicationBody(BodyContent::App(body))
     }
 
     pub(super) fn stream() -> (StreamSender, ReplicationBody) {
@@ -54,6 +61,7 @@ impl Body for ReplicationBody {
             BodyContent::Channel(body) => {
                 body.poll_next(cx).map(|next| next.map(|bytes| Ok(Frame::data(bytes))))
             }
+            BodyContent::App(body) => Pin::new(body).poll_frame(cx).map_err(io::Error::other),
         }
     }
 
@@ -62,12 +70,14 @@ impl Body for ReplicationBody {
             BodyContent::Nothing => true,
             BodyContent::Stream(stream) => stream.is_ended(),
             BodyContent::Channel(_) => false,
+            BodyContent::App(body) => body.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
-        match self.0 {
+        match &self.0 {
             BodyContent::Nothing => SizeHint::with_exact(0),
+            BodyContent::App(body) => body.size_hint(),
             BodyContent::Stream(_) | BodyContent::Channel(_) => SizeHint::default(),
         }
     }

@@ -29,7 +29,7 @@ fn with(leaf: &Leaf, roots: &str) -> Channel {
 async fn speak(client: &Channel, server: &Channel) -> [Result<Binding, String>; 2] {
     let (ours, theirs) = duplex(64 * 1024);
     let dialled = async {
-        let (mut io, binding) = client.connect(ours).await?;
+        let (mut io, binding) = client.connect(ours, Traffic::Exchanges).await?;
         io.read_exact(&mut [0; 1]).await?;
         Ok(binding)
     };

@@ -1,0 +1,143 @@
+//! A connection whose peer forwards requests of the application.
+
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll};
+use std::time::Duration;
+
+use bytes::Bytes;
+use http::{Request, Response};
+use hyper::body::Incoming as HttpBody;
+use tower::Service;
+
+use crate::context::NodeContext;
+use crate::handshake::{self, FORWARDS_NOT_SERVED, FORWARDS_SERVED, Knock, Nonce};
+use crate::net::{Answering, Incoming};
+use crate::primary::StreamSender;
+use crate::proxy::{AppAnswer, AppDoor, BoxError};
+use crate::secret::PROOF_BYTES;
+use crate::server::{ReplicationBody, ReplicationService};
+
+/// How long a peer may take for its proof.
+const PROOF_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// What is served on one connection: the replication endpoint, and the application once a member has
+/// proved that it forwards requests on it.
+#[derive(Clone, Debug)]
+pub(crate) struct ConnectionService {
+    endpoint: ReplicationService,
+    forwards: Arc<Forwards>,
+}
+
+/// Whether a connection is one for the application's requests.
+#[derive(Default, Debug)]
+pub(super) struct Forwards(OnceLock<AppDoor>);
+
+impl ConnectionService {
+    pub(super) fn new(endpoint: ReplicationService, forwards: Arc<Forwards>) -> ConnectionService {
+        ConnectionService { endpoint, forwards }
+    }
+}
+
+impl Service<Request<HttpBody>> for ConnectionService {
+    type Response = Response<ReplicationBody>;
+    type Error = BoxError;
+    type Future = ConnectionAnswer;
+
+    fn poll_ready(&mut self, _: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, mut request: Request<HttpBody>) -> ConnectionAnswer {
+        match self.forwards.0.get() {
+            None => {
+                let response = self.endpoint.answer(request);
+                ConnectionAnswer::Endpoint { response: Some(response) }
+            }
+            Some(app) => {
+                // The exchange that the connection began with counts for all of them.
+                request.extensions_mut().remove::<Answering>();
+                ConnectionAnswer::App { answer: app.answer(request) }
+            }
+        }
+    }
+}
+
+/// The answer on such a connection.
+pub(crate) enum ConnectionAnswer {
+    Endpoint { response: Option<Response<ReplicationBody>> },
+    App { answer: AppAnswer },
+}
+
+impl Future for ConnectionAnswer {
+    type Output = Result<Response<ReplicationBody>, BoxError>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        match self.get_mut() {
+            ConnectionAnswer::Endpoint { response } => match response.take() {
+                Some(response) => Poll::Ready(Ok(response)),
+                None => Poll::Pending,
+            },
+            ConnectionAnswer::App { answer } => answer
+                .as_mut()
+                .poll(cx)
+                .map(|answer| answer.map(|response| response.map(ReplicationBody::app))),
+        }
+    }
+}
+
+/// The exchange that a connection for forwarded requests begins with. It lasts as long as the
+/// connection does, or as this node takes requests on it.
+pub(super) struct ForwardExchange {
+    pub(super) node: Arc<NodeContext>,
+    pub(super) app: AppDoor,
+    pub(super) forwards: Arc<Forwards>,
+    pub(super) knock: Knock,
+    pub(super) nonce: Nonce,
+    /// Keeps the connection, and ends it.
+    pub(super) answering: Answering,
+}
+
+impl ForwardExchange {
+    pub(super) async fn run(self, mut upstream: Incoming, sender: StreamSender) {
+        let keys = &self.node.keys;
+        let proof = match tokio::time::timeout(PROOF_TIMEOUT, proof(&mut upstream)).await {
+            Ok(Some(proof)) => proof,
+            _ => return,
+        };
+        let Some(proved) = handshake::forwards_hold(&proof, &self.knock, &self.nonce, keys) else {
+            tracing::debug!(node = %self.knock.node, "a peer did not prove that it forwards requests");
+            return;
+        };
+        if !self.app.serves() {
+            let _ = sender.send(Bytes::from_static(&[FORWARDS_NOT_SERVED])).await;
+            return;
+        }
+        // Before the word, which the other side waits for.
+        let _ = self.forwards.0.set(self.app.clone());
+        if sender.send(Bytes::from_static(&[FORWARDS_SERVED])).await.is_err() {
+            return;
+        }
+        tokio::select! {
+            // It says no more: what comes is the end.
+            _ = upstream.next() => {}
+            // What is under way on it may end.
+            () = keys.dropped(proved) => self.answering.end_connection(),
+            () = self.node.stop.cancelled() => {}
+        }
+    }
+}
+
+/// The first bytes of the body, as many as a proof has.
+async fn proof(upstream: &mut Incoming) -> Option<[u8; PROOF_BYTES]> {
+    let mut proof = Vec::with_capacity(PROOF_BYTES);
+    while proof.len() < PROOF_BYTES {
+        let bytes = upstream.next().await?.ok()?;
+        if proof.len() + bytes.len() > PROOF_BYTES {
+            return None;
+        }
+        proof.extend_from_slice(&bytes);
+    }
+    proof.try_into().ok()
+}
