@@ -11,6 +11,8 @@ mod deploys;
 mod doors;
 #[path = "../tests/support/fleet.rs"]
 mod fleet;
+#[path = "figures/forwards.rs"]
+mod forwards;
 #[path = "figures/heals.rs"]
 mod heals;
 #[path = "figures/home.rs"]
@@ -37,7 +39,7 @@ use std::time::Instant;
 /// Figures that are measured together, and what measures them.
 type Figure = (&'static [&'static str], fn());
 
-const FIGURES: [Figure; 31] = [
+const FIGURES: [Figure; 32] = [
     (&["commit_normal_ratio"], commits::normal),
     (&["commit_full_ratio"], commits::full),
     (&["group_commit_ratio"], commits::group),
@@ -53,6 +55,7 @@ const FIGURES: [Figure; 31] = [
     (&["snapshot_cp_ratio", "big_txn_memory_mib"], streams::bulk),
     (&["layer_get_us", "replay_post_us"], doors::layer),
     (&["proxy_req_per_s_ratio", "proxy_plain_req_per_s_ratio"], doors::forwarded),
+    (&["forward_channel_post_us", "forward_channel_req_per_s"], forwards::forwards),
     (&["orderly_restart_failed", "orderly_restart_longest_ms"], doors::restarted),
     (&["verify_gb_per_s", "verify_ratio"], verify::whole),
     (&["wait_wakeup_us"], streams::wakeups),

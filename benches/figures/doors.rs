@@ -11,6 +11,7 @@ use replite::{Db, Durability, Error, lease};
 use tempfile::TempDir;
 use tower::ServiceExt;
 
+use crate::app::ForwardWay;
 use crate::home::{SCHEMA, config, directory, runtime};
 use crate::{app, figure, quantile};
 
@@ -174,8 +175,12 @@ pub(crate) fn temporary() {
 /// processes of their own.
 pub(crate) fn restarted() {
     const RESTARTS: usize = 50;
-    for (http2, how) in [(false, "forwarded in HTTP/1.1"), (true, "forwarded in HTTP/2")] {
-        let setting = app::Setting { http2, own_listener: false };
+    for (way, how) in [
+        (ForwardWay::Http1, "forwarded in HTTP/1.1"),
+        (ForwardWay::Http2, "forwarded in HTTP/2"),
+        (ForwardWay::Channel, "forwarded on the channel"),
+    ] {
+        let setting = app::Setting { way, own_listener: false };
         // On a thread of the runtime, as waiting for processes blocks.
         let run = async move { app::restarts(setting, RESTARTS).await };
         let seen = runtime().block_on(async { runtime().spawn(run).await.expect("a task") });

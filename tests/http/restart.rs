@@ -8,18 +8,25 @@ const ROUNDS: usize = 5;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_orderly_restart_loses_no_request() {
-    none_fails(Setting { http2: false, own_listener: false }).await;
+    none_fails(Setting { way: ForwardWay::Http1, own_listener: false }).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_orderly_restart_loses_no_request_in_http2() {
-    none_fails(Setting { http2: true, own_listener: false }).await;
+    none_fails(Setting { way: ForwardWay::Http2, own_listener: false }).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_orderly_restart_loses_no_request_on_the_channel() {
+    for own_listener in [false, true] {
+        none_fails(Setting { way: ForwardWay::Channel, own_listener }).await;
+    }
 }
 
 /// The stream stands before the application listens again.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn an_application_that_listens_late_loses_no_request() {
-    none_fails(Setting { http2: false, own_listener: true }).await;
+    none_fails(Setting { way: ForwardWay::Http1, own_listener: true }).await;
 }
 
 async fn none_fails(setting: Setting) {

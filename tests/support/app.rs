@@ -28,10 +28,29 @@ const BETWEEN: usize = 200;
 /// How late an application listens that has a listener of its own for the streams.
 const LATE: Duration = Duration::from_millis(300);
 
+/// On what requests go to the primary.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum ForwardWay {
+    Http1,
+    Http2,
+    Channel,
+}
+
+impl ForwardWay {
+    /// What tells a node's process.
+    pub(crate) fn variables(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            ForwardWay::Http1 => &[],
+            ForwardWay::Http2 => &[("HTTP2", "yes")],
+            ForwardWay::Channel => &[("CHANNEL", "yes")],
+        }
+    }
+}
+
 /// How requests go to the primary.
 #[derive(Clone, Copy)]
 pub(crate) struct Setting {
-    pub(crate) http2: bool,
+    pub(crate) way: ForwardWay,
     /// The streams have a port of their own, and stand before the application listens.
     pub(crate) own_listener: bool,
 }
@@ -104,6 +123,9 @@ pub(crate) fn run_node() {
         let layer = db.replay_layer().http2(std::env::var_os("HTTP2").is_some()).route_prefix("/primary", Route::Primary);
         let layered = std::env::var("LAYER").as_deref() != Ok("no");
         let app = if layered { routes(&db).layer(layer) } else { routes(&db) };
+        if std::env::var_os("CHANNEL").is_some() {
+            db.serve_forwarded(app.clone()).unwrap();
+        }
         let app = app.nest_service("/_replite", db.service());
         let listener = match listener {
             Some(listener) => listener,
@@ -240,13 +262,13 @@ impl Client {
 pub(crate) async fn restarts(setting: Setting, rounds: usize) -> Seen {
     let dir = tempfile::tempdir().unwrap();
     let (port, streams) = (own_port(), setting.own_listener.then(own_port));
-    let http2: &[_] = if setting.http2 { &[("HTTP2", "yes")] } else { &[] };
-    let primary = || node(dir.path(), port, streams, "", http2);
+    let variables = setting.way.variables();
+    let primary = || node(dir.path(), port, streams, "", variables);
     let mut running = primary();
     tokio::task::block_in_place(|| running.expect("ready"));
     let follows = format!("http://127.0.0.1:{}", streams.unwrap_or(port));
     let own = own_port();
-    let replica = node(dir.path(), own, None, &follows, http2);
+    let replica = node(dir.path(), own, None, &follows, variables);
     tokio::task::block_in_place(|| replica.expect("ready"));
 
     let (seen, requests, end) =
