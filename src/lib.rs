@@ -138,8 +138,9 @@ pub use page::{PageNo, PageSize};
 pub use parse::ParseError;
 pub use peer::{Incarnation, NodeId, PeerKey};
 pub use proxy::{
-    Failure, Forwarding, Outcome, PrimaryClient, Reason, ReplayLayer, ReplayRequestBody, ReplayResponseBody,
-    ReplayService, ResponseFuture, Route, SameSite, SessionTokens, Upgrades,
+    Failure, Forwarded, Forwarding, Networks, Outcome, PrimaryClient, Proxies, Reason, ReplayLayer,
+    ReplayRequestBody, ReplayResponseBody, ReplayService, ResponseFuture, Route, SameSite, SessionTokens,
+    Upgrades,
 };
 pub use rusqlite;
 pub use secret::Secret;
