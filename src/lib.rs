@@ -138,9 +138,9 @@ pub use page::{PageNo, PageSize};
 pub use parse::ParseError;
 pub use peer::{Incarnation, NodeId, PeerKey};
 pub use proxy::{
-    Failure, ForwardedApp, ForwardedBody, Forwarding, Outcome, PrimaryClient, Reason, ReplayLayer,
-    ReplayRequestBody, ReplayResponseBody, ReplayService, ResponseFuture, Route, SameSite, SessionTokens,
-    Upgrades,
+    Failure, Forwarded, ForwardedApp, ForwardedBody, Forwarding, Networks, Outcome, PrimaryClient, Proxies,
+    Reason, ReplayLayer, ReplayRequestBody, ReplayResponseBody, ReplayService, ResponseFuture, Route,
+    SameSite, SessionTokens, Upgrades,
 };
 pub use rusqlite;
 pub use secret::Secret;

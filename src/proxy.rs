@@ -24,6 +24,9 @@
 //!
 //! `layer` has the settings and `shared` what comes of them. `headers`, `hop` and `body` are about
 //! bytes. `client` sends requests for callers that are no request's handler.
+//!
+//! Who the client is: `origin` finds it, `proxies` says whose word counts for that, and `forwarded`
+//! is what a handler is told on another node.
 
 mod app;
 mod body;
@@ -33,6 +36,7 @@ mod connect;
 mod dial;
 mod failure;
 mod forward;
+pub(crate) mod forwarded;
 mod future;
 mod head;
 pub(crate) mod headers;
@@ -40,8 +44,10 @@ mod hop;
 mod http2;
 mod layer;
 mod locate;
+mod origin;
 mod plan;
 mod preface;
+mod proxies;
 mod redirect;
 mod replay_body;
 mod reply;
@@ -61,10 +67,12 @@ pub use client::PrimaryClient;
 #[cfg(feature = "axum")]
 pub(crate) use failure::RETRY_AFTER_SECONDS;
 pub use failure::{Failure, Outcome, Reason};
+pub use forwarded::Forwarded;
 pub use future::ResponseFuture;
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
 pub(crate) use headers::fuzz_headers;
 pub use layer::ReplayLayer;
+pub use proxies::{Networks, Proxies};
 pub use route::Route;
 pub use service::ReplayService;
 pub use shared::{Forwarding, SameSite, SessionTokens, Upgrades};

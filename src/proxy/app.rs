@@ -21,6 +21,7 @@ use tokio::sync::watch;
 use crate::context::NodeContext;
 use crate::lock::lock;
 use crate::proxy::BoxError;
+use crate::proxy::forwarded::{self, Forwarded};
 use crate::proxy::headers::{HOP, strip_hop_by_hop};
 use crate::proxy::hop::{About, Hop};
 use crate::proxy::switched;
@@ -207,12 +208,14 @@ impl GivenApp {
             target: target.as_str(),
         };
         let hop = parts.headers.get(HOP).and_then(|value| Hop::verify(value, about));
-        let Some(_hop) = hop else { return false };
+        let Some(hop) = hop else { return false };
         let authority = std::mem::take(&mut parts.uri).into_parts().authority;
         if let Some(host) = authority.and_then(|host| HeaderValue::from_str(host.as_str()).ok()) {
             parts.headers.insert(HOST, host);
         }
         parts.uri = Uri::from(target);
+        // Before all of the application's layers, of which some may ask who the client is.
+        forwarded::arrive(parts, Forwarded::of(&hop));
         parts.extensions.insert(CameByChannel);
         true
     }

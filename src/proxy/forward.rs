@@ -178,9 +178,11 @@ impl Trip<'_> {
             RequestTarget::Here => (shared.node.me.addresses.app.as_str(), None),
         };
         let line = self.line(&target);
+        let on_channel = matches!(line, Line::Channel(_));
         // On the channel the application's own path is the request's.
-        let base = if matches!(line, Line::Channel(_)) { origin(url) } else { url };
-        let request = match request(self.head, base, hop.as_ref().map(|(_, text)| text.as_str())) {
+        let base = if on_channel { without_path(url) } else { url };
+        let request = match request(self.head, !on_channel, base, hop.as_ref().map(|(_, text)| text.as_str()))
+        {
             Ok(request) => request,
             Err(error) => {
                 shared.node.report(Condition::AppAddressInvalid { error: &error, url });
@@ -228,7 +230,15 @@ impl Trip<'_> {
             method: &self.head.method,
             target: &self.head.target,
         };
-        Hop { count: self.hops, from: self.shared.node.me.node, epoch }.text(about)
+        let hop = Hop {
+            count: self.hops,
+            from: self.shared.node.me.node,
+            epoch,
+            client: self.head.client.address,
+            scheme: self.head.scheme,
+            taken_by: self.head.taken_by,
+        };
+        hop.text(about)
     }
 
     /// The node that was asked does not lead, or not any more, and has done nothing.
@@ -372,13 +382,13 @@ impl Trip<'_> {
     }
 }
 
-/// The request as the primary gets it.
-fn request(head: &Head, app: &str, hop: Option<&str>) -> Result<Request<()>, BoxError> {
+/// The request as the primary gets it; `as_proxy` see [`Head::headers`].
+fn request(head: &Head, as_proxy: bool, app: &str, hop: Option<&str>) -> Result<Request<()>, BoxError> {
     let mut request = Request::new(());
     *request.method_mut() = head.method.clone();
     *request.uri_mut() = join(app, &head.target)?;
     *request.version_mut() = Version::HTTP_11;
-    let mut headers: HeaderMap = head.headers.clone();
+    let mut headers: HeaderMap = head.headers(as_proxy);
     if let Some(hop) = hop {
         headers.insert(HOP, HeaderValue::from_str(hop)?);
     }
@@ -392,7 +402,7 @@ fn request(head: &Head, app: &str, hop: Option<&str>) -> Result<Request<()>, Box
 }
 
 /// An app's URL without its path.
-fn origin(app: &str) -> &str {
+fn without_path(app: &str) -> &str {
     let host = app.find("://").map_or(0, |at| at + 3);
     app[host..].find('/').map_or(app, |path| &app[..host + path])
 }

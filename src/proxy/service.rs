@@ -15,6 +15,7 @@ use crate::proxy::body::ReplayRequestBody;
 use crate::proxy::future::{LocalRun, ResponseFuture, Resume};
 use crate::proxy::head::Head;
 use crate::proxy::headers;
+use crate::proxy::origin;
 use crate::proxy::plan::{Need, RequestPlan, plan};
 use crate::proxy::replay_body::Keep;
 use crate::proxy::shared::LayerShared;
@@ -126,7 +127,7 @@ impl<S> ReplayService<S> {
         // The layer of another database may be around this one.
         let outer = parts.extensions.get::<Session>().cloned();
         let session = Session::new(shared.tokens.clone(), token, outer);
-        let secure = headers::is_https(&parts, matches!(plan, RequestPlan::Hop(..)));
+        let secure = headers::is_https(&parts.headers, origin::scheme(&parts));
         let future = match plan {
             RequestPlan::Answered(answer) => ResponseFuture::done(shared.clone(), *answer),
             RequestPlan::Local { replay, running } => {

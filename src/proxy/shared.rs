@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -15,8 +15,10 @@ use crate::proxy::app::AppDoor;
 use crate::proxy::body::MadeBody;
 use crate::proxy::dial::Dialer;
 use crate::proxy::failure::{Failure, Reason};
+use crate::proxy::proxies::Proxies;
 use crate::proxy::replay_body::Budget;
 use crate::proxy::route::{Route, is_below};
+use crate::report::Condition;
 use crate::token::Tokens;
 
 /// For how long a request is held where who is primary is fixed.
@@ -132,6 +134,8 @@ pub(super) struct LayerShared {
     pub(super) dialer: Dialer,
     pub(super) held: Arc<AtomicUsize>,
     pub(super) app: AppDoor,
+    /// What is said of the layer when it is used first was said.
+    pub(super) said: Arc<AtomicBool>,
     pub(super) options: Options,
 }
 
@@ -163,6 +167,7 @@ pub(super) struct Options {
     pub(super) failure: Option<Hook<Failure, Response<Bytes>>>,
     pub(super) original_uri: Option<Hook<Parts, Option<Uri>>>,
     pub(super) client_ip: Option<Hook<Parts, Option<IpAddr>>>,
+    pub(super) proxies: Proxies,
 }
 
 #[derive(Clone)]
@@ -209,6 +214,14 @@ impl LayerShared {
     /// they forward counts as a client's.
     pub(super) fn forwards_on_channel(&self) -> bool {
         self.app.is_given() && self.node.channel.has_tls() && !self.node.keys.is_follower()
+    }
+
+    /// Says once whose word counts for who a client is.
+    pub(super) fn say(&self) {
+        if !self.said.swap(true, Ordering::Relaxed) {
+            let (database, proxies) = (self.node.database.as_str(), &self.options.proxies);
+            self.node.report(Condition::ClientHeaders { database, what: &proxies.words() });
+        }
     }
 
     /// For how long a request is held.

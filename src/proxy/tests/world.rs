@@ -27,6 +27,7 @@ use crate::fence::boot_time;
 use crate::keys::DatabaseKeys;
 use crate::peer::{Incarnation, NodeId};
 use crate::proxy::ReplayLayer;
+use crate::proxy::hop::Hop;
 use crate::secret::{Keyring, Secret};
 use crate::status::{Addresses, PeerInfo, Role, RoleState};
 use crate::txid::{Epoch, EpochHistory, EpochStart, Position, Txid};
@@ -96,6 +97,12 @@ pub(super) fn follow(node: &NodeContext, number: u64, primary: Option<PeerInfo>)
             waits_for: None,
         }
     });
+}
+
+/// A hop of another node, which knows nothing of the client.
+pub(super) fn hop_of(from: u128, number: u64) -> Hop {
+    let (client, scheme, taken_by) = (None, None, None);
+    Hop { count: 1, from: NodeId::from_u128(from), epoch: epoch(number), client, scheme, taken_by }
 }
 
 /// A replica that goes by a lease.
