@@ -29,7 +29,7 @@ use crate::handshake::{
 use crate::members::MembersDoor;
 #[cfg(feature = "members")]
 use crate::members::PLACES_MAX;
-use crate::net::{self, Answering, Incoming, Pipe};
+use crate::net::{self, Answering, DoorPlace, Guarded, Incoming, Pipe};
 use crate::primary::{self, Peer, ReplicaServer, StreamSender};
 use crate::report::Condition;
 use crate::secret::{Proved, Rights};
@@ -38,7 +38,7 @@ use crate::status::Role;
 use crate::threads::{aside, caught_task};
 
 pub use body::ReplicationBody;
-use tunnels::{TunnelPlace, Tunnels};
+use tunnels::Tunnels;
 
 /// Through which door requests come.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -76,8 +76,8 @@ pub struct ReplicationService {
     shared: Arc<ServerShared>,
     /// The private channel that requests come in; `None`: as the HTTP server has them.
     inside: Option<Binding>,
-    /// That of the channel, if it is inside of a request.
-    place: Option<Arc<TunnelPlace>>,
+    /// That of the channel, if it is inside of a request, and of the connection around it.
+    places: Vec<DoorPlace>,
     #[cfg_attr(not(feature = "members"), allow(dead_code, reason = "there are no members to ask"))]
     members: MembersDoor,
 }
@@ -114,7 +114,7 @@ impl ReplicationService {
             tunnels: Tunnels::new(),
         };
         let members = MembersDoor::default();
-        ReplicationService { shared: Arc::new(shared), inside: None, place: None, members }
+        ReplicationService { shared: Arc::new(shared), inside: None, places: Vec::new(), members }
     }
 
     /// The same, which also has those in that ask the members.
@@ -124,7 +124,7 @@ impl ReplicationService {
 
     /// The same on a connection.
     pub(crate) fn on(&self, inside: Option<Binding>) -> ReplicationService {
-        ReplicationService { inside, place: None, ..self.clone() }
+        ReplicationService { inside, places: Vec::new(), ..self.clone() }
     }
 
     fn answer<B>(&self, request: Request<B>) -> Response<ReplicationBody>
@@ -141,10 +141,15 @@ impl ReplicationService {
         let answered = if self.inside.is_none() && request.uri().path().ends_with(TUNNEL_PATH) {
             let head = TunnelKnock::read(request.headers(), &node.keys);
             // One that was recorded is no head.
-            let head = head.and_then(|head| self.shared.tunnels.used().first(&head).map(|()| head));
+            let head = head.and_then(|head| self.shared.tunnels.used().first(head.nonce()).map(|()| head));
             head.map(|head| self.tunnel(request, &head))
         } else {
             let knock = Knock::read(request.headers(), &node.keys, self.inside.unwrap_or(Binding::NONE));
+            // Nor is one that was recorded in the clear a knock.
+            let knock = knock.and_then(|knock| match self.inside {
+                Some(_) => Ok(knock),
+                None => self.shared.tunnels.knocks().first(&knock.0.nonce).map(|()| knock),
+            });
             knock.map(|(knock, proved)| self.admitted(request, knock, proved))
         };
         match answered {
@@ -187,15 +192,19 @@ impl ReplicationService {
         if node.stop.is_cancelled() {
             return Err(Refusal::Stopping);
         }
-        let place = tunnels.begin()?;
+        let place = tunnels.begin(knock.node())?;
         let answering = answering(&request);
+        let places: Vec<_> = request.extensions().get().cloned().into_iter().chain([place.clone()]).collect();
         let (pipe, body) = Pipe::answering(Incoming::new(request.into_body()));
         let (door, of) = (self.clone(), tracker.clone());
         let (channel, stop) = (node.channel.clone(), node.stop.clone());
         tracker.spawn(async move {
-            let service = |inside| ReplicationService { place: Some(place.clone()), ..door.on(inside) };
-            net::serve_private(pipe, channel, service, of, stop).await;
-            drop((place, answering));
+            let service = |inside| ReplicationService { places: places.clone(), ..door.on(inside) };
+            tokio::select! {
+                () = net::serve_private(Guarded::new(pipe, &place), channel, service, of, stop) => {}
+                () = place.lost() => tracing::debug!("a channel in which nothing was proved is cut"),
+            }
+            drop(answering);
         });
         let mut response = Response::new(ReplicationBody::channel(body));
         handshake::of_stream(response.headers_mut());
@@ -224,8 +233,9 @@ impl ReplicationService {
         B: Body + Send + 'static,
     {
         self.check_private()?;
-        if let Some(place) = &self.place {
-            place.proved(proved.rights())?;
+        let of_connection = request.extensions().get::<DoorPlace>();
+        if !self.places.iter().chain(of_connection).all(|place| place.proved(proved.rights())) {
+            return Err(Refusal::Busy);
         }
         let answering = answering(&request);
         let path = request.uri().path();

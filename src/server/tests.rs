@@ -1,6 +1,7 @@
 //! The door itself: who is let in, and what the others see.
 
 use std::pin::Pin;
+use std::sync::atomic::AtomicU64;
 
 use bytes::Bytes;
 use http::HeaderMap;
@@ -29,14 +30,18 @@ impl Body for Untouched {
     }
 }
 
+/// A fresh one.
 fn knock() -> Knock {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    let mut nonce = [3; 32];
+    nonce[..8].copy_from_slice(&LAST.fetch_add(1, Ordering::Relaxed).to_le_bytes());
     Knock {
         version: 2,
         cluster: "test".into(),
         database: "app".into(),
         node: NodeId::from_u128(2),
         incarnation: Incarnation::from_u128(1002),
-        nonce: [3; 32],
+        nonce,
         binding: Binding::NONE,
     }
 }
@@ -122,13 +127,29 @@ async fn without_a_secret_only_the_own_listener_answers() {
     let (mounted, ..) = service(&[], Mount::Mounted);
     assert_bare_404(&mounted, ask(knock().headers(&keys(&[])).unwrap())).await;
     let (own, ..) = service(&[], Mount::Own);
-    let body = http_body_util::Empty::<Bytes>::new();
-    let answered = own.oneshot(request(knock().headers(&keys(&[])).unwrap(), body)).await.unwrap();
+    let (knock, body) = (knock(), http_body_util::Empty::<Bytes>::new());
+    let answered = own.oneshot(request(knock.headers(&keys(&[])).unwrap(), body)).await.unwrap();
     assert_eq!(answered.status(), StatusCode::OK);
-    let answer = Answer::read(answered.headers(), &knock(), &keys(&[])).unwrap().unwrap().0;
+    let answer = Answer::read(answered.headers(), &knock, &keys(&[])).unwrap().unwrap().0;
     assert_eq!(answer.node, NodeId::from_u128(1));
     assert_eq!(answered.headers()["cache-control"], "no-store, no-transform");
     assert_eq!(answered.headers()["content-type"], handshake::CONTENT_TYPE);
+}
+
+/// In the clear a knock says nothing of the connection that it was made for.
+#[tokio::test]
+async fn a_knock_that_was_recorded_in_the_clear_is_none() {
+    let (service, ..) = service(&SECRET, Mount::Own);
+    let recorded = knock().headers(&keys(&SECRET)).unwrap();
+    let first = request(recorded.clone(), http_body_util::Empty::<Bytes>::new());
+    assert_eq!(service.clone().oneshot(first).await.unwrap().status(), StatusCode::OK);
+    for path in ["/v1/stream", "/v1/standing", "/v1/command", "/v1/members"] {
+        let mut again = request(recorded.clone(), Untouched);
+        *again.uri_mut() = path.parse().unwrap();
+        assert_bare_404(&service, again).await;
+    }
+    let fresh = request(knock().headers(&keys(&SECRET)).unwrap(), http_body_util::Empty::<Bytes>::new());
+    assert_eq!(service.oneshot(fresh).await.unwrap().status(), StatusCode::OK);
 }
 
 #[test]
