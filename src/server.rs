@@ -299,19 +299,19 @@ impl ReplicationService {
         B: Body + Send + 'static,
     {
         let door = &self.members;
-        let (Some(member), Some(places), Some(guests)) = (door.get(), door.places(), door.guests()) else {
+        let (Some(member), Some(places), Some(shared)) = (door.get(), door.places(), door.shared()) else {
             return Err(Refusal::Path);
         };
         let runtime = member.runtime().ok_or(Refusal::Busy)?.clone();
         let (peer, (sender, response)) = self.let_ask(knock, proved, places, PLACES_MAX)?;
-        let (member, guests) = (member.clone(), guests.clone());
+        let (member, shared) = (member.clone(), shared.clone());
         let upstream = Incoming::new(request.into_body());
         let (node, mounted) = (self.shared.node.clone(), self.shared.mount == Mount::Mounted);
         runtime.spawn(async move {
             let asking = peer.knock.node;
             let served = async {
                 tokio::select! {
-                    () = crate::members::serve(member, peer, guests, upstream, sender) => {}
+                    () = crate::members::serve(member, peer, shared, upstream, sender) => {}
                     // The application's server waits for its connections.
                     () = node.drain.cancelled(), if mounted => {}
                 }

@@ -9,6 +9,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::handshake;
+use crate::members::door::SharedRoom;
 use crate::members::node::MemberNode;
 use crate::members::words::{self, Ask, AskFrames, FRAME_MAX_BYTES, MemberAnswer};
 use crate::net::Incoming;
@@ -24,6 +25,8 @@ const IDLE_LIMIT: Duration = Duration::from_secs(90);
 const SEND_LIMIT: Duration = Duration::from_secs(10);
 /// Questions of one peer that are answered at one time; the next ones wait.
 const AT_ONCE_MAX: usize = 16;
+/// A question that is longer waits for room: only Raft's own are, which wait for no other question.
+const LONG_BYTES: usize = 64 * 1024;
 /// The most bytes of what a follower asks: it may only read. And it reads once at a time.
 const FOLLOWERS_MAX_BYTES: usize = 256;
 
@@ -33,7 +36,7 @@ const FOLLOWERS_MAX_BYTES: usize = 256;
 pub(crate) async fn serve(
     member: Arc<MemberNode>,
     peer: AskingPeer,
-    guests: Arc<Semaphore>,
+    SharedRoom { guests, long }: SharedRoom,
     mut upstream: Incoming,
     sender: StreamSender,
 ) {
@@ -79,6 +82,8 @@ pub(crate) async fn serve(
             }
         };
         let Ok(place) = places.clone().acquire_owned().await else { return };
+        let room = if json.len() > LONG_BYTES { json.len() as u32 } else { 0 };
+        let Ok(room) = long.clone().acquire_many_owned(room).await else { return };
         let Some((number, asked)) = understood(&json, rights) else { continue };
         // It may be long, and the answer take its time.
         drop(json);
@@ -89,7 +94,7 @@ pub(crate) async fn serve(
                 // Who asked may be gone.
                 let _ = timeout(SEND_LIMIT, sender.send(frame)).await;
             }
-            drop(place);
+            drop((place, room));
         });
         if !stays {
             break;

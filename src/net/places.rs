@@ -246,6 +246,7 @@ impl<I: AsyncRead + Unpin> AsyncRead for Guarded<I> {
             self.came += buf.filled().len() - before;
         }
         if self.came > UNPROVED_MAX_BYTES && !self.place.is_proved() {
+            buf.set_filled(before);
             let why = "more came than a peer has to say before it proves the secret";
             return Poll::Ready(Err(io::Error::new(io::ErrorKind::ConnectionAborted, why)));
         }

@@ -152,6 +152,40 @@ async fn a_knock_that_was_recorded_in_the_clear_is_none() {
     assert_eq!(service.oneshot(fresh).await.unwrap().status(), StatusCode::OK);
 }
 
+/// A node that has the secret, and says more than a hello has: what came so far is let go at once.
+#[tokio::test]
+async fn a_hello_of_an_absurd_size_is_hung_up_on_before_it_has_come() {
+    let (service, replica_server, node) = service(&SECRET, Mount::Own);
+    let tracker = TaskTracker::new();
+    let listener = net::Listener::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let to = net::Endpoint::parse(&format!("http://{}", listener.address())).unwrap();
+    let (channel, stop) = (node.channel.clone(), node.stop.clone());
+    tracker.spawn(listener.serve(channel, move |inside| service.on(inside), tracker.clone(), stop));
+    let asker = handshake::Asker {
+        node: NodeId::from_u128(2),
+        incarnation: Incarnation::from_u128(2),
+        ..handshake::Asker::of(&node)
+    };
+    let header = |kind: u8, bytes: usize| {
+        let raw = [&(bytes as u32).to_le_bytes()[..], &[kind, 0, crate::wire::VERSION as u8, 0], &[0; 16]];
+        Bytes::from(raw.concat())
+    };
+    let longer = crate::wire::HELLO_MAX_BYTES + 1;
+    for absurd in [header(4, longer), header(4, u32::MAX as usize), header(10, longer), header(16, 1 << 20)] {
+        let began = std::time::Instant::now();
+        let (_, mut opened) = asker.knock(&to, handshake::STREAM_PATH, &tracker).await.unwrap();
+        assert_eq!(opened.status, StatusCode::OK);
+        opened.request.send_data(absurd).await.unwrap();
+        let said = opened.body.next().await;
+        assert!(matches!(said, Some(Err(_))), "{said:?}");
+        assert!(began.elapsed() < std::time::Duration::from_secs(5), "it waited for the rest");
+    }
+    assert!(replica_server.replicas().is_empty());
+    node.stop.cancel();
+    tracker.close();
+    tracker.wait().await;
+}
+
 #[test]
 fn the_service_is_what_routers_ask_for() {
     fn mountable<S>(_: &S)

@@ -63,7 +63,9 @@ impl Asking {
         let (answering, answers) = queue();
         let place = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
         let peer = AskingPeer { knock, nonce: answer, place };
-        let served = serve(member.clone(), peer, guests.clone(), Incoming::new(body), answering);
+        let long = Arc::new(Semaphore::new(crate::members::door::LONG_MAX_BYTES));
+        let shared = SharedRoom { guests: guests.clone(), long };
+        let served = serve(member.clone(), peer, shared, Incoming::new(body), answering);
         Asking { sender, answers, frames: AskFrames::default(), served: tokio::spawn(served) }
     }
 
