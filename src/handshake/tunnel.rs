@@ -68,8 +68,8 @@ impl TunnelKnock {
     }
 }
 
-/// The heads that were used last at a node, by their nonces. A recorded one is worth nothing there before so many
-/// others were used after it.
+/// The heads that were used last at a node, by their nonces. A recorded one is worth nothing there
+/// before so many others were used after it.
 #[derive(Default, Debug)]
 pub(crate) struct UsedHeads(Mutex<(HashSet<Nonce>, VecDeque<Nonce>)>);
 

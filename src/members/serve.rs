@@ -54,10 +54,7 @@ pub(crate) async fn serve(
     };
     let sender = Arc::new(sender);
     let rights = proved.rights();
-    let (longest, at_once) = match rights {
-        Rights::Follower => (FOLLOWERS_MAX_BYTES, 1),
-        _ => (FRAME_MAX_BYTES, AT_ONCE_MAX),
-    };
+    let (longest, at_once) = asks_at_most(rights);
     let places = Arc::new(Semaphore::new(at_once));
     let mut seat = Seat { guests, kept: None, is_member: false };
     // They end with the connection: what they began goes on by itself.
@@ -81,20 +78,20 @@ pub(crate) async fn serve(
                 return;
             }
         };
-        let Ok(place) = places.clone().acquire_owned().await else { return };
-        let room = if json.len() > LONG_BYTES { json.len() as u32 } else { 0 };
-        let Ok(room) = long.clone().acquire_many_owned(room).await else { return };
+        let Some((place, room)) = turn(&places, &long, json.len()).await else { return };
         let Some((number, asked)) = understood(&json, rights) else { continue };
         // It may be long, and the answer take its time.
         drop(json);
         let stays = seat.stays(&asked);
         let (member, sender) = (member.clone(), sender.clone());
         answering.spawn(async move {
-            if let Some(frame) = answer(&member, number, asked).await {
+            let answer = answer(&member, number, asked).await;
+            drop(room);
+            if let Some(frame) = answer {
                 // Who asked may be gone.
                 let _ = timeout(SEND_LIMIT, sender.send(frame)).await;
             }
-            drop((place, room));
+            drop(place);
         });
         if !stays {
             break;
@@ -104,6 +101,25 @@ pub(crate) async fn serve(
     if let Some(sender) = Arc::into_inner(sender) {
         let _ = timeout(SEND_LIMIT, sender.finish()).await;
     }
+}
+
+/// The most bytes of a question, and the most of them at one time.
+fn asks_at_most(rights: Rights) -> (usize, usize) {
+    match rights {
+        Rights::Follower => (FOLLOWERS_MAX_BYTES, 1),
+        Rights::Member => (FRAME_MAX_BYTES, AT_ONCE_MAX),
+    }
+}
+
+/// Waits until a question of so many bytes may be worked on: its place, and room if it is long.
+async fn turn(
+    places: &Arc<Semaphore>,
+    long: &Arc<Semaphore>,
+    bytes: usize,
+) -> Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
+    let place = places.clone().acquire_owned().await.ok()?;
+    let room = if bytes > LONG_BYTES { bytes as u32 } else { 0 };
+    Some((place, long.clone().acquire_many_owned(room).await.ok()?))
 }
 
 /// The first bytes of a body, and what came with them.
