@@ -6,6 +6,7 @@ mod heeded;
 mod https;
 mod listen;
 mod pipe;
+mod places;
 mod prompt;
 #[cfg(not(feature = "tls"))]
 #[path = "net/no_server_tls.rs"]
@@ -37,6 +38,7 @@ pub(crate) use dial::{OpenResponse, PrivateConnection, RequestBody, Tunnel, Way,
 pub(crate) use https::{HttpsClient, HttpsError, read_body};
 pub(crate) use listen::{Answering, Listener, serve_private};
 pub(crate) use pipe::{Pipe, PipeBody};
+pub(crate) use places::{CameFrom, DoorLimits, DoorPlace, DoorPlaces, Guarded};
 pub(crate) use server_tls::{Pem, ServerTls, was_refused};
 pub(crate) use url::{Endpoint, Scheme};
 

@@ -30,7 +30,7 @@ use crate::handshake::{
 use crate::members::MembersDoor;
 #[cfg(feature = "members")]
 use crate::members::PLACES_MAX;
-use crate::net::{self, Answering, Incoming, Pipe};
+use crate::net::{self, Answering, DoorPlace, Guarded, Incoming, Pipe};
 use crate::primary::{self, Peer, ReplicaServer, StreamSender};
 use crate::proxy::AppDoor;
 use crate::report::Condition;
@@ -41,7 +41,7 @@ use crate::threads::{aside, caught_task};
 
 pub use body::ReplicationBody;
 use forwards::{ConnectionService, ForwardExchange, Forwards};
-use tunnels::{TunnelPlace, Tunnels};
+use tunnels::Tunnels;
 
 /// Through which door requests come.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -79,8 +79,8 @@ pub struct ReplicationService {
     shared: Arc<ServerShared>,
     /// The private channel that requests come in; `None`: as the HTTP server has them.
     inside: Option<Binding>,
-    /// That of the channel, if it is inside of a request.
-    place: Option<Arc<TunnelPlace>>,
+    /// That of the channel, if it is inside of a request, and of the connection around it.
+    places: Vec<DoorPlace>,
     #[cfg_attr(not(feature = "members"), allow(dead_code, reason = "there are no members to ask"))]
     members: MembersDoor,
     /// Where the application's service is.
@@ -120,13 +120,12 @@ impl ReplicationService {
             commanding: Arc::new(Semaphore::new(COMMANDS_MAX)),
             tunnels: Tunnels::new(),
         };
-        let (members, app) = (MembersDoor::default(), AppDoor::default());
         ReplicationService {
             shared: Arc::new(shared),
             inside: None,
-            place: None,
-            members,
-            app,
+            places: Vec::new(),
+            members: MembersDoor::default(),
+            app: AppDoor::default(),
             forwards: None,
         }
     }
@@ -143,12 +142,13 @@ impl ReplicationService {
 
     /// What is served on a connection.
     pub(crate) fn on(&self, inside: Option<Binding>) -> ConnectionService {
-        self.inside_of(inside, None)
+        self.inside_of(inside, Vec::new())
     }
 
-    fn inside_of(&self, inside: Option<Binding>, place: Option<Arc<TunnelPlace>>) -> ConnectionService {
+    fn inside_of(&self, inside: Option<Binding>, places: Vec<DoorPlace>) -> ConnectionService {
         let forwards = Arc::<Forwards>::default();
-        let endpoint = ReplicationService { inside, place, forwards: Some(forwards.clone()), ..self.clone() };
+        let endpoint =
+            ReplicationService { inside, places, forwards: Some(forwards.clone()), ..self.clone() };
         ConnectionService::new(endpoint, forwards)
     }
 
@@ -166,10 +166,15 @@ impl ReplicationService {
         let answered = if self.inside.is_none() && request.uri().path().ends_with(TUNNEL_PATH) {
             let head = TunnelKnock::read(request.headers(), &node.keys);
             // One that was recorded is no head.
-            let head = head.and_then(|head| self.shared.tunnels.used().first(&head).map(|()| head));
+            let head = head.and_then(|head| self.shared.tunnels.used().first(head.nonce()).map(|()| head));
             head.map(|head| self.tunnel(request, &head))
         } else {
             let knock = Knock::read(request.headers(), &node.keys, self.inside.unwrap_or(Binding::NONE));
+            // Nor is one that was recorded in the clear a knock.
+            let knock = knock.and_then(|knock| match self.inside {
+                Some(_) => Ok(knock),
+                None => self.shared.tunnels.knocks().first(&knock.0.nonce).map(|()| knock),
+            });
             knock.map(|(knock, proved)| self.admitted(request, knock, proved))
         };
         match answered {
@@ -212,15 +217,19 @@ impl ReplicationService {
         if node.stop.is_cancelled() {
             return Err(Refusal::Stopping);
         }
-        let place = tunnels.begin()?;
+        let place = tunnels.begin(knock.node())?;
         let answering = answering(&request);
+        let places: Vec<_> = request.extensions().get().cloned().into_iter().chain([place.clone()]).collect();
         let (pipe, body) = Pipe::answering(Incoming::new(request.into_body()));
         let (door, of) = (self.clone(), tracker.clone());
         let (channel, stop) = (node.channel.clone(), node.stop.clone());
         tracker.spawn(async move {
-            let service = |inside| door.inside_of(inside, Some(place.clone()));
-            net::serve_private(pipe, channel, service, of, stop).await;
-            drop((place, answering));
+            let service = |inside| door.inside_of(inside, places.clone());
+            tokio::select! {
+                () = net::serve_private(Guarded::new(pipe, &place), channel, service, of, stop) => {}
+                () = place.lost() => tracing::debug!("a channel in which nothing was proved is cut"),
+            }
+            drop(answering);
         });
         let mut response = Response::new(ReplicationBody::channel(body));
         handshake::of_stream(response.headers_mut());
@@ -249,8 +258,9 @@ impl ReplicationService {
         B: Body + Send + 'static,
     {
         self.check_private()?;
-        if let Some(place) = &self.place {
-            place.proved(proved.rights())?;
+        let of_connection = request.extensions().get::<DoorPlace>();
+        if !self.places.iter().chain(of_connection).all(|place| place.proved(proved.rights())) {
+            return Err(Refusal::Busy);
         }
         let answering = answering(&request);
         let path = request.uri().path();
@@ -327,7 +337,7 @@ impl ReplicationService {
             return Err(Refusal::Follower);
         }
         let node = self.shared.node.clone();
-        if node.stop.is_cancelled() {
+        if node.drain.is_cancelled() {
             return Err(Refusal::Stopping);
         }
         let (nonce, (sender, response)) = self.open(&knock, proved)?;
@@ -350,19 +360,19 @@ impl ReplicationService {
         B: Body + Send + 'static,
     {
         let door = &self.members;
-        let (Some(member), Some(places), Some(guests)) = (door.get(), door.places(), door.guests()) else {
+        let (Some(member), Some(places), Some(shared)) = (door.get(), door.places(), door.shared()) else {
             return Err(Refusal::Path);
         };
         let runtime = member.runtime().ok_or(Refusal::Busy)?.clone();
         let (peer, (sender, response)) = self.let_ask(knock, proved, places, PLACES_MAX)?;
-        let (member, guests) = (member.clone(), guests.clone());
+        let (member, shared) = (member.clone(), shared.clone());
         let upstream = Incoming::new(request.into_body());
         let (node, mounted) = (self.shared.node.clone(), self.shared.mount == Mount::Mounted);
         runtime.spawn(async move {
             let asking = peer.knock.node;
             let served = async {
                 tokio::select! {
-                    () = crate::members::serve(member, peer, guests, upstream, sender) => {}
+                    () = crate::members::serve(member, peer, shared, upstream, sender) => {}
                     // The application's server waits for its connections.
                     () = node.drain.cancelled(), if mounted => {}
                 }

@@ -125,6 +125,17 @@ pub(crate) const SPAN_MAX_PAGES: u32 = 512;
 /// The most bytes of a STANDING unit, with its header.
 pub(crate) const STANDING_MAX_BYTES: usize =
     HEADER_BYTES + HELLO_PROOF_BYTES + 1 + Position::BYTES + 8 + 3 + 2 + PEER_MAX_BYTES;
+/// The longest payload of a HELLO: two optional fields, all marks, a peer and a full history.
+pub(crate) const HELLO_MAX_BYTES: usize = HELLO_PROOF_BYTES
+    + KEYS_BYTES
+    + 2 * (1 + Position::BYTES)
+    + 4
+    + 2
+    + MARKS_MAX * Position::BYTES
+    + 2
+    + PEER_MAX_BYTES
+    + 4
+    + EpochHistory::MAX * EpochHistory::ENTRY_BYTES;
 /// Where the proof of a HELLO, or of a STANDING, ends in its payload; the proof covers the payload
 /// from here on.
 pub(crate) const HELLO_PROOF_BYTES: usize = 32;
@@ -154,20 +165,7 @@ const _: () = assert!(4 + PageSize::MAX_BYTES as usize <= PAYLOAD_MAX_BYTES);
 const _: () = assert!(PIECE_FIELDS_BYTES + PIECE_MAX_BYTES <= PAYLOAD_MAX_BYTES);
 // The longest WANT: each page a run of its own.
 const _: () = assert!(WANT_MAX_PAGES * (8 + 16) <= PAYLOAD_MAX_BYTES);
-// The longest HELLO fits: two optional fields, a peer and a full history.
-const _: () = assert!(
-    HELLO_PROOF_BYTES
-        + KEYS_BYTES
-        + 2 * (1 + Position::BYTES)
-        + 4
-        + 2
-        + MARKS_MAX * Position::BYTES
-        + 2
-        + PEER_MAX_BYTES
-        + 4
-        + EpochHistory::MAX * EpochHistory::ENTRY_BYTES
-        <= PAYLOAD_MAX_BYTES
-);
+const _: () = assert!(HELLO_MAX_BYTES <= PAYLOAD_MAX_BYTES);
 
 /// What a unit is.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -253,6 +251,8 @@ impl Unit {
 pub(crate) enum WireError {
     #[error("a unit of {0} bytes; the limit is {PAYLOAD_MAX_BYTES}")]
     TooLarge(usize),
+    #[error("a unit of {0} bytes, where {1} are the most")]
+    Unexpected(usize, usize),
     #[error("unit version {0}; this node reads {VERSION}")]
     Version(u16),
     #[error("unknown unit kind {0} that may not be skipped")]

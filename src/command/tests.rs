@@ -196,19 +196,24 @@ fn whole(knock: &Knock, nonce: &Nonce, json: &[u8]) -> Vec<u8> {
     [&handshake::prove_command(knock, nonce, json, &keys(&SECRET))[..], json].concat()
 }
 
+/// A fresh one: in the clear each holds once.
+fn fresh() -> Knock {
+    Knock::by(&asker(&SECRET), Binding::NONE).unwrap()
+}
+
 /// What comes of bodies that are made of the knock and the node's nonce. None: it breaks off.
 async fn sent(
     service: &ReplicationService,
     path: &str,
-    knock: &Knock,
-    make: impl Fn(&Nonce) -> Vec<u8>,
+    make: impl Fn(&Knock, &Nonce) -> Vec<u8>,
 ) -> Option<Bytes> {
+    let knock = &fresh();
     let (mut sender, request) = request(knock, path);
     let response = service.clone().oneshot(request).await.unwrap();
     assert_eq!(response.status(), 200);
     let nonce = nonce_of(response.headers(), knock);
     // Too much may not be taken.
-    let _ = sender.send_data(make(&nonce).into()).await;
+    let _ = sender.send_data(make(knock, &nonce).into()).await;
     drop(sender);
     response.into_body().collect().await.ok().map(|body| body.to_bytes())
 }
@@ -216,58 +221,60 @@ async fn sent(
 #[tokio::test(start_paused = true)]
 async fn what_is_recorded_reflected_changed_cut_or_too_long_commands_nothing() {
     let commanded = commanded(leased(2, &SECRET, Role::Replica));
-    let (service, knock) = (&commanded.service, Knock::by(&asker(&SECRET), Binding::NONE).unwrap());
-    let nothing = async |what: &str, make: &dyn Fn(&Nonce) -> Vec<u8>| {
-        assert_eq!(sent(service, COMMAND_PATH, &knock, make).await, None, "{what}: it breaks off");
+    let service = &commanded.service;
+    let nothing = async |what: &str, make: &dyn Fn(&Knock, &Nonce) -> Vec<u8>| {
+        assert_eq!(sent(service, COMMAND_PATH, make).await, None, "{what}: it breaks off");
         assert!(lock(&commanded.carried).is_empty(), "{what}");
     };
-    nothing("nothing", &|_| Vec::new()).await;
-    nothing("a recorded command", &|_| whole(&knock, &[0; 32], &json())).await;
-    let before = Knock { nonce: [0; 32], ..knock.clone() };
-    nothing("one of another knock", &|nonce| whole(&before, nonce, &json())).await;
-    nothing("a question how it stands", &|nonce| handshake::question(&knock, nonce, &keys(&SECRET)).to_vec())
-        .await;
-    nothing("a question's proof before a command", &|nonce| {
-        [handshake::question(&knock, nonce, &keys(&SECRET)).to_vec(), json()].concat()
+    nothing("nothing", &|_, _| Vec::new()).await;
+    nothing("a recorded command", &|knock, _| whole(knock, &[0; 32], &json())).await;
+    let before = fresh();
+    nothing("one of another knock", &|_, nonce| whole(&before, nonce, &json())).await;
+    nothing("a question how it stands", &|knock, nonce| {
+        handshake::question(knock, nonce, &keys(&SECRET)).to_vec()
     })
     .await;
-    nothing("an answer's proof", &|nonce| {
-        let proof = handshake::prove_command_answer(&knock, nonce, &json(), &keys(&SECRET));
+    nothing("a question's proof before a command", &|knock, nonce| {
+        [handshake::question(knock, nonce, &keys(&SECRET)).to_vec(), json()].concat()
+    })
+    .await;
+    nothing("an answer's proof", &|knock, nonce| {
+        let proof = handshake::prove_command_answer(knock, nonce, &json(), &keys(&SECRET));
         [proof.to_vec(), json()].concat()
     })
     .await;
-    nothing("another secret", &|nonce| {
-        [handshake::prove_command(&knock, nonce, &json(), &keys(&[7; 32])).to_vec(), json()].concat()
+    nothing("another secret", &|knock, nonce| {
+        [handshake::prove_command(knock, nonce, &json(), &keys(&[7; 32])).to_vec(), json()].concat()
     })
     .await;
-    nothing("another command", &|nonce| {
-        let mut changed = whole(&knock, nonce, &json());
+    nothing("another command", &|knock, nonce| {
+        let mut changed = whole(knock, nonce, &json());
         *changed.last_mut().unwrap() ^= 1;
         changed
     })
     .await;
-    nothing("half of it", &|nonce| whole(&knock, nonce, &json())[..40].to_vec()).await;
-    nothing("too much", &|_| vec![0; 1 << 20]).await;
-    nothing("a long one that is proved", &|nonce| {
-        whole(&knock, nonce, &[json(), vec![b' '; COMMAND_MAX_BYTES]].concat())
+    nothing("half of it", &|knock, nonce| whole(knock, nonce, &json())[..40].to_vec()).await;
+    nothing("too much", &|_, _| vec![0; 1 << 20]).await;
+    nothing("a long one that is proved", &|knock, nonce| {
+        whole(knock, nonce, &[json(), vec![b' '; COMMAND_MAX_BYTES]].concat())
     })
     .await;
     // One that never sends it is not waited for.
-    let (_sender, slow) = request(&knock, COMMAND_PATH);
+    let (_sender, slow) = request(&fresh(), COMMAND_PATH);
     let response = service.clone().oneshot(slow).await.unwrap();
     assert!(response.into_body().collect().await.is_err());
     // Nor does a command pass for a question.
-    let question = sent(service, STANDING_PATH, &knock, |nonce| whole(&knock, nonce, &json())).await;
+    let question = sent(service, STANDING_PATH, |knock, nonce| whole(knock, nonce, &json())).await;
     assert_eq!(question, None);
-    let question = sent(service, STANDING_PATH, &knock, |nonce| whole(&knock, nonce, &[])).await;
+    let question = sent(service, STANDING_PATH, |knock, nonce| whole(knock, nonce, &[])).await;
     assert_eq!(question, None);
     // What is proved and makes no sense has an answer.
     let odd = b"{\"by\":1}";
-    let said = sent(service, COMMAND_PATH, &knock, |nonce| whole(&knock, nonce, odd)).await.unwrap();
+    let said = sent(service, COMMAND_PATH, |knock, nonce| whole(knock, nonce, odd)).await.unwrap();
     assert!(String::from_utf8_lossy(&said).contains("does not know this command"));
     assert!(lock(&commanded.carried).is_empty());
     // And the whole one is carried out.
-    let said = sent(service, COMMAND_PATH, &knock, |nonce| whole(&knock, nonce, &json())).await.unwrap();
+    let said = sent(service, COMMAND_PATH, |knock, nonce| whole(knock, nonce, &json())).await.unwrap();
     assert!(String::from_utf8_lossy(&said).contains("done"), "{said:?}");
     assert_eq!(*lock(&commanded.carried), [HANDOFF]);
     commanded.end().await;

@@ -54,9 +54,13 @@ impl TunnelKnock {
         if proved { Ok(knock) } else { Err(Stranger::OtherSecret(knock.node)) }
     }
 
-    #[cfg(test)]
-    pub(super) fn with(nonce: Nonce) -> TunnelKnock {
-        TunnelKnock { version: VERSION, node: NodeId::NIL, nonce }
+    /// The node that it names.
+    pub(crate) fn node(&self) -> NodeId {
+        self.node
+    }
+
+    pub(crate) fn nonce(&self) -> &Nonce {
+        &self.nonce
     }
 
     fn parts<'a>(&'a self, version: &'a [u8]) -> [&'a [u8]; 3] {
@@ -64,8 +68,8 @@ impl TunnelKnock {
     }
 }
 
-/// The heads that were used last at a node. A recorded one is worth nothing there before so many
-/// others were used after it.
+/// The heads that were used last at a node, by their nonces. A recorded one is worth nothing there
+/// before so many others were used after it.
 #[derive(Default, Debug)]
 pub(crate) struct UsedHeads(Mutex<(HashSet<Nonce>, VecDeque<Nonce>)>);
 
@@ -74,12 +78,12 @@ const USED_MAX: usize = 4096;
 
 impl UsedHeads {
     /// Whether it is used for the first time.
-    pub(crate) fn first(&self, head: &TunnelKnock) -> Result<(), Stranger> {
+    pub(crate) fn first(&self, nonce: &Nonce) -> Result<(), Stranger> {
         let (used, order) = &mut *lock(&self.0);
-        if !used.insert(head.nonce) {
+        if !used.insert(*nonce) {
             return Err(Stranger::Passer);
         }
-        order.push_back(head.nonce);
+        order.push_back(*nonce);
         if order.len() > USED_MAX
             && let Some(oldest) = order.pop_front()
         {
@@ -99,7 +103,7 @@ mod tests {
         let head = |number: usize| {
             let mut nonce = [0; 32];
             nonce[..8].copy_from_slice(&number.to_le_bytes());
-            TunnelKnock::with(nonce)
+            nonce
         };
         for number in 0..USED_MAX {
             used.first(&head(number)).unwrap();

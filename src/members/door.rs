@@ -18,6 +18,11 @@ pub(crate) const PLACES_MAX: usize = 64;
 #[cfg(feature = "members")]
 const GUESTS_MAX: usize = PLACES_MAX - 16;
 
+/// Bytes of long questions that are worked on at one time, of all connections: what members can
+/// take of the memory.
+#[cfg(feature = "members")]
+pub(super) const LONG_MAX_BYTES: usize = 16 * 1024 * 1024;
+
 /// Empty until the node is opened as one that keeps the record; without the feature it stays so.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct MembersDoor {
@@ -30,15 +35,26 @@ pub(crate) struct MembersDoor {
 struct OpenDoor {
     member: Arc<MemberNode>,
     places: Arc<Semaphore>,
-    guests: Arc<Semaphore>,
+    shared: SharedRoom,
+}
+
+/// What all connections share.
+#[cfg(feature = "members")]
+#[derive(Clone, Debug)]
+pub(crate) struct SharedRoom {
+    /// Places that guests keep.
+    pub(super) guests: Arc<Semaphore>,
+    /// Bytes of long questions.
+    pub(super) long: Arc<Semaphore>,
 }
 
 #[cfg(feature = "members")]
 impl MembersDoor {
     /// Others may ask from now on.
     pub(crate) fn open(&self, member: Arc<MemberNode>) {
-        let [places, guests] = [PLACES_MAX, GUESTS_MAX].map(|most| Arc::new(Semaphore::new(most)));
-        let _ = self.member.set(OpenDoor { member, places, guests });
+        let [places, guests, long] =
+            [PLACES_MAX, GUESTS_MAX, LONG_MAX_BYTES].map(|most| Arc::new(Semaphore::new(most)));
+        let _ = self.member.set(OpenDoor { member, places, shared: SharedRoom { guests, long } });
     }
 
     pub(crate) fn get(&self) -> Option<&Arc<MemberNode>> {
@@ -50,8 +66,8 @@ impl MembersDoor {
         self.member.get().map(|door| &door.places)
     }
 
-    /// Those among them that guests keep.
-    pub(crate) fn guests(&self) -> Option<&Arc<Semaphore>> {
-        self.member.get().map(|door| &door.guests)
+    /// What their connections share.
+    pub(crate) fn shared(&self) -> Option<&SharedRoom> {
+        self.member.get().map(|door| &door.shared)
     }
 }

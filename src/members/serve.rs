@@ -9,6 +9,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::handshake;
+use crate::members::door::SharedRoom;
 use crate::members::node::MemberNode;
 use crate::members::words::{self, Ask, AskFrames, FRAME_MAX_BYTES, MemberAnswer};
 use crate::net::Incoming;
@@ -24,6 +25,8 @@ const IDLE_LIMIT: Duration = Duration::from_secs(90);
 const SEND_LIMIT: Duration = Duration::from_secs(10);
 /// Questions of one peer that are answered at one time; the next ones wait.
 const AT_ONCE_MAX: usize = 16;
+/// A question that is longer waits for room: only Raft's own are, which wait for no other question.
+const LONG_BYTES: usize = 64 * 1024;
 /// The most bytes of what a follower asks: it may only read. And it reads once at a time.
 const FOLLOWERS_MAX_BYTES: usize = 256;
 
@@ -33,7 +36,7 @@ const FOLLOWERS_MAX_BYTES: usize = 256;
 pub(crate) async fn serve(
     member: Arc<MemberNode>,
     peer: AskingPeer,
-    guests: Arc<Semaphore>,
+    SharedRoom { guests, long }: SharedRoom,
     mut upstream: Incoming,
     sender: StreamSender,
 ) {
@@ -51,10 +54,7 @@ pub(crate) async fn serve(
     };
     let sender = Arc::new(sender);
     let rights = proved.rights();
-    let (longest, at_once) = match rights {
-        Rights::Follower => (FOLLOWERS_MAX_BYTES, 1),
-        _ => (FRAME_MAX_BYTES, AT_ONCE_MAX),
-    };
+    let (longest, at_once) = asks_at_most(rights);
     let places = Arc::new(Semaphore::new(at_once));
     let mut seat = Seat { guests, kept: None, is_member: false };
     // They end with the connection: what they began goes on by itself.
@@ -78,14 +78,16 @@ pub(crate) async fn serve(
                 return;
             }
         };
-        let Ok(place) = places.clone().acquire_owned().await else { return };
+        let Some((place, room)) = turn(&places, &long, json.len()).await else { return };
         let Some((number, asked)) = understood(&json, rights) else { continue };
         // It may be long, and the answer take its time.
         drop(json);
         let stays = seat.stays(&asked);
         let (member, sender) = (member.clone(), sender.clone());
         answering.spawn(async move {
-            if let Some(frame) = answer(&member, number, asked).await {
+            let answer = answer(&member, number, asked).await;
+            drop(room);
+            if let Some(frame) = answer {
                 // Who asked may be gone.
                 let _ = timeout(SEND_LIMIT, sender.send(frame)).await;
             }
@@ -99,6 +101,25 @@ pub(crate) async fn serve(
     if let Some(sender) = Arc::into_inner(sender) {
         let _ = timeout(SEND_LIMIT, sender.finish()).await;
     }
+}
+
+/// The most bytes of a question, and the most of them at one time.
+fn asks_at_most(rights: Rights) -> (usize, usize) {
+    match rights {
+        Rights::Follower => (FOLLOWERS_MAX_BYTES, 1),
+        Rights::Member => (FRAME_MAX_BYTES, AT_ONCE_MAX),
+    }
+}
+
+/// Waits until a question of so many bytes may be worked on: its place, and room if it is long.
+async fn turn(
+    places: &Arc<Semaphore>,
+    long: &Arc<Semaphore>,
+    bytes: usize,
+) -> Option<(OwnedSemaphorePermit, OwnedSemaphorePermit)> {
+    let place = places.clone().acquire_owned().await.ok()?;
+    let room = if bytes > LONG_BYTES { bytes as u32 } else { 0 };
+    Some((place, long.clone().acquire_many_owned(room).await.ok()?))
 }
 
 /// The first bytes of a body, and what came with them.

@@ -22,20 +22,25 @@ use tokio_util::task::TaskTracker;
 use tower::{Service, ServiceExt};
 
 use crate::channel::{Binding, Channel, key_of};
+use crate::context::Seldom;
 use crate::error::{Error, Result};
-use crate::net::{
-    CONNECTION_WINDOW_BYTES, FORWARD_WINDOW_BYTES, FORWARDS_MAX, FORWARDS_WINDOW_BYTES, FRAME_MAX_BYTES,
-    STREAM_WINDOW_BYTES, Tracked,
-};
+use crate::net::places::{CameFrom, DoorLimits, DoorPlace, DoorPlaces, Guarded};
+use crate::net::{FORWARD_WINDOW_BYTES, FORWARDS_MAX, FORWARDS_WINDOW_BYTES, FRAME_MAX_BYTES, Tracked};
 use crate::report::Condition;
 use crate::threads::{aside, caught_task};
 
-/// Connections at one time; more wait in the kernel's queue.
-const CONNECTIONS_MAX: usize = 256;
+/// Connections at one time.
+const LIMITS: DoorLimits = DoorLimits { unproved: 256, of_source: 64, proved: 256, followers: 128 };
+/// The same with those that were cut and have not ended yet; more wait in the kernel's queue.
+const CONNECTIONS_MAX: usize = LIMITS.unproved + LIMITS.proved + 64;
+/// Longest wait for the first byte: who dials speaks at once.
+const SPEAK_LIMIT: Duration = Duration::from_secs(2);
 /// A connection on which nothing is being answered for this long is closed.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long a connection may take to end by itself when the node stops.
 const GRACE: Duration = Duration::from_secs(1);
+/// And when what is served on it ends it: what is under way may come to its end.
+const END_LIMIT: Duration = Duration::from_secs(9);
 /// Pause after the system refused to accept, for instance for want of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Streams of one connection; a replica uses one.
@@ -47,12 +52,30 @@ const HEAD_MAX_BYTES: u32 = 16 * 1024;
 /// The same of a client's request that another node forwards. HTTP/2 counts 32 bytes more for each
 /// header.
 const FORWARD_HEAD_MAX_BYTES: u32 = 512 * 1024;
+/// Flow control of a stream, in bytes: what may have come of a request's body and not been read.
+/// Little comes to a node that is dialled, but for the pages that it asks for.
+const RECEIVED_STREAM_BYTES: u32 = 1024 * 1024;
+/// The same for a connection.
+const RECEIVED_CONNECTION_BYTES: u32 = 2 * RECEIVED_STREAM_BYTES;
+/// Streams that a peer took back before they were looked at. With one more the connection ends.
+const TAKEN_BACK_MAX: usize = 20;
+/// Streams that this side broke off for what came on them. With one more the connection ends.
+const BROKEN_OFF_MAX: usize = 64;
+
+/// Both of a connection on which an application's requests come.
+const FORWARDS_TAKEN_BACK_MAX: usize = 1024;
+
+/// Whether the process is short of descriptors.
+pub(crate) type Shortage = fn() -> bool;
 
 /// A bound socket that is not served yet.
 #[derive(Debug)]
 pub(crate) struct Listener {
     socket: TcpListener,
     address: SocketAddr,
+    shortage: Shortage,
+    /// Strangers have all places.
+    crowded: Seldom,
 }
 
 impl Listener {
@@ -64,7 +87,14 @@ impl Listener {
         let named = format!("tcp {address}");
         let socket = TcpListener::bind(address).await.map_err(Error::io("bind", &named))?;
         let address = socket.local_addr().map_err(Error::io("bind", &named))?;
-        Ok(Listener { socket, address })
+        Ok(Listener { socket, address, shortage: || false, crowded: Seldom::default() })
+    }
+
+    /// The same, which leaves the last descriptors to others. While this says that few are left, a
+    /// connection comes in only when another one goes.
+    #[expect(dead_code, reason = "what counts the descriptors is to call it")]
+    pub(crate) fn sparing(self, shortage: Shortage) -> Listener {
+        Listener { shortage, ..self }
     }
 
     /// The address, with the port that the system chose.
@@ -88,9 +118,9 @@ impl Listener {
         B: Body<Data = Bytes> + Send + 'static,
         B::Error: Into<Box<dyn StdError + Send + Sync>>,
     {
-        let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        let (places, room) = (DoorPlaces::new(LIMITS), Arc::new(Semaphore::new(CONNECTIONS_MAX)));
         loop {
-            let accepting = self.accept_all((&channel, &service), &tracker, &stop, &room);
+            let accepting = self.accept_all((&channel, &service), &tracker, &stop, (&places, &room));
             match caught_task("the listener", accepting).await {
                 Ok(()) => return,
                 Err(error) => aside(|| Condition::ListenerPanicked { error: &error }.say()),
@@ -103,7 +133,7 @@ impl Listener {
         (channel, service): (&Channel, &M),
         tracker: &TaskTracker,
         stop: &CancellationToken,
-        room: &Arc<Semaphore>,
+        (places, room): (&Arc<DoorPlaces>, &Arc<Semaphore>),
     ) where
         M: Fn(Option<Binding>) -> S + Clone + Send + Sync + 'static,
         S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
@@ -117,20 +147,23 @@ impl Listener {
                 let place = room.clone().acquire_owned().await;
                 (self.socket.accept().await, place)
             };
-            let (accepted, place) = tokio::select! {
+            let (accepted, held) = tokio::select! {
                 accepted = accepted => accepted,
                 () = stop.cancelled() => return,
             };
             match accepted {
-                Ok((io, _)) => {
+                Ok((io, from)) => {
+                    let Some(place) = self.place(places, from) else { continue };
                     let (channel, service) = (channel.clone(), service.clone());
-                    let connection = serve_one(io, channel, service, tracker.clone(), stop.clone());
+                    let connection = serve_one((io, place), channel, service, tracker.clone(), stop.clone());
                     tracker.spawn(async move {
                         connection.await;
-                        drop(place);
+                        drop(held);
                     });
                 }
                 Err(error) => {
+                    // A stranger's may be the descriptor that is missing.
+                    places.give_way();
                     // The error stays for a while; a loop without a pause would take a whole core.
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                     Condition::NotAccepted { address: self.address, error: &error }.say();
@@ -140,9 +173,23 @@ impl Listener {
     }
 }
 
-/// Serves a connection that was accepted: TLS, or HTTP at once.
+impl Listener {
+    /// A place for a connection that was accepted.
+    fn place(&self, places: &Arc<DoorPlaces>, from: SocketAddr) -> Option<DoorPlace> {
+        let (place, gone) = places.enter(CameFrom::of(from.ip()), (self.shortage)())?;
+        if let Some(gone) = gone
+            && let Some(times) = self.crowded.happened()
+        {
+            let address = self.address;
+            aside(|| Condition::ListenerCrowded { address, from: &gone, times }.say());
+        }
+        Some(place)
+    }
+}
+
+/// Serves a connection that was accepted, until it has to go.
 async fn serve_one<M, S, B>(
-    io: TcpStream,
+    (io, place): (TcpStream, DoorPlace),
     channel: Channel,
     service: M,
     tracker: TaskTracker,
@@ -157,15 +204,50 @@ async fn serve_one<M, S, B>(
 {
     // A socket that was closed already says so again when it is read.
     let _ = io.set_nodelay(true);
+    let of = place.clone();
+    let service = move |inside| {
+        let place = of.clone();
+        service(inside).map_request(move |mut request: Request<Incoming>| {
+            request.extensions_mut().insert(place.clone());
+            request
+        })
+    };
+    tokio::select! {
+        () = serve_by_first(io, &place, channel, service, tracker, stop) => {}
+        () = place.lost() => tracing::debug!("a connection on which nothing was proved is cut"),
+    }
+}
+
+/// Serves a connection by its first byte: TLS, or HTTP at once.
+async fn serve_by_first<M, S, B>(
+    io: TcpStream,
+    place: &DoorPlace,
+    channel: Channel,
+    service: M,
+    tracker: TaskTracker,
+    stop: CancellationToken,
+) where
+    M: Fn(Option<Binding>) -> S,
+    S: Service<Request<Incoming>, Response = Response<B>> + Clone + Send + 'static,
+    S::Future: Send,
+    S::Error: Into<Box<dyn StdError + Send + Sync>>,
+    B: Body<Data = Bytes> + Send + 'static,
+    B::Error: Into<Box<dyn StdError + Send + Sync>>,
+{
     let mut first = [0];
     let peeked = tokio::select! {
-        peeked = tokio::time::timeout(IDLE_TIMEOUT, io.peek(&mut first)) => peeked,
+        peeked = tokio::time::timeout(SPEAK_LIMIT, io.peek(&mut first)) => peeked,
         () = stop.cancelled() => return,
     };
-    match peeked {
-        Ok(Ok(1)) if first == [TLS_HANDSHAKE] => serve_private(io, channel, service, tracker, stop).await,
-        Ok(Ok(1)) => serve_http(io, service(None), builder(tracker, false), stop).await,
-        _ => {}
+    if !matches!(peeked, Ok(Ok(1))) {
+        return;
+    }
+    place.spoke();
+    let io = Guarded::new(io, place);
+    if first == [TLS_HANDSHAKE] {
+        serve_private(io, channel, service, tracker, stop).await;
+    } else {
+        serve_http(io, service(None), builder(tracker, false), stop).await;
     }
 }
 
@@ -226,10 +308,10 @@ where
     B::Error: Into<Box<dyn StdError + Send + Sync>>,
 {
     let answering = Arc::new(AtomicUsize::new(0));
-    let (counter, stop) = (answering.clone(), stop.child_token());
-    let end = stop.clone();
+    let (counter, end) = (answering.clone(), stop.child_token());
+    let ends = end.clone();
     let service = service.map_request(move |mut request: Request<Incoming>| {
-        request.extensions_mut().insert(Answering::new(counter.clone(), end.clone()));
+        request.extensions_mut().insert(Answering::new(counter.clone(), ends.clone()));
         request
     });
     let mut connection = pin!(builder.serve_connection(TokioIo::new(io), TowerToHyperService::new(service)));
@@ -249,22 +331,41 @@ where
             return;
         }
         () = idle => return,
-        () = stop.cancelled() => {}
+        () = end.cancelled() => {}
     }
     connection.as_mut().graceful_shutdown();
     // A connection that does not end in time is cut off: shutdown must not depend on peers.
-    let _ = tokio::time::timeout(GRACE, connection).await;
+    let late = async {
+        let _ = tokio::time::timeout(END_LIMIT, stop.cancelled()).await;
+        tokio::time::sleep(GRACE).await;
+    };
+    tokio::select! {
+        // How it ends is no matter any more.
+        _ = connection => {}
+        () = late => {}
+    }
 }
 
 /// HTTP for exchanges between nodes, or for an application's requests.
 fn builder(tracker: TaskTracker, forwards: bool) -> auto::Builder<Tracked> {
     let (stream_window, connection_window, streams) = match forwards {
-        false => (STREAM_WINDOW_BYTES, CONNECTION_WINDOW_BYTES, STREAMS_MAX),
+        false => (RECEIVED_STREAM_BYTES, RECEIVED_CONNECTION_BYTES, STREAMS_MAX),
         // One more for the exchange that the connection begins with.
         true => (FORWARD_WINDOW_BYTES, FORWARDS_WINDOW_BYTES, FORWARDS_MAX + 1),
     };
+    // A member takes back what its clients do, as often as they like.
+    let (taken_back, broken_off) = if forwards {
+        (FORWARDS_TAKEN_BACK_MAX, FORWARDS_TAKEN_BACK_MAX)
+    } else {
+        (TAKEN_BACK_MAX, BROKEN_OFF_MAX)
+    };
     let mut builder = auto::Builder::new(Tracked(tracker));
-    builder.http1().timer(TokioTimer::new()).header_read_timeout(IDLE_TIMEOUT).keep_alive(false);
+    builder
+        .http1()
+        .timer(TokioTimer::new())
+        .header_read_timeout(IDLE_TIMEOUT)
+        .keep_alive(false)
+        .max_buf_size(HEAD_MAX_BYTES as usize);
     builder
         .http2()
         .timer(TokioTimer::new())
@@ -272,7 +373,9 @@ fn builder(tracker: TaskTracker, forwards: bool) -> auto::Builder<Tracked> {
         .initial_connection_window_size(connection_window)
         .max_frame_size(FRAME_MAX_BYTES)
         .max_concurrent_streams(streams)
-        .max_header_list_size(if forwards { FORWARD_HEAD_MAX_BYTES } else { HEAD_MAX_BYTES });
+        .max_header_list_size(if forwards { FORWARD_HEAD_MAX_BYTES } else { HEAD_MAX_BYTES })
+        .max_pending_accept_reset_streams(taken_back)
+        .max_local_error_reset_streams(broken_off);
     if forwards {
         // For what is upgraded, such as WebSockets.
         builder.http2().enable_connect_protocol();

@@ -17,7 +17,7 @@ use crate::primary::page_requests::Answers;
 use crate::primary::registry::ReplicaSlot;
 use crate::primary::stream::End;
 use crate::secret::Proved;
-use crate::wire::{Decoder, Hello, Kind, Message, Unit, Want, WireError};
+use crate::wire::{Decoder, HELLO_MAX_BYTES, Hello, Kind, Message, Unit, Want, WireError};
 
 /// Longest wait for more of a hello after a knock.
 const HELLO_SILENCE_MAX: Duration = Duration::from_secs(10);
@@ -146,8 +146,11 @@ impl From<WireError> for Unheard {
 }
 
 impl ReceivedUnits {
+    /// The first of them is to be a hello.
     pub(super) fn new(upstream: Incoming) -> ReceivedUnits {
-        ReceivedUnits { upstream, decoder: Decoder::default() }
+        let mut decoder = Decoder::default();
+        decoder.expect_at_most(HELLO_MAX_BYTES);
+        ReceivedUnits { upstream, decoder }
     }
 
     /// From now on pages may come, which are hashed with this key.

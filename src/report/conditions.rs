@@ -924,6 +924,14 @@ conditions! {
     NotAccepted { address: SocketAddr, error: &'a dyn Display } "not_accepted" {
         log warn(%address, %error, "can't accept a connection");
     }
+    /// Connections on which nothing was proved take all the places that there are for them.
+    ListenerCrowded { address: SocketAddr, from: &'a dyn Display, times: u64 } "listener_crowded" {
+        log warn(
+            %address, %from, times,
+            "connections that prove nothing crowd the listener, and some were cut: it should not be \
+            reachable from there"
+        );
+    }
     /// The configuration lets the node do without TLS.
     Plaintext { allowed: &'a dyn Debug } "plaintext" {
         log warn(

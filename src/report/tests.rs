@@ -97,6 +97,7 @@ const NAMES: &[&str] = &[
     "lease_store_back",
     "lease_store_panicked",
     "lease_store_went_back",
+    "listener_crowded",
     "listener_panicked",
     "lock_not_released",
     "lock_watch_not_ended",

@@ -121,11 +121,13 @@ impl ForwardExchange {
         }
         tokio::select! {
             // It says no more: what comes is the end.
-            _ = upstream.next() => {}
-            // What is under way on it may end.
-            () = keys.dropped(proved) => self.answering.end_connection(),
-            () = self.node.stop.cancelled() => {}
+            _ = upstream.next() => return,
+            () = keys.dropped(proved) => {}
+            // An application's server, where the endpoint is mounted, waits for its connections.
+            () = self.node.drain.cancelled() => {}
         }
+        // What is under way on it may end.
+        self.answering.end_connection();
     }
 }
 

@@ -1,6 +1,7 @@
 //! The door itself: who is let in, and what the others see.
 
 use std::pin::Pin;
+use std::sync::atomic::AtomicU64;
 
 use bytes::Bytes;
 use http::HeaderMap;
@@ -29,14 +30,18 @@ impl Body for Untouched {
     }
 }
 
+/// A fresh one.
 fn knock() -> Knock {
+    static LAST: AtomicU64 = AtomicU64::new(0);
+    let mut nonce = [3; 32];
+    nonce[..8].copy_from_slice(&LAST.fetch_add(1, Ordering::Relaxed).to_le_bytes());
     Knock {
         version: 2,
         cluster: "test".into(),
         database: "app".into(),
         node: NodeId::from_u128(2),
         incarnation: Incarnation::from_u128(1002),
-        nonce: [3; 32],
+        nonce,
         binding: Binding::NONE,
     }
 }
@@ -122,13 +127,63 @@ async fn without_a_secret_only_the_own_listener_answers() {
     let (mounted, ..) = service(&[], Mount::Mounted);
     assert_bare_404(&mounted, ask(knock().headers(&keys(&[])).unwrap())).await;
     let (own, ..) = service(&[], Mount::Own);
-    let body = http_body_util::Empty::<Bytes>::new();
-    let answered = own.oneshot(request(knock().headers(&keys(&[])).unwrap(), body)).await.unwrap();
+    let (knock, body) = (knock(), http_body_util::Empty::<Bytes>::new());
+    let answered = own.oneshot(request(knock.headers(&keys(&[])).unwrap(), body)).await.unwrap();
     assert_eq!(answered.status(), StatusCode::OK);
-    let answer = Answer::read(answered.headers(), &knock(), &keys(&[])).unwrap().unwrap().0;
+    let answer = Answer::read(answered.headers(), &knock, &keys(&[])).unwrap().unwrap().0;
     assert_eq!(answer.node, NodeId::from_u128(1));
     assert_eq!(answered.headers()["cache-control"], "no-store, no-transform");
     assert_eq!(answered.headers()["content-type"], handshake::CONTENT_TYPE);
+}
+
+/// In the clear a knock says nothing of the connection that it was made for.
+#[tokio::test]
+async fn a_knock_that_was_recorded_in_the_clear_is_none() {
+    let (service, ..) = service(&SECRET, Mount::Own);
+    let recorded = knock().headers(&keys(&SECRET)).unwrap();
+    let first = request(recorded.clone(), http_body_util::Empty::<Bytes>::new());
+    assert_eq!(service.clone().oneshot(first).await.unwrap().status(), StatusCode::OK);
+    for path in ["/v1/stream", "/v1/standing", "/v1/command", "/v1/members"] {
+        let mut again = request(recorded.clone(), Untouched);
+        *again.uri_mut() = path.parse().unwrap();
+        assert_bare_404(&service, again).await;
+    }
+    let fresh = request(knock().headers(&keys(&SECRET)).unwrap(), http_body_util::Empty::<Bytes>::new());
+    assert_eq!(service.oneshot(fresh).await.unwrap().status(), StatusCode::OK);
+}
+
+/// A node that has the secret, and says more than a hello has: what came so far is let go at once.
+#[tokio::test]
+async fn a_hello_of_an_absurd_size_is_hung_up_on_before_it_has_come() {
+    let (service, replica_server, node) = service(&SECRET, Mount::Own);
+    let tracker = TaskTracker::new();
+    let listener = net::Listener::bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+    let to = net::Endpoint::parse(&format!("http://{}", listener.address())).unwrap();
+    let (channel, stop) = (node.channel.clone(), node.stop.clone());
+    tracker.spawn(listener.serve(channel, move |inside| service.on(inside), tracker.clone(), stop));
+    let asker = handshake::Asker {
+        node: NodeId::from_u128(2),
+        incarnation: Incarnation::from_u128(2),
+        ..handshake::Asker::of(&node)
+    };
+    let header = |kind: u8, bytes: usize| {
+        let raw = [&(bytes as u32).to_le_bytes()[..], &[kind, 0, crate::wire::VERSION as u8, 0], &[0; 16]];
+        Bytes::from(raw.concat())
+    };
+    let longer = crate::wire::HELLO_MAX_BYTES + 1;
+    for absurd in [header(4, longer), header(4, u32::MAX as usize), header(10, longer), header(16, 1 << 20)] {
+        let began = std::time::Instant::now();
+        let (_, mut opened) = asker.knock(&to, handshake::STREAM_PATH, &tracker).await.unwrap();
+        assert_eq!(opened.status, StatusCode::OK);
+        opened.request.send_data(absurd).await.unwrap();
+        let said = opened.body.next().await;
+        assert!(matches!(said, Some(Err(_))), "{said:?}");
+        assert!(began.elapsed() < std::time::Duration::from_secs(5), "it waited for the rest");
+    }
+    assert!(replica_server.replicas().is_empty());
+    node.stop.cancel();
+    tracker.close();
+    tracker.wait().await;
 }
 
 #[test]

@@ -57,6 +57,8 @@ pub(crate) struct Decoder {
     chunks: VecDeque<Bytes>,
     failed: Option<WireError>,
     page_key: Option<PageKey>,
+    /// The longest payload of the next unit, where that is less than any may have.
+    next_most: Option<usize>,
 }
 
 impl Decoder {
@@ -68,6 +70,11 @@ impl Decoder {
     /// From the next unit on, pages are hashed with this key.
     pub(crate) fn set_page_key(&mut self, key: PageKey) {
         self.page_key = Some(key);
+    }
+
+    /// The next unit may have no longer payload than this, and has to be of a known kind.
+    pub(crate) fn expect_at_most(&mut self, bytes: usize) {
+        self.next_most = Some(bytes);
     }
 
     /// Takes in what arrived.
@@ -112,12 +119,13 @@ impl Decoder {
             && let Some(chunk) = self.chunks.front_mut()
             && let Some(head) = chunk.first_chunk::<HEADER_BYTES>()
         {
-            let header = Header::parse(head)?;
+            let header = expected(Header::parse(head)?, self.next_most)?;
             if chunk.len() >= header.unit_bytes {
                 let raw = chunk.split_to(header.unit_bytes);
                 if chunk.is_empty() {
                     self.chunks.pop_front();
                 }
+                self.next_most = None;
                 return Ok(Some((header, raw)));
             }
         }
@@ -125,11 +133,12 @@ impl Decoder {
         let Some(head) = self.partial.first_chunk::<HEADER_BYTES>() else {
             return Ok(None);
         };
-        let header = Header::parse(head)?;
+        let header = expected(Header::parse(head)?, self.next_most)?;
         self.fill(header.unit_bytes);
         if self.partial.len() < header.unit_bytes {
             return Ok(None);
         }
+        self.next_most = None;
         Ok(Some((header, std::mem::take(&mut self.partial).freeze())))
     }
 
@@ -147,5 +156,15 @@ impl Decoder {
                 self.chunks.pop_front();
             }
         }
+    }
+}
+
+/// A header as it may be there.
+fn expected(header: Header, most: Option<usize>) -> Result<Header, WireError> {
+    let Some(most) = most else { return Ok(header) };
+    let payload = header.unit_bytes - HEADER_BYTES;
+    match header.kind {
+        Some(_) if payload <= most => Ok(header),
+        _ => Err(WireError::Unexpected(payload, most)),
     }
 }

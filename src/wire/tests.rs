@@ -315,6 +315,44 @@ fn a_length_that_is_claimed_is_not_allocated() {
 }
 
 #[test]
+fn what_comes_first_may_be_as_long_as_the_longest_hello_and_no_longer() {
+    let header = |kind: u8, flags: u8, length: usize| {
+        let raw = [&(length as u32).to_le_bytes()[..], &[kind, flags, VERSION as u8, 0], &[0; 16]];
+        Bytes::from(raw.concat())
+    };
+    let expecting = |bytes: Bytes| {
+        let mut decoder = Decoder::new(Some(KEY));
+        decoder.expect_at_most(HELLO_MAX_BYTES);
+        decoder.push(bytes);
+        decoder
+    };
+    let too_long = Err(WireError::Unexpected(HELLO_MAX_BYTES + 1, HELLO_MAX_BYTES));
+    let refused = |bytes| expecting(bytes).next().map(drop);
+    assert_eq!(refused(header(4, 0, HELLO_MAX_BYTES + 1)), too_long);
+    assert_eq!(refused(header(10, 0, HELLO_MAX_BYTES + 1)), too_long);
+    assert!(refused(header(99, 1, 8)).is_err(), "nothing is skipped before it");
+    assert_eq!(expecting(header(4, 0, HELLO_MAX_BYTES)).next().unwrap().map(drop), None);
+    // The longest of all passes, and what follows it may be longer.
+    let mut history = EpochHistory::default();
+    for n in 1..=EpochHistory::MAX as u64 {
+        history.push(EpochStart { epoch: Epoch::new(n, 1), first: n, before: Checksum::EMPTY });
+    }
+    let mut peer = peer();
+    let room = PEER_MAX_BYTES - serde_json::to_vec(&peer).unwrap().len();
+    peer.addresses.app.push_str(&"a".repeat(room));
+    let (marks, position) = (vec![position(1); MARKS_MAX], Some(position(4)));
+    let resume = position.map(|position| (position, page_no(9)));
+    let (proof, keys, suspect) = ([9; 32], keys(), true);
+    let hello = Message::Hello(Hello { proof, keys, peer, position, history, resume, suspect, marks });
+    let unit = encoded(&hello);
+    assert!((HELLO_MAX_BYTES - 16..=HELLO_MAX_BYTES).contains(&(unit.len() - HEADER_BYTES)));
+    let mut decoder = expecting(unit);
+    assert_eq!(decoder.next().unwrap().unwrap().decode().unwrap(), hello);
+    decoder.push(header(10, 0, HELLO_MAX_BYTES + 1));
+    assert!(decoder.next().unwrap().is_none(), "its end is to come");
+}
+
+#[test]
 fn the_largest_unit_passes() {
     let pages = vec![1; PIECE_MAX_BYTES];
     let message = Message::SnapPiece { first: PageNo::FIRST, position: position(1), pages: &pages };

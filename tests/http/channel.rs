@@ -184,8 +184,8 @@ async fn requests_reach_the_primary_on_the_channel_alone() {
         let mirrored = send(request.unwrap()).await.text();
         assert_eq!(
             mirrored,
-            "POST /mirror/a%2Fb//../x?q=%20+&z\ncookie: a=1; b=2\ncontent-length: 4\n\
-             host: app.example:81\n\nbody",
+            "POST /mirror/a%2Fb//../x?q=%20+&z\nhost: app.example:81\ncookie: a=1; b=2\n\
+             content-length: 4\n\nbody",
             "{door:?}"
         );
         // Longer than all windows.

@@ -6,6 +6,7 @@
 //! the nodes say that the line is cut or the peer not proved.
 
 mod changing;
+mod crowds;
 mod election;
 mod ending;
 #[path = "../support/fork.rs"]

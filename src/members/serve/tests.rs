@@ -7,6 +7,7 @@ use tokio::task::JoinHandle;
 use super::*;
 use crate::channel::Binding;
 use crate::context::{LeaseContext, NodeContext};
+use crate::ends::comes;
 use crate::files::Paths;
 use crate::handshake::Knock;
 use crate::members::MembersConfig;
@@ -47,6 +48,11 @@ struct Asking {
 
 impl Asking {
     async fn begin(member: &Arc<MemberNode>, guests: &Arc<Semaphore>, keys: &Keyring) -> Asking {
+        let long = Arc::new(Semaphore::new(crate::members::door::LONG_MAX_BYTES));
+        Asking::begin_in(member, &SharedRoom { guests: guests.clone(), long }, keys).await
+    }
+
+    async fn begin_in(member: &Arc<MemberNode>, shared: &SharedRoom, keys: &Keyring) -> Asking {
         let [nonce, answer] = NONCES;
         let knock = Knock {
             version: handshake::VERSION,
@@ -63,13 +69,17 @@ impl Asking {
         let (answering, answers) = queue();
         let place = Arc::new(Semaphore::new(1)).acquire_owned().await.unwrap();
         let peer = AskingPeer { knock, nonce: answer, place };
-        let served = serve(member.clone(), peer, guests.clone(), Incoming::new(body), answering);
+        let served = serve(member.clone(), peer, shared.clone(), Incoming::new(body), answering);
         Asking { sender, answers, frames: AskFrames::default(), served: tokio::spawn(served) }
     }
 
     /// The answer to this; none where the connection ends instead.
     async fn ask(&mut self, ask: &Ask) -> Option<MemberAnswer> {
         let _ = self.sender.send_data(words::frame(7, ask).unwrap()).await;
+        self.answered().await
+    }
+
+    async fn answered(&mut self) -> Option<MemberAnswer> {
         let answer = async {
             loop {
                 if let Some(json) = self.frames.next().unwrap() {
@@ -118,6 +128,27 @@ async fn what_a_follower_asks_is_short() {
     assert_eq!(guests.available_permits(), 9, "so does its place");
     let mut peer = Asking::begin(&member, &guests, &own).await;
     assert!(peer.ask(&long()).await.is_some());
+}
+
+/// What members say can be long, and one that says much of it at once takes no more memory for it.
+#[tokio::test]
+async fn long_questions_wait_for_room_and_short_ones_do_not() {
+    let dir = tempfile::tempdir().unwrap();
+    let (member, keys) = (asked(dir.path()), crate::primary::fake::keys(&SECRET));
+    let [guests, long] = [9, LONG_BYTES].map(|room| Arc::new(Semaphore::new(room)));
+    let shared = SharedRoom { guests, long };
+    let mut json = words::frame(7, &vote()).unwrap()[4..].to_vec();
+    json.resize(LONG_BYTES + 1, b' ');
+    let frame = [&(json.len() as u32).to_le_bytes()[..], &json].concat();
+    let mut one = Asking::begin_in(&member, &shared, &keys).await;
+    one.sender.send_data(frame.into()).await.unwrap();
+    let mut other = Asking::begin_in(&member, &shared, &keys).await;
+    unable(other.ask(&vote()).await, "no member");
+    let waits = timeout(Duration::from_millis(50), one.answered()).await;
+    assert!(waits.is_err(), "there is no room");
+    shared.long.add_permits(1);
+    unable(one.answered().await, "no member");
+    comes("the room is given back", || shared.long.available_permits() == LONG_BYTES + 1).await;
 }
 
 #[tokio::test]
