@@ -60,6 +60,7 @@ pub mod guide {
     pub mod operator {}
 
     #[doc = "[SECURITY.md]: https://docs.rs/crate/replite/latest/source/SECURITY.md"]
+    #[doc = "[who]: crate::guide#who-is-the-client"]
     #[doc = "[Secrets and addresses]: crate::guide#secrets-and-addresses"]
     #[doc = "[channel in the design]: https://docs.rs/crate/replite/latest/source/docs/design.md"]
     #[doc = ""]
