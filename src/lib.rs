@@ -29,6 +29,8 @@
 #[doc = ""]
 #[doc = include_str!("../docs/guide.md")]
 pub mod guide {
+    #[doc = "[Who is the client?]: crate::guide#who-is-the-client"]
+    #[doc = ""]
     #[doc = include_str!("../docs/stack.md")]
     pub mod stack {}
 

@@ -4,6 +4,7 @@
 mod app;
 mod busy;
 mod channel;
+mod clients;
 mod deploy;
 mod drain;
 mod endpoint;
