@@ -11,7 +11,7 @@
 //! 3. `wait` waits for the transaction of the request's token, and for the primary when that does
 //!    not come.
 //! 4. `forward` sends the `head` and the kept body (`replay_body`) to the primary. `locate` knows
-//!    where that is, and holds the request while there is none.
+//!    where that is, and holds the request while there is none. `intake` takes small bodies in first.
 //! 5. `redirect` sends the client there in place of this node, where the layer is set up for that.
 //! 6. `dial` has the connections: `connect` opens them, with TLS where the URL says so. `http2`
 //!    is the one in HTTP/2, whose server `preface` watches. `tunnel` carries the bytes after an
@@ -19,10 +19,12 @@
 //! 7. `reply` sets tokens on what a local handler answered. `failure` is the answer to a request
 //!    that could not be done.
 //!
-//! `layer` has the settings and `shared` what comes of them. `headers`, `hop` and `body` are about
+//! `shares` counts what is limited for all and for each client, `budget` what is kept of bodies, and
+//! `pace` how long a client is waited for. `layer` has the settings and `shared` what comes of them. `headers`, `hop` and `body` are about
 //! bytes. `client` sends requests for callers that are no request's handler.
 
 mod body;
+mod budget;
 mod client;
 mod connect;
 mod dial;
@@ -33,8 +35,10 @@ mod head;
 pub(crate) mod headers;
 mod hop;
 mod http2;
+mod intake;
 mod layer;
 mod locate;
+mod pace;
 mod plan;
 mod preface;
 mod redirect;
@@ -43,6 +47,7 @@ mod reply;
 mod route;
 mod service;
 mod shared;
+mod shares;
 #[cfg(test)]
 mod tests;
 mod tunnel;

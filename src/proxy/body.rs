@@ -14,6 +14,7 @@ use tokio::time::{Instant, Sleep};
 
 use crate::proxy::BoxError;
 use crate::proxy::replay_body::{DrainOnDrop, Keep};
+use crate::proxy::shares::Taken;
 
 pin_project! {
     /// A request's body as the wrapped service gets it: the one that came in. The layer may be able
@@ -182,8 +183,8 @@ impl<RB> std::fmt::Debug for ReplayResponseBody<RB> {
 
 /// The body of a response that the wrapped service did not make.
 pub(super) enum MadeBody {
-    /// The primary's.
-    Primary(IdleTimeoutBody<Incoming>),
+    /// The primary's, and its place among those that are on their way.
+    Primary { body: IdleTimeoutBody<Incoming>, _place: Option<Taken> },
     /// The layer's own.
     Own(Full<Bytes>),
 }
@@ -197,21 +198,21 @@ impl Body for MadeBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         match self.get_mut() {
-            MadeBody::Primary(body) => Pin::new(body).poll_frame(cx),
+            MadeBody::Primary { body, .. } => Pin::new(body).poll_frame(cx),
             MadeBody::Own(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match self {
-            MadeBody::Primary(body) => body.is_end_stream(),
+            MadeBody::Primary { body, .. } => body.is_end_stream(),
             MadeBody::Own(body) => body.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
-            MadeBody::Primary(body) => body.size_hint(),
+            MadeBody::Primary { body, .. } => body.size_hint(),
             MadeBody::Own(body) => body.size_hint(),
         }
     }

@@ -28,6 +28,8 @@ pub(super) struct Head {
     pub(super) definite: bool,
     /// How often it was sent on before, by any node and layer.
     pub(super) came: u8,
+    /// Of whose share it takes a place, and what is kept of its body.
+    pub(super) share: Option<IpAddr>,
 }
 
 impl Head {
@@ -44,6 +46,7 @@ impl Head {
             },
             definite: is_definite(parts, options),
             came: parts.extensions.get::<Came>().map_or(0, Came::count),
+            share: None,
         };
         headers::strip_hop_by_hop(&mut head.headers);
         // HTTP/2 has the host in the URI. A client that says both is left to the app, which sees
@@ -58,6 +61,7 @@ impl Head {
         let client: Option<IpAddr> = options.client_ip.as_ref().and_then(|ip| ip(parts));
         let scheme: Option<&Scheme> = parts.uri.scheme();
         headers::add_forwarded(&mut head.headers, client, scheme);
+        head.share = client;
         head
     }
 

@@ -2,7 +2,6 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::AtomicUsize;
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -12,10 +11,11 @@ use http_body_util::Full;
 
 use crate::context::NodeContext;
 use crate::proxy::body::MadeBody;
+use crate::proxy::budget::Budget;
 use crate::proxy::dial::Dialer;
 use crate::proxy::failure::{Failure, Reason};
-use crate::proxy::replay_body::Budget;
 use crate::proxy::route::{Route, is_below};
+use crate::proxy::shares::Shares;
 use crate::token::Tokens;
 
 /// For how long a request is held where who is primary is fixed.
@@ -129,7 +129,10 @@ pub(super) struct LayerShared {
     pub(super) node: Arc<NodeContext>,
     pub(super) tokens: Arc<Tokens>,
     pub(super) dialer: Dialer,
-    pub(super) held: Arc<AtomicUsize>,
+    /// Places of requests that wait for a primary.
+    pub(super) held: Shares,
+    /// Places of requests that are on their way to the primary.
+    pub(super) forwards: Shares,
     pub(super) options: Options,
 }
 
@@ -151,6 +154,11 @@ pub(super) struct Options {
     /// None: as long as an election may take, or else a restart.
     pub(super) hold_timeout: Option<Duration>,
     pub(super) held_max: usize,
+    pub(super) forwards_max: usize,
+    /// Of each of the two, for one client.
+    pub(super) client_max: usize,
+    /// Bytes a second that a client has to send of a body.
+    pub(super) least_rate: u32,
     pub(super) wait_timeout: Duration,
     pub(super) response_timeout: Duration,
     pub(super) idle_timeout: Duration,

@@ -7,6 +7,7 @@ mod failover;
 mod followers;
 mod forwards;
 mod handoff;
+mod jams;
 mod leaving;
 mod lost;
 mod reads;
