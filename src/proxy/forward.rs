@@ -111,6 +111,7 @@ pub(super) async fn forward(
         }
         if sender != Sender::Caller
             && trip.hops == 1
+            && !trip.taken_in
             && let Some(answer) = redirect(shared, head, &trip.body)
         {
             return Verdict::Answered(Box::new(answer));
