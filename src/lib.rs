@@ -29,6 +29,8 @@
 #[doc = ""]
 #[doc = include_str!("../docs/guide.md")]
 pub mod guide {
+    #[doc = "[Who is the client?]: crate::guide#who-is-the-client"]
+    #[doc = ""]
     #[doc = include_str!("../docs/stack.md")]
     pub mod stack {}
 
@@ -138,8 +140,9 @@ pub use page::{PageNo, PageSize};
 pub use parse::ParseError;
 pub use peer::{Incarnation, NodeId, PeerKey};
 pub use proxy::{
-    Failure, Forwarding, Outcome, PrimaryClient, Reason, ReplayLayer, ReplayRequestBody, ReplayResponseBody,
-    ReplayService, ResponseFuture, Route, SameSite, SessionTokens, Upgrades,
+    Failure, Forwarded, Forwarding, Networks, Outcome, PrimaryClient, Proxies, Reason, ReplayLayer,
+    ReplayRequestBody, ReplayResponseBody, ReplayService, ResponseFuture, Route, SameSite, SessionTokens,
+    Upgrades,
 };
 pub use rusqlite;
 pub use secret::Secret;

@@ -19,9 +19,13 @@
 //! 7. `reply` sets tokens on what a local handler answered. `failure` is the answer to a request
 //!    that could not be done.
 //!
-//! `shares` counts what is limited for all and for each client, `budget` what is kept of bodies, and
-//! `pace` how long a client is waited for. `layer` has the settings and `shared` what comes of them. `headers`, `hop` and `body` are about
-//! bytes. `client` sends requests for callers that are no request's handler.
+//! `layer` has the settings and `shared` what comes of them. `headers`, `hop` and `body` are about
+//! bytes. `client` sends requests for callers that are no request's handler. `shares` counts what is
+//! limited for all and for each client, `budget` what is kept of bodies, and `pace` says how long a
+//! client is waited for.
+//!
+//! Who the client is: `origin` finds it, `proxies` says whose word counts for that, and `forwarded`
+//! is what a handler is told on another node.
 
 mod body;
 mod budget;
@@ -30,6 +34,7 @@ mod connect;
 mod dial;
 mod failure;
 mod forward;
+pub(crate) mod forwarded;
 mod future;
 mod head;
 pub(crate) mod headers;
@@ -38,9 +43,11 @@ mod http2;
 mod intake;
 mod layer;
 mod locate;
+mod origin;
 mod pace;
 mod plan;
 mod preface;
+mod proxies;
 mod redirect;
 mod replay_body;
 mod reply;
@@ -58,10 +65,12 @@ pub use client::PrimaryClient;
 #[cfg(feature = "axum")]
 pub(crate) use failure::RETRY_AFTER_SECONDS;
 pub use failure::{Failure, Outcome, Reason};
+pub use forwarded::Forwarded;
 pub use future::ResponseFuture;
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
 pub(crate) use headers::fuzz_headers;
 pub use layer::ReplayLayer;
+pub use proxies::{Networks, Proxies};
 pub use route::Route;
 pub use service::ReplayService;
 pub use shared::{Forwarding, SameSite, SessionTokens, Upgrades};

@@ -32,6 +32,9 @@ use crate::session;
 /// once unless its method is safe, and streams both bodies. On the primary itself the request goes
 /// to this node's own application address.
 ///
+/// It has no client. With the feature `axum` a request with `ConnectInfo<SocketAddr>` in its
+/// extensions is sent on as one of that client, from any other node than the primary.
+///
 /// When the primary's answer carries a token, the client tells the [`Session`](crate::Session) of
 /// the calling task. The response that is being made there carries the token on. Other callers read
 /// it by [`Db::verify_token`](crate::Db::verify_token). On a follower
@@ -86,7 +89,7 @@ where
         let (mut parts, body) = request.into_parts();
         strip_reserved(&mut parts.headers);
         let head = Head::of(&parts, &shared.options);
-        let body = Keep::new(body, &shared.options.budget, head.share);
+        let body = Keep::new(body, &shared.options.budget, head.client.share);
         Box::pin(async move {
             let effects = !is_safe(&head.method);
             let answer = match forward(&shared, &head, body, Sender::Caller, true).await {

@@ -71,7 +71,7 @@ pub(super) async fn forward(
     if !head.definite {
         return Verdict::Failed(Reason::Ambiguous);
     }
-    let mut hold = HoldLimit::new(shared, head.share);
+    let mut hold = HoldLimit::new(shared, head.client.share);
     let (next, rest) = (None, None);
     body.hurry(shared.options.least_rate);
     let mut trip = Trip {
@@ -185,7 +185,7 @@ impl Trip<'_> {
         let shared = self.shared;
         // What waits for its client must not take the places of what does not.
         let claim = if self.body.is_whole() { Claim::All } else { Claim::Unreserved };
-        let Some(place) = shared.forwards.place(self.head.share, claim) else {
+        let Some(place) = shared.forwards.place(self.head.client.share, claim) else {
             self.rest(Reason::TooManyForwarded);
             self.next = hinted_at(target);
             return ControlFlow::Continue(());
@@ -194,7 +194,7 @@ impl Trip<'_> {
             RequestTarget::There { url, epoch, .. } => (url.as_str(), Some((*epoch, self.hop(*epoch)))),
             RequestTarget::Here => (shared.node.me.addresses.app.as_str(), None),
         };
-        let request = match request(self.head, url, hop.as_ref().map(|(_, text)| text.as_str())) {
+        let request = match request(self.head, true, url, hop.as_ref().map(|(_, text)| text.as_str())) {
             Ok(request) => request,
             Err(error) => {
                 shared.node.report(Condition::AppAddressInvalid { error: &error, url });
@@ -230,7 +230,15 @@ impl Trip<'_> {
             method: &self.head.method,
             target: &self.head.target,
         };
-        Hop { count: self.hops, from: self.shared.node.me.node, epoch }.text(about)
+        let hop = Hop {
+            count: self.hops,
+            from: self.shared.node.me.node,
+            epoch,
+            client: self.head.client.address,
+            scheme: self.head.scheme,
+            taken_by: self.head.taken_by,
+        };
+        hop.text(about)
     }
 
     /// The node that was asked does not lead, or not any more, and has done nothing.
@@ -362,13 +370,13 @@ fn hinted_at(target: RequestTarget) -> Option<RequestTarget> {
     Some(target).filter(|to| matches!(to, RequestTarget::There { run: None, .. }))
 }
 
-/// The request as the primary gets it.
-fn request(head: &Head, app: &str, hop: Option<&str>) -> Result<Request<()>, BoxError> {
+/// The request as the primary gets it; `as_proxy` see [`Head::headers`].
+fn request(head: &Head, as_proxy: bool, app: &str, hop: Option<&str>) -> Result<Request<()>, BoxError> {
     let mut request = Request::new(());
     *request.method_mut() = head.method.clone();
     *request.uri_mut() = join(app, &head.target)?;
     *request.version_mut() = Version::HTTP_11;
-    let mut headers: HeaderMap = head.headers.clone();
+    let mut headers: HeaderMap = head.headers(as_proxy);
     if let Some(hop) = hop {
         headers.insert(HOP, HeaderValue::from_str(hop)?);
     }

@@ -4,12 +4,14 @@ use std::net::IpAddr;
 
 use http::header::{COOKIE, HOST, TE};
 use http::request::Parts;
-use http::uri::Scheme;
 use http::{HeaderMap, HeaderValue, Method, Version};
 
+use crate::peer::NodeId;
 use crate::proxy::dial::Protocol;
+use crate::proxy::forwarded::Forwarded;
 use crate::proxy::headers;
-use crate::proxy::hop::Came;
+use crate::proxy::hop::{Came, ClientScheme};
+use crate::proxy::origin::{self, Client};
 use crate::proxy::shared::Options;
 use crate::proxy::tunnel::Upgrade;
 
@@ -28,12 +30,19 @@ pub(super) struct Head {
     pub(super) definite: bool,
     /// How often it was sent on before, by any node and layer.
     pub(super) came: u8,
-    /// Of whose share it takes a place, and what is kept of its body.
-    pub(super) share: Option<IpAddr>,
+    /// Who sent it to the first node.
+    pub(super) client: Client,
+    /// What the client speaks, where that is known.
+    pub(super) scheme: Option<ClientScheme>,
+    /// The node that took it from the client, where that is another one.
+    pub(super) taken_by: Option<NodeId>,
+    /// What is to be appended to `X-Forwarded-For`.
+    peer: Option<IpAddr>,
 }
 
 impl Head {
     pub(super) fn of(parts: &Parts, options: &Options) -> Head {
+        let peer = origin::peer(parts, options).filter(|_| options.client_ip.is_some());
         let mut head = Head {
             method: parts.method.clone(),
             target: target(parts, options),
@@ -46,7 +55,10 @@ impl Head {
             },
             definite: is_definite(parts, options),
             came: parts.extensions.get::<Came>().map_or(0, Came::count),
-            share: None,
+            client: Client::of(parts, options),
+            scheme: origin::scheme(parts),
+            taken_by: parts.extensions.get::<Forwarded>().map(Forwarded::node),
+            peer: peer.map(|peer| peer.ip()),
         };
         headers::strip_hop_by_hop(&mut head.headers);
         // HTTP/2 has the host in the URI. A client that says both is left to the app, which sees
@@ -58,11 +70,17 @@ impl Head {
             head.headers.insert(HOST, host);
         }
         join_cookies(&mut head.headers);
-        let client: Option<IpAddr> = options.client_ip.as_ref().and_then(|ip| ip(parts));
-        let scheme: Option<&Scheme> = parts.uri.scheme();
-        headers::add_forwarded(&mut head.headers, client, scheme);
-        head.share = client;
         head
+    }
+
+    /// The headers as they are sent on. To an application's address go those of a proxy with them.
+    /// The channel of the nodes does without: its hop tells all.
+    pub(super) fn headers(&self, as_proxy: bool) -> HeaderMap {
+        let mut headers = self.headers.clone();
+        if as_proxy {
+            headers::add_forwarded(&mut headers, self.peer, self.scheme);
+        }
+        headers
     }
 
     /// The head of a request for another protocol.

@@ -8,8 +8,9 @@ use http::header::{
     TRANSFER_ENCODING, UPGRADE,
 };
 use http::request::Parts;
-use http::uri::Scheme;
 use hyper::ext::Protocol;
+
+use crate::proxy::hop::ClientScheme;
 
 /// A token, on requests and responses.
 pub(crate) const TOKEN: HeaderName = HeaderName::from_static("replite-token");
@@ -22,7 +23,7 @@ pub(super) const HOP: HeaderName = HeaderName::from_static("replite-hop");
 /// In a 421: who the primary is.
 pub(super) const PRIMARY: HeaderName = HeaderName::from_static("replite-primary");
 
-const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
+pub(super) const FORWARDED_FOR: HeaderName = HeaderName::from_static("x-forwarded-for");
 const FORWARDED_PROTO: HeaderName = HeaderName::from_static("x-forwarded-proto");
 const FORWARDED_HOST: HeaderName = HeaderName::from_static("x-forwarded-host");
 
@@ -31,8 +32,9 @@ const RESERVED: &str = "replite-";
 
 /// Headers that are about one connection and never go on (RFC 9110, 7.6.1). `te` is looked at on
 /// its own.
-const HOP_BY_HOP: [&str; 7] = [
+const HOP_BY_HOP: [&str; 8] = [
     "connection",
+    "http2-settings",
     "keep-alive",
     "proxy-authenticate",
     "proxy-authorization",
@@ -60,22 +62,13 @@ pub(super) fn strip_reserved(headers: &mut HeaderMap) {
 }
 
 /// Removes what is about the connection that the message came by.
+///
+/// What `Connection` lists beyond these stays, against RFC 9110: a client must not be able to take a
+/// cookie, or what a proxy says of it, from the primary's sight.
 pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     if headers.contains_key(TRANSFER_ENCODING) {
         // Beside it a length counts for nothing; alone it would count, and be wrong.
         headers.remove(CONTENT_LENGTH);
-    }
-    let listed: Vec<HeaderName> = headers
-        .get_all(CONNECTION)
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .filter_map(|name| name.trim().parse().ok())
-        // A client must not be able to take these from the primary's sight.
-        .filter(|name| *name != HOST && *name != TE)
-        .collect();
-    for name in listed {
-        headers.remove(name);
     }
     for name in HOP_BY_HOP {
         headers.remove(name);
@@ -111,19 +104,19 @@ pub(super) fn upgrade<'a>(parts: &'a Parts, protocols: &[String]) -> Option<&'a 
     offers.flat_map(|v| v.split(',')).map(str::trim).filter(|_| asks).find(known)
 }
 
-/// Whether the client speaks https, as far as this node or the proxies before it know. What another
-/// node speaks that sent the request here tells nothing of its client.
-pub(super) fn is_https(parts: &Parts, is_hop: bool) -> bool {
-    if !is_hop && parts.uri.scheme() == Some(&Scheme::HTTPS) {
+/// Whether the client speaks https, as far as a node or the proxies before it know. `scheme` is that
+/// of the request as the client sent it.
+pub(super) fn is_https(headers: &HeaderMap, scheme: Option<ClientScheme>) -> bool {
+    if scheme == Some(ClientScheme::Https) {
         return true;
     }
     // The first one is what the client spoke; later ones were appended on the way.
-    let first = parts.headers.get(FORWARDED_PROTO).and_then(|v| v.to_str().ok());
+    let first = headers.get(FORWARDED_PROTO).and_then(|v| v.to_str().ok());
     first.and_then(|v| v.split(',').next()).is_some_and(|v| v.trim().eq_ignore_ascii_case("https"))
 }
 
 /// Adds what the primary's app should know of the client that this node heard.
-pub(super) fn add_forwarded(headers: &mut HeaderMap, client: Option<IpAddr>, scheme: Option<&Scheme>) {
+pub(super) fn add_forwarded(headers: &mut HeaderMap, client: Option<IpAddr>, scheme: Option<ClientScheme>) {
     if let Some(ip) = client {
         let before = headers.get_all(FORWARDED_FOR).iter().filter_map(|v| v.to_str().ok());
         let mut list = before.collect::<Vec<_>>().join(", ");
@@ -138,9 +131,8 @@ pub(super) fn add_forwarded(headers: &mut HeaderMap, client: Option<IpAddr>, sch
     // A guess would be worse than nothing: an app that redirects http to https would loop.
     if let Some(scheme) = scheme
         && !headers.contains_key(FORWARDED_PROTO)
-        && let Ok(value) = HeaderValue::from_str(scheme.as_str())
     {
-        headers.insert(FORWARDED_PROTO, value);
+        headers.insert(FORWARDED_PROTO, HeaderValue::from_static(scheme.as_str()));
     }
     if let Some(host) = headers.get(HOST).cloned()
         && !headers.contains_key(FORWARDED_HOST)
@@ -168,8 +160,19 @@ pub(super) fn tokens(headers: &HeaderMap) -> impl Iterator<Item = &str> {
     values.flat_map(|value| value.split(',')).map(str::trim).take(TOKENS_MAX)
 }
 
-/// Removes from an answer what only nodes are told.
+/// Removes from an answer what only nodes are told, and what is about the connection that it came
+/// by. The primary's application may list more headers of that kind.
 pub(super) fn strip_answer(headers: &mut HeaderMap) {
+    let listed: Vec<HeaderName> = headers
+        .get_all(CONNECTION)
+        .iter()
+        .filter_map(|value| value.to_str().ok())
+        .flat_map(|value| value.split(','))
+        .filter_map(|name| name.trim().parse().ok())
+        .collect();
+    for name in listed {
+        headers.remove(name);
+    }
     strip_hop_by_hop(headers);
     headers.remove(HOP);
     headers.remove(PRIMARY);
@@ -186,7 +189,7 @@ pub(crate) fn fuzz_headers(headers: HeaderMap) {
     let mut request = http::Request::new(());
     *request.headers_mut() = headers;
     let (mut parts, ()) = request.into_parts();
-    let _ = (upgrade(&parts, &["websocket".into()]), is_https(&parts, false));
+    let _ = (upgrade(&parts, &["websocket".into()]), is_https(&parts.headers, None));
     let _ = (cookies(&parts.headers, "replite").count(), tokens(&parts.headers).count());
     add_forwarded(&mut parts.headers, Some(IpAddr::from([10, 0, 0, 1])), None);
     strip_reserved(&mut parts.headers);
@@ -220,6 +223,7 @@ mod tests {
             ("connection", "close, X-Mine"),
             ("connection", "host, upgrade"),
             ("x-mine", "1"),
+            ("http2-settings", "AA"),
             ("host", "h"),
             ("te", "gzip, trailers"),
             ("transfer-encoding", "chunked"),
@@ -230,7 +234,20 @@ mod tests {
             ("trailer", "x-sum"),
         ]);
         strip_hop_by_hop(&mut h);
-        assert_eq!(h, map(&[("host", "h"), ("te", "trailers"), ("trailer", "x-sum")]));
+        assert_eq!(h, map(&[("x-mine", "1"), ("host", "h"), ("te", "trailers"), ("trailer", "x-sum")]));
+    }
+
+    #[test]
+    fn a_client_takes_nothing_else_from_sight_and_an_application_does() {
+        let kept = [("cookie", "a=1"), ("x-real-ip", "1.1.1.1"), ("authorization", "x"), ("host", "h")];
+        let mut h = map(&kept);
+        h.append(CONNECTION, HeaderValue::from_static("close, Cookie, x-real-ip"));
+        h.append(CONNECTION, HeaderValue::from_static("authorization, host"));
+        let mut answer = h.clone();
+        strip_hop_by_hop(&mut h);
+        assert_eq!(h, map(&kept));
+        strip_answer(&mut answer);
+        assert!(answer.is_empty(), "{answer:?}");
     }
 
     #[test]
@@ -240,7 +257,7 @@ mod tests {
         assert_eq!(h["x-forwarded-for"], "1.1.1.1, 10.0.0.9");
         assert_eq!(h["x-forwarded-host"], "a.example");
         assert!(!h.contains_key("x-forwarded-proto"));
-        add_forwarded(&mut h, None, Some(&Scheme::HTTPS));
+        add_forwarded(&mut h, None, Some(ClientScheme::Https));
         assert_eq!(h["x-forwarded-proto"], "https");
     }
 

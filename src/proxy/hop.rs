@@ -1,6 +1,9 @@
 //! How nodes know each other's requests: the hop proof, and the hint in a 421.
 
-use http::{HeaderValue, Method};
+use std::net::SocketAddr;
+
+use http::uri::Scheme;
+use http::{HeaderMap, HeaderValue, Method};
 
 use crate::hex::{Hex, unhex};
 use crate::peer::NodeId;
@@ -12,9 +15,11 @@ use crate::txid::Epoch;
 pub(super) const HOPS_MAX: u8 = 3;
 
 const VERSION: &str = "v1";
-/// The longest header value that is looked at: version, count, node, epoch and proof have 140
-/// bytes.
-const HOP_TEXT_MAX_BYTES: usize = 160;
+/// The longest header value that is looked at. Version, count, node, epoch, client, scheme, the other
+/// node and the proof have 220 bytes.
+const HOP_TEXT_MAX_BYTES: usize = 240;
+/// Stands for a field that there is none of.
+const NONE: &str = "-";
 /// The longest hint that is looked at: fixed fields and a URL.
 const HINT_TEXT_MAX_BYTES: usize = 1024;
 
@@ -27,19 +32,58 @@ pub(super) struct Hop {
     pub(super) from: NodeId,
     /// The newest epoch that the sender knows.
     pub(super) epoch: Epoch,
+    /// The client's address, where the node that took the request knows it. The port is 0 where it
+    /// knows the IP address only.
+    pub(super) client: Option<SocketAddr>,
+    /// What the client speaks, where that is known.
+    pub(super) scheme: Option<ClientScheme>,
+    /// Which node took the request from its client, where that is not the sender.
+    pub(super) taken_by: Option<NodeId>,
+}
+
+/// What a client speaks with the node that took its request.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum ClientScheme {
+    Http,
+    Https,
+}
+
+impl ClientScheme {
+    /// None of any other scheme.
+    pub(super) fn of(scheme: &Scheme) -> Option<ClientScheme> {
+        ClientScheme::read(scheme.as_str())
+    }
+
+    fn read(text: &str) -> Option<ClientScheme> {
+        [ClientScheme::Http, ClientScheme::Https].into_iter().find(|scheme| scheme.as_str() == text)
+    }
+
+    pub(super) fn as_str(self) -> &'static str {
+        match self {
+            ClientScheme::Http => "http",
+            ClientScheme::Https => "https",
+        }
+    }
 }
 
 /// The hop that a request came by, in its extensions. The outermost layer takes it out of the
 /// headers. It may be meant for a layer below, which has another database and other keys.
 #[derive(Clone)]
-pub(super) struct Came(pub(super) HeaderValue);
+pub(super) struct Came {
+    pub(super) value: HeaderValue,
+    /// Who sent it here, as the outermost layer saw it: a node, or a client that made it up.
+    pub(super) peer: Option<SocketAddr>,
+    /// What was taken out of the headers because that is no known proxy. It is put back where a layer
+    /// below proves the hop.
+    pub(super) told: HeaderMap,
+}
 
 impl Came {
     /// How often the layers of all databases sent the request on. It is not proved: a layer can't
     /// prove the hop of another's. A client that makes one up has its own request refused, and
     /// nothing else.
     pub(super) fn count(&self) -> u8 {
-        let count = || self.0.to_str().ok()?.split('.').nth(1)?.parse().ok();
+        let count = || self.value.to_str().ok()?.split('.').nth(1)?.parse().ok();
         count().unwrap_or(0)
     }
 }
@@ -72,16 +116,53 @@ impl Hop {
         let mut split = fields.split('.');
         let mut next = || split.next();
         let (version, count, from, epoch) = (next()?, next()?, next()?, next()?);
+        let (client, scheme, taken_by) = (next()?, next()?, next()?);
         if version != VERSION || next().is_some() {
             return None;
         }
-        let hop = Hop { count: count.parse().ok()?, from: from.parse().ok()?, epoch: epoch.parse().ok()? };
+        let hop = Hop {
+            count: count.parse().ok()?,
+            from: from.parse().ok()?,
+            epoch: epoch.parse().ok()?,
+            client: known(client, read_client)?,
+            scheme: known(scheme, ClientScheme::read)?,
+            taken_by: known(taken_by, |text| text.parse().ok())?,
+        };
         about.keys.verify(Purpose::Hop, &proved(about, fields), &proof).then_some(hop)
     }
 
     fn fields(&self) -> String {
-        format!("{VERSION}.{}.{:032x}.{}", self.count, self.from.as_u128(), self.epoch)
+        let none = || NONE.to_owned();
+        let client = self.client.map_or_else(none, client_text);
+        let scheme = self.scheme.map_or(NONE, ClientScheme::as_str);
+        let taken_by = self.taken_by.map_or_else(none, |node| format!("{:032x}", node.as_u128()));
+        let (count, from, epoch) = (self.count, self.from.as_u128(), self.epoch);
+        format!("{VERSION}.{count}.{from:032x}.{epoch}.{client}.{scheme}.{taken_by}")
     }
+}
+
+/// A field that may say that there is nothing; none when it is garbled.
+fn known<T>(text: &str, read: impl FnOnce(&str) -> Option<T>) -> Option<Option<T>> {
+    if text == NONE { Some(None) } else { read(text).map(Some) }
+}
+
+/// The bytes of the IP address and of the port, as digits. The zone of an IPv6 address means
+/// nothing on another machine.
+fn client_text(client: SocketAddr) -> String {
+    let port = client.port().to_be_bytes();
+    match client {
+        SocketAddr::V4(v4) => format!("{}{}", Hex(&v4.ip().octets()), Hex(&port)),
+        SocketAddr::V6(v6) => format!("{}{}", Hex(&v6.ip().octets()), Hex(&port)),
+    }
+}
+
+fn read_client(text: &str) -> Option<SocketAddr> {
+    if let Some([a, b, c, d, port @ ..]) = unhex::<6>(text) {
+        return Some(([a, b, c, d], u16::from_be_bytes(port)).into());
+    }
+    let bytes: [u8; 18] = unhex(text)?;
+    let (ip, port) = bytes.split_first_chunk::<16>()?;
+    Some((*ip, u16::from_be_bytes(port.try_into().ok()?)).into())
 }
 
 fn proved<'a>(about: About<'a>, fields: &'a str) -> [&'a [u8]; 5] {
@@ -150,7 +231,18 @@ mod tests {
         Keyring::new(&[Secret::fixed([byte; 32])]).unwrap()
     }
 
-    const HOP: Hop = Hop { count: 2, from: NodeId::from_u128(7), epoch: Epoch::new(4, 9) };
+    const HOP: Hop = Hop {
+        count: 2,
+        from: NodeId::from_u128(7),
+        epoch: Epoch::new(4, 9),
+        client: None,
+        scheme: Some(ClientScheme::Https),
+        taken_by: None,
+    };
+
+    fn came(value: HeaderValue) -> Came {
+        Came { value, peer: None, told: HeaderMap::new() }
+    }
 
     #[test]
     fn a_follower_makes_no_hop_that_any_node_takes_and_is_counted() {
@@ -161,7 +253,7 @@ mod tests {
         let value = HeaderValue::try_from(HOP.text(about(&follower))).unwrap();
         assert_eq!(Hop::verify(&value, about(&member)), None);
         assert_eq!(Hop::verify(&value, about(&follower)), None);
-        assert_eq!(Came(value).count(), HOP.count);
+        assert_eq!(came(value).count(), HOP.count);
         let hint = Hint { epoch: HOP.epoch, url: "http://a:1".into() };
         let value = hint.value(&follower, "hop").unwrap();
         assert_eq!(Hint::verify(&value, &member, "hop"), None);
@@ -186,9 +278,36 @@ mod tests {
         for text in ["", ".", "v1", "v1.1..", "v1.1.x.y.z", &"v1.".repeat(1000)] {
             assert_eq!(Hop::verify(&HeaderValue::try_from(text).unwrap(), about), None);
         }
-        assert_eq!(Came(value).count(), 2, "also for who can't prove it");
+        assert_eq!(came(value).count(), 2, "also for who can't prove it");
         for (text, count) in [("", 0), ("v1", 0), ("v1.x.y", 0), ("v1.300.y", 0), ("v1.255.y", 255)] {
-            assert_eq!(Came(HeaderValue::from_static(text)).count(), count, "{text}");
+            assert_eq!(came(HeaderValue::from_static(text)).count(), count, "{text}");
+        }
+    }
+
+    #[test]
+    fn a_hop_says_who_the_client_is_and_no_one_else_can() {
+        let mine = keys(1);
+        let about = About { keys: &mine, tag: "aa", method: &Method::POST, target: "/a" };
+        let longest = "[2001:db8:ffff:ffff:ffff:ffff:ffff:ffff]:65535";
+        let clients = ["203.0.113.9:4711", "10.0.0.1:0", "[::1]:80", "[::ffff:10.0.0.1]:9", longest];
+        for client in clients.map(|client| client.parse().ok()).into_iter().chain([None]) {
+            for scheme in [None, Some(ClientScheme::Http), Some(ClientScheme::Https)] {
+                let taken_by = client.map(|_| NodeId::from_u128(u128::MAX));
+                let hop = Hop { count: 255, client, scheme, taken_by, ..HOP };
+                let text = hop.text(about);
+                assert!(text.len() <= HOP_TEXT_MAX_BYTES, "{text}");
+                let value = HeaderValue::try_from(text).unwrap();
+                assert_eq!(Hop::verify(&value, about), Some(hop), "{client:?} {scheme:?}");
+            }
+        }
+        let text = Hop { client: "203.0.113.9:4711".parse().ok(), ..HOP }.text(about);
+        for (real, made_up) in [("cb007109", "0a000001"), ("cb0071091267", "-"), (".https.", ".http.")] {
+            assert!(text.contains(real), "{text}");
+            let value = HeaderValue::try_from(text.replacen(real, made_up, 1)).unwrap();
+            assert_eq!(Hop::verify(&value, about), None, "{made_up}");
+        }
+        for garbled in ["", "--", "cb0071", "zz007109126700", &"0".repeat(34)] {
+            assert_eq!(known(garbled, read_client), None, "{garbled}");
         }
     }
 

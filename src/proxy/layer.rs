@@ -17,6 +17,7 @@ use crate::proxy::budget::Budget;
 use crate::proxy::client::PrimaryClient;
 use crate::proxy::dial::Dialer;
 use crate::proxy::failure::Failure;
+use crate::proxy::proxies::Proxies;
 use crate::proxy::route::Route;
 use crate::proxy::service::ReplayService;
 use crate::proxy::shared::{
@@ -128,10 +129,11 @@ impl ReplayLayer {
             failure: None,
             original_uri: ORIGINAL_URI.map(|uri| Arc::new(uri) as Hook<_, _>),
             client_ip: None,
+            proxies: Proxies::Unknown,
         };
         let dialer = Dialer::new(Duration::from_secs(1), node.stop.clone(), ServerTls::default());
         let (held, forwards) = (Shares::new(HELD_MAX, CLIENT_MAX), Shares::new(FORWARDS_MAX, CLIENT_MAX));
-        let shared = LayerShared { node, tokens, dialer, held, forwards, options };
+        let shared = LayerShared { node, tokens, dialer, held, forwards, said: Arc::default(), options };
         ReplayLayer { shared: Arc::new(shared) }
     }
 
@@ -387,8 +389,13 @@ impl ReplayLayer {
         self.with(|o| o.original_uri = Some(Arc::new(uri)))
     }
 
-    /// The client's address, which is appended to `X-Forwarded-For`. With axum's `ConnectInfo`:
-    /// `|parts| parts.extensions.get::<ConnectInfo<SocketAddr>>().map(|c| c.0.ip())`.
+    /// The IP address of the peer that a request came from, where the server tells it in a way of
+    /// its own. With the feature `axum` the layer takes it from `ConnectInfo<SocketAddr>` by itself,
+    /// which `Router::into_make_service_with_connect_info` sets.
+    ///
+    /// It is that of the connection, and not what a header says: on the primary it stands in
+    /// [`Forwarded`](crate::Forwarded), and in place of the node's own. Where it is set here, it is
+    /// also appended to the `X-Forwarded-For` of requests that go by the applications' addresses.
     pub fn client_ip(self, ip: impl Fn(&Parts) -> Option<IpAddr> + Send + Sync + 'static) -> Self {
         self.with(|o| o.client_ip = Some(Arc::new(ip)))
     }
@@ -403,6 +410,16 @@ impl ReplayLayer {
         layer
     }
 
+    /// Which proxies there are before this application. It decides whose `X-Forwarded-*`,
+    /// `X-Real-IP` and `Forwarded` count: from all others these headers are taken out before a
+    /// handler sees the request, here or on the primary. If not set, they stay as they came
+    /// ([`Proxies::Unknown`]). The node logs at start what is set (`client_headers`).
+    pub fn proxies(self, proxies: Proxies) -> Self {
+        let mut layer = self.with(|o| o.proxies = proxies);
+        Arc::make_mut(&mut layer.shared).said = Arc::default();
+        layer
+    }
+
     fn with<R>(mut self, change: impl FnOnce(&mut Options) -> R) -> Self {
         change(&mut Arc::make_mut(&mut self.shared).options);
         self
@@ -413,6 +430,7 @@ impl<S> Layer<S> for ReplayLayer {
     type Service = ReplayService<S>;
 
     fn layer(&self, inner: S) -> ReplayService<S> {
+        self.shared.say();
         ReplayService { inner, shared: self.shared.clone() }
     }
 }

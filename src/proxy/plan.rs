@@ -2,16 +2,18 @@
 
 use http::header::HOST;
 use http::request::Parts;
-use http::{HeaderValue, Method, Response};
+use http::{HeaderMap, HeaderValue, Method, Response};
 use http_body_util::Full;
 
 use crate::context::RunningRequest;
 use crate::proxy::body::MadeBody;
 use crate::proxy::failure::{Failure, Reason};
+use crate::proxy::forwarded::{self, Forwarded};
 use crate::proxy::head::target;
 use crate::proxy::headers::{self, HOP, PRIMARY};
 use crate::proxy::hop::{About, Came, HOPS_MAX, Hint, Hop};
 use crate::proxy::locate::other_primary;
+use crate::proxy::origin;
 use crate::proxy::route::Route;
 use crate::proxy::shared::{LayerShared, Upgrades, failure};
 use crate::token::Token;
@@ -45,14 +47,17 @@ pub(super) enum Need {
 /// who sends the request on can keep all of its body.
 pub(super) fn plan(shared: &LayerShared, parts: &mut Parts, keeps: bool) -> (RequestPlan, Option<Token>) {
     // Few of a client's requests have it; then it was made up, or it is a node's.
+    let options = &shared.options;
     if let Some(value) = parts.headers.remove(HOP) {
-        parts.extensions.insert(Came(value));
+        let peer = origin::connected(parts, options);
+        parts.extensions.insert(Came { value, peer, told: HeaderMap::new() });
     }
     headers::strip_reserved(&mut parts.headers);
-    let options = &shared.options;
-    if let Some(Came(value)) = parts.extensions.get::<Came>()
-        && let Some((hop, text)) = verified(shared, parts, value)
+    if let Some(Came { value, told, .. }) = parts.extensions.get::<Came>().cloned()
+        && let Some((hop, text)) = verified(shared, parts, &value)
     {
+        forwarded::arrive(parts, Forwarded::of(&hop));
+        parts.headers.extend(told);
         if hop.from == shared.node.me.node || hop.count > HOPS_MAX {
             return (answer(shared, Reason::Loop), None);
         }
@@ -75,6 +80,7 @@ pub(super) fn plan(shared: &LayerShared, parts: &mut Parts, keeps: bool) -> (Req
         }
         return (plan, request_token(shared, parts));
     }
+    origin::clean(parts, options);
     let upgrade = headers::upgrade(parts, &options.protocols).is_some();
     if parts.method == Method::CONNECT && !upgrade {
         return (answer(shared, Reason::Method), None);

@@ -15,6 +15,7 @@ use crate::proxy::body::ReplayRequestBody;
 use crate::proxy::future::{LocalRun, ResponseFuture, Resume};
 use crate::proxy::head::Head;
 use crate::proxy::headers;
+use crate::proxy::origin;
 use crate::proxy::plan::{Need, RequestPlan, plan};
 use crate::proxy::replay_body::Keep;
 use crate::proxy::shared::LayerShared;
@@ -126,7 +127,7 @@ impl<S> ReplayService<S> {
         // The layer of another database may be around this one.
         let outer = parts.extensions.get::<Session>().cloned();
         let session = Session::new(shared.tokens.clone(), token, outer);
-        let secure = headers::is_https(&parts, matches!(plan, RequestPlan::Hop(..)));
+        let secure = headers::is_https(&parts.headers, origin::scheme(&parts));
         let future = match plan {
             RequestPlan::Answered(answer) => ResponseFuture::done(shared.clone(), *answer),
             RequestPlan::Local { replay, running } => {
@@ -134,7 +135,7 @@ impl<S> ReplayService<S> {
                 let (keep, body) = if let Some(head) = &head
                     && !body.is_end_stream()
                 {
-                    let keep = Keep::new(body, &shared.options.budget, head.share);
+                    let keep = Keep::new(body, &shared.options.budget, head.client.share);
                     (Some(keep.clone()), kept(keep))
                 } else {
                     (None, hand(ReplayRequestBody::plain(body)))
@@ -158,7 +159,7 @@ impl<S> ReplayService<S> {
                 let head = Arc::new(Head::of_client(&parts, &shared.options));
                 let may_replay = matches!(need, Need::Applied(_)) || !shared.node.lease.fixed;
                 let replay = may_replay.then(|| head.clone());
-                let body = Keep::new(body, &shared.options.budget, head.share);
+                let body = Keep::new(body, &shared.options.budget, head.client.share);
                 let resume = Resume { service, body: kept, parts, session, secure, replay };
                 ResponseFuture::prepare(shared.clone(), need, head, body, resume)
             }

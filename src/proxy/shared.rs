@@ -2,6 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -14,8 +15,10 @@ use crate::proxy::body::MadeBody;
 use crate::proxy::budget::Budget;
 use crate::proxy::dial::Dialer;
 use crate::proxy::failure::{Failure, Reason};
+use crate::proxy::proxies::Proxies;
 use crate::proxy::route::{Route, is_below};
 use crate::proxy::shares::Shares;
+use crate::report::Condition;
 use crate::token::Tokens;
 
 /// For how long a request is held where who is primary is fixed.
@@ -133,6 +136,8 @@ pub(super) struct LayerShared {
     pub(super) held: Shares,
     /// Places of requests that are on their way to the primary.
     pub(super) forwards: Shares,
+    /// What is said of the layer when it is used first was said.
+    pub(super) said: Arc<AtomicBool>,
     pub(super) options: Options,
 }
 
@@ -167,6 +172,7 @@ pub(super) struct Options {
     pub(super) failure: Option<Hook<Failure, Response<Bytes>>>,
     pub(super) original_uri: Option<Hook<Parts, Option<Uri>>>,
     pub(super) client_ip: Option<Hook<Parts, Option<IpAddr>>>,
+    pub(super) proxies: Proxies,
 }
 
 #[derive(Clone)]
@@ -209,6 +215,14 @@ impl Options {
 }
 
 impl LayerShared {
+    /// Says once whose word counts for who a client is.
+    pub(super) fn say(&self) {
+        if !self.said.swap(true, Ordering::Relaxed) {
+            let (database, proxies) = (self.node.database.as_str(), &self.options.proxies);
+            self.node.report(Condition::ClientHeaders { database, what: &proxies.words() });
+        }
+    }
+
     /// For how long a request is held.
     pub(super) fn hold_timeout(&self) -> Duration {
         let usual = || self.node.lease.time().map_or(HOLD_TIMEOUT, |time| time + HOLD_BEYOND_LEASE);

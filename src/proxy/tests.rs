@@ -2,6 +2,7 @@
 
 mod breaks;
 mod callers;
+mod clients;
 mod detours;
 mod failover;
 mod followers;

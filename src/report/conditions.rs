@@ -976,6 +976,10 @@ conditions! {
 
     // Requests for the primary's application.
 
+    /// What the replay layer makes of the headers in which proxies say who the client is.
+    ClientHeaders { database: &'a str, what: &'a dyn Display } "client_headers" {
+        log info(database, "the headers X-Forwarded-*, X-Real-IP and Forwarded {what}");
+    }
     /// The address that the primary gives for its application is none.
     AppAddressInvalid { error: &'a dyn Display, url: &'a str } "app_address_invalid" {
         log warn(%error, %url, "the primary's app address is of no use");

@@ -38,6 +38,7 @@ const NAMES: &[&str] = &[
     "certificates_taken",
     "checkpoint_fails",
     "checkpoint_works",
+    "client_headers",
     "close_clock_missing",
     "close_not_awaited",
     "close_thread_missing",

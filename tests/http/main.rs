@@ -3,6 +3,7 @@
 #[path = "../support/app.rs"]
 mod app;
 mod busy;
+mod clients;
 mod deploy;
 mod drain;
 mod endpoint;

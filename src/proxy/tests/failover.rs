@@ -19,8 +19,8 @@ use tower::{Layer, ServiceExt, service_fn};
 
 use crate::context::NodeContext;
 use crate::fence::boot_time;
-use crate::peer::{Incarnation, NodeId};
-use crate::proxy::hop::{About, Hop};
+use crate::peer::Incarnation;
+use crate::proxy::hop::About;
 use crate::proxy::tests::world::*;
 use crate::proxy::{Outcome, Reason, ReplayLayer, SessionTokens};
 use crate::session::{self, Session};
@@ -414,7 +414,7 @@ async fn a_request_of_a_later_epoch_stops_an_old_primary_and_one_of_an_older_run
     let tag = ReplayLayer::new(old.clone()).shared.tokens.tag().to_owned();
     let about = About { keys: &old.keys, tag: &tag, method: &Method::POST, target: "/" };
     let hop = |number| {
-        let hop = Hop { count: 1, from: NodeId::from_u128(77), epoch: epoch(number) };
+        let hop = hop_of(77, number);
         send(Request::post(server.url()).header("replite-hop", hop.text(about)).body(full("x")).unwrap())
     };
     assert_eq!(text(hop(2).await).await, "here");
@@ -426,7 +426,7 @@ async fn a_request_of_a_later_epoch_stops_an_old_primary_and_one_of_an_older_run
     let fixed = node(1, Role::Primary);
     let server = serve(&fixed, here()).await;
     let about = About { keys: &fixed.keys, ..about };
-    let text_of = Hop { count: 1, from: NodeId::from_u128(77), epoch: epoch(9) }.text(about);
+    let text_of = hop_of(77, 9).text(about);
     let request = Request::post(server.url()).header("replite-hop", text_of).body(full("x")).unwrap();
     assert_eq!(text(send(request).await).await, "here");
 }

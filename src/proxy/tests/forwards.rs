@@ -18,7 +18,7 @@ use hyper_util::rt::TokioExecutor;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
-use crate::peer::{Incarnation, NodeId};
+use crate::peer::Incarnation;
 use crate::proxy::ReplayLayer;
 use crate::proxy::hop::{About, HOPS_MAX, Hop};
 use crate::proxy::tests::world::*;
@@ -86,8 +86,8 @@ async fn the_primary_sees_the_request_as_it_came_without_what_was_spoofed() {
         .header("replite-hop", "v1.1.x.y.z")
         .header("replite-outcome", "not-executed")
         .header("replite-anything", "x")
-        .header("connection", "x-private")
-        .header("x-private", "1")
+        .header("connection", "x-kept, x-forwarded-for, keep-alive")
+        .header("keep-alive", "1")
         .header("x-kept", "2")
         .header("proxy-authorization", "secret")
         .header("x-forwarded-for", "1.2.3.4")
@@ -105,7 +105,7 @@ async fn the_primary_sees_the_request_as_it_came_without_what_was_spoofed() {
     ] {
         assert!(got.contains(line), "{line:?} is missing in {got}");
     }
-    for word in ["replite-", "x-private", "proxy-authorization"] {
+    for word in ["replite-", "keep-alive", "proxy-authorization"] {
         assert!(!got.contains(word), "{word:?} came through in {got}");
     }
 }
@@ -289,7 +289,7 @@ async fn a_proved_hop_from_another_node_gets_421_and_a_forged_one_is_a_clients()
     let layer = ReplayLayer::new(pair.replica_node.clone());
     let tag = layer.shared.tokens.tag().to_owned();
     let about = About { keys: &pair.replica_node.keys, tag: &tag, method: &method, target: "/x?y" };
-    let hop = Hop { count: 1, from: NodeId::from_u128(77), epoch: epoch(1) };
+    let hop = hop_of(77, 1);
     let (_sender, never_sent) = piecewise();
     let request = pair.post("/x?y").header("replite-hop", hop.text(about)).body(never_sent).unwrap();
     let response = send(request).await;
@@ -315,7 +315,7 @@ async fn a_request_from_a_later_epoch_is_not_run_by_a_primary_whose_lease_is_ove
         let server = Server::start(Router::new().fallback(mirror).layer(layer)).await;
         let about = About { keys: &primary.keys, tag: &tag, method: &method, target: "/x" };
         let from = |number| {
-            let hop = Hop { count: 1, from: NodeId::from_u128(77), epoch: epoch(number) }.text(about);
+            let hop = hop_of(77, number).text(about);
             let request = Request::post(format!("{}/x", server.url())).header("replite-hop", hop);
             send(request.body(full("x")).unwrap())
         };

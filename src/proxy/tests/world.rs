@@ -27,6 +27,7 @@ use crate::fence::boot_time;
 use crate::keys::DatabaseKeys;
 use crate::peer::{Incarnation, NodeId};
 use crate::proxy::ReplayLayer;
+use crate::proxy::hop::Hop;
 use crate::secret::{Keyring, Secret};
 use crate::status::{Addresses, PeerInfo, Role, RoleState};
 use crate::txid::{Epoch, EpochHistory, EpochStart, Position, Txid};
@@ -67,6 +68,12 @@ fn with_lease(me: PeerInfo, role: Role, lease: LeaseContext) -> Arc<NodeContext>
     with_keys(me, role, lease, Keyring::new(&[Secret::fixed([7; 32])]).unwrap())
 }
 
+/// The same as [`node`] for another database.
+pub(super) fn node_in(database: &str, id: u128, role: Role) -> Arc<NodeContext> {
+    let keys = Keyring::new(&[Secret::fixed([7; 32])]).unwrap();
+    of_database(database, peer(id, ""), role, LeaseContext::fixed(), keys)
+}
+
 /// A follower, which has no secret of the others.
 pub(super) fn follower(id: u128) -> Arc<NodeContext> {
     let keys = Keyring::with_followers(&[], &[Secret::fixed([8; 32])]).unwrap();
@@ -74,8 +81,18 @@ pub(super) fn follower(id: u128) -> Arc<NodeContext> {
 }
 
 fn with_keys(me: PeerInfo, role: Role, lease: LeaseContext, keys: Keyring) -> Arc<NodeContext> {
-    let keys = (keys, crate::channel::Channel::open());
-    let node = NodeContext::new(me, "c".into(), "app".into(), keys, role, lease, DatabaseKeys::fixed(7));
+    of_database("app", me, role, lease, keys)
+}
+
+fn of_database(
+    database: &str,
+    me: PeerInfo,
+    role: Role,
+    lease: LeaseContext,
+    keys: Keyring,
+) -> Arc<NodeContext> {
+    let (keys, name) = ((keys, crate::channel::Channel::open()), database.into());
+    let node = NodeContext::new(me, "c".into(), name, keys, role, lease, DatabaseKeys::fixed(7));
     let mut history = EpochHistory::default();
     history.push(EpochStart { epoch: epoch(1), first: 1, before: Checksum::EMPTY });
     node.applied.replace(history, Some(at(10)));
@@ -96,6 +113,12 @@ pub(super) fn follow(node: &NodeContext, number: u64, primary: Option<PeerInfo>)
             waits_for: None,
         }
     });
+}
+
+/// A hop of another node, which knows nothing of the client.
+pub(super) fn hop_of(from: u128, number: u64) -> Hop {
+    let (client, scheme, taken_by) = (None, None, None);
+    Hop { count: 1, from: NodeId::from_u128(from), epoch: epoch(number), client, scheme, taken_by }
 }
 
 /// A replica that goes by a lease.
