@@ -11,7 +11,7 @@
 //! 3. `wait` waits for the transaction of the request's token, and for the primary when that does
 //!    not come.
 //! 4. `forward` sends the `head` and the kept body (`replay_body`) to the primary. `locate` knows
-//!    where that is, and holds the request while there is none.
+//!    where that is, and holds the request while there is none. `intake` takes small bodies in first.
 //! 5. `redirect` sends the client there in place of this node, where the layer is set up for that.
 //! 6. `dial` has the connections. Those of the private channel are in `channel`. Others go to the
 //!    application's address: `connect` opens them, with TLS where the URL says so, and `http2` is the
@@ -23,13 +23,16 @@
 //! On the primary `app` takes what came on the private channel, and calls the application.
 //!
 //! `layer` has the settings and `shared` what comes of them. `headers`, `hop` and `body` are about
-//! bytes. `client` sends requests for callers that are no request's handler.
+//! bytes. `client` sends requests for callers that are no request's handler. `shares` counts what is
+//! limited for all and for each client, `budget` what is kept of bodies, and `pace` says how long a
+//! client is waited for.
 //!
 //! Who the client is: `origin` finds it, `proxies` says whose word counts for that, and `forwarded`
 //! is what a handler is told on another node.
 
 mod app;
 mod body;
+mod budget;
 mod channel;
 mod client;
 mod connect;
@@ -42,9 +45,11 @@ mod head;
 pub(crate) mod headers;
 mod hop;
 mod http2;
+mod intake;
 mod layer;
 mod locate;
 mod origin;
+mod pace;
 mod plan;
 mod preface;
 mod proxies;
@@ -54,6 +59,7 @@ mod reply;
 mod route;
 mod service;
 mod shared;
+mod shares;
 mod switched;
 #[cfg(test)]
 mod tests;

@@ -15,6 +15,7 @@ use tokio::time::{Instant, Sleep};
 use crate::proxy::BoxError;
 use crate::proxy::channel::OnLine;
 use crate::proxy::replay_body::{DrainOnDrop, Keep};
+use crate::proxy::shares::Taken;
 
 pin_project! {
     /// A request's body as the wrapped service gets it: the one that came in. The layer may be able
@@ -183,8 +184,14 @@ impl<RB> std::fmt::Debug for ReplayResponseBody<RB> {
 
 /// The body of a response that the wrapped service did not make.
 pub(super) enum MadeBody {
-    /// The primary's.
-    Primary(IdleTimeoutBody<Incoming>),
+    /// The primary's, and its place among those that are on their way.
+    Primary {
+        body: IdleTimeoutBody<Incoming>,
+        /// Among the requests that are on their way.
+        _place: Option<Taken>,
+        /// On a connection of the private channel.
+        _on_line: Option<OnLine>,
+    },
     /// The layer's own.
     Own(Full<Bytes>),
 }
@@ -198,21 +205,21 @@ impl Body for MadeBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         match self.get_mut() {
-            MadeBody::Primary(body) => Pin::new(body).poll_frame(cx),
+            MadeBody::Primary { body, .. } => Pin::new(body).poll_frame(cx),
             MadeBody::Own(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
         }
     }
 
     fn is_end_stream(&self) -> bool {
         match self {
-            MadeBody::Primary(body) => body.is_end_stream(),
+            MadeBody::Primary { body, .. } => body.is_end_stream(),
             MadeBody::Own(body) => body.is_end_stream(),
         }
     }
 
     fn size_hint(&self) -> SizeHint {
         match self {
-            MadeBody::Primary(body) => body.size_hint(),
+            MadeBody::Primary { body, .. } => body.size_hint(),
             MadeBody::Own(body) => body.size_hint(),
         }
     }
@@ -221,8 +228,6 @@ impl Body for MadeBody {
 /// A body that fails when nothing comes for too long.
 pub(super) struct IdleTimeoutBody<B> {
     body: B,
-    /// The place of its exchange on a connection, until the body's end.
-    _on_line: Option<OnLine>,
     /// None: any pause is fine, as in an event stream.
     idle: Option<Duration>,
     /// Set while the body has nothing to give.
@@ -232,12 +237,7 @@ pub(super) struct IdleTimeoutBody<B> {
 
 impl<B> IdleTimeoutBody<B> {
     pub(super) fn new(body: B, idle: Option<Duration>) -> IdleTimeoutBody<B> {
-        IdleTimeoutBody { body, _on_line: None, idle, since: None, sleep: None }
-    }
-
-    /// The same, which keeps a place on a connection.
-    pub(super) fn on(self, line: Option<OnLine>) -> IdleTimeoutBody<B> {
-        IdleTimeoutBody { _on_line: line, ..self }
+        IdleTimeoutBody { body, idle, since: None, sleep: None }
     }
 }
 

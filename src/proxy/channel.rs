@@ -34,11 +34,12 @@ use crate::proxy::preface::{Spoken, WatchedIo};
 use crate::proxy::switched;
 use crate::replica::foreign;
 
-/// Connections to one node, ...
-const LINES_MAX: usize = 8;
-/// ... of which there is one more when so many requests are on each.
+/// Connections to one node. With what may be on each, that is 1,024 WebSockets.
+const LINES_MAX: usize = 16;
+/// Up to so many there is one more when so many requests are on each, ...
+const SPREAD_LINES: usize = 8;
 const SPREAD: usize = 16;
-/// Requests on one connection; the other side allows as many.
+/// ... and after that when each is full. The other side allows as many requests on one.
 const REQUESTS_MAX: usize = net::FORWARDS_MAX as usize;
 
 /// The ways to the node that was asked last.
@@ -134,6 +135,7 @@ impl ChannelLines {
                     }
                     return Ok(line);
                 }
+                Place::Full => return Err(SendError::Unreachable("all connections are full".into())),
                 Place::None => {}
             }
             let _dialling = self.dialling.lock().await;
@@ -158,13 +160,12 @@ impl ChannelLines {
         let least = open.lines.iter().min_by_key(|line| line.requests.load(Ordering::Relaxed));
         let Some(line) = least.cloned() else { return Place::None };
         let requests = line.requests.load(Ordering::Relaxed);
-        let more = open.lines.len() < LINES_MAX;
-        if requests >= REQUESTS_MAX && more {
-            return Place::None;
+        if requests >= REQUESTS_MAX {
+            return if open.lines.len() < LINES_MAX { Place::None } else { Place::Full };
         }
-        // Counted under the lock. Where all connections are full, the other side's limit makes it wait.
+        // Counted under the lock.
         line.requests.fetch_add(1, Ordering::Relaxed);
-        Place::On(OnLine(line), more && requests + 1 >= SPREAD)
+        Place::On(OnLine(line), requests + 1 >= SPREAD && open.lines.len() < SPREAD_LINES)
     }
 
     fn add(&self, to: &str, line: Line) {
@@ -273,7 +274,10 @@ impl ChannelLines {
 enum Place {
     /// On this connection; whether there should be one more.
     On(OnLine, bool),
+    /// Another connection is needed.
     None,
+    /// There are as many as may be.
+    Full,
 }
 
 /// The two bodies of the exchange that a connection begins with.

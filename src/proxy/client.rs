@@ -89,7 +89,7 @@ where
         let (mut parts, body) = request.into_parts();
         strip_reserved(&mut parts.headers);
         let head = Head::of(&parts, &shared.options);
-        let body = Keep::new(body, &shared.options.budget);
+        let body = Keep::new(body, &shared.options.budget, head.client.share);
         Box::pin(async move {
             let effects = !is_safe(&head.method);
             let answer = match forward(&shared, &head, body, Sender::Caller, true).await {

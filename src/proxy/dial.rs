@@ -72,8 +72,8 @@ impl Dialer {
         Dialer::new(connect, self.asker.clone(), stop, tls)
     }
 
-    /// Sends a request and waits for the response's head. The body is not touched before a
-    /// connection stands.
+    /// Sends a request and waits for the response's head. What was not taken in of the
+    /// body is not touched before a connection stands.
     ///
     /// # Cancel safety
     /// Dropping the future closes the connection that the request is on.
@@ -126,7 +126,7 @@ fn sort(error: hyper_util::client::legacy::Error) -> SendError {
 /// A connection may have broken because of what the client sent, or did not send.
 fn blame(error: SendError, body: &Keep, idle: Duration) -> SendError {
     let SendError::Broken(error) = error else { return error };
-    if body.starving() && body.deadline(idle, idle) <= Instant::now() {
+    if body.slow() || body.starving() && body.deadline(idle, idle) <= Instant::now() {
         return SendError::SlowClient;
     }
     if body.failed() {

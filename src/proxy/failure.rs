@@ -102,8 +102,11 @@ impl Outcome {
 pub enum Reason {
     /// No primary appeared within the hold timeout.
     NoPrimary,
-    /// As many requests as may be are held already.
+    /// As many requests as may be are held already, or as many of this client.
     TooManyHeld,
+    /// As many requests as may be are on their way to the primary, or as many of this client, and no
+    /// place became free within the hold timeout.
+    TooManyForwarded,
     /// The primary could not be reached, or did not begin the request, within the hold timeout.
     Unreachable,
     /// The handler needed the primary, but the request's body was too large to be kept for it.
@@ -123,9 +126,13 @@ pub enum Reason {
     /// The request has several `Host` headers, or one that HTTP/2 can't carry, or a target without
     /// a path. Servers could read it in two ways.
     Ambiguous,
-    /// The client stopped sending the request's body.
+    /// The client sent the request's body too slowly, or stopped, before the primary was asked.
+    SlowBody,
+    /// What the client sent is no whole body; the primary was not asked.
+    BrokenBody,
+    /// The client sent the request's body too slowly, or stopped. The primary has the beginning.
     SlowClient,
-    /// What the client sent is no whole body.
+    /// What the client sent is no whole body. The primary has the beginning.
     BadBody,
     /// The primary did not answer in time.
     NoAnswer,
@@ -170,6 +177,7 @@ impl Failure {
         let (status, outcome) = match reason {
             Reason::NoPrimary
             | Reason::TooManyHeld
+            | Reason::TooManyForwarded
             | Reason::Unreachable
             | Reason::BodyTooLarge
             | Reason::NotApplied
@@ -177,6 +185,8 @@ impl Failure {
             Reason::Loop | Reason::Apart => (StatusCode::LOOP_DETECTED, Outcome::NotExecuted),
             Reason::Method => (StatusCode::METHOD_NOT_ALLOWED, Outcome::NotExecuted),
             Reason::Misdirected => (StatusCode::MISDIRECTED_REQUEST, Outcome::NotExecuted),
+            Reason::SlowBody => (StatusCode::REQUEST_TIMEOUT, Outcome::NotExecuted),
+            Reason::BrokenBody => (StatusCode::BAD_REQUEST, Outcome::NotExecuted),
             // The primary's handler saw the beginning of the body and may have acted on it.
             Reason::SlowClient => (StatusCode::REQUEST_TIMEOUT, Outcome::Unknown),
             Reason::BadBody => (StatusCode::BAD_REQUEST, Outcome::Unknown),
@@ -190,6 +200,7 @@ impl Failure {
         match self.reason {
             Reason::NoPrimary => "there is no primary at the moment",
             Reason::TooManyHeld => "too many requests wait for a primary",
+            Reason::TooManyForwarded => "too many requests are on their way to the primary",
             Reason::Unreachable => "the primary can't be reached",
             Reason::BodyTooLarge => "the request needs the primary, but its body was too large to be kept",
             Reason::NotApplied => "this node is behind, and there is no primary to ask",
@@ -199,8 +210,8 @@ impl Failure {
             }
             Reason::Upgrade => "upgrades are served by the primary only",
             Reason::Method => "the method can't be served",
-            Reason::SlowClient => "the request's body stopped",
-            Reason::BadBody => "the request's body is not whole",
+            Reason::SlowBody | Reason::SlowClient => "the request's body came too slowly",
+            Reason::BrokenBody | Reason::BadBody => "the request's body is not whole",
             Reason::Ambiguous => "the request's target or host is ambiguous",
             Reason::NoAnswer => "the primary did not answer in time",
             Reason::Broken => "the connection to the primary broke",

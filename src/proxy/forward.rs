@@ -17,11 +17,13 @@ use crate::proxy::failure::{Failure, Outcome, Reason};
 use crate::proxy::head::Head;
 use crate::proxy::headers::{HOP, PRIMARY, strip_answer};
 use crate::proxy::hop::{About, HOPS_MAX, Hint, Hop};
+use crate::proxy::intake::take_in;
 use crate::proxy::locate::{HoldLimit, RequestTarget, find, look, superseded, wait};
 use crate::proxy::redirect::redirect;
 use crate::proxy::replay_body::Keep;
 use crate::proxy::route::is_safe;
 use crate::proxy::shared::LayerShared;
+use crate::proxy::shares::{Claim, Taken};
 use crate::report::Condition;
 use crate::txid::Epoch;
 
@@ -55,7 +57,8 @@ pub(super) enum Verdict {
     Failed(Reason),
 }
 
-/// Sends the request to the primary, holding it while there is none.
+/// Sends the request to the primary, holding it while there is none. Before that a body is taken in
+/// that can be kept, and the request gets a place among those that are on their way.
 ///
 /// It sends the request once more after a broken connection if its method is safe and it is
 /// `repeatable`. What has to run on the primary may have effects, whatever its method.
@@ -69,8 +72,9 @@ pub(super) async fn forward(
     if !head.definite {
         return Verdict::Failed(Reason::Ambiguous);
     }
-    let mut hold = HoldLimit::new(shared);
+    let mut hold = HoldLimit::new(shared, head.client.share);
     let (next, rest) = (None, None);
+    body.hurry(shared.options.least_rate);
     let mut trip = Trip {
         shared,
         head,
@@ -83,6 +87,7 @@ pub(super) async fn forward(
         next,
         pause: PAUSE_FIRST,
         rest,
+        taken_in: false,
         unreachable: false,
         disputed: false,
         on_channel: shared.forwards_on_channel(),
@@ -100,19 +105,32 @@ pub(super) async fn forward(
         };
         if sender == Sender::Client && target == RequestTarget::Here {
             match shared.node.request() {
-                running @ Some(_) => return Verdict::Here(trip.body, running),
+                running @ Some(_) => {
+                    trip.body.at_leisure();
+                    return Verdict::Here(trip.body, running);
+                }
                 // It takes none any more since the look.
                 None => continue,
             }
         }
         if sender != Sender::Caller
             && trip.hops == 1
+            && !trip.taken_in
             && let Some(answer) = redirect(shared, head, &trip.body)
         {
             return Verdict::Answered(Box::new(answer));
         }
         if trip.hops > HOPS_MAX {
             return trip.failed_by(Reason::Apart);
+        }
+        if !trip.taken_in && !trip.body.is_whole() {
+            // It is not on its way yet, and meanwhile another node may become the primary.
+            drop(on_its_way);
+            trip.taken_in = true;
+            if let Err(reason) = take_in(shared, head, &trip.body).await {
+                return trip.failed_by(reason);
+            }
+            continue;
         }
         if let ControlFlow::Break(verdict) = trip.visit(target).await {
             return verdict;
@@ -148,6 +166,8 @@ struct Trip<'a> {
     pause: Duration,
     /// A pause that is due, and what is said when it is the last one.
     rest: Option<(Duration, Reason)>,
+    /// Of the body as much came in as was to.
+    taken_in: bool,
     /// It was reported that the primary can't be reached.
     unreachable: bool,
     /// It was reported that two nodes disagree on the primary.
@@ -173,6 +193,13 @@ impl Trip<'_> {
 
     async fn visit(&mut self, target: RequestTarget) -> Step {
         let shared = self.shared;
+        // What waits for its client must not take the places of what does not.
+        let claim = if self.body.is_whole() { Claim::All } else { Claim::Unreserved };
+        let Some(place) = shared.forwards.place(self.head.client.share, claim) else {
+            self.rest(Reason::TooManyForwarded);
+            self.next = hinted_at(target);
+            return ControlFlow::Continue(());
+        };
         let (url, hop) = match &target {
             RequestTarget::There { url, epoch, .. } => (url.as_str(), Some((*epoch, self.hop(*epoch)))),
             RequestTarget::Here => (shared.node.me.addresses.app.as_str(), None),
@@ -206,7 +233,7 @@ impl Trip<'_> {
             return self.misdirected(target, epoch, hint);
         }
         self.body.release();
-        ControlFlow::Break(Verdict::Answered(Box::new(relay(shared, self.head, response, on_line))))
+        ControlFlow::Break(Verdict::Answered(Box::new(relay(shared, self.head, response, place, on_line))))
     }
 
     /// On which way a request goes there.
@@ -355,7 +382,7 @@ impl Trip<'_> {
     /// Another try. It looks up again where to, because another node may lead by then, or the
     /// primary has said that it takes no more. It keeps an address that another node gave.
     fn retry(&mut self, target: RequestTarget, or: Reason) -> Step {
-        self.next = Some(target).filter(|to| matches!(to, RequestTarget::There { run: None, .. }));
+        self.next = hinted_at(target);
         self.recall(or)
     }
 
@@ -380,6 +407,11 @@ impl Trip<'_> {
         let forgets = self.broke && Failure::new(reason).outcome == Outcome::NotExecuted;
         Verdict::Failed(if forgets { Reason::Broken } else { reason })
     }
+}
+
+/// The address again, if another node gave it.
+fn hinted_at(target: RequestTarget) -> Option<RequestTarget> {
+    Some(target).filter(|to| matches!(to, RequestTarget::There { run: None, .. }))
 }
 
 /// The request as the primary gets it; `as_proxy` see [`Head::headers`].
@@ -427,11 +459,13 @@ fn hinted(response: &Response<Incoming>, shared: &LayerShared, hop: &str) -> Opt
     Hint::verify(response.headers().get(PRIMARY)?, &shared.node.keys, hop)
 }
 
-/// The primary's response as the client gets it.
+/// The primary's response as the client gets it. It has its place until its end, but what may last
+/// for as long as anyone likes gives that back.
 fn relay(
     shared: &LayerShared,
     head: &Head,
     mut response: Response<Incoming>,
+    place: Taken,
     mut on_line: Option<OnLine>,
 ) -> Response<MadeBody> {
     if let Some(upgrade) = &head.upgrade {
@@ -444,8 +478,9 @@ fn relay(
     let events =
         parts.headers.get(CONTENT_TYPE).is_some_and(|t| t.as_bytes().starts_with(b"text/event-stream"));
     let idle = (!events).then_some(shared.options.idle_timeout);
-    let body = IdleTimeoutBody::new(body, idle).on(on_line);
-    let mut response = Response::from_parts(parts, MadeBody::Primary(body));
+    let place = Some(place).filter(|_| !events && parts.status != StatusCode::SWITCHING_PROTOCOLS);
+    let body = MadeBody::Primary { body: IdleTimeoutBody::new(body, idle), _place: place, _on_line: on_line };
+    let mut response = Response::from_parts(parts, body);
     if let Some(upgrade) = &head.upgrade {
         upgrade.answer(&mut response);
     }

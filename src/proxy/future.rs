@@ -316,7 +316,7 @@ where
     }
     let (head, keep) = run.replay.take()?;
     let body = match keep {
-        None => Keep::new(Empty::<Bytes>::new(), &shared.options.budget),
+        None => Keep::new(Empty::<Bytes>::new(), &shared.options.budget, None),
         Some(keep) => match keep.recall() {
             Some(body) => body,
             None => return Some(FutureState::Done { answer: Some(failure(shared, Reason::BodyTooLarge)) }),

@@ -15,16 +15,17 @@ use crate::context::NodeContext;
 use crate::handshake::Asker;
 use crate::net::ServerTls;
 use crate::proxy::app::AppDoor;
+use crate::proxy::budget::Budget;
 use crate::proxy::client::PrimaryClient;
 use crate::proxy::dial::Dialer;
 use crate::proxy::failure::Failure;
 use crate::proxy::proxies::Proxies;
-use crate::proxy::replay_body::Budget;
 use crate::proxy::route::Route;
 use crate::proxy::service::ReplayService;
 use crate::proxy::shared::{
     Cookie, Forwarding, Hook, LayerShared, Options, SameSite, SessionTokens, Upgrades,
 };
+use crate::proxy::shares::Shares;
 use crate::token::Tokens;
 
 /// Bytes of a request's body that are kept for the primary.
@@ -33,6 +34,18 @@ const BUFFER_REQUEST_BYTES: usize = 64 * 1024;
 const BUFFER_PROCESS_BYTES: usize = 16 * 1024 * 1024;
 /// Requests that may wait for a primary at one time.
 const HELD_MAX: usize = 1024;
+/// Requests that may be on their way to the primary at one time. Each has a socket there, or a
+/// stream. A process that may have 1,024 descriptors has as many left for its clients.
+const FORWARDS_MAX: usize = 512;
+/// And how many of these, and of those that wait, may be one client's. A browser has six connections
+/// to a host; a network of offices in front of which there is one address has some dozens.
+const CLIENT_MAX: usize = 128;
+/// Bytes a second that a client has to send of its request's body. The slowest mobile networks carry
+/// ten times that. It costs an attacker little, too: shares keep its requests few, and this has
+/// their places come back.
+const LEAST_RATE: u32 = 1024;
+/// The longest pause between two pieces of a body.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
 /// Prefixes that can be given a route; each request is compared with all of them.
 const PREFIXES_MAX: usize = 64;
 
@@ -105,12 +118,15 @@ impl ReplayLayer {
             forwarding: Forwarding::Proxy,
             clear: false,
             http2: false,
-            budget: Budget::new(BUFFER_REQUEST_BYTES, BUFFER_PROCESS_BYTES),
+            budget: Budget::new(BUFFER_REQUEST_BYTES, BUFFER_PROCESS_BYTES, IDLE_TIMEOUT),
             hold_timeout: None,
             held_max: HELD_MAX,
+            forwards_max: FORWARDS_MAX,
+            client_max: CLIENT_MAX,
+            least_rate: LEAST_RATE,
             wait_timeout: Duration::from_secs(2),
             response_timeout: Duration::from_secs(30),
-            idle_timeout: Duration::from_secs(60),
+            idle_timeout: IDLE_TIMEOUT,
             session: SessionTokens::Writes,
             cookie,
             failure: None,
@@ -120,8 +136,9 @@ impl ReplayLayer {
         };
         let (stop, tls) = (node.stop.clone(), ServerTls::default());
         let dialer = Dialer::new(Duration::from_secs(1), Asker::of(&node), stop, tls);
-        let (held, said, app) = (Arc::default(), Arc::default(), AppDoor::default());
-        let shared = LayerShared { node, tokens, dialer, held, said, app, options };
+        let (held, forwards) = (Shares::new(HELD_MAX, CLIENT_MAX), Shares::new(FORWARDS_MAX, CLIENT_MAX));
+        let (said, app) = (Arc::default(), AppDoor::default());
+        let shared = LayerShared { node, tokens, dialer, held, forwards, said, app, options };
         ReplayLayer { shared: Arc::new(shared) }
     }
 
@@ -210,10 +227,17 @@ impl ReplayLayer {
     }
 
     /// How many bytes of bodies the layer keeps while it may still have to send them to the
-    /// primary. The limits are for one request (64 KiB) and for all together (16 MiB). It answers
-    /// 503 to a request with a larger body that turns out to need the primary.
+    /// primary. The limits are for one request (64 KiB) and for all together (16 MiB). One client
+    /// has an eighth of that, or twice what one request may have if that is more. A quarter of all,
+    /// and of each share, is for bodies up to 4 KiB.
+    ///
+    /// A request with a larger body that turns out to need the primary is answered with 503, and so
+    /// is one for whose body there was no room. Of a client that falls silent within its body for
+    /// the idle limit nothing is kept.
+    ///
+    /// A body that may be kept is taken in before the primary is asked.
     pub fn buffer_limits(self, request: usize, process: usize) -> Self {
-        self.with(|o| o.budget = Budget::new(request, process))
+        self.with(|o| o.budget = Budget::new(request, process, o.idle_timeout))
     }
 
     /// For how long a request waits while there is no primary, or no way to it. If not set, that is
@@ -224,9 +248,65 @@ impl ReplayLayer {
         self.with(|o| o.hold_timeout = Some(limit))
     }
 
-    /// How many requests may wait in this way at one time (1024). The layer answers 503 to more.
+    /// How many requests may wait in this way at one time (1024), of one client as many as
+    /// [`ReplayLayer::client_requests`] says. The layer answers 503 to more.
     pub fn held_requests(self, most: usize) -> Self {
-        self.with(|o| o.held_max = most)
+        self.with_places(|o| o.held_max = most)
+    }
+
+    /// How many requests may be on their way to the primary at one time (512), of one client as many
+    /// as [`ReplayLayer::client_requests`] says. Those beyond wait for a place like requests for
+    /// which there is no primary, and are answered with 503 after that.
+    ///
+    /// A place is taken until the response's end, but that of an event stream or a WebSocket until
+    /// it begins. A quarter of all, and of each share, is for requests whose body has come in whole:
+    /// clients that send slowly can't take those.
+    ///
+    /// ```
+    /// use replite::{Db, ReplayLayer};
+    ///
+    /// fn layer(db: &Db) -> ReplayLayer {
+    ///     // All clients come by one proxy, which gives no address of theirs.
+    ///     db.replay_layer().forwarded_requests(1024).client_requests(1024)
+    /// }
+    /// # let _ = layer;
+    /// ```
+    pub fn forwarded_requests(self, most: usize) -> Self {
+        self.with_places(|o| o.forwards_max = most)
+    }
+
+    /// How many requests of one client may be on their way to the primary, and how many may wait for
+    /// one (128 each). A client is told by its address, which [`ReplayLayer::client_ip`] gives. One
+    /// whose address is not known counts among all only.
+    ///
+    /// ```
+    /// use replite::{Db, ReplayLayer};
+    ///
+    /// fn layer(db: &Db) -> ReplayLayer {
+    ///     db.replay_layer().client_requests(16)
+    /// }
+    /// # let _ = layer;
+    /// ```
+    pub fn client_requests(self, most: usize) -> Self {
+        self.with_places(|o| o.client_max = most)
+    }
+
+    /// How many bytes a second a client has to send of a request's body that goes to the primary
+    /// (1024), in the time in which the layer waits for it and until the response's head is there.
+    /// It has ten seconds to begin with, and as many more as it has sent seconds' worth of, up to
+    /// [`ReplayLayer::idle_timeout`]. Who is slower is answered with 408. With 0 that idle limit is
+    /// all.
+    ///
+    /// ```
+    /// use replite::{Db, ReplayLayer};
+    ///
+    /// fn layer(db: &Db) -> ReplayLayer {
+    ///     db.replay_layer().least_rate(0) // sensors, which send a line a minute
+    /// }
+    /// # let _ = layer;
+    /// ```
+    pub fn least_rate(self, bytes_per_second: u32) -> Self {
+        self.with(|o| o.least_rate = bytes_per_second)
     }
 
     /// For how long a read waits for the transaction of its token (2 s) before the layer asks the
@@ -262,9 +342,9 @@ impl ReplayLayer {
     }
 
     /// The longest pause between two pieces of a forwarded body, either way (60 s). Event streams
-    /// may pause for as long as they like.
+    /// may pause for as long as they like. For requests see [`ReplayLayer::least_rate`], too.
     pub fn idle_timeout(self, limit: Duration) -> Self {
-        self.with(|o| o.idle_timeout = limit)
+        self.with(|o| (o.idle_timeout, o.budget.idle) = (limit, limit))
     }
 
     /// Which responses carry a token.
@@ -339,6 +419,16 @@ impl ReplayLayer {
     /// also appended to the `X-Forwarded-For` of requests that go by the applications' addresses.
     pub fn client_ip(self, ip: impl Fn(&Parts) -> Option<IpAddr> + Send + Sync + 'static) -> Self {
         self.with(|o| o.client_ip = Some(Arc::new(ip)))
+    }
+
+    /// Changes how many places there are.
+    fn with_places(self, change: impl FnOnce(&mut Options)) -> Self {
+        let mut layer = self.with(change);
+        let shared = Arc::make_mut(&mut layer.shared);
+        let options = &shared.options;
+        shared.held = Shares::new(options.held_max, options.client_max);
+        shared.forwards = Shares::new(options.forwards_max, options.client_max);
+        layer
     }
 
     /// Which proxies there are before this application. It decides whose `X-Forwarded-*`,

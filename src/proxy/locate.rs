@@ -1,6 +1,6 @@
 //! Where the primary is; and holding a request while there is none, or it can't be reached.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::net::IpAddr;
 use std::time::Duration;
 
 use tokio::time::Instant;
@@ -8,6 +8,7 @@ use tokio::time::Instant;
 use crate::peer::{Incarnation, NodeId};
 use crate::proxy::failure::Reason;
 use crate::proxy::shared::{HOLD_BEYOND_LEASE, LayerShared};
+use crate::proxy::shares::{Claim, Taken};
 use crate::status::{Addresses, PeerInfo, Role, RoleState};
 use crate::txid::Epoch;
 
@@ -63,11 +64,18 @@ pub(super) struct HoldLimit {
     until: Instant,
     /// It was noted that the node drains.
     drains: bool,
+    /// Of whose share it takes a place.
+    client: Option<IpAddr>,
 }
 
 impl HoldLimit {
-    pub(super) fn new(shared: &LayerShared) -> HoldLimit {
-        HoldLimit { until: Instant::now() + shared.hold_timeout(), drains: false }
+    pub(super) fn new(shared: &LayerShared, client: Option<IpAddr>) -> HoldLimit {
+        HoldLimit { until: Instant::now() + shared.hold_timeout(), drains: false, client }
+    }
+
+    /// A place among the requests that are held.
+    fn enter(&self, shared: &LayerShared) -> Result<Taken, Reason> {
+        shared.held.place(self.client, Claim::All).ok_or(Reason::TooManyHeld)
     }
 
     pub(super) fn left(&self) -> Duration {
@@ -100,7 +108,7 @@ pub(super) async fn find(shared: &LayerShared, hold: &mut HoldLimit) -> Result<(
     if look(shared).is_some() {
         return Ok(());
     }
-    let _held = Held::enter(&shared.held, shared.options.held_max).ok_or(Reason::TooManyHeld)?;
+    let _held = hold.enter(shared)?;
     let mut roles = shared.node.roles.subscribe();
     loop {
         let (stopped, fenced) = {
@@ -132,7 +140,7 @@ pub(super) async fn wait(
     hold: &mut HoldLimit,
     pause: Duration,
 ) -> Result<bool, Reason> {
-    let _held = Held::enter(&shared.held, shared.options.held_max).ok_or(Reason::TooManyHeld)?;
+    let _held = hold.enter(shared)?;
     let mut roles = shared.node.roles.subscribe();
     tokio::select! {
         () = tokio::time::sleep_until(hold.until.min(Instant::now() + pause)) => {}
@@ -182,37 +190,4 @@ fn look_in(state: &RoleState, shared: &LayerShared) -> Option<RequestTarget> {
 /// The primary, if that is another node.
 pub(super) fn other_primary<'a>(state: &'a RoleState, shared: &LayerShared) -> Option<&'a PeerInfo> {
     state.primary.as_ref().filter(|primary| primary.node != shared.node.me.node)
-}
-
-/// A place among the requests that are held.
-struct Held<'a>(&'a AtomicUsize);
-
-impl<'a> Held<'a> {
-    fn enter(held: &'a AtomicUsize, max: usize) -> Option<Held<'a>> {
-        let entered = held.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |n| (n < max).then_some(n + 1));
-        // Made only now: one that is dropped gives a place back.
-        entered.is_ok().then(|| Held(held))
-    }
-}
-
-impl Drop for Held<'_> {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::Relaxed);
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn who_is_refused_a_place_gives_none_back() {
-        let held = AtomicUsize::new(0);
-        let places: Vec<_> = (0..3).map(|_| Held::enter(&held, 2)).collect();
-        assert_eq!(places.iter().flatten().count(), 2);
-        assert_eq!(held.load(Ordering::Relaxed), 2, "the third took none");
-        drop(places);
-        assert_eq!(held.load(Ordering::Relaxed), 0);
-        assert!(Held::enter(&held, 2).is_some());
-    }
 }

@@ -1,16 +1,15 @@
 //! A request body that can be taken back: what was read of it is kept, within limits, and the rest
 //! is still there.
 //!
-//! Nothing is ever read ahead: a body moves only when the handler or the connection to the primary
-//! asks for more.
+//! It moves only when the handler or the connection to the primary asks for more, or when it is
+//! taken in before there is a connection: as far as it can be kept, and one frame beyond that.
 
+use std::net::IpAddr;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
-use std::task::{Context, Poll, Waker};
+use std::task::{Context, Poll, Waker, ready};
 
-use bytes::{Bytes, BytesMut};
-use http::HeaderMap;
+use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
 use http_body_util::combinators::UnsyncBoxBody;
@@ -18,38 +17,12 @@ use tokio::time::{Duration, Instant};
 
 use crate::lock::lock;
 use crate::proxy::BoxError;
+use crate::proxy::budget::{Budget, Kept};
+use crate::proxy::pace::Pace;
 
 /// How much, and for how long, is read of a body that its handler has left.
 const DRAIN_MAX_BYTES: usize = 16 * 1024 * 1024;
 const DRAIN_LIMIT: Duration = Duration::from_secs(2);
-
-/// How much may be kept of bodies.
-#[derive(Clone, Debug)]
-pub(super) struct Budget {
-    /// Bytes of one request.
-    pub(super) request: usize,
-    /// Bytes of all requests together.
-    pub(super) process: usize,
-    used: Arc<AtomicUsize>,
-}
-
-impl Budget {
-    pub(super) fn new(request: usize, process: usize) -> Budget {
-        Budget { request, process, used: Arc::default() }
-    }
-
-    fn take(&self, bytes: usize) -> bool {
-        let taken = self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |used| {
-            used.checked_add(bytes).filter(|sum| *sum <= self.process)
-        });
-        taken.is_ok()
-    }
-
-    #[cfg(test)]
-    pub(super) fn used(&self) -> usize {
-        self.used.load(Ordering::Relaxed)
-    }
-}
 
 /// A handle to a body that another task reads, and that can be taken back from it.
 #[derive(Clone)]
@@ -58,6 +31,8 @@ pub(super) struct Keep(Arc<Mutex<ReplayState>>);
 struct ReplayState {
     /// None once it was taken back.
     source: Option<UnsyncBoxBody<Bytes, BoxError>>,
+    /// The length that the client has declared.
+    declared: Option<u64>,
     /// The source has given its last frame.
     ended: bool,
     /// What was read so far, while `keeping`.
@@ -65,10 +40,14 @@ struct ReplayState {
     keeping: bool,
     /// `kept` goes out first.
     resend: bool,
+    /// The frame after it, which was read and is not kept.
+    ahead: Option<Bytes>,
     /// The trailers, too, were read before, and go out last.
     resend_trailers: bool,
-    /// The source has nothing to give since its last frame: the layer waits for the client.
-    starving: bool,
+    /// How long the client is waited for.
+    pace: Pace,
+    /// It was waited for long enough.
+    slow: bool,
     /// The source failed: what the client sent is no body, or it left.
     failed: bool,
     last_progress: Instant,
@@ -76,54 +55,25 @@ struct ReplayState {
     reader: Option<Waker>,
 }
 
-struct Kept {
-    data: BytesMut,
-    trailers: Option<HeaderMap>,
-    budget: Budget,
-    charged: usize,
-}
-
-impl Kept {
-    fn add(&mut self, data: &Bytes) -> bool {
-        let fits = data.len() <= self.budget.request.saturating_sub(self.data.len());
-        if !fits || !self.budget.take(data.len()) {
-            return false;
-        }
-        self.charged += data.len();
-        // Copied: a frame of one byte may hold on to a whole read buffer.
-        self.data.extend_from_slice(data);
-        true
-    }
-
-    fn clear(&mut self) {
-        self.data = BytesMut::new();
-        self.trailers = None;
-        self.budget.used.fetch_sub(std::mem::take(&mut self.charged), Ordering::Relaxed);
-    }
-}
-
-impl Drop for Kept {
-    fn drop(&mut self) {
-        self.clear();
-    }
-}
-
 impl Keep {
-    pub(super) fn new<B>(body: B, budget: &Budget) -> Keep
+    /// The body of a request of this client.
+    pub(super) fn new<B>(body: B, budget: &Budget, client: Option<IpAddr>) -> Keep
     where
         B: Body<Data = Bytes> + Send + 'static,
         B::Error: Into<BoxError>,
     {
-        let ended = body.is_end_stream();
-        let kept = Kept { data: BytesMut::new(), trailers: None, budget: budget.clone(), charged: 0 };
+        let (ended, hint) = (body.is_end_stream(), body.size_hint());
         Keep(Arc::new(Mutex::new(ReplayState {
             source: Some(body.map_err(Into::into).boxed_unsync()),
+            declared: hint.exact(),
             ended,
-            kept,
+            kept: Kept::new(budget, client, hint.upper()),
             keeping: true,
             resend: false,
+            ahead: None,
             resend_trailers: false,
-            starving: false,
+            pace: Pace::new(budget.idle),
+            slow: false,
             failed: false,
             last_progress: Instant::now(),
             reader: None,
@@ -141,30 +91,42 @@ impl Keep {
         if let Some(reader) = state.reader.take() {
             reader.wake();
         }
-        let empty =
-            Kept { data: BytesMut::new(), trailers: None, budget: state.kept.budget.clone(), charged: 0 };
-        let kept = std::mem::replace(&mut state.kept, empty);
+        let kept = state.kept.take();
         Some(Keep(Arc::new(Mutex::new(ReplayState {
             source: Some(source),
+            declared: state.declared,
             ended: state.ended,
             keeping: true,
             resend: !kept.data.is_empty(),
+            ahead: state.ahead.take(),
             resend_trailers: kept.trailers.is_some(),
             kept,
-            starving: false,
+            pace: state.pace.again(),
+            slow: false,
             failed: false,
             last_progress: Instant::now(),
             reader: None,
         }))))
     }
 
-    /// Keeps nothing any more: the body can't be needed again.
+    /// Keeps nothing any more: the body can't be needed again. The client may take its time.
     pub(super) fn release(&self) {
         let mut state = self.lock();
         state.keeping = false;
+        state.pace.at_leisure();
         if !state.resend && !state.resend_trailers {
             state.kept.clear();
         }
+    }
+
+    /// From now on the client has to send so many bytes a second where it is waited for.
+    pub(super) fn hurry(&self, rate: u32) {
+        self.lock().pace.hurry(rate);
+    }
+
+    /// The client may take its time.
+    pub(super) fn at_leisure(&self) {
+        self.lock().pace.at_leisure();
     }
 
     /// When patience ends: `idle` after the last progress while the body still comes, `answer`
@@ -177,12 +139,28 @@ impl Keep {
     /// Whether its reader asked for more of the body and the client has not sent it.
     pub(super) fn starving(&self) -> bool {
         let state = self.lock();
-        state.starving && !state.at_end()
+        state.pace.waits() && !state.at_end()
+    }
+
+    /// Whether the client was too slow.
+    pub(super) fn slow(&self) -> bool {
+        self.lock().slow
     }
 
     /// Whether the body can't be had, because of what the client sent.
     pub(super) fn failed(&self) -> bool {
         self.lock().failed
+    }
+
+    /// The length that the client has declared.
+    pub(super) fn declared(&self) -> Option<u64> {
+        self.lock().declared
+    }
+
+    /// Whether the client has sent all of it.
+    pub(super) fn is_whole(&self) -> bool {
+        let state = self.lock();
+        state.source_ended() && state.ahead.is_none()
     }
 
     pub(super) fn is_end_stream(&self) -> bool {
@@ -192,27 +170,25 @@ impl Keep {
     pub(super) fn size_hint(&self) -> SizeHint {
         let state = self.lock();
         let Some(source) = &state.source else { return SizeHint::default() };
-        let mut hint = if state.ended { SizeHint::with_exact(0) } else { source.size_hint() };
-        if state.resend {
-            let kept = state.kept.data.len() as u64;
-            let (lower, upper) = (hint.lower(), hint.upper());
-            hint = SizeHint::new();
-            if let Some(upper) = upper {
-                hint.set_upper(upper.saturating_add(kept));
-            }
-            hint.set_lower(lower.saturating_add(kept));
+        let rest = if state.ended { SizeHint::with_exact(0) } else { source.size_hint() };
+        let kept = if state.resend { state.kept.data.len() } else { 0 };
+        let before = (kept + state.ahead.as_ref().map_or(0, Bytes::len)) as u64;
+        let mut hint = SizeHint::new();
+        // A length that the client has not declared is not made up: there may be trailers.
+        if let (Some(upper), true) = (rest.upper(), before == 0 || state.declared.is_some()) {
+            hint.set_upper(upper.saturating_add(before));
         }
+        hint.set_lower(rest.lower().saturating_add(before));
         hint
     }
 
     pub(super) fn poll_frame(&self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         let mut state = self.lock();
-        let state = &mut *state;
-        let Some(source) = state.source.as_mut() else {
+        if state.source.is_none() {
             return Poll::Ready(Some(Err(
                 "the request's body was taken back to be sent to the primary".into()
             )));
-        };
+        }
         if std::mem::take(&mut state.resend) {
             let data = Bytes::copy_from_slice(&state.kept.data);
             state.last_progress = Instant::now();
@@ -221,28 +197,32 @@ impl Keep {
             }
             return Poll::Ready(Some(Ok(Frame::data(data))));
         }
+        if let Some(data) = state.ahead.take() {
+            state.forget();
+            state.last_progress = Instant::now();
+            return Poll::Ready(Some(Ok(Frame::data(data))));
+        }
         if state.ended {
             let due = std::mem::take(&mut state.resend_trailers);
             return Poll::Ready(state.kept.trailers.clone().filter(|_| due).map(|t| Ok(Frame::trailers(t))));
         }
-        let polled = Pin::new(source).poll_frame(cx);
-        state.starving = polled.is_pending();
-        match &polled {
-            Poll::Pending => {
-                if !state.reader.as_ref().is_some_and(|r| r.will_wake(cx.waker())) {
-                    state.reader = Some(cx.waker().clone());
-                }
-                return polled;
-            }
-            Poll::Ready(Some(Ok(frame))) => state.keep(frame),
-            Poll::Ready(Some(Err(_))) => {
-                state.failed = true;
-                state.forget();
-            }
-            Poll::Ready(None) => state.ended = true,
+        let frame = ready!(state.poll_source(cx));
+        if let Some(Ok(frame)) = &frame {
+            state.keep(frame);
         }
-        state.last_progress = Instant::now();
-        polled
+        Poll::Ready(frame)
+    }
+
+    /// Reads the body without giving it out, until its end or until it can't be kept.
+    pub(super) fn poll_take_in(&self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+        let mut state = self.lock();
+        while state.source.is_some() && state.keeping && !state.ended && state.ahead.is_none() {
+            match ready!(state.poll_source(cx)) {
+                Some(frame) => state.take_in(frame?),
+                None => break,
+            }
+        }
+        Poll::Ready(Ok(()))
     }
 
     fn lock(&self) -> MutexGuard<'_, ReplayState> {
@@ -275,9 +255,59 @@ impl Drop for DrainOnDrop {
 }
 
 impl ReplayState {
+    fn source_ended(&self) -> bool {
+        self.ended || self.source.as_ref().is_some_and(|s| s.is_end_stream())
+    }
+
     fn at_end(&self) -> bool {
-        let source_ended = self.ended || self.source.as_ref().is_some_and(|s| s.is_end_stream());
-        source_ended && !self.resend && !self.resend_trailers
+        self.source_ended() && !self.resend && self.ahead.is_none() && !self.resend_trailers
+    }
+
+    /// The source's next frame. A client that is too slow is an error on the way to the primary. Of
+    /// one that a handler waits for nothing is kept any more.
+    fn poll_source(&mut self, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        let Some(source) = self.source.as_mut().filter(|_| !self.slow) else {
+            return Poll::Ready(Some(Err("the client sent its body too slowly".into())));
+        };
+        let polled = Pin::new(source).poll_frame(cx);
+        match &polled {
+            Poll::Pending => {
+                if !self.reader.as_ref().is_some_and(|r| r.will_wake(cx.waker())) {
+                    self.reader = Some(cx.waker().clone());
+                }
+                if self.poll_patience(cx) {
+                    return self.poll_source(cx);
+                }
+                return polled;
+            }
+            Poll::Ready(frame) => {
+                let data = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref());
+                self.pace.came(data.map_or(0, Bytes::len));
+            }
+        }
+        match &polled {
+            Poll::Ready(Some(Err(_))) => {
+                self.failed = true;
+                self.forget();
+            }
+            Poll::Ready(None) => self.ended = true,
+            _ => {}
+        }
+        self.last_progress = Instant::now();
+        polled
+    }
+
+    /// Nothing came. Whether that makes the client one that is too slow.
+    fn poll_patience(&mut self, cx: &mut Context<'_>) -> bool {
+        let matters = self.pace.is_hurried() || self.keeping && !self.kept.is_empty();
+        // A handler may run in another runtime, or in none.
+        let has_clock = tokio::runtime::Handle::try_current().is_ok();
+        if !matters || !has_clock || self.pace.poll_wait(cx).is_pending() {
+            return false;
+        }
+        self.slow = self.pace.is_hurried();
+        self.forget();
+        self.slow
     }
 
     fn keep(&mut self, frame: &Frame<Bytes>) {
@@ -294,6 +324,18 @@ impl ReplayState {
         }
     }
 
+    /// Keeps a frame that goes out later.
+    fn take_in(&mut self, frame: Frame<Bytes>) {
+        match frame.into_data() {
+            Ok(data) if self.kept.add(&data) => self.resend = !self.kept.data.is_empty(),
+            Ok(data) => self.ahead = Some(data),
+            Err(frame) => {
+                self.keep(&frame);
+                self.resend_trailers = self.kept.trailers.is_some();
+            }
+        }
+    }
+
     fn forget(&mut self) {
         self.keeping = false;
         self.kept.clear();
@@ -301,80 +343,4 @@ impl ReplayState {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::proxy::body::ReplayRequestBody;
-    use http_body_util::Full;
-    use std::convert::Infallible;
-
-    fn budget() -> Budget {
-        Budget::new(8, 12)
-    }
-
-    fn frames(data: &[&'static str]) -> impl Body<Data = Bytes, Error = Infallible> + Send + use<> {
-        let (mut sender, body) = http_body_util::channel::Channel::<Bytes, Infallible>::new(16);
-        for part in data {
-            sender.try_send(Frame::data(Bytes::from_static(part.as_bytes()))).unwrap();
-        }
-        let mut trailers = HeaderMap::new();
-        trailers.insert("x-sum", "1".parse().unwrap());
-        sender.try_send(Frame::trailers(trailers)).unwrap();
-        body
-    }
-
-    type Reader = ReplayRequestBody<Full<Bytes>>;
-
-    async fn all(keep: &Keep) -> (String, bool) {
-        let read = Reader::kept(keep.clone()).collect().await.unwrap();
-        let trailers = read.trailers().is_some();
-        (String::from_utf8(read.to_bytes().to_vec()).unwrap(), trailers)
-    }
-
-    #[tokio::test]
-    async fn a_body_that_was_read_in_part_or_whole_comes_back_whole() {
-        let budget = budget();
-        let keep = Keep::new(frames(&["ab", "cd", "ef"]), &budget);
-        let mut reader = Reader::kept(keep.clone());
-        assert_eq!(reader.frame().await.unwrap().unwrap().into_data().unwrap(), "ab");
-        assert_eq!(reader.frame().await.unwrap().unwrap().into_data().unwrap(), "cd");
-        let again = keep.recall().unwrap();
-        assert!(reader.frame().await.unwrap().is_err(), "who read before gets an error, not an end");
-        assert!(keep.recall().is_none(), "only once");
-        assert_eq!(all(&again).await, ("abcdef".into(), true));
-        assert_eq!(budget.used(), 6);
-        let third = again.recall().unwrap();
-        assert_eq!(third.size_hint().exact(), Some(6));
-        assert_eq!(all(&third).await, ("abcdef".into(), true));
-        drop((keep, again, third, reader));
-        assert_eq!(budget.used(), 0, "what was kept is given back");
-    }
-
-    #[tokio::test]
-    async fn beyond_a_limit_nothing_is_kept() {
-        let budget = budget();
-        let large = Keep::new(frames(&["12345678", "9"]), &budget);
-        assert!(large.clone().recall().is_some(), "an unread body needs no room, whatever its length");
-        let large = Keep::new(frames(&["12345678", "9"]), &budget);
-        assert_eq!(all(&large).await.0, "123456789");
-        assert!(large.recall().is_none());
-        assert_eq!(budget.used(), 0);
-        let (first, second) =
-            (Keep::new(frames(&["12345678"]), &budget), Keep::new(frames(&["12345"]), &budget));
-        all(&first).await;
-        all(&second).await;
-        assert!(second.recall().is_none(), "the process's limit");
-        assert!(first.recall().is_some());
-    }
-
-    #[tokio::test]
-    async fn a_released_body_still_streams() {
-        let budget = budget();
-        let keep = Keep::new(frames(&["ab", "cd"]), &budget);
-        Reader::kept(keep.clone()).frame().await;
-        let again = keep.recall().unwrap();
-        again.release();
-        assert!(again.recall().is_none());
-        assert_eq!(all(&again).await, ("abcd".into(), true));
-        assert_eq!(budget.used(), 0);
-    }
-}
+mod tests;

@@ -132,8 +132,10 @@ impl<S> ReplayService<S> {
             RequestPlan::Answered(answer) => ResponseFuture::done(shared.clone(), *answer),
             RequestPlan::Local { replay, running } => {
                 let head = replay.then(|| Arc::new(Head::of_client(&parts, &shared.options)));
-                let (keep, body) = if replay && !body.is_end_stream() {
-                    let keep = Keep::new(body, &shared.options.budget);
+                let (keep, body) = if let Some(head) = &head
+                    && !body.is_end_stream()
+                {
+                    let keep = Keep::new(body, &shared.options.budget, head.client.share);
                     (Some(keep.clone()), kept(keep))
                 } else {
                     (None, hand(ReplayRequestBody::plain(body)))
@@ -147,7 +149,7 @@ impl<S> ReplayService<S> {
                 let body = if body.is_end_stream() {
                     ReplayRequestBody::plain(body)
                 } else {
-                    ReplayRequestBody::to_its_end(Keep::new(body, &shared.options.budget))
+                    ReplayRequestBody::to_its_end(Keep::new(body, &shared.options.budget, None))
                 };
                 let (hop, running) = (Some(hop), Some(running));
                 let run = LocalRun { session, secure, replay: None, led: true, hop, running };
@@ -157,7 +159,7 @@ impl<S> ReplayService<S> {
                 let head = Arc::new(Head::of_client(&parts, &shared.options));
                 let may_replay = matches!(need, Need::Applied(_)) || !shared.node.lease.fixed;
                 let replay = may_replay.then(|| head.clone());
-                let body = Keep::new(body, &shared.options.budget);
+                let body = Keep::new(body, &shared.options.budget, head.client.share);
                 let resume = Resume { service, body: kept, parts, session, secure, replay };
                 ResponseFuture::prepare(shared.clone(), need, head, body, resume)
             }

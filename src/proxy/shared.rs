@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
@@ -13,11 +13,12 @@ use http_body_util::Full;
 use crate::context::NodeContext;
 use crate::proxy::app::AppDoor;
 use crate::proxy::body::MadeBody;
+use crate::proxy::budget::Budget;
 use crate::proxy::dial::Dialer;
 use crate::proxy::failure::{Failure, Reason};
 use crate::proxy::proxies::Proxies;
-use crate::proxy::replay_body::Budget;
 use crate::proxy::route::{Route, is_below};
+use crate::proxy::shares::Shares;
 use crate::report::Condition;
 use crate::token::Tokens;
 
@@ -132,7 +133,10 @@ pub(super) struct LayerShared {
     pub(super) node: Arc<NodeContext>,
     pub(super) tokens: Arc<Tokens>,
     pub(super) dialer: Dialer,
-    pub(super) held: Arc<AtomicUsize>,
+    /// Places of requests that wait for a primary.
+    pub(super) held: Shares,
+    /// Places of requests that are on their way to the primary.
+    pub(super) forwards: Shares,
     pub(super) app: AppDoor,
     /// What is said of the layer when it is used first was said.
     pub(super) said: Arc<AtomicBool>,
@@ -159,6 +163,11 @@ pub(super) struct Options {
     /// None: as long as an election may take, or else a restart.
     pub(super) hold_timeout: Option<Duration>,
     pub(super) held_max: usize,
+    pub(super) forwards_max: usize,
+    /// Of each of the two, for one client.
+    pub(super) client_max: usize,
+    /// Bytes a second that a client has to send of a body.
+    pub(super) least_rate: u32,
     pub(super) wait_timeout: Duration,
     pub(super) response_timeout: Duration,
     pub(super) idle_timeout: Duration,

@@ -8,6 +8,7 @@ mod failover;
 mod followers;
 mod forwards;
 mod handoff;
+mod jams;
 mod leaving;
 mod lost;
 mod reads;

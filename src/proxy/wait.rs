@@ -21,7 +21,7 @@ pub(super) async fn prepare(
     body: Keep,
     sender: Sender,
 ) -> Verdict {
-    let mut hold = HoldLimit::new(&shared);
+    let mut hold = HoldLimit::new(&shared, head.client.share);
     if let Need::Applied(txid) = need {
         if applied(&shared, txid, shared.options.wait_timeout).await {
             return Verdict::Here(body, None);
