@@ -11,7 +11,8 @@
 //! 3. `wait` waits for the transaction of the request's token, and for the primary when that does
 //!    not come.
 //! 4. `forward` sends the `head` and the kept body (`replay_body`) to the primary. `locate` knows
-//!    where that is, and holds the request while there is none. `intake` takes small bodies in first.
+//!    where that is, and holds the request while there is none. `intake` takes small bodies in
+//!    first.
 //! 5. `redirect` sends the client there in place of this node, where the layer is set up for that.
 //! 6. `dial` has the connections: `connect` opens them, with TLS where the URL says so. `http2`
 //!    is the one in HTTP/2, whose server `preface` watches. `tunnel` carries the bytes after an
@@ -44,7 +45,6 @@ mod intake;
 mod layer;
 mod locate;
 mod origin;
-mod pace;
 mod plan;
 mod preface;
 mod proxies;
@@ -55,6 +55,7 @@ mod route;
 mod service;
 mod shared;
 mod shares;
+mod tempo;
 #[cfg(test)]
 mod tests;
 mod tunnel;

@@ -68,6 +68,7 @@ impl Dialer {
     ) -> Result<Response<Incoming>, SendError> {
         let outgoing = IdleTimeoutBody::new(ReplayRequestBody::kept(body.clone()), Some(idle));
         let request = head.map(|()| outgoing);
+        body.begins();
         let response = async {
             if http2 {
                 self.http2.request(request).await
