@@ -11,7 +11,8 @@
 //! 3. `wait` waits for the transaction of the request's token, and for the primary when that does
 //!    not come.
 //! 4. `forward` sends the `head` and the kept body (`replay_body`) to the primary. `locate` knows
-//!    where that is, and holds the request while there is none. `intake` takes small bodies in first.
+//!    where that is, and holds the request while there is none. `intake` takes small bodies in
+//!    first.
 //! 5. `redirect` sends the client there in place of this node, where the layer is set up for that.
 //! 6. `dial` has the connections. Those of the private channel are in `channel`. Others go to the
 //!    application's address: `connect` opens them, with TLS where the URL says so, and `http2` is the
@@ -49,7 +50,6 @@ mod intake;
 mod layer;
 mod locate;
 mod origin;
-mod pace;
 mod plan;
 mod preface;
 mod proxies;
@@ -61,6 +61,7 @@ mod service;
 mod shared;
 mod shares;
 mod switched;
+mod tempo;
 #[cfg(test)]
 mod tests;
 mod tunnel;

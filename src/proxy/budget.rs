@@ -6,7 +6,7 @@ use std::time::Duration;
 use bytes::{Bytes, BytesMut};
 use http::HeaderMap;
 
-use crate::proxy::shares::{Claim, Shares, Taken};
+use crate::proxy::shares::{Demand, Shares, Taken};
 
 /// Bodies up to this size may use the reserve: most forms and calls fit.
 const SMALL_BYTES: usize = 4 * 1024;
@@ -66,7 +66,7 @@ impl Kept {
             return false;
         }
         let small = self.small && self.data.len() + data.len() <= SMALL_BYTES;
-        if !self.taken.more(data.len(), if small { Claim::All } else { Claim::Unreserved }) {
+        if !self.taken.more(data.len(), if small { Demand::All } else { Demand::Unreserved }) {
             return false;
         }
         // Copied: a frame of one byte may hold on to a whole read buffer.

@@ -87,6 +87,7 @@ impl Dialer {
     ) -> Result<(Response<Incoming>, Option<OnLine>), SendError> {
         let outgoing = IdleTimeoutBody::new(ReplayRequestBody::kept(body.clone()), Some(idle));
         let request = head.map(|()| outgoing);
+        body.begins();
         let response = async {
             match line {
                 Line::Http1 => self.http1.request(request).await.map(|r| (r, None)).map_err(sort),

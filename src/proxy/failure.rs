@@ -104,7 +104,7 @@ pub enum Reason {
     NoPrimary,
     /// As many requests as may be are held already, or as many of this client.
     TooManyHeld,
-    /// As many requests as may be are on their way to the primary, or as many of this client, and no
+    /// As many requests as may be are on their way to the primary, or as many of this client. No
     /// place became free within the hold timeout.
     TooManyForwarded,
     /// The primary could not be reached, or did not begin the request, within the hold timeout.

@@ -23,7 +23,7 @@ use crate::proxy::redirect::redirect;
 use crate::proxy::replay_body::Keep;
 use crate::proxy::route::is_safe;
 use crate::proxy::shared::LayerShared;
-use crate::proxy::shares::{Claim, Taken};
+use crate::proxy::shares::{Demand, Taken};
 use crate::report::Condition;
 use crate::txid::Epoch;
 
@@ -73,27 +73,8 @@ pub(super) async fn forward(
         return Verdict::Failed(Reason::Ambiguous);
     }
     let mut hold = HoldLimit::new(shared, head.client.share);
-    let (next, rest) = (None, None);
     body.hurry(shared.options.least_rate);
-    let mut trip = Trip {
-        shared,
-        head,
-        body,
-        hops: head.came.saturating_add(1),
-        http1: false,
-        stale: STALE_MAX,
-        again: u8::from(repeatable && is_safe(&head.method)),
-        broke: false,
-        next,
-        pause: PAUSE_FIRST,
-        rest,
-        taken_in: false,
-        unreachable: false,
-        disputed: false,
-        on_channel: shared.forwards_on_channel(),
-        by_address: None,
-        unserved: false,
-    };
+    let mut trip = Trip::new(shared, head, body, repeatable);
     loop {
         let on_its_way = shared.node.forward();
         let Some(target) = trip.target() else {
@@ -182,7 +163,29 @@ struct Trip<'a> {
 
 type Step = ControlFlow<Verdict>;
 
-impl Trip<'_> {
+impl<'a> Trip<'a> {
+    fn new(shared: &'a LayerShared, head: &'a Head, body: Keep, repeatable: bool) -> Trip<'a> {
+        Trip {
+            shared,
+            head,
+            body,
+            hops: head.came.saturating_add(1),
+            http1: false,
+            stale: STALE_MAX,
+            again: u8::from(repeatable && is_safe(&head.method)),
+            broke: false,
+            next: None,
+            pause: PAUSE_FIRST,
+            rest: None,
+            taken_in: false,
+            unreachable: false,
+            disputed: false,
+            on_channel: shared.forwards_on_channel(),
+            by_address: None,
+            unserved: false,
+        }
+    }
+
     /// Where to go: where another node said, until this one itself knows as new a primary.
     fn target(&mut self) -> Option<RequestTarget> {
         match (self.next.take(), look(self.shared)) {
@@ -194,8 +197,8 @@ impl Trip<'_> {
     async fn visit(&mut self, target: RequestTarget) -> Step {
         let shared = self.shared;
         // What waits for its client must not take the places of what does not.
-        let claim = if self.body.is_whole() { Claim::All } else { Claim::Unreserved };
-        let Some(place) = shared.forwards.place(self.head.client.share, claim) else {
+        let demand = if self.body.is_whole() { Demand::All } else { Demand::Unreserved };
+        let Some(place) = shared.forwards.place(self.head.client.share, demand) else {
             self.rest(Reason::TooManyForwarded);
             self.next = hinted_at(target);
             return ControlFlow::Continue(());

@@ -34,7 +34,10 @@ pub(super) async fn take_in(shared: &LayerShared, head: &Head, body: &Keep) -> R
             tracing::debug!(error = &*error as &dyn std::error::Error, "a request's body did not come");
             if body.slow() { Reason::SlowBody } else { Reason::BrokenBody }
         }),
-        () = paused => Ok(()),
+        () = paused => {
+            body.rests();
+            Ok(())
+        }
         () = shared.node.stop.cancelled() => Err(Reason::NoPrimary),
     }
 }

@@ -37,12 +37,12 @@ const HELD_MAX: usize = 1024;
 /// Requests that may be on their way to the primary at one time. Each has a socket there, or a
 /// stream. A process that may have 1,024 descriptors has as many left for its clients.
 const FORWARDS_MAX: usize = 512;
-/// And how many of these, and of those that wait, may be one client's. A browser has six connections
-/// to a host; a network of offices in front of which there is one address has some dozens.
+/// And how many of these, and of those that wait, may be one client's. A browser has six
+/// connections to a host, and an office with one address some dozens.
 const CLIENT_MAX: usize = 128;
-/// Bytes a second that a client has to send of its request's body. The slowest mobile networks carry
-/// ten times that. It costs an attacker little, too: shares keep its requests few, and this has
-/// their places come back.
+/// Bytes a second that a client has to send of its request's body. The slowest mobile networks
+/// carry ten times that. It costs an attacker little, too: shares keep its requests few, and this
+/// has their places come back.
 const LEAST_RATE: u32 = 1024;
 /// The longest pause between two pieces of a body.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(60);
@@ -254,13 +254,13 @@ impl ReplayLayer {
         self.with_places(|o| o.held_max = most)
     }
 
-    /// How many requests may be on their way to the primary at one time (512), of one client as many
-    /// as [`ReplayLayer::client_requests`] says. Those beyond wait for a place like requests for
-    /// which there is no primary, and are answered with 503 after that.
+    /// How many requests may be on their way to the primary at one time (512), of one client as
+    /// many as [`ReplayLayer::client_requests`] says. Those beyond wait for a place like requests
+    /// for which there is no primary, and are answered with 503 after that.
     ///
     /// A place is taken until the response's end, but that of an event stream or a WebSocket until
-    /// it begins. A quarter of all, and of each share, is for requests whose body has come in whole:
-    /// clients that send slowly can't take those.
+    /// it begins. A quarter of all, and of each share, is for requests whose body has come in
+    /// whole: clients that send slowly can't take those.
     ///
     /// ```
     /// use replite::{Db, ReplayLayer};
@@ -275,9 +275,10 @@ impl ReplayLayer {
         self.with_places(|o| o.forwards_max = most)
     }
 
-    /// How many requests of one client may be on their way to the primary, and how many may wait for
-    /// one (128 each). A client is told by its address, which [`ReplayLayer::client_ip`] gives. One
-    /// whose address is not known counts among all only.
+    /// How many requests of one client may be on their way to the primary, and how many may wait
+    /// for one (128 each). A client is told by its address; [`ReplayLayer::proxies`] says how far
+    /// proxies are believed, and an IPv6 network of 64 bits is one client. One whose address is not
+    /// known counts among all only.
     ///
     /// ```
     /// use replite::{Db, ReplayLayer};

@@ -8,7 +8,7 @@ use tokio::time::Instant;
 use crate::peer::{Incarnation, NodeId};
 use crate::proxy::failure::Reason;
 use crate::proxy::shared::{HOLD_BEYOND_LEASE, LayerShared};
-use crate::proxy::shares::{Claim, Taken};
+use crate::proxy::shares::{Demand, Taken};
 use crate::status::{Addresses, PeerInfo, Role, RoleState};
 use crate::txid::Epoch;
 
@@ -75,7 +75,7 @@ impl HoldLimit {
 
     /// A place among the requests that are held.
     fn enter(&self, shared: &LayerShared) -> Result<Taken, Reason> {
-        shared.held.place(self.client, Claim::All).ok_or(Reason::TooManyHeld)
+        shared.held.place(self.client, Demand::All).ok_or(Reason::TooManyHeld)
     }
 
     pub(super) fn left(&self) -> Duration {

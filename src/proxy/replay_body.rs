@@ -18,7 +18,7 @@ use tokio::time::{Duration, Instant};
 use crate::lock::lock;
 use crate::proxy::BoxError;
 use crate::proxy::budget::{Budget, Kept};
-use crate::proxy::pace::Pace;
+use crate::proxy::tempo::Tempo;
 
 /// How much, and for how long, is read of a body that its handler has left.
 const DRAIN_MAX_BYTES: usize = 16 * 1024 * 1024;
@@ -45,7 +45,7 @@ struct ReplayState {
     /// The trailers, too, were read before, and go out last.
     resend_trailers: bool,
     /// How long the client is waited for.
-    pace: Pace,
+    tempo: Tempo,
     /// It was waited for long enough.
     slow: bool,
     /// The source failed: what the client sent is no body, or it left.
@@ -72,7 +72,7 @@ impl Keep {
             resend: false,
             ahead: None,
             resend_trailers: false,
-            pace: Pace::new(budget.idle),
+            tempo: Tempo::new(budget.idle),
             slow: false,
             failed: false,
             last_progress: Instant::now(),
@@ -101,7 +101,7 @@ impl Keep {
             ahead: state.ahead.take(),
             resend_trailers: kept.trailers.is_some(),
             kept,
-            pace: state.pace.again(),
+            tempo: state.tempo.again(),
             slow: false,
             failed: false,
             last_progress: Instant::now(),
@@ -113,7 +113,7 @@ impl Keep {
     pub(super) fn release(&self) {
         let mut state = self.lock();
         state.keeping = false;
-        state.pace.at_leisure();
+        state.tempo.at_leisure();
         if !state.resend && !state.resend_trailers {
             state.kept.clear();
         }
@@ -121,12 +121,22 @@ impl Keep {
 
     /// From now on the client has to send so many bytes a second where it is waited for.
     pub(super) fn hurry(&self, rate: u32) {
-        self.lock().pace.hurry(rate);
+        self.lock().tempo.hurry(rate);
     }
 
     /// The client may take its time.
     pub(super) fn at_leisure(&self) {
-        self.lock().pace.at_leisure();
+        self.lock().tempo.at_leisure();
+    }
+
+    /// It is about to be sent, and may have waited before.
+    pub(super) fn begins(&self) {
+        self.lock().last_progress = Instant::now();
+    }
+
+    /// No more of it is taken in, and its client is not waited for until it is sent.
+    pub(super) fn rests(&self) {
+        self.lock().tempo.came(0);
     }
 
     /// When patience ends: `idle` after the last progress while the body still comes, `answer`
@@ -139,7 +149,7 @@ impl Keep {
     /// Whether its reader asked for more of the body and the client has not sent it.
     pub(super) fn starving(&self) -> bool {
         let state = self.lock();
-        state.pace.waits() && !state.at_end()
+        state.tempo.waits() && !state.at_end()
     }
 
     /// Whether the client was too slow.
@@ -282,7 +292,7 @@ impl ReplayState {
             }
             Poll::Ready(frame) => {
                 let data = frame.as_ref().and_then(|frame| frame.as_ref().ok()?.data_ref());
-                self.pace.came(data.map_or(0, Bytes::len));
+                self.tempo.came(data.map_or(0, Bytes::len));
             }
         }
         match &polled {
@@ -299,13 +309,13 @@ impl ReplayState {
 
     /// Nothing came. Whether that makes the client one that is too slow.
     fn poll_patience(&mut self, cx: &mut Context<'_>) -> bool {
-        let matters = self.pace.is_hurried() || self.keeping && !self.kept.is_empty();
+        let matters = self.tempo.is_hurried() || self.keeping && !self.kept.is_empty();
         // A handler may run in another runtime, or in none.
         let has_clock = tokio::runtime::Handle::try_current().is_ok();
-        if !matters || !has_clock || self.pace.poll_wait(cx).is_pending() {
+        if !matters || !has_clock || self.tempo.poll_wait(cx).is_pending() {
             return false;
         }
-        self.slow = self.pace.is_hurried();
+        self.slow = self.tempo.is_hurried();
         self.forget();
         self.slow
     }

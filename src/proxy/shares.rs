@@ -28,18 +28,18 @@ struct Used {
 
 /// How much of it may be taken.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Claim {
+pub(super) enum Demand {
     /// Everything.
     All,
-    /// Three quarters, of the total as of a client's share. The rest is there for claims on all.
+    /// Three quarters, of the total as of a client's share. The rest is there for demands on all.
     Unreserved,
 }
 
-impl Claim {
+impl Demand {
     fn most(self, of: usize) -> usize {
         match self {
-            Claim::All => of,
-            Claim::Unreserved => of - of / 4,
+            Demand::All => of,
+            Demand::Unreserved => of - of / 4,
         }
     }
 }
@@ -50,9 +50,9 @@ impl Shares {
     }
 
     /// A place for a request of this client.
-    pub(super) fn place(&self, client: Option<IpAddr>, claim: Claim) -> Option<Taken> {
+    pub(super) fn place(&self, client: Option<IpAddr>, demand: Demand) -> Option<Taken> {
         let mut taken = self.nothing(client);
-        taken.more(1, claim).then_some(taken)
+        taken.more(1, demand).then_some(taken)
     }
 
     /// Nothing yet, for a request of this client.
@@ -80,9 +80,9 @@ pub(super) struct Taken {
 
 impl Taken {
     /// Takes so much more, if there is as much.
-    pub(super) fn more(&mut self, amount: usize, claim: Claim) -> bool {
+    pub(super) fn more(&mut self, amount: usize, demand: Demand) -> bool {
         let mut used = self.of.lock();
-        let fits = |used: usize, most| used.checked_add(amount).is_some_and(|sum| sum <= claim.most(most));
+        let fits = |used: usize, most| used.checked_add(amount).is_some_and(|sum| sum <= demand.most(most));
         let own = |client| used.of.get(client).copied().unwrap_or(0);
         let has_share = self.client.as_ref().is_none_or(|client| fits(own(client), self.of.share));
         if !has_share || !fits(used.total, self.of.total) {
@@ -147,56 +147,56 @@ mod tests {
     #[test]
     fn who_is_refused_a_place_gives_none_back() {
         let shares = Shares::new(2, 2);
-        let places: Vec<_> = (0..3).map(|_| shares.place(client(1), Claim::All)).collect();
+        let places: Vec<_> = (0..3).map(|_| shares.place(client(1), Demand::All)).collect();
         assert_eq!(places.iter().flatten().count(), 2);
         assert_eq!(shares.used(), 2, "the third took none");
         drop(places);
         assert_eq!(shares.used(), 0);
-        assert!(shares.place(None, Claim::All).is_some());
+        assert!(shares.place(None, Demand::All).is_some());
     }
 
     #[test]
     fn one_client_takes_its_share_and_leaves_the_rest_to_others() {
         let shares = Shares::new(10, 4);
-        let mut places: Vec<_> = (0..9).filter_map(|_| shares.place(client(1), Claim::All)).collect();
+        let mut places: Vec<_> = (0..9).filter_map(|_| shares.place(client(1), Demand::All)).collect();
         assert_eq!(places.len(), 4);
-        places.extend((0..9).filter_map(|_| shares.place(client(2), Claim::All)));
+        places.extend((0..9).filter_map(|_| shares.place(client(2), Demand::All)));
         assert_eq!(places.len(), 8);
-        places.extend((0..9).filter_map(|_| shares.place(None, Claim::All)));
+        places.extend((0..9).filter_map(|_| shares.place(None, Demand::All)));
         assert_eq!(places.len(), 10, "who has no address counts among all");
-        assert!(shares.place(client(3), Claim::All).is_none(), "all together");
+        assert!(shares.place(client(3), Demand::All).is_none(), "all together");
         places.remove(0);
-        assert!(shares.place(client(2), Claim::All).is_none(), "its share is used up");
-        assert!(shares.place(client(1), Claim::All).is_some());
+        assert!(shares.place(client(2), Demand::All).is_none(), "its share is used up");
+        assert!(shares.place(client(1), Demand::All).is_some());
     }
 
     #[test]
     fn a_quarter_of_the_total_and_of_each_share_is_a_reserve() {
         let shares = Shares::new(16, 8);
-        let usual: Vec<_> = (0..9).filter_map(|_| shares.place(client(1), Claim::Unreserved)).collect();
+        let usual: Vec<_> = (0..9).filter_map(|_| shares.place(client(1), Demand::Unreserved)).collect();
         assert_eq!(usual.len(), 6);
-        let first: Vec<_> = (0..9).filter_map(|_| shares.place(client(1), Claim::All)).collect();
+        let first: Vec<_> = (0..9).filter_map(|_| shares.place(client(1), Demand::All)).collect();
         assert_eq!(first.len(), 2, "the reserve of the same client");
-        let others: Vec<_> = (0..9).filter_map(|_| shares.place(client(2), Claim::Unreserved)).collect();
+        let others: Vec<_> = (0..9).filter_map(|_| shares.place(client(2), Demand::Unreserved)).collect();
         assert_eq!(others.len(), 4, "up to three quarters of all");
-        assert!(shares.place(client(3), Claim::Unreserved).is_none());
-        assert!(shares.place(client(3), Claim::All).is_some());
+        assert!(shares.place(client(3), Demand::Unreserved).is_none());
+        assert!(shares.place(client(3), Demand::All).is_some());
         // Small limits leave no reserve.
-        assert!(Shares::new(1, 1).place(client(1), Claim::Unreserved).is_some());
+        assert!(Shares::new(1, 1).place(client(1), Demand::Unreserved).is_some());
     }
 
     #[test]
     fn amounts_grow_and_no_client_stays_that_has_nothing() {
         let shares = Shares::new(100, 60);
         let mut bytes = shares.nothing(client(1));
-        assert!(bytes.more(0, Claim::All) && shares.lock().of.is_empty());
-        assert!(bytes.more(40, Claim::All) && !bytes.more(21, Claim::All) && bytes.more(20, Claim::All));
-        assert!(!bytes.more(usize::MAX, Claim::All), "no sum overflows");
+        assert!(bytes.more(0, Demand::All) && shares.lock().of.is_empty());
+        assert!(bytes.more(40, Demand::All) && !bytes.more(21, Demand::All) && bytes.more(20, Demand::All));
+        assert!(!bytes.more(usize::MAX, Demand::All), "no sum overflows");
         assert_eq!((shares.used(), shares.lock().of.len()), (60, 1));
         bytes.give_back();
         bytes.give_back();
         assert_eq!((shares.used(), shares.lock().of.len()), (0, 0));
-        assert!(bytes.more(60, Claim::All));
+        assert!(bytes.more(60, Demand::All));
         drop(bytes);
         assert_eq!((shares.used(), shares.lock().of.len()), (0, 0));
     }

@@ -12,6 +12,7 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
+use crate::proxy::ReplayLayer;
 use crate::proxy::tests::world::*;
 use crate::proxy::{Reason, Route};
 use crate::token::Token;
@@ -68,6 +69,21 @@ async fn holding_is_bounded_in_time_and_number() {
     node2.stop.cancel();
     is(&held.await.unwrap(), 503, "not-executed");
     drop(node);
+}
+
+/// The time for a response, and for a pause in the body, begins when the request is sent.
+#[tokio::test]
+async fn what_was_held_for_long_has_all_of_its_time_afterwards() {
+    let primary = Server::start(Router::new().fallback(mirror)).await;
+    let limit = Duration::from_secs(1);
+    let times = |l: ReplayLayer| l.hold_timeout(LONG).response_timeout(limit).idle_timeout(limit);
+    let (replica, node) = replica_of("", times).await;
+    let held = tokio::spawn(send(Request::post(replica.url()).body(full("late")).unwrap()));
+    comes("a request that is held", || node.roles.receiver_count() > 0).await;
+    // The pause is what is tested.
+    tokio::time::sleep(limit + SHORT).await;
+    follow(&node, 2, Some(peer(1, &primary.url())));
+    assert!(text(held.await.unwrap()).await.ends_with("late"));
 }
 
 /// Who was refused gave back a place that it had not got: after a burst no request was held any

@@ -1,8 +1,8 @@
 //! How long a client is waited for that sends a body.
 //!
-//! A client may be silent for the idle limit. One whose body is on its way to the primary also has
-//! to keep up a rate: it has some patience to begin with, each second that it is waited for costs
-//! one of it, and each byte gives some of it back.
+//! A client may be silent for the idle limit. One whose body goes to the primary also has to keep
+//! up a rate. There is some patience with it to begin with. Each second that it is waited for costs
+//! one of that, and each byte gives some back.
 
 use std::future::Future;
 use std::pin::Pin;
@@ -11,30 +11,31 @@ use std::time::Duration;
 
 use tokio::time::{Instant, Sleep};
 
-/// The patience to begin with: in so long a link that was lost comes back, or a server of a
-/// proxy is started again.
+/// What a client has to begin with. In so long a link that was lost comes back, and TCP has tried
+/// again four times.
 pub(super) const GRACE: Duration = Duration::from_secs(10);
 
-/// One client's pace.
-pub(super) struct Pace {
+/// How fast one client is, and how patient the layer still is with it.
+pub(super) struct Tempo {
     /// The longest silence, and the most patience that bytes give.
     idle: Duration,
     /// Bytes a second. None: it need not keep up any.
     rate: Option<u32>,
-    patience: Duration,
+    /// What is left while there is a rate.
+    left: Duration,
     /// Since when it is waited for.
     since: Option<Instant>,
     alarm: Option<Pin<Box<Sleep>>>,
 }
 
-impl Pace {
-    pub(super) fn new(idle: Duration) -> Pace {
-        Pace { idle, rate: None, patience: GRACE.min(idle), since: None, alarm: None }
+impl Tempo {
+    pub(super) fn new(idle: Duration) -> Tempo {
+        Tempo { idle, rate: None, left: GRACE.min(idle), since: None, alarm: None }
     }
 
     /// The same client, whose body is read from its beginning again.
-    pub(super) fn again(&self) -> Pace {
-        Pace { rate: self.rate, patience: self.patience, ..Pace::new(self.idle) }
+    pub(super) fn again(&self) -> Tempo {
+        Tempo { rate: self.rate, left: self.left, ..Tempo::new(self.idle) }
     }
 
     /// From now on it has to keep up so many bytes a second; 0: the idle limit is all.
@@ -60,7 +61,7 @@ impl Pace {
     pub(super) fn poll_wait(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         let since = *self.since.get_or_insert_with(Instant::now);
         let limit = match self.rate {
-            Some(rate) if rate > 0 => self.patience.min(self.idle),
+            Some(rate) if rate > 0 => self.left.min(self.idle),
             _ => self.idle,
         };
         let due = since + limit;
@@ -76,11 +77,11 @@ impl Pace {
     /// It has sent so many bytes.
     pub(super) fn came(&mut self, bytes: usize) {
         if let Some(since) = self.since.take() {
-            self.patience = self.patience.saturating_sub(since.elapsed());
+            self.left = self.left.saturating_sub(since.elapsed());
         }
         if let Some(rate @ 1..) = self.rate {
             let earned = Duration::from_secs(bytes as u64) / rate;
-            self.patience = self.patience.saturating_add(earned).min(self.idle);
+            self.left = self.left.saturating_add(earned).min(self.idle);
         }
     }
 }
@@ -92,15 +93,15 @@ mod tests {
     const IDLE: Duration = Duration::from_secs(60);
 
     /// Waits for the client for so long; whether it may still send.
-    async fn waits(pace: &mut Pace, seconds: u64) -> bool {
+    async fn waits(tempo: &mut Tempo, seconds: u64) -> bool {
         let long = Duration::from_secs(seconds);
-        tokio::time::timeout(long, std::future::poll_fn(|cx| pace.poll_wait(cx))).await.is_err()
+        tokio::time::timeout(long, std::future::poll_fn(|cx| tempo.poll_wait(cx))).await.is_err()
     }
 
-    fn hurried() -> Pace {
-        let mut pace = Pace::new(IDLE);
-        pace.hurry(1024);
-        pace
+    fn hurried() -> Tempo {
+        let mut tempo = Tempo::new(IDLE);
+        tempo.hurry(1024);
+        tempo
     }
 
     #[tokio::test(start_paused = true)]
@@ -115,51 +116,51 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn who_keeps_up_the_rate_is_waited_for_forever() {
-        let mut pace = hurried();
+        let mut tempo = hurried();
         for _ in 0..100 {
-            assert!(waits(&mut pace, 5).await);
-            pace.came(5 * 1024);
+            assert!(waits(&mut tempo, 5).await);
+            tempo.came(5 * 1024);
         }
         // Who was fast may pause for the idle limit, and no longer.
-        pace.came(1 << 30);
-        assert!(waits(&mut pace, 59).await);
-        pace.came(1);
-        assert!(!waits(&mut pace, 2).await);
+        tempo.came(1 << 30);
+        assert!(waits(&mut tempo, 59).await);
+        tempo.came(1);
+        assert!(!waits(&mut tempo, 2).await);
     }
 
     #[tokio::test(start_paused = true)]
     async fn without_a_rate_the_idle_limit_is_all() {
-        let mut pace = Pace::new(IDLE);
+        let mut tempo = Tempo::new(IDLE);
         for rate in [None, Some(0)] {
             if let Some(rate) = rate {
-                pace.hurry(rate);
+                tempo.hurry(rate);
             }
             for _ in 0..10 {
-                assert!(waits(&mut pace, 59).await);
-                pace.came(1);
+                assert!(waits(&mut tempo, 59).await);
+                tempo.came(1);
             }
-            assert!(!waits(&mut pace, 61).await);
-            pace.came(1);
+            assert!(!waits(&mut tempo, 61).await);
+            tempo.came(1);
         }
-        let mut pace = hurried();
-        assert!(waits(&mut pace, 9).await);
-        pace.at_leisure();
-        assert!(waits(&mut pace, 40).await);
+        let mut tempo = hurried();
+        assert!(waits(&mut tempo, 9).await);
+        tempo.at_leisure();
+        assert!(waits(&mut tempo, 40).await);
         // A limit that is shorter than the patience counts.
-        let mut pace = Pace::new(Duration::from_secs(1));
-        pace.hurry(1024);
-        assert!(!waits(&mut pace, 2).await);
+        let mut tempo = Tempo::new(Duration::from_secs(1));
+        tempo.hurry(1024);
+        assert!(!waits(&mut tempo, 2).await);
     }
 
     #[tokio::test(start_paused = true)]
     async fn time_in_which_it_is_not_waited_for_costs_nothing() {
-        let mut pace = hurried();
-        assert!(waits(&mut pace, 8).await);
-        pace.came(2);
+        let mut tempo = hurried();
+        assert!(waits(&mut tempo, 8).await);
+        tempo.came(2);
         tokio::time::sleep(IDLE).await;
-        pace.came(2);
-        assert!(waits(&mut pace, 1).await, "two seconds are left");
-        let mut again = pace.again();
+        tempo.came(2);
+        assert!(waits(&mut tempo, 1).await, "two seconds are left");
+        let mut again = tempo.again();
         assert!(!waits(&mut again, 3).await, "a body that is sent again has no new patience");
     }
 }
