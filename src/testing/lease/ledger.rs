@@ -41,6 +41,9 @@ struct Pages {
     sent: HashMap<Vec<u8>, SentRecord>,
     /// The record of each version that was seen.
     versions: HashMap<Version, Vec<u8>>,
+    /// Versions of records that were sent before. A swap of before that was given up may be done when
+    /// this ledger has begun already: then its record is what the sequence begins with.
+    late: HashSet<Version>,
 }
 
 impl Ledger {
@@ -79,10 +82,12 @@ impl Ledger {
     /// The register's record, or an older one; the outer none where the store did not say it.
     pub(super) async fn read(&self, store: &Arc<dyn Store>) -> Result<Option<Option<Stored>>, Broken> {
         let Ok(Ok(read)) = tokio::time::timeout(self.limit, store.read()).await else { return Ok(None) };
-        if let Some(stored) = &read
-            && !self.earlier.contains(&stored.record)
-        {
+        if let Some(stored) = &read {
             let mut pages = lock(&self.pages);
+            if self.earlier.contains(&stored.record) {
+                pages.late.insert(stored.version.clone());
+                return Ok(Some(read));
+            }
             if !pages.sent.contains_key(&stored.record) {
                 let bytes = stored.record.len();
                 return Err(Broken::new(3, format!("a read gives {bytes} bytes that were never written")));
@@ -119,7 +124,7 @@ impl Ledger {
                 return Err(Broken::new(1, "records took each other's place in a circle"));
             }
             let Some(SentRecord { over, .. }) = pages.sent.get(record) else { break };
-            if over.as_ref() == base {
+            if over.as_ref() == base || over.as_ref().is_some_and(|over| pages.late.contains(over)) {
                 break;
             }
             let Some(before) = over.as_ref().and_then(|over| pages.versions.get(over)) else {
@@ -152,5 +157,48 @@ fn fate(answer: Option<Result<Version, SwapError>>) -> SwapFate {
         Some(Err(SwapError::Unavailable(why))) => SwapFate::Refused(format!("Unavailable ({why})")),
         // A future that was dropped, too.
         Some(Err(SwapError::Unknown(_))) | None => SwapFate::Open,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::lease::Memory;
+
+    const LIMIT: Duration = Duration::from_secs(5);
+
+    async fn written(store: &Arc<dyn Store>, over: Option<&Version>, record: &[u8]) -> Version {
+        store.swap(over, record).await.unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_swap_that_was_given_up_before_may_be_what_a_sequence_begins_with() {
+        let store: Arc<dyn Store> = Arc::new(Memory::new());
+        let base = written(&store, None, b"base").await;
+        let earlier = [b"base".to_vec(), b"late".to_vec()].into_iter().collect();
+        let ledger = Ledger::new(Some(base.clone()), earlier, LIMIT);
+        // It comes to the register only now.
+        written(&store, Some(&base), b"late").await;
+        let late = ledger.read(&store).await.unwrap().unwrap().unwrap().version;
+        let next = ledger.swap(&store, Some(&late), b"next", None).await.unwrap();
+        assert!(matches!(next, SwapFate::Done(_)), "{next:?}");
+        ledger.check(b"next").unwrap();
+    }
+
+    #[tokio::test]
+    async fn what_was_acknowledged_before_a_late_swap_is_missed() {
+        let store: Arc<dyn Store> = Arc::new(Memory::new());
+        let base = written(&store, None, b"base").await;
+        let earlier = [b"base".to_vec(), b"late".to_vec()].into_iter().collect();
+        let ledger = Ledger::new(Some(base.clone()), earlier, LIMIT);
+        let SwapFate::Done(first) = ledger.swap(&store, Some(&base), b"first", None).await.unwrap() else {
+            panic!("it was not done");
+        };
+        // A register that takes it over what it was not meant for.
+        written(&store, Some(&first), b"late").await;
+        let late = ledger.read(&store).await.unwrap().unwrap().unwrap().version;
+        ledger.swap(&store, Some(&late), b"next", None).await.unwrap();
+        let broken = ledger.check(b"next").unwrap_err().to_string();
+        assert!(broken.contains("rule 1 "), "{broken}");
     }
 }
