@@ -38,7 +38,8 @@ struct Crowd {
 impl Crowd {
     async fn gather(from: &[&str], to: SocketAddr, first: &'static [u8]) -> Crowd {
         const STAY: usize = 1700;
-        const COME_AGAIN: usize = 32;
+        // More than have a place: each that comes has another one cut, which comes again.
+        const COME_AGAIN: usize = 400;
         let (mut tasks, came) = (JoinSet::new(), Arc::<AtomicUsize>::default());
         for number in 0..STAY + COME_AGAIN {
             let (from, came) = (from[number % from.len()].to_owned(), came.clone());
@@ -77,6 +78,7 @@ async fn is_served_soon(world: &World, replica: &Db, relay: &Relay, what: &str) 
         world.level(replica).await;
         waited.push(began.elapsed());
         if began.elapsed() < SOON {
+            eprintln!("{what}: {waited:?}");
             return;
         }
     }
