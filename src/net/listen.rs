@@ -24,7 +24,7 @@ use tower::{Service, ServiceExt};
 use crate::channel::{Binding, Channel, key_of};
 use crate::context::Seldom;
 use crate::error::{Error, Result};
-use crate::net::places::{CameFrom, DoorLimits, DoorPlace, DoorPlaces, Guarded};
+use crate::net::places::{CameFrom, DoorLimits, DoorPlace, DoorPlaces, Guarded, TLS_HANDSHAKE};
 use crate::net::{FORWARD_WINDOW_BYTES, FORWARDS_MAX, FORWARDS_WINDOW_BYTES, FRAME_MAX_BYTES, Tracked};
 use crate::report::Condition;
 use crate::threads::{aside, caught_task};
@@ -45,8 +45,6 @@ const END_LIMIT: Duration = Duration::from_secs(9);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Streams of one connection; a replica uses one.
 const STREAMS_MAX: u32 = 16;
-/// What the first record of TLS begins with.
-const TLS_HANDSHAKE: u8 = 22;
 /// Largest head of a request, in bytes.
 const HEAD_MAX_BYTES: u32 = 16 * 1024;
 /// The same of a client's request that another node forwards. HTTP/2 counts 32 bytes more for each
@@ -208,6 +206,7 @@ async fn serve_one<M, S, B>(
     let service = move |inside| {
         let place = of.clone();
         service(inside).map_request(move |mut request: Request<Incoming>| {
+            place.spoke();
             request.extensions_mut().insert(place.clone());
             request
         })
@@ -242,7 +241,6 @@ async fn serve_by_first<M, S, B>(
     if !matches!(peeked, Ok(Ok(1))) {
         return;
     }
-    place.spoke();
     let io = Guarded::new(io, place);
     if first == [TLS_HANDSHAKE] {
         serve_private(io, channel, service, tracker, stop).await;

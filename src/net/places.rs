@@ -23,6 +23,10 @@ const PROOF_LIMIT: Duration = Duration::from_secs(10);
 /// The most bytes that are read of one on which nothing was proved: a handshake with a chain of
 /// certificates and a head, inside of a tunnel.
 const UNPROVED_MAX_BYTES: usize = 128 * 1024;
+/// What the first record of TLS begins with.
+pub(super) const TLS_HANDSHAKE: u8 = 22;
+/// Bytes of a record's header: kind, version, and length.
+const RECORD_HEADER_BYTES: usize = 5;
 
 /// Where a connection comes from, as far as that can be told.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -165,7 +169,8 @@ impl TakenDoorPlaces {
 }
 
 impl DoorPlace {
-    /// Something came.
+    /// It said something whole: the first record of TLS, or the head of a request. So who says less
+    /// over and over takes no place of one that does.
     pub(super) fn spoke(&self) {
         if let Some(own) = lock(&self.0.places.taken).unproved.get_mut(&self.0.number) {
             own.spoke = true;
@@ -226,11 +231,45 @@ pub(crate) struct Guarded<I> {
     io: I,
     place: DoorPlace,
     came: usize,
+    record: FirstRecord,
+}
+
+/// What is known of the first record of TLS.
+enum FirstRecord {
+    /// What came of its header.
+    Header(Vec<u8>),
+    /// Its end, in bytes of the connection.
+    End(usize),
+    /// It came, or it is none.
+    Over,
 }
 
 impl<I> Guarded<I> {
     pub(crate) fn new(io: I, place: &DoorPlace) -> Guarded<I> {
-        Guarded { io, place: place.clone(), came: 0 }
+        Guarded { io, place: place.clone(), came: 0, record: FirstRecord::Header(Vec::new()) }
+    }
+
+    fn note(&mut self, bytes: &[u8]) {
+        if self.came > UNPROVED_MAX_BYTES {
+            return;
+        }
+        self.came += bytes.len();
+        if let FirstRecord::Header(header) = &mut self.record {
+            header.extend(bytes.iter().take(RECORD_HEADER_BYTES - header.len()));
+            match header[..] {
+                [] => {}
+                [TLS_HANDSHAKE, _, _, high, low] => {
+                    let length = usize::from(u16::from_be_bytes([high, low]));
+                    self.record = FirstRecord::End(RECORD_HEADER_BYTES + length);
+                }
+                [TLS_HANDSHAKE, ..] => {}
+                _ => self.record = FirstRecord::Over,
+            }
+        }
+        if matches!(self.record, FirstRecord::End(end) if self.came >= end) {
+            self.record = FirstRecord::Over;
+            self.place.spoke();
+        }
     }
 }
 
@@ -242,9 +281,7 @@ impl<I: AsyncRead + Unpin> AsyncRead for Guarded<I> {
     ) -> Poll<io::Result<()>> {
         let before = buf.filled().len();
         let read = Pin::new(&mut self.io).poll_read(cx, buf);
-        if self.came <= UNPROVED_MAX_BYTES {
-            self.came += buf.filled().len() - before;
-        }
+        self.note(&buf.filled()[before..]);
         if self.came > UNPROVED_MAX_BYTES && !self.place.is_proved() {
             buf.set_filled(before);
             let why = "more came than a peer has to say before it proves the secret";

@@ -121,6 +121,24 @@ async fn who_proves_nothing_has_to_go_after_a_while() {
 }
 
 #[tokio::test]
+async fn who_says_a_whole_first_record_of_tls_has_spoken() {
+    let places = DoorPlaces::new(LIMITS);
+    let record = [&[22, 3, 1, 0, 100][..], &[7; 100]].concat();
+    for (said, whole) in [(&record[..], true), (&record[..104], false), (&[22], false), (&[0; 4096], false)] {
+        for piece in [1, 3, 4096] {
+            let place = enter(&places, "10.0.0.1");
+            let (mut theirs, ours) = duplex(4096);
+            theirs.write_all(said).await.unwrap();
+            drop(theirs);
+            let mut ours = Guarded::new(ours, &place);
+            let mut bytes = vec![0; piece];
+            while ours.read(&mut bytes).await.unwrap() > 0 {}
+            assert_eq!(lock(&places.taken).unproved[&place.0.number].spoke, whole, "{}", said.len());
+        }
+    }
+}
+
+#[tokio::test]
 async fn little_is_read_before_a_secret_is_proved() {
     let places = DoorPlaces::new(LIMITS);
     for proves in [false, true] {
