@@ -374,11 +374,11 @@ impl Db {
         layer.with_app(self.inner.app.clone())
     }
 
-    /// Gives the node the application's service. From then on requests that other nodes forward reach
-    /// it on the private channel ([`Config::listen`], or the mounted endpoint), and not at the
-    /// application's address. Neither their bodies nor their cookies cross the network in clear text,
-    /// and they need no certificates. Call it once on each instance, with the same service that its
-    /// server has:
+    /// Gives the node the application's service. From then on requests that other nodes forward
+    /// reach it on the private channel ([`Config::listen`], or the mounted endpoint), and not at
+    /// the application's address. Neither their bodies nor their cookies cross the network in clear
+    /// text, and they need no certificates. Call it once on each instance, with the same service
+    /// that its server has:
     ///
     /// ```
     /// # #[tokio::main(flavor = "current_thread")]
@@ -387,7 +387,8 @@ impl Db {
     /// use replite::Db;
     ///
     /// let db = Db::temporary(|config| config).await?;
-    /// let app: Router = Router::new().route("/", get(|| async { "hello" })).layer(db.replay_layer());
+    /// let app: Router = Router::new().route("/", get(|| async { "hello" }));
+    /// let app = app.layer(db.replay_layer());
     /// db.serve_forwarded(app.clone())?;
     /// // axum::serve(listener, app.into_make_service_with_connect_info::<SocketAddr>())
     /// # db.shutdown().await;
@@ -396,9 +397,9 @@ impl Db {
     /// ```
     ///
     /// An instance that has called it forwards on the channel only, and takes the hop of no request
-    /// that comes to its public address. To an instance that has not called it yet it sends nothing:
-    /// the request waits as for a primary. [`ReplayLayer::forward_in_clear`] is for the deploy that
-    /// brings this call. On the service's side the request has a
+    /// that comes to its public address. To an instance that has not called it yet it sends
+    /// nothing: the request waits as for a primary. [`ReplayLayer::forward_in_clear`] is for the
+    /// deploy that brings this call. On the service's side the request has a
     /// [`Forwarded`](crate::Forwarded) in its extensions. WebSockets and gRPC go this way, too.
     ///
     /// The node keeps the service until [`Db::shutdown`], with all that is in it, mostly handles of

@@ -16,8 +16,8 @@
 //! with keys of its own. What follows in the bodies is said inside the channel.
 //!
 //! Who forwards an application's requests ([`FORWARD_PATH`]) does so, too. A byte in the response's
-//! body says whether they are served; then each further exchange on the connection is such a request.
-//! These connections are told apart within TLS already, and are always private.
+//! body says whether they are served; then each further exchange on the connection is such a
+//! request. These connections are told apart within TLS already, and are always private.
 //!
 //! A follower proves all of this by a secret of followers, and is answered by the same one. A
 //! member takes an answer of none but members. See [`Rights`](crate::secret::Rights).

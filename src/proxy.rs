@@ -14,19 +14,19 @@
 //!    where that is, and holds the request while there is none. `intake` takes small bodies in
 //!    first.
 //! 5. `redirect` sends the client there in place of this node, where the layer is set up for that.
-//! 6. `dial` has the connections. Those of the private channel are in `channel`. Others go to the
-//!    application's address: `connect` opens them, with TLS where the URL says so, and `http2` is the
-//!    one in HTTP/2. `preface` watches servers of HTTP/2. `tunnel` carries the bytes after an upgrade,
-//!    which `switched` says in HTTP/2.
+//! 6. `dial` has the connections. Those of the private channel are in `channel`, and `on_line`
+//!    counts what is on each. Others go to the application's address: `connect` opens them, with
+//!    TLS where the URL says so, and `http2` is the one in HTTP/2. `preface` watches servers of
+//!    HTTP/2. `tunnel` carries the bytes after an upgrade, which `switched` says in HTTP/2.
 //! 7. `reply` sets tokens on what a local handler answered. `failure` is the answer to a request
 //!    that could not be done.
 //!
 //! On the primary `app` takes what came on the private channel, and calls the application.
 //!
 //! `layer` has the settings and `shared` what comes of them. `headers`, `hop` and `body` are about
-//! bytes. `client` sends requests for callers that are no request's handler. `shares` counts what is
-//! limited for all and for each client, `budget` what is kept of bodies, and `pace` says how long a
-//! client is waited for.
+//! bytes. `client` sends requests for callers that are no request's handler. `shares` counts what
+//! is limited for all and for each client, `budget` what is kept of bodies, and `pace` says how
+//! long a client is waited for.
 //!
 //! Who the client is: `origin` finds it, `proxies` says whose word counts for that, and `forwarded`
 //! is what a handler is told on another node.
@@ -49,6 +49,7 @@ mod http2;
 mod intake;
 mod layer;
 mod locate;
+mod on_line;
 mod origin;
 mod plan;
 mod preface;

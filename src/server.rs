@@ -24,8 +24,8 @@ use crate::channel::{Binding, Plaintext};
 use crate::command::{self, COMMANDS_MAX};
 use crate::context::NodeContext;
 use crate::handshake::{
-    self, Answer, COMMAND_PATH, FORWARD_PATH, Knock, MEMBERS_PATH, Nonce, Refusal, STANDING_PATH,
-    STREAM_PATH, Stranger, TUNNEL_PATH, TunnelKnock,
+    self, Answer, COMMAND_PATH, Knock, MEMBERS_PATH, Nonce, Refusal, STANDING_PATH, STREAM_PATH, Stranger,
+    TUNNEL_PATH, TunnelKnock,
 };
 use crate::members::MembersDoor;
 #[cfg(feature = "members")]
@@ -40,7 +40,7 @@ use crate::status::Role;
 use crate::threads::{aside, caught_task};
 
 pub use body::ReplicationBody;
-use forwards::{ConnectionService, ForwardExchange, Forwards};
+use forwards::{ConnectionService, Forwards};
 use tunnels::Tunnels;
 
 /// Through which door requests come.
@@ -312,38 +312,6 @@ impl ReplicationService {
             }
             drop(answering);
         });
-        Ok(response)
-    }
-
-    /// Begins with a connection on which a member forwards the application's requests.
-    fn begin_forwards<B>(
-        &self,
-        request: Request<B>,
-        knock: Knock,
-        proved: Proved,
-        answering: Option<Answering>,
-    ) -> Result<Response<ReplicationBody>, Refusal>
-    where
-        B: Body + Send + 'static,
-    {
-        let (Some(forwards), Some(answering)) = (self.forwards.clone(), answering) else {
-            return Err(Refusal::Path);
-        };
-        if !request.uri().path().ends_with(FORWARD_PATH) || request.method() != Method::POST {
-            return Err(Refusal::Path);
-        }
-        self.check(&knock, request.version())?;
-        if proved.rights() == Rights::Follower {
-            return Err(Refusal::Follower);
-        }
-        let node = self.shared.node.clone();
-        if node.drain.is_cancelled() {
-            return Err(Refusal::Stopping);
-        }
-        let (nonce, (sender, response)) = self.open(&knock, proved)?;
-        let (app, upstream) = (self.app.clone(), Incoming::new(request.into_body()));
-        let exchange = ForwardExchange { node, app, forwards, knock, nonce, answering };
-        self.shared.tracker.spawn(exchange.run(upstream, sender));
         Ok(response)
     }
 

@@ -52,12 +52,13 @@ impl Db {
     /// acknowledged is kept; further calls fail with [`Error::ShutDown`](crate::Error::ShutDown).
     /// Can be called more than once: each call returns when all is done.
     ///
-    /// It waits up to nine seconds for peers that do not hang up, and as long as [`Db::drain`] may
-    /// for a lease that is to be handed over; without such it takes milliseconds. It also waits for
-    /// the closure of a write that is running, and for the last fsyncs.
+    /// It waits up to five seconds for requests that other nodes forwarded on the private channel.
+    /// For peers that do not hang up it waits up to nine, and as long as [`Db::drain`] may for a
+    /// lease that is to be handed over. Without such it takes milliseconds. It also waits for the
+    /// closure of a write that is running, and for the last fsyncs.
     ///
-    /// This is the `main` of an application. Whatever its clients do, it ends within twenty seconds
-    /// of the signal, or forty where a lease's store does not answer:
+    /// This is the `main` of an application. Whatever its clients do, it ends within twenty-five
+    /// seconds of the signal, or forty-five where a lease's store does not answer:
     ///
     /// ```no_run
     /// use std::time::Duration;
@@ -73,8 +74,9 @@ impl Db {
     ///         .secret(Secret::new(std::env::var("REPLITE_SECRET")?)?);
     ///     let db = Db::open(config).await?;
     ///     let app = Router::new() // your routes; their long responses end with `db.draining()`
-    ///         .layer(db.replay_layer())
-    ///         .nest_service("/_replite", db.service());
+    ///         .layer(db.replay_layer());
+    ///     db.serve_forwarded(app.clone())?;
+    ///     let app = app.nest_service("/_replite", db.service());
     ///
     ///     let draining = db.clone();
     ///     let mut server = tokio::spawn(

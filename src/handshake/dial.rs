@@ -39,8 +39,8 @@ impl Asker {
         self.knock_by((self.tunnel()?, open), to, path, tracker).await
     }
 
-    /// Dials a peer for a connection that an application's requests go over, and makes the knock that
-    /// is to be said on it. It is always private.
+    /// Dials a peer for a connection that an application's requests go over, and makes the knock
+    /// that is to be said on it. It is always private.
     ///
     /// # Errors
     /// What is wrong with the peer, or with the connection.

@@ -13,7 +13,7 @@ use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep};
 
 use crate::proxy::BoxError;
-use crate::proxy::channel::OnLine;
+use crate::proxy::on_line::OnLine;
 use crate::proxy::replay_body::{DrainOnDrop, Keep};
 use crate::proxy::shares::Taken;
 

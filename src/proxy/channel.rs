@@ -7,7 +7,6 @@
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::time::Duration;
@@ -20,7 +19,6 @@ use hyper::client::conn::http2::{Builder, SendRequest};
 use hyper::rt::Executor;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio::sync::mpsc;
-use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 use crate::error::PeerProblem;
@@ -30,6 +28,7 @@ use crate::net::{self, Endpoint, PrivateConnection};
 use crate::proxy::BoxError;
 use crate::proxy::connect::{Outgoing, POOL_IDLE_SECONDS, SendError, Spawn};
 use crate::proxy::http2::{PING_INTERVAL, PING_TIMEOUT, name, was_not_begun};
+use crate::proxy::on_line::{LineUse, OnLine};
 use crate::proxy::preface::{Spoken, WatchedIo};
 use crate::proxy::switched;
 use crate::replica::foreign;
@@ -65,25 +64,13 @@ struct OpenLines {
 struct Line {
     way: SendRequest<ChannelBody>,
     shown: Spoken,
-    requests: AtomicUsize,
-    used: Mutex<Instant>,
+    used: Arc<LineUse>,
     _exchange: ProvedExchange,
-}
-
-/// A request on a connection, until its response's body has come to its end.
-pub(super) struct OnLine(Arc<Line>);
-
-impl Drop for OnLine {
-    fn drop(&mut self) {
-        *lock(&self.0.used) = Instant::now();
-        self.0.requests.fetch_sub(1, Ordering::Relaxed);
-    }
 }
 
 impl Line {
     fn is_usable(&self) -> bool {
-        let busy = self.requests.load(Ordering::Relaxed) > 0;
-        !self.way.is_closed() && (busy || lock(&self.used).elapsed() < Duration::from_secs(POOL_IDLE_SECONDS))
+        !self.way.is_closed() && !self.used.is_idle(Duration::from_secs(POOL_IDLE_SECONDS))
     }
 }
 
@@ -108,40 +95,40 @@ impl ChannelLines {
             switched::ask(&mut request);
         }
         // A request that waits for another's try to connect does not wait longer than that one.
-        let line = match tokio::time::timeout(self.limit, self.line(to)).await {
+        let (line, on_line) = match tokio::time::timeout(self.limit, self.line(to)).await {
             Ok(line) => line?,
             Err(_) => return Err(SendError::Unreachable("no connection in time".into())),
         };
-        let sent = line.0.way.clone().send_request(request.map(ChannelBody::Request)).await;
+        let sent = line.way.clone().send_request(request.map(ChannelBody::Request)).await;
         match sent {
             Ok(mut response) => {
                 if switches {
                     switched::answered(&mut response);
                 }
-                Ok((response, line))
+                Ok((response, on_line))
             }
-            Err(error) if was_not_begun(&error, &line.0.shown) => Err(SendError::NotBegun(error.into())),
+            Err(error) if was_not_begun(&error, &line.shown) => Err(SendError::NotBegun(error.into())),
             Err(error) => Err(SendError::Broken(error.into())),
         }
     }
 
     /// A place on a connection, which is opened if need be.
-    async fn line(&self, to: &str) -> Result<OnLine, SendError> {
+    async fn line(&self, to: &str) -> Result<(Arc<Line>, OnLine), SendError> {
         loop {
             match self.place(to) {
-                Place::On(line, crowded) => {
+                Place::On { line, on_line, crowded } => {
                     if crowded {
                         self.dial_beside(to);
                     }
-                    return Ok(line);
+                    return Ok((line, on_line));
                 }
                 Place::Full => return Err(SendError::Unreachable("all connections are full".into())),
                 Place::None => {}
             }
             let _dialling = self.dialling.lock().await;
             // Another request may have opened one meanwhile.
-            if let Place::On(line, _) = self.place(to) {
-                return Ok(line);
+            if let Place::On { line, on_line, .. } = self.place(to) {
+                return Ok((line, on_line));
             }
             let line = self.dial(to).await?;
             self.add(to, line);
@@ -157,15 +144,15 @@ impl ChannelLines {
             *open = OpenLines { to: to.to_owned(), lines: Vec::new() };
         }
         open.lines.retain(|line| line.is_usable());
-        let least = open.lines.iter().min_by_key(|line| line.requests.load(Ordering::Relaxed));
+        let least = open.lines.iter().min_by_key(|line| line.used.requests());
         let Some(line) = least.cloned() else { return Place::None };
-        let requests = line.requests.load(Ordering::Relaxed);
+        let requests = line.used.requests();
         if requests >= REQUESTS_MAX {
             return if open.lines.len() < LINES_MAX { Place::None } else { Place::Full };
         }
-        // Counted under the lock.
-        line.requests.fetch_add(1, Ordering::Relaxed);
-        Place::On(OnLine(line), requests + 1 >= SPREAD && open.lines.len() < SPREAD_LINES)
+        let crowded = requests + 1 >= SPREAD && open.lines.len() < SPREAD_LINES;
+        // Under the lock.
+        Place::On { on_line: line.used.enter(), line, crowded }
     }
 
     fn add(&self, to: &str, line: Line) {
@@ -212,8 +199,7 @@ impl ChannelLines {
         self.spawn.execute(self.keep(connection));
         let exchange = self.prove(&mut way, &endpoint, &knock).await.map_err(unreachable)?;
         let Some(exchange) = exchange else { return Err(SendError::NotServed) };
-        let used = Mutex::new(Instant::now());
-        Ok(Line { way, shown, requests: AtomicUsize::new(0), used, _exchange: exchange })
+        Ok(Line { way, shown, used: LineUse::new(), _exchange: exchange })
     }
 
     /// Runs a connection, and lets go of those that are not used.
@@ -237,8 +223,8 @@ impl ChannelLines {
         }
     }
 
-    /// Proves the secret, and has the other side prove it. Returns the exchange, which stays open as
-    /// long as the connection; none where the application there takes no such requests.
+    /// Proves the secret, and has the other side prove it. Returns the exchange, which stays open
+    /// as long as the connection; none where the application there takes no such requests.
     async fn prove(
         &self,
         way: &mut SendRequest<ChannelBody>,
@@ -272,8 +258,12 @@ impl ChannelLines {
 }
 
 enum Place {
-    /// On this connection; whether there should be one more.
-    On(OnLine, bool),
+    On {
+        line: Arc<Line>,
+        on_line: OnLine,
+        /// There should be one more connection.
+        crowded: bool,
+    },
     /// Another connection is needed.
     None,
     /// There are as many as may be.

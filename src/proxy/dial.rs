@@ -13,9 +13,10 @@ use tokio_util::sync::CancellationToken;
 use crate::handshake::Asker;
 use crate::net::{ServerTls, was_refused};
 use crate::proxy::body::{IdleTimeoutBody, ReplayRequestBody};
-use crate::proxy::channel::{ChannelLines, OnLine};
+use crate::proxy::channel::ChannelLines;
 use crate::proxy::connect::{Connector, Outgoing, POOL_IDLE_SECONDS, SendError, Spawn};
 use crate::proxy::http2::Http2;
+use crate::proxy::on_line::OnLine;
 use crate::proxy::replay_body::Keep;
 
 /// Unused connections that are kept to one node.
@@ -32,7 +33,7 @@ pub(super) enum Protocol {
 
 /// The way on which a request goes to a node.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(super) enum Line<'a> {
+pub(super) enum Passage<'a> {
     Http1,
     Http2,
     /// The private channel, at this replication endpoint.
@@ -80,7 +81,7 @@ impl Dialer {
     pub(super) async fn send(
         &self,
         head: Request<()>,
-        line: Line<'_>,
+        passage: Passage<'_>,
         body: &Keep,
         idle: Duration,
         answer: Duration,
@@ -89,10 +90,10 @@ impl Dialer {
         let request = head.map(|()| outgoing);
         body.begins();
         let response = async {
-            match line {
-                Line::Http1 => self.http1.request(request).await.map(|r| (r, None)).map_err(sort),
-                Line::Http2 => self.http2.request(request).await.map(|r| (r, None)),
-                Line::Channel(to) => self.channel.request(to, request).await.map(|(r, on)| (r, Some(on))),
+            match passage {
+                Passage::Http1 => self.http1.request(request).await.map(|r| (r, None)).map_err(sort),
+                Passage::Http2 => self.http2.request(request).await.map(|r| (r, None)),
+                Passage::Channel(to) => self.channel.request(to, request).await.map(|(r, on)| (r, Some(on))),
             }
         };
         tokio::pin!(response);

@@ -10,15 +10,15 @@ use hyper::body::Incoming;
 use crate::context::RunningRequest;
 use crate::proxy::BoxError;
 use crate::proxy::body::{IdleTimeoutBody, MadeBody};
-use crate::proxy::channel::OnLine;
 use crate::proxy::connect::SendError;
-use crate::proxy::dial::{Line, Protocol};
+use crate::proxy::dial::{Passage, Protocol};
 use crate::proxy::failure::{Failure, Outcome, Reason};
 use crate::proxy::head::Head;
 use crate::proxy::headers::{HOP, PRIMARY, strip_answer};
 use crate::proxy::hop::{About, HOPS_MAX, Hint, Hop};
 use crate::proxy::intake::take_in;
 use crate::proxy::locate::{HoldLimit, RequestTarget, find, look, superseded, wait};
+use crate::proxy::on_line::OnLine;
 use crate::proxy::redirect::redirect;
 use crate::proxy::replay_body::Keep;
 use crate::proxy::route::is_safe;
@@ -207,8 +207,8 @@ impl<'a> Trip<'a> {
             RequestTarget::There { url, epoch, .. } => (url.as_str(), Some((*epoch, self.hop(*epoch)))),
             RequestTarget::Here => (shared.node.me.addresses.app.as_str(), None),
         };
-        let line = self.line(&target);
-        let on_channel = matches!(line, Line::Channel(_));
+        let passage = self.passage(&target);
+        let on_channel = matches!(passage, Passage::Channel(_));
         // On the channel the application's own path is the request's.
         let base = if on_channel { without_path(url) } else { url };
         let request = match request(self.head, !on_channel, base, hop.as_ref().map(|(_, text)| text.as_str()))
@@ -220,7 +220,7 @@ impl<'a> Trip<'a> {
             }
         };
         let (idle, answer) = (shared.options.idle_timeout, shared.options.response_timeout);
-        let sent = shared.dialer.send(request, line, &self.body, idle, answer);
+        let sent = shared.dialer.send(request, passage, &self.body, idle, answer);
         let sent = tokio::select! {
             biased;
             sent = sent => sent,
@@ -240,15 +240,15 @@ impl<'a> Trip<'a> {
     }
 
     /// On which way a request goes there.
-    fn line<'t>(&self, target: &'t RequestTarget) -> Line<'t> {
+    fn passage<'t>(&self, target: &'t RequestTarget) -> Passage<'t> {
         match target {
             RequestTarget::There { url, replication, .. }
                 if self.on_channel && self.by_address.as_ref() != Some(url) =>
             {
-                Line::Channel(replication)
+                Passage::Channel(replication)
             }
-            _ if self.head.protocol != Protocol::Http1 && !self.http1 => Line::Http2,
-            _ => Line::Http1,
+            _ if self.head.protocol != Protocol::Http1 && !self.http1 => Passage::Http2,
+            _ => Passage::Http1,
         }
     }
 

@@ -204,9 +204,9 @@ impl ReplayLayer {
     }
 
     /// Whether requests go to the primary's application address where that node has not been given
-    /// its application's service ([`Db::serve_forwarded`](crate::Db::serve_forwarded)), and this one
-    /// has. If not set, they wait until it has, or fail with 503: what an instance may say on the
-    /// private channel it does not say in the clear. It is for the deploy that brings
+    /// its application's service ([`Db::serve_forwarded`](crate::Db::serve_forwarded)), and this
+    /// one has. If not set, they wait until it has, or fail with 503: what an instance may say on
+    /// the private channel it does not say in the clear. It is for the deploy that brings
     /// `serve_forwarded`. Over an `https://` address they go in any case.
     pub fn forward_in_clear(self, yes: bool) -> Self {
         self.with(|o| o.clear = yes)
@@ -214,8 +214,8 @@ impl ReplayLayer {
 
     /// Whether the primary's application is spoken to in HTTP/2 (without TLS, by prior knowledge),
     /// and not in HTTP/1.1. Requests that came in HTTP/2 and ask for trailers (`te`), such as
-    /// gRPC's, always are. The client's host is the request's authority then. On the private channel
-    /// it is always HTTP/2.
+    /// gRPC's, always are. The client's host is the request's authority then. On the private
+    /// channel it is always HTTP/2.
     pub fn http2(self, yes: bool) -> Self {
         self.with(|o| o.http2 = yes)
     }
@@ -412,8 +412,8 @@ impl ReplayLayer {
     }
 
     /// The IP address of the peer that a request came from, where the server tells it in a way of
-    /// its own. With the feature `axum` the layer takes it from `ConnectInfo<SocketAddr>` by itself,
-    /// which `Router::into_make_service_with_connect_info` sets.
+    /// its own. With the feature `axum` the layer takes it from `ConnectInfo<SocketAddr>` by
+    /// itself, which `Router::into_make_service_with_connect_info` sets.
     ///
     /// It is that of the connection, and not what a header says: on the primary it stands in
     /// [`Forwarded`](crate::Forwarded), and in place of the node's own. Where it is set here, it is

@@ -219,8 +219,8 @@ impl Options {
 }
 
 impl LayerShared {
-    /// Whether requests go to other nodes on the private channel. Followers have none for that: what
-    /// they forward counts as a client's.
+    /// Whether requests go to other nodes on the private channel. Followers have none for that:
+    /// what they forward counts as a client's.
     pub(super) fn forwards_on_channel(&self) -> bool {
         self.app.is_given() && self.node.channel.has_tls() && !self.node.keys.is_follower()
     }

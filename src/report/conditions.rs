@@ -1000,8 +1000,8 @@ conditions! {
     PrimaryUnreachable { error: &'a (dyn StdError + 'static), target: &'a dyn Debug } "primary_unreachable" {
         log warn(error, ?target, "the primary can't be reached; it is tried again");
     }
-    /// The primary has not been given its application's service, and this node speaks on the private
-    /// channel only.
+    /// The primary has not been given its application's service, and this node speaks on the
+    /// private channel only.
     ForwardsNotServed { target: &'a dyn Debug } "forwards_not_served" {
         log warn(
             ?target,
@@ -1045,7 +1045,8 @@ conditions! {
     StreamsLate "streams_late" {
         log warn("some streams did not end in time");
     }
-    /// The node ends while requests are under way that other nodes forwarded on the private channel.
+    /// The node ends while requests are under way that other nodes forwarded on the private
+    /// channel.
     ForwardsLate "forwards_late" {
         log warn("some forwarded requests did not end in time");
     }

@@ -7,23 +7,24 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
-use http::{Request, Response};
+use http::{Method, Request, Response};
+use http_body::Body;
 use hyper::body::Incoming as HttpBody;
 use tower::Service;
 
 use crate::context::NodeContext;
-use crate::handshake::{self, FORWARDS_NOT_SERVED, FORWARDS_SERVED, Knock, Nonce};
+use crate::handshake::{self, FORWARD_PATH, FORWARDS_NOT_SERVED, FORWARDS_SERVED, Knock, Nonce, Refusal};
 use crate::net::{Answering, Incoming};
 use crate::primary::StreamSender;
 use crate::proxy::{AppAnswer, AppDoor, BoxError};
-use crate::secret::PROOF_BYTES;
+use crate::secret::{PROOF_BYTES, Proved, Rights};
 use crate::server::{ReplicationBody, ReplicationService};
 
 /// How long a peer may take for its proof.
 const PROOF_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// What is served on one connection: the replication endpoint, and the application once a member has
-/// proved that it forwards requests on it.
+/// What is served on one connection: the replication endpoint, and the application once a member
+/// has proved that it forwards requests on it.
 #[derive(Clone, Debug)]
 pub(crate) struct ConnectionService {
     endpoint: ReplicationService,
@@ -87,20 +88,54 @@ impl Future for ConnectionAnswer {
     }
 }
 
+impl ReplicationService {
+    /// Begins with a connection on which a member forwards the application's requests.
+    pub(super) fn begin_forwards<B>(
+        &self,
+        request: Request<B>,
+        knock: Knock,
+        proved: Proved,
+        answering: Option<Answering>,
+    ) -> Result<Response<ReplicationBody>, Refusal>
+    where
+        B: Body + Send + 'static,
+    {
+        let (Some(forwards), Some(answering)) = (self.forwards.clone(), answering) else {
+            return Err(Refusal::Path);
+        };
+        if !request.uri().path().ends_with(FORWARD_PATH) || request.method() != Method::POST {
+            return Err(Refusal::Path);
+        }
+        self.check(&knock, request.version())?;
+        if proved.rights() == Rights::Follower {
+            return Err(Refusal::Follower);
+        }
+        let node = self.shared.node.clone();
+        if node.drain.is_cancelled() {
+            return Err(Refusal::Stopping);
+        }
+        let (nonce, (sender, response)) = self.open(&knock, proved)?;
+        let (app, upstream) = (self.app.clone(), Incoming::new(request.into_body()));
+        let exchange = ForwardExchange { node, app, forwards, knock, nonce, answering };
+        self.shared.tracker.spawn(exchange.run(upstream, sender));
+        Ok(response)
+    }
+}
+
 /// The exchange that a connection for forwarded requests begins with. It lasts as long as the
 /// connection does, or as this node takes requests on it.
-pub(super) struct ForwardExchange {
-    pub(super) node: Arc<NodeContext>,
-    pub(super) app: AppDoor,
-    pub(super) forwards: Arc<Forwards>,
-    pub(super) knock: Knock,
-    pub(super) nonce: Nonce,
+struct ForwardExchange {
+    node: Arc<NodeContext>,
+    app: AppDoor,
+    forwards: Arc<Forwards>,
+    knock: Knock,
+    nonce: Nonce,
     /// Keeps the connection, and ends it.
-    pub(super) answering: Answering,
+    answering: Answering,
 }
 
 impl ForwardExchange {
-    pub(super) async fn run(self, mut upstream: Incoming, sender: StreamSender) {
+    async fn run(self, mut upstream: Incoming, sender: StreamSender) {
         let keys = &self.node.keys;
         let proof = match tokio::time::timeout(PROOF_TIMEOUT, proof(&mut upstream)).await {
             Ok(Some(proof)) => proof,

@@ -41,8 +41,8 @@ struct Pages {
     sent: HashMap<Vec<u8>, SentRecord>,
     /// The record of each version that was seen.
     versions: HashMap<Version, Vec<u8>>,
-    /// Versions of records that were sent before. A swap of before that was given up may be done when
-    /// this ledger has begun already: then its record is what the sequence begins with.
+    /// Versions of records that were sent before. A swap of before that was given up may be done
+    /// when this ledger has begun already: then its record is what the sequence begins with.
     late: HashSet<Version>,
 }
 
