@@ -63,8 +63,8 @@ pub(super) fn strip_reserved(headers: &mut HeaderMap) {
 
 /// Removes what is about the connection that the message came by.
 ///
-/// What `Connection` lists beyond these stays, against RFC 9110: a client must not be able to take a
-/// cookie, or what a proxy says of it, from the primary's sight.
+/// What `Connection` lists beyond these stays, against RFC 9110: a client must not be able to take
+/// a cookie, or what a proxy says of it, from the primary's sight.
 pub(super) fn strip_hop_by_hop(headers: &mut HeaderMap) {
     if headers.contains_key(TRANSFER_ENCODING) {
         // Beside it a length counts for nothing; alone it would count, and be wrong.
@@ -104,8 +104,8 @@ pub(super) fn upgrade<'a>(parts: &'a Parts, protocols: &[String]) -> Option<&'a 
     offers.flat_map(|v| v.split(',')).map(str::trim).filter(|_| asks).find(known)
 }
 
-/// Whether the client speaks https, as far as a node or the proxies before it know. `scheme` is that
-/// of the request as the client sent it.
+/// Whether the client speaks https, as far as a node or the proxies before it know. `scheme` is
+/// that of the request as the client sent it.
 pub(super) fn is_https(headers: &HeaderMap, scheme: Option<ClientScheme>) -> bool {
     if scheme == Some(ClientScheme::Https) {
         return true;

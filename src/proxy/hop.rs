@@ -15,8 +15,8 @@ use crate::txid::Epoch;
 pub(super) const HOPS_MAX: u8 = 3;
 
 const VERSION: &str = "v1";
-/// The longest header value that is looked at. Version, count, node, epoch, client, scheme, the other
-/// node and the proof have 220 bytes.
+/// The longest header value that is looked at. Version, count, node, epoch, client, scheme, the
+/// other node and the proof have 220 bytes.
 const HOP_TEXT_MAX_BYTES: usize = 240;
 /// Stands for a field that there is none of.
 const NONE: &str = "-";
@@ -73,8 +73,8 @@ pub(super) struct Came {
     pub(super) value: HeaderValue,
     /// Who sent it here, as the outermost layer saw it: a node, or a client that made it up.
     pub(super) peer: Option<SocketAddr>,
-    /// What was taken out of the headers because that is no known proxy. It is put back where a layer
-    /// below proves the hop.
+    /// What was taken out of the headers because that is no known proxy. It is put back where a
+    /// layer below proves the hop.
     pub(super) told: HeaderMap,
 }
 

@@ -412,8 +412,8 @@ impl ReplayLayer {
     }
 
     /// The IP address of the peer that a request came from, where the server tells it in a way of
-    /// its own. With the feature `axum` the layer takes it from `ConnectInfo<SocketAddr>` by itself,
-    /// which `Router::into_make_service_with_connect_info` sets.
+    /// its own. With the feature `axum` the layer takes it from `ConnectInfo<SocketAddr>` by
+    /// itself, which `Router::into_make_service_with_connect_info` sets.
     ///
     /// It is that of the connection, and not what a header says: on the primary it stands in
     /// [`Forwarded`](crate::Forwarded), and in place of the node's own. Where it is set here, it is

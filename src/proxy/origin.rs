@@ -19,8 +19,8 @@ const IPV6_NETWORK_BITS: u32 = 64;
 /// The client of a request.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(super) struct Client {
-    /// The address of its connection to the node that took the request; with port 0 where only the IP
-    /// address is known.
+    /// The address of its connection to the node that took the request; with port 0 where only the
+    /// IP address is known.
     pub(super) address: Option<SocketAddr>,
     /// What it is counted by. None where nothing is known.
     pub(super) share: Option<IpAddr>,
@@ -80,7 +80,8 @@ pub(super) fn clean(parts: &mut Parts, options: &Options) {
         }
     }
     // It may be from a follower, from the layer of another database, or from a node with another
-    // secret. Then the peer is a node, with an address that an application may trust, and no client.
+    // secret. Then the peer is a node, with an address that an application may trust, and no
+    // client.
     if is_unproved(parts) && !peer.is_some_and(|peer| options.proxies.is_at(peer)) {
         forwarded::forget(parts);
     }

@@ -16,7 +16,7 @@ use crate::proxy::hop::{About, Came, HOPS_MAX, Hint, Hop};
 use crate::proxy::locate::other_primary;
 use crate::proxy::origin;
 use crate::proxy::route::Route;
-use crate::proxy::shared::{LayerShared, Upgrades, failure};
+use crate::proxy::shared::{LayerShared, Options, Upgrades, failure};
 use crate::status::Addresses;
 use crate::token::Token;
 use crate::txid::{Place, Txid};
@@ -48,13 +48,8 @@ pub(super) enum Need {
 /// Looks at a request's head, and takes out of it what only nodes may say to each other. `keeps`:
 /// who sends the request on can keep all of its body.
 pub(super) fn plan(shared: &LayerShared, parts: &mut Parts, keeps: bool) -> (RequestPlan, Option<Token>) {
-    // Few of a client's requests have it; then it was made up, or it is a node's.
     let options = &shared.options;
-    if let Some(value) = parts.headers.remove(HOP) {
-        let peer = origin::connected(parts, options);
-        parts.extensions.insert(Came { value, peer, told: HeaderMap::new() });
-    }
-    headers::strip_reserved(&mut parts.headers);
+    take_hop(parts, options);
     // Where nodes speak on the private channel, nothing that came another way is a node's.
     let may_be_hop = !shared.app.is_given() || parts.extensions.get::<CameByChannel>().is_some();
     if may_be_hop
@@ -120,6 +115,16 @@ pub(super) fn plan(shared: &LayerShared, parts: &mut Parts, keeps: bool) -> (Req
         },
     };
     (plan, token)
+}
+
+/// Takes out of the headers what only nodes may say. A hop stays, in the extensions.
+fn take_hop(parts: &mut Parts, options: &Options) {
+    // Few of a client's requests have it; then it was made up, or it is a node's.
+    if let Some(value) = parts.headers.remove(HOP) {
+        let came = Came { value, peer: origin::connected(parts, options), told: HeaderMap::new() };
+        parts.extensions.insert(came);
+    }
+    headers::strip_reserved(&mut parts.headers);
 }
 
 /// The plan for what has to run on the primary.

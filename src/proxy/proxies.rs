@@ -12,9 +12,9 @@ use crate::parse::ParseError;
 /// Which proxies there are between clients and this application
 /// ([`ReplayLayer::proxies`](crate::ReplayLayer::proxies)).
 ///
-/// A proxy says in `X-Forwarded-For`, `X-Forwarded-Proto` and other `X-Forwarded-*`, in `X-Real-IP` or
-/// in `Forwarded` who the client is. A client that reaches the application without it can say the
-/// same. So an application that reads these headers should say here who may set them.
+/// A proxy says in `X-Forwarded-For`, `X-Forwarded-Proto` and other `X-Forwarded-*`, in `X-Real-IP`
+/// or in `Forwarded` who the client is. A client that reaches the application without it can say
+/// the same. So an application that reads these headers should say here who may set them.
 ///
 /// ```
 /// use replite::{Db, Proxies, ReplayLayer};
@@ -30,12 +30,12 @@ use crate::parse::ParseError;
 pub enum Proxies {
     /// It was not said. These headers stay as they came, from proxies and from clients alike.
     ///
-    /// Limits for each client go by the last address of `X-Forwarded-For`, if there is one. A client
-    /// that reaches the application by itself can make that up.
+    /// Limits for each client go by the last address of `X-Forwarded-For`, if there is one. A
+    /// client that reaches the application by itself can make that up.
     #[default]
     Unknown,
-    /// There is none. The layer takes these headers out of what comes from outside, also for handlers
-    /// that run here.
+    /// There is none. The layer takes these headers out of what comes from outside, also for
+    /// handlers that run here.
     None,
     /// Those at these addresses: [`Proxies::at`] makes it. From all others the layer takes these
     /// headers out.
@@ -53,26 +53,26 @@ pub enum Proxies {
 /// # Ok::<_, replite::ParseError>(())
 /// ```
 #[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Networks(Arc<[Network]>);
+pub struct Networks(Arc<[Subnet]>);
 
 /// The addresses that begin with these bits.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-struct Network {
+struct Subnet {
     address: IpAddr,
     bits: u32,
 }
 
 impl Proxies {
-    /// Proxies at these IP addresses, or anywhere in these networks (`10.0.0.0/8`). Who a peer is, the
-    /// layer takes from axum's `ConnectInfo` (feature `axum`), or from
-    /// [`ReplayLayer::client_ip`](crate::ReplayLayer::client_ip). Without either no peer counts as a
-    /// proxy.
+    /// Proxies at these IP addresses, or anywhere in these networks (`10.0.0.0/8`). Who a peer is,
+    /// the layer takes from axum's `ConnectInfo` (feature `axum`), or from
+    /// [`ReplayLayer::client_ip`](crate::ReplayLayer::client_ip). Without either no peer counts as
+    /// a proxy.
     ///
     /// # Errors
     /// [`ParseError`] for what is no IP address or network, such as a name, and for a network whose
     /// address has bits beyond its length (`10.0.0.5/8`).
     pub fn at<T: AsRef<str>>(proxies: impl IntoIterator<Item = T>) -> Result<Proxies, ParseError> {
-        let networks = proxies.into_iter().map(|text| Network::read(text.as_ref()));
+        let networks = proxies.into_iter().map(|text| Subnet::read(text.as_ref()));
         Ok(Proxies::At(Networks(networks.collect::<Result<_, _>>()?)))
     }
 
@@ -104,25 +104,25 @@ impl Proxies {
     }
 }
 
-impl Network {
-    fn read(text: &str) -> Result<Network, ParseError> {
+impl Subnet {
+    fn read(text: &str) -> Result<Subnet, ParseError> {
         let network = match text.split_once('/') {
-            None => text.parse().ok().map(Network::of),
-            Some((address, bits)) => Network::of_bits(address, bits),
+            None => text.parse().ok().map(Subnet::of),
+            Some((address, bits)) => Subnet::of_bits(address, bits),
         };
         network.ok_or_else(|| ParseError::new("address or network", text))
     }
 
-    fn of(address: IpAddr) -> Network {
+    fn of(address: IpAddr) -> Subnet {
         let address = address.to_canonical();
-        Network { address, bits: if address.is_ipv4() { 32 } else { 128 } }
+        Subnet { address, bits: if address.is_ipv4() { 32 } else { 128 } }
     }
 
-    fn of_bits(address: &str, bits: &str) -> Option<Network> {
-        let whole = Network::of(address.parse().ok()?);
+    fn of_bits(address: &str, bits: &str) -> Option<Subnet> {
+        let whole = Subnet::of(address.parse().ok()?);
         let digits = !bits.is_empty() && bits.bytes().all(|byte| byte.is_ascii_digit());
         let bits = bits.parse().ok().filter(|bits| digits && *bits <= whole.bits)?;
-        let network = Network { bits, ..whole };
+        let network = Subnet { bits, ..whole };
         // An IPv4 address in the form of an IPv6 one has another length.
         let same = address.parse() == Ok(whole.address);
         (same && network.beyond(network.address) == 0).then_some(network)
@@ -164,9 +164,9 @@ pub(super) fn take_told(headers: &mut HeaderMap) -> HeaderMap {
     taken
 }
 
-impl fmt::Display for Network {
+impl fmt::Display for Subnet {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let whole = Network::of(self.address).bits == self.bits;
+        let whole = Subnet::of(self.address).bits == self.bits;
         if whole { self.address.fmt(f) } else { write!(f, "{}/{}", self.address, self.bits) }
     }
 }

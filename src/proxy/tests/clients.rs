@@ -95,8 +95,8 @@ async fn a_client_that_is_not_known_is_no_other() {
     assert!(got.contains("peer None node Some(2)"), "{got}");
 }
 
-/// A hop that proves nothing may be a follower's, or that of a node with another secret: the peer is
-/// a node then, which an application may trust.
+/// A hop that proves nothing may be a follower's, or that of a node with another secret: the peer
+/// is a node then, which an application may trust.
 #[tokio::test]
 async fn what_only_seems_to_come_from_a_node_has_no_client() {
     let pair = Pair::new(app(), app(), |l| l).await;
