@@ -20,7 +20,7 @@ use crate::parse::ParseError;
 /// use replite::{Db, Proxies, ReplayLayer};
 ///
 /// fn layer(db: &Db) -> Result<ReplayLayer, replite::ParseError> {
-///     Ok(db.replay_layer().proxies(Proxies::at(["10.0.0.5", "192.168.7.0/24", "2001:db8:1::/48"])?))
+///     Ok(db.replay_layer().proxies(Proxies::at(["10.0.0.5", "192.168.7.0/24"])?))
 /// }
 /// # let _ = layer;
 /// assert!(Proxies::at(["balancer.internal"]).is_err());
