@@ -189,8 +189,8 @@ pub(super) struct Hint {
 impl Hint {
     /// The header's value, as an answer to the hop of this text.
     pub(super) fn value(&self, keys: &Keyring, hop: &str) -> Option<HeaderValue> {
-        // No URL has a space in it.
-        let urls = format!("{} {}", self.url, self.replication);
+        // No URL has this in it, and no server takes it off an end, as it does with a space.
+        let urls = format!("{}>{}", self.url, self.replication);
         let proof = keys.prove_short(Purpose::Hop, &hinted(hop, self.epoch, &urls).each());
         HeaderValue::try_from(format!("{VERSION}.{}.{}.{urls}", self.epoch, Hex(&proof))).ok()
     }
@@ -205,7 +205,7 @@ impl Hint {
         let (version, epoch, proof, urls) = (next()?, next()?, next()?, next()?);
         let proof: [u8; SHORT_PROOF_BYTES] = unhex(proof)?;
         let epoch: Epoch = epoch.parse().ok().filter(|_| version == VERSION)?;
-        let (url, replication) = urls.split_once(' ')?;
+        let (url, replication) = urls.split_once('>')?;
         let holds = keys.verify_short(Purpose::Hop, &hinted(hop, epoch, urls).each(), &proof);
         holds.then(|| Hint { epoch, url: url.to_owned(), replication: replication.to_owned() })
     }
@@ -328,5 +328,13 @@ mod tests {
         let moved = value.to_str().unwrap().replace("10.0.0.2", "10.0.0.3");
         assert_eq!(Hint::verify(&HeaderValue::try_from(moved).unwrap(), &mine, "hop a"), None);
         assert_eq!(Hint::verify(&HeaderValue::from_static("v1.x"), &mine, "hop a"), None);
+        // HTTP takes off what is white at the ends of a value.
+        for urls in ["", "http://a:1>", ">replite://a:2"] {
+            let (url, replication) = urls.split_once('>').unwrap_or_default();
+            let hint = Hint { url: url.into(), replication: replication.into(), epoch: Epoch::new(5, 1) };
+            let value = hint.value(&mine, "hop a").unwrap();
+            let arrived = HeaderValue::from_str(value.to_str().unwrap().trim()).unwrap();
+            assert_eq!(Hint::verify(&arrived, &mine, "hop a"), Some(hint));
+        }
     }
 }

@@ -63,13 +63,21 @@ fn app(db: &Db, proxies: Proxies) -> Router {
     admin.route("/open", get(read).post(post(write))).with_state(db.clone()).layer(layer)
 }
 
+/// How requests go from the replica to the primary.
+#[derive(Clone, Copy, PartialEq, Debug)]
+enum Way {
+    /// By the application's address.
+    Address,
+    Channel,
+}
+
 struct Node {
     db: Db,
     address: SocketAddr,
 }
 
 impl Node {
-    async fn start(dir: &tempfile::TempDir, follows: Option<&Node>, proxies: Proxies) -> Node {
+    async fn start(dir: &tempfile::TempDir, follows: Option<&Node>, proxies: Proxies, way: Way) -> Node {
         let listener = TcpListener::bind(SocketAddr::from((PRIVATE, 0))).await.unwrap();
         let address = listener.local_addr().unwrap();
         let config = match follows {
@@ -77,17 +85,21 @@ impl Node {
             Some(node) => replica(&dir.path().join("r.db"), &node.db.node().addresses.replication),
         };
         let db = Db::open(config.advertise(format!("http://{address}"))).await.unwrap();
-        let app = app(&db, proxies).into_make_service_with_connect_info::<SocketAddr>();
+        let app = app(&db, proxies);
+        if way == Way::Channel {
+            db.serve_forwarded(app.clone()).unwrap();
+        }
+        let app = app.into_make_service_with_connect_info::<SocketAddr>();
         tokio::spawn(axum::serve(listener, app).into_future());
         within("ready", db.ready()).await.unwrap();
         Node { db, address }
     }
 }
 
-async fn pair(proxies: Proxies) -> (tempfile::TempDir, Node, Node) {
+async fn pair(proxies: Proxies, way: Way) -> (tempfile::TempDir, Node, Node) {
     let dir = tempfile::tempdir().unwrap();
-    let primary = Node::start(&dir, None, proxies.clone()).await;
-    let replica = Node::start(&dir, Some(&primary), proxies).await;
+    let primary = Node::start(&dir, None, proxies.clone(), way).await;
+    let replica = Node::start(&dir, Some(&primary), proxies, way).await;
     (dir, primary, replica)
 }
 
@@ -109,7 +121,16 @@ const LINES: [&str; 4] = ["GET /admin", "POST /admin", "GET /admin/late", "GET /
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn who_is_refused_at_the_primary_is_refused_through_a_replica() {
-    let (_dir, primary, replica) = pair(Proxies::Unknown).await;
+    refused_alike(Way::Address).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_is_refused_at_the_primary_is_refused_through_a_replica_on_the_channel() {
+    refused_alike(Way::Channel).await;
+}
+
+async fn refused_alike(way: Way) {
+    let (_dir, primary, replica) = pair(Proxies::Unknown, way).await;
     for line in LINES {
         for node in [&primary, &replica] {
             let (status, body) = send(PRIVATE, node, line, &[]).await;
@@ -143,7 +164,13 @@ async fn who_is_refused_at_the_primary_is_refused_through_a_replica() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_client_takes_nothing_of_what_a_proxy_says_from_the_primarys_sight() {
-    let (_dir, primary, replica) = pair(Proxies::at(["127.0.0.3"]).unwrap()).await;
+    for way in [Way::Address, Way::Channel] {
+        kept_alike(way).await;
+    }
+}
+
+async fn kept_alike(way: Way) {
+    let (_dir, primary, replica) = pair(Proxies::at(["127.0.0.3"]).unwrap(), way).await;
     let headers = [
         "connection: x-real-ip, cookie, x-forwarded-for, forwarded",
         "x-real-ip: 203.0.113.9",
