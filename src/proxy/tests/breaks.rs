@@ -13,7 +13,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
 use crate::proxy::tests::world::*;
-use crate::proxy::{Reason, Route};
+use crate::proxy::{Reason, ReplayLayer, Route};
 use crate::token::Token;
 
 /// A server that reads a request's head and then does what the test says with the connection.
