@@ -21,9 +21,9 @@
 //!    that could not be done.
 //!
 //! `layer` has the settings and `shared` what comes of them. `headers`, `hop` and `body` are about
-//! bytes. `client` sends requests for callers that are no request's handler. `shares` counts what is
-//! limited for all and for each client, `budget` what is kept of bodies, and `pace` says how long a
-//! client is waited for.
+//! bytes. `client` sends requests for callers that are no request's handler. `shares` counts what
+//! is limited for all and for each client, `budget` what is kept of bodies, and `tempo` says how
+//! long a client is waited for.
 //!
 //! Who the client is: `origin` finds it, `proxies` says whose word counts for that, and `forwarded`
 //! is what a handler is told on another node.
