@@ -25,7 +25,7 @@
 //!
 //! `layer` has the settings and `shared` what comes of them. `headers`, `hop` and `body` are about
 //! bytes. `client` sends requests for callers that are no request's handler. `shares` counts what
-//! is limited for all and for each client, `budget` what is kept of bodies, and `pace` says how
+//! is limited for all and for each client, `budget` what is kept of bodies, and `tempo` says how
 //! long a client is waited for.
 //!
 //! Who the client is: `origin` finds it, `proxies` says whose word counts for that, and `forwarded`

@@ -73,7 +73,8 @@ pub(super) async fn forward(
         return Verdict::Failed(Reason::Ambiguous);
     }
     let mut hold = HoldLimit::new(shared, head.client.share);
-    body.hurry(shared.options.least_rate);
+    // What this process makes itself may take its time, up to the idle limit.
+    body.hurry(if sender == Sender::Caller { 0 } else { shared.options.least_rate });
     let mut trip = Trip::new(shared, head, body, repeatable);
     loop {
         let on_its_way = shared.node.forward();

@@ -14,7 +14,7 @@ use tokio::task::JoinSet;
 
 use crate::proxy::ReplayLayer;
 use crate::proxy::tests::world::*;
-use crate::proxy::{Reason, Route};
+use crate::proxy::{Reason, ReplayLayer, Route};
 use crate::token::Token;
 
 /// A server that reads a request's head and then does what the test says with the connection.

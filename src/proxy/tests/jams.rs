@@ -191,13 +191,16 @@ async fn few_connections(connections: usize, app: Router) -> String {
     url
 }
 
+/// A primary whose server takes 300 connections, and a replica that has none to it yet.
+async fn with_few_connections(begun: &Arc<AtomicUsize>) -> Jammed {
+    let app = reads(begun).layer(ReplayLayer::new(node(1, Role::Primary)));
+    replica(&few_connections(300, app).await, Router::new(), |l| l).await
+}
+
 #[tokio::test]
-async fn slow_bodies_leave_the_primary_to_others() {
+async fn slow_bodies_that_can_be_kept_cost_the_primary_nothing() {
     let begun = Arc::new(AtomicUsize::new(0));
-    let app = reads(&begun).layer(ReplayLayer::new(node(1, Role::Primary)));
-    let url = few_connections(300, app).await;
-    let jammed = replica(&url, Router::new(), |l| l).await;
-    // What can be kept costs the primary nothing.
+    let jammed = with_few_connections(&begun).await;
     let jam = jammed.jam(450, Some(1000), 10).await;
     comes("all of it", || jammed.kept() == 450 * 10).await;
     assert_eq!((begun.load(Ordering::Relaxed), jammed.forwards()), (0, 0));
@@ -205,7 +208,13 @@ async fn slow_bodies_leave_the_primary_to_others() {
     assert_eq!(jammed.kept(), 450 * 10, "it lasted");
     drop(jam);
     comes("an end", || jammed.kept() + jammed.forwards() == 0).await;
+}
+
+#[tokio::test]
+async fn slow_bodies_leave_the_primary_to_others() {
+    let begun = Arc::new(AtomicUsize::new(0));
     for (declared, bytes) in [(Some(1 << 20), 10), (None, 10), (None, 100_000)] {
+        let jammed = with_few_connections(&begun).await;
         let mut jam = jammed.jam(450, declared, bytes).await;
         jammed.settled(&mut jam).await;
         jammed.serves_all().await;
