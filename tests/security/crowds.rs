@@ -65,19 +65,19 @@ impl Crowd {
     }
 }
 
-/// A replica whose connection was cut has all within a second. Of a few tries one counts: the
-/// machine may have other work.
+/// A replica whose connection was cut has all within a second. Where the machine has other work and
+/// it takes longer, more tries have to tell that this is not the rule.
 async fn is_served_soon(world: &World, replica: &Db, relay: &Relay, what: &str) {
-    let mut waited = Vec::new();
-    for _ in 0..5 {
+    let (mut waited, mut soon) = (Vec::new(), 0);
+    while waited.len() < 7 {
         let came = relay.came();
         relay.cut();
         let began = Instant::now();
         comes("another connection", || relay.came() > came).await;
         world.level(replica).await;
         waited.push(began.elapsed());
-        if began.elapsed() < SOON {
-            eprintln!("{what}: {waited:?}");
+        soon += usize::from(began.elapsed() < SOON);
+        if 2 * soon > waited.len() {
             return;
         }
     }
