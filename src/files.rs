@@ -28,6 +28,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
 use std::path::Path;
 
+use crate::descriptors;
 use crate::error::{Error, Result};
 use crate::files::modes::limit;
 #[cfg(unix)]
@@ -51,7 +52,7 @@ pub(crate) fn create(path: &Path) -> Result<File> {
     let mut options = options(true);
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, PRIVATE);
-    let file = options.create_new(true).open(path).map_err(Error::io("create", path))?;
+    let file = opened(options.create_new(true), path).map_err(Error::io("create", path))?;
     #[cfg(unix)]
     give(&file, path, Some(database_mode(path)))?;
     Ok(file)
@@ -70,11 +71,11 @@ pub(crate) fn open_or_create(path: &Path) -> Result<(File, bool)> {
 }
 
 pub(crate) fn open_to_write(path: &Path) -> io::Result<File> {
-    options(true).open(path).map_err(of_link)
+    opened(&options(true), path).map_err(of_link)
 }
 
 pub(crate) fn open(path: &Path) -> io::Result<File> {
-    options(false).open(path).map_err(of_link)
+    opened(&options(false), path).map_err(of_link)
 }
 
 /// The bytes of a small file; no more than `most`, should it have more.
@@ -104,7 +105,7 @@ pub(crate) fn create_like(path: &Path, like: &Path) -> Result<File> {
     }
     #[cfg(not(unix))]
     let _ = like;
-    options.create_new(true).open(path).map_err(|error| match error.kind() {
+    opened(options.create_new(true), path).map_err(|error| match error.kind() {
         io::ErrorKind::AlreadyExists => Error::FileExists { path: path.to_path_buf() },
         _ => Error::io("create", path)(error),
     })
@@ -116,9 +117,14 @@ pub(crate) fn create_database(path: &Path, mode: u32) -> Result<File> {
     let mut options = options(true);
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, PRIVATE);
-    let file = options.create_new(true).open(path).map_err(Error::io("create", path))?;
+    let file = opened(options.create_new(true), path).map_err(Error::io("create", path))?;
     set_mode(&file, path, mode)?;
     Ok(file)
+}
+
+/// Opens or makes a file, where there is no descriptor left with one of the reserve.
+fn opened(options: &OpenOptions, path: &Path) -> io::Result<File> {
+    descriptors::open_file(|| options.open(path))
 }
 
 fn options(write: bool) -> OpenOptions {

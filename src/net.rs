@@ -1,5 +1,6 @@
 //! Dial and listen: the only place where sockets are opened.
 
+mod accept;
 mod dial;
 mod heeded;
 #[cfg(any(feature = "etcd", feature = "object-store"))]
@@ -162,6 +163,9 @@ where
         self.0.spawn(future);
     }
 }
+
+/// Descriptors that a look-up of a name and a connection take.
+const DIAL_DESCRIPTORS: usize = 3;
 
 /// An error with all its sources in one line: hyper's own texts alone say little.
 fn chain(error: &dyn std::error::Error) -> String {

@@ -7,6 +7,8 @@ use std::fs::{File, OpenOptions};
 use std::io;
 use std::path::Path;
 
+#[cfg(unix)]
+use crate::descriptors::open_file;
 use crate::error::{Error, Result, Unsupported};
 #[cfg(unix)]
 use crate::files::modes::{give, own_user, set_mode};
@@ -135,6 +137,7 @@ fn group_owns_all(state_dir: &Path, group: u32) -> bool {
 fn open_directory(path: &Path) -> Result<File> {
     use std::os::unix::fs::OpenOptionsExt;
     let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::DIRECTORY;
-    let opened = OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(path);
-    opened.map_err(of_link).map_err(Error::io("open directory", path))
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(flags.bits() as i32);
+    open_file(|| options.open(path)).map_err(of_link).map_err(Error::io("open directory", path))
 }

@@ -23,6 +23,7 @@ use tower::{Service, ServiceExt};
 
 use crate::channel::{Binding, Channel, key_of};
 use crate::error::{Error, Result};
+use crate::net::accept::accept;
 use crate::net::{CONNECTION_WINDOW_BYTES, FRAME_MAX_BYTES, STREAM_WINDOW_BYTES, Tracked};
 use crate::report::Condition;
 use crate::threads::{aside, caught_task};
@@ -109,7 +110,7 @@ impl Listener {
         loop {
             let accepted = async {
                 let place = room.clone().acquire_owned().await;
-                (self.socket.accept().await, place)
+                (accept(&self.socket).await, place)
             };
             let (accepted, place) = tokio::select! {
                 accepted = accepted => accepted,

@@ -10,12 +10,17 @@ use std::time::{Duration, Instant};
 use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
 use rusqlite::{Connection, OpenFlags};
 
+use crate::descriptors::{self, Kept, Purpose};
 use crate::error::{Error, Result};
 use crate::lock::lock;
-use crate::sqlite::connect;
+use crate::sqlite::connect_whole;
 
 type Prepare = Box<dyn Fn(&Connection) -> rusqlite::Result<()> + Send + Sync>;
 pub(crate) type Expect = Box<dyn Fn() -> Result<()> + Send + Sync>;
+
+/// A caller that waits for a connection to come back looks so often whether another one can be
+/// opened by now: there may have been no descriptor for it.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// A bounded set of read-only connections.
 pub(crate) struct Pool {
@@ -30,6 +35,9 @@ pub(crate) struct Pool {
     prepare: Prepare,
     state: Mutex<PoolState>,
     returned: Condvar,
+    /// Descriptors for the connections that are still to be opened.
+    #[expect(dead_code, reason = "it is there to be dropped")]
+    reserve: Kept,
 }
 
 #[derive(Default)]
@@ -75,12 +83,13 @@ impl Pool {
         files: Arc<AtomicU64>,
         prepare: Prepare,
     ) -> Pool {
-        let state = Mutex::default();
-        Pool { path, most, patience, statements, expect, files, prepare, state, returned: Condvar::new() }
+        let (state, returned, reserve) = (Mutex::default(), Condvar::new(), Kept::begin());
+        Pool { path, most, patience, statements, expect, files, prepare, state, returned, reserve }
     }
 
     /// A connection for the caller alone, until the lease is dropped. A nested call gets another
-    /// one. The caller waits for as long as is configured, or as it has patience.
+    /// one. The caller waits for as long as is configured, or as it has patience. So it does where
+    /// there is no descriptor for another connection while some are in use.
     pub(crate) fn lease(&self, patience: Option<Duration>) -> Result<PooledConnection<'_>> {
         let patience = patience.unwrap_or(self.patience);
         let mut state = self.lock();
@@ -92,21 +101,39 @@ impl Pool {
             if let Some(reader) = state.idle.pop() {
                 return Ok(PooledConnection { pool: self, reader: Some(reader) });
             }
+            let mut want = None;
             if state.open < self.most {
                 state.open += 1;
                 drop(state);
                 let place = ConnectionPermit(self);
-                let reader = self.open()?;
+                let error = match self.open() {
+                    Err(error) if descriptors::used_up() => error,
+                    opened => {
+                        let reader = Some(opened?);
+                        std::mem::forget(place);
+                        return Ok(PooledConnection { pool: self, reader });
+                    }
+                };
+                // No other waiter is woken for the place: it would find no descriptor either, and
+                // wake the next one.
                 std::mem::forget(place);
-                return Ok(PooledConnection { pool: self, reader: Some(reader) });
+                state = self.lock();
+                state.open -= 1;
+                match (state.idle.is_empty(), state.open) {
+                    (false, _) => continue,
+                    // None will come back.
+                    (true, 0) => return Err(error),
+                    (true, _) => want = Some(error),
+                }
             }
             let end = *end.get_or_insert_with(|| Instant::now() + patience);
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(Error::PoolExhausted { limit: self.most, waited: patience });
+                return Err(want.unwrap_or(Error::PoolExhausted { limit: self.most, waited: patience }));
             }
             state.waiting += 1;
-            state = self.returned.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state =
+                self.returned.wait_timeout(state, left.min(LOOK)).unwrap_or_else(PoisonError::into_inner).0;
             state.waiting -= 1;
         }
     }
@@ -115,7 +142,7 @@ impl Pool {
         let files = self.files.load(Ordering::Acquire);
         (self.expect)()?;
         #[allow(unused_mut, reason = "rusqlite before 0.41 sets an authorizer through a shared reference")]
-        let mut connection = connect(&self.path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+        let mut connection = connect_whole(&self.path, OpenFlags::SQLITE_OPEN_READ_ONLY, Purpose::Reader)?;
         connection.set_prepared_statement_cache_capacity(self.statements);
         (self.prepare)(&connection)?;
         let changed = Arc::new(AtomicBool::new(false));
@@ -236,6 +263,7 @@ impl Drop for PooledConnection<'_> {
         if !reader.come_back() || reader.files != self.pool.files.load(Ordering::Acquire) {
             let place = ConnectionPermit(self.pool);
             drop(reader);
+            descriptors::refill();
             return drop(place);
         }
         let mut state = self.pool.lock();

@@ -8,6 +8,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use crate::descriptors::open_file;
 use crate::error::{Error, Result};
 use crate::files::{self, Paths, read_exact_at, write_all_at};
 use crate::page::PageSize;
@@ -44,7 +45,8 @@ pub(crate) struct Behind {
 impl WalFile {
     pub(crate) fn open(paths: &Paths) -> Result<WalFile> {
         let path = paths.wal();
-        let file = OpenOptions::new().read(true).write(true).open(&path).map_err(Error::io("open", &path))?;
+        let opened = open_file(|| OpenOptions::new().read(true).write(true).open(&path));
+        let file = opened.map_err(Error::io("open", &path))?;
         // What is there was not synced by this node.
         let (lost, written, synced) = (AtomicBool::new(false), AtomicU64::new(1), AtomicU64::new(0));
         Ok(WalFile { file, path, lost, written, synced })

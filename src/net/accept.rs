@@ -1,0 +1,33 @@
+//! Taking connections that come, while descriptors last.
+
+use std::io;
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream};
+
+use crate::descriptors::{self, Purpose};
+
+/// How often it is looked whether there are descriptors again.
+const PAUSE: Duration = Duration::from_millis(100);
+
+/// Accepts a connection. It waits while the process has few descriptors left: the last ones are not
+/// for strangers. A peer may come by the few of the reserve that are for this door.
+///
+/// # Errors
+/// Those of the system.
+///
+/// # Cancel safety
+/// No connection is lost.
+pub(super) async fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
+    while !descriptors::has_room(Purpose::Door) {
+        tokio::time::sleep(PAUSE).await;
+    }
+    let error = match listener.accept().await {
+        Err(error) if descriptors::is_want(&error) => error,
+        accepted => return accepted,
+    };
+    let Some(_loan) = descriptors::lend(Purpose::Door, 1) else { return Err(error) };
+    // The connection is there, but it may have gone meanwhile.
+    tokio::time::timeout(PAUSE, listener.accept()).await.unwrap_or(Err(error))
+}
