@@ -164,8 +164,11 @@ where
     }
 }
 
-/// Descriptors that a look-up of a name and a connection take.
-const DIAL_DESCRIPTORS: usize = 3;
+/// How many descriptors a connection to a host takes while it is made. The look-up of a name takes
+/// some.
+fn dial_descriptors(host: &str) -> usize {
+    if host.parse::<std::net::IpAddr>().is_ok() { 1 } else { 3 }
+}
 
 /// An error with all its sources in one line: hyper's own texts alone say little.
 fn chain(error: &dyn std::error::Error) -> String {

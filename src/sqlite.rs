@@ -12,7 +12,7 @@ use std::time::Duration;
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags};
 
-use crate::descriptors::{self, Purpose, used_up};
+use crate::descriptors::{self, Share, used_up};
 
 pub(crate) use ffi::{CommitHook, Handle, Lock, Slot, last_code, unreadable};
 pub(crate) use locks::{Alone, FileLocks, close_unlocked, park};
@@ -48,7 +48,7 @@ const FILES: usize = 2;
 
 /// [`connect`], and all of its files are open then. Where there are no descriptors left, they are
 /// some of the reserve. SQLite by itself opens the WAL with the first statement that reads.
-pub(crate) fn connect_whole(path: &Path, flags: OpenFlags, purpose: Purpose) -> rusqlite::Result<Connection> {
+pub(crate) fn connect_whole(path: &Path, flags: OpenFlags, share: Share) -> rusqlite::Result<Connection> {
     let whole = || {
         let connection = connect(path, flags)?;
         // What the files are locked by is for the caller's own statements to wait for.
@@ -61,7 +61,7 @@ pub(crate) fn connect_whole(path: &Path, flags: OpenFlags, purpose: Purpose) -> 
             _ => Ok(connection),
         }
     };
-    descriptors::open((purpose, FILES), |_| used_up(), whole)
+    descriptors::open((share, FILES), |_| used_up(), whole)
 }
 
 /// Whether SQL may do nothing that makes a database's file one that SQLite can't read. The schema

@@ -136,12 +136,14 @@ impl Activity {
     /// Returns when no request has come for too long.
     async fn idle(&self) {
         loop {
-            let (answering, until) = (self.doing().answering, self.doing().until);
-            match answering {
-                0 if until <= Instant::now() => return,
-                0 => sleep_until(until).await,
-                _ => sleep(IDLE_LIMIT).await,
+            let until = {
+                let doing = self.doing();
+                if doing.answering > 0 { Instant::now() + IDLE_LIMIT } else { doing.until }
+            };
+            if until <= Instant::now() {
+                return;
             }
+            sleep_until(until).await;
         }
     }
 }

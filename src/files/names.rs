@@ -4,7 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::Path;
 
-use crate::descriptors::open_file;
+use crate::descriptors::{self, open_file};
 use crate::error::{Error, Result};
 
 /// The directory that a path's name is in.
@@ -33,7 +33,7 @@ pub(crate) fn sync_directory(path: &Path) -> Result<()> {
 /// [`Error::Io`].
 #[cfg(feature = "members")]
 pub(crate) fn list(path: &Path) -> Result<Option<Vec<String>>> {
-    let entries = match open_file(|| fs::read_dir(path)) {
+    let entries = match descriptors::list(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         entries => entries.map_err(Error::io("list", path))?,
     };
@@ -64,7 +64,7 @@ pub(crate) fn remove(path: &Path) -> Result<bool> {
 /// # Errors
 /// [`Error::Io`].
 pub(crate) fn remove_directory(path: &Path) -> Result<()> {
-    match fs::remove_dir_all(path) {
+    match descriptors::remove_directory(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", path)(error)),
         _ => Ok(()),
     }

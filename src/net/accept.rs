@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use tokio::net::{TcpListener, TcpStream};
 
-use crate::descriptors::{self, Purpose};
+use crate::descriptors::{self, Share};
 
 /// How often it is looked whether there are descriptors again.
 const PAUSE: Duration = Duration::from_millis(100);
@@ -20,14 +20,24 @@ const PAUSE: Duration = Duration::from_millis(100);
 /// # Cancel safety
 /// No connection is lost.
 pub(super) async fn accept(listener: &TcpListener) -> io::Result<(TcpStream, SocketAddr)> {
-    while !descriptors::has_room(Purpose::Door) {
-        tokio::time::sleep(PAUSE).await;
+    loop {
+        while !descriptors::has_room(Share::Door) {
+            tokio::time::sleep(PAUSE).await;
+        }
+        let error = match listener.accept().await {
+            Err(error) if descriptors::is_want(&error) => error,
+            accepted => return accepted,
+        };
+        let Some(loan) = descriptors::lend(Share::Door, 1) else { return Err(error) };
+        // The system wants the descriptor before it looks whether a connection is there.
+        let now = tokio::select! {
+            biased;
+            accepted = listener.accept() => Some(accepted),
+            () = std::future::ready(()) => None,
+        };
+        drop(loan);
+        if let Some(accepted) = now {
+            return accepted;
+        }
     }
-    let error = match listener.accept().await {
-        Err(error) if descriptors::is_want(&error) => error,
-        accepted => return accepted,
-    };
-    let Some(_loan) = descriptors::lend(Purpose::Door, 1) else { return Err(error) };
-    // The connection is there, but it may have gone meanwhile.
-    tokio::time::timeout(PAUSE, listener.accept()).await.unwrap_or(Err(error))
 }

@@ -22,6 +22,7 @@ use tokio_util::task::TaskTracker;
 use tower::{Service, ServiceExt};
 
 use crate::channel::{Binding, Channel, key_of};
+use crate::descriptors::refill;
 use crate::error::{Error, Result};
 use crate::net::accept::accept;
 use crate::net::{CONNECTION_WINDOW_BYTES, FRAME_MAX_BYTES, STREAM_WINDOW_BYTES, Tracked};
@@ -122,6 +123,7 @@ impl Listener {
                     let connection = serve_one(io, channel, service, tracker.clone(), stop.clone());
                     tracker.spawn(async move {
                         connection.await;
+                        refill();
                         drop(place);
                     });
                 }

@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
 use rusqlite::{Connection, OpenFlags};
 
-use crate::descriptors::{self, Kept, Purpose};
+use crate::descriptors::{self, ReserveHold, Share};
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::sqlite::connect_whole;
@@ -18,6 +18,8 @@ use crate::sqlite::connect_whole;
 type Prepare = Box<dyn Fn(&Connection) -> rusqlite::Result<()> + Send + Sync>;
 pub(crate) type Expect = Box<dyn Fn() -> Result<()> + Send + Sync>;
 
+/// Connections that go further down the reserve of descriptors: with these all readers are served.
+const FIRST: usize = 2;
 /// A caller that waits for a connection to come back looks so often whether another one can be
 /// opened by now: there may have been no descriptor for it.
 const LOOK: Duration = Duration::from_millis(100);
@@ -37,7 +39,7 @@ pub(crate) struct Pool {
     returned: Condvar,
     /// Descriptors for the connections that are still to be opened.
     #[expect(dead_code, reason = "it is there to be dropped")]
-    reserve: Kept,
+    reserve: ReserveHold,
 }
 
 #[derive(Default)]
@@ -83,7 +85,7 @@ impl Pool {
         files: Arc<AtomicU64>,
         prepare: Prepare,
     ) -> Pool {
-        let (state, returned, reserve) = (Mutex::default(), Condvar::new(), Kept::begin());
+        let (state, returned, reserve) = (Mutex::default(), Condvar::new(), ReserveHold::begin());
         Pool { path, most, patience, statements, expect, files, prepare, state, returned, reserve }
     }
 
@@ -104,9 +106,10 @@ impl Pool {
             let mut want = None;
             if state.open < self.most {
                 state.open += 1;
+                let first = state.open <= FIRST;
                 drop(state);
                 let place = ConnectionPermit(self);
-                let error = match self.open() {
+                let error = match self.open(if first { Share::FirstReader } else { Share::Reader }) {
                     Err(error) if descriptors::used_up() => error,
                     opened => {
                         let reader = Some(opened?);
@@ -138,11 +141,11 @@ impl Pool {
         }
     }
 
-    fn open(&self) -> Result<Reader> {
+    fn open(&self, share: Share) -> Result<Reader> {
         let files = self.files.load(Ordering::Acquire);
         (self.expect)()?;
         #[allow(unused_mut, reason = "rusqlite before 0.41 sets an authorizer through a shared reference")]
-        let mut connection = connect_whole(&self.path, OpenFlags::SQLITE_OPEN_READ_ONLY, Purpose::Reader)?;
+        let mut connection = connect_whole(&self.path, OpenFlags::SQLITE_OPEN_READ_ONLY, share)?;
         connection.set_prepared_statement_cache_capacity(self.statements);
         (self.prepare)(&connection)?;
         let changed = Arc::new(AtomicBool::new(false));
@@ -331,6 +334,39 @@ mod tests {
     }
 
     #[test]
+    #[cfg(target_os = "linux")]
+    fn without_a_descriptor_a_connection_that_comes_back_is_waited_for() {
+        use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+        let name = "node::pool::tests::without_a_descriptor_a_connection_that_comes_back_is_waited_for";
+        if !crate::ends::alone(name) {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let pool = pool(&dir, 4, Duration::from_secs(60));
+        let lease = pool.lease(None).unwrap();
+        let usual = getrlimit(Resource::Nofile);
+        // Below it is not even one of the reserve.
+        setrlimit(Resource::Nofile, Rlimit { current: Some(0), ..usual.clone() }).unwrap();
+        let begin = Instant::now();
+        assert!(matches!(pool.lease(Some(Duration::from_millis(1))), Err(Error::Sqlite(_))));
+        assert!(begin.elapsed() < Duration::from_secs(30), "its own patience");
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| pool.lease(None).map(drop));
+            while pool.lock().waiting == 0 && !waiter.is_finished() {
+                std::thread::yield_now();
+            }
+            drop(lease);
+            waiter.join().unwrap().unwrap();
+        });
+        assert_eq!(counts(&pool), (1, 1));
+        // Where none is open, none can come back.
+        pool.renew();
+        assert!(matches!(pool.lease(None), Err(Error::Sqlite(_))));
+        setrlimit(Resource::Nofile, usual).unwrap();
+        pool.lease(None).unwrap();
+    }
+
+    #[test]
     fn a_connection_comes_back_rolled_back_and_a_changed_one_not_at_all() {
         let dir = tempfile::tempdir().unwrap();
         let pool = pool(&dir, 1, Duration::from_secs(1));
@@ -395,7 +431,7 @@ mod tests {
         let plain = pool(&dir, 1, Duration::from_secs(1));
         let round = std::sync::atomic::AtomicUsize::new(0);
         let prepare = move |_: &Connection| match round.fetch_add(1, Ordering::Relaxed) {
-            0 => panic!("on purpose"),
+            0 => panic!("on share"),
             1 => Err(rusqlite::Error::InvalidQuery),
             _ => Ok(()),
         };

@@ -18,7 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
-use crate::descriptors::open_file;
+use crate::descriptors::{NodeFile, open_file};
 use crate::error::{Error, Result};
 use crate::files::Paths;
 use crate::lock::lock;
@@ -60,7 +60,7 @@ impl LockPlace {
 }
 
 fn opened(path: &Path) -> std::io::Result<File> {
-    open_file(|| File::options().read(true).write(true).open(path))
+    open_file(|| File::options().read(true).write(true).open(path)).map(NodeFile::into_file)
 }
 
 /// The locks of one open database.

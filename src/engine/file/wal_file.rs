@@ -8,7 +8,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use crate::descriptors::open_file;
+use crate::descriptors::{NodeFile, open_file};
 use crate::error::{Error, Result};
 use crate::files::{self, Paths, read_exact_at, write_all_at};
 use crate::page::PageSize;
@@ -24,7 +24,7 @@ pub(crate) const EXTEND_MAX_BYTES: u64 = 16 << 20;
 /// open.
 #[derive(Debug)]
 pub(crate) struct WalFile {
-    file: File,
+    file: NodeFile,
     path: PathBuf,
     /// An fsync failed. The kernel says so once, to one of the threads that sync. A later success
     /// does not bring to the disk what is missing there since then.
