@@ -109,7 +109,9 @@ async fn serve_one(
         }
         () = activity.idle() => {
             connection.as_mut().graceful_shutdown();
-            let _ = timeout(LAST_LIMIT, connection).await;
+            // Nothing is still to be sent to a client that never asked.
+            let last = if activity.doing().asked { LAST_LIMIT } else { Duration::ZERO };
+            let _ = timeout(last, connection).await;
         }
     }
 }
@@ -120,13 +122,14 @@ struct Activity(Mutex<Doing>);
 struct Doing {
     /// Requests that are being answered, until the last byte of the answer is handed on.
     answering: usize,
+    asked: bool,
     /// When nothing is: until when the next one has to come.
     until: Instant,
 }
 
 impl Activity {
     fn new() -> Activity {
-        Activity(Mutex::new(Doing { answering: 0, until: Instant::now() + FIRST_LIMIT }))
+        Activity(Mutex::new(Doing { answering: 0, asked: false, until: Instant::now() + FIRST_LIMIT }))
     }
 
     fn doing(&self) -> MutexGuard<'_, Doing> {
@@ -153,7 +156,9 @@ struct Answering(Arc<Activity>);
 
 impl Answering {
     fn begin(activity: &Arc<Activity>) -> Answering {
-        activity.doing().answering += 1;
+        let mut doing = activity.doing();
+        (doing.answering, doing.asked) = (doing.answering + 1, true);
+        drop(doing);
         Answering(activity.clone())
     }
 }

@@ -37,9 +37,6 @@ pub(crate) struct Pool {
     prepare: Prepare,
     state: Mutex<PoolState>,
     returned: Condvar,
-    /// Descriptors for the connections that are still to be opened.
-    #[expect(dead_code, reason = "it is there to be dropped")]
-    reserve: ReserveHold,
 }
 
 #[derive(Default)]
@@ -48,6 +45,8 @@ struct PoolState {
     open: usize,
     waiting: usize,
     closed: bool,
+    /// Descriptors for the connections that are still to be opened, until the pool is closed.
+    reserve: Option<ReserveHold>,
 }
 
 struct Reader {
@@ -85,8 +84,9 @@ impl Pool {
         files: Arc<AtomicU64>,
         prepare: Prepare,
     ) -> Pool {
-        let (state, returned, reserve) = (Mutex::default(), Condvar::new(), ReserveHold::begin());
-        Pool { path, most, patience, statements, expect, files, prepare, state, returned, reserve }
+        let state = PoolState { reserve: Some(ReserveHold::begin()), ..PoolState::default() };
+        let (state, returned) = (Mutex::new(state), Condvar::new());
+        Pool { path, most, patience, statements, expect, files, prepare, state, returned }
     }
 
     /// A connection for the caller alone, until the lease is dropped. A nested call gets another
@@ -180,6 +180,7 @@ impl Pool {
     pub(crate) fn close(&self) {
         let mut state = self.lock();
         state.closed = true;
+        state.reserve = None;
         let idle = std::mem::take(&mut state.idle);
         state.open -= idle.len();
         drop(state);
