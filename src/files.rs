@@ -24,10 +24,11 @@ pub(crate) mod sealed;
 mod secret;
 mod state_directory;
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, OpenOptions};
 use std::io::{self, Read};
 use std::path::Path;
 
+use crate::descriptors::{self, NodeFile};
 use crate::error::{Error, Result};
 use crate::files::modes::limit;
 #[cfg(unix)]
@@ -46,19 +47,19 @@ pub(crate) use state_directory::{check_directory, make_directory, make_named_dir
 
 /// Makes a file anew, to be written and read. A file that has its name is one of ours that was left
 /// half done: this removes it without looking at it.
-pub(crate) fn create(path: &Path) -> Result<File> {
+pub(crate) fn create(path: &Path) -> Result<NodeFile> {
     remove(path)?;
     let mut options = options(true);
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, PRIVATE);
-    let file = options.create_new(true).open(path).map_err(Error::io("create", path))?;
+    let file = opened(options.create_new(true), path).map_err(Error::io("create", path))?;
     #[cfg(unix)]
     give(&file, path, Some(database_mode(path)))?;
     Ok(file)
 }
 
 /// Opens a file to be written and read, or makes it. Says whether it made it.
-pub(crate) fn open_or_create(path: &Path) -> Result<(File, bool)> {
+pub(crate) fn open_or_create(path: &Path) -> Result<(NodeFile, bool)> {
     match open_to_write(path) {
         Ok(file) => {
             limit(&file, path)?;
@@ -69,12 +70,12 @@ pub(crate) fn open_or_create(path: &Path) -> Result<(File, bool)> {
     }
 }
 
-pub(crate) fn open_to_write(path: &Path) -> io::Result<File> {
-    options(true).open(path).map_err(of_link)
+pub(crate) fn open_to_write(path: &Path) -> io::Result<NodeFile> {
+    opened(&options(true), path).map_err(of_link)
 }
 
-pub(crate) fn open(path: &Path) -> io::Result<File> {
-    options(false).open(path).map_err(of_link)
+pub(crate) fn open(path: &Path) -> io::Result<NodeFile> {
+    opened(&options(false), path).map_err(of_link)
 }
 
 /// The bytes of a small file; no more than `most`, should it have more.
@@ -94,7 +95,7 @@ pub(crate) fn copy(from: &Path, to: &Path) -> Result<()> {
 
 /// Makes a file for the application, anywhere, with something of the database in it. It is no more
 /// open than the file `like`, which has the database's mode.
-pub(crate) fn create_like(path: &Path, like: &Path) -> Result<File> {
+pub(crate) fn create_like(path: &Path, like: &Path) -> Result<NodeFile> {
     let mut options = options(true);
     #[cfg(unix)]
     {
@@ -104,7 +105,7 @@ pub(crate) fn create_like(path: &Path, like: &Path) -> Result<File> {
     }
     #[cfg(not(unix))]
     let _ = like;
-    options.create_new(true).open(path).map_err(|error| match error.kind() {
+    opened(options.create_new(true), path).map_err(|error| match error.kind() {
         io::ErrorKind::AlreadyExists => Error::FileExists { path: path.to_path_buf() },
         _ => Error::io("create", path)(error),
     })
@@ -112,13 +113,18 @@ pub(crate) fn create_like(path: &Path, like: &Path) -> Result<File> {
 
 /// Makes an empty database file of this mode; SQLite gives the mode to all that belongs to it. To
 /// close what is returned may take SQLite's locks on it away: see `sqlite::park`.
-pub(crate) fn create_database(path: &Path, mode: u32) -> Result<File> {
+pub(crate) fn create_database(path: &Path, mode: u32) -> Result<fs::File> {
     let mut options = options(true);
     #[cfg(unix)]
     std::os::unix::fs::OpenOptionsExt::mode(&mut options, PRIVATE);
-    let file = options.create_new(true).open(path).map_err(Error::io("create", path))?;
+    let file = opened(options.create_new(true), path).map_err(Error::io("create", path))?;
     set_mode(&file, path, mode)?;
-    Ok(file)
+    Ok(file.into_file())
+}
+
+/// Opens or makes a file, where there is no descriptor left with one of the reserve.
+fn opened(options: &OpenOptions, path: &Path) -> io::Result<NodeFile> {
+    descriptors::open_file(|| options.open(path))
 }
 
 fn options(write: bool) -> OpenOptions {

@@ -84,6 +84,7 @@ mod checksum;
 mod command;
 mod context;
 mod db;
+mod descriptors;
 mod election;
 #[cfg(test)]
 #[path = "../tests/support/ends.rs"]

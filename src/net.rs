@@ -1,5 +1,6 @@
 //! Dial and listen: the only place where sockets are opened.
 
+mod accept;
 mod dial;
 mod heeded;
 #[cfg(any(feature = "etcd", feature = "object-store"))]
@@ -176,6 +177,12 @@ where
     fn execute(&self, future: F) {
         self.0.spawn(future);
     }
+}
+
+/// How many descriptors a connection to a host takes while it is made. The look-up of a name takes
+/// some.
+fn dial_descriptors(host: &str) -> usize {
+    if host.parse::<std::net::IpAddr>().is_ok() { 1 } else { 3 }
 }
 
 /// An error with all its sources in one line: hyper's own texts alone say little.

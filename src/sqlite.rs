@@ -12,6 +12,8 @@ use std::time::Duration;
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, OpenFlags};
 
+use crate::descriptors::{self, Share, used_up};
+
 pub(crate) use ffi::{CommitHook, Handle, Lock, Slot, last_code, unreadable};
 pub(crate) use locks::{Alone, FileLocks, close_unlocked, park};
 pub(crate) use shm::WalIndex;
@@ -39,6 +41,27 @@ pub(crate) fn connect_alone(path: &Path, flags: OpenFlags) -> rusqlite::Result<C
     let connection = Connection::open_with_flags(path, flags | private)?;
     defend(&connection, true)?;
     Ok(connection)
+}
+
+/// Descriptors that a connection takes: of the database and of its WAL.
+const FILES: usize = 2;
+
+/// [`connect`], and all of its files are open then. Where there are no descriptors left, they are
+/// some of the reserve. SQLite by itself opens the WAL with the first statement that reads.
+pub(crate) fn connect_whole(path: &Path, flags: OpenFlags, share: Share) -> rusqlite::Result<Connection> {
+    let whole = || {
+        let connection = connect(path, flags)?;
+        // What the files are locked by is for the caller's own statements to wait for.
+        connection.busy_timeout(Duration::ZERO)?;
+        let read = connection.query_row("PRAGMA schema_version", [], |_| Ok(()));
+        connection.busy_timeout(BUSY_TIMEOUT)?;
+        match read {
+            Err(error) if used_up() => Err(error),
+            // Whatever else there is, these statements find.
+            _ => Ok(connection),
+        }
+    };
+    descriptors::open((share, FILES), |_| used_up(), whole)
 }
 
 /// Whether SQL may do nothing that makes a database's file one that SQLite can't read. The schema

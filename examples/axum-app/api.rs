@@ -8,6 +8,7 @@ use std::time::Duration;
 use axum::extract::rejection::{JsonRejection, PathRejection, QueryRejection};
 use axum::extract::{DefaultBodyLimit, Path, Query, State};
 use axum::http::{StatusCode, header};
+use axum::middleware::from_fn_with_state;
 use axum::response::sse::{Event, KeepAlive, Sse};
 use axum::response::{Html, IntoResponse, Response};
 use axum::routing::{get, post, put};
@@ -23,6 +24,7 @@ use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 
 use crate::changes::{self, Change};
+use crate::guard::{Names, guard};
 use crate::{page, store};
 
 /// The longest note, in bytes.
@@ -46,10 +48,18 @@ struct App {
 
 type Shared = State<Arc<App>>;
 
-pub(crate) fn router(db: &Db, url: String, peers: Vec<String>, end: CancellationToken) -> Router {
+pub(crate) fn router(
+    db: &Db,
+    url: String,
+    peers: Vec<String>,
+    names: Names,
+    end: CancellationToken,
+) -> Router {
     let app = Arc::new(App { db: db.clone(), url, peers, changes: changes::watch(db), end });
     Router::new()
         .route("/", get(index))
+        .route("/page.css", get(async || asset("text/css", include_str!("page.css"))))
+        .route("/page.js", get(async || asset("text/javascript", include_str!("page.js"))))
         .route("/api/notes", get(list).post(add))
         .route("/api/notes/{id}", put(change).delete(remove))
         .route("/api/events", get(events))
@@ -66,11 +76,12 @@ pub(crate) fn router(db: &Db, url: String, peers: Vec<String>, end: Cancellation
         .layer(DefaultBodyLimit::max(TEXT_MAX_BYTES * 8))
         .with_state(app)
         .layer(db.replay_layer())
+        .layer(from_fn_with_state(Arc::new(names), guard))
         .nest_service("/_replite", db.service())
 }
 
 /// What a handler fails with.
-enum Failure {
+pub(crate) enum Failure {
     Db(Error),
     /// The request can't be served as it is.
     Refused(StatusCode, String),
@@ -173,6 +184,11 @@ async fn index(
     Ok(([(header::CACHE_CONTROL, "no-store")], Html(html)))
 }
 
+/// A file of the page. The next version of it is asked for at once.
+fn asset(kind: &'static str, text: &'static str) -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, kind), (header::CACHE_CONTROL, "no-cache")], text)
+}
+
 async fn list(
     State(app): Shared,
     search: Result<Query<Search>, QueryRejection>,
@@ -253,14 +269,14 @@ async fn node(State(app): Shared) -> impl IntoResponse {
 /// What everybody may see. The texts of problems, and inner addresses, are for operators: in the
 /// log.
 fn describe(app: &App) -> Value {
-    let full = app.db.status();
-    let status = full.public();
+    let status = app.db.status().public();
+    let roles = app.db.roles().borrow().clone();
     json!({
-        "id": full.node,
+        "id": app.db.node_id(),
         "url": app.url,
         "role": status.role,
-        "epoch": full.epoch.number(),
-        "waits_for": app.db.roles().borrow().waits_for.map(|reason| reason.to_string()),
+        "epoch": roles.epoch.number(),
+        "waits_for": roles.waits_for.map(|reason| reason.to_string()),
         "changes": &*app.changes.borrow(),
         "txid": status.position.map(|p| p.number()),
         "checksum": status.position.map(|p| p.checksum().to_string()),

@@ -9,9 +9,11 @@
 
 mod api;
 mod changes;
+mod guard;
 mod launcher;
 mod node;
 mod page;
+mod server;
 mod store;
 
 use std::io::IsTerminal;
@@ -87,6 +89,10 @@ struct NodeArguments {
     /// The URLs of all instances.
     #[arg(long, value_delimiter = ',')]
     peers: Vec<String>,
+    /// Names under which browsers ask for this instance, besides its address, those of the peers and
+    /// `localhost`: `notes.example.org,notes.example.org:8443`.
+    #[arg(long, value_delimiter = ',')]
+    host: Vec<String>,
     #[command(flatten)]
     secret: SecretArguments,
     /// End when standard input ends: no instance outlives its launcher.

@@ -10,7 +10,8 @@ use replite::rusqlite::{Connection, OpenFlags};
 use replite::{Config, Db, Secret, Witness};
 use tokio_util::sync::CancellationToken;
 
-use crate::{Error, NodeArguments, WitnessArguments, api, store};
+use crate::guard::Names;
+use crate::{Error, NodeArguments, WitnessArguments, api, server, store};
 
 /// The lease whose record the instances of `--peers` keep themselves.
 pub(crate) const MEMBERS: &str = "members";
@@ -42,9 +43,10 @@ pub(crate) async fn run(arguments: NodeArguments) -> Result<(), Error> {
     // With a lease there need not be a primary yet: the others may have to reach this instance first.
     let db = Db::open(config).await?;
     let end = CancellationToken::new();
-    let app = api::router(&db, url, arguments.peers.clone(), end.clone());
+    let names = Names::new(arguments.listen, &arguments.peers, &arguments.host);
+    let app = api::router(&db, url, arguments.peers.clone(), names, end.clone());
     let (draining, asked, with_parent) = (db.clone(), end.clone(), arguments.with_parent);
-    let server = axum::serve(listener, app).with_graceful_shutdown(async move {
+    let served = server::serve(listener, app, async move {
         tokio::select! {
             () = crate::asked_to_end() => {}
             () = parent_gone(), if with_parent => {}
@@ -54,7 +56,7 @@ pub(crate) async fn run(arguments: NodeArguments) -> Result<(), Error> {
         draining.drain().await;
     });
     tokio::select! {
-        served = async { server.await } => served?,
+        () = served => {}
         () = async {
             end.cancelled().await;
             tokio::time::sleep(CONNECTIONS_LIMIT).await;

@@ -85,7 +85,12 @@ impl Db {
         self.copy(&path)?;
         let file = files::open(&path).map_err(Error::io("open", &path))?;
         let bytes = file.metadata().map_err(Error::io("stat", &path))?.len();
-        Ok(Snapshot { file: tokio::fs::File::from_std(file), position, bytes, _temporary: temporary })
+        Ok(Snapshot {
+            file: tokio::fs::File::from_std(file.into_file()),
+            position,
+            bytes,
+            _temporary: temporary,
+        })
     }
 
     fn place_snapshot(&self, path: &Path) -> Result<Position> {

@@ -13,12 +13,13 @@
 pub(in crate::engine) mod heal;
 pub(in crate::engine) mod overlay;
 
-use std::fs::{self, File};
+use std::fs;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::checksum::{FINGERPRINT_BYTES, PageHash, PageKey};
+use crate::descriptors::NodeFile;
 use crate::engine::history::intake_error::IntakeError;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming::overlay::{Overlay, PageStore};
@@ -52,9 +53,9 @@ const HASH_CHUNK_BYTES: usize = 1 << 20;
 #[derive(Debug)]
 pub(in crate::engine) struct IncomingState {
     paths: Paths,
-    file: File,
+    file: NodeFile,
     /// Notes the pages that the file has, for a comparison that has to begin again.
-    held: Option<File>,
+    held: Option<NodeFile>,
     /// The page that the next piece of a snapshot begins with.
     next: u32,
     since_progress: u64,
@@ -74,7 +75,7 @@ pub(in crate::engine) struct FillProgress {
 #[derive(Debug)]
 pub(in crate::engine) struct Ready {
     paths: Paths,
-    pub(in crate::engine) file: File,
+    pub(in crate::engine) file: NodeFile,
     /// The pages that the file has; all others are those of the live database.
     pub(in crate::engine) have: PageSet,
     pub(in crate::engine) position: Position,
@@ -111,8 +112,8 @@ pub(in crate::engine) fn discard(paths: &Paths) -> Result<()> {
 /// The pages of an [`IncomingState`], for a call.
 struct IncomingPages<'a> {
     paths: &'a Paths,
-    file: &'a File,
-    held: Option<&'a mut File>,
+    file: &'a NodeFile,
+    held: Option<&'a mut NodeFile>,
     page_size: PageSize,
     live: Under<'a>,
 }

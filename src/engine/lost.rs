@@ -22,6 +22,7 @@ use bytes::BytesMut;
 use serde::{Deserialize, Serialize};
 
 use crate::checksum::PageKey;
+use crate::descriptors::NodeFile;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming::Ready;
 use crate::engine::options::EngineOptions;
@@ -262,7 +263,7 @@ fn write_pages(live: &mut WalAppender, pages: &PageSet, out: &mut Output<'_>) ->
 /// A file in the making.
 struct Output<'a> {
     path: &'a Path,
-    out: BufWriter<File>,
+    out: BufWriter<NodeFile>,
 }
 
 impl Output<'_> {

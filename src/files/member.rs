@@ -20,6 +20,7 @@ use std::time::{Duration, Instant, UNIX_EPOCH};
 
 use serde::{Deserialize, Serialize};
 
+use crate::descriptors::NodeFile;
 use crate::error::{Error, Result, Unsupported};
 use crate::files::sealed::Sealed;
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
@@ -54,7 +55,7 @@ const LOCK_POLL: Duration = Duration::from_millis(2);
 pub(crate) struct OpenIdentity {
     pub(crate) id: u64,
     /// Locked, until it is dropped.
-    _file: File,
+    _file: NodeFile,
 }
 
 /// Draws an id and writes the file, durably.

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::Path;
 
+use crate::descriptors::{self, open_file};
 use crate::error::{Error, Result};
 
 /// The directory that a path's name is in.
@@ -20,7 +21,7 @@ pub(crate) fn sync_directory(path: &Path) -> Result<()> {
     // Elsewhere a directory can't be opened as a file, and its entries are durable with their
     // files.
     if cfg!(unix) {
-        let directory = File::open(path).map_err(Error::io("open", path))?;
+        let directory = open_file(|| File::open(path)).map_err(Error::io("open", path))?;
         directory.sync_all().map_err(Error::io("fsync", path))?;
     }
     Ok(())
@@ -32,7 +33,7 @@ pub(crate) fn sync_directory(path: &Path) -> Result<()> {
 /// [`Error::Io`].
 #[cfg(feature = "members")]
 pub(crate) fn list(path: &Path) -> Result<Option<Vec<String>>> {
-    let entries = match fs::read_dir(path) {
+    let entries = match descriptors::list(path) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(None),
         entries => entries.map_err(Error::io("list", path))?,
     };
@@ -63,7 +64,7 @@ pub(crate) fn remove(path: &Path) -> Result<bool> {
 /// # Errors
 /// [`Error::Io`].
 pub(crate) fn remove_directory(path: &Path) -> Result<()> {
-    match fs::remove_dir_all(path) {
+    match descriptors::remove_directory(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(Error::io("remove", path)(error)),
         _ => Ok(()),
     }

@@ -3,10 +3,12 @@
 
 use std::fs;
 #[cfg(unix)]
-use std::fs::{File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io;
 use std::path::Path;
 
+#[cfg(unix)]
+use crate::descriptors::{NodeFile, open_file};
 use crate::error::{Error, Result, Unsupported};
 #[cfg(unix)]
 use crate::files::modes::{give, own_user, set_mode};
@@ -92,7 +94,7 @@ pub(crate) fn make_directory(path: &Path) -> Result<()> {
     }
     if !new_directory(path)? {
         #[cfg(unix)]
-        set_mode(&open_directory(path)?, path, 0o700)?;
+        set_mode(&*open_directory(path)?, path, 0o700)?;
     }
     Ok(())
 }
@@ -116,7 +118,7 @@ fn new_directory(path: &Path) -> Result<bool> {
         made => made.map_err(Error::io("create", path))?,
     }
     #[cfg(unix)]
-    give(&open_directory(path)?, path, None)?;
+    give(&*open_directory(path)?, path, None)?;
     Ok(true)
 }
 
@@ -132,9 +134,10 @@ fn group_owns_all(state_dir: &Path, group: u32) -> bool {
 }
 
 #[cfg(unix)]
-fn open_directory(path: &Path) -> Result<File> {
+fn open_directory(path: &Path) -> Result<NodeFile> {
     use std::os::unix::fs::OpenOptionsExt;
     let flags = rustix::fs::OFlags::NOFOLLOW | rustix::fs::OFlags::DIRECTORY;
-    let opened = OpenOptions::new().read(true).custom_flags(flags.bits() as i32).open(path);
-    opened.map_err(of_link).map_err(Error::io("open directory", path))
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(flags.bits() as i32);
+    open_file(|| options.open(path)).map_err(of_link).map_err(Error::io("open directory", path))
 }

@@ -1,8 +1,8 @@
 //! The files of segments, and their names.
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use crate::descriptors::NodeFile;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::hex::unhex_u64;
@@ -20,7 +20,7 @@ pub(super) fn start_of(name: &str) -> Option<u64> {
 }
 
 /// Opens a segment to be appended to or cut.
-pub(super) fn open_to_write(path: &Path) -> Result<File> {
+pub(super) fn open_to_write(path: &Path) -> Result<NodeFile> {
     files::open_to_write(path).map_err(Error::io("open", path))
 }
 

@@ -1,6 +1,5 @@
 //! What the log's mutex guards: segments, the end, pins.
 use std::collections::{BTreeMap, VecDeque};
-use std::fs::File;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -11,6 +10,7 @@ use bytes::BytesMut;
 use super::scan::{HEAD_BYTES, Index};
 use super::{LogOptions, segments};
 use crate::checksum::Fingerprint;
+use crate::descriptors::NodeFile;
 use crate::error::{Error, Result};
 use crate::files;
 use crate::txid::Position;
@@ -49,7 +49,7 @@ impl Seg {
 
 /// Cuts a segment's file where the segment ends. Should this fail, the next segment's head still
 /// says where.
-fn truncate(segment: &Seg) -> Result<(Arc<File>, PathBuf)> {
+fn truncate(segment: &Seg) -> Result<(Arc<NodeFile>, PathBuf)> {
     let file = segments::open_to_write(&segment.path)?;
     file.set_len(segment.file_bytes()).map_err(Error::io("truncate", &segment.path))?;
     Ok((Arc::new(file), segment.path.clone()))
@@ -62,7 +62,7 @@ pub(super) struct LogState {
     /// Oldest first. Empty only when the log is.
     pub(super) segments: VecDeque<Seg>,
     /// The last segment's file; `None`: the next append begins a new one. `Some` within a record.
-    pub(super) file: Option<Arc<File>>,
+    pub(super) file: Option<Arc<NodeFile>>,
     pub(super) end: u64,
     /// The end at which the last segment's file was fsynced, if it was.
     pub(super) synced: Option<u64>,
@@ -78,7 +78,7 @@ pub(super) struct LogState {
     pub(super) pins: BTreeMap<u64, u64>,
     pub(super) next_pin: u64,
     /// Segments before the last one that were not fsynced yet.
-    pub(super) rotated: Vec<(Arc<File>, PathBuf)>,
+    pub(super) rotated: Vec<(Arc<NodeFile>, PathBuf)>,
     /// Files of segments that were dropped and are still to be removed.
     pub(super) garbage: Garbage,
     /// Bytes of those that are being removed without the log's lock.
@@ -277,7 +277,7 @@ impl LogState {
     }
 
     /// All files that hold bytes which may not be on the disk, oldest first.
-    pub(super) fn unsynced(&self) -> Vec<(Arc<File>, PathBuf)> {
+    pub(super) fn unsynced(&self) -> Vec<(Arc<NodeFile>, PathBuf)> {
         let current = self.file.iter().filter(|_| self.synced != Some(self.end));
         let current = current.zip(self.segments.back()).map(|(f, s)| (f.clone(), s.path.clone()));
         self.rotated.iter().cloned().chain(current).collect()

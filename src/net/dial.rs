@@ -13,6 +13,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use crate::channel::{Binding, Channel, TlsStream, Traffic, key_of};
+use crate::descriptors::{self, Refills};
 use crate::error::{PeerProblem, shown};
 use crate::lock::lock;
 use crate::net::heeded::Heeded;
@@ -21,7 +22,7 @@ use crate::net::prompt::Prompt;
 use crate::net::watched::WatchedStream;
 use crate::net::{
     ByteStream, CONNECTION_WINDOW_BYTES, Endpoint, FRAME_MAX_BYTES, Heard, Incoming, STREAM_WINDOW_BYTES,
-    Tracked, chain,
+    Tracked, chain, dial_descriptors,
 };
 
 /// Longest wait for a TCP connection.
@@ -177,7 +178,8 @@ pub(crate) async fn open_for_forwards(
 }
 
 async fn connect(to: &Endpoint) -> Result<TcpStream, PeerProblem> {
-    let connect = TcpStream::connect((to.host.as_str(), to.port));
+    let connect = || TcpStream::connect((to.host.as_str(), to.port));
+    let connect = descriptors::connect(dial_descriptors(&to.host), connect);
     let io = match tokio::time::timeout(CONNECT_TIMEOUT, connect).await {
         Ok(Ok(io)) => io,
         Ok(Err(error)) => return Err(PeerProblem::Connection(error.to_string())),
@@ -240,7 +242,7 @@ impl Dial<'_> {
         let guard = cut.clone().drop_guard();
         let first = Arc::new(Mutex::new(Vec::new()));
         let (heard, cut) = (self.heard.clone(), Box::pin(cut.cancelled_owned()));
-        let io = WatchedStream { io, first: first.clone(), heard, cut };
+        let io = WatchedStream { io, first: first.clone(), heard, cut, _refills: Refills };
         let direct = matches!(way, Way::Direct);
         let exchanged = async {
             match way {

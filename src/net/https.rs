@@ -20,9 +20,10 @@ use tokio::net::TcpStream;
 use tokio_util::either::Either;
 use tower::Service;
 
+use crate::descriptors;
 use crate::error::shown;
-use crate::net::chain;
 use crate::net::server_tls::{ServerTls, TlsStream, was_refused};
+use crate::net::{chain, dial_descriptors};
 
 /// Unused connections that are kept to one server: a node makes one call at a time.
 const POOL_IDLE_MAX: usize = 2;
@@ -151,7 +152,8 @@ impl Service<Uri> for HttpsConnector {
         let host = uri.host().unwrap_or_default();
         let host = host.strip_prefix('[').and_then(|host| host.strip_suffix(']')).unwrap_or(host).to_owned();
         let scheme = uri.scheme().cloned();
-        let connecting = self.http.call(uri);
+        let mut http = self.http.clone();
+        let connecting = descriptors::connect(dial_descriptors(&host), move || http.call(uri.clone()));
         let connect = async move {
             let stream = connecting.await?.into_inner();
             if scheme == Some(Scheme::HTTP) {

@@ -23,7 +23,9 @@ use tower::{Service, ServiceExt};
 
 use crate::channel::{Binding, Channel, key_of};
 use crate::context::Seldom;
+use crate::descriptors::refill;
 use crate::error::{Error, Result};
+use crate::net::accept::accept;
 use crate::net::places::{CameFrom, DoorLimits, DoorPlace, DoorPlaces, Guarded, TLS_HANDSHAKE};
 use crate::net::{FORWARD_WINDOW_BYTES, FORWARDS_MAX, FORWARDS_WINDOW_BYTES, FRAME_MAX_BYTES, Tracked};
 use crate::report::Condition;
@@ -63,15 +65,11 @@ const BROKEN_OFF_MAX: usize = 64;
 /// Both of a connection on which an application's requests come.
 const FORWARDS_TAKEN_BACK_MAX: usize = 1024;
 
-/// Whether the process is short of descriptors.
-pub(crate) type Shortage = fn() -> bool;
-
 /// A bound socket that is not served yet.
 #[derive(Debug)]
 pub(crate) struct Listener {
     socket: TcpListener,
     address: SocketAddr,
-    shortage: Shortage,
     /// Strangers have all places.
     crowded: Seldom,
 }
@@ -85,14 +83,7 @@ impl Listener {
         let named = format!("tcp {address}");
         let socket = TcpListener::bind(address).await.map_err(Error::io("bind", &named))?;
         let address = socket.local_addr().map_err(Error::io("bind", &named))?;
-        Ok(Listener { socket, address, shortage: || false, crowded: Seldom::default() })
-    }
-
-    /// The same, which leaves the last descriptors to others. While this says that few are left, a
-    /// connection comes in only when another one goes.
-    #[expect(dead_code, reason = "what counts the descriptors is to call it")]
-    pub(crate) fn sparing(self, shortage: Shortage) -> Listener {
-        Listener { shortage, ..self }
+        Ok(Listener { socket, address, crowded: Seldom::default() })
     }
 
     /// The address, with the port that the system chose.
@@ -143,7 +134,8 @@ impl Listener {
         loop {
             let accepted = async {
                 let place = room.clone().acquire_owned().await;
-                (self.socket.accept().await, place)
+                // A stranger's may be the descriptor that is missing.
+                (accept(&self.socket, || places.give_way()).await, place)
             };
             let (accepted, held) = tokio::select! {
                 accepted = accepted => accepted,
@@ -156,6 +148,7 @@ impl Listener {
                     let connection = serve_one((io, place), channel, service, tracker.clone(), stop.clone());
                     tracker.spawn(async move {
                         connection.await;
+                        refill();
                         drop(held);
                     });
                 }
@@ -174,7 +167,7 @@ impl Listener {
 impl Listener {
     /// A place for a connection that was accepted.
     fn place(&self, places: &Arc<DoorPlaces>, from: SocketAddr) -> Option<DoorPlace> {
-        let (place, gone) = places.enter(CameFrom::of(from.ip()), (self.shortage)())?;
+        let (place, gone) = places.enter(CameFrom::of(from.ip()))?;
         if let Some(gone) = gone
             && let Some(times) = self.crowded.happened()
         {

@@ -111,20 +111,14 @@ impl DoorPlaces {
     }
 
     /// A place for a connection that begins. Where its source has too many, or none is free, one
-    /// goes that has proved nothing; the source of that one. With `short`, which says that there
-    /// should be no more connections than there are, one goes in any case. None: there is no such
-    /// one.
-    pub(crate) fn enter(
-        self: &Arc<Self>,
-        source: CameFrom,
-        short: bool,
-    ) -> Option<(DoorPlace, Option<CameFrom>)> {
+    /// goes that has proved nothing; the source of that one. None: there is no such one.
+    pub(crate) fn enter(self: &Arc<Self>, source: CameFrom) -> Option<(DoorPlace, Option<CameFrom>)> {
         let DoorLimits { unproved, of_source, .. } = self.limits;
         let mut taken = lock(&self.taken);
         let own = taken.unproved.values().filter(|other| other.source == source).count();
         let gone = if own >= of_source {
             taken.cut_of(source)
-        } else if short || taken.unproved.len() >= unproved {
+        } else if taken.unproved.len() >= unproved {
             Some(taken.cut_one(Some(source))?)
         } else {
             None

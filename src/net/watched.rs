@@ -9,6 +9,7 @@ use std::task::{Context, Poll};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_util::sync::WaitForCancellationFutureOwned;
 
+use crate::descriptors::Refills;
 use crate::lock::lock;
 use crate::net::Heard;
 
@@ -22,6 +23,8 @@ pub(super) struct WatchedStream<I> {
     pub(super) first: Arc<Mutex<Vec<u8>>>,
     pub(super) heard: Arc<Heard>,
     pub(super) cut: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// After the connection itself.
+    pub(super) _refills: Refills,
 }
 
 impl<I: AsyncRead + Unpin> AsyncRead for WatchedStream<I> {

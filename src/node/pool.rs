@@ -10,12 +10,19 @@ use std::time::{Duration, Instant};
 use rusqlite::hooks::{AuthAction, AuthContext, Authorization};
 use rusqlite::{Connection, OpenFlags};
 
+use crate::descriptors::{self, ReserveHold, Share};
 use crate::error::{Error, Result};
 use crate::lock::lock;
-use crate::sqlite::connect;
+use crate::sqlite::connect_whole;
 
 type Prepare = Box<dyn Fn(&Connection) -> rusqlite::Result<()> + Send + Sync>;
 pub(crate) type Expect = Box<dyn Fn() -> Result<()> + Send + Sync>;
+
+/// Connections that go further down the reserve of descriptors: with these all readers are served.
+const FIRST: usize = 2;
+/// A caller that waits for a connection to come back looks so often whether another one can be
+/// opened by now: there may have been no descriptor for it.
+const LOOK: Duration = Duration::from_millis(100);
 
 /// A bounded set of read-only connections.
 pub(crate) struct Pool {
@@ -38,6 +45,8 @@ struct PoolState {
     open: usize,
     waiting: usize,
     closed: bool,
+    /// Descriptors for the connections that are still to be opened, until the pool is closed.
+    reserve: Option<ReserveHold>,
 }
 
 struct Reader {
@@ -75,12 +84,14 @@ impl Pool {
         files: Arc<AtomicU64>,
         prepare: Prepare,
     ) -> Pool {
-        let state = Mutex::default();
-        Pool { path, most, patience, statements, expect, files, prepare, state, returned: Condvar::new() }
+        let state = PoolState { reserve: Some(ReserveHold::begin()), ..PoolState::default() };
+        let (state, returned) = (Mutex::new(state), Condvar::new());
+        Pool { path, most, patience, statements, expect, files, prepare, state, returned }
     }
 
     /// A connection for the caller alone, until the lease is dropped. A nested call gets another
-    /// one. The caller waits for as long as is configured, or as it has patience.
+    /// one. The caller waits for as long as is configured, or as it has patience. So it does where
+    /// there is no descriptor for another connection while some are in use.
     pub(crate) fn lease(&self, patience: Option<Duration>) -> Result<PooledConnection<'_>> {
         let patience = patience.unwrap_or(self.patience);
         let mut state = self.lock();
@@ -92,30 +103,49 @@ impl Pool {
             if let Some(reader) = state.idle.pop() {
                 return Ok(PooledConnection { pool: self, reader: Some(reader) });
             }
+            let mut want = None;
             if state.open < self.most {
                 state.open += 1;
+                let first = state.open <= FIRST;
                 drop(state);
                 let place = ConnectionPermit(self);
-                let reader = self.open()?;
+                let error = match self.open(if first { Share::FirstReader } else { Share::Reader }) {
+                    Err(error) if descriptors::used_up() => error,
+                    opened => {
+                        let reader = Some(opened?);
+                        std::mem::forget(place);
+                        return Ok(PooledConnection { pool: self, reader });
+                    }
+                };
+                // No other waiter is woken for the place: it would find no descriptor either, and
+                // wake the next one.
                 std::mem::forget(place);
-                return Ok(PooledConnection { pool: self, reader: Some(reader) });
+                state = self.lock();
+                state.open -= 1;
+                match (state.idle.is_empty(), state.open) {
+                    (false, _) => continue,
+                    // None will come back.
+                    (true, 0) => return Err(error),
+                    (true, _) => want = Some(error),
+                }
             }
             let end = *end.get_or_insert_with(|| Instant::now() + patience);
             let left = end.saturating_duration_since(Instant::now());
             if left.is_zero() {
-                return Err(Error::PoolExhausted { limit: self.most, waited: patience });
+                return Err(want.unwrap_or(Error::PoolExhausted { limit: self.most, waited: patience }));
             }
             state.waiting += 1;
-            state = self.returned.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state =
+                self.returned.wait_timeout(state, left.min(LOOK)).unwrap_or_else(PoisonError::into_inner).0;
             state.waiting -= 1;
         }
     }
 
-    fn open(&self) -> Result<Reader> {
+    fn open(&self, share: Share) -> Result<Reader> {
         let files = self.files.load(Ordering::Acquire);
         (self.expect)()?;
         #[allow(unused_mut, reason = "rusqlite before 0.41 sets an authorizer through a shared reference")]
-        let mut connection = connect(&self.path, OpenFlags::SQLITE_OPEN_READ_ONLY)?;
+        let mut connection = connect_whole(&self.path, OpenFlags::SQLITE_OPEN_READ_ONLY, share)?;
         connection.set_prepared_statement_cache_capacity(self.statements);
         (self.prepare)(&connection)?;
         let changed = Arc::new(AtomicBool::new(false));
@@ -150,6 +180,7 @@ impl Pool {
     pub(crate) fn close(&self) {
         let mut state = self.lock();
         state.closed = true;
+        state.reserve = None;
         let idle = std::mem::take(&mut state.idle);
         state.open -= idle.len();
         drop(state);
@@ -236,6 +267,7 @@ impl Drop for PooledConnection<'_> {
         if !reader.come_back() || reader.files != self.pool.files.load(Ordering::Acquire) {
             let place = ConnectionPermit(self.pool);
             drop(reader);
+            descriptors::refill();
             return drop(place);
         }
         let mut state = self.pool.lock();
@@ -303,6 +335,39 @@ mod tests {
     }
 
     #[test]
+    #[cfg(target_os = "linux")]
+    fn without_a_descriptor_a_connection_that_comes_back_is_waited_for() {
+        use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
+        let name = "node::pool::tests::without_a_descriptor_a_connection_that_comes_back_is_waited_for";
+        if !crate::ends::alone(name) {
+            return;
+        }
+        let dir = tempfile::tempdir().unwrap();
+        let pool = pool(&dir, 4, Duration::from_secs(60));
+        let lease = pool.lease(None).unwrap();
+        let usual = getrlimit(Resource::Nofile);
+        // Below it is not even one of the reserve.
+        setrlimit(Resource::Nofile, Rlimit { current: Some(0), ..usual.clone() }).unwrap();
+        let begin = Instant::now();
+        assert!(matches!(pool.lease(Some(Duration::from_millis(1))), Err(Error::Sqlite(_))));
+        assert!(begin.elapsed() < Duration::from_secs(30), "its own patience");
+        std::thread::scope(|scope| {
+            let waiter = scope.spawn(|| pool.lease(None).map(drop));
+            while pool.lock().waiting == 0 && !waiter.is_finished() {
+                std::thread::yield_now();
+            }
+            drop(lease);
+            waiter.join().unwrap().unwrap();
+        });
+        assert_eq!(counts(&pool), (1, 1));
+        // Where none is open, none can come back.
+        pool.renew();
+        assert!(matches!(pool.lease(None), Err(Error::Sqlite(_))));
+        setrlimit(Resource::Nofile, usual).unwrap();
+        pool.lease(None).unwrap();
+    }
+
+    #[test]
     fn a_connection_comes_back_rolled_back_and_a_changed_one_not_at_all() {
         let dir = tempfile::tempdir().unwrap();
         let pool = pool(&dir, 1, Duration::from_secs(1));
@@ -367,7 +432,7 @@ mod tests {
         let plain = pool(&dir, 1, Duration::from_secs(1));
         let round = std::sync::atomic::AtomicUsize::new(0);
         let prepare = move |_: &Connection| match round.fetch_add(1, Ordering::Relaxed) {
-            0 => panic!("on purpose"),
+            0 => panic!("on share"),
             1 => Err(rusqlite::Error::InvalidQuery),
             _ => Ok(()),
         };

@@ -1,9 +1,10 @@
 //! What a node with a lease keeps of its own runs: that no other process has the state directory,
 //! which incarnations were its own, and that it took part in making a first record.
 
-use std::fs::{File, TryLockError};
+use std::fs::TryLockError;
 use std::path::Path;
 
+use crate::descriptors::NodeFile;
 use crate::error::{Error, Result};
 use crate::files::sealed::Sealed;
 use crate::files::{self, Paths};
@@ -42,7 +43,7 @@ pub(crate) struct Tenancy {
     pub(crate) alone: bool,
     pub(crate) bootstrapped: bool,
     /// Held until the process ends, or the node.
-    _lock: File,
+    _lock: NodeFile,
 }
 
 impl Tenancy {
@@ -76,7 +77,7 @@ pub(crate) fn mark_bootstrapped(paths: &Paths) -> Result<()> {
 }
 
 /// A lock that belongs to an open file: it ends with the process, however that ends.
-fn lock_file(path: &Path) -> Result<(File, bool)> {
+fn lock_file(path: &Path) -> Result<(NodeFile, bool)> {
     let (file, _) = files::open_or_create(path)?;
     match file.try_lock() {
         Ok(()) => Ok((file, true)),

@@ -914,6 +914,17 @@ conditions! {
         log warn(%error, "how old this node's state is, is not known until it has followed a primary");
     }
 
+    // The process.
+
+    /// The process has no descriptor left, and what the node opens comes from its reserve.
+    DescriptorsUsedUp { limit: usize } "descriptors_used_up" {
+        log warn(
+            limit,
+            "the process has all descriptors that it may have: what the node opens comes from a \
+            small reserve. Limit the connections of the application's server, or raise the limit"
+        );
+    }
+
     // Connections of peers.
 
     /// What accepts peers' connections panicked, and goes on.

@@ -46,6 +46,7 @@ const NAMES: &[&str] = &[
     "database_kept",
     "demotion_goes_on",
     "demotion_waits",
+    "descriptors_used_up",
     "disk_full",
     "doubt_not_forgotten",
     "doubt_not_noted",

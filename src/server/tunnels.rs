@@ -36,7 +36,7 @@ impl Tunnels {
 
     /// A place for a channel that begins. Another one goes where there is none.
     pub(super) fn begin(&self, node: NodeId) -> Result<DoorPlace, Refusal> {
-        let (place, _) = self.places.enter(CameFrom::Node(node), false).ok_or(Refusal::Busy)?;
+        let (place, _) = self.places.enter(CameFrom::Node(node)).ok_or(Refusal::Busy)?;
         Ok(place)
     }
 }

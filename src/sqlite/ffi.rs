@@ -13,6 +13,7 @@ use std::{io, ptr};
 
 use rusqlite::{Connection, OpenFlags, ffi};
 
+use crate::descriptors::{self, Share, used_up};
 use crate::error::{Error, Result, Unsupported};
 use crate::fence::Fence;
 use crate::sqlite::connect;
@@ -81,7 +82,8 @@ impl Handle {
         if create {
             flags |= OpenFlags::SQLITE_OPEN_CREATE;
         }
-        let connection = connect(path, flags)?;
+        let opens = || connect(path, flags);
+        let connection = descriptors::open((Share::Node, 1), |_| used_up(), opens)?;
         let unsupported = |reason| Error::Unsupported { path: path.to_path_buf(), reason };
         let file = main_file(&connection).ok_or_else(|| unsupported(Unsupported::NoSharedMemory))?;
         let handle = Handle { file, path: path.to_path_buf(), held: Vec::new(), connection };

@@ -18,6 +18,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
+use crate::descriptors::{NodeFile, open_file};
 use crate::error::{Error, Result};
 use crate::files::Paths;
 use crate::lock::lock;
@@ -58,6 +59,10 @@ impl LockPlace {
     }
 }
 
+fn opened(path: &Path) -> std::io::Result<File> {
+    open_file(|| File::options().read(true).write(true).open(path)).map(NodeFile::into_file)
+}
+
 /// The locks of one open database.
 #[derive(Debug)]
 pub(crate) struct FileLocks {
@@ -79,8 +84,7 @@ impl FileLocks {
         if !cfg!(all(target_os = "linux", target_pointer_width = "64")) {
             return Ok(None);
         }
-        let open =
-            |path: &Path| File::options().read(true).write(true).open(path).map_err(Error::io("open", path));
+        let open = |path: &Path| opened(path).map_err(Error::io("open", path));
         let files = Some([open(path)?, open(&Paths::new(path).shm())?]);
         let locks = FileLocks {
             files,
@@ -256,7 +260,7 @@ pub(crate) struct Alone(Option<File>);
 impl Alone {
     /// Nothing when another owner has the file.
     pub(crate) fn with(path: &Path) -> Result<Option<Alone>> {
-        let file = File::options().read(true).write(true).open(path).map_err(Error::io("open", path))?;
+        let file = opened(path).map_err(Error::io("open", path))?;
         let alone = Alone(Some(file));
         #[cfg(all(target_os = "linux", target_pointer_width = "64"))]
         if let Some(file) = &alone.0

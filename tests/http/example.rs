@@ -339,6 +339,79 @@ async fn every_refusal_is_json() {
     assert!(took < END_LIMIT, "{took:?}");
 }
 
+/// No page of another site reads what is here, or shows it in a frame.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_instance_answers_to_its_own_names_and_says_what_its_page_may_do() {
+    let dir = tempfile::tempdir().unwrap();
+    let Example { process: example, urls } = Example::one(dir.path(), &["--host", "notes.example.org"]);
+    let url = &urls[0];
+    listening(url).await;
+    let own = url.strip_prefix("http://").unwrap();
+    let port = own.rsplit(':').next().unwrap();
+    let ask = async |path: &str, host: &str| {
+        Http::new()
+            .send(Request::get(format!("{url}{path}")).header("host", host).body("").unwrap())
+            .await
+            .unwrap()
+    };
+    for (host, status) in [
+        (own, 200),
+        (&*format!("localhost:{port}"), 200),
+        ("Notes.Example.org", 200),
+        ("notes.example.org:80", 200),
+        ("notes.example.org:81", 400),
+        ("localhost", 400),
+        ("rebound.example", 400),
+        ("", 400),
+    ] {
+        for path in ["/", "/page.js", "/api/notes", "/api/node"] {
+            assert_eq!(ask(path, host).await.status, status, "{host}{path}");
+        }
+        assert_eq!(ask("/readyz", host).await.status, 200, "{host}: a probe");
+    }
+    for path in ["/", "/page.css", "/page.js", "/nothing", "/api/notes?limit=many"] {
+        for host in [own, "rebound.example"] {
+            let answer = ask(path, host).await;
+            let policy = answer.header("content-security-policy");
+            assert!(policy.contains("frame-ancestors 'none'") && policy.contains("default-src 'none'"));
+            assert!(!policy.contains("unsafe"), "{policy}");
+            assert_eq!(answer.header("x-content-type-options"), "nosniff");
+            assert_eq!(answer.header("referrer-policy"), "no-referrer");
+        }
+    }
+    let page = ask("/", own).await.text();
+    assert!(!page.contains("<style") && !page.contains("<script>") && !page.contains(" style="), "{page}");
+    tokio::task::block_in_place(|| example.end());
+}
+
+/// Clients that say nothing, or half of something, are hung up on, and others are served meanwhile.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_that_ask_nothing_are_hung_up_on() {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let dir = tempfile::tempdir().unwrap();
+    let Example { process: example, urls } = Example::one(dir.path(), &[]);
+    let url = &urls[0];
+    listening(url).await;
+    let address = url.strip_prefix("http://").unwrap();
+    let mut silent = Vec::new();
+    for said in [&b""[..], b"G", b"GET / HTTP/1.1\r\nhost:", b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"] {
+        for _ in 0..20 {
+            let mut client = tokio::net::TcpStream::connect(address).await.unwrap();
+            client.write_all(said).await.unwrap();
+            silent.push(client);
+        }
+    }
+    let begin = Instant::now();
+    assert_eq!(add(url, "meanwhile").await.status, 201);
+    assert!(begin.elapsed() < Duration::from_secs(1), "{:?}", begin.elapsed());
+    for mut client in silent {
+        // An end, or a reset.
+        let _ = within("the end of it", client.read_to_end(&mut Vec::new())).await;
+    }
+    assert!(begin.elapsed() < Duration::from_secs(20), "{:?}", begin.elapsed());
+    tokio::task::block_in_place(|| example.end());
+}
+
 async fn listening(url: &str) {
     within("the instance", async {
         while Http::new().get(&format!("{url}/readyz")).await.is_err() {

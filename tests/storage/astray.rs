@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 use crate::support::*;
 use http::Request;
 use replite::{Db, Error, Event};
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// From the deed to the refusal; a machine that is busy with other tests takes its time, too.
 const TOLD_LIMIT: Duration = Duration::from_secs(5);
@@ -250,7 +251,8 @@ async fn the_applications_readiness_follows() {
     drop(example);
 }
 
-/// A process without descriptors: what it reads fails, and it says so until it can again.
+/// A process without descriptors, also in reserve: what it reads fails, and it says so until it can
+/// again.
 #[test]
 #[ignore = "runs as the child of another test"]
 fn process_without_descriptors() {
@@ -260,10 +262,9 @@ fn process_without_descriptors() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let db = runtime.block_on(opened(&PathBuf::from(variable("DB"))));
     assert!(db.health().can_read, "{:?}", db.health());
-    let mut taken = Vec::new();
-    while let Ok(file) = std::fs::File::open("/dev/null") {
-        taken.push(file);
-    }
+    // Not even those of the reserve are below this limit.
+    let usual = getrlimit(Resource::Nofile);
+    setrlimit(Resource::Nofile, Rlimit { current: Some(0), ..usual.clone() }).unwrap();
     // No connection is open for it yet.
     let failed =
         db.read(|c| Ok::<_, Error>(c.query_row("SELECT count(*) FROM t", [], |r| r.get::<_, i64>(0))?));
@@ -271,7 +272,7 @@ fn process_without_descriptors() {
     let health = db.health();
     assert!(!health.can_read && health.can_write, "{health:?}");
     assert!(db.status().problem.unwrap().contains("can't be read"));
-    drop(taken);
+    setrlimit(Resource::Nofile, usual).unwrap();
     // Nobody reads: it finds out by itself.
     until("it can read", || db.health().can_read);
     assert_eq!(db.status().problem, None);
@@ -284,8 +285,7 @@ fn process_without_descriptors() {
 fn health_follows_from_reads_that_fail() {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("p.db");
-    let limited = shell("ulimit -n 100; exec \"$@\"");
-    Process::start_by(limited, process_without_descriptors, &[("DB", text(&path))]).expect("recovered");
+    Process::start(process_without_descriptors, &[("DB", text(&path))]).expect("recovered");
 }
 
 fn sum(db: &Db) -> Result<i64, Error> {

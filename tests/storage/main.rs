@@ -2,6 +2,7 @@
 
 mod astray;
 mod crash;
+mod descriptors;
 mod files;
 mod foreign;
 #[path = "../support/fork.rs"]

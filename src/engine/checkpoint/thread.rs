@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::watch;
 
+use crate::descriptors;
 use crate::engine::checkpoint::backfill::{REST_MAX_FRAMES, backfill_some};
 use crate::engine::file::term::Term;
 use crate::engine::history::append_or_gap;
@@ -88,6 +89,8 @@ impl Checkpointer {
                 }
             }
             std::thread::park_timeout(LOOK);
+            // Descriptors that became free are the reserve's before a stranger has them.
+            descriptors::refill();
         }
         Ok(())
     }

@@ -8,6 +8,7 @@ use std::fs::File;
 use std::path::{Path, PathBuf};
 
 use crate::checksum::{FINGERPRINT_BYTES, Fingerprint};
+use crate::descriptors::NodeFile;
 use crate::engine::file::witnesses::CopyTag;
 use crate::engine::file::witnesses::WitnessPage;
 use crate::engine::file::witnesses::Witnesses;
@@ -155,7 +156,7 @@ impl Anchor {
 /// The two anchors and the epoch history of a database.
 #[derive(Debug)]
 pub(crate) struct Anchors {
-    file: File,
+    file: NodeFile,
     path: PathBuf,
     sequence: u64,
     /// Of the page key that the positions in them go with.
@@ -277,7 +278,7 @@ fn read(file: &File, path: &Path) -> Result<[ReadSlot; 2]> {
 /// Which page key the newest anchor goes with, if there is one that can be read.
 pub(crate) fn anchored_key(paths: &Paths) -> Option<Fingerprint> {
     let path = paths.anchors();
-    let slots = read(&crate::files::open(&path).ok()?, &path).ok()?;
+    let slots = read(&*crate::files::open(&path).ok()?, &path).ok()?;
     let newest = slots.into_iter().flatten().max_by_key(|(sequence, ..)| *sequence);
     newest.map(|(.., key)| key)
 }

@@ -8,6 +8,7 @@ use std::io;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
+use crate::descriptors::{NodeFile, open_file};
 use crate::error::{Error, Result};
 use crate::files::{self, Paths, read_exact_at, write_all_at};
 use crate::page::PageSize;
@@ -23,7 +24,7 @@ pub(crate) const EXTEND_MAX_BYTES: u64 = 16 << 20;
 /// open.
 #[derive(Debug)]
 pub(crate) struct WalFile {
-    file: File,
+    file: NodeFile,
     path: PathBuf,
     /// An fsync failed. The kernel says so once, to one of the threads that sync. A later success
     /// does not bring to the disk what is missing there since then.
@@ -44,7 +45,8 @@ pub(crate) struct Behind {
 impl WalFile {
     pub(crate) fn open(paths: &Paths) -> Result<WalFile> {
         let path = paths.wal();
-        let file = OpenOptions::new().read(true).write(true).open(&path).map_err(Error::io("open", &path))?;
+        let opened = open_file(|| OpenOptions::new().read(true).write(true).open(&path));
+        let file = opened.map_err(Error::io("open", &path))?;
         // What is there was not synced by this node.
         let (lost, written, synced) = (AtomicBool::new(false), AtomicU64::new(1), AtomicU64::new(0));
         Ok(WalFile { file, path, lost, written, synced })

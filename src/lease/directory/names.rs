@@ -1,10 +1,10 @@
 //! Names of files: a record's is its number, that of a record on its way in has more after it.
 
 use std::collections::BTreeSet;
-use std::fs;
 use std::io;
 use std::path::Path;
 
+use crate::descriptors::list;
 use crate::hex::unhex;
 
 const PREFIX: &str = "lease-";
@@ -68,7 +68,7 @@ impl Listing {
     /// up to `new_to`.
     pub(super) fn of(directory: &Path, records_to: u64, new_to: u64) -> io::Result<Listing> {
         let mut listing = Listing::default();
-        for entry in fs::read_dir(directory)? {
+        for entry in list(directory)? {
             let Some(name) = entry?.file_name().to_str().and_then(Name::parse) else { continue };
             let old = match name {
                 Name::Record(number) => {

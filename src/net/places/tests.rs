@@ -11,7 +11,7 @@ fn from(address: &str) -> CameFrom {
 }
 
 fn enter(places: &Arc<DoorPlaces>, address: &str) -> DoorPlace {
-    places.enter(from(address), false).unwrap().0
+    places.enter(from(address)).unwrap().0
 }
 
 /// Whether a place is held still.
@@ -28,7 +28,7 @@ fn a_source_takes_its_own_places_silent_ones_first_and_then_the_oldest() {
     own[2].spoke();
     let mut later = Vec::new();
     for expected in [1, 3] {
-        let (place, gone) = places.enter(from("10.0.0.1"), false).unwrap();
+        let (place, gone) = places.enter(from("10.0.0.1")).unwrap();
         assert_eq!(gone, Some(from("10.0.0.1")));
         place.spoke();
         later.push(place);
@@ -46,7 +46,7 @@ fn where_all_places_are_taken_one_of_the_source_with_most_goes() {
     let many: Vec<_> = (0..4).map(|_| enter(&places, "10.0.0.1")).collect();
     let some: Vec<_> = (0..3).map(|_| enter(&places, "10.0.0.2")).collect();
     many.iter().for_each(DoorPlace::spoke);
-    let (_place, gone) = places.enter(from("10.0.0.3"), false).unwrap();
+    let (_place, gone) = places.enter(from("10.0.0.3")).unwrap();
     assert_eq!(gone, Some(from("10.0.0.1")), "though these speak, and others do not");
     assert!(stays(&honest) && some.iter().all(stays) && !stays(&many[0]));
     // However many come of a source, its own go.
@@ -83,16 +83,13 @@ fn what_proved_a_secret_is_in_no_strangers_reach_and_followers_have_a_half() {
 }
 
 #[test]
-fn while_descriptors_are_short_one_comes_only_where_another_goes() {
+fn who_proved_nothing_gives_way_to_what_needs_a_descriptor() {
     let places = DoorPlaces::new(LIMITS);
-    assert!(places.enter(from("10.0.0.1"), true).is_none() && !places.give_way());
-    let proved = enter(&places, "10.0.0.1");
+    assert!(!places.give_way());
+    let [proved, stranger] = [enter(&places, "10.0.0.1"), enter(&places, "10.0.0.1")];
     assert!(proved.proved(Rights::Member));
-    assert!(places.enter(from("10.0.0.1"), true).is_none(), "it takes nothing of those that proved");
-    let first = enter(&places, "10.0.0.1");
-    let (second, gone) = places.enter(from("10.0.0.2"), true).unwrap();
-    assert!(gone.is_some() && !stays(&first) && stays(&second));
-    assert!(places.give_way() && !stays(&second) && stays(&proved));
+    assert!(places.give_way() && !stays(&stranger) && stays(&proved));
+    assert!(!places.give_way() && stays(&proved));
 }
 
 #[test]

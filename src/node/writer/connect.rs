@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use rusqlite::OpenFlags;
 
+use crate::descriptors::Share;
 use crate::engine::PrimaryEngine;
 use crate::error::{Error, Result};
 use crate::node::writer::guard::{ConnectionSettings, refuse_exclusive};
@@ -16,7 +17,8 @@ impl WriterShared {
     /// Opens the connection as the application and we want it.
     pub(super) fn connect(&self, engine: &Arc<PrimaryEngine>) -> Result<OpenWriter> {
         let setup = &self.setup;
-        let mut connection = sqlite::connect(&setup.path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+        let mut connection =
+            sqlite::connect_whole(&setup.path, OpenFlags::SQLITE_OPEN_READ_WRITE, Share::Node)?;
         defend(&connection, !setup.trust_schema)?;
         connection.set_prepared_statement_cache_capacity(setup.statement_cache);
         // COMMIT does not fsync; the shared fsync does, for all that wait.

@@ -12,7 +12,6 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 
-use crate::proxy::ReplayLayer;
 use crate::proxy::tests::world::*;
 use crate::proxy::{Reason, ReplayLayer, Route};
 use crate::token::Token;
