@@ -1,5 +1,6 @@
 //! What a deploy costs: the pause of a handoff, and all nodes replaced one after the other.
 
+use crate::app::ForwardWay;
 use crate::fleet::{Fleet, roll};
 use crate::home::directory;
 use crate::{figure, quantile, rounds};
@@ -10,7 +11,7 @@ const WRITERS: usize = 4;
 /// Three processes under load hand the lease on. From the last commit that the one side was told of
 /// to the first one on the other.
 pub(crate) fn handoffs() {
-    let fleet = Fleet::start(directory(), WRITERS);
+    let fleet = Fleet::start(directory(), WRITERS, ForwardWay::Channel);
     let mut pauses = Vec::new();
     for _ in 0..rounds(&["handoff_pause_p50_ms", "handoff_pause_p99_ms"], 200) {
         pauses.push(fleet.hand_over().as_secs_f64() * 1e3);
@@ -23,7 +24,7 @@ pub(crate) fn handoffs() {
 /// All three are replaced, one after the other, under eight clients and a foreign writer.
 pub(crate) fn rolling() {
     let rounds = rounds(&["rolling_deploy_failed", "shutdown_ms"], 100);
-    let (seen, ends) = roll(directory(), rounds);
+    let (seen, ends) = roll(directory(), rounds, ForwardWay::Channel);
     for failed in &seen.failed {
         eprintln!("{failed}");
     }

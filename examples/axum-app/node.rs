@@ -45,6 +45,8 @@ pub(crate) async fn run(arguments: NodeArguments) -> Result<(), Error> {
     let end = CancellationToken::new();
     let names = Names::new(arguments.listen, &arguments.peers, &arguments.host);
     let app = api::router(&db, url, arguments.peers.clone(), names, end.clone());
+    // What other instances forward comes in TLS, too.
+    db.serve_forwarded(app.clone())?;
     let (draining, asked, with_parent) = (db.clone(), end.clone(), arguments.with_parent);
     let served = server::serve(listener, app, async move {
         tokio::select! {

@@ -20,6 +20,7 @@ use rustix::fs::{FlockOperation, flock};
 use tokio::net::TcpListener;
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::app::ForwardWay;
 use crate::http_support::Http;
 use crate::support::*;
 
@@ -100,8 +101,11 @@ pub(crate) fn run_member() {
             .route("/-/standing", get(standing))
             .route("/-/ready", get(ready))
             .route("/-/handoff", post(hand_over))
-            .route("/-/tenure", get(move || async move { tenures.last() }))
-            .nest_service("/_replite", db.service());
+            .route("/-/tenure", get(move || async move { tenures.last() }));
+        if std::env::var_os("CHANNEL").is_some() {
+            db.serve_forwarded(app.clone()).unwrap();
+        }
+        let app = app.nest_service("/_replite", db.service());
         let mut asked = signal(SignalKind::terminate()).unwrap();
         let draining = db.clone();
         let mut server = tokio::spawn(
@@ -217,14 +221,15 @@ pub(crate) struct Fleet {
     dir: tempfile::TempDir,
     /// So many tasks of each process write while it leads.
     writers: usize,
+    way: ForwardWay,
     runtime: tokio::runtime::Runtime,
 }
 
 impl Fleet {
-    pub(crate) fn start(dir: tempfile::TempDir, writers: usize) -> Fleet {
+    pub(crate) fn start(dir: tempfile::TempDir, writers: usize, way: ForwardWay) -> Fleet {
         let ports = (0..NODES).map(|_| own_port()).collect();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let mut fleet = Fleet { processes: Vec::new(), ports, dir, writers, runtime };
+        let mut fleet = Fleet { processes: Vec::new(), ports, dir, writers, way, runtime };
         for node in 0..NODES {
             let process = fleet.process(node);
             fleet.processes.push(Some(process));
@@ -238,7 +243,9 @@ impl Fleet {
     fn process(&self, node: usize) -> Process {
         let (path, port, writers) = (self.path(node), self.ports[node].to_string(), self.writers.to_string());
         let path = path.to_str().unwrap();
-        Process::start(crate::fleet_process, &[("DB", path), ("PORT", &port), ("WRITERS", &writers)])
+        let mut variables = vec![("DB", path), ("PORT", &*port), ("WRITERS", &writers)];
+        variables.extend(self.way.variables());
+        Process::start(crate::fleet_process, &variables)
     }
 
     pub(crate) fn path(&self, node: usize) -> PathBuf {
@@ -319,8 +326,8 @@ impl Fleet {
 }
 
 /// Ends and starts each node in turn, so many times, under load. How long each end took.
-pub(crate) fn roll(dir: tempfile::TempDir, rounds: usize) -> (Seen, Vec<Duration>) {
-    let mut fleet = Fleet::start(dir, 0);
+pub(crate) fn roll(dir: tempfile::TempDir, rounds: usize, way: ForwardWay) -> (Seen, Vec<Duration>) {
+    let mut fleet = Fleet::start(dir, 0, way);
     fleet.level();
     let load = Load::start(&fleet);
     let mut ends = Vec::new();

@@ -234,8 +234,11 @@ async fn serve(arguments: BTreeMap<String, String>) -> Result<(), Box<dyn std::e
     let app = App { db: db.clone(), name, votes: Arc::default() };
     let watch = tokio::spawn(app.clone().watch_votes());
     let draining = db.clone();
+    let endpoint = db.service();
+    let app = routes(app);
+    db.serve_forwarded(app.clone())?;
     let mut server = tokio::spawn(
-        axum::serve(listener, routes(app))
+        axum::serve(listener, app.nest_service("/_replite", endpoint))
             .with_graceful_shutdown(async move {
                 asked.recv().await;
                 tracing::info!("asked to end");
@@ -255,7 +258,6 @@ async fn serve(arguments: BTreeMap<String, String>) -> Result<(), Box<dyn std::e
 
 fn routes(app: App) -> Router {
     let layer = app.db.replay_layer().session(SessionTokens::Monotonic);
-    let endpoint = app.db.service();
     Router::new()
         .route("/append", post(append))
         .route("/read", get(read))
@@ -265,7 +267,6 @@ fn routes(app: App) -> Router {
         .route("/lost", get(lost))
         .route("/decisions", get(decisions))
         .with_state(app)
-        .nest_service("/_replite", endpoint)
 }
 
 async fn append(State(app): State<App>, Json(asked): Json<Append>) -> Result<Json<Appended>, Error> {
