@@ -223,10 +223,14 @@ impl Keep {
         Poll::Ready(frame)
     }
 
-    /// Reads the body without giving it out, until its end or until it can't be kept.
-    pub(super) fn poll_take_in(&self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+    /// Reads the body without giving it out: until its end, until it can't be kept, or until more
+    /// than so many bytes are.
+    pub(super) fn poll_take_in(&self, most: usize, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
         let mut state = self.lock();
         while state.source.is_some() && state.keeping && !state.ended && state.ahead.is_none() {
+            if state.kept.data.len() > most {
+                break;
+            }
             match ready!(state.poll_source(cx)) {
                 Some(frame) => state.take_in(frame?),
                 None => break,
