@@ -13,8 +13,8 @@ use crate::proxy::shared::LayerShared;
 /// with its head. Of any other the client may wait for an answer before it goes on, as in a call of
 /// gRPC with streams.
 const UNDECLARED_LIMIT: Duration = Duration::from_millis(100);
-/// And how much of it, as a part of what can be kept. It may be a large one, and a node that is asked
-/// may say that it does not lead: until it has, the rest of what can be kept has to do.
+/// And how much of it, as a part of what can be kept. It may be a large one, of which the primary
+/// should have the beginning soon.
 const UNDECLARED_PART: usize = 4;
 
 /// Reads the body until its end, or until it can't be kept any more. One that is known to be larger
@@ -37,11 +37,10 @@ pub(super) async fn take_in(shared: &LayerShared, head: &Head, body: &Keep) -> R
             // Not louder: any client can do this.
             tracing::debug!(error = &*error as &dyn std::error::Error, "a request's body did not come");
             if body.slow() { Reason::SlowBody } else { Reason::BrokenBody }
-        }),
-        () = paused => {
-            body.rests();
-            Ok(())
-        }
-        () = shared.node.stop.cancelled() => Err(Reason::NoPrimary),
+        })?,
+        () = paused => {}
+        () = shared.node.stop.cancelled() => return Err(Reason::NoPrimary),
     }
+    body.rests();
+    Ok(())
 }

@@ -134,9 +134,12 @@ impl Keep {
         self.lock().last_progress = Instant::now();
     }
 
-    /// No more of it is taken in, and its client is not waited for until it is sent.
+    /// No more of it is taken in, and its client is not waited for until it is sent. From then on as
+    /// much of it is kept as of one of which nothing was taken in.
     pub(super) fn rests(&self) {
-        self.lock().tempo.came(0);
+        let mut state = self.lock();
+        state.tempo.came(0);
+        state.kept.count_anew();
     }
 
     /// When patience ends: `idle` after the last progress while the body still comes, `answer`
