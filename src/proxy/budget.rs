@@ -74,6 +74,11 @@ impl Kept {
         true
     }
 
+    /// What is kept by now does not count for what may be kept of the body.
+    pub(super) fn count_anew(&mut self) {
+        self.most = self.most.saturating_add(self.data.len());
+    }
+
     pub(super) fn clear(&mut self) {
         self.data = BytesMut::new();
         self.trailers = None;

@@ -13,6 +13,9 @@ use crate::proxy::shared::LayerShared;
 /// with its head. Of any other the client may wait for an answer before it goes on, as in a call of
 /// gRPC with streams.
 const UNDECLARED_LIMIT: Duration = Duration::from_millis(100);
+/// And how much of it, as a part of what can be kept. It may be a large one, of which the primary
+/// should have the beginning soon.
+const UNDECLARED_PART: usize = 4;
 
 /// Reads the body until its end, or until it can't be kept any more. One that is known to be larger
 /// stays unread: it can wait for a primary, and be sent to another, as it is.
@@ -21,6 +24,7 @@ pub(super) async fn take_in(shared: &LayerShared, head: &Head, body: &Keep) -> R
     if head.upgrade.is_some() || declared.is_some_and(|bytes| bytes > limits.request as u64) {
         return Ok(());
     }
+    let most = declared.map_or(limits.request / UNDECLARED_PART, |_| limits.request);
     let paused = async {
         match declared {
             Some(_) => std::future::pending().await,
@@ -29,15 +33,14 @@ pub(super) async fn take_in(shared: &LayerShared, head: &Head, body: &Keep) -> R
     };
     tokio::select! {
         biased;
-        taken = poll_fn(|cx| body.poll_take_in(cx)) => taken.map_err(|error| {
+        taken = poll_fn(|cx| body.poll_take_in(most, cx)) => taken.map_err(|error| {
             // Not louder: any client can do this.
             tracing::debug!(error = &*error as &dyn std::error::Error, "a request's body did not come");
             if body.slow() { Reason::SlowBody } else { Reason::BrokenBody }
-        }),
-        () = paused => {
-            body.rests();
-            Ok(())
-        }
-        () = shared.node.stop.cancelled() => Err(Reason::NoPrimary),
+        })?,
+        () = paused => {}
+        () = shared.node.stop.cancelled() => return Err(Reason::NoPrimary),
     }
+    body.rests();
+    Ok(())
 }

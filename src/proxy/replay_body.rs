@@ -134,9 +134,12 @@ impl Keep {
         self.lock().last_progress = Instant::now();
     }
 
-    /// No more of it is taken in, and its client is not waited for until it is sent.
+    /// No more of it is taken in, and its client is not waited for until it is sent. From then on as
+    /// much of it is kept as of one of which nothing was taken in.
     pub(super) fn rests(&self) {
-        self.lock().tempo.came(0);
+        let mut state = self.lock();
+        state.tempo.came(0);
+        state.kept.count_anew();
     }
 
     /// When patience ends: `idle` after the last progress while the body still comes, `answer`
@@ -223,10 +226,14 @@ impl Keep {
         Poll::Ready(frame)
     }
 
-    /// Reads the body without giving it out, until its end or until it can't be kept.
-    pub(super) fn poll_take_in(&self, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
+    /// Reads the body without giving it out: until its end, until it can't be kept, or until more
+    /// than so many bytes are.
+    pub(super) fn poll_take_in(&self, most: usize, cx: &mut Context<'_>) -> Poll<Result<(), BoxError>> {
         let mut state = self.lock();
         while state.source.is_some() && state.keeping && !state.ended && state.ahead.is_none() {
+            if state.kept.data.len() > most {
+                break;
+            }
             match ready!(state.poll_source(cx)) {
                 Some(frame) => state.take_in(frame?),
                 None => break,

@@ -78,7 +78,7 @@ async fn a_released_body_still_streams() {
 }
 
 async fn take_in(keep: &Keep) {
-    std::future::poll_fn(|cx| keep.poll_take_in(cx)).await.unwrap();
+    std::future::poll_fn(|cx| keep.poll_take_in(8, cx)).await.unwrap();
 }
 
 #[tokio::test]
@@ -118,6 +118,17 @@ async fn what_is_too_large_is_taken_in_up_to_the_first_frame_beyond() {
     assert_eq!(budget.used(), 0);
 }
 
+#[tokio::test]
+async fn of_what_may_be_large_only_a_part_is_taken_in() {
+    let budget = budget();
+    let keep = Keep::new(frames(&["ab", "cd", "efghijkl"]), &budget, None);
+    std::future::poll_fn(|cx| keep.poll_take_in(3, cx)).await.unwrap();
+    assert_eq!((budget.used(), keep.is_whole()), (4, false));
+    keep.rests();
+    assert_eq!(all(&keep).await, ("abcdefghijkl".into(), true));
+    assert!(keep.recall().is_some(), "there was as much room as without that");
+}
+
 #[tokio::test(start_paused = true)]
 async fn of_a_client_that_falls_silent_nothing_is_kept() {
     let budget = budget();
@@ -146,7 +157,7 @@ async fn a_client_that_is_too_slow_is_an_error_until_its_body_is_released() {
         (sender, keep)
     };
     let (_sender, keep) = silent();
-    assert!(std::future::poll_fn(|cx| keep.poll_take_in(cx)).await.is_err());
+    assert!(std::future::poll_fn(|cx| keep.poll_take_in(8, cx)).await.is_err());
     assert!(keep.slow() && !keep.failed());
     assert!(Reader::kept(keep.clone()).frame().await.unwrap().is_err());
     let (_sender, keep) = silent();
