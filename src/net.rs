@@ -39,7 +39,7 @@ pub(crate) use dial::{OpenResponse, PrivateConnection, RequestBody, Tunnel, Way,
 pub(crate) use https::{HttpsClient, HttpsError, read_body};
 pub(crate) use listen::{Answering, Listener, serve_private};
 pub(crate) use pipe::{Pipe, PipeBody};
-pub(crate) use places::{CameFrom, DoorLimits, DoorPlace, DoorPlaces, Guarded};
+pub(crate) use places::{CameFrom, DoorGuest, DoorLimits, DoorPlace, DoorPlaces, Guarded};
 pub(crate) use server_tls::{Pem, ServerTls, was_refused};
 pub(crate) use url::{Endpoint, Scheme};
 
@@ -60,6 +60,9 @@ pub(crate) const FORWARDS_MAX: u32 = 64;
 pub(crate) const FORWARD_WINDOW_BYTES: u32 = 256 * 1024;
 /// The same for their connection. All of them that stand still together leave room for another.
 pub(crate) const FORWARDS_WINDOW_BYTES: u32 = (FORWARDS_MAX + 4) * FORWARD_WINDOW_BYTES;
+/// The largest head of one, and of its response, in bytes. HTTP/2 counts 32 bytes more for each
+/// header.
+pub(crate) const FORWARD_HEAD_MAX_BYTES: u32 = 512 * 1024;
 
 /// A connection's bytes, as they are before or after TLS.
 pub(crate) trait ByteStream: AsyncRead + AsyncWrite + Send + Unpin {}

@@ -68,8 +68,9 @@ mod tests;
 mod tunnel;
 mod wait;
 
-pub(crate) use app::{AppAnswer, AppBody, AppDoor};
+pub(crate) use app::{AppAnswer, AppDoor};
 pub use app::{ForwardedApp, ForwardedBody};
+pub(crate) use body::AppBody;
 pub use body::{ReplayRequestBody, ReplayResponseBody};
 pub use client::PrimaryClient;
 #[cfg(feature = "axum")]

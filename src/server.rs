@@ -30,7 +30,7 @@ use crate::handshake::{
 use crate::members::MembersDoor;
 #[cfg(feature = "members")]
 use crate::members::PLACES_MAX;
-use crate::net::{self, Answering, DoorPlace, Guarded, Incoming, Pipe};
+use crate::net::{self, Answering, DoorGuest, DoorPlace, Guarded, Incoming, Pipe};
 use crate::primary::{self, Peer, ReplicaServer, StreamSender};
 use crate::proxy::AppDoor;
 use crate::report::Condition;
@@ -259,13 +259,18 @@ impl ReplicationService {
     {
         self.check_private()?;
         let of_connection = request.extensions().get::<DoorPlace>();
-        if !self.places.iter().chain(of_connection).all(|place| place.proved(proved.rights())) {
+        let forwards = self.inside.is_some_and(|binding| binding.is_for_forwards());
+        let guest = match proved.rights() {
+            Rights::Member if forwards => DoorGuest::Forwards,
+            rights => DoorGuest::of(rights),
+        };
+        if !self.places.iter().chain(of_connection).all(|place| place.proved(guest)) {
             return Err(Refusal::Busy);
         }
         let answering = answering(&request);
         let path = request.uri().path();
         // Such a connection has other limits, and nothing else is said on it.
-        if self.inside.is_some_and(|binding| binding.is_for_forwards()) {
+        if forwards {
             return self.begin_forwards(request, knock, proved, answering);
         }
         let (streams, commands) = (path.ends_with(STREAM_PATH), path.ends_with(COMMAND_PATH));

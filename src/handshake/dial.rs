@@ -1,6 +1,7 @@
 //! Knocking at a peer's endpoint.
 
 use http::{HeaderMap, StatusCode};
+use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::channel::{Binding, Plaintext};
@@ -51,13 +52,14 @@ impl Asker {
         &self,
         to: &Endpoint,
         tracker: &TaskTracker,
+        stop: &CancellationToken,
     ) -> Result<(Knock, PrivateConnection), PeerProblem> {
         let way = match to.scheme {
             Scheme::Replite => Way::Direct,
             Scheme::Http => self.tunnel()?,
         };
         let local = self.keys.is_open();
-        match net::open_for_forwards(&self.channel, (way, local), to, tracker).await? {
+        match net::open_for_forwards(&self.channel, (way, local), to, (tracker, stop)).await? {
             Ok(opened) => Ok((Knock::by(self, opened.binding).map_err(ours)?, opened)),
             Err((_, headers)) => {
                 Err(Refusal::read(&headers, &self.database).unwrap_or(PeerProblem::NotFound))

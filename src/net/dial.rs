@@ -150,14 +150,16 @@ pub(crate) async fn open_for_forwards(
     channel: &Channel,
     (way, local): (Way, bool),
     to: &Endpoint,
-    tracker: &TaskTracker,
+    (tracker, stop): (&TaskTracker, &CancellationToken),
 ) -> Result<Result<PrivateConnection, (StatusCode, HeaderMap)>, PeerProblem> {
     let io = connect(to).await?;
     if local {
         expect_loopback(&io)?;
     }
-    let dial = Dial { channel, to, tracker, heard: Arc::new(Heard::new()) };
-    let io = Prompt(io);
+    let heard = Arc::new(Heard::new());
+    let dial = Dial { channel, to, tracker, heard: heard.clone() };
+    let cut = Box::pin(stop.clone().cancelled_owned());
+    let io = WatchedStream { io: Prompt(io), first: Arc::default(), heard, cut, _refills: Refills };
     match way {
         Way::Clear => Err(PeerProblem::NotPrivate),
         Way::Direct => {

@@ -27,14 +27,18 @@ use crate::descriptors::refill;
 use crate::error::{Error, Result};
 use crate::net::accept::accept;
 use crate::net::places::{CameFrom, DoorLimits, DoorPlace, DoorPlaces, Guarded, TLS_HANDSHAKE};
-use crate::net::{FORWARD_WINDOW_BYTES, FORWARDS_MAX, FORWARDS_WINDOW_BYTES, FRAME_MAX_BYTES, Tracked};
+use crate::net::{
+    FORWARD_HEAD_MAX_BYTES, FORWARD_WINDOW_BYTES, FORWARDS_MAX, FORWARDS_WINDOW_BYTES, FRAME_MAX_BYTES,
+    Tracked,
+};
 use crate::report::Condition;
 use crate::threads::{aside, caught_task};
 
 /// Connections at one time.
-const LIMITS: DoorLimits = DoorLimits { unproved: 256, of_source: 64, proved: 256, followers: 128 };
+const LIMITS: DoorLimits =
+    DoorLimits { unproved: 256, of_source: 64, proved: 256, followers: 128, forwards: 512 };
 /// The same with those that were cut and have not ended yet; more wait in the kernel's queue.
-const CONNECTIONS_MAX: usize = LIMITS.unproved + LIMITS.proved + 64;
+const CONNECTIONS_MAX: usize = LIMITS.unproved + LIMITS.proved + LIMITS.forwards + 64;
 /// Longest wait for the first byte: who dials speaks at once.
 const SPEAK_LIMIT: Duration = Duration::from_secs(2);
 /// A connection on which nothing is being answered for this long is closed.
@@ -49,9 +53,6 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 const STREAMS_MAX: u32 = 16;
 /// Largest head of a request, in bytes.
 const HEAD_MAX_BYTES: u32 = 16 * 1024;
-/// The same of a client's request that another node forwards. HTTP/2 counts 32 bytes more for each
-/// header.
-const FORWARD_HEAD_MAX_BYTES: u32 = 512 * 1024;
 /// Flow control of a stream, in bytes: what may have come of a request's body and not been read.
 /// Little comes to a node that is dialled, but for the pages that it asks for.
 const RECEIVED_STREAM_BYTES: u32 = 1024 * 1024;

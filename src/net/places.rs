@@ -67,6 +67,27 @@ pub(crate) struct DoorLimits {
     pub(crate) proved: usize,
     /// ... and of these, of followers.
     pub(crate) followers: usize,
+    /// With one, for an application's requests: they take nothing of the others.
+    pub(crate) forwards: usize,
+}
+
+/// Who proved a secret on a connection, and what for.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum DoorGuest {
+    Member,
+    Follower,
+    /// A member that forwards an application's requests.
+    Forwards,
+}
+
+impl DoorGuest {
+    /// One of these rights, for all but forwarded requests.
+    pub(crate) fn of(rights: Rights) -> DoorGuest {
+        match rights {
+            Rights::Member => DoorGuest::Member,
+            Rights::Follower => DoorGuest::Follower,
+        }
+    }
 }
 
 /// The places of one door.
@@ -83,6 +104,7 @@ struct TakenDoorPlaces {
     last: u64,
     proved: usize,
     followers: usize,
+    forwards: usize,
 }
 
 #[derive(Debug)]
@@ -102,7 +124,7 @@ struct HeldDoorPlace {
     number: u64,
     cut: CancellationToken,
     until: Instant,
-    proved: OnceLock<Rights>,
+    proved: OnceLock<DoorGuest>,
 }
 
 impl DoorPlaces {
@@ -172,21 +194,27 @@ impl DoorPlace {
     }
 
     /// A secret was proved. False: there are too many such connections, or this one is cut.
-    pub(crate) fn proved(&self, rights: Rights) -> bool {
+    pub(crate) fn proved(&self, guest: DoorGuest) -> bool {
         let HeldDoorPlace { places, number, proved, .. } = &*self.0;
         let mut taken = lock(&places.taken);
         if proved.get().is_some() {
             return true;
         }
-        let follower = rights == Rights::Follower;
-        let full =
-            taken.proved >= places.limits.proved || follower && taken.followers >= places.limits.followers;
+        let limits = places.limits;
+        let full = match guest {
+            DoorGuest::Member => taken.proved >= limits.proved,
+            DoorGuest::Follower => taken.proved >= limits.proved || taken.followers >= limits.followers,
+            DoorGuest::Forwards => taken.forwards >= limits.forwards,
+        };
         if full || taken.unproved.remove(number).is_none() {
             return false;
         }
-        taken.proved += 1;
-        taken.followers += usize::from(follower);
-        proved.set(rights).is_ok()
+        match guest {
+            DoorGuest::Forwards => taken.forwards += 1,
+            DoorGuest::Member | DoorGuest::Follower => taken.proved += 1,
+        }
+        taken.followers += usize::from(guest == DoorGuest::Follower);
+        proved.set(guest).is_ok()
     }
 
     fn is_proved(&self) -> bool {
@@ -211,9 +239,10 @@ impl Drop for HeldDoorPlace {
         let mut taken = lock(&self.places.taken);
         match self.proved.get() {
             None => drop(taken.unproved.remove(&self.number)),
-            Some(rights) => {
+            Some(DoorGuest::Forwards) => taken.forwards -= 1,
+            Some(guest) => {
                 taken.proved -= 1;
-                taken.followers -= usize::from(*rights == Rights::Follower);
+                taken.followers -= usize::from(*guest == DoorGuest::Follower);
             }
         }
     }

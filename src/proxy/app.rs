@@ -4,33 +4,41 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, OnceLock};
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use http::header::HOST;
 use http::request::Parts;
 use http::uri::PathAndQuery;
-use http::{HeaderValue, Request, Response, StatusCode, Uri};
+use http::{HeaderValue, Request, Response, Uri};
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::combinators::UnsyncBoxBody;
-use http_body_util::{BodyExt, Empty};
 use hyper::body::Incoming;
 use tokio::sync::watch;
 
 use crate::context::NodeContext;
 use crate::lock::lock;
 use crate::proxy::BoxError;
+use crate::proxy::body::AppBody;
+use crate::proxy::channel::ChannelLines;
+use crate::proxy::connect::Outgoing;
 use crate::proxy::forwarded::{self, Forwarded};
-use crate::proxy::headers::{HOP, strip_hop_by_hop};
+use crate::proxy::headers::{HOP, strip_hop_by_hop, strip_listed};
 use crate::proxy::hop::{About, Hop};
 use crate::proxy::switched;
 use crate::token::Tokens;
 
-/// The body of a request that another node forwarded on the private channel.
+/// The body of a request that another node forwarded on the private channel, or that this node
+/// itself has for its own application.
 ///
 /// It ends with an error where that node, or its client, broke off.
-pub struct ForwardedBody(Incoming);
+pub struct ForwardedBody(BodySource);
+
+enum BodySource {
+    Channel(Incoming),
+    Here(Outgoing),
+}
 
 impl Body for ForwardedBody {
     type Data = Bytes;
@@ -40,15 +48,24 @@ impl Body for ForwardedBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        Pin::new(&mut self.0).poll_frame(cx).map_err(Into::into)
+        match &mut self.0 {
+            BodySource::Channel(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
+            BodySource::Here(body) => Pin::new(body).poll_frame(cx),
+        }
     }
 
     fn is_end_stream(&self) -> bool {
-        self.0.is_end_stream()
+        match &self.0 {
+            BodySource::Channel(body) => body.is_end_stream(),
+            BodySource::Here(body) => body.is_end_stream(),
+        }
     }
 
     fn size_hint(&self) -> SizeHint {
-        self.0.size_hint()
+        match &self.0 {
+            BodySource::Channel(body) => body.size_hint(),
+            BodySource::Here(body) => body.size_hint(),
+        }
     }
 }
 
@@ -57,9 +74,6 @@ impl fmt::Debug for ForwardedBody {
         f.write_str("ForwardedBody(..)")
     }
 }
-
-/// An application's response on its way to the node that forwarded the request.
-pub(crate) type AppBody = UnsyncBoxBody<Bytes, BoxError>;
 
 /// What an application answers, or why it does not.
 pub(crate) type AppAnswer = Pin<Box<dyn Future<Output = Result<Response<AppBody>, BoxError>> + Send>>;
@@ -118,6 +132,7 @@ struct Given {
     /// Stays so when the node has stopped and let go of the service.
     given: AtomicBool,
     app: Mutex<Option<Arc<GivenApp>>>,
+    lines: OnceLock<ChannelLines>,
     /// Requests that came on the channel and are not answered to the end.
     running: watch::Sender<usize>,
 }
@@ -138,6 +153,7 @@ impl AppDoor {
         if self.0.given.swap(true, Ordering::AcqRel) {
             return false;
         }
+        let _ = self.0.lines.set(ChannelLines::new(node));
         let (service, tokens) = (Mutex::new(Box::new(app) as _), Tokens::new(node.clone()));
         *lock(&self.0.app) = Some(Arc::new(GivenApp { service, node: node.clone(), tokens }));
         true
@@ -153,8 +169,15 @@ impl AppDoor {
         lock(&self.0.app).is_some()
     }
 
-    /// Lets go of the service, in which the application may have the database's handle.
+    /// The ways to other nodes' applications; none where this one's was not given.
+    pub(super) fn lines(&self) -> Option<&ChannelLines> {
+        self.0.lines.get()
+    }
+
+    /// Lets go of the service, in which the application may have the database's handle, and takes no
+    /// other.
     pub(crate) fn close(&self) {
+        self.0.given.store(true, Ordering::Release);
         let app = lock(&self.0.app).take();
         // Code of the application may run, out of the lock.
         drop(app);
@@ -169,34 +192,46 @@ impl AppDoor {
     /// Has the application answer a request that a member sent on the channel.
     pub(crate) fn answer(&self, request: Request<Incoming>) -> AppAnswer {
         let app = lock(&self.0.app).clone();
-        let Some(app) = app else { return refused(StatusCode::SERVICE_UNAVAILABLE) };
+        let Some(app) = app else { return not_begun() };
         let (mut parts, body) = request.into_parts();
         let switches = switched::asked(&mut parts);
         if !app.arrived(&mut parts) {
+            // Where the secrets are being changed, the other side tries again with the next one.
             tracing::debug!("a request on the channel is no hop");
-            return refused(StatusCode::NOT_FOUND);
+            return not_begun();
         }
-        let running = Running::enter(self);
-        let one = lock(&app.service).one();
-        let answer = (one.0)(Request::from_parts(parts, ForwardedBody(body)));
+        let running = RunningHere::enter(self);
+        let answer = app.call(Request::from_parts(parts, ForwardedBody(BodySource::Channel(body))));
         Box::pin(async move {
-            let mut response = answer.await?;
+            // As text: a reason of HTTP/2 in it would be taken for this connection's.
+            let mut response = answer.await.map_err(|error| BoxError::from(error.to_string()))?;
+            strip_listed(response.headers_mut());
             strip_hop_by_hop(response.headers_mut());
             if switches {
                 switched::answer(&mut response);
             }
-            Ok(response.map(|body| {
-                let counted = body.map_frame(move |frame| {
-                    let _until_the_end = &running;
-                    frame
-                });
-                counted.boxed_unsync()
-            }))
+            Ok(response.map(|body| UnsyncBoxBody::new(CountedBody { body, _running: running })))
         })
+    }
+
+    /// Has this node's own application answer a request of a client that this node knows; none where
+    /// it was not given.
+    pub(super) fn answer_here(&self, request: Request<Outgoing>, forwarded: Forwarded) -> Option<AppAnswer> {
+        let app = lock(&self.0.app).clone()?;
+        let (mut parts, body) = request.into_parts();
+        let target = parts.uri.path_and_query().cloned().unwrap_or(PathAndQuery::from_static("/"));
+        parts.uri = Uri::from(target);
+        forwarded::arrive(&mut parts, forwarded);
+        Some(app.call(Request::from_parts(parts, ForwardedBody(BodySource::Here(body)))))
     }
 }
 
 impl GivenApp {
+    fn call(&self, request: Request<ForwardedBody>) -> AppAnswer {
+        let one = lock(&self.service).one();
+        (one.0)(request)
+    }
+
     /// Makes the head of a request what it is at the node that took it. False where its hop is not
     /// proved.
     fn arrived(&self, parts: &mut Parts) -> bool {
@@ -221,10 +256,35 @@ impl GivenApp {
     }
 }
 
-fn refused(status: StatusCode) -> AppAnswer {
-    let mut response = Response::new(Empty::new().map_err(|never| match never {}).boxed_unsync());
-    *response.status_mut() = status;
-    Box::pin(std::future::ready(Ok(response)))
+/// Tells the other side, in HTTP/2, that the request was not begun.
+fn not_begun() -> AppAnswer {
+    Box::pin(std::future::ready(Err(h2::Error::from(h2::Reason::REFUSED_STREAM).into())))
+}
+
+/// A response's body, while which its request counts.
+struct CountedBody {
+    body: AppBody,
+    _running: RunningHere,
+}
+
+impl Body for CountedBody {
+    type Data = Bytes;
+    type Error = BoxError;
+
+    fn poll_frame(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
+        Pin::new(&mut self.body).poll_frame(cx)
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
 }
 
 impl fmt::Debug for AppDoor {
@@ -234,16 +294,16 @@ impl fmt::Debug for AppDoor {
 }
 
 /// A request that runs; counted until this is dropped.
-struct Running(AppDoor);
+struct RunningHere(AppDoor);
 
-impl Running {
-    fn enter(door: &AppDoor) -> Running {
+impl RunningHere {
+    fn enter(door: &AppDoor) -> RunningHere {
         door.0.running.send_modify(|running| *running += 1);
-        Running(door.clone())
+        RunningHere(door.clone())
     }
 }
 
-impl Drop for Running {
+impl Drop for RunningHere {
     fn drop(&mut self) {
         self.0.0.running.send_modify(|running| *running -= 1);
     }

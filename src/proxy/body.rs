@@ -8,6 +8,7 @@ use std::time::Duration;
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use http_body_util::Full;
+use http_body_util::combinators::UnsyncBoxBody;
 use hyper::body::Incoming;
 use pin_project_lite::pin_project;
 use tokio::time::{Instant, Sleep};
@@ -182,16 +183,19 @@ impl<RB> std::fmt::Debug for ReplayResponseBody<RB> {
     }
 }
 
+/// An application's response on its way to the node that forwarded the request.
+pub(crate) type AppBody = UnsyncBoxBody<Bytes, BoxError>;
+
 /// The body of a response that the wrapped service did not make.
 pub(super) enum MadeBody {
     /// The primary's, and its place among those that are on their way.
     Primary {
         body: IdleTimeoutBody<Incoming>,
-        /// Among the requests that are on their way.
-        _place: Option<Taken>,
-        /// On a connection of the private channel.
-        _on_line: Option<OnLine>,
+        /// A place among those that last, and one on a connection of the private channel.
+        _until_the_end: Option<(Taken, Option<OnLine>)>,
     },
+    /// This node's own application's.
+    App(AppBody),
     /// The layer's own.
     Own(Full<Bytes>),
 }
@@ -206,6 +210,7 @@ impl Body for MadeBody {
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         match self.get_mut() {
             MadeBody::Primary { body, .. } => Pin::new(body).poll_frame(cx),
+            MadeBody::App(body) => Pin::new(body).poll_frame(cx),
             MadeBody::Own(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
         }
     }
@@ -213,6 +218,7 @@ impl Body for MadeBody {
     fn is_end_stream(&self) -> bool {
         match self {
             MadeBody::Primary { body, .. } => body.is_end_stream(),
+            MadeBody::App(body) => body.is_end_stream(),
             MadeBody::Own(body) => body.is_end_stream(),
         }
     }
@@ -220,6 +226,7 @@ impl Body for MadeBody {
     fn size_hint(&self) -> SizeHint {
         match self {
             MadeBody::Primary { body, .. } => body.size_hint(),
+            MadeBody::App(body) => body.size_hint(),
             MadeBody::Own(body) => body.size_hint(),
         }
     }

@@ -18,13 +18,16 @@ use hyper::body::Incoming;
 use hyper::client::conn::http2::{Builder, SendRequest};
 use hyper::rt::Executor;
 use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, watch};
+use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
+use crate::context::NodeContext;
 use crate::error::PeerProblem;
 use crate::handshake::{self, Asker, FORWARD_PATH, FORWARDS_NOT_SERVED, FORWARDS_SERVED, Knock};
 use crate::lock::lock;
 use crate::net::{self, Endpoint, PrivateConnection};
+use crate::peer::{Incarnation, NodeId, PeerKey};
 use crate::proxy::BoxError;
 use crate::proxy::connect::{Outgoing, POOL_IDLE_SECONDS, SendError, Spawn};
 use crate::proxy::http2::{PING_INTERVAL, PING_TIMEOUT, name, was_not_begun};
@@ -32,32 +35,66 @@ use crate::proxy::on_line::{LineUse, OnLine};
 use crate::proxy::preface::{Spoken, WatchedIo};
 use crate::proxy::switched;
 use crate::replica::foreign;
+use crate::secret::Proved;
 
-/// Connections to one node. With what may be on each, that is 1,024 WebSockets.
-const LINES_MAX: usize = 16;
+/// Connections to one node. With what may be on each, that is 4,096 WebSockets.
+const LINES_MAX: usize = 64;
 /// Up to so many there is one more when so many requests are on each, ...
 const SPREAD_LINES: usize = 8;
 const SPREAD: usize = 16;
 /// ... and after that when each is full. The other side allows as many requests on one.
 const REQUESTS_MAX: usize = net::FORWARDS_MAX as usize;
+/// How long a connection is tried, with TLS and the proofs. Those that wait for it may have less time:
+/// then the next ones find it.
+const DIAL_LIMIT: Duration = Duration::from_secs(10);
 
-/// The ways to the node that was asked last.
+/// The ways to the node that was asked last: those of all that forward requests in this process.
 #[derive(Clone)]
 pub(super) struct ChannelLines {
     asker: Arc<Asker>,
     spawn: Spawn,
+    stop: CancellationToken,
     tracker: TaskTracker,
-    /// How long a connection is tried.
-    limit: Duration,
     open: Arc<Mutex<OpenLines>>,
-    /// Held by who dials.
-    dialling: Arc<tokio::sync::Mutex<()>>,
+    /// How the last try to connect ended.
+    dialled: Arc<watch::Sender<DialEnd>>,
+}
+
+/// A run of a node, and where its replication endpoint is.
+#[derive(Clone, PartialEq, Eq, Default, Debug)]
+pub(super) struct LineTarget {
+    pub(super) url: String,
+    /// None where another node named the address.
+    pub(super) run: Option<(NodeId, Incarnation)>,
 }
 
 #[derive(Default)]
 struct OpenLines {
-    to: String,
+    to: LineTarget,
     lines: Vec<Arc<Line>>,
+    dialling: bool,
+}
+
+#[derive(Clone, Default)]
+struct DialEnd {
+    to: LineTarget,
+    failed: Option<DialFailure>,
+}
+
+#[derive(Clone, Debug)]
+enum DialFailure {
+    /// The application there takes no such requests.
+    NotServed,
+    Unreachable(Arc<str>),
+}
+
+impl From<DialFailure> for SendError {
+    fn from(failure: DialFailure) -> SendError {
+        match failure {
+            DialFailure::NotServed => SendError::NotServed,
+            DialFailure::Unreachable(why) => SendError::Unreachable(why.as_ref().into()),
+        }
+    }
 }
 
 /// A connection.
@@ -65,37 +102,39 @@ struct Line {
     way: SendRequest<ChannelBody>,
     shown: Spoken,
     used: Arc<LineUse>,
-    _exchange: ProvedExchange,
 }
 
 impl Line {
     fn is_usable(&self) -> bool {
-        !self.way.is_closed() && !self.used.is_idle(Duration::from_secs(POOL_IDLE_SECONDS))
+        !self.way.is_closed()
+            && !self.used.is_retired()
+            && !self.used.is_idle(Duration::from_secs(POOL_IDLE_SECONDS))
     }
 }
 
 impl ChannelLines {
-    pub(super) fn new(asker: Asker, spawn: Spawn, limit: Duration) -> ChannelLines {
-        let (asker, tracker) = (Arc::new(asker), TaskTracker::new());
-        ChannelLines { asker, spawn, tracker, limit, open: Arc::default(), dialling: Arc::default() }
+    pub(super) fn new(node: &NodeContext) -> ChannelLines {
+        let (asker, stop) = (Arc::new(Asker::of(node)), node.stop.clone());
+        let (spawn, tracker) = (Spawn::new(stop.clone()), TaskTracker::new());
+        ChannelLines { asker, spawn, stop, tracker, open: Arc::default(), dialled: Arc::default() }
     }
 
-    /// Sends a request to the application of the node whose replication endpoint this is.
+    /// Sends a request to the application of a node. It waits for a connection until the limit.
     ///
     /// # Cancel safety
     /// Dropping the future resets the request's stream.
     pub(super) async fn request(
         &self,
-        to: &str,
+        to: &LineTarget,
+        limit: Duration,
         mut request: Request<Outgoing>,
     ) -> Result<(Response<Incoming>, OnLine), SendError> {
         name(&mut request)?;
         let switches = request.headers().contains_key(http::header::UPGRADE);
         if switches {
-            switched::ask(&mut request);
+            switched::ask(&mut request)?;
         }
-        // A request that waits for another's try to connect does not wait longer than that one.
-        let (line, on_line) = match tokio::time::timeout(self.limit, self.line(to)).await {
+        let (line, on_line) = match tokio::time::timeout(limit, self.line(to)).await {
             Ok(line) => line?,
             Err(_) => return Err(SendError::Unreachable("no connection in time".into())),
         };
@@ -113,35 +152,38 @@ impl ChannelLines {
     }
 
     /// A place on a connection, which is opened if need be.
-    async fn line(&self, to: &str) -> Result<(Arc<Line>, OnLine), SendError> {
+    ///
+    /// # Cancel safety
+    /// A connection that is being opened is there for others.
+    async fn line(&self, to: &LineTarget) -> Result<(Arc<Line>, OnLine), SendError> {
+        let mut dialled = self.dialled.subscribe();
         loop {
             match self.place(to) {
                 Place::On { line, on_line, crowded } => {
                     if crowded {
-                        self.dial_beside(to);
+                        self.begin_dial(to);
                     }
                     return Ok((line, on_line));
                 }
                 Place::Full => return Err(SendError::Unreachable("all connections are full".into())),
-                Place::None => {}
+                Place::None => self.begin_dial(to),
             }
-            let _dialling = self.dialling.lock().await;
-            // Another request may have opened one meanwhile.
-            if let Place::On { line, on_line, .. } = self.place(to) {
-                return Ok((line, on_line));
+            // The sender is here.
+            let _ = dialled.changed().await;
+            let end = dialled.borrow_and_update().clone();
+            if let Some(failed) = end.failed.filter(|_| end.to == *to) {
+                return Err(failed.into());
             }
-            let line = self.dial(to).await?;
-            self.add(to, line);
         }
     }
 
     /// The place with the fewest requests beside it, and whether there should be a further
     /// connection.
-    fn place(&self, to: &str) -> Place {
+    fn place(&self, to: &LineTarget) -> Place {
         let mut open = lock(&self.open);
-        if open.to != to {
+        if open.to != *to {
             // What is on the others comes to its end.
-            *open = OpenLines { to: to.to_owned(), lines: Vec::new() };
+            *open = OpenLines { to: to.clone(), ..OpenLines::default() };
         }
         open.lines.retain(|line| line.is_usable());
         let least = open.lines.iter().min_by_key(|line| line.used.requests());
@@ -155,35 +197,44 @@ impl ChannelLines {
         Place::On { on_line: line.used.enter(), line, crowded }
     }
 
-    fn add(&self, to: &str, line: Line) {
-        let mut open = lock(&self.open);
-        if open.to == to {
-            open.lines.push(Arc::new(line));
-        }
-    }
-
     /// Opens one more connection, if none is being opened.
-    fn dial_beside(&self, to: &str) {
-        let Ok(dialling) = self.dialling.clone().try_lock_owned() else { return };
-        let (lines, to) = (self.clone(), to.to_owned());
-        self.spawn.execute(async move {
-            match tokio::time::timeout(lines.limit, lines.dial(&to)).await {
-                Ok(Ok(line)) => lines.add(&to, line),
-                failed => {
-                    let failed = failed.map(|failed| failed.map(drop));
-                    tracing::debug!(?failed, "no further connection to the primary");
-                }
+    fn begin_dial(&self, to: &LineTarget) {
+        {
+            let mut open = lock(&self.open);
+            if open.to != *to || std::mem::replace(&mut open.dialling, true) {
+                return;
             }
-            drop(dialling);
+        }
+        let (lines, to) = (self.clone(), to.clone());
+        self.spawn.execute(async move {
+            let late = || DialFailure::Unreachable("no connection in time".into());
+            let dialled = tokio::time::timeout(DIAL_LIMIT, lines.dial(&to.url)).await;
+            let dialled = dialled.unwrap_or_else(|_| Err(late()));
+            let failed = lines.end_dial(&to, dialled);
+            lines.dialled.send_replace(DialEnd { to, failed });
         });
     }
 
+    fn end_dial(&self, to: &LineTarget, dialled: Result<Line, DialFailure>) -> Option<DialFailure> {
+        let mut open = lock(&self.open);
+        let wanted = open.to == *to;
+        if wanted {
+            open.dialling = false;
+        }
+        match dialled {
+            Ok(line) if wanted => open.lines.push(Arc::new(line)),
+            Ok(_) => {}
+            Err(failed) => return Some(failed),
+        }
+        None
+    }
+
     /// Opens a connection, on which both sides have proved the secret.
-    async fn dial(&self, to: &str) -> Result<Line, SendError> {
-        let unreachable = |problem: PeerProblem| SendError::Unreachable(format!("{to}: {problem}").into());
-        let endpoint = Endpoint::parse(to).map_err(|error| SendError::Unreachable(error.into()))?;
-        let opened = self.asker.open_for_forwards(&endpoint, &self.tracker).await;
-        let (knock, PrivateConnection { io, .. }) = opened.map_err(unreachable)?;
+    async fn dial(&self, to: &str) -> Result<Line, DialFailure> {
+        let why = |error: &dyn fmt::Display| DialFailure::Unreachable(format!("{to}: {error}").into());
+        let endpoint = Endpoint::parse(to).map_err(|error| why(&error))?;
+        let opened = self.asker.open_for_forwards(&endpoint, &self.tracker, &self.stop).await;
+        let (knock, PrivateConnection { io, binding }) = opened.map_err(|problem| why(&problem))?;
         let io = WatchedIo::new(io, true);
         let shown = io.shown();
         let mut builder = Builder::new(self.spawn.clone());
@@ -192,28 +243,64 @@ impl ChannelLines {
             .initial_stream_window_size(net::FORWARD_WINDOW_BYTES)
             .initial_connection_window_size(net::FORWARDS_WINDOW_BYTES)
             .max_frame_size(net::FRAME_MAX_BYTES)
+            .max_header_list_size(net::FORWARD_HEAD_MAX_BYTES)
             .keep_alive_interval(PING_INTERVAL)
             .keep_alive_timeout(PING_TIMEOUT);
-        let broken = |error: hyper::Error| SendError::Unreachable(error.into());
-        let (mut way, connection) = builder.handshake(TokioIo::new(io)).await.map_err(broken)?;
-        self.spawn.execute(self.keep(connection));
-        let exchange = self.prove(&mut way, &endpoint, &knock).await.map_err(unreachable)?;
-        let Some(exchange) = exchange else { return Err(SendError::NotServed) };
-        Ok(Line { way, shown, used: LineUse::new(), _exchange: exchange })
+        let began = builder.handshake(TokioIo::new(io)).await;
+        let (mut way, connection) = began.map_err(|error| why(&error))?;
+        let (cut, ended) = (CancellationToken::new(), CancellationToken::new());
+        self.spawn.execute(self.keep(connection, cut.clone(), ended.clone().drop_guard()));
+        let proved = self.prove(&mut way, &endpoint, &knock).await.map_err(|problem| why(&problem))?;
+        let Some((exchange, proved)) = proved else { return Err(DialFailure::NotServed) };
+        let used = LineUse::new(exchange);
+        self.watch(&used, (proved, binding.server()), cut, ended);
+        Ok(Line { way, shown, used })
+    }
+
+    /// Sends nothing more on a connection whose secret is dropped. What stands with a key that is shut
+    /// out ends at once.
+    fn watch(
+        &self,
+        used: &Arc<LineUse>,
+        (proved, key): (Proved, Option<PeerKey>),
+        cut: CancellationToken,
+        ended: CancellationToken,
+    ) {
+        let (used, asker) = (Arc::downgrade(used), self.asker.clone());
+        self.spawn.execute(async move {
+            let shut_out = tokio::select! {
+                () = asker.keys.dropped(proved) => false,
+                () = asker.channel.shut_out(key) => true,
+                () = ended.cancelled() => return,
+            };
+            if let Some(used) = used.upgrade() {
+                used.retire();
+            }
+            if shut_out {
+                cut.cancel();
+            }
+        });
     }
 
     /// Runs a connection, and lets go of those that are not used.
-    fn keep<C>(&self, connection: C) -> impl Future<Output = ()> + Send + use<C>
+    fn keep<C>(
+        &self,
+        connection: C,
+        cut: CancellationToken,
+        ended: DropGuard,
+    ) -> impl Future<Output = ()> + Send + use<C>
     where
         C: Future<Output: Send> + Send,
     {
         let open = Arc::downgrade(&self.open);
         async move {
+            let _ended = ended;
             let mut connection = std::pin::pin!(connection);
             loop {
                 tokio::select! {
                     // Each request on it hears of its end.
                     _ = connection.as_mut() => return,
+                    () = cut.cancelled() => return,
                     () = tokio::time::sleep(Duration::from_secs(POOL_IDLE_SECONDS)) => {}
                 }
                 if let Some(open) = open.upgrade() {
@@ -230,7 +317,7 @@ impl ChannelLines {
         way: &mut SendRequest<ChannelBody>,
         to: &Endpoint,
         knock: &Knock,
-    ) -> Result<Option<ProvedExchange>, PeerProblem> {
+    ) -> Result<Option<(ProvedExchange, Proved)>, PeerProblem> {
         let broken = |error: &dyn fmt::Display| PeerProblem::Connection(error.to_string());
         let keys = &self.asker.keys;
         let (prover, body) = ChannelBody::proof();
@@ -241,7 +328,7 @@ impl ChannelLines {
         *request.headers_mut() = knock.headers(keys).map_err(|error| broken(&error))?;
         let (head, body) = way.send_request(request).await.map_err(|error| broken(&error))?.into_parts();
         let mut body = net::Incoming::new(body);
-        let (answer, _) = match handshake::read_head((head.status, &head.headers), knock, keys) {
+        let (answer, proved) = match handshake::read_head((head.status, &head.headers), knock, keys) {
             Ok(answer) => answer,
             Err(Some(problem)) => return Err(problem),
             Err(None) => return Err(foreign(head.status, &head.headers, &mut body).await),
@@ -250,7 +337,9 @@ impl ChannelLines {
         prover.send(proof).await.map_err(|_| broken(&"it hung up before the proof"))?;
         let said = body.next().await.and_then(Result::ok).and_then(|bytes| bytes.first().copied());
         match said {
-            Some(FORWARDS_SERVED) => Ok(Some(ProvedExchange { _prover: prover, _body: Mutex::new(body) })),
+            Some(FORWARDS_SERVED) => {
+                Ok(Some((ProvedExchange { _prover: prover, _body: Mutex::new(body) }, proved)))
+            }
             Some(FORWARDS_NOT_SERVED) => Ok(None),
             _ => Err(PeerProblem::Connection("it broke off before it said whether it serves".into())),
         }

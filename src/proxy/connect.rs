@@ -41,7 +41,7 @@ pub(super) enum SendError {
     NoHttp2(BoxError),
     /// The application there takes no requests on the private channel; this one was not sent.
     NotServed,
-    /// The request's `Host` is no host.
+    /// The request's `Host` is no host, or the request can't be what it says.
     BadHost,
     /// The client stopped sending.
     SlowClient,

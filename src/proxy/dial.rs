@@ -10,10 +10,9 @@ use hyper_util::rt::TokioTimer;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::handshake::Asker;
 use crate::net::{ServerTls, was_refused};
 use crate::proxy::body::{IdleTimeoutBody, ReplayRequestBody};
-use crate::proxy::channel::ChannelLines;
+use crate::proxy::channel::{ChannelLines, LineTarget};
 use crate::proxy::connect::{Connector, Outgoing, POOL_IDLE_SECONDS, SendError, Spawn};
 use crate::proxy::http2::Http2;
 use crate::proxy::on_line::OnLine;
@@ -32,12 +31,12 @@ pub(super) enum Protocol {
 }
 
 /// The way on which a request goes to a node.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub(super) enum Passage<'a> {
     Http1,
     Http2,
-    /// The private channel, at this replication endpoint.
-    Channel(&'a str),
+    /// The private channel.
+    Channel(&'a ChannelLines, &'a LineTarget),
 }
 
 /// The connections to other nodes.
@@ -45,18 +44,15 @@ pub(super) enum Passage<'a> {
 pub(super) struct Dialer {
     http1: Client<Connector, Outgoing>,
     http2: Http2,
-    channel: ChannelLines,
-    asker: Asker,
     /// After this a request is on a connection, or has failed for want of one.
     pub(super) connect: Duration,
     pub(super) tls: ServerTls,
 }
 
 impl Dialer {
-    pub(super) fn new(connect: Duration, asker: Asker, stop: CancellationToken, tls: ServerTls) -> Dialer {
+    pub(super) fn new(connect: Duration, stop: CancellationToken, tls: ServerTls) -> Dialer {
         let connector = Connector::new(connect, tls.clone());
         let spawn = Spawn::new(stop);
-        let channel = ChannelLines::new(asker.clone(), spawn.clone(), connect);
         let http1 = Client::builder(spawn.clone())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(Duration::from_secs(POOL_IDLE_SECONDS))
@@ -65,12 +61,7 @@ impl Dialer {
             .retry_canceled_requests(false)
             .set_host(false)
             .build(connector.clone());
-        Dialer { http1, http2: Http2::new(connector.for_http2(), spawn), channel, asker, connect, tls }
-    }
-
-    /// The same with another limit for connections, or other certificates.
-    pub(super) fn renewed(&self, connect: Duration, stop: CancellationToken, tls: ServerTls) -> Dialer {
-        Dialer::new(connect, self.asker.clone(), stop, tls)
+        Dialer { http1, http2: Http2::new(connector.for_http2(), spawn), connect, tls }
     }
 
     /// Sends a request and waits for the response's head. What was not taken in of the
@@ -93,7 +84,10 @@ impl Dialer {
             match passage {
                 Passage::Http1 => self.http1.request(request).await.map(|r| (r, None)).map_err(sort),
                 Passage::Http2 => self.http2.request(request).await.map(|r| (r, None)),
-                Passage::Channel(to) => self.channel.request(to, request).await.map(|(r, on)| (r, Some(on))),
+                Passage::Channel(lines, to) => {
+                    let sent = lines.request(to, self.connect, request).await;
+                    sent.map(|(response, on_line)| (response, Some(on_line)))
+                }
             }
         };
         tokio::pin!(response);

@@ -9,10 +9,12 @@ use hyper::body::Incoming;
 
 use crate::context::RunningRequest;
 use crate::proxy::BoxError;
-use crate::proxy::body::{IdleTimeoutBody, MadeBody};
+use crate::proxy::body::{IdleTimeoutBody, MadeBody, ReplayRequestBody};
+use crate::proxy::channel::LineTarget;
 use crate::proxy::connect::SendError;
 use crate::proxy::dial::{Passage, Protocol};
 use crate::proxy::failure::{Failure, Outcome, Reason};
+use crate::proxy::forwarded::Forwarded;
 use crate::proxy::head::Head;
 use crate::proxy::headers::{HOP, PRIMARY, strip_answer};
 use crate::proxy::hop::{About, HOPS_MAX, Hint, Hop};
@@ -73,8 +75,10 @@ pub(super) async fn forward(
         return Verdict::Failed(Reason::Ambiguous);
     }
     let mut hold = HoldLimit::new(shared, head.client.share);
-    // What this process makes itself may take its time, up to the idle limit.
-    body.hurry(if sender == Sender::Caller { 0 } else { shared.options.least_rate });
+    // What this process makes itself may take its time, up to the idle limit, and so may a stream of
+    // messages.
+    let at_leisure = sender == Sender::Caller || head.is_grpc();
+    body.hurry(if at_leisure { 0 } else { shared.options.least_rate });
     let mut trip = Trip::new(shared, head, body, repeatable);
     loop {
         let on_its_way = shared.node.forward();
@@ -112,6 +116,8 @@ pub(super) async fn forward(
             if let Err(reason) = take_in(shared, head, &trip.body).await {
                 return trip.failed_by(reason);
             }
+            // What its client took is not the time that it may be held.
+            hold = HoldLimit::new(shared, head.client.share);
             continue;
         }
         if let ControlFlow::Break(verdict) = trip.visit(target).await {
@@ -204,12 +210,22 @@ impl<'a> Trip<'a> {
             self.next = hinted_at(target);
             return ControlFlow::Continue(());
         };
+        if target == RequestTarget::Here
+            && let Some(step) = self.call_here().await
+        {
+            return step;
+        }
         let (url, hop) = match &target {
             RequestTarget::There { url, epoch, .. } => (url.as_str(), Some((*epoch, self.hop(*epoch)))),
             RequestTarget::Here => (shared.node.me.addresses.app.as_str(), None),
         };
-        let passage = self.passage(&target);
-        let on_channel = matches!(passage, Passage::Channel(_));
+        let line = self.line(&target);
+        let passage = match (&line, shared.app.lines()) {
+            (Some(line), Some(lines)) => Passage::Channel(lines, line),
+            _ if self.head.protocol != Protocol::Http1 && !self.http1 => Passage::Http2,
+            _ => Passage::Http1,
+        };
+        let on_channel = matches!(passage, Passage::Channel(..));
         // On the channel the application's own path is the request's.
         let base = if on_channel { without_path(url) } else { url };
         let request = match request(self.head, !on_channel, base, hop.as_ref().map(|(_, text)| text.as_str()))
@@ -240,17 +256,42 @@ impl<'a> Trip<'a> {
         ControlFlow::Break(Verdict::Answered(Box::new(relay(shared, self.head, response, place, on_line))))
     }
 
-    /// On which way a request goes there.
-    fn passage<'t>(&self, target: &'t RequestTarget) -> Passage<'t> {
-        match target {
-            RequestTarget::There { url, replication, .. }
-                if self.on_channel && self.by_address.as_ref() != Some(url) =>
-            {
-                Passage::Channel(replication)
-            }
-            _ if self.head.protocol != Protocol::Http1 && !self.http1 => Passage::Http2,
-            _ => Passage::Http1,
+    /// Where a request goes on the private channel, if it goes there.
+    fn line(&self, target: &RequestTarget) -> Option<LineTarget> {
+        let RequestTarget::There { url, replication, run, .. } = target else { return None };
+        let on_channel = self.on_channel && self.by_address.as_ref() != Some(url);
+        on_channel.then(|| LineTarget { url: replication.clone(), run: *run })
+    }
+
+    /// Calls this node's own application, where it was given: not over the network, which would take
+    /// this node for the client.
+    async fn call_here(&mut self) -> Option<Step> {
+        let (shared, head) = (self.shared, self.head);
+        let (idle, limit) = (shared.options.idle_timeout, shared.options.response_timeout);
+        if !shared.app.serves() {
+            return None;
         }
+        if head.upgrade.is_some() {
+            return Some(self.fail(Reason::NoPrimary));
+        }
+        let url = without_path(shared.node.me.addresses.app.as_str());
+        let url = if url.is_empty() { "http://localhost" } else { url };
+        let Ok(request) = request(head, false, url, None) else { return Some(self.fail(Reason::Ambiguous)) };
+        let body = IdleTimeoutBody::new(ReplayRequestBody::kept(self.body.clone()), Some(idle));
+        let forwarded = Forwarded::here(head.client.address, head.scheme, shared.node.me.node);
+        let answer = shared.app.answer_here(request.map(|()| body), forwarded)?;
+        let answered = match tokio::time::timeout(limit, answer).await {
+            Ok(Ok(response)) => {
+                self.body.release();
+                Verdict::Answered(Box::new(response.map(MadeBody::App)))
+            }
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "this node's own application has no answer");
+                Verdict::Failed(Reason::Broken)
+            }
+            Err(_) => Verdict::Failed(Reason::NoAnswer),
+        };
+        Some(ControlFlow::Break(answered))
     }
 
     /// The proof that the request comes from this node.
@@ -463,17 +504,19 @@ fn hinted(response: &Response<Incoming>, shared: &LayerShared, hop: &str) -> Opt
     Hint::verify(response.headers().get(PRIMARY)?, &shared.node.keys, hop)
 }
 
-/// The primary's response as the client gets it. It has its place until its end, but what may last
-/// for as long as anyone likes gives that back.
+/// The primary's response as the client gets it. Until its end it has a place among those that last,
+/// or where none is free, the one that it had on its way.
 fn relay(
     shared: &LayerShared,
     head: &Head,
     mut response: Response<Incoming>,
     place: Taken,
-    mut on_line: Option<OnLine>,
+    on_line: Option<OnLine>,
 ) -> Response<MadeBody> {
+    let place = shared.lasting.place(head.client.share, Demand::All).unwrap_or(place);
+    let mut until_the_end = Some((place, on_line));
     if let Some(upgrade) = &head.upgrade {
-        upgrade.join(&mut response, shared.node.stop.clone(), &mut on_line);
+        upgrade.join(&mut response, shared.node.stop.clone(), &mut until_the_end);
     }
     let (mut parts, body) = response.into_parts();
     strip_answer(&mut parts.headers);
@@ -482,8 +525,7 @@ fn relay(
     let events =
         parts.headers.get(CONTENT_TYPE).is_some_and(|t| t.as_bytes().starts_with(b"text/event-stream"));
     let idle = (!events).then_some(shared.options.idle_timeout);
-    let place = Some(place).filter(|_| !events && parts.status != StatusCode::SWITCHING_PROTOCOLS);
-    let body = MadeBody::Primary { body: IdleTimeoutBody::new(body, idle), _place: place, _on_line: on_line };
+    let body = MadeBody::Primary { body: IdleTimeoutBody::new(body, idle), _until_the_end: until_the_end };
     let mut response = Response::from_parts(parts, body);
     if let Some(upgrade) = &head.upgrade {
         upgrade.answer(&mut response);

@@ -45,6 +45,11 @@ impl Forwarded {
         Forwarded { client: hop.client, scheme: hop.scheme, node: hop.taken_by.unwrap_or(hop.from) }
     }
 
+    /// Of a request that this node took itself, for its own application.
+    pub(super) fn here(client: Option<SocketAddr>, scheme: Option<ClientScheme>, node: NodeId) -> Forwarded {
+        Forwarded { client, scheme, node }
+    }
+
     /// The address of the client's connection to the node that took the request. `None` where that
     /// node does not know it. The port is 0 where it knows the IP address only.
     ///

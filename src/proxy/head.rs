@@ -2,7 +2,7 @@
 
 use std::net::IpAddr;
 
-use http::header::{COOKIE, HOST, TE};
+use http::header::{CONTENT_TYPE, COOKIE, HOST, TE};
 use http::request::Parts;
 use http::{HeaderMap, HeaderValue, Method, Version};
 
@@ -81,6 +81,11 @@ impl Head {
             headers::add_forwarded(&mut headers, self.peer, self.scheme);
         }
         headers
+    }
+
+    /// Whether it is a call of gRPC, which may be a stream of messages with pauses.
+    pub(super) fn is_grpc(&self) -> bool {
+        self.headers.get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"))
     }
 
     /// The head of a request for another protocol.

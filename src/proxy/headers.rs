@@ -163,6 +163,14 @@ pub(super) fn tokens(headers: &HeaderMap) -> impl Iterator<Item = &str> {
 /// Removes from an answer what only nodes are told, and what is about the connection that it came
 /// by. The primary's application may list more headers of that kind.
 pub(super) fn strip_answer(headers: &mut HeaderMap) {
+    strip_listed(headers);
+    strip_hop_by_hop(headers);
+    headers.remove(HOP);
+    headers.remove(PRIMARY);
+}
+
+/// Removes from an answer what it lists as being about the connection.
+pub(super) fn strip_listed(headers: &mut HeaderMap) {
     let listed: Vec<HeaderName> = headers
         .get_all(CONNECTION)
         .iter()
@@ -173,9 +181,6 @@ pub(super) fn strip_answer(headers: &mut HeaderMap) {
     for name in listed {
         headers.remove(name);
     }
-    strip_hop_by_hop(headers);
-    headers.remove(HOP);
-    headers.remove(PRIMARY);
 }
 
 /// Adds a cookie beside those that the app sets.

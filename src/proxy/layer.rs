@@ -12,7 +12,6 @@ use http::{Response, Uri};
 use tower::Layer;
 
 use crate::context::NodeContext;
-use crate::handshake::Asker;
 use crate::net::ServerTls;
 use crate::proxy::app::AppDoor;
 use crate::proxy::budget::Budget;
@@ -40,6 +39,11 @@ const FORWARDS_MAX: usize = 512;
 /// And how many of these, and of those that wait, may be one client's. A browser has six
 /// connections to a host, and an office with one address some dozens.
 const CLIENT_MAX: usize = 128;
+/// Responses that have come from the primary, and not to their end: long streams, WebSockets, and what
+/// clients take slowly. With those on their way the private channel has room for them.
+const LASTING_MAX: usize = 3072;
+/// Of these, of one client.
+const LASTING_CLIENT_MAX: usize = 1024;
 /// Bytes a second that a client has to send of its request's body. The slowest mobile networks
 /// carry ten times that. It costs an attacker little, too: shares keep its requests few, and this
 /// has their places come back.
@@ -135,10 +139,11 @@ impl ReplayLayer {
             proxies: Proxies::Unknown,
         };
         let (stop, tls) = (node.stop.clone(), ServerTls::default());
-        let dialer = Dialer::new(Duration::from_secs(1), Asker::of(&node), stop, tls);
+        let dialer = Dialer::new(Duration::from_secs(1), stop, tls);
         let (held, forwards) = (Shares::new(HELD_MAX, CLIENT_MAX), Shares::new(FORWARDS_MAX, CLIENT_MAX));
         let (said, app) = (Arc::default(), AppDoor::default());
-        let shared = LayerShared { node, tokens, dialer, held, forwards, said, app, options };
+        let lasting = Shares::new(LASTING_MAX, LASTING_CLIENT_MAX);
+        let shared = LayerShared { node, tokens, dialer, held, forwards, lasting, said, app, options };
         ReplayLayer { shared: Arc::new(shared) }
     }
 
@@ -319,14 +324,14 @@ impl ReplayLayer {
     /// For how long a connection to the primary is tried (1 s).
     pub fn connect_timeout(mut self, limit: Duration) -> Self {
         let shared = Arc::make_mut(&mut self.shared);
-        shared.dialer = shared.dialer.renewed(limit, shared.node.stop.clone(), shared.dialer.tls.clone());
+        shared.dialer = Dialer::new(limit, shared.node.stop.clone(), shared.dialer.tls.clone());
         self
     }
 
     /// Whose certificates the applications of other nodes may have.
     pub(crate) fn with_tls(mut self, tls: ServerTls) -> Self {
         let shared = Arc::make_mut(&mut self.shared);
-        shared.dialer = shared.dialer.renewed(shared.dialer.connect, shared.node.stop.clone(), tls);
+        shared.dialer = Dialer::new(shared.dialer.connect, shared.node.stop.clone(), tls);
         self
     }
 

@@ -1,6 +1,8 @@
 //! How much a connection of the private channel has to do.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::any::Any;
+use std::fmt;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -9,10 +11,19 @@ use tokio::time::Instant;
 use crate::lock::lock;
 
 /// Requests on a connection, and when the last one left it.
-#[derive(Debug)]
 pub(super) struct LineUse {
     requests: AtomicUsize,
     left: Mutex<Instant>,
+    /// It takes no more.
+    retired: AtomicBool,
+    /// What has to last as long as the requests do.
+    _keeps: Box<dyn Any + Send + Sync>,
+}
+
+impl fmt::Debug for LineUse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("LineUse").field("requests", &self.requests()).finish_non_exhaustive()
+    }
 }
 
 /// A request on a connection, until its response's body has come to its end.
@@ -20,8 +31,18 @@ pub(super) struct LineUse {
 pub(super) struct OnLine(Arc<LineUse>);
 
 impl LineUse {
-    pub(super) fn new() -> Arc<LineUse> {
-        Arc::new(LineUse { requests: AtomicUsize::new(0), left: Mutex::new(Instant::now()) })
+    pub(super) fn new(keeps: impl Any + Send + Sync) -> Arc<LineUse> {
+        let (requests, left) = (AtomicUsize::new(0), Mutex::new(Instant::now()));
+        Arc::new(LineUse { requests, left, retired: AtomicBool::new(false), _keeps: Box::new(keeps) })
+    }
+
+    /// No request begins on it any more. Those that did come to their end.
+    pub(super) fn retire(&self) {
+        self.retired.store(true, Ordering::Relaxed);
+    }
+
+    pub(super) fn is_retired(&self) -> bool {
+        self.retired.load(Ordering::Relaxed)
     }
 
     pub(super) fn requests(&self) -> usize {
@@ -54,7 +75,7 @@ mod tests {
     #[tokio::test(start_paused = true)]
     async fn a_connection_is_idle_when_its_last_request_left_long_ago() {
         const LIMIT: Duration = Duration::from_secs(15);
-        let line = LineUse::new();
+        let line = LineUse::new(());
         let [first, second] = [line.enter(), line.enter()];
         drop(first);
         tokio::time::advance(2 * LIMIT).await;

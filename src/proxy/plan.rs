@@ -142,7 +142,7 @@ fn answer(shared: &LayerShared, reason: Reason) -> RequestPlan {
 /// Whether a hop of the request can be a node's. Where nodes speak on the private channel, nothing
 /// that came another way is.
 fn may_be_hop(shared: &LayerShared, parts: &Parts) -> bool {
-    !shared.app.is_given() || parts.extensions.get::<CameByChannel>().is_some()
+    !shared.app.is_given() || shared.options.clear || parts.extensions.get::<CameByChannel>().is_some()
 }
 
 /// A hop whose proof holds; any other counts as a request from outside.

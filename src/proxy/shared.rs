@@ -137,6 +137,8 @@ pub(super) struct LayerShared {
     pub(super) held: Shares,
     /// Places of requests that are on their way to the primary.
     pub(super) forwards: Shares,
+    /// Places of responses that came, and have not come to their end.
+    pub(super) lasting: Shares,
     pub(super) app: AppDoor,
     /// What is said of the layer when it is used first was said.
     pub(super) said: Arc<AtomicBool>,

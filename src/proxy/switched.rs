@@ -4,22 +4,30 @@
 //! In HTTP/2 each success switches. So a response that does not switch, and is a success all the
 //! same, goes as a failure with its status in a header.
 
-use http::header::{CONNECTION, UPGRADE};
+use http::header::{CONNECTION, CONTENT_LENGTH, UPGRADE};
 use http::request::Parts;
 use http::{HeaderName, HeaderValue, Method, Request, Response, StatusCode, Version};
 use hyper::ext::Protocol;
+
+use crate::proxy::connect::SendError;
 
 /// The status of a response that did not switch.
 const STATUS: HeaderName = HeaderName::from_static("replite-status");
 
 /// Makes a GET that asks for an upgrade what goes on the channel.
-pub(super) fn ask<B>(request: &mut Request<B>) {
-    let Some(protocol) = request.headers_mut().remove(UPGRADE) else { return };
-    request.headers_mut().remove(CONNECTION);
-    let Ok(protocol) = protocol.to_str() else { return };
+///
+/// # Errors
+/// It has a body, which no such request has, or a protocol that is no name.
+pub(super) fn ask<B>(request: &mut Request<B>) -> Result<(), SendError> {
+    let headers = request.headers_mut();
+    headers.remove(CONNECTION);
+    let empty = headers.remove(CONTENT_LENGTH).is_none_or(|length| length == "0");
+    let protocol = headers.remove(UPGRADE).filter(|_| empty);
+    let protocol = protocol.as_ref().and_then(|name| name.to_str().ok()).ok_or(SendError::BadHost)?;
     let protocol = Protocol::from(protocol);
     *request.method_mut() = Method::CONNECT;
     request.extensions_mut().insert(protocol);
+    Ok(())
 }
 
 /// Makes a request that came on the channel one that asks for an upgrade again, where it does.
@@ -65,7 +73,8 @@ mod tests {
         request.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));
         request.headers_mut().insert(UPGRADE, HeaderValue::from_static("websocket"));
         let before = request.headers().clone();
-        ask(&mut request);
+        request.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from_static("0"));
+        ask(&mut request).unwrap();
         assert_eq!(request.method(), Method::CONNECT);
         assert!(request.headers().is_empty());
         let (mut parts, ()) = request.into_parts();

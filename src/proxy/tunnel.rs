@@ -10,8 +10,6 @@ use hyper_util::rt::TokioIo;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
 
-use crate::proxy::on_line::OnLine;
-
 const SEC_WEBSOCKET_KEY: HeaderName = HeaderName::from_static("sec-websocket-key");
 const SEC_WEBSOCKET_ACCEPT: HeaderName = HeaderName::from_static("sec-websocket-accept");
 
@@ -49,19 +47,21 @@ impl Upgrade {
 
     /// Joins the two connections, if the primary switched, for as long as both stand and the node
     /// runs. The response's head is made one for the client.
-    pub(super) fn join(
+    ///
+    /// `until_the_end` is what has to last as long; it is taken then.
+    pub(super) fn join<K: Send + 'static>(
         &self,
         response: &mut Response<Incoming>,
         stop: CancellationToken,
-        on_line: &mut Option<OnLine>,
+        until_the_end: &mut Option<K>,
     ) {
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {
             return;
         }
         let (client, primary) = (self.client.clone(), hyper::upgrade::on(&mut *response));
-        let on_line = on_line.take();
+        let kept = until_the_end.take();
         tokio::spawn(stop.run_until_cancelled_owned(async move {
-            let _until_the_end = on_line;
+            let _until_the_end = kept;
             if let Err(error) = carry(client, primary).await {
                 tracing::debug!(%error, "a tunnel to the primary broke");
             }

@@ -156,7 +156,7 @@ impl ForwardExchange {
         }
         tokio::select! {
             // It says no more: what comes is the end.
-            _ = upstream.next() => return,
+            _ = upstream.next() => {}
             () = keys.dropped(proved) => {}
             // An application's server, where the endpoint is mounted, waits for its connections.
             () = self.node.drain.cancelled() => {}

@@ -8,7 +8,8 @@ use crate::peer::NodeId;
 
 /// Room for all the replicas and for peers that ask. Who recorded heads of one node takes a few of
 /// the places that are there before a proof.
-const LIMITS: DoorLimits = DoorLimits { unproved: 32, of_source: 8, proved: 256, followers: 128 };
+const LIMITS: DoorLimits =
+    DoorLimits { unproved: 32, of_source: 8, proved: 256, followers: 128, forwards: 512 };
 
 /// All places at one door, and the heads that were used there.
 #[derive(Debug)]

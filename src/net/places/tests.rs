@@ -4,7 +4,7 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, duplex};
 
 use super::*;
 
-const LIMITS: DoorLimits = DoorLimits { unproved: 8, of_source: 4, proved: 4, followers: 2 };
+const LIMITS: DoorLimits = DoorLimits { unproved: 8, of_source: 4, proved: 4, followers: 2, forwards: 1 };
 
 fn from(address: &str) -> CameFrom {
     CameFrom::of(address.parse().unwrap())
@@ -63,23 +63,36 @@ fn what_proved_a_secret_is_in_no_strangers_reach_and_followers_have_a_half() {
         let place = enter(&places, "10.0.0.1");
         place.proved(rights).then_some(place)
     };
-    let mut held = vec![proved(Rights::Follower).unwrap(), proved(Rights::Follower).unwrap()];
-    assert!(proved(Rights::Follower).is_none());
-    held.extend([proved(Rights::Member).unwrap(), proved(Rights::Member).unwrap()]);
-    assert!(proved(Rights::Member).is_none());
+    let mut held = vec![proved(DoorGuest::Follower).unwrap(), proved(DoorGuest::Follower).unwrap()];
+    assert!(proved(DoorGuest::Follower).is_none());
+    held.extend([proved(DoorGuest::Member).unwrap(), proved(DoorGuest::Member).unwrap()]);
+    assert!(proved(DoorGuest::Member).is_none());
     for _ in 0..100 {
         let _ = enter(&places, "10.0.0.1");
     }
     let strangers: Vec<_> = (0..20).map(|n| enter(&places, &format!("10.0.1.{n}"))).collect();
-    assert!(held.iter().all(|place| stays(place) && place.proved(Rights::Follower)));
-    assert!(!strangers[0].proved(Rights::Member), "it is cut by now");
+    assert!(held.iter().all(|place| stays(place) && place.proved(DoorGuest::Follower)));
+    assert!(!strangers[0].proved(DoorGuest::Member), "it is cut by now");
     drop(held.pop());
-    drop(proved(Rights::Member).unwrap());
+    drop(proved(DoorGuest::Member).unwrap());
     drop(held.remove(0));
-    proved(Rights::Follower).unwrap();
+    proved(DoorGuest::Follower).unwrap();
     drop((held, strangers));
     let taken = lock(&places.taken);
     assert_eq!((taken.unproved.len(), taken.proved, taken.followers), (0, 0, 0));
+}
+
+#[test]
+fn connections_for_forwarded_requests_take_nothing_of_the_others() {
+    let places = DoorPlaces::new(LIMITS);
+    let enter = || enter(&places, "10.0.0.1");
+    let forwards = enter();
+    assert!(forwards.proved(DoorGuest::Forwards) && !enter().proved(DoorGuest::Forwards));
+    let members: Vec<_> = (0..LIMITS.proved).map(|_| enter()).collect();
+    assert!(members.iter().all(|place| place.proved(DoorGuest::Member)));
+    drop((forwards, members));
+    assert!(enter().proved(DoorGuest::Forwards));
+    assert_eq!(lock(&places.taken).forwards, 0);
 }
 
 #[test]
@@ -87,7 +100,7 @@ fn who_proved_nothing_gives_way_to_what_needs_a_descriptor() {
     let places = DoorPlaces::new(LIMITS);
     assert!(!places.give_way());
     let [proved, stranger] = [enter(&places, "10.0.0.1"), enter(&places, "10.0.0.1")];
-    assert!(proved.proved(Rights::Member));
+    assert!(proved.proved(DoorGuest::Member));
     assert!(places.give_way() && !stays(&stranger) && stays(&proved));
     assert!(!places.give_way() && stays(&proved));
 }
@@ -105,7 +118,7 @@ fn a_network_of_ipv6_is_one_source() {
 async fn who_proves_nothing_has_to_go_after_a_while() {
     let places = DoorPlaces::new(LIMITS);
     let [silent, proved, cut] = [1, 2, 3].map(|n| enter(&places, &format!("10.0.0.{n}")));
-    assert!(proved.proved(Rights::Member));
+    assert!(proved.proved(DoorGuest::Member));
     places.give_way();
     let began = Instant::now();
     // The oldest went.
@@ -148,7 +161,7 @@ async fn little_is_read_before_a_secret_is_proved() {
         let mut whole = vec![0; UNPROVED_MAX_BYTES];
         ours.read_exact(&mut whole).await.unwrap();
         if proves {
-            assert!(place.proved(Rights::Member));
+            assert!(place.proved(DoorGuest::Member));
         }
         let rest = ours.read_to_end(&mut Vec::new()).await;
         assert_eq!(rest.is_ok(), proves, "{rest:?}");
