@@ -134,8 +134,8 @@ impl Keep {
         self.lock().last_progress = Instant::now();
     }
 
-    /// No more of it is taken in, and its client is not waited for until it is sent. From then on as
-    /// much of it is kept as of one of which nothing was taken in.
+    /// No more of it is taken in, and its client is not waited for until it is sent. From then on
+    /// as much of it is kept as of one of which nothing was taken in.
     pub(super) fn rests(&self) {
         let mut state = self.lock();
         state.tempo.came(0);
