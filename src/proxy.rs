@@ -10,9 +10,9 @@
 //! 2. `future` drives the plan. It calls the handler here, or goes on with 3.
 //! 3. `wait` waits for the transaction of the request's token, and for the primary when that does
 //!    not come.
-//! 4. `forward` sends the `head` and the kept body (`replay_body`) to the primary. `locate` knows
-//!    where that is, and holds the request while there is none. `intake` takes small bodies in
-//!    first.
+//! 4. `forward` sends the `head` and the kept body (`replay_body`) to the primary, as an
+//!    `exchange`. `locate` knows where that is, and holds the request while there is none. `intake`
+//!    takes small bodies in first.
 //! 5. `redirect` sends the client there in place of this node, where the layer is set up for that.
 //! 6. `dial` has the connections. Those of the private channel are in `channel`, and `on_line`
 //!    counts what is on each. Others go to the application's address: `connect` opens them, with
@@ -38,6 +38,7 @@ mod channel;
 mod client;
 mod connect;
 mod dial;
+mod exchange;
 mod failure;
 mod forward;
 pub(crate) mod forwarded;

@@ -258,12 +258,9 @@ impl ReplicationService {
         B: Body + Send + 'static,
     {
         self.check_private()?;
-        let of_connection = request.extensions().get::<DoorPlace>();
+        let of_connection = request.extensions().get();
         let forwards = self.inside.is_some_and(|binding| binding.is_for_forwards());
-        let guest = match proved.rights() {
-            Rights::Member if forwards => DoorGuest::Forwards,
-            rights => DoorGuest::of(rights),
-        };
+        let guest = DoorGuest::of(proved.rights(), forwards);
         if !self.places.iter().chain(of_connection).all(|place| place.proved(guest)) {
             return Err(Refusal::Busy);
         }

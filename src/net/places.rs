@@ -81,11 +81,11 @@ pub(crate) enum DoorGuest {
 }
 
 impl DoorGuest {
-    /// One of these rights, for all but forwarded requests.
-    pub(crate) fn of(rights: Rights) -> DoorGuest {
+    pub(crate) fn of(rights: Rights, forwards: bool) -> DoorGuest {
         match rights {
-            Rights::Member => DoorGuest::Member,
             Rights::Follower => DoorGuest::Follower,
+            Rights::Member if forwards => DoorGuest::Forwards,
+            Rights::Member => DoorGuest::Member,
         }
     }
 }

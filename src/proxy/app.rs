@@ -174,8 +174,8 @@ impl AppDoor {
         self.0.lines.get()
     }
 
-    /// Lets go of the service, in which the application may have the database's handle, and takes no
-    /// other.
+    /// Lets go of the service, in which the application may have the database's handle, and takes
+    /// no other.
     pub(crate) fn close(&self) {
         self.0.given.store(true, Ordering::Release);
         let app = lock(&self.0.app).take();
@@ -214,8 +214,8 @@ impl AppDoor {
         })
     }
 
-    /// Has this node's own application answer a request of a client that this node knows; none where
-    /// it was not given.
+    /// Has this node's own application answer a request of a client that this node knows; none
+    /// where it was not given.
     pub(super) fn answer_here(&self, request: Request<Outgoing>, forwarded: Forwarded) -> Option<AppAnswer> {
         let app = lock(&self.0.app).clone()?;
         let (mut parts, body) = request.into_parts();

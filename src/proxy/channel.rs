@@ -44,8 +44,8 @@ const SPREAD_LINES: usize = 8;
 const SPREAD: usize = 16;
 /// ... and after that when each is full. The other side allows as many requests on one.
 const REQUESTS_MAX: usize = net::FORWARDS_MAX as usize;
-/// How long a connection is tried, with TLS and the proofs. Those that wait for it may have less time:
-/// then the next ones find it.
+/// How long a connection is tried, with TLS and the proofs. Those that wait for it may have less
+/// time: then the next ones find it.
 const DIAL_LIMIT: Duration = Duration::from_secs(10);
 
 /// The ways to the node that was asked last: those of all that forward requests in this process.
@@ -159,14 +159,14 @@ impl ChannelLines {
         let mut dialled = self.dialled.subscribe();
         loop {
             match self.place(to) {
-                Place::On { line, on_line, crowded } => {
+                LinePlace::On { line, on_line, crowded } => {
                     if crowded {
                         self.begin_dial(to);
                     }
                     return Ok((line, on_line));
                 }
-                Place::Full => return Err(SendError::Unreachable("all connections are full".into())),
-                Place::None => self.begin_dial(to),
+                LinePlace::Full => return Err(SendError::Unreachable("all connections are full".into())),
+                LinePlace::None => self.begin_dial(to),
             }
             // The sender is here.
             let _ = dialled.changed().await;
@@ -179,7 +179,7 @@ impl ChannelLines {
 
     /// The place with the fewest requests beside it, and whether there should be a further
     /// connection.
-    fn place(&self, to: &LineTarget) -> Place {
+    fn place(&self, to: &LineTarget) -> LinePlace {
         let mut open = lock(&self.open);
         if open.to != *to {
             // What is on the others comes to its end.
@@ -187,14 +187,14 @@ impl ChannelLines {
         }
         open.lines.retain(|line| line.is_usable());
         let least = open.lines.iter().min_by_key(|line| line.used.requests());
-        let Some(line) = least.cloned() else { return Place::None };
+        let Some(line) = least.cloned() else { return LinePlace::None };
         let requests = line.used.requests();
         if requests >= REQUESTS_MAX {
-            return if open.lines.len() < LINES_MAX { Place::None } else { Place::Full };
+            return if open.lines.len() < LINES_MAX { LinePlace::None } else { LinePlace::Full };
         }
         let crowded = requests + 1 >= SPREAD && open.lines.len() < SPREAD_LINES;
         // Under the lock.
-        Place::On { on_line: line.used.enter(), line, crowded }
+        LinePlace::On { on_line: line.used.enter(), line, crowded }
     }
 
     /// Opens one more connection, if none is being opened.
@@ -257,8 +257,8 @@ impl ChannelLines {
         Ok(Line { way, shown, used })
     }
 
-    /// Sends nothing more on a connection whose secret is dropped. What stands with a key that is shut
-    /// out ends at once.
+    /// Sends nothing more on a connection whose secret is dropped. What stands with a key that is
+    /// shut out ends at once.
     fn watch(
         &self,
         used: &Arc<LineUse>,
@@ -346,7 +346,7 @@ impl ChannelLines {
     }
 }
 
-enum Place {
+enum LinePlace {
     On {
         line: Arc<Line>,
         on_line: OnLine,

@@ -39,8 +39,8 @@ const FORWARDS_MAX: usize = 512;
 /// And how many of these, and of those that wait, may be one client's. A browser has six
 /// connections to a host, and an office with one address some dozens.
 const CLIENT_MAX: usize = 128;
-/// Responses that have come from the primary, and not to their end: long streams, WebSockets, and what
-/// clients take slowly. With those on their way the private channel has room for them.
+/// Responses that have come from the primary, and not to their end: long streams, WebSockets, and
+/// what clients take slowly. With those on their way the private channel has room for them.
 const LASTING_MAX: usize = 3072;
 /// Of these, of one client.
 const LASTING_CLIENT_MAX: usize = 1024;
