@@ -61,11 +61,19 @@ pub(super) struct ChannelLines {
 }
 
 /// A run of a node, and where its replication endpoint is.
-#[derive(Clone, PartialEq, Eq, Default, Debug)]
+#[derive(Clone, Default, Debug)]
 pub(super) struct LineTarget {
     pub(super) url: String,
     /// None where another node named the address.
     pub(super) run: Option<(NodeId, Incarnation)>,
+}
+
+impl LineTarget {
+    /// Whether it is this one, as far as that is known: another run may be at another machine.
+    fn is(&self, other: &LineTarget) -> bool {
+        let runs = self.run.zip(other.run);
+        self.url == other.url && runs.is_none_or(|(run, other)| run == other)
+    }
 }
 
 #[derive(Default)]
@@ -171,7 +179,7 @@ impl ChannelLines {
             // The sender is here.
             let _ = dialled.changed().await;
             let end = dialled.borrow_and_update().clone();
-            if let Some(failed) = end.failed.filter(|_| end.to == *to) {
+            if let Some(failed) = end.failed.filter(|_| end.to.is(to)) {
                 return Err(failed.into());
             }
         }
@@ -181,9 +189,12 @@ impl ChannelLines {
     /// connection.
     fn place(&self, to: &LineTarget) -> LinePlace {
         let mut open = lock(&self.open);
-        if open.to != *to {
+        if !open.to.is(to) {
             // What is on the others comes to its end.
-            *open = OpenLines { to: to.clone(), ..OpenLines::default() };
+            *open = OpenLines::default();
+        }
+        if open.to.run.is_none() {
+            open.to = to.clone();
         }
         open.lines.retain(|line| line.is_usable());
         let least = open.lines.iter().min_by_key(|line| line.used.requests());
@@ -201,7 +212,7 @@ impl ChannelLines {
     fn begin_dial(&self, to: &LineTarget) {
         {
             let mut open = lock(&self.open);
-            if open.to != *to || std::mem::replace(&mut open.dialling, true) {
+            if !open.to.is(to) || std::mem::replace(&mut open.dialling, true) {
                 return;
             }
         }
@@ -217,7 +228,7 @@ impl ChannelLines {
 
     fn end_dial(&self, to: &LineTarget, dialled: Result<Line, DialFailure>) -> Option<DialFailure> {
         let mut open = lock(&self.open);
-        let wanted = open.to == *to;
+        let wanted = open.to.is(to);
         if wanted {
             open.dialling = false;
         }

@@ -211,8 +211,9 @@ impl ReplayLayer {
     /// Whether requests go to the primary's application address where that node has not been given
     /// its application's service ([`Db::serve_forwarded`](crate::Db::serve_forwarded)), and this
     /// one has. If not set, they wait until it has, or fail with 503: what an instance may say on
-    /// the private channel it does not say in the clear. It is for the deploy that brings
-    /// `serve_forwarded`. Over an `https://` address they go in any case.
+    /// the private channel it does not say in the clear. Over an `https://` address they go in any
+    /// case. It is for the deploy that brings `serve_forwarded`. Set, this node also believes what
+    /// other nodes say of the client of a request that they send to its own address.
     pub fn forward_in_clear(self, yes: bool) -> Self {
         self.with(|o| o.clear = yes)
     }
@@ -263,8 +264,8 @@ impl ReplayLayer {
     /// many as [`ReplayLayer::client_requests`] says. Those beyond wait for a place like requests
     /// for which there is no primary, and are answered with 503 after that.
     ///
-    /// A place is taken until the response's end, but that of an event stream or a WebSocket until
-    /// it begins. A quarter of all, and of each share, is for requests whose body has come in
+    /// A place is taken until the response begins; 3,072 responses may last from then on, 1,024 of
+    /// one client. A quarter of all, and of each share, is for requests whose body has come in
     /// whole: clients that send slowly can't take those.
     ///
     /// ```
@@ -321,7 +322,9 @@ impl ReplayLayer {
         self.with(|o| o.wait_timeout = limit)
     }
 
-    /// For how long a connection to the primary is tried (1 s).
+    /// For how long a request waits for a connection to the primary (1 s) before it is held, or
+    /// fails. On the private channel the connection is tried for longer than that, with TLS and its
+    /// proofs, and the next try finds it.
     pub fn connect_timeout(mut self, limit: Duration) -> Self {
         let shared = Arc::make_mut(&mut self.shared);
         shared.dialer = Dialer::new(limit, shared.node.stop.clone(), shared.dialer.tls.clone());

@@ -22,7 +22,7 @@ use http_body_util::{BodyExt, StreamBody};
 use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
-use replite::{Config, Db, Error, Route, lease};
+use replite::{Config, Db, Error, Route, Secret, lease};
 use tokio::net::{TcpListener, TcpStream};
 use tokio_tungstenite::tungstenite;
 
@@ -104,8 +104,17 @@ fn app(db: &Db) -> Router {
             }
         })
     }
+    async fn long_head() -> Response {
+        let mut response = Response::new(Body::from("x".repeat(1000)));
+        for n in 0..40 {
+            let name = format!("x-long-{n}").parse::<axum::http::HeaderName>().unwrap();
+            response.headers_mut().insert(name, "y".repeat(1000).parse().unwrap());
+        }
+        response
+    }
     Router::new()
         .route("/", get(count).post(add))
+        .route("/long-head", post(long_head))
         .route("/mirror/{*rest}", any(mirror))
         .route("/length", post(length))
         .route("/trailers", post(trailers))
@@ -227,6 +236,7 @@ async fn a_websocket_reaches_the_primary() {
         ));
         let headers = request.as_mut().unwrap().headers_mut();
         headers.insert("sec-websocket-protocol", "a, b".parse().unwrap());
+        headers.insert("content-length", "0".parse().unwrap());
         let opened = tokio_tungstenite::client_async(request.unwrap(), io);
         let (mut socket, response) = within("a WebSocket", opened).await.unwrap();
         assert_eq!(response.headers()["sec-websocket-protocol"], "b");
@@ -286,4 +296,51 @@ async fn the_application_is_given_once() {
     let twice = primary.db.serve_forwarded(app(&primary.db)).unwrap_err();
     assert!(matches!(&twice, Error::Config(why) if why.contains("before")), "{twice}");
     primary.db.shutdown().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_response_comes_as_it_was_made() {
+    let dir = tempfile::tempdir().unwrap();
+    let (primary, replica) = pair(dir.path(), Door::Own).await;
+    for node in [&primary, &replica] {
+        let answer = send(post_to(node.url("/long-head"), "")).await;
+        let long = answer.headers.iter().filter(|(name, _)| name.as_str().starts_with("x-long-"));
+        assert_eq!((answer.status, long.count(), answer.header("content-length")), (200, 40, "1000"));
+    }
+    end([primary, replica]).await;
+}
+
+/// While the secrets are changed the two nodes have none in common for a moment.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_request_waits_while_the_secrets_are_changed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (primary, replica) = pair(dir.path(), Door::Own).await;
+    assert_eq!(send(post_to(replica.url("/"), "before")).await.status, 201);
+    let new = Secret::from_bytes(std::array::from_fn(|n| n as u8 ^ 0x5a)).unwrap();
+    replica.db.rotate_secrets(std::slice::from_ref(&new)).unwrap();
+    let waits = tokio::spawn(send(post_to(replica.url("/"), "meanwhile")));
+    // The stream ends, and can't begin anew.
+    comes("the end of the stream", || replica.db.status().problem.is_some()).await;
+    assert!(!waits.is_finished());
+    primary.db.rotate_secrets(&[new]).unwrap();
+    assert_eq!(within("an answer", waits).await.unwrap().status, 201);
+    let rows: i64 = primary
+        .db
+        .read(|c| Ok::<_, Error>(c.query_row("SELECT count(*) FROM t", [], |r| r.get(0))?))
+        .unwrap();
+    assert_eq!(rows, 2, "each is there once");
+    end([primary, replica]).await;
+}
+
+/// Its address leads nowhere, and it is not needed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_primary_calls_its_own_application_without_the_network() {
+    let dir = tempfile::tempdir().unwrap();
+    let (primary, replica) = pair(dir.path(), Door::Own).await;
+    for node in [&primary, &replica] {
+        let request = http::Request::post("/").body(http_body_util::Full::new(Bytes::from_static(b"a job")));
+        let sent = tower::ServiceExt::oneshot(node.db.primary_client(), request.unwrap());
+        assert_eq!(within("an answer", sent).await.unwrap().status(), 201);
+    }
+    end([primary, replica]).await;
 }
