@@ -449,7 +449,7 @@ mod tests {
         }
         let usual = rustix::process::getrlimit(Resource::Nofile);
         for (limit, shares) in [(256, [4, 8, 4, 16]), (100, [4, 6, 2, 0]), (40, [3, 2, 0, 0])] {
-            setrlimit(Resource::Nofile, Rlimit { current: Some(limit), ..usual.clone() }).unwrap();
+            setrlimit(Resource::Nofile, Rlimit { current: Some(limit), ..usual }).unwrap();
             let kept = ReserveHold::begin();
             assert_eq!(held(), shares, "{limit}");
             drop(kept);

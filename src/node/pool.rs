@@ -347,7 +347,7 @@ mod tests {
         let lease = pool.lease(None).unwrap();
         let usual = getrlimit(Resource::Nofile);
         // Below it is not even one of the reserve.
-        setrlimit(Resource::Nofile, Rlimit { current: Some(0), ..usual.clone() }).unwrap();
+        setrlimit(Resource::Nofile, Rlimit { current: Some(0), ..usual }).unwrap();
         let begin = Instant::now();
         assert!(matches!(pool.lease(Some(Duration::from_millis(1))), Err(Error::Sqlite(_))));
         assert!(begin.elapsed() < Duration::from_secs(30), "its own patience");

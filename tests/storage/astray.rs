@@ -264,7 +264,7 @@ fn process_without_descriptors() {
     assert!(db.health().can_read, "{:?}", db.health());
     // Not even those of the reserve are below this limit.
     let usual = getrlimit(Resource::Nofile);
-    setrlimit(Resource::Nofile, Rlimit { current: Some(0), ..usual.clone() }).unwrap();
+    setrlimit(Resource::Nofile, Rlimit { current: Some(0), ..usual }).unwrap();
     // No connection is open for it yet.
     let failed =
         db.read(|c| Ok::<_, Error>(c.query_row("SELECT count(*) FROM t", [], |r| r.get::<_, i64>(0))?));
