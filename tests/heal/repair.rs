@@ -212,13 +212,15 @@ fn repairing_process() {
         speak(&format!("open {}", position(&db)));
         let repair = loop {
             match db.find_repair().await {
-                Ok(Some(repair)) => break repair,
-                Ok(None) => panic!("nothing is wrong"),
+                // After a kill the node may have made its pages right from the log when it opened.
+                Ok(repair) => break repair,
                 Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
             }
         };
         speak("apply");
-        assert!(repair.apply().await.unwrap().holds());
+        if let Some(repair) = repair {
+            assert!(repair.apply().await.unwrap().holds());
+        }
         speak("done");
     });
     hear();
