@@ -11,6 +11,7 @@ use axum::http::header::{self, HOST, HeaderName};
 use axum::http::{HeaderValue, StatusCode};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
+use replite::Forwarded;
 
 use crate::api::Failure;
 
@@ -28,8 +29,8 @@ const HEADERS: [(HeaderName, &str); 3] = [
 /// A balancer asks these by whatever name.
 const PROBES: [&str; 3] = ["/livez", "/readyz", "/healthz"];
 
-/// What an instance is called, by itself and by the others: they forward what their clients asked
-/// them, with the name that the client used.
+/// What an instance is called, by itself and by the others: what they forward has the name that the
+/// client used.
 pub(crate) struct Names(Vec<String>);
 
 impl Names {
@@ -61,7 +62,10 @@ fn plain(name: &str) -> String {
 
 /// Refuses requests under other names. It goes around the replay layer: no instance forwards them.
 pub(crate) async fn guard(State(names): State<Arc<Names>>, request: Request, next: Next) -> Response {
-    let ours = PROBES.contains(&request.uri().path()) || names.are_in(&request);
+    // The instance that took a request from its client has looked at the name already. What comes by
+    // its address, and not on the private channel, has to have a name of `--peers`.
+    let looked_at = request.extensions().get::<Forwarded>().is_some();
+    let ours = looked_at || PROBES.contains(&request.uri().path()) || names.are_in(&request);
     let mut response = match ours {
         true => next.run(request).await,
         // Not 421: by that instances tell each other that they are no primary.
