@@ -384,6 +384,23 @@ async fn an_instance_answers_to_its_own_names_and_says_what_its_page_may_do() {
     tokio::task::block_in_place(|| example.end());
 }
 
+/// What one forwards has its own name, which the other does not know.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn instances_that_were_not_told_each_others_names_forward_all_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let Example { process: primary, urls } = Example::one(&dir.path().join("p"), &[]);
+    listening(&urls[0]).await;
+    let replica = Example::replica_of(&urls[0], &dir.path().join("r"));
+    listening(&replica.urls[0]).await;
+    let added = add(&replica.urls[0], "forwarded").await;
+    assert_eq!(added.status, 201, "{added:?}");
+    listed(&urls[0], "forwarded").await;
+    tokio::task::block_in_place(|| {
+        replica.process.end();
+        primary.end();
+    });
+}
+
 /// Clients that say nothing, or half of something, are hung up on, and others are served meanwhile.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clients_that_ask_nothing_are_hung_up_on() {

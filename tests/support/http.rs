@@ -181,6 +181,14 @@ impl Example {
         })
     }
 
+    /// A replica of that one, which does not know it by a name of its own, and is not known by one.
+    pub(crate) fn replica_of(primary: &str, data: &Path) -> Example {
+        let address = format!("127.0.0.1:{}", own_port());
+        Example::start(vec![format!("http://{address}")], |c| {
+            c.args(["node", "--listen", &address, "--primary", primary, "--data"]).arg(data);
+        })
+    }
+
     /// One of the three instances from this port on, with this lease.
     pub(crate) fn with_lease(first: u16, index: u16, data: &Path, lease: &str) -> Example {
         let (urls, port) = (urls(first), first + index);
