@@ -216,14 +216,9 @@ impl ChannelLines {
                 return;
             }
         }
-        let (lines, to) = (self.clone(), to.clone());
-        self.spawn.execute(async move {
-            let late = || DialFailure::Unreachable("no connection in time".into());
-            let dialled = tokio::time::timeout(DIAL_LIMIT, lines.dial(&to.url)).await;
-            let dialled = dialled.unwrap_or_else(|_| Err(late()));
-            let failed = lines.end_dial(&to, dialled);
-            lines.dialled.send_replace(DialEnd { to, failed });
-        });
+        let given_up = Err(DialFailure::Unreachable("no connection in time".into()));
+        let mut dial = OpenDial { lines: self.clone(), to: to.clone(), outcome: Some(given_up) };
+        self.spawn.execute(async move { dial.run().await });
     }
 
     fn end_dial(&self, to: &LineTarget, dialled: Result<Line, DialFailure>) -> Option<DialFailure> {
@@ -354,6 +349,30 @@ impl ChannelLines {
             Some(FORWARDS_NOT_SERVED) => Ok(None),
             _ => Err(PeerProblem::Connection("it broke off before it said whether it serves".into())),
         }
+    }
+}
+
+/// A try to open a connection. Those that wait for it hear of its end, however it ends.
+struct OpenDial {
+    lines: ChannelLines,
+    to: LineTarget,
+    outcome: Option<Result<Line, DialFailure>>,
+}
+
+impl OpenDial {
+    async fn run(&mut self) {
+        let dialled = tokio::time::timeout(DIAL_LIMIT, self.lines.dial(&self.to.url)).await;
+        if let Ok(dialled) = dialled {
+            self.outcome = Some(dialled);
+        }
+    }
+}
+
+impl Drop for OpenDial {
+    fn drop(&mut self) {
+        let Some(outcome) = self.outcome.take() else { return };
+        let failed = self.lines.end_dial(&self.to, outcome);
+        self.lines.dialled.send_replace(DialEnd { to: self.to.clone(), failed });
     }
 }
 
