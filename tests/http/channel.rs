@@ -4,9 +4,6 @@
 use std::future::IntoFuture;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
 
 use axum::Router;
 use axum::body::Body;
@@ -129,13 +126,18 @@ fn app(db: &Db) -> Router {
 /// A node with a server for its clients. What other nodes forward reaches it by the channel or not
 /// at all: it says that its application is elsewhere.
 async fn node(path: &Path, door: Door, given: Given, primary: Option<&Node>) -> Node {
+    node_at(NOWHERE, path, door, given, primary).await
+}
+
+/// The same, which says that its application is there.
+async fn node_at(at: &str, path: &Path, door: Door, given: Given, primary: Option<&Node>) -> Node {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();
     let replication = match door {
         Door::Own => format!("replite://127.0.0.1:{}", own_port()),
         Door::Mounted => format!("http://{address}"),
     };
-    let addresses = replite::Addresses::new(NOWHERE).replication(&replication);
+    let addresses = replite::Addresses::new(at).replication(&replication);
     let mut config = Config::new(path).database("app").secret(secret()).addresses(addresses);
     if door == Door::Own {
         config = config.listen(replication.strip_prefix("replite://").unwrap().parse().unwrap());
@@ -262,28 +264,25 @@ async fn a_websocket_reaches_the_primary() {
 async fn nothing_is_said_in_the_clear_to_a_primary_that_serves_no_channel() {
     for given in [Given::Yes, Given::Not] {
         let dir = tempfile::tempdir().unwrap();
-        let public = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let primary = node(&dir.path().join("p.db"), Door::Own, Given::Not, None).await;
-        let came = Arc::new(AtomicUsize::new(0));
-        drop(public);
+        let clear = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = format!("http://{}", clear.local_addr().unwrap());
+        let primary = node_at(&at, &dir.path().join("p.db"), Door::Own, Given::Not, None).await;
         let replica = node(&dir.path().join("r.db"), Door::Own, given, Some(&primary)).await;
-        let sent = tokio::spawn(send(post_to(replica.url("/"), "secret")));
+        let sent = send(post_to(replica.url("/"), "secret"));
         if given == Given::Yes {
-            let said = async {
-                while replica.db.status().position.is_none()
-                    || !sent.is_finished() && came.load(Ordering::Relaxed) < 20
-                {
-                    came.fetch_add(1, Ordering::Relaxed);
-                    tokio::time::sleep(Duration::from_millis(10)).await;
-                }
-            };
-            within("some tries", said).await;
-            // As soon as it is given its application, what waits gets there.
+            tokio::select! {
+                // After it was held.
+                answer = sent => assert_eq!((answer.status, answer.header("replite-outcome")), (503, "not-executed")),
+                _ = clear.accept() => panic!("it goes to the application's address"),
+            }
+            // Once the primary is given its application, requests get there.
             primary.db.serve_forwarded(app(&primary.db)).unwrap();
-            assert_eq!(sent.await.unwrap().status, 201);
+            assert_eq!(send(post_to(replica.url("/"), "secret")).await.status, 201);
         } else {
-            // By the application's address, as it says: there is nobody.
-            assert_eq!(sent.await.unwrap().status, 503);
+            tokio::select! {
+                answer = sent => panic!("{answer:?}"),
+                came = clear.accept() => drop(came.unwrap()),
+            }
         }
         end([primary, replica]).await;
     }
