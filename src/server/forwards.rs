@@ -146,7 +146,10 @@ impl ForwardExchange {
             return;
         };
         if !self.app.serves() {
-            let _ = sender.send(Bytes::from_static(&[FORWARDS_NOT_SERVED])).await;
+            // To its end: one that breaks off takes the word with it.
+            if sender.send(Bytes::from_static(&[FORWARDS_NOT_SERVED])).await.is_ok() {
+                let _ = sender.finish().await;
+            }
             return;
         }
         // Before the word, which the other side waits for.

@@ -137,7 +137,8 @@ async fn answer(server: Arc<Server>, request: Request<Incoming>) -> Result<Respo
 
 fn refusal(status: u16, code: &str) -> Result<Response<Full<Bytes>>, Failure> {
     let body = format!(
-        "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<Error><Code>{code}</Code><Message>A fault on demand.</Message></Error>"
+        "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n\
+         <Error><Code>{code}</Code><Message>A fault on demand.</Message></Error>"
     );
     let mut response = Response::new(Full::from(body));
     *response.status_mut() = StatusCode::from_u16(status)?;
