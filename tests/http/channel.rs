@@ -42,6 +42,8 @@ const NOWHERE: &str = "http://127.0.0.1:9";
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Given {
     Yes,
+    /// And forwards in clear text where it has to.
+    InClear,
     Not,
 }
 
@@ -59,6 +61,10 @@ impl Node {
 }
 
 fn app(db: &Db) -> Router {
+    app_of(db, false)
+}
+
+fn app_of(db: &Db, in_clear: bool) -> Router {
     async fn add(State(db): State<Db>, text: String) -> Result<StatusCode, Error> {
         db.write(move |tx| Ok::<_, Error>(tx.execute("INSERT INTO t(who) VALUES (?1)", [text])?)).await?;
         Ok(StatusCode::CREATED)
@@ -119,7 +125,10 @@ fn app(db: &Db) -> Router {
         .route("/no-chat", any(|| async { StatusCode::NO_CONTENT }))
         .with_state(db.clone())
         .layer(
-            db.replay_layer().route_prefix("/chat", Route::Primary).route_prefix("/no-chat", Route::Primary),
+            db.replay_layer()
+                .forward_in_clear(in_clear)
+                .route_prefix("/chat", Route::Primary)
+                .route_prefix("/no-chat", Route::Primary),
         )
 }
 
@@ -147,8 +156,8 @@ async fn node_at(at: &str, path: &Path, door: Door, given: Given, primary: Optio
         Some(primary) => config.lease(lease::Fixed::replica_of(&primary.replication)),
     };
     let db = Db::open(config).await.unwrap();
-    let app = app(&db);
-    if given == Given::Yes {
+    let app = app_of(&db, given == Given::InClear);
+    if given != Given::Not {
         db.serve_forwarded(app.clone()).unwrap();
     }
     let app = app.nest_service("/_replite", db.service());
@@ -262,7 +271,7 @@ async fn a_websocket_reaches_the_primary() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn nothing_is_said_in_the_clear_to_a_primary_that_serves_no_channel() {
-    for given in [Given::Yes, Given::Not] {
+    for given in [Given::Yes, Given::InClear, Given::Not] {
         let dir = tempfile::tempdir().unwrap();
         let clear = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let at = format!("http://{}", clear.local_addr().unwrap());
