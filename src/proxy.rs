@@ -14,10 +14,12 @@
 //!    `exchange`. `locate` knows where that is, and holds the request while there is none. `intake`
 //!    takes small bodies in first.
 //! 5. `redirect` sends the client there in place of this node, where the layer is set up for that.
-//! 6. `dial` has the connections. Those of the private channel are in `channel`, and `on_line`
-//!    counts what is on each. Others go to the application's address: `connect` opens them, with
-//!    TLS where the URL says so, and `http2` is the one in HTTP/2. `preface` watches servers of
-//!    HTTP/2. `tunnel` carries the bytes after an upgrade, which `switched` says in HTTP/2.
+//! 6. `dial` has the connections. Those of the private channel are in `channel`, `exchanges` puts
+//!    requests on one, and `on_line` counts them. Others go to the application's address: `connect`
+//!    opens them, with TLS where the URL says so, and `http2` is the one in HTTP/2. `preface`
+//!    watches servers of HTTP/2. What comes back is a `primary_body`, which breaks off where the
+//!    client takes nothing of it, or (`idle`) the primary sends nothing. `tunnel` carries the bytes
+//!    after an upgrade, which `switched` says in HTTP/2.
 //! 7. `reply` sets tokens on what a local handler answered. `failure` is the answer to a request
 //!    that could not be done.
 //!
@@ -39,6 +41,7 @@ mod client;
 mod connect;
 mod dial;
 mod exchange;
+mod exchanges;
 mod failure;
 mod forward;
 pub(crate) mod forwarded;
@@ -47,6 +50,7 @@ mod head;
 pub(crate) mod headers;
 mod hop;
 mod http2;
+mod idle;
 mod intake;
 mod layer;
 mod locate;
@@ -54,6 +58,7 @@ mod on_line;
 mod origin;
 mod plan;
 mod preface;
+mod primary_body;
 mod proxies;
 mod redirect;
 mod replay_body;

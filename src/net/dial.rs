@@ -121,7 +121,7 @@ pub(crate) async fn open(
     let probed = !matches!(way, Way::Direct);
     let dial = Dial { channel, to, tracker, heard: Arc::new(Heard::new()) };
     let heard = dial.heard.clone();
-    match dial.open_on(Prompt(io), way, path, head).await {
+    match dial.open_on(Prompt::new(io), way, path, head).await {
         // A server without HTTP/2 mostly hangs up on our preface without a word. So does a link
         // that breaks. A second question tells which it was.
         Err(PeerProblem::Connection(_)) if probed && heard.bytes() == 0 && lacks_http2(to).await => {
@@ -159,7 +159,8 @@ pub(crate) async fn open_for_forwards(
     let heard = Arc::new(Heard::new());
     let dial = Dial { channel, to, tracker, heard: heard.clone() };
     let cut = Box::pin(stop.clone().cancelled_owned());
-    let io = WatchedStream { io: Prompt(io), first: Arc::default(), heard, cut, _refills: Refills };
+    let io = if matches!(way, Way::Direct) { Prompt::unhurried(io) } else { Prompt::new(io) };
+    let io = WatchedStream { io, first: Arc::default(), heard, cut, _refills: Refills };
     match way {
         Way::Clear => Err(PeerProblem::NotPrivate),
         Way::Direct => {

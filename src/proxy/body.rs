@@ -2,21 +2,18 @@
 //! client.
 
 use std::pin::Pin;
-use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
-use http_body_util::Full;
 use http_body_util::combinators::UnsyncBoxBody;
-use hyper::body::Incoming;
+use http_body_util::{Empty, Full};
 use pin_project_lite::pin_project;
-use tokio::time::{Instant, Sleep};
 
 use crate::proxy::BoxError;
-use crate::proxy::on_line::OnLine;
+use crate::proxy::idle::IdleTimeoutBody;
+use crate::proxy::primary_body::LastingBody;
 use crate::proxy::replay_body::{DrainOnDrop, Keep};
-use crate::proxy::shares::Taken;
 
 pin_project! {
     /// A request's body as the wrapped service gets it: the one that came in. The layer may be able
@@ -183,17 +180,16 @@ impl<RB> std::fmt::Debug for ReplayResponseBody<RB> {
     }
 }
 
+/// A body on its way to the primary.
+pub(super) type Outgoing = IdleTimeoutBody<ReplayRequestBody<Empty<Bytes>>>;
+
 /// An application's response on its way to the node that forwarded the request.
 pub(crate) type AppBody = UnsyncBoxBody<Bytes, BoxError>;
 
 /// The body of a response that the wrapped service did not make.
 pub(super) enum MadeBody {
-    /// The primary's, and its place among those that are on their way.
-    Primary {
-        body: IdleTimeoutBody<Incoming>,
-        /// A place among those that last, and one on a connection of the private channel.
-        _until_the_end: Option<(Taken, Option<OnLine>)>,
-    },
+    /// The primary's.
+    Primary(LastingBody),
     /// This node's own application's.
     App(AppBody),
     /// The layer's own.
@@ -209,7 +205,7 @@ impl Body for MadeBody {
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
         match self.get_mut() {
-            MadeBody::Primary { body, .. } => Pin::new(body).poll_frame(cx),
+            MadeBody::Primary(body) => Pin::new(body).poll_frame(cx),
             MadeBody::App(body) => Pin::new(body).poll_frame(cx),
             MadeBody::Own(body) => Pin::new(body).poll_frame(cx).map_err(Into::into),
         }
@@ -217,7 +213,7 @@ impl Body for MadeBody {
 
     fn is_end_stream(&self) -> bool {
         match self {
-            MadeBody::Primary { body, .. } => body.is_end_stream(),
+            MadeBody::Primary(body) => body.is_end_stream(),
             MadeBody::App(body) => body.is_end_stream(),
             MadeBody::Own(body) => body.is_end_stream(),
         }
@@ -225,61 +221,9 @@ impl Body for MadeBody {
 
     fn size_hint(&self) -> SizeHint {
         match self {
-            MadeBody::Primary { body, .. } => body.size_hint(),
+            MadeBody::Primary(body) => body.size_hint(),
             MadeBody::App(body) => body.size_hint(),
             MadeBody::Own(body) => body.size_hint(),
         }
-    }
-}
-
-/// A body that fails when nothing comes for too long.
-pub(super) struct IdleTimeoutBody<B> {
-    body: B,
-    /// None: any pause is fine, as in an event stream.
-    idle: Option<Duration>,
-    /// Set while the body has nothing to give.
-    since: Option<Instant>,
-    sleep: Option<Pin<Box<Sleep>>>,
-}
-
-impl<B> IdleTimeoutBody<B> {
-    pub(super) fn new(body: B, idle: Option<Duration>) -> IdleTimeoutBody<B> {
-        IdleTimeoutBody { body, idle, since: None, sleep: None }
-    }
-}
-
-impl<B> Body for IdleTimeoutBody<B>
-where
-    B: Body<Data = Bytes> + Unpin,
-    B::Error: Into<BoxError>,
-{
-    type Data = Bytes;
-    type Error = BoxError;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        let this = &mut *self;
-        if let Poll::Ready(frame) = Pin::new(&mut this.body).poll_frame(cx) {
-            this.since = None;
-            return Poll::Ready(frame.map(|f| f.map_err(Into::into)));
-        }
-        let Some(idle) = this.idle else { return Poll::Pending };
-        let due = *this.since.get_or_insert_with(Instant::now) + idle;
-        let sleep = this.sleep.get_or_insert_with(|| Box::pin(tokio::time::sleep_until(due)));
-        if sleep.deadline() != due {
-            sleep.as_mut().reset(due);
-        }
-        ready!(sleep.as_mut().poll(cx));
-        Poll::Ready(Some(Err(format!("nothing came for {idle:?}").into())))
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        self.body.size_hint()
     }
 }

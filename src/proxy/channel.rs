@@ -6,19 +6,15 @@
 
 use std::fmt;
 use std::future::Future;
-use std::pin::Pin;
 use std::sync::{Arc, Mutex};
-use std::task::{Context, Poll};
 use std::time::Duration;
 
 use bytes::Bytes;
+use h2::client::Connection;
+use h2::{PingPong, SendStream};
 use http::{Method, Request, Response, Uri};
-use http_body::{Body, Frame, SizeHint};
-use hyper::body::Incoming;
-use hyper::client::conn::http2::{Builder, SendRequest};
 use hyper::rt::Executor;
-use hyper_util::rt::{TokioIo, TokioTimer};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::watch;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
@@ -28,9 +24,10 @@ use crate::handshake::{self, Asker, FORWARD_PATH, FORWARDS_NOT_SERVED, FORWARDS_
 use crate::lock::lock;
 use crate::net::{self, Endpoint, PrivateConnection};
 use crate::peer::{Incarnation, NodeId, PeerKey};
-use crate::proxy::BoxError;
-use crate::proxy::connect::{Outgoing, POOL_IDLE_SECONDS, SendError, Spawn};
-use crate::proxy::http2::{PING_INTERVAL, PING_TIMEOUT, name, was_not_begun};
+use crate::proxy::body::Outgoing;
+use crate::proxy::connect::{POOL_IDLE_SECONDS, SendError, Spawn};
+use crate::proxy::exchanges::{self, ExchangeBody, ExchangeError, Exchanges};
+use crate::proxy::http2::{PING_INTERVAL, PING_TIMEOUT, name, was_not_looked_at};
 use crate::proxy::on_line::{LineUse, OnLine};
 use crate::proxy::preface::{Spoken, WatchedIo};
 use crate::proxy::switched;
@@ -107,14 +104,15 @@ impl From<DialFailure> for SendError {
 
 /// A connection.
 struct Line {
-    way: SendRequest<ChannelBody>,
+    way: Exchanges,
     shown: Spoken,
     used: Arc<LineUse>,
+    ended: CancellationToken,
 }
 
 impl Line {
     fn is_usable(&self) -> bool {
-        !self.way.is_closed()
+        !self.ended.is_cancelled()
             && !self.used.is_retired()
             && !self.used.is_idle(Duration::from_secs(POOL_IDLE_SECONDS))
     }
@@ -136,7 +134,7 @@ impl ChannelLines {
         to: &LineTarget,
         limit: Duration,
         mut request: Request<Outgoing>,
-    ) -> Result<(Response<Incoming>, OnLine), SendError> {
+    ) -> Result<(Response<ExchangeBody>, OnLine), SendError> {
         name(&mut request)?;
         let switches = request.headers().contains_key(http::header::UPGRADE);
         if switches {
@@ -146,16 +144,21 @@ impl ChannelLines {
             Ok(line) => line?,
             Err(_) => return Err(SendError::Unreachable("no connection in time".into())),
         };
-        let sent = line.way.clone().send_request(request.map(ChannelBody::Request)).await;
-        match sent {
+        match line.way.send(request).await {
             Ok(mut response) => {
                 if switches {
                     switched::answered(&mut response);
                 }
                 Ok((response, on_line))
             }
-            Err(error) if was_not_begun(&error, &line.shown) => Err(SendError::NotBegun(error.into())),
-            Err(error) => Err(SendError::Broken(error.into())),
+            Err(ExchangeError::Closed(error)) => {
+                line.used.retire();
+                Err(SendError::NotBegun(error.into()))
+            }
+            Err(ExchangeError::Broken(error)) if was_not_looked_at(&error, &line.shown) => {
+                Err(SendError::NotBegun(error.into()))
+            }
+            Err(ExchangeError::Broken(error)) => Err(SendError::Broken(error.into())),
         }
     }
 
@@ -243,24 +246,16 @@ impl ChannelLines {
         let (knock, PrivateConnection { io, binding }) = opened.map_err(|problem| why(&problem))?;
         let io = WatchedIo::new(io, true);
         let shown = io.shown();
-        let mut builder = Builder::new(self.spawn.clone());
-        builder
-            .timer(TokioTimer::new())
-            .initial_stream_window_size(net::FORWARD_WINDOW_BYTES)
-            .initial_connection_window_size(net::FORWARDS_WINDOW_BYTES)
-            .max_frame_size(net::FRAME_MAX_BYTES)
-            .max_header_list_size(net::FORWARD_HEAD_MAX_BYTES)
-            .keep_alive_interval(PING_INTERVAL)
-            .keep_alive_timeout(PING_TIMEOUT);
-        let began = builder.handshake(TokioIo::new(io)).await;
-        let (mut way, connection) = began.map_err(|error| why(&error))?;
+        let began = exchanges::begin(io, self.spawn.clone()).await;
+        let (way, mut connection) = began.map_err(|error| why(&error))?;
+        let pings = connection.ping_pong();
         let (cut, ended) = (CancellationToken::new(), CancellationToken::new());
-        self.spawn.execute(self.keep(connection, cut.clone(), ended.clone().drop_guard()));
-        let proved = self.prove(&mut way, &endpoint, &knock).await.map_err(|problem| why(&problem))?;
+        self.spawn.execute(self.keep((connection, pings), cut.clone(), ended.clone().drop_guard()));
+        let proved = self.prove(&way, &endpoint, &knock).await.map_err(|problem| why(&problem))?;
         let Some((exchange, proved)) = proved else { return Err(DialFailure::NotServed) };
         let used = LineUse::new(exchange);
-        self.watch(&used, (proved, binding.server()), cut, ended);
-        Ok(Line { way, shown, used })
+        self.watch(&used, (proved, binding.server()), cut, ended.clone());
+        Ok(Line { way, shown, used, ended })
     }
 
     /// Sends nothing more on a connection whose secret is dropped. What stands with a key that is
@@ -289,23 +284,27 @@ impl ChannelLines {
     }
 
     /// Runs a connection, and lets go of those that are not used.
-    fn keep<C>(
+    fn keep(
         &self,
-        connection: C,
+        (connection, pings): (Connection<WatchedIo>, Option<PingPong>),
         cut: CancellationToken,
         ended: DropGuard,
-    ) -> impl Future<Output = ()> + Send + use<C>
-    where
-        C: Future<Output: Send> + Send,
-    {
+    ) -> impl Future<Output = ()> + Send + use<> {
         let open = Arc::downgrade(&self.open);
         async move {
             let _ended = ended;
             let mut connection = std::pin::pin!(connection);
+            let mut silent = std::pin::pin!(async {
+                match pings {
+                    Some(pings) => exchanges::ping(pings, PING_INTERVAL, PING_TIMEOUT).await,
+                    None => std::future::pending().await,
+                }
+            });
             loop {
                 tokio::select! {
                     // Each request on it hears of its end.
                     _ = connection.as_mut() => return,
+                    () = silent.as_mut() => return,
                     () = cut.cancelled() => return,
                     () = tokio::time::sleep(Duration::from_secs(POOL_IDLE_SECONDS)) => {}
                 }
@@ -320,27 +319,28 @@ impl ChannelLines {
     /// as long as the connection; none where the application there takes no such requests.
     async fn prove(
         &self,
-        way: &mut SendRequest<ChannelBody>,
+        way: &Exchanges,
         to: &Endpoint,
         knock: &Knock,
     ) -> Result<Option<(ProvedExchange, Proved)>, PeerProblem> {
         let broken = |error: &dyn fmt::Display| PeerProblem::Connection(error.to_string());
         let keys = &self.asker.keys;
-        let (prover, body) = ChannelBody::proof();
-        let mut request = Request::new(body);
+        let mut request = Request::new(());
         *request.method_mut() = Method::POST;
         let uri = format!("http://{}{FORWARD_PATH}", to.authority());
         *request.uri_mut() = uri.parse::<Uri>().map_err(|error| broken(&error))?;
         *request.headers_mut() = knock.headers(keys).map_err(|error| broken(&error))?;
-        let (head, body) = way.send_request(request).await.map_err(|error| broken(&error))?.into_parts();
-        let mut body = net::Incoming::new(body);
+        let opened = way.open(request, false).await;
+        let (response, mut prover) = opened.map_err(|error| broken(&error))?;
+        let (head, body) = response.await.map_err(|error| broken(&error))?.into_parts();
+        let mut body = net::Incoming::new(ExchangeBody::new(body));
         let (answer, proved) = match handshake::read_head((head.status, &head.headers), knock, keys) {
             Ok(answer) => answer,
             Err(Some(problem)) => return Err(problem),
             Err(None) => return Err(foreign(head.status, &head.headers, &mut body).await),
         };
         let proof = Bytes::copy_from_slice(&handshake::prove_forwards(knock, &answer.nonce, keys));
-        prover.send(proof).await.map_err(|_| broken(&"it hung up before the proof"))?;
+        prover.send_data(proof, false).map_err(|_| broken(&"it hung up before the proof"))?;
         let said = body.next().await.and_then(Result::ok).and_then(|bytes| bytes.first().copied());
         match said {
             Some(FORWARDS_SERVED) => {
@@ -391,7 +391,7 @@ enum LinePlace {
 
 /// The two bodies of the exchange that a connection begins with.
 struct ProvedExchange {
-    _prover: mpsc::Sender<Bytes>,
+    _prover: SendStream<Bytes>,
     /// In a mutex, as it is shared.
     _body: Mutex<net::Incoming>,
 }
@@ -399,49 +399,5 @@ struct ProvedExchange {
 impl fmt::Debug for ChannelLines {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("ChannelLines").finish_non_exhaustive()
-    }
-}
-
-/// What goes out on such a connection.
-pub(super) enum ChannelBody {
-    Proof(mpsc::Receiver<Bytes>),
-    Request(Outgoing),
-}
-
-impl ChannelBody {
-    fn proof() -> (mpsc::Sender<Bytes>, ChannelBody) {
-        let (sender, receiver) = mpsc::channel(1);
-        (sender, ChannelBody::Proof(receiver))
-    }
-}
-
-impl Body for ChannelBody {
-    type Data = Bytes;
-    type Error = BoxError;
-
-    fn poll_frame(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        match self.get_mut() {
-            ChannelBody::Proof(receiver) => {
-                receiver.poll_recv(cx).map(|next| next.map(|b| Ok(Frame::data(b))))
-            }
-            ChannelBody::Request(body) => Pin::new(body).poll_frame(cx),
-        }
-    }
-
-    fn is_end_stream(&self) -> bool {
-        match self {
-            ChannelBody::Proof(_) => false,
-            ChannelBody::Request(body) => body.is_end_stream(),
-        }
-    }
-
-    fn size_hint(&self) -> SizeHint {
-        match self {
-            ChannelBody::Proof(_) => SizeHint::default(),
-            ChannelBody::Request(body) => body.size_hint(),
-        }
     }
 }

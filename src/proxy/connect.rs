@@ -16,7 +16,6 @@ use tower::Service;
 
 use crate::net::ServerTls;
 use crate::proxy::BoxError;
-use crate::proxy::body::{IdleTimeoutBody, ReplayRequestBody};
 use crate::proxy::preface::WatchedIo;
 
 /// How long an unused connection is kept: less than any server or proxy on the way is likely to
@@ -25,9 +24,6 @@ pub(super) const POOL_IDLE_SECONDS: u64 = 15;
 
 /// TCP probes an idle connection after so many seconds. The node notices a dead machine by that.
 const KEEPALIVE_SECONDS: u64 = 15;
-
-/// A body on its way to the primary.
-pub(super) type Outgoing = IdleTimeoutBody<ReplayRequestBody<http_body_util::Empty<bytes::Bytes>>>;
 
 /// Why there is no response.
 #[derive(Debug)]

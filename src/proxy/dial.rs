@@ -4,18 +4,19 @@ use std::error::Error as _;
 use std::time::Duration;
 
 use http::{Request, Response};
-use hyper::body::Incoming;
 use hyper_util::client::legacy::Client;
 use hyper_util::rt::TokioTimer;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
 use crate::net::{ServerTls, was_refused};
-use crate::proxy::body::{IdleTimeoutBody, ReplayRequestBody};
+use crate::proxy::body::{Outgoing, ReplayRequestBody};
 use crate::proxy::channel::{ChannelLines, LineTarget};
-use crate::proxy::connect::{Connector, Outgoing, POOL_IDLE_SECONDS, SendError, Spawn};
+use crate::proxy::connect::{Connector, POOL_IDLE_SECONDS, SendError, Spawn};
 use crate::proxy::http2::Http2;
+use crate::proxy::idle::IdleTimeoutBody;
 use crate::proxy::on_line::OnLine;
+use crate::proxy::primary_body::PrimaryBody;
 use crate::proxy::replay_body::Keep;
 
 /// Unused connections that are kept to one node.
@@ -76,17 +77,23 @@ impl Dialer {
         body: &Keep,
         idle: Duration,
         answer: Duration,
-    ) -> Result<(Response<Incoming>, Option<OnLine>), SendError> {
+    ) -> Result<(Response<PrimaryBody>, Option<OnLine>), SendError> {
         let outgoing = IdleTimeoutBody::new(ReplayRequestBody::kept(body.clone()), Some(idle));
         let request = head.map(|()| outgoing);
         body.begins();
         let response = async {
             match passage {
-                Passage::Http1 => self.http1.request(request).await.map(|r| (r, None)).map_err(sort),
-                Passage::Http2 => self.http2.request(request).await.map(|r| (r, None)),
+                Passage::Http1 => {
+                    let sent = self.http1.request(request).await;
+                    sent.map(|r| (r.map(PrimaryBody::Network), None)).map_err(sort)
+                }
+                Passage::Http2 => {
+                    let sent = self.http2.request(request).await;
+                    sent.map(|r| (r.map(PrimaryBody::Network), None))
+                }
                 Passage::Channel(lines, to) => {
                     let sent = lines.request(to, self.connect, request).await;
-                    sent.map(|(response, on_line)| (response, Some(on_line)))
+                    sent.map(|(r, on_line)| (r.map(PrimaryBody::Channel), Some(on_line)))
                 }
             }
         };

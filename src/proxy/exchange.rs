@@ -2,14 +2,15 @@
 
 use http::header::{CONTENT_TYPE, HOST};
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, Uri, Version};
-use hyper::body::Incoming;
 
 use crate::proxy::BoxError;
-use crate::proxy::body::{IdleTimeoutBody, MadeBody};
+use crate::proxy::body::MadeBody;
 use crate::proxy::head::Head;
 use crate::proxy::headers::{HOP, PRIMARY, strip_answer};
 use crate::proxy::hop::Hint;
+use crate::proxy::idle::IdleTimeoutBody;
 use crate::proxy::on_line::OnLine;
+use crate::proxy::primary_body::PrimaryBody;
 use crate::proxy::shared::LayerShared;
 use crate::proxy::shares::{Demand, Taken};
 
@@ -56,7 +57,7 @@ fn join(app: &str, target: &str) -> Result<Uri, BoxError> {
 }
 
 /// What a node that is not the primary says about it.
-pub(super) fn hinted(response: &Response<Incoming>, shared: &LayerShared, hop: &str) -> Option<Hint> {
+pub(super) fn hinted(response: &Response<PrimaryBody>, shared: &LayerShared, hop: &str) -> Option<Hint> {
     if response.status() != StatusCode::MISDIRECTED_REQUEST {
         return None;
     }
@@ -68,7 +69,7 @@ pub(super) fn hinted(response: &Response<Incoming>, shared: &LayerShared, hop: &
 pub(super) fn relay(
     shared: &LayerShared,
     head: &Head,
-    mut response: Response<Incoming>,
+    mut response: Response<PrimaryBody>,
     place: Taken,
     on_line: Option<OnLine>,
 ) -> Response<MadeBody> {
@@ -84,7 +85,8 @@ pub(super) fn relay(
     let events =
         parts.headers.get(CONTENT_TYPE).is_some_and(|t| t.as_bytes().starts_with(b"text/event-stream"));
     let idle = (!events).then_some(shared.options.idle_timeout);
-    let body = MadeBody::Primary { body: IdleTimeoutBody::new(body, idle), _until_the_end: until_the_end };
+    let body = shared.responses.body(IdleTimeoutBody::new(body, idle), until_the_end);
+    let body = MadeBody::Primary(body);
     let mut response = Response::from_parts(parts, body);
     if let Some(upgrade) = &head.upgrade {
         upgrade.answer(&mut response);

@@ -6,7 +6,7 @@ use std::time::Duration;
 use http::Response;
 
 use crate::context::RunningRequest;
-use crate::proxy::body::{IdleTimeoutBody, MadeBody, ReplayRequestBody};
+use crate::proxy::body::{MadeBody, ReplayRequestBody};
 use crate::proxy::channel::LineTarget;
 use crate::proxy::connect::SendError;
 use crate::proxy::dial::{Passage, Protocol};
@@ -15,6 +15,7 @@ use crate::proxy::failure::{Failure, Outcome, Reason};
 use crate::proxy::forwarded::Forwarded;
 use crate::proxy::head::Head;
 use crate::proxy::hop::{About, HOPS_MAX, Hint, Hop};
+use crate::proxy::idle::IdleTimeoutBody;
 use crate::proxy::intake::take_in;
 use crate::proxy::locate::{HoldLimit, RequestTarget, find, look, superseded, wait};
 use crate::proxy::redirect::redirect;

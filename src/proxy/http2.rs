@@ -15,7 +15,8 @@ use tokio::sync::Mutex;
 use tokio::time::Instant;
 use tower::Service;
 
-use crate::proxy::connect::{ChoseHttp1, Connector, Outgoing, POOL_IDLE_SECONDS, SendError, Spawn};
+use crate::proxy::body::Outgoing;
+use crate::proxy::connect::{ChoseHttp1, Connector, POOL_IDLE_SECONDS, SendError, Spawn};
 use crate::proxy::preface::Spoken;
 
 /// How often a connection with requests on it is pinged.
@@ -139,12 +140,12 @@ pub(super) fn name<B>(request: &mut Request<B>) -> Result<(Scheme, Authority), S
 /// A node that goes away says first that it does, and later which request was the last. An error
 /// between the two tells nothing of a request that was put on the connection in that moment.
 pub(super) fn was_not_begun(error: &hyper::Error, shown: &Spoken) -> bool {
-    if error.is_canceled() {
-        return true;
-    }
-    let Some(error) = error.source().and_then(|source| source.downcast_ref::<h2::Error>()) else {
-        return false;
-    };
+    let inner = || error.source().and_then(|source| source.downcast_ref::<h2::Error>());
+    error.is_canceled() || inner().is_some_and(|error| was_not_looked_at(error, shown))
+}
+
+/// The same of a request that was put on the connection.
+pub(super) fn was_not_looked_at(error: &h2::Error, shown: &Spoken) -> bool {
     let refused = error.is_reset() && error.reason() == Some(h2::Reason::REFUSED_STREAM);
     error.is_remote() && (error.is_go_away() && shown.said_last() || refused)
 }

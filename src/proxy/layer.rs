@@ -18,6 +18,7 @@ use crate::proxy::budget::Budget;
 use crate::proxy::client::PrimaryClient;
 use crate::proxy::dial::Dialer;
 use crate::proxy::failure::Failure;
+use crate::proxy::primary_body::LastingResponses;
 use crate::proxy::proxies::Proxies;
 use crate::proxy::route::Route;
 use crate::proxy::service::ReplayService;
@@ -139,11 +140,13 @@ impl ReplayLayer {
             proxies: Proxies::Unknown,
         };
         let (stop, tls) = (node.stop.clone(), ServerTls::default());
-        let dialer = Dialer::new(Duration::from_secs(1), stop, tls);
+        let dialer = Dialer::new(Duration::from_secs(1), stop.clone(), tls);
+        let responses = LastingResponses::new(IDLE_TIMEOUT, stop);
         let (held, forwards) = (Shares::new(HELD_MAX, CLIENT_MAX), Shares::new(FORWARDS_MAX, CLIENT_MAX));
         let (said, app) = (Arc::default(), AppDoor::default());
         let lasting = Shares::new(LASTING_MAX, LASTING_CLIENT_MAX);
-        let shared = LayerShared { node, tokens, dialer, held, forwards, lasting, said, app, options };
+        let shared =
+            LayerShared { node, tokens, dialer, held, forwards, lasting, responses, said, app, options };
         ReplayLayer { shared: Arc::new(shared) }
     }
 
@@ -352,7 +355,12 @@ impl ReplayLayer {
 
     /// The longest pause between two pieces of a forwarded body, either way (60 s). Event streams
     /// may pause for as long as they like. For requests see [`ReplayLayer::least_rate`], too.
-    pub fn idle_timeout(self, limit: Duration) -> Self {
+    ///
+    /// A response of which the client takes nothing for as long, event streams too, is broken off:
+    /// what has come of it, and its place, are for others.
+    pub fn idle_timeout(mut self, limit: Duration) -> Self {
+        let stop = self.shared.node.stop.clone();
+        Arc::make_mut(&mut self.shared).responses = LastingResponses::new(limit, stop);
         self.with(|o| (o.idle_timeout, o.budget.idle) = (limit, limit))
     }
 

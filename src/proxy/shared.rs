@@ -16,6 +16,7 @@ use crate::proxy::body::MadeBody;
 use crate::proxy::budget::Budget;
 use crate::proxy::dial::Dialer;
 use crate::proxy::failure::{Failure, Reason};
+use crate::proxy::primary_body::LastingResponses;
 use crate::proxy::proxies::Proxies;
 use crate::proxy::route::{Route, is_below};
 use crate::proxy::shares::Shares;
@@ -139,6 +140,8 @@ pub(super) struct LayerShared {
     pub(super) forwards: Shares,
     /// Places of responses that came, and have not come to their end.
     pub(super) lasting: Shares,
+    /// Those responses.
+    pub(super) responses: LastingResponses,
     pub(super) app: AppDoor,
     /// What is said of the layer when it is used first was said.
     pub(super) said: Arc<AtomicBool>,

@@ -24,7 +24,7 @@ pub(super) fn ask<B>(request: &mut Request<B>) -> Result<(), SendError> {
     let empty = headers.remove(CONTENT_LENGTH).is_none_or(|length| length == "0");
     let protocol = headers.remove(UPGRADE).filter(|_| empty);
     let protocol = protocol.as_ref().and_then(|name| name.to_str().ok()).ok_or(SendError::BadHost)?;
-    let protocol = Protocol::from(protocol);
+    let protocol = h2::ext::Protocol::from(protocol);
     *request.method_mut() = Method::CONNECT;
     request.extensions_mut().insert(protocol);
     Ok(())
@@ -78,6 +78,9 @@ mod tests {
         assert_eq!(request.method(), Method::CONNECT);
         assert!(request.headers().is_empty());
         let (mut parts, ()) = request.into_parts();
+        // As the server's library gives it.
+        let protocol: h2::ext::Protocol = parts.extensions.remove().unwrap();
+        parts.extensions.insert(Protocol::from(protocol.as_str()));
         assert!(asked(&mut parts));
         assert_eq!((parts.method, parts.headers), (Method::GET, before));
         for status in [101, 200, 204, 299, 302, 400, 404, 426, 500] {

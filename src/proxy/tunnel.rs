@@ -3,12 +3,15 @@
 use http::header::{CONNECTION, UPGRADE};
 use http::request::Parts;
 use http::{HeaderMap, HeaderName, HeaderValue, Method, Response, StatusCode};
-use hyper::body::Incoming;
 use hyper::ext::Protocol;
 use hyper::upgrade::OnUpgrade;
 use hyper_util::rt::TokioIo;
 use tokio_util::sync::CancellationToken;
 use uuid::Uuid;
+
+use crate::net::ByteStream;
+use crate::proxy::BoxError;
+use crate::proxy::primary_body::{PrimaryBody, PrimaryEnd};
 
 const SEC_WEBSOCKET_KEY: HeaderName = HeaderName::from_static("sec-websocket-key");
 const SEC_WEBSOCKET_ACCEPT: HeaderName = HeaderName::from_static("sec-websocket-accept");
@@ -51,14 +54,15 @@ impl Upgrade {
     /// `until_the_end` is what has to last as long; it is taken then.
     pub(super) fn join<K: Send + 'static>(
         &self,
-        response: &mut Response<Incoming>,
+        response: &mut Response<PrimaryBody>,
         stop: CancellationToken,
         until_the_end: &mut Option<K>,
     ) {
         if response.status() != StatusCode::SWITCHING_PROTOCOLS {
             return;
         }
-        let (client, primary) = (self.client.clone(), hyper::upgrade::on(&mut *response));
+        let client = self.client.clone();
+        let Some(primary) = PrimaryBody::switch(response) else { return };
         let kept = until_the_end.take();
         tokio::spawn(stop.run_until_cancelled_owned(async move {
             let _until_the_end = kept;
@@ -83,9 +87,12 @@ impl Upgrade {
     }
 }
 
-async fn carry(client: OnUpgrade, primary: OnUpgrade) -> Result<(), super::BoxError> {
-    let (client, primary) = tokio::try_join!(client, primary)?;
-    let (mut client, mut primary) = (TokioIo::new(client), TokioIo::new(primary));
+async fn carry(client: OnUpgrade, primary: PrimaryEnd) -> Result<(), BoxError> {
+    let mut primary: Box<dyn ByteStream> = match primary {
+        PrimaryEnd::Network(primary) => Box::new(TokioIo::new(primary.await?)),
+        PrimaryEnd::Channel(primary) => Box::new(primary),
+    };
+    let mut client = TokioIo::new(client.await?);
     tokio::io::copy_bidirectional(&mut client, &mut primary).await?;
     Ok(())
 }

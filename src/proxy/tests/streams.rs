@@ -68,6 +68,58 @@ async fn events_come_one_by_one_and_end_at_the_primary_when_the_client_leaves() 
     .await;
 }
 
+/// A response without an end, and word of its own.
+fn endless() -> (Router, mpsc::UnboundedReceiver<()>) {
+    let (gone, left) = mpsc::unbounded_channel();
+    let piece = Bytes::from(vec![b'x'; 16 * 1024]);
+    let app = Router::new().fallback(move || {
+        let (piece, gone) = (piece.clone(), Gone(gone.clone()));
+        async move {
+            Body::from_stream(stream::repeat(piece).map(move |piece| {
+                let _ = &gone;
+                Ok::<_, Infallible>(piece)
+            }))
+        }
+    });
+    (app, left)
+}
+
+#[tokio::test]
+async fn a_response_that_its_client_leaves_untaken_is_broken_off() {
+    let (app, mut left) = endless();
+    let pair = Pair::new(app, nothing(), |l| l.idle_timeout(5 * SHORT)).await;
+    let mut response = send(pair.post("/").body(full("")).unwrap()).await;
+    next(response.body_mut()).await.unwrap();
+    comes("the end at the primary", || left.try_recv().is_ok()).await;
+    // What was on its way comes, and then no clean end.
+    let rest = tokio::time::timeout(LONG, async {
+        while let Some(frame) = response.body_mut().frame().await {
+            frame?;
+        }
+        Ok::<_, hyper::Error>(())
+    });
+    assert!(rest.await.unwrap().is_err());
+}
+
+#[tokio::test]
+async fn a_slow_client_has_its_response_for_as_long_as_it_takes_of_it() {
+    let limit = 10 * SHORT;
+    let (app, mut left) = endless();
+    let pair = Pair::new(app, nothing(), |l| l.idle_timeout(limit)).await;
+    let mut response = send(pair.post("/").body(full("")).unwrap()).await;
+    let begin = tokio::time::Instant::now();
+    while begin.elapsed() < 4 * limit {
+        // As much in each tenth of the limit as all that is between the two may hold.
+        for _ in 0..128 {
+            next(response.body_mut()).await.unwrap();
+        }
+        tokio::time::sleep(limit / 10).await;
+        assert!(left.try_recv().is_err(), "broken off after {:?}", begin.elapsed());
+    }
+    drop(response);
+    comes("the end at the primary", || left.try_recv().is_ok()).await;
+}
+
 #[tokio::test]
 async fn a_long_download_is_paced_by_the_client_and_whole_at_its_end() {
     const PIECES: u32 = 4096;
