@@ -104,7 +104,6 @@ pub mod lease;
 mod lock;
 mod log;
 mod members;
-#[cfg(feature = "metrics")]
 mod metrics;
 mod net;
 mod node;
@@ -113,6 +112,7 @@ mod page;
 mod parse;
 mod peer;
 mod primary;
+mod probes;
 mod proxy;
 mod random;
 mod replica;
@@ -141,6 +141,7 @@ pub use error::{Blame, Cause, Error, PeerProblem, Result, Unsupported};
 pub use page::{PageNo, PageSize};
 pub use parse::ParseError;
 pub use peer::{Incarnation, NodeId, PeerKey};
+pub use probes::{ProbeBody, ProbeFuture, Probes};
 pub use proxy::{
     Failure, Forwarded, ForwardedApp, ForwardedBody, Forwarding, Networks, Outcome, PrimaryClient, Proxies,
     Reason, ReplayLayer, ReplayRequestBody, ReplayResponseBody, ReplayService, ResponseFuture, Route,

@@ -12,6 +12,7 @@ mod metrics;
 mod operator;
 mod panics;
 mod places;
+mod probes;
 mod ryw;
 mod shared_cache;
 #[path = "../support/lib.rs"]
