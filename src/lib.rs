@@ -3,6 +3,7 @@
 #![doc = "[docs/stack.md]: crate::guide::stack"]
 #![doc = "[docs/trouble.md]: crate::guide::trouble"]
 #![doc = "[docs/failover.md]: crate::guide::failover"]
+#![doc = "[docs/deploy.md]: crate::guide::deploy"]
 #![doc = "[docs/leases.md]: crate::guide::leases"]
 #![doc = "[docs/operator.md]: crate::guide::operator"]
 #![doc = "[docs/trust.md]: crate::guide::trust"]
@@ -19,6 +20,7 @@
 #[doc = "[trouble.md]: crate::guide::trouble"]
 #[doc = "[failover.md]: crate::guide::failover"]
 #[doc = "[operator.md]: crate::guide::operator"]
+#[doc = "[deploy.md]: crate::guide::deploy"]
 #[doc = "[leases.md]: crate::guide::leases"]
 #[doc = "[failover.md]: crate::guide::failover"]
 #[doc = "[trust.md]: crate::guide::trust"]
@@ -47,6 +49,15 @@ pub mod guide {
     #[doc = include_str!("../docs/failover.md")]
     pub mod failover {}
 
+    #[doc = "[leases.md]: crate::guide::leases"]
+    #[doc = "[operator.md]: crate::guide::operator"]
+    #[doc = "[Probes]: crate::guide#probes-and-shutdown"]
+    #[doc = "[the guide]: crate::guide#behind-a-proxy"]
+    #[doc = ""]
+    #[doc = include_str!("../docs/deploy.md")]
+    pub mod deploy {}
+
+    #[doc = "[deploy.md]: crate::guide::deploy"]
     #[doc = "[failover.md]: crate::guide::failover"]
     #[doc = "[operator.md]: crate::guide::operator"]
     #[doc = ""]

@@ -4,6 +4,7 @@ mod closing;
 mod contract;
 mod db;
 mod defence;
+mod deployment;
 #[path = "../support/fork.rs"]
 mod fork;
 mod history;
