@@ -19,8 +19,11 @@ const LOST_FILES_MAX: usize = 4096;
 /// What was seen last of what takes long to see.
 #[derive(Debug, Default)]
 pub(crate) struct DiskUse {
-    lost: Mutex<Option<(Instant, Option<(u64, u64)>)>>,
+    lost: Mutex<Option<(Instant, LostRoom)>>,
 }
+
+/// How many things are in `lost`, and their bytes; none where that could not be seen.
+type LostRoom = Option<(u64, u64)>;
 
 impl DiskUse {
     /// What the files take up. Blocks.
@@ -35,8 +38,7 @@ impl DiskUse {
         }
     }
 
-    /// How many things are in `lost`, and their bytes.
-    fn lost(&self, paths: &Paths) -> Option<(u64, u64)> {
+    fn lost(&self, paths: &Paths) -> LostRoom {
         // Callers that come meanwhile wait for what this one finds.
         let mut seen = lock(&self.lost);
         match *seen {

@@ -63,6 +63,23 @@ fn known() -> BTreeSet<String> {
     rows.map(|row| format!("REPLITE_{}", row.split('`').next().unwrap())).collect()
 }
 
+/// By the table in the documentation of `Config::from_env`.
+#[test]
+fn the_crate_reads_each_variable_of_the_page() {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/db/config/env.rs");
+    let Ok(source) = std::fs::read_to_string(source) else {
+        println!("skipped: this version has no `Config::from_env`");
+        return;
+    };
+    let known = known();
+    assert!(known.len() >= 6, "{known:?}");
+    for variable in known {
+        let name = variable.strip_prefix("REPLITE_").unwrap();
+        let row = format!("/// | `{name}`");
+        assert!(source.contains(&row), "{variable} is not in the table of `Config::from_env`");
+    }
+}
+
 /// Variables of `NAME=value` lines.
 fn variables(text: &str) -> Environment {
     let lines = text.lines().filter(|line| !line.starts_with('#') && !line.trim().is_empty());
