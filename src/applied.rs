@@ -66,6 +66,11 @@ impl Applied {
         self.lock().position
     }
 
+    /// How many callers wait for a transaction.
+    pub(crate) fn waiting(&self) -> usize {
+        self.lock().waiters.len()
+    }
+
     pub(crate) fn history(&self) -> Arc<EpochHistory> {
         self.lock().history.clone()
     }

@@ -1,7 +1,9 @@
-//! For axum: responses made of [`Error`], and extractors for the request's session and token.
+//! For axum: responses made of [`Error`], extractors for the request's session and token, and the
+//! probes as a router.
 
 use std::convert::Infallible;
 
+use axum::Router;
 use axum::extract::{FromRequestParts, OptionalFromRequestParts};
 use axum::response::{IntoResponse, Response};
 use http::header::{CACHE_CONTROL, RETRY_AFTER};
@@ -10,6 +12,7 @@ use http::{HeaderValue, StatusCode};
 use rusqlite::ErrorCode;
 
 use crate::error::Error;
+use crate::probes::Probes;
 use crate::proxy::headers::OUTCOME;
 use crate::proxy::{Outcome, RETRY_AFTER_SECONDS};
 use crate::session::{self, Session};
@@ -52,6 +55,14 @@ impl IntoResponse for Error {
             headers.insert(OUTCOME, HeaderValue::from_static(outcome.as_str()));
         }
         response
+    }
+}
+
+/// The probes' routes, for `Router::merge`: `/livez` and the others, at the root of the router.
+impl<S: Clone + Send + Sync + 'static> From<Probes> for Router<S> {
+    fn from(probes: Probes) -> Router<S> {
+        let add = |router: Router<S>, path: &str| router.route_service(path, probes.clone());
+        probes.paths().into_iter().fold(Router::new(), add)
     }
 }
 

@@ -38,8 +38,8 @@ pub(crate) use heard::{RAISE_STEP_MAX, RAISED_MAX};
 pub(crate) use lease::{ClockPair, Fitness, LeaseContext, SyncedClock};
 pub(crate) use offers::{HandoffWord, Offers};
 pub(crate) use role::{RoleChange, RoleValue};
-use running::Requests;
-pub(crate) use running::{CountOnce, RunningRequest};
+pub(crate) use running::{CountOnce, HeldRequest, RunningRequest};
+use running::{HeldCount, Requests};
 pub(crate) use seldom::Seldom;
 pub(crate) use to_disk::ToDisk;
 
@@ -112,6 +112,10 @@ pub(crate) struct NodeContext {
     forwards: watch::Sender<usize>,
     /// Requests that run here because this node is the primary.
     requests: Requests,
+    /// Requests that wait for a primary, whichever layer holds them.
+    held: HeldCount,
+    /// The application asked for the service that answers probes.
+    probed: AtomicBool,
     /// The last run of a node that handed its lease to another.
     handed: Mutex<Option<(NodeId, Incarnation)>>,
 }
@@ -163,6 +167,8 @@ impl NodeContext {
             alone: AtomicBool::new(false),
             forwards: watch::Sender::new(0),
             requests: Requests::default(),
+            held: HeldCount::default(),
+            probed: AtomicBool::new(false),
             handed: Mutex::default(),
             stop,
         })
@@ -176,6 +182,12 @@ impl NodeContext {
     /// The same where what comes next matters more than a panic of the application's code.
     pub(crate) fn report_aside(&self, condition: Condition<'_>) {
         self.reports.report_aside(&self.database, condition);
+    }
+
+    /// What was counted since the node was opened.
+    #[cfg(feature = "prometheus")]
+    pub(crate) fn counters(&self) -> &crate::metrics::CounterStore {
+        self.reports.counters()
     }
 
     /// All events from now on.
@@ -262,6 +274,26 @@ impl NodeContext {
     pub(crate) fn request(&self) -> Option<RunningRequest> {
         let running = self.requests.begin();
         self.takes_requests().then_some(running)
+    }
+
+    /// Counts a request that waits for a primary.
+    pub(crate) fn hold(&self) -> HeldRequest {
+        self.held.begin()
+    }
+
+    /// Requests that wait for a primary, that are on their way to it, and that run here because
+    /// this node is it.
+    pub(crate) fn requests_at_work(&self) -> (usize, usize, usize) {
+        (self.held.number(), *self.forwards.borrow(), self.requests.number())
+    }
+
+    /// From now on the layer leaves alone what asks the probes.
+    pub(crate) fn set_probed(&self) {
+        self.probed.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_probed(&self) -> bool {
+        self.probed.load(Ordering::Relaxed)
     }
 
     /// Returns when none of these requests runs.

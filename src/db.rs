@@ -4,12 +4,14 @@ mod channel;
 mod checkpoint;
 mod config;
 mod events;
+mod figures;
 mod identity;
 mod lease;
 #[cfg(feature = "members")]
 mod members;
 mod open;
 mod preflight;
+mod probes;
 mod repair;
 mod roles;
 mod shutdown;

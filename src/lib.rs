@@ -3,6 +3,7 @@
 #![doc = "[docs/stack.md]: crate::guide::stack"]
 #![doc = "[docs/trouble.md]: crate::guide::trouble"]
 #![doc = "[docs/failover.md]: crate::guide::failover"]
+#![doc = "[docs/deploy.md]: crate::guide::deploy"]
 #![doc = "[docs/leases.md]: crate::guide::leases"]
 #![doc = "[docs/operator.md]: crate::guide::operator"]
 #![doc = "[docs/trust.md]: crate::guide::trust"]
@@ -19,6 +20,7 @@
 #[doc = "[trouble.md]: crate::guide::trouble"]
 #[doc = "[failover.md]: crate::guide::failover"]
 #[doc = "[operator.md]: crate::guide::operator"]
+#[doc = "[deploy.md]: crate::guide::deploy"]
 #[doc = "[leases.md]: crate::guide::leases"]
 #[doc = "[failover.md]: crate::guide::failover"]
 #[doc = "[trust.md]: crate::guide::trust"]
@@ -47,6 +49,15 @@ pub mod guide {
     #[doc = include_str!("../docs/failover.md")]
     pub mod failover {}
 
+    #[doc = "[leases.md]: crate::guide::leases"]
+    #[doc = "[operator.md]: crate::guide::operator"]
+    #[doc = "[Probes]: crate::guide#probes-and-shutdown"]
+    #[doc = "[the guide]: crate::guide#behind-a-proxy"]
+    #[doc = ""]
+    #[doc = include_str!("../docs/deploy.md")]
+    pub mod deploy {}
+
+    #[doc = "[deploy.md]: crate::guide::deploy"]
     #[doc = "[failover.md]: crate::guide::failover"]
     #[doc = "[operator.md]: crate::guide::operator"]
     #[doc = ""]
@@ -104,7 +115,6 @@ pub mod lease;
 mod lock;
 mod log;
 mod members;
-#[cfg(feature = "metrics")]
 mod metrics;
 mod net;
 mod node;
@@ -113,6 +123,7 @@ mod page;
 mod parse;
 mod peer;
 mod primary;
+mod probes;
 mod proxy;
 mod random;
 mod replica;
@@ -141,6 +152,7 @@ pub use error::{Blame, Cause, Error, PeerProblem, Result, Unsupported};
 pub use page::{PageNo, PageSize};
 pub use parse::ParseError;
 pub use peer::{Incarnation, NodeId, PeerKey};
+pub use probes::{ProbeBody, ProbeFuture, Probes};
 pub use proxy::{
     Failure, Forwarded, ForwardedApp, ForwardedBody, Forwarding, Networks, Outcome, PrimaryClient, Proxies,
     Reason, ReplayLayer, ReplayRequestBody, ReplayResponseBody, ReplayService, ResponseFuture, Route,

@@ -2,6 +2,7 @@
 
 pub(crate) mod certificates;
 pub(crate) mod database;
+pub(crate) mod disk_use;
 pub(crate) mod elector;
 pub(crate) mod host;
 pub(crate) mod open_files;

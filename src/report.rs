@@ -26,6 +26,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::broadcast;
 
+#[cfg(feature = "prometheus")]
+use crate::metrics::CounterStore;
 use crate::status::Event;
 use crate::threads::aside;
 
@@ -105,18 +107,25 @@ pub(crate) struct Reports {
     /// Each under the part of the node that has it, so that none hides another.
     problems: Mutex<BTreeMap<Part, String>>,
     events: broadcast::Sender<Event>,
+    #[cfg(feature = "prometheus")]
+    counters: CounterStore,
 }
 
 impl Reports {
     pub(crate) fn new() -> Reports {
-        Reports { problems: Mutex::default(), events: broadcast::Sender::new(EVENTS_LATE_MAX) }
+        Reports {
+            problems: Mutex::default(),
+            events: broadcast::Sender::new(EVENTS_LATE_MAX),
+            #[cfg(feature = "prometheus")]
+            counters: CounterStore::default(),
+        }
     }
 
     /// Does what the condition's row says. A panic of the application's code is the caller's.
     pub(crate) fn report(&self, database: &str, condition: Condition<'_>) {
         if self.note(condition) {
             condition.log();
-            count(database, condition);
+            self.count(database, condition);
         }
     }
 
@@ -124,8 +133,26 @@ impl Reports {
     pub(crate) fn report_aside(&self, database: &str, condition: Condition<'_>) {
         if self.note(condition) {
             aside(|| condition.log());
-            aside(|| count(database, condition));
+            aside(|| self.count(database, condition));
         }
+    }
+
+    /// Adds to the condition's counters: our own first, for a recorder is the application's code.
+    #[cfg_attr(not(feature = "metrics"), allow(unused_variables, reason = "a recorder needs its name"))]
+    fn count(&self, database: &str, condition: Condition<'_>) {
+        #[cfg(any(feature = "metrics", feature = "prometheus"))]
+        condition.count(|counter, labels, by| {
+            #[cfg(feature = "prometheus")]
+            self.counters.add(counter, labels, by);
+            #[cfg(feature = "metrics")]
+            crate::metrics::add(database, counter, labels, by);
+        });
+    }
+
+    /// What was counted since the node was opened.
+    #[cfg(feature = "prometheus")]
+    pub(crate) fn counters(&self) -> &CounterStore {
+        &self.counters
     }
 
     /// What runs no code of the application. Returns whether the rest is to be done.
@@ -189,10 +216,4 @@ impl Condition<'_> {
         debug_assert!(self.begins().is_none() && self.ends().is_empty() && self.event().is_none());
         self.log();
     }
-}
-
-#[cfg_attr(not(feature = "metrics"), allow(unused_variables))]
-fn count(database: &str, condition: Condition<'_>) {
-    #[cfg(feature = "metrics")]
-    condition.count(database);
 }

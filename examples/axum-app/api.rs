@@ -66,9 +66,6 @@ pub(crate) fn router(
         .route("/api/node", get(node))
         .route("/api/nodes", get(nodes))
         .route("/api/handoff", post(hand_over))
-        .route("/livez", get(livez))
-        .route("/readyz", get(readyz))
-        .route("/healthz", get(healthz))
         .fallback(async || Failure::Refused(StatusCode::NOT_FOUND, "no such page".into()))
         .method_not_allowed_fallback(async || {
             Failure::Refused(StatusCode::METHOD_NOT_ALLOWED, "not with this method".into())
@@ -76,6 +73,8 @@ pub(crate) fn router(
         .layer(DefaultBodyLimit::max(TEXT_MAX_BYTES * 8))
         .with_state(app)
         .layer(db.replay_layer())
+        // `/livez`, `/readyz`, `/healthz` and `/metrics`: about this instance, whatever its role.
+        .merge(db.probes())
         .layer(from_fn_with_state(Arc::new(names), guard))
         .nest_service("/_replite", db.service())
 }
@@ -320,30 +319,6 @@ async fn nodes(State(app): Shared) -> impl IntoResponse {
 async fn hand_over(State(app): Shared) -> Result<impl IntoResponse, Failure> {
     let primary = app.db.handoff(None).await?;
     Ok(Json(json!({ "primary": primary.addresses.app })))
-}
-
-async fn livez(State(app): Shared) -> impl IntoResponse {
-    let live = app.db.health().live;
-    let status = if live { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(json!({ "live": live })))
-}
-
-async fn readyz(State(app): Shared) -> impl IntoResponse {
-    let health = app.db.health();
-    let status = if health.can_read { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    (status, Json(json!({ "can_read": health.can_read })))
-}
-
-async fn healthz(State(app): Shared) -> impl IntoResponse {
-    let health = app.db.health();
-    let well = health.can_read && health.can_write;
-    let status = if well { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-    // Where this is not for everybody, `health` and `status()` tell more.
-    let (can_read, can_write) = (health.can_read, health.can_write);
-    (
-        status,
-        Json(json!({ "can_read": can_read, "can_write": can_write, "status": app.db.status().public() })),
-    )
 }
 
 /// Asks another instance.

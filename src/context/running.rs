@@ -22,6 +22,10 @@ impl Requests {
         RunningRequest(CountOnce { count: self.0.clone(), ended: Arc::default() })
     }
 
+    pub(super) fn number(&self) -> usize {
+        self.0.number.load(Ordering::Relaxed)
+    }
+
     pub(super) async fn done(&self) {
         loop {
             let mut none = pin!(self.0.none.notified());
@@ -49,6 +53,31 @@ impl RunningRequest {
 impl Drop for RunningRequest {
     fn drop(&mut self) {
         self.0.end();
+    }
+}
+
+/// Requests that wait for a primary.
+#[derive(Debug, Default)]
+pub(super) struct HeldCount(Arc<AtomicUsize>);
+
+impl HeldCount {
+    pub(super) fn begin(&self) -> HeldRequest {
+        self.0.fetch_add(1, Ordering::Relaxed);
+        HeldRequest(self.0.clone())
+    }
+
+    pub(super) fn number(&self) -> usize {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// A request that waits for a primary; counted until this is dropped.
+#[derive(Debug)]
+pub(crate) struct HeldRequest(Arc<AtomicUsize>);
+
+impl Drop for HeldRequest {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::Relaxed);
     }
 }
 

@@ -15,6 +15,8 @@ use tokio_util::task::TaskTracker;
 use crate::checksum::Fingerprint;
 use crate::context::{LeaseContext, NodeContext};
 use crate::db::config::{Config, RoleHook, Start};
+#[cfg(feature = "metrics")]
+use crate::db::figures;
 use crate::db::{Db, identity, preflight, snapshot};
 use crate::election::Settings;
 use crate::engine::{EngineOptions, Opening, ReplicaEngine};
@@ -24,6 +26,7 @@ use crate::members::MembersDoor;
 use crate::net::{Endpoint, Listener, ServerTls};
 use crate::node::certificates::{self, CertificateWatch};
 use crate::node::database::{Database, LastHandle};
+use crate::node::disk_use::DiskUse;
 use crate::node::elector::{Elector, Parts};
 use crate::node::host::ListenerGuard;
 use crate::node::open_files;
@@ -293,6 +296,8 @@ impl OpenedNode {
                 })
             });
         }
+        #[cfg(feature = "metrics")]
+        inner.tracker.spawn(figures::record(Arc::downgrade(&inner.0), inner.node.clone()));
         if let Some(period) = verify_every {
             inner.tracker.spawn(inner.verifier.clone().repeat(period));
         }
@@ -353,6 +358,7 @@ impl OpenedNode {
             grace: config.grace,
             app_tls,
             opened: Instant::now(),
+            disk_use: DiskUse::default(),
             recovered,
             ending: AtomicBool::new(false),
             closed: AtomicBool::new(false),

@@ -4,6 +4,7 @@ use std::sync::atomic::Ordering;
 
 use crate::context::NodeContext;
 use crate::db::Db;
+use crate::node::database::Database;
 use crate::node::slot::Running;
 use crate::report::Part;
 use crate::status::{Health, Role, Status};
@@ -11,10 +12,29 @@ use crate::status::{Health, Role, Status};
 impl Db {
     /// How this node stands, for people and dashboards.
     pub fn status(&self) -> Status {
-        let inner = &self.inner;
-        let node = &inner.node;
+        self.inner.status()
+    }
+
+    /// Whether this node can do its work.
+    ///
+    /// `can_read` stays true for a grace time ([`Config::grace`](crate::Config::grace)) after the
+    /// node lost its primary. A balancer that drops every replica while the primary is away would
+    /// make the outage itself. A node that elects a primary, waits for one, or is about to become
+    /// one reads on. `can_read` is false while reads fail for a reason outside of their statements,
+    /// such as a disk, or a descriptor, that can't be had. Then this very call reads a little: a
+    /// node without other reads recovers by that. `can_write` is false while there is no primary,
+    /// and on one that has stopped or whose lease has ended.
+    pub fn health(&self) -> Health {
+        self.inner.health(&self.inner.status())
+    }
+}
+
+impl Database {
+    /// See [`Db::status`].
+    pub(super) fn status(&self) -> Status {
+        let node = &self.node;
         let roles = node.roles.borrow().clone();
-        let running = inner.slot.get().ok();
+        let running = self.slot.get().ok();
         let (wal, log) = running.as_ref().map(|running| (running.wal(), running.log())).unwrap_or_default();
         Status {
             node: node.me.node,
@@ -30,7 +50,7 @@ impl Db {
                 _ => roles.primary_key,
             },
             lag: node.lag(),
-            replicas: inner.replica_server.replicas(),
+            replicas: self.replica_server.replicas(),
             wal_frames: wal.frames,
             backfilled_frames: wal.backfilled,
             log_start: log.as_ref().and_then(|log| log.start()),
@@ -39,69 +59,64 @@ impl Db {
                 Some(Running::Replica(engine)) => engine.heals(),
                 Some(Running::Primary(_)) | None => 0,
             },
-            recovered: inner.recovered,
+            recovered: self.recovered,
             log_bytes: log.map_or(0, |log| log.bytes()),
-            verification: inner.verifier.last(),
+            verification: self.verifier.last(),
             waits_for: roles.waits_for,
-            decisions: inner.elector.as_ref().map(|elector| elector.decisions()).unwrap_or_default(),
+            decisions: self.elector.as_ref().map(|elector| elector.decisions()).unwrap_or_default(),
             problem: node.problem(),
             public_problems: node.public_problems(),
         }
     }
 
-    /// Whether this node can do its work.
-    ///
-    /// `can_read` stays true for a grace time ([`Config::grace`](crate::Config::grace)) after the
-    /// node lost its primary. A balancer that drops every replica while the primary is away would
-    /// make the outage itself. A node that elects a primary, waits for one, or is about to become
-    /// one reads on. `can_read` is false while reads fail for a reason outside of their statements,
-    /// such as a disk, or a descriptor, that can't be had. Then this very call reads a little: a
-    /// node without other reads recovers by that. `can_write` is false while there is no primary,
-    /// and on one that has stopped or whose lease has ended.
-    pub fn health(&self) -> Health {
-        let inner = &self.inner;
-        let status = self.status();
+    /// Whether it was not closed, and replication has not failed.
+    pub(super) fn is_live(&self) -> bool {
+        !self.closed.load(Ordering::Acquire) && self.node.roles.borrow().role != Role::Stopped
+    }
+
+    /// See [`Db::health`]. It is that of a node with this status.
+    pub(super) fn health(&self, status: &Status) -> Health {
         let mut reasons = Vec::new();
-        let closed = inner.closed.load(Ordering::Acquire);
+        let closed = self.closed.load(Ordering::Acquire);
         let live = !closed && status.role != Role::Stopped;
         if closed {
             reasons.push("shut down".to_string());
         }
-        let draining = inner.node.is_draining();
+        let draining = self.node.is_draining();
         if draining {
             reasons.push("draining".to_string());
         }
         // Where there are no other reads, only this one finds that they work again.
-        if inner.node.reads_may_work() {
-            inner.try_read();
+        if self.node.reads_may_work() {
+            self.try_read();
         }
-        let astray = inner.node.astray();
-        let state = inner.readable().map_err(|e| reasons.extend((!astray).then(|| e.to_string()))).is_ok();
+        let astray = self.node.astray();
+        let state = self.readable().map_err(|e| reasons.extend((!astray).then(|| e.to_string()))).is_ok();
         let fresh = match (status.role, status.lag) {
-            (Role::Replica, Some(lag)) => lag.stale <= inner.grace,
-            (Role::Replica, None) => inner.opened.elapsed() <= inner.grace,
+            (Role::Replica, Some(lag)) => lag.stale <= self.grace,
+            (Role::Replica, None) => self.opened.elapsed() <= self.grace,
             _ => true,
         };
         if !fresh {
-            reasons.push(format!("nothing new from the primary for longer than {:?}", inner.grace));
+            reasons.push(format!("nothing new from the primary for longer than {:?}", self.grace));
         }
         if live && status.primary.is_none() {
-            reasons.push(why_without_primary(&inner.node));
+            reasons.push(why_without_primary(&self.node));
         }
         // The stream stands, but nothing comes: the primary may be gone. What was heard is among
         // the problems.
         let silent = status.role == Role::Replica && status.lag.is_some_and(|lag| !lag.connected);
         // What stops a replica stops no write: those are the primary's.
         let stopped = status.role == Role::Primary
-            && [Part::Engine, Part::Room].iter().any(|part| inner.node.has_problem(*part));
-        let fenced = matches!(status.role, Role::Primary | Role::Fencing) && inner.node.is_fenced();
+            && [Part::Engine, Part::Room].iter().any(|part| self.node.has_problem(*part));
+        let fenced = matches!(status.role, Role::Primary | Role::Fencing) && self.node.is_fenced();
         if live && fenced {
             reasons.push("the lease has ended, and no write is acknowledged".to_string());
         }
-        reasons.extend(inner.node.problem());
+        reasons.extend(self.node.problem());
         Health {
             live,
-            can_read: live && !draining && state && fresh && !inner.node.has_problem(Part::Reads),
+            can_read: live && !draining && state && fresh && !self.node.has_problem(Part::Reads),
             can_write: live && !draining && status.primary.is_some() && !silent && !stopped && !fenced,
             reasons,
         }

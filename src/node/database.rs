@@ -16,6 +16,7 @@ use crate::files::Paths;
 use crate::lock::lock;
 use crate::members::MembersDoor;
 use crate::net::ServerTls;
+use crate::node::disk_use::DiskUse;
 use crate::node::elector::Elector;
 use crate::node::open_files::Claim;
 use crate::node::pool::{Pool, PooledConnection};
@@ -66,6 +67,8 @@ pub(crate) struct Database {
     /// For the applications of other nodes.
     pub(crate) app_tls: ServerTls,
     pub(crate) opened: Instant,
+    /// What the files take up, for gauges.
+    pub(crate) disk_use: DiskUse,
     /// Transactions that replicas gave back.
     pub(crate) recovered: u64,
     /// A caller is about to close it.

@@ -141,6 +141,12 @@ impl Pool {
         }
     }
 
+    /// How many connections there are, and how many of them are in use.
+    pub(crate) fn counts(&self) -> (usize, usize) {
+        let state = self.lock();
+        (state.open, state.open.saturating_sub(state.idle.len()))
+    }
+
     fn open(&self, share: Share) -> Result<Reader> {
         let files = self.files.load(Ordering::Acquire);
         (self.expect)()?;

@@ -231,7 +231,6 @@ impl Writer {
     }
 
     /// Writes that wait for the thread.
-    #[cfg(test)]
     pub(crate) fn queued(&self) -> usize {
         lock(&self.shared.queue).as_ref().map_or(0, |queue| queue.len())
     }

@@ -5,6 +5,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
+use crate::context::HeldRequest;
 use crate::peer::{Incarnation, NodeId};
 use crate::proxy::failure::Reason;
 use crate::proxy::shared::{HOLD_BEYOND_LEASE, LayerShared};
@@ -74,8 +75,9 @@ impl HoldLimit {
     }
 
     /// A place among the requests that are held.
-    fn enter(&self, shared: &LayerShared) -> Result<Taken, Reason> {
-        shared.held.place(self.client, Demand::All).ok_or(Reason::TooManyHeld)
+    fn enter(&self, shared: &LayerShared) -> Result<(Taken, HeldRequest), Reason> {
+        let place = shared.held.place(self.client, Demand::All).ok_or(Reason::TooManyHeld)?;
+        Ok((place, shared.node.hold()))
     }
 
     pub(super) fn left(&self) -> Duration {

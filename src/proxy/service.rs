@@ -10,6 +10,7 @@ use http::{Request, Response, Version};
 use http_body::Body;
 use tower::Service;
 
+use crate::probes;
 use crate::proxy::BoxError;
 use crate::proxy::body::ReplayRequestBody;
 use crate::proxy::future::{LocalRun, ResponseFuture, Resume};
@@ -115,7 +116,8 @@ impl<S> ReplayService<S> {
         let clone = self.inner.clone();
         let mut service = mem::replace(&mut self.inner, clone);
         let shared = &self.shared;
-        if shared.options.is_endpoint(request.uri().path()) {
+        let probe = shared.node.is_probed() && probes::is_probe(request.method(), request.uri().path());
+        if probe || shared.options.is_endpoint(request.uri().path()) {
             let future = service.call(request.map(|body| hand(ReplayRequestBody::plain(body))));
             return ResponseFuture::untouched(shared.clone(), future);
         }

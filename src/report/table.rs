@@ -87,14 +87,17 @@ macro_rules! conditions {
                 }
             }
 
-            /// Adds to its counters.
-            #[cfg(feature = "metrics")]
-            pub(super) fn count(self, database: &str) {
+            /// Says what it adds to its counters: the counter, its labels, and how much.
+            #[cfg(any(feature = "metrics", feature = "prometheus"))]
+            pub(super) fn count(
+                self,
+                mut add: impl FnMut(&'static str, &[(&'static str, &'static str)], u64),
+            ) {
                 match self {
                     $( Condition::$condition $({ $($field),+ })? => {
                         $(if true $(&& $when)? {
                             let labels = [$(($label, $value))?];
-                            crate::metrics::add(database, $counter, &labels, $by);
+                            add($counter, &labels, $by);
                         })*
                     } )+
                 }

@@ -266,6 +266,8 @@ fn each_counter_is_in_the_guide_and_each_of_the_guide_in_the_table() {
     let named: BTreeSet<&str> =
         guide.filter(|word| word.starts_with("replite_") && word.ends_with("_total")).collect();
     assert_eq!(counters, named);
+    let described: BTreeSet<&str> = crate::metrics::COUNTERS.iter().map(|counter| counter.name).collect();
+    assert_eq!(counters, described);
 }
 
 /// Notes each event's fields, and panics after that if it is to.

@@ -4,6 +4,7 @@ mod closing;
 mod contract;
 mod db;
 mod defence;
+mod deployment;
 #[path = "../support/fork.rs"]
 mod fork;
 mod history;
@@ -12,6 +13,7 @@ mod metrics;
 mod operator;
 mod panics;
 mod places;
+mod probes;
 mod ryw;
 mod shared_cache;
 #[path = "../support/lib.rs"]

@@ -4,19 +4,29 @@ use std::collections::BTreeMap;
 
 use metrics_util::debugging::{DebugValue, DebuggingRecorder, Snapshot};
 
+use replite::Db;
+use tower::ServiceExt;
+
 use crate::fork::*;
 use crate::support::*;
 
 const GUIDE: &str = include_str!("../../docs/guide.md");
 
-/// Adds what was counted since the last time.
-fn count(counters: &mut BTreeMap<String, u64>, snapshot: Snapshot) {
-    for (key, _, _, value) in snapshot.into_vec() {
+/// Adds what was counted since the last time, and notes the gauges.
+fn count(counters: &mut BTreeMap<String, u64>, gauges: &mut BTreeMap<String, f64>, snapshot: Snapshot) {
+    for (key, unit, description, value) in snapshot.into_vec() {
         let (key, labels): (_, Vec<_>) = (key.key().name().to_string(), key.key().labels().collect());
         assert!(GUIDE.contains(&format!("`{key}`")), "{key} is not in the guide");
-        assert!(labels.iter().any(|l| l.key() == "database" && l.value() == "app"), "{key}: {labels:?}");
-        let DebugValue::Counter(value) = value else { panic!("{key} is no counter") };
-        *counters.entry(key).or_insert(0) += value;
+        let of = labels.iter().find(|label| label.key() == "database").unwrap_or_else(|| panic!("{key}"));
+        assert!(["app", "alone"].contains(&of.value()), "{key}: {labels:?}");
+        assert!(unit.is_some() && description.is_some(), "it is not said what {key} is");
+        match value {
+            DebugValue::Counter(value) => *counters.entry(key).or_insert(0) += value,
+            // Several nodes are called `app` here.
+            DebugValue::Gauge(value) if of.value() == "alone" => drop(gauges.insert(key, value.into_inner())),
+            DebugValue::Gauge(_) => {}
+            DebugValue::Histogram(_) => panic!("{key} is neither"),
+        }
     }
 }
 
@@ -26,6 +36,11 @@ async fn a_heal_a_snapshot_and_a_verification_are_counted_under_the_names_of_the
     if !alone(a_heal_a_snapshot_and_a_verification_are_counted_under_the_names_of_the_guide) {
         return;
     }
+    // Neither opening a database nor answering Prometheus installs a recorder: this one is the first.
+    let other = Db::temporary(|config| config.database("other")).await.unwrap();
+    let scrape = http::Request::get("/metrics").body(()).unwrap();
+    assert_eq!(other.probes().oneshot(scrape).await.unwrap().status(), 200);
+    other.shutdown().await;
     let recorder = DebuggingRecorder::new();
     let counted = recorder.snapshotter();
     recorder.install().unwrap();
@@ -45,12 +60,23 @@ async fn a_heal_a_snapshot_and_a_verification_are_counted_under_the_names_of_the
     within("the snapshot", c.ready()).await.unwrap();
     assert!(c.verify().await.unwrap().holds());
 
-    let mut counters = BTreeMap::new();
+    let (mut counters, mut gauges) = (BTreeMap::new(), BTreeMap::new());
     // A replica is ready before that is counted.
     until("the snapshot is counted", || {
-        count(&mut counters, counted.snapshot());
+        count(&mut counters, &mut gauges, counted.snapshot());
         counters.get("replite_snapshots_total").is_some_and(|times| *times > 0)
     });
+    let alone = Db::temporary(|config| config.database("alone")).await.unwrap();
+    until("its gauges are set", || {
+        count(&mut counters, &mut gauges, counted.snapshot());
+        gauges.get("replite_live") == Some(&1.0) && gauges.contains_key("replite_verification_holds")
+    });
+    assert!(gauges["replite_log_bytes"] > 0.0 && gauges["replite_replicas"] == 0.0, "{gauges:?}");
+    assert!(gauges["replite_lag_seconds"].is_nan(), "a primary has none");
+    alone.shutdown().await;
+    count(&mut counters, &mut gauges, counted.snapshot());
+    assert_eq!((gauges["replite_live"], gauges["replite_can_read"]), (0.0, 0.0));
+    assert!(gauges["replite_log_bytes"].is_nan(), "what is closed has no log");
     let expected = [
         ("replite_heals_total", 1),
         ("replite_lost_branches_total", 1),

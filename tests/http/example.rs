@@ -368,6 +368,7 @@ async fn an_instance_answers_to_its_own_names_and_says_what_its_page_may_do() {
             assert_eq!(ask(path, host).await.status, status, "{host}{path}");
         }
         assert_eq!(ask("/readyz", host).await.status, 200, "{host}: a probe");
+        assert_eq!(ask("/metrics", host).await.status, status, "{host}: no probe, and not for other pages");
     }
     for path in ["/", "/page.css", "/page.js", "/nothing", "/api/notes?limit=many"] {
         for host in [own, "rebound.example"] {

@@ -101,6 +101,38 @@ impl Lost {
         Ok(all)
     }
 
+    /// How many things there are, and the bytes of all files. It looks at so many files at most,
+    /// and counts no others.
+    pub(crate) fn room(paths: &Paths, most: usize) -> Result<(u64, u64)> {
+        let (mut left, mut things, mut bytes) = (most, 0, 0);
+        let mut directories = vec![(paths.lost(), true)];
+        while let Some((directory, is_top)) = directories.pop() {
+            let entries = match fs::read_dir(&directory) {
+                Ok(entries) => entries,
+                // Another caller moved it away.
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                Err(error) => return Err(Error::io("read", &directory)(error)),
+            };
+            for entry in entries {
+                let entry = entry.map_err(Error::io("read", &directory))?;
+                if left == 0 {
+                    return Ok((things, bytes));
+                }
+                left -= 1;
+                match entry.metadata() {
+                    Ok(meta) if meta.is_dir() => {
+                        things += u64::from(is_top);
+                        directories.push((entry.path(), false));
+                    }
+                    Ok(meta) => bytes += meta.len(),
+                    Err(error) if error.kind() == ErrorKind::NotFound => {}
+                    Err(error) => return Err(Error::io("stat", entry.path())(error)),
+                }
+            }
+        }
+        Ok((things, bytes))
+    }
+
     fn look_at(path: PathBuf) -> Lost {
         let of_directory = || {
             let time = fs::metadata(&path).and_then(|meta| meta.modified()).ok();

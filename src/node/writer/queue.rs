@@ -63,7 +63,6 @@ impl<J> Queue<J> {
         }
     }
 
-    #[cfg(test)]
     pub(super) fn len(&self) -> usize {
         lock(&self.state).jobs.len()
     }
