@@ -14,6 +14,7 @@ mod repair;
 mod roles;
 mod shutdown;
 mod snapshot;
+mod sql;
 mod status;
 #[cfg(all(test, feature = "tls"))]
 mod tests;

@@ -14,6 +14,7 @@ mod panics;
 mod places;
 mod ryw;
 mod shared_cache;
+mod sql;
 #[path = "../support/lib.rs"]
 mod support;
 mod testing;
