@@ -1,3 +1,5 @@
+//! Notes on each instance, of which one writes.
+
 use axum::{Router, extract::State, routing::get};
 use replite::{Config, Db, Error};
 
@@ -17,8 +19,10 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let config = Config::from_env("REPLITE_")?.migrate(move |conn| conn.execute_batch(schema));
     let db = Db::open(config).await?; // a plain SQLite file, on each instance
 
-    let app = Router::new().route("/", get(list).post(add)).with_state(db.clone()).layer(db.replay_layer()); // what writes goes to the primary; clients read their own writes
-    db.serve_forwarded(app.clone())?; // which it does in TLS
+    // What writes goes to the primary, in TLS. Clients read their own writes.
+    let app = Router::new().route("/", get(list).post(add)).with_state(db.clone());
+    let app = app.layer(db.replay_layer());
+    db.serve_forwarded(app.clone())?;
 
     let address = std::env::args().nth(1).ok_or("say where to listen, such as 127.0.0.1:8081")?;
     let listener = tokio::net::TcpListener::bind(address).await?;

@@ -34,7 +34,7 @@ async fn one_statement_writes_and_says_how_many_rows_it_changed() {
         ("DELETE FROM notes; DELETE FROM notes", "Multiple"),
         ("INSERT INTO notes VALUES (7, 'x') RETURNING id", "returned results"),
         ("DELETE FROM notes WHERE id = ?1", "parameters"),
-        ("DELETE FROM nothing", "no such table"),
+        ("DELETE FROM nowhere", "no such table"),
     ] {
         let error = db.execute(sql, []).await.unwrap_err();
         assert!(matches!(&error, Error::Sqlite(_)), "{sql}: {error:?}");
@@ -58,7 +58,7 @@ async fn several_statements_have_the_errors_of_rusqlite_and_nothing_of_a_failed_
     assert_eq!(commit.value, 5);
     let failed = db.transaction(|tx| {
         tx.execute("DELETE FROM notes", [])?;
-        tx.execute("INSERT INTO nothing VALUES (1)", [])
+        tx.execute("INSERT INTO nowhere VALUES (1)", [])
     });
     assert!(matches!(failed.await, Err(Error::Sqlite(_))));
     let refused = db.transaction(|_| Err::<(), _>(SqlError::QueryReturnedNoRows));

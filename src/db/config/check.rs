@@ -291,8 +291,8 @@ mod tests {
             let rest = urls - addresses.app.len() - addresses.replication.len();
             let public = format!("http://{:a<1$}", "", rest - "http://".len());
             let store = crate::lease::Directory::new("lease");
-            let config = Config::new("a.db").lease(store).plaintext(Plaintext::Loopback);
-            config.bootstrap(nodes).addresses(addresses.public(public))
+            let config = Config::new("a.db").lease(store).plaintext(Plaintext::AnyNetwork);
+            config.secret(Secret::fixed([7; 32])).bootstrap(nodes).addresses(addresses.public(public))
         };
         assert!(config(STARTERS_MAX, URLS_MAX_BYTES).check().is_ok());
         assert!(refused(config(STARTERS_MAX + 1, 100)));

@@ -35,6 +35,13 @@ impl Config {
         let told = self.advertised(self.listen).replication;
         let Some(host) = host_of(&told) else { return Ok(()) };
         self.check_reach(&told, &host)?;
+        if !self.has_secret() && self.listen.is_none() {
+            return Err(Error::Config(
+                "an endpoint that the application mounts lets no node in without a secret: give all nodes \
+                 the same `Config::secret`, or this one a listener of its own by `Config::listen`"
+                    .into(),
+            ));
+        }
         if is_any(&host) {
             return Err(Error::Config(
                 "`listen` is on all addresses, and other nodes have to know one of them: give this node's by \
@@ -218,6 +225,10 @@ mod tests {
     fn a_node_that_others_are_to_reach_has_a_secret() {
         let without = Config::new("a.db").advertise("http://10.0.0.1:8080");
         refused(without.clone(), "need a secret");
+        // On one machine a listener of the node's own does without.
+        let here = Config::new("a.db").plaintext(Plaintext::Loopback).advertise("http://127.0.0.1:8080");
+        refused(here.clone(), "a listener of its own");
+        assert!(here.listen(at("127.0.0.1:7000")).check().is_ok());
         assert!(without.secret(Secret::fixed([7; 32])).plaintext(Plaintext::AnyNetwork).check().is_ok());
     }
 
