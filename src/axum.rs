@@ -89,6 +89,7 @@ fn sort(error: &Error) -> (StatusCode, &'static str) {
         Error::Lost { .. } => (StatusCode::CONFLICT, "the transaction was lost with its branch\n"),
         // Another try does not help: the caller, or an operator, has to act.
         Error::Config(_)
+        | Error::Environment { .. }
         | Error::WeakSecret(_)
         | Error::InvalidText(_)
         | Error::Unsupported { .. }
@@ -205,6 +206,8 @@ mod tests {
         let parse = || "secret.db".parse::<Checksum>().unwrap_err();
         cases! {
             Error::Config(_) => Error::Config(text()), Caller, 500, None;
+            Error::Environment { .. } =>
+                Error::Environment { variable: text(), problem: text() }, Caller, 500, None;
             Error::WeakSecret(_) => Error::WeakSecret("x"), Caller, 500, None;
             Error::InvalidText(_) => Error::from(parse()), Caller, 500, None;
             Error::Unsupported { .. } =>

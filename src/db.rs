@@ -16,6 +16,7 @@ mod repair;
 mod roles;
 mod shutdown;
 mod snapshot;
+mod sql;
 mod status;
 #[cfg(all(test, feature = "tls"))]
 mod tests;
@@ -69,18 +70,14 @@ pub use witness::Witness;
 /// ```
 /// # #[tokio::main(flavor = "current_thread")]
 /// # async fn main() -> Result<(), replite::Error> {
-/// use replite::{Db, Error};
+/// use replite::Db;
 ///
 /// let db = Db::temporary(|config| {
 ///     config.migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS notes (text TEXT)"))
 /// })
 /// .await?;
-/// let commit = db
-///     .write(|tx| Ok::<_, Error>(tx.execute("INSERT INTO notes VALUES ('a')", [])?))
-///     .await?;
-/// let count: i64 = db.read(|conn| {
-///     Ok::<_, Error>(conn.query_row("SELECT count(*) FROM notes", [], |row| row.get(0))?)
-/// })?;
+/// let commit = db.execute("INSERT INTO notes VALUES ('a')", []).await?;
+/// let count: i64 = db.query_row("SELECT count(*) FROM notes", [], |row| row.get(0))?;
 /// assert_eq!((commit.value, count), (1, 1));
 /// # Ok(())
 /// # }
@@ -108,19 +105,15 @@ impl Db {
     ///     conn.execute_batch("CREATE TABLE IF NOT EXISTS visits (at TEXT)")
     /// }))
     /// .await?;
-    /// let commit = db
-    ///     .write(|tx| {
-    ///         let rows = tx.execute("INSERT INTO visits VALUES ('now')", [])?;
-    ///         Ok::<_, replite::Error>(rows)
-    ///     })
-    ///     .await?;
+    /// let commit = db.execute("INSERT INTO visits VALUES ('now')", []).await?;
     /// assert_eq!(commit.value, 1);
     /// # Ok(())
     /// # }
     /// ```
     ///
     /// # Errors
-    /// - [`Error::Config`] when the configuration contradicts itself.
+    /// - [`Error::Config`] when the configuration contradicts itself, or the node could never
+    ///   replicate with it.
     /// - [`Error::Unsupported`] when the database can't be served.
     /// - [`Error::AlreadyOpen`] when it is open as a node already.
     /// - [`Error::Corrupt`], [`Error::Newer`] and [`Error::Damaged`] when files are not what they

@@ -1,8 +1,9 @@
 //! The crate's one [`Error`], sorted by who must act.
 
+mod cause;
+mod debug;
 mod kinds;
 
-use std::fmt;
 use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,6 +12,7 @@ use crate::parse::ParseError;
 use crate::status::PeerInfo;
 use crate::txid::Txid;
 
+pub use cause::Cause;
 pub(crate) use kinds::shown;
 pub use kinds::{PeerProblem, Unsupported};
 
@@ -46,41 +48,6 @@ pub enum Blame {
     Replite,
 }
 
-/// Why replication has stopped, or why the outcome of a write is not known: in words, and who must
-/// act.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct Cause {
-    text: String,
-    blame: Blame,
-}
-
-impl Cause {
-    pub(crate) fn new(text: impl Into<String>, blame: Blame) -> Cause {
-        Cause { text: text.into(), blame }
-    }
-
-    /// The same, said with what failed because of it: `what` comes before the text.
-    pub(crate) fn of(self, what: &str) -> Cause {
-        Cause { text: format!("{what}: {}", self.text), blame: self.blame }
-    }
-
-    /// What happened.
-    pub fn text(&self) -> &str {
-        &self.text
-    }
-
-    /// Who must act.
-    pub fn blame(&self) -> Blame {
-        self.blame
-    }
-}
-
-impl fmt::Display for Cause {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.text)
-    }
-}
-
 /// Anything that can go wrong. [`Error::blame`] says who must act.
 ///
 /// ```
@@ -96,7 +63,10 @@ impl fmt::Display for Cause {
 /// }
 /// assert_eq!(advice(&Error::Reentrant), "see the text");
 /// ```
-#[derive(Debug, thiserror::Error)]
+///
+/// `Debug` prints the same sentence as `Display`, and after it what of its causes that does not say
+/// yet. So a `main` that returns the error tells its user what to do.
+#[derive(thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
     // ---- the caller
@@ -104,6 +74,16 @@ pub enum Error {
     /// Correct it: the text says what.
     #[error("configuration: {0}")]
     Config(String),
+    /// A variable of the environment says nothing that can be used, or is none that is known; see
+    /// [`Config::from_env`](crate::Config::from_env). Nothing was opened. Correct it: the problem
+    /// says what.
+    #[error("the environment variable {variable}: {problem}")]
+    Environment {
+        /// Its name.
+        variable: String,
+        /// What is wrong with it, and what is right.
+        problem: String,
+    },
     /// A secret that could be guessed. Nothing was opened. Make another, as the text says.
     #[error(
         "no secret to rely on: {0}; make one with `openssl rand -base64 32`, or derive one from a phrase \
@@ -411,6 +391,7 @@ impl Error {
     pub fn blame(&self) -> Blame {
         match self {
             Error::Config(_)
+            | Error::Environment { .. }
             | Error::WeakSecret(_)
             | Error::InvalidText(_)
             | Error::Unsupported { .. }
@@ -440,7 +421,7 @@ impl Error {
             Error::Io { .. } | Error::LostFull { .. } | Error::Disturbed(_) | Error::NoRandom(_) => {
                 Blame::Outside
             }
-            Error::OutcomeUnknown { cause, .. } | Error::Stopped(cause) => cause.blame,
+            Error::OutcomeUnknown { cause, .. } | Error::Stopped(cause) => cause.blame(),
             Error::ThreadPanicked { .. } | Error::Internal(_) => Blame::Replite,
         }
     }

@@ -43,7 +43,9 @@ pub(crate) use names::{absent, parent_of, place, remove, remove_directory, sync_
 pub(crate) use paths::{Paths, beside};
 pub(crate) use positioned::{read_at, read_exact_at, write_all_at};
 pub(crate) use reserve::{replace_file, replace_file_when};
-pub(crate) use state_directory::{check_directory, make_directory, make_named_directory, make_state_dir};
+pub(crate) use state_directory::{
+    check_directory, make_above, make_directory, make_named_directory, make_state_dir,
+};
 
 /// Makes a file anew, to be written and read. A file that has its name is one of ours that was left
 /// half done: this removes it without looking at it.

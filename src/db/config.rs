@@ -3,7 +3,10 @@
 mod app;
 mod channel;
 mod check;
+mod env;
 mod lease;
+mod path;
+mod peers;
 
 pub(super) use check::{ConfiguredStore, Start};
 
@@ -114,6 +117,12 @@ impl fmt::Debug for Config {
 
 impl Config {
     /// A primary of its own, for the database file at `path`, which it creates when there is none.
+    /// So it does with the directories above, which are for their owner alone then.
+    ///
+    /// A URL as other programs have it is understood where it says a file and no more:
+    /// `sqlite://data/app.db`, `file:data/app.db`, also with `?mode=rwc`. As `sqlx` has it,
+    /// `sqlite:///data/app.db` begins at the root. [`Db::open`](crate::Db::open) refuses other
+    /// URLs, and `:memory:`, which has no file to replicate.
     pub fn new(path: impl Into<PathBuf>) -> Config {
         Config {
             path: path.into(),
@@ -168,7 +177,9 @@ impl Config {
         self
     }
 
-    /// The database's name in the cluster. The file's name without its extension if not set.
+    /// The database's name in the cluster, which tells it from others there: two nodes replicate
+    /// when both have the same. If not set, it is the file's name without its extension: `app` for
+    /// `data/app.db`.
     pub fn database(mut self, name: impl Into<String>) -> Config {
         self.database = Some(name.into());
         self

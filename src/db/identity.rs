@@ -23,6 +23,8 @@ const SEALED: Sealed = Sealed {
     max_bytes: 1024,
     cure: "says which node this is, and no more than that: remove it, and the node gets a new id",
 };
+/// Where a database's name comes from.
+const OF_FILE: &str = "the name is the file's without its extension if that is not set";
 /// Fields before the names.
 const FIXED_BYTES: usize = 16 + 8 + 8;
 
@@ -34,12 +36,16 @@ pub(super) fn node_id(paths: &Paths, cluster: &str, database: &str) -> Result<No
     let path = paths.node();
     if let Some(fields) = SEALED.read(&path)? {
         let known = decode(&path, &fields)?;
-        for (what, theirs, ours) in
-            [("cluster", &known.cluster, cluster), ("database", &known.database, database)]
-        {
+        for (what, theirs, ours, origin) in [
+            ("cluster", &known.cluster, cluster, "the name is `default` if that is not set"),
+            ("database", &known.database, database, OF_FILE),
+        ] {
             if theirs != ours {
                 let directory = directory.display();
-                return Err(Error::Config(format!("{directory} belongs to {what} {theirs:?}, not {ours:?}")));
+                return Err(Error::Config(format!(
+                    "{directory} belongs to {what} {theirs:?}, not {ours:?}: give that name by \
+                     `Config::{what}` ({origin}); or move the directory away, and this is a new node"
+                )));
             }
         }
         if known.place == here {

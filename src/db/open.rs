@@ -139,9 +139,10 @@ impl ClaimedNode {
     /// Blocks.
     fn new(config: Config, addresses: Addresses, role: Role) -> Result<ClaimedNode> {
         let database = config.database_name()?;
-        let keys = Keyring::with_followers(&config.all_secrets()?, &config.follower_secrets)?;
         let app_tls = config.app_tls()?;
-        let (paths, claim) = preflight::claim(&config.path, config.allow_network_filesystem)?;
+        // Makes the directory in which the secret's file may be made, too.
+        let (paths, claim) = preflight::claim(&config.file()?, config.allow_network_filesystem)?;
+        let keys = Keyring::with_followers(&config.all_secrets()?, &config.follower_secrets)?;
         let has_content = role == Role::Starting && preflight::has_content(paths.database())?;
         preflight::state_dir(&paths, role != Role::Promoting, config.database_mode)?;
         snapshot::clear(&paths);

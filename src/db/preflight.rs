@@ -17,10 +17,6 @@ pub(super) fn claim(path: &Path, allow_network: bool) -> Result<(Paths, Claim)> 
         let found = rusqlite::version().to_string();
         return Err(no(Unsupported::SqliteTooOld { found, needed: OLDEST.1 }));
     }
-    let text = path.to_string_lossy();
-    if text.is_empty() || text.starts_with(":memory:") || text.starts_with("file:") {
-        return Err(no(Unsupported::NotAFile));
-    }
     let path = resolve(path)?;
     let no = |reason| Error::Unsupported { path: path.clone(), reason };
     let directory = path.parent().map(Path::to_path_buf).ok_or_else(|| no(Unsupported::NotAFile))?;
@@ -44,7 +40,8 @@ pub(super) fn claim(path: &Path, allow_network: bool) -> Result<(Paths, Claim)> 
     Ok((Paths::new(path), claim))
 }
 
-/// The absolute path, symbolic links followed: SQLite puts the WAL beside the file itself.
+/// The absolute path, symbolic links followed: SQLite puts the WAL beside the file itself. Makes
+/// the directories above a file that is not there.
 fn resolve(path: &Path) -> Result<PathBuf> {
     match fs::canonicalize(path) {
         Ok(path) => Ok(path),
@@ -53,11 +50,12 @@ fn resolve(path: &Path) -> Result<PathBuf> {
             Err(Error::Unsupported { path: path.to_path_buf(), reason: Unsupported::DanglingLink })
         }
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            let parent = files::parent_of(path);
             let name = path.file_name().ok_or_else(|| Error::Unsupported {
                 path: path.to_path_buf(),
                 reason: Unsupported::NotAFile,
             })?;
+            files::make_above(path)?;
+            let parent = files::parent_of(path);
             Ok(fs::canonicalize(parent).map_err(Error::io("open directory", parent))?.join(name))
         }
         Err(e) => Err(Error::io("resolve", path)(e)),
@@ -207,6 +205,27 @@ mod tests {
     }
 
     #[test]
+    #[cfg(unix)]
+    fn directories_that_are_missing_are_made_for_their_owner_alone() {
+        use std::os::unix::fs::MetadataExt;
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("var/data/a.db");
+        let (paths, _) = claim(&path, true).unwrap();
+        assert!(!paths.database().exists());
+        for made in ["var", "var/data"] {
+            assert_eq!(fs::metadata(dir.path().join(made)).unwrap().mode() & 0o777, 0o700, "{made}");
+        }
+        let open = dir.path().join("open");
+        fs::create_dir(&open).unwrap();
+        fs::set_permissions(&open, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+        claim(&open.join("a.db"), true).unwrap();
+        assert_eq!(fs::metadata(&open).unwrap().mode() & 0o777, 0o755, "left as it is");
+        // A file where a directory would be.
+        fs::write(dir.path().join("file"), "").unwrap();
+        assert!(matches!(claim(&dir.path().join("file/below/a.db"), true), Err(Error::Io { .. })));
+    }
+
+    #[test]
     fn what_is_no_database_is_refused_and_left_alone() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("a.db");
@@ -217,9 +236,6 @@ mod tests {
         };
         assert_eq!(refused(&path), Unsupported::NotADatabase);
         assert_eq!(fs::read(&path).unwrap(), vec![b'x'; 8192]);
-        assert_eq!(refused(Path::new(":memory:")), Unsupported::NotAFile);
-        assert_eq!(refused(Path::new("")), Unsupported::NotAFile);
-        assert_eq!(refused(Path::new("file:a.db?mode=ro")), Unsupported::NotAFile);
         assert_eq!(refused(dir.path()), Unsupported::NotAFile);
         #[cfg(unix)]
         {

@@ -31,9 +31,21 @@ pub enum Unsupported {
         /// The oldest that serves.
         needed: &'static str,
     },
-    /// Not a file: `:memory:`, an empty name or a URI.
-    #[error("an in-memory or URI database has no WAL file to replicate")]
+    /// Not the path of a file: it is empty, or what is there is a directory.
+    #[error("the path is that of no file: give the path of the database file, such as data/app.db")]
     NotAFile,
+    /// `:memory:`, also as a URL has it.
+    #[error(
+        "what is in memory has no file to replicate: give the path of a file, such as data/app.db; tests \
+         have `Db::temporary`, with the feature `testing`"
+    )]
+    InMemory,
+    /// A URL that says more than a file, or none of SQLite's.
+    #[error(
+        "it is a URL {0}: give the path alone, such as data/app.db; a file whose name looks like a URL is \
+         written with ./ before it"
+    )]
+    Url(&'static str),
     /// The path is a symbolic link that points to no file.
     #[error("the path is a symbolic link to nothing")]
     DanglingLink,
@@ -154,10 +166,13 @@ pub enum PeerProblem {
         ours: u32,
     },
     /// It belongs to another cluster.
-    #[error("it belongs to cluster {0:?}")]
+    #[error("it belongs to cluster {0:?}: give both nodes the same name by `Config::cluster`")]
     Cluster(String),
     /// It does not serve this database.
-    #[error("it does not serve database {0:?}")]
+    #[error(
+        "it does not serve database {0:?}: give both nodes the same name by `Config::database`; if that is \
+         not set, it is the file's name without its extension"
+    )]
     Database(String),
     /// It stands in an epoch that was superseded.
     #[error("it sent epoch {theirs}, but {ours} is known")]

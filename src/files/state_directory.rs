@@ -14,11 +14,10 @@ use crate::error::{Error, Result, Unsupported};
 use crate::files::modes::{give, own_user, set_mode};
 #[cfg(unix)]
 use crate::files::of_link;
-#[cfg(unix)]
-use crate::files::parent_of;
 use crate::files::paths::SUFFIX;
 #[cfg(unix)]
 use crate::files::paths::database_of;
+use crate::files::{parent_of, sync_name};
 
 /// Makes the state directory, for its owner alone. Tightens one that is there and that others can
 /// read.
@@ -37,6 +36,21 @@ pub(crate) fn make_state_dir(state_dir: &Path) -> Result<()> {
 /// As for [`check_directory`].
 pub(crate) fn make_named_directory(path: &Path) -> Result<()> {
     if new_directory(path)? { Ok(()) } else { check_directory(path) }
+}
+
+/// Makes the directories above a database file that are missing, for their owner alone, and leaves
+/// those that are there as they are.
+///
+/// # Errors
+/// [`Error::Io`].
+pub(crate) fn make_above(path: &Path) -> Result<()> {
+    let above = parent_of(path);
+    if fs::metadata(above).is_err_and(|error| error.kind() == io::ErrorKind::NotFound) {
+        make_above(above)?;
+        new_directory(above)?;
+        sync_name(above)?;
+    }
+    Ok(())
 }
 
 /// Refuses a directory that others could have prepared, or can change.

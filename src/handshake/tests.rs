@@ -93,8 +93,8 @@ fn a_follower_is_answered_by_its_own_secret_and_answers_no_member() {
 #[test]
 fn refusals_are_understood_by_the_other_side() {
     let read = |r: Refusal| Refusal::read(&r.headers(), "app").unwrap().to_string();
-    assert_eq!(read(Refusal::Cluster("blå".into())), "it belongs to cluster \"blå\"");
-    assert_eq!(read(Refusal::Database), "it does not serve database \"app\"");
+    assert!(read(Refusal::Cluster("blå".into())).starts_with("it belongs to cluster \"blå\": "));
+    assert!(read(Refusal::Database).starts_with("it does not serve database \"app\": "));
     assert_eq!(read(Refusal::NotPrimary(None)), "it is not the primary");
     assert_eq!(read(Refusal::Busy), "it refused: busy");
     assert!(read(Refusal::Follower).contains("members only"));

@@ -41,6 +41,7 @@ impl Outcome {
             Error::OutcomeUnknown { .. } => Some(Outcome::Unknown),
             // What went before in the same handler may have had an effect elsewhere.
             Error::Config(_)
+            | Error::Environment { .. }
             | Error::WeakSecret(_)
             | Error::InvalidText(_)
             | Error::Unsupported { .. }

@@ -223,8 +223,12 @@ impl<'a> Trip<'a> {
             _ => Passage::Http1,
         };
         let on_channel = matches!(passage, Passage::Channel(..));
-        // On the channel the application's own path is the request's.
-        let base = if on_channel { without_path(url) } else { url };
+        // On the channel the application's own path is the request's, and it needs no address.
+        let base = match without_path(url) {
+            "" if on_channel => "http://localhost",
+            host if on_channel => host,
+            _ => url,
+        };
         let request = match request(self.head, !on_channel, base, hop.as_ref().map(|(_, text)| text.as_str()))
         {
             Ok(request) => request,

@@ -277,7 +277,8 @@ async fn what_cannot_be_served_is_refused_and_left_alone() {
             }
         }
     };
-    assert_eq!(reason(Path::new(":memory:")).await, Unsupported::NotAFile);
+    assert_eq!(reason(Path::new(":memory:")).await, Unsupported::InMemory);
+    assert_eq!(reason(dir.path()).await, Unsupported::NotAFile);
     let garbage = dir.path().join("garbage.db");
     std::fs::write(&garbage, vec![7; 10_000]).unwrap();
     assert_eq!(reason(&garbage).await, Unsupported::NotADatabase);

@@ -16,6 +16,7 @@ mod places;
 mod probes;
 mod ryw;
 mod shared_cache;
+mod sql;
 #[path = "../support/lib.rs"]
 mod support;
 mod testing;

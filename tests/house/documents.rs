@@ -43,3 +43,18 @@ fn paths_are_found() {
     );
     assert_eq!(paths("`../src/a.rs` and src/ and https://x.example/src/b"), [""; 0]);
 }
+
+/// Where the documentation is made, such lines are left out; where README.md is shown as it is,
+/// they are not.
+#[test]
+fn no_line_of_the_readmes_code_is_hidden() {
+    let (readme, mut rust, mut said) = (read("README.md"), false, String::new());
+    for (at, line) in readme.lines().enumerate() {
+        if let Some(kind) = line.strip_prefix("```") {
+            rust = kind.starts_with("rust");
+        } else if rust && (line.trim_start() == "#" || line.trim_start().starts_with("# ")) {
+            writeln!(said, "README.md:{}: {line}", at + 1).unwrap();
+        }
+    }
+    assert!(said.is_empty(), "lines are hidden in the documentation only:\n{said}");
+}

@@ -13,6 +13,7 @@ mod example;
 mod fleet;
 #[path = "../support/http.rs"]
 mod http_support;
+mod minimal;
 mod mounted;
 mod nginx;
 mod nginx_http2;

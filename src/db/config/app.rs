@@ -23,6 +23,8 @@ impl Config {
     /// With `https://` other nodes verify the certificate of the application's server; see
     /// [`Config::app_roots`]. The replication endpoint is not reached by such a URL: it needs
     /// [`Config::listen`] or [`Addresses::replication`].
+    ///
+    /// A node that others are to reach needs a secret, or [`Db::open`](crate::Db::open) refuses it.
     pub fn advertise(mut self, url: impl Into<String>) -> Config {
         self.addresses.app = url.into();
         self
@@ -108,7 +110,9 @@ mod tests {
 
     #[test]
     fn an_application_may_have_a_certificate() {
-        let check = |url: &str| Config::new("a.db").advertise(url).check().map(drop);
+        let secret = || crate::secret::Secret::fixed([7; 32]);
+        let config = || Config::new("a.db").secret(secret()).plaintext(crate::channel::Plaintext::AnyNetwork);
+        let check = |url: &str| config().advertise(url).check().map(drop);
         for url in ["http://a:1", "http://a/below"] {
             check(url).unwrap();
         }

@@ -12,8 +12,8 @@ use crate::peer::PeerKey;
 use crate::secret::Secret;
 
 /// What a node without a secret is told.
-const NO_SECRET: &str = "nodes need a secret in common: `Config::secret`, or on one machine \
-    `Config::secret_file`; only `Config::plaintext(Plaintext::Loopback)` does without one";
+const NO_SECRET: &str = "nodes that reach each other need a secret in common: `Config::secret`, or on one \
+    machine `Config::secret_file`; only `Config::plaintext(Plaintext::Loopback)` does without one";
 
 /// What a node is told that has the secret of followers only, and is to lead.
 const FOLLOWER_LEADS: &str = "a node that has a `follower_secret` only never leads: give it a `secret`, or \
@@ -41,7 +41,8 @@ impl Config {
     /// Reads the cluster's secret from a file, and makes one there when the file is missing: see
     /// [`Secret::from_file`]. For nodes of one machine that share a directory, and for nodes to
     /// which something else brings the file. It is read when the database is opened, and not again:
-    /// [`Db::rotate_secrets`](crate::Db::rotate_secrets) leaves it as it is.
+    /// [`Db::rotate_secrets`](crate::Db::rotate_secrets) leaves it as it is. The directory that it
+    /// is in has to be there, unless that is the database's.
     pub fn secret_file(mut self, path: impl Into<PathBuf>) -> Config {
         self.secret_file = Some(path.into());
         self
@@ -167,7 +168,8 @@ impl Config {
     /// Serves the replication endpoint on a listener of its own; best on an address that the public
     /// can't reach. A stranger there reads nothing, and can keep replicas out by holding all
     /// connections. Other nodes reach it at `replite://host:port`, which is what this node
-    /// advertises if [`Config::addresses`] says nothing else.
+    /// advertises if [`Config::addresses`] says nothing else. Where it listens on all addresses
+    /// (`0.0.0.0:7000`, `[::]:7000`), the host is that of [`Config::advertise`].
     pub fn listen(mut self, address: SocketAddr) -> Config {
         self.listen = Some(address);
         self
@@ -179,7 +181,6 @@ impl Config {
             return Err(Error::Config("`secret` and `secret_file` are both set: one of them".into()));
         }
         let is_follower = self.is_follower();
-        let has_secret = !self.secrets.is_empty() || self.secret_file.is_some() || is_follower;
         let primary = match &self.lease.0 {
             LeaseKind::Fixed(fixed) => fixed.primary_url().map(Endpoint::parse).transpose()?,
             _ => None,
@@ -188,8 +189,9 @@ impl Config {
             return Err(Error::Config(FOLLOWER_LEADS.into()));
         }
         let elects = !matches!(self.lease.0, LeaseKind::Fixed(_));
-        let has_peers = self.listen.is_some() || primary.is_some() || elects;
-        if has_peers && !has_secret && self.plaintext != Some(Plaintext::Loopback) {
+        let is_told = !self.addresses.app.is_empty() || !self.addresses.replication.is_empty();
+        let has_peers = self.listen.is_some() || primary.is_some() || elects || is_told;
+        if has_peers && !self.has_secret() && self.plaintext != Some(Plaintext::Loopback) {
             return Err(Error::Config(NO_SECRET.into()));
         }
         if has_peers && self.plaintext.is_none() && cfg!(not(feature = "tls")) {
@@ -212,6 +214,11 @@ impl Config {
             }
             _ => Ok(()),
         }
+    }
+
+    /// Whether it has something to prove to others.
+    pub(super) fn has_secret(&self) -> bool {
+        !self.secrets.is_empty() || self.secret_file.is_some() || !self.follower_secrets.is_empty()
     }
 
     /// Whether it has no other secret than one of followers.
@@ -261,7 +268,8 @@ mod tests {
         }
         let said = refused(config().listen(any).secret(secret()).plaintext(Plaintext::Loopback));
         assert!(said.contains("loopback address"), "{said}");
-        assert!(config().listen(any).secret(secret()).plaintext(Plaintext::AnyNetwork).check().is_ok());
+        let told = config().listen(any).advertise("http://10.0.0.1:8080").secret(secret());
+        assert!(told.plaintext(Plaintext::AnyNetwork).check().is_ok());
         assert!(refused(config().secret(secret()).secret_file("secret")).contains("one of them"));
     }
 

@@ -7,6 +7,7 @@ use std::time::Duration;
 use crate::checksum::PageKey;
 use crate::db::config::Config;
 use crate::db::config::app::is_https;
+use crate::db::config::peers::known_as;
 use crate::engine::EngineOptions;
 use crate::error::{Error, Result};
 use crate::files::Paths;
@@ -69,11 +70,18 @@ impl ConfiguredStore {
 
 impl Config {
     pub(in crate::db) fn database_name(&self) -> Result<String> {
+        let file = self.file()?;
         let name = match &self.database {
             Some(name) => name.clone(),
-            None => self.path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default(),
+            None => file.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default(),
         };
-        check_name("database", &name)?;
+        check_name("database", &name).map_err(|error| match (error, &self.database) {
+            (Error::Config(why), None) => Error::Config(format!(
+                "{why}: it is the file's name without its extension, as long as `Config::database` gives no \
+                 other"
+            )),
+            (error, _) => error,
+        })?;
         Ok(name)
     }
 
@@ -84,6 +92,7 @@ impl Config {
         self.check_numbers()?;
         self.check_addresses()?;
         self.check_channel()?;
+        self.check_peers()?;
         self.check_lease()
     }
 
@@ -194,8 +203,13 @@ impl Config {
         addresses.app = addresses.app.trim_end_matches('/').to_string();
         if addresses.replication.is_empty() {
             addresses.replication = match listening {
-                Some(address) if self.plaintext.is_none() => format!("replite://{address}"),
-                Some(address) => format!("http://{address}/_replite"),
+                Some(address) => {
+                    let known = known_as(address, &addresses.app);
+                    match self.plaintext {
+                        None => format!("replite://{known}"),
+                        Some(_) => format!("http://{known}/_replite"),
+                    }
+                }
                 None if addresses.app.is_empty() || is_https(&addresses.app) => String::new(),
                 None => format!("{}/_replite", addresses.app),
             };
@@ -277,8 +291,8 @@ mod tests {
             let rest = urls - addresses.app.len() - addresses.replication.len();
             let public = format!("http://{:a<1$}", "", rest - "http://".len());
             let store = crate::lease::Directory::new("lease");
-            let config = Config::new("a.db").lease(store).plaintext(Plaintext::Loopback);
-            config.bootstrap(nodes).addresses(addresses.public(public))
+            let config = Config::new("a.db").lease(store).plaintext(Plaintext::AnyNetwork);
+            config.secret(Secret::fixed([7; 32])).bootstrap(nodes).addresses(addresses.public(public))
         };
         assert!(config(STARTERS_MAX, URLS_MAX_BYTES).check().is_ok());
         assert!(refused(config(STARTERS_MAX + 1, 100)));
