@@ -67,10 +67,7 @@ fn known() -> BTreeSet<String> {
 #[test]
 fn the_crate_reads_each_variable_of_the_page() {
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/db/config/env.rs");
-    let Ok(source) = std::fs::read_to_string(source) else {
-        println!("skipped: this version has no `Config::from_env`");
-        return;
-    };
+    let source = std::fs::read_to_string(source).unwrap();
     let known = known();
     assert!(known.len() >= 6, "{known:?}");
     for variable in known {
