@@ -50,6 +50,7 @@ mod http2;
 mod intake;
 mod layer;
 mod locate;
+mod needs;
 mod on_line;
 mod origin;
 mod plan;
@@ -82,6 +83,7 @@ pub use future::ResponseFuture;
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
 pub(crate) use headers::fuzz_headers;
 pub use layer::ReplayLayer;
+pub use needs::NeedsPrimary;
 pub use proxies::{Networks, Proxies};
 pub use route::Route;
 pub use service::ReplayService;

@@ -21,7 +21,7 @@ fn app(node: &Arc<NodeContext>) -> Router {
     let node = node.clone();
     Router::new().fallback(move |session: Extension<Session>, request: http::Uri| async move {
         if let Ok(number) = request.path()[1..].parse() {
-            session.observe(Txid::new(node.applied.history().epoch(), number));
+            session.observe_txid(Txid::new(node.applied.history().epoch(), number));
         }
         let lost = if session.lost_token().is_some() { " lost" } else { "" };
         format!("{}{lost}", node.applied.position().unwrap().number())
