@@ -67,6 +67,8 @@ impl TokenReach {
         }
         match (writes, session.committed()) {
             (MayWrite::No, _) => TokenReach::Told,
+            // Another database's layer got the response of another node, which named its own.
+            _ if session.sent() => TokenReach::Told,
             (_, Some(commit)) if shared.node.only_ours_since(commit) => TokenReach::Told,
             (MayWrite::Since(before), None) => TokenReach::CommittedSince(before),
             (MayWrite::Yes | MayWrite::Since(_), _) => TokenReach::Committed,
