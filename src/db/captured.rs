@@ -109,6 +109,8 @@ mod tests {
         Ours,
         Foreign,
         Both,
+        /// And another request writes through the handle after that.
+        Between,
     }
 
     const INSERT: &str = "INSERT INTO t VALUES (1)";
@@ -139,13 +141,17 @@ mod tests {
             let app = service_fn(move |_: Request<_>| {
                 let (db, done) = (db.clone(), done.clone());
                 async move {
-                    if matches!(writes, Writes::Ours | Writes::Both) {
+                    if matches!(writes, Writes::Ours | Writes::Both | Writes::Between) {
                         db.write(|tx| Ok::<_, Error>(tx.execute(INSERT, [])?)).await.unwrap();
                     }
-                    if matches!(writes, Writes::Foreign | Writes::Both) {
+                    if matches!(writes, Writes::Foreign | Writes::Both | Writes::Between) {
                         let path = db.path().to_owned();
                         let write = move || Connection::open(path).unwrap().execute(INSERT, []).unwrap();
                         tokio::task::spawn_blocking(write).await.unwrap();
+                    }
+                    if writes == Writes::Between {
+                        let insert = |tx: &mut Transaction<'_>| Ok::<_, Error>(tx.execute(INSERT, [])?);
+                        tokio::spawn(async move { db.write(insert).await }).await.unwrap().unwrap();
                     }
                     done.store(true, Ordering::Release);
                     Ok::<_, Infallible>(Response::new(Body::empty()))
@@ -214,9 +220,13 @@ mod tests {
         let world = Arc::new(World::new().await);
         let engine = world.db.inner.slot.primary().unwrap();
         let mut number = 0;
-        for (writes, count) in
-            [(Writes::Nothing, 0), (Writes::Ours, 1), (Writes::Foreign, 1), (Writes::Both, 2)]
-        {
+        for (writes, count) in [
+            (Writes::Nothing, 0),
+            (Writes::Ours, 1),
+            (Writes::Foreign, 1),
+            (Writes::Both, 2),
+            (Writes::Between, 3),
+        ] {
             for _ in 0..3 {
                 number += count;
                 let response = world.post(writes, Arc::default()).await;

@@ -54,8 +54,9 @@ impl NeedsPrimary {
         NeedsPrimary::default()
     }
 
-    /// The mark for an error that is [`Error::NotPrimary`], or whose sources are up to that one.
-    /// None for any other.
+    /// The mark for an error that is [`Error::NotPrimary`], or whose sources lead to that one. None
+    /// for any other. An error that hides the one inside of it, such as a transparent one or
+    /// [`std::io::Error`], leads past it: give the one inside.
     pub fn of(error: &(dyn StdError + 'static)) -> Option<NeedsPrimary> {
         match error.downcast_ref() {
             Some(Error::NotPrimary { primary }) => {

@@ -133,6 +133,11 @@ async fn what_another_node_sent_names_what_was_written_and_a_read_that_wrote_not
     }
 }
 
+/// An error of an application's own.
+#[derive(Debug, thiserror::Error)]
+#[error("the actor failed")]
+struct Wrapped(#[source] Error);
+
 /// How a handler says that it needs the primary. None of these is on the request's task.
 type Says = fn() -> Response<Body>;
 
@@ -140,7 +145,7 @@ type Says = fn() -> Response<Body>;
 const OURS: Says = || Error::NotPrimary { primary: None }.into_response();
 /// One of the application's own, which has ours as its source.
 const WRAPPED: Says = || {
-    let error = std::io::Error::other(Error::NotPrimary { primary: None });
+    let error = Wrapped(Error::NotPrimary { primary: None });
     let mut response = Response::new(Body::from("app"));
     *response.status_mut() = StatusCode::IM_A_TEAPOT;
     response.extensions_mut().insert(NeedsPrimary::of(&error).unwrap());
@@ -207,7 +212,7 @@ async fn a_response_that_says_so_is_replayed_whatever_task_found_out() {
 #[tokio::test]
 async fn other_responses_are_not_replayed() {
     let says: Says = || {
-        let other = std::io::Error::other(Error::ShutDown);
+        let other = Wrapped(Error::ShutDown);
         assert_eq!(NeedsPrimary::of(&other), None);
         // What a migration says of some other database.
         let inner = Error::Migration(Box::new(Error::NotPrimary { primary: None }));
