@@ -39,7 +39,7 @@ use std::time::Instant;
 /// Figures that are measured together, and what measures them.
 type Figure = (&'static [&'static str], fn());
 
-const FIGURES: [Figure; 32] = [
+const FIGURES: [Figure; 33] = [
     (&["commit_normal_ratio"], commits::normal),
     (&["commit_full_ratio"], commits::full),
     (&["group_commit_ratio"], commits::group),
@@ -54,6 +54,7 @@ const FIGURES: [Figure; 32] = [
     (&["catchup_txn_per_s"], streams::catch_up),
     (&["snapshot_cp_ratio", "big_txn_memory_mib"], streams::bulk),
     (&["layer_get_us", "replay_post_us"], doors::layer),
+    (&["last_resort_token_us"], doors::last_resort),
     (&["proxy_req_per_s_ratio", "proxy_plain_req_per_s_ratio"], doors::forwarded),
     (&["forward_channel_post_us", "forward_channel_req_per_s"], forwards::forwards),
     (&["orderly_restart_failed", "orderly_restart_longest_ms"], doors::restarted),

@@ -14,13 +14,13 @@ use rusqlite::ErrorCode;
 use crate::error::Error;
 use crate::probes::Probes;
 use crate::proxy::headers::OUTCOME;
-use crate::proxy::{Outcome, RETRY_AFTER_SECONDS};
+use crate::proxy::{NeedsPrimary, Outcome, RETRY_AFTER_SECONDS};
 use crate::session::{self, Session};
 use crate::token::Token;
 
-/// A response that says whether to try again and tells nothing of the inside. [`Error::NotPrimary`]
-/// also reports to the request's [`Session`] that the primary is needed. The replay layer then
-/// sends the request there instead.
+/// A response that says whether to try again and tells nothing of the inside. That of
+/// [`Error::NotPrimary`] is marked ([`NeedsPrimary`]), whatever thread the error comes from. The
+/// replay layer then sends the request to the primary instead.
 ///
 /// ```
 /// use axum::extract::State;
@@ -47,12 +47,14 @@ impl IntoResponse for Error {
         if status == StatusCode::SERVICE_UNAVAILABLE {
             headers.insert(RETRY_AFTER, HeaderValue::from_static(RETRY_AFTER_SECONDS));
         }
-        if let Error::NotPrimary { primary } = &self {
-            session::this_primary_needed(primary.as_deref());
-        }
         // The layer takes this back when the handler committed something before.
         if let Some(outcome) = Outcome::of(&self) {
             headers.insert(OUTCOME, HeaderValue::from_static(outcome.as_str()));
+        }
+        if let Some(mark) = NeedsPrimary::of(&self) {
+            // The mark does not come through a middleware that makes a response of its own.
+            session::this_primary_needed(mark.primary());
+            response.extensions_mut().insert(mark);
         }
         response
     }

@@ -28,10 +28,11 @@ use crate::peer::{Incarnation, NodeId, PeerKey};
 use crate::report::{Condition, Part, Reports};
 use crate::secret::Keyring;
 use crate::status::{Event, Lag, PeerInfo, Role};
+use crate::txid::Txid;
 
 pub(crate) use command::{CommandAnswer, CommandDoor, Description, OperatorCommand};
 use counting::AskCounting;
-pub(crate) use counting::Counting;
+pub(crate) use counting::{Counting, Counts};
 pub(crate) use heard::{EpochsHeard, is_near};
 #[cfg(test)]
 pub(crate) use heard::{RAISE_STEP_MAX, RAISED_MAX};
@@ -363,14 +364,20 @@ impl NodeContext {
     }
 
     /// Sets what says whether the position has all that is committed.
-    pub(crate) fn when_read(&self, ask: impl Fn() -> Option<Counting> + Send + Sync + 'static) {
-        self.counting.set(ask);
+    pub(crate) fn count_by(&self, counts: impl Counts + 'static) {
+        self.counting.set(counts);
     }
 
-    /// None: the position has all that a read here may have seen until now. Otherwise this is what
-    /// waits for that.
+    /// None: the position has all that a read here may have seen until now, and so all that any
+    /// connection has committed. Otherwise this is what waits for that.
     pub(crate) fn counting(&self) -> Option<Counting> {
         self.counting.ask()
+    }
+
+    /// Whether no connection but this node's own writer has committed anything after this commit of
+    /// its own. False where that is not known.
+    pub(crate) fn only_ours_since(&self, commit: Txid) -> bool {
+        self.counting.only_ours_since(commit)
     }
 
     /// How often the node opened the files, still counting.

@@ -1,5 +1,6 @@
 //! The handle that an application holds.
 
+mod captured;
 mod channel;
 mod checkpoint;
 mod config;
@@ -205,12 +206,6 @@ impl Db {
         Ok(())
     }
 
-    /// The last transaction that any connection committed here, once it is captured. Blocks.
-    #[cfg(feature = "testing")]
-    pub(crate) fn captured(&self) -> Result<Txid> {
-        self.inner.slot.primary()?.captured()
-    }
-
     /// At most `most` transactions of this node's retained log, oldest first: those after `after`,
     /// or from the oldest one on. To get the next ones, give the last one's [`Position::txid`]. The
     /// list is empty when `after` is of an epoch that this node has not heard of.
@@ -292,9 +287,10 @@ impl Db {
     }
 
     /// The state that this node has; none on a replica that was not filled yet. On the primary it
-    /// follows an acknowledged commit within moments; [`Db::wait_for`] waits for that. A read may
-    /// see a commit before the position has it, on the primary for as long as an fsync takes. Where
-    /// responses to reads have tokens ([`SessionTokens`](crate::SessionTokens)), the layer waits.
+    /// follows an acknowledged commit within moments; [`Db::wait_for`] waits for that, and
+    /// [`Db::captured`] for what any connection has committed. A read may see a commit before the
+    /// position has it, on the primary for as long as an fsync takes. Where responses to reads have
+    /// tokens ([`SessionTokens`](crate::SessionTokens)), the layer waits.
     ///
     /// On a replica only what a primary vouches for counts. Somebody may have written to its file
     /// while it was closed, or its log may have lost its end. Reads then see more than the position

@@ -154,14 +154,14 @@ pub use parse::ParseError;
 pub use peer::{Incarnation, NodeId, PeerKey};
 pub use probes::{ProbeBody, ProbeFuture, Probes};
 pub use proxy::{
-    Failure, Forwarded, ForwardedApp, ForwardedBody, Forwarding, Networks, Outcome, PrimaryClient, Proxies,
-    Reason, ReplayLayer, ReplayRequestBody, ReplayResponseBody, ReplayService, ResponseFuture, Route,
-    SameSite, SessionTokens, Upgrades,
+    Failure, Forwarded, ForwardedApp, ForwardedBody, Forwarding, NeedsPrimary, Networks, Outcome,
+    PrimaryClient, Proxies, Reason, ReplayLayer, ReplayRequestBody, ReplayResponseBody, ReplayService,
+    ResponseFuture, Route, SameSite, SessionTokens, Upgrades,
 };
 pub use rusqlite;
 pub use secret::Secret;
 pub use server::{ReplicationBody, ReplicationService};
-pub use session::Session;
+pub use session::{Session, Written};
 pub use status::{
     Addresses, Checkpoint, Decision, Event, Health, Lag, LoggedTransaction, PeerInfo, PeerStanding,
     PublicStatus, ReplicaStatus, Role, RoleState, Status, Verification, WaitReason, WalReason,

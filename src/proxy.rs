@@ -54,6 +54,7 @@ mod idle;
 mod intake;
 mod layer;
 mod locate;
+mod needs;
 mod on_line;
 mod origin;
 mod plan;
@@ -87,6 +88,7 @@ pub use future::ResponseFuture;
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
 pub(crate) use headers::fuzz_headers;
 pub use layer::ReplayLayer;
+pub use needs::NeedsPrimary;
 pub use proxies::{Networks, Proxies};
 pub use route::Route;
 pub use service::ReplayService;

@@ -1,15 +1,19 @@
 //! The request-scoped session: what a request's handler did to a database.
 
+mod written;
+
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock};
 
 use crate::context::{CountOnce, NodeContext};
 use crate::lock::lock;
-#[cfg(feature = "axum")]
-use crate::status::PeerInfo;
+use crate::peer::NodeId;
 use crate::token::{Token, Tokens};
 use crate::txid::{Place, Txid};
+
+pub use written::Written;
+use written::WrittenBy;
 
 tokio::task_local! {
     /// The innermost layer's session. Those of the layers around it hang on it.
@@ -69,6 +73,8 @@ struct Done {
     primary_needed: bool,
     /// A write was refused because this node was not the primary.
     refused: bool,
+    /// The database was written to by a connection that reports nothing here.
+    past: bool,
 }
 
 impl Session {
@@ -93,9 +99,29 @@ impl Session {
         Session::current()?.of(node).cloned()
     }
 
-    /// Reports a commit; of several, the highest counts. Where the request has sessions of several
-    /// databases, the commit counts in that of its own, which its epoch tells.
-    pub fn observe(&self, txid: impl Into<Option<Txid>>) {
+    /// Reports a write, when it is committed; of several, the highest counts. Where the request has
+    /// sessions of several databases, the write counts in that of its own.
+    ///
+    /// - `observe(&commit)` is for what [`Db::write`](crate::Db::write) gave on another task.
+    /// - `observe(&db)` is for what another connection wrote. The response's token names all that
+    ///   was committed when its head came out of the handler. Most such responses do so without
+    ///   this call ([`SessionTokens::Writes`](crate::SessionTokens::Writes)).
+    ///
+    /// After either, the request runs on no other node.
+    pub fn observe(&self, write: impl Into<Written>) {
+        match write.into().by {
+            WrittenBy::Commit(txid) => self.observe_txid(txid),
+            WrittenBy::Others(node) => {
+                self.0.fate.committed.store(true, Ordering::Relaxed);
+                if let Some(session) = self.of(&node) {
+                    session.lock().past = true;
+                }
+            }
+        }
+    }
+
+    /// Reports a commit by its number, which its epoch says the database of.
+    pub(crate) fn observe_txid(&self, txid: impl Into<Option<Txid>>) {
         if let Some(txid) = txid.into() {
             let knows = |session: &&Session| session.node().applied.place(txid) != Place::Unknown;
             self.all().find(knows).unwrap_or(self).committed_here(txid);
@@ -146,6 +172,11 @@ impl Session {
         self.lock().primary_needed
     }
 
+    /// Whether it was told of a write by other means than this database's `Db`.
+    pub(crate) fn wrote_past(&self) -> bool {
+        self.lock().past
+    }
+
     /// Whether it was a refused write that needs the primary.
     pub(crate) fn refused(&self) -> bool {
         self.lock().refused
@@ -154,6 +185,22 @@ impl Session {
     fn write_refused(&self) {
         let mut done = self.lock();
         (done.primary_needed, done.refused) = (true, true);
+    }
+
+    /// The request's response says that this was the primary that was needed. The write may have
+    /// been tried where no session was around, such as on a thread of its own.
+    pub(crate) fn answered_needy(&self, primary: Option<NodeId>) {
+        if self.all().any(Session::primary_needed) {
+            return;
+        }
+        let replicas = || self.all().filter(|s| !s.node().takes_requests());
+        let named = |s: &&Session| {
+            let roles = s.node().roles.borrow();
+            primary.is_some_and(|primary| roles.primary.as_ref().is_some_and(|p| p.node == primary))
+        };
+        if let Some(session) = replicas().find(named).or_else(|| replicas().next()) {
+            session.write_refused();
+        }
     }
 
     /// Whether there was a write of which it is not known whether it is kept.
@@ -187,8 +234,9 @@ impl Session {
     }
 
     /// A token for the highest transaction that the request committed, or waited for. The layer
-    /// sets it on the response by itself; this is for clients that want it in the body. None on a
-    /// follower ([`Config::follower_secret`](crate::Config::follower_secret)).
+    /// sets it on the response by itself; this is for clients that want it in the body. It knows
+    /// nothing of what other connections wrote: [`Db::captured`](crate::Db::captured) does. None
+    /// on a follower ([`Config::follower_secret`](crate::Config::follower_secret)).
     pub fn token(&self) -> Option<Token> {
         self.seen().and_then(|txid| self.0.tokens.sign(txid))
     }
@@ -288,23 +336,11 @@ pub(crate) fn primary_needed(node: &NodeContext) {
     });
 }
 
-/// Reported by code that has only the error: that this is the primary that was needed. The write
-/// may have been tried where no session was around, such as on a thread of its own.
+/// Reported by code that has only the error, on the caller's task: see
+/// [`Session::answered_needy`].
 #[cfg(feature = "axum")]
-pub(crate) fn this_primary_needed(primary: Option<&PeerInfo>) {
-    let _ = CURRENT.try_with(|session| {
-        if session.all().any(Session::primary_needed) {
-            return;
-        }
-        let replicas = || session.all().filter(|s| !s.node().takes_requests());
-        let named = |s: &&Session| {
-            let roles = s.node().roles.borrow();
-            primary.is_some_and(|primary| roles.primary.as_ref().is_some_and(|p| p.node == primary.node))
-        };
-        if let Some(session) = replicas().find(named).or_else(|| replicas().next()) {
-            session.write_refused();
-        }
-    });
+pub(crate) fn this_primary_needed(primary: Option<NodeId>) {
+    let _ = CURRENT.try_with(|session| session.answered_needy(primary));
 }
 
 #[cfg(test)]
@@ -315,7 +351,7 @@ mod tests {
     use crate::keys::DatabaseKeys;
     use crate::peer::{Incarnation, NodeId};
     use crate::secret::Keyring;
-    use crate::status::{Addresses, Role};
+    use crate::status::{Addresses, PeerInfo, Role};
     use crate::txid::{Epoch, EpochHistory, EpochStart};
 
     fn node(database: &str, role: Role) -> Arc<NodeContext> {
@@ -356,7 +392,7 @@ mod tests {
         session.clone().enter(|| committed(&node, txid(1, 1)));
         assert_eq!(session.committed(), Some(txid(1, 3)));
         assert!(!session.primary_needed());
-        session.observe(None);
+        session.observe(Written::commit(None));
         assert_eq!(Token::verify(&node, session.token().unwrap().as_str()), Some(txid(1, 3)));
         session.clone().enter(|| primary_needed(&node));
         assert!(session.primary_needed());
@@ -386,9 +422,9 @@ mod tests {
         });
         assert_eq!((outer.committed(), inner.committed()), (Some(txid(1, 5)), Some(txid(2, 7))));
         // By the epoch, also through the wrong one; and what is not known goes where it was put.
-        inner.observe(txid(1, 9));
-        outer.observe(txid(1, 8));
-        inner.observe(txid(3, 1));
+        inner.observe(Written::commit(Some(txid(1, 9))));
+        outer.observe_txid(txid(1, 8));
+        inner.observe_txid(txid(3, 1));
         assert_eq!((outer.committed(), inner.committed()), (Some(txid(1, 9)), Some(txid(3, 1))));
         // A database without a layer.
         let (outer, inner) = sessions();
@@ -409,7 +445,7 @@ mod tests {
             node.roles.send_modify(|state| state.primary = Some(named.me.clone()));
         }
         for (named, expected) in
-            [(Some(&other.me), (true, false)), (Some(&none.me), (false, true)), (None, (false, true))]
+            [(Some(other.me.node), (true, false)), (Some(none.me.node), (false, true)), (None, (false, true))]
         {
             let (outer, inner) = sessions();
             inner.clone().enter(|| this_primary_needed(named));

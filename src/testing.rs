@@ -19,7 +19,6 @@ use crate::lease::Fixed;
 use crate::lock::lock;
 use crate::secret::Secret;
 use crate::status::Addresses;
-use crate::threads::blocking;
 use link::Link;
 use serve::Stand;
 
@@ -245,8 +244,7 @@ impl<S: Application> Cluster<S> {
     /// # Cancel safety
     /// Nothing happens but the waiting.
     pub async fn caught_up(&self) -> Result<()> {
-        let primary = self.nodes[0].db();
-        let last = blocking(move || primary.captured()).await?;
+        let last = self.nodes[0].db().captured().await?;
         for node in &self.nodes {
             if let Some(db) = node.running() {
                 db.wait_for_timeout(last, LIMIT).await?;

@@ -1,4 +1,4 @@
-//! Whether the position names all that a read here may have seen.
+//! Whether the position names all that was committed, by whatever connection.
 //!
 //! Readers see a commit as soon as it is in the wal-index. The position has it a moment later: on a
 //! primary when capture has it, for which that may wait for the disk.
@@ -7,21 +7,35 @@ use std::fmt;
 use std::pin::Pin;
 use std::sync::OnceLock;
 
+use crate::txid::Txid;
+
 /// Ends with true when the position has what was not counted yet, and with false when it never
 /// will: replication has stopped, or the lease has ended.
 pub(crate) type Counting = Pin<Box<dyn Future<Output = bool> + Send>>;
 
-/// Asks the engine, which is a higher floor's.
+/// Knows what is committed: the engine, which is a higher floor's.
+pub(crate) trait Counts: Send + Sync {
+    /// See [`NodeContext::counting`](crate::context::NodeContext::counting).
+    fn counting(&self) -> Option<Counting>;
+    /// See [`NodeContext::only_ours_since`](crate::context::NodeContext::only_ours_since).
+    fn only_ours_since(&self, commit: Txid) -> bool;
+}
+
+/// Asks it, once it is there.
 #[derive(Default)]
-pub(super) struct AskCounting(OnceLock<Box<dyn Fn() -> Option<Counting> + Send + Sync>>);
+pub(super) struct AskCounting(OnceLock<Box<dyn Counts>>);
 
 impl AskCounting {
-    pub(super) fn set(&self, ask: impl Fn() -> Option<Counting> + Send + Sync + 'static) {
-        let _ = self.0.set(Box::new(ask));
+    pub(super) fn set(&self, counts: impl Counts + 'static) {
+        let _ = self.0.set(Box::new(counts));
     }
 
     pub(super) fn ask(&self) -> Option<Counting> {
-        self.0.get().and_then(|ask| ask())
+        self.0.get().and_then(|counts| counts.counting())
+    }
+
+    pub(super) fn only_ours_since(&self, commit: Txid) -> bool {
+        self.0.get().is_none_or(|counts| counts.only_ours_since(commit))
     }
 }
 

@@ -1,12 +1,13 @@
 //! Which engine a database has: that of a primary or that of a replica, one after the other.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError, RwLock, Weak};
 
-use crate::context::{Counting, NodeContext};
+use crate::context::{Counting, Counts, NodeContext};
 use crate::engine::{PrimaryEngine, ReplicaEngine, Uncounted, WalFigures};
 use crate::error::{Error, Result};
 use crate::log::Log;
 use crate::node::writer::not_primary;
+use crate::txid::Txid;
 
 /// The engine of a role.
 #[derive(Clone, Debug)]
@@ -72,8 +73,7 @@ pub(crate) struct EngineSlot {
 impl EngineSlot {
     pub(crate) fn new(node: Arc<NodeContext>, running: Running) -> Arc<EngineSlot> {
         let slot = Arc::new(EngineSlot { node, running: RwLock::new(Some(running)) });
-        let counts = Arc::downgrade(&slot);
-        slot.node.when_read(move || counts.upgrade()?.counting());
+        slot.node.count_by(Arc::downgrade(&slot));
         slot
     }
 
@@ -94,13 +94,19 @@ impl EngineSlot {
         }
     }
 
-    /// See [`NodeContext::counting`].
     fn counting(&self) -> Option<Counting> {
         match &*self.running.read().unwrap_or_else(PoisonError::into_inner) {
             Some(Running::Primary(engine)) => Some(Box::pin(counted(engine.uncounted()?))),
             Some(Running::Replica(engine)) => engine.counting(),
             // It may be about to take in the last of what was committed.
             None => Some(Box::pin(std::future::ready(false))),
+        }
+    }
+
+    fn only_ours_since(&self, commit: Txid) -> bool {
+        match &*self.running.read().unwrap_or_else(PoisonError::into_inner) {
+            Some(Running::Primary(engine)) => engine.only_ours_since(commit),
+            Some(Running::Replica(_)) | None => false,
         }
     }
 
@@ -141,5 +147,15 @@ impl EngineSlot {
 
     fn write(&self) -> std::sync::RwLockWriteGuard<'_, Option<Running>> {
         self.running.write().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Counts for Weak<EngineSlot> {
+    fn counting(&self) -> Option<Counting> {
+        self.upgrade()?.counting()
+    }
+
+    fn only_ours_since(&self, commit: Txid) -> bool {
+        self.upgrade().is_some_and(|slot| slot.only_ours_since(commit))
     }
 }

@@ -23,6 +23,7 @@ use crate::context::NodeContext;
 use crate::engine::{CommitGate, PrimaryEngine};
 use crate::error::{Blame, Cause, Error, Result};
 use crate::lock::lock;
+use crate::session::Written;
 use crate::sqlite::{CommitHook, last_code};
 use crate::status::Role;
 use crate::threads::{self, message};
@@ -113,9 +114,9 @@ pub struct Commit<T> {
     pub txid: Option<Txid>,
 }
 
-impl<T> From<&Commit<T>> for Option<Txid> {
-    fn from(commit: &Commit<T>) -> Option<Txid> {
-        commit.txid
+impl<T> From<&Commit<T>> for Written {
+    fn from(commit: &Commit<T>) -> Written {
+        Written::commit(commit.txid)
     }
 }
 

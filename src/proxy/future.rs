@@ -24,9 +24,10 @@ use crate::proxy::body::MadeBody;
 use crate::proxy::failure::Reason;
 use crate::proxy::forward::{Sender, Verdict};
 use crate::proxy::head::Head;
+use crate::proxy::needs::heed;
 use crate::proxy::plan::{Need, misdirected};
 use crate::proxy::replay_body::Keep;
-use crate::proxy::reply::{complete, counting};
+use crate::proxy::reply::{MayWrite, TokenReach, complete, counting};
 use crate::proxy::shared::{LayerShared, failure};
 use crate::proxy::wait::prepare;
 use crate::session::Session;
@@ -74,9 +75,10 @@ pub(super) struct LocalRun {
     pub(super) replay: Option<(Arc<Head>, Option<Keep>)>,
     /// This node was the primary when it began.
     pub(super) led: bool,
+    pub(super) writes: MayWrite,
     /// The hop that it came by from another node.
     pub(super) hop: Option<String>,
-    /// Counts it where it runs here because this node is the primary, until the handler is done.
+    /// Counts it where it runs here because this node is the primary, until its token is there.
     pub(super) running: Option<RunningRequest>,
 }
 
@@ -85,6 +87,9 @@ struct Answered<R> {
     response: R,
     session: Session,
     secure: bool,
+    reach: TokenReach,
+    /// Until the token is there, the lease goes to no other node.
+    _running: Option<RunningRequest>,
 }
 
 /// A request that may run here later.
@@ -95,6 +100,8 @@ pub(super) struct Resume<S, B> {
     pub(super) parts: Parts,
     pub(super) session: Session,
     pub(super) secure: bool,
+    /// It is one for the primary.
+    pub(super) writes: bool,
     pub(super) replay: Option<Arc<Head>>,
 }
 
@@ -212,20 +219,15 @@ where
                 }
                 StateProj::Local { future, run } => {
                     let response = ready!(future.poll(cx));
-                    run.running = None;
-                    let response = response?;
+                    let running = run.running.take();
+                    let response = heed(this.shared, &run.session, response?);
                     match replay(this.shared, run) {
                         Some(next) => next,
                         None => {
-                            // What a spawned task still reads of the body is not kept for it.
-                            if let Some((_, Some(keep))) = &run.replay {
-                                keep.release();
-                            }
-                            let (session, secure) = (run.session.clone(), run.secure);
-                            let answered = Answered { response, session, secure };
-                            match counting(this.shared) {
+                            let answered = Answered::new(this.shared, run, running, response);
+                            match counting(this.shared, answered.reach) {
                                 None => {
-                                    let response = answered.complete(this.shared, true);
+                                    let response = answered.complete(this.shared);
                                     return Poll::Ready(Ok(response.map(local)));
                                 }
                                 Some(counting) => {
@@ -237,8 +239,11 @@ where
                 }
                 StateProj::Counting { counting, answered } => {
                     let counted = ready!(counting.as_mut().poll(cx));
-                    let answered = answered.take().expect(POLLED_AGAIN);
-                    return Poll::Ready(Ok(answered.complete(this.shared, counted).map(local)));
+                    let mut answered = answered.take().expect(POLLED_AGAIN);
+                    if !counted {
+                        answered.reach = TokenReach::Told;
+                    }
+                    return Poll::Ready(Ok(answered.complete(this.shared).map(local)));
                 }
                 StateProj::Prepare { preparing, resume } => {
                     let verdict = ready!(preparing.as_mut().poll(cx));
@@ -255,9 +260,24 @@ where
 }
 
 impl<B> Answered<Response<B>> {
-    fn complete(mut self, shared: &LayerShared, counted: bool) -> Response<B> {
+    fn new(
+        shared: &LayerShared,
+        run: &LocalRun,
+        running: Option<RunningRequest>,
+        response: Response<B>,
+    ) -> Answered<Response<B>> {
+        // What a spawned task still reads of the body is not kept for it.
+        if let Some((_, Some(keep))) = &run.replay {
+            keep.release();
+        }
+        let (session, secure) = (run.session.clone(), run.secure);
+        let reach = TokenReach::of(shared, &session, run.writes);
+        Answered { response, session, secure, reach, _running: running }
+    }
+
+    fn complete(mut self, shared: &LayerShared) -> Response<B> {
         let (status, headers) = (self.response.status(), self.response.headers_mut());
-        complete(shared, &self.session, self.secure, counted, status, headers);
+        complete(shared, &self.session, self.secure, self.reach, status, headers);
         self.response
     }
 }
@@ -334,7 +354,9 @@ impl<S, B> Resume<S, B> {
     {
         let replay = self.replay.map(|head| (head, Some(body.clone())));
         let Resume { service, parts, session, secure, .. } = self;
-        let run = LocalRun { session, secure, replay, led: shared.node.leads(), hop: None, running };
+        let led = shared.node.leads();
+        let writes = if self.writes && led { MayWrite::Yes } else { MayWrite::No };
+        let run = LocalRun { session, secure, replay, led, writes, hop: None, running };
         FutureState::local(service, parts, (self.body)(body), run)
     }
 }

@@ -1,5 +1,7 @@
 //! The layer, and how it is made to measure.
 
+mod late;
+
 use std::convert::Infallible;
 use std::fmt;
 use std::net::IpAddr;
@@ -135,6 +137,7 @@ impl ReplayLayer {
             session: SessionTokens::Writes,
             cookie,
             failure: None,
+            replay_when: None,
             original_uri: ORIGINAL_URI.map(|uri| Arc::new(uri) as Hook<_, _>),
             client_ip: None,
             proxies: Proxies::Unknown,

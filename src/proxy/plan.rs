@@ -15,7 +15,7 @@ use crate::proxy::headers::{self, HOP, PRIMARY};
 use crate::proxy::hop::{About, Came, HOPS_MAX, Hint, Hop};
 use crate::proxy::locate::other_primary;
 use crate::proxy::origin;
-use crate::proxy::route::Route;
+use crate::proxy::route::{Route, is_safe};
 use crate::proxy::shared::{LayerShared, Options, Upgrades, failure};
 use crate::status::Addresses;
 use crate::token::Token;
@@ -25,9 +25,10 @@ use crate::txid::{Place, Txid};
 pub(super) enum RequestPlan {
     /// It is answered at once.
     Answered(Box<Response<MadeBody>>),
-    /// It runs here; whether it may have to be replayed. Counted where it runs here because this
-    /// node is the primary.
-    Local { replay: bool, running: Option<RunningRequest> },
+    /// It runs here; whether it may have to be replayed, and whether it is of the kind that writes,
+    /// by whatever connection, where this node is the primary. Counted where it runs here because
+    /// this node is the primary.
+    Local { replay: bool, writes: bool, running: Option<RunningRequest> },
     /// It runs here, for another node, which sent this hop.
     Hop(String, RunningRequest),
     /// Something is needed first.
@@ -88,11 +89,13 @@ pub(super) fn plan(shared: &LayerShared, parts: &mut Parts, keeps: bool) -> (Req
     // restored. The election finds out which; the request waits.
     let leads = shared.node.leads()
         && !token.as_ref().is_some_and(|token| shared.node.hear_aside(token.txid().epoch().number()));
-    let here = |replay| RequestPlan::Local { replay, running: None };
+    let route = options.route(parts);
+    let writes = leads && (route == Route::Primary || !is_safe(&parts.method) && !upgrade);
+    let here = |replay| RequestPlan::Local { replay, writes, running: None };
     if leads && shared.node.lease.fixed {
         return (here(false), token);
     }
-    let plan = match options.route(parts) {
+    let plan = match route {
         Route::Local => here(false),
         Route::LocalThenReplay if upgrade && options.upgrades == Upgrades::Primary => {
             primary(shared, upgrade, leads)
@@ -129,7 +132,7 @@ fn take_hop(parts: &mut Parts, options: &Options) {
 fn primary(shared: &LayerShared, upgrade: bool, leads: bool) -> RequestPlan {
     match shared.node.request().filter(|_| leads) {
         // When the lease ends before the handler's first write, the next primary has the request.
-        Some(running) => RequestPlan::Local { replay: true, running: Some(running) },
+        Some(running) => RequestPlan::Local { replay: true, writes: true, running: Some(running) },
         None if upgrade && shared.options.upgrades == Upgrades::Refuse => answer(shared, Reason::Upgrade),
         None => RequestPlan::Prepare(Need::Primary),
     }

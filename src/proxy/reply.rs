@@ -1,38 +1,103 @@
 //! What a local handler's response gets from its session: the token, as header and cookie.
 
+use std::time::Duration;
+
 use http::header::CACHE_CONTROL;
-use http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
+use http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode};
 
 use crate::context::Counting;
 use crate::proxy::failure::Outcome;
 use crate::proxy::headers::{LOST, OUTCOME, TOKEN, add_cookie};
+use crate::proxy::route::is_safe;
 use crate::proxy::shared::{Cookie, LayerShared, SameSite, SessionTokens};
 use crate::session::Session;
 use crate::token::Token;
 use crate::txid::{Place, Txid};
 
-/// What has to be waited for before the token of a response can name all that its handler may have
-/// read: what the handler has just read may not be counted yet.
-pub(super) fn counting(shared: &LayerShared) -> Option<Counting> {
-    if shared.options.session != SessionTokens::Monotonic || shared.node.is_fenced() {
-        return None;
-    }
-    shared.node.counting()
+/// For how long a response waits until the position has what its token is to name. A disk that
+/// takes longer than that holds up writes, too.
+const COUNTING_MAX: Duration = Duration::from_secs(5);
+
+/// A request that runs here as one of those that write. Its handler may do that by a connection
+/// that tells its session nothing.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum MayWrite {
+    No,
+    Yes,
+    /// It is a replayed one with a safe method: it wrote something if the position, which had all
+    /// there was when it began, is not this one any more.
+    Since(Txid),
 }
 
-/// Puts on a local handler's response what its session says. `counted` is false when the node can't
-/// name what was read.
+impl MayWrite {
+    /// Of a request that another node sent, which begins now.
+    pub(super) fn sent_here(shared: &LayerShared, method: &Method) -> MayWrite {
+        let settled = || match shared.node.counting() {
+            None => shared.node.applied.position(),
+            Some(_) => None,
+        };
+        match is_safe(method).then(settled).flatten() {
+            Some(at) => MayWrite::Since(at.txid()),
+            None => MayWrite::Yes,
+        }
+    }
+}
+
+/// What a response's token names.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum TokenReach {
+    /// What the session knows.
+    Told,
+    /// And all that the handler may have read.
+    Read,
+    /// And all that was committed, by whatever connection.
+    Committed,
+    /// The same, unless that ends where it did when the handler began.
+    CommittedSince(Txid),
+}
+
+impl TokenReach {
+    /// Of the response of a handler that is done.
+    pub(super) fn of(shared: &LayerShared, session: &Session, writes: MayWrite) -> TokenReach {
+        if shared.options.session == SessionTokens::Monotonic {
+            return TokenReach::Read;
+        }
+        if session.wrote_past() {
+            return TokenReach::Committed;
+        }
+        match (writes, session.committed()) {
+            (MayWrite::No, _) => TokenReach::Told,
+            // Another database's layer got the response of another node, which named its own.
+            _ if session.sent() => TokenReach::Told,
+            (_, Some(commit)) if shared.node.only_ours_since(commit) => TokenReach::Told,
+            (MayWrite::Since(before), None) => TokenReach::CommittedSince(before),
+            (MayWrite::Yes | MayWrite::Since(_), _) => TokenReach::Committed,
+        }
+    }
+}
+
+/// What has to be waited for before the token of a response can name that: what the handler has
+/// just read, or another connection has written, may not be counted yet. The wait has a limit.
+pub(super) fn counting(shared: &LayerShared, reach: TokenReach) -> Option<Counting> {
+    if reach == TokenReach::Told || shared.node.is_fenced() {
+        return None;
+    }
+    let counting = shared.node.counting()?;
+    Some(Box::pin(async { tokio::time::timeout(COUNTING_MAX, counting).await.unwrap_or(false) }))
+}
+
+/// Puts on a local handler's response what its session says, and what else its token is to name.
 pub(super) fn complete(
     shared: &LayerShared,
     session: &Session,
     secure: bool,
-    counted: bool,
+    reach: TokenReach,
     status: StatusCode,
     headers: &mut HeaderMap,
 ) {
     set_outcome(session, status, headers);
     set_lost(session, headers);
-    set_token(shared, session, secure, counted, headers);
+    set_token(shared, session, secure, reach, headers);
 }
 
 /// Says of a response that tells of a failure what is known of the outcome.
@@ -65,14 +130,28 @@ fn read(shared: &LayerShared, session: &Session) -> Option<Txid> {
     (!shared.node.is_fenced() && !session.outcome_unknown()).then(|| at.txid())
 }
 
+/// The newest transaction that the response's token names.
+fn newest(shared: &LayerShared, session: &Session, reach: TokenReach) -> Option<Txid> {
+    // A node that leads no more may have taken over a history without what was written here.
+    let committed = || read(shared, session).filter(|_| shared.node.leads());
+    session.seen().max(match reach {
+        TokenReach::Told => None,
+        TokenReach::Read => read(shared, session),
+        TokenReach::Committed => committed(),
+        TokenReach::CommittedSince(before) => committed().filter(|at| *at != before),
+    })
+}
+
 /// Sets the token of what the request committed, waited for, or read.
-fn set_token(shared: &LayerShared, session: &Session, secure: bool, counted: bool, headers: &mut HeaderMap) {
+fn set_token(
+    shared: &LayerShared,
+    session: &Session,
+    secure: bool,
+    reach: TokenReach,
+    headers: &mut HeaderMap,
+) {
     let committed = session.committed();
-    let newest = match shared.options.session {
-        SessionTokens::Monotonic if counted => session.seen().max(read(shared, session)),
-        SessionTokens::Monotonic | SessionTokens::Writes => session.seen(),
-    };
-    let Some(newest) = newest else { return };
+    let Some(newest) = newest(shared, session, reach) else { return };
     let place = |txid| shared.node.applied.place(txid);
     let known = session.request_token().map(Token::txid);
     if committed.is_none() && known.is_some_and(|txid| place(txid) == Place::Unknown) {

@@ -19,6 +19,7 @@ use crate::proxy::headers;
 use crate::proxy::origin;
 use crate::proxy::plan::{Need, RequestPlan, plan};
 use crate::proxy::replay_body::Keep;
+use crate::proxy::reply::MayWrite;
 use crate::proxy::shared::LayerShared;
 use crate::session::Session;
 
@@ -132,7 +133,7 @@ impl<S> ReplayService<S> {
         let secure = headers::is_https(&parts.headers, origin::scheme(&parts));
         let future = match plan {
             RequestPlan::Answered(answer) => ResponseFuture::done(shared.clone(), *answer),
-            RequestPlan::Local { replay, running } => {
+            RequestPlan::Local { replay, writes, running } => {
                 let head = replay.then(|| Arc::new(Head::of_client(&parts, &shared.options)));
                 let (keep, body) = if let Some(head) = &head
                     && !body.is_end_stream()
@@ -144,7 +145,8 @@ impl<S> ReplayService<S> {
                 };
                 let replay = head.map(|head| (head, keep));
                 let led = shared.node.leads();
-                let run = LocalRun { session, secure, replay, led, hop: None, running };
+                let writes = if writes && led { MayWrite::Yes } else { MayWrite::No };
+                let run = LocalRun { session, secure, replay, led, writes, hop: None, running };
                 ResponseFuture::local(shared.clone(), service, parts, body, run)
             }
             RequestPlan::Hop(hop, running) => {
@@ -154,7 +156,8 @@ impl<S> ReplayService<S> {
                     ReplayRequestBody::to_its_end(Keep::new(body, &shared.options.budget, None))
                 };
                 let (hop, running) = (Some(hop), Some(running));
-                let run = LocalRun { session, secure, replay: None, led: true, hop, running };
+                let writes = MayWrite::sent_here(shared, &parts.method);
+                let run = LocalRun { session, secure, replay: None, led: true, writes, hop, running };
                 ResponseFuture::local(shared.clone(), service, parts, hand(body), run)
             }
             RequestPlan::Prepare(need) => {
@@ -162,7 +165,8 @@ impl<S> ReplayService<S> {
                 let may_replay = matches!(need, Need::Applied(_)) || !shared.node.lease.fixed;
                 let replay = may_replay.then(|| head.clone());
                 let body = Keep::new(body, &shared.options.budget, head.client.share);
-                let resume = Resume { service, body: kept, parts, session, secure, replay };
+                let writes = matches!(need, Need::Primary);
+                let resume = Resume { service, body: kept, parts, session, secure, writes, replay };
                 ResponseFuture::prepare(shared.clone(), need, head, body, resume)
             }
         };

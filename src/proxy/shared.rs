@@ -44,6 +44,19 @@ pub(super) const HOLD_BEYOND_LEASE: Duration = Duration::from_secs(3);
 pub enum SessionTokens {
     /// Those of requests that committed, or waited for a transaction: clients read their own
     /// writes.
+    ///
+    /// The session knows only of commits through [`Db`](crate::Db). So a response of the primary
+    /// also names what any other connection has committed by the time that its head came out of
+    /// the handler: an actor's, a pool's, another program's. It does so, whatever its status, where
+    /// the request was not safe, was sent on by another node, or has
+    /// [`Route::Primary`](crate::Route::Primary). Where no other connection wrote, that costs a
+    /// look at SQLite's shared memory. Else the response waits until the commit is on the disk and
+    /// counted, for at most five seconds. After that, and where the lease or replication ended
+    /// meanwhile, it names only what the session knows.
+    ///
+    /// For a GET that writes in such a way on the primary itself, give it that route, or call
+    /// [`Session::observe`](crate::Session::observe) with the `Db`. What is committed after the
+    /// head, as by a body that streams, no token of that response names.
     #[default]
     Writes,
     /// Those of reads, too, when what they read is newer than the request's token: clients never go
@@ -179,6 +192,7 @@ pub(super) struct Options {
     pub(super) session: SessionTokens,
     pub(super) cookie: Cookie,
     pub(super) failure: Option<Hook<Failure, Response<Bytes>>>,
+    pub(super) replay_when: Option<Hook<http::response::Parts, bool>>,
     pub(super) original_uri: Option<Hook<Parts, Option<Uri>>>,
     pub(super) client_ip: Option<Hook<Parts, Option<IpAddr>>>,
     pub(super) proxies: Proxies,

@@ -11,6 +11,7 @@ mod handoff;
 mod jams;
 mod leaving;
 mod lost;
+mod past;
 mod reads;
 mod routes;
 mod sockets;

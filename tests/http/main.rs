@@ -19,6 +19,7 @@ mod nginx;
 mod nginx_http2;
 mod nginx_https;
 mod page;
+mod past;
 #[path = "../support/recorder.rs"]
 mod recorder;
 mod restart;

@@ -8,6 +8,8 @@ use tokio::sync::watch;
 use crate::engine::capture::handle::PrimaryEngine;
 use crate::engine::file::progress::Patience;
 use crate::engine::file::term::Term;
+use crate::lock::lock;
+use crate::txid::Txid;
 use crate::wal::Salts;
 
 /// When to look again at a header that somebody is in the middle of writing.
@@ -25,6 +27,12 @@ impl PrimaryEngine {
         self.waker.wake();
         let (base, moved) = (Arc::downgrade(&self.base), self.base.moved());
         Some(Uncounted { base, until, patience: None, moved })
+    }
+
+    /// Whether no connection but our own writer has committed anything after this commit of its.
+    pub(crate) fn only_ours_since(&self, commit: Txid) -> bool {
+        let Some(last) = *lock(&self.last) else { return false };
+        last.others <= commit.number() && end(&self.base) == Some((last.salts, last.frame))
     }
 
     /// Waits until the log has what is committed by now, for at most `limit`. Blocks.

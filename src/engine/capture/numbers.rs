@@ -117,7 +117,11 @@ impl PrimaryEngine {
 
     /// Remembers where our last commit ended, so that the next one need not wait for capture.
     fn note(&self, begun: Begun, frame: u32, number: u64) -> Option<Txid> {
-        *lock(&self.last) = Some(LastCommit { salts: begun.salts, frame, number });
+        let mut last = lock(&self.last);
+        let others = last.filter(|last| last.number + 1 == number).map(|last| last.others);
+        let others = others.unwrap_or(number - 1);
+        *last = Some(LastCommit { salts: begun.salts, frame, number, others });
+        drop(last);
         self.waker.wake();
         self.brake.passed(frame);
         self.txid(number)

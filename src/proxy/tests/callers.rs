@@ -14,7 +14,7 @@ use crate::token::Tokens;
 /// An app that commits and says what it got.
 fn committing() -> Router {
     Router::new().fallback(|request: Request<Body>| async move {
-        Session::current().unwrap().observe(txid(12));
+        Session::current().unwrap().observe_txid(txid(12));
         mirror(request).await
     })
 }

@@ -32,7 +32,7 @@ use crate::status::Role;
 /// commits.
 async fn who(request: Request<Body>) -> String {
     if request.method() == http::Method::POST {
-        Session::current().unwrap().observe(txid(12));
+        Session::current().unwrap().observe_txid(txid(12));
     }
     let peer = request.extensions().get::<ConnectInfo<SocketAddr>>().map(|info| info.0);
     let forwarded = request.extensions().get::<Forwarded>();

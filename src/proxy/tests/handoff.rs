@@ -110,7 +110,7 @@ type Does = fn(&NodeContext, &Session) -> bool;
 
 /// It commits.
 const COMMITS: Does = |_, session| {
-    session.observe(txid(11));
+    session.observe_txid(txid(11));
     true
 };
 /// The writer is closed, and refuses the write.

@@ -21,7 +21,7 @@ fn app(node: &Arc<NodeContext>) -> Router {
     let node = node.clone();
     Router::new().fallback(move |session: Extension<Session>, request: http::Uri| async move {
         if let Ok(number) = request.path()[1..].parse() {
-            session.observe(Txid::new(node.applied.history().epoch(), number));
+            session.observe_txid(Txid::new(node.applied.history().epoch(), number));
         }
         let lost = if session.lost_token().is_some() { " lost" } else { "" };
         format!("{}{lost}", node.applied.position().unwrap().number())
@@ -100,9 +100,12 @@ async fn the_word_that_a_token_is_lost_comes_through_every_node() {
     let replica = elector(4);
     follow(&replica, 2, Some(peer(3, &primary.url())));
     let server = served(&replica, |l| l.wait_timeout(SHORT).route_prefix("/local", Route::Local)).await;
+    let carried = client.0.clone();
     let response = client.ask("POST", &server.url()).await;
     assert!(response.headers().contains_key("replite-lost"));
     assert_eq!(text(response).await, "10 lost", "the primary's");
+    assert_ne!(client.0, carried, "it was told, and has a new token");
+    client.0 = carried;
     // It does not know yet what the primary's history is.
     let response = client.ask("GET", &format!("{}/local", server.url())).await;
     assert!(!response.headers().contains_key("replite-lost"));

@@ -133,7 +133,7 @@ async fn pair(
 /// An app that commits and says what it got.
 fn committing() -> Router {
     Router::new().fallback(|request: Request<Body>| async move {
-        Session::current().unwrap().observe(txid(12));
+        Session::current().unwrap().observe_txid(txid(12));
         format!("{:?} {}", request.version(), mirror(request).await)
     })
 }
