@@ -2,6 +2,7 @@
 
 use axum::{Router, extract::State, routing::get};
 use replite::{Config, Db, Error};
+use tokio::signal::unix::{SignalKind, signal};
 
 async fn list(State(db): State<Db>) -> Result<String, Error> {
     let notes: Vec<String> = db.query("SELECT text FROM notes", [], |row| row.get(0))?;
@@ -26,10 +27,13 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
 
     let address = std::env::args().nth(1).ok_or("say where to listen, such as 127.0.0.1:8081")?;
     let listener = tokio::net::TcpListener::bind(address).await?;
-    let ends = db.clone();
+    let (ends, mut terminate) = (db.clone(), signal(SignalKind::terminate())?);
     let server = axum::serve(listener, app).with_graceful_shutdown(async move {
-        let _ = tokio::signal::ctrl_c().await;
-        ends.drain().await;
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = tokio::signal::ctrl_c() => {}
+        }
+        ends.drain().await; // the primary hands over
     });
     server.await?;
     db.shutdown().await;

@@ -13,8 +13,8 @@ use crate::status::PeerInfo;
 use crate::txid::Txid;
 
 pub use cause::Cause;
-pub(crate) use kinds::shown;
 pub use kinds::{PeerProblem, Unsupported};
+pub(crate) use kinds::{shown, without_user};
 
 /// What the crate's functions return.
 pub type Result<T, E = Error> = std::result::Result<T, E>;

@@ -12,11 +12,13 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 
 use http::{Method, Request, Response, StatusCode};
+use tokio::sync::Semaphore;
 use tower::Service;
 
 #[cfg(feature = "prometheus")]
 use crate::metrics::NodeFigures;
 use crate::status::{Health, Status};
+use crate::threads::blocking;
 pub use answer::ProbeBody;
 use answer::{AnswerKind, answer, not_allowed};
 #[cfg(feature = "prometheus")]
@@ -27,6 +29,9 @@ const READYZ: &str = "/readyz";
 const HEALTHZ: &str = "/healthz";
 #[cfg(feature = "prometheus")]
 const METRICS: &str = "/metrics";
+
+/// How many of them look at the node at one time. Others wait.
+const LOOKS_MAX: usize = 4;
 
 /// Whether a request asks what the probes answer, where they are at the root.
 pub(crate) fn is_probe(method: &Method, path: &str) -> bool {
@@ -43,7 +48,7 @@ pub(crate) trait Probed: fmt::Debug + Send + Sync {
     fn database(&self) -> &str;
     /// As [`Health::live`](crate::Health::live).
     fn is_live(&self) -> bool;
-    /// None: it is closed.
+    /// None: it is closed. Blocks.
     fn health(&self) -> Option<(Health, Status)>;
     /// None: it is closed. Blocks.
     #[cfg(feature = "prometheus")]
@@ -104,6 +109,7 @@ pub(crate) trait Probed: fmt::Debug + Send + Sync {
 pub struct Probes {
     databases: Vec<Arc<dyn Probed>>,
     detailed: bool,
+    looks: Arc<Semaphore>,
     #[cfg(feature = "prometheus")]
     scrapes: Option<Scrapes>,
 }
@@ -113,13 +119,15 @@ impl Probes {
         Probes {
             databases: vec![database],
             detailed: false,
+            looks: Arc::new(Semaphore::new(LOOKS_MAX)),
             #[cfg(feature = "prometheus")]
             scrapes: Some(Scrapes::default()),
         }
     }
 
     /// The same for several databases in one process. Each answer is 200 only where it would be for
-    /// all of them.
+    /// all of them. There is `/metrics` where both have it. Whether `/healthz` is detailed is said
+    /// for all of them by [`Probes::detailed`] of the first.
     ///
     /// ```
     /// use replite::{Db, Probes};
@@ -131,7 +139,21 @@ impl Probes {
     /// ```
     #[must_use]
     pub fn and(mut self, others: Probes) -> Probes {
-        self.databases.extend(others.databases);
+        for other in others.databases {
+            if self.databases.iter().any(|one| one.database() == other.database()) {
+                tracing::warn!(
+                    database = other.database(),
+                    "two databases of this name are probed, which no metric tells apart; give one another \
+                     by `Config::database`"
+                );
+            }
+            self.databases.push(other);
+        }
+        // What was told of fewer databases is not told of all.
+        #[cfg(feature = "prometheus")]
+        {
+            self.scrapes = self.scrapes.and(others.scrapes).map(|_| Scrapes::default());
+        }
         self
     }
 
@@ -202,9 +224,25 @@ impl Probes {
         if !is_head && method != Method::GET {
             return ProbeFuture::now(not_allowed());
         }
-        let (well, words) = make(self);
-        let status = if well { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
-        ProbeFuture::now(answer(status, AnswerKind::Json, words.to_string(), is_head))
+        if path == LIVEZ {
+            return ProbeFuture::now(told(make(self), is_head));
+        }
+        let probes = self.clone();
+        ProbeFuture(ProbeAnswer::Later(Box::pin(async move {
+            let place = probes.looks.clone().acquire_owned().await;
+            // The place is the look's, also when its request was dropped.
+            let looked = blocking(move || {
+                let _place = place;
+                Ok(make(&probes))
+            });
+            match looked.await {
+                Ok(found) => told(found, is_head),
+                Err(error) => {
+                    tracing::warn!(%error, "a probe can't be answered");
+                    answer(StatusCode::INTERNAL_SERVER_ERROR, AnswerKind::Text, "not known\n", is_head)
+                }
+            }
+        })))
     }
 
     #[cfg(feature = "prometheus")]
@@ -258,6 +296,12 @@ impl Probes {
     }
 }
 
+/// What was found, as an answer.
+fn told((well, words): (bool, serde_json::Value), is_head: bool) -> Response<ProbeBody> {
+    let status = if well { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    answer(status, AnswerKind::Json, words.to_string(), is_head)
+}
+
 impl fmt::Debug for Probes {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let names: Vec<_> = self.databases.iter().map(|database| database.database()).collect();
@@ -279,14 +323,13 @@ impl<B> Service<Request<B>> for Probes {
     }
 }
 
-/// The answer of [`Probes`], once it is there. `/metrics` looks at files on a thread where that may
-/// block; all others answer at once.
+/// The answer of [`Probes`], once it is there. `/livez` answers at once. All others look at the
+/// node on a thread where that may wait for the disk.
 #[derive(Debug)]
 pub struct ProbeFuture(ProbeAnswer);
 
 enum ProbeAnswer {
     Now(Option<Response<ProbeBody>>),
-    #[cfg(feature = "prometheus")]
     Later(Pin<Box<dyn Future<Output = Response<ProbeBody>> + Send>>),
 }
 
@@ -305,14 +348,12 @@ impl ProbeFuture {
 impl Future for ProbeFuture {
     type Output = Result<Response<ProbeBody>, Infallible>;
 
-    #[cfg_attr(not(feature = "prometheus"), allow(unused_variables, reason = "nothing else waits"))]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         match &mut self.0 {
             ProbeAnswer::Now(response) => match response.take() {
                 Some(response) => Poll::Ready(Ok(response)),
                 None => panic!("a probe's future was polled after it was ready"),
             },
-            #[cfg(feature = "prometheus")]
             ProbeAnswer::Later(response) => response.as_mut().poll(cx).map(Ok),
         }
     }

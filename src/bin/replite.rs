@@ -310,7 +310,10 @@ fn secret(file: Option<&Path>) -> Result<Option<Secret>, Failure> {
             (text, from)
         }
         None => match std::env::var("REPLITE_SECRET") {
-            Ok(text) => (text, "REPLITE_SECRET".into()),
+            // For instances there may be older ones after it.
+            Ok(text) => {
+                (text.split(',').next().unwrap_or_default().trim().to_string(), "REPLITE_SECRET".into())
+            }
             Err(std::env::VarError::NotPresent) => return Ok(None),
             Err(error) => return Err(usage(format!("REPLITE_SECRET: {error}"))),
         },

@@ -207,7 +207,8 @@ impl Config {
     /// file that is there is left as it is.
     ///
     /// What lies beside the database follows the database's own permissions. The directory
-    /// `<database>-replite` is always for its owner alone. Unix only.
+    /// `<database>-replite` is always for its owner alone, and so is a directory of the database
+    /// that had to be made: make it yourself where others are to read. Unix only.
     pub fn database_mode(mut self, mode: u32) -> Config {
         self.database_mode = Some(mode);
         self

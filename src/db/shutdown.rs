@@ -65,6 +65,7 @@ impl Db {
     ///
     /// use axum::Router;
     /// use replite::{Config, Db, Secret};
+    /// use tokio::signal::unix::{SignalKind, signal};
     ///
     /// #[tokio::main]
     /// async fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -76,13 +77,17 @@ impl Db {
     ///     let app = Router::new() // your routes; their long responses end with `db.draining()`
     ///         .layer(db.replay_layer());
     ///     db.serve_forwarded(app.clone())?;
-    ///     let app = app.nest_service("/_replite", db.service());
+    ///     let app = app.merge(db.probes()).nest_service("/_replite", db.service());
     ///
+    ///     let mut terminate = signal(SignalKind::terminate())?;
     ///     let draining = db.clone();
     ///     let mut server = tokio::spawn(
     ///         axum::serve(listener, app)
     ///             .with_graceful_shutdown(async move {
-    ///                 let _ = tokio::signal::ctrl_c().await; // and SIGTERM
+    ///                 tokio::select! {
+    ///                     _ = terminate.recv() => {}
+    ///                     _ = tokio::signal::ctrl_c() => {}
+    ///                 }
     ///                 draining.drain().await;
     ///             })
     ///             .into_future(),

@@ -222,6 +222,16 @@ fn of_key(key: &Option<PeerKey>) -> String {
     key.map_or_else(String::new, |key| format!(", of key {key},"))
 }
 
+/// A URL as it may stand in logs: without who logs in, and with what.
+pub(crate) fn without_user(url: &str) -> String {
+    let begin = url.find("//").map_or(0, |at| at + 2);
+    let end = url[begin..].find(['/', '?', '#']).map_or(url.len(), |at| begin + at);
+    match url[begin..end].rfind('@') {
+        Some(at) => format!("{}…{}", &url[..begin], &url[begin + at..]),
+        None => url.to_string(),
+    }
+}
+
 /// A text of somebody else as it may stand in logs and problems: in one line, and of so many bytes
 /// at most.
 pub(crate) fn shown(text: &str, max_bytes: usize) -> String {
@@ -238,4 +248,22 @@ pub(crate) fn shown(text: &str, max_bytes: usize) -> String {
         }
     }
     out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_url_is_shown_without_who_logs_in() {
+        for (url, shown) in [
+            ("postgres://app:hunter2@h/db?a=@", "postgres://…@h/db?a=@"),
+            ("http://a@b:p@h:1", "http://…@h:1"),
+            ("replite://h:1/@", "replite://h:1/@"),
+            ("a.db", "a.db"),
+            ("a@b/c.db", "…@b/c.db"),
+        ] {
+            assert_eq!(without_user(url), shown);
+        }
+    }
 }

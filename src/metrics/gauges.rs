@@ -173,6 +173,7 @@ fn size(bytes: Option<u64>) -> Option<f64> {
 fn slowest(figures: &NodeFigures) -> Option<f64> {
     let status = &figures.status;
     let here = status.position.filter(|_| status.role == Role::Primary)?.number();
-    let least = status.replicas.iter().map(|replica| replica.applied.map_or(0, |at| at.number())).min()?;
+    // One that has just come has not said yet what it has.
+    let least = status.replicas.iter().filter_map(|replica| replica.applied).map(|at| at.number()).min()?;
     Some(here.saturating_sub(least) as f64)
 }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::net::Ipv6Addr;
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, without_user};
 
 /// The path of the replication endpoint when the URL has none.
 const DEFAULT_PATH: &str = "/_replite";
@@ -40,7 +40,7 @@ impl Endpoint {
     /// `replite://host:port`.
     pub(crate) fn parse(url: &str) -> Result<Endpoint> {
         let bad = |why: &str| {
-            let shown: String = url.chars().take(128).collect();
+            let shown: String = without_user(url).chars().take(128).collect();
             Error::Config(format!("replication URL {shown:?}: {why}"))
         };
         if url.len() > URL_MAX_BYTES {

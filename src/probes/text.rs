@@ -31,21 +31,24 @@ impl Scrapes {
     /// that.
     ///
     /// # Cancel safety
-    /// Dropped, what was begun is made to its end, and is of no use.
+    /// Dropped, what was begun is made to its end, and is there for the next one.
     pub(super) async fn text(&self, databases: Vec<Arc<dyn Probed>>) -> Result<Bytes> {
-        let mut last = self.0.lock().await;
+        let mut last = self.0.clone().lock_owned().await;
         if let Some((at, text)) = &*last
             && at.elapsed() < TEXT_AGE
         {
             return Ok(text.clone());
         }
-        let text = blocking(move || {
+        blocking(move || {
             let figures = databases.iter().filter_map(|database| database.figures()).collect();
-            told(figures).map_err(|_| Error::Internal("the text of the metrics can't be made".into()))
-        });
-        let text = Bytes::from(text.await?);
-        *last = Some((Instant::now(), text.clone()));
-        Ok(text)
+            let text = told(figures);
+            let text = text.map_err(|_| Error::Internal("the text of the metrics can't be made".into()))?;
+            let text = Bytes::from(text);
+            // Also when who asked has left: the next one waits for it, and begins none beside it.
+            *last = Some((Instant::now(), text.clone()));
+            Ok(text)
+        })
+        .await
     }
 }
 

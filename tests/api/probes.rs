@@ -329,7 +329,8 @@ async fn one_text_has_several_databases_each_under_its_name() {
         Db::temporary(|config| schema(config).database("orders")).await.unwrap(),
     );
     insert(&notes, "one", 1).await;
-    let app = Router::new().merge(notes.probes().and(orders.probes()));
+    let alone = notes.probes();
+    let app = Router::new().merge(alone.clone().and(orders.probes()));
     let told = get_of(&app, "/metrics").await.text;
     let samples = samples(&told);
     let names = ["replite_live{database=\"notes\"}", "replite_live{database=\"orders\"}"];
@@ -339,6 +340,10 @@ async fn one_text_has_several_databases_each_under_its_name() {
     let results = "replite_verifications_total{database=\"notes\",result=\"holds\"}";
     assert_eq!(samples.get(results), Some(&0.0));
     promtool(&told);
+    let alone = get_of(&Router::new().merge(alone), "/metrics").await;
+    assert!(!alone.text.contains("orders"), "{}", alone.text);
+    let closed = notes.probes().and(orders.probes().metrics(false));
+    assert_eq!(get_of(&Router::new().merge(closed), "/metrics").await.status, 404);
 }
 
 /// Prometheus's own opinion of a text, where it is installed.

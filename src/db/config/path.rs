@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 
 use crate::db::config::Config;
-use crate::error::{Error, Result, Unsupported};
+use crate::error::{Error, Result, Unsupported, without_user};
 
 /// How SQLite, and others, name a database that is in no file.
 const IN_MEMORY: &str = ":memory:";
@@ -16,7 +16,11 @@ impl Config {
     /// The path of the database file.
     pub(in crate::db) fn file(&self) -> Result<PathBuf> {
         of_file(&self.path)
-            .map_err(|reason| Error::Unsupported { path: self.path.clone(), reason })
+            .map_err(|reason| {
+                let path =
+                    self.path.to_str().map_or_else(|| self.path.clone(), |text| without_user(text).into());
+                Error::Unsupported { path, reason }
+            })
             .map(Path::to_path_buf)
     }
 }

@@ -121,7 +121,8 @@ impl Lost {
                 left -= 1;
                 match entry.metadata() {
                     Ok(meta) if meta.is_dir() => {
-                        things += u64::from(is_top);
+                        let is_whole = entry.path().extension().is_none_or(|end| end != "new");
+                        things += u64::from(is_top && is_whole);
                         directories.push((entry.path(), false));
                     }
                     Ok(meta) => bytes += meta.len(),
