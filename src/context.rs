@@ -374,10 +374,10 @@ impl NodeContext {
         self.counting.ask()
     }
 
-    /// Whether no connection but this node's own writer has committed anything after this commit of
-    /// its own. False where that is not known.
-    pub(crate) fn only_ours_since(&self, commit: Txid) -> bool {
-        self.counting.only_ours_since(commit)
+    /// The last commit that there is, where this node's own writer made it. The position may not
+    /// have it yet.
+    pub(crate) fn last_of_ours(&self) -> Option<Txid> {
+        self.counting.last_of_ours()
     }
 
     /// How often the node opened the files, still counting.

@@ -189,18 +189,19 @@ impl Session {
 
     /// The request's response says that this was the primary that was needed. The write may have
     /// been tried where no session was around, such as on a thread of its own.
-    pub(crate) fn answered_needy(&self, primary: Option<NodeId>) {
+    ///
+    /// Returns false where no node of its sessions is a replica.
+    pub(crate) fn answered_needy(&self, primary: Option<NodeId>) -> bool {
         if self.all().any(Session::primary_needed) {
-            return;
+            return true;
         }
         let replicas = || self.all().filter(|s| !s.node().takes_requests());
         let named = |s: &&Session| {
             let roles = s.node().roles.borrow();
             primary.is_some_and(|primary| roles.primary.as_ref().is_some_and(|p| p.node == primary))
         };
-        if let Some(session) = replicas().find(named).or_else(|| replicas().next()) {
-            session.write_refused();
-        }
+        let needy = replicas().find(named).or_else(|| replicas().next());
+        needy.inspect(|session| session.write_refused()).is_some()
     }
 
     /// Whether there was a write of which it is not known whether it is kept.

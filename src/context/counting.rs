@@ -17,8 +17,8 @@ pub(crate) type Counting = Pin<Box<dyn Future<Output = bool> + Send>>;
 pub(crate) trait Counts: Send + Sync {
     /// See [`NodeContext::counting`](crate::context::NodeContext::counting).
     fn counting(&self) -> Option<Counting>;
-    /// See [`NodeContext::only_ours_since`](crate::context::NodeContext::only_ours_since).
-    fn only_ours_since(&self, commit: Txid) -> bool;
+    /// See [`NodeContext::last_of_ours`](crate::context::NodeContext::last_of_ours).
+    fn last_of_ours(&self) -> Option<Txid>;
 }
 
 /// Asks it, once it is there.
@@ -34,8 +34,8 @@ impl AskCounting {
         self.0.get().and_then(|counts| counts.counting())
     }
 
-    pub(super) fn only_ours_since(&self, commit: Txid) -> bool {
-        self.0.get().is_none_or(|counts| counts.only_ours_since(commit))
+    pub(super) fn last_of_ours(&self) -> Option<Txid> {
+        self.0.get()?.last_of_ours()
     }
 }
 

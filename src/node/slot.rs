@@ -103,10 +103,10 @@ impl EngineSlot {
         }
     }
 
-    fn only_ours_since(&self, commit: Txid) -> bool {
+    fn last_of_ours(&self) -> Option<Txid> {
         match &*self.running.read().unwrap_or_else(PoisonError::into_inner) {
-            Some(Running::Primary(engine)) => engine.only_ours_since(commit),
-            Some(Running::Replica(_)) | None => false,
+            Some(Running::Primary(engine)) => engine.last_of_ours(),
+            Some(Running::Replica(_)) | None => None,
         }
     }
 
@@ -155,7 +155,7 @@ impl Counts for Weak<EngineSlot> {
         self.upgrade()?.counting()
     }
 
-    fn only_ours_since(&self, commit: Txid) -> bool {
-        self.upgrade().is_some_and(|slot| slot.only_ours_since(commit))
+    fn last_of_ours(&self) -> Option<Txid> {
+        self.upgrade()?.last_of_ours()
     }
 }

@@ -5,7 +5,7 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock};
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, ready};
 
 use bytes::Bytes;
 use http::header::HOST;
@@ -274,7 +274,15 @@ impl Body for CountedBody {
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
     ) -> Poll<Option<Result<Frame<Bytes>, BoxError>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
+        loop {
+            let frame = ready!(Pin::new(&mut self.body).poll_frame(cx));
+            // HTTP/2 closes a connection on which a hundred frames without bytes came.
+            let is_empty =
+                frame.as_ref().and_then(|f| f.as_ref().ok()?.data_ref()).is_some_and(Bytes::is_empty);
+            if !is_empty || self.body.is_end_stream() {
+                return Poll::Ready(frame);
+            }
+        }
     }
 
     fn is_end_stream(&self) -> bool {

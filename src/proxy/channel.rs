@@ -155,6 +155,10 @@ impl ChannelLines {
                 line.used.retire();
                 Err(SendError::NotBegun(error.into()))
             }
+            Err(ExchangeError::Unsayable(error)) => {
+                tracing::debug!(%error, "a request can't be said in HTTP/2");
+                Err(SendError::BadHost)
+            }
             Err(ExchangeError::Broken(error)) if was_not_looked_at(&error, &line.shown) => {
                 Err(SendError::NotBegun(error.into()))
             }

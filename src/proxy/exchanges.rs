@@ -23,6 +23,10 @@ use crate::net;
 use crate::proxy::BoxError;
 use crate::proxy::connect::Spawn;
 
+/// What small frames of responses that are left untaken may cost beyond their bytes, in
+/// bytes. h2 closes a connection on which they cost more. Its own limit is 9 MB here: 35,000 small events.
+const SMALL_FRAMES_BYTES: usize = 64 * 1024 * 1024;
+
 /// What an upgraded connection hands over at once, in bytes.
 const PIECE_BYTES: usize = 32 * 1024;
 
@@ -39,6 +43,9 @@ pub(super) enum ExchangeError {
     /// It was not put on the connection, which takes no more.
     #[error(transparent)]
     Closed(h2::Error),
+    /// It is none that HTTP/2 can say.
+    #[error(transparent)]
+    Unsayable(h2::Error),
     /// It was, and the stream broke.
     #[error(transparent)]
     Broken(h2::Error),
@@ -56,6 +63,7 @@ where
         .max_frame_size(net::FRAME_MAX_BYTES)
         .max_header_list_size(net::FORWARD_HEAD_MAX_BYTES)
         .max_send_buffer_size(net::FORWARD_WINDOW_BYTES as usize)
+        .data_frame_budget(SMALL_FRAMES_BYTES)
         .enable_push(false)
         .handshake(io)
         .await?;
@@ -84,7 +92,10 @@ impl Exchanges {
     ) -> Result<(ResponseFuture, SendStream<Bytes>), ExchangeError> {
         let mut way = self.way.clone();
         std::future::poll_fn(|cx| way.poll_ready(cx)).await.map_err(ExchangeError::Closed)?;
-        way.send_request(request, ends).map_err(ExchangeError::Closed)
+        way.send_request(request, ends).map_err(|error| match error.is_go_away() || error.is_io() {
+            true => ExchangeError::Closed(error),
+            false => ExchangeError::Unsayable(error),
+        })
     }
 
     /// Sends a request and waits for the response's head. A body that is not there yet is sent
@@ -168,6 +179,8 @@ impl<B: Body<Data = Bytes, Error = BoxError> + Unpin> Upload<B> {
             }
             match ready!(Pin::new(&mut self.body).poll_frame(cx)) {
                 Some(Ok(frame)) => match frame.into_data() {
+                    // A server closes a connection on which a hundred of these came (h2).
+                    Ok(piece) if piece.is_empty() && !self.body.is_end_stream() => {}
                     Ok(piece) => {
                         // Not for all of it: what is asked for is taken from the others.
                         self.to.reserve_capacity(usize::from(!piece.is_empty()));
@@ -176,7 +189,9 @@ impl<B: Body<Data = Bytes, Error = BoxError> + Unpin> Upload<B> {
                     Err(frame) => {
                         let Ok(trailers) = frame.into_trailers() else { continue };
                         self.to.reserve_capacity(0);
-                        let _ = self.to.send_trailers(trailers);
+                        if self.to.send_trailers(trailers).is_err() {
+                            self.to.send_reset(Reason::INTERNAL_ERROR);
+                        }
                         return Poll::Ready(());
                     }
                 },
@@ -210,9 +225,9 @@ impl ExchangeBody {
     }
 
     /// Both directions of a connection that was upgraded.
-    pub(super) fn switch(self) -> Option<SwitchedStream> {
-        let (from, to) = (self.from, self.switch?);
-        Some(SwitchedStream { from, to, came: Bytes::new() })
+    pub(super) fn switch(mut self) -> Option<SwitchedStream> {
+        let to = self.switch.take()?;
+        Some(SwitchedStream { body: self, to, came: Bytes::new() })
     }
 
     /// Whether something has come that was not taken.
@@ -225,6 +240,15 @@ impl ExchangeBody {
         self.ended = true;
         if let Some(rest) = self.rest.take() {
             rest.disarm();
+        }
+    }
+}
+
+/// A server may let go of a body with the last bytes of it.
+impl Drop for ExchangeBody {
+    fn drop(&mut self) {
+        if self.from.is_end_stream() {
+            self.end();
         }
     }
 }
@@ -284,7 +308,7 @@ impl Body for ExchangeBody {
 
 /// Both directions of an upgraded connection.
 pub(super) struct SwitchedStream {
-    from: RecvStream,
+    body: ExchangeBody,
     to: SendStream<Bytes>,
     came: Bytes,
 }
@@ -296,7 +320,7 @@ impl AsyncRead for SwitchedStream {
         buffer: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         while self.came.is_empty() {
-            match ready!(poll_bytes(&mut self.from, cx)) {
+            match ready!(poll_bytes(&mut self.body.from, cx)) {
                 Some(came) => self.came = came.map_err(io::Error::other)?,
                 None => return Poll::Ready(Ok(())),
             }

@@ -31,6 +31,7 @@ use crate::proxy::reply::{MayWrite, TokenReach, complete, counting};
 use crate::proxy::shared::{LayerShared, failure};
 use crate::proxy::wait::prepare;
 use crate::session::Session;
+use crate::txid::Epoch;
 
 pin_project! {
     /// The future of [`ReplayService`](crate::ReplayService).
@@ -75,6 +76,8 @@ pub(super) struct LocalRun {
     pub(super) replay: Option<(Arc<Head>, Option<Keep>)>,
     /// This node was the primary when it began.
     pub(super) led: bool,
+    /// The epoch of then.
+    pub(super) epoch: Epoch,
     pub(super) writes: MayWrite,
     /// The hop that it came by from another node.
     pub(super) hop: Option<String>,
@@ -88,6 +91,8 @@ struct Answered<R> {
     session: Session,
     secure: bool,
     reach: TokenReach,
+    /// The epoch in which the handler began.
+    epoch: Epoch,
     /// Until the token is there, the lease goes to no other node.
     _running: Option<RunningRequest>,
 }
@@ -220,7 +225,7 @@ where
                 StateProj::Local { future, run } => {
                     let response = ready!(future.poll(cx));
                     let running = run.running.take();
-                    let response = heed(this.shared, &run.session, response?);
+                    let response = heed(this.shared, &run.session, run.led, response?);
                     match replay(this.shared, run) {
                         Some(next) => next,
                         None => {
@@ -272,10 +277,14 @@ impl<B> Answered<Response<B>> {
         }
         let (session, secure) = (run.session.clone(), run.secure);
         let reach = TokenReach::of(shared, &session, run.writes);
-        Answered { response, session, secure, reach, _running: running }
+        Answered { response, session, secure, reach, epoch: run.epoch, _running: running }
     }
 
     fn complete(mut self, shared: &LayerShared) -> Response<B> {
+        // Another node may have led meanwhile, without what this handler wrote.
+        if self.reach != TokenReach::Read && self.epoch != shared.node.roles.borrow().epoch {
+            self.reach = TokenReach::Told;
+        }
         let (status, headers) = (self.response.status(), self.response.headers_mut());
         complete(shared, &self.session, self.secure, self.reach, status, headers);
         self.response
@@ -356,7 +365,8 @@ impl<S, B> Resume<S, B> {
         let Resume { service, parts, session, secure, .. } = self;
         let led = shared.node.leads();
         let writes = if self.writes && led { MayWrite::Yes } else { MayWrite::No };
-        let run = LocalRun { session, secure, replay, led, writes, hop: None, running };
+        let epoch = shared.node.roles.borrow().epoch;
+        let run = LocalRun { session, secure, replay, led, epoch, writes, hop: None, running };
         FutureState::local(service, parts, (self.body)(body), run)
     }
 }

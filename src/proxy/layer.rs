@@ -359,8 +359,8 @@ impl ReplayLayer {
     /// The longest pause between two pieces of a forwarded body, either way (60 s). Event streams
     /// may pause for as long as they like. For requests see [`ReplayLayer::least_rate`], too.
     ///
-    /// A response of which the client takes nothing for as long, event streams too, is broken off:
-    /// what has come of it, and its place, are for others.
+    /// A response of which the client takes nothing for five times as long, event streams too, is
+    /// broken off: what has come of it, and its place, are for others.
     pub fn idle_timeout(mut self, limit: Duration) -> Self {
         let stop = self.shared.node.stop.clone();
         Arc::make_mut(&mut self.shared).responses = LastingResponses::new(limit, stop);

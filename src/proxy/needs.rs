@@ -75,12 +75,22 @@ impl NeedsPrimary {
 }
 
 /// Reports to the session what a handler's response says. The mark is for the innermost layer,
-/// which knows all sessions.
-pub(super) fn heed<B>(shared: &LayerShared, session: &Session, mut response: Response<B>) -> Response<B> {
-    if let Some(NeedsPrimary { primary }) = response.extensions_mut().remove() {
-        session.answered_needy(primary);
+/// which knows all sessions. `led`: this node was the primary when the handler began.
+pub(super) fn heed<B>(
+    shared: &LayerShared,
+    session: &Session,
+    led: bool,
+    mut response: Response<B>,
+) -> Response<B> {
+    if let Some(NeedsPrimary { primary }) = response.extensions_mut().remove()
+        && !session.answered_needy(primary)
+        && !led
+    {
+        // It has become the primary since.
+        session.need_primary();
     }
-    let Some(needs) = &shared.options.replay_when else { return response };
+    // On a primary the same response may come after a write that went well.
+    let Some(needs) = shared.options.replay_when.as_ref().filter(|_| !led) else { return response };
     let (parts, body) = response.into_parts();
     if needs(&parts) {
         session.need_primary();

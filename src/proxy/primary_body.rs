@@ -92,6 +92,11 @@ impl Body for PrimaryBody {
 /// Between two looks at responses there is a fourth of the limit, and so much more.
 const LOOK_PAUSE: Duration = Duration::from_millis(1);
 
+/// The limit is so many times that of a pause. A server asks for more only after a third of what
+/// the kernel holds for the client was taken, which may be more than a megabyte: a client that takes
+/// 5 KB/s is served.
+const UNTAKEN_TIMES: u32 = 5;
+
 /// What a response has until its end: a place among those that last, and one on a connection of the
 /// private channel.
 pub(super) type UntilTheEnd = (Taken, Option<OnLine>);
@@ -118,16 +123,19 @@ struct ResponseList {
 struct LastingResponse {
     /// None: broken off.
     body: Option<(IdleTimeoutBody<PrimaryBody>, Option<UntilTheEnd>)>,
-    /// When its client's server asked for more, or when it came.
-    asked: Instant,
-    /// Something was given then, and more was not asked for since.
-    gave: bool,
+    /// Since when something of it is there that its client's server has not asked for. None: it
+    /// asked, and there was nothing.
+    untaken: Option<Instant>,
 }
 
 impl LastingResponse {
-    fn is_left(&mut self, since: Instant) -> bool {
+    /// Whether it was left for so long by now.
+    fn is_left(&mut self, limit: Duration, now: Instant) -> bool {
         let Some((body, _)) = &mut self.body else { return false };
-        self.asked <= since && (self.gave || body.inner().is_waiting())
+        if self.untaken.is_none() && body.inner().is_waiting() {
+            self.untaken = Some(now);
+        }
+        self.untaken.is_some_and(|since| now.duration_since(since) >= limit)
     }
 }
 
@@ -139,12 +147,14 @@ pub(super) struct LastingBody {
 }
 
 impl LastingResponses {
-    pub(super) fn new(limit: Duration, stop: CancellationToken) -> LastingResponses {
+    /// `idle`: the longest pause of a response.
+    pub(super) fn new(idle: Duration, stop: CancellationToken) -> LastingResponses {
+        let limit = idle.saturating_mul(UNTAKEN_TIMES);
         LastingResponses(Arc::new(Lasting { limit, stop, listed: Mutex::default() }))
     }
 
     pub(super) fn body(&self, body: IdleTimeoutBody<PrimaryBody>, until: Option<UntilTheEnd>) -> LastingBody {
-        let response = LastingResponse { body: Some((body, until)), asked: Instant::now(), gave: true };
+        let response = LastingResponse { body: Some((body, until)), untaken: Some(Instant::now()) };
         let response = Arc::new(Mutex::new(response));
         let (number, watched) = {
             let mut listed = lock(&self.0.listed);
@@ -162,6 +172,7 @@ impl LastingResponses {
     /// Looks at all of them again and again, until there is none.
     fn watch(&self) {
         let (lasting, stop) = (self.0.clone(), self.0.stop.clone());
+        let mut watch = ResponseWatch { lasting: self.0.clone(), is_done: false };
         tokio::spawn(stop.run_until_cancelled_owned(async move {
             loop {
                 tokio::time::sleep(lasting.limit / 4 + LOOK_PAUSE).await;
@@ -169,14 +180,14 @@ impl LastingResponses {
                     let mut listed = lock(&lasting.listed);
                     if listed.responses.is_empty() {
                         listed.watched = false;
+                        watch.done();
                         return;
                     }
                     listed.responses.values().cloned().collect()
                 };
-                let Some(since) = Instant::now().checked_sub(lasting.limit) else { continue };
                 for response in all {
                     let mut response = lock(&response);
-                    if response.is_left(since) {
+                    if response.is_left(lasting.limit, Instant::now()) {
                         let left = response.body.take();
                         drop(response);
                         tracing::debug!(limit = ?lasting.limit, "a client leaves a response untaken");
@@ -185,6 +196,27 @@ impl LastingResponses {
                 }
             }
         }));
+    }
+}
+
+/// Who looks at them. Its runtime may end before others do: then another one looks.
+struct ResponseWatch {
+    lasting: Arc<Lasting>,
+    /// There was none any more, and another one may look by now.
+    is_done: bool,
+}
+
+impl ResponseWatch {
+    fn done(&mut self) {
+        self.is_done = true;
+    }
+}
+
+impl Drop for ResponseWatch {
+    fn drop(&mut self) {
+        if !self.is_done {
+            lock(&self.lasting.listed).watched = false;
+        }
     }
 }
 
@@ -208,8 +240,7 @@ impl Body for LastingBody {
             return Poll::Ready(Some(Err(format!("nothing of it was taken for {limit:?}").into())));
         };
         let polled = Pin::new(body).poll_frame(cx);
-        response.asked = Instant::now();
-        response.gave = polled.is_ready();
+        response.untaken = polled.is_ready().then(Instant::now);
         polled
     }
 

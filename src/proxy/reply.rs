@@ -48,6 +48,8 @@ impl MayWrite {
 pub(super) enum TokenReach {
     /// What the session knows.
     Told,
+    /// And this commit of the node's own writer, the last one that there is.
+    Ours(Txid),
     /// And all that the handler may have read.
     Read,
     /// And all that was committed, by whatever connection.
@@ -65,13 +67,15 @@ impl TokenReach {
         if session.wrote_past() {
             return TokenReach::Committed;
         }
-        match (writes, session.committed()) {
-            (MayWrite::No, _) => TokenReach::Told,
-            // Another database's layer got the response of another node, which named its own.
-            _ if session.sent() => TokenReach::Told,
-            (_, Some(commit)) if shared.node.only_ours_since(commit) => TokenReach::Told,
-            (MayWrite::Since(before), None) => TokenReach::CommittedSince(before),
-            (MayWrite::Yes | MayWrite::Since(_), _) => TokenReach::Committed,
+        // Another database's layer got the response of another node, which named its own.
+        if writes == MayWrite::No || session.sent() {
+            return TokenReach::Told;
+        }
+        match (writes, session.committed(), shared.node.last_of_ours()) {
+            (MayWrite::Since(before), None, Some(last)) if last <= before => TokenReach::Told,
+            (_, _, Some(last)) => TokenReach::Ours(last),
+            (MayWrite::Since(before), None, None) => TokenReach::CommittedSince(before),
+            (_, _, None) => TokenReach::Committed,
         }
     }
 }
@@ -79,7 +83,7 @@ impl TokenReach {
 /// What has to be waited for before the token of a response can name that: what the handler has
 /// just read, or another connection has written, may not be counted yet. The wait has a limit.
 pub(super) fn counting(shared: &LayerShared, reach: TokenReach) -> Option<Counting> {
-    if reach == TokenReach::Told || shared.node.is_fenced() {
+    if matches!(reach, TokenReach::Told | TokenReach::Ours(_)) || shared.node.is_fenced() {
         return None;
     }
     let counting = shared.node.counting()?;
@@ -136,6 +140,7 @@ fn newest(shared: &LayerShared, session: &Session, reach: TokenReach) -> Option<
     let committed = || read(shared, session).filter(|_| shared.node.leads());
     session.seen().max(match reach {
         TokenReach::Told => None,
+        TokenReach::Ours(last) => Some(last).filter(|_| read(shared, session).is_some()),
         TokenReach::Read => read(shared, session),
         TokenReach::Committed => committed(),
         TokenReach::CommittedSince(before) => committed().filter(|at| *at != before),

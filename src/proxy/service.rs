@@ -144,20 +144,20 @@ impl<S> ReplayService<S> {
                     (None, hand(ReplayRequestBody::plain(body)))
                 };
                 let replay = head.map(|head| (head, keep));
-                let led = shared.node.leads();
+                let (led, epoch) = (shared.node.leads(), shared.node.roles.borrow().epoch);
                 let writes = if writes && led { MayWrite::Yes } else { MayWrite::No };
-                let run = LocalRun { session, secure, replay, led, writes, hop: None, running };
+                let run = LocalRun { session, secure, replay, led, epoch, writes, hop: None, running };
                 ResponseFuture::local(shared.clone(), service, parts, body, run)
             }
             RequestPlan::Hop(hop, running) => {
-                let body = if body.is_end_stream() {
-                    ReplayRequestBody::plain(body)
-                } else {
-                    ReplayRequestBody::to_its_end(Keep::new(body, &shared.options.budget, None))
+                let body = match body.is_end_stream() {
+                    true => ReplayRequestBody::plain(body),
+                    false => ReplayRequestBody::to_its_end(Keep::new(body, &shared.options.budget, None)),
                 };
-                let (hop, running) = (Some(hop), Some(running));
+                let (hop, running, led) = (Some(hop), Some(running), true);
                 let writes = MayWrite::sent_here(shared, &parts.method);
-                let run = LocalRun { session, secure, replay: None, led: true, writes, hop, running };
+                let epoch = shared.node.roles.borrow().epoch;
+                let run = LocalRun { session, secure, replay: None, led, epoch, writes, hop, running };
                 ResponseFuture::local(shared.clone(), service, parts, hand(body), run)
             }
             RequestPlan::Prepare(need) => {

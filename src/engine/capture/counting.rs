@@ -29,10 +29,12 @@ impl PrimaryEngine {
         Some(Uncounted { base, until, patience: None, moved })
     }
 
-    /// Whether no connection but our own writer has committed anything after this commit of its.
-    pub(crate) fn only_ours_since(&self, commit: Txid) -> bool {
-        let Some(last) = *lock(&self.last) else { return false };
-        last.others <= commit.number() && end(&self.base) == Some((last.salts, last.frame))
+    /// The last commit that there is, where our own writer made it: its number is known before
+    /// capture has it. All that others committed before has a lower one.
+    pub(crate) fn last_of_ours(&self) -> Option<Txid> {
+        let last = (*lock(&self.last))?;
+        let is_last = end(&self.base) == Some((last.salts, last.frame));
+        self.txid(last.number).filter(|_| is_last)
     }
 
     /// Waits until the log has what is committed by now, for at most `limit`. Blocks.

@@ -57,8 +57,6 @@ pub(in crate::engine) struct LastCommit {
     pub(in crate::engine) salts: Salts,
     pub(in crate::engine) frame: u32,
     pub(in crate::engine) number: u64,
-    /// All that others committed before it has a number up to this one.
-    pub(in crate::engine) others: u64,
 }
 
 /// What a primary reads with beside capture.

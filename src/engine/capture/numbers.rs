@@ -117,17 +117,13 @@ impl PrimaryEngine {
 
     /// Remembers where our last commit ended, so that the next one need not wait for capture.
     fn note(&self, begun: Begun, frame: u32, number: u64) -> Option<Txid> {
-        let mut last = lock(&self.last);
-        let others = last.filter(|last| last.number + 1 == number).map(|last| last.others);
-        let others = others.unwrap_or(number - 1);
-        *last = Some(LastCommit { salts: begun.salts, frame, number, others });
-        drop(last);
+        *lock(&self.last) = Some(LastCommit { salts: begun.salts, frame, number });
         self.waker.wake();
         self.brake.passed(frame);
         self.txid(number)
     }
 
-    fn txid(&self, number: u64) -> Option<Txid> {
+    pub(in crate::engine) fn txid(&self, number: u64) -> Option<Txid> {
         let epoch = self.base.node.applied.history().epoch_of(number);
         epoch.map(|epoch| Txid::new(epoch, number))
     }

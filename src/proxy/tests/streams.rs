@@ -87,7 +87,7 @@ fn endless() -> (Router, mpsc::UnboundedReceiver<()>) {
 #[tokio::test]
 async fn a_response_that_its_client_leaves_untaken_is_broken_off() {
     let (app, mut left) = endless();
-    let pair = Pair::new(app, nothing(), |l| l.idle_timeout(5 * SHORT)).await;
+    let pair = Pair::new(app, nothing(), |l| l.idle_timeout(2 * SHORT)).await;
     let mut response = send(pair.post("/").body(full("")).unwrap()).await;
     next(response.body_mut()).await.unwrap();
     comes("the end at the primary", || left.try_recv().is_ok()).await;
@@ -103,9 +103,10 @@ async fn a_response_that_its_client_leaves_untaken_is_broken_off() {
 
 #[tokio::test]
 async fn a_slow_client_has_its_response_for_as_long_as_it_takes_of_it() {
-    let limit = 10 * SHORT;
+    let idle = 2 * SHORT;
+    let limit = 5 * idle;
     let (app, mut left) = endless();
-    let pair = Pair::new(app, nothing(), |l| l.idle_timeout(limit)).await;
+    let pair = Pair::new(app, nothing(), |l| l.idle_timeout(idle)).await;
     let mut response = send(pair.post("/").body(full("")).unwrap()).await;
     let begin = tokio::time::Instant::now();
     while begin.elapsed() < 4 * limit {
