@@ -111,6 +111,8 @@ mod tests {
         Both,
         /// And another request writes through the handle after that.
         Between,
+        /// Through the handle, on the task of the request and then on another one.
+        Aside,
     }
 
     const INSERT: &str = "INSERT INTO t VALUES (1)";
@@ -141,7 +143,7 @@ mod tests {
             let app = service_fn(move |_: Request<_>| {
                 let (db, done) = (db.clone(), done.clone());
                 async move {
-                    if matches!(writes, Writes::Ours | Writes::Both | Writes::Between) {
+                    if matches!(writes, Writes::Ours | Writes::Both | Writes::Between | Writes::Aside) {
                         db.write(|tx| Ok::<_, Error>(tx.execute(INSERT, [])?)).await.unwrap();
                     }
                     if matches!(writes, Writes::Foreign | Writes::Both | Writes::Between) {
@@ -149,7 +151,7 @@ mod tests {
                         let write = move || Connection::open(path).unwrap().execute(INSERT, []).unwrap();
                         tokio::task::spawn_blocking(write).await.unwrap();
                     }
-                    if writes == Writes::Between {
+                    if matches!(writes, Writes::Between | Writes::Aside) {
                         let insert = |tx: &mut Transaction<'_>| Ok::<_, Error>(tx.execute(INSERT, [])?);
                         tokio::spawn(async move { db.write(insert).await }).await.unwrap().unwrap();
                     }
@@ -226,6 +228,7 @@ mod tests {
             (Writes::Foreign, 1),
             (Writes::Both, 2),
             (Writes::Between, 3),
+            (Writes::Aside, 2),
         ] {
             for _ in 0..3 {
                 number += count;

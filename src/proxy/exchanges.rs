@@ -23,8 +23,8 @@ use crate::net;
 use crate::proxy::BoxError;
 use crate::proxy::connect::Spawn;
 
-/// What small frames of responses that are left untaken may cost beyond their bytes, in
-/// bytes. h2 closes a connection on which they cost more. Its own limit is 9 MB here: 35,000 small events.
+/// What small frames of responses that are left untaken may cost beyond their bytes, in bytes. h2
+/// closes a connection on which they cost more. Its own limit is 9 MB here: 35,000 events.
 const SMALL_FRAMES_BYTES: usize = 64 * 1024 * 1024;
 
 /// What an upgraded connection hands over at once, in bytes.

@@ -93,8 +93,8 @@ impl Body for PrimaryBody {
 const LOOK_PAUSE: Duration = Duration::from_millis(1);
 
 /// The limit is so many times that of a pause. A server asks for more only after a third of what
-/// the kernel holds for the client was taken, which may be more than a megabyte: a client that takes
-/// 5 KB/s is served.
+/// the kernel holds for the client was taken, which may be more than a megabyte: a client that
+/// takes 5 KB/s is served.
 const UNTAKEN_TIMES: u32 = 5;
 
 /// What a response has until its end: a place among those that last, and one on a connection of the

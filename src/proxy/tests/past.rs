@@ -43,6 +43,11 @@ fn app(node: &Arc<NodeContext>) -> Router {
                 moves();
                 follow(&node, 1, None);
             }
+            "/regained" => {
+                moves();
+                follow(&node, 2, None);
+                lead(&node, 3);
+            }
             "/unknown" => session::outcome_unknown(),
             _ => {}
         }
@@ -99,7 +104,7 @@ async fn what_may_have_written_past_its_session_names_where_the_database_ended()
 
 #[tokio::test]
 async fn without_the_lease_or_the_role_at_its_end_a_response_names_nothing() {
-    for path in ["/fenced", "/demoted"] {
+    for path in ["/fenced", "/demoted", "/regained"] {
         let primary = elector(1);
         lead(&primary, 1);
         assert_eq!(ask(&primary, Request::post("/moves")).await.1, Some(11));
