@@ -11,11 +11,11 @@ impl ReplayLayer {
     /// marked ([`NeedsPrimary`](crate::NeedsPrimary)). It is for applications whose errors come
     /// from other libraries. On a replica a write of theirs fails with `attempt to write a readonly
     /// database`, or with `database is locked`. The layer asks for each response of a handler that
-    /// ran here.
+    /// ran here, but not where this node was the primary when it began: there a statement may have
+    /// failed after others that were committed.
     ///
     /// The layer sends such a request to the primary, and drops the response. It does not when the
-    /// session committed something, when this node is the primary, or for a
-    /// [`Route::Local`](crate::Route::Local).
+    /// session committed something, or for a [`Route::Local`](crate::Route::Local).
     ///
     /// ```
     /// use replite::{Db, ReplayLayer};
