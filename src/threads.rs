@@ -141,7 +141,9 @@ mod tests {
     #[test]
     fn whatever_becomes_of_the_work_its_end_is_run_with_what_it_worked_on() {
         let (tell, told) = mpsc::channel();
-        for (how, expected) in [("returns", "Ok(())"), ("fails", "the database is shut down"), ("panics", "by intent")] {
+        for (how, expected) in
+            [("returns", "Ok(())"), ("fails", "the database is shut down"), ("panics", "by intent")]
+        {
             let tell = tell.clone();
             let work = move |done: &mut u32| {
                 *done += 1;

@@ -190,7 +190,9 @@ async fn below_the_layer_they_wait_for_no_token_and_no_primary() {
 
 #[tokio::test]
 async fn strangers_see_no_paths_ids_and_addresses_and_operators_do() {
-    let db = Db::temporary(|config| schema(config).advertise("http://10.9.8.7:8080")).await.unwrap();
+    let db = Db::temporary(|config| schema(config).advertise("http://10.9.8.7:8080").secret(secret()))
+        .await
+        .unwrap();
     let secrets = [
         db.path().parent().unwrap().to_str().unwrap().to_string(),
         db.node_id().to_string(),
@@ -300,10 +302,17 @@ async fn prometheus_gets_what_the_status_says_under_the_names_of_the_guide() {
 
     // All that there may be is in the guide, and the other way round.
     assert!(primary.verify().await.unwrap().holds());
-    let told: BTreeSet<String> = [scrape(&primary).await, scrape(&replica).await]
-        .iter()
-        .flat_map(|samples| samples.keys().map(|series| series.split('{').next().unwrap().to_string()))
-        .collect();
+    let mut told = BTreeSet::new();
+    // A replica says what it has with the next transaction.
+    insert(&primary, "one more", 1).await;
+    comes_true("the position of the replica", async || {
+        told = [scrape(&primary).await, scrape(&replica).await]
+            .iter()
+            .flat_map(|samples| samples.keys().map(|series| series.split('{').next().unwrap().to_string()))
+            .collect();
+        told.contains("replite_replica_lag_transactions")
+    })
+    .await;
     let words = GUIDE.split('`').filter(|word| word.starts_with("replite_"));
     let named: BTreeSet<String> = words.filter(|word| !word.contains(['<', '{'])).map(String::from).collect();
     assert_eq!(told, named);
