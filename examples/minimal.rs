@@ -21,8 +21,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let db = Db::open(config).await?; // a plain SQLite file, on each instance
 
     // What writes goes to the primary, in TLS. Clients read their own writes.
-    let app = Router::new().route("/", get(list).post(add)).with_state(db.clone());
-    let app = app.layer(db.replay_layer());
+    let app = Router::new().route("/", get(list).post(add)).with_state(db.clone()).layer(db.replay_layer());
     db.serve_forwarded(app.clone())?;
 
     let address = std::env::args().nth(1).ok_or("say where to listen, such as 127.0.0.1:8081")?;
