@@ -114,6 +114,12 @@ impl Look {
         self.0["role"] == "primary"
     }
 
+    /// Whether it takes writes. Where the lease was slow to come, it may have passed by then, until
+    /// it is renewed.
+    fn leads(&self) -> bool {
+        self.is_primary() && !self.words().contains("the lease has ended")
+    }
+
     pub(crate) fn leader(&self) -> Option<&str> {
         self.0["leads"].as_str()
     }
@@ -196,7 +202,7 @@ pub(crate) fn primary(nodes: &mut [Node]) -> usize {
     let end = Instant::now() + LIMIT;
     loop {
         for (place, node) in nodes.iter_mut().enumerate() {
-            if node.look().is_primary() {
+            if node.look().leads() {
                 return place;
             }
         }
