@@ -61,7 +61,7 @@ fn no_room(error: &Error) -> bool {
         Error::Io { source, .. } => source.kind() == std::io::ErrorKind::StorageFull,
         Error::Unsupported { .. } | Error::Migration(_) | Error::Stopped(_) => {
             let text = format!("{error:?}");
-            ["No space", "DiskFull", "SystemIoFailure"].iter().any(|what| text.contains(what))
+            ["No space", "database or disk is full", "disk I/O error"].iter().any(|what| text.contains(what))
         }
         _ => false,
     }
