@@ -33,7 +33,7 @@ use std::time::Duration;
 use rusqlite::Connection;
 use tokio::sync::watch;
 
-use crate::engine::Lost;
+use crate::engine::{Durability, Lost};
 use crate::error::{Error, Result};
 use crate::node::database::LastHandle;
 use crate::node::slot::Running;
@@ -320,6 +320,13 @@ impl Db {
     /// The database file.
     pub fn path(&self) -> &Path {
         self.inner.paths.database()
+    }
+
+    /// What was configured. A connection of another library keeps the same promise with
+    /// `PRAGMA synchronous = FULL` for [`Durability::Synced`], and `NORMAL` for
+    /// [`Durability::Unsynced`].
+    pub fn durability(&self) -> Durability {
+        self.inner.writer.durability()
     }
 
     /// Returns once this node can be read: at once on a primary, on any other node when it has a

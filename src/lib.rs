@@ -4,6 +4,7 @@
 #![doc = "[docs/trouble.md]: crate::guide::trouble"]
 #![doc = "[docs/failover.md]: crate::guide::failover"]
 #![doc = "[docs/deploy.md]: crate::guide::deploy"]
+#![doc = "[docs/libraries.md]: crate::guide::libraries"]
 #![doc = "[docs/leases.md]: crate::guide::leases"]
 #![doc = "[docs/operator.md]: crate::guide::operator"]
 #![doc = "[docs/trust.md]: crate::guide::trust"]
@@ -25,6 +26,7 @@
 #[doc = "[failover.md]: crate::guide::failover"]
 #[doc = "[trust.md]: crate::guide::trust"]
 #[doc = "[migrations.md]: crate::guide::migrations"]
+#[doc = "[libraries.md]: crate::guide::libraries"]
 #[doc = "[bad pages]: crate::guide::trouble#bad-pages-of-a-primary"]
 #[doc = "[beside us]: crate#what-else-may-use-sqlite-beside-us"]
 #[doc = "[README]: crate#prove-it-for-your-routes"]
@@ -80,11 +82,17 @@ pub mod guide {
     #[doc = include_str!("../docs/trust.md")]
     pub mod trust {}
 
-    // Its code needs a crate that the example of its own in `examples/migrations` has, which runs
-    // it.
+    // The code of both needs crates that the package in `examples/libraries` has, which runs it.
     #[cfg(not(doctest))]
     #[doc = include_str!("../docs/migrations.md")]
     pub mod migrations {}
+
+    #[doc = "[migrations.md]: crate::guide::migrations"]
+    #[doc = "[Writes by other means than `Db`]: crate::guide#writes-by-other-means-than-db"]
+    #[doc = ""]
+    #[cfg(not(doctest))]
+    #[doc = include_str!("../docs/libraries.md")]
+    pub mod libraries {}
 }
 
 mod applied;

@@ -20,7 +20,7 @@ use rusqlite::{Connection, DropBehavior, ErrorCode, InterruptHandle, Transaction
 use tokio::sync::oneshot;
 
 use crate::context::NodeContext;
-use crate::engine::{CommitGate, PrimaryEngine};
+use crate::engine::{CommitGate, Durability, PrimaryEngine};
 use crate::error::{Blame, Cause, Error, Result};
 use crate::lock::lock;
 use crate::session::Written;
@@ -224,6 +224,10 @@ impl Writer {
         threads.push(second.inspect_err(|_| shared.refuse_all(queue.close()))?);
         *lock(&shared.queue) = Some(queue);
         Ok(())
+    }
+
+    pub(crate) fn durability(&self) -> Durability {
+        self.shared.gate.durability()
     }
 
     /// Whether it has a connection that writes.

@@ -8,7 +8,7 @@ use crate::sources::{exists, files, read};
 const DOCUMENTS: [&str; 4] = ["README.md", "ARCHITECTURE.md", "CONTRIBUTING.md", "benches/README.md"];
 
 /// Where paths begin.
-const FOLDERS: [&str; 6] = ["src/", "tests/", "docs/", "benches/", "examples/", "fuzz/"];
+const FOLDERS: [&str; 7] = ["src/", "tests/", "docs/", "benches/", "examples/", "fuzz/", "crates/"];
 
 #[test]
 fn named_files_are_there() {

@@ -78,6 +78,7 @@ pub(crate) fn plain(path: &Path) -> Connection {
 
 /// All pages of a database as plain SQLite reads them, after it found them whole.
 pub(crate) fn image(path: &Path) -> Vec<u8> {
+    #[allow(unused_mut, reason = "some versions of rusqlite serialize a shared connection")]
     let mut connection = plain(path);
     let ok: String = connection.query_row("PRAGMA integrity_check", [], |r| r.get(0)).unwrap();
     assert_eq!(ok, "ok", "{}", path.display());

@@ -43,6 +43,10 @@ impl CommitGate {
         CommitGate { durability }
     }
 
+    pub(crate) fn durability(self) -> Durability {
+        self.durability
+    }
+
     /// Whether the commit has to wait. `None`: [`CommitGate::decide`] can say at once.
     pub(crate) fn hold(self, txid: Txid) -> Option<Waiting> {
         match self.durability {
