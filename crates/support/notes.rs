@@ -28,6 +28,7 @@ pub(crate) struct Answer {
 }
 
 pub(crate) struct Notes {
+    program: PathBuf,
     directory: tempfile::TempDir,
     agent: Agent,
     pub(crate) instances: Vec<Instance>,
@@ -35,7 +36,7 @@ pub(crate) struct Notes {
 
 impl Notes {
     /// Starts all three, and waits until each shows what is there.
-    pub(crate) fn start() -> Notes {
+    pub(crate) fn start(program: &str) -> Notes {
         let directory = tempfile::tempdir().unwrap();
         let agent = Agent::config_builder().http_status_as_error(false).timeout_global(Some(LIMIT)).build();
         let instances = (0..3).map(|n| {
@@ -44,7 +45,8 @@ impl Notes {
             Instance { process: None, url: format!("http://127.0.0.1:{app}"), listen, app, path }
         });
         let instances = instances.collect();
-        let mut notes = Notes { directory, agent: agent.into(), instances };
+        let program = example(program);
+        let mut notes = Notes { program, directory, agent: agent.into(), instances };
         (0..3).for_each(|n| notes.restart(n));
         (0..3).for_each(|n| notes.until_shown(n, None, ""));
         notes
@@ -54,7 +56,7 @@ impl Notes {
     pub(crate) fn restart(&mut self, n: usize) {
         let lease = format!("directory:{}", self.directory.path().join("lease").display());
         let instance = &mut self.instances[n];
-        let mut command = Command::new(program());
+        let mut command = Command::new(&self.program);
         // What is set for these tests is no setting of the program.
         let inherited = std::env::vars_os().map(|(name, _)| name);
         for name in inherited.filter(|name| name.to_string_lossy().starts_with("REPLITE_")) {
@@ -141,17 +143,17 @@ fn answer(mut response: Response<ureq::Body>) -> Option<Answer> {
 }
 
 /// The example, which is built with the tests.
-fn program() -> PathBuf {
+fn example(name: &str) -> PathBuf {
     let test = std::env::current_exe().unwrap();
-    let binary = test.parent().unwrap().parent().unwrap().join("examples/notes");
-    assert!(binary.is_file(), "run `cargo build --example notes` (with the tests' profile) first");
+    let binary = test.parent().unwrap().parent().unwrap().join("examples").join(name);
+    assert!(binary.is_file(), "run `cargo build --example {name}` (with the tests' profile) first");
     binary
 }
 
 /// What each instance takes, every other shows to the same client at once; whoever is killed, the
 /// others go on with the pools that they have.
-pub(crate) fn every_instance_takes_every_request() {
-    let mut notes = Notes::start();
+pub(crate) fn every_instance_takes_every_request(program: &str) {
+    let mut notes = Notes::start(program);
     for n in 0..3 {
         let text = format!("through {n}");
         let token = notes.add(n, &text);

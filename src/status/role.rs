@@ -51,19 +51,6 @@ pub enum Role {
     Stopped,
 }
 
-impl Role {
-    /// Whether the application's connections commit here: on the primary, and while
-    /// [`Config::on_promote`](crate::Config::on_promote) makes this node one. In all other roles
-    /// SQLite refuses what writes, or no replica ever has it.
-    ///
-    /// It is for pools of other libraries, which make their connections read-only by
-    /// `PRAGMA query_only` where this is false. Then a write fails at once there, and does not wait
-    /// for a lock that it never gets.
-    pub fn commits(self) -> bool {
-        matches!(self, Role::Primary | Role::Promoting)
-    }
-}
-
 impl fmt::Display for Role {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {

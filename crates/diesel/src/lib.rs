@@ -27,8 +27,10 @@
 //!   ([`Db::durability`]).
 //! - A write waits five seconds for another one (`busy_timeout`, which diesel leaves at zero).
 //! - It checkpoints nothing: the node does that.
-//! - It does not keep the database open. After [`Db::shutdown`] its connections only read. Drop it
-//!   before.
+//! - It does not run [`Config::on_connect`](replite::Config::on_connect). What diesel's connections need
+//!   besides is a `connection_customizer`: [`pool_with`].
+//! - It does not keep the database open. After [`Db::shutdown`] it gives out connections that only
+//!   read.
 //!
 //! # What the application does
 //!
@@ -55,9 +57,13 @@
 //!
 //! - **A transaction that writes is an `immediate_transaction`.** One that reads first and writes then
 //!   fails when another connection has committed between. That is so with SQLite everywhere.
-//! - **A connection is taken out for a piece of work**, not kept for hours: the one that is kept has
-//!   the role of the moment when it was taken. As a replica's it goes on refusing writes. As a
-//!   primary's its writes wait for a lock, and fail after the five seconds.
+//! - **A connection is taken out for a piece of work**, not kept for hours: it has the role of the
+//!   moment when it was taken. As a replica's it goes on refusing writes. As a primary's that is none
+//!   any more, its writes wait for a lock, and fail after the five seconds: "database is locked". A
+//!   request that had its connection at that moment gets this error, too.
+//! - **[`Config::on_promote`](replite::Config::on_promote) writes through the handle that it is given.**
+//!   The instance is not the primary yet, and the pool refuses.
+//! - **Temporary tables are writes** for SQLite: a read that makes one needs the primary.
 //!
 //! Read your own writes, with cookies or tokens, works as it is: the response of a request that
 //! wrote names what the pool had committed by then.
@@ -65,8 +71,9 @@
 //! # What a lease's end can cost
 //!
 //! When a node loses its lease, its handle refuses commits from that instant. A pool does with the
-//! next connection that is taken out. What a transaction commits between is on this instance alone.
-//! It is kept when the node follows the new primary ([`Db::lost`]); no response has a token for it.
+//! next connection that is taken out, and a migration goes on to its end. What commits between is on
+//! this instance alone. It is kept when the node follows the new primary ([`Db::lost`]); no response
+//! has a token for it.
 #![warn(missing_docs)]
 
 mod migrate;
@@ -77,7 +84,7 @@ use diesel::connection::SimpleConnection;
 use diesel::r2d2::{self, ManageConnection, R2D2Connection};
 use diesel::result::Error as DieselError;
 use diesel::{Connection, SqliteConnection};
-use replite::{Db, Durability, NeedsPrimary, RoleState};
+use replite::{Db, Durability, NeedsPrimary, Role, RoleState};
 use tokio::sync::watch;
 
 pub use migrate::{MigrationError, migrations};
@@ -135,7 +142,13 @@ pub async fn pool(db: &Db) -> Result<Pool, Error> {
 pub async fn pool_with(db: &Db, builder: r2d2::Builder<Manager>) -> Result<Pool, Error> {
     let manager = Manager::new(db).await?;
     let build = tokio::task::spawn_blocking(move || builder.test_on_check_out(true).build(manager));
-    Ok(build.await.map_err(|_| replite::Error::ShutDown)??)
+    match build.await {
+        Ok(built) => Ok(built?),
+        Err(ended) => match ended.try_into_panic() {
+            Ok(panic) => std::panic::resume_unwind(panic),
+            Err(_) => Err(replite::Error::ShutDown.into()),
+        },
+    }
 }
 
 /// Makes the pool's connections, and has each refuse writes, or take them, as the role of this
@@ -167,8 +180,8 @@ impl Manager {
 
     /// Makes the connection take writes, or refuse them, as the role is now.
     fn follow(&self, connection: &mut SqliteConnection) -> Result<(), r2d2::Error> {
-        let commits = self.roles.borrow().role.commits();
-        let pragma = match commits {
+        let primary = self.roles.borrow().role == Role::Primary;
+        let pragma = match primary {
             true => "PRAGMA query_only = OFF",
             false => "PRAGMA query_only = ON",
         };
@@ -200,12 +213,14 @@ impl ManageConnection for Manager {
 /// A URI of an existing file. diesel would make one that is missing.
 fn url(path: &str) -> String {
     let path = path.replace('%', "%25").replace('?', "%3f").replace('#', "%23");
-    format!("file:{path}?mode=rw")
+    // Two slashes would begin the name of a host.
+    let host = if path.starts_with("//") { "//" } else { "" };
+    format!("file:{host}{path}?mode=rw")
 }
 
 /// Whether this is the error of a write that only the primary takes: SQLite's "attempt to write a
 /// readonly database" from [`diesel::result::Error`], also as the source of another error, and
-/// [`replite::Error::NotPrimary`].
+/// [`replite::Error::NotPrimary`]. A transparent error leads past diesel's: give the one inside.
 ///
 /// ```
 /// # use diesel::prelude::*;
@@ -234,5 +249,6 @@ mod tests {
     #[test]
     fn a_path_is_one_whatever_is_in_it() {
         assert_eq!(super::url("data/50%?#.db"), "file:data/50%25%3f%23.db?mode=rw");
+        assert_eq!(super::url("//data/a.db"), "file:////data/a.db?mode=rw");
     }
 }

@@ -42,6 +42,10 @@ pub enum MigrationError {
 /// # }
 /// ```
 ///
+/// Migrations that a newer build has run are no error: an instance of an older build can be the
+/// primary in the midst of a deployment, or after it was taken back. So a schema must suit the
+/// version before it as well.
+///
 /// A failed one makes [`Db::open`](replite::Db::open) fail with
 /// [`replite::Error::Migration`], or the node stay a replica.
 pub fn migrations<M>(

@@ -19,6 +19,12 @@ struct Number {
     number: i32,
 }
 
+#[derive(QueryableByName)]
+struct Checkpoints {
+    #[diesel(sql_type = Integer)]
+    wal_autocheckpoint: i32,
+}
+
 fn config(path: &Path) -> Config {
     Config::new(path.join("app.db")).migrate(|conn| conn.execute_batch("CREATE TABLE IF NOT EXISTS t (a)"))
 }
@@ -86,8 +92,9 @@ async fn connections_are_as_the_durability_needs_them_and_leave_checkpoints_to_t
         assert_eq!(of("synchronous"), synchronous);
         let timeout = "SELECT timeout AS number FROM pragma_busy_timeout";
         assert_eq!(number(&pool, timeout), 5000);
-        let checkpoint = sql_query("PRAGMA wal_autocheckpoint").execute(&mut *pool.get().unwrap());
-        checkpoint.unwrap();
+        let sql = sql_query("PRAGMA wal_autocheckpoint");
+        let limit: Checkpoints = sql.get_result(&mut *pool.get().unwrap()).unwrap();
+        assert_eq!(limit.wal_autocheckpoint, 0);
     }
 }
 
@@ -156,6 +163,12 @@ async fn migrations_run_once_and_go_on_where_diesel_left_them() {
     assert_eq!(db.position().unwrap().txid(), db.captured().await.unwrap());
     let rows: i64 = db.query_row("SELECT count(*) FROM t", [], |row| row.get(0)).unwrap();
     assert_eq!(rows, 1);
+    db.shutdown().await;
+
+    // The build before it can lead again.
+    fs::remove_dir_all(dir.path().join("migrations/2_u")).unwrap();
+    let db = open_migrated(dir.path(), source(dir.path(), &[FIRST])).await.unwrap();
+    assert_eq!(versions(&db), ["1", "2"]);
 }
 
 #[tokio::test]

@@ -1,5 +1,5 @@
 //! How long a GET that writes takes: through the primary, and through an instance that finds out
-//! late that it can't. `cargo build --release --example notes && cargo bench`
+//! late that it can't. `cargo build --release --example notes-sqlx && cargo bench`
 
 #[path = "../../support/notes.rs"]
 mod notes;
@@ -11,7 +11,7 @@ use std::time::Duration;
 const VISITS: usize = 300;
 
 fn main() {
-    let notes = notes::Notes::start();
+    let notes = notes::Notes::start("notes-sqlx");
     let mut of_each: Vec<[Duration; 3]> = (0..3).map(|n| times(&notes, n)).collect();
     of_each.sort();
     let [primary, one, other] = &of_each[..] else { unreachable!() };

@@ -26,8 +26,10 @@
 //! - A commit has returned when it is on the disk, if that is what the database was configured for
 //!   ([`Db::durability`]).
 //! - It checkpoints nothing: the node does that.
-//! - It does not keep the database open. After [`Db::shutdown`] its connections only read. Close it
-//!   before: `pool.close().await`.
+//! - It does not run [`Config::on_connect`](replite::Config::on_connect). Functions and collations of
+//!   sqlx are options of a connection: [`connect_options`].
+//! - It does not keep the database open. After [`Db::shutdown`] it gives out connections that only
+//!   read. Close it after that: requests that other instances sent on may need it until then.
 //!
 //! # What the application does
 //!
@@ -55,9 +57,13 @@
 //! - **A transaction that writes begins by `pool.begin_with("BEGIN IMMEDIATE")`.** One that reads first
 //!   and writes then fails with `SQLITE_BUSY_SNAPSHOT` when another connection has committed between.
 //!   That is so with SQLite everywhere.
-//! - **A connection is taken out for a piece of work**, not kept for hours: the one that is kept has
-//!   the role of the moment when it was taken. As a replica's it goes on refusing writes. As a
-//!   primary's its writes wait for a lock, and fail with `SQLITE_BUSY` after `busy_timeout`.
+//! - **A connection is taken out for a piece of work**, not kept for hours: it has the role of the
+//!   moment when it was taken. As a replica's it goes on refusing writes. As a primary's that is none
+//!   any more, its writes wait for a lock, and fail with `SQLITE_BUSY` after `busy_timeout`: "database
+//!   is locked". A request that had its connection at that moment gets this error, too.
+//! - **[`Config::on_promote`](replite::Config::on_promote) writes through the handle that it is given.**
+//!   The instance is not the primary yet, and the pool refuses.
+//! - **Temporary tables are writes** for SQLite: a read that makes one needs the primary.
 //!
 //! Read your own writes, with cookies or tokens, works as it is: the response of a request that
 //! wrote names what the pool had committed by then.
@@ -65,14 +71,15 @@
 //! # sea-orm
 //!
 //! [sea-orm](https://docs.rs/sea-orm) works on such a pool:
-//! `SqlxSqliteConnector::from_sqlx_sqlite_pool(pool)`. With the feature `sea-orm` [`needs_primary`]
-//! knows its errors, too.
+//! `SqlxSqliteConnector::from_sqlx_sqlite_pool(pool)`. Its errors hide sqlx's: [`needs_primary`] knows
+//! them with this crate's feature `sea-orm`, and without it says no of each.
 //!
 //! # What a lease's end can cost
 //!
 //! When a node loses its lease, its handle refuses commits from that instant. A pool does with the
-//! next connection that is taken out. What a transaction commits between is on this instance alone.
-//! It is kept when the node follows the new primary ([`Db::lost`]); no response has a token for it.
+//! next connection that is taken out, and a migration goes on to its end. What commits between is on
+//! this instance alone. It is kept when the node follows the new primary ([`Db::lost`]); no response
+//! has a token for it.
 #![warn(missing_docs)]
 
 mod migrate;
@@ -80,9 +87,10 @@ mod migrate;
 use std::error::Error as StdError;
 use std::sync::Arc;
 
-use replite::{Db, Durability, NeedsPrimary, RoleState};
+use replite::{Db, Durability, NeedsPrimary, Role, RoleState};
 use sqlx::SqliteConnection;
-use sqlx::sqlite::{SqliteConnectOptions, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
+use sqlx::error::DatabaseError;
+use sqlx::sqlite::{SqliteConnectOptions, SqliteError, SqlitePool, SqlitePoolOptions, SqliteSynchronous};
 use tokio::sync::watch;
 
 pub use migrate::{MigrationError, migrations};
@@ -181,8 +189,8 @@ fn settings(options: SqliteConnectOptions) -> SqliteConnectOptions {
 /// # Errors
 /// sqlx's, when the connection is broken.
 pub async fn follow(conn: &mut SqliteConnection, roles: &watch::Receiver<RoleState>) -> sqlx::Result<()> {
-    let commits = roles.borrow().role.commits();
-    let pragma = match commits {
+    let primary = roles.borrow().role == Role::Primary;
+    let pragma = match primary {
         true => "PRAGMA query_only = OFF",
         false => "PRAGMA query_only = ON",
     };
@@ -190,9 +198,9 @@ pub async fn follow(conn: &mut SqliteConnection, roles: &watch::Receiver<RoleSta
 }
 
 /// Whether this is the error of a write that only the primary takes: SQLite's "attempt to write a
-/// readonly database" (`SQLITE_READONLY`) from [`sqlx::Error`], also as the source of another error,
-/// and [`replite::Error::NotPrimary`]. With the feature `sea-orm` also that of sea-orm's errors,
-/// which have no source.
+/// readonly database" (`SQLITE_READONLY`) from [`sqlx::Error`], and [`replite::Error::NotPrimary`].
+/// It may be the source of another error, also of a transparent one. With the feature `sea-orm` also
+/// that of sea-orm's errors, which have no source.
 ///
 /// ```
 /// # async fn example(pool: sqlx::SqlitePool) {
@@ -202,24 +210,40 @@ pub async fn follow(conn: &mut SqliteConnection, roles: &watch::Receiver<RoleSta
 /// }
 /// # }
 /// ```
+///
+/// On a file that the process may only read, the primary itself has this error. The layer sends
+/// nothing on from there.
 pub fn needs_primary(error: &(dyn StdError + 'static)) -> bool {
     NeedsPrimary::of(error).is_some() || is_refused(error)
 }
 
 fn is_refused(error: &(dyn StdError + 'static)) -> bool {
-    match sqlx_error(error) {
-        // A file that can't be written has an extended code, and no other node would help.
-        Some(sqlx::Error::Database(error)) => error.code().is_some_and(|code| code == SQLITE_READONLY),
-        _ => error.source().is_some_and(is_refused),
+    if let Some(inside) = hidden(error) {
+        return is_refused(inside);
     }
+    // A transparent error leads past sqlx's to what is inside of it.
+    let boxed = error.downcast_ref::<Box<dyn DatabaseError>>();
+    let code = match (error.downcast_ref(), boxed, error.downcast_ref::<SqliteError>()) {
+        (Some(sqlx::Error::Database(error)), ..) | (_, Some(error), _) => error.code(),
+        (_, _, Some(error)) => error.code(),
+        _ => return error.source().is_some_and(is_refused),
+    };
+    code.is_some_and(|code| code == SQLITE_READONLY)
 }
 
-/// The error as sqlx's, which others share among their own.
-fn sqlx_error<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a sqlx::Error> {
+/// The error inside of one that has it for no source.
+fn hidden<'a>(error: &'a (dyn StdError + 'static)) -> Option<&'a (dyn StdError + 'static)> {
     #[cfg(feature = "sea-orm")]
-    if let Some(sea_orm::RuntimeErr::SqlxError(inside)) = error.downcast_ref() {
-        return Some(inside);
+    {
+        use sea_orm::{DbErr, RuntimeErr, TransactionError};
+        if let Some(RuntimeErr::SqlxError(inside)) = error.downcast_ref() {
+            return Some(&**inside);
+        }
+        if let Some(TransactionError::Connection(inside) | TransactionError::Transaction(inside)) =
+            error.downcast_ref::<TransactionError<DbErr>>()
+        {
+            return Some(inside);
+        }
     }
-    let shared = error.downcast_ref::<Arc<sqlx::Error>>().map(AsRef::as_ref);
-    shared.or_else(|| error.downcast_ref())
+    error.downcast_ref::<Arc<sqlx::Error>>().map(|inside| &**inside as _)
 }

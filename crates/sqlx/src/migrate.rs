@@ -43,11 +43,16 @@ pub enum MigrationError {
 /// # }
 /// ```
 ///
+/// Migrations that a newer build has run are no error, as they are to sqlx: an instance of an older
+/// build can be the primary in the midst of a deployment, or after it was taken back. So a schema
+/// must suit the version before it as well.
+///
 /// A failed one makes [`Db::open`](replite::Db::open) fail with
 /// [`replite::Error::Migration`], or the node stay a replica.
 pub fn migrations(
-    migrator: Migrator,
+    mut migrator: Migrator,
 ) -> impl Fn(&mut rusqlite::Connection) -> Result<(), MigrationError> + Send + Sync + 'static {
+    migrator.set_ignore_missing(true);
     let migrator = Arc::new(migrator);
     move |connection| {
         let path = PathBuf::from(connection.path().ok_or(MigrationError::Path)?);
@@ -66,7 +71,8 @@ fn run_all(migrator: &Migrator, path: PathBuf) -> Result<(), MigrationError> {
     runtime.block_on(async {
         let mut connection = options.synchronous(SqliteSynchronous::Full).connect().await?;
         let done = migrator.run(&mut connection).await;
-        connection.close().await?;
-        Ok(done?)
+        let closed = connection.close().await;
+        done?;
+        Ok(closed?)
     })
 }

@@ -1,6 +1,5 @@
 //! A pool in the process of its node.
 
-use std::error::Error as StdError;
 use std::fs;
 use std::path::Path;
 
@@ -22,6 +21,10 @@ async fn pragma(pool: &SqlitePool, name: &'static str) -> i64 {
     sqlx::query_scalar(name).fetch_one(pool).await.unwrap()
 }
 
+#[derive(thiserror::Error, Debug)]
+#[error(transparent)]
+struct Transparent(sqlx::Error);
+
 fn secret() -> replite::Secret {
     replite::Secret::new("tK2v0CZkYt8bM5WJ3uH1nQxPp7sDfLrEaG6yVoXiN4c").unwrap()
 }
@@ -38,10 +41,11 @@ async fn a_pool_of_a_replica_refuses_writes_at_once_and_takes_them_once_it_is_th
     assert!(needs_primary(&refused), "{refused}");
     let begun = pool.begin_with("BEGIN IMMEDIATE").await.unwrap_err();
     assert!(needs_primary(&begun), "{begun}");
-    // Also in an error of an application's own.
-    let boxed: Box<dyn StdError + Send + Sync> = Box::new(std::io::Error::other("none"));
-    assert!(!needs_primary(&*boxed));
     assert!(needs_primary(&Error::NotPrimary { primary: None }));
+    // In errors of an application's own.
+    assert!(needs_primary(&Transparent(insert(&pool).await.unwrap_err())));
+    assert!(needs_primary(&std::io::Error::other(insert(&pool).await.unwrap_err())));
+    assert!(!needs_primary(&Transparent(sqlx::Error::RowNotFound)));
     let rows: i64 = sqlx::query_scalar("SELECT count(*) FROM t").fetch_one(&pool).await.unwrap();
     assert_eq!(rows, 1);
 
@@ -68,7 +72,7 @@ async fn errors_that_no_other_node_would_spare_are_not_taken_for_it() {
 #[cfg(feature = "sea-orm")]
 #[tokio::test]
 async fn sea_orm_s_errors_are_known() {
-    use sea_orm::{ConnectionTrait, SqlxSqliteConnector};
+    use sea_orm::{ConnectionTrait, SqlxSqliteConnector, TransactionTrait};
 
     let dir = tempfile::tempdir().unwrap();
     let db = Db::open(config(dir.path())).await.unwrap();
@@ -76,6 +80,9 @@ async fn sea_orm_s_errors_are_known() {
     orm.execute_unprepared("INSERT INTO t VALUES (1)").await.unwrap();
     db.demote("http://127.0.0.1:1").await.unwrap();
     let refused = orm.execute_unprepared("INSERT INTO t VALUES (1)").await.unwrap_err();
+    assert!(needs_primary(&refused), "{refused}");
+    let inside = orm.transaction(|tx| Box::pin(async move { tx.execute_unprepared("DELETE FROM t").await }));
+    let refused = inside.await.unwrap_err();
     assert!(needs_primary(&refused), "{refused}");
     let missing = orm.execute_unprepared("SELECT * FROM missing").await.unwrap_err();
     assert!(!needs_primary(&missing), "{missing}");
@@ -155,6 +162,12 @@ async fn migrations_run_once_and_go_on_where_sqlx_left_them() {
     assert_eq!(db.position().unwrap().txid(), db.captured().await.unwrap());
     let rows: i64 = db.query_row("SELECT count(*) FROM t", [], |row| row.get(0)).unwrap();
     assert_eq!(rows, 1);
+    db.shutdown().await;
+
+    // The build before it can lead again. Its own migrations are where they were.
+    fs::remove_file(dir.path().join("migrations/2_u.sql")).unwrap();
+    let db = open_migrated(dir.path(), migrator(dir.path(), &[FIRST]).await).await.unwrap();
+    assert_eq!(versions(&db), [1, 2]);
 }
 
 #[tokio::test]

@@ -13,6 +13,9 @@ use replite_libraries_example::sessions::{config, sessions, with_sessions};
 use tokio::sync::OnceCell;
 use tower::ServiceExt;
 use tower_sessions::Session;
+use tower_sessions::cookie::time::{Duration, OffsetDateTime};
+use tower_sessions::session::{Id, Record};
+use tower_sessions::session_store::SessionStore;
 
 /// Counts in the session. A POST does, and so does a GET.
 async fn count(session: Session) -> String {
@@ -64,6 +67,40 @@ impl Jar {
         self.take(&parts.headers);
         text
     }
+}
+
+#[test]
+fn the_code_is_that_of_the_page() {
+    let (page, code) = (include_str!("../../../docs/libraries.md"), include_str!("../src/sessions.rs"));
+    let blocks = page.split("```rust\n").skip(1).map(|block| block.split("```").next().unwrap());
+    let of_page = blocks.flat_map(str::lines).filter(|line| !line.contains("use ") && !line.is_empty());
+    for line in of_page {
+        assert!(code.lines().any(|own| own.trim_start_matches("pub ") == line), "{line}");
+    }
+}
+
+#[tokio::test]
+async fn a_store_follows_the_role_of_its_node() {
+    let db = Db::temporary(config).await.unwrap();
+    let store = sessions(&db).unwrap();
+    let create = async || {
+        let expiry = OffsetDateTime::now_utc() + Duration::minutes(1);
+        let mut record = Record { id: Id::default(), data: Default::default(), expiry_date: expiry };
+        store.create(&mut record).await
+    };
+    create().await.unwrap();
+    let until = async |refused: bool| {
+        let changes = async {
+            while create().await.is_err() != refused {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(std::time::Duration::from_secs(60), changes).await.unwrap();
+    };
+    db.demote("http://127.0.0.1:1").await.unwrap();
+    until(true).await;
+    db.promote().await.unwrap();
+    until(false).await;
 }
 
 #[tokio::test]

@@ -62,7 +62,7 @@ async fn main() -> Result<(), Box<dyn std::error::Error>> {
         ends.drain().await;
     });
     server.await?;
-    pool.close().await;
     db.shutdown().await;
+    pool.close().await;
     Ok(())
 }
