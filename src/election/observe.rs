@@ -102,6 +102,12 @@ impl Sight {
         self.seen.as_ref().is_some_and(|seen| now <= seen.begun + self.longest_gap())
     }
 
+    /// Whether nothing fresh is known, and was a short while ago: a read takes long, or failed.
+    pub(super) fn is_late(&self, now: Instant) -> bool {
+        let lately = |seen: &Sighting| now < seen.begun + self.lease_time;
+        !self.is_fresh(now) && self.seen.as_ref().is_some_and(lately)
+    }
+
     /// How long the register has certainly not changed.
     pub(super) fn unchanged_for(&self, now: Instant) -> Duration {
         self.seen.as_ref().map_or(Duration::ZERO, |seen| now.saturating_sub(seen.since))

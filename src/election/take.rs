@@ -58,6 +58,8 @@ impl Election {
             Some(Outlook::Go(why)) => self.go(why, turn),
             // What is not settled yet stays prepared: it may turn out to be this node's.
             Some(Outlook::Wait(WaitReason::Unsettled)) => {}
+            // A read that is late ends nothing. What it shows does, if it is something else.
+            Some(Outlook::Wait(WaitReason::StoreUnavailable)) if self.sight.is_late(turn.now) => {}
             _ => {
                 race.phase = Stride::Rest;
                 if !self.swaps.may_take() {

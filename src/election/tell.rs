@@ -119,7 +119,7 @@ impl Election {
                     wake = wake.min(later(seen.since + self.sight.lease_time / 2));
                 }
                 if let Stride::Ranks { until, .. } = race.phase {
-                    wake = wake.min(until);
+                    wake = wake.min(later(until));
                 }
                 let limit = self.leaving.map_or(turn.now + MOST_WAKE, later);
                 wake.min(later(race.not_before)).min(later(self.setback.until)).min(limit)

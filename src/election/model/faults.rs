@@ -317,6 +317,30 @@ fn many_nodes_start_a_cluster_and_entries_of_others_that_are_gone_are_not_in_the
 }
 
 #[test]
+fn reads_that_take_long_do_not_keep_a_cluster_from_its_first_primary() {
+    let mut world = World::new(4, 1);
+    world.nodes.iter_mut().for_each(|node| node.settings.bootstrap = Some(3));
+    // One that is gone: the answers of the others come with the limit. Meanwhile each read is late.
+    world.start(3);
+    world.run(2 * SECOND);
+    world.kill(3);
+    (0..3).for_each(|at| {
+        world.slow_reads.insert(at, 400 * MS);
+        world.start(at);
+    });
+    assert!(until_led(&mut world, 60 * SECOND) < 10 * SECOND);
+}
+
+#[test]
+fn reads_that_take_long_do_not_keep_the_last_holder_from_its_lease() {
+    let mut world = World::begun(3);
+    (0..3).for_each(|at| world.kill(at));
+    world.slow_reads.insert(0, 400 * MS);
+    world.start(0);
+    assert!(until_led(&mut world, 60 * SECOND) < 3 * SECOND);
+}
+
+#[test]
 fn a_first_start_has_room_for_new_nodes_where_all_entries_are_of_others() {
     let mut world = World::new(3, 1);
     world.nodes.iter_mut().for_each(|node| node.settings.bootstrap = Some(3));

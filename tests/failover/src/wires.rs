@@ -1,11 +1,11 @@
 //! The network between the nodes: a TCP proxy before each node, and what is wrong on the way from
-//! each node to each other. A connection's origin is found in `/proc`: the process whose socket it
-//! is.
+//! each node to each other. A connection's origin is the process whose socket it is.
+
+mod origin;
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
 use std::net::SocketAddr;
-use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -163,9 +163,9 @@ impl Wires {
     async fn origin(&self, near: &TcpStream, peer: SocketAddr) -> Option<usize> {
         let to = near.local_addr().ok()?;
         for _ in 0..ORIGIN_TRIES {
-            if let Some(socket) = inode(peer.port(), to.port()) {
+            if let Some(socket) = origin::descriptor(peer.port(), to.port()) {
                 let processes = lock(&self.0.processes).clone();
-                let found = processes.into_iter().find(|(_, process)| has(*process, &socket));
+                let found = processes.into_iter().find(|(_, process)| origin::has(*process, &socket));
                 if let Some((node, _)) = found {
                     return Some(node);
                 }
@@ -175,24 +175,6 @@ impl Wires {
         }
         None
     }
-}
-
-/// The name that descriptors of the connection from this port to that one have. Others may have the
-/// same port at one end, also one that has ended.
-fn inode(from: u16, to: u16) -> Option<String> {
-    let table = std::fs::read_to_string("/proc/net/tcp").ok()?;
-    let address = |port: u16| format!("0100007F:{port:04X}");
-    let (local, remote) = (address(from), address(to));
-    let line = table.lines().find(|line| {
-        let mut words = line.split_whitespace().skip(1);
-        words.next() == Some(&local) && words.next() == Some(&remote)
-    })?;
-    Some(format!("socket:[{}]", line.split_whitespace().nth(9)?))
-}
-
-fn has(process: u32, socket: &str) -> bool {
-    let Ok(all) = std::fs::read_dir(format!("/proc/{process}/fd")) else { return false };
-    all.flatten().any(|fd| std::fs::read_link(fd.path()).is_ok_and(|to| to == Path::new(socket)))
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
