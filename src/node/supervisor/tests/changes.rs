@@ -38,7 +38,7 @@ async fn two_nodes_change_roles_a_hundred_times_and_nobody_who_reads_or_waits_le
             let txid = write(&dbs).await;
             written.fetch_add(1, Ordering::AcqRel);
             let (led, followed) = (&dbs[primary], &dbs[1 - primary]);
-            followed.wait_for(txid).await.unwrap();
+            followed.wait_for_timeout(txid, LIMIT).await.unwrap();
             // One who waits for what comes after the change.
             let next = Txid::new(txid.epoch(), txid.number() + 1);
             let early = tokio::time::timeout(Duration::from_millis(1), led.wait_for(next)).await;
@@ -56,7 +56,7 @@ async fn two_nodes_change_roles_a_hundred_times_and_nobody_who_reads_or_waits_le
             let waits = async {
                 let txid = write(&dbs).await;
                 written.fetch_add(1, Ordering::AcqRel);
-                led.wait_for(txid).await.unwrap();
+                led.wait_for_timeout(txid, LIMIT).await.unwrap();
                 txid
             };
             let txid = tokio::time::timeout(LIMIT, waits).await.expect("the old primary follows the new one");
