@@ -33,13 +33,15 @@ mod support;
 mod verify;
 #[path = "figures/wal.rs"]
 mod wal;
+#[path = "figures/wire.rs"]
+mod wire;
 
 use std::time::Instant;
 
 /// Figures that are measured together, and what measures them.
 type Figure = (&'static [&'static str], fn());
 
-const FIGURES: [Figure; 33] = [
+const FIGURES: [Figure; 36] = [
     (&["commit_normal_ratio"], commits::normal),
     (&["commit_full_ratio"], commits::full),
     (&["group_commit_ratio"], commits::group),
@@ -53,6 +55,9 @@ const FIGURES: [Figure; 33] = [
     (&["tls_snapshot_ratio"], streams::tls_snapshot),
     (&["catchup_txn_per_s"], streams::catch_up),
     (&["snapshot_cp_ratio", "big_txn_memory_mib"], streams::bulk),
+    (&["wire_append_bytes", "wire_update_bytes", "wire_insert_bytes", "wire_loaded_bytes"], wire::commits),
+    (&["log_bytes_per_commit", "disk_bytes_per_commit"], wire::files),
+    (&["far_link_lag_ms"], wire::far),
     (&["layer_get_us", "replay_post_us"], doors::layer),
     (&["last_resort_token_us"], doors::last_resort),
     (&["proxy_req_per_s_ratio", "proxy_plain_req_per_s_ratio"], doors::forwarded),

@@ -1,18 +1,14 @@
 //! Nodes that left the history, and nodes that were killed.
 
-use std::io::{Read, Write};
-use std::net::{TcpListener, TcpStream};
 use std::path::Path;
 use std::process::Stdio;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Instant;
 
 use replite::rusqlite::Connection;
 use replite::{Config, Db, Durability, Error, Event, PageSize, lease};
 
 use super::figure;
-use super::home::{config, directory, primary, runtime};
+use super::home::{config, counted, directory, primary, runtime};
 
 const PAGE_BYTES: u64 = 4096;
 /// Rows of about a page each: a gigabyte.
@@ -27,34 +23,6 @@ pub(crate) fn gigabyte(path: &Path) {
         WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c WHERE i < 262144)
         INSERT INTO t SELECT i, 0, randomblob(3800) FROM c";
     connection.execute_batch(sql).expect("rows");
-}
-
-/// Passes bytes on and counts them, both ways.
-fn counted(to: String) -> (String, Arc<AtomicU64>) {
-    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
-    let address = listener.local_addr().expect("an address");
-    let count = Arc::new(AtomicU64::new(0));
-    let counter = count.clone();
-    std::thread::spawn(move || {
-        for near in listener.incoming().flatten() {
-            let Ok(far) = TcpStream::connect(&to) else { continue };
-            for (from, into) in [(&near, &far), (&far, &near)] {
-                let (mut from, mut into) = (from.try_clone().expect("fd"), into.try_clone().expect("fd"));
-                let counter = counter.clone();
-                std::thread::spawn(move || {
-                    let mut buffer = vec![0; 64 * 1024];
-                    while let Ok(got @ 1..) = from.read(&mut buffer) {
-                        counter.fetch_add(got as u64, Ordering::Relaxed);
-                        if into.write_all(&buffer[..got]).is_err() {
-                            break;
-                        }
-                    }
-                    let _ = into.shutdown(std::net::Shutdown::Both);
-                });
-            }
-        }
-    });
-    (format!("http://{address}"), count)
 }
 
 /// A hundred transactions on a node that takes itself for the primary.
@@ -75,8 +43,7 @@ pub(crate) fn heals() {
     let (path, other) = (home.path().join("p.db"), home.path().join("r.db"));
     gigabyte(&path);
     let db = primary(&path, Durability::Synced);
-    let to = db.node().addresses.replication.split('/').nth(2);
-    let (url, bytes) = counted(to.expect("an address").to_string());
+    let (url, bytes) = counted(&db);
     let follow = || config(&other).lease(lease::Fixed::replica_of(&url));
     let filled = runtime().block_on(Db::open(follow())).expect("a replica");
     runtime().block_on(filled.ready()).expect("ready");
@@ -88,7 +55,7 @@ pub(crate) fn heals() {
             if compared {
                 std::fs::remove_dir_all(home.path().join("r.db-replite/log")).expect("a log");
             }
-            bytes.store(0, Ordering::Relaxed);
+            bytes.reset();
             let begin = Instant::now();
             let replica = runtime().block_on(Db::open(follow())).expect("a replica");
             let mut events = replica.events();
@@ -98,7 +65,7 @@ pub(crate) fn heals() {
             seconds.push(begin.elapsed().as_secs_f64());
             let lost = runtime().block_on(replica.lost()).expect("a list").pop().expect("a branch");
             let pages = lost.branch().expect("a branch").pages;
-            ratios.push(bytes.load(Ordering::Relaxed) as f64 / (pages * PAGE_BYTES) as f64);
+            ratios.push(bytes.both_ways() as f64 / (pages * PAGE_BYTES) as f64);
             runtime().block_on(replica.shutdown());
         }
         let prefix = if compared { "heal_compare" } else { "heal" };

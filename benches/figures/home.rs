@@ -1,9 +1,11 @@
 //! Directories, nodes, and a replica in another process.
 
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
 use std::process::{Child, ChildStdin, ChildStdout, Command, Stdio};
-use std::sync::OnceLock;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, OnceLock};
 
 use replite::rusqlite::Connection;
 use replite::{Config, Db, Durability, Error, Plaintext, Secret, Txid, lease};
@@ -47,6 +49,61 @@ pub(crate) fn replica(path: &Path, of: &Db) -> Db {
     db
 }
 
+/// Bytes that a relay passed on.
+#[derive(Clone, Default)]
+pub(crate) struct Counted {
+    to_primary: Arc<AtomicU64>,
+    to_replica: Arc<AtomicU64>,
+}
+
+impl Counted {
+    /// Begins anew.
+    pub(crate) fn reset(&self) {
+        [&self.to_primary, &self.to_replica].map(|count| count.store(0, Ordering::Relaxed));
+    }
+
+    pub(crate) fn both_ways(&self) -> u64 {
+        self.to_primary.load(Ordering::Relaxed) + self.to_replica()
+    }
+
+    pub(crate) fn to_replica(&self) -> u64 {
+        self.to_replica.load(Ordering::Relaxed)
+    }
+}
+
+/// Passes a primary's bytes on and counts them. The URL for its replica.
+pub(crate) fn counted(of: &Db) -> (String, Counted) {
+    let to = of.node().addresses.replication.split('/').nth(2).expect("an address").to_string();
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = listener.local_addr().expect("an address");
+    let counted = Counted::default();
+    let counts = counted.clone();
+    std::thread::spawn(move || {
+        for near in listener.incoming().flatten() {
+            let Ok(far) = TcpStream::connect(&to) else { continue };
+            let _ = (near.set_nodelay(true), far.set_nodelay(true));
+            for (from, into, count) in [(&near, &far, &counts.to_primary), (&far, &near, &counts.to_replica)]
+            {
+                let (from, into) = (from.try_clone().expect("fd"), into.try_clone().expect("fd"));
+                let count = count.clone();
+                std::thread::spawn(move || pass_on(from, into, &count));
+            }
+        }
+    });
+    (format!("http://{address}"), counted)
+}
+
+fn pass_on(mut from: TcpStream, mut into: TcpStream, count: &AtomicU64) {
+    let mut buffer = vec![0; 64 * 1024];
+    while let Ok(got @ 1..) = from.read(&mut buffer) {
+        count.fetch_add(got as u64, Ordering::Relaxed);
+        if into.write_all(&buffer[..got]).is_err() {
+            break;
+        }
+    }
+    let _ = into.shutdown(std::net::Shutdown::Both);
+}
+
 /// Raw SQLite in WAL mode.
 pub(crate) fn raw(path: &Path, synchronous: &str) -> Connection {
     let connection = Connection::open(path).expect("a database");
@@ -70,9 +127,14 @@ impl Other {
 
     /// The same without TLS, or with it.
     pub(crate) fn start_in(path: &Path, of: &Db, clear: bool) -> Other {
+        Other::start_at(path, &of.node().addresses.replication, clear)
+    }
+
+    /// The same of a primary that has this URL.
+    pub(crate) fn start_at(path: &Path, url: &str, clear: bool) -> Other {
         let mut child = Command::new(std::env::current_exe().expect("a path"))
             .env("REPLITE_BENCH_REPLICA", path)
-            .env("REPLITE_BENCH_URL", &of.node().addresses.replication)
+            .env("REPLITE_BENCH_URL", url)
             .env("REPLITE_BENCH_CLEAR", if clear { "yes" } else { "" })
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
@@ -164,6 +226,7 @@ pub(crate) fn child() -> bool {
                 runtime().block_on(db.wait_for_timeout(txid, limit)).expect("applied");
                 println!("applied");
             }
+            "written" => println!("{}", crate::wire::written_bytes()),
             "memory" => println!("{}", idle_memory()),
             "peak" => println!("{}", peak_memory()),
             _ => break,

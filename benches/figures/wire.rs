@@ -1,0 +1,182 @@
+//! What a commit costs in bytes: on the wire, in the log, on the disk; and on a far and narrow link.
+
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use replite::{Db, Durability, Error, Txid, lease};
+
+use crate::home::{Counted, Other, config, counted, directory, primary, runtime};
+use crate::support::Wire;
+use crate::{figure, quantile};
+
+const RUNS: usize = 5;
+/// Rows that are there before.
+const ROWS: i64 = 20_000;
+
+/// A primary, and a replica in another process behind what counts.
+struct Pair {
+    primary: Db,
+    replica: Other,
+    bytes: Counted,
+    dir: tempfile::TempDir,
+}
+
+impl Pair {
+    /// With tables: one that grows, one whose rows are updated, and one with an index.
+    fn new() -> Pair {
+        let dir = directory();
+        let db = primary(&dir.path().join("p.db"), Durability::Synced);
+        let fill = "CREATE TABLE log (id INTEGER PRIMARY KEY, v);
+            CREATE TABLE counts (id INTEGER PRIMARY KEY, n INTEGER, v);
+            CREATE TABLE found (id INTEGER PRIMARY KEY, k INTEGER, v);
+            CREATE INDEX found_k ON found (k);
+            WITH RECURSIVE c(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM c WHERE i < 20000)
+            INSERT INTO counts SELECT i, i, hex(randomblob(40)) FROM c;
+            INSERT INTO found SELECT id, random(), v FROM counts";
+        db.write_blocking(|tx| Ok::<_, Error>(tx.execute_batch(fill)?)).expect("rows");
+        let (url, bytes) = counted(&db);
+        let replica = Other::start_at(&dir.path().join("r.db"), &url, false);
+        Pair { primary: db, replica, bytes, dir }
+    }
+
+    fn write(&self, sql: &'static str, value: i64) -> Txid {
+        let run = move |tx: &mut replite::rusqlite::Transaction<'_>| {
+            Ok::<_, Error>(tx.prepare_cached(sql)?.execute([value])?)
+        };
+        self.primary.write_blocking(run).expect("a commit").txid.expect("it wrote")
+    }
+
+    /// Bytes of each commit, where each is on the replica before the next begins.
+    fn one_by_one(&mut self, sql: &'static str, value: impl Fn(i64) -> i64) -> f64 {
+        const COMMITS: i64 = 500;
+        let last = self.write(sql, value(0));
+        self.arrived(last);
+        let before = self.bytes.to_replica();
+        for n in 1..=COMMITS {
+            let txid = self.write(sql, value(n));
+            self.arrived(txid);
+        }
+        (self.bytes.to_replica() - before) as f64 / COMMITS as f64
+    }
+
+    fn arrived(&mut self, txid: Txid) {
+        self.replica.say(&format!("wait {txid}"));
+        assert_eq!(self.replica.hear(), "applied");
+    }
+}
+
+const APPEND: &str = "INSERT INTO log(v) VALUES (printf('%080d', ?1))";
+const UPDATE: &str = "UPDATE counts SET n = n + 1 WHERE id = ?1";
+const INSERT: &str = "INSERT INTO found(k, v) VALUES (?1, printf('%080d', ?1))";
+
+/// A place that looks random, and is the same in each run.
+fn scattered(n: i64) -> i64 {
+    n.wrapping_mul(0x9E37_79B9_7F4A_7C15_u64 as i64) ^ (n << 7)
+}
+
+pub(crate) fn commits() {
+    let mut pair = Pair::new();
+    let (mut append, mut update, mut insert, mut loaded) = (vec![], vec![], vec![], vec![]);
+    for run in 0..RUNS as i64 {
+        append.push(pair.one_by_one(APPEND, |n| n));
+        update.push(pair.one_by_one(UPDATE, |n| scattered(n + run).rem_euclid(ROWS) + 1));
+        insert.push(pair.one_by_one(INSERT, |n| scattered(n + 1000 * run)));
+        loaded.push(at_a_rate(&mut pair));
+    }
+    figure("wire_append_bytes", "bytes", append);
+    figure("wire_update_bytes", "bytes", update);
+    figure("wire_insert_bytes", "bytes", insert);
+    figure("wire_loaded_bytes", "bytes", loaded);
+}
+
+/// Bytes of each of 1,000 appends a second.
+fn at_a_rate(pair: &mut Pair) -> f64 {
+    const COMMITS: u32 = 2000;
+    let before = pair.bytes.to_replica();
+    let last = paced(COMMITS, 1000, |n| pair.write(APPEND, n));
+    pair.arrived(last);
+    (pair.bytes.to_replica() - before) as f64 / f64::from(COMMITS)
+}
+
+/// So many calls, at so many a second.
+fn paced(calls: u32, rate: u32, mut run: impl FnMut(i64) -> Txid) -> Txid {
+    let begin = Instant::now();
+    let mut last = None;
+    for n in 0..calls {
+        let due = Duration::from_secs(1) * n / rate;
+        std::thread::sleep(due.saturating_sub(begin.elapsed()));
+        last = Some(run(i64::from(n)));
+    }
+    last.expect("a call")
+}
+
+/// What the log and the disk have of each append.
+pub(crate) fn files() {
+    const COMMITS: i64 = 4000;
+    let (mut log, mut primary, mut replica) = (vec![], vec![], vec![]);
+    let mut pair = Pair::new();
+    for _ in 0..RUNS {
+        let home = pair.dir.path().join("p.db-replite/log");
+        let before = (size(&home), written_bytes(), other_written(&mut pair.replica));
+        let last = (0..COMMITS).map(|n| pair.write(APPEND, n)).last().expect("a commit");
+        pair.arrived(last);
+        let after = (size(&home), written_bytes(), other_written(&mut pair.replica));
+        let each = |before: u64, after: u64| after.saturating_sub(before) as f64 / COMMITS as f64;
+        log.push(each(before.0, after.0));
+        primary.push(each(before.1, after.1));
+        replica.push(each(before.2, after.2));
+    }
+    figure("log_bytes_per_commit", "bytes", log);
+    figure("disk_bytes_per_commit_primary", "bytes", primary);
+    figure("disk_bytes_per_commit_replica", "bytes", replica);
+}
+
+fn other_written(replica: &mut Other) -> u64 {
+    replica.say("written");
+    replica.hear().parse().expect("a number")
+}
+
+fn size(directory: &Path) -> u64 {
+    let files = std::fs::read_dir(directory).expect("a directory").flatten();
+    files.map(|file| file.metadata().map_or(0, |metadata| metadata.len())).sum()
+}
+
+/// Bytes that this process had the kernel write to disks.
+pub(crate) fn written_bytes() -> u64 {
+    let counts = std::fs::read_to_string("/proc/self/io").unwrap_or_default();
+    let line = counts.lines().find(|line| line.starts_with("write_bytes:")).unwrap_or_default();
+    line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).unwrap_or(0)
+}
+
+/// How late 100 small commits a second are behind a link of 1 Mbit/s that is 50 ms away.
+pub(crate) fn far() {
+    const COMMITS: u32 = 1500;
+    let dir = directory();
+    let db = primary(&dir.path().join("p.db"), Durability::Synced);
+    let to = db.node().addresses.replication.split('/').nth(2).expect("an address").parse();
+    let wire = runtime().block_on(Wire::start(to.expect("an address"), Duration::from_millis(50)));
+    let url = format!("http://{}", wire.address);
+    let follow = config(&dir.path().join("r.db")).lease(lease::Fixed::replica_of(url));
+    let replica = runtime().block_on(Db::open(follow)).expect("a replica");
+    runtime().block_on(replica.ready()).expect("ready");
+    wire.throttle(125_000);
+    let (mut lags, mut waits) = (Vec::new(), Vec::new());
+    let insert = "INSERT INTO t(k, v) VALUES (?1, printf('%080d', ?1))";
+    paced(COMMITS, 100, |n| {
+        let run = move |tx: &mut replite::rusqlite::Transaction<'_>| {
+            Ok::<_, Error>(tx.prepare_cached(insert)?.execute([n])?)
+        };
+        let txid = db.write_blocking(run).expect("a commit").txid.expect("it wrote");
+        let (replica, returned) = (replica.clone(), Instant::now());
+        waits.push(runtime().spawn(async move {
+            replica.wait_for_timeout(txid, Duration::from_secs(600)).await.expect("it comes");
+            returned.elapsed().as_secs_f64() * 1e3
+        }));
+        txid
+    });
+    for wait in waits {
+        lags.push(runtime().block_on(wait).expect("a task"));
+    }
+    figure("far_link_lag_ms", "ms", vec![quantile(&mut lags, 0.5)]);
+    figure("far_link_lag_max_ms", "ms", vec![quantile(&mut lags, 1.0)]);
+}
