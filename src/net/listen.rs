@@ -1,6 +1,7 @@
 //! The node's own listener for replication.
 
 use std::error::Error as StdError;
+use std::io::ErrorKind;
 use std::net::SocketAddr;
 use std::pin::pin;
 use std::sync::Arc;
@@ -17,6 +18,7 @@ use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 use tower::{Service, ServiceExt};
@@ -66,6 +68,13 @@ const BROKEN_OFF_MAX: usize = 64;
 /// Both of a connection on which an application's requests come.
 const FORWARDS_TAKEN_BACK_MAX: usize = 1024;
 
+/// How long a listener waits for an address that is in use. The process before this one may be about to
+/// end. And a process that another thread starts has all sockets of this one for some milliseconds,
+/// until it runs its own program: also one that was closed meanwhile.
+const IN_USE_MAX: Duration = Duration::from_secs(1);
+/// How long it waits until it tries again.
+const IN_USE_PAUSE: Duration = Duration::from_millis(20);
+
 /// A bound socket that is not served yet.
 #[derive(Debug)]
 pub(crate) struct Listener {
@@ -76,13 +85,21 @@ pub(crate) struct Listener {
 }
 
 impl Listener {
-    /// Binds.
+    /// Binds. An address that is in use is waited for, up to [`IN_USE_MAX`].
     ///
     /// # Errors
     /// [`Error::Io`].
     pub(crate) async fn bind(address: SocketAddr) -> Result<Listener> {
-        let named = format!("tcp {address}");
-        let socket = TcpListener::bind(address).await.map_err(Error::io("bind", &named))?;
+        let (named, begun) = (format!("tcp {address}"), Instant::now());
+        let bound = loop {
+            match TcpListener::bind(address).await {
+                Err(error) if error.kind() == ErrorKind::AddrInUse && begun.elapsed() < IN_USE_MAX => {
+                    tokio::time::sleep(IN_USE_PAUSE).await;
+                }
+                bound => break bound,
+            }
+        };
+        let socket = bound.map_err(Error::io("bind", &named))?;
         let address = socket.local_addr().map_err(Error::io("bind", &named))?;
         Ok(Listener { socket, address, crowded: Seldom::default() })
     }
@@ -406,6 +423,22 @@ impl Drop for Counted {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test(start_paused = true)]
+    async fn an_address_that_is_in_use_is_waited_for_and_not_for_ever() {
+        let held = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let mut waits = pin!(Listener::bind(held.local_addr().unwrap()));
+        assert!(tokio::time::timeout(2 * IN_USE_PAUSE, &mut waits).await.is_err());
+        drop(held);
+        waits.await.unwrap();
+        let held = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = held.local_addr().unwrap();
+        let error = Listener::bind(address).await.unwrap_err();
+        assert!(
+            error.to_string().starts_with(&format!("bind tcp {address}: Address already in use")),
+            "{error}"
+        );
+    }
 
     #[tokio::test(start_paused = true)]
     async fn who_connects_and_asks_nothing_is_hung_up_on() {

@@ -170,6 +170,9 @@ impl Config {
     /// connections. Other nodes reach it at `replite://host:port`, which is what this node
     /// advertises if [`Config::addresses`] says nothing else. Where it listens on all addresses
     /// (`0.0.0.0:7000`, `[::]:7000`), the host is that of [`Config::advertise`].
+    ///
+    /// An address that is in use is waited for, a second long: the process before this one may be
+    /// about to end.
     pub fn listen(mut self, address: SocketAddr) -> Config {
         self.listen = Some(address);
         self
