@@ -68,9 +68,9 @@ const BROKEN_OFF_MAX: usize = 64;
 /// Both of a connection on which an application's requests come.
 const FORWARDS_TAKEN_BACK_MAX: usize = 1024;
 
-/// How long a listener waits for an address that is in use. The process before this one may be about to
-/// end. And a process that another thread starts has all sockets of this one for some milliseconds,
-/// until it runs its own program: also one that was closed meanwhile.
+/// How long a listener waits for an address that is in use. The process before this one may be
+/// about to end. And a process that another thread starts has all sockets of this one until it runs
+/// its own program, also one that was closed meanwhile.
 const IN_USE_MAX: Duration = Duration::from_secs(1);
 /// How long it waits until it tries again.
 const IN_USE_PAUSE: Duration = Duration::from_millis(20);
