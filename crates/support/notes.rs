@@ -1,5 +1,6 @@
 //! Three instances of an example application, as processes that share a lease. Both crates have
 //! the same application: `/` has the notes, and `/visit` is a GET that writes.
+#![allow(dead_code, reason = "the figures use a part of it")]
 
 use std::path::PathBuf;
 use std::process::Command;
