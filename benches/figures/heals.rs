@@ -1,5 +1,6 @@
 //! Nodes that left the history, and nodes that were killed.
 
+use std::io::Read;
 use std::path::Path;
 use std::process::Stdio;
 use std::time::Instant;

@@ -59,7 +59,8 @@ pub(crate) struct Counted {
 impl Counted {
     /// Begins anew.
     pub(crate) fn reset(&self) {
-        [&self.to_primary, &self.to_replica].map(|count| count.store(0, Ordering::Relaxed));
+        self.to_primary.store(0, Ordering::Relaxed);
+        self.to_replica.store(0, Ordering::Relaxed);
     }
 
     pub(crate) fn both_ways(&self) -> u64 {

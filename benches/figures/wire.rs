@@ -118,7 +118,7 @@ pub(crate) fn files() {
     for _ in 0..RUNS {
         let home = pair.dir.path().join("p.db-replite/log");
         let before = (size(&home), written_bytes(), other_written(&mut pair.replica));
-        let last = (0..COMMITS).map(|n| pair.write(APPEND, n)).last().expect("a commit");
+        let last = (0..COMMITS).fold(None, |_, n| Some(pair.write(APPEND, n))).expect("a commit");
         pair.arrived(last);
         let after = (size(&home), written_bytes(), other_written(&mut pair.replica));
         let each = |before: u64, after: u64| after.saturating_sub(before) as f64 / COMMITS as f64;
