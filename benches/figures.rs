@@ -56,8 +56,11 @@ const FIGURES: [Figure; 36] = [
     (&["catchup_txn_per_s"], streams::catch_up),
     (&["snapshot_cp_ratio", "big_txn_memory_mib"], streams::bulk),
     (&["wire_append_bytes", "wire_update_bytes", "wire_insert_bytes", "wire_loaded_bytes"], wire::commits),
-    (&["log_bytes_per_commit", "disk_bytes_per_commit"], wire::files),
-    (&["far_link_lag_ms"], wire::far),
+    (
+        &["log_bytes_per_commit", "disk_bytes_per_commit_primary", "disk_bytes_per_commit_replica"],
+        wire::files,
+    ),
+    (&["far_link_lag_ms", "far_link_lag_100_ms"], wire::far),
     (&["layer_get_us", "replay_post_us"], doors::layer),
     (&["last_resort_token_us"], doors::last_resort),
     (&["proxy_req_per_s_ratio", "proxy_plain_req_per_s_ratio"], doors::forwarded),
@@ -101,6 +104,11 @@ fn main() {
         return heals::doomed(path.as_ref());
     }
     let wanted: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with("--")).collect();
+    let is_figure = |word: &String| FIGURES.iter().any(|(names, _)| names.contains(&word.as_str()));
+    if let Some(none) = wanted.iter().find(|word| !is_figure(word)) {
+        eprintln!("there is no figure {none}");
+        std::process::exit(2);
+    }
     for (names, run) in FIGURES {
         if wanted.is_empty() || names.iter().any(|n| wanted.iter().any(|w| w == n)) {
             let begin = Instant::now();

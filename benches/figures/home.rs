@@ -91,7 +91,7 @@ pub(crate) fn counted(of: &Db) -> (String, Counted) {
             }
         }
     });
-    (format!("http://{address}"), counted)
+    (format!("replite://{address}"), counted)
 }
 
 fn pass_on(mut from: TcpStream, mut into: TcpStream, count: &AtomicU64) {

@@ -424,13 +424,14 @@ impl Drop for Counted {
 mod tests {
     use super::*;
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn an_address_that_is_in_use_is_waited_for_and_not_for_ever() {
         let held = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let mut waits = pin!(Listener::bind(held.local_addr().unwrap()));
         assert!(tokio::time::timeout(2 * IN_USE_PAUSE, &mut waits).await.is_err());
         drop(held);
         waits.await.unwrap();
+        tokio::time::pause();
         let held = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let address = held.local_addr().unwrap();
         let error = Listener::bind(address).await.unwrap_err();

@@ -172,7 +172,7 @@ impl Config {
     /// (`0.0.0.0:7000`, `[::]:7000`), the host is that of [`Config::advertise`].
     ///
     /// An address that is in use is waited for, a second long: the process before this one may be
-    /// about to end.
+    /// about to end. Its files may be in use for longer.
     pub fn listen(mut self, address: SocketAddr) -> Config {
         self.listen = Some(address);
         self

@@ -318,16 +318,33 @@ fn many_nodes_start_a_cluster_and_entries_of_others_that_are_gone_are_not_in_the
 
 #[test]
 fn reads_that_take_long_do_not_keep_a_cluster_from_its_first_primary() {
-    let mut world = World::new(4, 1);
-    world.nodes.iter_mut().for_each(|node| node.settings.bootstrap = Some(3));
-    // One that is gone: the answers of the others come with the limit. Meanwhile each read is late.
-    world.start(3);
-    world.run(2 * SECOND);
-    world.kill(3);
-    (0..3).for_each(|at| {
-        world.slow_reads.insert(at, 400 * MS);
-        world.start(at);
-    });
+    for slow in (260..=480).step_by(20) {
+        let mut world = World::new(4, 1);
+        world.nodes.iter_mut().for_each(|node| node.settings.bootstrap = Some(3));
+        // One that is gone: the answers of the others come with the limit. Meanwhile each read is
+        // late.
+        world.start(3);
+        world.run(2 * SECOND);
+        world.kill(3);
+        (0..3).for_each(|at| {
+            world.slow_reads.insert(at, slow * MS);
+            world.start(at);
+        });
+        assert!(until_led(&mut world, 60 * SECOND) < 10 * SECOND, "{slow} ms");
+    }
+}
+
+#[test]
+fn a_store_that_is_away_for_long_ends_what_was_prepared() {
+    let mut world = World::begun(3);
+    (0..3).for_each(|at| world.kill(at));
+    (0..3).for_each(|at| world.start(at));
+    world.run(50 * MS);
+    world.nodes.iter_mut().for_each(|node| node.reaches_store = false);
+    world.run(30 * SECOND);
+    let waits = Some(Shown::Waiting(WaitReason::StoreUnavailable));
+    assert!(world.shown.iter().all(|shown| *shown == waits), "{:?}", world.shown);
+    world.nodes.iter_mut().for_each(|node| node.reaches_store = true);
     assert!(until_led(&mut world, 60 * SECOND) < 10 * SECOND);
 }
 
