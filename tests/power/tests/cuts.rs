@@ -389,8 +389,9 @@ fn a_primary_without_fsyncs_is_what_it_was_at_some_moment_whenever_the_power_goe
         Ok(())
     };
     run(&Disk::empty, &changes, &cuts, stage.dir(), &check);
-    // Else nothing was tried.
-    assert!(lost.into_inner() > rounds, "hardly anything was lost");
+    // Else nothing was tried. How much it is depends on how many commits the machine makes between
+    // two syncs.
+    assert!(lost.into_inner() > 0, "nothing was lost");
 }
 
 /// A replica in a process of its own.
