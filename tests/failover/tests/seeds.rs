@@ -13,7 +13,7 @@ use replite_failover::store::{Store, StoreKind};
 /// the last round. The six after the first seed over a directory have all that can be wrong with a
 /// handoff.
 const SERIES: [(&str, u64, u64); 4] =
-    [("directory", 21_381, 150), ("members", 900, 110), ("etcd", 900, 50), ("objects", 900, 50)];
+    [("directory", 21_381, 120), ("members", 900, 80), ("etcd", 900, 35), ("objects", 900, 35)];
 
 fn variable(name: &str) -> Option<u64> {
     std::env::var(name)
