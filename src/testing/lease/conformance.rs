@@ -105,20 +105,21 @@ async fn first_record(handles: &[StoreHandle], limit: Duration) -> Result<HashSe
         });
     }
     all(tasks).await?;
-    let last = write_last(&ledger, &handles[0]).await?;
+    let last = write_last(&ledger, &handles[0], "the first").await?;
     ledger.check(&last)?;
     let ledger = Arc::into_inner(ledger).ok_or_else(|| Broken::useless("a call goes on"))?;
     Ok(ledger.into_sent())
 }
 
-/// Writes until a swap is acknowledged. All others that count are before it.
-async fn write_last(ledger: &Ledger, handle: &StoreHandle) -> Result<Vec<u8>, Broken> {
+/// Writes until a swap is acknowledged. All others that count are before it. What it writes is told
+/// from the last records of another part: an attempt may be done whose answer said nothing.
+async fn write_last(ledger: &Ledger, handle: &StoreHandle, part: &str) -> Result<Vec<u8>, Broken> {
     for attempt in 0.. {
         let Some(read) = ledger.read(handle).await? else {
             tokio::time::sleep(PAUSE).await;
             continue;
         };
-        let record = format!("last {attempt}").into_bytes();
+        let record = format!("last {attempt} of {part}").into_bytes();
         let over = read.map(|stored| stored.version);
         if matches!(ledger.swap(handle, over.as_ref(), &record, None).await?, SwapFate::Done(_)) {
             return Ok(record);
@@ -142,7 +143,7 @@ async fn many_at_once(
         tasks.spawn(writer(ledger.clone(), handle, number));
     }
     all(tasks).await?;
-    let last = write_last(&ledger, &handles[0]).await?;
+    let last = write_last(&ledger, &handles[0], "many").await?;
     ledger.check(&last)
 }
 

@@ -65,6 +65,7 @@ impl Ledger {
         record: &[u8],
         limit: Option<Duration>,
     ) -> Result<SwapFate, Broken> {
+        debug_assert!(!self.earlier.contains(record), "a record is sent in one part alone");
         let sent = SentRecord { over: over.cloned(), fate: SwapFate::Open };
         lock(&self.pages).sent.insert(record.to_vec(), sent);
         let limit = limit.unwrap_or(self.limit);
