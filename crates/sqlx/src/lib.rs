@@ -7,8 +7,7 @@
 //! ```
 //! use replite::{Config, Db};
 //!
-//! # async fn example() -> Result<(), Box<dyn std::error::Error>> {
-//! # let migrator: sqlx::migrate::Migrator = todo!();
+//! # async fn example(migrator: sqlx::migrate::Migrator) -> Result<(), Box<dyn std::error::Error>> {
 //! // `sqlx::migrate!()`: it runs on whichever instance is the primary.
 //! let config = Config::from_env("REPLITE_")?.migrate(replite_sqlx::migrations(migrator));
 //! let db = Db::open(config).await?;
