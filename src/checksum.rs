@@ -141,6 +141,12 @@ impl Checksum {
         Checksum(self.0.wrapping_add(other.0))
     }
 
+    /// Of a set of pages without those of another set, which are all in it.
+    #[must_use]
+    pub(crate) fn minus(self, other: Checksum) -> Checksum {
+        Checksum(self.0.wrapping_sub(other.0))
+    }
+
     /// With one page less.
     #[must_use]
     pub(crate) fn without(self, page: PageHash) -> Checksum {

@@ -25,7 +25,7 @@ use crate::secret::{Keyring, Secret};
 use crate::status::{Addresses, PeerInfo, Role};
 use crate::token::Token;
 use crate::txid::{EpochHistory, EpochStart, NUMBER_MAX};
-use crate::wire::{self, Decoder, Kind, Message, TxnBegin, TxnEnd, Unit};
+use crate::wire::{self, Decoder, Kind, Message, RecordPart, TxnBegin, TxnEnd, Unit};
 use crate::{Checksum, Epoch, Position, Txid};
 
 /// The keys of the inputs.
@@ -88,6 +88,13 @@ fn round_trip(unit: &Unit) {
         message => {
             wire::encode(message, &mut again);
             assert_eq!(again, unit.raw, "{message:?}");
+        }
+    }
+    for part in message.parts() {
+        if let RecordPart::Change(change) = part {
+            let mut page = [7; 512];
+            let made = change.make(&mut page, &KEYS.page);
+            assert!(made.is_err() || KEYS.page.hash(change.number, &page) == change.hash);
         }
     }
 }

@@ -159,6 +159,11 @@ impl Log {
         *self.end.borrow()
     }
 
+    /// How often all records were dropped since it was opened.
+    pub(crate) fn renewals(&self) -> u64 {
+        self.lock().renewals
+    }
+
     /// Bytes of all segment files.
     pub(crate) fn bytes(&self) -> u64 {
         self.lock().bytes()

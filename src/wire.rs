@@ -7,7 +7,7 @@
 //! | 0 | 4 | length of the payload, at most [`PAYLOAD_MAX_BYTES`] |
 //! | 4 | 1 | kind |
 //! | 5 | 1 | flags; bit 0: a reader that does not know the kind may skip the unit; all else 0 |
-//! | 6 | 2 | version, 2 |
+//! | 6 | 2 | version, 3 |
 //! | 8 | 16 | hash |
 //! | 24 | length | payload |
 //!
@@ -68,31 +68,45 @@
 //!   256 bytes.
 //! - 23 HANDED: attempt (16), version: length (2) and UTF-8, at most 1024 bytes; the record, at
 //!   most [`LEASE_RECORD_MAX_BYTES`]. To the replica that accepted.
+//! - 24 PATCH: a change: page number (varint), flags (1; bit 0: the page replaces an image, bit 1:
+//!   the runs lie over that image, otherwise over zeros). Then the hash of the replaced image (16)
+//!   by bit 0, the hash of the page (16), bytes of the runs (varint), runs. A run is how far it
+//!   begins after the one before (varint), its length (varint) and its bytes. A varint has seven
+//!   bits a byte, the lowest first, and at most 32.
+//! - 25 TXN: a transaction whose changes come to [`TXN_CHANGES_MAX_BYTES`] at most. Flags (1; bit
+//!   0: it begins an epoch, bit 1: it dropped pages), page size as the power of two (1), position
+//!   before, pages in the database (4), microseconds since 1970 (8), by bit 0 the epoch, by bit 1
+//!   the sum of the hashes of the dropped pages (16), changes. The checksum after it is that before
+//!   it, without the dropped and replaced hashes, with those of the pages.
 //!
 //! The header's layout and the hash of SEGMENT never change with the version, and a SEGMENT has at
 //! most [`SEGMENT_MAX_BYTES`]. So every version can tell the segment of another from a damaged one.
 use bytes::Bytes;
 
-use crate::checksum::{FINGERPRINT_BYTES, Fingerprint, PAGE_KEY_BYTES, PageHash, PageKey};
+use crate::checksum::{FINGERPRINT_BYTES, Fingerprint, PAGE_KEY_BYTES, PageKey};
 use crate::keys::{DatabaseKeys, TOKEN_KEY_BYTES, TokenKey};
 use crate::page::{PageNo, PageSize};
 use crate::status::PeerInfo;
 use crate::txid::{Epoch, EpochHistory, Position};
 
+mod change;
 mod decoder;
 mod encode;
 mod fields;
 mod handoff;
+mod record;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use change::{Change, Image, difference};
 pub(crate) use decoder::{Decoder, Header};
-pub(crate) use encode::{encode, encode_page, encode_pieces, peer_fits};
+pub(crate) use encode::{encode, encode_change, encode_page, encode_pieces, peer_fits};
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
 pub(crate) use fields::sealed;
 pub(crate) use handoff::{
     Accept, BOOT_ID_MAX_BYTES, Handed, HandoffStage, LEASE_RECORD_MAX_BYTES, LeaseOffer,
 };
+pub(crate) use record::{Changes, RecordPart, TXN_CHANGES_MAX_BYTES, TXN_MAX_BYTES, Txn, TxnBegin, TxnEnd};
 #[cfg(test)]
 pub(crate) use tests::seeds;
 
@@ -102,7 +116,7 @@ pub(crate) const PAYLOAD_MAX_BYTES: usize = 1024 * 1024 + 64 * 1024;
 /// Bytes of a unit's header.
 pub(crate) const HEADER_BYTES: usize = 24;
 /// The version of the units, one for all kinds.
-pub(crate) const VERSION: u16 = 2;
+pub(crate) const VERSION: u16 = 3;
 /// Bytes of the pages of a snapshot piece that we send, unless one page is more. They are small
 /// because what came of a piece before its connection breaks has come for nothing.
 const PIECE_BYTES: usize = 32 * 1024;
@@ -194,14 +208,17 @@ pub(crate) enum Kind {
     Offer = 21,
     Accept = 22,
     Handed = 23,
+    Patch = 24,
+    Txn = 25,
 }
 
 impl Kind {
     fn from_u8(kind: u8) -> Option<Kind> {
         use Kind::*;
-        const ALL: [Kind; 23] = [
+        const ALL: [Kind; 25] = [
             TxnBegin, Page, TxnEnd, Hello, Welcome, Epochs, Heartbeat, Ack, SnapBegin, SnapPiece, SnapEnd,
             Goodbye, Segment, HealBegin, Sums, Want, Sent, Drain, Standing, Handoff, Offer, Accept, Handed,
+            Patch, Txn,
         ];
         let kind = ALL.get(usize::from(kind).checked_sub(1)?).copied();
         debug_assert!(kind.is_none_or(|k| ALL[k as usize - 1] == k), "the list is not in order");
@@ -236,8 +253,8 @@ impl Unit {
         (version != VERSION && kind == Kind::Segment as u8 && holds).then_some(version)
     }
 
-    /// Checks the hash and reads the fields. The hash of a [`Message::Page`] is the one that was
-    /// verified.
+    /// Checks the hash and reads the fields. The hash of an [`Image::Whole`] was verified. That of
+    /// other changes is not: see [`Change::make`].
     ///
     /// # Errors
     /// [`WireError::Hash`] before any field is looked at; then [`WireError::Fields`].
@@ -259,6 +276,8 @@ pub(crate) enum WireError {
     UnknownKind(u8),
     #[error("a unit's hash does not match its bytes")]
     Hash,
+    #[error("a change that does not make the page that it says")]
+    Patch,
     #[error("{0}")]
     Fields(&'static str),
 }
@@ -267,12 +286,10 @@ pub(crate) enum WireError {
 #[derive(Clone, PartialEq, Debug)]
 pub(crate) enum Message<'a> {
     TxnBegin(TxnBegin),
-    Page {
-        number: PageNo,
-        hash: PageHash,
-        page: &'a [u8],
-    },
+    /// A PAGE or a PATCH.
+    Change(Change<'a>),
     TxnEnd(TxnEnd),
+    Txn(Txn<'a>),
     Hello(Hello),
     Welcome(Welcome),
     Epochs(EpochHistory),
@@ -303,23 +320,6 @@ pub(crate) enum Message<'a> {
     Offer(LeaseOffer),
     Accept(Accept),
     Handed(Handed<'a>),
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct TxnBegin {
-    pub(crate) before: Position,
-    pub(crate) epoch: Epoch,
-    pub(crate) page_size: PageSize,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct TxnEnd {
-    pub(crate) after: Position,
-    /// The database's size in pages after the transaction.
-    pub(crate) pages: u32,
-    /// How many page units the record has.
-    pub(crate) changed: u32,
-    pub(crate) unix_micros: u64,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug)]

@@ -7,8 +7,10 @@
 //! A snapshot can't go on when the primary's log does not reach back to its begin any more. Then it
 //! becomes a comparison over what came of it.
 //!
-//! Pages may come newer than the position of their read. The replica applies the log records that
-//! follow to the file, up to the state that the primary names. Then the checksum decides.
+//! Pages may come newer than the position that the records go on from. The replica applies those
+//! records to the file, up to the state that the primary names. A change that lies over another
+//! image than the page has is left out: the page is newer, or a later record brings it. Then the
+//! checksum decides.
 
 pub(in crate::engine) mod heal;
 pub(in crate::engine) mod overlay;
@@ -18,7 +20,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use crate::checksum::{FINGERPRINT_BYTES, PageHash, PageKey};
+use crate::checksum::{FINGERPRINT_BYTES, PageKey};
 use crate::descriptors::NodeFile;
 use crate::engine::history::intake_error::IntakeError;
 use crate::engine::history::wal_appender::WalAppender;
@@ -29,7 +31,7 @@ use crate::files::{self, Paths, read_exact_at, replace_file, sync_directory, wri
 use crate::page::{PageNo, PageSet, PageSize};
 use crate::txid::Position;
 use crate::wal::le_u32;
-use crate::wire::{HealBegin, SnapBegin, SnapEnd, TxnBegin, TxnEnd};
+use crate::wire::{Change, HealBegin, SnapBegin, SnapEnd, TxnBegin, TxnEnd};
 
 /// How far a snapshot has come: the page size, the next page, the position of the first piece, the
 /// page key's fingerprint.
@@ -328,15 +330,13 @@ impl IncomingState {
         self.overlay.txn_begin(begin)
     }
 
-    pub(in crate::engine) fn page(
+    pub(in crate::engine) fn change(
         &mut self,
-        number: PageNo,
-        hash: PageHash,
-        page: &[u8],
+        change: &Change<'_>,
         live: Under<'_>,
     ) -> Result<(), IntakeError> {
         let (overlay, mut store) = self.parts(live);
-        overlay.page(number, hash, page, &mut store)
+        overlay.change(change, &mut store)
     }
 
     /// A record ends. Returns true when the state has become exact.

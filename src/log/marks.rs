@@ -6,7 +6,7 @@ use super::{Log, Lookup};
 use crate::error::Result;
 use crate::page::PageSet;
 use crate::txid::Position;
-use crate::wire::{MARKS_MAX, Message, Unit};
+use crate::wire::{MARKS_MAX, Message, RecordPart, Unit};
 
 /// Bytes that are read at a time.
 const READ_BYTES: usize = 1 << 20;
@@ -57,7 +57,7 @@ impl Log {
             && let Lookup::At { lsn: earlier, .. } = self.find(number)?
         {
             self.records(earlier, lsn, |_, message| {
-                if let Message::TxnEnd(end) = message {
+                if let Some(RecordPart::End(end)) = message.parts().last() {
                     size = Some(end.pages);
                 }
                 Ok(())
@@ -66,10 +66,12 @@ impl Log {
         let least = size.unwrap_or(u32::MAX);
         let mut touched = Touched { pages: PageSet::default(), size, least, lsn };
         self.records(lsn, self.complete(), |_, message| {
-            match message {
-                Message::Page { number, .. } => touched.pages.insert(number),
-                Message::TxnEnd(end) => touched.least = touched.least.min(end.pages),
-                _ => {}
+            for part in message.parts() {
+                match part {
+                    RecordPart::Change(change) => touched.pages.insert(change.number),
+                    RecordPart::End(end) => touched.least = touched.least.min(end.pages),
+                    RecordPart::Begin(_) => {}
+                }
             }
             Ok(())
         })?;

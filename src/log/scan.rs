@@ -1,5 +1,6 @@
 //! Walking through a segment's records: all bytes verified, or from header to header.
 use std::fs::File;
+use std::io;
 use std::ops::ControlFlow;
 use std::path::Path;
 
@@ -9,8 +10,10 @@ use super::CURE;
 use crate::checksum::PageKey;
 use crate::error::{Error, Result};
 use crate::files;
-use crate::txid::{Epoch, Position};
-use crate::wire::{Decoder, HEADER_BYTES, Header, Kind, Message, SEGMENT_BYTES, Segment, TxnEnd, Unit};
+use crate::txid::Position;
+use crate::wire::{
+    Decoder, HEADER_BYTES, Header, RecordPart, SEGMENT_BYTES, Segment, TXN_MAX_BYTES, TxnEnd, Unit,
+};
 
 /// Bytes of a segment's file before its first record.
 pub(super) const HEAD_BYTES: u64 = SEGMENT_BYTES as u64;
@@ -18,12 +21,10 @@ pub(super) const HEAD_BYTES: u64 = SEGMENT_BYTES as u64;
 const INDEX_EVERY_BYTES: u64 = 256 * 1024;
 /// Bytes read at one time while all is verified.
 const SCAN_READ_BYTES: usize = 256 * 1024;
-/// Bytes read at one time while hopping: the end of one record, the beginning of the next, and its
-/// first header.
-const HOP_READ_BYTES: usize = 256;
-/// Bytes of a TXN_BEGIN unit, the longer of the two that hopping reads in full.
-const TXN_BEGIN_BYTES: usize = HEADER_BYTES + Position::BYTES + Epoch::BYTES + 4;
-const _: () = assert!(TXN_BEGIN_BYTES <= HOP_READ_BYTES);
+/// Bytes read at one time while hopping: some small records, or what is around a page.
+const HOP_READ_BYTES: usize = 4096;
+/// The longest unit that hopping reads in full.
+const HOP_UNIT_BYTES: usize = HEADER_BYTES + TXN_MAX_BYTES;
 
 /// Some of the record boundaries of a segment: transaction number before, and address.
 #[derive(Clone, Debug, Default)]
@@ -96,7 +97,7 @@ pub(super) fn scan(file: &File, path: &Path, head: Segment, until: u64, key: Pag
 /// The state of a scan.
 struct Walk {
     found: Scan,
-    /// Within a record: its page units so far.
+    /// Within a record: its changes so far.
     open: Option<u32>,
 }
 
@@ -108,24 +109,30 @@ impl Walk {
 
     fn step(&mut self, unit: &Unit, end: u64) -> Result<(), String> {
         let message = unit.decode().map_err(|e| e.to_string())?;
-        match (message, self.open) {
-            (Message::TxnBegin(begin), None) => {
-                if begin.before != self.found.tip {
-                    return Err(format!("a record after {} follows {}", begin.before, self.found.tip));
+        let misplaced = || format!("a {:?} unit where none may be", unit.kind);
+        if !unit.kind.is_of_record() {
+            return Err(misplaced());
+        }
+        for part in message.parts() {
+            match (part, self.open) {
+                (RecordPart::Begin(begin), None) => {
+                    if begin.before != self.found.tip {
+                        return Err(format!("a record after {} follows {}", begin.before, self.found.tip));
+                    }
+                    self.open = Some(0);
                 }
-                self.open = Some(0);
-            }
-            (Message::Page { .. }, Some(pages)) => self.open = Some(pages.saturating_add(1)),
-            (Message::TxnEnd(txn_end), Some(pages)) => {
-                if txn_end.changed != pages || txn_end.after.number() <= self.found.tip.number() {
-                    return Err("a record whose end does not fit its pages".to_owned());
+                (RecordPart::Change(_), Some(pages)) => self.open = Some(pages.saturating_add(1)),
+                (RecordPart::End(txn_end), Some(pages)) => {
+                    if txn_end.changed != pages || txn_end.after.number() <= self.found.tip.number() {
+                        return Err("a record whose end does not fit its pages".to_owned());
+                    }
+                    self.found.index.note(self.found.tip.number(), self.found.end);
+                    self.found.tip = txn_end.after;
+                    self.found.end = end;
+                    self.open = None;
                 }
-                self.found.index.note(self.found.tip.number(), self.found.end);
-                self.found.tip = txn_end.after;
-                self.found.end = end;
-                self.open = None;
+                _ => return Err(misplaced()),
             }
-            _ => return Err(format!("a {:?} unit where none may be", unit.kind)),
         }
         Ok(())
     }
@@ -163,34 +170,60 @@ pub(super) fn hop(
         what,
         cure: CURE,
     };
-    let mut window = [0; HOP_READ_BYTES];
-    // The address of the window's first byte, and how many are in it.
-    let (mut base, mut filled) = (stretch.from, 0);
+    let mut window = Window { bytes: BytesMut::new(), base: stretch.from };
     let mut lsn = stretch.from;
     while lsn < stretch.until {
-        let wanted = (stretch.until - lsn).min(TXN_BEGIN_BYTES as u64);
-        if lsn + wanted > base + filled as u64 {
-            let most = (stretch.until - lsn).min(HOP_READ_BYTES as u64) as usize;
-            filled =
-                files::read_at(file, &mut window[..most], offset_of(lsn)).map_err(Error::io("read", path))?;
-            base = lsn;
-        }
-        let here = &window[(lsn - base) as usize..filled];
-        let head = here.first_chunk::<HEADER_BYTES>().ok_or_else(|| corrupt(lsn, "too short".into()))?;
-        let header = Header::parse(head).map_err(|e| corrupt(lsn, e.to_string()))?;
-        if let Some(kind @ (Kind::TxnBegin | Kind::TxnEnd)) = header.kind {
-            let raw = here.get(..header.unit_bytes).ok_or_else(|| corrupt(lsn, "a cut record".into()))?;
+        let left = usize::try_from(stretch.until - lsn).unwrap_or(usize::MAX);
+        let read = Error::io("read", path);
+        let head = window.look(file, lsn, HEADER_BYTES.min(left), left, &offset_of).map_err(read)?;
+        let head = *head.first_chunk::<HEADER_BYTES>().ok_or_else(|| corrupt(lsn, "too short".into()))?;
+        let header = Header::parse(&head).map_err(|e| corrupt(lsn, e.to_string()))?;
+        let after = lsn + header.unit_bytes as u64;
+        if let Some(kind) = header.kind.filter(|kind| kind.begins_record() || kind.ends_record()) {
+            let (wanted, read) = (header.unit_bytes.min(HOP_UNIT_BYTES).min(left), Error::io("read", path));
+            let raw = window.look(file, lsn, wanted, left, &offset_of).map_err(read)?;
+            let raw = raw.get(..header.unit_bytes).ok_or_else(|| corrupt(lsn, "a cut record".into()))?;
             let unit = Unit { kind, hash: header.hash, raw: Bytes::copy_from_slice(raw), page_key: None };
-            let (at, edge) = match unit.decode().map_err(|e| corrupt(lsn, e.to_string()))? {
-                Message::TxnBegin(begin) => (lsn, Edge::Begin(begin.before)),
-                Message::TxnEnd(end) => (lsn + header.unit_bytes as u64, Edge::End(end)),
-                _ => return Err(corrupt(lsn, "no record begins or ends here".into())),
-            };
-            if visit(at, edge).is_break() {
-                return Ok(());
+            for part in unit.decode().map_err(|e| corrupt(lsn, e.to_string()))?.parts() {
+                let visited = match part {
+                    RecordPart::Begin(begin) => visit(lsn, Edge::Begin(begin.before)),
+                    RecordPart::End(end) => visit(after, Edge::End(end)),
+                    RecordPart::Change(_) => ControlFlow::Continue(()),
+                };
+                if visited.is_break() {
+                    return Ok(());
+                }
             }
         }
-        lsn += header.unit_bytes as u64;
+        lsn = after;
     }
     Ok(())
+}
+
+/// The bytes of a segment that were read last.
+struct Window {
+    bytes: BytesMut,
+    /// The address of the first of them.
+    base: u64,
+}
+
+impl Window {
+    /// The bytes from an address on: as many as are wanted, unless the file ends before. Reads
+    /// more of those that are left, if it has to read.
+    fn look(
+        &mut self,
+        file: &File,
+        lsn: u64,
+        wanted: usize,
+        left: usize,
+        offset_of: &dyn Fn(u64) -> u64,
+    ) -> io::Result<&[u8]> {
+        if lsn + wanted as u64 > self.base + self.bytes.len() as u64 {
+            self.bytes.resize(HOP_READ_BYTES.min(left).max(wanted), 0);
+            let filled = files::read_at(file, &mut self.bytes, offset_of(lsn))?;
+            self.bytes.truncate(filled);
+            self.base = lsn;
+        }
+        Ok(&self.bytes[(lsn - self.base) as usize..])
+    }
 }

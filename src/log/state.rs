@@ -64,6 +64,8 @@ pub(super) struct LogState {
     /// The last segment's file; `None`: the next append begins a new one. `Some` within a record.
     pub(super) file: Option<Arc<NodeFile>>,
     pub(super) end: u64,
+    /// How often all records were dropped.
+    pub(super) renewals: u64,
     /// The end at which the last segment's file was fsynced, if it was.
     pub(super) synced: Option<u64>,
     /// The address after the last complete record.
@@ -267,6 +269,7 @@ impl LogState {
     pub(super) fn forget(&mut self, tip: Option<Position>) -> Vec<PathBuf> {
         let gone: Vec<_> = self.segments.drain(..).map(|s| s.path).collect();
         self.end += u64::from(!gone.is_empty() || self.end > 0);
+        self.renewals += 1;
         (self.complete, self.tip) = (self.end, tip);
         self.file = None;
         self.sealed = false;

@@ -307,7 +307,7 @@ fn a_newer_segment_is_refused_and_nothing_is_changed() {
         drop(filled(&dir, 8, OPTIONS));
         let file = files_of(&dir)[which].clone();
         let mut bytes = fs::read(&file).unwrap();
-        bytes[6] = 3;
+        bytes[6] = 4;
         let mut hasher = blake3::Hasher::new_keyed(b"replite unit hash, version 1 ...");
         hasher.update(&bytes[..8]).update(&bytes[24..SEGMENT_BYTES]);
         bytes[8..24].copy_from_slice(&hasher.finalize().as_bytes()[..16]);
@@ -316,7 +316,7 @@ fn a_newer_segment_is_refused_and_nothing_is_changed() {
         fs::write(&file, bytes).unwrap();
         let before = contents(&dir);
         let found = Log::open(dir.path(), OPTIONS).unwrap_err();
-        assert!(matches!(found, Error::Newer { found: 3, supported: 2, .. }), "{found}");
+        assert!(matches!(found, Error::Newer { found: 4, supported: 3, .. }), "{found}");
         assert_eq!(contents(&dir), before);
     }
 }
@@ -338,7 +338,7 @@ fn an_older_segment_is_refused_with_the_cure_and_nothing_is_changed() {
         fs::write(dir.path().join("0000000000000000.log"), [&head[..], &vec![1; records]].concat()).unwrap();
         let before = contents(&dir);
         let found = Log::open(dir.path(), OPTIONS).unwrap_err();
-        assert!(matches!(found, Error::Older { found: 1, supported: 2, .. }), "{found}");
+        assert!(matches!(found, Error::Older { found: 1, supported: 3, .. }), "{found}");
         assert!(found.to_string().contains("move its state directory away"), "{found}");
         assert_eq!(contents(&dir), before);
     }

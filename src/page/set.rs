@@ -22,6 +22,16 @@ impl PageSet {
         self.blocks.entry(block).or_insert_with(|| Box::new([0; WORDS]))[word] |= bit;
     }
 
+    pub(crate) fn remove(&mut self, page: PageNo) {
+        let (block, word, bit) = place(page);
+        if let Some(words) = self.blocks.get_mut(&block) {
+            words[word] &= !bit;
+            if words.iter().all(|&bits| bits == 0) {
+                self.blocks.remove(&block);
+            }
+        }
+    }
+
     pub(crate) fn contains(&self, page: PageNo) -> bool {
         let (block, word, bit) = place(page);
         self.blocks.get(&block).is_some_and(|words| words[word] & bit != 0)
@@ -86,6 +96,10 @@ mod tests {
             let mut model: BTreeSet<u32> = numbers.iter().copied().collect();
             let mut set = PageSet::default();
             numbers.iter().for_each(|&n| set.insert(PageNo::new(n).unwrap()));
+            for &n in numbers.iter().step_by(3) {
+                set.remove(PageNo::new(n).unwrap());
+                model.remove(&n);
+            }
             for _ in 0..2 {
                 prop_assert_eq!(set.len(), model.len());
                 prop_assert!(set.iter().map(PageNo::get).eq(model.iter().copied()));

@@ -9,6 +9,7 @@
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
+use bytes::BytesMut;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 
@@ -22,7 +23,7 @@ use crate::primary::fake::KEYS;
 use crate::primary::plan::{ReplicaPlan, plan};
 use crate::status::{Addresses, PeerInfo};
 use crate::txid::{Epoch, EpochHistory, EpochStart, Place, Position, Txid};
-use crate::wire::{HealBegin, Hello, Sent, SnapEnd, TxnBegin, TxnEnd, Want};
+use crate::wire::{self, Change, HealBegin, Hello, Image, Sent, SnapEnd, TxnBegin, TxnEnd, Want};
 
 const PAGE_BYTES: usize = 512;
 /// Pages that one sum stands for here: few, so that spans are cut everywhere.
@@ -132,7 +133,12 @@ impl ModelNode {
         }
         for _ in 0..rng.random_range(1..4) {
             let at = rng.random_range(0..pages.len());
-            pages[at] = rng.random();
+            // Also what the page was in an earlier state.
+            let earlier = &self.states[rng.random_range(0..self.states.len())];
+            pages[at] = match earlier.pages.get(at) {
+                Some(page) if !stranger && rng.random_range(0..3) == 0 => *page,
+                _ => rng.random(),
+            };
             wrote.push(at as u32 + 1);
         }
         wrote.sort_unstable();
@@ -298,8 +304,15 @@ fn heal(
         let (before, epoch) = (pair[0].position, pair[1].position.epoch());
         overlay.txn_begin(TxnBegin { before, epoch, page_size: size }).unwrap();
         for &n in pair[1].wrote.iter().filter(|n| **n as usize <= pair[1].pages.len()) {
-            let page = pair[1].pages[n as usize - 1];
-            overlay.page(PageNo::new(n).unwrap(), hash(n, page), &bytes(page), &mut store).unwrap();
+            let (old, new) = (pair[0].pages.get(n as usize - 1), pair[1].pages[n as usize - 1]);
+            let (old_bytes, page, mut runs) = (old.map(|page| bytes(*page)), bytes(new), BytesMut::new());
+            let image = match rng.random_range(0..4) {
+                0 => Image::Whole(&page),
+                _ => wire::difference(old_bytes.as_ref().map(|old| &old[..]), &page, &mut runs),
+            };
+            let replaced = old.map(|old| hash(n, *old));
+            let change = Change { number: PageNo::new(n).unwrap(), hash: hash(n, new), replaced, image };
+            overlay.change(&change, &mut store).unwrap();
         }
         let (after, pages) = (pair[1].position, pair[1].pages.len() as u32);
         let end = TxnEnd { after, pages, changed: 0, unix_micros: 0 };

@@ -28,7 +28,9 @@ use crate::replica::{Feed, Reporter, give_back};
 use crate::status::PeerInfo;
 use crate::threads::blocking;
 use crate::txid::{Epoch, EpochHistory, Position};
-use crate::wire::{Goodbye, Hello, Kind, LeaseOffer, Message, PeerKeys, Plan, Unit, Want, Welcome};
+use crate::wire::{
+    Goodbye, Hello, Kind, LeaseOffer, Message, PeerKeys, Plan, RecordPart, Unit, Want, Welcome,
+};
 
 /// Bytes that are handed over at once.
 const BATCH_MAX_BYTES: usize = 1024 * 1024;
@@ -334,7 +336,7 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
     /// Deals with what concerns the stream; data goes into the batch.
     async fn sort(&mut self, unit: Unit, batch: &mut Vec<Unit>) -> Result<()> {
         match unit.kind {
-            Kind::Page | Kind::TxnEnd | Kind::Sums | Kind::Sent => {}
+            Kind::Page | Kind::Patch | Kind::TxnEnd | Kind::Txn | Kind::Sums | Kind::Sent => {}
             Kind::TxnBegin | Kind::SnapBegin | Kind::SnapPiece | Kind::SnapEnd | Kind::HealBegin => {
                 self.note(&unit);
             }
@@ -426,11 +428,13 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
     }
 
     async fn hand_over(&self, batch: Vec<Unit>) -> Result<(), StreamError> {
-        let Some(last) = batch.iter().rposition(|u| u.kind == Kind::TxnEnd) else {
+        let Some(last) = batch.iter().rposition(|u| u.kind.ends_record()) else {
             return self.take(batch).await;
         };
         // Its hash is looked at here, too. The replica's engine refuses a bad one.
-        if let Ok(Message::TxnEnd(end)) = batch[last].decode() {
+        if let Ok(message) = batch[last].decode()
+            && let Some(RecordPart::End(end)) = message.parts().last()
+        {
             self.lagging.heard(end.after.number());
         }
         self.take(batch).await

@@ -5,8 +5,10 @@ use crate::checksum::PageHash;
 use crate::page::PageNo;
 use crate::status::{Addresses, PeerInfo};
 use crate::txid::Position;
+use crate::wire::change::{Change, Image, put_change};
 use crate::wire::fields::hash_of;
 use crate::wire::handoff::DECLINED_MAX_BYTES;
+use crate::wire::record::put_txn;
 use crate::wire::{
     Accept, Ack, FOLLOWS_NONE, Goodbye, HEADER_BYTES, Handed, HealBegin, Hello, Kind, LeaseOffer, MARKS_MAX,
     Message, NO_LEASE, PAYLOAD_MAX_BYTES, PEER_MAX_BYTES, PIECE_BYTES, PeerKeys, REASON_MAX_BYTES, Segment,
@@ -18,7 +20,7 @@ use crate::wire::{
 /// # Panics
 /// When a page or a snapshot piece is larger than a unit may be: the caller chooses their size.
 pub(crate) fn encode(message: &Message<'_>, out: &mut BytesMut) {
-    if let Message::Page { number, hash, page } = *message {
+    if let Message::Change(Change { number, hash, image: Image::Whole(page), .. }) = *message {
         return encode_page(number, hash, page, out);
     }
     let at = out.len();
@@ -44,6 +46,11 @@ pub(crate) fn encode_page(number: PageNo, hash: PageHash, page: &[u8], out: &mut
     out.put_slice(&hash.to_bytes());
     out.put_u32_le(number.get());
     out.put_slice(page);
+}
+
+/// Writes a change as it stands in a TXN unit, after others.
+pub(crate) fn encode_change(change: &Change<'_>, out: &mut BytesMut) {
+    put_change(change, out);
 }
 
 /// Writes pages in a row as snapshot pieces.
@@ -77,12 +84,12 @@ fn head(kind: Kind, payload: usize) -> [u8; 8] {
 
 fn put_fields(message: &Message<'_>, out: &mut BytesMut) -> Kind {
     match message {
-        // `encode_page` encodes a page, because its hash is another one.
-        Message::Page { number, page, .. } => {
-            out.put_u32_le(number.get());
-            out.put_slice(page);
-            Kind::Page
+        // A whole page is not among these: `encode_page` encodes it, because its hash is another one.
+        Message::Change(change) => {
+            put_change(change, out);
+            Kind::Patch
         }
+        Message::Txn(txn) => put_txn(txn, out),
         Message::TxnBegin(m) => put_txn_begin(m, out),
         Message::TxnEnd(m) => put_txn_end(m, out),
         Message::Hello(m) => put_hello(m, out),

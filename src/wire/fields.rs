@@ -1,9 +1,10 @@
 //! A unit's hash, and its fields out of verified bytes.
-use crate::checksum::{Fingerprint, PageHash, PageKey};
+use crate::checksum::{Checksum, Fingerprint, PageHash, PageKey};
 use crate::keys::TokenKey;
 use crate::page::{PageNo, PageSize};
 use crate::status::PeerInfo;
 use crate::txid::{Epoch, EpochHistory, NUMBER_MAX, Position};
+use crate::wire::change::{Change, Image};
 use crate::wire::{
     ADDRESS_MAX, Ack, FOLLOWS_NONE, Goodbye, HEADER_BYTES, HELLO_PROOF_BYTES, HealBegin, Heartbeat, Hello,
     Kind, MARKS_MAX, Message, NO_LEASE, PEER_MAX_BYTES, PeerKeys, Plan, REASON_MAX_BYTES, SPAN_MAX_PAGES,
@@ -67,6 +68,8 @@ pub(super) fn decode(
             page_size: f.page_size()?,
         }),
         Kind::Page => f.page(hash)?,
+        Kind::Patch => Message::Change(f.change()?),
+        Kind::Txn => Message::Txn(f.txn()?),
         Kind::TxnEnd => Message::TxnEnd(TxnEnd {
             after: f.position()?,
             pages: f.u32()?,
@@ -123,6 +126,14 @@ pub(super) fn decode(
 pub(super) struct Fields<'a>(&'a [u8]);
 
 impl<'a> Fields<'a> {
+    pub(super) fn of(bytes: &'a [u8]) -> Fields<'a> {
+        Fields(bytes)
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
     pub(super) fn array<const N: usize>(&mut self) -> Result<&'a [u8; N], WireError> {
         let (taken, rest) =
             self.0.split_first_chunk().ok_or(WireError::Fields("a unit that is too short"))?;
@@ -156,11 +167,11 @@ impl<'a> Fields<'a> {
         self.flag()?.then(|| read(self)).transpose()
     }
 
-    fn u32(&mut self) -> Result<u32, WireError> {
+    pub(super) fn u32(&mut self) -> Result<u32, WireError> {
         Ok(u32::from_le_bytes(*self.array()?))
     }
 
-    fn u64(&mut self) -> Result<u64, WireError> {
+    pub(super) fn u64(&mut self) -> Result<u64, WireError> {
         Ok(u64::from_le_bytes(*self.array()?))
     }
 
@@ -175,7 +186,11 @@ impl<'a> Fields<'a> {
             .ok_or(WireError::Fields("an address beyond all logs"))
     }
 
-    fn epoch(&mut self) -> Result<Epoch, WireError> {
+    pub(super) fn checksum(&mut self) -> Result<Checksum, WireError> {
+        Ok(Checksum::from_u128(u128::from_le_bytes(*self.array()?)))
+    }
+
+    pub(super) fn epoch(&mut self) -> Result<Epoch, WireError> {
         Epoch::from_bytes(self.array()?).ok_or(WireError::Fields("an epoch beyond all numbers"))
     }
 
@@ -211,7 +226,8 @@ impl<'a> Fields<'a> {
             .ok()
             .and_then(|bytes| PageSize::new(bytes).ok())
             .ok_or(WireError::Fields("a page of no valid size"))?;
-        Ok(Message::Page { number, hash: PageHash::from_bytes(hash), page })
+        let hash = PageHash::from_bytes(hash);
+        Ok(Message::Change(Change { number, hash, replaced: None, image: Image::Whole(page) }))
     }
 
     fn keys(&mut self) -> Result<PeerKeys, WireError> {

@@ -51,10 +51,43 @@ fn history() -> EpochHistory {
 }
 
 fn page_of(number: PageNo, page: &[u8]) -> Message<'_> {
-    Message::Page { number, hash: KEY.hash(number, page), page }
+    let hash = KEY.hash(number, page);
+    Message::Change(Change { number, hash, replaced: None, image: Image::Whole(page) })
 }
 
 static PAGES: [u8; 1024] = [0x5a; 1024];
+
+/// A page that has changed, as a PATCH or a TXN has it.
+fn change(number: u32, old: Option<&[u8]>, page: &'static [u8]) -> Change<'static> {
+    let number = page_no(number);
+    let runs = Box::leak(Box::default());
+    let image = difference(old, page, runs);
+    let replaced = old.map(|old| KEY.hash(number, old));
+    Change { number, hash: KEY.hash(number, page), replaced, image }
+}
+
+/// A transaction in one unit, of the epoch before or of another, which drops pages or does not.
+fn txn(epoch: Epoch, dropped: u128) -> Message<'static> {
+    let before = position(1);
+    let changes = [change(300, Some(&ZERO), &SPARSE), change(2, None, &SPARSE)];
+    let mut sum = before.checksum().minus(Checksum::from_u128(dropped));
+    let encoded = Box::leak(Box::<BytesMut>::default());
+    for change in changes {
+        sum = change.replaced.map_or(sum, |replaced| sum.without(replaced)).with(change.hash);
+        encode_change(&change, encoded);
+    }
+    let begin = TxnBegin { before, epoch, page_size: size() };
+    let end =
+        TxnEnd { after: Position::new(Txid::new(epoch, 2), sum), pages: 300, changed: 2, unix_micros: 9 };
+    Message::Txn(Txn { begin, end, changes: Changes::of(encoded) })
+}
+
+static ZERO: [u8; 512] = [0; 512];
+static SPARSE: [u8; 512] = {
+    let mut page = [0; 512];
+    (page[9], page[300], page[301]) = (1, 2, 3);
+    page
+};
 
 /// Every kind, with and without its optional fields.
 fn every_kind() -> Vec<Message<'static>> {
@@ -131,6 +164,10 @@ fn every_kind() -> Vec<Message<'static>> {
         Message::Accept(Accept { attempt: 7 << 70, answer: Ok("b0".into()) }),
         Message::Accept(Accept { attempt: 8, answer: Err("it drains".into()) }),
         Message::Handed(Handed { attempt: 7 << 70, version: "42", record: b"{\"format\": 1}" }),
+        Message::Change(change(77, Some(&ZERO), &SPARSE)),
+        Message::Change(change(1 << 30, None, &SPARSE)),
+        txn(position(1).epoch(), 0),
+        txn(Epoch::new(4, 4), 5),
     ]
 }
 
@@ -287,10 +324,10 @@ fn lengths_versions_and_kinds_outside_the_bounds_are_refused() {
         WireError::TooLarge(PAYLOAD_MAX_BYTES + 1)
     );
     assert_eq!(first(header(u32::MAX, 10, 0, VERSION)).unwrap_err(), WireError::TooLarge(u32::MAX as usize));
-    for version in [0, 1, 3, 256, u16::MAX] {
+    for version in [0, 1, 2, 4, 256, u16::MAX] {
         assert_eq!(first(header(8, 8, 0, version)).unwrap_err(), WireError::Version(version));
     }
-    for kind in [0, 24, 255] {
+    for kind in [0, 26, 255] {
         assert_eq!(first(header(8, kind, 0, VERSION)).unwrap_err(), WireError::UnknownKind(kind));
         assert_eq!(first(header(8, kind, 2, VERSION)).unwrap_err(), WireError::UnknownKind(kind));
     }
@@ -456,11 +493,11 @@ fn what_a_handoff_says_is_bounded() {
 fn the_bytes_of_heartbeats_and_standings_stay_what_they_are() {
     let beat = |lease_clock| Message::Heartbeat(Heartbeat { position: position(6), clock: 12, lease_clock });
     let by_lease = concat!(
-        "38000000070002005860a053893d13bdb16768e2d419cfd80300000000000000cdab0000000000000600000000",
+        "3800000007000300da28db2d05f296136e5252d7f652767f0300000000000000cdab0000000000000600000000",
         "000000050000000000000080010000000000000c000000000000000d00000000000000",
     );
     let without = concat!(
-        "38000000070002006f54c779b8a065db0fd9eb5e64af651a0300000000000000cdab0000000000000600000000",
+        "380000000700030048af3ae6231ae38abfd2ca20cbe510330300000000000000cdab0000000000000600000000",
         "000000050000000000000080010000000000000c00000000000000ffffffffffffffff",
     );
     let standing = Standing {
@@ -479,7 +516,7 @@ fn the_bytes_of_heartbeats_and_standings_stay_what_they_are() {
         r#""labels":{"region":"ams"}}}"#,
     );
     let stands = concat!(
-        "2d010000130002009459dea9efb849dc4e2d78c731faa7fb080808080808080808080808080808080808080808",
+        "2d0100001300030018604caac8e68a87cd82d41e7783c20a080808080808080808080808080808080808080808",
         "0808080808080808080808010300000000000000cdab0000000000000d00000000000000050000000000000040",
         "030000000000000000000002000000010101d700",
     );
@@ -492,6 +529,83 @@ fn the_bytes_of_heartbeats_and_standings_stay_what_they_are() {
     for (message, bytes) in all {
         assert_eq!(encoded(&message), bytes, "{message:?}");
         assert_eq!(first(bytes).unwrap().unwrap().decode().unwrap(), message);
+    }
+}
+
+/// The units of small transactions, by another implementation of the format.
+#[test]
+fn the_bytes_of_changes_stay_what_they_are() {
+    let patch = concat!(
+        "2b00000018000300f7032369ae8fd140271b9b51f7f028ffac02038fcc25700132f6d5db110ee135d68caedf90",
+        "89e8be301f2101cc09df4d33efb807090104ea030101",
+    );
+    let txn = concat!(
+        "7700000019000300d98fd26a20a25ad7e7a8ee48b179c9d000090300000000000000cdab000000000000010000",
+        "0000000000050000000000000040000000000000002c0100000900000000000000ac02038fcc25700132f6d5db",
+        "110ee135d68caedf9089e8be301f2101cc09df4d33efb807090104ea0301010200994910d4dafa537be830ca12",
+        "1d88dd8803030105",
+    );
+    let (mut old, mut new, mut grown) = ([0; 512], [0; 512], [0; 512]);
+    (old[7], old[8], old[9]) = (9, 9, 3);
+    (new[7], new[8], new[9], new[500]) = (9, 9, 4, 1);
+    grown[3] = 5;
+    let (mut runs, mut more, mut encoded_changes) = Default::default();
+    let (changed, page) = (page_no(300), page_no(2));
+    let (replaced, hash) = (Some(KEY.hash(changed, &old)), KEY.hash(changed, &new));
+    let change = Change { number: changed, hash, replaced, image: difference(Some(&old), &new, &mut runs) };
+    let image = difference(None, &grown, &mut more);
+    let growth = Change { number: page, hash: KEY.hash(page, &grown), replaced: None, image };
+    encode_change(&change, &mut encoded_changes);
+    encode_change(&growth, &mut encoded_changes);
+    let epoch = position(1).epoch();
+    let begin = TxnBegin { before: position(1), epoch, page_size: size() };
+    let after = Position::new(Txid::new(epoch, 2), Checksum::from_u128(0x933fe53510c5eb4dc67cf9984c740dee));
+    let end = TxnEnd { after, pages: 300, changed: 2, unix_micros: 9 };
+    let whole = Txn { begin, end, changes: Changes::of(&encoded_changes) };
+    for (message, bytes) in [(Message::Change(change), patch), (Message::Txn(whole), txn)] {
+        assert_eq!(encoded(&message), unhex_lossy(bytes), "{message:?}");
+        assert_eq!(first(unhex_lossy(bytes)).unwrap().unwrap().decode().unwrap(), message);
+    }
+    let parts: Vec<RecordPart<'_>> = Message::Txn(whole).parts().collect();
+    let changes = [RecordPart::Change(change), RecordPart::Change(growth)];
+    assert_eq!(parts, [&[RecordPart::Begin(begin)], &changes[..], &[RecordPart::End(end)]].concat());
+    let mut made = old;
+    change.make(&mut made, &KEY).unwrap();
+    assert_eq!(made, new);
+}
+
+#[test]
+fn a_transaction_of_one_unit_has_changes_in_their_bounds() {
+    let Message::Txn(txn) = txn(position(1).epoch(), 0) else { panic!() };
+    let with = |begin: TxnBegin, changes: &[u8]| {
+        fields_error(encoded(&Message::Txn(Txn { begin, end: txn.end, changes: Changes::of(changes) })))
+    };
+    let mut one = BytesMut::new();
+    encode_change(&change(2, None, &SPARSE), &mut one);
+    let fit = TXN_CHANGES_MAX_BYTES / one.len();
+    assert!(!with(txn.begin, &one.repeat(fit)));
+    assert!(with(txn.begin, &one.repeat(fit + 1)), "more than one unit may have");
+    assert!(with(txn.begin, &[]), "no pages");
+    assert!(with(txn.begin, &one[..one.len() - 1]), "a change that is cut");
+    let last = Position::new(Txid::new(position(1).epoch(), NUMBER_MAX), position(1).checksum());
+    assert!(with(TxnBegin { before: last, ..txn.begin }, &one), "a number that no history gets to");
+    // Flags and page size are the first bytes; behind the position stand 12 bytes more.
+    let raw = encoded(&Message::Txn(txn));
+    for (at, value) in [(0, 4), (0, 1), (0, 2), (1, 8), (1, 17), (1, 255)] {
+        let mut payload = raw[HEADER_BYTES..].to_vec();
+        payload[at] = value;
+        assert!(fields_error(sealed(25, 0, &payload)), "{value} at {at}");
+    }
+    let mut payload = raw[HEADER_BYTES..].to_vec();
+    payload[0] = 2;
+    payload.splice(54..54, [0; 16]);
+    assert!(fields_error(sealed(25, 0, &payload)), "dropped pages of no sum");
+    // A change's flags stand behind its number, here of two bytes.
+    let patch = encoded(&Message::Change(change(300, Some(&ZERO), &SPARSE)));
+    for flags in [2, 4, 255] {
+        let mut payload = patch[HEADER_BYTES..].to_vec();
+        payload[2] = flags;
+        assert!(fields_error(sealed(24, 0, &payload)), "flags {flags}");
     }
 }
 
@@ -651,7 +765,7 @@ proptest! {
         raw.extend_from_slice(&noise);
         drain(chunked(raw.into(), sizes));
         // After a good hash, so that the fields are reached.
-        drain(chunked(sealed(kind % 24, 0, &noise), vec![1000]));
+        drain(chunked(sealed(kind % 26, 0, &noise), vec![1000]));
     }
 }
 

@@ -23,7 +23,7 @@ use crate::sqlite::{Handle, Lock, Slot};
 use crate::status::Verification;
 use crate::threads::caught;
 use crate::txid::Position;
-use crate::wire::Message;
+use crate::wire::{Change, RecordPart};
 
 /// Longest wait for one of SQLite's four read marks.
 const MARK_WAIT: Duration = Duration::from_secs(10);
@@ -268,23 +268,25 @@ fn logged(base: &Term, at: Position) -> Result<HashMap<PageNo, PageHash>> {
         lsn += bytes.len() as u64;
         decoder.push(bytes);
         while let Some(unit) = decoder.next().map_err(|e| corrupt(lsn, e))? {
-            match unit.decode().map_err(|e| corrupt(lsn, e))? {
-                // The reader verified its hash: a damaged log names no page.
-                Message::Page { number, hash, .. }
-                    if known.len() < KNOWN_MAX || known.contains_key(&number) =>
-                {
-                    known.insert(number, hash);
-                }
-                Message::TxnEnd(end) => {
-                    known.retain(|number, _| number.get() <= end.pages);
-                    if end.after == at {
-                        return Ok(known);
+            // The hash of the unit was verified: a damaged log names no page.
+            for part in unit.decode().map_err(|e| corrupt(lsn, e))?.parts() {
+                match part {
+                    RecordPart::Change(Change { number, hash, .. }) => {
+                        if known.len() < KNOWN_MAX || known.contains_key(&number) {
+                            known.insert(number, hash);
+                        }
                     }
-                    if end.after.number() >= at.number() {
-                        return Ok(HashMap::new());
+                    RecordPart::End(end) => {
+                        known.retain(|number, _| number.get() <= end.pages);
+                        if end.after == at {
+                            return Ok(known);
+                        }
+                        if end.after.number() >= at.number() {
+                            return Ok(HashMap::new());
+                        }
                     }
+                    RecordPart::Begin(_) => {}
                 }
-                _ => {}
             }
         }
         if decoder.buffered() == 0 {

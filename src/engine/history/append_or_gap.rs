@@ -185,7 +185,7 @@ mod tests {
         let (engine, plain) = primary(&home);
         plain.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).unwrap();
         engine.close();
-        plain.execute("INSERT INTO t VALUES (zeroblob(3000000))", []).unwrap();
+        plain.execute("INSERT INTO t VALUES (randomblob(3000000))", []).unwrap();
         for _ in 0..2 {
             let mut options = home.options("p.db");
             options.log.quota_bytes = 1 << 20;

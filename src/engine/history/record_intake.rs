@@ -8,7 +8,7 @@ use crate::engine::history::wal_appender::WalAppender;
 use crate::error::Result;
 use crate::report::Condition;
 use crate::txid::EpochHistory;
-use crate::wire::{HEADER_BYTES, Message, Unit};
+use crate::wire::{Message, RecordPart, Unit};
 
 /// Hands units to an appender, and the same bytes to the log.
 #[derive(Debug, Default)]
@@ -29,21 +29,26 @@ impl RecordIntake {
         message: &Message<'_>,
         history: &EpochHistory,
     ) -> Result<bool, IntakeError> {
-        match *message {
-            Message::TxnBegin(begin) => {
-                live.begin(begin, history)?;
-                // The primary vouches for a state that is not the log's, such as after a power cut.
-                if self.buffer.is_empty() && live.base.log.tip() != Some(begin.before) {
-                    begin_anew(&live.base, begin.before)?;
-                    live.base.node.report(Condition::StateVouched);
+        if !unit.kind.is_of_record() {
+            return Ok(false);
+        }
+        for part in message.parts() {
+            match part {
+                RecordPart::Begin(begin) => {
+                    live.begin(begin, history)?;
+                    // The primary vouches for a state that is not the log's, such as after a power
+                    // cut.
+                    if self.buffer.is_empty() && live.base.log.tip() != Some(begin.before) {
+                        begin_anew(&live.base, begin.before)?;
+                        live.base.node.report(Condition::StateVouched);
+                    }
                 }
+                RecordPart::Change(change) => live.change(&change)?,
+                RecordPart::End(end) => live.end(end)?,
             }
-            Message::Page { number, hash, .. } => live.page(number, hash, &unit.raw, HEADER_BYTES + 4)?,
-            Message::TxnEnd(end) => live.end(end)?,
-            _ => return Ok(false),
         }
         self.buffer.extend_from_slice(&unit.raw);
-        if matches!(message, Message::TxnEnd(_)) {
+        if unit.kind.ends_record() {
             self.whole = self.buffer.len();
         }
         Ok(true)

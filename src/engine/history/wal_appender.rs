@@ -2,19 +2,20 @@
 
 use std::sync::Arc;
 
-use bytes::{Bytes, BytesMut};
+use bytes::Bytes;
 
 use crate::checksum::{Checksum, PageHash};
 use crate::engine::file::database::{OpenDatabase, Tip, index_header};
 use crate::engine::file::hash_cache::HashCache;
 use crate::engine::history::intake_error::IntakeError;
 use crate::error::Result;
+use crate::hex::hex;
 use crate::lock::lock;
 use crate::page::PageNo;
 use crate::sqlite::Handle;
 use crate::txid::{Epoch, EpochHistory, Position};
 use crate::wal::{FRAME_HEADER_BYTES, WalSum, frame_bytes, frame_offset, push_frame, region_of};
-use crate::wire::{TxnBegin, TxnEnd};
+use crate::wire::{Change, TxnBegin, TxnEnd, WireError};
 
 /// The appender writes frames to the WAL when they are together larger than this.
 const WRITE_BYTES: usize = 512 * 1024;
@@ -33,8 +34,10 @@ pub(in crate::engine) struct WalAppender {
     /// Frames that are not in the file yet; the first of them is `buffered + 1`.
     frames: Vec<u8>,
     buffered: u32,
-    /// The last page that came: only the next unit tells whether it ends its transaction.
-    held: Option<(PageNo, Bytes)>,
+    /// The last page that came, and its image in `held_image`: only what comes next tells whether
+    /// it ends its transaction.
+    held: Option<PageNo>,
+    held_image: Vec<u8>,
     last_frame: u32,
     sum: WalSum,
     big_endian: bool,
@@ -69,6 +72,7 @@ impl WalAppender {
             frames: Vec::new(),
             buffered: tip.frame,
             held: None,
+            held_image: vec![0; base.page_size.bytes()],
             last_frame: tip.frame,
             sum: tip.sum,
             big_endian: header.big_endian,
@@ -120,22 +124,26 @@ impl WalAppender {
         }
     }
 
-    /// A changed page of the record, its hash verified.
-    pub(in crate::engine) fn page(
-        &mut self,
-        number: PageNo,
-        hash: PageHash,
-        unit: &Bytes,
-        offset: usize,
-    ) -> Result<(), IntakeError> {
-        let page = unit.slice(offset..);
-        if page.len() != self.base.page_size.bytes() || number.is_lock_page(self.base.page_size) {
+    /// A changed page of the record.
+    pub(in crate::engine) fn change(&mut self, change: &Change<'_>) -> Result<(), IntakeError> {
+        let Change { number, hash, .. } = *change;
+        if number.is_lock_page(self.base.page_size) {
             return Err(IntakeError::garbled("a page that the database can't have"));
         }
         if self.txn.is_none() {
             return Err(IntakeError::garbled("a page outside of a transaction"));
         }
-        let old = if number.get() <= self.run.pages { Some(self.old_hash(number)?) } else { None };
+        let known = number.get() <= self.run.pages;
+        let old = match change.base() {
+            Some(base) => Some(self.expect_base(number, base, known)?),
+            None if known => Some(self.old_hash(number)?),
+            None => None,
+        };
+        change.make(&mut self.page, &self.base.page_key).map_err(|error| match error {
+            // Over the right base: so what is here is not what its hash says.
+            WireError::Patch => IntakeError::mismatch(format!("{number:?} as the record has it"), error),
+            _ => IntakeError::garbled(error.to_string()),
+        })?;
         if let Some(txn) = &mut self.txn {
             if let Some(old) = old {
                 txn.checksum = txn.checksum.without(old);
@@ -146,8 +154,24 @@ impl WalAppender {
         }
         self.cache.set(number, hash);
         self.push_held(0)?;
-        self.held = Some((number, page));
+        self.held = Some(number);
+        std::mem::swap(&mut self.held_image, &mut self.page);
         Ok(())
+    }
+
+    /// Reads into `page` the image that a change lies over. It must be the one that the change
+    /// names.
+    fn expect_base(&mut self, number: PageNo, base: PageHash, known: bool) -> Result<PageHash, IntakeError> {
+        if !known {
+            return Err(IntakeError::mismatch(format!("an image of {number:?}"), "no such page"));
+        }
+        self.old_image(number)?;
+        let old = self.cache.get(number).unwrap_or_else(|| self.base.page_key.hash(number, &self.page));
+        if old != base {
+            let text = |hash: PageHash| format!("{number:?} with the hash {}", hex(&hash.to_bytes()));
+            return Err(IntakeError::mismatch(text(base), text(old)));
+        }
+        Ok(old)
     }
 
     /// The record ends: its pages must lead to the position that it states.
@@ -181,14 +205,14 @@ impl WalAppender {
     /// Writes the page that the appender held back as a frame. `commit` is the database's size when
     /// the page ends a transaction.
     fn push_held(&mut self, commit: u32) -> Result<()> {
-        let Some((number, page)) = self.held.take() else { return Ok(()) };
+        let Some(number) = self.held.take() else { return Ok(()) };
         let frame = self.last_frame + 1;
         if self.frames.is_empty() {
             self.buffered = self.last_frame;
         }
         self.base.index.ensure(&mut self.handle, region_of(frame), true)?;
-        self.sum =
-            push_frame(&mut self.frames, number, commit, self.run.salts, &page, self.sum, self.big_endian);
+        let (salts, image) = (self.run.salts, &self.held_image);
+        self.sum = push_frame(&mut self.frames, number, commit, salts, image, self.sum, self.big_endian);
         self.base.index.append(&self.handle, frame, number.get())?;
         self.last_frame = frame;
         if self.frames.len() >= WRITE_BYTES {
@@ -211,23 +235,23 @@ impl WalAppender {
         if let Some(hash) = self.cache.get(number) {
             return Ok(hash);
         }
-        let frame = frame_bytes(self.base.page_size);
-        let hash = match self.base.index.lookup(number.get(), 1, self.run.frame) {
+        self.old_image(number)?;
+        Ok(self.base.page_key.hash(number, &self.page))
+    }
+
+    /// Reads a page as of the last whole transaction, into `page`.
+    fn old_image(&mut self, number: PageNo) -> Result<()> {
+        match self.base.index.lookup(number.get(), 1, self.run.frame) {
             // Not in the file yet.
             Some(found) if !self.frames.is_empty() && found > self.buffered => {
+                let frame = frame_bytes(self.base.page_size);
                 let at = (found - self.buffered - 1) as usize * frame + FRAME_HEADER_BYTES;
-                self.base.page_key.hash(number, &self.frames[at..at + self.base.page_size.bytes()])
+                self.page.copy_from_slice(&self.frames[at..at + self.base.page_size.bytes()]);
+                Ok(())
             }
-            Some(found) => {
-                self.base.read_frame(found, &mut self.page)?;
-                self.base.page_key.hash(number, &self.page)
-            }
-            None => {
-                self.handle.read(&mut self.page, number.offset(self.base.page_size))?;
-                self.base.page_key.hash(number, &self.page)
-            }
-        };
-        Ok(hash)
+            Some(found) => self.base.read_frame(found, &mut self.page),
+            None => self.handle.read(&mut self.page, number.offset(self.base.page_size)),
+        }
     }
 
     /// Makes all whole transactions visible to readers.
@@ -285,15 +309,16 @@ impl WalAppender {
         before_commit: &mut dyn FnMut(&Tip) -> Result<()>,
     ) -> Result<()> {
         self.abort();
-        while let Some(page) = next(self)? {
+        while let Some((number, page)) = next(self)? {
             self.push_held(0)?;
-            self.held = Some(page);
+            self.held_image.copy_from_slice(&page);
+            self.held = Some(number);
         }
         if self.held.is_none() {
             // Nothing differs but the name of the state: page 1 as it is carries the commit.
-            let mut page = BytesMut::zeroed(self.base.page_size.bytes());
-            self.base.read_page(&mut self.handle, PageNo::FIRST, self.run.frame, &mut page)?;
-            self.held = Some((PageNo::FIRST, page.freeze()));
+            let (base, frame) = (self.base.clone(), self.run.frame);
+            base.read_page(&mut self.handle, PageNo::FIRST, frame, &mut self.held_image)?;
+            self.held = Some(PageNo::FIRST);
         }
         self.write_frames()?;
         self.push_held(size)?;

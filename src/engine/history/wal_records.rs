@@ -2,20 +2,23 @@
 
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::time::SystemTime;
+use std::time::{Instant, SystemTime};
 
 use bytes::{Bytes, BytesMut};
 
 use crate::checksum::{Checksum, PageHash};
 use crate::engine::file::database::{OpenDatabase, Tip};
 use crate::engine::file::hash_cache::HashCache;
+use crate::engine::history::images::Images;
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::page::PageNo;
 use crate::sqlite::Handle;
 use crate::txid::{Epoch, EpochHistory, Position, Txid};
 use crate::wal::{FRAME_HEADER_BYTES, FrameHeader, IndexHeader, WalSum, frame_bytes, frame_offset};
-use crate::wire::{self, HEADER_BYTES, Message, TxnBegin, TxnEnd};
+use crate::wire::{
+    self, Change, Changes, HEADER_BYTES, Message, TXN_CHANGES_MAX_BYTES, Txn, TxnBegin, TxnEnd,
+};
 
 /// Capture reads frames in runs of about this size. It takes a larger transaction page by page.
 const RUN_BYTES: usize = 512 * 1024;
@@ -49,7 +52,14 @@ pub(in crate::engine) struct Capture {
     losses: u64,
     run: Vec<u8>,
     out: BytesMut,
+    /// The changes of the record in the making, as long as they fit one unit.
+    changes: BytesMut,
+    /// What a page that is being taken was before.
     page: Vec<u8>,
+    /// The runs by which it differs.
+    runs: BytesMut,
+    /// The pages that the log has whole.
+    images: Images,
 }
 
 /// One commit's frames, first to last, and what the last says.
@@ -74,6 +84,9 @@ impl Capture {
             run: vec![0; frames * frame_bytes(size)],
             page: vec![0; size.bytes()],
             out: BytesMut::new(),
+            changes: BytesMut::new(),
+            runs: BytesMut::new(),
+            images: Images::new(&base.options.log, base.log.renewals()),
             cache: HashCache::new(),
             base,
             handle,
@@ -193,9 +206,9 @@ impl Capture {
     fn take_small(&mut self, commit: CommitFrames, frames: &[u8]) -> Result<()> {
         let frame = frame_bytes(self.base.page_size);
         let newest = newest_images(frames, frame);
+        self.changes.clear();
         let mut record = LogRecord::begin(self, commit);
         let mark = self.out.len();
-        self.push_begin();
         for at in newest {
             let (header, page) = frames[at * frame..(at + 1) * frame].split_at(FRAME_HEADER_BYTES);
             let Some(number) = PageNo::new(FrameHeader::parse(header).page) else { continue };
@@ -203,6 +216,9 @@ impl Capture {
         }
         if self.is_repeated(&record) {
             self.out.truncate(mark);
+            if record.whole {
+                PageNo::new(record.last_page).into_iter().for_each(|page| self.images.take_back(page));
+            }
             self.move_on(Tip { frame: commit.last, sum: commit.sum, ..self.tip });
             return Ok(());
         }
@@ -213,8 +229,9 @@ impl Capture {
     fn take_large(&mut self, commit: CommitFrames, sink: &mut dyn Sink) -> Result<()> {
         self.hand_on(sink)?;
         sink.committed(self.tip.position.number() + 1)?;
+        self.changes.clear();
         let mut record = LogRecord::begin(self, commit);
-        self.push_begin();
+        self.spill(&mut record);
         let mut image = vec![0; self.base.page_size.bytes()];
         for frame in commit.first..=commit.last {
             self.base.progress.step();
@@ -226,6 +243,7 @@ impl Capture {
             self.base.read_frame(frame, &mut image)?;
             self.take_page(&mut record, number, self.base.page_key.hash(number, &image), &image)?;
             if self.out.len() >= BATCH_BYTES {
+                self.images.wrote(self.out.len(), self.base.log.renewals(), Instant::now());
                 sink.records(self.out.split().freeze(), None)?;
             }
         }
@@ -244,32 +262,63 @@ impl Capture {
         if number.get() > record.commit.pages || number.is_lock_page(self.base.page_size) {
             return Ok(());
         }
-        if number.get() <= self.tip.pages {
-            let old = self.old_hash(number)?;
-            record.same = hash == old;
-            record.sum = record.sum.without(old);
-        } else {
-            record.grown += 1;
+        record.whole = !self.images.has(number);
+        let replaced = match number.get() <= self.tip.pages {
+            true if record.whole => Some(self.old_hash(number)?),
+            true => Some(self.old_image(number)?),
+            false => None,
+        };
+        match replaced {
+            Some(old) => {
+                record.same = hash == old;
+                record.sum = record.sum.without(old);
+            }
+            None => record.grown += 1,
         }
         record.sum = record.sum.with(hash);
         record.changed += 1;
         record.last_page = number.get();
         self.cache.set(number, hash);
-        wire::encode_page(number, hash, page, &mut self.out);
+        let before = replaced.filter(|_| !record.whole).map(|_| &self.page[..]);
+        let image = wire::difference(before, page, &mut self.runs);
+        let change = Change { number, hash, replaced, image };
+        if record.in_one_unit {
+            wire::encode_change(&change, &mut self.changes);
+            if self.changes.len() > TXN_CHANGES_MAX_BYTES {
+                self.spill(record);
+            }
+        } else {
+            wire::encode(&Message::Change(change), &mut self.out);
+        }
         Ok(())
+    }
+
+    /// The record becomes units of its own: it begins, and has the changes that were taken.
+    fn spill(&mut self, record: &mut LogRecord) {
+        record.in_one_unit = false;
+        wire::encode(&Message::TxnBegin(self.begin()), &mut self.out);
+        for change in Changes::of(&self.changes) {
+            wire::encode(&Message::Change(change), &mut self.out);
+        }
+        self.changes.clear();
+    }
+
+    /// Reads a page as of the commit before, into `page`. Returns its hash.
+    fn old_image(&mut self, number: PageNo) -> Result<PageHash> {
+        self.base.progress.step();
+        self.base.read_page(&mut self.handle, number, self.tip.frame, &mut self.page)?;
+        Ok(self.cache.get(number).unwrap_or_else(|| self.base.page_key.hash(number, &self.page)))
     }
 
     /// The hash of a page as of the commit before.
     fn old_hash(&mut self, number: PageNo) -> Result<PageHash> {
-        self.base.progress.step();
-        if let Some(hash) = self.cache.get(number) {
-            return Ok(hash);
+        match self.cache.get(number) {
+            Some(hash) => {
+                self.base.progress.step();
+                Ok(hash)
+            }
+            None => self.old_image(number),
         }
-        let mut page = std::mem::take(&mut self.page);
-        let read = self.base.read_page(&mut self.handle, number, self.tip.frame, &mut page);
-        let hash = self.base.page_key.hash(number, &page);
-        self.page = page;
-        read.map(|()| hash)
     }
 
     /// Whether the record is no transaction. A commit of nothing but an unchanged page 1 is our
@@ -296,10 +345,8 @@ impl Capture {
         self.history.epoch_of(self.tip.position.number() + 1).unwrap_or(self.tip.position.epoch())
     }
 
-    fn push_begin(&mut self) {
-        let begin =
-            TxnBegin { before: self.tip.position, epoch: self.epoch(), page_size: self.base.page_size };
-        wire::encode(&Message::TxnBegin(begin), &mut self.out);
+    fn begin(&self) -> TxnBegin {
+        TxnBegin { before: self.tip.position, epoch: self.epoch(), page_size: self.base.page_size }
     }
 
     /// Accounts for dropped and unwritten pages and ends the record.
@@ -322,7 +369,12 @@ impl Capture {
         let unix_micros =
             SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).map_or(0, |d| d.as_micros() as u64);
         let end = TxnEnd { after, pages: commit.pages, changed: record.changed, unix_micros };
-        wire::encode(&Message::TxnEnd(end), &mut self.out);
+        if record.in_one_unit {
+            let changes = Changes::of(&self.changes);
+            wire::encode(&Message::Txn(Txn { begin: self.begin(), end, changes }), &mut self.out);
+        } else {
+            wire::encode(&Message::TxnEnd(end), &mut self.out);
+        }
         let (frame, sum, pages) = (commit.last, commit.sum, commit.pages);
         self.move_on(Tip { frame, sum, position: after, pages, ..self.tip });
         Ok(())
@@ -380,6 +432,7 @@ impl Capture {
     fn hand_on(&mut self, sink: &mut dyn Sink) -> Result<()> {
         if !self.out.is_empty() {
             sink.committed(self.tip.position.number())?;
+            self.images.wrote(self.out.len(), self.base.log.renewals(), Instant::now());
             sink.records(self.out.split().freeze(), Some(self.tip.position))?;
             // One allocation serves many batches, as long as no one keeps the old ones.
             self.out.reserve(BATCH_BYTES / 8 + HEADER_BYTES);
@@ -402,12 +455,25 @@ struct LogRecord {
     last_page: u32,
     /// Whether the last page was the same before.
     same: bool,
+    /// Whether it has the last page whole.
+    whole: bool,
+    /// Whether its changes fit one unit so far.
+    in_one_unit: bool,
 }
 
 impl LogRecord {
     fn begin(capture: &Capture, commit: CommitFrames) -> LogRecord {
         let sum = capture.tip.position.checksum();
-        LogRecord { commit, sum, changed: 0, grown: 0, last_page: 0, same: false }
+        LogRecord {
+            commit,
+            sum,
+            changed: 0,
+            grown: 0,
+            last_page: 0,
+            same: false,
+            whole: false,
+            in_one_unit: true,
+        }
     }
 }
 

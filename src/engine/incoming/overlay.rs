@@ -10,7 +10,7 @@ use crate::engine::history::intake_error::IntakeError;
 use crate::error::Result;
 use crate::page::{PageNo, PageSet, PageSize};
 use crate::txid::Position;
-use crate::wire::{SnapEnd, TxnBegin, TxnEnd};
+use crate::wire::{Change, SnapEnd, TxnBegin, TxnEnd};
 
 /// Where the pages are: those that came, and those below them.
 pub(crate) trait PageStore {
@@ -104,7 +104,8 @@ impl Overlay {
         }
         for (number, page) in (first.get()..).zip(pages.chunks_exact(self.page_size.bytes())) {
             if let Some(number) = PageNo::new(number).filter(|n| !n.is_lock_page(self.page_size)) {
-                self.put(number, self.key.hash(number, page), page, store)?;
+                let old = self.counts(number).then(|| self.hash(number, store)).transpose()?;
+                self.put(number, (old, self.key.hash(number, page)), page, store)?;
             }
         }
         Ok(())
@@ -130,17 +131,24 @@ impl Overlay {
         Ok(())
     }
 
-    pub(crate) fn page(
+    /// A record changes a page. Where the change lies over another image than the page has, the page
+    /// came from a later state, which this change led to: then it stays as it is.
+    pub(crate) fn change(
         &mut self,
-        number: PageNo,
-        hash: PageHash,
-        page: &[u8],
+        change: &Change<'_>,
         store: &mut dyn PageStore,
     ) -> Result<(), IntakeError> {
-        if self.txn.is_none() || page.len() != self.page_size.bytes() || number.is_lock_page(self.page_size) {
+        let number = change.number;
+        if self.txn.is_none() || number.is_lock_page(self.page_size) {
             return Err(IntakeError::garbled("a page out of place in a snapshot"));
         }
-        Ok(self.put(number, hash, page, store)?)
+        let mut page = vec![0; self.page_size.bytes()];
+        let old = self.counts(number).then(|| self.image(number, &mut page, store)).transpose()?;
+        if change.base().is_some_and(|base| old != Some(base)) {
+            return Ok(());
+        }
+        change.make(&mut page, &self.key).map_err(|error| IntakeError::garbled(error.to_string()))?;
+        Ok(self.put(number, (old, change.hash), &page, store)?)
     }
 
     /// A record ends. Returns true when the state has become exact.
@@ -154,12 +162,15 @@ impl Overlay {
     }
 
     /// Takes a page in, in the place of the one that counted so far.
-    fn put(&mut self, number: PageNo, hash: PageHash, page: &[u8], store: &mut dyn PageStore) -> Result<()> {
-        if self.counts(number) {
-            self.sum = self.sum.without(self.hash(number, store)?);
-        }
+    fn put(
+        &mut self,
+        number: PageNo,
+        (old, new): (Option<PageHash>, PageHash),
+        page: &[u8],
+        store: &mut dyn PageStore,
+    ) -> Result<()> {
         store.write(number, page)?;
-        self.sum = self.sum.with(hash);
+        self.sum = old.map_or(self.sum, |old| self.sum.without(old)).with(new);
         self.have.insert(number);
         Ok(())
     }
@@ -170,13 +181,17 @@ impl Overlay {
 
     /// The hash of a page that counts.
     fn hash(&self, number: PageNo, store: &mut dyn PageStore) -> Result<PageHash> {
-        let mut page = vec![0; self.page_size.bytes()];
+        self.image(number, &mut vec![0; self.page_size.bytes()], store)
+    }
+
+    /// Reads a page that counts. Returns its hash.
+    fn image(&self, number: PageNo, page: &mut [u8], store: &mut dyn PageStore) -> Result<PageHash> {
         if self.have.contains(number) {
-            store.read(number, &mut page)?;
+            store.read(number, page)?;
         } else {
-            store.read_below(number, &mut page)?;
+            store.read_below(number, page)?;
         }
-        Ok(self.key.hash(number, &page))
+        Ok(self.key.hash(number, page))
     }
 
     /// Pages above a size count no longer.

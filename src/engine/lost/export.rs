@@ -18,7 +18,7 @@ use crate::log::logged;
 use crate::page::PageNo;
 use crate::sqlite::connect_alone;
 use crate::status::LoggedTransaction;
-use crate::wire::{Decoder, HEADER_BYTES, Kind, Message, Unit};
+use crate::wire::{Change, Decoder, HEADER_BYTES, Image, Kind, Message, RecordPart, Unit};
 
 /// Bytes that one read takes.
 const READ_BYTES: usize = 256 * 1024;
@@ -34,9 +34,9 @@ impl LostBranch {
         let fork = self.fork.map_or(0, |fork| fork.number());
         let (mut listed, mut bytes) = (Vec::new(), 0);
         // The hash of a page in a record is by the key that the database had then.
-        self.units("records", Kind::TxnEnd, |unit, message| {
+        self.units("records", Kind::ends_record, |unit, message| {
             bytes += unit.raw.len() as u64;
-            if let Some(Message::TxnEnd(end)) = message {
+            if let Some(RecordPart::End(end)) = message.and_then(|message| message.parts().last()) {
                 let log_bytes = std::mem::take(&mut bytes);
                 if end.after.number() > fork {
                     listed.push(logged(&end, log_bytes));
@@ -53,10 +53,16 @@ impl LostBranch {
     /// # Errors
     /// [`Error::Io`]; [`Error::Corrupt`]; what `visit` returns.
     pub fn visit_pages(&self, mut visit: impl FnMut(PageNo, &[u8]) -> Result<()>) -> Result<()> {
-        self.units("pages", Kind::Page, |_, message| match message {
-            Some(Message::Page { number, page, .. }) => visit(number, page),
-            _ => Ok(()),
-        })
+        self.units(
+            "pages",
+            |kind| kind == Kind::Page,
+            |_, message| match message {
+                Some(Message::Change(Change { number, image: Image::Whole(page), .. })) => {
+                    visit(number, page)
+                }
+                _ => Ok(()),
+            },
+        )
     }
 
     /// The rows that the heal changed. None when the process ended before it told them, or when it
@@ -134,11 +140,11 @@ impl LostBranch {
         files::sync_name(to)
     }
 
-    /// Visits the units of a file, and reads those of one kind.
+    /// Visits the units of a file, and reads those of some kinds.
     fn units(
         &self,
         name: &str,
-        kind: Kind,
+        reads: impl Fn(Kind) -> bool,
         mut visit: impl FnMut(&Unit, Option<Message<'_>>) -> Result<()>,
     ) -> Result<()> {
         let path = self.path().join(name);
@@ -157,7 +163,7 @@ impl LostBranch {
             buffer.truncate(got);
             decoder.push(Bytes::from(buffer));
             while let Some(unit) = decoder.next().map_err(|e| corrupt(offset, e.to_string()))? {
-                let message = (unit.kind == kind).then(|| unit.decode()).transpose();
+                let message = reads(unit.kind).then(|| unit.decode()).transpose();
                 let message = message.map_err(|e| corrupt(offset + HEADER_BYTES as u64, e.to_string()))?;
                 visit(&unit, message)?;
                 offset += unit.raw.len() as u64;

@@ -13,7 +13,7 @@ use crate::lock::lock;
 use crate::log::Lookup;
 use crate::page::PageNo;
 use crate::report::Condition;
-use crate::wire::Message;
+use crate::wire::{Change, RecordPart};
 
 /// Pages of the log that the check remembers, some hundred bytes each.
 const PAGES_MAX: usize = 1 << 18;
@@ -91,12 +91,14 @@ impl Findings {
         };
         let (mut newest, mut earlier) = (HashMap::new(), HashSet::new());
         log.records(lsn, log.complete(), |_, message| {
-            if let Message::Page { number, hash, .. } = message
-                && (newest.len() < PAGES_MAX || newest.contains_key(&number))
-                && let Some(before) = newest.insert(number, hash)
-                && earlier.len() < EARLIER_MAX
-            {
-                earlier.insert((number, before));
+            for part in message.parts() {
+                if let RecordPart::Change(Change { number, hash, .. }) = part
+                    && (newest.len() < PAGES_MAX || newest.contains_key(&number))
+                    && let Some(before) = newest.insert(number, hash)
+                    && earlier.len() < EARLIER_MAX
+                {
+                    earlier.insert((number, before));
+                }
             }
             Ok(())
         })?;

@@ -24,7 +24,7 @@ use crate::report::Condition;
 use crate::status::unix_millis;
 use crate::txid::{Place, Position};
 use crate::wal::frame_offset;
-use crate::wire::{HealBegin, Message, SnapEnd};
+use crate::wire::{HealBegin, RecordPart, SnapEnd};
 
 /// Longest wait for readers of a WAL that is to go.
 const READERS_WAIT: Duration = Duration::from_secs(5);
@@ -165,13 +165,14 @@ fn over_all(live: &mut WalAppender, from: Position, to: Position) -> Result<Read
     incoming.end(SnapEnd { exact_at: to, pages }, Some(live)).map_err(|error| error.of_log(log, lsn))?;
     let mut at = lsn;
     log.records(lsn, log.complete(), |unit, message| {
-        let taken = match message {
-            Message::TxnBegin(begin) => incoming.txn_begin(begin),
-            Message::Page { number, hash, page } => incoming.page(number, hash, page, Some(live)),
-            Message::TxnEnd(end) => incoming.txn_end(end, Some(live)).map(drop),
-            _ => Ok(()),
-        };
-        taken.map_err(|error| error.of_log(log, at))?;
+        for part in message.parts() {
+            let taken = match part {
+                RecordPart::Begin(begin) => incoming.txn_begin(begin),
+                RecordPart::Change(change) => incoming.change(&change, Some(live)),
+                RecordPart::End(end) => incoming.txn_end(end, Some(live)).map(drop),
+            };
+            taken.map_err(|error| error.of_log(log, at))?;
+        }
         at += unit.raw.len() as u64;
         Ok(())
     })?;

@@ -9,7 +9,7 @@ use crate::log::{Log, Lookup};
 use crate::report::Condition;
 use crate::status::unix_millis;
 use crate::txid::{EpochHistory, Position};
-use crate::wire::{HEADER_BYTES, Message};
+use crate::wire::RecordPart;
 
 impl Findings {
     /// From which address the log goes on from a state, if it does.
@@ -94,13 +94,14 @@ impl Findings {
 fn apply_log(appender: &mut WalAppender, log: &Log, lsn: u64, history: &EpochHistory) -> Result<()> {
     let mut at = lsn;
     log.records(lsn, log.complete(), |unit, message| {
-        let taken = match message {
-            Message::TxnBegin(begin) => appender.begin(begin, history),
-            Message::Page { number, hash, .. } => appender.page(number, hash, &unit.raw, HEADER_BYTES + 4),
-            Message::TxnEnd(end) => appender.end(end).and_then(|()| Ok(appender.publish()?)),
-            _ => Ok(()),
-        };
-        taken.map_err(|error| error.of_log(log, at))?;
+        for part in message.parts() {
+            let taken = match part {
+                RecordPart::Begin(begin) => appender.begin(begin, history),
+                RecordPart::Change(change) => appender.change(&change),
+                RecordPart::End(end) => appender.end(end).and_then(|()| Ok(appender.publish()?)),
+            };
+            taken.map_err(|error| error.of_log(log, at))?;
+        }
         at += unit.raw.len() as u64;
         Ok(())
     })

@@ -16,7 +16,7 @@ use crate::engine::incoming::{self, IncomingState};
 use crate::error::Result;
 use crate::report::Condition;
 use crate::txid::{EpochHistory, Place, Position};
-use crate::wire::{Kind, Message, SnapBegin, Unit, Want};
+use crate::wire::{Kind, Message, RecordPart, SnapBegin, Unit, Want};
 
 /// Questions of a heal that may be on their way: one.
 const WANTS_MAX: usize = 1;
@@ -144,9 +144,7 @@ impl Apply {
                     self.adopt(connection)?;
                 }
             }
-            Message::TxnBegin(_) | Message::Page { .. } | Message::TxnEnd(_) => {
-                self.record(connection, unit, message)?;
-            }
+            _ if unit.kind.is_of_record() => self.record(connection, unit, &message)?,
             _ => return Err(StreamError::garbled("a unit that does not belong into a stream")),
         }
         Ok(())
@@ -157,29 +155,31 @@ impl Apply {
         &mut self,
         connection: &mut Connection,
         unit: &Unit,
-        message: Message<'_>,
+        message: &Message<'_>,
     ) -> Result<(), StreamError> {
         let Some(incoming) = connection.receiving.incoming() else {
             let live = self.state.known().ok_or_else(no_state)?;
-            connection.intake.unit(live, unit, &message, &self.history)?;
+            connection.intake.unit(live, unit, message, &self.history)?;
             // Without this the thread would not begin the WAL anew before a batch happens to end
             // with a transaction.
-            if matches!(message, Message::TxnEnd(_)) && is_long(live) {
+            if unit.kind.ends_record() && is_long(live) {
                 self.publish(connection)?;
             }
             return Ok(());
         };
-        match message {
-            Message::TxnBegin(begin) => incoming.txn_begin(begin)?,
-            Message::Page { number, hash, page } => incoming.page(number, hash, page, self.state.below())?,
-            Message::TxnEnd(end) => {
-                let exact = incoming.txn_end(end, self.state.below())?;
-                self.common(connection, end.after)?;
-                if exact {
-                    self.adopt(connection)?;
-                }
+        let mut ended = None;
+        for part in message.parts() {
+            match part {
+                RecordPart::Begin(begin) => incoming.txn_begin(begin)?,
+                RecordPart::Change(change) => incoming.change(&change, self.state.below())?,
+                RecordPart::End(end) => ended = Some((end.after, incoming.txn_end(end, self.state.below())?)),
             }
-            _ => {}
+        }
+        if let Some((after, exact)) = ended {
+            self.common(connection, after)?;
+            if exact {
+                self.adopt(connection)?;
+            }
         }
         Ok(())
     }

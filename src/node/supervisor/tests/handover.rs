@@ -618,7 +618,7 @@ async fn a_replica_has_its_time_for_the_last_writes_where_no_other_node_has_them
     stop.send_replace(true);
     let other = rusqlite::Connection::open(one.path()).unwrap();
     // More than is on its way anywhere.
-    other.execute_batch("CREATE TABLE u(a); INSERT INTO u VALUES (zeroblob(64000000))").unwrap();
+    other.execute_batch("CREATE TABLE u(a); INSERT INTO u VALUES (randomblob(64000000))").unwrap();
     one.inner.supervisor.withhold(LIMIT).await.unwrap();
     let supervisor = one.inner.supervisor.clone();
     let mut demote = tokio::spawn(async move { supervisor.demote().await });
