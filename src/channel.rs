@@ -142,6 +142,7 @@ pub(crate) struct Channel {
     plaintext: Option<Plaintext>,
     refused: Arc<Mutex<KeptOut>>,
     shut_out: ShutOut,
+    compresses: bool,
 }
 
 /// Peers that TLS kept out.
@@ -155,7 +156,8 @@ struct KeptOut {
 impl Channel {
     fn of(tls: Option<Tls>, plaintext: Option<Plaintext>) -> Channel {
         let tls = tls.map(|tls| Arc::new(Mutex::new(Arc::new(tls))));
-        Channel { tls, plaintext, refused: Arc::default(), shut_out: ShutOut::default() }
+        let (refused, shut_out) = (Arc::default(), ShutOut::default());
+        Channel { tls, plaintext, refused, shut_out, compresses: false }
     }
 
     /// With this key, and without TLS where that is allowed.
@@ -262,6 +264,15 @@ impl Channel {
         let (io, binding) = self.tls()?.accept(io).await?;
         self.check(binding.client())?;
         Ok((io, binding))
+    }
+
+    /// Whether streams to replicas may be compressed.
+    pub(crate) fn compressing(self, compresses: bool) -> Channel {
+        Channel { compresses, ..self }
+    }
+
+    pub(crate) fn compresses(&self) -> bool {
+        self.compresses
     }
 
     /// Shuts these keys out from now on, and no others: what stands with them ends.

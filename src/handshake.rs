@@ -49,7 +49,7 @@ pub(crate) use refusal::Refusal;
 pub(crate) use tunnel::{TUNNEL_PATH, TunnelKnock, UsedHeads};
 
 /// The version of the stream's protocol.
-pub(crate) const VERSION: u32 = 2;
+pub(crate) const VERSION: u32 = 3;
 /// What follows the replication endpoint's path in a stream's URL.
 pub(crate) const STREAM_PATH: &str = "/v1/stream";
 /// The same for the question how a node stands.

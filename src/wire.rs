@@ -29,12 +29,13 @@
 //!
 //! - 1 TXN_BEGIN: position before, epoch, page size (4).
 //! - 2 PAGE: page number (4), the page.
-//! - 3 TXN_END: position after, pages in the database (4), page units in the record (4),
+//! - 3 TXN_END: position after, pages in the database (4), changed pages in the record (4),
 //!   microseconds since 1970 (8).
 //! - 4 HELLO: proof (32), keys, optional position, a byte 0 or a byte 1 and what a snapshot is
 //!   resumed with: position, page number (4). Then suspect (1: 0 or 1), count of marks (1) and as
 //!   many positions, peer, epoch history.
-//! - 5 WELCOME: epoch, plan (1: see [`Plan`]), position, page size (4), keys, peer.
+//! - 5 WELCOME: epoch, plan (1: see [`Plan`]), position, page size (4), keys, packed (1: 0 or 1),
+//!   peer. What follows it is packed as `packing` says, or it is not.
 //! - 6 EPOCHS: epoch history: count (4), then per epoch: epoch, first transaction (8), checksum
 //!   before it (16).
 //! - 7 HEARTBEAT: position, microseconds of the replica's clock (8): those of its last ACK, and
@@ -94,6 +95,7 @@ mod decoder;
 mod encode;
 mod fields;
 mod handoff;
+mod packing;
 mod record;
 #[cfg(test)]
 mod tests;
@@ -106,6 +108,7 @@ pub(crate) use fields::sealed;
 pub(crate) use handoff::{
     Accept, BOOT_ID_MAX_BYTES, Handed, HandoffStage, LEASE_RECORD_MAX_BYTES, LeaseOffer,
 };
+pub(crate) use packing::{Packer, Unpacker};
 pub(crate) use record::{Changes, RecordPart, TXN_CHANGES_MAX_BYTES, TXN_MAX_BYTES, Txn, TxnBegin, TxnEnd};
 #[cfg(test)]
 pub(crate) use tests::seeds;
@@ -368,6 +371,8 @@ pub(crate) struct Welcome {
     pub(crate) page_size: PageSize,
     /// The keys of the database. All that follows goes by them.
     pub(crate) keys: PeerKeys,
+    /// What follows is in blocks, some of which are compressed.
+    pub(crate) packed: bool,
 }
 
 /// The keys of a database, as far as the peer is to have them.

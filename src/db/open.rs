@@ -159,7 +159,7 @@ impl ClaimedNode {
         let key = (&paths, me.node);
         let (channel, mut certificates) = certificates::channel(&config.certificates, key, config.plaintext)?;
         channel.set_shut_out(config.shut_out.iter().copied())?;
-        let keys = (keys, channel);
+        let keys = (keys, channel.compressing(config.compression));
         let node = NodeContext::new(me, config.cluster.clone(), database, keys, role, lease, database_keys);
         if let Some(allowed) = config.plaintext {
             node.report(Condition::Plaintext { allowed: &allowed });

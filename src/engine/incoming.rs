@@ -9,8 +9,7 @@
 //!
 //! Pages may come newer than the position that the records go on from. The replica applies those
 //! records to the file, up to the state that the primary names. A change that lies over another
-//! image than the page has is left out: the page is newer, or a later record brings it. Then the
-//! checksum decides.
+//! image than the page has is left out: the page is newer, or not right. Then the checksum decides.
 
 pub(in crate::engine) mod heal;
 pub(in crate::engine) mod overlay;

@@ -20,7 +20,7 @@ struct Search {
 
 impl Log {
     /// Where the record after the transaction `number` begins. May read from disk, at most a
-    /// segment's headers.
+    /// segment.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Corrupt`] when a segment of an earlier opening is damaged. Then

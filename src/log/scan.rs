@@ -156,7 +156,7 @@ pub(super) enum Edge {
 }
 
 /// Visits the edges of each record: a beginning with its address, an end with the address after it.
-/// Reads little more than headers.
+/// Reads records of one unit, and what is around the pages of others.
 pub(super) fn hop(
     file: &File,
     path: &Path,

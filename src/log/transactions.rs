@@ -17,8 +17,8 @@ const LOOKED_UP_AT_ONCE: usize = 4096;
 
 impl Log {
     /// At most `most` transactions after number `after`, oldest first, without those that are not
-    /// in the log any more. Reads headers from disk, about two hundred bytes a transaction and as
-    /// much a page. Blocks.
+    /// in the log any more. Reads small records from disk, and what is around the pages of others.
+    /// Blocks.
     ///
     /// # Errors
     /// [`Error::Io`]; [`Error::Corrupt`] when a segment is damaged.

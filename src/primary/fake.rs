@@ -53,7 +53,7 @@ pub(crate) fn with_lease(id: u128, secret: &[u8], role: Role, lease: LeaseContex
         me,
         "test".into(),
         "app".into(),
-        (keys(secret), crate::channel::Channel::open()),
+        (keys(secret), crate::channel::Channel::open().compressing(true)),
         role,
         lease,
         KEYS,

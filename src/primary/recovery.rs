@@ -260,6 +260,7 @@ impl RecoveryState {
             position: tip,
             page_size: opening.page_size(),
             keys: PeerKeys::of(node.database_keys.get(), true),
+            packed: false,
         })
     }
 }

@@ -1,18 +1,24 @@
 //! The way out of a stream: a queue with a bound in bytes, whose clean end is said and never
-//! implied.
+//! implied. Behind a welcome that says so, what goes in is packed: small pieces are compressed, and
+//! large ones where the connection takes them more slowly than they come.
 
 use std::io;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 
 use bytes::Bytes;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
+use crate::lock::lock;
 use crate::primary::broken;
+use crate::wire::Packer;
 
 /// Bytes of a stream that wait to be taken by the connection: what a slow replica may cost in
 /// memory.
 const WAITING_MAX_BYTES: usize = 4 * 1024 * 1024;
+/// Pieces up to this are compressed, however fast the connection is: commits are so small. What is
+/// larger is compressed when half of what may wait does.
+const SMALL_MAX_BYTES: usize = 16 * 1024;
 /// Pieces that wait; many small ones have a cost of their own.
 const WAITING_MAX_PIECES: usize = 64;
 
@@ -25,6 +31,7 @@ pub(crate) struct Closed;
 pub(crate) struct StreamSender {
     pieces: mpsc::Sender<Queued>,
     room: Arc<Semaphore>,
+    packer: Mutex<Option<Packer>>,
 }
 
 /// Where the connection takes them out.
@@ -46,7 +53,7 @@ pub(crate) fn queue() -> (StreamSender, StreamReceiver) {
     let (sender, receiver) = mpsc::channel(WAITING_MAX_PIECES);
     let room = Arc::new(Semaphore::new(WAITING_MAX_BYTES));
     (
-        StreamSender { pieces: sender, room: room.clone() },
+        StreamSender { pieces: sender, room: room.clone(), packer: Mutex::default() },
         StreamReceiver { pieces: receiver, room, ended: false },
     )
 }
@@ -57,9 +64,28 @@ impl StreamSender {
     /// # Cancel safety
     /// A dropped future has queued nothing.
     pub(crate) async fn send(&self, bytes: Bytes) -> Result<(), Closed> {
-        let cost = bytes.len().min(WAITING_MAX_BYTES) as u32;
-        let room = self.room.clone().acquire_many_owned(cost).await.map_err(|_| Closed)?;
-        self.pieces.send(Queued::Data(bytes, room)).await.map_err(|_| Closed)
+        let packs = lock(&self.packer).is_some();
+        let most = if packs { Packer::most(bytes.len()) } else { bytes.len() };
+        let cost = most.min(WAITING_MAX_BYTES) as u32;
+        let late = self.room.available_permits() < WAITING_MAX_BYTES / 2;
+        let mut room = self.room.clone().acquire_many_owned(cost).await.map_err(|_| Closed)?;
+        let place = self.pieces.reserve().await.map_err(|_| Closed)?;
+        // Nothing waits from here on: what was packed is what the next piece goes on from.
+        let bytes = match &mut *lock(&self.packer) {
+            Some(packer) => {
+                packer.pack(&bytes, late || bytes.len() <= SMALL_MAX_BYTES).map_err(|_| Closed)?
+            }
+            None => bytes,
+        };
+        drop(room.split((cost as usize).saturating_sub(bytes.len())));
+        place.send(Queued::Data(bytes, room));
+        Ok(())
+    }
+
+    /// What is sent from now on is packed.
+    pub(crate) fn pack(&self) -> Result<(), Closed> {
+        *lock(&self.packer) = Some(Packer::new().map_err(|_| Closed)?);
+        Ok(())
     }
 
     /// Ends the stream cleanly. A sender that is only dropped breaks it off.

@@ -143,8 +143,14 @@ impl ReplicaStream {
             position: tip,
             page_size: self.source.page_size(),
             keys: PeerKeys::of(self.node.database_keys.get(), self.rights == Rights::Member),
+            packed: self.node.channel.compresses(),
         };
-        self.say(&[Message::Welcome(welcome), Message::Epochs((*self.told).clone())]).await?;
+        let packed = welcome.packed;
+        self.say(&[Message::Welcome(welcome)]).await?;
+        if packed {
+            self.sender.pack()?;
+        }
+        self.say(&[Message::Epochs((*self.told).clone())]).await?;
         tracing::debug!(node = %hello.peer.node, ?decision, "a replica's plan");
         match decision {
             ReplicaPlan::Log { lsn } => {

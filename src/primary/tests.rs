@@ -21,7 +21,7 @@ use crate::primary::*;
 use crate::secret::Purpose;
 use crate::status::{Event, Role};
 use crate::txid::{Epoch, EpochHistory};
-use crate::wire::{Ack, Decoder, Kind, Plan, Unit};
+use crate::wire::{Ack, Decoder, Kind, Plan, Unit, Unpacker, Welcome};
 
 /// A supply over a real log.
 struct OverLog(Arc<Log>);
@@ -75,6 +75,8 @@ struct Stream {
     up: Sender<Bytes, io::Error>,
     down: StreamReceiver,
     decoder: Decoder,
+    /// What comes behind the welcome goes through it.
+    unpacker: Option<Unpacker>,
     task: tokio::task::JoinHandle<()>,
 }
 
@@ -123,7 +125,7 @@ impl Stream {
         }
         let follower = super::fake::node(id, &SECRET, Role::Replica);
         let knock = Knock {
-            version: 2,
+            version: 3,
             cluster: "test".into(),
             database: "app".into(),
             node: follower.me.node,
@@ -150,16 +152,29 @@ impl Stream {
         let peer = Peer { knock, nonce: [4; 32], proved: member(), place };
         let task = tokio::spawn(serve(replica_server.clone(), peer, Incoming::new(body), sender));
         up.send_data(encoded(&Message::Hello(hello))).await.unwrap();
-        Stream { node, replica_server, up, down, decoder: Decoder::new(Some(KEYS.page)), task }
+        let (decoder, unpacker) = (Decoder::new(Some(KEYS.page)), None);
+        Stream { node, replica_server, up, down, decoder, unpacker, task }
     }
 
     async fn next(&mut self) -> Option<Unit> {
         loop {
             if let Some(unit) = self.decoder.next().unwrap() {
+                if let Ok(Message::Welcome(Welcome { packed: true, .. })) = unit.decode() {
+                    let mut unpacker = Unpacker::new().unwrap();
+                    self.decoder.take_rest().for_each(|bytes| unpacker.push(bytes));
+                    self.unpacker = Some(unpacker);
+                }
                 return Some(unit);
             }
-            let bytes = std::future::poll_fn(|cx| self.down.poll_next(cx)).await?;
-            self.decoder.push(bytes.ok()?);
+            if let Some(bytes) = self.unpacker.as_mut().and_then(|unpacker| unpacker.next().unwrap()) {
+                self.decoder.push(bytes);
+                continue;
+            }
+            let bytes = std::future::poll_fn(|cx| self.down.poll_next(cx)).await?.ok()?;
+            match &mut self.unpacker {
+                Some(unpacker) => unpacker.push(bytes),
+                None => self.decoder.push(bytes),
+            }
         }
     }
 
@@ -587,7 +602,7 @@ async fn any_part_of_a_unit_is_a_sign_of_life() {
 fn knock_of(id: u128) -> Knock {
     let follower = super::fake::node(id, &SECRET, Role::Replica);
     Knock {
-        version: 2,
+        version: 3,
         cluster: "test".into(),
         database: "app".into(),
         node: follower.me.node,
@@ -627,7 +642,7 @@ async fn a_peer_without_a_good_hello_gets_not_one_byte() {
     for garbage in [None, Some(Bytes::from_static(&[0xff; 64])), Some(Bytes::new())] {
         let (_, _, replica_server) = Stream::start(1);
         let knock = Knock {
-            version: 2,
+            version: 3,
             cluster: "test".into(),
             database: "app".into(),
             node: other.me.node,

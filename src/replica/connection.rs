@@ -182,6 +182,9 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         let mut units = Units::new(body, heard.clone(), self.primary);
         let first = units.next().await?;
         let welcome = self.welcome(&first, answer, standing.history.epoch())?;
+        if welcome.packed {
+            units.expect_packed()?;
+        }
         self.hear(welcome.epoch).await?;
         self.take_keys(&welcome, &mut units).await?;
         self.lagging.connected(welcome.position, self.dialled, heard);

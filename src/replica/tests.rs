@@ -147,7 +147,7 @@ impl Try {
 
     fn knock(&self) -> Knock {
         Knock {
-            version: 2,
+            version: 3,
             cluster: self.node.cluster.clone(),
             database: self.node.database.clone(),
             node: self.node.me.node,
@@ -264,6 +264,7 @@ fn welcome(epoch: u64) -> Message<'static> {
         position: at(1, 1),
         page_size,
         keys: crate::wire::PeerKeys::of(KEYS, true),
+        packed: false,
     })
 }
 

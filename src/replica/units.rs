@@ -9,7 +9,7 @@ use http::StatusCode;
 use crate::checksum::PageKey;
 use crate::error::{Error, PeerProblem, Result};
 use crate::net::{Endpoint, Heard, Incoming};
-use crate::wire::{Decoder, Unit};
+use crate::wire::{Decoder, Unit, Unpacker, WireError};
 
 /// A primary of which not one byte came for this long is gone; it says its position each second.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
@@ -58,18 +58,28 @@ pub(crate) async fn foreign(
 pub(super) struct Units<'a> {
     body: Incoming,
     decoder: Decoder,
+    /// What the bytes come through, where they are packed.
+    unpacker: Option<Unpacker>,
     heard: Arc<Heard>,
     primary: &'a Endpoint,
 }
 
 impl<'a> Units<'a> {
     pub(super) fn new(body: Incoming, heard: Arc<Heard>, primary: &'a Endpoint) -> Units<'a> {
-        Units { body, decoder: Decoder::default(), heard, primary }
+        Units { body, decoder: Decoder::default(), unpacker: None, heard, primary }
     }
 
     /// The pages that come are hashed with this key.
     pub(super) fn expect_pages(&mut self, key: PageKey) {
         self.decoder.set_page_key(key);
+    }
+
+    /// What follows the unit that came last is packed.
+    pub(super) fn expect_packed(&mut self) -> Result<()> {
+        let mut unpacker = Unpacker::new().map_err(Error::io("make room to unpack a stream in", "memory"))?;
+        self.decoder.take_rest().for_each(|bytes| unpacker.push(bytes));
+        self.unpacker = Some(unpacker);
+        Ok(())
     }
 
     /// The next unit; an error at the end, after silence and for garbage.
@@ -114,12 +124,26 @@ impl<'a> Units<'a> {
     }
 
     fn cut(&mut self) -> Result<Option<Unit>> {
-        self.decoder.next().map_err(|e| self.blame(PeerProblem::Garbled(e.to_string())))
+        self.cut_next().map_err(|e| self.blame(PeerProblem::Garbled(e.to_string())))
+    }
+
+    fn cut_next(&mut self) -> Result<Option<Unit>, WireError> {
+        loop {
+            let unit = self.decoder.next()?;
+            let Some(unpacker) = self.unpacker.as_mut().filter(|_| unit.is_none()) else { return Ok(unit) };
+            match unpacker.next()? {
+                Some(bytes) => self.decoder.push(bytes),
+                None => return Ok(None),
+            }
+        }
     }
 
     fn push(&mut self, bytes: Option<std::io::Result<Bytes>>) -> Result<()> {
         match bytes {
-            Some(Ok(bytes)) => self.decoder.push(bytes),
+            Some(Ok(bytes)) => match &mut self.unpacker {
+                Some(unpacker) => unpacker.push(bytes),
+                None => self.decoder.push(bytes),
+            },
             Some(Err(_)) => return Err(self.blame(PeerProblem::Connection("the stream broke off".into()))),
             None => return Err(self.blame(PeerProblem::Connection("the stream ended".into()))),
         }

@@ -36,7 +36,7 @@ fn knock() -> Knock {
     let mut nonce = [3; 32];
     nonce[..8].copy_from_slice(&LAST.fetch_add(1, Ordering::Relaxed).to_le_bytes());
     Knock {
-        version: 2,
+        version: 3,
         cluster: "test".into(),
         database: "app".into(),
         node: NodeId::from_u128(2),
@@ -102,7 +102,7 @@ async fn who_proved_the_secret_learns_why_he_is_refused() {
     let (service, replica_server, node) = service(&SECRET, Mount::Mounted);
     let ask = |knock: Knock| request(knock.headers(&keys(&SECRET)).unwrap(), Untouched);
     let is = |status, word: &str| (status, word.to_owned());
-    assert_eq!(refused(&service, ask(Knock { version: 3, ..knock() })).await, is(409, "version=2"));
+    assert_eq!(refused(&service, ask(Knock { version: 4, ..knock() })).await, is(409, "version=3"));
     let other = Knock { cluster: "other".into(), ..knock() };
     assert_eq!(refused(&service, ask(other)).await, is(409, "cluster=test"));
     let other = Knock { database: "other".into(), ..knock() };

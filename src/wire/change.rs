@@ -73,7 +73,7 @@ impl Runs<'_> {
     fn write(self, page: &mut [u8]) -> Result<(), WireError> {
         let (mut fields, mut at) = (Fields::of(self.0), 0_usize);
         while !fields.is_empty() {
-            at += fields.varint()? as usize;
+            at = at.checked_add(fields.varint()? as usize).ok_or(BEYOND)?;
             let bytes = fields.varint()? as usize;
             let from = fields.bytes(bytes)?;
             let to = page.get_mut(at..).and_then(|page| page.get_mut(..bytes)).ok_or(BEYOND)?;
@@ -150,7 +150,7 @@ pub(super) fn put_change(change: &Change<'_>, out: &mut BytesMut) {
     }
 }
 
-fn put_varint(mut value: u32, out: &mut BytesMut) {
+pub(super) fn put_varint(mut value: u32, out: &mut BytesMut) {
     while value >= 0x80 {
         out.put_u8(value as u8 | 0x80);
         value >>= 7;
@@ -166,9 +166,11 @@ fn varint_bytes(value: u32) -> usize {
 pub(crate) fn difference<'r>(old: Option<&[u8]>, page: &'r [u8], runs: &'r mut BytesMut) -> Image<'r> {
     runs.clear();
     let before = old.unwrap_or(&ZEROS[..page.len()]);
+    if has_little_in_common(before, page) {
+        return Image::Whole(page);
+    }
     let mut last = 0;
-    let mut next = 0;
-    while let Some(first) = first_difference(before, page, next) {
+    while let Some(first) = first_difference(before, page, last) {
         let end = run_end(before, page, first);
         put_varint((first - last) as u32, runs);
         put_varint((end - first) as u32, runs);
@@ -176,12 +178,19 @@ pub(crate) fn difference<'r>(old: Option<&[u8]>, page: &'r [u8], runs: &'r mut B
         if runs.len() >= page.len() {
             return Image::Whole(page);
         }
-        (last, next) = (end, end);
+        last = end;
     }
     match old {
         Some(_) => Image::Patch(Runs(runs)),
         None => Image::Sparse(Runs(runs)),
     }
+}
+
+/// Whether so few words are the same that a page of random bytes is not looked at byte by byte.
+fn has_little_in_common(old: &[u8], new: &[u8]) -> bool {
+    let (old, new) = (old.as_chunks::<8>().0, new.as_chunks::<8>().0);
+    let same = old.iter().zip(new).filter(|(old, new)| old == new).count();
+    same < new.len() / 32
 }
 
 /// The first byte from `at` on that differs.

@@ -187,6 +187,7 @@ fn put_welcome(m: &Welcome, out: &mut BytesMut) -> Kind {
     out.put_slice(&m.position.to_bytes());
     out.put_u32_le(m.page_size.get());
     put_keys(&m.keys, out);
+    out.put_u8(u8::from(m.packed));
     put_peer(&m.peer, out);
     Kind::Welcome
 }

@@ -305,6 +305,7 @@ impl<'a> Fields<'a> {
             position: self.position()?,
             page_size: self.page_size()?,
             keys: self.keys()?,
+            packed: self.flag()?,
             peer: self.peer()?,
         })
     }

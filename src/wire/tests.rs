@@ -99,7 +99,8 @@ fn every_kind() -> Vec<Message<'static>> {
     };
     let welcome = |plan| {
         let (epoch, position) = (Epoch::new(3, 4), position(5));
-        Message::Welcome(Welcome { peer: peer(), epoch, plan, position, page_size: size(), keys: keys() })
+        let (page_size, packed) = (size(), plan != Plan::Recover);
+        Message::Welcome(Welcome { peer: peer(), epoch, plan, position, page_size, keys: keys(), packed })
     };
     let standing = |position: Option<Position>, fit| {
         let (proof, has_content, epoch) = ([8; 32], fit, 1 << 33);
@@ -782,6 +783,7 @@ fn peers_with_control_characters_are_refused() {
             position: position(3),
             page_size: size(),
             keys: keys(),
+            packed: false,
         };
         let unit = first(encoded(&Message::Welcome(welcome))).unwrap().unwrap();
         unit.decode().map(drop)

@@ -219,3 +219,31 @@ async fn a_replica_that_is_kept_from_news_does_not_take_itself_for_level() {
     assert!(age(&db) < Duration::from_secs(5));
     db.shutdown().await;
 }
+
+/// Small commits, compressed and not, behind a link that is far and narrow: 50 ms away, 50 KB a
+/// second. Whole pages would need a minute for them.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn small_commits_keep_up_behind_a_far_and_narrow_link() {
+    const COMMITS: u32 = 500;
+    for compressed in [true, false] {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("p.db");
+        let p = Db::open(primary(&path, 0).compression(compressed)).await.unwrap();
+        let wire = Wire::start(address(&p.node().addresses.replication), Duration::from_millis(50)).await;
+        let follow = replica(&dir.path().join("r.db"), &format!("replite://{}", wire.address));
+        let r = Db::open(follow).await.unwrap();
+        within("ready", r.ready()).await.unwrap();
+        let last = insert(&p, "the first has its page whole", 0).await;
+        r.wait_for_timeout(last, LIMIT).await.unwrap();
+        wire.throttle(50_000);
+        let (begin, mut last) = (Instant::now(), last);
+        for n in 0..COMMITS {
+            last = insert(&p, "small", n.into()).await;
+        }
+        r.wait_for_timeout(last, Duration::from_secs(20)).await.unwrap();
+        println!("compressed {compressed}: {COMMITS} commits in {:?}", begin.elapsed());
+        assert_eq!((count(&p), p.position()), (count(&r), r.position()));
+        r.shutdown().await;
+        p.shutdown().await;
+    }
+}

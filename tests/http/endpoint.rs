@@ -177,7 +177,7 @@ async fn strangers_all_get_the_same_bare_404() {
                     let request = Request::builder()
                         .method(&method)
                         .uri(format!("{base}{path}"))
-                        .header("replite-version", "2")
+                        .header("replite-version", "3")
                         .header("replite-node", own.node_id().to_string())
                         .header("replite-nonce", "0".repeat(64))
                         .header("replite-proof", "1".repeat(64));

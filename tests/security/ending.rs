@@ -147,7 +147,7 @@ impl Between {
 fn forged() -> Response<()> {
     let mut response = Response::new(());
     let fields = [
-        ("replite-version", "2".to_string()),
+        ("replite-version", "3".to_string()),
         ("replite-node", "01890000-0000-7000-8000-000000000001".into()),
         ("replite-incarnation", "01890000-0000-4000-8000-000000000002".into()),
         ("replite-nonce", "5a".repeat(32)),

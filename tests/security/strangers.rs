@@ -93,7 +93,7 @@ async fn who_has_no_secret_gets_a_bare_404_in_tls_and_in_the_clear() {
     let (zeros, ones) = ("0".repeat(64), "1".repeat(64));
     let node = world.primary.node_id().to_string();
     let knock = [
-        ("replite-version", "2"),
+        ("replite-version", "3"),
         ("replite-cluster", "default"),
         ("replite-database", "app"),
         ("replite-node", node.as_str()),

@@ -178,6 +178,15 @@ impl Config {
         self
     }
 
+    /// Whether the streams to replicas are compressed (zstd): commits always, pages and a backlog
+    /// where the link is slower than they come. Yes if not set. It is for this node to say while it
+    /// is the primary. Compressed lengths tell somebody on the path more of what was written than
+    /// plain ones do: see [the guide on trust](crate::guide::trust).
+    pub fn compression(mut self, compress: bool) -> Config {
+        self.compression = compress;
+        self
+    }
+
     /// What this node speaks with others in, or would.
     pub(super) fn check_channel(&self) -> Result<()> {
         if !self.secrets.is_empty() && self.secret_file.is_some() {

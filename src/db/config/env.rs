@@ -29,7 +29,7 @@ const AN_ADDRESS: &str = "an IP address and a port, such as 10.0.0.1:7000";
 const TLS_TOGETHER: &str = "it is not set, and TLS_CHAIN, TLS_KEY, TLS_ROOTS and TLS_NAMES go together";
 
 /// All others, and what each changes.
-const ALONE: [(&str, Take); 34] = [
+const ALONE: [(&str, Take); 35] = [
     ("DATABASE", |c, v| set(&mut c.database, Ok(Some(v.into())))),
     ("CLUSTER", |c, v| set(&mut c.cluster, Ok(v.into()))),
     ("SECRET", |c, v| set(&mut c.secrets, secrets(v))),
@@ -59,6 +59,7 @@ const ALONE: [(&str, Take); 34] = [
     ("WAIT_TIMEOUT", |c, v| set(&mut c.wait_timeout, time(v))),
     ("WRITE_QUEUE", |c, v| set(&mut c.write_queue, number(v))),
     ("GRACE", |c, v| set(&mut c.grace, time(v))),
+    ("COMPRESSION", |c, v| set(&mut c.compression, yes(v))),
     ("VERIFY_EVERY", |c, v| set(&mut c.verify_every, time(v).map(Some))),
     ("VERIFY_LIMIT", |c, v| set(&mut c.verify_limit, bytes(v).and_then(not_zero).map(Some))),
     ("RECOVERY_TIMEOUT", |c, v| set(&mut c.recovery_timeout, time(v))),
@@ -116,6 +117,7 @@ impl Config {
     /// | `WAIT_TIMEOUT` | a time | [`Config::wait_timeout`] |
     /// | `WRITE_QUEUE` | a number | [`Config::write_queue`] |
     /// | `GRACE` | a time | [`Config::grace`] |
+    /// | `COMPRESSION` | `true`, `false` | [`Config::compression`] |
     /// | `VERIFY_EVERY` | a time | [`Config::verify_every`] |
     /// | `VERIFY_LIMIT` | bytes, in a second | [`Config::verify_limit`] |
     /// | `RECOVERY_TIMEOUT` | a time | [`Config::recovery_timeout`] |
@@ -340,6 +342,7 @@ mod tests {
             ("APP_VERIFY_LIMIT", "4096"),
             ("APP_WAIT_TIMEOUT", "500ms"),
             ("APP_CANDIDATE", "false"),
+            ("APP_COMPRESSION", "false"),
             ("APP_GRACE", ""),
         ])
         .unwrap();
@@ -359,7 +362,7 @@ mod tests {
             (Duration::from_secs(7 * 86_400), Duration::from_millis(500))
         );
         assert_eq!(config.verify_limit.unwrap().get(), 4096);
-        assert!(!config.candidate);
+        assert!(!config.candidate && !config.compression && plain.compression);
         assert_eq!(config.grace, plain.grace, "an empty one counts as not set");
         assert!(format!("{:?}", config.lease).contains("None"), "the fixed primary");
     }

@@ -253,7 +253,7 @@ fn name_bad_pages(
 /// does not reach to that state.
 fn logged(base: &Term, at: Position) -> Result<HashMap<PageNo, PageHash>> {
     let log = &base.log;
-    let mut known = HashMap::new();
+    let (mut known, mut size) = (HashMap::new(), u32::MAX);
     let Some(start) = log.start() else { return Ok(known) };
     let Lookup::At { mut lsn, .. } = log.find(start.number())? else { return Ok(known) };
     let pin = log.pin(lsn);
@@ -277,7 +277,10 @@ fn logged(base: &Term, at: Position) -> Result<HashMap<PageNo, PageHash>> {
                         }
                     }
                     RecordPart::End(end) => {
-                        known.retain(|number, _| number.get() <= end.pages);
+                        if end.pages < size {
+                            known.retain(|number, _| number.get() <= end.pages);
+                        }
+                        size = end.pages;
                         if end.after == at {
                             return Ok(known);
                         }

@@ -274,6 +274,7 @@ mod tests {
                 position,
                 page_size,
                 keys: crate::wire::PeerKeys::of(crate::engine::tests::KEYS, true),
+                packed: false,
             };
             wire::encode(&Message::Welcome(welcome), &mut bytes);
             bytes

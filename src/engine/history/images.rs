@@ -7,7 +7,7 @@ use crate::page::{PageNo, PageSet};
 
 /// The pages that the records of this round have whole. A round ends when the log has kept one
 /// half of what it keeps since it began, by bytes or by time. So a page that was changed within the
-/// newest half of the log can be made from the log alone.
+/// newest half of the log can be made from the log alone, but where a full disk took older segments.
 #[derive(Debug)]
 pub(in crate::engine) struct Images {
     whole: PageSet,
@@ -22,7 +22,9 @@ pub(in crate::engine) struct Images {
 
 impl Images {
     pub(in crate::engine) fn new(options: &LogOptions, renewals: u64) -> Images {
-        let (round_bytes, round_time) = (options.keep_bytes / 2, options.keep_age / 2);
+        // Whole segments are dropped.
+        let kept = options.keep_bytes.saturating_sub(options.segment_bytes);
+        let (round_bytes, round_time) = (kept / 2, options.keep_age / 2);
         let (whole, began) = (PageSet::default(), Instant::now());
         Images { whole, bytes: 0, began, renewals, round_bytes, round_time }
     }
@@ -61,7 +63,7 @@ mod tests {
         let options = LogOptions {
             page_key: KEY,
             segment_bytes: 1000,
-            keep_bytes: 10_000,
+            keep_bytes: 11_000,
             keep_age: hour,
             quota_bytes: 20_000,
             tail_bytes: 0,

@@ -92,6 +92,11 @@ impl WalAppender {
         self.run.frame
     }
 
+    /// Bytes of frames of whole transactions that no reader sees yet.
+    pub(in crate::engine) fn unpublished_bytes(&self) -> u64 {
+        u64::from(self.run.frame - self.published.frame) * u64::from(self.base.page_size.get())
+    }
+
     /// Whether a transaction has begun and not ended.
     pub(in crate::engine) fn in_transaction(&self) -> bool {
         self.txn.is_some()
@@ -141,7 +146,9 @@ impl WalAppender {
         };
         change.make(&mut self.page, &self.base.page_key).map_err(|error| match error {
             // Over the right base: so what is here is not what its hash says.
-            WireError::Patch => IntakeError::mismatch(format!("{number:?} as the record has it"), error),
+            WireError::Patch if change.base().is_some() => {
+                IntakeError::mismatch(format!("{number:?} as the record has it"), error)
+            }
             _ => IntakeError::garbled(error.to_string()),
         })?;
         if let Some(txn) = &mut self.txn {

@@ -110,6 +110,7 @@ impl Capture {
             self.losses = self.base.locks_lost();
             self.expect_tip()?;
         }
+        self.images.wrote(0, self.base.log.renewals(), Instant::now());
         self.base.map_to(&mut self.handle, header.max_frame)?;
         let frame = frame_bytes(self.base.page_size);
         while self.tip.frame < header.max_frame {
@@ -123,8 +124,9 @@ impl Capture {
             if !taken? {
                 let commit = self.find_end(first, header.max_frame)?;
                 self.take_large(commit, sink)?;
-                self.hand_on(sink)?;
             }
+            // However small their records are: who waits for them shall not wait for more.
+            self.hand_on(sink)?;
         }
         if self.tip.sum != header.frame_sum {
             return Err(Error::Disturbed(format!(
@@ -228,6 +230,7 @@ impl Capture {
     /// Takes a commit page by page, and hands it on in pieces.
     fn take_large(&mut self, commit: CommitFrames, sink: &mut dyn Sink) -> Result<()> {
         self.hand_on(sink)?;
+        self.base.bound.transaction(commit.last - commit.first + 1);
         sink.committed(self.tip.position.number() + 1)?;
         self.changes.clear();
         let mut record = LogRecord::begin(self, commit);
@@ -243,8 +246,7 @@ impl Capture {
             self.base.read_frame(frame, &mut image)?;
             self.take_page(&mut record, number, self.base.page_key.hash(number, &image), &image)?;
             if self.out.len() >= BATCH_BYTES {
-                self.images.wrote(self.out.len(), self.base.log.renewals(), Instant::now());
-                sink.records(self.out.split().freeze(), None)?;
+                self.give(None, sink)?;
             }
         }
         self.finish(record)
@@ -428,12 +430,18 @@ impl Capture {
         Ok(())
     }
 
+    fn give(&mut self, after: Option<Position>, sink: &mut dyn Sink) -> Result<()> {
+        let bytes = self.out.len();
+        sink.records(self.out.split().freeze(), after)?;
+        self.images.wrote(bytes, self.base.log.renewals(), Instant::now());
+        Ok(())
+    }
+
     /// Hands on what was encoded, and moves the shared tip.
     fn hand_on(&mut self, sink: &mut dyn Sink) -> Result<()> {
         if !self.out.is_empty() {
             sink.committed(self.tip.position.number())?;
-            self.images.wrote(self.out.len(), self.base.log.renewals(), Instant::now());
-            sink.records(self.out.split().freeze(), Some(self.tip.position))?;
+            self.give(Some(self.tip.position), sink)?;
             // One allocation serves many batches, as long as no one keeps the old ones.
             self.out.reserve(BATCH_BYTES / 8 + HEADER_BYTES);
         }

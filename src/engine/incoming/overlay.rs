@@ -132,7 +132,7 @@ impl Overlay {
     }
 
     /// A record changes a page. Where the change lies over another image than the page has, the page
-    /// came from a later state, which this change led to: then it stays as it is.
+    /// stays as it is: it came from a later state, or it is not right and the sum will say so.
     pub(crate) fn change(
         &mut self,
         change: &Change<'_>,

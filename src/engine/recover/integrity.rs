@@ -1,8 +1,9 @@
 //! A database whose WAL is gone while a node was copying frames into it: whether another process
 //! has copied the rest.
 
-use std::collections::{HashMap, HashSet};
+use std::collections::HashMap;
 
+use crate::checksum::PageHash;
 use crate::engine::file::anchor::FileState;
 use crate::engine::file::witnesses::{WitnessPage, Witnesses};
 use crate::engine::recover::Findings;
@@ -17,8 +18,6 @@ use crate::wire::{Change, RecordPart};
 
 /// Pages of the log that the check remembers, some hundred bytes each.
 const PAGES_MAX: usize = 1 << 18;
-/// And of their earlier images.
-const EARLIER_MAX: usize = 1 << 20;
 
 const GONE: &str =
     "its WAL is gone, whose frames were being copied into it, so that the file alone is no committed state";
@@ -89,30 +88,41 @@ impl Findings {
         else {
             return Ok(false);
         };
-        let (mut newest, mut earlier) = (HashMap::new(), HashSet::new());
-        log.records(lsn, log.complete(), |_, message| {
-            for part in message.parts() {
-                if let RecordPart::Change(Change { number, hash, .. }) = part
-                    && (newest.len() < PAGES_MAX || newest.contains_key(&number))
-                    && let Some(before) = newest.insert(number, hash)
-                    && earlier.len() < EARLIER_MAX
-                {
-                    earlier.insert((number, before));
+        let changes = |visit: &mut dyn FnMut(PageNo, PageHash)| {
+            log.records(lsn, log.complete(), |_, message| {
+                for part in message.parts() {
+                    if let RecordPart::Change(Change { number, hash, .. }) = part {
+                        visit(number, hash);
+                    }
                 }
+                Ok(())
+            })
+        };
+        let mut newest = HashMap::new();
+        changes(&mut |number, hash| {
+            if newest.len() < PAGES_MAX || newest.contains_key(&number) {
+                newest.insert(number, hash);
             }
-            Ok(())
         })?;
-        let (mut page, mut back) = (vec![0; base.page_size.bytes()], 0);
+        // Those of which the file has another image than the newest.
+        let (mut page, mut others) = (vec![0; base.page_size.bytes()], HashMap::new());
         for (number, newest) in newest {
             if number.get() > tip.pages || base.index.lookup(number.get(), 1, tip.frame).is_some() {
                 continue;
             }
             self.handle.read(&mut page, number.offset(base.page_size))?;
             let hash = base.page_key.hash(number, &page);
-            if hash != newest && earlier.contains(&(number, hash)) {
-                back += if number == PageNo::FIRST { 2 } else { 1 };
+            if hash != newest {
+                others.insert(number, hash);
             }
         }
+        let mut back = 0;
+        changes(&mut |number, hash| {
+            if others.get(&number) == Some(&hash) {
+                others.remove(&number);
+                back += if number == PageNo::FIRST { 2 } else { 1 };
+            }
+        })?;
         Ok(back > 1)
     }
 

@@ -68,8 +68,8 @@ impl Findings {
         Ok(())
     }
 
-    /// Puts the newest pages of the whole log over what SQLite reads. If that makes exactly the
-    /// state which the log ends with, it takes the place of what is there.
+    /// Puts the changes of the whole log over what SQLite reads. If that makes exactly the state
+    /// which the log ends with, it takes the place of what is there.
     pub(in crate::engine) fn mend(self, why: &str) -> Result<Findings> {
         let log = self.base.log.clone();
         let (Some(from), Some(to)) = (log.start(), log.tip()) else { return Ok(self) };

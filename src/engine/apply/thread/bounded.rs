@@ -16,6 +16,10 @@ use crate::report::Condition;
 /// Pause between two tries while the apply thread waits for the copy.
 const STEP: Duration = Duration::from_millis(1);
 
+/// Frames that wait to be published with more of their batch, in bytes: a batch of small changes may
+/// be many pages.
+const UNSEEN_MAX_BYTES: u64 = 1 << 20;
+
 /// When the apply thread tries again to begin the WAL anew.
 pub(super) struct Bounded {
     pacer: RestartPacer,
@@ -30,9 +34,10 @@ impl Bounded {
     }
 }
 
-/// Whether the WAL has become so long that it is to be begun anew before more is applied.
+/// Whether the WAL has become so long that it is to be begun anew before more is applied, or so
+/// much has come that readers are to see it.
 pub(super) fn is_long(live: &WalAppender) -> bool {
-    live.last_frame() > live.base.limit_frames(BRAKE_TIMES, 1)
+    live.last_frame() > live.base.limit_frames(BRAKE_TIMES, 1) || live.unpublished_bytes() > UNSEEN_MAX_BYTES
 }
 
 impl Apply {
