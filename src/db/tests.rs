@@ -26,7 +26,9 @@ use crate::secret::{Keyring, Secret};
 use crate::standing;
 use crate::status::{Addresses, Event, PeerInfo, Role};
 use crate::txid::{Epoch, EpochHistory, EpochStart, Position, Txid};
-use crate::wire::{self, Accept, Ack, Decoder, Goodbye, Hello, Message, PeerKeys, Plan, Sent};
+use crate::wire::{
+    self, Accept, Ack, Decoder, Goodbye, Hello, Message, PeerKeys, Plan, Sent, Unpacker, Welcome,
+};
 
 const LIMIT: Duration = Duration::from_secs(30);
 
@@ -225,6 +227,8 @@ struct Hostile {
 struct HostileStream {
     opened: OpenResponse,
     decoder: Decoder,
+    /// What comes behind the welcome goes through it.
+    unpacker: Option<Unpacker>,
 }
 
 impl Hostile {
@@ -279,7 +283,7 @@ impl Hostile {
         };
         handshake::seal_hello(&mut hello, &knock, &answer.nonce, &self.asker.keys);
         opened.request.send_data(encoded(&Message::Hello(hello))).await.unwrap();
-        Ok(HostileStream { opened, decoder: Decoder::default() })
+        Ok(HostileStream { opened, decoder: Decoder::default(), unpacker: None })
     }
 }
 
@@ -303,11 +307,25 @@ impl HostileStream {
         let next = async {
             loop {
                 while let Some(unit) = self.decoder.next().unwrap() {
-                    if let Some(found) = of(&unit.decode().unwrap()) {
+                    let message = unit.decode().unwrap();
+                    if matches!(message, Message::Welcome(Welcome { packed: true, .. })) {
+                        let mut unpacker = Unpacker::new().unwrap();
+                        self.decoder.take_rest().for_each(|bytes| unpacker.push(bytes));
+                        self.unpacker = Some(unpacker);
+                    }
+                    if let Some(found) = of(&message) {
                         return Some(found);
                     }
                 }
-                self.decoder.push(self.opened.body.next().await?.ok()?);
+                if let Some(bytes) = self.unpacker.as_mut().and_then(|unpacker| unpacker.next().unwrap()) {
+                    self.decoder.push(bytes);
+                    continue;
+                }
+                let bytes = self.opened.body.next().await?.ok()?;
+                match &mut self.unpacker {
+                    Some(unpacker) => unpacker.push(bytes),
+                    None => self.decoder.push(bytes),
+                }
             }
         };
         tokio::time::timeout(LIMIT, next).await.expect("the primary goes on")

@@ -38,7 +38,7 @@ fn a_knock_survives_its_headers_and_holds_for_every_field() {
         assert_eq!(Knock::read(&missing, &keys(1), Binding::NONE), Err(Stranger::Passer), "without {name}");
     }
     for (name, value) in [
-        (H_VERSION, "3".to_string()),
+        (H_VERSION, "4".to_string()),
         (H_CLUSTER, "other".into()),
         (H_DATABASE, "other".into()),
         (H_NODE, NodeId::from_u128(9).to_string()),
@@ -65,8 +65,8 @@ fn an_answer_holds_for_the_knock_that_it_answers() {
     let other = Knock { nonce: [8; 32], ..knock() };
     assert!(matches!(read(&headers, &other, 1), Some(Err(PeerProblem::Secret))), "a recorded answer");
     let mut newer = headers.clone();
-    newer.insert(H_VERSION, 3u32.into());
-    assert!(matches!(read(&newer, &knock(), 1), Some(Err(PeerProblem::Version { theirs: 3, .. }))));
+    newer.insert(H_VERSION, 4u32.into());
+    assert!(matches!(read(&newer, &knock(), 1), Some(Err(PeerProblem::Version { theirs: 4, .. }))));
     assert!(read(&HeaderMap::new(), &knock(), 1).is_none());
 }
 
@@ -105,7 +105,7 @@ fn refusals_are_understood_by_the_other_side() {
         assert!(matches!(problem, PeerProblem::DuplicateNode(read) if read == told), "{problem}");
         assert_eq!(problem.to_string().contains("of key 0f0f0f0f"), told.is_some(), "{problem}");
     }
-    let Some(PeerProblem::Version { theirs: 2, ours: 2 }) = Refusal::read(&Refusal::Version.headers(), "app")
+    let Some(PeerProblem::Version { theirs: 3, ours: 3 }) = Refusal::read(&Refusal::Version.headers(), "app")
     else {
         panic!("version")
     };

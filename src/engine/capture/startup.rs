@@ -288,7 +288,7 @@ mod tests {
     use crate::log::Lookup;
     use crate::page::PageNo;
     use crate::txid::Txid;
-    use crate::wire::{Decoder, Kind, Message, TxnBegin, TxnEnd, encode, encode_page};
+    use crate::wire::{Decoder, Message, TxnBegin, TxnEnd, encode, encode_page};
 
     fn units(bytes: &[u8]) -> Vec<Unit> {
         let mut decoder = Decoder::new(Some(crate::engine::tests::KEY));
@@ -367,7 +367,7 @@ mod tests {
         encode(&Message::TxnEnd(TxnEnd { after, pages, changed: 1, unix_micros: 0 }), &mut beyond);
         let mut epochs = BytesMut::new();
         encode(&Message::Epochs(opening.history().clone()), &mut epochs);
-        let mut garbled = records[0].iter().find(|unit| unit.kind == Kind::Page).unwrap().clone();
+        let mut garbled = records[0].iter().max_by_key(|unit| unit.raw.len()).unwrap().clone();
         let mut bytes = garbled.raw.to_vec();
         bytes[100] ^= 1;
         garbled.raw = bytes.into();
