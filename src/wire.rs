@@ -76,9 +76,9 @@
 //!   bits a byte, the lowest first, and at most 32.
 //! - 25 TXN: a transaction whose changes come to [`TXN_CHANGES_MAX_BYTES`] at most. Flags (1; bit
 //!   0: it begins an epoch, bit 1: it dropped pages), page size as the power of two (1), position
-//!   before, pages in the database (4), microseconds since 1970 (8), by bit 0 the epoch, by bit 1
-//!   the sum of the hashes of the dropped pages (16), changes. The checksum after it is that before
-//!   it, without the dropped and replaced hashes, with those of the pages.
+//!   before, pages in the database (4), microseconds since 1970 (8). Then the epoch by bit 0, the
+//!   sum of the hashes of the dropped pages (16) by bit 1, and changes. The checksum after it is
+//!   that before it, without the dropped and replaced hashes, with those of the pages.
 //!
 //! The header's layout and the hash of SEGMENT never change with the version, and a SEGMENT has at
 //! most [`SEGMENT_MAX_BYTES`]. So every version can tell the segment of another from a damaged one.
@@ -95,12 +95,13 @@ mod decoder;
 mod encode;
 mod fields;
 mod handoff;
+mod kind;
 mod packing;
 mod record;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use change::{Change, Image, difference};
+pub(crate) use change::{Image, PageChange, difference};
 pub(crate) use decoder::{Decoder, Header};
 pub(crate) use encode::{encode, encode_change, encode_page, encode_pieces, peer_fits};
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
@@ -108,8 +109,11 @@ pub(crate) use fields::sealed;
 pub(crate) use handoff::{
     Accept, BOOT_ID_MAX_BYTES, Handed, HandoffStage, LEASE_RECORD_MAX_BYTES, LeaseOffer,
 };
+pub(crate) use kind::Kind;
 pub(crate) use packing::{Packer, Unpacker};
-pub(crate) use record::{Changes, RecordPart, TXN_CHANGES_MAX_BYTES, TXN_MAX_BYTES, Txn, TxnBegin, TxnEnd};
+pub(crate) use record::{
+    Changes, CompactTxn, RecordPart, TXN_CHANGES_MAX_BYTES, TXN_MAX_BYTES, TxnBegin, TxnEnd,
+};
 #[cfg(test)]
 pub(crate) use tests::seeds;
 
@@ -184,51 +188,6 @@ const _: () = assert!(PIECE_FIELDS_BYTES + PIECE_MAX_BYTES <= PAYLOAD_MAX_BYTES)
 const _: () = assert!(WANT_MAX_PAGES * (8 + 16) <= PAYLOAD_MAX_BYTES);
 const _: () = assert!(HELLO_MAX_BYTES <= PAYLOAD_MAX_BYTES);
 
-/// What a unit is.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-#[repr(u8)]
-pub(crate) enum Kind {
-    TxnBegin = 1,
-    Page = 2,
-    TxnEnd = 3,
-    Hello = 4,
-    Welcome = 5,
-    Epochs = 6,
-    Heartbeat = 7,
-    Ack = 8,
-    SnapBegin = 9,
-    SnapPiece = 10,
-    SnapEnd = 11,
-    Goodbye = 12,
-    Segment = 13,
-    HealBegin = 14,
-    Sums = 15,
-    Want = 16,
-    Sent = 17,
-    Drain = 18,
-    Standing = 19,
-    Handoff = 20,
-    Offer = 21,
-    Accept = 22,
-    Handed = 23,
-    Patch = 24,
-    Txn = 25,
-}
-
-impl Kind {
-    fn from_u8(kind: u8) -> Option<Kind> {
-        use Kind::*;
-        const ALL: [Kind; 25] = [
-            TxnBegin, Page, TxnEnd, Hello, Welcome, Epochs, Heartbeat, Ack, SnapBegin, SnapPiece, SnapEnd,
-            Goodbye, Segment, HealBegin, Sums, Want, Sent, Drain, Standing, Handoff, Offer, Accept, Handed,
-            Patch, Txn,
-        ];
-        let kind = ALL.get(usize::from(kind).checked_sub(1)?).copied();
-        debug_assert!(kind.is_none_or(|k| ALL[k as usize - 1] == k), "the list is not in order");
-        kind
-    }
-}
-
 /// One unit as it came: framing checked, hash not yet.
 #[derive(Clone, Debug)]
 pub(crate) struct Unit {
@@ -257,7 +216,7 @@ impl Unit {
     }
 
     /// Checks the hash and reads the fields. The hash of an [`Image::Whole`] was verified. That of
-    /// other changes is not: see [`Change::make`].
+    /// other changes is not: see [`PageChange::make`].
     ///
     /// # Errors
     /// [`WireError::Hash`] before any field is looked at; then [`WireError::Fields`].
@@ -281,6 +240,8 @@ pub(crate) enum WireError {
     Hash,
     #[error("a change that does not make the page that it says")]
     Patch,
+    #[error("no memory to pack or unpack a stream")]
+    Pack,
     #[error("{0}")]
     Fields(&'static str),
 }
@@ -290,9 +251,9 @@ pub(crate) enum WireError {
 pub(crate) enum Message<'a> {
     TxnBegin(TxnBegin),
     /// A PAGE or a PATCH.
-    Change(Change<'a>),
+    Change(PageChange<'a>),
     TxnEnd(TxnEnd),
-    Txn(Txn<'a>),
+    Txn(CompactTxn<'a>),
     Hello(Hello),
     Welcome(Welcome),
     Epochs(EpochHistory),

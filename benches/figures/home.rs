@@ -227,7 +227,6 @@ pub(crate) fn child() -> bool {
                 runtime().block_on(db.wait_for_timeout(txid, limit)).expect("applied");
                 println!("applied");
             }
-            "written" => println!("{}", crate::wire::written_bytes()),
             "memory" => println!("{}", idle_memory()),
             "peak" => println!("{}", peak_memory()),
             _ => break,

@@ -115,30 +115,40 @@ fn paced(calls: u32, rate: u32, mut run: impl FnMut(i64) -> Txid) -> Txid {
     last.expect("a call")
 }
 
-/// What the log and the disk have of each append.
+/// What the log has of each append, and what goes to the disk: first with a primary alone, then with
+/// a replica on the same disk.
 pub(crate) fn files() {
     const COMMITS: i64 = 4000;
     let (mut log, mut primary, mut replica) = (vec![], vec![], vec![]);
-    let mut pair = Pair::new();
     for _ in 0..RUNS {
+        let dir = directory();
+        let db = crate::home::primary(&dir.path().join("p.db"), Durability::Synced);
+        db.write_blocking(|tx| {
+            Ok::<_, Error>(tx.execute_batch("CREATE TABLE log (id INTEGER PRIMARY KEY, v)")?)
+        })
+        .expect("a table");
+        let before = to_disk();
+        for n in 0..COMMITS {
+            let run = move |tx: &mut replite::rusqlite::Transaction<'_>| {
+                Ok::<_, Error>(tx.prepare_cached(APPEND)?.execute([n])?)
+            };
+            db.write_blocking(run).expect("a commit");
+        }
+        let alone = (to_disk() - before) as f64 / COMMITS as f64;
+        primary.push(alone);
+        drop(db);
+        let mut pair = Pair::new();
         let home = pair.dir.path().join("p.db-replite/log");
-        let before = (size(&home), written_bytes(), other_written(&mut pair.replica));
+        let before = (size(&home), to_disk());
         let last = (0..COMMITS).fold(None, |_, n| Some(pair.write(APPEND, n))).expect("a commit");
         pair.arrived(last);
-        let after = (size(&home), written_bytes(), other_written(&mut pair.replica));
-        let each = |before: u64, after: u64| after.saturating_sub(before) as f64 / COMMITS as f64;
-        log.push(each(before.0, after.0));
-        primary.push(each(before.1, after.1));
-        replica.push(each(before.2, after.2));
+        let both = (to_disk() - before.1) as f64 / COMMITS as f64;
+        log.push((size(&home) - before.0) as f64 / COMMITS as f64);
+        replica.push(both - alone);
     }
     figure("log_bytes_per_commit", "bytes", log);
     figure("disk_bytes_per_commit_primary", "bytes", primary);
     figure("disk_bytes_per_commit_replica", "bytes", replica);
-}
-
-fn other_written(replica: &mut Other) -> u64 {
-    replica.say("written");
-    replica.hear().parse().expect("a number")
 }
 
 fn size(directory: &Path) -> u64 {
@@ -146,12 +156,18 @@ fn size(directory: &Path) -> u64 {
     files.map(|file| file.metadata().map_or(0, |metadata| metadata.len())).sum()
 }
 
-/// Bytes that this process has made dirty in the page cache, in whole pages, for disks to be
-/// written: Linux's `write_bytes`. A file system's journal is not in it.
-pub(crate) fn written_bytes() -> u64 {
-    let counts = std::fs::read_to_string("/proc/self/io").expect("a count of what was written");
-    let line = counts.lines().find(|line| line.starts_with("write_bytes:")).expect("such a line");
-    line.split_whitespace().nth(1).and_then(|n| n.parse().ok()).expect("a number")
+/// Bytes that all disks of the machine have written, when nothing waits to be: with what the file
+/// system's journal has of it, and with what others write.
+fn to_disk() -> u64 {
+    assert!(std::process::Command::new("sync").status().is_ok_and(|status| status.success()), "a sync");
+    let disks = std::fs::read_dir("/sys/block").expect("the disks").flatten();
+    let physical = disks.filter(|disk| disk.path().join("device").exists());
+    let sectors = physical.map(|disk| {
+        let counts = std::fs::read_to_string(disk.path().join("stat")).expect("a disk's counts");
+        counts.split_whitespace().nth(6).and_then(|n| n.parse::<u64>().ok()).expect("sectors written")
+    });
+    // Linux counts in sectors of 512 bytes, whatever the disk's are.
+    sectors.sum::<u64>() * 512
 }
 
 /// How late small commits are behind a link of 1 Mbit/s that is 50 ms away, 100 ms there and back:

@@ -227,7 +227,7 @@ struct Hostile {
 struct HostileStream {
     opened: OpenResponse,
     decoder: Decoder,
-    /// What comes behind the welcome goes through it.
+    /// What comes after the welcome goes through it.
     unpacker: Option<Unpacker>,
 }
 

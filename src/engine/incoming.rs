@@ -30,7 +30,7 @@ use crate::files::{self, Paths, read_exact_at, replace_file, sync_directory, wri
 use crate::page::{PageNo, PageSet, PageSize};
 use crate::txid::Position;
 use crate::wal::le_u32;
-use crate::wire::{Change, HealBegin, SnapBegin, SnapEnd, TxnBegin, TxnEnd};
+use crate::wire::{HealBegin, PageChange, SnapBegin, SnapEnd, TxnBegin, TxnEnd};
 
 /// How far a snapshot has come: the page size, the next page, the position of the first piece, the
 /// page key's fingerprint.
@@ -331,7 +331,7 @@ impl IncomingState {
 
     pub(in crate::engine) fn change(
         &mut self,
-        change: &Change<'_>,
+        change: &PageChange<'_>,
         live: Under<'_>,
     ) -> Result<(), IntakeError> {
         let (overlay, mut store) = self.parts(live);

@@ -23,7 +23,7 @@ use crate::primary::fake::KEYS;
 use crate::primary::plan::{ReplicaPlan, plan};
 use crate::status::{Addresses, PeerInfo};
 use crate::txid::{Epoch, EpochHistory, EpochStart, Place, Position, Txid};
-use crate::wire::{self, Change, HealBegin, Hello, Image, Sent, SnapEnd, TxnBegin, TxnEnd, Want};
+use crate::wire::{self, HealBegin, Hello, Image, PageChange, Sent, SnapEnd, TxnBegin, TxnEnd, Want};
 
 const PAGE_BYTES: usize = 512;
 /// Pages that one sum stands for here: few, so that spans are cut everywhere.
@@ -311,7 +311,7 @@ fn heal(
                 _ => wire::difference(old_bytes.as_ref().map(|old| &old[..]), &page, &mut runs),
             };
             let replaced = old.map(|old| hash(n, *old));
-            let change = Change { number: PageNo::new(n).unwrap(), hash: hash(n, new), replaced, image };
+            let change = PageChange { number: PageNo::new(n).unwrap(), hash: hash(n, new), replaced, image };
             overlay.change(&change, &mut store).unwrap();
         }
         let (after, pages) = (pair[1].position, pair[1].pages.len() as u32);

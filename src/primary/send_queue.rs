@@ -1,5 +1,5 @@
 //! The way out of a stream: a queue with a bound in bytes, whose clean end is said and never
-//! implied. Behind a welcome that says so, what goes in is packed: small pieces are compressed, and
+//! implied. After a welcome that says so, what goes in is packed: small pieces are compressed, and
 //! large ones where the connection takes them more slowly than they come.
 
 use std::io;

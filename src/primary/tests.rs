@@ -75,7 +75,7 @@ struct Stream {
     up: Sender<Bytes, io::Error>,
     down: StreamReceiver,
     decoder: Decoder,
-    /// What comes behind the welcome goes through it.
+    /// What comes after the welcome goes through it.
     unpacker: Option<Unpacker>,
     task: tokio::task::JoinHandle<()>,
 }

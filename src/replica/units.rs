@@ -76,7 +76,7 @@ impl<'a> Units<'a> {
 
     /// What follows the unit that came last is packed.
     pub(super) fn expect_packed(&mut self) -> Result<()> {
-        let mut unpacker = Unpacker::new().map_err(Error::io("make room to unpack a stream in", "memory"))?;
+        let mut unpacker = Unpacker::new().map_err(|error| Error::Internal(error.to_string()))?;
         self.decoder.take_rest().for_each(|bytes| unpacker.push(bytes));
         self.unpacker = Some(unpacker);
         Ok(())

@@ -17,7 +17,7 @@ static ZEROS: [u8; PageSize::MAX_BYTES as usize] = [0; PageSize::MAX_BYTES as us
 
 /// A page that a transaction changed.
 #[derive(Clone, Copy, PartialEq, Debug)]
-pub(crate) struct Change<'a> {
+pub(crate) struct PageChange<'a> {
     pub(crate) number: PageNo,
     /// The hash of the page as it is after the transaction.
     pub(crate) hash: PageHash,
@@ -42,13 +42,13 @@ pub(crate) enum Image<'a> {
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub(crate) struct Runs<'a>(&'a [u8]);
 
-impl Change<'_> {
+impl PageChange<'_> {
     /// The hash of the image that the page must have for the change to apply, if it needs one.
     pub(crate) fn base(&self) -> Option<PageHash> {
         self.replaced.filter(|_| matches!(self.image, Image::Patch(_)))
     }
 
-    /// Makes the page. `page` is its image before, where [`Change::base`] asks for one.
+    /// Makes the page. `page` is its image before, where [`PageChange::base`] asks for one.
     ///
     /// # Errors
     /// What was made is not the page that the change says; `page` has anything then.
@@ -87,8 +87,8 @@ impl Runs<'_> {
 const BEYOND: WireError = WireError::Fields("a patch that goes beyond its page");
 
 impl<'a> Fields<'a> {
-    /// A number of at most 32 bits, seven of them in each byte, the lowest first, in as few bytes as
-    /// it needs.
+    /// A number of at most 32 bits, seven of them in each byte, the lowest first, in as few bytes
+    /// as it needs.
     pub(super) fn varint(&mut self) -> Result<u32, WireError> {
         let mut value = 0_u32;
         for shift in (0..35).step_by(7) {
@@ -105,9 +105,19 @@ impl<'a> Fields<'a> {
         Err(WireError::Fields("a number of more than 32 bits, or of more bytes than it needs"))
     }
 
+    /// A page's number and all of it. `hash` was verified.
+    pub(super) fn page(&mut self, hash: [u8; 16]) -> Result<PageChange<'a>, WireError> {
+        let (number, page) = (self.page_no()?, self.rest());
+        u32::try_from(page.len())
+            .ok()
+            .and_then(|bytes| PageSize::new(bytes).ok())
+            .ok_or(WireError::Fields("a page of no valid size"))?;
+        Ok(PageChange { number, hash: PageHash::from_bytes(hash), replaced: None, image: Image::Whole(page) })
+    }
+
     /// Page number, flags, perhaps the hash of the image before, the hash of the page, the length
     /// of the runs, the runs.
-    pub(super) fn change(&mut self) -> Result<Change<'a>, WireError> {
+    pub(super) fn change(&mut self) -> Result<PageChange<'a>, WireError> {
         let number = PageNo::new(self.varint()?).ok_or(WireError::Fields("page number 0"))?;
         let [flags] = *self.array()?;
         if flags & !(REPLACES | OVER_BASE) != 0 || flags == OVER_BASE {
@@ -119,12 +129,12 @@ impl<'a> Fields<'a> {
         let bytes = self.varint()? as usize;
         let runs = Runs(self.bytes(bytes)?);
         let image = if flags & OVER_BASE != 0 { Image::Patch(runs) } else { Image::Sparse(runs) };
-        Ok(Change { number, hash, replaced, image })
+        Ok(PageChange { number, hash, replaced, image })
     }
 }
 
 /// Writes a change, its fields as [`Fields::change`] reads them. A whole page becomes one run.
-pub(super) fn put_change(change: &Change<'_>, out: &mut BytesMut) {
+pub(super) fn put_change(change: &PageChange<'_>, out: &mut BytesMut) {
     let flags = match (change.replaced, change.image) {
         (None, _) => 0,
         (Some(_), Image::Patch(_)) => REPLACES | OVER_BASE,
@@ -162,7 +172,7 @@ fn varint_bytes(value: u32) -> usize {
     (32 - (value | 1).leading_zeros()).div_ceil(7) as usize
 }
 
-/// Says what a page became in as few bytes as are easily found. `runs` is where they are written.
+/// Says what a page became in as few bytes as are easily found. `runs` is where they are put.
 pub(crate) fn difference<'r>(old: Option<&[u8]>, page: &'r [u8], runs: &'r mut BytesMut) -> Image<'r> {
     runs.clear();
     let before = old.unwrap_or(&ZEROS[..page.len()]);
@@ -237,11 +247,11 @@ mod tests {
         let (mut runs, mut out) = (BytesMut::new(), BytesMut::new());
         let replaced = old.map(|old| KEY.hash(number, old));
         let image = difference(old, page, &mut runs);
-        put_change(&Change { number, hash: KEY.hash(number, page), replaced, image }, &mut out);
+        put_change(&PageChange { number, hash: KEY.hash(number, page), replaced, image }, &mut out);
         out
     }
 
-    fn received(bytes: &[u8]) -> Change<'_> {
+    fn received(bytes: &[u8]) -> PageChange<'_> {
         let mut fields = Fields::of(bytes);
         let change = fields.change().unwrap();
         assert!(fields.is_empty());
@@ -290,7 +300,7 @@ mod tests {
         page[400] = 7;
         assert_eq!(received(&bytes).make(&mut page, &KEY), Err(WireError::Patch));
         // Of another page, although the bytes fit.
-        let change = Change { number: PageNo::new(4).unwrap(), ..received(&bytes) };
+        let change = PageChange { number: PageNo::new(4).unwrap(), ..received(&bytes) };
         assert_eq!(change.make(&mut old.clone(), &KEY), Err(WireError::Patch));
     }
 

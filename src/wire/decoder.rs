@@ -89,7 +89,7 @@ impl Decoder {
         self.partial.len() + self.chunks.iter().map(Bytes::len).sum::<usize>()
     }
 
-    /// What has arrived behind the last unit, which is to be no units. The decoder has nothing then.
+    /// What has arrived after the last unit, where that is no units. The decoder has nothing then.
     pub(crate) fn take_rest(&mut self) -> impl Iterator<Item = Bytes> {
         let partial = std::mem::take(&mut self.partial).freeze();
         std::iter::once(partial).chain(std::mem::take(&mut self.chunks))

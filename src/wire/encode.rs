@@ -5,7 +5,7 @@ use crate::checksum::PageHash;
 use crate::page::PageNo;
 use crate::status::{Addresses, PeerInfo};
 use crate::txid::Position;
-use crate::wire::change::{Change, Image, put_change};
+use crate::wire::change::{Image, PageChange, put_change};
 use crate::wire::fields::hash_of;
 use crate::wire::handoff::DECLINED_MAX_BYTES;
 use crate::wire::record::put_txn;
@@ -20,7 +20,7 @@ use crate::wire::{
 /// # Panics
 /// When a page or a snapshot piece is larger than a unit may be: the caller chooses their size.
 pub(crate) fn encode(message: &Message<'_>, out: &mut BytesMut) {
-    if let Message::Change(Change { number, hash, image: Image::Whole(page), .. }) = *message {
+    if let Message::Change(PageChange { number, hash, image: Image::Whole(page), .. }) = *message {
         return encode_page(number, hash, page, out);
     }
     let at = out.len();
@@ -49,7 +49,7 @@ pub(crate) fn encode_page(number: PageNo, hash: PageHash, page: &[u8], out: &mut
 }
 
 /// Writes a change as it stands in a TXN unit, after others.
-pub(crate) fn encode_change(change: &Change<'_>, out: &mut BytesMut) {
+pub(crate) fn encode_change(change: &PageChange<'_>, out: &mut BytesMut) {
     put_change(change, out);
 }
 
@@ -84,7 +84,7 @@ fn head(kind: Kind, payload: usize) -> [u8; 8] {
 
 fn put_fields(message: &Message<'_>, out: &mut BytesMut) -> Kind {
     match message {
-        // A whole page is not among these: `encode_page` encodes it, because its hash is another one.
+        // `encode_page` encodes a whole page, because its hash is another one.
         Message::Change(change) => {
             put_change(change, out);
             Kind::Patch

@@ -1,15 +1,13 @@
 //! A unit's hash, and its fields out of verified bytes.
-use crate::checksum::{Checksum, Fingerprint, PageHash, PageKey};
+use crate::checksum::{Checksum, Fingerprint, PageKey};
 use crate::keys::TokenKey;
 use crate::page::{PageNo, PageSize};
 use crate::status::PeerInfo;
 use crate::txid::{Epoch, EpochHistory, NUMBER_MAX, Position};
-use crate::wire::change::{Change, Image};
 use crate::wire::{
     ADDRESS_MAX, Ack, FOLLOWS_NONE, Goodbye, HEADER_BYTES, HELLO_PROOF_BYTES, HealBegin, Heartbeat, Hello,
     Kind, MARKS_MAX, Message, NO_LEASE, PEER_MAX_BYTES, PeerKeys, Plan, REASON_MAX_BYTES, SPAN_MAX_PAGES,
-    Segment, Sent, SnapBegin, SnapEnd, Standing, TxnBegin, TxnEnd, UNIT_KEY, WANT_MAX_PAGES, Want, WantRun,
-    Welcome, WireError,
+    Segment, Sent, SnapBegin, SnapEnd, Standing, UNIT_KEY, WANT_MAX_PAGES, Want, WantRun, Welcome, WireError,
 };
 
 /// The hash of a unit that is no page, from its header and payload; what stands in the hash's place
@@ -62,20 +60,11 @@ pub(super) fn decode(
     verify(Some(kind), hash, unit, key)?;
     let mut f = Fields(&unit[HEADER_BYTES..]);
     let message = match kind {
-        Kind::TxnBegin => Message::TxnBegin(TxnBegin {
-            before: f.position()?,
-            epoch: f.epoch()?,
-            page_size: f.page_size()?,
-        }),
-        Kind::Page => f.page(hash)?,
+        Kind::TxnBegin => Message::TxnBegin(f.txn_begin()?),
+        Kind::Page => Message::Change(f.page(hash)?),
         Kind::Patch => Message::Change(f.change()?),
         Kind::Txn => Message::Txn(f.txn()?),
-        Kind::TxnEnd => Message::TxnEnd(TxnEnd {
-            after: f.position()?,
-            pages: f.u32()?,
-            changed: f.u32()?,
-            unix_micros: f.u64()?,
-        }),
+        Kind::TxnEnd => Message::TxnEnd(f.txn_end()?),
         Kind::Hello => Message::Hello(f.hello()?),
         Kind::Welcome => Message::Welcome(f.welcome()?),
         Kind::Epochs => Message::Epochs(f.history()?),
@@ -194,11 +183,11 @@ impl<'a> Fields<'a> {
         Epoch::from_bytes(self.array()?).ok_or(WireError::Fields("an epoch beyond all numbers"))
     }
 
-    fn page_no(&mut self) -> Result<PageNo, WireError> {
+    pub(super) fn page_no(&mut self) -> Result<PageNo, WireError> {
         PageNo::new(self.u32()?).ok_or(WireError::Fields("page number 0"))
     }
 
-    fn page_size(&mut self) -> Result<PageSize, WireError> {
+    pub(super) fn page_size(&mut self) -> Result<PageSize, WireError> {
         PageSize::new(self.u32()?).map_err(|_| WireError::Fields("a page size that SQLite does not have"))
     }
 
@@ -218,16 +207,6 @@ impl<'a> Fields<'a> {
             return Err(WireError::Fields("addresses or labels with control characters"));
         }
         Ok(peer)
-    }
-
-    fn page(&mut self, hash: [u8; 16]) -> Result<Message<'a>, WireError> {
-        let (number, page) = (self.page_no()?, self.rest());
-        u32::try_from(page.len())
-            .ok()
-            .and_then(|bytes| PageSize::new(bytes).ok())
-            .ok_or(WireError::Fields("a page of no valid size"))?;
-        let hash = PageHash::from_bytes(hash);
-        Ok(Message::Change(Change { number, hash, replaced: None, image: Image::Whole(page) }))
     }
 
     fn keys(&mut self) -> Result<PeerKeys, WireError> {

@@ -1,4 +1,4 @@
-//! How a primary's stream travels behind its WELCOME, if that says so: in blocks, some of which are
+//! How a primary's stream travels after its WELCOME, if that says so: in blocks, some of which are
 //! compressed.
 //!
 //! A block is a varint and bytes. The varint is their count, 1 to [`BLOCK_MAX_BYTES`], times two,
@@ -7,7 +7,6 @@
 
 use std::collections::VecDeque;
 use std::fmt;
-use std::io;
 
 use bytes::{Buf, Bytes, BytesMut};
 use zstd::stream::raw::{CParameter, DParameter, Decoder, Encoder, InBuffer, Operation, OutBuffer};
@@ -36,9 +35,9 @@ const STEP_BYTES: usize = 64 * 1024;
 pub(crate) struct Packer(Encoder<'static>);
 
 impl Packer {
-    pub(crate) fn new() -> io::Result<Packer> {
-        let mut encoder = Encoder::new(LEVEL)?;
-        encoder.set_parameter(CParameter::WindowLog(WINDOW_LOG))?;
+    pub(crate) fn new() -> Result<Packer, WireError> {
+        let mut encoder = Encoder::new(LEVEL).map_err(|_| WireError::Pack)?;
+        encoder.set_parameter(CParameter::WindowLog(WINDOW_LOG)).map_err(|_| WireError::Pack)?;
         Ok(Packer(encoder))
     }
 
@@ -51,7 +50,7 @@ impl Packer {
     ///
     /// # Errors
     /// zstd has no memory. The stream can't go on.
-    pub(crate) fn pack(&mut self, bytes: &[u8], compress: bool) -> io::Result<Bytes> {
+    pub(crate) fn pack(&mut self, bytes: &[u8], compress: bool) -> Result<Bytes, WireError> {
         let mut out = BytesMut::with_capacity(Packer::most(bytes.len()));
         for part in bytes.chunks(PART_BYTES) {
             if compress {
@@ -66,16 +65,16 @@ impl Packer {
         Ok(out.freeze())
     }
 
-    fn compress(&mut self, part: &[u8]) -> io::Result<Vec<u8>> {
+    fn compress(&mut self, part: &[u8]) -> Result<Vec<u8>, WireError> {
         let mut packed = Vec::with_capacity(part.len() + GROWTH_MAX_BYTES);
         let mut out = OutBuffer::around(&mut packed);
         let mut input = InBuffer::around(part);
         while input.pos() < part.len() && out.pos() < out.capacity() {
-            self.0.run(&mut input, &mut out)?;
+            self.0.run(&mut input, &mut out).map_err(|_| WireError::Pack)?;
         }
-        match self.0.flush(&mut out)? {
+        match self.0.flush(&mut out).map_err(|_| WireError::Pack)? {
             0 if input.pos() == part.len() => Ok(packed),
-            _ => Err(io::Error::other("bytes became more by compression than they may")),
+            _ => Err(WireError::Pack),
         }
     }
 }
@@ -103,9 +102,9 @@ struct Block {
 }
 
 impl Unpacker {
-    pub(crate) fn new() -> io::Result<Unpacker> {
-        let mut decoder = Decoder::new()?;
-        decoder.set_parameter(DParameter::WindowLogMax(WINDOW_LOG))?;
+    pub(crate) fn new() -> Result<Unpacker, WireError> {
+        let mut decoder = Decoder::new().map_err(|_| WireError::Pack)?;
+        decoder.set_parameter(DParameter::WindowLogMax(WINDOW_LOG)).map_err(|_| WireError::Pack)?;
         Ok(Unpacker { decoder, arrived: VecDeque::new(), head: ([0; HEAD_MAX_BYTES], 0), block: None })
     }
 

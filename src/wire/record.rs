@@ -4,7 +4,7 @@ use bytes::{BufMut, BytesMut};
 use crate::checksum::Checksum;
 use crate::page::PageSize;
 use crate::txid::{Epoch, NUMBER_MAX, Position, Txid};
-use crate::wire::change::Change;
+use crate::wire::change::PageChange;
 use crate::wire::fields::Fields;
 use crate::wire::{Kind, Message, WireError};
 
@@ -39,7 +39,7 @@ pub(crate) struct TxnEnd {
 
 /// A whole transaction in one unit.
 #[derive(Clone, Copy, PartialEq, Debug)]
-pub(crate) struct Txn<'a> {
+pub(crate) struct CompactTxn<'a> {
     pub(crate) begin: TxnBegin,
     pub(crate) end: TxnEnd,
     /// Its changes, encoded; at least one.
@@ -58,9 +58,9 @@ impl<'a> Changes<'a> {
 }
 
 impl<'a> Iterator for Changes<'a> {
-    type Item = Change<'a>;
+    type Item = PageChange<'a>;
 
-    fn next(&mut self) -> Option<Change<'a>> {
+    fn next(&mut self) -> Option<PageChange<'a>> {
         let mut fields = Fields::of(self.0);
         if fields.is_empty() {
             return None;
@@ -75,7 +75,7 @@ impl<'a> Iterator for Changes<'a> {
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub(crate) enum RecordPart<'a> {
     Begin(TxnBegin),
-    Change(Change<'a>),
+    Change(PageChange<'a>),
     End(TxnEnd),
 }
 
@@ -83,7 +83,7 @@ pub(crate) enum RecordPart<'a> {
 #[derive(Clone, Debug)]
 pub(crate) struct RecordParts<'a> {
     begin: Option<TxnBegin>,
-    change: Option<Change<'a>>,
+    change: Option<PageChange<'a>>,
     changes: Changes<'a>,
     end: Option<TxnEnd>,
 }
@@ -96,7 +96,7 @@ impl<'a> Message<'a> {
             Message::TxnBegin(begin) => RecordParts { begin: Some(begin), ..none },
             Message::Change(change) => RecordParts { change: Some(change), ..none },
             Message::TxnEnd(end) => RecordParts { end: Some(end), ..none },
-            Message::Txn(Txn { begin, end, changes }) => {
+            Message::Txn(CompactTxn { begin, end, changes }) => {
                 RecordParts { begin: Some(begin), changes, end: Some(end), ..none }
             }
             _ => none,
@@ -136,8 +136,17 @@ impl Kind {
 }
 
 impl<'a> Fields<'a> {
+    pub(super) fn txn_begin(&mut self) -> Result<TxnBegin, WireError> {
+        Ok(TxnBegin { before: self.position()?, epoch: self.epoch()?, page_size: self.page_size()? })
+    }
+
+    pub(super) fn txn_end(&mut self) -> Result<TxnEnd, WireError> {
+        let (after, pages, changed) = (self.position()?, self.u32()?, self.u32()?);
+        Ok(TxnEnd { after, pages, changed, unix_micros: self.u64()? })
+    }
+
     /// The position after is not among the fields: it follows from the hashes.
-    pub(super) fn txn(&mut self) -> Result<Txn<'a>, WireError> {
+    pub(super) fn txn(&mut self) -> Result<CompactTxn<'a>, WireError> {
         let [flags, page_size] = *self.array()?;
         if flags & !(NEW_EPOCH | DROPPED) != 0 {
             return Err(WireError::Fields("flags that no transaction has"));
@@ -170,13 +179,13 @@ impl<'a> Fields<'a> {
         let number = number.ok_or(WireError::Fields("a position beyond all numbers"))?;
         let after = Position::new(Txid::new(epoch, number), sum);
         let begin = TxnBegin { before, epoch, page_size };
-        Ok(Txn { begin, end: TxnEnd { after, pages, changed, unix_micros }, changes })
+        Ok(CompactTxn { begin, end: TxnEnd { after, pages, changed, unix_micros }, changes })
     }
 }
 
 /// Writes a TXN unit's fields.
-pub(super) fn put_txn(txn: &Txn<'_>, out: &mut BytesMut) -> Kind {
-    let Txn { begin, end, changes } = txn;
+pub(super) fn put_txn(txn: &CompactTxn<'_>, out: &mut BytesMut) -> Kind {
+    let CompactTxn { begin, end, changes } = txn;
     let mut sum = begin.before.checksum();
     for change in *changes {
         sum = change.replaced.map_or(sum, |replaced| sum.without(replaced)).with(change.hash);

@@ -52,18 +52,18 @@ fn history() -> EpochHistory {
 
 fn page_of(number: PageNo, page: &[u8]) -> Message<'_> {
     let hash = KEY.hash(number, page);
-    Message::Change(Change { number, hash, replaced: None, image: Image::Whole(page) })
+    Message::Change(PageChange { number, hash, replaced: None, image: Image::Whole(page) })
 }
 
 static PAGES: [u8; 1024] = [0x5a; 1024];
 
 /// A page that has changed, as a PATCH or a TXN has it.
-fn change(number: u32, old: Option<&[u8]>, page: &'static [u8]) -> Change<'static> {
+fn change(number: u32, old: Option<&[u8]>, page: &'static [u8]) -> PageChange<'static> {
     let number = page_no(number);
     let runs = Box::leak(Box::default());
     let image = difference(old, page, runs);
     let replaced = old.map(|old| KEY.hash(number, old));
-    Change { number, hash: KEY.hash(number, page), replaced, image }
+    PageChange { number, hash: KEY.hash(number, page), replaced, image }
 }
 
 /// A transaction in one unit, of the epoch before or of another, which drops pages or does not.
@@ -79,7 +79,7 @@ fn txn(epoch: Epoch, dropped: u128) -> Message<'static> {
     let begin = TxnBegin { before, epoch, page_size: size() };
     let end =
         TxnEnd { after: Position::new(Txid::new(epoch, 2), sum), pages: 300, changed: 2, unix_micros: 9 };
-    Message::Txn(Txn { begin, end, changes: Changes::of(encoded) })
+    Message::Txn(CompactTxn { begin, end, changes: Changes::of(encoded) })
 }
 
 static ZERO: [u8; 512] = [0; 512];
@@ -553,16 +553,17 @@ fn the_bytes_of_changes_stay_what_they_are() {
     let (mut runs, mut more, mut encoded_changes) = Default::default();
     let (changed, page) = (page_no(300), page_no(2));
     let (replaced, hash) = (Some(KEY.hash(changed, &old)), KEY.hash(changed, &new));
-    let change = Change { number: changed, hash, replaced, image: difference(Some(&old), &new, &mut runs) };
+    let change =
+        PageChange { number: changed, hash, replaced, image: difference(Some(&old), &new, &mut runs) };
     let image = difference(None, &grown, &mut more);
-    let growth = Change { number: page, hash: KEY.hash(page, &grown), replaced: None, image };
+    let growth = PageChange { number: page, hash: KEY.hash(page, &grown), replaced: None, image };
     encode_change(&change, &mut encoded_changes);
     encode_change(&growth, &mut encoded_changes);
     let epoch = position(1).epoch();
     let begin = TxnBegin { before: position(1), epoch, page_size: size() };
     let after = Position::new(Txid::new(epoch, 2), Checksum::from_u128(0x933fe53510c5eb4dc67cf9984c740dee));
     let end = TxnEnd { after, pages: 300, changed: 2, unix_micros: 9 };
-    let whole = Txn { begin, end, changes: Changes::of(&encoded_changes) };
+    let whole = CompactTxn { begin, end, changes: Changes::of(&encoded_changes) };
     for (message, bytes) in [(Message::Change(change), patch), (Message::Txn(whole), txn)] {
         assert_eq!(encoded(&message), unhex_lossy(bytes), "{message:?}");
         assert_eq!(first(unhex_lossy(bytes)).unwrap().unwrap().decode().unwrap(), message);
@@ -579,7 +580,11 @@ fn the_bytes_of_changes_stay_what_they_are() {
 fn a_transaction_of_one_unit_has_changes_in_their_bounds() {
     let Message::Txn(txn) = txn(position(1).epoch(), 0) else { panic!() };
     let with = |begin: TxnBegin, changes: &[u8]| {
-        fields_error(encoded(&Message::Txn(Txn { begin, end: txn.end, changes: Changes::of(changes) })))
+        fields_error(encoded(&Message::Txn(CompactTxn {
+            begin,
+            end: txn.end,
+            changes: Changes::of(changes),
+        })))
     };
     let mut one = BytesMut::new();
     encode_change(&change(2, None, &SPARSE), &mut one);
@@ -590,7 +595,7 @@ fn a_transaction_of_one_unit_has_changes_in_their_bounds() {
     assert!(with(txn.begin, &one[..one.len() - 1]), "a change that is cut");
     let last = Position::new(Txid::new(position(1).epoch(), NUMBER_MAX), position(1).checksum());
     assert!(with(TxnBegin { before: last, ..txn.begin }, &one), "a number that no history gets to");
-    // Flags and page size are the first bytes; behind the position stand 12 bytes more.
+    // Flags and page size are the first bytes; after the position come 12 bytes more.
     let raw = encoded(&Message::Txn(txn));
     for (at, value) in [(0, 4), (0, 1), (0, 2), (1, 8), (1, 17), (1, 255)] {
         let mut payload = raw[HEADER_BYTES..].to_vec();
@@ -601,7 +606,7 @@ fn a_transaction_of_one_unit_has_changes_in_their_bounds() {
     payload[0] = 2;
     payload.splice(54..54, [0; 16]);
     assert!(fields_error(sealed(25, 0, &payload)), "dropped pages of no sum");
-    // A change's flags stand behind its number, here of two bytes.
+    // A change's flags come after its number, here of two bytes.
     let patch = encoded(&Message::Change(change(300, Some(&ZERO), &SPARSE)));
     for flags in [2, 4, 255] {
         let mut payload = patch[HEADER_BYTES..].to_vec();

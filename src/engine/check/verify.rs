@@ -23,7 +23,7 @@ use crate::sqlite::{Handle, Lock, Slot};
 use crate::status::Verification;
 use crate::threads::caught;
 use crate::txid::Position;
-use crate::wire::{Change, RecordPart};
+use crate::wire::{PageChange, RecordPart};
 
 /// Longest wait for one of SQLite's four read marks.
 const MARK_WAIT: Duration = Duration::from_secs(10);
@@ -271,7 +271,7 @@ fn logged(base: &Term, at: Position) -> Result<HashMap<PageNo, PageHash>> {
             // The hash of the unit was verified: a damaged log names no page.
             for part in unit.decode().map_err(|e| corrupt(lsn, e))?.parts() {
                 match part {
-                    RecordPart::Change(Change { number, hash, .. }) => {
+                    RecordPart::Change(PageChange { number, hash, .. }) => {
                         if known.len() < KNOWN_MAX || known.contains_key(&number) {
                             known.insert(number, hash);
                         }

@@ -1,15 +1,18 @@
-//! Which pages the log has whole, so that a change may say what differs and nothing else.
+//! Which images of pages a record has: the last of its transaction, and whether whole.
 
+use std::collections::HashMap;
 use std::time::{Duration, Instant};
 
 use crate::log::LogOptions;
 use crate::page::{PageNo, PageSet};
+use crate::wal::FrameHeader;
 
 /// The pages that the records of this round have whole. A round ends when the log has kept one
-/// half of what it keeps since it began, by bytes or by time. So a page that was changed within the
-/// newest half of the log can be made from the log alone, but where a full disk took older segments.
+/// half of what it keeps since it began, by bytes or by time. So a page that was changed within
+/// the newest half of the log can be made from the log alone, but where a full disk took older
+/// segments.
 #[derive(Debug)]
-pub(in crate::engine) struct Images {
+pub(in crate::engine) struct WholePages {
     whole: PageSet,
     /// Bytes of records since the round began.
     bytes: u64,
@@ -20,13 +23,13 @@ pub(in crate::engine) struct Images {
     round_time: Duration,
 }
 
-impl Images {
-    pub(in crate::engine) fn new(options: &LogOptions, renewals: u64) -> Images {
+impl WholePages {
+    pub(in crate::engine) fn new(options: &LogOptions, renewals: u64) -> WholePages {
         // Whole segments are dropped.
         let kept = options.keep_bytes.saturating_sub(options.segment_bytes);
         let (round_bytes, round_time) = (kept / 2, options.keep_age / 2);
         let (whole, began) = (PageSet::default(), Instant::now());
-        Images { whole, bytes: 0, began, renewals, round_bytes, round_time }
+        WholePages { whole, bytes: 0, began, renewals, round_bytes, round_time }
     }
 
     /// Whether a record has the page whole already, this round. If not, the one that asks is to.
@@ -52,6 +55,21 @@ impl Images {
     }
 }
 
+/// The places, in order, of the last image of each page in a run of frames.
+pub(in crate::engine) fn newest_images(frames: &[u8], frame: usize) -> Vec<usize> {
+    let count = frames.len() / frame;
+    if count == 1 {
+        return vec![0];
+    }
+    let mut newest = HashMap::with_capacity(count);
+    for at in 0..count {
+        newest.insert(FrameHeader::parse(&frames[at * frame..]).page, at);
+    }
+    let mut places: Vec<usize> = newest.into_values().collect();
+    places.sort_unstable();
+    places
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -68,7 +86,7 @@ mod tests {
             quota_bytes: 20_000,
             tail_bytes: 0,
         };
-        let mut images = Images::new(&options, 3);
+        let mut images = WholePages::new(&options, 3);
         let (page, begin) = (PageNo::FIRST, images.began);
         assert!(!images.has(page));
         images.wrote(5000, 3, begin + hour / 2);

@@ -15,7 +15,7 @@ use crate::page::PageNo;
 use crate::sqlite::Handle;
 use crate::txid::{Epoch, EpochHistory, Position};
 use crate::wal::{FRAME_HEADER_BYTES, WalSum, frame_bytes, frame_offset, push_frame, region_of};
-use crate::wire::{Change, TxnBegin, TxnEnd, WireError};
+use crate::wire::{PageChange, TxnBegin, TxnEnd, WireError};
 
 /// The appender writes frames to the WAL when they are together larger than this.
 const WRITE_BYTES: usize = 512 * 1024;
@@ -130,8 +130,8 @@ impl WalAppender {
     }
 
     /// A changed page of the record.
-    pub(in crate::engine) fn change(&mut self, change: &Change<'_>) -> Result<(), IntakeError> {
-        let Change { number, hash, .. } = *change;
+    pub(in crate::engine) fn change(&mut self, change: &PageChange<'_>) -> Result<(), IntakeError> {
+        let PageChange { number, hash, .. } = *change;
         if number.is_lock_page(self.base.page_size) {
             return Err(IntakeError::garbled("a page that the database can't have"));
         }

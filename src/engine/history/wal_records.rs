@@ -1,6 +1,5 @@
 //! Committed frames become transaction records.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
 
@@ -9,7 +8,7 @@ use bytes::{Bytes, BytesMut};
 use crate::checksum::{Checksum, PageHash};
 use crate::engine::file::database::{OpenDatabase, Tip};
 use crate::engine::file::hash_cache::HashCache;
-use crate::engine::history::images::Images;
+use crate::engine::history::images::{WholePages, newest_images};
 use crate::error::{Error, Result};
 use crate::lock::lock;
 use crate::page::PageNo;
@@ -17,7 +16,7 @@ use crate::sqlite::Handle;
 use crate::txid::{Epoch, EpochHistory, Position, Txid};
 use crate::wal::{FRAME_HEADER_BYTES, FrameHeader, IndexHeader, WalSum, frame_bytes, frame_offset};
 use crate::wire::{
-    self, Change, Changes, HEADER_BYTES, Message, TXN_CHANGES_MAX_BYTES, Txn, TxnBegin, TxnEnd,
+    self, Changes, CompactTxn, HEADER_BYTES, Message, PageChange, TXN_CHANGES_MAX_BYTES, TxnBegin, TxnEnd,
 };
 
 /// Capture reads frames in runs of about this size. It takes a larger transaction page by page.
@@ -59,7 +58,7 @@ pub(in crate::engine) struct Capture {
     /// The runs by which it differs.
     runs: BytesMut,
     /// The pages that the log has whole.
-    images: Images,
+    images: WholePages,
 }
 
 /// One commit's frames, first to last, and what the last says.
@@ -86,7 +85,7 @@ impl Capture {
             out: BytesMut::new(),
             changes: BytesMut::new(),
             runs: BytesMut::new(),
-            images: Images::new(&base.options.log, base.log.renewals()),
+            images: WholePages::new(&base.options.log, base.log.renewals()),
             cache: HashCache::new(),
             base,
             handle,
@@ -283,7 +282,7 @@ impl Capture {
         self.cache.set(number, hash);
         let before = replaced.filter(|_| !record.whole).map(|_| &self.page[..]);
         let image = wire::difference(before, page, &mut self.runs);
-        let change = Change { number, hash, replaced, image };
+        let change = PageChange { number, hash, replaced, image };
         if record.in_one_unit {
             wire::encode_change(&change, &mut self.changes);
             if self.changes.len() > TXN_CHANGES_MAX_BYTES {
@@ -373,7 +372,7 @@ impl Capture {
         let end = TxnEnd { after, pages: commit.pages, changed: record.changed, unix_micros };
         if record.in_one_unit {
             let changes = Changes::of(&self.changes);
-            wire::encode(&Message::Txn(Txn { begin: self.begin(), end, changes }), &mut self.out);
+            wire::encode(&Message::Txn(CompactTxn { begin: self.begin(), end, changes }), &mut self.out);
         } else {
             wire::encode(&Message::TxnEnd(end), &mut self.out);
         }
@@ -483,19 +482,4 @@ impl LogRecord {
             in_one_unit: true,
         }
     }
-}
-
-/// The places, in order, of the last image of each page in a run of frames.
-fn newest_images(frames: &[u8], frame: usize) -> Vec<usize> {
-    let count = frames.len() / frame;
-    if count == 1 {
-        return vec![0];
-    }
-    let mut newest = HashMap::with_capacity(count);
-    for at in 0..count {
-        newest.insert(FrameHeader::parse(&frames[at * frame..]).page, at);
-    }
-    let mut places: Vec<usize> = newest.into_values().collect();
-    places.sort_unstable();
-    places
 }

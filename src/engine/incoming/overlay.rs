@@ -10,7 +10,7 @@ use crate::engine::history::intake_error::IntakeError;
 use crate::error::Result;
 use crate::page::{PageNo, PageSet, PageSize};
 use crate::txid::Position;
-use crate::wire::{Change, SnapEnd, TxnBegin, TxnEnd};
+use crate::wire::{PageChange, SnapEnd, TxnBegin, TxnEnd};
 
 /// Where the pages are: those that came, and those below them.
 pub(crate) trait PageStore {
@@ -131,11 +131,11 @@ impl Overlay {
         Ok(())
     }
 
-    /// A record changes a page. Where the change lies over another image than the page has, the page
-    /// stays as it is: it came from a later state, or it is not right and the sum will say so.
+    /// A record changes a page. Where the change lies over another image than the page has, the
+    /// page stays as it is: it came from a later state, or it is not right and the sum will say so.
     pub(crate) fn change(
         &mut self,
-        change: &Change<'_>,
+        change: &PageChange<'_>,
         store: &mut dyn PageStore,
     ) -> Result<(), IntakeError> {
         let number = change.number;

@@ -18,7 +18,7 @@ use crate::log::logged;
 use crate::page::PageNo;
 use crate::sqlite::connect_alone;
 use crate::status::LoggedTransaction;
-use crate::wire::{Change, Decoder, HEADER_BYTES, Image, Kind, Message, RecordPart, Unit};
+use crate::wire::{Decoder, HEADER_BYTES, Image, Kind, Message, PageChange, RecordPart, Unit};
 
 /// Bytes that one read takes.
 const READ_BYTES: usize = 256 * 1024;
@@ -57,7 +57,7 @@ impl LostBranch {
             "pages",
             |kind| kind == Kind::Page,
             |_, message| match message {
-                Some(Message::Change(Change { number, image: Image::Whole(page), .. })) => {
+                Some(Message::Change(PageChange { number, image: Image::Whole(page), .. })) => {
                     visit(number, page)
                 }
                 _ => Ok(()),

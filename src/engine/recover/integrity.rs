@@ -14,7 +14,7 @@ use crate::lock::lock;
 use crate::log::Lookup;
 use crate::page::PageNo;
 use crate::report::Condition;
-use crate::wire::{Change, RecordPart};
+use crate::wire::{PageChange, RecordPart};
 
 /// Pages of the log that the check remembers, some hundred bytes each.
 const PAGES_MAX: usize = 1 << 18;
@@ -91,7 +91,7 @@ impl Findings {
         let changes = |visit: &mut dyn FnMut(PageNo, PageHash)| {
             log.records(lsn, log.complete(), |_, message| {
                 for part in message.parts() {
-                    if let RecordPart::Change(Change { number, hash, .. }) = part {
+                    if let RecordPart::Change(PageChange { number, hash, .. }) = part {
                         visit(number, hash);
                     }
                 }

@@ -16,8 +16,8 @@ use crate::report::Condition;
 /// Pause between two tries while the apply thread waits for the copy.
 const STEP: Duration = Duration::from_millis(1);
 
-/// Frames that wait to be published with more of their batch, in bytes: a batch of small changes may
-/// be many pages.
+/// Frames that wait to be published with more of their batch, in bytes: a batch of small changes
+/// may be many pages.
 const UNSEEN_MAX_BYTES: u64 = 1 << 20;
 
 /// When the apply thread tries again to begin the WAL anew.
