@@ -219,16 +219,11 @@ fn first_difference(old: &[u8], new: &[u8], mut at: usize) -> Option<usize> {
 /// Where the run ends that begins at `first`: bytes that differ follow no closer than the least
 /// gap.
 fn run_end(old: &[u8], new: &[u8], first: usize) -> usize {
-    let mut end = first + 1;
-    let mut same = 0;
-    for at in end..new.len() {
-        if old[at] == new[at] {
-            same += 1;
-            if same == GAP_MIN_BYTES {
-                break;
-            }
-        } else {
-            (end, same) = (at + 1, 0);
+    let (mut end, mut at) = (first + 1, first + 1);
+    while at < new.len() && at - end < GAP_MIN_BYTES {
+        at += 1;
+        if old[at - 1] != new[at - 1] {
+            end = at;
         }
     }
     end

@@ -18,7 +18,7 @@ async fn the_retained_transactions_are_listed_alike_on_every_node() {
     let mut committed = Vec::new();
     for size in [1, 100_000] {
         let insert = move |tx: &mut replite::rusqlite::Transaction<'_>| {
-            Ok::<_, Error>(tx.execute("INSERT INTO t VALUES (zeroblob(?1))", [size])?)
+            Ok::<_, Error>(tx.execute("INSERT INTO t VALUES (randomblob(?1))", [size])?)
         };
         committed.push(cluster.node(0).db().write(insert).await.unwrap().txid.unwrap());
     }

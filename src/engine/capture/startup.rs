@@ -288,7 +288,7 @@ mod tests {
     use crate::log::Lookup;
     use crate::page::PageNo;
     use crate::txid::Txid;
-    use crate::wire::{Decoder, Message, TxnBegin, TxnEnd, encode, encode_page};
+    use crate::wire::{Decoder, Message, RecordPart, TxnBegin, TxnEnd, encode, encode_page};
 
     fn units(bytes: &[u8]) -> Vec<Unit> {
         let mut decoder = Decoder::new(Some(crate::engine::tests::KEY));
@@ -410,13 +410,15 @@ mod tests {
         let mut numbers = Vec::new();
         let mut within = false;
         let check = |_: &Unit, message: Message<'_>| {
-            match message {
-                Message::TxnBegin(_) => assert!(!std::mem::replace(&mut within, true), "half a record"),
-                Message::TxnEnd(end) => {
-                    numbers.push(end.after.number());
-                    within = false;
+            for part in message.parts() {
+                match part {
+                    RecordPart::Begin(_) => assert!(!std::mem::replace(&mut within, true), "half a record"),
+                    RecordPart::End(end) => {
+                        numbers.push(end.after.number());
+                        within = false;
+                    }
+                    RecordPart::Change(_) => {}
                 }
-                _ => {}
             }
             Ok(())
         };
