@@ -445,7 +445,8 @@ fn check_replica(dir: &Path, said: &Said, cut: &Cut, url: &str, primary: &Db) ->
                 check_unvouched(&db, said, cut, synced)?;
                 check_log(&db, said).await?;
             }
-            None if synced.is_some() => {
+            // Files that another process changed, and left half copied, are refused.
+            None if synced.is_some() && !strayed => {
                 return Err(format!("{synced:?} was on the disk, and nothing is there"));
             }
             None => {}
