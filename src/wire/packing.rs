@@ -99,6 +99,8 @@ pub(crate) struct Unpacker {
 struct Block {
     left: usize,
     compressed: bool,
+    /// zstd has more of what it took already.
+    more: bool,
 }
 
 impl Unpacker {
@@ -121,7 +123,7 @@ impl Unpacker {
     /// These are no blocks. So it is from then on.
     pub(crate) fn next(&mut self) -> Result<Option<Bytes>, WireError> {
         loop {
-            let Some(Block { left, compressed }) = self.block else {
+            let Some(Block { left, compressed, more }) = self.block else {
                 if !self.begin_block()? {
                     return Ok(None);
                 }
@@ -135,35 +137,36 @@ impl Unpacker {
             }
             let front = self.arrived.front().map_or(&[][..], |front| &front[..]);
             let taken = &front[..left.min(front.len())];
+            if taken.is_empty() && !more {
+                // zstd is not asked for nothing: some times of that are an error.
+                if left > 0 {
+                    return Ok(None);
+                }
+                self.block = None;
+                continue;
+            }
             let mut unpacked = Vec::with_capacity(STEP_BYTES);
             let (mut input, mut out) = (InBuffer::around(taken), OutBuffer::around(&mut unpacked));
             let run = self.decoder.run(&mut input, &mut out);
             run.map_err(|_| WireError::Fields("a compressed block that zstd can't read"))?;
             let (took, made) = (input.pos(), out.pos());
+            if took == 0 && made == 0 && !taken.is_empty() {
+                return Err(WireError::Fields("a compressed block of which zstd takes nothing"));
+            }
             if let Some(front) = self.arrived.front_mut() {
                 front.advance(took);
             }
-            // The block has ended when nothing more comes out of it.
-            self.block = Some(Block { left: left - took, compressed });
-            if left == took && made < STEP_BYTES {
-                self.block = None;
-            }
+            self.block = Some(Block { left: left - took, compressed, more: made == STEP_BYTES });
             self.drop_empty();
             if made > 0 {
                 return Ok(Some(unpacked.into()));
-            }
-            if took == 0 && left > 0 {
-                return match self.arrived.is_empty() {
-                    true => Ok(None),
-                    false => Err(WireError::Fields("a compressed block of which zstd takes nothing")),
-                };
             }
         }
     }
 
     fn took(&mut self, left: usize, bytes: usize) {
         let left = left - bytes;
-        self.block = (left > 0).then_some(Block { left, compressed: false });
+        self.block = (left > 0).then_some(Block { left, compressed: false, more: false });
         self.drop_empty();
     }
 
@@ -186,7 +189,7 @@ impl Unpacker {
                 let value =
                     head[..*have].iter().rev().fold(0, |value, byte| value << 7 | usize::from(byte & 0x7F));
                 *have = 0;
-                let block = Block { left: value >> 1, compressed: value & 1 != 0 };
+                let block = Block { left: value >> 1, compressed: value & 1 != 0, more: false };
                 if block.left == 0 || block.left > BLOCK_MAX_BYTES {
                     return Err(WireError::Fields("a block of no bytes, or of too many"));
                 }
@@ -261,6 +264,18 @@ mod tests {
             unpacker.push(bytes.into());
             let _ = unpacked(&mut unpacker);
         }
+    }
+
+    #[test]
+    fn a_block_may_arrive_byte_by_byte_and_be_asked_for_often() {
+        let (mut packer, mut unpacker) = (Packer::new().unwrap(), Unpacker::new().unwrap());
+        let record = noise(300, 5);
+        let mut came = Vec::new();
+        for byte in packer.pack(&record, true).unwrap() {
+            unpacker.push(vec![byte].into());
+            (0..40).for_each(|_| came.extend(unpacked(&mut unpacker).unwrap()));
+        }
+        assert_eq!(came, record);
     }
 
     #[test]
