@@ -64,7 +64,9 @@ pub enum LostKind {
     Database,
     /// A log that did not lead to its database's state.
     Log,
-    /// A WAL that was not its database's.
+    /// A WAL that was not its database's. Or one whose last commit does not have its checksum, as
+    /// a kill in the middle of that commit leaves it, or a bit that flipped later. Nothing in it
+    /// was acknowledged in the first case.
     Wal,
     /// What the node can't read, or what is of no kind that this version knows; and why.
     Unreadable(String),
