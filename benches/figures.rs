@@ -72,6 +72,7 @@ const FIGURES: [Figure; 36] = [
     (&["heal_seconds", "heal_bytes_ratio", "heal_compare_seconds", "heal_compare_bytes_ratio"], heals::heals),
     (&["open_after_kill_ms"], heals::open_after_kill),
     (&["hash_us_per_page"], heals::hashes),
+    (&["patch_us_per_page"], heals::patches),
     (&["wal_peak_mib", "wal_commits_ratio"], wal::bounded),
     (&["failover_p50_s", "failover_max_s"], roles::failover),
     (&["members_failover_p50_s", "members_failover_max_s"], roles::members_failover),

@@ -25,7 +25,7 @@ use crate::secret::{Keyring, Secret};
 use crate::status::{Addresses, PeerInfo, Role};
 use crate::token::Token;
 use crate::txid::{EpochHistory, EpochStart, NUMBER_MAX};
-use crate::wire::{self, Decoder, Kind, Message, RecordPart, TxnBegin, TxnEnd, Unit};
+use crate::wire::{self, Completer, Decoder, Kind, Message, RecordPart, TxnBegin, TxnEnd, Unit, Unpacker};
 use crate::{Checksum, Epoch, Position, Txid};
 
 /// The keys of the inputs.
@@ -38,6 +38,7 @@ pub type Target = (&'static str, fn(&[u8]));
 pub const TARGETS: &[Target] = &[
     ("wire", wire),
     ("wire_sealed", wire_sealed),
+    ("packed", packed),
     ("log", log),
     ("log_sealed", log_sealed),
     ("state_files", crate::engine::fuzz_state_files),
@@ -76,6 +77,31 @@ pub fn wire_sealed(data: &[u8]) {
     decoder.push(wire::sealed(kind, payload, KEYS.page));
     if let Ok(Some(unit)) = decoder.next() {
         round_trip(&unit);
+    }
+}
+
+/// The most bytes that [`packed`] makes of an input: few can become many.
+const UNPACKED_MAX_BYTES: usize = 4 << 20;
+
+/// What a primary's stream is after its welcome, out of chunks of any size: blocks, units in them,
+/// and the transactions that go on from each other.
+pub fn packed(data: &[u8]) {
+    let Some((&size, rest)) = data.split_first() else { return };
+    let Ok(mut unpacker) = Unpacker::new() else { return };
+    let (mut decoder, mut completer, mut made) = (Decoder::new(Some(KEYS.page)), Completer::default(), 0);
+    for chunk in rest.chunks(usize::from(size) + 1) {
+        unpacker.push(Bytes::copy_from_slice(chunk));
+        while let Ok(Some(bytes)) = unpacker.next() {
+            made += bytes.len();
+            decoder.push(bytes);
+            while let Ok(Some(unit)) = decoder.next() {
+                let Ok(unit) = completer.complete(unit) else { return };
+                round_trip(&unit);
+            }
+            if made > UNPACKED_MAX_BYTES {
+                return;
+            }
+        }
     }
 }
 

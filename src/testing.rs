@@ -10,6 +10,7 @@ use std::net::SocketAddr;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use bytes::BytesMut;
 use tempfile::TempDir;
 
 use crate::db::{Config, Db};
@@ -19,6 +20,7 @@ use crate::lease::Fixed;
 use crate::lock::lock;
 use crate::secret::Secret;
 use crate::status::Addresses;
+use crate::wire;
 use link::Link;
 use serve::Stand;
 
@@ -28,6 +30,15 @@ pub use serve::Application;
 const WAL_LIMIT_BYTES: u64 = 256 * 1024;
 /// How long [`Cluster::caught_up`] and the start wait.
 const LIMIT: Duration = Duration::from_secs(30);
+
+/// How many bytes a record says the change of a page in; for figures.
+#[doc(hidden)]
+pub fn change_bytes(old: &[u8], new: &[u8]) -> usize {
+    match wire::difference(Some(old), new, &mut BytesMut::new()) {
+        wire::Image::Whole(page) => page.len(),
+        wire::Image::Sparse(runs) | wire::Image::Patch(runs) => runs.bytes(),
+    }
+}
 
 type Configure = Arc<dyn Fn(Config) -> Config + Send + Sync>;
 

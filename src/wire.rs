@@ -79,6 +79,8 @@
 //!   before, pages in the database (4), microseconds since 1970 (8). Then the epoch by bit 0, the
 //!   sum of the hashes of the dropped pages (16) by bit 1, and changes. The checksum after it is
 //!   that before it, without the dropped and replaced hashes, with those of the pages.
+//! - 26 NEXT, in streams alone: a TXN without its position before, which is where the record before
+//!   it in the stream ended. Its hash is the first 4 bytes of the TXN's, then zeros.
 //!
 //! The header's layout and the hash of SEGMENT never change with the version, and a SEGMENT has at
 //! most [`SEGMENT_MAX_BYTES`]. So every version can tell the segment of another from a damaged one.
@@ -96,6 +98,7 @@ mod encode;
 mod fields;
 mod handoff;
 mod kind;
+mod next;
 mod packing;
 mod record;
 #[cfg(test)]
@@ -110,6 +113,7 @@ pub(crate) use handoff::{
     Accept, BOOT_ID_MAX_BYTES, Handed, HandoffStage, LEASE_RECORD_MAX_BYTES, LeaseOffer,
 };
 pub(crate) use kind::Kind;
+pub(crate) use next::{Completer, Shortener};
 pub(crate) use packing::{Packer, Unpacker};
 pub(crate) use record::{
     Changes, CompactTxn, RecordPart, TXN_CHANGES_MAX_BYTES, TXN_MAX_BYTES, TxnBegin, TxnEnd,

@@ -118,6 +118,29 @@ pub(crate) fn open_after_kill() {
     figure("open_after_kill_ms", "ms", runs);
 }
 
+/// What a page became, in the runs of bytes that differ: a row of 100 bytes came into a leaf of a
+/// table.
+pub(crate) fn patches() {
+    const PAGES: usize = 4096;
+    let old: Vec<u8> = (0..PAGE_BYTES * PAGES).map(|n| (n * 31 % 251) as u8).collect();
+    let mut new = old.clone();
+    for page in new.chunks_mut(PAGE_BYTES) {
+        for at in (3..7).chain(60..62).chain(2000..2100) {
+            page[at] ^= 0x55;
+        }
+    }
+    let runs = (0..21)
+        .map(|_| {
+            let begin = Instant::now();
+            for (old, new) in old.chunks(PAGE_BYTES).zip(new.chunks(PAGE_BYTES)) {
+                assert!(replite::testing::change_bytes(std::hint::black_box(old), new) < 120);
+            }
+            begin.elapsed().as_secs_f64() * 1e6 / PAGES as f64
+        })
+        .collect();
+    figure("patch_us_per_page", "us", runs);
+}
+
 /// The hash of a page before and after its change.
 pub(crate) fn hashes() {
     let size = PageSize::new(PAGE_BYTES as u32).expect("a page size");

@@ -26,7 +26,8 @@ use crate::report::Condition;
 use crate::secret::Rights;
 use crate::txid::{Epoch, EpochHistory, Position};
 use crate::wire::{
-    self, HealBegin, Heartbeat, Hello, Message, NOT_PRIMARY, PeerKeys, SHUTTING_DOWN, Want, Welcome,
+    self, HealBegin, Heartbeat, Hello, Message, NOT_PRIMARY, PeerKeys, SHUTTING_DOWN, Shortener, Want,
+    Welcome,
 };
 
 /// Bytes of the log that are read at once.
@@ -62,6 +63,7 @@ pub(super) struct ReplicaStream {
     source: Arc<dyn StreamSource>,
     sender: StreamSender,
     boundary: Boundary,
+    shortener: Shortener,
     /// The history that the replica was told last.
     told: Arc<EpochHistory>,
     last_beat: Instant,
@@ -96,6 +98,7 @@ impl ReplicaStream {
             source,
             sender,
             boundary,
+            shortener: Shortener::default(),
             told,
             last_beat,
             questions,
@@ -308,8 +311,10 @@ impl ReplicaStream {
                 }
                 continue;
             }
+            let whole = self.boundary.is_clean();
             let n = self.boundary.cut(&bytes);
-            self.sender.send(bytes.slice(..n)).await?;
+            let whole = whole && self.boundary.is_clean();
+            self.sender.send(self.shortener.shorten(bytes.slice(..n), whole)).await?;
             lsn += n as u64;
             pin.advance(lsn);
             self.beat_if_due().await?;

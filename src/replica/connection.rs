@@ -376,7 +376,13 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
                 self.drain();
                 return Ok(());
             }
-            Kind::Hello | Kind::Welcome | Kind::Ack | Kind::Segment | Kind::Standing | Kind::Accept => {
+            Kind::Hello
+            | Kind::Welcome
+            | Kind::Ack
+            | Kind::Segment
+            | Kind::Standing
+            | Kind::Accept
+            | Kind::Next => {
                 return Err(self.garbled(format!("an unexpected {:?}", unit.kind)));
             }
         }

@@ -9,7 +9,7 @@ use http::StatusCode;
 use crate::checksum::PageKey;
 use crate::error::{Error, PeerProblem, Result};
 use crate::net::{Endpoint, Heard, Incoming};
-use crate::wire::{Decoder, Unit, Unpacker, WireError};
+use crate::wire::{Completer, Decoder, Unit, Unpacker, WireError};
 
 /// A primary of which not one byte came for this long is gone; it says its position each second.
 const SILENCE_MAX: Duration = Duration::from_secs(10);
@@ -58,6 +58,7 @@ pub(crate) async fn foreign(
 pub(super) struct Units<'a> {
     body: Incoming,
     decoder: Decoder,
+    completer: Completer,
     /// What the bytes come through, where they are packed.
     unpacker: Option<Unpacker>,
     heard: Arc<Heard>,
@@ -66,7 +67,14 @@ pub(super) struct Units<'a> {
 
 impl<'a> Units<'a> {
     pub(super) fn new(body: Incoming, heard: Arc<Heard>, primary: &'a Endpoint) -> Units<'a> {
-        Units { body, decoder: Decoder::default(), unpacker: None, heard, primary }
+        Units {
+            body,
+            decoder: Decoder::default(),
+            completer: Completer::default(),
+            unpacker: None,
+            heard,
+            primary,
+        }
     }
 
     /// The pages that come are hashed with this key.
@@ -130,7 +138,10 @@ impl<'a> Units<'a> {
     fn cut_next(&mut self) -> Result<Option<Unit>, WireError> {
         loop {
             let unit = self.decoder.next()?;
-            let Some(unpacker) = self.unpacker.as_mut().filter(|_| unit.is_none()) else { return Ok(unit) };
+            if let Some(unit) = unit {
+                return self.completer.complete(unit).map(Some);
+            }
+            let Some(unpacker) = &mut self.unpacker else { return Ok(None) };
             match unpacker.next()? {
                 Some(bytes) => self.decoder.push(bytes),
                 None => return Ok(None),

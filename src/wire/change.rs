@@ -70,6 +70,12 @@ impl PageChange<'_> {
 }
 
 impl Runs<'_> {
+    /// How long they are, encoded.
+    #[cfg(feature = "testing")]
+    pub(crate) fn bytes(self) -> usize {
+        self.0.len()
+    }
+
     fn write(self, page: &mut [u8]) -> Result<(), WireError> {
         let (mut fields, mut at) = (Fields::of(self.0), 0_usize);
         while !fields.is_empty() {

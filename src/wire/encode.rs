@@ -76,7 +76,7 @@ pub(crate) fn peer_fits(peer: &PeerInfo) -> bool {
     json(peer).is_some()
 }
 
-fn head(kind: Kind, payload: usize) -> [u8; 8] {
+pub(super) fn head(kind: Kind, payload: usize) -> [u8; 8] {
     let [l0, l1, l2, l3] = (payload as u32).to_le_bytes();
     let [v0, v1] = VERSION.to_le_bytes();
     [l0, l1, l2, l3, kind as u8, 0, v0, v1]

@@ -45,6 +45,7 @@ pub(super) fn verify(
     let found = match (kind, key) {
         (Some(Kind::Page), Some(key)) => key.hash_of_numbered(&unit[HEADER_BYTES..]).to_bytes(),
         (Some(Kind::Page), None) => return Err(WireError::Fields("a page where none may be")),
+        (Some(Kind::Next), _) => return Err(WireError::Fields("a NEXT where no stream is")),
         _ => hash_of(unit),
     };
     if found == hash { Ok(()) } else { Err(WireError::Hash) }
@@ -64,6 +65,7 @@ pub(super) fn decode(
         Kind::Page => Message::Change(f.page(hash)?),
         Kind::Patch => Message::Change(f.change()?),
         Kind::Txn => Message::Txn(f.txn()?),
+        Kind::Next => return Err(WireError::Fields("a NEXT where no stream is")),
         Kind::TxnEnd => Message::TxnEnd(f.txn_end()?),
         Kind::Hello => Message::Hello(f.hello()?),
         Kind::Welcome => Message::Welcome(f.welcome()?),

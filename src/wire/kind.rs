@@ -29,15 +29,16 @@ pub(crate) enum Kind {
     Handed = 23,
     Patch = 24,
     Txn = 25,
+    Next = 26,
 }
 
 impl Kind {
     pub(super) fn from_u8(kind: u8) -> Option<Kind> {
         use Kind::*;
-        const ALL: [Kind; 25] = [
+        const ALL: [Kind; 26] = [
             TxnBegin, Page, TxnEnd, Hello, Welcome, Epochs, Heartbeat, Ack, SnapBegin, SnapPiece, SnapEnd,
             Goodbye, Segment, HealBegin, Sums, Want, Sent, Drain, Standing, Handoff, Offer, Accept, Handed,
-            Patch, Txn,
+            Patch, Txn, Next,
         ];
         let kind = ALL.get(usize::from(kind).checked_sub(1)?).copied();
         debug_assert!(kind.is_none_or(|k| ALL[k as usize - 1] == k), "the list is not in order");

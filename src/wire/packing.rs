@@ -23,9 +23,14 @@ const HEAD_MAX_BYTES: usize = 3;
 /// What a part that can't be compressed grows by: zstd's header, and three bytes for each of its
 /// own blocks. It has one of 128 KiB at most, and one for the flush.
 const GROWTH_MAX_BYTES: usize = 64;
-/// How much of what came before both sides remember, as a power of two. The side that compresses
-/// needs some more for its tables.
-const WINDOW_LOG: u32 = 18;
+/// How much of what came before both sides remember, as a power of two. The cells that a B-tree
+/// moves to another page were sent when they were inserted: the longer ago that may be, the fewer
+/// of them are sent again.
+const WINDOW_LOG: u32 = 20;
+/// Places of the table in which the sender looks for them, as a power of two; 4 bytes each.
+const HASH_LOG: u32 = 17;
+/// The shortest bytes that are worth a reference. A cell of an index is short.
+const MATCH_MIN_BYTES: u32 = 4;
 /// The fastest of zstd's ordinary levels.
 const LEVEL: i32 = 1;
 /// Bytes that are unpacked at a time. What a block may become is not bounded by its length.
@@ -37,7 +42,14 @@ pub(crate) struct Packer(Encoder<'static>);
 impl Packer {
     pub(crate) fn new() -> Result<Packer, WireError> {
         let mut encoder = Encoder::new(LEVEL).map_err(|_| WireError::Pack)?;
-        encoder.set_parameter(CParameter::WindowLog(WINDOW_LOG)).map_err(|_| WireError::Pack)?;
+        let set = [
+            CParameter::WindowLog(WINDOW_LOG),
+            CParameter::HashLog(HASH_LOG),
+            CParameter::MinMatch(MATCH_MIN_BYTES),
+        ];
+        for parameter in set {
+            encoder.set_parameter(parameter).map_err(|_| WireError::Pack)?;
+        }
         Ok(Packer(encoder))
     }
 

@@ -208,6 +208,7 @@ pub(crate) fn seeds() -> Vec<(&'static str, String, Vec<u8>)> {
         seeds.push(("wire_sealed", name, [&raw[4..5], &raw[HEADER_BYTES..]].concat()));
     }
     seeds.push(("wire", "stream".into(), stream));
+    seeds.push(("packed", "stream".into(), crate::wire::next::packed_seed()));
     let mut log = BytesMut::new();
     let (before, epoch) = (position(1), position(1).epoch());
     encode(&Message::Segment(Segment { start: 0, before, follows: None, key: KEY.fingerprint() }), &mut log);
@@ -328,7 +329,7 @@ fn lengths_versions_and_kinds_outside_the_bounds_are_refused() {
     for version in [0, 1, 2, 4, 256, u16::MAX] {
         assert_eq!(first(header(8, 8, 0, version)).unwrap_err(), WireError::Version(version));
     }
-    for kind in [0, 26, 255] {
+    for kind in [0, 27, 255] {
         assert_eq!(first(header(8, kind, 0, VERSION)).unwrap_err(), WireError::UnknownKind(kind));
         assert_eq!(first(header(8, kind, 2, VERSION)).unwrap_err(), WireError::UnknownKind(kind));
     }
@@ -771,7 +772,7 @@ proptest! {
         raw.extend_from_slice(&noise);
         drain(chunked(raw.into(), sizes));
         // After a good hash, so that the fields are reached.
-        drain(chunked(sealed(kind % 26, 0, &noise), vec![1000]));
+        drain(chunked(sealed(kind % 27, 0, &noise), vec![1000]));
     }
 }
 
