@@ -56,6 +56,42 @@ pub(crate) fn beside<A: Send, B>(
     })
 }
 
+/// A piece of work on a thread of its own. Dropping it waits for its end.
+#[derive(Debug)]
+pub(crate) struct SideThread(Option<JoinHandle<Result<()>>>);
+
+impl SideThread {
+    pub(crate) fn start(
+        name: &'static str,
+        run: impl FnOnce() -> Result<()> + Send + 'static,
+    ) -> Result<SideThread> {
+        let run = move || caught(name, run).flatten();
+        let thread = std::thread::Builder::new().name(name.into()).spawn(run);
+        Ok(SideThread(Some(thread.map_err(Error::io("spawn", name))?)))
+    }
+
+    pub(crate) fn is_finished(&self) -> bool {
+        self.0.as_ref().is_none_or(JoinHandle::is_finished)
+    }
+
+    /// Waits for it. Returns how it ended.
+    pub(crate) fn end(mut self) -> Result<()> {
+        match self.0.take() {
+            Some(thread) => thread.join().unwrap_or_else(|panic| Err(panicked("a thread", panic))),
+            None => Ok(()),
+        }
+    }
+}
+
+impl Drop for SideThread {
+    fn drop(&mut self) {
+        if let Some(thread) = self.0.take() {
+            // How it ended is of no use to a caller that gave it up.
+            let _ = thread.join();
+        }
+    }
+}
+
 /// Tells the application something whose end matters more than its being told.
 pub(crate) fn aside(tell: impl FnOnce()) {
     // The panic hook was called.

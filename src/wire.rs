@@ -170,7 +170,7 @@ const UNIT_KEY: [u8; 32] = *b"replite unit hash, version 1 ...";
 /// Header flag: a reader that does not know the kind passes the unit over.
 const MAY_SKIP: u8 = 1;
 /// Bytes of a snapshot piece before its pages: page number and position.
-const PIECE_FIELDS_BYTES: usize = 4 + Position::BYTES;
+pub(crate) const PIECE_FIELDS_BYTES: usize = 4 + Position::BYTES;
 
 /// Bytes of a SEGMENT unit, with its header.
 pub(crate) const SEGMENT_BYTES: usize = HEADER_BYTES + 8 + Position::BYTES + 8 + FINGERPRINT_BYTES;

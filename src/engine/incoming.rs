@@ -13,40 +13,29 @@
 
 pub(in crate::engine) mod heal;
 pub(in crate::engine) mod overlay;
+mod progress;
 
 use std::fs;
 use std::io::{Read, Seek, SeekFrom, Write};
 use std::path::PathBuf;
-use std::time::{Duration, Instant};
+use std::sync::Arc;
 
 use crate::checksum::{FINGERPRINT_BYTES, PageKey};
 use crate::descriptors::NodeFile;
 use crate::engine::history::intake_error::IntakeError;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming::overlay::{Overlay, PageStore};
+use crate::engine::incoming::progress::Saver;
+pub(in crate::engine) use crate::engine::incoming::progress::{FillProgress, progress};
 use crate::error::{Error, Result};
-use crate::files::sealed::{CHECK_BYTES, HEAD_BYTES, Sealed};
 use crate::files::{self, Paths, read_exact_at, replace_file, sync_directory, write_all_at};
 use crate::page::{PageNo, PageSet, PageSize};
 use crate::txid::Position;
 use crate::wal::le_u32;
 use crate::wire::{HealBegin, PageChange, SnapBegin, SnapEnd, TxnBegin, TxnEnd};
 
-/// How far a snapshot has come: the page size, the next page, the position of the first piece, the
-/// page key's fingerprint.
-const STATE: Sealed = Sealed {
-    magic: *b"repincom",
-    oldest: 2,
-    version: 2,
-    max_bytes: (HEAD_BYTES + STATE_BYTES + CHECK_BYTES) as u64,
-    cure: "says how far a snapshot has come, which begins anew without it",
-};
-const STATE_BYTES: usize = 4 + 4 + Position::BYTES + FINGERPRINT_BYTES;
 const HELD_MAGIC: [u8; 8] = *b"repheld3";
 const HELD_HEAD_BYTES: usize = 8 + FINGERPRINT_BYTES + 4 + 4;
-/// The replica makes its progress durable after this many bytes, or after this long.
-const PROGRESS_BYTES: u64 = 64 << 20;
-const PROGRESS_EVERY: Duration = Duration::from_secs(5);
 /// Bytes that one read takes when the replica hashes pages again that came earlier.
 const HASH_CHUNK_BYTES: usize = 1 << 20;
 
@@ -54,29 +43,20 @@ const HASH_CHUNK_BYTES: usize = 1 << 20;
 #[derive(Debug)]
 pub(in crate::engine) struct IncomingState {
     paths: Paths,
-    file: NodeFile,
+    file: Arc<NodeFile>,
     /// Notes the pages that the file has, for a comparison that has to begin again.
     held: Option<NodeFile>,
     /// The page that the next piece of a snapshot begins with.
     next: u32,
-    since_progress: u64,
-    last_progress: Instant,
+    saver: Saver,
     overlay: Overlay,
-}
-
-/// How far an earlier attempt came.
-#[derive(Clone, Copy, Debug)]
-pub(in crate::engine) struct FillProgress {
-    pub(in crate::engine) first: Position,
-    pub(in crate::engine) next: PageNo,
-    pub(in crate::engine) page_size: PageSize,
 }
 
 /// A state that is exact and verified.
 #[derive(Debug)]
 pub(in crate::engine) struct Ready {
     paths: Paths,
-    pub(in crate::engine) file: NodeFile,
+    pub(in crate::engine) file: Arc<NodeFile>,
     /// The pages that the file has; all others are those of the live database.
     pub(in crate::engine) have: PageSet,
     pub(in crate::engine) position: Position,
@@ -86,24 +66,6 @@ pub(in crate::engine) struct Ready {
 
 /// What lies under the pages that have come: the live database, if there is one.
 pub(in crate::engine) type Under<'a> = Option<&'a mut WalAppender>;
-
-/// What an earlier attempt left, if the replica can go on with it.
-///
-/// Unlike for other files of the state directory, another version is no error, and neither is
-/// another page key. The primary has all that is here, and the snapshot begins anew.
-pub(in crate::engine) fn progress(paths: &Paths, key: PageKey) -> Option<FillProgress> {
-    let fields = STATE.read(&paths.incoming_state()).ok()??;
-    let fields: [u8; STATE_BYTES] = fields.try_into().ok()?;
-    let page_size = PageSize::new(le_u32(&fields)).ok()?;
-    let next = PageNo::new(le_u32(&fields[4..]))?;
-    let (first, of) = fields[8..].split_first_chunk()?;
-    let first = Position::from_bytes(first)?;
-    if *of != key.fingerprint().0 {
-        return None;
-    }
-    let there = fs::metadata(paths.incoming_pages()).ok()?.len();
-    (there >= next.offset(page_size)).then_some(FillProgress { first, next, page_size })
-}
 
 /// Forgets what was begun.
 pub(in crate::engine) fn discard(paths: &Paths) -> Result<()> {
@@ -162,10 +124,10 @@ impl IncomingState {
     ) -> Result<IncomingState> {
         files::make_directory(&paths.incoming())?;
         let (file, _) = files::open_or_create(&paths.incoming_pages())?;
-        let paths = paths.clone();
+        let (file, paths) = (Arc::new(file), paths.clone());
         let overlay = Overlay::new(page_size, key, first, below);
-        let last_progress = Instant::now();
-        Ok(IncomingState { paths, file, held: None, next: 1, since_progress: 0, last_progress, overlay })
+        let saver = Saver::new(&paths, file.clone());
+        Ok(IncomingState { paths, file, held: None, next: 1, saver, overlay })
     }
 
     /// Begins a snapshot, or goes on with the one that [`progress`] told of.
@@ -190,7 +152,7 @@ impl IncomingState {
         incoming.file.set_len(length).map_err(Error::io("truncate", incoming.path()))?;
         incoming.next = begin.from.get();
         incoming.hash_held()?;
-        incoming.save_progress(begin.first)?;
+        incoming.saver.now(incoming.so_far()?, key)?;
         sync_directory(paths.state_dir())?;
         Ok(incoming)
     }
@@ -257,15 +219,12 @@ impl IncomingState {
         Ok(())
     }
 
-    fn save_progress(&mut self, first: Position) -> Result<()> {
-        self.file.sync_data().map_err(Error::io("fsync", self.path()))?;
-        let mut fields = self.overlay.page_size().get().to_le_bytes().to_vec();
-        fields.extend_from_slice(&self.next.to_le_bytes());
-        fields.extend_from_slice(&first.to_bytes());
-        fields.extend_from_slice(&self.overlay.key().fingerprint().0);
-        STATE.replace(&self.paths.incoming_state(), &fields)?;
-        (self.since_progress, self.last_progress) = (0, Instant::now());
-        Ok(())
+    /// How far it is: pieces came last, and the replica applied no record yet. So this is still the
+    /// first piece's position.
+    fn so_far(&self) -> Result<FillProgress> {
+        let (first, page_size) = (self.overlay.position(), self.overlay.page_size());
+        let next = PageNo::new(self.next).ok_or_else(|| Error::Internal("a snapshot of no pages".into()))?;
+        Ok(FillProgress { first, next, page_size })
     }
 
     /// A run of pages of a snapshot, in order.
@@ -278,21 +237,15 @@ impl IncomingState {
             .map_err(Error::io("write", self.path()))?;
         self.overlay.append(first, pages);
         self.next += count;
-        self.since_progress += pages.len() as u64;
-        if self.since_progress >= PROGRESS_BYTES || self.last_progress.elapsed() >= PROGRESS_EVERY {
-            self.keep()?;
-        }
-        Ok(())
+        Ok(self.saver.came(pages.len() as u64, self.so_far()?, self.overlay.key())?)
     }
 
     /// Makes durable how far a snapshot has come.
     pub(in crate::engine) fn keep(&mut self) -> Result<()> {
-        if self.since_progress == 0 {
-            return Ok(());
+        if self.saver.is_current() {
+            return self.saver.end();
         }
-        // Pieces came last, and the replica applied no record yet: this is still the first piece's
-        // position.
-        self.save_progress(self.overlay.position())
+        self.saver.now(self.so_far()?, self.overlay.key())
     }
 
     /// A run of pages that a heal asked for.
@@ -319,7 +272,7 @@ impl IncomingState {
     /// The pieces are complete. Returns true when the state is exact already.
     pub(in crate::engine) fn end(&mut self, end: SnapEnd, live: Under<'_>) -> Result<bool, IntakeError> {
         if live.is_none() && self.held.is_none() && !self.overlay.ended() {
-            self.save_progress(self.overlay.position())?;
+            self.saver.now(self.so_far()?, self.overlay.key())?;
         }
         let (overlay, mut store) = self.parts(live);
         overlay.end(end, &mut store)
@@ -355,7 +308,8 @@ impl IncomingState {
     }
 
     /// Hands the finished state over, synced.
-    pub(in crate::engine) fn finish(self) -> Result<Ready> {
+    pub(in crate::engine) fn finish(mut self) -> Result<Ready> {
+        self.saver.end()?;
         self.file.sync_all().map_err(Error::io("fsync", self.path()))?;
         let page_size = self.overlay.page_size();
         let (have, position, pages) = self.overlay.into_parts();
@@ -428,7 +382,9 @@ impl Ready {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::engine::incoming::progress::STATE;
     use crate::engine::tests::KEY;
+    use crate::files::sealed::Sealed;
     use crate::hex::{hex, unhex_lossy};
     use crate::txid::{Epoch, Txid};
 
@@ -441,7 +397,7 @@ mod tests {
     fn interrupted(paths: &Paths) -> PageNo {
         let mut incoming = IncomingState::begin(paths, KEY, begin(PageNo::FIRST)).unwrap();
         incoming.piece(PageNo::FIRST, &[7; 4 * 512]).unwrap();
-        incoming.save_progress(begin(PageNo::FIRST).first).unwrap();
+        incoming.keep().unwrap();
         PageNo::new(5).unwrap()
     }
 

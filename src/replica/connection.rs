@@ -22,7 +22,6 @@ use crate::replica::acks::{acknowledge, encoded};
 use crate::replica::clocks::Clocks;
 use crate::replica::lag::Lagging;
 use crate::replica::offers::{self, OFFERS_MAX};
-use crate::replica::pace::Coming;
 use crate::replica::units::{Units, foreign};
 use crate::replica::{Feed, Reporter, give_back};
 use crate::status::PeerInfo;
@@ -397,28 +396,6 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
         let (now, clock) = (self.dialled.elapsed(), Duration::from_micros(clock));
         let counts = !clock.is_zero() && clock <= now + AHEAD_MAX;
         counts.then(|| self.dialled + clock.min(now))
-    }
-
-    /// Notes how far the primary is, for status. The part that takes a unit in says what is wrong
-    /// with it.
-    fn note(&self, unit: &Unit) {
-        let bytes = |pages: u32, size: u64| u64::from(pages) * size;
-        match unit.decode() {
-            Ok(Message::TxnBegin(begin)) => self.lagging.heard(begin.before.number().saturating_add(1)),
-            Ok(Message::SnapBegin(begin)) => {
-                let size = u64::from(begin.page_size.get());
-                let (have, total) = (bytes(begin.from.get() - 1, size), bytes(begin.pages, size));
-                self.lagging.comes(|coming| *coming = Coming::Snapshot { have, total });
-            }
-            Ok(Message::SnapPiece { pages, .. }) => self.lagging.comes(|coming| {
-                if let Coming::Snapshot { have, .. } = coming {
-                    *have += pages.len() as u64;
-                }
-            }),
-            Ok(Message::HealBegin(_)) => self.lagging.comes(|coming| *coming = Coming::Heal),
-            Ok(Message::SnapEnd(_)) => self.lagging.comes(|coming| *coming = Coming::Log),
-            _ => {}
-        }
     }
 
     async fn epochs(&mut self, unit: &Unit) -> Result<()> {

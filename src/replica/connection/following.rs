@@ -6,10 +6,11 @@ use crate::error::Result;
 use crate::keys::DatabaseKeys;
 use crate::replica::Feed;
 use crate::replica::connection::PrimaryConnection;
+use crate::replica::pace::Coming;
 use crate::replica::units::Units;
 use crate::status::{PeerInfo, Role};
 use crate::txid::Epoch;
-use crate::wire::{Handed, HandoffStage, Message, PeerKeys, Plan, Unit, Welcome};
+use crate::wire::{Handed, HandoffStage, Kind, Message, PIECE_FIELDS_BYTES, PeerKeys, Plan, Unit, Welcome};
 
 impl<F: Feed> PrimaryConnection<'_, F> {
     /// From here on this node has the keys of the primary.
@@ -56,6 +57,32 @@ impl<F: Feed> PrimaryConnection<'_, F> {
         self.drained.cancel();
         if let (Some(epoch), Some(peer)) = (self.epoch, self.peer.clone()) {
             self.follows(epoch, peer);
+        }
+    }
+
+    /// Notes how far the primary is, for status. The part that takes a unit in says what is wrong
+    /// with it.
+    pub(super) fn note(&self, unit: &Unit) {
+        let bytes = |pages: u32, size: u64| u64::from(pages) * size;
+        if unit.kind == Kind::SnapPiece {
+            // Its hash is looked at where it is taken in, and nowhere else.
+            let pages = unit.payload().len().saturating_sub(PIECE_FIELDS_BYTES) as u64;
+            return self.lagging.comes(|coming| {
+                if let Coming::Snapshot { have, .. } = coming {
+                    *have += pages;
+                }
+            });
+        }
+        match unit.decode() {
+            Ok(Message::TxnBegin(begin)) => self.lagging.heard(begin.before.number().saturating_add(1)),
+            Ok(Message::SnapBegin(begin)) => {
+                let size = u64::from(begin.page_size.get());
+                let (have, total) = (bytes(begin.from.get() - 1, size), bytes(begin.pages, size));
+                self.lagging.comes(|coming| *coming = Coming::Snapshot { have, total });
+            }
+            Ok(Message::HealBegin(_)) => self.lagging.comes(|coming| *coming = Coming::Heal),
+            Ok(Message::SnapEnd(_)) => self.lagging.comes(|coming| *coming = Coming::Log),
+            _ => {}
         }
     }
 

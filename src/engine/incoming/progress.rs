@@ -1,0 +1,176 @@
+//! How far a snapshot has come: what is durable of it. A thread of its own syncs while more comes.
+
+use std::fs;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crate::checksum::{FINGERPRINT_BYTES, PageKey};
+use crate::descriptors::NodeFile;
+use crate::error::{Error, Result};
+use crate::files::Paths;
+use crate::files::sealed::{CHECK_BYTES, HEAD_BYTES, Sealed};
+use crate::page::{PageNo, PageSize};
+use crate::threads::SideThread;
+use crate::txid::Position;
+use crate::wal::le_u32;
+
+/// The page size, the next page, the position of the first piece, the page key's fingerprint.
+pub(super) const STATE: Sealed = Sealed {
+    magic: *b"repincom",
+    oldest: 2,
+    version: 2,
+    max_bytes: (HEAD_BYTES + STATE_BYTES + CHECK_BYTES) as u64,
+    cure: "says how far a snapshot has come, which begins anew without it",
+};
+const STATE_BYTES: usize = 4 + 4 + Position::BYTES + FINGERPRINT_BYTES;
+/// The replica makes its progress durable after this many bytes, or after this long.
+const BYTES: u64 = 64 << 20;
+const EVERY: Duration = Duration::from_secs(5);
+/// Where the disk is slower than what comes, so many bytes are written and not durable. Then the
+/// replica waits.
+const AHEAD_BYTES: u64 = 4 * BYTES;
+
+/// How far an earlier attempt came.
+#[derive(Clone, Copy, Debug)]
+pub(in crate::engine) struct FillProgress {
+    pub(in crate::engine) first: Position,
+    pub(in crate::engine) next: PageNo,
+    pub(in crate::engine) page_size: PageSize,
+}
+
+/// What an earlier attempt left, if the replica can go on with it.
+///
+/// Unlike for other files of the state directory, another version is no error, and neither is
+/// another page key. The primary has all that is here, and the snapshot begins anew.
+pub(in crate::engine) fn progress(paths: &Paths, key: PageKey) -> Option<FillProgress> {
+    let fields = STATE.read(&paths.incoming_state()).ok()??;
+    let fields: [u8; STATE_BYTES] = fields.try_into().ok()?;
+    let page_size = PageSize::new(le_u32(&fields)).ok()?;
+    let next = PageNo::new(le_u32(&fields[4..]))?;
+    let (first, of) = fields[8..].split_first_chunk()?;
+    let first = Position::from_bytes(first)?;
+    if *of != key.fingerprint().0 {
+        return None;
+    }
+    let there = fs::metadata(paths.incoming_pages()).ok()?.len();
+    (there >= next.offset(page_size)).then_some(FillProgress { first, next, page_size })
+}
+
+/// Makes durable how far a snapshot has come.
+#[derive(Debug)]
+pub(super) struct Saver {
+    pages: (Arc<NodeFile>, PathBuf),
+    state: PathBuf,
+    /// Bytes since the last time, and since the one before that where it has not ended.
+    bytes: u64,
+    last: Instant,
+    under_way: Option<SideThread>,
+}
+
+impl Saver {
+    pub(super) fn new(paths: &Paths, pages: Arc<NodeFile>) -> Saver {
+        let (pages, state) = ((pages, paths.incoming_pages()), paths.incoming_state());
+        Saver { pages, state, bytes: 0, last: Instant::now(), under_way: None }
+    }
+
+    /// So many bytes came. Says how far it is now with `at`, when it is time to.
+    pub(super) fn came(&mut self, bytes: u64, at: FillProgress, key: PageKey) -> Result<()> {
+        self.bytes += bytes;
+        let due = self.bytes >= BYTES || self.last.elapsed() >= EVERY;
+        let waits = self.bytes >= AHEAD_BYTES;
+        if !due || !waits && self.under_way.as_ref().is_some_and(|under_way| !under_way.is_finished()) {
+            return Ok(());
+        }
+        self.end()?;
+        let save = self.save(at, key);
+        (self.bytes, self.last) = (0, Instant::now());
+        self.under_way = Some(SideThread::start("replite-progress", save)?);
+        Ok(())
+    }
+
+    /// Whether all that came is durable, or will be once what is under way has ended.
+    pub(super) fn is_current(&self) -> bool {
+        self.bytes == 0
+    }
+
+    /// Says how far it is. That is durable on return.
+    pub(super) fn now(&mut self, at: FillProgress, key: PageKey) -> Result<()> {
+        self.end()?;
+        self.save(at, key)()?;
+        (self.bytes, self.last) = (0, Instant::now());
+        Ok(())
+    }
+
+    /// Waits for what is under way.
+    pub(super) fn end(&mut self) -> Result<()> {
+        self.under_way.take().map_or(Ok(()), SideThread::end)
+    }
+
+    /// All pages up to the next one are written already: whatever comes meanwhile, they are durable
+    /// before the file says so.
+    fn save(&self, at: FillProgress, key: PageKey) -> impl FnOnce() -> Result<()> + Send + use<> {
+        let mut fields = at.page_size.get().to_le_bytes().to_vec();
+        fields.extend_from_slice(&at.next.get().to_le_bytes());
+        fields.extend_from_slice(&at.first.to_bytes());
+        fields.extend_from_slice(&key.fingerprint().0);
+        let ((pages, path), state) = (self.pages.clone(), self.state.clone());
+        move || {
+            pages.sync_data().map_err(Error::io("fsync", path))?;
+            STATE.replace(&state, &fields)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::files;
+    use crate::txid::{Epoch, Txid};
+
+    const KEY: PageKey = PageKey::from_bytes([7; 28]);
+
+    fn at(next: u32) -> FillProgress {
+        let txid = Txid::new(Epoch::from_bytes(&[1; 16]).unwrap(), 3);
+        let first = Position::new(txid, crate::checksum::Checksum::EMPTY);
+        FillProgress { first, next: PageNo::new(next).unwrap(), page_size: PageSize::new(512).unwrap() }
+    }
+
+    fn saver(paths: &Paths) -> Saver {
+        files::make_directory(&paths.incoming()).unwrap();
+        let (file, _) = files::open_or_create(&paths.incoming_pages()).unwrap();
+        file.set_len(1 << 30).unwrap();
+        Saver::new(paths, Arc::new(file))
+    }
+
+    #[test]
+    fn it_is_said_after_so_many_bytes_and_each_time_further() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::fresh(dir.path());
+        let mut saver = saver(&paths);
+        saver.came(BYTES - 1, at(2), KEY).unwrap();
+        assert!(progress(&paths, KEY).is_none() && !saver.is_current());
+        for next in 3..6 {
+            // The second of them waits for the first where that has not ended.
+            saver.came(AHEAD_BYTES, at(next), KEY).unwrap();
+            assert!(saver.is_current());
+        }
+        saver.end().unwrap();
+        assert_eq!(progress(&paths, KEY).unwrap().next.get(), 5);
+        saver.came(1, at(7), KEY).unwrap();
+        saver.end().unwrap();
+        assert_eq!(progress(&paths, KEY).unwrap().next.get(), 5, "not for one byte");
+        saver.now(at(8), KEY).unwrap();
+        assert_eq!(progress(&paths, KEY).unwrap().next.get(), 8);
+    }
+
+    #[test]
+    fn what_a_disk_refuses_is_said_later() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::fresh(dir.path());
+        let mut saver = saver(&paths);
+        std::fs::remove_dir_all(paths.incoming()).unwrap();
+        saver.came(BYTES, at(2), KEY).unwrap();
+        assert!(matches!(saver.end(), Err(Error::Io { .. })));
+    }
+}
