@@ -41,7 +41,7 @@ use std::time::Instant;
 /// Figures that are measured together, and what measures them.
 type Figure = (&'static [&'static str], fn());
 
-const FIGURES: [Figure; 37] = [
+const FIGURES: [Figure; 38] = [
     (&["commit_normal_ratio"], commits::normal),
     (&["commit_full_ratio"], commits::full),
     (&["group_commit_ratio"], commits::group),
@@ -61,6 +61,7 @@ const FIGURES: [Figure; 37] = [
         wire::files,
     ),
     (&["far_link_lag_ms", "far_link_lag_100_ms"], wire::far),
+    (&["lossy_link_lag_ms"], wire::lossy),
     (&["layer_get_us", "replay_post_us"], doors::layer),
     (&["last_resort_token_us"], doors::last_resort),
     (&["proxy_req_per_s_ratio", "proxy_plain_req_per_s_ratio"], doors::forwarded),

@@ -91,12 +91,16 @@ pub fn packed(data: &[u8]) {
     let (mut decoder, mut completer, mut made) = (Decoder::new(Some(KEYS.page)), Completer::default(), 0);
     for chunk in rest.chunks(usize::from(size) + 1) {
         unpacker.push(Bytes::copy_from_slice(chunk));
-        while let Ok(Some(bytes)) = unpacker.next() {
+        loop {
+            let bytes = match unpacker.next() {
+                Ok(Some(bytes)) => bytes,
+                Ok(None) => break,
+                Err(_) => return,
+            };
             made += bytes.len();
             decoder.push(bytes);
             while let Ok(Some(unit)) = decoder.next() {
-                let Ok(unit) = completer.complete(unit) else { return };
-                round_trip(&unit);
+                round_trip(&completer.complete(unit));
             }
             if made > UNPACKED_MAX_BYTES {
                 return;

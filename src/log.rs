@@ -3,8 +3,7 @@
 //! The log is a directory of append-only segments. A segment is a file named `<start>.log`, `start`
 //! being 16 hex digits. It begins with one SEGMENT unit ([`crate::wire`]; 96 bytes), which repeats
 //! `start` and states the position before the segment's first record, and which page key the
-//! records go with. The rest is records, byte for
-//! byte as they are streamed:
+//! records go with. The rest is records:
 //!
 //! ```text
 //! 0000000000000000.log   SEGMENT | TXN | TXN | TXN_BEGIN (PATCH or PAGE)* TXN_END | TXN | ...

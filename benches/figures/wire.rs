@@ -182,17 +182,53 @@ pub(crate) fn far() {
     }
 }
 
-/// Milliseconds for each of ten seconds' commits, in their order.
+/// Tells this process that it is in the namespace.
+const LOSSY: &str = "REPLITE_BENCH_LOSSY";
+/// A loopback of 50 KB/s, both ways together, that loses one packet of a hundred. Without the
+/// smaller MTU a packet would be larger than what may go at once.
+const LOSES: &str = "ip link set lo up mtu 1500 \
+    && tc qdisc add dev lo root tbf rate 400kbit burst 5kb latency 5s \
+    && nft add table inet loss \
+    && nft 'add chain inet loss in { type filter hook input priority 0; }' \
+    && nft 'add rule inet loss in numgen random mod 100 < 1 drop' \
+    && exec \"$0\" --bench lossy_link_lag_ms";
+
+/// How late 100 small commits a second are behind a link that loses packets, in a network namespace
+/// of its own. It has no delay: the kernel's retransmission is what is late.
+pub(crate) fn lossy() {
+    if std::env::var_os(LOSSY).is_none() {
+        let mut within = std::process::Command::new("unshare");
+        within.args(["--map-root-user", "--net", "sh", "-c", LOSES]);
+        within.arg(std::env::current_exe().expect("a path")).env(LOSSY, "1");
+        if !within.status().is_ok_and(|ended| ended.success()) {
+            eprintln!("lossy_link_lag_ms was not measured: it needs unshare, ip, tc and nft");
+        }
+        return;
+    }
+    let dir = directory();
+    let db = primary(&dir.path().join("p.db"), Durability::Synced);
+    let mut lags = lags(&db, dir.path(), db.node().addresses.replication.clone(), 100, || {});
+    let last = lags[lags.len() - 1];
+    figure("lossy_link_lag_ms", "ms", vec![quantile(&mut lags, 0.5)]);
+    figure("lossy_link_lag_p99_ms", "ms", vec![quantile(&mut lags, 0.99)]);
+    figure("lossy_link_lag_last_ms", "ms", vec![last]);
+}
+
 fn far_lags(rate: u32) -> Vec<f64> {
     let dir = directory();
     let db = primary(&dir.path().join("p.db"), Durability::Synced);
     let to = db.node().addresses.replication.split('/').nth(2).expect("an address").parse();
     let wire = runtime().block_on(Wire::start(to.expect("an address"), Duration::from_millis(50)));
-    let url = format!("replite://{}", wire.address);
-    let follow = config(&dir.path().join("r.db")).lease(lease::Fixed::replica_of(url));
+    lags(&db, dir.path(), format!("replite://{}", wire.address), rate, || wire.throttle(125_000))
+}
+
+/// Milliseconds for each of ten seconds' commits, in their order, until a replica of this URL has
+/// it.
+fn lags(db: &Db, dir: &Path, url: String, rate: u32, begins: impl FnOnce()) -> Vec<f64> {
+    let follow = config(&dir.join("r.db")).lease(lease::Fixed::replica_of(url));
     let replica = runtime().block_on(Db::open(follow)).expect("a replica");
     runtime().block_on(replica.ready()).expect("ready");
-    wire.throttle(125_000);
+    begins();
     let mut waits = Vec::new();
     let insert = "INSERT INTO t(k, v) VALUES (?1, printf('%080d', ?1))";
     paced(10 * rate, rate, |n| {

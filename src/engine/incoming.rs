@@ -242,10 +242,7 @@ impl IncomingState {
 
     /// Makes durable how far a snapshot has come.
     pub(in crate::engine) fn keep(&mut self) -> Result<()> {
-        if self.saver.is_current() {
-            return self.saver.end();
-        }
-        self.saver.now(self.so_far()?, self.overlay.key())
+        self.saver.keep(self.so_far()?, self.overlay.key())
     }
 
     /// A run of pages that a heal asked for.

@@ -282,18 +282,21 @@ async fn a_replica_that_has_more_than_the_position_says_goes_on_with_the_log() {
     assert_eq!(stream.plan().await, Plan::Log);
 }
 
-#[tokio::test]
-async fn a_real_log_is_followed_from_disk_over_segments_and_over_what_was_taken_back() {
-    let dir = tempfile::tempdir().unwrap();
-    let options = LogOptions {
+fn real_log() -> LogOptions {
+    LogOptions {
         page_key: KEYS.page,
         segment_bytes: 20_000,
         keep_bytes: 1 << 30,
         keep_age: Duration::from_secs(3600),
         quota_bytes: 1 << 30,
         tail_bytes: 10_000,
-    };
-    let log = Log::open(dir.path(), options).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_real_log_is_followed_from_disk_over_segments_and_over_what_was_taken_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = Log::open(dir.path(), real_log()).unwrap();
     log.reset(at(1, 0)).unwrap();
     let record = |number: u64| {
         let epoch = Epoch::new(1, 1);
@@ -348,6 +351,45 @@ async fn a_real_log_is_followed_from_disk_over_segments_and_over_what_was_taken_
             _ => {}
         }
     }
+}
+
+#[tokio::test]
+async fn small_transactions_go_on_from_each_other_and_become_those_of_the_log() {
+    let dir = tempfile::tempdir().unwrap();
+    let log = Log::open(dir.path(), real_log()).unwrap();
+    log.reset(at(1, 0)).unwrap();
+    let (page_size, number) = (PageSize::new(512).unwrap(), PageNo::FIRST);
+    let (mut before, mut units) = (at(1, 0), Vec::new());
+    for n in 1..=5_u8 {
+        let page = [n; 512];
+        let (hash, mut changes) = (KEYS.page.hash(number, &page), BytesMut::new());
+        let image = wire::Image::Whole(&page);
+        wire::encode_change(&wire::PageChange { number, hash, replaced: None, image }, &mut changes);
+        let txid = crate::txid::Txid::new(before.epoch(), before.number() + 1);
+        let after = Position::new(txid, before.checksum().with(hash));
+        let begin = wire::TxnBegin { before, epoch: before.epoch(), page_size };
+        let end = wire::TxnEnd { after, pages: 1, changed: 1, unix_micros: 7 };
+        let changes = wire::Changes::of(&changes);
+        units.push(encoded(&Message::Txn(wire::CompactTxn { begin, end, changes })));
+        log.append(units[usize::from(n) - 1].clone(), Some(after)).unwrap();
+        before = after;
+    }
+    let node = super::fake::node(1, &SECRET, Role::Primary);
+    node.applied.replace(history(&[(1, 1)]), Some(before));
+    let replica_server = ReplicaServer::new(node.clone());
+    let primary = (node, Arc::new(OverLog(log)), replica_server);
+    let mut stream = Stream::join(primary, Some(at(1, 0)), history(&[(1, 1)]), None).await;
+    assert_eq!(stream.plan().await, Plan::Log);
+    let (mut completer, mut kinds, mut came) = (wire::Completer::default(), Vec::new(), Vec::new());
+    while came.len() < units.len() {
+        let unit = stream.next().await.unwrap();
+        if matches!(unit.kind, Kind::Txn | Kind::Next) {
+            kinds.push(unit.kind);
+            came.push(completer.complete(unit).raw);
+        }
+    }
+    assert_eq!(kinds, [Kind::Txn, Kind::Next, Kind::Next, Kind::Next, Kind::Next]);
+    assert_eq!(came, units);
 }
 
 #[tokio::test(start_paused = true)]

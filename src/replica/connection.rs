@@ -339,6 +339,8 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
     async fn sort(&mut self, unit: Unit, batch: &mut Vec<Unit>) -> Result<()> {
         match unit.kind {
             Kind::Page | Kind::Patch | Kind::TxnEnd | Kind::Txn | Kind::Sums | Kind::Sent => {}
+            // A bad one: what takes units in says so, as of others.
+            Kind::Next => {}
             Kind::TxnBegin | Kind::SnapBegin | Kind::SnapPiece | Kind::SnapEnd | Kind::HealBegin => {
                 self.note(&unit);
             }
@@ -375,13 +377,7 @@ impl<'a, F: Feed> PrimaryConnection<'a, F> {
                 self.drain();
                 return Ok(());
             }
-            Kind::Hello
-            | Kind::Welcome
-            | Kind::Ack
-            | Kind::Segment
-            | Kind::Standing
-            | Kind::Accept
-            | Kind::Next => {
+            Kind::Hello | Kind::Welcome | Kind::Ack | Kind::Segment | Kind::Standing | Kind::Accept => {
                 return Err(self.garbled(format!("an unexpected {:?}", unit.kind)));
             }
         }

@@ -139,7 +139,7 @@ impl<'a> Units<'a> {
         loop {
             let unit = self.decoder.next()?;
             if let Some(unit) = unit {
-                return self.completer.complete(unit).map(Some);
+                return Ok(Some(self.completer.complete(unit)));
             }
             let Some(unpacker) = &mut self.unpacker else { return Ok(None) };
             match unpacker.next()? {

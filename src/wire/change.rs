@@ -205,11 +205,8 @@ pub(crate) fn difference<'r>(old: Option<&[u8]>, page: &'r [u8], runs: &'r mut B
 /// Whether so few words are the same that a page of random bytes is not looked at byte by byte.
 fn has_little_in_common(old: &[u8], new: &[u8]) -> bool {
     let (old, new) = (old.as_chunks::<8>().0, new.as_chunks::<8>().0);
-    let same = |step: usize| {
-        old.iter().step_by(step).zip(new.iter().step_by(step)).filter(|(old, new)| old == new).count()
-    };
-    // Most pages are seen to have enough without a look at all of them.
-    same(16) < new.len() / 64 && same(1) < new.len() / 32
+    let same = old.iter().zip(new).filter(|(old, new)| old == new).count();
+    same < new.len() / 32
 }
 
 /// The first byte from `at` on that differs.

@@ -45,7 +45,9 @@ pub(super) fn verify(
     let found = match (kind, key) {
         (Some(Kind::Page), Some(key)) => key.hash_of_numbered(&unit[HEADER_BYTES..]).to_bytes(),
         (Some(Kind::Page), None) => return Err(WireError::Fields("a page where none may be")),
-        (Some(Kind::Next), _) => return Err(WireError::Fields("a NEXT where no stream is")),
+        (Some(Kind::Next), _) => {
+            return Err(WireError::Fields("a NEXT that goes on from no record, or from another"));
+        }
         _ => hash_of(unit),
     };
     if found == hash { Ok(()) } else { Err(WireError::Hash) }
@@ -65,7 +67,7 @@ pub(super) fn decode(
         Kind::Page => Message::Change(f.page(hash)?),
         Kind::Patch => Message::Change(f.change()?),
         Kind::Txn => Message::Txn(f.txn()?),
-        Kind::Next => return Err(WireError::Fields("a NEXT where no stream is")),
+        Kind::Next => return Err(WireError::Fields("a NEXT that goes on from no record, or from another")),
         Kind::TxnEnd => Message::TxnEnd(f.txn_end()?),
         Kind::Hello => Message::Hello(f.hello()?),
         Kind::Welcome => Message::Welcome(f.welcome()?),

@@ -11,7 +11,7 @@ use crate::txid::Position;
 use crate::wire::decoder::Header;
 use crate::wire::encode::head;
 use crate::wire::fields::{Fields, hash_of};
-use crate::wire::{HEADER_BYTES, Kind, TXN_MAX_BYTES, Unit, WireError};
+use crate::wire::{HEADER_BYTES, Kind, TXN_MAX_BYTES, Unit};
 
 /// Bytes of a TXN's payload before its position.
 const LEADING_BYTES: usize = 2;
@@ -40,8 +40,7 @@ impl Shortener {
             if self.follows && kind == Some(Kind::Txn) && unit_bytes >= SHORTEST_BYTES {
                 out.put_slice(&units[taken..at]);
                 out.put_slice(&head(Kind::Next, unit_bytes - HEADER_BYTES - Position::BYTES));
-                out.put_slice(&hash[..CHECK_BYTES]);
-                out.put_bytes(0, 16 - CHECK_BYTES);
+                out.put_slice(&check_of(hash));
                 out.put_slice(&unit[HEADER_BYTES..HEADER_BYTES + LEADING_BYTES]);
                 out.put_slice(&unit[SHORTEST_BYTES..]);
                 taken = at + unit_bytes;
@@ -59,6 +58,13 @@ impl Shortener {
     }
 }
 
+/// What a NEXT has in the place of the hash, where the TXN has this one.
+fn check_of(hash: [u8; 16]) -> [u8; 16] {
+    let mut check = [0; 16];
+    check[..CHECK_BYTES].copy_from_slice(&hash[..CHECK_BYTES]);
+    check
+}
+
 /// Header, and the payload up to the position's end.
 const SHORTEST_BYTES: usize = HEADER_BYTES + LEADING_BYTES + Position::BYTES;
 
@@ -70,13 +76,12 @@ pub(crate) struct Completer {
 }
 
 impl Completer {
-    /// The unit as the primary's log has it.
-    ///
-    /// # Errors
-    /// A NEXT that goes on from nothing, or that becomes another TXN than the one it stands for.
-    /// What else may be wrong with a unit is for those to say who decode it.
-    pub(crate) fn complete(&mut self, unit: Unit) -> Result<Unit, WireError> {
-        let unit = if unit.kind == Kind::Next { self.made(&unit)? } else { unit };
+    /// The unit as the primary's log has it. A NEXT stays what it is when it goes on from nothing,
+    /// or becomes another TXN than the one it stands for: those who decode it say that it is bad,
+    /// as of any other unit.
+    pub(crate) fn complete(&mut self, unit: Unit) -> Unit {
+        let made = if unit.kind == Kind::Next { self.made(&unit) } else { None };
+        let unit = made.unwrap_or(unit);
         if unit.kind.is_of_record() {
             let mut fields = Fields::of(unit.payload());
             self.after = match unit.kind {
@@ -85,16 +90,15 @@ impl Completer {
                 _ => None,
             };
         }
-        Ok(unit)
+        unit
     }
 
-    fn made(&self, next: &Unit) -> Result<Unit, WireError> {
-        let before = self.after.ok_or(WireError::Fields("a NEXT that goes on from no record"))?;
-        let payload = next.payload();
-        let (leading, rest) = payload
-            .split_at_checked(LEADING_BYTES)
-            .filter(|_| payload.len() + Position::BYTES <= TXN_MAX_BYTES)
-            .ok_or(WireError::Fields("a NEXT that becomes no transaction"))?;
+    fn made(&self, next: &Unit) -> Option<Unit> {
+        let (before, payload) = (self.after?, next.payload());
+        let (leading, rest) = payload.split_at_checked(LEADING_BYTES)?;
+        if payload.len() + Position::BYTES > TXN_MAX_BYTES {
+            return None;
+        }
         let mut raw = BytesMut::with_capacity(next.raw.len() + Position::BYTES);
         raw.put_slice(&head(Kind::Txn, payload.len() + Position::BYTES));
         raw.put_bytes(0, 16);
@@ -103,12 +107,12 @@ impl Completer {
         raw.put_slice(rest);
         let hash = hash_of(&raw);
         raw[8..HEADER_BYTES].copy_from_slice(&hash);
-        if (&next.hash[..CHECK_BYTES], &next.hash[CHECK_BYTES..])
-            != (&hash[..CHECK_BYTES], &[0; 16 - CHECK_BYTES][..])
-        {
-            return Err(WireError::Hash);
-        }
-        Ok(Unit { kind: Kind::Txn, hash, raw: raw.freeze(), page_key: next.page_key })
+        (next.hash == check_of(hash)).then(|| Unit {
+            kind: Kind::Txn,
+            hash,
+            raw: raw.freeze(),
+            page_key: next.page_key,
+        })
     }
 }
 
@@ -124,8 +128,8 @@ mod tests {
     use crate::page::{PageNo, PageSize};
     use crate::txid::{Epoch, Txid};
     use crate::wire::{
-        Changes, CompactTxn, Decoder, Image, Message, Packer, PageChange, TxnBegin, TxnEnd, difference,
-        encode, encode_change,
+        Changes, CompactTxn, Decoder, Image, Message, Packer, PageChange, TxnBegin, TxnEnd, WireError,
+        difference, encode, encode_change,
     };
 
     const PAGE_KEY: PageKey = PageKey::from_bytes([7; 28]);
@@ -173,7 +177,7 @@ mod tests {
         decoder.push(bytes);
         let mut all = Vec::new();
         while let Some(unit) = decoder.next()? {
-            let unit = completer.complete(unit)?;
+            let unit = completer.complete(unit);
             unit.decode()?;
             all.extend_from_slice(&unit.raw);
         }
@@ -204,12 +208,25 @@ mod tests {
         }
 
         #[test]
-        fn what_a_stranger_calls_a_next_is_refused(payload in prop::collection::vec(any::<u8>(), 0..300)) {
-            let (log, _) = history(&[true]);
+        fn what_a_stranger_calls_a_next_is_refused(
+            payload in prop::collection::vec(any::<u8>(), 0..300),
+            at in any::<prop::sample::Index>(),
+            fits in any::<bool>(),
+        ) {
+            let (log, ends) = history(&[true, true]);
             let mut completer = Completer::default();
-            completed(log, &mut completer).unwrap();
-            let raw = crate::wire::sealed(Kind::Next as u8, &payload, PAGE_KEY);
-            prop_assert!(completed(raw, &mut completer).is_err());
+            completed(log.slice(..ends[0]), &mut completer).unwrap();
+            let mut txn = log[ends[0]..].to_vec();
+            // All of the payload but the position, or one byte of it.
+            let place = if at.index(2) == 0 { HEADER_BYTES } else { SHORTEST_BYTES };
+            txn.truncate(place);
+            txn.extend_from_slice(&payload);
+            let bytes = (txn.len() - HEADER_BYTES) as u32;
+            txn[..4].copy_from_slice(&bytes.to_le_bytes());
+            let hash = if fits { hash_of(&txn) } else { [3; 16] };
+            txn[8..HEADER_BYTES].copy_from_slice(&hash);
+            let short = Shortener { follows: true }.shorten(txn.into(), true);
+            prop_assert!(completed(short, &mut completer).is_err());
         }
     }
 
@@ -219,12 +236,24 @@ mod tests {
         let short = Shortener { follows: true }.shorten(log.slice(ends[1]..), true);
         assert_eq!(short.len() + Position::BYTES, log.len() - ends[1]);
         let mut nowhere = Completer::default();
-        assert!(matches!(completed(short.clone(), &mut nowhere), Err(WireError::Fields(_))));
+        assert!(completed(short.clone(), &mut nowhere).is_err());
         let mut earlier = Completer::default();
         completed(log.slice(..ends[0]), &mut earlier).unwrap();
-        assert_eq!(completed(short.clone(), &mut earlier), Err(WireError::Hash));
+        assert!(completed(short.clone(), &mut earlier).is_err());
         completed(log.slice(ends[0]..ends[1]), &mut earlier).unwrap();
         assert_eq!(completed(short, &mut earlier).unwrap(), log[ends[1]..]);
+    }
+
+    #[test]
+    fn after_a_part_of_a_unit_nothing_is_shortened_before_a_record_has_ended() {
+        let (log, ends) = history(&[true, true, true]);
+        let mut shortener = Shortener::default();
+        shortener.shorten(log.slice(..ends[0]), true);
+        let part = log.slice(ends[0]..ends[0] + 30);
+        assert_eq!(shortener.shorten(part.clone(), false), part);
+        let last = log.slice(ends[1]..);
+        assert_eq!(shortener.shorten(last.clone(), true), last);
+        assert!(shortener.shorten(last.clone(), true).len() < last.len());
     }
 
     #[test]

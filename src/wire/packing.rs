@@ -334,7 +334,13 @@ mod tests {
         assert!(!refused(&head(BLOCK_MAX_BYTES)));
         assert!(refused(&head(BLOCK_MAX_BYTES + 1)));
         assert!(refused(&[0xFF; 4]), "a varint that does not end");
-        // A frame that wants a window of a gigabyte.
+        // A frame that wants a window of twice ours, and one of a gigabyte.
+        let mut encoder = Encoder::new(LEVEL).unwrap();
+        encoder.set_parameter(CParameter::WindowLog(WINDOW_LOG + 1)).unwrap();
+        let mut larger = Packer(encoder).pack(&noise(4 << 10, 3), true).unwrap().to_vec();
+        assert!(refused(&larger));
+        larger = Packer::new().unwrap().pack(&noise(4 << 10, 3), true).unwrap().to_vec();
+        assert!(!refused(&larger));
         assert!(refused(&[2 * 10 + 1, 0x28, 0xB5, 0x2F, 0xFD, 0, 20 << 3, 1, 0, 0, 0]));
     }
 }

@@ -134,13 +134,21 @@ impl Checkpointer {
         if let Some(replica) = &self.replica {
             // What a primary vouches for: the replica acknowledges nothing else.
             let position = self.base.node.applied.position();
-            if *replica.synced.borrow() != position && self.applied_synced.elapsed() >= APPLIED_SYNC {
+            let before = *replica.synced.borrow();
+            if before != position && self.applied_synced.elapsed() >= APPLIED_SYNC {
                 self.applied_synced = Instant::now();
                 // The log first: no one would vouch for a record that the WAL has and the log
                 // lacks.
                 append_or_gap::sync(&self.base)?;
                 self.base.sync_wal()?;
-                replica.synced.send_replace(position);
+                replica.synced.send_if_modified(|now| {
+                    // A sync that was asked for meanwhile came further than this one.
+                    let mine = *now == before;
+                    if mine {
+                        *now = position;
+                    }
+                    mine
+                });
             }
         }
         Ok(())

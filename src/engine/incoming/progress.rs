@@ -27,8 +27,8 @@ const STATE_BYTES: usize = 4 + 4 + Position::BYTES + FINGERPRINT_BYTES;
 /// The replica makes its progress durable after this many bytes, or after this long.
 const BYTES: u64 = 64 << 20;
 const EVERY: Duration = Duration::from_secs(5);
-/// Where the disk is slower than what comes, so many bytes are written and not durable. Then the
-/// replica waits.
+/// Where the disk is slower than what comes, so many bytes are written and not durable at most.
+/// Then the replica waits.
 const AHEAD_BYTES: u64 = 4 * BYTES;
 
 /// How far an earlier attempt came.
@@ -62,49 +62,69 @@ pub(in crate::engine) fn progress(paths: &Paths, key: PageKey) -> Option<FillPro
 pub(super) struct Saver {
     pages: (Arc<NodeFile>, PathBuf),
     state: PathBuf,
-    /// Bytes since the last time, and since the one before that where it has not ended.
-    bytes: u64,
+    /// Bytes since a save began, and those that one under way is about.
+    since: u64,
+    saving: u64,
     last: Instant,
     under_way: Option<SideThread>,
+    /// The disk failed a save. What it has of the pages is not known any more, and the next sync
+    /// may say nothing of it.
+    failed: bool,
 }
 
 impl Saver {
     pub(super) fn new(paths: &Paths, pages: Arc<NodeFile>) -> Saver {
         let (pages, state) = ((pages, paths.incoming_pages()), paths.incoming_state());
-        Saver { pages, state, bytes: 0, last: Instant::now(), under_way: None }
+        let last = Instant::now();
+        Saver { pages, state, since: 0, saving: 0, last, under_way: None, failed: false }
     }
 
     /// So many bytes came. Says how far it is now with `at`, when it is time to.
     pub(super) fn came(&mut self, bytes: u64, at: FillProgress, key: PageKey) -> Result<()> {
-        self.bytes += bytes;
-        let due = self.bytes >= BYTES || self.last.elapsed() >= EVERY;
-        let waits = self.bytes >= AHEAD_BYTES;
-        if !due || !waits && self.under_way.as_ref().is_some_and(|under_way| !under_way.is_finished()) {
+        self.since += bytes;
+        let waits = self.since + self.saving >= AHEAD_BYTES;
+        let busy = self.under_way.as_ref().is_some_and(|under_way| !under_way.is_finished());
+        if self.since < BYTES && self.last.elapsed() < EVERY || busy && !waits {
             return Ok(());
         }
         self.end()?;
-        let save = self.save(at, key);
-        (self.bytes, self.last) = (0, Instant::now());
-        self.under_way = Some(SideThread::start("replite-progress", save)?);
-        Ok(())
+        match SideThread::start("replite-progress", self.save(at, key)) {
+            Ok(under_way) => {
+                self.under_way = Some(under_way);
+                (self.since, self.saving, self.last) = (0, self.since, Instant::now());
+                Ok(())
+            }
+            // There is no thread to be had.
+            Err(_) => self.now(at, key),
+        }
     }
 
-    /// Whether all that came is durable, or will be once what is under way has ended.
-    pub(super) fn is_current(&self) -> bool {
-        self.bytes == 0
+    /// Says how far it is, where that is not said yet. That is durable on return.
+    pub(super) fn keep(&mut self, at: FillProgress, key: PageKey) -> Result<()> {
+        self.end()?;
+        if self.since == 0 { Ok(()) } else { self.now(at, key) }
     }
 
     /// Says how far it is. That is durable on return.
     pub(super) fn now(&mut self, at: FillProgress, key: PageKey) -> Result<()> {
         self.end()?;
-        self.save(at, key)()?;
-        (self.bytes, self.last) = (0, Instant::now());
+        self.save(at, key)().inspect_err(|_| self.failed = true)?;
+        (self.since, self.last) = (0, Instant::now());
         Ok(())
     }
 
     /// Waits for what is under way.
+    ///
+    /// # Errors
+    /// The disk failed that, or an earlier one.
     pub(super) fn end(&mut self) -> Result<()> {
-        self.under_way.take().map_or(Ok(()), SideThread::end)
+        let ended = self.under_way.take().map_or(Ok(()), SideThread::end);
+        self.saving = 0;
+        if ended.is_ok() && self.failed {
+            let error = std::io::Error::other("an earlier one failed, and what is there is not known");
+            return Err(Error::io("fsync", &self.pages.1)(error));
+        }
+        ended.inspect_err(|_| self.failed = true)
     }
 
     /// All pages up to the next one are written already: whatever comes meanwhile, they are durable
@@ -143,34 +163,53 @@ mod tests {
         Saver::new(paths, Arc::new(file))
     }
 
+    /// What one hears that asks a file.
+    fn next(paths: &Paths) -> Option<u32> {
+        progress(paths, KEY).map(|progress| progress.next.get())
+    }
+
     #[test]
     fn it_is_said_after_so_many_bytes_and_each_time_further() {
         let dir = tempfile::tempdir().unwrap();
         let paths = Paths::fresh(dir.path());
         let mut saver = saver(&paths);
         saver.came(BYTES - 1, at(2), KEY).unwrap();
-        assert!(progress(&paths, KEY).is_none() && !saver.is_current());
-        for next in 3..6 {
-            // The second of them waits for the first where that has not ended.
-            saver.came(AHEAD_BYTES, at(next), KEY).unwrap();
-            assert!(saver.is_current());
-        }
+        assert_eq!(next(&paths), None);
+        saver.came(1, at(3), KEY).unwrap();
         saver.end().unwrap();
-        assert_eq!(progress(&paths, KEY).unwrap().next.get(), 5);
-        saver.came(1, at(7), KEY).unwrap();
-        saver.end().unwrap();
-        assert_eq!(progress(&paths, KEY).unwrap().next.get(), 5, "not for one byte");
-        saver.now(at(8), KEY).unwrap();
-        assert_eq!(progress(&paths, KEY).unwrap().next.get(), 8);
+        assert_eq!(next(&paths), Some(3));
+        saver.came(7, at(4), KEY).unwrap();
+        saver.keep(at(5), KEY).unwrap();
+        assert_eq!(next(&paths), Some(5));
     }
 
     #[test]
-    fn what_a_disk_refuses_is_said_later() {
+    fn nothing_waits_for_a_slow_disk_before_too_much_has_come() {
+        let dir = tempfile::tempdir().unwrap();
+        let paths = Paths::fresh(dir.path());
+        let mut saver = saver(&paths);
+        let (done, waits) = std::sync::mpsc::channel::<()>();
+        saver.under_way = Some(SideThread::start("slow", move || Ok(drop(waits.recv()))).unwrap());
+        saver.saving = BYTES;
+        saver.came(AHEAD_BYTES - BYTES - 1, at(2), KEY).unwrap();
+        assert_eq!(next(&paths), None);
+        let waiter = std::thread::spawn(move || saver.came(1, at(3), KEY).map(|()| saver));
+        assert!(!waiter.is_finished());
+        drop(done);
+        waiter.join().unwrap().unwrap().end().unwrap();
+        assert_eq!(next(&paths), Some(3));
+    }
+
+    #[test]
+    fn what_a_disk_refuses_is_said_later_and_nothing_is_believed_after_it() {
         let dir = tempfile::tempdir().unwrap();
         let paths = Paths::fresh(dir.path());
         let mut saver = saver(&paths);
         std::fs::remove_dir_all(paths.incoming()).unwrap();
         saver.came(BYTES, at(2), KEY).unwrap();
         assert!(matches!(saver.end(), Err(Error::Io { .. })));
+        files::make_directory(&paths.incoming()).unwrap();
+        assert!(saver.now(at(3), KEY).is_err() && saver.keep(at(3), KEY).is_err());
+        assert_eq!(next(&paths), None);
     }
 }
