@@ -189,7 +189,12 @@ mod tests {
         let paths = Paths::fresh(dir.path());
         let mut saver = saver(&paths);
         let (done, waits) = std::sync::mpsc::channel::<()>();
-        saver.under_way = Some(SideThread::start("slow", move || Ok(drop(waits.recv()))).unwrap());
+        let slow = move || {
+            // Its other end is dropped.
+            let _ = waits.recv();
+            Ok(())
+        };
+        saver.under_way = Some(SideThread::start("slow", slow).unwrap());
         saver.saving = BYTES;
         saver.came(AHEAD_BYTES - BYTES - 1, at(2), KEY).unwrap();
         assert_eq!(next(&paths), None);
