@@ -65,8 +65,8 @@ pub enum LostKind {
     /// A log that did not lead to its database's state.
     Log,
     /// A WAL that was not its database's. Or one whose last commit does not have its checksum, as
-    /// a kill in the middle of that commit leaves it, or a bit that flipped later. Nothing in it
-    /// was acknowledged in the first case.
+    /// a kill in the middle of that commit leaves it, or a bit that flipped later. In
+    /// the first case nothing was acknowledged of what the node cut off its own.
     Wal,
     /// What the node can't read, or what is of no kind that this version knows; and why.
     Unreadable(String),
