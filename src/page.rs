@@ -99,6 +99,11 @@ impl PageSize {
     pub const fn bytes(self) -> usize {
         self.0 as usize
     }
+
+    /// The power of two that it is.
+    pub(crate) const fn power(self) -> u8 {
+        self.0.trailing_zeros() as u8
+    }
 }
 
 impl fmt::Debug for PageSize {

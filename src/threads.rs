@@ -6,10 +6,12 @@
 
 use std::any::Any;
 use std::future::Future;
+use std::num::NonZero;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
+use std::sync::OnceLock;
 use std::task::{Context, Poll};
-use std::thread::JoinHandle;
+use std::thread::{JoinHandle, ScopedJoinHandle};
 
 use pin_project_lite::pin_project;
 
@@ -54,6 +56,48 @@ pub(crate) fn beside<A: Send, B>(
         let one = thread.map_err(Error::io("spawn", name));
         (one.and_then(|thread| thread.join().map_err(|panic| panicked(name, panic)).flatten()), two)
     })
+}
+
+/// Work on fewer bytes than this is done before another thread has begun.
+const EACH_MIN_BYTES: usize = 256 * 1024;
+/// The most threads that share a piece of work.
+const EACH_THREADS_MAX: usize = 4;
+
+/// What `run` makes of each item, in their order. Where they come to many bytes, some threads do it
+/// together, which takes the longer the more there is.
+pub(crate) fn each<'a, T: Sync, R: Send>(
+    name: &'static str,
+    items: &'a [T],
+    bytes: usize,
+    run: impl Fn(&'a T) -> R + Sync,
+) -> Vec<R> {
+    let threads = if bytes < EACH_MIN_BYTES { 1 } else { cores().min(EACH_THREADS_MAX) };
+    let mut shares = items.chunks(items.len().div_ceil(threads).max(1));
+    let (own, run) = (shares.next().unwrap_or_default(), &run);
+    std::thread::scope(|scope| {
+        let others: Vec<_> = shares
+            .map(|share| {
+                let all = move || share.iter().map(run).collect::<Vec<R>>();
+                (share, std::thread::Builder::new().name(name.into()).spawn_scoped(scope, all))
+            })
+            .collect();
+        let mut made: Vec<R> = own.iter().map(run).collect();
+        for (share, thread) in others {
+            match thread.map(ScopedJoinHandle::join) {
+                Ok(Ok(done)) => made.extend(done),
+                Ok(Err(panic)) => std::panic::resume_unwind(panic),
+                // There is no thread to be had.
+                Err(_) => made.extend(share.iter().map(run)),
+            }
+        }
+        made
+    })
+}
+
+/// Asked once: it is read from files.
+fn cores() -> usize {
+    static CORES: OnceLock<usize> = OnceLock::new();
+    *CORES.get_or_init(|| std::thread::available_parallelism().map_or(1, NonZero::get))
 }
 
 /// A piece of work on a thread of its own. Dropping it waits for its end.
@@ -173,6 +217,20 @@ mod tests {
     use std::sync::mpsc;
 
     use super::*;
+
+    #[test]
+    fn what_each_item_becomes_comes_in_their_order_and_a_panic_is_the_callers() {
+        let items: Vec<u32> = (0..37).collect();
+        for bytes in [0, EACH_MIN_BYTES] {
+            for count in [0, 1, 2, 5, items.len()] {
+                let made = each("replite-test", &items[..count], bytes, |n| n * 2);
+                assert!(made.into_iter().eq(items[..count].iter().map(|n| n * 2)));
+            }
+            let last = |n: &u32| assert!(*n < 36, "by intent");
+            let panic = catch_unwind(|| each("replite-test", &items, bytes, last)).unwrap_err();
+            assert_eq!(message(&*panic), "by intent");
+        }
+    }
 
     #[test]
     fn whatever_becomes_of_the_work_its_end_is_run_with_what_it_worked_on() {

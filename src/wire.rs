@@ -17,7 +17,8 @@
 //! the length is part of what is hashed.
 //!
 //! The hash of every other unit is the first 16 bytes of BLAKE3, keyed with a published constant.
-//! It is over bytes 0 to 7 of the header and the payload.
+//! It is over bytes 0 to 7 of the header and the payload. In it the pages of a SNAP_PIECE stand as
+//! their hashes: each byte of a snapshot is hashed once.
 //!
 //! Payloads. `position` is 40 bytes (epoch number 8, epoch branch 8, transaction number 8, checksum
 //! 16), `epoch` its first 16. `optional position` is a byte 0, or a byte 1 and a position. `peer`
@@ -45,7 +46,7 @@
 //!   clock (8).
 //! - 9 SNAP_BEGIN: position of the first piece, first page (4), page size (4), pages in the
 //!   database now (4).
-//! - 10 SNAP_PIECE: first page (4), position, pages.
+//! - 10 SNAP_PIECE: first page (4), position, page size as the power of two (1), pages.
 //! - 11 SNAP_END: position at which the snapshot, or the heal, is exact; pages in the database
 //!   there (4).
 //! - 12 GOODBYE: reason: UTF-8, at most [`REASON_MAX_BYTES`].
@@ -100,13 +101,14 @@ mod handoff;
 mod kind;
 mod next;
 mod packing;
+mod piece;
 mod record;
 #[cfg(test)]
 mod tests;
 
 pub(crate) use change::{Image, PageChange, difference};
 pub(crate) use decoder::{Decoder, Header};
-pub(crate) use encode::{encode, encode_change, encode_page, encode_pieces, peer_fits};
+pub(crate) use encode::{encode, encode_change, encode_page, peer_fits};
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
 pub(crate) use fields::sealed;
 pub(crate) use handoff::{
@@ -115,6 +117,7 @@ pub(crate) use handoff::{
 pub(crate) use kind::Kind;
 pub(crate) use next::{Completer, Shortener};
 pub(crate) use packing::{Packer, Unpacker};
+pub(crate) use piece::PageRun;
 pub(crate) use record::{
     Changes, CompactTxn, RecordPart, TXN_CHANGES_MAX_BYTES, TXN_MAX_BYTES, TxnBegin, TxnEnd,
 };
@@ -169,8 +172,8 @@ pub(crate) const HELLO_PROOF_BYTES: usize = 32;
 const UNIT_KEY: [u8; 32] = *b"replite unit hash, version 1 ...";
 /// Header flag: a reader that does not know the kind passes the unit over.
 const MAY_SKIP: u8 = 1;
-/// Bytes of a snapshot piece before its pages: page number and position.
-pub(crate) const PIECE_FIELDS_BYTES: usize = 4 + Position::BYTES;
+/// Bytes of a snapshot piece before its pages: page number, position and page size.
+pub(crate) const PIECE_FIELDS_BYTES: usize = 4 + Position::BYTES + 1;
 
 /// Bytes of a SEGMENT unit, with its header.
 pub(crate) const SEGMENT_BYTES: usize = HEADER_BYTES + 8 + Position::BYTES + 8 + FINGERPRINT_BYTES;
@@ -265,9 +268,8 @@ pub(crate) enum Message<'a> {
     Ack(Ack),
     SnapBegin(SnapBegin),
     SnapPiece {
-        first: PageNo,
         position: Position,
-        pages: &'a [u8],
+        run: PageRun<'a>,
     },
     SnapEnd(SnapEnd),
     Goodbye(Goodbye),

@@ -20,14 +20,14 @@ use crate::handshake::{self, Answer, Asker, COMMAND_PATH, Knock, Refusal, STREAM
 use crate::keys::DatabaseKeys;
 use crate::lease::{self, Fixed};
 use crate::net::{Endpoint, OpenResponse};
-use crate::page::PageNo;
+use crate::page::{PageNo, PageSize};
 use crate::peer::{Incarnation, NodeId};
 use crate::secret::{Keyring, Secret};
 use crate::standing;
 use crate::status::{Addresses, Event, PeerInfo, Role};
 use crate::txid::{Epoch, EpochHistory, EpochStart, Position, Txid};
 use crate::wire::{
-    self, Accept, Ack, Decoder, Goodbye, Hello, Message, PeerKeys, Plan, Sent, Unpacker, Welcome,
+    self, Accept, Ack, Decoder, Goodbye, Hello, Message, PageRun, PeerKeys, Plan, Sent, Unpacker, Welcome,
 };
 
 const LIMIT: Duration = Duration::from_secs(30);
@@ -448,9 +448,10 @@ async fn a_hostile_follower_is_asked_for_no_page_and_its_answers_end_its_stream(
     let txid = write(&one).await;
     one.wait_for_timeout(txid, LIMIT).await.unwrap();
     let (position, history) = (one.position().unwrap(), (*one.inner.node.applied.history()).clone());
-    let (first, pages) = (PageNo::FIRST, &[0; 4096][..]);
+    let (size, key) = (PageSize::new(4096).unwrap(), one.inner.node.database_keys.get().page);
+    let run = PageRun::hashed(PageNo::FIRST, &[0; 4096], size, &key);
     let unasked = [
-        Message::SnapPiece { first, position, pages },
+        Message::SnapPiece { position, run },
         Message::Sent(Sent { position, pages: 1 }),
         Message::Accept(Accept { attempt: 1, answer: Ok("boot".into()) }),
     ];

@@ -1,8 +1,9 @@
 //! A state on its way in: pages in a file that, over what is here already, become exact. Then the
 //! checksum verifies them.
 //!
-//! In `<state directory>/incoming`, `pages` holds the pages at their places. `state` says how far a
-//! snapshot has come, `held` which pages a comparison has.
+//! In `<state directory>/incoming`, `pages` holds the pages at their places. Where the database is
+//! empty, they go to their places in its file at once, and `first` holds the first one. `state` says
+//! how far a snapshot has come, `held` which pages a comparison has.
 //!
 //! A snapshot can't go on when the primary's log does not reach back to its begin any more. Then it
 //! becomes a comparison over what came of it.
@@ -13,37 +14,42 @@
 
 pub(in crate::engine) mod heal;
 pub(in crate::engine) mod overlay;
+mod pages;
 mod progress;
 
 use std::fs;
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use crate::checksum::{FINGERPRINT_BYTES, PageKey};
 use crate::descriptors::NodeFile;
+use crate::engine::file::database::OpenDatabase;
 use crate::engine::history::intake_error::IntakeError;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming::overlay::{Overlay, PageStore};
+pub(in crate::engine) use crate::engine::incoming::pages::{Pages, in_place};
 use crate::engine::incoming::progress::Saver;
 pub(in crate::engine) use crate::engine::incoming::progress::{FillProgress, progress};
 use crate::error::{Error, Result};
-use crate::files::{self, Paths, read_exact_at, replace_file, sync_directory, write_all_at};
+use crate::files::{self, Paths, replace_file, sync_directory};
 use crate::page::{PageNo, PageSet, PageSize};
+use crate::threads;
 use crate::txid::Position;
 use crate::wal::le_u32;
-use crate::wire::{HealBegin, PageChange, SnapBegin, SnapEnd, TxnBegin, TxnEnd};
+use crate::wire::{HealBegin, PageChange, PageRun, SnapBegin, SnapEnd, TxnBegin, TxnEnd};
 
 const HELD_MAGIC: [u8; 8] = *b"repheld3";
 const HELD_HEAD_BYTES: usize = 8 + FINGERPRINT_BYTES + 4 + 4;
 /// Bytes that one read takes when the replica hashes pages again that came earlier.
-const HASH_CHUNK_BYTES: usize = 1 << 20;
+const HASH_CHUNK_BYTES: usize = 4 * HASH_RUN_BYTES;
+/// Bytes that one thread hashes of them at a time.
+const HASH_RUN_BYTES: usize = 256 * 1024;
 
 /// A state that is coming in, over nothing or over the pages of a live database.
 #[derive(Debug)]
 pub(in crate::engine) struct IncomingState {
     paths: Paths,
-    file: Arc<NodeFile>,
+    pages: Pages,
     /// Notes the pages that the file has, for a comparison that has to begin again.
     held: Option<NodeFile>,
     /// The page that the next piece of a snapshot begins with.
@@ -55,17 +61,19 @@ pub(in crate::engine) struct IncomingState {
 /// A state that is exact and verified.
 #[derive(Debug)]
 pub(in crate::engine) struct Ready {
-    paths: Paths,
-    pub(in crate::engine) file: Arc<NodeFile>,
+    pub(in crate::engine) pages: Pages,
     /// The pages that the file has; all others are those of the live database.
     pub(in crate::engine) have: PageSet,
     pub(in crate::engine) position: Position,
-    pub(in crate::engine) pages: u32,
+    pub(in crate::engine) size: u32,
     pub(in crate::engine) page_size: PageSize,
 }
 
 /// What lies under the pages that have come: the live database, if there is one.
 pub(in crate::engine) type Under<'a> = Option<&'a mut WalAppender>;
+
+/// An empty database that is open, and whose file a snapshot can go into at once.
+pub(in crate::engine) type Place = Option<Arc<OpenDatabase>>;
 
 /// Forgets what was begun.
 pub(in crate::engine) fn discard(paths: &Paths) -> Result<()> {
@@ -75,16 +83,14 @@ pub(in crate::engine) fn discard(paths: &Paths) -> Result<()> {
 /// The pages of an [`IncomingState`], for a call.
 struct IncomingPages<'a> {
     paths: &'a Paths,
-    file: &'a NodeFile,
+    pages: &'a Pages,
     held: Option<&'a mut NodeFile>,
-    page_size: PageSize,
     live: Under<'a>,
 }
 
 impl PageStore for IncomingPages<'_> {
     fn write(&mut self, number: PageNo, page: &[u8]) -> Result<()> {
-        write_all_at(self.file, page, number.offset(self.page_size))
-            .map_err(Error::io("write", self.paths.incoming_pages()))?;
+        self.pages.write(number, page)?;
         match &mut self.held {
             Some(held) => held
                 .write_all(&number.get().to_le_bytes())
@@ -94,8 +100,7 @@ impl PageStore for IncomingPages<'_> {
     }
 
     fn read(&mut self, number: PageNo, page: &mut [u8]) -> Result<()> {
-        read_exact_at(self.file, page, number.offset(self.page_size))
-            .map_err(Error::io("read", self.paths.incoming_pages()))
+        self.pages.read(number, page)
     }
 
     fn read_below(&mut self, first: PageNo, pages: &mut [u8]) -> Result<()> {
@@ -106,12 +111,7 @@ impl PageStore for IncomingPages<'_> {
     }
 
     fn cut_above(&mut self, last: u32) -> Result<()> {
-        let bytes = u64::from(last) * u64::from(self.page_size.get());
-        let path = || self.paths.incoming_pages();
-        if self.file.metadata().map_err(Error::io("stat", path()))?.len() > bytes {
-            self.file.set_len(bytes).map_err(Error::io("truncate", path()))?;
-        }
-        Ok(())
+        self.pages.cut_above(last)
     }
 }
 
@@ -121,13 +121,13 @@ impl IncomingState {
         page_size: PageSize,
         first: Position,
         below: u32,
+        place: Place,
     ) -> Result<IncomingState> {
         files::make_directory(&paths.incoming())?;
-        let (file, _) = files::open_or_create(&paths.incoming_pages())?;
-        let (file, paths) = (Arc::new(file), paths.clone());
+        let pages = Pages::open(paths, page_size, place)?;
         let overlay = Overlay::new(page_size, key, first, below);
-        let saver = Saver::new(&paths, file.clone());
-        Ok(IncomingState { paths, file, held: None, next: 1, saver, overlay })
+        let (saver, paths) = (Saver::new(paths, pages.clone()), paths.clone());
+        Ok(IncomingState { paths, pages, held: None, next: 1, saver, overlay })
     }
 
     /// Begins a snapshot, or goes on with the one that [`progress`] told of.
@@ -135,9 +135,11 @@ impl IncomingState {
         paths: &Paths,
         key: PageKey,
         begin: SnapBegin,
+        place: Place,
     ) -> Result<IncomingState, IntakeError> {
         let earlier = progress(paths, key)
-            .filter(|p| p.first == begin.first && p.next == begin.from && p.page_size == begin.page_size);
+            .filter(|p| p.first == begin.first && p.next == begin.from && p.page_size == begin.page_size)
+            .filter(|p| !p.in_place || place.is_some());
         if begin.from != PageNo::FIRST && earlier.is_none() {
             return Err(IntakeError::garbled(
                 "a snapshot that goes on with something else than what is here",
@@ -146,10 +148,10 @@ impl IncomingState {
         if earlier.is_none() {
             discard(paths)?;
         }
-        let mut incoming = IncomingState::new((paths, key), begin.page_size, begin.first, 0)?;
+        let place = place.filter(|_| earlier.is_none_or(|earlier| earlier.in_place));
+        let mut incoming = IncomingState::new((paths, key), begin.page_size, begin.first, 0, place)?;
         // What lies after the progress that was made durable may be anything.
-        let length = begin.from.offset(begin.page_size);
-        incoming.file.set_len(length).map_err(Error::io("truncate", incoming.path()))?;
+        incoming.pages.cut_above(begin.from.get() - 1)?;
         incoming.next = begin.from.get();
         incoming.hash_held()?;
         incoming.saver.now(incoming.so_far()?, key)?;
@@ -164,7 +166,13 @@ impl IncomingState {
         key: PageKey,
         begin: HealBegin,
         pages: u32,
+        place: Place,
     ) -> Result<IncomingState> {
+        // What came into an empty database's file is of no use elsewhere.
+        let place = place.filter(|_| in_place(paths));
+        if place.is_none() && in_place(paths) {
+            discard(paths)?;
+        }
         let mut held = begin.compare.then(|| read_held(paths, key, begin.page_size)).flatten();
         if begin.compare && held.is_none() {
             held = hold_progress(paths, key, begin.page_size)?;
@@ -172,7 +180,7 @@ impl IncomingState {
         if held.is_none() {
             discard(paths)?;
         }
-        let mut incoming = IncomingState::new((paths, key), begin.page_size, begin.from, pages)?;
+        let mut incoming = IncomingState::new((paths, key), begin.page_size, begin.from, pages, place)?;
         if begin.compare {
             let path = incoming.paths.incoming_held();
             let (mut file, _) = files::open_or_create(&path)?;
@@ -193,14 +201,9 @@ impl IncomingState {
         self.overlay.position()
     }
 
-    fn path(&self) -> PathBuf {
-        self.paths.incoming_pages()
-    }
-
     fn parts<'a>(&'a mut self, live: Under<'a>) -> (&'a mut Overlay, IncomingPages<'a>) {
-        let IncomingState { paths, file, held, overlay, .. } = self;
-        let page_size = overlay.page_size();
-        (overlay, IncomingPages { paths, file, held: held.as_mut(), page_size, live })
+        let IncomingState { paths, pages, held, overlay, .. } = self;
+        (overlay, IncomingPages { paths, pages, held: held.as_mut(), live })
     }
 
     /// Takes in what an earlier attempt left.
@@ -211,9 +214,9 @@ impl IncomingState {
         while let Some(first) = PageNo::new(next).filter(|_| next < self.next) {
             let count = ((self.next - next) as usize).min(buffer.len() / size);
             let bytes = &mut buffer[..count * size];
-            let offset = u64::from(next - 1) * size as u64;
-            read_exact_at(&self.file, bytes, offset).map_err(Error::io("read", self.path()))?;
-            self.overlay.append(first, bytes);
+            self.pages.read(first, bytes)?;
+            let runs = hash_pages(first, bytes, self.overlay.page_size(), self.overlay.key());
+            runs.iter().for_each(|run| self.overlay.append(run));
             next += count as u32;
         }
         Ok(())
@@ -224,20 +227,19 @@ impl IncomingState {
     fn so_far(&self) -> Result<FillProgress> {
         let (first, page_size) = (self.overlay.position(), self.overlay.page_size());
         let next = PageNo::new(self.next).ok_or_else(|| Error::Internal("a snapshot of no pages".into()))?;
-        Ok(FillProgress { first, next, page_size })
+        Ok(FillProgress { first, next, page_size, in_place: self.pages.database().is_some() })
     }
 
     /// A run of pages of a snapshot, in order.
-    pub(in crate::engine) fn piece(&mut self, first: PageNo, pages: &[u8]) -> Result<(), IntakeError> {
-        let count = self.count(first, pages)?;
-        if self.overlay.ended() || first.get() != self.next {
+    pub(in crate::engine) fn piece(&mut self, run: &PageRun<'_>) -> Result<(), IntakeError> {
+        self.check(run)?;
+        if self.overlay.ended() || run.first().get() != self.next {
             return Err(IntakeError::garbled("a snapshot piece out of order"));
         }
-        write_all_at(&self.file, pages, first.offset(self.overlay.page_size()))
-            .map_err(Error::io("write", self.path()))?;
-        self.overlay.append(first, pages);
-        self.next += count;
-        Ok(self.saver.came(pages.len() as u64, self.so_far()?, self.overlay.key())?)
+        self.pages.write(run.first(), run.bytes())?;
+        self.overlay.append(run);
+        self.next += run.count();
+        Ok(self.saver.came(run.bytes().len() as u64, self.so_far()?, self.overlay.key())?)
     }
 
     /// Makes durable how far a snapshot has come.
@@ -246,24 +248,17 @@ impl IncomingState {
     }
 
     /// A run of pages that a heal asked for.
-    pub(in crate::engine) fn patch(
-        &mut self,
-        first: PageNo,
-        pages: &[u8],
-        live: Under<'_>,
-    ) -> Result<(), IntakeError> {
-        self.count(first, pages)?;
+    pub(in crate::engine) fn patch(&mut self, run: &PageRun<'_>, live: Under<'_>) -> Result<(), IntakeError> {
+        self.check(run)?;
         let (overlay, mut store) = self.parts(live);
-        overlay.patch(first, pages, &mut store)
+        overlay.patch(run, &mut store)
     }
 
-    fn count(&self, first: PageNo, pages: &[u8]) -> Result<u32, IntakeError> {
-        let size = self.overlay.page_size().bytes();
-        let count = (pages.len() / size) as u32;
-        if !pages.len().is_multiple_of(size) || first.get().checked_add(count).is_none() {
-            return Err(IntakeError::garbled("a piece of no whole pages, or of too many"));
+    fn check(&self, run: &PageRun<'_>) -> Result<(), IntakeError> {
+        if run.page_size() == self.overlay.page_size() {
+            return Ok(());
         }
-        Ok(count)
+        Err(IntakeError::garbled("a piece with pages of another size"))
     }
 
     /// The pieces are complete. Returns true when the state is exact already.
@@ -307,11 +302,21 @@ impl IncomingState {
     /// Hands the finished state over, synced.
     pub(in crate::engine) fn finish(mut self) -> Result<Ready> {
         self.saver.end()?;
-        self.file.sync_all().map_err(Error::io("fsync", self.path()))?;
+        self.pages.sync()?;
         let page_size = self.overlay.page_size();
-        let (have, position, pages) = self.overlay.into_parts();
-        Ok(Ready { paths: self.paths, file: self.file, have, position, pages, page_size })
+        let (have, position, size) = self.overlay.into_parts();
+        Ok(Ready { pages: self.pages, have, position, size, page_size })
     }
+}
+
+/// Hashes pages that are here, on several threads.
+fn hash_pages(first: PageNo, pages: &[u8], size: PageSize, key: PageKey) -> Vec<PageRun<'_>> {
+    let at_once = (HASH_RUN_BYTES / size.bytes()).max(1);
+    let firsts = (first.get()..=u32::MAX).step_by(at_once).filter_map(PageNo::new);
+    let runs: Vec<(PageNo, &[u8])> = firsts.zip(pages.chunks(at_once * size.bytes())).collect();
+    threads::each("replite-hash", &runs, pages.len(), |&(first, pages)| {
+        PageRun::hashed(first, pages, size, &key)
+    })
 }
 
 /// Makes the pages that came of a snapshot, if they are of this size, those that a comparison has.
@@ -351,7 +356,7 @@ fn held_head(key: PageKey, page_size: PageSize, last: u32) -> Vec<u8> {
 
 /// The pages that an earlier comparison has, if they are of this size.
 pub(in crate::engine) fn read_held(paths: &Paths, key: PageKey, page_size: PageSize) -> Option<PageSet> {
-    let there = fs::metadata(paths.incoming_pages()).ok()?.len() / u64::from(page_size.get());
+    let there = pages::bytes_there(paths, page_size)? / u64::from(page_size.get());
     let mut bytes = Vec::new();
     // A number may stand there more than once. The replica does not read a file that is none of
     // ours to its end.
@@ -371,8 +376,7 @@ pub(in crate::engine) fn read_held(paths: &Paths, key: PageKey, page_size: PageS
 impl Ready {
     /// One page of the verified state that the file has.
     pub(in crate::engine) fn read(&self, number: PageNo, buffer: &mut [u8]) -> Result<()> {
-        read_exact_at(&self.file, buffer, number.offset(self.page_size))
-            .map_err(Error::io("read", self.paths.incoming_pages()))
+        self.pages.read(number, buffer)
     }
 }
 
@@ -392,8 +396,9 @@ mod tests {
 
     /// Leaves a part of a snapshot of four pages, with its progress.
     fn interrupted(paths: &Paths) -> PageNo {
-        let mut incoming = IncomingState::begin(paths, KEY, begin(PageNo::FIRST)).unwrap();
-        incoming.piece(PageNo::FIRST, &[7; 4 * 512]).unwrap();
+        let mut incoming = IncomingState::begin(paths, KEY, begin(PageNo::FIRST), None).unwrap();
+        let size = PageSize::new(512).unwrap();
+        incoming.piece(&PageRun::hashed(PageNo::FIRST, &[7; 4 * 512], size, &KEY)).unwrap();
         incoming.keep().unwrap();
         PageNo::new(5).unwrap()
     }
@@ -404,7 +409,7 @@ mod tests {
         let paths = Paths::fresh(dir.path());
         let next = interrupted(&paths);
         assert_eq!(progress(&paths, KEY).unwrap().next, next);
-        IncomingState::begin(&paths, KEY, begin(next)).unwrap();
+        IncomingState::begin(&paths, KEY, begin(next), None).unwrap();
         assert_eq!(fs::metadata(paths.incoming_pages()).unwrap().len(), 4 * 512);
     }
 
@@ -448,9 +453,12 @@ mod tests {
             interrupted(&paths);
             fs::write(&state, &bytes).unwrap();
             assert!(progress(&paths, KEY).is_none());
-            assert!(IncomingState::begin(&paths, KEY, begin(next)).is_err(), "what is here is not known");
+            assert!(
+                IncomingState::begin(&paths, KEY, begin(next), None).is_err(),
+                "what is here is not known"
+            );
             assert_eq!(fs::read(&state).unwrap(), bytes, "a refusal leaves it as it is");
-            IncomingState::begin(&paths, KEY, begin(PageNo::FIRST)).unwrap();
+            IncomingState::begin(&paths, KEY, begin(PageNo::FIRST), None).unwrap();
             assert_eq!(progress(&paths, KEY).unwrap().next, PageNo::FIRST);
             assert_eq!(fs::metadata(paths.incoming_pages()).unwrap().len(), 0);
         }

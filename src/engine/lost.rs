@@ -243,7 +243,7 @@ fn differing(live: &mut WalAppender, ready: &Ready) -> Result<PageSet> {
             pages.insert(page);
         }
     }
-    let dropped = (ready.pages.saturating_add(1)..=ours).filter_map(PageNo::new);
+    let dropped = (ready.size.saturating_add(1)..=ours).filter_map(PageNo::new);
     dropped.filter(|page| !page.is_lock_page(ready.page_size)).for_each(|page| pages.insert(page));
     Ok(pages)
 }

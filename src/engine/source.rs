@@ -3,11 +3,11 @@
 
 use bytes::{Bytes, BytesMut};
 
-use crate::checksum::PageKey;
+use crate::checksum::{PageHash, PageKey};
 use crate::error::Result;
 use crate::page::{PageNo, PageSize};
 use crate::txid::Position;
-use crate::wire::{self, Sent, WantRun};
+use crate::wire::{self, PageRun, Sent, WantRun};
 
 /// Bytes of pages that one read takes. Small, because the checkpointer waits meanwhile.
 pub(crate) const PIECE_BYTES: usize = 256 * 1024;
@@ -45,7 +45,8 @@ pub(crate) fn answer(
             if read == 0 {
                 break;
             }
-            encode_differing(next, &piece, &hashes[..read], (size, key), &mut bytes);
+            let pages = PageRun::hashed(next, &piece.data, size, &key);
+            encode_differing(&pages, piece.position, &hashes[..read], &mut bytes);
             hashes = &hashes[read..];
             let Some(after) = next.get().checked_add(read as u32).and_then(PageNo::new) else { break };
             next = after;
@@ -54,26 +55,20 @@ pub(crate) fn answer(
     Ok((bytes.freeze(), sent))
 }
 
-/// Encodes the pages of a piece whose hashes are not those, as pieces of pages in a row.
-fn encode_differing(
-    first: PageNo,
-    piece: &Piece,
-    hashes: &[[u8; 16]],
-    (size, key): (PageSize, PageKey),
-    out: &mut BytesMut,
-) {
-    let differs = |(at, page): (usize, &[u8])| {
-        let number = PageNo::new(first.get() + at as u32)?;
-        let differs = !number.is_lock_page(size) && key.hash(number, page).to_bytes() != hashes[at];
-        differs.then_some((at, number))
+/// Encodes the pages whose hashes are not those, as pieces of pages in a row.
+fn encode_differing(pages: &PageRun<'_>, position: Position, hashes: &[[u8; 16]], out: &mut BytesMut) {
+    let differs = |((number, _, hash), theirs): ((PageNo, _, PageHash), &[u8; 16])| {
+        !number.is_lock_page(pages.page_size()) && hash.to_bytes() != *theirs
     };
-    let mut differing = piece.data.chunks_exact(size.bytes()).enumerate().filter_map(differs).peekable();
-    while let Some((begin, number)) = differing.next() {
+    let differing = pages.iter().zip(hashes).map(differs).enumerate();
+    let mut differing = differing.filter_map(|(at, differs)| differs.then_some(at)).peekable();
+    while let Some(begin) = differing.next() {
         let mut end = begin + 1;
-        while differing.next_if(|&(at, _)| at == end).is_some() {
+        while differing.next_if(|&at| at == end).is_some() {
             end += 1;
         }
-        let pages = &piece.data[begin * size.bytes()..end * size.bytes()];
-        wire::encode_pieces(number, piece.position, pages, size.bytes(), out);
+        if let Some(run) = pages.part(begin..end) {
+            run.encode(position, out);
+        }
     }
 }

@@ -25,7 +25,7 @@ use crate::peer::{Incarnation, NodeId};
 use crate::secret::Keyring;
 use crate::status::{Addresses, PeerInfo, Role};
 use crate::txid::{Position, Txid};
-use crate::wire::{self, Decoder, HealBegin, Message, SnapBegin, SnapEnd};
+use crate::wire::{self, Decoder, HealBegin, Message, PageRun, SnapBegin, SnapEnd};
 
 /// The page key of all databases of these tests.
 pub(super) const KEY: PageKey = KEYS.page;
@@ -193,10 +193,9 @@ fn send_pieces(engine: &PrimaryEngine, out: &mut BytesMut, between: &mut dyn FnM
         if piece.data.is_empty() {
             return piece;
         }
-        let (first, position, pages) = (next, piece.position, &piece.data[..]);
-        wire::encode(&Message::SnapPiece { first, position, pages }, out);
-        let count = (piece.data.len() / engine.page_size().bytes()) as u32;
-        next = PageNo::new(next.get() + count).unwrap();
+        let run = PageRun::hashed(next, &piece.data, engine.page_size(), &KEY);
+        run.encode(piece.position, out);
+        next = PageNo::new(next.get() + run.count()).unwrap();
         between();
     }
 }

@@ -150,6 +150,11 @@ impl Paths {
         self.incoming().join("pages")
     }
 
+    /// The first page of a state whose other pages are in the database's file.
+    pub(crate) fn incoming_first(&self) -> PathBuf {
+        self.incoming().join("first")
+    }
+
     /// How far a snapshot has come.
     pub(crate) fn incoming_state(&self) -> PathBuf {
         self.incoming().join("state")

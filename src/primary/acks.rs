@@ -97,7 +97,7 @@ pub(super) async fn acks(
                     return End::Failed(Error::garbled(peer, "a question out of place"));
                 }
             }
-            Ok(Message::SnapPiece { first, pages, .. }) if answers.pages(first, pages) => {}
+            Ok(Message::SnapPiece { run, .. }) if answers.pages(run.first(), run.bytes()) => {}
             Ok(Message::Sent(sent)) if answers.end(sent) => {}
             Ok(Message::Accept(accept)) => {
                 if !accepts.answered(accept) {

@@ -23,7 +23,9 @@ use crate::primary::fake::KEYS;
 use crate::primary::plan::{ReplicaPlan, plan};
 use crate::status::{Addresses, PeerInfo};
 use crate::txid::{Epoch, EpochHistory, EpochStart, Place, Position, Txid};
-use crate::wire::{self, HealBegin, Hello, Image, PageChange, Sent, SnapEnd, TxnBegin, TxnEnd, Want};
+use crate::wire::{
+    self, HealBegin, Hello, Image, PageChange, PageRun, Sent, SnapEnd, TxnBegin, TxnEnd, Want,
+};
 
 const PAGE_BYTES: usize = 512;
 /// Pages that one sum stands for here: few, so that spans are cut everywhere.
@@ -288,7 +290,9 @@ fn heal(
             {
                 let page = all[n as usize - 1];
                 if hash(n, page).to_bytes() != *theirs {
-                    overlay.patch(PageNo::new(n).unwrap(), &bytes(page), &mut store).unwrap();
+                    let page = bytes(page);
+                    let run = PageRun::hashed(PageNo::new(n).unwrap(), &page, size, &KEYS.page);
+                    overlay.patch(&run, &mut store).unwrap();
                 }
             }
             last = sent(primary);

@@ -11,8 +11,9 @@ use crate::engine::{PIECE_BYTES, Piece};
 use crate::error::{Error, Result};
 use crate::page::{PageNo, PageSize};
 use crate::primary::{StreamSource, blocking};
+use crate::threads;
 use crate::txid::Position;
-use crate::wire::{self, Message, Sent};
+use crate::wire::{self, Message, PageRun, Sent};
 
 /// Pieces that are read and hashed in one go on a blocking thread.
 const PIECES_AT_ONCE: usize = 4;
@@ -64,35 +65,38 @@ pub(super) fn read_ahead(
 
 pub(super) fn read_go(source: &dyn StreamSource, from: PageNo) -> Result<(PageBatch, PageNo)> {
     let mut bytes = BytesMut::with_capacity(PIECES_AT_ONCE * (PIECE_BYTES + 1024));
-    let page = source.page_size().bytes();
-    read_pieces(source, from, |first, piece| {
-        wire::encode_pieces(first, piece.position, &piece.data, page, &mut bytes)
-    })
-    .map(|(first, last, next)| {
-        let Sent { position, pages } = first;
-        (PageBatch { bytes: bytes.freeze(), position, pages, last }, next)
+    let read = read_pieces(source, from)?;
+    for (run, (_, piece)) in hashed(source, &read.pieces).iter().zip(&read.pieces) {
+        run.encode(piece.position, &mut bytes);
+    }
+    Ok(read.batch(bytes.freeze()))
+}
+
+/// Hashes what was read, on several threads.
+fn hashed<'a>(source: &dyn StreamSource, pieces: &'a [(PageNo, Piece)]) -> Vec<PageRun<'a>> {
+    let (size, key) = (source.page_size(), source.page_key());
+    let bytes = pieces.iter().map(|(_, piece)| piece.data.len()).sum();
+    threads::each("replite-hash", pieces, bytes, |(first, piece)| {
+        PageRun::hashed(*first, &piece.data, size, &key)
     })
 }
 
 pub(super) fn read_sums(source: &dyn StreamSource, from: PageNo) -> Result<(PageBatch, PageNo)> {
-    let (size, key) = (source.page_size(), source.page_key());
+    let (size, read) = (source.page_size(), read_pieces(source, from)?);
     let span = span_pages(size);
-    let mut sums = Vec::new();
-    let (Sent { position, pages }, last, next) = read_pieces(source, from, |first, piece| {
-        let mut numbers = first.get()..;
-        sums.extend(piece.data.chunks(span as usize * size.bytes()).map(|run| {
-            let pages = numbers.by_ref().zip(run.chunks_exact(size.bytes()));
-            let pages = pages.filter_map(|(n, page)| Some((PageNo::new(n)?, page)));
-            let pages = pages.filter(|(n, _)| !n.is_lock_page(size));
-            let sum = pages.fold(Checksum::EMPTY, |sum, (n, page)| sum.with(key.hash(n, page)));
-            sum.as_u128().to_le_bytes()
-        }));
-    })?;
+    let sums: Vec<_> = hashed(source, &read.pieces).iter().map(sum).collect();
     let mut bytes = BytesMut::new();
     if !sums.is_empty() {
         wire::encode(&Message::Sums { first: from, span, sums: &sums }, &mut bytes);
     }
-    Ok((PageBatch { bytes: bytes.freeze(), position, pages, last }, next))
+    Ok(read.batch(bytes.freeze()))
+}
+
+/// The sum of a piece, of which each but the last has as many pages as a sum stands for.
+fn sum(run: &PageRun<'_>) -> [u8; 16] {
+    let counted = run.iter().filter(|(number, ..)| !number.is_lock_page(run.page_size()));
+    let sum = counted.fold(Checksum::EMPTY, |sum, (_, _, hash)| sum.with(hash));
+    sum.as_u128().to_le_bytes()
 }
 
 /// Pages that one sum stands for: as many as a piece has, which is read at one moment.
@@ -100,30 +104,42 @@ fn span_pages(size: PageSize) -> u32 {
     (PIECE_BYTES / size.bytes()) as u32
 }
 
-/// Reads some pieces. Where the first was read, where the last of all was, and where the next one
-/// begins.
-fn read_pieces(
-    source: &dyn StreamSource,
-    from: PageNo,
-    mut visit: impl FnMut(PageNo, &Piece),
-) -> Result<(Sent, Option<Sent>, PageNo)> {
+/// Some pieces that were read, and where the next one begins.
+struct PiecesRead {
+    pieces: Vec<(PageNo, Piece)>,
+    /// Where the first was read.
+    first: Sent,
+    /// Where the last of all was.
+    last: Option<Sent>,
+    next: PageNo,
+}
+
+impl PiecesRead {
+    fn batch(self, bytes: Bytes) -> (PageBatch, PageNo) {
+        let Sent { position, pages } = self.first;
+        (PageBatch { bytes, position, pages, last: self.last }, self.next)
+    }
+}
+
+fn read_pieces(source: &dyn StreamSource, from: PageNo) -> Result<PiecesRead> {
     let page_bytes = source.page_size().bytes();
-    let mut next = from;
+    let (mut next, mut pieces) = (from, Vec::new());
     let mut begun = None;
     for _ in 0..PIECES_AT_ONCE {
         let piece = source.read_piece(next, PIECE_BYTES)?;
         let here = Sent { position: piece.position, pages: piece.pages };
         let first = *begun.get_or_insert(here);
         let read = (piece.data.len() / page_bytes) as u32;
-        if read > 0 {
-            visit(next, &piece);
-        }
         let after = PageNo::new(next.get().saturating_add(read)).unwrap_or(next);
-        if read == 0 || after.get() > piece.pages {
-            return Ok((first, Some(here), after));
+        let ends = read == 0 || after.get() > piece.pages;
+        if read > 0 {
+            pieces.push((next, piece));
         }
         next = after;
+        if ends {
+            return Ok(PiecesRead { pieces, first, last: Some(here), next });
+        }
     }
     let first = begun.ok_or_else(|| Error::Internal("a snapshot without pieces".into()))?;
-    Ok((first, None, next))
+    Ok(PiecesRead { pieces, first, last: None, next })
 }

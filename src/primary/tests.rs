@@ -407,9 +407,9 @@ async fn a_snapshot_is_followed_by_the_records_after_its_first_piece() {
     let exact_at = loop {
         let unit = stream.next().await.unwrap();
         match unit.decode().unwrap() {
-            Message::SnapPiece { first, pages: data, .. } => {
-                assert_eq!(first.get(), pages + 1);
-                pages += data.len() as u32 / 512;
+            Message::SnapPiece { run, .. } => {
+                assert_eq!(run.first().get(), pages + 1);
+                pages += run.count();
             }
             Message::SnapEnd(end) => break end.exact_at,
             Message::Heartbeat(_) => {}

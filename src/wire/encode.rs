@@ -8,11 +8,12 @@ use crate::txid::Position;
 use crate::wire::change::{Image, PageChange, put_change};
 use crate::wire::fields::hash_of;
 use crate::wire::handoff::DECLINED_MAX_BYTES;
+use crate::wire::piece::piece_hash;
 use crate::wire::record::put_txn;
 use crate::wire::{
     Accept, Ack, FOLLOWS_NONE, Goodbye, HEADER_BYTES, Handed, HealBegin, Hello, Kind, LeaseOffer, MARKS_MAX,
-    Message, NO_LEASE, PAYLOAD_MAX_BYTES, PEER_MAX_BYTES, PIECE_BYTES, PeerKeys, REASON_MAX_BYTES, Segment,
-    SnapBegin, Standing, TxnBegin, TxnEnd, VERSION, Want, Welcome,
+    Message, NO_LEASE, PAYLOAD_MAX_BYTES, PEER_MAX_BYTES, PIECE_FIELDS_BYTES, PeerKeys, REASON_MAX_BYTES,
+    Segment, SnapBegin, Standing, TxnBegin, TxnEnd, VERSION, Want, Welcome,
 };
 
 /// Appends a unit to `out`.
@@ -30,7 +31,10 @@ pub(crate) fn encode(message: &Message<'_>, out: &mut BytesMut) {
     assert!(payload <= PAYLOAD_MAX_BYTES, "a {kind:?} unit of {payload} bytes");
     let unit = &mut out[at..];
     unit[..8].copy_from_slice(&head(kind, payload));
-    let hash = hash_of(unit);
+    let hash = match message {
+        Message::SnapPiece { run, .. } => piece_hash(unit, run),
+        _ => hash_of(unit),
+    };
     unit[8..HEADER_BYTES].copy_from_slice(&hash);
 }
 
@@ -51,23 +55,6 @@ pub(crate) fn encode_page(number: PageNo, hash: PageHash, page: &[u8], out: &mut
 /// Writes a change as it stands in a TXN unit, after others.
 pub(crate) fn encode_change(change: &PageChange<'_>, out: &mut BytesMut) {
     put_change(change, out);
-}
-
-/// Writes pages in a row as snapshot pieces.
-pub(crate) fn encode_pieces(
-    first: PageNo,
-    position: Position,
-    pages: &[u8],
-    page_bytes: usize,
-    out: &mut BytesMut,
-) {
-    let at_once = (PIECE_BYTES / page_bytes).max(1);
-    for (piece, pages) in pages.chunks(at_once * page_bytes).enumerate() {
-        let Some(first) = first.get().checked_add((piece * at_once) as u32).and_then(PageNo::new) else {
-            return;
-        };
-        encode(&Message::SnapPiece { first, position, pages }, out);
-    }
 }
 
 /// Whether a peer can be told to others in full. If not, its labels, and then its addresses, are
@@ -106,11 +93,12 @@ fn put_fields(message: &Message<'_>, out: &mut BytesMut) -> Kind {
         }
         Message::Ack(m) => put_ack(m, out),
         Message::SnapBegin(m) => put_snap_begin(m, out),
-        Message::SnapPiece { first, position, pages } => {
-            out.reserve(4 + Position::BYTES + pages.len());
-            out.put_u32_le(first.get());
+        Message::SnapPiece { position, run } => {
+            out.reserve(PIECE_FIELDS_BYTES + run.bytes().len());
+            out.put_u32_le(run.first().get());
             out.put_slice(&position.to_bytes());
-            out.put_slice(pages);
+            out.put_u8(run.page_size().power());
+            out.put_slice(run.bytes());
             Kind::SnapPiece
         }
         Message::SnapEnd(m) => {

@@ -147,14 +147,11 @@ impl<'a> Fields<'a> {
 
     /// The position after is not among the fields: it follows from the hashes.
     pub(super) fn txn(&mut self) -> Result<CompactTxn<'a>, WireError> {
-        let [flags, page_size] = *self.array()?;
+        let [flags] = *self.array()?;
         if flags & !(NEW_EPOCH | DROPPED) != 0 {
             return Err(WireError::Fields("flags that no transaction has"));
         }
-        let page_size = 1_u32
-            .checked_shl(page_size.into())
-            .and_then(|bytes| PageSize::new(bytes).ok())
-            .ok_or(WireError::Fields("a page size that SQLite does not have"))?;
+        let page_size = self.page_size_power()?;
         let before = self.position()?;
         let (pages, unix_micros) = (self.u32()?, self.u64()?);
         let epoch = if flags & NEW_EPOCH != 0 { self.epoch()? } else { before.epoch() };
@@ -197,7 +194,7 @@ pub(super) fn put_txn(txn: &CompactTxn<'_>, out: &mut BytesMut) -> Kind {
         flags |= DROPPED;
     }
     out.put_u8(flags);
-    out.put_u8(begin.page_size.get().trailing_zeros() as u8);
+    out.put_u8(begin.page_size.power());
     out.put_slice(&begin.before.to_bytes());
     out.put_u32_le(end.pages);
     out.put_u64_le(end.unix_micros);

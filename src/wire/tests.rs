@@ -124,7 +124,7 @@ fn every_kind() -> Vec<Message<'static>> {
         Message::Ack(Ack { applied: None, synced: None, clock: 0 }),
         Message::Ack(Ack { applied: Some(position(8)), synced: Some(position(7)), clock: 1 << 40 }),
         Message::SnapBegin(SnapBegin { first: position(1), from: page_no(2), page_size: size(), pages: 11 }),
-        Message::SnapPiece { first: page_no(2), position: position(9), pages: &PAGES },
+        Message::SnapPiece { position: position(9), run: PageRun::hashed(page_no(2), &PAGES, size(), &KEY) },
         Message::SnapEnd(SnapEnd { exact_at: position(11), pages: 12 }),
         Message::HealBegin(HealBegin {
             from: position(3),
@@ -394,12 +394,13 @@ fn what_comes_first_may_be_as_long_as_the_longest_hello_and_no_longer() {
 #[test]
 fn the_largest_unit_passes() {
     let pages = vec![1; PIECE_MAX_BYTES];
-    let message = Message::SnapPiece { first: PageNo::FIRST, position: position(1), pages: &pages };
+    let run = PageRun::hashed(PageNo::FIRST, &pages, size(), &KEY);
+    let message = Message::SnapPiece { position: position(1), run };
     let unit = first(encoded(&message)).unwrap().unwrap();
     assert_eq!(unit.decode().unwrap(), message);
     let full = PAYLOAD_MAX_BYTES - PIECE_FIELDS_BYTES;
-    let unit =
-        first(sealed(10, 0, &[[1, 0, 0, 0].as_slice(), &vec![0; full + 40]].concat())).unwrap().unwrap();
+    let fields = [&[1, 0, 0, 0], &[0; 40][..], &[9], &vec![0; full]].concat();
+    let unit = first(sealed(10, 0, &fields)).unwrap().unwrap();
     assert_eq!(unit.payload().len(), PAYLOAD_MAX_BYTES);
     assert!(unit.decode().is_err(), "{full} is no whole number of pages");
 }

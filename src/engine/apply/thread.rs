@@ -343,15 +343,19 @@ impl Apply {
         self.connection = Some(connection);
         // A database that a snapshot fills anew is nothing to go on from.
         let position = self.state.below().map(|live| live.position());
-        let (paths, key) = (&self.options.paths, self.options.page_key());
+        let (paths, key) = (self.options.paths.clone(), self.options.page_key());
+        // What came into the file of an empty database is there as long as that is open.
+        let mut is_there = |size| !incoming::in_place(&paths) || self.place(size).is_some();
+        let begun = incoming::progress(&paths, key).filter(|begun| is_there(begun.page_size));
+        // Pages that an earlier comparison brought.
+        let held = incoming::held_size(&paths, key).filter(|size| is_there(*size));
         let standing = ReplicaStanding {
             position,
             history: Arc::new(self.history.clone()),
-            resume: incoming::progress(paths, key).map(|p| (p.first, p.next)),
+            resume: begun.map(|p| (p.first, p.next)),
             suspect: match position {
                 Some(_) => self.suspect != Suspect::No,
-                // Pages that an earlier comparison brought.
-                None => incoming::held_size(paths, key).is_some(),
+                None => held.is_some(),
             },
             marks: if position.is_some() { self.marks() } else { Vec::new() },
         };

@@ -1,6 +1,7 @@
 //! What the threads of one open database share: the wal-index, the WAL, the tip, and how a thread
 //! reads a page as of a frame.
 
+use std::fs::File;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, RwLock, TryLockError};
@@ -459,6 +460,11 @@ impl OpenDatabase {
             frames: self.tip().frame,
             backfilled: self.index.backfilled(),
         }
+    }
+
+    /// The database file, where this node has a descriptor of its own.
+    pub(in crate::engine) fn file(&self) -> Option<&File> {
+        self.locks.as_deref().and_then(FileLocks::database)
     }
 
     pub(in crate::engine) fn path(&self) -> &Path {

@@ -10,7 +10,7 @@ use crate::engine::history::intake_error::IntakeError;
 use crate::error::Result;
 use crate::page::{PageNo, PageSet, PageSize};
 use crate::txid::Position;
-use crate::wire::{PageChange, SnapEnd, TxnBegin, TxnEnd};
+use crate::wire::{PageChange, PageRun, SnapEnd, TxnBegin, TxnEnd};
 
 /// Where the pages are: those that came, and those below them.
 pub(crate) trait PageStore {
@@ -82,31 +82,24 @@ impl Overlay {
     }
 
     /// Adds a run of pages that none came for before, and that are in the file already.
-    pub(crate) fn append(&mut self, first: PageNo, pages: &[u8]) {
-        for (number, page) in (first.get()..).zip(pages.chunks_exact(self.page_size.bytes())) {
-            let Some(number) = PageNo::new(number) else { break };
+    pub(crate) fn append(&mut self, run: &PageRun<'_>) {
+        for (number, _, hash) in run.iter() {
             if !number.is_lock_page(self.page_size) {
-                self.sum = self.sum.with(self.key.hash(number, page));
+                self.sum = self.sum.with(hash);
             }
             self.have.insert(number);
         }
     }
 
     /// Adds a run of pages that take the place of those that counted.
-    pub(crate) fn patch(
-        &mut self,
-        first: PageNo,
-        pages: &[u8],
-        store: &mut dyn PageStore,
-    ) -> Result<(), IntakeError> {
+    pub(crate) fn patch(&mut self, run: &PageRun<'_>, store: &mut dyn PageStore) -> Result<(), IntakeError> {
         if self.end.is_some() {
             return Err(IntakeError::garbled("pages behind the end of a heal"));
         }
-        for (number, page) in (first.get()..).zip(pages.chunks_exact(self.page_size.bytes())) {
-            if let Some(number) = PageNo::new(number).filter(|n| !n.is_lock_page(self.page_size)) {
-                let old = self.counts(number).then(|| self.hash(number, store)).transpose()?;
-                self.put(number, (old, self.key.hash(number, page)), page, store)?;
-            }
+        let size = self.page_size;
+        for (number, page, hash) in run.iter().filter(|(n, ..)| !n.is_lock_page(size)) {
+            let old = self.counts(number).then(|| self.hash(number, store)).transpose()?;
+            self.put(number, (old, hash), page, store)?;
         }
         Ok(())
     }

@@ -1,12 +1,10 @@
 //! How far a snapshot has come: what is durable of it. A thread of its own syncs while more comes.
 
-use std::fs;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use crate::checksum::{FINGERPRINT_BYTES, PageKey};
-use crate::descriptors::NodeFile;
+use crate::engine::incoming::pages::{Pages, bytes_there, in_place};
 use crate::error::{Error, Result};
 use crate::files::Paths;
 use crate::files::sealed::{CHECK_BYTES, HEAD_BYTES, Sealed};
@@ -37,6 +35,8 @@ pub(in crate::engine) struct FillProgress {
     pub(in crate::engine) first: Position,
     pub(in crate::engine) next: PageNo,
     pub(in crate::engine) page_size: PageSize,
+    /// The pages are in the file of the database, which was empty.
+    pub(in crate::engine) in_place: bool,
 }
 
 /// What an earlier attempt left, if the replica can go on with it.
@@ -53,14 +53,15 @@ pub(in crate::engine) fn progress(paths: &Paths, key: PageKey) -> Option<FillPro
     if *of != key.fingerprint().0 {
         return None;
     }
-    let there = fs::metadata(paths.incoming_pages()).ok()?.len();
-    (there >= next.offset(page_size)).then_some(FillProgress { first, next, page_size })
+    let there = bytes_there(paths, page_size)?;
+    let in_place = in_place(paths);
+    (there >= next.offset(page_size)).then_some(FillProgress { first, next, page_size, in_place })
 }
 
 /// Makes durable how far a snapshot has come.
 #[derive(Debug)]
 pub(super) struct Saver {
-    pages: (Arc<NodeFile>, PathBuf),
+    pages: Pages,
     state: PathBuf,
     /// Bytes since a save began, and those that one under way is about.
     since: u64,
@@ -73,9 +74,8 @@ pub(super) struct Saver {
 }
 
 impl Saver {
-    pub(super) fn new(paths: &Paths, pages: Arc<NodeFile>) -> Saver {
-        let (pages, state) = ((pages, paths.incoming_pages()), paths.incoming_state());
-        let last = Instant::now();
+    pub(super) fn new(paths: &Paths, pages: Pages) -> Saver {
+        let (state, last) = (paths.incoming_state(), Instant::now());
         Saver { pages, state, since: 0, saving: 0, last, under_way: None, failed: false }
     }
 
@@ -122,7 +122,7 @@ impl Saver {
         self.saving = 0;
         if ended.is_ok() && self.failed {
             let error = std::io::Error::other("an earlier one failed, and what is there is not known");
-            return Err(Error::io("fsync", &self.pages.1)(error));
+            return Err(Error::io("fsync", &self.state)(error));
         }
         ended.inspect_err(|_| self.failed = true)
     }
@@ -134,9 +134,9 @@ impl Saver {
         fields.extend_from_slice(&at.next.get().to_le_bytes());
         fields.extend_from_slice(&at.first.to_bytes());
         fields.extend_from_slice(&key.fingerprint().0);
-        let ((pages, path), state) = (self.pages.clone(), self.state.clone());
+        let (pages, state) = (self.pages.clone(), self.state.clone());
         move || {
-            pages.sync_data().map_err(Error::io("fsync", path))?;
+            pages.sync()?;
             STATE.replace(&state, &fields)
         }
     }
@@ -153,14 +153,15 @@ mod tests {
     fn at(next: u32) -> FillProgress {
         let txid = Txid::new(Epoch::from_bytes(&[1; 16]).unwrap(), 3);
         let first = Position::new(txid, crate::checksum::Checksum::EMPTY);
-        FillProgress { first, next: PageNo::new(next).unwrap(), page_size: PageSize::new(512).unwrap() }
+        let (next, page_size) = (PageNo::new(next).unwrap(), PageSize::new(512).unwrap());
+        FillProgress { first, next, page_size, in_place: false }
     }
 
     fn saver(paths: &Paths) -> Saver {
         files::make_directory(&paths.incoming()).unwrap();
         let (file, _) = files::open_or_create(&paths.incoming_pages()).unwrap();
         file.set_len(1 << 30).unwrap();
-        Saver::new(paths, Arc::new(file))
+        Saver::new(paths, Pages::open(paths, PageSize::new(512).unwrap(), None).unwrap())
     }
 
     /// What one hears that asks a file.

@@ -109,7 +109,7 @@ pub(in crate::engine) fn tell(
     let StateBefore { mut handle, tip } = before;
     // What the heal replaced, and what it dropped.
     let mut touched = ready.have.clone();
-    (ready.pages.saturating_add(1)..=tip.pages).filter_map(PageNo::new).for_each(|page| touched.insert(page));
+    (ready.size.saturating_add(1)..=tip.pages).filter_map(PageNo::new).for_each(|page| touched.insert(page));
     let (lost, more_lost) = candidates(base, &mut handle, &tip, &touched)?;
     let (kept, more_kept) = candidates(base, &mut after, &base.tip(), &touched)?;
     let new = path.join("rows.new");

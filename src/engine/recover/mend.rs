@@ -153,7 +153,7 @@ fn over_all(live: &mut WalAppender, from: Position, to: Position) -> Result<Read
     incoming::discard(paths)?;
     let begin = HealBegin { from, page_size: base.page_size, pages, compare: true, diverged: true };
     let there = base.tip().pages;
-    let mut incoming = IncomingState::over(paths, base.page_key, begin, there)?;
+    let mut incoming = IncomingState::over(paths, base.page_key, begin, there, None)?;
     incoming.with(Some(live), |overlay, store| {
         let mut next = 1;
         while let Some(first) = PageNo::new(next).filter(|_| next <= there) {
@@ -194,7 +194,7 @@ fn keep(live: &mut WalAppender, ready: &Ready) -> Result<()> {
 pub(in crate::engine) fn replace(live: &mut WalAppender, ready: &Ready) -> Result<()> {
     let base = live.base.clone();
     let mut differing = Differing::new(ready);
-    live.replace(&mut |live| differing.next(live), ready.position, ready.pages, &mut |tip| {
+    live.replace(&mut |live| differing.next(live), ready.position, ready.size, &mut |tip| {
         base.sync_wal()?;
         base.announce(tip, base.file_state())
     })?;

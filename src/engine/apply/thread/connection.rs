@@ -15,8 +15,9 @@ use crate::engine::incoming::heal::Heal;
 use crate::engine::incoming::{self, IncomingState};
 use crate::error::Result;
 use crate::report::Condition;
+use crate::threads;
 use crate::txid::{EpochHistory, Place, Position};
-use crate::wire::{Kind, Message, RecordPart, SnapBegin, Unit, Want};
+use crate::wire::{Kind, Message, RecordPart, SnapBegin, Unit, Want, WireError};
 
 /// Questions of a heal that may be on their way: one.
 const WANTS_MAX: usize = 1;
@@ -100,13 +101,20 @@ impl Connection {
     }
 }
 
+/// Hashes and reads units, on several threads where they are many bytes. What comes of each, in
+/// their order.
+fn decode(units: &[Unit]) -> Vec<Result<Message<'_>, WireError>> {
+    let bytes = units.iter().map(|unit| unit.raw.len()).sum();
+    threads::each("replite-decode", units, bytes, Unit::decode)
+}
+
 impl Apply {
     pub(super) fn units(&mut self, connection: &mut Connection, units: &[Unit]) -> Result<(), StreamError> {
         if let State::Known(served) = &self.state {
             served.term.check()?;
         }
-        for unit in units {
-            let message = unit.decode().map_err(|e| StreamError::garbled(e.to_string()))?;
+        for (unit, message) in units.iter().zip(decode(units)) {
+            let message = message.map_err(|e| StreamError::garbled(e.to_string()))?;
             self.message(connection, unit, message)?;
         }
         self.publish(connection)?;
@@ -135,9 +143,9 @@ impl Apply {
                 })?;
             }
             Message::Sent(sent) => self.sent(connection, sent)?,
-            Message::SnapPiece { first, pages, .. } => match &mut connection.receiving {
-                Receiving::Heal(incoming, _) => incoming.patch(first, pages, self.state.below())?,
-                _ => connection.incoming()?.piece(first, pages)?,
+            Message::SnapPiece { run, .. } => match &mut connection.receiving {
+                Receiving::Heal(incoming, _) => incoming.patch(&run, self.state.below())?,
+                _ => connection.incoming()?.piece(&run)?,
             },
             Message::SnapEnd(end) => {
                 if connection.incoming()?.end(end, self.state.below())? {
@@ -190,8 +198,9 @@ impl Apply {
         if self.state.below().is_some() {
             return Err(StreamError::garbled("a snapshot over a live database"));
         }
-        connection.receiving =
-            Receiving::Snapshot(IncomingState::begin(&self.options.paths, self.options.page_key(), begin)?);
+        let (place, key) = (self.place(begin.page_size), self.options.page_key());
+        let incoming = IncomingState::begin(&self.options.paths, key, begin, place)?;
+        connection.receiving = Receiving::Snapshot(incoming);
         Ok(())
     }
 

@@ -1,6 +1,8 @@
 //! How a snapshot becomes this node's state, in the file that is at the path. It is never another
 //! file under the same name, for others may have this one open.
 
+use std::sync::Arc;
+
 use bytes::BytesMut;
 
 use crate::engine::apply::stream_error::StreamError;
@@ -12,7 +14,7 @@ use crate::engine::file::doubt;
 use crate::engine::file::epochs::write_epochs;
 use crate::engine::file::witnesses::WitnessPage;
 use crate::engine::history::wal_appender::WalAppender;
-use crate::engine::incoming::Ready;
+use crate::engine::incoming::{Place, Ready};
 use crate::engine::lost;
 use crate::error::{Error, Result};
 use crate::files;
@@ -34,12 +36,19 @@ enum OpenBefore {
 }
 
 impl Apply {
-    /// Pages go into the file after its end, where no reader sees them. Then one commit of the
-    /// first page makes all of them the database.
+    /// Pages go into the file after its end, where no reader sees them, if they are not there
+    /// already. Then one commit of the first page makes all of them the database.
     pub(super) fn fill(&mut self, ready: &Ready, history: EpochHistory) -> Result<(), StreamError> {
-        self.make_room(ready.page_size)?;
+        let place = ready.pages.database();
+        if place.is_none() {
+            self.make_room(ready.page_size)?;
+        }
         let live = self.state.empty(ready.page_size).ok_or(StreamError::WrittenMeanwhile)?;
-        copy(live, ready)?;
+        match place {
+            None => copy(live, ready)?,
+            Some(database) if Arc::ptr_eq(database, &live.base) => live.base.expect_as_left()?,
+            Some(_) => return Err(StreamError::WrittenMeanwhile),
+        }
         write_epochs(self.options.keyed(), &history, false)?;
         live.base.log.reset(ready.position)?;
         if let Err(error) = commit(live, ready) {
@@ -59,6 +68,12 @@ impl Apply {
             self.node.report(Condition::SnapshotNotCopied { error: &error });
         }
         Ok(())
+    }
+
+    /// An empty database that is open, and whose file pages of this size can go into at once.
+    pub(super) fn place(&mut self, size: PageSize) -> Place {
+        let base = &self.state.empty(size)?.base;
+        base.file().is_some().then(|| base.clone())
     }
 
     /// Sees to it that an empty database with pages of this size is open.
@@ -121,15 +136,15 @@ impl Apply {
 /// has no use for them yet, and this node holds CKPT and WRITE.
 fn copy(live: &mut WalAppender, ready: &Ready) -> Result<()> {
     let size = ready.page_size.bytes();
-    let bytes = u64::from(ready.pages) * size as u64;
+    let bytes = u64::from(ready.size) * size as u64;
     // Pages of a larger snapshot that did not come to its end.
     if live.handle.size()? > bytes {
         live.base.writing(|| live.handle.truncate(bytes))?;
     }
     let mut run = vec![0; COPY_BYTES.max(size)];
     let mut next = 2;
-    while let Some(first) = PageNo::new(next).filter(|_| next <= ready.pages) {
-        let count = ((ready.pages - next + 1) as usize).min(run.len() / size);
+    while let Some(first) = PageNo::new(next).filter(|_| next <= ready.size) {
+        let count = ((ready.size - next + 1) as usize).min(run.len() / size);
         ready.read(first, &mut run[..count * size])?;
         let at = first.offset(ready.page_size);
         live.base.writing(|| live.handle.write(&run[..count * size], at))?;
@@ -150,7 +165,7 @@ fn commit(live: &mut WalAppender, ready: &Ready) -> Result<()> {
         .then(|| WitnessPage::new(PageNo::FIRST, base.page_key.hash(PageNo::FIRST, &there)));
     let file = FileState::Backfilling(witness.into_iter().collect());
     let mut page = Some((PageNo::FIRST, first.freeze()));
-    live.replace(&mut |_| Ok(page.take()), ready.position, ready.pages, &mut |tip| {
+    live.replace(&mut |_| Ok(page.take()), ready.position, ready.size, &mut |tip| {
         base.sync_wal()?;
         base.announce(tip, file)
     })?;

@@ -105,7 +105,7 @@ impl Apply {
         let HealBegin { from, compare, .. } = begin;
         self.node.report(Condition::HealStarted { position: tip.position, from, compare, why });
         let mut incoming =
-            IncomingState::over(&self.options.paths, self.options.page_key(), begin, tip.pages)?;
+            IncomingState::over(&self.options.paths, self.options.page_key(), begin, tip.pages, None)?;
         let healing = if begin.compare {
             Healing { heal: Heal::compare(begin), fork: None, records_from: None, behind: false }
         } else {
@@ -132,7 +132,8 @@ impl Apply {
             return Err(no_state());
         }
         self.node.report(Condition::SnapshotResumed { from: begin.from });
-        let incoming = IncomingState::over(&self.options.paths, self.options.page_key(), begin, 0)?;
+        let place = self.place(begin.page_size);
+        let incoming = IncomingState::over(&self.options.paths, self.options.page_key(), begin, 0, place)?;
         let heal = Heal::compare(begin);
         let healing = Healing { heal, fork: None, records_from: None, behind: false };
         connection.receiving = Receiving::Heal(incoming, healing);

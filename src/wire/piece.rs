@@ -1,0 +1,159 @@
+//! A run of pages with their hashes: what a SNAP_PIECE brings.
+use std::ops::Range;
+
+use bytes::BytesMut;
+
+use crate::checksum::{PageHash, PageKey};
+use crate::page::{PageNo, PageSize};
+use crate::txid::Position;
+use crate::wire::encode::encode;
+use crate::wire::fields::{Fields, hash_of_parts};
+use crate::wire::{HEADER_BYTES, Message, PIECE_BYTES, WireError};
+
+/// Pages in a row, each with its hash. No number is beyond the last that a page can have.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct PageRun<'a> {
+    first: PageNo,
+    size: PageSize,
+    bytes: &'a [u8],
+    hashes: Vec<PageHash>,
+}
+
+impl<'a> PageRun<'a> {
+    /// Hashes the pages. A rest that is no whole page is left out, and so are pages with numbers
+    /// that no page has.
+    pub(crate) fn hashed(first: PageNo, bytes: &'a [u8], size: PageSize, key: &PageKey) -> PageRun<'a> {
+        let numbers = (first.get()..=u32::MAX).filter_map(PageNo::new);
+        let pages = numbers.zip(bytes.chunks_exact(size.bytes()));
+        let hashes: Vec<_> = pages.map(|(number, page)| key.hash(number, page)).collect();
+        PageRun { first, size, bytes: &bytes[..hashes.len() * size.bytes()], hashes }
+    }
+
+    pub(crate) fn first(&self) -> PageNo {
+        self.first
+    }
+
+    pub(crate) fn page_size(&self) -> PageSize {
+        self.size
+    }
+
+    /// All pages, without a gap.
+    pub(crate) fn bytes(&self) -> &'a [u8] {
+        self.bytes
+    }
+
+    pub(crate) fn count(&self) -> u32 {
+        self.hashes.len() as u32
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (PageNo, &'a [u8], PageHash)> {
+        let numbers = (self.first.get()..=u32::MAX).filter_map(PageNo::new);
+        let pages = numbers.zip(self.bytes.chunks_exact(self.size.bytes()));
+        pages.zip(&self.hashes).map(|((number, page), hash)| (number, page, *hash))
+    }
+
+    /// Some pages of it, counted from 0. None of none.
+    pub(crate) fn part(&self, pages: Range<usize>) -> Option<PageRun<'a>> {
+        let hashes = self.hashes.get(pages.clone()).filter(|hashes| !hashes.is_empty())?.to_vec();
+        let first = PageNo::new(self.first.get().checked_add(pages.start as u32)?)?;
+        let size = self.size.bytes();
+        let bytes = &self.bytes[pages.start * size..pages.end * size];
+        Some(PageRun { first, size: self.size, bytes, hashes })
+    }
+
+    /// Writes it as snapshot pieces of the size that is sent.
+    pub(crate) fn encode(&self, position: Position, out: &mut BytesMut) {
+        let at_once = (PIECE_BYTES / self.size.bytes()).max(1);
+        for begin in (0..self.hashes.len()).step_by(at_once) {
+            let end = (begin + at_once).min(self.hashes.len());
+            if let Some(run) = self.part(begin..end) {
+                encode(&Message::SnapPiece { position, run }, out);
+            }
+        }
+    }
+}
+
+/// The hash of a piece: over its header and fields, and the hashes of its pages.
+pub(super) fn piece_hash(unit: &[u8], run: &PageRun<'_>) -> [u8; 16] {
+    let fields = &unit[HEADER_BYTES..unit.len() - run.bytes.len()];
+    let hashes: Vec<u8> = run.hashes.iter().flat_map(|hash| hash.to_bytes()).collect();
+    hash_of_parts(&[&unit[..8], fields, &hashes])
+}
+
+/// Hashes the pages of a piece, checks the unit's hash with that, and reads its fields.
+pub(super) fn piece<'a>(
+    hash: [u8; 16],
+    unit: &'a [u8],
+    key: Option<PageKey>,
+) -> Result<Message<'a>, WireError> {
+    let key = key.ok_or(WireError::Fields("pages where none may be"))?;
+    let mut f = Fields::of(&unit[HEADER_BYTES..]);
+    let (first, position, size, pages) = (f.page_no()?, f.position()?, f.page_size_power()?, f.rest());
+    let whole = pages.len().is_multiple_of(size.bytes());
+    let most = (pages.len() / size.bytes()) as u32;
+    if !whole || first.get().checked_add(most).is_none() {
+        return Err(WireError::Fields("a snapshot piece of no whole pages, or of too many"));
+    }
+    let run = PageRun::hashed(first, pages, size, &key);
+    if piece_hash(unit, &run) == hash {
+        Ok(Message::SnapPiece { position, run })
+    } else {
+        Err(WireError::Hash)
+    }
+}
+
+/// What stands in place of the hash of a piece whose fields may be anything.
+#[cfg(any(test, all(fuzzing, feature = "testing")))]
+pub(super) fn any_hash(unit: &[u8], key: PageKey) -> Option<[u8; 16]> {
+    let mut f = Fields::of(&unit[HEADER_BYTES..]);
+    let (first, _, size) = (f.page_no().ok()?, f.position().ok()?, f.page_size_power().ok()?);
+    Some(piece_hash(unit, &PageRun::hashed(first, f.rest(), size, &key)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checksum::Checksum;
+    use crate::txid::{Epoch, Txid};
+    use crate::wire::Decoder;
+
+    const KEY: PageKey = PageKey::from_bytes([7; 28]);
+
+    fn run(first: u32, pages: &[u8]) -> PageRun<'_> {
+        PageRun::hashed(PageNo::new(first).unwrap(), pages, PageSize::new(512).unwrap(), &KEY)
+    }
+
+    #[test]
+    fn what_is_sent_in_pieces_is_the_run_with_its_hashes() {
+        let pages: Vec<u8> = (0..200 * 512_u32).map(|n| (n / 100) as u8).collect();
+        let (all, mut out) = (run(3, &pages), BytesMut::new());
+        let position = Position::new(Txid::new(Epoch::new(1, 2), 3), Checksum::EMPTY);
+        all.encode(position, &mut out);
+        let mut decoder = Decoder::new(Some(KEY));
+        decoder.push(out.freeze());
+        let mut came = Vec::new();
+        while let Some(unit) = decoder.next().unwrap() {
+            let Message::SnapPiece { run, .. } = unit.decode().unwrap() else { panic!("{unit:?}") };
+            came.extend(run.iter().map(|(number, page, hash)| (number, page.to_vec(), hash)));
+        }
+        let hash = |number: PageNo, page: &[u8]| KEY.hash(number, page);
+        assert!(came.iter().all(|(number, page, found)| *found == hash(*number, page)));
+        let expected = (3..).zip(pages.chunks(512)).map(|(n, page)| (PageNo::new(n).unwrap(), page.to_vec()));
+        assert!(came.into_iter().map(|(number, page, _)| (number, page)).eq(expected));
+    }
+
+    #[test]
+    fn a_part_is_where_it_was_and_there_is_none_of_nothing() {
+        let pages: Vec<u8> = (0..4 * 512_u32).map(|n| (n / 512) as u8).collect();
+        let all = run(7, &pages);
+        assert_eq!(all.part(1..3).unwrap(), run(8, &pages[512..3 * 512]));
+        assert_eq!([all.part(2..2), all.part(3..5)], [None, None]);
+    }
+
+    #[test]
+    fn no_page_is_beyond_the_last_number() {
+        let most = run(u32::MAX, &[0; 1024]);
+        assert_eq!((most.count(), most.bytes().len()), (1, 512));
+        assert_eq!(most.iter().map(|(number, ..)| number.get()).collect::<Vec<_>>(), [u32::MAX]);
+    }
+}
