@@ -144,20 +144,8 @@ fn feed(
     let mut lsn = match (found, engine.log().find(first.number()).unwrap()) {
         (Some((position, Lookup::At { lsn, before })), _) if position == before => lsn,
         (Some(_), Lookup::At { lsn, .. }) => {
-            let pages = engine.base.tip().pages;
-            let begin = HealBegin { from: first, page_size, pages, compare: true, diverged: true };
-            wire::encode(&Message::HealBegin(begin), &mut out);
-            let sums = vec![[0; 16]; pages as usize];
-            wire::encode(&Message::Sums { first: PageNo::FIRST, span: 1, sums: &sums }, &mut out);
-            let sent = wire::Sent { position: first, pages };
-            wire::encode(&Message::Sent(sent), &mut out);
             send(follower, std::mem::take(&mut out))?;
-            while !wants.blocking_recv().unwrap().runs.is_empty() {
-                send_pieces(engine, &mut out, pieces_between);
-                wire::encode(&Message::Sent(sent), &mut out);
-                send(follower, std::mem::take(&mut out))?;
-            }
-            wire::encode(&Message::SnapEnd(SnapEnd { exact_at: first, pages }), &mut out);
+            compare(engine, follower, &mut wants, pieces_between)?;
             lsn
         }
         (None, Lookup::At { lsn, .. }) => {
@@ -182,6 +170,36 @@ fn feed(
         out.extend_from_slice(&bytes);
         let whole = whole_units(&out);
         send(follower, out.split_to(whole))?;
+    }
+}
+
+/// Has the follower compare all pages with those of the primary, which meanwhile stays as it is, and
+/// sends all whatever it asks for. Says which pages it had.
+pub(super) fn compare(
+    engine: &PrimaryEngine,
+    follower: &ReplicaEngine,
+    wants: &mut tokio::sync::mpsc::Receiver<wire::Want>,
+    pieces_between: &mut dyn FnMut(),
+) -> Result<usize, StreamError> {
+    let (tip, page_size, mut out, mut had) = (engine.base.tip(), engine.page_size(), BytesMut::new(), 0);
+    let (first, pages) = (tip.position, tip.pages);
+    let begin = HealBegin { from: first, page_size, pages, compare: true, diverged: true };
+    wire::encode(&Message::HealBegin(begin), &mut out);
+    let sums = vec![[0; 16]; pages as usize];
+    wire::encode(&Message::Sums { first: PageNo::FIRST, span: 1, sums: &sums }, &mut out);
+    let sent = wire::Sent { position: first, pages };
+    wire::encode(&Message::Sent(sent), &mut out);
+    send(follower, std::mem::take(&mut out))?;
+    loop {
+        let want = wants.blocking_recv().unwrap();
+        if want.runs.is_empty() {
+            wire::encode(&Message::SnapEnd(SnapEnd { exact_at: first, pages }), &mut out);
+            return send(follower, out).map(|()| had);
+        }
+        had += want.runs.iter().flat_map(|run| &run.hashes).filter(|hash| **hash != [0; 16]).count();
+        send_pieces(engine, &mut out, pieces_between);
+        wire::encode(&Message::Sent(sent), &mut out);
+        send(follower, std::mem::take(&mut out))?;
     }
 }
 

@@ -68,6 +68,7 @@ pub(super) async fn acks(
     (answers, accepts): (&Answers, &Accepts),
     quiet: &CancellationToken,
 ) -> End {
+    units.expect_pages(node.database_keys.get().page);
     let peer = slot.node().to_string();
     loop {
         let unit = match units.now() {

@@ -181,22 +181,17 @@ async fn a_killed_replica_goes_on_where_it_was_also_within_its_snapshot() {
     let url = db.node().addresses.replication.clone();
     let start = || Process::start(replica_process, &[("DB", r.to_str().unwrap()), ("URL", &url)]);
     let mut rng = StdRng::seed_from_u64(2);
-    // Within the snapshot: as soon as some of it is there.
-    let incoming = dir.path().join("r.db-replite").join("incoming").join("pages");
-    let length = |path: &std::path::Path| std::fs::metadata(path).map_or(0, |m| m.len());
     let pages = |c: &Connection| c.query_row("PRAGMA page_count", [], |r| r.get::<_, i64>(0)).unwrap();
-    for round in 0..4u64 {
+    // Within the snapshot, which comes into the database's file. That is empty to everybody until
+    // all of it is there. From some time on its progress is durable, and it goes on from there.
+    for round in 0..9u64 {
+        let before = std::fs::metadata(&r).ok().map(|m| m.len());
         let process = start();
-        process.expect("empty");
-        let goal = (round + 1) * (8 << 20);
-        until("some of the snapshot", || length(&incoming) > goal || length(&r) > goal);
-        process.kill();
-    }
-    // Within the copy into the database, which is empty to everybody until all of it is there.
-    for round in 0..4u64 {
-        let process = start();
-        let goal = (round + 1) * (8 << 20);
-        until("some of the copy", || length(&r) > goal);
+        let goal = round * (9 << 20);
+        until("some of the snapshot", || {
+            let now = std::fs::metadata(&r).map_or(0, |m| m.len());
+            now > goal && Some(now) != before
+        });
         process.kill();
         let there = plain(&r);
         if there.table_exists(None, "t").unwrap() {

@@ -171,3 +171,130 @@ fn commit(live: &mut WalAppender, ready: &Ready) -> Result<()> {
     })?;
     base.sync_wal()
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::engine::tests::{
+        Home, KEY, applied, assert_same, compare, open_plain, send, settled, standing, until,
+    };
+    use crate::engine::{PrimaryEngine, ReplicaEngine};
+    use crate::txid::Position;
+    use crate::wire::{self, Message, PageRun, SnapBegin, SnapEnd};
+
+    /// A primary with some hundred pages.
+    fn primary(home: &Home) -> (PrimaryEngine, Position) {
+        let engine = home.primary("p.db");
+        let writer = open_plain(&home.path("p.db"));
+        let rows = "CREATE TABLE t(id INTEGER PRIMARY KEY, v);
+            WITH RECURSIVE s(n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM s WHERE n < 300)
+            INSERT INTO t SELECT n, randomblob(3000) FROM s";
+        writer.execute_batch(rows).unwrap();
+        let position = settled(&engine);
+        (engine, position)
+    }
+
+    /// Sends pages from one on, up to one or to the end.
+    fn send_some(engine: &PrimaryEngine, follower: &ReplicaEngine, from: u32, to: Option<u32>) {
+        let (tip, size) = (engine.base.tip(), engine.page_size());
+        let (mut out, from) = (BytesMut::new(), PageNo::new(from).unwrap());
+        wire::encode(&Message::Epochs((*engine.base.node.applied.history()).clone()), &mut out);
+        let begin = SnapBegin { first: tip.position, from, page_size: size, pages: tip.pages };
+        wire::encode(&Message::SnapBegin(begin), &mut out);
+        let mut next = from.get();
+        let last = to.unwrap_or(tip.pages);
+        while next <= last {
+            let (first, most) = (PageNo::new(next).unwrap(), (last - next + 1) as usize * size.bytes());
+            let piece = engine.read_piece(first, most.min(64 * 1024)).unwrap();
+            let run = PageRun::hashed(first, &piece.data, size, &KEY);
+            run.encode(piece.position, &mut out);
+            next += run.count();
+        }
+        if to.is_none() {
+            let end = SnapEnd { exact_at: tip.position, pages: tip.pages };
+            wire::encode(&Message::SnapEnd(end), &mut out);
+        }
+        send(follower, out).unwrap();
+    }
+
+    /// A replica that has stopped within a snapshot, before this page.
+    const NEXT: u32 = 100;
+
+    fn stopped(home: &Home, engine: &PrimaryEngine) {
+        let replica = home.follower("r.db");
+        assert_eq!(standing(&replica).0.resume, None);
+        send_some(engine, &replica, 1, Some(NEXT - 1));
+        until("the pages", || fs::metadata(home.path("r.db")).unwrap().len() == u64::from(NEXT - 1) * 4096);
+        let there = open_plain(&home.path("r.db"));
+        let look = |sql: &str| there.query_row(sql, [], |row| row.get::<_, String>(0)).unwrap();
+        assert_eq!(look("PRAGMA integrity_check"), "ok", "it is an empty database for everybody");
+        assert_eq!(
+            look("SELECT count(*) || ' ' || (SELECT * FROM pragma_page_count) FROM sqlite_schema"),
+            "0 1"
+        );
+        assert_eq!(applied(&replica), None);
+    }
+
+    #[test]
+    fn a_snapshot_is_in_the_file_as_it_comes_and_goes_on_there_after_a_restart() {
+        let home = Home::new();
+        let (engine, position) = primary(&home);
+        stopped(&home, &engine);
+        let replica = home.follower("r.db");
+        let begun = Some((position, PageNo::new(NEXT).unwrap()));
+        assert_eq!(standing(&replica).0.resume, begun);
+        send_some(&engine, &replica, NEXT, None);
+        until("the state", || applied(&replica) == Some(position));
+        assert_same(&home.path("p.db"), &home.path("r.db"));
+        assert!(!home.options("r.db").paths.incoming().exists());
+    }
+
+    #[test]
+    fn what_came_into_the_file_is_compared_when_it_can_t_go_on() {
+        let home = Home::new();
+        let (engine, position) = primary(&home);
+        stopped(&home, &engine);
+        open_plain(&home.path("p.db"))
+            .execute_batch("UPDATE t SET v = randomblob(3000) WHERE id < 20")
+            .unwrap();
+        assert_ne!(settled(&engine), position);
+        let replica = home.follower("r.db");
+        let (_, mut wants) = standing(&replica);
+        let mut out = BytesMut::new();
+        wire::encode(&Message::Epochs((*engine.base.node.applied.history()).clone()), &mut out);
+        send(&replica, out).unwrap();
+        let had = compare(&engine, &replica, &mut wants, &mut || ()).unwrap();
+        assert_eq!(had as u32, NEXT - 1);
+        until("the state", || applied(&replica) == Some(settled(&engine)));
+        assert_same(&home.path("p.db"), &home.path("r.db"));
+    }
+
+    #[test]
+    fn a_snapshot_begins_anew_when_its_file_is_not_the_one_that_it_came_into() {
+        for what in ["cut", "replaced", "gone"] {
+            let home = Home::new();
+            let (engine, position) = primary(&home);
+            stopped(&home, &engine);
+            let file = home.path("r.db");
+            let beside = ["r.db-wal", "r.db-shm"].map(|name| home.path(name));
+            if what == "cut" {
+                fs::File::options().write(true).open(&file).unwrap().set_len(50 * 4096).unwrap();
+            } else {
+                beside.iter().chain([&file]).for_each(|path| fs::remove_file(path).unwrap_or_default());
+            }
+            if what == "replaced" {
+                let long = "CREATE TABLE mine(a); INSERT INTO mine VALUES (zeroblob(4000000))";
+                open_plain(&file).execute_batch(long).unwrap();
+            }
+            let replica = home.follower("r.db");
+            assert_eq!(standing(&replica).0.resume, None, "{what}");
+            if what != "replaced" {
+                send_some(&engine, &replica, 1, None);
+                until("the state", || applied(&replica) == Some(position));
+                assert_same(&home.path("p.db"), &file);
+            }
+        }
+    }
+}
