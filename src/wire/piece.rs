@@ -156,4 +156,34 @@ mod tests {
         assert_eq!((most.count(), most.bytes().len()), (1, 512));
         assert_eq!(most.iter().map(|(number, ..)| number.get()).collect::<Vec<_>>(), [u32::MAX]);
     }
+
+    #[test]
+    fn a_piece_of_parts_of_pages_or_of_too_many_is_refused() {
+        let position = [0; 40];
+        let pages = [5; 1024];
+        for (first, power, bytes) in
+            [(1, 8, 1024), (1, 17, 1024), (1, 255, 1024), (1, 10, 512), (0, 9, 512), (u32::MAX, 9, 512)]
+        {
+            let fields = [&u32::to_le_bytes(first)[..], &position, &[power], &pages[..bytes]].concat();
+            let mut decoder = Decoder::new(Some(KEY));
+            decoder.push(crate::wire::sealed(10, &fields, KEY));
+            let refused = decoder.next().unwrap().unwrap().decode().map(drop);
+            assert!(matches!(refused, Err(WireError::Fields(_))), "{first} {power} {bytes}: {refused:?}");
+        }
+        let mut out = BytesMut::new();
+        let position = Position::new(Txid::new(Epoch::new(1, 2), 3), Checksum::EMPTY);
+        run(1, &pages).encode(position, &mut out);
+        let decoded = |bytes: &[u8], key| {
+            let mut decoder = Decoder::new(key);
+            decoder.push(bytes::Bytes::copy_from_slice(bytes));
+            decoder.next().unwrap().unwrap().decode().map(drop)
+        };
+        assert_eq!(decoded(&out, Some(KEY)), Ok(()));
+        assert!(matches!(decoded(&out, None), Err(WireError::Fields(_))), "no key");
+        for at in [24, 30, 68, 70, 600, out.len() - 1] {
+            let mut bytes = out.to_vec();
+            bytes[at] ^= 1;
+            assert!(decoded(&bytes, Some(KEY)).is_err(), "{at}");
+        }
+    }
 }

@@ -17,8 +17,8 @@ pub(in crate::engine) struct Pages {
     size: PageSize,
     /// All pages, or only the first one.
     file: Arc<NodeFile>,
-    /// A database of one page, whose file has all but the first. To SQLite there is nothing after
-    /// its end, and this node has CKPT and WRITE of it for as long as these are written.
+    /// A database of one page, whose file has all but the first. To who reads it there is nothing
+    /// after that page, and this node has CKPT and WRITE of it for as long as these are written.
     database: Option<Arc<OpenDatabase>>,
 }
 
@@ -50,7 +50,7 @@ impl Pages {
         self.database.as_ref()
     }
 
-    fn path(&self) -> PathBuf {
+    pub(super) fn path(&self) -> PathBuf {
         match &self.database {
             Some(_) => self.paths.incoming_first(),
             None => self.paths.incoming_pages(),
@@ -103,7 +103,17 @@ impl Pages {
         Ok(())
     }
 
+    /// After a failure it is not known what the disk has of them: the next sync may succeed and say
+    /// nothing of it. So no later stream goes on from them.
     pub(super) fn sync(&self) -> Result<()> {
+        self.sync_all().inspect_err(|_| {
+            if let Err(error) = files::remove(&self.path()) {
+                tracing::warn!(%error, "pages that may not be on the disk are still there");
+            }
+        })
+    }
+
+    fn sync_all(&self) -> Result<()> {
         self.file.sync_data().map_err(Error::io("fsync", self.path()))?;
         let Some((database, file)) = self.place() else { return Ok(()) };
         file.sync_data().map_err(Error::io("fsync", database.path()))
@@ -112,5 +122,26 @@ impl Pages {
     fn place(&self) -> Option<(&OpenDatabase, &fs::File)> {
         let database = self.database.as_deref()?;
         Some((database, database.file()?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_stream_goes_on_from_pages_that_a_disk_failed() {
+        let dir = tempfile::tempdir().unwrap();
+        let (paths, size) = (Paths::fresh(dir.path()), PageSize::new(512).unwrap());
+        files::make_directory(&paths.incoming()).unwrap();
+        let pages = Pages::open(&paths, size, None).unwrap();
+        pages.write(PageNo::FIRST, &[7; 512]).unwrap();
+        pages.sync().unwrap();
+        assert_eq!(bytes_there(&paths, size), Some(512));
+        // Such a file has no fsync.
+        let failing =
+            Pages { file: Arc::new(files::open(std::path::Path::new("/dev/null")).unwrap()), ..pages };
+        assert!(matches!(failing.sync(), Err(Error::Io { .. })));
+        assert_eq!(bytes_there(&paths, size), None);
     }
 }

@@ -122,7 +122,7 @@ impl Saver {
         self.saving = 0;
         if ended.is_ok() && self.failed {
             let error = std::io::Error::other("an earlier one failed, and what is there is not known");
-            return Err(Error::io("fsync", &self.state)(error));
+            return Err(Error::io("fsync", self.pages.path())(error));
         }
         ended.inspect_err(|_| self.failed = true)
     }

@@ -104,6 +104,7 @@ pub fn kind(path: &str) -> &'static str {
         _ if path.is_empty() => "directory of the database",
         _ if within("-replite/lost") => "lost",
         _ if within("-replite/incoming") && name == "pages" => "incoming/pages",
+        _ if within("-replite/incoming") && name == "first" => "incoming/first",
         _ if within("-replite/incoming") && name.starts_with("state") => "incoming/state",
         "incoming" => "directory incoming",
         "log" => "directory log",

@@ -21,6 +21,8 @@ use crate::wire::{Kind, Message, RecordPart, SnapBegin, Unit, Want, WireError};
 
 /// Questions of a heal that may be on their way: one.
 const WANTS_MAX: usize = 1;
+/// Units that are read before the first of them is taken in: some snapshot pieces of a megabyte.
+const DECODED_UNITS: usize = 64;
 
 /// What belongs to one stream. It goes when the stream ends, and with it what no reader has seen.
 pub(super) struct Connection {
@@ -113,9 +115,11 @@ impl Apply {
         if let State::Known(served) = &self.state {
             served.term.check()?;
         }
-        for (unit, message) in units.iter().zip(decode(units)) {
-            let message = message.map_err(|e| StreamError::garbled(e.to_string()))?;
-            self.message(connection, unit, message)?;
+        for units in units.chunks(DECODED_UNITS) {
+            for (unit, message) in units.iter().zip(decode(units)) {
+                let message = message.map_err(|e| StreamError::garbled(e.to_string()))?;
+                self.message(connection, unit, message)?;
+            }
         }
         self.publish(connection)?;
         let data = |unit: &Unit| !matches!(unit.kind, Kind::Welcome | Kind::Epochs);

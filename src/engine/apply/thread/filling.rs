@@ -46,7 +46,7 @@ impl Apply {
         let live = self.state.empty(ready.page_size).ok_or(StreamError::WrittenMeanwhile)?;
         match place {
             None => copy(live, ready)?,
-            Some(database) if Arc::ptr_eq(database, &live.base) => live.base.expect_as_left()?,
+            Some(database) if Arc::ptr_eq(database, &live.base) => expect_pages(live, ready)?,
             Some(_) => return Err(StreamError::WrittenMeanwhile),
         }
         write_epochs(self.options.keyed(), &history, false)?;
@@ -130,6 +130,16 @@ impl Apply {
         files::sync_name(path)?;
         Ok(file.set_len(0).and_then(|()| file.sync_all()).map_err(Error::io("truncate", path))?)
     }
+}
+
+/// Looks whether the file is as this node left it, and has room for as many pages as it is to have.
+fn expect_pages(live: &mut WalAppender, ready: &Ready) -> Result<()> {
+    live.base.expect_as_left()?;
+    let (there, bytes) = (live.handle.size()?, u64::from(ready.size) * ready.page_size.bytes() as u64);
+    if there == bytes {
+        return Ok(());
+    }
+    Err(Error::Internal(format!("a snapshot of {bytes} bytes came as {there}")))
 }
 
 /// Copies all pages but the first to their places, and makes them durable. A database of one page
@@ -269,6 +279,45 @@ mod tests {
         assert_eq!(had as u32, NEXT - 1);
         until("the state", || applied(&replica) == Some(settled(&engine)));
         assert_same(&home.path("p.db"), &home.path("r.db"));
+    }
+
+    #[test]
+    fn a_snapshot_whose_pages_somebody_changed_ends_and_begins_anew() {
+        let home = Home::new();
+        let (engine, position) = primary(&home);
+        stopped(&home, &engine);
+        let file = fs::File::options().write(true).open(home.path("r.db")).unwrap();
+        crate::files::write_all_at(&file, b"changed", 50 * 4096).unwrap();
+        let replica = home.follower("r.db");
+        assert!(standing(&replica).0.resume.is_some(), "nothing tells before all pages are there");
+        send_some(&engine, &replica, NEXT, None);
+        assert_eq!((standing(&replica).0.resume, applied(&replica)), (None, None));
+        send_some(&engine, &replica, 1, None);
+        until("the state", || applied(&replica) == Some(position));
+        assert_same(&home.path("p.db"), &home.path("r.db"));
+    }
+
+    #[test]
+    fn sqlite_that_cut_the_file_and_a_file_that_nothing_goes_on_in_leave_one_page() {
+        let home = Home::new();
+        let (engine, position) = primary(&home);
+        for by_sqlite in [true, false] {
+            stopped(&home, &engine);
+            if by_sqlite {
+                let sql = "SELECT count(*) FROM sqlite_schema";
+                open_plain(&home.path("r.db")).query_row(sql, [], |row| row.get::<_, i64>(0)).unwrap();
+            } else {
+                fs::remove_dir_all(home.options("r.db").paths.incoming()).unwrap();
+            }
+            let replica = home.follower("r.db");
+            assert_eq!(standing(&replica).0.resume, None);
+            assert!(fs::metadata(home.path("r.db")).unwrap().len() < 2 * 4096);
+            drop(replica);
+        }
+        let replica = home.follower("r.db");
+        standing(&replica);
+        send_some(&engine, &replica, 1, None);
+        until("the state", || applied(&replica) == Some(position));
     }
 
     #[test]

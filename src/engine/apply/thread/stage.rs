@@ -103,10 +103,11 @@ impl State {
         }
     }
 
-    /// A database that a snapshot of this page size can fill.
+    /// A database that a snapshot of this page size can fill. One that was filled, whose commit the
+    /// disk failed, is none: others see it.
     pub(super) fn empty(&mut self, size: PageSize) -> Option<&mut WalAppender> {
         match self {
-            State::Empty(live) if live.base.page_size == size => Some(live),
+            State::Empty(live) if live.base.page_size == size && live.base.tip().pages <= 1 => Some(live),
             _ => None,
         }
     }

@@ -54,6 +54,7 @@ impl Apply {
         if opened.exact && opened.base.tip().position.epoch().number() > 0 {
             self.go_live(opened)
         } else if is_empty(&opened)? {
+            self.cut_unused(&mut opened)?;
             self.state = State::Empty(self.begin(opened, false)?);
             Ok(())
         } else {
@@ -69,6 +70,21 @@ impl Apply {
             self.say_unread(&format!("{why}; what differs from the primary's is kept when it is replaced"));
             Ok(())
         }
+    }
+
+    /// Cuts what a snapshot left in an empty database's file, where none goes on from it. A writer
+    /// that had no WAL there would take the file's length for the database's.
+    fn cut_unused(&self, opened: &mut Findings) -> Result<()> {
+        let (paths, key) = (&self.options.paths, self.options.page_key());
+        if incoming::in_place(paths) && incoming::page_size(paths, key).is_some() {
+            return Ok(());
+        }
+        let (base, page) = (opened.base.clone(), u64::from(opened.base.page_size.get()));
+        // A mark that the node set after the page is less than another page.
+        if opened.handle.size()? >= 2 * page {
+            base.writing(|| opened.handle.truncate(page))?;
+        }
+        Ok(())
     }
 
     /// Turns to WAL an empty file, which gets this page size, or a database in rollback mode.
