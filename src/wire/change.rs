@@ -205,8 +205,15 @@ pub(crate) fn difference<'r>(old: Option<&[u8]>, page: &'r [u8], runs: &'r mut B
 /// Whether so few words are the same that a page of random bytes is not looked at byte by byte.
 fn has_little_in_common(old: &[u8], new: &[u8]) -> bool {
     let (old, new) = (old.as_chunks::<8>().0, new.as_chunks::<8>().0);
-    let same = old.iter().zip(new).filter(|(old, new)| old == new).count();
-    same < new.len() / 32
+    let (enough, mut same) = (new.len() / 32, 0);
+    // Of most pages that were changed, the first words tell.
+    for (old, new) in old.chunks(64).zip(new.chunks(64)) {
+        same += old.iter().zip(new).filter(|(old, new)| old == new).count();
+        if same >= enough {
+            return false;
+        }
+    }
+    true
 }
 
 /// The first byte from `at` on that differs.
