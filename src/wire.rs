@@ -108,7 +108,7 @@ mod tests;
 
 pub(crate) use change::{Image, PageChange, difference};
 pub(crate) use decoder::{Decoder, Header};
-pub(crate) use encode::{encode, encode_change, encode_page, peer_fits};
+pub(crate) use encode::{encode, encode_change, encode_page, encode_run, peer_fits};
 #[cfg(any(test, all(fuzzing, feature = "testing")))]
 pub(crate) use fields::sealed;
 pub(crate) use handoff::{

@@ -2,8 +2,8 @@
 //! checksum verifies them.
 //!
 //! In `<state directory>/incoming`, `pages` holds the pages at their places. Where the database is
-//! empty, they go to their places in its file at once, and `first` holds the first one. `state` says
-//! how far a snapshot has come, `held` which pages a comparison has.
+//! empty, they go to their places in its file at once, and `first` holds the first one. `state`
+//! says how far a snapshot has come, `held` which pages a comparison has.
 //!
 //! A snapshot can't go on when the primary's log does not reach back to its begin any more. Then it
 //! becomes a comparison over what came of it.
@@ -27,7 +27,7 @@ use crate::engine::file::database::OpenDatabase;
 use crate::engine::history::intake_error::IntakeError;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming::overlay::{Overlay, PageStore};
-pub(in crate::engine) use crate::engine::incoming::pages::{Pages, in_place};
+pub(in crate::engine) use crate::engine::incoming::pages::{PlacedPages, in_place};
 use crate::engine::incoming::progress::Saver;
 pub(in crate::engine) use crate::engine::incoming::progress::{FillProgress, progress};
 use crate::error::{Error, Result};
@@ -49,7 +49,7 @@ const HASH_RUN_BYTES: usize = 256 * 1024;
 #[derive(Debug)]
 pub(in crate::engine) struct IncomingState {
     paths: Paths,
-    pages: Pages,
+    pages: PlacedPages,
     /// Notes the pages that the file has, for a comparison that has to begin again.
     held: Option<NodeFile>,
     /// The page that the next piece of a snapshot begins with.
@@ -61,7 +61,7 @@ pub(in crate::engine) struct IncomingState {
 /// A state that is exact and verified.
 #[derive(Debug)]
 pub(in crate::engine) struct Ready {
-    pub(in crate::engine) pages: Pages,
+    pub(in crate::engine) pages: PlacedPages,
     /// The pages that the file has; all others are those of the live database.
     pub(in crate::engine) have: PageSet,
     pub(in crate::engine) position: Position,
@@ -73,7 +73,7 @@ pub(in crate::engine) struct Ready {
 pub(in crate::engine) type Under<'a> = Option<&'a mut WalAppender>;
 
 /// An empty database that is open, and whose file a snapshot can go into at once.
-pub(in crate::engine) type Place = Option<Arc<OpenDatabase>>;
+pub(in crate::engine) type EmptyFile = Option<Arc<OpenDatabase>>;
 
 /// Forgets what was begun.
 pub(in crate::engine) fn discard(paths: &Paths) -> Result<()> {
@@ -83,7 +83,7 @@ pub(in crate::engine) fn discard(paths: &Paths) -> Result<()> {
 /// The pages of an [`IncomingState`], for a call.
 struct IncomingPages<'a> {
     paths: &'a Paths,
-    pages: &'a Pages,
+    pages: &'a PlacedPages,
     held: Option<&'a mut NodeFile>,
     live: Under<'a>,
 }
@@ -121,10 +121,10 @@ impl IncomingState {
         page_size: PageSize,
         first: Position,
         below: u32,
-        place: Place,
+        place: EmptyFile,
     ) -> Result<IncomingState> {
         files::make_directory(&paths.incoming())?;
-        let pages = Pages::open(paths, page_size, place)?;
+        let pages = PlacedPages::open(paths, page_size, place)?;
         let overlay = Overlay::new(page_size, key, first, below);
         let (saver, paths) = (Saver::new(paths, pages.clone()), paths.clone());
         Ok(IncomingState { paths, pages, held: None, next: 1, saver, overlay })
@@ -135,7 +135,7 @@ impl IncomingState {
         paths: &Paths,
         key: PageKey,
         begin: SnapBegin,
-        place: Place,
+        place: EmptyFile,
     ) -> Result<IncomingState, IntakeError> {
         let earlier = progress(paths, key)
             .filter(|p| p.first == begin.first && p.next == begin.from && p.page_size == begin.page_size)
@@ -166,7 +166,7 @@ impl IncomingState {
         key: PageKey,
         begin: HealBegin,
         pages: u32,
-        place: Place,
+        place: EmptyFile,
     ) -> Result<IncomingState> {
         // What came into an empty database's file is of no use elsewhere.
         let place = place.filter(|_| in_place(paths));

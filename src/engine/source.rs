@@ -68,7 +68,7 @@ fn encode_differing(pages: &PageRun<'_>, position: Position, hashes: &[[u8; 16]]
             end += 1;
         }
         if let Some(run) = pages.part(begin..end) {
-            run.encode(position, out);
+            wire::encode_run(&run, position, out);
         }
     }
 }

@@ -173,8 +173,8 @@ fn feed(
     }
 }
 
-/// Has the follower compare all pages with those of the primary, which meanwhile stays as it is, and
-/// sends all whatever it asks for. Says which pages it had.
+/// Has the follower compare all pages with those of the primary, which meanwhile stays as it is,
+/// and sends all, whatever it asks for. Says how many pages it had.
 pub(super) fn compare(
     engine: &PrimaryEngine,
     follower: &ReplicaEngine,
@@ -212,7 +212,7 @@ fn send_pieces(engine: &PrimaryEngine, out: &mut BytesMut, between: &mut dyn FnM
             return piece;
         }
         let run = PageRun::hashed(next, &piece.data, engine.page_size(), &KEY);
-        run.encode(piece.position, out);
+        wire::encode_run(&run, piece.position, out);
         next = PageNo::new(next.get() + run.count()).unwrap();
         between();
     }

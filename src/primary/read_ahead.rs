@@ -67,7 +67,7 @@ pub(super) fn read_go(source: &dyn StreamSource, from: PageNo) -> Result<(PageBa
     let mut bytes = BytesMut::with_capacity(PIECES_AT_ONCE * (PIECE_BYTES + 1024));
     let read = read_pieces(source, from)?;
     for (run, (_, piece)) in hashed(source, &read.pieces).iter().zip(&read.pieces) {
-        run.encode(piece.position, &mut bytes);
+        wire::encode_run(run, piece.position, &mut bytes);
     }
     Ok(read.batch(bytes.freeze()))
 }

@@ -6,9 +6,9 @@ use crate::page::PageNo;
 use crate::status::{Addresses, PeerInfo};
 use crate::txid::Position;
 use crate::wire::change::{Image, PageChange, put_change};
-use crate::wire::fields::hash_of;
+use crate::wire::fields::{hash_of, piece_hash};
 use crate::wire::handoff::DECLINED_MAX_BYTES;
-use crate::wire::piece::piece_hash;
+use crate::wire::piece::PageRun;
 use crate::wire::record::put_txn;
 use crate::wire::{
     Accept, Ack, FOLLOWS_NONE, Goodbye, HEADER_BYTES, Handed, HealBegin, Hello, Kind, LeaseOffer, MARKS_MAX,
@@ -50,6 +50,13 @@ pub(crate) fn encode_page(number: PageNo, hash: PageHash, page: &[u8], out: &mut
     out.put_slice(&hash.to_bytes());
     out.put_u32_le(number.get());
     out.put_slice(page);
+}
+
+/// Writes pages in a row as snapshot pieces.
+pub(crate) fn encode_run(run: &PageRun<'_>, position: Position, out: &mut BytesMut) {
+    for run in run.pieces() {
+        encode(&Message::SnapPiece { position, run }, out);
+    }
 }
 
 /// Writes a change as it stands in a TXN unit, after others.

@@ -4,9 +4,7 @@ use crate::keys::TokenKey;
 use crate::page::{PageNo, PageSize};
 use crate::status::PeerInfo;
 use crate::txid::{Epoch, EpochHistory, NUMBER_MAX, Position};
-#[cfg(any(test, all(fuzzing, feature = "testing")))]
-use crate::wire::piece::any_hash;
-use crate::wire::piece::piece;
+use crate::wire::piece::PageRun;
 use crate::wire::{
     ADDRESS_MAX, Ack, FOLLOWS_NONE, Goodbye, HEADER_BYTES, HELLO_PROOF_BYTES, HealBegin, Heartbeat, Hello,
     Kind, MARKS_MAX, Message, NO_LEASE, PEER_MAX_BYTES, PeerKeys, Plan, REASON_MAX_BYTES, SPAN_MAX_PAGES,
@@ -19,7 +17,7 @@ pub(super) fn hash_of(unit: &[u8]) -> [u8; 16] {
     hash_of_parts(&[&unit[..8], &unit[HEADER_BYTES..]])
 }
 
-pub(super) fn hash_of_parts(parts: &[&[u8]]) -> [u8; 16] {
+fn hash_of_parts(parts: &[&[u8]]) -> [u8; 16] {
     let mut hasher = blake3::Hasher::new_keyed(&UNIT_KEY);
     for part in parts {
         hasher.update(part);
@@ -118,6 +116,39 @@ pub(super) fn decode(
         }),
     };
     if f.0.is_empty() { Ok(message) } else { Err(WireError::Fields("bytes after a unit's last field")) }
+}
+
+/// The hash of a piece: over its header and fields, and the hashes of its pages.
+pub(super) fn piece_hash(unit: &[u8], run: &PageRun<'_>) -> [u8; 16] {
+    let fields = &unit[HEADER_BYTES..unit.len() - run.bytes().len()];
+    let hashes: Vec<u8> = run.hashes().iter().flat_map(|hash| hash.to_bytes()).collect();
+    hash_of_parts(&[&unit[..8], fields, &hashes])
+}
+
+/// Hashes the pages of a piece, checks the unit's hash with that, and reads its fields.
+fn piece<'a>(hash: [u8; 16], unit: &'a [u8], key: Option<PageKey>) -> Result<Message<'a>, WireError> {
+    let key = key.ok_or(WireError::Fields("pages where none may be"))?;
+    let mut f = Fields::of(&unit[HEADER_BYTES..]);
+    let (first, position, size, pages) = (f.page_no()?, f.position()?, f.page_size_power()?, f.rest());
+    let whole = pages.len().is_multiple_of(size.bytes());
+    let most = (pages.len() / size.bytes()) as u32;
+    if !whole || first.get().checked_add(most).is_none() {
+        return Err(WireError::Fields("a snapshot piece of no whole pages, or of too many"));
+    }
+    let run = PageRun::hashed(first, pages, size, &key);
+    if piece_hash(unit, &run) == hash {
+        Ok(Message::SnapPiece { position, run })
+    } else {
+        Err(WireError::Hash)
+    }
+}
+
+/// What stands in place of the hash of a piece whose fields may be anything.
+#[cfg(any(test, all(fuzzing, feature = "testing")))]
+fn any_hash(unit: &[u8], key: PageKey) -> Option<[u8; 16]> {
+    let mut f = Fields::of(&unit[HEADER_BYTES..]);
+    let (first, _, size) = (f.page_no().ok()?, f.position().ok()?, f.page_size_power().ok()?);
+    Some(piece_hash(unit, &PageRun::hashed(first, f.rest(), size, &key)))
 }
 
 /// What is left of a payload.

@@ -1,14 +1,9 @@
 //! A run of pages with their hashes: what a SNAP_PIECE brings.
 use std::ops::Range;
 
-use bytes::BytesMut;
-
 use crate::checksum::{PageHash, PageKey};
 use crate::page::{PageNo, PageSize};
-use crate::txid::Position;
-use crate::wire::encode::encode;
-use crate::wire::fields::{Fields, hash_of_parts};
-use crate::wire::{HEADER_BYTES, Message, PIECE_BYTES, WireError};
+use crate::wire::PIECE_BYTES;
 
 /// Pages in a row, each with its hash. No number is beyond the last that a page can have.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -42,6 +37,10 @@ impl<'a> PageRun<'a> {
         self.bytes
     }
 
+    pub(crate) fn hashes(&self) -> &[PageHash] {
+        &self.hashes
+    }
+
     pub(crate) fn count(&self) -> u32 {
         self.hashes.len() as u32
     }
@@ -61,61 +60,22 @@ impl<'a> PageRun<'a> {
         Some(PageRun { first, size: self.size, bytes, hashes })
     }
 
-    /// Writes it as snapshot pieces of the size that is sent.
-    pub(crate) fn encode(&self, position: Position, out: &mut BytesMut) {
+    /// The pieces that it is sent in.
+    pub(crate) fn pieces(&self) -> impl Iterator<Item = PageRun<'a>> {
         let at_once = (PIECE_BYTES / self.size.bytes()).max(1);
-        for begin in (0..self.hashes.len()).step_by(at_once) {
-            let end = (begin + at_once).min(self.hashes.len());
-            if let Some(run) = self.part(begin..end) {
-                encode(&Message::SnapPiece { position, run }, out);
-            }
-        }
+        let begins = (0..self.hashes.len()).step_by(at_once);
+        begins.filter_map(move |begin| self.part(begin..(begin + at_once).min(self.hashes.len())))
     }
-}
-
-/// The hash of a piece: over its header and fields, and the hashes of its pages.
-pub(super) fn piece_hash(unit: &[u8], run: &PageRun<'_>) -> [u8; 16] {
-    let fields = &unit[HEADER_BYTES..unit.len() - run.bytes.len()];
-    let hashes: Vec<u8> = run.hashes.iter().flat_map(|hash| hash.to_bytes()).collect();
-    hash_of_parts(&[&unit[..8], fields, &hashes])
-}
-
-/// Hashes the pages of a piece, checks the unit's hash with that, and reads its fields.
-pub(super) fn piece<'a>(
-    hash: [u8; 16],
-    unit: &'a [u8],
-    key: Option<PageKey>,
-) -> Result<Message<'a>, WireError> {
-    let key = key.ok_or(WireError::Fields("pages where none may be"))?;
-    let mut f = Fields::of(&unit[HEADER_BYTES..]);
-    let (first, position, size, pages) = (f.page_no()?, f.position()?, f.page_size_power()?, f.rest());
-    let whole = pages.len().is_multiple_of(size.bytes());
-    let most = (pages.len() / size.bytes()) as u32;
-    if !whole || first.get().checked_add(most).is_none() {
-        return Err(WireError::Fields("a snapshot piece of no whole pages, or of too many"));
-    }
-    let run = PageRun::hashed(first, pages, size, &key);
-    if piece_hash(unit, &run) == hash {
-        Ok(Message::SnapPiece { position, run })
-    } else {
-        Err(WireError::Hash)
-    }
-}
-
-/// What stands in place of the hash of a piece whose fields may be anything.
-#[cfg(any(test, all(fuzzing, feature = "testing")))]
-pub(super) fn any_hash(unit: &[u8], key: PageKey) -> Option<[u8; 16]> {
-    let mut f = Fields::of(&unit[HEADER_BYTES..]);
-    let (first, _, size) = (f.page_no().ok()?, f.position().ok()?, f.page_size_power().ok()?);
-    Some(piece_hash(unit, &PageRun::hashed(first, f.rest(), size, &key)))
 }
 
 #[cfg(test)]
 mod tests {
+    use bytes::BytesMut;
+
     use super::*;
     use crate::checksum::Checksum;
-    use crate::txid::{Epoch, Txid};
-    use crate::wire::Decoder;
+    use crate::txid::{Epoch, Position, Txid};
+    use crate::wire::{Decoder, Message, WireError, encode_run};
 
     const KEY: PageKey = PageKey::from_bytes([7; 28]);
 
@@ -128,7 +88,7 @@ mod tests {
         let pages: Vec<u8> = (0..200 * 512_u32).map(|n| (n / 100) as u8).collect();
         let (all, mut out) = (run(3, &pages), BytesMut::new());
         let position = Position::new(Txid::new(Epoch::new(1, 2), 3), Checksum::EMPTY);
-        all.encode(position, &mut out);
+        encode_run(&all, position, &mut out);
         let mut decoder = Decoder::new(Some(KEY));
         decoder.push(out.freeze());
         let mut came = Vec::new();
@@ -172,7 +132,7 @@ mod tests {
         }
         let mut out = BytesMut::new();
         let position = Position::new(Txid::new(Epoch::new(1, 2), 3), Checksum::EMPTY);
-        run(1, &pages).encode(position, &mut out);
+        encode_run(&run(1, &pages), position, &mut out);
         let decoded = |bytes: &[u8], key| {
             let mut decoder = Decoder::new(key);
             decoder.push(bytes::Bytes::copy_from_slice(bytes));

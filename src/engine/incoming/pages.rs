@@ -12,7 +12,7 @@ use crate::page::{PageNo, PageSize};
 
 /// Pages, each at its place. Only one thread writes them.
 #[derive(Clone, Debug)]
-pub(in crate::engine) struct Pages {
+pub(in crate::engine) struct PlacedPages {
     paths: Paths,
     size: PageSize,
     /// All pages, or only the first one.
@@ -37,12 +37,16 @@ pub(super) fn bytes_there(paths: &Paths, size: PageSize) -> Option<u64> {
     Some(if has_first { fs::metadata(paths.database()).ok()?.len() } else { 0 })
 }
 
-impl Pages {
+impl PlacedPages {
     /// In a file of their own, or in that of an empty database with pages of this size.
-    pub(super) fn open(paths: &Paths, size: PageSize, database: Option<Arc<OpenDatabase>>) -> Result<Pages> {
+    pub(super) fn open(
+        paths: &Paths,
+        size: PageSize,
+        database: Option<Arc<OpenDatabase>>,
+    ) -> Result<PlacedPages> {
         let path = if database.is_some() { paths.incoming_first() } else { paths.incoming_pages() };
         let (file, _) = files::open_or_create(&path)?;
-        Ok(Pages { paths: paths.clone(), size, file: Arc::new(file), database })
+        Ok(PlacedPages { paths: paths.clone(), size, file: Arc::new(file), database })
     }
 
     /// The database whose file they are in.
@@ -134,13 +138,13 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (paths, size) = (Paths::fresh(dir.path()), PageSize::new(512).unwrap());
         files::make_directory(&paths.incoming()).unwrap();
-        let pages = Pages::open(&paths, size, None).unwrap();
+        let pages = PlacedPages::open(&paths, size, None).unwrap();
         pages.write(PageNo::FIRST, &[7; 512]).unwrap();
         pages.sync().unwrap();
         assert_eq!(bytes_there(&paths, size), Some(512));
         // Such a file has no fsync.
         let failing =
-            Pages { file: Arc::new(files::open(std::path::Path::new("/dev/null")).unwrap()), ..pages };
+            PlacedPages { file: Arc::new(files::open(std::path::Path::new("/dev/null")).unwrap()), ..pages };
         assert!(matches!(failing.sync(), Err(Error::Io { .. })));
         assert_eq!(bytes_there(&paths, size), None);
     }

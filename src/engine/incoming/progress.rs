@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::checksum::{FINGERPRINT_BYTES, PageKey};
-use crate::engine::incoming::pages::{Pages, bytes_there, in_place};
+use crate::engine::incoming::pages::{PlacedPages, bytes_there, in_place};
 use crate::error::{Error, Result};
 use crate::files::Paths;
 use crate::files::sealed::{CHECK_BYTES, HEAD_BYTES, Sealed};
@@ -61,7 +61,7 @@ pub(in crate::engine) fn progress(paths: &Paths, key: PageKey) -> Option<FillPro
 /// Makes durable how far a snapshot has come.
 #[derive(Debug)]
 pub(super) struct Saver {
-    pages: Pages,
+    pages: PlacedPages,
     state: PathBuf,
     /// Bytes since a save began, and those that one under way is about.
     since: u64,
@@ -74,7 +74,7 @@ pub(super) struct Saver {
 }
 
 impl Saver {
-    pub(super) fn new(paths: &Paths, pages: Pages) -> Saver {
+    pub(super) fn new(paths: &Paths, pages: PlacedPages) -> Saver {
         let (state, last) = (paths.incoming_state(), Instant::now());
         Saver { pages, state, since: 0, saving: 0, last, under_way: None, failed: false }
     }
@@ -161,7 +161,7 @@ mod tests {
         files::make_directory(&paths.incoming()).unwrap();
         let (file, _) = files::open_or_create(&paths.incoming_pages()).unwrap();
         file.set_len(1 << 30).unwrap();
-        Saver::new(paths, Pages::open(paths, PageSize::new(512).unwrap(), None).unwrap())
+        Saver::new(paths, PlacedPages::open(paths, PageSize::new(512).unwrap(), None).unwrap())
     }
 
     /// What one hears that asks a file.

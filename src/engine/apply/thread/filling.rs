@@ -14,7 +14,7 @@ use crate::engine::file::doubt;
 use crate::engine::file::epochs::write_epochs;
 use crate::engine::file::witnesses::WitnessPage;
 use crate::engine::history::wal_appender::WalAppender;
-use crate::engine::incoming::{Place, Ready};
+use crate::engine::incoming::{EmptyFile, Ready};
 use crate::engine::lost;
 use crate::error::{Error, Result};
 use crate::files;
@@ -71,7 +71,7 @@ impl Apply {
     }
 
     /// An empty database that is open, and whose file pages of this size can go into at once.
-    pub(super) fn place(&mut self, size: PageSize) -> Place {
+    pub(super) fn place(&mut self, size: PageSize) -> EmptyFile {
         let base = &self.state.empty(size)?.base;
         base.file().is_some().then(|| base.clone())
     }
@@ -219,7 +219,7 @@ mod tests {
             let (first, most) = (PageNo::new(next).unwrap(), (last - next + 1) as usize * size.bytes());
             let piece = engine.read_piece(first, most.min(64 * 1024)).unwrap();
             let run = PageRun::hashed(first, &piece.data, size, &KEY);
-            run.encode(piece.position, &mut out);
+            wire::encode_run(&run, piece.position, &mut out);
             next += run.count();
         }
         if to.is_none() {
