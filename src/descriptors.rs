@@ -189,9 +189,11 @@ pub(crate) fn is_want(error: &io::Error) -> bool {
     }
 }
 
-/// Whether there is none left at this moment, for errors that do not say so.
+/// Whether an opening that failed just now may have done so for want of descriptors, for errors
+/// that do not say so. A free one does not tell: it may be what another opening has given up of the
+/// reserve since then.
 pub(crate) fn used_up() -> bool {
-    placeholder().is_err_and(|error| is_want(&error))
+    SHORT.load(Ordering::Relaxed) || placeholder().is_err_and(|error| is_want(&error))
 }
 
 /// Whether the reserve is whole, or has some of this share. What became free is the reserve's
@@ -434,7 +436,8 @@ mod tests {
         let _kept = ReserveHold::begin();
         let others = take_all();
         let loan = lend(Share::Node, 2).unwrap();
-        assert!(!refill() && !used_up());
+        assert!(!refill() && placeholder().is_ok());
+        assert!(used_up(), "who failed before it was given up can't see it otherwise");
         drop(loan);
         assert!(used_up());
         assert_eq!(held(), [4, 8, 4, 16]);

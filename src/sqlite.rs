@@ -56,12 +56,19 @@ pub(crate) fn connect_whole(path: &Path, flags: OpenFlags, share: Share) -> rusq
         let read = connection.query_row("PRAGMA schema_version", [], |_| Ok(()));
         connection.busy_timeout(BUSY_TIMEOUT)?;
         match read {
-            Err(error) if used_up() => Err(error),
+            Err(error) if is_want(&error) => Err(error),
             // Whatever else there is, these statements find.
             _ => Ok(connection),
         }
     };
-    descriptors::open((share, FILES), |_| used_up(), whole)
+    descriptors::open((share, FILES), is_want, whole)
+}
+
+/// Whether SQLite may have failed for want of descriptors, of which it says nothing. What it says
+/// of locks is true.
+fn is_want(error: &rusqlite::Error) -> bool {
+    use rusqlite::ErrorCode::{DatabaseBusy, DatabaseLocked};
+    !matches!(error.sqlite_error_code(), Some(DatabaseBusy | DatabaseLocked)) && used_up()
 }
 
 /// Whether SQL may do nothing that makes a database's file one that SQLite can't read. The schema
