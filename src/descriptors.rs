@@ -28,6 +28,8 @@ use crate::threads::aside;
 const PART: usize = 8;
 /// How often something is tried, with more of the reserve each time.
 const TRIES: usize = 4;
+/// How long an opening waits for others that began before it had its turn.
+const PAUSE: Duration = Duration::from_millis(1);
 /// How often it is said that there are none left.
 const TOLD_EVERY: Duration = Duration::from_secs(60);
 /// What stands for a descriptor in reserve.
@@ -68,6 +70,9 @@ static RESERVE: Mutex<Reserve> = Mutex::new(Reserve {
     lent: 0,
     told: None,
 });
+/// Held for an opening while the reserve lacks some. Of many at one time, each would take a part of
+/// what another has given up, and all of them would fail.
+static TURN: Mutex<()> = Mutex::new(());
 /// Whether the reserve lacks some: while it does not, no one need ask for the lock.
 static SHORT: AtomicBool = AtomicBool::new(false);
 
@@ -275,11 +280,20 @@ pub(crate) fn open<T, E>(
     is_want: impl Fn(&E) -> bool,
     mut open: impl FnMut() -> Result<T, E>,
 ) -> Result<T, E> {
+    let mut turn = SHORT.load(Ordering::Relaxed).then(|| lock(&TURN));
     let mut opened = open();
     let mut loans = Vec::new();
-    while loans.len() < TRIES && opened.as_ref().is_err_and(&is_want) {
-        let Some(loan) = lend(share, count) else { break };
-        loans.push(loan);
+    for _ in 0..TRIES {
+        if !opened.as_ref().is_err_and(&is_want) {
+            break;
+        }
+        turn.get_or_insert_with(|| lock(&TURN));
+        match lend(share, count) {
+            Some(loan) => loans.push(loan),
+            None if loans.is_empty() => break,
+            // What was given up may have been with one that failed meanwhile.
+            None => std::thread::sleep(PAUSE),
+        }
         opened = open();
     }
     opened
@@ -424,6 +438,35 @@ mod tests {
         assert_eq!(held(), [4, 8, 4, 16]);
         drop(one);
         assert_eq!(held(), [0; 4]);
+    }
+
+    #[test]
+    fn of_many_openings_at_one_time_those_that_have_a_share_succeed() {
+        if !crate::ends::alone(
+            "descriptors::tests::of_many_openings_at_one_time_those_that_have_a_share_succeed",
+        ) {
+            return;
+        }
+        let _kept = ReserveHold::begin();
+        let _others = take_all();
+        let open = |share| open((share, 2), is_want, || Ok([placeholder()?, placeholder()?]));
+        let _readers: Vec<_> = std::iter::from_fn(|| open(Share::Reader).ok()).collect();
+        for _ in 0..100 {
+            let begin = std::sync::Barrier::new(16);
+            let run = |share| {
+                begin.wait();
+                open(share).ok()
+            };
+            let opened = std::thread::scope(|scope| {
+                let (run, shares) = (&run, [Share::FirstReader, Share::Reader].into_iter().cycle().take(16));
+                let threads: Vec<_> = shares.map(|share| scope.spawn(move || run(share))).collect();
+                threads.into_iter().filter_map(|thread| thread.join().unwrap()).collect::<Vec<_>>()
+            });
+            assert!(!opened.is_empty());
+            drop(opened);
+            refill();
+            assert_eq!(held()[Share::FirstReader as usize], 4);
+        }
     }
 
     #[test]
