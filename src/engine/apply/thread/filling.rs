@@ -182,7 +182,7 @@ fn commit(live: &mut WalAppender, ready: &Ready) -> Result<()> {
     base.sync_wal()
 }
 
-#[cfg(test)]
+#[cfg(all(test, target_os = "linux"))]
 mod tests {
     use std::fs;
 
