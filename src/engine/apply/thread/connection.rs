@@ -21,7 +21,8 @@ use crate::wire::{Kind, Message, RecordPart, SnapBegin, Unit, Want, WireError};
 
 /// Questions of a heal that may be on their way: one.
 const WANTS_MAX: usize = 1;
-/// Units that are read before the first of them is taken in: some snapshot pieces of a megabyte.
+/// Units that are decoded before the first of them is taken in. They are enough to share among
+/// threads, where they are pieces of a snapshot.
 const DECODED_UNITS: usize = 64;
 
 /// What belongs to one stream. It goes when the stream ends, and with it what no reader has seen.
