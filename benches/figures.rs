@@ -41,12 +41,14 @@ use std::time::Instant;
 /// Figures that are measured together, and what measures them.
 type Figure = (&'static [&'static str], fn());
 
-const FIGURES: [Figure; 38] = [
+const FIGURES: [Figure; 40] = [
     (&["commit_normal_ratio"], commits::normal),
     (&["commit_full_ratio"], commits::full),
     (&["group_commit_ratio"], commits::group),
     (&["write_hop_us"], commits::hop),
-    (&["read_primary_ratio", "read_replica_ratio"], reads::points),
+    (&["read_primary_ratio", "read_replica_ratio", "read_plain_ratio", "read_pool_ns"], reads::points),
+    (&["read_two_threads_ratio", "read_two_to_one_ratio"], reads::two_threads),
+    (&["read_under_writes_ratio"], reads::under_writes),
     (&["replica_read_p99_ratio"], reads::beside_apply),
     (&["apply_under_readers_p99_ms"], reads::apply_under_readers),
     (&["lag_p50_us", "lag_p99_us"], streams::lag),
@@ -96,7 +98,7 @@ fn fleet_process() {
 }
 
 fn main() {
-    if home::child() || members::child() || verify::child() || wal::child() {
+    if home::child() || reads::child() || members::child() || verify::child() || wal::child() {
         return;
     }
     if support::is_child() {

@@ -4,6 +4,7 @@
 
 pub(crate) mod ffi;
 mod locks;
+mod mark;
 pub(crate) mod shm;
 
 use std::path::Path;
@@ -16,6 +17,7 @@ use crate::descriptors::{self, Share, used_up};
 
 pub(crate) use ffi::{CommitHook, Handle, Lock, Slot, last_code, unreadable};
 pub(crate) use locks::{Alone, FileLocks, close_unlocked, park};
+pub(crate) use mark::StandingMark;
 pub(crate) use shm::WalIndex;
 
 /// The oldest SQLite without the WAL-reset race.

@@ -1,5 +1,6 @@
 //! Directories, nodes, and a replica in another process.
 
+use std::ffi::OsStr;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::path::{Path, PathBuf};
@@ -114,12 +115,49 @@ pub(crate) fn raw(path: &Path, synchronous: &str) -> Connection {
     connection
 }
 
-/// A replica in another process, spoken to by lines.
-pub(crate) struct Other {
+/// Another process of this program, spoken to by lines.
+pub(crate) struct Spoken {
     child: Child,
     stdin: ChildStdin,
     stdout: BufReader<ChildStdout>,
 }
+
+impl Spoken {
+    /// With these variables. It says when it is ready.
+    pub(crate) fn start(variables: &[(&str, &OsStr)]) -> Spoken {
+        let mut child = Command::new(std::env::current_exe().expect("a path"))
+            .envs(variables.iter().copied())
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .spawn()
+            .expect("a process");
+        let stdin = child.stdin.take().expect("a pipe");
+        let stdout = BufReader::new(child.stdout.take().expect("a pipe"));
+        let mut spoken = Spoken { child, stdin, stdout };
+        assert_eq!(spoken.hear(), "ready");
+        spoken
+    }
+
+    pub(crate) fn say(&mut self, line: &str) {
+        writeln!(self.stdin, "{line}").expect("a process that listens");
+    }
+
+    pub(crate) fn hear(&mut self) -> String {
+        let mut line = String::new();
+        self.stdout.read_line(&mut line).expect("a process that speaks");
+        line.trim().to_string()
+    }
+}
+
+impl Drop for Spoken {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A replica in another process.
+pub(crate) struct Other(Spoken);
 
 impl Other {
     pub(crate) fn start(path: &Path, of: &Db) -> Other {
@@ -133,36 +171,20 @@ impl Other {
 
     /// The same of a primary that has this URL.
     pub(crate) fn start_at(path: &Path, url: &str, clear: bool) -> Other {
-        let mut child = Command::new(std::env::current_exe().expect("a path"))
-            .env("REPLITE_BENCH_REPLICA", path)
-            .env("REPLITE_BENCH_URL", url)
-            .env("REPLITE_BENCH_CLEAR", if clear { "yes" } else { "" })
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .expect("a process");
-        let stdin = child.stdin.take().expect("a pipe");
-        let stdout = BufReader::new(child.stdout.take().expect("a pipe"));
-        let mut other = Other { child, stdin, stdout };
-        assert_eq!(other.hear(), "ready");
-        other
+        let clear = if clear { "yes" } else { "" };
+        Other(Spoken::start(&[
+            ("REPLITE_BENCH_REPLICA", path.as_os_str()),
+            ("REPLITE_BENCH_URL", url.as_ref()),
+            ("REPLITE_BENCH_CLEAR", clear.as_ref()),
+        ]))
     }
 
     pub(crate) fn say(&mut self, line: &str) {
-        writeln!(self.stdin, "{line}").expect("a replica that listens");
+        self.0.say(line);
     }
 
     pub(crate) fn hear(&mut self) -> String {
-        let mut line = String::new();
-        self.stdout.read_line(&mut line).expect("a replica that speaks");
-        line.trim().to_string()
-    }
-}
-
-impl Drop for Other {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        self.0.hear()
     }
 }
 

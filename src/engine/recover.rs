@@ -157,7 +157,7 @@ fn hold_all(handle: &mut Handle, path: PathBuf) -> Result<Option<Arc<FileLocks>>
 /// Takes a lock for the life of the database. Where the system has such a lock, nothing else in
 /// this process can drop it by mistake.
 fn hold(handle: &mut Handle, locks: Option<&FileLocks>, slot: Slot) -> Result<bool> {
-    let Some(locks) = locks else { return try_for(handle, slot, Lock::Exclusive, LOCKS_WAIT) };
+    let Some(locks) = locks else { return try_for(LOCKS_WAIT, || handle.try_lock(slot, Lock::Exclusive)) };
     let end = std::time::Instant::now() + LOCKS_WAIT;
     while !locks.try_hold(slot)? {
         if std::time::Instant::now() >= end {

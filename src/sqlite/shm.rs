@@ -28,6 +28,7 @@ fn shm_path(handle: &Handle) -> std::path::PathBuf {
 /// SQLite, in this process or another, which uses plain accesses and its own barrier.
 #[derive(Debug)]
 pub(crate) struct WalIndex {
+    first: Region,
     regions: RwLock<Vec<Region>>,
 }
 
@@ -41,6 +42,16 @@ unsafe impl Send for Region {}
 unsafe impl Sync for Region {}
 
 impl Region {
+    fn map(handle: &mut Handle, at: usize, extend: bool) -> Result<Region> {
+        let pointer = handle.map(at, extend)?.ok_or_else(|| Error::Corrupt {
+            path: shm_path(handle),
+            offset: (at * REGION_BYTES) as u64,
+            what: "the wal-index is shorter than its header says".into(),
+            cure: CURE,
+        })?;
+        Ok(Region(pointer))
+    }
+
     fn word(&self, offset: usize) -> &AtomicU32 {
         assert!(offset.is_multiple_of(4) && offset + 4 <= REGION_BYTES, "offset {offset}");
         // SAFETY: the offset is inside the region and aligned (regions are page-aligned). The
@@ -83,23 +94,16 @@ impl Region {
 impl WalIndex {
     /// Maps the first region.
     pub(crate) fn new(handle: &mut Handle) -> Result<WalIndex> {
-        let index = WalIndex { regions: RwLock::new(Vec::new()) };
-        index.ensure(handle, 0, true)?;
-        Ok(index)
+        let first = Region::map(handle, 0, true)?;
+        Ok(WalIndex { first, regions: RwLock::new(vec![first]) })
     }
 
     /// Maps the regions up to this one.
     pub(crate) fn ensure(&self, handle: &mut Handle, region: usize, extend: bool) -> Result<()> {
         let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
         while regions.len() <= region {
-            let at = regions.len();
-            let pointer = handle.map(at, extend)?.ok_or_else(|| Error::Corrupt {
-                path: shm_path(handle),
-                offset: (at * REGION_BYTES) as u64,
-                what: "the wal-index is shorter than its header says".into(),
-                cure: CURE,
-            })?;
-            regions.push(Region(pointer));
+            let next = Region::map(handle, regions.len(), extend)?;
+            regions.push(next);
         }
         Ok(())
     }
@@ -108,8 +112,8 @@ impl WalIndex {
         self.regions.read().unwrap_or_else(PoisonError::into_inner)[region]
     }
 
-    fn first(&self) -> Region {
-        self.region(0)
+    fn first(&self) -> &Region {
+        &self.first
     }
 
     /// The header, if both copies agree and are sound; nothing while a writer writes it.

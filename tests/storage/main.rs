@@ -13,6 +13,7 @@ mod http_support;
 mod kills;
 mod lease;
 mod locks;
+mod marks;
 mod private;
 mod quota;
 mod recovery;

@@ -136,6 +136,8 @@ impl CaptureLoop {
                 None => {}
             }
             self.maybe_restart()?;
+            // A reader may have come since the last commit.
+            self.base.node.read_mark.join();
             if active.elapsed() < SPIN {
                 std::hint::spin_loop();
                 continue;

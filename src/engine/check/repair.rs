@@ -3,7 +3,7 @@
 use crate::checksum::PageHash;
 use crate::engine::capture::handle::PrimaryEngine;
 use crate::engine::checkpoint::backfill::DRAIN_MAX;
-use crate::engine::checkpoint::backfill::{mark_again, try_for};
+use crate::engine::checkpoint::backfill::{mark_again, take_file};
 use crate::engine::file::anchor::{Anchor, FileState};
 use crate::engine::file::database::OpenDatabase;
 use crate::engine::file::witnesses::{WitnessPage, Witnesses};
@@ -35,7 +35,7 @@ impl PrimaryEngine {
         // Once capture has stopped, CKPT is no longer ours.
         base.check()?;
         base.expect_as_left()?;
-        if !try_for(&mut handle, Slot::READ0, Lock::Exclusive, DRAIN_MAX)? {
+        if !take_file(base, &mut handle)? {
             return Err(Error::Timeout { what: "readers of the file".into(), after: DRAIN_MAX });
         }
         let newest = lock(&base.anchors).newest_first().first().copied();

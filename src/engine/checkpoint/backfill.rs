@@ -68,9 +68,17 @@ pub(in crate::engine) fn backfill_some(
     Ok(Some(visible))
 }
 
-/// Takes READ0, which readers hold that use no frame of the WAL.
+/// Takes READ0, which readers hold that use no frame of the WAL. The node itself gives it up.
+pub(in crate::engine) fn take_file(base: &OpenDatabase, handle: &mut Handle) -> Result<bool> {
+    try_for(DRAIN_MAX, || {
+        base.node.read_mark.leave();
+        handle.try_lock(Slot::READ0, Lock::Exclusive)
+    })
+}
+
+/// The same, and notes readers that are in the way.
 pub(in crate::engine) fn lock_file(base: &OpenDatabase, handle: &mut Handle) -> Result<bool> {
-    let locked = try_for(handle, Slot::READ0, Lock::Exclusive, DRAIN_MAX)?;
+    let locked = take_file(base, handle)?;
     base.bound.mark(0, (!locked).then_some(0));
     base.bound.pin(!locked);
     Ok(locked)
@@ -193,6 +201,8 @@ pub(in crate::engine) fn mark_again(base: &OpenDatabase, handle: &mut Handle) ->
 /// The last frame that no reader needs to stay out of the file.
 pub(in crate::engine) fn safe_frame(base: &OpenDatabase, handle: &mut Handle, max: u32) -> Result<u32> {
     let mut safe = max;
+    // The node's own is at the newest frame, or it is to go.
+    base.node.read_mark.leave();
     // This looks at the marks as they are now, after it has noticed any loss of locks.
     base.mend_locks(handle)?;
     let newest = base.index.glance().0;
@@ -220,14 +230,12 @@ pub(in crate::engine) fn safe_frame(base: &OpenDatabase, handle: &mut Handle, ma
 
 /// Tries a lock again and again, in short steps, for a bounded time.
 pub(in crate::engine) fn try_for(
-    handle: &mut Handle,
-    slot: Slot,
-    lock: Lock,
     limit: Duration,
+    mut try_lock: impl FnMut() -> Result<bool>,
 ) -> Result<bool> {
     let end = Instant::now() + limit;
     loop {
-        if handle.try_lock(slot, lock)? {
+        if try_lock()? {
             return Ok(true);
         }
         if Instant::now() >= end {

@@ -1,0 +1,192 @@
+//! A read mark that the node shares for all connections of its process.
+//!
+//! A reader shares one of five locks of the wal-index for as long as it reads. SQLite counts such
+//! locks by process: the first connection that takes one asks the kernel, and the last one that
+//! gives it up. While the node has the one that new readers choose, neither of them does.
+//!
+//! The node moves no mark. It shares the one that readers have chosen, when one has, and gives it
+//! up with the next commit. So it is a reader like any other, which is as far as the newest one.
+
+use std::path::Path;
+use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::{Mutex, MutexGuard, TryLockError};
+use std::time::{Duration, Instant};
+
+use rusqlite::OpenFlags;
+
+use crate::descriptors;
+use crate::error::{Error, Result};
+use crate::lock::lock;
+use crate::sqlite::ffi::{Handle, Lock, Slot};
+use crate::sqlite::shm::WalIndex;
+
+/// The least time between two marks. Sharing one and giving it up are two locks, about 1 us in all
+/// where no one reads. So they take half a percent of a core at most, whatever is committed.
+const APART: Duration = Duration::from_micros(200);
+
+/// The mark that a node shares, if it shares one.
+#[derive(Debug)]
+pub(crate) struct StandingMark {
+    /// None is shared, or it may not be the one that new readers choose.
+    away: AtomicBool,
+    place: Mutex<Place>,
+}
+
+#[derive(Debug, Default)]
+struct Place {
+    open: Option<Open>,
+    /// When it last shared one.
+    joined: Option<Instant>,
+}
+
+/// A connection of its own, which never reads.
+#[derive(Debug)]
+struct Open {
+    index: WalIndex,
+    /// The shared mark, 0 to 4.
+    mark: Option<usize>,
+    /// The last field: the wal-index is mapped while it is open.
+    handle: Handle,
+}
+
+impl StandingMark {
+    pub(crate) fn new() -> StandingMark {
+        StandingMark { away: AtomicBool::new(true), place: Mutex::default() }
+    }
+
+    /// Begins, for a database that is open in this process. Without a descriptor to spare there is
+    /// no standing mark: readers then ask the kernel as they do without a node.
+    pub(crate) fn open(&self, path: &Path) {
+        let mut place = lock(&self.place);
+        if place.open.is_some() {
+            return;
+        }
+        match Open::new(path) {
+            Ok(open) => place.open = Some(open),
+            Err(error) => tracing::debug!(%error, "there is no standing read mark"),
+        }
+    }
+
+    /// Ends, before the database is closed.
+    pub(crate) fn close(&self) {
+        let mut place = lock(&self.place);
+        self.away.store(true, Ordering::SeqCst);
+        place.open = None;
+    }
+
+    /// Shares the mark that readers have chosen since the last commit, if one has. Costs nothing
+    /// while it is shared already.
+    #[inline]
+    pub(crate) fn join(&self) {
+        if self.away.load(Ordering::Relaxed) {
+            self.join_now();
+        }
+    }
+
+    #[cold]
+    fn join_now(&self) {
+        // Another thread that has the lock does the same.
+        let Some(mut place) = self.try_place() else { return };
+        if place.joined.is_some_and(|joined| joined.elapsed() < APART) {
+            return;
+        }
+        let Some(open) = &mut place.open else { return };
+        // First this, then the look: a commit comes before the look, or finds this.
+        self.away.store(false, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        let joined = open.join();
+        self.away.store(!joined, Ordering::SeqCst);
+        if joined {
+            place.joined = Some(Instant::now());
+        }
+    }
+
+    /// Gives the mark up: new readers may choose another one from now on, or a thread of the node
+    /// needs all of them without a reader.
+    pub(crate) fn leave(&self) {
+        fence(Ordering::SeqCst);
+        if !self.away.load(Ordering::SeqCst) {
+            let mut place = lock(&self.place);
+            self.away.store(true, Ordering::SeqCst);
+            if let Some(open) = &mut place.open {
+                open.leave();
+            }
+        }
+    }
+
+    /// Gives up a mark that is not the right one any more, and shares that one.
+    pub(crate) fn look(&self) {
+        let Some(place) = self.try_place() else { return };
+        let right = place.open.as_ref().is_none_or(|open| open.mark == open.chosen());
+        drop(place);
+        if !right {
+            self.leave();
+        }
+        self.join();
+    }
+
+    fn try_place(&self) -> Option<MutexGuard<'_, Place>> {
+        match self.place.try_lock() {
+            Ok(place) => Some(place),
+            Err(TryLockError::Poisoned(place)) => Some(place.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+
+    /// The shared mark.
+    #[cfg(test)]
+    pub(crate) fn mark(&self) -> Option<usize> {
+        lock(&self.place).open.as_ref().and_then(|open| open.mark)
+    }
+}
+
+impl Open {
+    fn new(path: &Path) -> Result<Open> {
+        // The reserve is for what nothing goes on without.
+        if !descriptors::refill() {
+            return Err(Error::io("open", path)(std::io::Error::other("no descriptor is to spare")));
+        }
+        let mut handle = Handle::open_spare(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
+        Ok(Open { index: WalIndex::new(&mut handle)?, mark: None, handle })
+    }
+
+    /// The mark that a new reader takes without moving one. Where there is none, the next reader
+    /// moves one.
+    fn chosen(&self) -> Option<usize> {
+        let newest = self.index.glance().0;
+        if self.index.backfilled() == newest {
+            return Some(0);
+        }
+        (1..5).rev().find(|mark| self.index.read_mark(*mark) == newest)
+    }
+
+    fn join(&mut self) -> bool {
+        let chosen = self.chosen();
+        if chosen.is_some() && chosen == self.mark {
+            return true;
+        }
+        self.leave();
+        let Some(mark) = chosen else { return false };
+        match self.handle.try_lock(Slot::read(mark), Lock::Shared) {
+            Ok(true) => self.mark = Some(mark),
+            Ok(false) => return false,
+            Err(error) => {
+                tracing::debug!(%error, "no read mark is shared");
+                return false;
+            }
+        }
+        // It may have been moved before the lock was there, but not after it.
+        if self.chosen() != Some(mark) {
+            self.leave();
+        }
+        self.mark.is_some()
+    }
+
+    fn leave(&mut self) {
+        if let Some(mark) = self.mark.take()
+            && let Err(error) = self.handle.unlock(Slot::read(mark), Lock::Shared)
+        {
+            tracing::debug!(%error, "a read mark stays shared");
+        }
+    }
+}
