@@ -14,6 +14,7 @@ use crate::{figure, quantile};
 const RUNS: usize = 7;
 const ROWS: i64 = 1000;
 const READS: i64 = 100_000;
+const TURN: i64 = 20_000;
 const POINT: &str = "SELECT k FROM t WHERE id = ?1";
 
 fn filled(db: &Db) {
@@ -41,11 +42,13 @@ fn timed(count: i64, mut read: impl FnMut(i64)) -> f64 {
     begin.elapsed().as_secs_f64()
 }
 
+fn plain_read(plain: &Connection, id: i64) {
+    let row = plain.prepare_cached(POINT).and_then(|mut s| s.query_row([id], |r| r.get::<_, i64>(0)));
+    row.expect("a row");
+}
+
 fn plain_reads(plain: &Connection) -> f64 {
-    timed(READS, |id| {
-        let row = plain.prepare_cached(POINT).and_then(|mut s| s.query_row([id], |r| r.get::<_, i64>(0)));
-        row.expect("a row");
-    })
+    timed(READS, |id| plain_read(plain, id))
 }
 
 fn reads(db: &Db) -> f64 {
@@ -68,7 +71,7 @@ where
 }
 
 /// Does `work` while something is written 1,000 times a second.
-fn beside_writes<T>(write: impl Fn(i64) + Send, work: impl FnOnce() -> T) -> T {
+fn beside_writes<T>(write: impl Fn(i64) + Send + Sync, work: impl FnOnce() -> T) -> T {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -143,8 +146,7 @@ pub(crate) fn points() {
     let (p, r) = nodes(dir.path());
     let plain = Connection::open(r.path()).expect("a connection");
     let mut raw = Raw::start(dir.path());
-    let (mut at_primary, mut at_replica, mut not_ours, mut pool) = (vec![], vec![], vec![], vec![]);
-    let mut micros = vec![];
+    let (mut at_primary, mut at_replica, mut not_ours, mut micros) = (vec![], vec![], vec![], vec![]);
     for _ in 0..RUNS {
         let base = raw.reads("alone");
         let (first, second, third) = (reads(&p), reads(&r), plain_reads(&plain));
@@ -152,7 +154,15 @@ pub(crate) fn points() {
         at_primary.push(first / base);
         at_replica.push(second / base);
         not_ours.push(third / base);
-        pool.push((second - third) * 1e9 / READS as f64);
+    }
+    // In short turns: the difference is small.
+    let mut pool = vec![];
+    for _ in 0..3 * RUNS {
+        let through = timed(TURN, |id| {
+            read(&r, id);
+        });
+        let plain = timed(TURN, |id| plain_read(&plain, id));
+        pool.push((through - plain) * 1e9 / TURN as f64);
     }
     figure("read_raw_us", "us", micros);
     figure("read_primary_ratio", "x", at_primary);
@@ -165,7 +175,11 @@ pub(crate) fn two_threads() {
     let dir = directory();
     let (_p, r) = nodes(dir.path());
     let mut raw = Raw::start(dir.path());
+    let open = || Mutex::new(Connection::open(r.path()).expect("a connection"));
+    let plain = [open(), open()];
+    let plain_reads = |of: &Mutex<Connection>| plain_reads(&of.lock().expect("a connection"));
     let (mut to_raw, mut to_one, mut raw_to_one, mut rates) = (vec![], vec![], vec![], vec![]);
+    let mut plain_rates = vec![];
     for _ in 0..RUNS {
         let (raw_one, raw_two) = (raw.reads("alone"), raw.reads("twice"));
         let (one, two) = (reads(&r), twice(&r, &r, reads));
@@ -173,11 +187,13 @@ pub(crate) fn two_threads() {
         to_one.push(2.0 * one / two);
         raw_to_one.push(2.0 * raw_one / raw_two);
         rates.push(2.0 * READS as f64 / two);
+        plain_rates.push(2.0 * READS as f64 / twice(&plain[0], &plain[1], plain_reads));
     }
     figure("read_two_threads_ratio", "x", to_raw);
     figure("read_two_to_one_ratio", "x", to_one);
     figure("read_raw_two_to_one_ratio", "x", raw_to_one);
     figure("read_two_threads_per_s", "/s", rates);
+    figure("read_plain_two_threads_per_s", "/s", plain_rates);
 }
 
 pub(crate) fn under_writes() {
@@ -218,7 +234,7 @@ pub(crate) fn beside_apply() {
     let p = primary(&dir.path().join("p.db"), Durability::Unsynced);
     filled(&p);
     let r = replica(&dir.path().join("r.db"), &p);
-    let mut ratios = Vec::new();
+    let (mut ratios, mut micros) = (Vec::new(), Vec::new());
     for _ in 0..5 {
         let idle = p99(&r, Duration::from_millis(1000));
         let write = |n| {
@@ -227,8 +243,10 @@ pub(crate) fn beside_apply() {
         };
         let busy = beside_writes(write, || p99(&r, Duration::from_millis(2000)));
         ratios.push(busy / idle);
+        micros.push(busy);
     }
     figure("replica_read_p99_ratio", "x", ratios);
+    figure("replica_read_p99_us", "us", micros);
 }
 
 pub(crate) fn apply_under_readers() {

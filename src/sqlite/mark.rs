@@ -190,3 +190,86 @@ impl Open {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use rusqlite::Connection;
+
+    use super::*;
+
+    const READ: &str = "SELECT count(*) FROM t";
+    const WRITE: &str = "INSERT INTO t VALUES (1)";
+
+    fn database(dir: &tempfile::TempDir) -> (StandingMark, Connection) {
+        let path = dir.path().join("a.db");
+        let connection = Connection::open(&path).unwrap();
+        let schema = "PRAGMA journal_mode = WAL; PRAGMA wal_autocheckpoint = 0; CREATE TABLE t(a)";
+        connection.execute_batch(schema).unwrap();
+        let mark = StandingMark::new();
+        mark.open(&path);
+        (mark, connection)
+    }
+
+    fn read(connection: &Connection) {
+        connection.query_row(READ, [], |_| Ok(())).unwrap();
+    }
+
+    /// Joins as soon as it may, and says what.
+    fn joined(mark: &StandingMark) -> usize {
+        let end = Instant::now() + Duration::from_secs(20);
+        loop {
+            mark.join();
+            if let Some(found) = mark.mark() {
+                return found;
+            }
+            assert!(Instant::now() < end, "it never joins");
+        }
+    }
+
+    /// Whether another connection may have the slot without a reader.
+    fn is_free(dir: &tempfile::TempDir, mark: usize) -> bool {
+        let mut handle = Handle::open(&dir.path().join("a.db"), false).unwrap();
+        handle.map(0, false).unwrap();
+        handle.try_lock(Slot::read(mark), Lock::Exclusive).unwrap()
+    }
+
+    #[test]
+    fn it_shares_what_a_reader_has_chosen_until_the_next_commit() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mark, connection) = database(&dir);
+        for _ in 0..3 {
+            connection.execute(WRITE, []).unwrap();
+            mark.leave();
+            mark.join();
+            mark.look();
+            assert_eq!(mark.mark(), None, "no one has read since");
+            read(&connection);
+            let found = joined(&mark);
+            assert!((1..5).contains(&found) && !is_free(&dir, found));
+            // Other readers are there beside it, and writers.
+            read(&connection);
+            connection.execute(WRITE, []).unwrap();
+            mark.leave();
+            assert!(is_free(&dir, found));
+        }
+        mark.close();
+        mark.join();
+        assert_eq!(mark.mark(), None);
+    }
+
+    #[test]
+    fn where_all_is_copied_back_it_is_the_mark_of_those_who_read_the_file_alone() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mark, connection) = database(&dir);
+        connection.execute(WRITE, []).unwrap();
+        connection.query_row("PRAGMA wal_checkpoint", [], |_| Ok(())).unwrap();
+        assert_eq!(joined(&mark), 0);
+        assert!(!is_free(&dir, 0));
+        // A commit that it was not told of.
+        connection.execute(WRITE, []).unwrap();
+        read(&connection);
+        mark.look();
+        assert!(is_free(&dir, 0));
+        assert!(joined(&mark) > 0);
+    }
+}
