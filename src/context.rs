@@ -27,7 +27,6 @@ use crate::lock::lock;
 use crate::peer::{Incarnation, NodeId, PeerKey};
 use crate::report::{Condition, Part, Reports};
 use crate::secret::Keyring;
-use crate::sqlite::StandingMark;
 use crate::status::{Event, Lag, PeerInfo, Role};
 use crate::txid::Txid;
 
@@ -73,8 +72,6 @@ pub(crate) struct NodeContext {
     /// Those of the database.
     pub(crate) database_keys: KeysInUse,
     pub(crate) applied: Arc<Applied>,
-    /// What all readers of this process share of the open database.
-    pub(crate) read_mark: StandingMark,
     /// The role; doors look here to decide whether to forward.
     pub(crate) roles: RoleValue,
     /// Until when it may acknowledge commits.
@@ -152,7 +149,6 @@ impl NodeContext {
             channel,
             database_keys: KeysInUse::new(database_keys),
             applied: Applied::new(),
-            read_mark: StandingMark::new(),
             roles: RoleValue::new(role),
             fence: Arc::new(Fence::unlimited()),
             lease,

@@ -151,7 +151,6 @@ impl Db {
             Ok(_) => self.inner.node.read_worked(),
             Err(_) => self.inner.judge(&lease),
         }
-        self.inner.node.read_mark.join();
         result
     }
 

@@ -58,10 +58,7 @@ fn reads(db: &Db) -> f64 {
 }
 
 /// Seconds until two threads have done the same at one time.
-fn twice<T: Send>(one: &T, other: &T, reads: impl Fn(&T) -> f64 + Sync) -> f64
-where
-    T: Sync,
-{
+fn twice<T: Sync>(one: &T, other: &T, reads: impl Fn(&T) -> f64 + Sync) -> f64 {
     let begin = Instant::now();
     std::thread::scope(|scope| {
         scope.spawn(|| reads(one));

@@ -326,6 +326,7 @@ impl OpenedNode {
             Some(Elected { elector, settings, tenancy }) => (Some(elector), Some(settings), Some(tenancy)),
             None => (None, None, None),
         };
+        let read_mark = options.read_mark.clone();
         let writer = Arc::new(Writer::new(node.clone(), config.writer_setup(paths.database())));
         let slot = EngineSlot::new(node.clone(), files.run(&writer)?);
         let supervisor = Arc::new(Supervisor::new(Turns {
@@ -343,7 +344,7 @@ impl OpenedNode {
         // With its owner: when nothing waits for it any more, it is closed.
         let database = Database {
             verifier: Verifier::new(node.clone(), slot.clone(), config.verify_limit),
-            pool: pool(&config, paths.database(), slot.clone(), node.files()),
+            pool: pool(&config, paths.database(), slot.clone(), node.files()).sharing(read_mark),
             supervisor,
             elector,
             node,

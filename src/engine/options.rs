@@ -1,11 +1,13 @@
 //! What one database file needs to know.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use crate::checksum::{Fingerprint, PageKey};
 use crate::context::NodeContext;
 use crate::files::Paths;
 use crate::log::LogOptions;
+use crate::sqlite::StandingMark;
 
 /// When the primary acknowledges a commit.
 ///
@@ -69,6 +71,8 @@ pub(crate) struct EngineOptions {
     pub(crate) accept_damaged: bool,
     /// The mode that a database file gets which this node makes.
     pub(crate) database_mode: Option<u32>,
+    /// What all readers of this process share while the database is open.
+    pub(crate) read_mark: Arc<StandingMark>,
 }
 
 impl EngineOptions {

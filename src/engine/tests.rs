@@ -61,6 +61,7 @@ impl Home {
             poll_max: Duration::from_millis(10),
             accept_damaged: false,
             database_mode: None,
+            read_mark: Arc::default(),
         }
     }
 

@@ -13,7 +13,7 @@ use rusqlite::{Connection, OpenFlags};
 use crate::descriptors::{self, ReserveHold, Share};
 use crate::error::{Error, Result};
 use crate::lock::lock;
-use crate::sqlite::connect_whole;
+use crate::sqlite::{StandingMark, connect_whole};
 
 type Prepare = Box<dyn Fn(&Connection) -> rusqlite::Result<()> + Send + Sync>;
 pub(crate) type Expect = Box<dyn Fn() -> Result<()> + Send + Sync>;
@@ -37,6 +37,7 @@ pub(crate) struct Pool {
     prepare: Prepare,
     state: Mutex<PoolState>,
     returned: Condvar,
+    read_mark: Arc<StandingMark>,
 }
 
 #[derive(Default)]
@@ -86,7 +87,13 @@ impl Pool {
     ) -> Pool {
         let state = PoolState { reserve: Some(ReserveHold::begin()), ..PoolState::default() };
         let (state, returned) = (Mutex::new(state), Condvar::new());
-        Pool { path, most, patience, statements, expect, files, prepare, state, returned }
+        let read_mark = Arc::default();
+        Pool { path, most, patience, statements, expect, files, prepare, state, returned, read_mark }
+    }
+
+    /// Has the node share the mark that its readers have chosen.
+    pub(crate) fn sharing(self, read_mark: Arc<StandingMark>) -> Pool {
+        Pool { read_mark, ..self }
     }
 
     /// A connection for the caller alone, until the lease is dropped. A nested call gets another
@@ -276,6 +283,7 @@ impl Drop for PooledConnection<'_> {
             descriptors::refill();
             return drop(place);
         }
+        self.pool.read_mark.join();
         let mut state = self.pool.lock();
         if state.closed {
             state.open -= 1;

@@ -29,11 +29,11 @@ const APART: Duration = Duration::from_micros(200);
 pub(crate) struct StandingMark {
     /// None is shared, or it may not be the one that new readers choose.
     away: AtomicBool,
-    place: Mutex<Place>,
+    sharing: Mutex<MarkState>,
 }
 
 #[derive(Debug, Default)]
-struct Place {
+struct MarkState {
     open: Option<Open>,
     /// When it last shared one.
     joined: Option<Instant>,
@@ -49,29 +49,31 @@ struct Open {
     handle: Handle,
 }
 
-impl StandingMark {
-    pub(crate) fn new() -> StandingMark {
-        StandingMark { away: AtomicBool::new(true), place: Mutex::default() }
+impl Default for StandingMark {
+    fn default() -> StandingMark {
+        StandingMark { away: AtomicBool::new(true), sharing: Mutex::default() }
     }
+}
 
+impl StandingMark {
     /// Begins, for a database that is open in this process. Without a descriptor to spare there is
     /// no standing mark: readers then ask the kernel as they do without a node.
     pub(crate) fn open(&self, path: &Path) {
-        let mut place = lock(&self.place);
-        if place.open.is_some() {
+        let mut sharing = lock(&self.sharing);
+        if sharing.open.is_some() {
             return;
         }
         match Open::new(path) {
-            Ok(open) => place.open = Some(open),
+            Ok(open) => sharing.open = Some(open),
             Err(error) => tracing::debug!(%error, "there is no standing read mark"),
         }
     }
 
     /// Ends, before the database is closed.
     pub(crate) fn close(&self) {
-        let mut place = lock(&self.place);
+        let mut sharing = lock(&self.sharing);
         self.away.store(true, Ordering::SeqCst);
-        place.open = None;
+        sharing.open = None;
     }
 
     /// Shares the mark that readers have chosen since the last commit, if one has. Costs nothing
@@ -86,18 +88,18 @@ impl StandingMark {
     #[cold]
     fn join_now(&self) {
         // Another thread that has the lock does the same.
-        let Some(mut place) = self.try_place() else { return };
-        if place.joined.is_some_and(|joined| joined.elapsed() < APART) {
+        let Some(mut sharing) = self.try_sharing() else { return };
+        if sharing.joined.is_some_and(|joined| joined.elapsed() < APART) {
             return;
         }
-        let Some(open) = &mut place.open else { return };
+        let Some(open) = &mut sharing.open else { return };
         // First this, then the look: a commit comes before the look, or finds this.
         self.away.store(false, Ordering::SeqCst);
         fence(Ordering::SeqCst);
         let joined = open.join();
         self.away.store(!joined, Ordering::SeqCst);
         if joined {
-            place.joined = Some(Instant::now());
+            sharing.joined = Some(Instant::now());
         }
     }
 
@@ -106,9 +108,9 @@ impl StandingMark {
     pub(crate) fn leave(&self) {
         fence(Ordering::SeqCst);
         if !self.away.load(Ordering::SeqCst) {
-            let mut place = lock(&self.place);
+            let mut sharing = lock(&self.sharing);
             self.away.store(true, Ordering::SeqCst);
-            if let Some(open) = &mut place.open {
+            if let Some(open) = &mut sharing.open {
                 open.leave();
             }
         }
@@ -116,19 +118,19 @@ impl StandingMark {
 
     /// Gives up a mark that is not the right one any more, and shares that one.
     pub(crate) fn look(&self) {
-        let Some(place) = self.try_place() else { return };
-        let right = place.open.as_ref().is_none_or(|open| open.mark == open.chosen());
-        drop(place);
+        let Some(sharing) = self.try_sharing() else { return };
+        let right = sharing.open.as_ref().is_none_or(|open| open.mark == open.chosen());
+        drop(sharing);
         if !right {
             self.leave();
         }
         self.join();
     }
 
-    fn try_place(&self) -> Option<MutexGuard<'_, Place>> {
-        match self.place.try_lock() {
-            Ok(place) => Some(place),
-            Err(TryLockError::Poisoned(place)) => Some(place.into_inner()),
+    fn try_sharing(&self) -> Option<MutexGuard<'_, MarkState>> {
+        match self.sharing.try_lock() {
+            Ok(sharing) => Some(sharing),
+            Err(TryLockError::Poisoned(sharing)) => Some(sharing.into_inner()),
             Err(TryLockError::WouldBlock) => None,
         }
     }
@@ -136,7 +138,7 @@ impl StandingMark {
     /// The shared mark.
     #[cfg(test)]
     pub(crate) fn mark(&self) -> Option<usize> {
-        lock(&self.place).open.as_ref().and_then(|open| open.mark)
+        lock(&self.sharing).open.as_ref().and_then(|open| open.mark)
     }
 }
 
@@ -205,7 +207,7 @@ mod tests {
         let connection = Connection::open(&path).unwrap();
         let schema = "PRAGMA journal_mode = WAL; PRAGMA wal_autocheckpoint = 0; CREATE TABLE t(a)";
         connection.execute_batch(schema).unwrap();
-        let mark = StandingMark::new();
+        let mark = StandingMark::default();
         mark.open(&path);
         (mark, connection)
     }

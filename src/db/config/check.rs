@@ -236,6 +236,7 @@ impl Config {
             poll_max: Duration::from_millis(20),
             accept_damaged: self.accept_damaged,
             database_mode: self.database_mode,
+            read_mark: Arc::default(),
         }
     }
 }

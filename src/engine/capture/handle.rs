@@ -90,7 +90,7 @@ impl PrimaryEngine {
         connections: Connections,
     ) -> Result<PrimaryEngine> {
         let base = Term::new(base);
-        base.node.read_mark.open(base.path());
+        base.options.read_mark.open(base.path());
         base.when_lost(|database, error| database.node.fail(error));
         if let Some(found) = doubt::text(&base.options.paths) {
             base.node.report(Condition::PagesDoubted { found: &found });

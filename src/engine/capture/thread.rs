@@ -137,7 +137,7 @@ impl CaptureLoop {
             }
             self.maybe_restart()?;
             // A reader may have come since the last commit.
-            self.base.node.read_mark.join();
+            self.base.options.read_mark.join();
             if active.elapsed() < SPIN {
                 std::hint::spin_loop();
                 continue;

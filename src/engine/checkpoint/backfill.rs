@@ -71,7 +71,7 @@ pub(in crate::engine) fn backfill_some(
 /// Takes READ0, which readers hold that use no frame of the WAL. The node itself gives it up.
 pub(in crate::engine) fn take_file(base: &OpenDatabase, handle: &mut Handle) -> Result<bool> {
     try_for(DRAIN_MAX, || {
-        base.node.read_mark.leave();
+        base.options.read_mark.leave();
         handle.try_lock(Slot::READ0, Lock::Exclusive)
     })
 }
@@ -202,7 +202,7 @@ pub(in crate::engine) fn mark_again(base: &OpenDatabase, handle: &mut Handle) ->
 pub(in crate::engine) fn safe_frame(base: &OpenDatabase, handle: &mut Handle, max: u32) -> Result<u32> {
     let mut safe = max;
     // The node's own is at the newest frame, or it is to go.
-    base.node.read_mark.leave();
+    base.options.read_mark.leave();
     // This looks at the marks as they are now, after it has noticed any loss of locks.
     base.mend_locks(handle)?;
     let newest = base.index.glance().0;

@@ -111,7 +111,7 @@ pub(in crate::engine) fn lock_marks(
 ) -> Result<bool> {
     let begun = Instant::now();
     // All is copied: nothing joins one of these any more.
-    base.node.read_mark.leave();
+    base.options.read_mark.leave();
     for mark in 1..5 {
         loop {
             let locked = handle.try_lock(Slot::read(mark), Lock::Exclusive);

@@ -140,7 +140,7 @@ impl OpenDatabase {
         boundaries.push(tip);
         drop(boundaries);
         // New readers take another one now.
-        self.node.read_mark.leave();
+        self.options.read_mark.leave();
         self.wake();
     }
 
@@ -352,7 +352,7 @@ impl OpenDatabase {
 
     /// Gives back the locks that are held for life. The threads have ended.
     pub(in crate::engine) fn release_locks(&self) {
-        self.node.read_mark.close();
+        self.options.read_mark.close();
         if let Some(locks) = &self.locks {
             locks.release();
         }

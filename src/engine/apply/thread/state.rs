@@ -171,7 +171,7 @@ impl Apply {
         let State::Known(served) = &mut self.state else { return Ok(()) };
         if served.checkpointer.is_none() {
             let term = served.term.clone();
-            term.node.read_mark.open(term.path());
+            term.options.read_mark.open(term.path());
             // Without that thread nothing would ever be copied back, nor read.
             let checkpointer = checkpointer(&term, &self.shared, self.commands.clone());
             served.checkpointer = Some(checkpointer.inspect_err(|error| term.fail(error))?);
