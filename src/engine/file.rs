@@ -10,6 +10,7 @@ pub(in crate::engine) mod modified;
 pub(in crate::engine) mod newest;
 pub(in crate::engine) mod pages;
 pub(in crate::engine) mod progress;
+pub(in crate::engine) mod reader;
 pub(in crate::engine) mod term;
 pub(in crate::engine) mod tip;
 pub(in crate::engine) mod unsynced_marker;

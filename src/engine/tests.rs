@@ -13,7 +13,7 @@ use rusqlite::Connection;
 
 use crate::checksum::PageKey;
 use crate::ends::Ends;
-use crate::engine::file::database::reader;
+use crate::engine::file::reader::reader;
 use crate::engine::*;
 use crate::error::{Error, PeerProblem, Result};
 use crate::files::Paths;

@@ -83,15 +83,7 @@ impl Handle {
             flags |= OpenFlags::SQLITE_OPEN_CREATE;
         }
         let opens = || connect(path, flags);
-        Handle::of(path, descriptors::open((Share::Node, 1), |_| used_up(), opens)?)
-    }
-
-    /// The same without anything of the reserve of descriptors.
-    pub(super) fn open_spare(path: &Path, flags: OpenFlags) -> Result<Handle> {
-        Handle::of(path, connect(path, flags)?)
-    }
-
-    fn of(path: &Path, connection: Connection) -> Result<Handle> {
+        let connection = descriptors::open((Share::Node, 1), |_| used_up(), opens)?;
         let unsupported = |reason| Error::Unsupported { path: path.to_path_buf(), reason };
         let file = main_file(&connection).ok_or_else(|| unsupported(Unsupported::NoSharedMemory))?;
         let handle = Handle { file, path: path.to_path_buf(), held: Vec::new(), connection };

@@ -4,18 +4,14 @@
 //! locks by process: the first connection that takes one asks the kernel, and the last one that
 //! gives it up. While the node has the one that new readers choose, neither of them does.
 //!
-//! The node moves no mark. It shares the one that readers have chosen, when one has, and gives it
-//! up with the next commit. So it is a reader like any other, which is as far as the newest one.
+//! The node moves no mark for it. It shares the one that new readers find, and gives it up with the
+//! next commit. So to SQLite it is one more reader, which is as far as the newest one.
 
-use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
-use std::sync::{Mutex, MutexGuard, TryLockError};
+use std::sync::{Mutex, TryLockError};
 use std::time::{Duration, Instant};
 
-use rusqlite::OpenFlags;
-
-use crate::descriptors;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::lock::lock;
 use crate::sqlite::ffi::{Handle, Lock, Slot};
 use crate::sqlite::shm::WalIndex;
@@ -25,133 +21,102 @@ use crate::sqlite::shm::WalIndex;
 const APART: Duration = Duration::from_micros(200);
 
 /// The mark that a node shares, if it shares one.
-#[derive(Debug)]
-pub(crate) struct StandingMark {
-    /// None is shared, or it may not be the one that new readers choose.
-    away: AtomicBool,
-    sharing: Mutex<MarkState>,
-}
-
 #[derive(Debug, Default)]
-struct MarkState {
-    open: Option<Open>,
-    /// When it last shared one.
-    joined: Option<Instant>,
+pub(crate) struct StandingMark {
+    /// It is open and shares none.
+    away: AtomicBool,
+    /// A thread wanted to give the mark up while another one had the lock. That one does it: no
+    /// commit waits for a reader's thread.
+    moved: AtomicBool,
+    open: Mutex<Option<OpenMark>>,
 }
 
-/// A connection of its own, which never reads.
+/// A connection that does nothing else.
 #[derive(Debug)]
-struct Open {
+struct OpenMark {
     index: WalIndex,
     /// The shared mark, 0 to 4.
     mark: Option<usize>,
+    /// When it last tried to share one.
+    tried: Option<Instant>,
     /// The last field: the wal-index is mapped while it is open.
     handle: Handle,
 }
 
-impl Default for StandingMark {
-    fn default() -> StandingMark {
-        StandingMark { away: AtomicBool::new(true), sharing: Mutex::default() }
-    }
-}
-
 impl StandingMark {
-    /// Begins, for a database that is open in this process. Without a descriptor to spare there is
-    /// no standing mark: readers then ask the kernel as they do without a node.
-    pub(crate) fn open(&self, path: &Path) {
-        let mut sharing = lock(&self.sharing);
-        if sharing.open.is_some() {
-            return;
-        }
-        match Open::new(path) {
-            Ok(open) => sharing.open = Some(open),
-            Err(error) => tracing::debug!(%error, "there is no standing read mark"),
-        }
+    /// Begins, by a connection to the open database that has read from it.
+    pub(crate) fn open(&self, mut handle: Handle) -> Result<()> {
+        let index = WalIndex::new(&mut handle)?;
+        let before = lock(&self.open).replace(OpenMark { index, mark: None, tried: None, handle });
+        self.away.store(true, Ordering::SeqCst);
+        drop(before);
+        Ok(())
     }
 
     /// Ends, before the database is closed.
     pub(crate) fn close(&self) {
-        let mut sharing = lock(&self.sharing);
-        self.away.store(true, Ordering::SeqCst);
-        sharing.open = None;
+        let mut open = lock(&self.open);
+        self.away.store(false, Ordering::SeqCst);
+        *open = None;
     }
 
-    /// Shares the mark that readers have chosen since the last commit, if one has. Costs nothing
-    /// while it is shared already.
+    /// Shares the mark that new readers choose, if they need not move one. Costs nothing while it
+    /// is shared already.
     #[inline]
     pub(crate) fn join(&self) {
         if self.away.load(Ordering::Relaxed) {
-            self.join_now();
+            self.hold(|open| open.join(&self.away));
         }
     }
 
-    #[cold]
-    fn join_now(&self) {
-        // Another thread that has the lock does the same.
-        let Some(mut sharing) = self.try_sharing() else { return };
-        if sharing.joined.is_some_and(|joined| joined.elapsed() < APART) {
+    /// New readers may choose another mark from now on: gives up one that they don't.
+    pub(crate) fn follow(&self) {
+        self.give_up(|open| open.mark != open.chosen());
+    }
+
+    /// Gives up any mark: a thread of the node needs all of them without a reader.
+    pub(crate) fn leave(&self) {
+        self.give_up(|_| true);
+    }
+
+    fn give_up(&self, what: impl FnOnce(&OpenMark) -> bool) {
+        fence(Ordering::SeqCst);
+        if self.away.load(Ordering::SeqCst) {
             return;
         }
-        let Some(open) = &mut sharing.open else { return };
-        // First this, then the look: a commit comes before the look, or finds this.
-        self.away.store(false, Ordering::SeqCst);
-        fence(Ordering::SeqCst);
-        let joined = open.join();
-        self.away.store(!joined, Ordering::SeqCst);
-        if joined {
-            sharing.joined = Some(Instant::now());
-        }
-    }
-
-    /// Gives the mark up: new readers may choose another one from now on, or a thread of the node
-    /// needs all of them without a reader.
-    pub(crate) fn leave(&self) {
-        fence(Ordering::SeqCst);
-        if !self.away.load(Ordering::SeqCst) {
-            let mut sharing = lock(&self.sharing);
-            self.away.store(true, Ordering::SeqCst);
-            if let Some(open) = &mut sharing.open {
+        self.moved.store(true, Ordering::SeqCst);
+        self.hold(|open| {
+            self.moved.store(false, Ordering::SeqCst);
+            if what(open) {
                 open.leave();
+                self.away.store(open.mark.is_none(), Ordering::SeqCst);
             }
-        }
+        });
     }
 
-    /// Gives up a mark that is not the right one any more, and shares that one.
-    pub(crate) fn look(&self) {
-        let Some(sharing) = self.try_sharing() else { return };
-        let right = sharing.open.as_ref().is_none_or(|open| open.mark == open.chosen());
-        drop(sharing);
-        if !right {
-            self.leave();
-        }
-        self.join();
-    }
-
-    fn try_sharing(&self) -> Option<MutexGuard<'_, MarkState>> {
-        match self.sharing.try_lock() {
-            Ok(sharing) => Some(sharing),
-            Err(TryLockError::Poisoned(sharing)) => Some(sharing.into_inner()),
-            Err(TryLockError::WouldBlock) => None,
+    /// A thread that finds another one at it goes on: that one does what is to be done.
+    fn hold(&self, work: impl FnOnce(&mut OpenMark)) {
+        let mut open = match self.open.try_lock() {
+            Ok(open) => open,
+            Err(TryLockError::Poisoned(open)) => open.into_inner(),
+            Err(TryLockError::WouldBlock) => return,
+        };
+        let Some(opened) = &mut *open else { return };
+        work(opened);
+        drop(open);
+        if self.moved.swap(false, Ordering::SeqCst) {
+            self.follow();
         }
     }
 
     /// The shared mark.
     #[cfg(test)]
     pub(crate) fn mark(&self) -> Option<usize> {
-        lock(&self.sharing).open.as_ref().and_then(|open| open.mark)
+        lock(&self.open).as_ref().and_then(|open| open.mark)
     }
 }
 
-impl Open {
-    fn new(path: &Path) -> Result<Open> {
-        // The reserve is for what nothing goes on without.
-        if !descriptors::refill() {
-            return Err(Error::io("open", path)(std::io::Error::other("no descriptor is to spare")));
-        }
-        let mut handle = Handle::open_spare(path, OpenFlags::SQLITE_OPEN_READ_WRITE)?;
-        Ok(Open { index: WalIndex::new(&mut handle)?, mark: None, handle })
-    }
-
+impl OpenMark {
     /// The mark that a new reader takes without moving one. Where there is none, the next reader
     /// moves one.
     fn chosen(&self) -> Option<usize> {
@@ -162,33 +127,31 @@ impl Open {
         (1..5).rev().find(|mark| self.index.read_mark(*mark) == newest)
     }
 
-    fn join(&mut self) -> bool {
-        let chosen = self.chosen();
-        if chosen.is_some() && chosen == self.mark {
-            return true;
+    fn join(&mut self, away: &AtomicBool) {
+        if self.mark.is_some() || self.tried.is_some_and(|tried| tried.elapsed() < APART) {
+            return;
         }
-        self.leave();
-        let Some(mark) = chosen else { return false };
-        match self.handle.try_lock(Slot::read(mark), Lock::Shared) {
-            Ok(true) => self.mark = Some(mark),
-            Ok(false) => return false,
-            Err(error) => {
-                tracing::debug!(%error, "no read mark is shared");
-                return false;
+        // First this, then the look: a commit comes before the look, or finds this.
+        away.store(false, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        if let Some(mark) = self.chosen() {
+            self.tried = Some(Instant::now());
+            if self.handle.try_lock(Slot::read(mark), Lock::Shared).unwrap_or(false) {
+                self.mark = Some(mark);
+                // It may have been moved before the lock was there, but not after it.
+                if self.chosen() != self.mark {
+                    self.leave();
+                }
             }
         }
-        // It may have been moved before the lock was there, but not after it.
-        if self.chosen() != Some(mark) {
-            self.leave();
-        }
-        self.mark.is_some()
+        away.store(self.mark.is_none(), Ordering::SeqCst);
     }
 
     fn leave(&mut self) {
-        if let Some(mark) = self.mark.take()
-            && let Err(error) = self.handle.unlock(Slot::read(mark), Lock::Shared)
-        {
-            tracing::debug!(%error, "a read mark stays shared");
+        if let Some(mark) = self.mark {
+            // Where the kernel fails, it is shared still: the next commit tries again.
+            let left = self.handle.unlock(Slot::read(mark), Lock::Shared);
+            self.mark = left.is_err().then_some(mark);
         }
     }
 }
@@ -208,8 +171,14 @@ mod tests {
         let schema = "PRAGMA journal_mode = WAL; PRAGMA wal_autocheckpoint = 0; CREATE TABLE t(a)";
         connection.execute_batch(schema).unwrap();
         let mark = StandingMark::default();
-        mark.open(&path);
+        mark.open(handle(dir)).unwrap();
         (mark, connection)
+    }
+
+    fn handle(dir: &tempfile::TempDir) -> Handle {
+        let handle = Handle::open(&dir.path().join("a.db"), false).unwrap();
+        read(handle.connection());
+        handle
     }
 
     fn read(connection: &Connection) {
@@ -230,9 +199,7 @@ mod tests {
 
     /// Whether another connection may have the slot without a reader.
     fn is_free(dir: &tempfile::TempDir, mark: usize) -> bool {
-        let mut handle = Handle::open(&dir.path().join("a.db"), false).unwrap();
-        handle.map(0, false).unwrap();
-        handle.try_lock(Slot::read(mark), Lock::Exclusive).unwrap()
+        handle(dir).try_lock(Slot::read(mark), Lock::Exclusive).unwrap()
     }
 
     #[test]
@@ -241,21 +208,44 @@ mod tests {
         let (mark, connection) = database(&dir);
         for _ in 0..3 {
             connection.execute(WRITE, []).unwrap();
-            mark.leave();
+            mark.follow();
             mark.join();
-            mark.look();
             assert_eq!(mark.mark(), None, "no one has read since");
             read(&connection);
             let found = joined(&mark);
             assert!((1..5).contains(&found) && !is_free(&dir, found));
             // Other readers are there beside it, and writers.
             read(&connection);
+            mark.follow();
+            assert_eq!(mark.mark(), Some(found), "it is the newest one still");
             connection.execute(WRITE, []).unwrap();
-            mark.leave();
+            mark.follow();
             assert!(is_free(&dir, found));
         }
+        read(&connection);
+        let found = joined(&mark);
+        mark.leave();
+        assert!(is_free(&dir, found));
+        joined(&mark);
         mark.close();
         mark.join();
+        assert_eq!(mark.mark(), None);
+        assert!((0..5).all(|mark| is_free(&dir, mark)));
+    }
+
+    #[test]
+    fn a_commit_does_not_wait_for_a_thread_that_is_at_the_mark() {
+        let dir = tempfile::tempdir().unwrap();
+        let (mark, connection) = database(&dir);
+        read(&connection);
+        let found = joined(&mark);
+        let held = lock(&mark.open);
+        connection.execute(WRITE, []).unwrap();
+        mark.follow();
+        assert_eq!(held.as_ref().unwrap().mark, Some(found));
+        drop(held);
+        // The thread that was at it, when it has done what it was at.
+        mark.hold(|_| {});
         assert_eq!(mark.mark(), None);
     }
 
@@ -267,10 +257,9 @@ mod tests {
         connection.query_row("PRAGMA wal_checkpoint", [], |_| Ok(())).unwrap();
         assert_eq!(joined(&mark), 0);
         assert!(!is_free(&dir, 0));
-        // A commit that it was not told of.
         connection.execute(WRITE, []).unwrap();
         read(&connection);
-        mark.look();
+        mark.follow();
         assert!(is_free(&dir, 0));
         assert!(joined(&mark) > 0);
     }

@@ -7,7 +7,7 @@ use bytes::{Bytes, BytesMut};
 use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::engine::apply::stream_error::StreamError;
-use crate::engine::file::database::reader;
+use crate::engine::file::reader::reader;
 use crate::engine::file::term::Term;
 use crate::engine::recover::opened::Opened;
 use crate::engine::source::answer;

@@ -108,7 +108,9 @@ impl Apply {
         let Some((database, handle, history)) = opened.hand_on() else { return Err(Error::ShutDown) };
         let mut apply = Apply::new(options, node, shared, commands);
         apply.history = history;
-        apply.state = State::Known(Served::new(apply.own(database, handle)?, Remedy::Heal));
+        let own = apply.own(database.clone(), handle);
+        let live = own.inspect_err(|_| database.release_locks())?;
+        apply.state = State::Known(Served::new(live, Remedy::Heal));
         apply.serve(Some(position))?;
         Ok(apply)
     }

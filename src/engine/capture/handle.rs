@@ -15,8 +15,9 @@ use crate::engine::checkpoint::bound;
 use crate::engine::checkpoint::pacer::RestartPacer;
 use crate::engine::checkpoint::thread::Checkpointer;
 use crate::engine::figures::WalFigures;
-use crate::engine::file::database::{OpenDatabase, reader};
+use crate::engine::file::database::OpenDatabase;
 use crate::engine::file::doubt;
+use crate::engine::file::reader::{reader, share_reads};
 use crate::engine::file::term::Term;
 use crate::engine::history::epoch::draw_epoch;
 use crate::engine::history::wal_records::Capture;
@@ -90,7 +91,6 @@ impl PrimaryEngine {
         connections: Connections,
     ) -> Result<PrimaryEngine> {
         let base = Term::new(base);
-        base.options.read_mark.open(base.path());
         base.when_lost(|database, error| database.node.fail(error));
         if let Some(found) = doubt::text(&base.options.paths) {
             base.node.report(Condition::PagesDoubted { found: &found });
@@ -124,6 +124,8 @@ impl PrimaryEngine {
             PrimaryEngine { base, group_sync, waker, brake, commands, second, last, streams_end, threads };
         // Dropping the engine closes it again, should another thread not start.
         lock(&engine.threads).push(capture_loop.start()?);
+        // From here on that thread closes it again.
+        share_reads(&engine.base);
         let checkpointer = checkpointer.spawn()?;
         let (thread, base) = (checkpointer.thread().clone(), engine.base.clone());
         lock(&engine.threads).push(checkpointer);

@@ -128,6 +128,8 @@ impl CaptureLoop {
             // can read or write until that is mended.
             match self.base.header() {
                 Some(h) if h.max_frame != self.capture.tip.frame || h.salts != self.capture.tip.salts => {
+                    // Before the fsync, which readers need not wait for.
+                    self.base.options.read_mark.follow();
                     self.capture(&h)?;
                     (active, sleep, torn) = (Instant::now(), SLEEP_MIN, None);
                 }

@@ -201,8 +201,8 @@ pub(in crate::engine) fn mark_again(base: &OpenDatabase, handle: &mut Handle) ->
 /// The last frame that no reader needs to stay out of the file.
 pub(in crate::engine) fn safe_frame(base: &OpenDatabase, handle: &mut Handle, max: u32) -> Result<u32> {
     let mut safe = max;
-    // The node's own is at the newest frame, or it is to go.
-    base.options.read_mark.leave();
+    // The node's own is at the newest frame, or it goes.
+    base.options.read_mark.follow();
     // This looks at the marks as they are now, after it has noticed any loss of locks.
     base.mend_locks(handle)?;
     let newest = base.index.glance().0;

@@ -110,10 +110,10 @@ pub(in crate::engine) fn lock_marks(
     gives_up: impl Fn() -> bool,
 ) -> Result<bool> {
     let begun = Instant::now();
-    // All is copied: nothing joins one of these any more.
-    base.options.read_mark.leave();
     for mark in 1..5 {
         loop {
+            // All is copied: the node's own is none of these, or it goes.
+            base.options.read_mark.follow();
             let locked = handle.try_lock(Slot::read(mark), Lock::Exclusive);
             if let Ok(true) = locked {
                 break;

@@ -119,7 +119,8 @@ impl Checkpointer {
         self.base.expect_files()?;
         self.base.mend_locks(&mut self.handle)?;
         // For connections that are not the pool's, and after any that missed something.
-        self.base.options.read_mark.look();
+        self.base.options.read_mark.follow();
+        self.base.options.read_mark.join();
         let logged = self.sync_log();
         // The thread copies the WAL back all the same. A disk that fails the log would else make
         // the WAL grow for ever.

@@ -139,8 +139,7 @@ impl OpenDatabase {
         }
         boundaries.push(tip);
         drop(boundaries);
-        // New readers take another one now.
-        self.options.read_mark.leave();
+        self.options.read_mark.follow();
         self.wake();
     }
 
@@ -483,12 +482,4 @@ pub(in crate::engine) fn index_header(
     big_endian: bool,
 ) -> IndexHeader {
     IndexHeader::of(base.page_size, change, big_endian, tip.frame, tip.pages, tip.sum, tip.salts)
-}
-
-/// A further connection to an open database.
-pub(in crate::engine) fn reader(base: &OpenDatabase) -> Result<Handle> {
-    base.expect_files()?;
-    let handle = Handle::open(base.path(), false)?;
-    handle.connection().query_row("SELECT count(*) FROM sqlite_schema", [], |r| r.get::<_, i64>(0))?;
-    Ok(handle)
 }

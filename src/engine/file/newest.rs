@@ -89,7 +89,7 @@ mod tests {
     use rand::{Rng, SeedableRng};
 
     use super::*;
-    use crate::engine::file::database::reader;
+    use crate::engine::file::reader::reader;
     use crate::engine::tests::Home;
 
     #[test]

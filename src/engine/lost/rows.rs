@@ -11,7 +11,8 @@ use rusqlite::{Connection, OptionalExtension};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value};
 
-use crate::engine::file::database::{OpenDatabase, Tip, reader};
+use crate::engine::file::database::{OpenDatabase, Tip};
+use crate::engine::file::reader::reader;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming::Ready;
 use crate::engine::lost::btree::{self, StatePages};

@@ -11,8 +11,9 @@ use crate::engine::apply::thread::Apply;
 use crate::engine::apply::thread::stage::{Remedy, Served, State, Suspect};
 use crate::engine::apply::thread::vouched::last_vouched;
 use crate::engine::checkpoint::thread::{Checkpointer, ReplicaSync};
-use crate::engine::file::database::{OpenDatabase, reader};
+use crate::engine::file::database::OpenDatabase;
 use crate::engine::file::doubt;
+use crate::engine::file::reader::{reader, share_reads};
 use crate::engine::file::term::Term;
 use crate::engine::history::wal_appender::WalAppender;
 use crate::engine::incoming;
@@ -171,10 +172,10 @@ impl Apply {
         let State::Known(served) = &mut self.state else { return Ok(()) };
         if served.checkpointer.is_none() {
             let term = served.term.clone();
-            term.options.read_mark.open(term.path());
             // Without that thread nothing would ever be copied back, nor read.
             let checkpointer = checkpointer(&term, &self.shared, self.commands.clone());
             served.checkpointer = Some(checkpointer.inspect_err(|error| term.fail(error))?);
+            share_reads(&term);
             *lock(&self.shared.term) = Some(term.clone());
             tracing::info!(position = %term.tip().position, "the replica's state is open");
         }
