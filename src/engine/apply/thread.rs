@@ -124,7 +124,10 @@ impl Apply {
     }
 
     fn run(&mut self, commands: &mut mpsc::Receiver<ApplyCommand>) -> Result<()> {
-        while let Some(command) = commands.blocking_recv() {
+        loop {
+            // A reader may have come since the last commit.
+            self.options.read_mark.join();
+            let Some(command) = commands.blocking_recv() else { break };
             if self.shared.stop.load(Ordering::Acquire) {
                 break;
             }
