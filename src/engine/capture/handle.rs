@@ -123,9 +123,10 @@ impl PrimaryEngine {
         let engine =
             PrimaryEngine { base, group_sync, waker, brake, commands, second, last, streams_end, threads };
         // Dropping the engine closes it again, should another thread not start.
-        lock(&engine.threads).push(capture_loop.start()?);
-        // From here on that thread closes it again.
         share_reads(&engine.base);
+        // From here on that thread ends it.
+        let capture = capture_loop.start().inspect_err(|_| engine.base.release_locks())?;
+        lock(&engine.threads).push(capture);
         let checkpointer = checkpointer.spawn()?;
         let (thread, base) = (checkpointer.thread().clone(), engine.base.clone());
         lock(&engine.threads).push(checkpointer);
