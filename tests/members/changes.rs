@@ -93,10 +93,15 @@ async fn three_members_become_five_and_three_again_under_writes() {
     // Those that left are replicas which may lead, as all others: they see who leads, and take the
     // lease, though no leader of the members says anything to them.
     for next in 0..5 {
-        let place = primary(&dbs).await;
-        if next != place {
-            within("a handoff", dbs[place].handoff(Some(dbs[next].node_id()))).await.unwrap();
-            comes("it leads", || dbs[next].role() == Role::Primary).await;
+        let (mut place, mut tries) = (primary(&dbs).await, 0);
+        while next != place {
+            let handed = within("a handoff", dbs[place].handoff(Some(dbs[next].node_id()))).await;
+            match handed {
+                Ok(_) => comes("it leads", || dbs[next].role() == Role::Primary).await,
+                // The lease ended meanwhile, on a machine that has other work: anyone may have it.
+                Err(error) => assert!(tries < 3, "{error}"),
+            }
+            (place, tries) = (primary(&dbs).await, tries + 1);
         }
         let txid = within("a write", write_on(&dbs[next], -1)).await.unwrap();
         all_have(&dbs, txid).await;
