@@ -321,8 +321,7 @@ pub(crate) fn had_effects() {
 /// Reported by `Db::wait_for`, on the caller's task.
 pub(crate) fn waited(node: &NodeContext, txid: Txid) {
     let _ = CURRENT.try_with(|session| {
-        // What is here after the end of a lease may be here only.
-        let Some(session) = session.of(node).filter(|_| !node.is_fenced()) else { return };
+        let Some(session) = session.of(node) else { return };
         let mut done = session.lock();
         done.seen = done.seen.max(Some(txid));
     });

@@ -83,7 +83,13 @@ impl TokenReach {
 /// What has to be waited for before the token of a response can name that: what the handler has
 /// just read, or another connection has written, may not be counted yet. The wait has a limit.
 pub(super) fn counting(shared: &LayerShared, reach: TokenReach) -> Option<Counting> {
-    if matches!(reach, TokenReach::Told | TokenReach::Ours(_)) || shared.node.is_fenced() {
+    let waits = match reach {
+        TokenReach::Told | TokenReach::Ours(_) => false,
+        // Capture goes on after the lease has ended.
+        TokenReach::Read => true,
+        TokenReach::Committed | TokenReach::CommittedSince(_) => !shared.node.is_fenced(),
+    };
+    if !waits {
         return None;
     }
     let counting = shared.node.counting()?;
@@ -125,22 +131,32 @@ fn set_lost(session: &Session, headers: &mut HeaderMap) {
     }
 }
 
-/// The newest transaction that a read here may have seen, if it may be told. After the lease has
-/// ended it may not: no other node may ever have it. The same holds for a write that can't be
-/// vouched for, and what comes after it.
+/// The newest transaction that a read here may have seen. A write that can't be vouched for may not
+/// be told, nor what comes after it.
+///
+/// After the lease has ended no other node may ever have it. Its token is of use all the same: the
+/// others wait until they have it, or know that it is lost, and then say so. Without it the client
+/// would go back in time and not know.
 fn read(shared: &LayerShared, session: &Session) -> Option<Txid> {
     let at = shared.node.applied.position()?;
+    (!session.outcome_unknown()).then(|| at.txid())
+}
+
+/// The newest transaction, if it was committed while this node had the lease, or has been vouched
+/// for since.
+fn vouched(shared: &LayerShared, session: &Session) -> Option<Txid> {
+    let at = read(shared, session)?;
     // Looked at last: what was here before the lease ended is no more than what was sent to others.
-    (!shared.node.is_fenced() && !session.outcome_unknown()).then(|| at.txid())
+    (!shared.node.is_fenced()).then_some(at)
 }
 
 /// The newest transaction that the response's token names.
 fn newest(shared: &LayerShared, session: &Session, reach: TokenReach) -> Option<Txid> {
     // A node that leads no more may have taken over a history without what was written here.
-    let committed = || read(shared, session).filter(|_| shared.node.leads());
+    let committed = || vouched(shared, session).filter(|_| shared.node.leads());
     session.seen().max(match reach {
         TokenReach::Told => None,
-        TokenReach::Ours(last) => Some(last).filter(|_| read(shared, session).is_some()),
+        TokenReach::Ours(last) => Some(last).filter(|_| vouched(shared, session).is_some()),
         TokenReach::Read => read(shared, session),
         TokenReach::Committed => committed(),
         TokenReach::CommittedSince(before) => committed().filter(|at| *at != before),

@@ -171,28 +171,42 @@ async fn a_primary_that_is_shown_a_later_epoch_serves_nothing_before_it_knows_wh
 }
 
 #[tokio::test]
-async fn a_node_whose_lease_has_ended_reads_on_and_gives_no_token_of_what_may_be_here_only() {
-    let node = elector(1);
-    lead(&node, 1);
-    let waits = node.clone();
-    let app = Router::new().fallback(move || async move {
-        session::waited(&waits, waits.applied.position().unwrap().txid());
-        waits.applied.position().unwrap().number().to_string()
-    });
-    let server =
-        Server::start(app.layer(ReplayLayer::new(node.clone()).session(SessionTokens::Monotonic))).await;
-    let read = || send(Request::get(server.url()).body(full("")).unwrap());
-    assert_eq!(token_of(&node, &read().await), Some(txid(10)));
-    let ends: [fn(&NodeContext); 2] = [|node| node.fence.set(boot_time()), fence];
-    for (number, end) in (11..).zip(ends) {
-        end(&node);
-        node.applied.advance(at(number));
-        let response = read().await;
-        assert_eq!(token_of(&node, &response), None);
-        assert_eq!(text(response).await, number.to_string());
+async fn a_node_whose_lease_has_ended_reads_on_and_its_tokens_wait_elsewhere_or_are_lost() {
+    let next = elector(3);
+    lead(&next, 2);
+    let next = served(&next, |l| l).await;
+    for tokens in [SessionTokens::Writes, SessionTokens::Monotonic] {
+        let node = elector(1);
+        lead(&node, 1);
+        let waits = node.clone();
+        let app = Router::new().fallback(move || async move {
+            if tokens == SessionTokens::Writes {
+                session::waited(&waits, waits.applied.position().unwrap().txid());
+            }
+            waits.applied.position().unwrap().number().to_string()
+        });
+        let server = Server::start(app.layer(ReplayLayer::new(node.clone()).session(tokens))).await;
+        let mut client = Client::default();
+        let read = client.ask("GET", &server.url()).await;
+        assert_eq!(token_of(&node, &read), Some(txid(10)));
+        let ends: [fn(&NodeContext); 2] = [|node| node.fence.set(boot_time()), fence];
+        for (number, end) in (11..).zip(ends) {
+            end(&node);
+            node.applied.advance(at(number));
+            let read = client.ask("GET", &server.url()).await;
+            assert_eq!(token_of(&node, &read), Some(txid(number)));
+            assert_eq!(text(read).await, number.to_string());
+        }
+        // A node that has not heard of the next primary has nothing older for it.
+        let behind = elector(4);
+        let other = served(&behind, |l| l.wait_timeout(SHORT)).await;
+        let (url, cookie) = (other.url(), client.0.clone());
+        let waiting = tokio::spawn(async move { Client(cookie).ask("GET", &url).await });
+        held(&behind).await;
+        follow(&behind, 2, Some(peer(3, &next.url())));
+        for told in [waiting.await.unwrap(), client.ask("GET", &next.url()).await] {
+            assert!(told.headers().contains_key("replite-lost"));
+            assert_eq!(text(told).await, "10 lost");
+        }
     }
-    // What its client has counts on.
-    let token = Token::sign(&node, txid(10)).to_string();
-    let request = Request::get(server.url()).header("replite-token", token).body(full("")).unwrap();
-    assert_eq!(text(send(request).await).await, "12");
 }
