@@ -1,12 +1,15 @@
 //! What others committed to the file, as a position.
 
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::db::Db;
 use crate::error::{Error, Result};
 use crate::node::writer::not_primary;
 use crate::session::{self, Written};
 use crate::txid::Txid;
+
+/// Between two looks whether the lease has ended.
+const LEASE_LOOK: Duration = Duration::from_millis(50);
 
 impl Db {
     /// The position that covers everything that any connection has committed to the file when this
@@ -48,7 +51,13 @@ impl Db {
         let (node, begun) = (&self.inner.node, Instant::now());
         self.expect_primary()?;
         let counted = match node.counting() {
-            Some(counting) => counting.await,
+            Some(mut counting) => loop {
+                match tokio::time::timeout(LEASE_LOOK, &mut counting).await {
+                    Ok(counted) => break counted,
+                    // Capture goes on after the lease has ended.
+                    Err(_) => self.expect_primary()?,
+                }
+            },
             None => true,
         };
         let position = node.applied.position().filter(|_| counted);

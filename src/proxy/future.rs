@@ -245,7 +245,8 @@ where
                 StateProj::Counting { counting, answered } => {
                     let counted = ready!(counting.as_mut().poll(cx));
                     let mut answered = answered.take().expect(POLLED_AGAIN);
-                    if !counted {
+                    // For a read what is counted is better than nothing: its client has no newer one.
+                    if !counted && answered.reach != TokenReach::Read {
                         answered.reach = TokenReach::Told;
                     }
                     return Poll::Ready(Ok(answered.complete(this.shared).map(local)));
