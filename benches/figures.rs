@@ -29,6 +29,8 @@ mod roles;
 mod streams;
 #[path = "../tests/support/lib.rs"]
 mod support;
+#[path = "figures/trio.rs"]
+mod trio;
 #[path = "figures/verify.rs"]
 mod verify;
 #[path = "figures/wal.rs"]
@@ -41,11 +43,40 @@ use std::time::Instant;
 /// Figures that are measured together, and what measures them.
 type Figure = (&'static [&'static str], fn());
 
-const FIGURES: [Figure; 40] = [
+const FIGURES: [Figure; 45] = [
     (&["commit_normal_ratio"], commits::normal),
     (&["commit_full_ratio"], commits::full),
     (&["group_commit_ratio"], commits::group),
     (&["write_hop_us"], commits::hop),
+    (
+        &[
+            "commit_async_two_replicas_ratio",
+            "switches_per_commit_primary",
+            "switches_per_commit_two_replicas",
+        ],
+        trio::lone,
+    ),
+    (
+        &[
+            "group_two_replicas_per_s",
+            "group_vs_normal_ratio",
+            "group_cpu_primary_us",
+            "group_cpu_two_replicas_us",
+        ],
+        trio::group,
+    ),
+    (&["lag_sleeping_p50_us", "lag_sleeping_p99_us"], trio::lag),
+    (
+        &[
+            "idle_ms_per_s",
+            "idle_replica_ms_per_s",
+            "idle_100_ms_per_s",
+            "idle_100_threads_each",
+            "idle_100_descriptors_each",
+        ],
+        trio::idle,
+    ),
+    (&["read_async_us"], reads::from_async),
     (&["read_primary_ratio", "read_replica_ratio", "read_plain_ratio", "read_pool_ns"], reads::points),
     (&["read_two_threads_ratio", "read_two_to_one_ratio"], reads::two_threads),
     (&["read_under_writes_ratio"], reads::under_writes),

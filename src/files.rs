@@ -17,6 +17,7 @@ pub(crate) mod lease;
 pub(crate) mod member;
 mod modes;
 mod names;
+mod notice;
 mod paths;
 mod positioned;
 pub(crate) mod reserve;
@@ -40,6 +41,7 @@ pub(crate) use modes::{PRIVATE, set_mode};
 #[cfg(feature = "members")]
 pub(crate) use names::list;
 pub(crate) use names::{absent, parent_of, place, remove, remove_directory, sync_directory, sync_name};
+pub(crate) use notice::{Notice, on_write};
 pub(crate) use paths::{Paths, beside};
 pub(crate) use positioned::{read_at, read_exact_at, write_all_at};
 pub(crate) use reserve::{replace_file, replace_file_when};

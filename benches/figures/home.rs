@@ -186,6 +186,57 @@ impl Other {
     pub(crate) fn hear(&mut self) -> String {
         self.0.hear()
     }
+
+    pub(crate) fn usage(&mut self) -> Usage {
+        self.say("usage");
+        let said = self.hear();
+        let mut numbers = said.split(' ').map(|n| n.parse().expect("a number"));
+        let mut next = || numbers.next().expect("two numbers");
+        Usage { cpu_ns: next(), switches: next() }
+    }
+}
+
+/// What the threads of a process have used that run now.
+#[derive(Clone, Copy)]
+pub(crate) struct Usage {
+    pub(crate) cpu_ns: u64,
+    /// How often a thread gave its core up, or lost it.
+    pub(crate) switches: u64,
+}
+
+impl Usage {
+    pub(crate) fn now() -> Usage {
+        let mut all = Usage { cpu_ns: 0, switches: 0 };
+        for task in std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten() {
+            let text = |name| std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
+            let number = |word: Option<&str>| word.and_then(|n| n.parse().ok()).unwrap_or(0);
+            all.cpu_ns += number(text("schedstat").split_whitespace().next());
+            for line in text("status").lines().filter(|line| line.contains("ctxt_switches:")) {
+                all.switches += number(line.split_whitespace().nth(1));
+            }
+        }
+        all
+    }
+}
+
+impl std::ops::Add for Usage {
+    type Output = Usage;
+
+    fn add(self, other: Usage) -> Usage {
+        Usage { cpu_ns: self.cpu_ns + other.cpu_ns, switches: self.switches + other.switches }
+    }
+}
+
+/// A thread that ended meanwhile is missing from what there is later.
+impl std::ops::Sub for Usage {
+    type Output = Usage;
+
+    fn sub(self, before: Usage) -> Usage {
+        Usage {
+            cpu_ns: self.cpu_ns.saturating_sub(before.cpu_ns),
+            switches: self.switches.saturating_sub(before.switches),
+        }
+    }
 }
 
 /// Runs as the other process, if this is it.
@@ -242,6 +293,26 @@ pub(crate) fn child() -> bool {
                     late.push_str(&format!("{} ", resumed.saturating_sub(applied)));
                 }
                 println!("{late}");
+            }
+            // A task sleeps until each of the transactions is here, and says when it ran again.
+            "sleep" => {
+                let from = db.position().expect("a state").txid();
+                let count = words[1].parse::<u64>().expect("n");
+                println!("sleeps");
+                let db = db.clone();
+                let sleeps = async move {
+                    let mut seen = String::new();
+                    for n in 1..=count {
+                        db.wait_for(Txid::new(from.epoch(), from.number() + n)).await.expect("applied");
+                        seen.push_str(&format!("{} ", monotonic_ns()));
+                    }
+                    seen
+                };
+                println!("{}", runtime().block_on(async { runtime().spawn(sleeps).await.expect("a task") }));
+            }
+            "usage" => {
+                let Usage { cpu_ns, switches } = Usage::now();
+                println!("{cpu_ns} {switches}");
             }
             "wait" => {
                 let txid = words[1].parse().expect("a transaction");

@@ -138,6 +138,30 @@ fn nodes(dir: &Path) -> (Db, Db) {
     (p, r)
 }
 
+/// What a task waits for one row.
+pub(crate) fn from_async() {
+    let dir = directory();
+    let p = primary(&dir.path().join("p.db"), Durability::Unsynced);
+    filled(&p);
+    let mut micros = Vec::new();
+    for _ in 0..7 {
+        let db = p.clone();
+        let run = async move {
+            let begin = Instant::now();
+            for id in 1..=5000 {
+                let read = db.read_async(move |c| {
+                    let mut select = c.prepare_cached("SELECT k FROM t WHERE id = ?1")?;
+                    Ok::<_, Error>(select.query_row([id % ROWS + 1], |row| row.get::<_, i64>(0))?)
+                });
+                read.await.expect("a row");
+            }
+            begin.elapsed().as_secs_f64() * 1e6 / 5000.0
+        };
+        micros.push(runtime().block_on(async { runtime().spawn(run).await.expect("a task") }));
+    }
+    figure("read_async_us", "us", micros);
+}
+
 pub(crate) fn points() {
     let dir = directory();
     let (p, r) = nodes(dir.path());

@@ -1,6 +1,7 @@
 //! One fsync of the WAL for all commits that wait for one.
 
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 
 use crate::engine::file::term::Term;
 use crate::error::{Cause, Error, Result};
@@ -13,6 +14,8 @@ pub(in crate::engine) struct GroupSync {
     base: Arc<Term>,
     state: Mutex<SyncState>,
     changed: Condvar,
+    /// What the state says is on the disk, for who asks without waiting.
+    on_disk: AtomicU64,
 }
 
 #[derive(Debug)]
@@ -24,6 +27,8 @@ struct SyncState {
     wanted: u64,
     /// A thread is in fsync.
     leading: bool,
+    /// How many threads wait for that to end.
+    followers: u32,
     /// An fsync failed. What it left on the disk is not known and no later fsync can tell, so the
     /// primary acknowledges no commit any more.
     failed: Option<Cause>,
@@ -32,12 +37,19 @@ struct SyncState {
 impl GroupSync {
     /// Everything up to `synced` is on the disk already.
     pub(in crate::engine) fn new(base: Arc<Term>, synced: u64) -> GroupSync {
-        let state = SyncState { synced, wanted: synced, leading: false, failed: None };
-        GroupSync { base, state: Mutex::new(state), changed: Condvar::new() }
+        let state = SyncState { synced, wanted: synced, leading: false, followers: 0, failed: None };
+        let (state, on_disk) = (Mutex::new(state), AtomicU64::new(synced));
+        GroupSync { base, state, changed: Condvar::new(), on_disk }
+    }
+
+    /// Every transaction up to this one is on the disk.
+    pub(in crate::engine) fn on_disk(&self) -> u64 {
+        self.on_disk.load(Ordering::Acquire)
     }
 
     /// Blocks until the transaction, which is in the WAL, is on the disk. The first thread to come
-    /// fsyncs for all that have come by then; the others wait.
+    /// fsyncs for all that have come by then; the others wait. Only those that wait are woken, and
+    /// they find the lock free.
     pub(in crate::engine) fn sync(&self, number: u64) -> Result<()> {
         let mut state = lock(&self.state);
         state.wanted = state.wanted.max(number);
@@ -49,7 +61,9 @@ impl GroupSync {
                 return Err(Error::Stopped(why.clone()));
             }
             if state.leading {
+                state.followers += 1;
                 state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+                state.followers -= 1;
                 continue;
             }
             state.leading = true;
@@ -60,24 +74,24 @@ impl GroupSync {
             state = lock(&self.state);
             state.leading = false;
             match &result {
-                Ok(()) => state.synced = state.synced.max(target),
+                Ok(()) => self.reached(&mut state, target),
                 Err(error) => state.failed = Some(error.cause()),
             }
-            self.changed.notify_all();
-            if let Err(error) = result {
+            self.wake(state);
+            return result.map_err(|error| {
                 // What the application does with the news does not hold the others up.
-                drop(state);
                 self.base.fail(&error);
-                state = lock(&self.state);
-            }
+                Error::Stopped(error.cause())
+            });
         }
     }
 
     /// Has each thread that wants an fsync wait for one, as on a disk that takes its time.
     #[cfg(test)]
     pub(in crate::engine) fn hold(&self, hold: bool) {
-        lock(&self.state).leading = hold;
-        self.changed.notify_all();
+        let mut state = lock(&self.state);
+        state.leading = hold;
+        self.wake(state);
     }
 
     /// The highest number that anybody has waited for.
@@ -89,8 +103,22 @@ impl GroupSync {
     /// Notes that everything up to `number` came to the disk by other means.
     pub(in crate::engine) fn synced(&self, number: u64) {
         let mut state = lock(&self.state);
+        self.reached(&mut state, number);
+        self.wake(state);
+    }
+
+    fn reached(&self, state: &mut SyncState, number: u64) {
         state.synced = state.synced.max(number);
-        self.changed.notify_all();
+        self.on_disk.store(state.synced, Ordering::Release);
+    }
+
+    /// Wakes who waits, after the lock is given back.
+    fn wake(&self, state: MutexGuard<'_, SyncState>) {
+        let waited_for = state.followers > 0;
+        drop(state);
+        if waited_for {
+            self.changed.notify_all();
+        }
     }
 }
 
@@ -100,7 +128,7 @@ mod tests {
 
     use super::*;
     use crate::engine::options::Durability;
-    use crate::engine::tests::{Home, node, until};
+    use crate::engine::tests::{Home, node, open_plain, settled, until};
 
     /// A subscriber that panics with each event.
     struct Bomb;
@@ -166,5 +194,29 @@ mod tests {
         assert!(matches!(led, Ok(Err(Error::Stopped(_)))), "{led:?}");
         assert!(matches!(engine.begun(), Err(Error::Stopped(_))));
         assert!(engine.base.node.failure().is_some());
+    }
+
+    #[test]
+    fn what_is_on_the_disk_is_handed_on_while_later_commits_wait_for_theirs() {
+        let home = Home::new();
+        let engine = home.primary("p.db");
+        let foreign = open_plain(&home.path("p.db"));
+        foreign.execute_batch("CREATE TABLE t(a)").unwrap();
+        let before = settled(&engine).number();
+        // Capture takes the first commit, and comes no further meanwhile.
+        let log = engine.hold_log();
+        foreign.execute_batch("INSERT INTO t VALUES (1)").unwrap();
+        until("the append", || engine.group_sync.on_disk() > before);
+        foreign.execute_batch("INSERT INTO t VALUES (2)").unwrap();
+        engine.group_sync.sync(before + 2).unwrap();
+        engine.group_sync.hold(true);
+        foreign.execute_batch("INSERT INTO t VALUES (3)").unwrap();
+        drop(log);
+        let position = || engine.base.node.applied.position().unwrap().number();
+        until("the second commit", || position() == before + 2);
+        until("the wait", || engine.group_sync.wanted() == before + 3);
+        assert_eq!(position(), before + 2);
+        engine.group_sync.hold(false);
+        assert_eq!(settled(&engine).number(), before + 3);
     }
 }

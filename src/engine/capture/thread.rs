@@ -2,6 +2,7 @@
 //! changes epochs.
 
 mod hold;
+mod pauses;
 
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
@@ -12,6 +13,7 @@ use bytes::Bytes;
 use crate::context::RoleChange;
 use crate::engine::capture::brake::Brake;
 use crate::engine::capture::group_sync::GroupSync;
+use crate::engine::capture::thread::pauses::Pauses;
 use crate::engine::capture::waker::Waker;
 use crate::engine::checkpoint::backfill;
 use crate::engine::checkpoint::backfill::DRAIN_MAX;
@@ -32,11 +34,9 @@ use crate::threads;
 use crate::txid::{Epoch, Position};
 use crate::wal::IndexHeader;
 
-/// After the last commit the thread keeps looking for this long before it sleeps: a wake-up costs
-/// more.
+/// After the last commit the thread keeps looking for this long before it sleeps, where commits
+/// wait for no fsync: a wake-up costs more. Beside an fsync it would only take a core from others.
 const SPIN: Duration = Duration::from_micros(30);
-/// First sleep when nothing happens; doubled up to the option's `poll_max`.
-const SLEEP_MIN: Duration = Duration::from_millis(1);
 /// How long the thread tries for the write lock when the WAL is to be restarted.
 const WRITE_WAIT: Duration = Duration::from_millis(20);
 /// A header that stays torn for this long, with the write lock free, is one that a dead writer
@@ -117,7 +117,9 @@ impl CaptureLoop {
 
     fn watch(&mut self) -> Result<()> {
         let _ = self.waker.thread.set(std::thread::current());
-        let (mut active, mut sleep) = (Instant::now(), SLEEP_MIN);
+        let options = &self.base.options;
+        let mut pauses = Pauses::new(options.paths.wal(), options.poll_max, self.waker.clone());
+        let spin = if options.durability.ships_unsynced() { SPIN } else { Duration::ZERO };
         let mut torn: Option<Instant> = None;
         while !self.base.stopping() && !self.base.lost() {
             while let Ok(command) = self.commands.try_recv() {
@@ -131,7 +133,8 @@ impl CaptureLoop {
                     // Before the fsync, which readers need not wait for.
                     self.base.options.read_mark.follow();
                     self.capture(&h)?;
-                    (active, sleep, torn) = (Instant::now(), SLEEP_MIN, None);
+                    pauses.restart();
+                    torn = None;
                 }
                 Some(_) => torn = None,
                 None if torn.get_or_insert_with(Instant::now).elapsed() > TORN_AFTER => self.mend_header()?,
@@ -140,14 +143,14 @@ impl CaptureLoop {
             self.maybe_restart()?;
             // A reader may have come since the last commit.
             self.base.options.read_mark.join();
-            if active.elapsed() < SPIN {
+            if pauses.quiet() < spin {
                 std::hint::spin_loop();
                 continue;
             }
             let (index, frame) = (&self.base.index, self.capture.tip.frame);
             let ended = || self.base.stopping() || self.base.lost();
+            let sleep = pauses.next(torn.is_some() || self.wants_restart());
             self.waker.sleep(sleep, || index.glance().0 != frame || ended());
-            sleep = (sleep * 2).min(self.base.options.poll_max);
         }
         if self.base.lost() {
             return Ok(());
@@ -288,11 +291,10 @@ impl CaptureLoop {
             // It has the lock by other means than a restart takes it by, and not for long.
             return Ok(());
         }
-        let held = self.brake.holds();
-        let long = self.base.wal_bytes() > self.base.options.wal_limit_bytes;
-        if !held && !long {
+        if !self.wants_restart() {
             return Ok(());
         }
+        let held = self.brake.holds();
         let now = Instant::now();
         if !(held || self.pacer.is_due(now)) || !self.pacer.disk_rested(now) {
             return Ok(());
@@ -321,6 +323,11 @@ impl CaptureLoop {
         }
         self.pacer.in_vain(Instant::now());
         Ok(())
+    }
+
+    /// The WAL is too long, or writers wait because it was.
+    fn wants_restart(&self) -> bool {
+        self.brake.holds() || self.base.wal_bytes() > self.base.options.wal_limit_bytes
     }
 
     fn restart(&mut self) -> Result<bool> {
@@ -412,6 +419,13 @@ impl Sink for ToLog<'_> {
             return Ok(());
         }
         self.group_sync.sync(number)
+    }
+
+    fn on_disk(&self) -> u64 {
+        match self.base.options.durability.ships_unsynced() {
+            true => u64::MAX,
+            false => self.group_sync.on_disk(),
+        }
     }
 
     fn records(&mut self, units: Bytes, after: Option<Position>) -> Result<()> {

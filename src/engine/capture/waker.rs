@@ -12,6 +12,9 @@ pub(in crate::engine) struct Waker {
     asleep: AtomicBool,
     /// There is a request.
     asked: AtomicBool,
+    /// Microseconds of the sleep that it is in.
+    #[cfg(test)]
+    limit: std::sync::atomic::AtomicU64,
 }
 
 impl Waker {
@@ -33,8 +36,18 @@ impl Waker {
         self.asleep.store(true, Ordering::SeqCst);
         // A writer that committed before the store did not wake us, nor did a request.
         if !self.asked.swap(false, Ordering::SeqCst) && !again() {
+            #[cfg(test)]
+            self.limit.store(limit.as_micros() as u64, Ordering::SeqCst);
             std::thread::park_timeout(limit);
+            #[cfg(test)]
+            self.limit.store(0, Ordering::SeqCst);
         }
         self.asleep.store(false, Ordering::Release);
+    }
+
+    /// For how long it sleeps.
+    #[cfg(test)]
+    pub(in crate::engine) fn sleeps(&self) -> Duration {
+        Duration::from_micros(self.limit.load(Ordering::SeqCst))
     }
 }

@@ -28,6 +28,8 @@ const BATCH_BYTES: usize = 512 * 1024;
 pub(in crate::engine) trait Sink {
     /// Called before the first byte of anything up to this transaction is handed on.
     fn committed(&mut self, number: u64) -> Result<()>;
+    /// Up to which transaction that would not wait.
+    fn on_disk(&self) -> u64;
     fn records(&mut self, units: Bytes, after: Option<Position>) -> Result<()>;
 }
 
@@ -167,7 +169,8 @@ impl Capture {
             let commit =
                 CommitFrames { first: first + begin as u32, last, pages: head.commit, sum: head.sum };
             self.take_small(commit, &run[begin * frame..(at + 1) * frame])?;
-            if self.out.len() > self.batch_bytes {
+            // What is on the disk does not wait for the next fsync.
+            if self.out.len() > self.batch_bytes || self.tip.position.number() == sink.on_disk() {
                 self.hand_on(sink)?;
             }
             (begin, taken) = (at + 1, true);

@@ -367,6 +367,10 @@ impl Sink for Rebuild {
         Ok(())
     }
 
+    fn on_disk(&self) -> u64 {
+        u64::MAX
+    }
+
     fn records(&mut self, units: Bytes, after: Option<Position>) -> Result<()> {
         if self.tip.is_some_and(|t| t.number() == self.number) {
             self.confirmed |= after.is_some() && after == self.tip;
