@@ -1,4 +1,5 @@
-//! Word from the kernel that a file is written to. Who waits for that need not look again and again.
+//! Word from the kernel that a file is written to. Who waits for that need not look again and
+//! again.
 //!
 //! One inotify object and one thread serve the whole process, while any watch stands. A watch ends
 //! with the first write, so a file that is written to all the time costs nothing more.
@@ -26,19 +27,19 @@ mod linux {
     use crate::threads;
 
     /// What is called, on the thread that all watches share. It must not block.
-    type Call = Arc<dyn Fn() + Send + Sync>;
+    type NoticeCall = Arc<dyn Fn() + Send + Sync>;
 
-    static WATCHES: Mutex<Weak<Standing>> = Mutex::new(Weak::new());
+    static WATCHES: Mutex<Weak<NoticeThread>> = Mutex::new(Weak::new());
 
     /// A watch, until the first write or until this is dropped.
     pub(crate) struct Notice {
-        standing: Arc<Standing>,
+        thread: Arc<NoticeThread>,
         watch: i32,
     }
 
     impl Drop for Notice {
         fn drop(&mut self) {
-            let watches = &self.standing.0;
+            let watches = &self.thread.0;
             if lock(&watches.wanted).remove(&self.watch).is_some() {
                 // It may have ended just now.
                 let _ = inotify::remove_watch(&watches.inotify, self.watch);
@@ -47,9 +48,9 @@ mod linux {
     }
 
     /// Ends the thread with the last watch.
-    struct Standing(Arc<Watches>);
+    struct NoticeThread(Arc<Watches>);
 
-    impl Drop for Standing {
+    impl Drop for NoticeThread {
         fn drop(&mut self) {
             // A counter that is at 1 can't be full.
             let _ = write(&self.0.ends, &1u64.to_ne_bytes());
@@ -59,30 +60,30 @@ mod linux {
     struct Watches {
         inotify: OwnedFd,
         ends: OwnedFd,
-        wanted: Mutex<HashMap<i32, Call>>,
+        wanted: Mutex<HashMap<i32, NoticeCall>>,
         failed: AtomicBool,
     }
 
-    /// Has `call` called once, when somebody writes to the file or the file is gone. A write through a
-    /// mapping is none. What was written before this returns may go unnoticed.
+    /// Has `call` called once, when somebody writes to the file or the file is gone. A write
+    /// through a mapping is none. What was written before this returns may go unnoticed.
     ///
     /// None: the system has no watch to give, or none for such a file.
-    pub(crate) fn on_write(path: &Path, call: Call) -> Option<Notice> {
-        let standing = standing()?;
-        let watches = &standing.0;
+    pub(crate) fn on_write(path: &Path, call: NoticeCall) -> Option<Notice> {
+        let thread = thread()?;
+        let watches = &thread.0;
         // The thread that gets its event waits until the call is there.
         let mut wanted = lock(&watches.wanted);
         let watch =
             inotify::add_watch(&watches.inotify, path, WatchFlags::MODIFY | WatchFlags::ONESHOT).ok()?;
         wanted.insert(watch, call);
         drop(wanted);
-        Some(Notice { standing, watch })
+        Some(Notice { thread, watch })
     }
 
-    fn standing() -> Option<Arc<Standing>> {
+    fn thread() -> Option<Arc<NoticeThread>> {
         let mut shared = lock(&WATCHES);
-        if let Some(standing) = shared.upgrade() {
-            return (!standing.0.failed.load(Ordering::Acquire)).then_some(standing);
+        if let Some(thread) = shared.upgrade() {
+            return (!thread.0.failed.load(Ordering::Acquire)).then_some(thread);
         }
         let watches = Arc::new(Watches {
             inotify: inotify::init(CreateFlags::CLOEXEC | CreateFlags::NONBLOCK).ok()?,
@@ -98,9 +99,9 @@ mod linux {
             }
         };
         threads::start("replite-notice", watches.clone(), |watches| watches.run(), end).ok()?;
-        let standing = Arc::new(Standing(watches));
-        *shared = Arc::downgrade(&standing);
-        Some(standing)
+        let thread = Arc::new(NoticeThread(watches));
+        *shared = Arc::downgrade(&thread);
+        Some(thread)
     }
 
     impl Watches {
@@ -181,7 +182,7 @@ mod linux {
             assert_eq!(told.recv_timeout(Duration::ZERO), Err(RecvTimeoutError::Disconnected));
             assert_eq!(never_told.recv_timeout(Duration::ZERO), Err(RecvTimeoutError::Disconnected));
             assert!(on_write(&dir.path().join("none"), Arc::new(|| {})).is_none());
-            let watches = Arc::downgrade(&one.standing.0);
+            let watches = Arc::downgrade(&one.thread.0);
             drop((one, last));
             // Others may have watches, too; else the thread ends, and lets go of what it has.
             while watches.upgrade().is_some() && lock(&WATCHES).upgrade().is_none() {
@@ -196,7 +197,8 @@ mod others {
     use std::path::Path;
     use std::sync::Arc;
 
-    pub(crate) enum Notice {}
+    /// There is none.
+    pub(crate) use std::convert::Infallible as Notice;
 
     /// There is nothing of the kind here.
     pub(crate) fn on_write(_path: &Path, _call: Arc<dyn Fn() + Send + Sync>) -> Option<Notice> {

@@ -245,7 +245,7 @@ where
                 StateProj::Counting { counting, answered } => {
                     let counted = ready!(counting.as_mut().poll(cx));
                     let mut answered = answered.take().expect(POLLED_AGAIN);
-                    // For a read what is counted is better than nothing: its client has no newer one.
+                    // For a read what is counted is better than nothing.
                     if !counted && answered.reach != TokenReach::Read {
                         answered.reach = TokenReach::Told;
                     }

@@ -1,9 +1,9 @@
 //! How long capture sleeps between two looks for commits of others.
 //!
-//! Short at first, then longer, up to the option's `poll_max`. After some quiet the kernel is asked for
-//! word of the next write to the WAL, and capture hardly looks by itself. A commit's frames are in the
-//! WAL before the wal-index says so, and an fsync may lie between the two. So capture looks as often as
-//! before for a while after the watch has begun, and again after each word.
+//! Short at first, then longer, up to the option's `poll_max`. After some quiet the kernel is asked
+//! for word of the next write to the WAL, and capture hardly looks by itself. A commit's frames are
+//! in the WAL before the wal-index says so, and an fsync may lie between the two. So capture looks
+//! as often as before for a while after the watch has begun, and again after each word.
 
 use std::path::PathBuf;
 use std::sync::Arc;
@@ -15,7 +15,7 @@ use crate::files::{Notice, on_write};
 
 /// First sleep when nothing happens.
 const SLEEP_MIN: Duration = Duration::from_millis(1);
-/// Quiet for that long, it asks for word; and for that long after that it relies on its looks alone.
+/// Quiet for that long, it asks for word. For as long after that it relies on its looks alone.
 const QUIET: Duration = Duration::from_millis(if cfg!(test) { 50 } else { 2000 });
 /// Longest sleep under a watch. Something may write that the kernel says nothing of.
 const WATCHED: Duration = Duration::from_secs(1);
@@ -26,12 +26,12 @@ pub(super) struct Pauses {
     /// When something happened last, or a watch began.
     since: Instant,
     sleep: Duration,
-    watch: Watch,
+    watch: WalWatch,
     told: Arc<AtomicBool>,
     tell: Arc<dyn Fn() + Send + Sync>,
 }
 
-enum Watch {
+enum WalWatch {
     None,
     /// The system gives none for this file.
     Refused,
@@ -50,7 +50,7 @@ impl Pauses {
                 waker.ask();
             })
         };
-        Pauses { wal, max, since: Instant::now(), sleep: SLEEP_MIN, watch: Watch::None, told, tell }
+        Pauses { wal, max, since: Instant::now(), sleep: SLEEP_MIN, watch: WalWatch::None, told, tell }
     }
 
     /// Since when nothing has happened.
@@ -61,8 +61,8 @@ impl Pauses {
     /// Something happened. What is written from now on tells no one.
     pub(super) fn restart(&mut self) {
         (self.since, self.sleep) = (Instant::now(), SLEEP_MIN);
-        if let Watch::Stands { .. } = self.watch {
-            self.watch = Watch::None;
+        if let WalWatch::Stands { .. } = self.watch {
+            self.watch = WalWatch::None;
         }
     }
 
@@ -73,10 +73,10 @@ impl Pauses {
         }
         let quiet = self.quiet() > QUIET && !waits;
         match self.watch {
-            Watch::Stands { .. } if quiet => return self.max.max(WATCHED),
-            Watch::None if quiet => {
+            WalWatch::Stands { .. } if quiet => return self.max.max(WATCHED),
+            WalWatch::None if quiet => {
                 let notice = on_write(&self.wal, self.tell.clone());
-                self.watch = notice.map_or(Watch::Refused, |notice| Watch::Stands { _until: notice });
+                self.watch = notice.map_or(WalWatch::Refused, |notice| WalWatch::Stands { _until: notice });
                 (self.since, self.sleep) = (Instant::now(), SLEEP_MIN);
             }
             _ => {}
@@ -100,7 +100,7 @@ mod tests {
         let wal = dir.path().join("a.db-wal");
         std::fs::write(&wal, b"").unwrap();
         let mut pauses = Pauses::new(wal.clone(), Duration::from_millis(20), Arc::default());
-        let watched = |pauses: &Pauses| matches!(pauses.watch, Watch::Stands { .. });
+        let watched = |pauses: &Pauses| matches!(pauses.watch, WalWatch::Stands { .. });
         let ages = |pauses: &mut Pauses| pauses.since -= QUIET * 2;
         for _ in 0..2 {
             let first: Vec<_> = (0..7).map(|_| pauses.next(false).as_millis()).collect();
@@ -120,7 +120,7 @@ mod tests {
         pauses.next(false);
         ages(&mut pauses);
         pauses.next(false);
-        assert!(matches!(pauses.watch, Watch::Refused));
+        assert!(matches!(pauses.watch, WalWatch::Refused));
         assert_eq!(pauses.next(false).as_millis(), 2);
     }
 
