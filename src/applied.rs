@@ -184,6 +184,12 @@ impl Applied {
         }
     }
 
+    /// How many wait.
+    #[cfg(test)]
+    pub(crate) fn waiters(&self) -> usize {
+        self.lock().waiters.len()
+    }
+
     fn lock(&self) -> MutexGuard<'_, AppliedState> {
         lock(&self.inner)
     }

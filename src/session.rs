@@ -162,9 +162,10 @@ impl Session {
     }
 
     /// The highest transaction that the request committed or waited for: what its client has seen.
+    /// Beside a write that can't be vouched for, only the former.
     pub(crate) fn seen(&self) -> Option<Txid> {
         let done = self.lock();
-        done.committed.max(done.seen)
+        done.committed.max(done.seen.filter(|_| !self.outcome_unknown()))
     }
 
     /// Whether it was reported that the primary is needed.
@@ -215,9 +216,11 @@ impl Session {
     }
 
     /// The token that came with the request, if its transaction was lost: it was committed on a
-    /// branch that this history has left. The layer took the token for absent, and says so to the
-    /// client by the header `replite-lost`. An application can tell its user that the last change
-    /// is gone.
+    /// branch that this history has left. The layer waited for what the branch had before that,
+    /// took the token for absent, and says so to the client by the header `replite-lost`. An
+    /// application can tell its user that the last change is gone. With
+    /// [`SessionTokens::Monotonic`](crate::SessionTokens::Monotonic) it may be one that the user
+    /// only saw.
     ///
     /// ```
     /// use replite::Session;

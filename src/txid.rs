@@ -342,6 +342,14 @@ impl EpochHistory {
         if begun && !ended { Place::OnHistory } else { Place::Lost }
     }
 
+    /// The last transaction of this history before one that its epoch lost: the next epoch began
+    /// without it.
+    pub(crate) fn kept_before(&self, lost: Txid) -> Option<Txid> {
+        let at = self.starts.iter().rposition(|s| s.epoch == lost.epoch)?;
+        let kept = self.starts.get(at + 1)?.first.checked_sub(1)?;
+        self.epoch_of(kept).filter(|_| kept < lost.number).map(|epoch| Txid::new(epoch, kept))
+    }
+
     /// A history that has nothing but a state, and what follows it in its epoch.
     pub(crate) fn ending(state: Position) -> EpochHistory {
         let (first, before) = (state.number() + 1, state.checksum());

@@ -10,7 +10,7 @@ use std::sync::OnceLock;
 use crate::txid::Txid;
 
 /// Ends with true when the position has what was not counted yet, and with false when it never
-/// will: replication has stopped, or the lease has ended.
+/// will: replication has stopped, or the term has ended.
 pub(crate) type Counting = Pin<Box<dyn Future<Output = bool> + Send>>;
 
 /// Knows what is committed: the engine, which is a higher floor's.

@@ -65,7 +65,7 @@ pub(crate) struct EngineOptions {
     pub(crate) log: LogOptions,
     /// Most bytes that `lost`, what heals replaced, may take up.
     pub(crate) lost_bytes: u64,
-    /// Longest that a foreign commit may stay unseen.
+    /// Longest that a foreign commit may stay unseen, where the kernel does not tell of it.
     pub(crate) poll_max: Duration,
     /// A primary goes on from a database whose WAL is gone while a node was copying frames into it.
     pub(crate) accept_damaged: bool,

@@ -64,8 +64,8 @@ mod linux {
         failed: AtomicBool,
     }
 
-    /// Has `call` called once, when somebody writes to the file or the file is gone. A write
-    /// through a mapping is none. What was written before this returns may go unnoticed.
+    /// Has `call` called once, when somebody writes to the file. A write through a mapping is none.
+    /// What was written before this returns may go unnoticed.
     ///
     /// None: the system has no watch to give, or none for such a file.
     pub(crate) fn on_write(path: &Path, call: NoticeCall) -> Option<Notice> {
@@ -75,6 +75,9 @@ mod linux {
         let mut wanted = lock(&watches.wanted);
         let watch =
             inotify::add_watch(&watches.inotify, path, WatchFlags::MODIFY | WatchFlags::ONESHOT).ok()?;
+        if watches.failed.load(Ordering::Acquire) {
+            return None;
+        }
         wanted.insert(watch, call);
         drop(wanted);
         Some(Notice { thread, watch })
@@ -93,9 +96,9 @@ mod linux {
         });
         let end = |watches: Arc<Watches>, ended: Result<()>| {
             if let Err(error) = ended {
-                tracing::debug!(%error, "no word of writes any more");
                 watches.failed.store(true, Ordering::Release);
                 watches.tell_all();
+                tracing::debug!(%error, "no word of writes any more");
             }
         };
         threads::start("replite-notice", watches.clone(), |watches| watches.run(), end).ok()?;

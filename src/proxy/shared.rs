@@ -61,8 +61,9 @@ pub enum SessionTokens {
     Writes,
     /// Those of reads, too, when what they read is newer than the request's token: clients never go
     /// back in time. A response whose handler may have read a commit that is not on the primary's
-    /// disk yet waits for that. A primary whose lease has ended names what was read, too. If no
-    /// other node ever has that, the client is told that it was lost
+    /// disk yet waits for that, for at most five seconds; after that, and where replication has
+    /// stopped, its token names what came before. A primary whose lease has ended names what was
+    /// read, too. If no other node ever has that, the client is told that it was lost
     /// ([`Session::lost_token`](crate::Session::lost_token)).
     Monotonic,
 }

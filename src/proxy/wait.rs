@@ -1,7 +1,7 @@
 //! What happens before a request runs: waiting for its token's transaction, or for the primary.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::error::Error;
 use crate::proxy::failure::Reason;
@@ -46,11 +46,15 @@ pub(super) async fn prepare(
 
 /// Whether a token's transaction is here within the limit, or will never be.
 async fn applied(shared: &LayerShared, txid: Txid, limit: Duration) -> bool {
-    match shared.node.applied.wait_for(txid, limit).await {
+    let (applied, begun) = (&shared.node.applied, Instant::now());
+    match applied.wait_for(txid, limit).await {
         Ok(()) => true,
         Err(Error::Lost { .. }) => {
             tracing::debug!(%txid, "a token's transaction was lost with its branch; it counts as absent");
-            true
+            // What its client saw before that is not lost.
+            let Some(kept) = applied.history().kept_before(txid) else { return true };
+            let waited = applied.wait_for(kept, limit.saturating_sub(begun.elapsed())).await;
+            matches!(waited, Ok(()) | Err(Error::Lost { .. }))
         }
         Err(_) => false,
     }

@@ -55,8 +55,7 @@ impl CommitGate {
         }
     }
 
-    /// Waits until the commit is as durable as it is to be. Blocks; callers share one fsync. After
-    /// that the caller has capture hand it on ([`PrimaryEngine::hand_on`]).
+    /// Waits until the commit is as durable as it is to be. Blocks; callers share one fsync.
     pub(crate) fn pass(self, engine: &PrimaryEngine, waiting: Waiting) -> Result<()> {
         match waiting.until {
             Until::OnDisk => engine.group_sync.sync(waiting.txid.number()),
@@ -78,7 +77,7 @@ impl CommitGate {
 
     /// Returns when the commit is as durable as it is to be.
     pub(crate) fn settle(self, engine: &PrimaryEngine, txid: Txid) -> Result<()> {
-        self.hold(txid).map_or(Ok(()), |waiting| self.pass(engine, waiting).inspect(|()| engine.hand_on()))
+        self.hold(txid).map_or(Ok(()), |waiting| self.pass(engine, waiting))
     }
 
     /// All in one: returns when the commit may be acknowledged. An error says that it was made.

@@ -187,11 +187,6 @@ impl PrimaryEngine {
         self.ask(|reply| CaptureCommand::OpenEpoch(epoch, reply))
     }
 
-    /// Has capture hand on what is on the disk.
-    pub(crate) fn hand_on(&self) {
-        self.waker.wake();
-    }
-
     /// Has the capture thread do something. Blocks.
     fn ask<T>(&self, make: impl FnOnce(mpsc::SyncSender<Result<T>>) -> CaptureCommand) -> Result<T> {
         let (reply, answer) = mpsc::sync_channel(1);

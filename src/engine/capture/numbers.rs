@@ -118,10 +118,7 @@ impl PrimaryEngine {
     /// Remembers where our last commit ended, so that the next one need not wait for capture.
     fn note(&self, begun: Begun, frame: u32, number: u64) -> Option<Txid> {
         *lock(&self.last) = Some(LastCommit { salts: begun.salts, frame, number });
-        // What is to be on the disk first is handed on by the thread that brings it there.
-        if self.base.options.durability.ships_unsynced() {
-            self.hand_on();
-        }
+        self.waker.wake();
         self.brake.passed(frame);
         self.txid(number)
     }

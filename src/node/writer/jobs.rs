@@ -111,8 +111,6 @@ pub(super) fn run_jobs(Jobs { shared, engine, queue: jobs, to_sync }: &mut Jobs)
             // No other commit waits: an fsync here costs no wake-up of another thread.
             let passed = shared.gate.pass(engine, commit.waiting);
             commit.settle(shared, engine, passed);
-            // Capture may get this core, so the answer goes first.
-            engine.hand_on();
         } else {
             shared.waiting.fetch_add(1, Ordering::AcqRel);
             if let Err(mpsc::SendError(commit)) = to_sync.send(commit) {
@@ -133,8 +131,6 @@ pub(super) fn run_syncs(Syncs { shared, engine, waiting: commits }: &mut Syncs) 
         batch.extend(commits.try_iter().take(WAITING_MAX));
         let last = batch.iter().map(|commit| commit.waiting).max();
         let passed = last.map_or(Ok(()), |waiting| shared.gate.pass(engine, waiting));
-        // Capture works beside the answers, of which there are many.
-        engine.hand_on();
         for commit in batch.drain(..) {
             shared.waiting.fetch_sub(1, Ordering::AcqRel);
             let result = match &passed {

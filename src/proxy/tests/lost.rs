@@ -6,6 +6,7 @@ use axum::Router;
 use axum::extract::Extension;
 use http::{Request, Response};
 
+use crate::checksum::Checksum;
 use crate::context::NodeContext;
 use crate::fence::boot_time;
 use crate::proxy::tests::world::*;
@@ -13,7 +14,7 @@ use crate::proxy::{ReplayLayer, Route, SessionTokens};
 use crate::session::{self, Session};
 use crate::status::Role;
 use crate::token::Token;
-use crate::txid::Txid;
+use crate::txid::{EpochHistory, EpochStart, Txid};
 
 /// An app that says what its state is, and whether it was told of a loss. With a path it commits
 /// that number of the newest epoch.
@@ -209,4 +210,27 @@ async fn a_node_whose_lease_has_ended_reads_on_and_its_tokens_wait_elsewhere_or_
             assert_eq!(text(told).await, "10 lost");
         }
     }
+}
+
+/// What the branch had before the transaction that is lost may be the client's own.
+#[tokio::test]
+async fn a_lost_token_waits_for_what_its_branch_had_in_common_with_the_history() {
+    let node = elector(4);
+    let mut history = EpochHistory::default();
+    for (n, first) in [(1, 1), (2, 11)] {
+        history.push(EpochStart { epoch: epoch(n), first, before: Checksum::EMPTY });
+    }
+    node.applied.replace(history, Some(at(8)));
+    follow(&node, 2, None);
+    let server = served(&node, |l| l.wait_timeout(LONG)).await;
+    let lost = Token::sign(&node, txid(12)).to_string();
+    let request = Request::get(server.url()).header("replite-token", lost).body(full("")).unwrap();
+    let waiting = tokio::spawn(send(request));
+    let waits = || node.applied.waiters() > 0;
+    comes("the wait", waits).await;
+    node.applied.advance(at(9));
+    node.applied.advance(at(10));
+    let told = waiting.await.unwrap();
+    assert!(told.headers().contains_key("replite-lost"));
+    assert_eq!(text(told).await, "10 lost");
 }
