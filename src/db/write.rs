@@ -255,12 +255,20 @@ mod tests {
         // What is on the disk is waited for no more.
         engine.hold_syncs(true);
         assert_eq!(token(&counted(&db, Arc::default()).await), Some(1));
-        // What never will be has no token.
+        // Capture goes on after the lease has ended.
         foreign.execute_batch("INSERT INTO t VALUES (2)").unwrap();
         let (waiting, saw) = waits().await;
         assert_eq!(saw, 2);
         db.inner.node.fence.close();
-        assert_eq!(token(&waiting.await.unwrap()), None);
+        engine.hold_syncs(false);
+        assert_eq!(token(&waiting.await.unwrap()), Some(2));
+        // What never will be on the disk has no number.
+        engine.hold_syncs(true);
+        foreign.execute_batch("INSERT INTO t VALUES (3)").unwrap();
+        let (waiting, saw) = waits().await;
+        assert_eq!(saw, 3);
+        engine.fail(&Error::Disturbed("by intent".into()));
+        assert_eq!(token(&waiting.await.unwrap()), Some(2));
         engine.hold_syncs(false);
         db.shutdown().await;
     }
