@@ -1,7 +1,7 @@
 //! Reading and swapping the record at members, from outside or from one that does not lead.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use tokio::task::JoinSet;
@@ -9,13 +9,16 @@ use tokio::time::{Instant, sleep, timeout};
 
 use crate::handshake::Asker;
 use crate::lease::{LEASE_TIME_OF_MEMBERS, ReadError, Store, StoreFuture, Stored, SwapError, Version};
+use crate::lock::lock;
 use crate::members::link::MemberLinks;
-use crate::members::types::{AgreedRecord, MEMBERS_MAX, Proposal};
+use crate::members::types::{AgreedRecord, MEMBERS_MAX, Proposal, place};
 use crate::members::words::{Ask, Introduction, MemberAnswer, SwapOutcome};
 use crate::random;
 
 /// How long one member has to answer what is read.
 const READ_LIMIT: Duration = Duration::from_secs(1);
+/// Between two looks for a member that has what was written.
+const READ_STEP: Duration = Duration::from_millis(20);
 /// How long a swap from outside may take, as if the lease time were this.
 const SWAP_TIME: Duration = Duration::from_secs(8);
 
@@ -24,11 +27,15 @@ const SWAP_TIME: Duration = Duration::from_secs(8);
 pub(crate) struct MembersFromOutside {
     links: Arc<MemberLinks>,
     urls: Vec<String>,
+    /// The place of the newest version that was written here. A member that is late has an older
+    /// one.
+    written: Mutex<Option<(u64, u64)>>,
 }
 
 impl MembersFromOutside {
     pub(crate) fn new(asker: Asker, urls: Vec<String>) -> MembersFromOutside {
-        MembersFromOutside { links: Arc::new(MemberLinks::new(asker, READ_LIMIT)), urls }
+        let links = Arc::new(MemberLinks::new(asker, READ_LIMIT));
+        MembersFromOutside { links, urls, written: Mutex::default() }
     }
 
     /// Has the first member that can do it.
@@ -74,8 +81,17 @@ impl MembersFromOutside {
 impl Store for MembersFromOutside {
     fn read(&self) -> StoreFuture<'_, Result<Option<Stored>, ReadError>> {
         Box::pin(async {
-            let register = read(&self.links, &self.urls).await.map_err(ReadError::new)?;
-            Ok(register.map(|register| Stored::new(register.record, Version::new(register.version))))
+            let begun = Instant::now();
+            loop {
+                let register = read(&self.links, &self.urls).await.map_err(ReadError::new)?;
+                if register.as_ref().and_then(|it| place(&it.version)) >= *lock(&self.written) {
+                    return Ok(register.map(|it| Stored::new(it.record, Version::new(it.version))));
+                }
+                if begun.elapsed() > READ_LIMIT {
+                    return Err(ReadError::new("the members that answered lack what was written before"));
+                }
+                sleep(READ_STEP).await;
+            }
         })
     }
 
@@ -84,7 +100,12 @@ impl Store for MembersFromOutside {
         expected: Option<&'a Version>,
         record: &'a [u8],
     ) -> StoreFuture<'a, Result<Version, SwapError>> {
-        Box::pin(self.swap_it(expected, record))
+        Box::pin(async move {
+            let version = self.swap_it(expected, record).await?;
+            let mut written = lock(&self.written);
+            *written = place(version.as_str()).max(*written);
+            Ok(version)
+        })
     }
 
     fn lease_time(&self) -> Duration {

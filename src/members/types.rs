@@ -178,12 +178,14 @@ pub(crate) fn version_of(id: &LogId<u64>) -> String {
 
 /// The one of two records of a register that is the newer.
 pub(crate) fn newer(one: Option<AgreedRecord>, two: Option<AgreedRecord>) -> Option<AgreedRecord> {
-    let place = |record: &AgreedRecord| {
-        let mut numbers = record.version.split('-').map(|number| u64::from_str_radix(number, 16).ok());
-        Some((numbers.next()??, numbers.nth(1)??))
-    };
-    let place_of = |record: &Option<AgreedRecord>| record.as_ref().and_then(place);
+    let place_of = |record: &Option<AgreedRecord>| record.as_ref().and_then(|record| place(&record.version));
     if place_of(&two) > place_of(&one) { two } else { one }
+}
+
+/// What says which of two versions is newer.
+pub(crate) fn place(version: &str) -> Option<(u64, u64)> {
+    let mut numbers = version.split('-').map(|number| u64::from_str_radix(number, 16).ok());
+    Some((numbers.next()??, numbers.nth(1)??))
 }
 
 /// What is wrong with an entry that was read. Raft takes all of it for granted.
